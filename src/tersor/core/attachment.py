@@ -1,0 +1,112 @@
+"""What an attached method asks of the training loop, and how several are chained into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from tersor.core.objective import LossTerm
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work before the first step has come: `done` of `total` items of `what`."""
+
+    what: str
+    done: int
+    total: int
+
+
+class Handle:
+    """Takes the hooks that `bind` placed away again; the parametrizations stay until `strip`."""
+
+    def __init__(self, removers: Sequence[Callable[[], None]]) -> None:
+        self._removers = list(removers)
+
+    def remove(self) -> None:
+        """Leaves no hook behind. Calling it twice does no harm."""
+        while self._removers:
+            self._removers.pop()()
+
+
+class Attachment:
+    """A method that was laid on a model. The base class asks nothing; a method overrides what it needs.
+
+    Attributes:
+        model: train this one from now on: the same object, or its captured graph over the same Parameters.
+        terms: losses that the method adds.
+        label_weight: factor on the weight of the labels' own loss.
+    """
+
+    def __init__(self, model: nn.Module, terms: Sequence[LossTerm] = (), label_weight: float = 1.0) -> None:
+        self.model = model
+        self.terms = tuple(terms)
+        self.label_weight = label_weight
+
+    def begin(self) -> Iterator[Progress]:
+        """Costly work before the first step: calibration, reconstruction. Nothing by default."""
+        yield from ()
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Gradients are there, weights have not moved yet."""
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Weights have moved."""
+
+    def finish(self) -> None:
+        """Freezes what was in motion."""
+
+    def bind(self, optimizer: Optimizer, start: int = 0) -> Handle:
+        """Calls `before_step` and `after_step` around every step of `optimizer`, in a user's own loop.
+
+        Args:
+            optimizer: built over `self.model`'s parameters.
+            start: number of the first step; more than 0 when a run goes on.
+        """
+        step = start
+
+        def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            self.before_step(step, optimizer)
+
+        def after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            nonlocal step
+            self.after_step(step, optimizer)
+            step += 1
+
+        hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+        return Handle([hook.remove for hook in hooks])
+
+
+class Chain(Attachment):
+    """Several attachments as one: terms together, label weights multiplied, steps in the order of the methods."""
+
+    def __init__(self, model: nn.Module, parts: Sequence[Attachment]) -> None:
+        label_weight = 1.0
+        for part in parts:
+            label_weight *= part.label_weight
+        super().__init__(model, [term for part in parts for term in part.terms], label_weight)
+        self.parts = tuple(parts)
+
+    def begin(self) -> Iterator[Progress]:
+        """The work of each part, one after the other."""
+        for part in self.parts:
+            yield from part.begin()
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Every part's, in order."""
+        for part in self.parts:
+            part.before_step(step, optimizer)
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Every part's, in order."""
+        for part in self.parts:
+            part.after_step(step, optimizer)
+
+    def finish(self) -> None:
+        """Every part's, in order."""
+        for part in self.parts:
+            part.finish()

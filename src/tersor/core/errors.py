@@ -1,0 +1,24 @@
+"""What a user did that cannot be done, in one message: what was given, what is possible, what to write."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something a user gave cannot be used. The command line prints it and exits with 2, without a traceback."""
+
+
+def nearest(given: str, options: Iterable[str]) -> str | None:
+    """The option that `given` was most likely meant to be, or None."""
+    close = difflib.get_close_matches(given, list(options), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def unknown(kind: str, given: str, options: Iterable[str]) -> InputError:
+    """An error for a name that is not among the `options`, with the nearest of them."""
+    known = sorted(options)
+    meant = nearest(given, known)
+    hint = f" Did you mean '{meant}'?" if meant else ""
+    return InputError(f"unknown {kind} '{given}'.{hint} Possible: {', '.join(known) or 'none'}.")

@@ -1,0 +1,61 @@
+"""A method: a frozen, validated record of plain values, which is the recipe entry, and which can be attached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pydantic import ConfigDict
+from torch import nn
+
+from tersor.core.attachment import Attachment, Chain
+from tersor.core.target import Target
+
+PLAIN_VALUES = ConfigDict(extra="forbid", frozen=True)
+"""The pydantic configuration of every method: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What every class in `methods/` is."""
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        data: Iterable[Any] | None = None,
+        teacher: nn.Module | None = None,
+        steps: int = 0,
+        target: Target | None = None,
+    ) -> Attachment:
+        """Lays the method's structure on `model`; draws no numbers from the global generator.
+
+        Args:
+            model: the network; its Parameter objects stay the same.
+            data: batches of images for methods that look at data: tensors (N, C, H, W), tuples that begin with
+                one, or `Batch`es. It is iterated anew for every pass.
+            teacher: the network to learn from.
+            steps: optimizer steps that will follow.
+            target: the runtime and processor that the network is made for; by default ONNX Runtime, here.
+        """
+        ...
+
+
+def chain(
+    methods: Sequence[Method],
+    model: nn.Module,
+    *,
+    data: Iterable[Any] | None = None,
+    teacher: nn.Module | None = None,
+    steps: int = 0,
+    target: Target | None = None,
+) -> Attachment:
+    """Attaches `methods` one after the other, each on what the one before left, as one attachment."""
+    parts: list[Attachment] = []
+    with torch.random.fork_rng(devices=[]):
+        for method in methods:
+            part = method.attach(model, data=data, teacher=teacher, steps=steps, target=target)
+            model = part.model
+            parts.append(part)
+    return Chain(model, parts)

@@ -1,0 +1,117 @@
+"""What is asked of the network: a batch goes in, named losses come out.
+
+The Objective is the one thing that a loop calls, and the one that DDP or `torch.compile` wraps: however
+often the model runs inside, there is one forward call and one backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` (N, C, H, W) as the network wants them; `labels` (N,) class numbers, or None; `index` (N,) places
+    in the data set, or None.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    index: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
+        return Batch(self.images.to(device, non_blocking=True), move(self.labels), move(self.index))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network answered: `logits` (N, classes)."""
+
+    logits: Tensor
+
+
+class LossTerm(nn.Module):
+    """A scalar that the student should make small, logged under its `name`.
+
+    `forward(batch, student, teacher)` returns the weighted loss, a scalar tensor.
+    """
+
+    name: str = ""
+
+    def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
+        """The weighted loss of one batch."""
+        raise NotImplementedError
+
+
+class Objective(nn.Module):
+    """Model, teacher and terms: `forward(batch)` gives the named losses, whose sum is to be minimised.
+
+    Args:
+        model: the network that learns.
+        terms: what the methods ask.
+        teacher: the network that the terms compare with; always in eval, never given a gradient.
+        label_weight: weight of the cross entropy with the labels; 0 leaves the labels alone.
+        label_smoothing: part of the label's probability that is spread over all classes.
+        autocast: data type in which the networks run (bfloat16), or None for the model's own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Iterable[LossTerm] = (),
+        teacher: nn.Module | None = None,
+        *,
+        label_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.terms = nn.ModuleList(terms)
+        self.teacher = teacher
+        self.label_weight = label_weight
+        self.label_smoothing = label_smoothing
+        self.autocast = autocast
+        if teacher is not None:
+            teacher.requires_grad_(requires_grad=False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the model's mode; the teacher stays in eval."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses of one batch by name, each a scalar in float32."""
+        device = batch.images.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            student = Outputs(self.model(batch.images))
+            teacher = self._ask_teacher(batch)
+        student = Outputs(student.logits.float())
+        losses: dict[str, Tensor] = {}
+        if self.label_weight and batch.labels is not None:
+            losses["labels"] = self.label_weight * F.cross_entropy(
+                student.logits, batch.labels, label_smoothing=self.label_smoothing
+            )
+        for term in self.terms:
+            assert isinstance(term, LossTerm)
+            losses[term.name] = term(batch, student, teacher)
+        assert losses, "an objective without labels and without terms asks nothing"
+        return losses
+
+    def _ask_teacher(self, batch: Batch) -> Outputs | None:
+        if self.teacher is None or not len(self.terms):
+            return None
+        with torch.inference_mode():
+            logits = self.teacher(batch.images).float()
+        return Outputs(logits.clone())  # a clone outside inference mode may be saved for backward

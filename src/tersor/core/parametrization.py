@@ -1,0 +1,83 @@
+"""How a weight or an activation is seen: the tensor stays, what is shown of it changes.
+
+A weight carries its parametrization through `torch.nn.utils.parametrize`: `module.weight` is what is shown, the
+Parameter object is the same as before. An activation is shown through a module on an edge of the captured graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tersor.core.affine import Grid
+
+
+class FakeQuantize(nn.Module):
+    """Shows a tensor rounded to a grid, in floating point; the gradient passes straight through inside the range.
+
+    Until `ready` it shows the tensor as it is. Scale and zero point are buffers, and `ready` is part of the
+    `state_dict`: a checkpoint holds everything.
+
+    Args:
+        grid: the integers to round to.
+        channels: number of scales, along dimension 0; None for one scale for the whole tensor.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid, channels: int | None = None) -> None:
+        super().__init__()
+        self.grid = grid
+        self.ready = False
+        shape = () if channels is None else (channels,)
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+
+    def set_grid(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """From now on values are rounded: `scale` and `zero_point` are scalars, or (channels,)."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
+        self.ready = True
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values` of any shape; (channels, ...) where there is a scale for each channel."""
+        if not self.ready:
+            return values
+        if self.scale.ndim:
+            return torch.fake_quantize_per_channel_affine(
+                values, self.scale, self.zero_point, 0, self.grid.minimum, self.grid.maximum
+            )
+        return torch.fake_quantize_per_tensor_affine(
+            values, self.scale, self.zero_point, self.grid.minimum, self.grid.maximum
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """Whether values are rounded, as a tensor, so that it lies in the `state_dict`."""
+        return torch.tensor(self.ready)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes back what `get_extra_state` gave."""
+        self.ready = bool(state)
+
+    def extra_repr(self) -> str:
+        """Bits and range of the grid."""
+        return f"{self.grid.minimum}..{self.grid.maximum}, channels={self.scale.numel()}, ready={self.ready}"
+
+
+def shown_by(module: nn.Module, name: str = "weight") -> Iterator[nn.Module]:
+    """The parametrizations of one parameter of `module`, in the order in which they apply."""
+    if parametrize.is_parametrized(module, name):
+        yield from cast("nn.ModuleDict", module.parametrizations)[name]  # type: ignore[misc]
+
+
+def weight_quantizer(module: nn.Module) -> FakeQuantize | None:
+    """The quantizer of the module's weight, if it has one that rounds already."""
+    for parametrization in shown_by(module):
+        if isinstance(parametrization, FakeQuantize) and parametrization.ready:
+            return parametrization
+    return None

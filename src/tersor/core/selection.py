@@ -1,0 +1,42 @@
+"""Which layers: patterns of names -> the layers that they match. A pattern that matches nothing is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from tersor.core.errors import InputError, nearest
+
+Layer = nn.Conv2d | nn.Linear
+
+
+def weighted_layers(model: nn.Module) -> dict[str, Layer]:
+    """The convolutions and fully connected layers of `model` by name, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+
+
+def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
+    """The `names` that any of the patterns (`layer1.*.conv2`; `*` crosses dots) matches, or lies under.
+
+    Raises:
+        InputError: a pattern matches no name.
+    """
+    known = list(names)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in known if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")}
+        if not found:
+            close = nearest(pattern, known)
+            hint = f" Did you mean '{close}'?" if close else ""
+            shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
+            raise InputError(f"the pattern '{pattern}' matches no layer.{hint} Layers: {shown}.")
+        chosen |= found
+    return chosen
+
+
+def without(layers: Mapping[str, Layer], patterns: Sequence[str]) -> dict[str, Layer]:
+    """The `layers` that no pattern matches."""
+    left_out = matching(patterns, layers)
+    return {name: layer for name, layer in layers.items() if name not in left_out}

@@ -1,0 +1,84 @@
+"""Soft targets: the student learns the teacher's softened answers.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531).
+
+    p_T(z) = softmax(z / T)
+    L = loss_weight * T^2 * KL(p_T(z_teacher) || p_T(z_student)) + label_weight * CE(z_student, y)
+
+Logits are (N, classes). KL is summed over the classes and averaged over the batch; the teacher has no gradient. T^2
+multiplies the KL term alone: the gradient of soft targets shrinks like 1 / T^2, so without it the weight would
+depend on the temperature in silence. The paper prescribes no weights; 0.9 and 0.1 are those of the common
+implementations (Zagoruyko's attention-transfer, RepDistiller).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar
+
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from tersor.core.attachment import Attachment
+from tersor.core.errors import InputError
+from tersor.core.method import PLAIN_VALUES
+from tersor.core.objective import Batch, LossTerm, Outputs
+from tersor.core.target import Target
+
+
+def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of logits (N, classes), averaged over the batch."""
+    log_student = F.log_softmax(student / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean") * temperature**2
+
+
+class SoftTargetTerm(LossTerm):
+    """The weighted loss on the softened answers."""
+
+    name = "soft_targets"
+
+    def __init__(self, temperature: float, loss_weight: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.loss_weight = loss_weight
+
+    def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
+        """The loss of one batch; the images' labels are not looked at."""
+        assert teacher is not None
+        return self.loss_weight * soft_target_loss(student.logits, teacher.logits, self.temperature)
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class SoftTargets:
+    """Soft targets of a teacher (knowledge distillation), beside the labels or without them."""
+
+    needs_teacher: ClassVar[bool] = True
+    needs_steps: ClassVar[bool] = True
+
+    temperature: Annotated[float, Field(gt=0, description="T; larger is flatter: 1 to 20 are common")] = 4.0
+    loss_weight: Annotated[float, Field(ge=0, description="weight of the soft targets")] = 0.9
+    label_weight: Annotated[
+        float, Field(ge=0, description="factor on the labels' cross entropy; 0 needs no labels")
+    ] = 0.1
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        data: Iterable[Any] | None = None,  # noqa: ARG002
+        teacher: nn.Module | None = None,
+        steps: int = 0,  # noqa: ARG002
+        target: Target | None = None,  # noqa: ARG002
+    ) -> Attachment:
+        """Adds the loss; changes nothing in `model`.
+
+        Raises:
+            InputError: there is no teacher.
+        """
+        if teacher is None:
+            raise InputError("soft_targets needs a teacher; none was given. Pass teacher=..., or write one in the recipe.")
+        term = SoftTargetTerm(self.temperature, self.loss_weight)
+        return Attachment(model, [term] if self.loss_weight else [], self.label_weight)
