@@ -1,0 +1,6 @@
+"""Networks by name, and the files that hold their weights."""
+
+from tersor.zoo.models import build, names
+from tersor.zoo.weights import load_weights, normalization, save_weights
+
+__all__ = ["build", "load_weights", "names", "normalization", "save_weights"]
