@@ -47,7 +47,8 @@ def _from_function(path: str, options: dict[str, int]) -> nn.Module:
     model = call_with(path, import_function(path), **options)
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"'{path}' returned a {type(model).__name__}. Write a function that returns a torch.nn.Module."
+            f"'{path}' returned a value of type {type(model).__name__}. "
+            "Write a function that returns a torch.nn.Module."
         )
     return model
 
