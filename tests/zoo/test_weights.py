@@ -135,6 +135,8 @@ def write_files(folder: Path) -> dict[str, Path]:
     (folder / "text.safetensors").write_text("hello world, this is no file of tensors")
     (folder / "cut.pt").write_bytes((folder / "whole.pt").read_bytes()[:-300])
     (folder / "cut-legacy.pt").write_bytes((folder / "legacy.pt").read_bytes()[:-30])
+    legacy = (folder / "legacy.pt").read_bytes()
+    (folder / "half-legacy.pt").write_bytes(legacy[: len(legacy) // 2])
     save_file({"a": torch.ones(100)}, folder / "a.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-30])
     (folder / "pickle.safetensors").write_bytes((folder / "whole.pt").read_bytes())
@@ -164,6 +166,7 @@ def files(tmp_path_factory):
         ("text.safetensors", "no safetensors file"),
         ("cut.pt", "cut off"),
         ("cut-legacy.pt", "cut off"),
+        ("half-legacy.pt", "cut off"),
         ("cut.safetensors", "cut off"),
         ("pickle.safetensors", "no safetensors file"),
         ("folder.pt", "cannot be read"),
