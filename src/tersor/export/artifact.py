@@ -1,0 +1,166 @@
+"""The folder that a run leaves: written whole or not at all, and read only where nothing in it was damaged.
+
+`manifest.json` tells the version of tersor and, of every other file, its bytes and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError
+
+from tersor.core.errors import InputError
+
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+
+_BARE = (".onnx", ".xml")
+
+
+class _Entry(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    tersor: str
+    files: Annotated[dict[str, _Entry], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder whose files were verified, or a bare model file.
+
+    Attributes:
+        path: as it was given.
+        model: the file to serve.
+        files: the verified files by their names in the folder ("original.onnx", "numbers.json"); of a bare file
+            itself alone.
+    """
+
+    path: Path
+    model: Path
+    files: Mapping[str, Path]
+
+
+def require_free(out: Path | str) -> None:
+    """Nothing lies at `out` yet, and a folder can be made there. Ask before the work begins.
+
+    Raises:
+        InputError: it exists, or its place cannot be written to.
+    """
+    out = Path(out)
+    if os.path.lexists(out):
+        raise InputError(f"{out} exists already, and is not written over. Name another folder, or remove it.")
+    ground = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if not ground.is_dir():
+        raise InputError(f"{out} cannot be made: {ground} is not a folder.")
+    if not os.access(ground, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be made: {ground} may not be written to.")
+
+
+def write_folder(out: Path | str, fill: Callable[[Path], None]) -> Path:
+    """Makes the folder `out` with what `fill` writes and a manifest; if anything fails, nothing is left.
+
+    Args:
+        out: must not exist; folders above it are made.
+        fill: is given an empty folder beside `out`, which becomes `out` by one rename when all is there.
+
+    Raises:
+        InputError: `out` is not free, before `fill` is called or after.
+    """
+    out = Path(out)
+    require_free(out)
+    above = [parent for parent in out.absolute().parents if not parent.exists()]
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        _write_manifest(partial)
+        require_free(out)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in above:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
+    return out
+
+
+def read_artifact(path: Path | str) -> Artifact:
+    """Finds the model in a folder that `write_folder` wrote, every file of it verified, or takes a bare model file.
+
+    Raises:
+        InputError: `path` is neither, or files are missing or damaged; says which.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix not in _BARE:
+            raise InputError(f"{path} is not a model: give an artifact's folder, or a file {' or '.join(_BARE)}.")
+        return Artifact(path, path, {path.name: path})
+    if not path.is_dir():
+        raise InputError(f"there is no file or folder {path}.")
+    manifest = _read_manifest(path)
+    files = {name: path / name for name in manifest.files}
+    wrong = {name: _damage(file, manifest.files[name]) for name, file in files.items()}
+    found = ", ".join(f"{name} {damage}" for name, damage in wrong.items() if damage)
+    if found:
+        raise InputError(f"{path} is damaged: {found}. Copy it anew, or run its recipe.yaml again.")
+    if MODEL not in files:
+        raise InputError(f"{path} holds no {MODEL}, only {', '.join(files)}.")
+    return Artifact(path, files[MODEL], files)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    assert files, "`fill` wrote something"
+    assert folder / MANIFEST not in files, "the manifest is written here"
+    entries: dict[str, _Entry] = {}
+    for file in files:
+        with file.open("r+b") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            os.fsync(opened.fileno())  # or a power cut leaves the rename without the contents
+        entries[file.relative_to(folder).as_posix()] = _Entry(bytes=file.stat().st_size, sha256=digest)
+    manifest = _Manifest(tersor=importlib.metadata.version("tersor"), files=entries)
+    with (folder / MANIFEST).open("w", encoding="utf-8") as opened:
+        json.dump(manifest.model_dump(), opened, indent=2)
+        opened.write("\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise InputError(f"{folder} is not an artifact: it holds no {MANIFEST}. Give the folder that a run wrote.")
+    try:
+        manifest = _Manifest.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{file} is damaged: {error.errors()[0]['msg']}.") from error
+    for name in manifest.files:
+        named = PurePosixPath(name)
+        if named.is_absolute() or ".." in named.parts:
+            raise InputError(f"{file} is damaged: it names {name!r}, which lies outside of the folder.")
+    return manifest
+
+
+def _damage(file: Path, entry: _Entry) -> str:
+    """What is wrong with the file, or nothing."""
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    if size != entry.bytes:
+        return f"has {size} bytes instead of {entry.bytes}"
+    with file.open("rb") as opened:
+        same = hashlib.file_digest(opened, "sha256").hexdigest() == entry.sha256
+    return "" if same else "was changed"

@@ -1,0 +1,239 @@
+"""A file opened in the runtime that will serve it: ONNX Runtime or OpenVINO, on the CPU. Needs numpy, never torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, get_args
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from tersor.core.errors import InputError, unknown
+from tersor.core.target import Runtime, cpu_kind
+
+Array: TypeAlias = NDArray[Any]
+
+RUNTIMES: tuple[str, ...] = get_args(Runtime)
+
+_INSTALL = {"onnxruntime": "pip install onnxruntime", "openvino": "pip install 'tersor[openvino]'"}
+_SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".onnx", ".xml")}
+_ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+_OPENVINO_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+_OPENVINO_PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+_INSTRUCTION_SETS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A network that is ready to answer.
+
+    Attributes:
+        runtime: "onnxruntime" or "openvino".
+        precision: what layers that the file does not quantize really run in, as the runtime says: "float32",
+            "bfloat16" or "float16". It may be another than was asked for.
+        threads: how many work on one batch.
+        input_dtype: what `run` takes.
+        input_shape: (N, C, H, W); None where any size goes.
+        infer: the runtime's own call, without a check.
+    """
+
+    runtime: str
+    precision: str
+    threads: int
+    input_dtype: np.dtype[Any]
+    input_shape: tuple[int | None, ...]
+    infer: Callable[[Array], Array]
+
+    def run(self, array: Array) -> Array:
+        """Logits (N, classes) of images (N, C, H, W).
+
+        Raises:
+            InputError: `array` has another type or shape than the network takes.
+        """
+        fits = len(array.shape) == len(self.input_shape) and all(
+            wanted in {None, size} for wanted, size in zip(self.input_shape, array.shape, strict=True)
+        )
+        if array.dtype != self.input_dtype or not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in self.input_shape)
+            raise InputError(
+                f"the network takes {self.input_dtype} of shape ({wanted}); it was given {array.dtype} of shape "
+                f"{array.shape}."
+            )
+        return self.infer(array)
+
+
+def open_session(
+    path: Path | str, runtime: str, *, precision: str | None = None, threads: int | None = None
+) -> Session:
+    """Opens a model file, optimised as far as the runtime can, for one stream of requests.
+
+    Args:
+        path: an `.onnx` file, or OpenVINO's `.xml` with its `.bin` beside.
+        runtime: one of `RUNTIMES`.
+        precision: "float32" or "bfloat16" for what the file does not quantize; None is the runtime's own choice:
+            OpenVINO takes bfloat16 where the CPU has units for it, and ONNX Runtime runs what the file says. Where
+            the CPU has none OpenVINO runs float32 instead: read `Session.precision`.
+        threads: threads that work on one batch; `default_threads()` by default.
+
+    Raises:
+        InputError: the runtime is unknown or not installed, or cannot run the file, or the file is not an image
+            network: one input, of a type that images have.
+    """
+    path = Path(path)
+    module = load_runtime(runtime)
+    if precision is not None and precision not in _OPENVINO_HINTS:
+        raise unknown("precision", precision, _OPENVINO_HINTS)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1; {threads} was given.")
+    if not path.is_file():
+        raise InputError(f"there is no file {path}." if not path.exists() else f"{path} is not a file.")
+    if path.suffix not in _SUFFIXES[runtime]:
+        raise InputError(f"{runtime} reads {' or '.join(_SUFFIXES[runtime])} files; {path} was given.")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty.")
+    opener = _open_onnxruntime if runtime == "onnxruntime" else _open_openvino
+    return opener(module, path, precision, threads or default_threads())
+
+
+def load_runtime(runtime: str) -> Any:
+    """The runtime's module, ready to read files: OpenVINO's CPU plugin is loaded as well.
+
+    Raises:
+        InputError: it is unknown, or cannot be imported; says how to install it.
+    """
+    if runtime not in RUNTIMES:
+        raise unknown("runtime", runtime, RUNTIMES)
+    try:
+        module = importlib.import_module(runtime)
+    except ImportError as error:
+        raise InputError(f"{runtime} cannot be used here ({error}). Write: {_INSTALL[runtime]}") from error
+    if runtime == "openvino":
+        module.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return module
+
+
+def _open_onnxruntime(ort: Any, path: Path, precision: str | None, threads: int) -> Session:
+    if precision == "bfloat16":
+        raise InputError("onnxruntime runs a file as it was written; only openvino has a bfloat16 of its own.")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4  # what is wrong with a file comes as an exception, and is told once
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # see bench.py
+    failures = ort.capi.onnxruntime_pybind11_state
+    refusals = (
+        *(failures.Fail, failures.InvalidArgument, failures.InvalidGraph, failures.InvalidProtobuf),
+        *(failures.NoModel, failures.NoSuchFile, failures.NotImplemented, failures.RuntimeException),
+    )
+    try:
+        model = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except refusals as error:
+        raise _unreadable(path, "onnxruntime", error) from error
+    inputs = model.get_inputs()
+    _require_one_input(path, len(inputs), len(model.get_outputs()))
+    given = inputs[0]
+    if given.type not in _ONNX_TYPES:
+        raise InputError(f"{path} takes {given.type}; images are {', '.join(_ONNX_TYPES)}.")
+    shape = tuple(size if isinstance(size, int) else None for size in given.shape)
+    outputs = [model.get_outputs()[0].name]
+    infer: Callable[[Array], Array] = lambda array: model.run(outputs, {given.name: array})[0]  # noqa: E731
+    return Session("onnxruntime", "float32", threads, np.dtype(_ONNX_TYPES[given.type]), shape, infer)
+
+
+def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> Session:
+    frontend = importlib.import_module("openvino.frontend")
+    config: dict[str, Any] = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+    }
+    if precision is not None:
+        config["INFERENCE_PRECISION_HINT"] = _OPENVINO_HINTS[precision]
+    refusals = (
+        *(RuntimeError, frontend.GeneralFailure, frontend.InitializationFailure, frontend.NotImplementedFailure),
+        *(frontend.OpConversionFailure, frontend.OpValidationFailure),
+    )
+    try:
+        # Core.read_model would try every format on a damaged file, each printing its own errors.
+        reader = frontend.FrontEndManager().load_by_framework("ir" if path.suffix == ".xml" else "onnx")
+        network = reader.convert(reader.load(str(path)))
+        _require_one_input(path, len(network.inputs), len(network.outputs))
+        model = ov.Core().compile_model(network, "CPU", config)
+    except refusals as error:
+        raise _unreadable(path, "openvino", error) from error
+    given = network.inputs[0]
+    shape = tuple(size.get_length() if size.is_static else None for size in given.get_partial_shape())
+    executed: str = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    request = model.create_infer_request()
+    infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[0]  # noqa: E731
+    dtype = np.dtype(given.get_element_type().to_dtype())
+    return Session("openvino", _OPENVINO_PRECISIONS.get(executed, executed), threads, dtype, shape, infer)
+
+
+def _require_one_input(path: Path, inputs: int, outputs: int) -> None:
+    if not inputs or not outputs:
+        raise InputError(f"{path} is not a network: it has {inputs} inputs and {outputs} outputs.")
+    if inputs > 1:
+        raise InputError(f"{path} has {inputs} inputs; only networks with one, the images, can be run.")
+
+
+def _unreadable(path: Path, runtime: str, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [repr(error)])[-1]
+    return InputError(f"{runtime} cannot read {path} as a network: {reason.rpartition('failed:')[2].strip()}")
+
+
+def default_threads() -> int:
+    """The physical cores that this process may use, or fewer where OMP_NUM_THREADS says so."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(usable, psutil.cpu_count(logical=False) or usable)
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement depends on: processor, cores, instruction sets, versions. Names neither host nor user."""
+    name, flags = _processor()
+    return {
+        "cpu": name,
+        "cpu_kind": cpu_kind(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "threads": default_threads(),
+        "instruction_sets": [wanted for wanted in _INSTRUCTION_SETS if wanted in flags],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in (*RUNTIMES, "torch")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> tuple[str, frozenset[str]]:
+    """Name and instruction sets."""
+    facts = Path("/proc/cpuinfo")
+    if facts.exists():
+        pairs = [line.partition(":") for line in facts.read_text().splitlines()]
+        told = {key.strip(): value.strip() for key, _, value in pairs}
+        flags = told.get("flags", told.get("Features", ""))
+        return told.get("model name", platform.machine()), frozenset(flags.split())
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        return answer.stdout.strip() or platform.machine(), frozenset()
+    return platform.processor() or platform.machine(), frozenset()

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from tersor.core.errors import InputError
+from tersor.export.runtime import RUNTIMES, default_threads, machine, open_session
+
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+runtimes = pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
+
+
+@runtimes
+def test_a_session_answers_with_the_networks_logits(tiny, runtime):
+    session = open_session(tiny.path, runtime, precision="float32", threads=2)
+
+    np.testing.assert_allclose(session.run(tiny.images), tiny.logits, rtol=1e-4, atol=1e-5)
+    assert (session.runtime, session.precision, session.threads) == (runtime, "float32", 2)
+    assert session.input_dtype == np.float32
+    assert session.input_shape == (None, 3, 8, 8)
+
+
+@runtimes
+def test_logits_are_not_overwritten_by_the_next_run(tiny, runtime):
+    session = open_session(tiny.path, runtime)
+    first = session.run(tiny.images)
+    before = first.copy()
+    session.run(-tiny.images)
+    np.testing.assert_array_equal(first, before)
+
+
+@runtimes
+def test_images_that_are_not_contiguous_are_read_right(tiny, runtime):
+    session = open_session(tiny.path, runtime, precision="float32")
+    flipped = tiny.images[:, :, ::-1, ::-1]  # the tiny network sees no places, so its logits stay
+    np.testing.assert_allclose(session.run(flipped), tiny.logits, rtol=1e-4, atol=1e-5)
+
+
+@needs_openvino
+def test_an_openvino_file_is_read_with_its_weights(tiny):
+    openvino = pytest.importorskip("openvino")
+    xml = tiny.path.with_suffix(".xml")
+    openvino.save_model(openvino.convert_model(tiny.path), xml, compress_to_fp16=False)
+    session = open_session(xml, "openvino", precision="float32")
+    np.testing.assert_allclose(session.run(tiny.images), tiny.logits, rtol=1e-4, atol=1e-5)
+
+    xml.with_suffix(".bin").unlink()
+    with pytest.raises(InputError, match=r"cannot read .*tiny\.xml.*bin file"):
+        open_session(xml, "openvino")
+
+
+@needs_openvino
+def test_the_precision_is_the_executed_one(tiny):
+    openvino = pytest.importorskip("openvino")
+    has_units = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    session = open_session(tiny.path, "openvino", precision="bfloat16")
+    assert session.precision == ("bfloat16" if has_units else "float32")
+
+
+def test_onnxruntime_has_no_bfloat16_of_its_own(tiny):
+    with pytest.raises(InputError, match="only openvino"):
+        open_session(tiny.path, "onnxruntime", precision="bfloat16")
+
+
+@runtimes
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [(b"", "is empty"), (b"not a network" * 50, "cannot read"), (b"\x08\x0a", "network")],
+    ids=["empty", "text", "no graph"],
+)
+def test_what_is_no_network_is_refused(tmp_path, capfd, runtime, contents, message):
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(contents)
+    with pytest.raises(InputError, match=message) as refusal:
+        open_session(path, runtime)
+    assert "broken.onnx" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    printed = capfd.readouterr()
+    assert not printed.out + printed.err, "one message, not the runtime's own beside it"
+
+
+@runtimes
+def test_half_a_file_is_refused(tiny, runtime):
+    whole = tiny.path.read_bytes()
+    tiny.path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cannot read"):
+        open_session(tiny.path, runtime)
+
+
+@runtimes
+def test_an_operator_that_does_not_exist_is_refused(tmp_path, runtime):
+    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3, 8, 8])  # noqa: E731
+    graph = helper.make_graph([helper.make_node("Wish", ["x"], ["y"])], "g", [value("x")], [value("y")])
+    path = tmp_path / "wish.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    with pytest.raises(InputError, match="cannot read"):
+        open_session(path, runtime)
+
+
+def test_two_inputs_are_refused(tmp_path):
+    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4])  # noqa: E731
+    graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["c"])], "g", [value("a"), value("b")], [value("c")])
+    path = tmp_path / "two.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    with pytest.raises(InputError, match="has 2 inputs"):
+        open_session(path, "onnxruntime")
+
+
+def test_paths_that_lead_nowhere_are_refused(tiny):
+    with pytest.raises(InputError, match=r"there is no file .*absent\.onnx"):
+        open_session(tiny.path.with_name("absent.onnx"), "onnxruntime")
+    with pytest.raises(InputError, match="is not a file"):
+        open_session(tiny.path.parent, "onnxruntime")
+    text = tiny.path.with_name("numbers.json")
+    text.write_text("{}")
+    with pytest.raises(InputError, match=r"onnxruntime reads \.onnx files"):
+        open_session(text, "onnxruntime")
+
+
+def test_names_that_nobody_knows_are_refused(tiny):
+    with pytest.raises(InputError, match="Did you mean 'onnxruntime'"):
+        open_session(tiny.path, "onnx-runtime")
+    with pytest.raises(InputError, match="unknown precision 'int8'"):
+        open_session(tiny.path, "onnxruntime", precision="int8")
+    with pytest.raises(InputError, match="at least 1; 0"):
+        open_session(tiny.path, "onnxruntime", threads=0)
+
+
+def test_a_runtime_that_is_not_installed_says_how_to_install_it(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(InputError, match=r"pip install 'tersor\[openvino\]'"):
+        open_session(tiny.path, "openvino")
+
+
+@runtimes
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros((2, 3, 8, 8)), np.zeros((2, 3, 9, 8), np.float32), np.zeros((3, 8, 8), np.float32)],
+    ids=["float64", "size", "no batch"],
+)
+def test_images_that_do_not_fit_are_refused(tiny, runtime, images):
+    with pytest.raises(InputError, match=r"takes float32 of shape \(any, 3, 8, 8\)"):
+        open_session(tiny.path, runtime).run(images)
+
+
+@pytest.mark.parametrize("asked", ["1", "1,4"])
+def test_openmp_limits_the_threads(monkeypatch, asked):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert default_threads() == 1
+
+
+@pytest.mark.parametrize("asked", ["", "0", "many", "100000"])
+def test_openmp_never_gives_more_threads_than_cores(monkeypatch, asked):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = default_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert default_threads() == cores >= 1
+
+
+def test_machine_tells_what_a_timing_depends_on_and_names_nobody():
+    told = machine()
+    assert told["cpu"]
+    assert told["cores"] >= told["threads"] >= 1
+    assert set(told["versions"]) == {*RUNTIMES, "torch"}
+    text = json.dumps(told)
+    assert platform.node() not in text or len(platform.node()) < 3  # a host named "vm" is in any text
+    assert str(Path.home()) not in text
+
+
+def test_serving_needs_no_torch():
+    code = (
+        "import sys, tersor.export.artifact, tersor.export.bench, tersor.export.footprint;"
+        "sys.exit('torch' in sys.modules or 'onnx' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
