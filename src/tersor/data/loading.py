@@ -1,0 +1,201 @@
+"""From what a recipe says about data to sets of images, ready to be made into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tersor.core.errors import InputError
+from tersor.data.cutting import generator, stratified
+from tersor.data.folder import from_folder
+from tersor.data.images import CHUNK, Images, View, bytes_in_memory, in_memory
+from tersor.data.named import from_name
+from tersor.data.splits import Channels, Splits
+
+MEMORY = 2 * 2**30
+"""Bytes of pixels up to which a data set is decoded once and held in memory."""
+
+STATISTICS_OF = 10_000
+"""Training images that mean and standard deviation are computed from, at most."""
+
+_VALIDATION, _LIMIT, _STATISTICS = 0, 1, 2  # streams of random numbers
+
+
+def load(
+    *,
+    folder: str | Path | None = None,
+    name: str | None = None,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    validation: float = 0.1,
+    limit: int | None = None,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Splits:
+    """Training, validation and test images, in memory if they take at most 2 GiB there.
+
+    >>> digits = load(name="digits")
+    >>> len(digits.train), len(digits.validation), len(digits.test), digits.train.size
+    (1294, 144, 359, (8, 8))
+
+    Args:
+        folder: `folder/{train,test}/<class>/*.jpg` and the like (see `folder`); a folder that holds only `<class>/`
+            subfolders gets a test set of its own, a fifth of every class, the same one whatever the seed.
+        name: instead of a folder: "digits", a torchvision data set ("CIFAR10"), or "package.module:function", which
+            is called with `root` if it accepts that, and returns `Splits` or a pair (train, test) of torch Datasets
+            of (PIL image or uint8 tensor, class number).
+        root: where torchvision's files lie. Nothing is downloaded.
+        image_size: the shorter side is resized to this many pixels, then the centre is cropped; None for images
+            that have one size already.
+        validation: fraction of the training images that is set apart to choose by, in [0, 1), of every class in
+            proportion; a data set that brings validation images of its own keeps those.
+        limit: train on this many images only, of every class in proportion; drawn after the validation images.
+        seed: 0 or more; draws the validation and the limited images.
+        mean: of red, green and blue in [0, 1]; None computes it, and `std`, from the training images.
+        std: of red, green and blue in [0, 1].
+
+    Raises:
+        InputError: something cannot be found, read or cut as was asked.
+    """
+    _check(image_size, validation, limit, mean, std)
+    splits = _found(folder, name, root, image_size)
+    _check_found(splits, image_size)
+    splits = _limited(_with_validation(splits, validation, seed), limit, seed)
+    if sum(bytes_in_memory(images) for images in (splits.train, splits.validation, splits.test)) <= MEMORY:
+        splits = replace(
+            splits,
+            train=in_memory(splits.train),
+            validation=in_memory(splits.validation),
+            test=in_memory(splits.test),
+        )
+    if mean is not None and std is not None:
+        return replace(splits, mean=_channels(mean), std=_channels(std))
+    if splits.mean is not None and splits.std is not None:
+        return splits
+    mean, std = channel_statistics(splits.train, seed)
+    return replace(splits, mean=mean, std=std)
+
+
+def channel_statistics(images: Images, seed: int) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of red, green and blue in [0, 1], over at most 10,000 images drawn by `seed`.
+
+    They come from counts of the 256 values, so that no order of summation shows in them. A channel that never
+    varies gets standard deviation 1.
+    """
+    drawn = torch.randperm(len(images), generator=generator(seed, _STATISTICS))[:STATISTICS_OF].sort().values
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for index in drawn.split(CHUNK):
+        for channel, values in enumerate(images.take(index).unbind(1)):
+            counts[channel] += torch.bincount(values.flatten(), minlength=256)
+    share = counts.double() / counts.sum(1, keepdim=True)
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean = (share * value).sum(1)
+    std = (share * (value - mean[:, None]) ** 2).sum(1).sqrt()
+    std[std < 1e-6] = 1
+    return _channels(mean.tolist()), _channels(std.tolist())
+
+
+def _found(folder: str | Path | None, name: str | None, root: str | Path | None, image_size: int | None) -> Splits:
+    if (folder is None) == (name is None):
+        raise InputError(
+            f"data needs folder or name, {'and has neither' if folder is None else 'not both'}. Write folder: "
+            "path/to/images, or name: digits."
+        )
+    if folder is None:
+        assert name is not None
+        return from_name(name, None if root is None else Path(root).expanduser(), image_size)
+    if root is not None:
+        raise InputError("root goes with a name, not with a folder. Leave it out.")
+    return from_folder(Path(folder).expanduser(), image_size)
+
+
+def _with_validation(splits: Splits, share: float, seed: int) -> Splits:
+    if len(splits.validation) or not share:
+        return splits
+    labels = splits.train.labels
+    count = max(1, round(share * len(labels)))
+    most = len(labels) - int((torch.bincount(labels) > 0).sum())
+    if count > most:
+        raise InputError(
+            f"validation {share} would take {count} of {len(labels)} training images, and at most {most} can go: one "
+            "of every class stays. Add images, or write validation: 0."
+        )
+    held_out, rest = stratified(labels, count, generator(seed, _VALIDATION), leave=1)
+    return replace(splits, train=View(splits.train, rest), validation=View(splits.train, held_out))
+
+
+def _limited(splits: Splits, limit: int | None, seed: int) -> Splits:
+    if limit is None:
+        return splits
+    labels = splits.train.labels
+    classes = int((torch.bincount(labels) > 0).sum())
+    if not classes <= limit <= len(labels):
+        raise InputError(
+            f"limit {limit} is impossible: there are {len(labels)} training images (without those for validation) of "
+            f"{classes} classes. Write a number from {classes} to {len(labels)}, or leave it out."
+        )
+    kept, _ = stratified(labels, limit, generator(seed, _LIMIT), at_least=1)
+    return replace(splits, train=View(splits.train, kept))
+
+
+def _check(
+    image_size: int | None,
+    validation: float,
+    limit: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> None:
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size is {image_size}. Write a number of pixels of 1 or more.")
+    if not 0 <= validation < 1:
+        raise InputError(f"validation is {validation}. Write a fraction from 0 (none) to below 1, such as 0.1.")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}. Write a number of images of 1 or more, or leave it out.")
+    if (mean is None) != (std is None):
+        raise InputError("mean and std go together. Give both, or neither to have them computed.")
+    if mean is not None and not (len(mean) == 3 and all(0 <= value <= 1 for value in mean)):
+        raise InputError(f"mean is {list(mean)}. Write three numbers in [0, 1], for pixels that go from 0 to 1.")
+    if std is not None and not (len(std) == 3 and all(0 < value < float("inf") for value in std)):
+        raise InputError(f"std is {list(std)}. Write three numbers above 0, for pixels that go from 0 to 1.")
+
+
+def _check_found(splits: Splits, image_size: int | None) -> None:
+    sets = {"training": splits.train, "validation": splits.validation, "test": splits.test}
+    classes = len(splits.classes)
+    if classes < 2:
+        raise InputError(f"a single class ({''.join(splits.classes)}). Give images of at least two.")
+    if len(splits.train) < 2 or not len(splits.test):
+        raise InputError(
+            f"{len(splits.train)} training and {len(splits.test)} test images. Give at least two to train on, and one "
+            "to test."
+        )
+    for which, images in sets.items():
+        _check_labels(which, images.labels, classes)
+        if len(images) and images.size != splits.train.size:
+            raise InputError(
+                f"training images of {splits.train.size[1]}x{splits.train.size[0]} pixels, {which} images of "
+                f"{images.size[1]}x{images.size[0]}. Give image_size, the side of the square that all are made."
+            )
+    if image_size is not None and splits.train.size != (image_size, image_size):
+        raise InputError(
+            f"the function returned images of {splits.train.size[1]}x{splits.train.size[0]} pixels, and image_size is "
+            f"{image_size}. Resize them in the function and leave image_size out."
+        )
+
+
+def _check_labels(which: str, labels: Tensor, classes: int) -> None:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InputError(
+            f"{which} labels from {int(labels.min())} to {int(labels.max())} for {classes} classes. Number the classes "
+            f"from 0 to {classes - 1}."
+        )
+
+
+def _channels(values: Sequence[float]) -> Channels:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tersor.core.errors import InputError
+from tersor.data.decoding import SUFFIXES, read_file, rgb
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:200:20j, 0:200:30j], 90), axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".pgm"])
+def test_every_kind_of_file_is_read(suffix, tmp_path):
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(SMOOTH).save(path)
+    found = read_file(str(path), None)
+    assert found.shape == (20, 30, 3)
+    assert found.dtype == np.uint8
+    lossy = suffix in {".jpg", ".jpeg", ".webp", ".gif"}
+    assert np.abs(found.astype(int) - SMOOTH).mean() <= (10 if lossy else 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK"])
+def test_every_mode_becomes_rgb(mode):
+    image = Image.fromarray(PIXELS).convert(mode)
+    assert np.array_equal(rgb(image, None, "it"), np.asarray(image.convert("RGB")))
+
+
+def test_sixteen_bits_are_refused_and_not_clipped(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(path)
+    with pytest.raises(InputError, match=r"deep\.png' has more than 8 bits"):
+        read_file(str(path), None)
+
+
+@pytest.mark.parametrize("options", [(".jpg", {}), (".jpg", {"progressive": True}), (".png", {}), (".webp", {})])
+def test_a_file_cut_anywhere_is_named(options, tmp_path):
+    suffix, how = options
+    whole = tmp_path / f"whole{suffix}"
+    Image.fromarray(PIXELS).save(whole, **how)
+    content = whole.read_bytes()
+    path = tmp_path / f"cut{suffix}"
+    for length in range(0, len(content) - 100, 40):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match=rf"cut\{suffix}' (is not an image|cannot be decoded)"):
+            read_file(str(path), None)
+
+
+def test_broken_bytes_give_an_input_error_or_pixels(tmp_path):
+    random = np.random.default_rng(0)
+    path = tmp_path / "broken"
+    for suffix in (".jpg", ".png", ".bmp", ".gif", ".webp", ".ppm"):
+        whole = tmp_path / f"whole{suffix}"
+        Image.fromarray(PIXELS).save(whole)
+        content = np.frombuffer(whole.read_bytes(), np.uint8)
+        for _ in range(60):
+            broken = content.copy()
+            broken[random.integers(0, min(120, len(content)), 4)] = random.integers(0, 256, 4)
+            path.write_bytes(broken.tobytes())
+            try:
+                assert read_file(str(path), 8).shape == (8, 8, 3)
+            except InputError as error:
+                assert "broken" in str(error)  # noqa: PT017  (either is right, and which one is up to the bytes)
+
+
+def test_text_is_not_an_image(tmp_path):
+    path = tmp_path / "letter.jpg"
+    path.write_text("Dear reader")
+    with pytest.raises(InputError, match=r"letter\.jpg' is not an image"):
+        read_file(str(path), None)
+
+
+@pytest.mark.parametrize("size", [(30, 20), (20, 30), (10, 10), (11, 57), (5, 40)])
+def test_the_shorter_side_is_resized_and_the_centre_stays(size):
+    image = Image.new("RGB", size, (200, 100, 50))
+    image.putpixel((0, 0), (0, 0, 0))
+    found = rgb(image, 10, "it")
+    assert found.shape == (10, 10, 3)
+    width, height = size
+    if width > height + 4:  # the corner is cropped off
+        assert (found == (200, 100, 50)).all()
+    slow = Image.fromarray(SMOOTH).resize((15, 10), Image.Resampling.BILINEAR).crop((2, 0, 12, 10))
+    close = rgb(Image.fromarray(SMOOTH), 10, "it").astype(int) - np.asarray(slow)
+    assert np.abs(close).max() <= 8  # half a pixel of the centre
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    path = tmp_path / "large.jpg"
+    Image.fromarray(PIXELS).resize((900, 600), Image.Resampling.BICUBIC).save(path, quality=95)
+    with Image.open(path) as image:
+        whole = rgb(image, 32, "it").astype(int)
+    assert np.abs(read_file(str(path), 32) - whole).max() <= 3
+
+
+def test_tensors():
+    tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
+    assert np.array_equal(rgb(tensor, None, "it"), PIXELS)
+    assert np.array_equal(rgb(tensor[:1], None, "it"), PIXELS[:, :, :1].repeat(3, axis=2))
+    assert rgb(tensor, 7, "it").shape == (7, 7, 3)
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8), "a path", None])
+def test_other_things_are_refused(image):
+    with pytest.raises(InputError, match=r"image 3 .*Give a PIL image or a uint8 tensor"):
+        rgb(image, None, "image 3")
