@@ -12,7 +12,7 @@ from torch import nn
 from tersor.core.attachment import Attachment, Chain
 from tersor.core.target import Target
 
-PLAIN_VALUES = ConfigDict(extra="forbid", frozen=True)
+PLAIN_VALUES = ConfigDict(extra="forbid")
 """The pydantic configuration of every method: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
 
 

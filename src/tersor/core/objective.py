@@ -105,7 +105,7 @@ class Objective(nn.Module):
             )
         for term in self.terms:
             assert isinstance(term, LossTerm)
-            losses[term.name] = term(batch, student, teacher)
+            losses[term.name] = losses.get(term.name, 0) + term(batch, student, teacher)  # a method may come twice
         assert losses, "an objective without labels and without terms asks nothing"
         return losses
 

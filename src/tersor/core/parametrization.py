@@ -6,6 +6,7 @@ Parameter object is the same as before. An activation is shown through a module 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import cast
 
@@ -81,3 +82,26 @@ def weight_quantizer(module: nn.Module) -> FakeQuantize | None:
         if isinstance(parametrization, FakeQuantize) and parametrization.ready:
             return parametrization
     return None
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """A plain copy of `model` whose weights are what the parametrizations showed; `model` stays as it is.
+
+    A parametrized module under `deepcopy` shares its class with the original, so that removing the copy's
+    parametrizations breaks the original. Hence the plain modules are built first and put in their place.
+    """
+    plain = {id(module): _plain(module) for module in model.modules() if parametrize.is_parametrized(module)}
+    return copy.deepcopy(model, cast("dict[int, object]", plain))
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    shown = list(cast("nn.ModuleDict", module.parametrizations))
+    unparametrized = cast("type[nn.Module]", type(module).__mro__[1])
+    result = unparametrized.__new__(unparametrized)
+    rest = {name: value for name, value in module.__dict__.items() if name != "_modules"}
+    result.__dict__.update(copy.deepcopy(rest))
+    result.__dict__["_modules"] = {}
+    for name in shown:
+        tensor = cast("Tensor", getattr(module, name)).detach().clone()
+        result.register_parameter(name, nn.Parameter(tensor))
+    return result

@@ -68,10 +68,10 @@ class SoftTargets:
         self,
         model: nn.Module,
         *,
-        data: Iterable[Any] | None = None,  # noqa: ARG002
+        data: Iterable[Any] | None = None,
         teacher: nn.Module | None = None,
-        steps: int = 0,  # noqa: ARG002
-        target: Target | None = None,  # noqa: ARG002
+        steps: int = 0,
+        target: Target | None = None,
     ) -> Attachment:
         """Adds the loss; changes nothing in `model`.
 
@@ -79,6 +79,8 @@ class SoftTargets:
             InputError: there is no teacher.
         """
         if teacher is None:
-            raise InputError("soft_targets needs a teacher; none was given. Pass teacher=..., or write one in the recipe.")
+            raise InputError(
+                "soft_targets needs a teacher; none was given. Pass teacher=..., or write one in the recipe."
+            )
         term = SoftTargetTerm(self.temperature, self.loss_weight)
         return Attachment(model, [term] if self.loss_weight else [], self.label_weight)

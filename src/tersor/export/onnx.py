@@ -1,0 +1,161 @@
+"""A network with parametrizations -> one ONNX file with Q/DQ, whose weights lie on disk as integers.
+
+The fake quantizers of training do not export with a dynamic batch, and leave weights as float32 behind a
+QuantizeLinear. So the graph is rebuilt first: every activation quantizer becomes QuantizeLinear + DequantizeLinear,
+every quantized layer an int8 buffer behind a DequantizeLinear with an int32 bias on the grid of its products (what a
+runtime needs to stay in integers), with its BatchNorm folded into scale and bias. Then `torch.onnx.export` only
+converts, and what it writes about this machine (stack traces with paths) is taken out again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from tersor.core.errors import InputError
+from tersor.core.parametrization import strip
+from tersor.export.deployed import deployed
+
+OPSET = 21
+_FIRST_IR_VERSION_OF_OPSET_21 = 10
+
+
+class Pixels(nn.Module):
+    """Takes raw uint8 pixels (N, 3, H, W) and shows the network what it was trained on: (pixel / 255 - mean) / std."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        deviation = torch.tensor(std).reshape(1, -1, 1, 1)
+        self.register_buffer("factor", 1 / (255 * deviation))
+        self.register_buffer("offset", torch.tensor(mean).reshape(1, -1, 1, 1) / deviation)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) uint8 -> logits (N, classes)."""
+        return self.network(pixels.float() * self.factor - self.offset)
+
+
+def export(
+    model: nn.Module,
+    example: Tensor,
+    path: Path | str,
+    *,
+    classes: Sequence[str] = (),
+    pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Path:
+    """Writes `model` to `path` as one ONNX file with a dynamic batch, whole or not at all.
+
+    Args:
+        model: any network; one that `ptq` or `qat` quantized becomes an integer network.
+        example: images (N, C, H, W) float32 of the size to export for, normalised as for `model`.
+        path: file to write, `*.onnx`; an existing one is replaced.
+        classes: names of the classes, kept in the file's metadata as JSON under `classes`.
+        pixels: mean and standard deviation; the file then takes uint8 pixels (N, 3, H, W) and normalises them itself.
+
+    Raises:
+        InputError: the network cannot be converted, or `path` is not a file that can be written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
+    network = deployed(model) if isinstance(model, fx.GraphModule) else strip(model)
+    network = network.cpu().eval()
+    inputs = example[:1].cpu().float()
+    if pixels is not None:
+        network = Pixels(network, *pixels).eval()
+        inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
+    proto = _convert(network, inputs.expand(2, *inputs.shape[1:]).contiguous())
+    _tidy(proto)
+    if classes:
+        proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
+    onnx.checker.check_model(proto, full_check=True)
+    _write(proto, path)
+    return path
+
+
+def _convert(network: nn.Module, inputs: Tensor) -> onnx.ModelProto:
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter warns of its own internals; the file is checked below
+            program = torch.onnx.export(
+                network,
+                (inputs,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: batch},),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()
+        raise InputError(f"the network cannot be converted to ONNX: {reason[0] if reason else error!r}") from error
+    assert program is not None
+    return program.model_proto
+
+
+def _tidy(proto: onnx.ModelProto) -> None:
+    """Leaves only what a runtime reads, under short names: no stack traces, no paths, no shapes it can infer.
+
+    Convolutions and matrix products keep the path of their module as the node's name: profiles then name layers.
+    """
+    graph = proto.graph
+    proto.producer_name, proto.producer_version, proto.doc_string = "tersor", "", ""
+    proto.ir_version = max(_FIRST_IR_VERSION_OF_OPSET_21, min(proto.ir_version, _FIRST_IR_VERSION_OF_OPSET_21))
+    del proto.metadata_props[:]
+    del proto.functions[:]
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    graph.name, graph.doc_string = "tersor", ""
+    short = {name: name for name in [value.name for value in [*graph.input, *graph.output]]}
+
+    def rename(name: str) -> str:
+        return short.setdefault(name, f"v{len(short)}") if name else name
+
+    for value in [*graph.input, *graph.output]:
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for initializer in graph.initializer:
+        initializer.name, initializer.doc_string = rename(initializer.name), ""
+        del initializer.metadata_props[:]
+    for node in graph.node:
+        node.name = _module_path(node) if node.op_type in {"Conv", "Gemm", "MatMul"} else ""
+        node.doc_string = ""
+        del node.metadata_props[:]
+        node.input[:] = [rename(name) for name in node.input]
+        node.output[:] = [rename(name) for name in node.output]
+
+
+def _module_path(node: onnx.NodeProto) -> str:
+    """The path of the module that gave the node, without the wrapper of the pixels."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            scopes = cast("list[str]", json.loads(entry.value.replace("'", '"')))
+            paths = [scope for scope in scopes if scope]
+            return paths[-2].removeprefix("network.") if len(paths) > 1 else ""
+    return ""
+
+
+def _write(proto: onnx.ModelProto, path: Path) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(proto.SerializeToString())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

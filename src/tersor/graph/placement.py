@@ -1,0 +1,180 @@
+"""Where activations are quantized, for the runtime that will execute the graph.
+
+A runtime computes an operator in integers only if it finds quantized values where its fusion looks for them:
+
+* ONNX Runtime fuses a convolution only when its *output* is quantized too, so the end of every integer operator
+  (convolution + BatchNorm + activation; addition + activation; pooling) gets a quantizer.
+* OpenVINO fuses a residual addition into the convolution before it, and keeps that sum in float until it is
+  rounded once; a quantizer between the two breaks the fusion.
+
+Operators that only move values (reshape, slicing, zero padding, max pooling) hand the same grid on: rounding twice to
+one grid changes nothing, and the runtime sees an integer operator.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from tersor.core.affine import Grid
+from tersor.core.parametrization import FakeQuantize
+from tersor.core.selection import Layer
+from tersor.core.target import Runtime
+from tersor.graph.capture import layer_of, sole_user
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+_ACTIVATION_FUNCTIONS = {F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, "relu", "relu_"}
+_NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
+_JOINS = {
+    operator.add,
+    operator.iadd,
+    torch.add,
+    "add",
+    "add_",
+    torch.cat,
+    torch.concat,
+    operator.mul,
+    torch.mul,
+}
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_AVERAGES = {F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean"}
+_AVERAGE_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
+_MOVERS: set[Callable[..., Any] | str] = {
+    *(
+        torch.flatten,
+        torch.reshape,
+        torch.permute,
+        torch.transpose,
+        torch.squeeze,
+        torch.unsqueeze,
+        torch.chunk,
+    ),
+    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "chunk"),
+    *(F.pad, F.max_pool2d, F.dropout, operator.getitem),
+}
+_MOVER_MODULES = (nn.Flatten, nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.ZeroPad2d)
+
+
+def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Runtime) -> list[str]:
+    """Inserts activation quantizers, not ready yet, so that `layers` compute in integers on `runtime`.
+
+    Args:
+        graph: a captured network; it is changed.
+        layers: names of the convolutions and fully connected layers to compute in integers.
+        grid: the grid of the activations.
+        runtime: what will execute the graph.
+
+    Returns:
+        The names of the inserted modules, in the order of the graph.
+    """
+    values = _values_to_quantize(graph, set(layers), runtime)
+    names: list[str] = []
+    graph.add_submodule("quantizers", nn.Module())
+    for value, source in values.items():
+        name = f"quantizers.{source.name}"
+        if value is source:
+            graph.add_submodule(name, FakeQuantize(grid))
+            names.append(name)
+        readers = [user for user in value.users if user.op != "output"]
+        with graph.graph.inserting_after(value):
+            shown = graph.graph.call_module(name, (value,))
+        for reader in readers:
+            reader.replace_input_with(value, shown)
+    graph.recompile()
+    return names
+
+
+def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtime) -> dict[fx.Node, fx.Node]:
+    """Value -> the value whose grid it shares (itself, or what a mover moved), in the order of the graph."""
+    quantized: dict[fx.Node, fx.Node] = {}
+    integer: list[fx.Node] = []
+    for node in graph.graph.nodes:
+        if _is_layer(node, layers) or (_joins(node) and all(source_of(value) in quantized for value in _tensors(node))):
+            integer.append(node)
+            for value in _tensors(node):
+                quantized.setdefault(source_of(value), source_of(value))
+            end = fused_end(node)
+            if any(user.op != "output" for user in end.users):
+                quantized[end] = end
+    if runtime == "openvino":
+        for node in integer:
+            if _is_addition(node):
+                _let_the_sum_fuse(node, quantized)
+    for node in graph.graph.nodes:
+        if _moves(node) and source_of(node) in quantized and _read_in_integers(node, integer):
+            quantized[node] = source_of(node)
+    return {node: quantized[node] for node in graph.graph.nodes if node in quantized}
+
+
+def _let_the_sum_fuse(addition: fx.Node, quantized: dict[fx.Node, fx.Node]) -> None:
+    """Leaves one convolution's result that only `addition` reads in float: the runtime adds within the convolution."""
+    for value in _tensors(addition):
+        if sole_user(value) is addition and isinstance(layer_of(_before_norm(value)), Layer):
+            quantized.pop(value, None)
+            return
+
+
+def _before_norm(node: fx.Node) -> fx.Node:
+    return node.all_input_nodes[0] if isinstance(layer_of(node), _NORMS) else node
+
+
+def fused_end(node: fx.Node) -> fx.Node:
+    """The last node of what a runtime fuses into the operator `node`: its BatchNorm, its activation."""
+    user = sole_user(node)
+    if isinstance(layer_of(node), Layer) and user is not None and isinstance(layer_of(user), _NORMS):
+        node, user = user, sole_user(user)
+    if user is not None and _is_activation(user):
+        return user
+    return node
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The node whose values `node` only moves: itself where it computes."""
+    while _moves(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _called(node: fx.Node) -> Any:
+    return node.target if node.op in {"call_function", "call_method"} else None
+
+
+def _is_layer(node: fx.Node, layers: set[str]) -> bool:
+    return node.op == "call_module" and node.target in layers
+
+
+def _is_activation(node: fx.Node) -> bool:
+    return _called(node) in _ACTIVATION_FUNCTIONS or isinstance(layer_of(node), _ACTIVATIONS)
+
+
+def _is_addition(node: fx.Node) -> bool:
+    return _called(node) in _ADDITIONS
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensors that `node` computes with."""
+    return list(node.all_input_nodes)
+
+
+def _joins(node: fx.Node) -> bool:
+    """Whether `node` is an addition, product, concatenation or average of tensors, which runtimes have in integers."""
+    if _called(node) in _AVERAGES or isinstance(layer_of(node), _AVERAGE_MODULES):
+        return True
+    return _called(node) in _JOINS and (len(node.all_input_nodes) > 1 or _called(node) in {torch.cat, torch.concat})
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether `node` gives the values of its one input in another place or shape."""
+    if len(node.all_input_nodes) != 1:
+        return False
+    return _called(node) in _MOVERS or isinstance(layer_of(node), _MOVER_MODULES)
+
+
+def _read_in_integers(node: fx.Node, integer: list[fx.Node]) -> bool:
+    """Whether an integer operator reads `node`, directly or through other movers."""
+    return any(user in integer or (_moves(user) and _read_in_integers(user, integer)) for user in node.users)
