@@ -1,0 +1,98 @@
+"""The registry: this folder. `soft_targets` is `soft_targets.py`, and only the file that is named is imported."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, cast
+
+from pydantic.dataclasses import is_pydantic_dataclass
+
+from tersor.core.errors import InputError, unknown
+
+if TYPE_CHECKING:  # it imports torch, and the list of names should not wait for that
+    from tersor.core.method import Method
+
+_ALSO_CALLED = {
+    "soft_targets": ("kd", "kl", "hinton", "distillation", "knowledge_distillation", "distil", "distill"),
+    "attention_transfer": ("at", "attention"),
+    "factor_transfer": ("ft",),
+    "fitnet": ("fitnets", "hint", "hints"),
+    "similarity_preserving": ("sp",),
+    "dkd": ("decoupled_kd", "decoupled"),
+    "crd": ("contrastive", "contrastive_distillation"),
+    "ptq": ("quantize", "quantization", "quantise", "post_training", "post_training_quantization", "static", "int8"),
+    "qat": ("fakequant", "fake_quant", "fake_quantize", "quantization_aware_training"),
+    "lsq": ("learned_step_size",),
+    "weight_pruning": ("prune", "pruning", "magnitude", "unstructured", "sparsify"),
+    "channel_pruning": ("filter_pruning", "structured", "structured_pruning", "slimming"),
+}
+"""File -> the names people say for it. They are met with a hint: one method has one name in a recipe."""
+
+
+def names() -> tuple[str, ...]:
+    """The methods there are: the files of this folder, by name."""
+    return tuple(sorted(file.name for file in pkgutil.iter_modules(__path__) if not file.name.startswith("_")))
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method.
+
+    Args:
+        name: a file of this folder, such as `soft_targets`, or a class of your own as `package.module:Class`.
+
+    Raises:
+        InputError: there is no such method, or the class is none.
+        ImportError: the file lacks something that it imports.
+    """
+    if ":" in name:
+        return _of_the_user(name)
+    if name not in names():
+        raise _unknown(name)
+    module = importlib.import_module(f"{__name__}.{name}")
+    found = [value for value in vars(module).values() if _is_method(value) and value.__module__ == module.__name__]
+    assert len(found) == 1, f"{name}.py holds {len(found)} methods, not one: {found}"
+    return found[0]
+
+
+def name_of(method: Method) -> str:
+    """How a recipe calls a method: the inverse of `get`."""
+    cls = type(method)
+    folder, _, file = cls.__module__.rpartition(".")
+    return file if folder == __name__ else f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _is_method(value: object) -> bool:
+    return isinstance(value, type) and is_pydantic_dataclass(value) and hasattr(value, "attach")
+
+
+def _of_the_user(name: str) -> type[Method]:
+    path, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*path.split("."), attribute)):
+        raise InputError(f"method '{name}' is no name. Write package.module:Class, or one of {', '.join(names())}.")
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise  # the module is there and lacks something of its own: that is the error to show
+        raise InputError(
+            f"method '{name}': there is no module '{error.name}'. Write package.module:Class, where Python finds the "
+            "package: installed, or in a folder that PYTHONPATH names."
+        ) from None
+    found = getattr(module, attribute, None)
+    if not _is_method(found):
+        possible = ", ".join(key for key, value in vars(module).items() if _is_method(value)) or "none"
+        raise InputError(
+            f"method '{name}': '{attribute}' is no method. Possible: {possible}. A method is a class with `attach`, "
+            "made by @pydantic.dataclasses.dataclass(frozen=True, config=tersor.core.method.PLAIN_VALUES)."
+        )
+    return cast("type[Method]", found)
+
+
+def _unknown(given: str) -> InputError:
+    options = names()
+    said = given.lower().replace("-", "_").replace(" ", "_")
+    for name in options:
+        if said == name or said in _ALSO_CALLED.get(name, ()):
+            return InputError(f"unknown method '{given}'. Did you mean '{name}'? Possible: {', '.join(options)}.")
+    return unknown("method", given, options)

@@ -1,0 +1,240 @@
+"""The text of a recipe: YAML 1.2 to plain values that remember their line, and plain values to text.
+
+PyYAML speaks YAML 1.1: `2:4` is 124, `1e-4` is text, `on` is true and a key may stand twice. ruamel.yaml's nodes are
+read here, before any Python object is made of them, so that every value knows where it stands.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from tersor.core.errors import InputError
+
+Location = tuple[int | str, ...]
+"""Keys and indices that lead to a value, as pydantic gives them."""
+
+_DEEPEST = 20
+_TAG = "tag:yaml.org,2002:"
+_TEXT = {_TAG + kind for kind in ("str", "timestamp", "value", "merge")}  # the last three are YAML 1.1: text in 1.2
+
+
+@dataclass
+class Located:
+    """A value of the text: a scalar, a list or a dict of further `Located`, and where it stands."""
+
+    value: Any
+    line: int
+    place: str
+
+
+class _Reader:
+    """Turns ruamel's nodes into `Located`, and gathers what is wrong on the way."""
+
+    def __init__(self, place: Callable[[int], str]) -> None:
+        self.place = place
+        self.problems: list[str] = []
+        self.yaml = YAML(typ="safe", pure=True)
+        self.open: set[int] = set()
+
+    def read(self, text: str) -> Located:
+        node = self.yaml.compose(text)
+        return self.convert(node, node.start_mark.line + 1) if node else Located(None, 1, self.place(1))
+
+    def complain(self, line: int, message: str) -> None:
+        self.problems.append(f"{self.place(line)}: {message}")
+
+    def convert(self, node: Node, line: int) -> Located:
+        if id(node) in self.open:
+            self.complain(line, f"*{node.anchor} stands inside of what it names.")
+            return Located(None, line, self.place(line))
+        if len(self.open) > _DEEPEST:
+            self.complain(line, "this is nested too deeply for a recipe.")
+            return Located(None, line, self.place(line))
+        self.open.add(id(node))
+        if isinstance(node, MappingNode):
+            value = self.mapping(node)
+        elif isinstance(node, SequenceNode):
+            value = [self.convert(item, item.start_mark.line + 1) for item in node.value]
+        else:
+            assert isinstance(node, ScalarNode)
+            value = self.scalar(node, line)
+        self.open.remove(id(node))
+        return Located(value, line, self.place(line))
+
+    def mapping(self, node: MappingNode) -> dict[str, Located]:
+        entries: dict[str, Located] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, ScalarNode):
+                self.complain(line, "a key should be a name, given a list or a mapping.")
+            elif key.value in entries:
+                self.complain(line, f"the key '{key.value}' is given twice, first in line {entries[key.value].line}.")
+            else:
+                entries[self.text(key.value, line)] = self.convert(value, line)
+        return entries
+
+    def scalar(self, node: ScalarNode, line: int) -> Any:
+        if node.tag in _TEXT:
+            return self.text(node.value, line)
+        if not node.tag.startswith(_TAG):
+            self.complain(line, f"the tag {node.tag} is unknown. Possible: plain YAML, without tags.")
+            return None
+        try:
+            value = self.yaml.constructor.construct_object(node)
+        except (ValueError, YAMLError):
+            self.complain(line, f"{shown(node.value)} cannot be read as {node.tag.removeprefix(_TAG)}.")
+            return None
+        if isinstance(value, float) and not math.isfinite(value):
+            self.complain(line, f"a number should be finite, given {node.value}.")
+        return value
+
+    def text(self, value: str, line: int) -> str:
+        # a lone surrogate is no Unicode, and no name of a file or a model holds a control character
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+            self.complain(line, f"text should have no control characters, given {shown(value)}.")
+        return value
+
+
+def load(text: str, name: str, *, lines: bool = True) -> Located:
+    """The values of a YAML text.
+
+    Args:
+        text: YAML 1.2, one document.
+        name: what errors call it.
+        lines: whether errors also name the line.
+
+    Raises:
+        InputError: it is no YAML, or a key is given twice; one line for each problem.
+    """
+    reader = _Reader(lambda line: f"{name}, line {line}" if lines else name)
+    try:
+        tree = reader.read(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise InputError(f"{reader.place(mark.line + 1 if mark else 1)}: this is not YAML: {reason}.") from None
+    except ReaderError as error:
+        raise InputError(f"{name}: this is not YAML text: {error.reason}.") from None
+    except RecursionError:
+        raise InputError(f"{name}: this is nested too deeply for a recipe.") from None
+    if reader.problems:
+        raise InputError("\n".join(reader.problems))
+    return tree
+
+
+def override(tree: Located, assignment: str) -> None:
+    """Sets one value in `tree`.
+
+    Args:
+        tree: what `load` gave; it is changed.
+        assignment: `path=value`: keys and list indices with dots between, and YAML; `stages.0.epochs=3`.
+
+    Raises:
+        InputError: there is no such place, or the value is no YAML.
+    """
+    place = f"--set {assignment}"
+    path, equals, text = assignment.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"{place}: write it as path=value, such as stages.0.epochs=3.")
+    value = load(text, place, lines=False)
+    node = tree
+    for depth, part in enumerate(parts):
+        node = _inside(node, part, place, ".".join(parts[:depth]) or "the recipe")
+    node.value, node.line, node.place = value.value, 0, place
+
+
+def _inside(node: Located, part: str, place: str, where: str) -> Located:
+    if node.value is None or (isinstance(node.value, str) and node.value == part):  # the latter: `- soft_targets`
+        node.value = {}
+    if isinstance(node.value, dict):
+        return node.value.setdefault(part, Located(None, 0, place))  # validation judges the key
+    if not isinstance(node.value, list):
+        raise InputError(f"{place}: {where} is {shown(node.value)}, and there is no '{part}' in it.")
+    indices = [str(index) for index in range(len(node.value))]
+    if part not in indices:
+        raise InputError(f"{place}: there is no '{part}' in {where}. Possible: {', '.join(indices) or 'none'}.")
+    return node.value[int(part)]
+
+
+def plain(tree: Located) -> Any:
+    """The values without their places."""
+    if isinstance(tree.value, dict):
+        return {key: plain(value) for key, value in tree.value.items()}
+    if isinstance(tree.value, list):
+        return [plain(value) for value in tree.value]
+    return tree.value
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case str():
+            return f"the text {value[:60]!r}"
+        case dict():
+            return "a mapping"
+        case list():
+            return f"a list of {len(value)}"
+        case _:
+            return str(value)[:60]
+
+
+def dump(data: dict[str, Any]) -> str:
+    """The text of a recipe: one line for each network, data set and method. `load` and `plain` undo it."""
+    data = _numbers(data)
+    tree = {key: _flow(value) for key, value in data.items() if key != "stages"}
+    tree["stages"] = [_stage(stage) for stage in data["stages"]]
+    yaml = YAML()
+    yaml.width = 110
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    out = io.StringIO()
+    yaml.dump(tree, out)
+    return out.getvalue()
+
+
+def _numbers(value: Any) -> Any:
+    """Values as one writes them: 4, not 4.0."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e9 else value
+
+
+def _flow(value: Any) -> Any:
+    """Mappings and lists on one line."""
+    if isinstance(value, str):  # ruamel.yaml writes `?0` without quotes, and cannot read it inside of braces
+        return value if re.fullmatch(r"\w[\w./-]*", value, re.ASCII) else DoubleQuotedScalarString(value)
+    if isinstance(value, dict):
+        value = CommentedMap({_flow(key): _flow(item) for key, item in value.items()})
+    elif isinstance(value, list):
+        value = CommentedSeq([_flow(item) for item in value])
+    else:
+        return value
+    value.fa.set_flow_style()
+    return value
+
+
+def _stage(stage: dict[str, Any]) -> dict[str, Any]:
+    """Name and length first, each method on a line of its own last."""
+    first = {key: _flow(stage[key]) for key in ("name", "epochs", "steps") if key in stage}
+    rest = {key: _flow(value) for key, value in stage.items() if key not in first and key != "methods"}
+    listed = {"methods": [_flow(entry) for entry in stage["methods"]]} if "methods" in stage else {}
+    return first | rest | listed

@@ -1,0 +1,186 @@
+"""Every mistake in a recipe gives one message, with its line, what was given and what is possible."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tersor.core.errors import InputError
+from tersor.recipe import parse, read
+
+WHOLE = """\
+# from a trained network to an artifact
+model: {name: resnet20, num_classes: 10}
+teacher: {name: resnet56, num_classes: 10, weights: teacher.safetensors}
+data: {folder: data/cifar10}
+target: {runtime: openvino}
+stages:
+  - name: distil
+    epochs: 30
+    clip_norm: 1e-4
+    methods: [{soft_targets: {temperature: 3, loss_weight: 0.5}}]
+  - name: quantize
+    optimizer:
+      name: adamw
+    methods:
+      - ptq:
+          bits: 4
+"""
+
+
+def mistakes(text: str) -> list[str]:
+    """The lines of the one error that `text` gives."""
+    with pytest.raises(InputError) as caught:
+        parse(text, "recipe.yaml")
+    return str(caught.value).splitlines()
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.text() | st.text(alphabet=":- \n[]{}&*!'\"?|>%#,abc013.e", max_size=40))
+def test_any_text_gives_an_input_error(text: str):
+    with pytest.raises(InputError):
+        parse(text, "recipe.yaml")
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.data())
+def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject):
+    place = data.draw(st.integers(0, len(WHOLE)))
+    text = WHOLE[:place] + data.draw(st.text(max_size=3)) + WHOLE[place + data.draw(st.integers(0, 9)) :]
+    with suppress(InputError):
+        parse(text, "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("teacher:", "teachr:", "line 3: unknown key 'teachr'. Did you mean 'teacher'? Possible: data, model,"),
+        ("epochs: 30", "epoch: 30", "line 8: unknown key 'epoch'. Did you mean 'epochs'? Possible: accumulate,"),
+        ("name: adamw", "nam: adamw", "line 13: unknown key 'nam'. Did you mean 'name'? Possible: learning_rate,"),
+        ("bits: 4", "bist: 4", "line 16: unknown key 'bist'. Did you mean 'bits'? Possible: activation_bits,"),
+        ("temperature: 3", "temperature: 0", "methods.0.soft_targets.temperature should be greater than 0, given 0."),
+        ("bits: 4", "bits: 0", "line 16: stages.1.methods.0.ptq.bits should be greater than or equal to 2, given 0."),
+        ("bits: 4", "bits: '4'", "line 16: stages.1.methods.0.ptq.bits should be a whole number, given the text '4'."),
+        ("bits: 4", "bits: 4.5", "line 16: stages.1.methods.0.ptq.bits should be a whole number, given 4.5."),
+        ("bits: 4", "exclude: [conv1, 3]", "exclude.1 should be text, given 3. In quotes it is text."),
+        (
+            "bits: 4",
+            "exclude: conv1",
+            "line 16: stages.1.methods.0.ptq.exclude should be a list, given the text 'conv1'.",
+        ),
+        ("  bits: 4", "bits: 4", "line 15: a method is one key with its parameters inside, given the keys ptq, bits."),
+        ("epochs: 30", "epochs: true", "line 8: stages.0.epochs should be a whole number, given true."),
+        ("epochs: 30", "epochs: -1", "line 8: stages.0.epochs should be greater than or equal to 0, given -1."),
+        ("epochs: 30", "epochs: .inf", "line 8: a number should be finite, given .inf."),
+        ("epochs: 30", "epochs: !big 30", "line 8: the tag !big is unknown."),
+        ("epochs: 30", "epochs: 30\n    epochs: 3", "line 9: the key 'epochs' is given twice, first in line 8."),
+        ("epochs: 30", "epochs: 30\n    steps: 7", "line 9: a stage has epochs or steps, given 30 and 7."),
+        ("epochs: 30", "epochs: 0", "line 10: 'soft_targets' works while a network trains, and stage"),
+        ("name: quantize", "name: Distil", "line 11: a stage 'distil' is there already"),
+        ("name: quantize", "name: a/b", "line 11: a stage's name has letters, digits, - and _, given 'a/b'."),
+        ("name: adamw", "name: adam", "'sgd' or 'adamw', given the text 'adam'. Did you mean 'adamw'?"),
+        ("openvino}", "openvin}", "line 5: target.runtime should be 'onnxruntime' or 'openvino', given"),
+        (
+            "{runtime: openvino}",
+            "openvino",
+            "line 5: target should be a mapping of the keys runtime, cpu, input, given",
+        ),
+        ("name: resnet20, ", "", "line 2: model lacks the key 'name'. Possible: name, num_classes, weights."),
+        ("folder", "name: digits, folder", "line 4: data has one of `folder` and `name`, given folder and name."),
+        ("folder: data/cifar10", "limit: 5", "line 4: data has one of `folder` and `name`, given neither."),
+        ("folder", "mean: [0, 0, 0], folder", "line 4: data has `mean` and `std` together or not at all"),
+        ("folder", "mean: [0, 0], folder", "line 4: data.mean should be a longer list, given a list of 2."),
+        ("folder", "std: [1, 0, 1], folder", "line 4: data.std.1 should be greater than 0, given 0."),
+        ("soft_targets", "kd", "line 10: unknown method 'kd'. Did you mean 'soft_targets'? Possible: "),
+        ("soft_targets", "soft_target", "line 10: unknown method 'soft_target'. Did you mean 'soft_targets'?"),
+        ("soft_targets", "nowhere:Method", "line 10: method 'nowhere:Method': there is no module 'nowhere'."),
+        ("[{soft_targets: {temperature: 3, loss_weight: 0.5}}]", "[3]", "line 10: a method is a name, or a name with"),
+        (
+            "[{soft_targets: {temperature: 3, loss_weight: 0.5}}]",
+            "[ptq, ptq]",
+            "line 10: stage 'distil' has the method",
+        ),
+    ],
+)
+def test_one_mistake_is_one_line(old: str, new: str, expected: str):
+    lines = mistakes(WHOLE.replace(old, new, 1))
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("recipe.yaml, line ")
+    assert expected in lines[0]
+
+
+def test_several_mistakes_are_told_together_in_the_order_of_the_text():
+    text = WHOLE.replace("teacher:", "teachr:").replace("epochs: 30", "epochs: x").replace("bits: 4", "bits: 0")
+    assert [line.partition(":")[0] for line in mistakes(text)] == [f"recipe.yaml, line {line}" for line in (3, 8, 16)]
+
+
+def test_a_method_that_needs_a_teacher_says_what_to_write():
+    text = WHOLE.replace("teacher: {name: resnet56, num_classes: 10, weights: teacher.safetensors}", "seed: 1")
+    (line,) = mistakes(text)
+    assert line.startswith("recipe.yaml, line 10: 'soft_targets' learns from a teacher, and the recipe has none.")
+    assert "teacher: {name: ..., weights: ...}" in line
+    assert "teacher: original" in line
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ("orignal", ["teacher should be a mapping of the keys name, num_classes, weights or 'original'"]),
+        ("{nam: a}", ["teacher lacks the key 'name'. Possible:", "unknown key 'nam'. Did you mean 'name'?"]),
+    ],
+)
+def test_teacher_of_two_types(teacher: str, expected: list[str]):
+    lines = mistakes(f"model: {{name: a}}\nteacher: {teacher}\ndata: {{name: digits}}\nstages: [{{name: s}}]")
+    assert len(lines) == len(expected)
+    for line, part in zip(lines, expected, strict=True):
+        assert line.startswith(f"recipe.yaml, line 2: {part}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "recipe.yaml, line 1: a recipe should be a mapping of the keys model, teacher, data, target,"),
+        ("# nothing\n", "given nothing."),
+        ("- a\n- b", "stages, given a list of 2."),
+        ("hello", "given the text 'hello'."),
+        ("model: {name: a", "line 1: this is not YAML: "),
+        ("a: 1\nb: c: d", "line 2: this is not YAML: mapping values are not allowed here."),
+        ("a: 1\n---\nb: 2", "line 2: this is not YAML: expected a single document"),
+        ("a: 1\n\tb: 2", "line 2: this is not YAML: "),
+        ("a: \0", "recipe.yaml: this is not YAML text: special characters are not allowed."),
+        ("a: &x\n  b: *x", "line 2: *x stands inside of what it names."),
+        ("a: " + "[" * 30 + "]" * 30, "nested too deeply"),
+        ("[" * 2000, "nested too deeply"),
+        ('a: "\\ud800"', "line 1: text should have no control characters"),
+        ("? [a]\n: 1", "line 1: a key should be a name"),
+        (
+            "{model: {name: a}, data: {name: digits}, stages: []}",
+            "stages should be a list of at least 1, given a list of 0.",
+        ),
+    ],
+)
+def test_what_is_no_recipe(text: str, expected: str):
+    assert expected in mistakes(text)[0]
+
+
+def test_a_key_given_twice_and_a_wrong_value_need_two_readings():
+    assert mistakes("a: 1\na: 2\nb: .nan") == [
+        "recipe.yaml, line 2: the key 'a' is given twice, first in line 1.",
+        "recipe.yaml, line 3: a number should be finite, given .nan.",
+    ]
+
+
+def test_files_that_are_no_recipe(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_bytes(b"\x89PNG\xff\x00")
+    with pytest.raises(InputError, match=r"there is no file .*recipes.yaml. Did you mean .*recipe.yaml\? Possible in"):
+        read(tmp_path / "recipes.yaml")
+    with pytest.raises(InputError, match=r"is a folder, and a recipe is a YAML file. Possible in .*: recipe.yaml"):
+        read(tmp_path)
+    with pytest.raises(InputError, match="is no text"):
+        read(tmp_path / "recipe.yaml")
+    with pytest.raises(InputError, match="cannot be read"):
+        read(tmp_path / ("a" * 999))
