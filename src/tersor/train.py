@@ -1,0 +1,292 @@
+"""The one loop: batches go through an Objective, and its losses move the weights.
+
+accelerate prepares two things only, the Objective and the optimizer:
+
+* The Objective autocasts itself (`mixed_precision="no"`): an Accelerator's precision is a property of the process,
+  and a second one with another precision raises.
+* The hooks of an Attachment bind to torch's own optimizer, inside accelerate's wrapper, which has none. Its `step` is
+  called once for all accumulated batches, after clipping: `before_step` finds the gradient of the whole step, averaged
+  over processes, and weights that have not moved.
+* Accumulation is ours, over the batches of one epoch: the last step of an epoch takes what is left, and its gradient
+  is the mean over those. accelerate's counter knows no epoch of batches that it has not prepared.
+* The learning rate is set before every step from a pure function. A scheduler prepared by accelerate steps once for
+  each process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor, nn
+
+from tersor.core.attachment import Attachment
+from tersor.core.device import layout_for, precision_for, set_layout
+from tersor.core.errors import InputError
+from tersor.core.objective import Batch, Objective
+from tersor.core.optimizer import optimizer_for
+from tersor.core.running_mean import RunningMean
+from tersor.core.schedule import learning_rate_factor
+from tersor.core.training import Training
+from tersor.core.watch import Unwatched, Watch
+
+REPORT_EVERY = 20
+"""Steps between two looks at the losses' values."""
+
+
+class NonFiniteLoss(InputError):  # noqa: N818 - what happened, not that it is an error
+    """A loss became infinite or NaN, at `step` (from 1), in the term named `term`. That step moved no weight."""
+
+    def __init__(self, step: int, term: str, value: float, learning_rate: float, last_good: str | None) -> None:
+        super().__init__(
+            f"the loss '{term}' is {value} at step {step}, with a learning rate of {learning_rate:g}; this step has "
+            f"not moved the weights. Last good checkpoint: {last_good or 'none was written'}. Try a smaller "
+            "learning_rate, some warmup_epochs, or clip_norm."
+        )
+        self.step = step
+        self.term = term
+
+
+class BatchSource(Protocol):
+    """Batches that can be gone through epoch by epoch, such as `tersor.data.Batches`."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of the epoch that was set last."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Decides the order of what `iter` gives next."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a run of the loop was.
+
+    Attributes:
+        steps: optimizer steps.
+        seconds: wall time of these steps, data included.
+        losses: mean of each loss, by name, over the steps of the last epoch that was begun, in this process.
+        precision: what the networks ran in.
+    """
+
+    steps: int
+    seconds: float
+    losses: dict[str, float]
+    precision: Literal["float32", "bfloat16"]
+
+
+def steps_per_epoch(batches: BatchSource, training: Training) -> int:
+    """Optimizer steps in one epoch; the last may accumulate fewer batches than the others.
+
+    Raises:
+        InputError: there is no batch.
+    """
+    if not len(batches):
+        raise InputError(
+            f"there is no batch to train on: there are fewer images than one batch of {training.batch_size}. "
+            "Give more images, or a smaller batch_size."
+        )
+    return math.ceil(len(batches) / training.accumulate)
+
+
+def fit(
+    attachment: Attachment,
+    batches: BatchSource,
+    training: Training,
+    *,
+    steps: int,
+    teacher: nn.Module | None = None,
+    watch: Watch | None = None,
+    seed: int = 0,
+    task: str = "train",
+    last_good: str | None = None,
+) -> Fitted:
+    """Trains `attachment.model` in place on the device that accelerate finds; it comes back in eval, where it was.
+
+    `attachment.begin` was run before, and `attachment.finish` is called afterwards, by the caller.
+
+    Args:
+        attachment: the model, its loss terms and its hooks, which are gone afterwards.
+        batches: this process's share of the images.
+        training: optimizer, schedule and the rest of a stage.
+        steps: optimizer steps in total.
+        teacher: what the terms compare with; always in eval, and its parameters ask for no gradient any more.
+        watch: who looks on.
+        seed: of the numbers that modules and methods draw (dropout); the order of the data has its own.
+        task: what the watch calls it.
+        last_good: the last good checkpoint, to be named where a loss is not finite.
+
+    Raises:
+        InputError: there is no batch, nothing is asked of the network, or the warm-up is as long as the training.
+        NonFiniteLoss: a loss is infinite or NaN.
+    """
+    if not attachment.terms and not attachment.label_weight:
+        raise InputError("nothing is asked of the network: label_weight is 0 and no method adds a loss.")
+    rates = _learning_rates(batches, training, steps)
+    accelerator = Accelerator(
+        mixed_precision="no", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)
+    )
+    device = accelerator.device
+    objective = Objective(
+        attachment.model,
+        attachment.terms,
+        teacher,
+        label_weight=attachment.label_weight,
+        label_smoothing=training.label_smoothing,
+        autocast=precision_for(device, training.precision),
+    )
+    with _as_found(objective), _random_numbers(seed + accelerator.process_index, device):
+        loop = _Loop(accelerator, objective, training, watch or Unwatched(), last_good)
+        handle = attachment.bind(loop.torch_optimizer)
+        try:
+            return loop.run(batches, rates, task)
+        finally:
+            handle.remove()
+
+
+class _Loop:
+    """Batches -> gradients -> moved weights, through accelerate."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: Objective,
+        training: Training,
+        watch: Watch,
+        last_good: str | None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = objective.model
+        self.training = training
+        self.watch = watch
+        self.last_good = last_good
+        self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.autocast else "float32"
+        self.layout = layout_for(accelerator.device)
+        set_layout(objective, self.layout)
+        self.torch_optimizer = optimizer_for(objective, training.optimizer)
+        self.objective, self.optimizer = accelerator.prepare(objective.train(), self.torch_optimizer)
+
+    def run(self, batches: BatchSource, rates: list[float], task: str) -> Fitted:
+        """One step for each of the learning rates."""
+        layout = str(self.layout).removeprefix("torch.")
+        self.watch.say(f"{task}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
+        self.watch.start(task, len(rates))
+        mean = RunningMean(self.model, self.training.ema) if self.training.ema else None
+        losses: dict[str, Tensor] = {}
+        shown: dict[str, float] = {}
+        of_epoch: list[Tensor] = []
+        begun = time.perf_counter()
+        groups = _groups(batches, self.training.accumulate)
+        for step, (rate, group) in enumerate(zip(rates, groups, strict=False)):
+            losses = self._gradients(group)
+            values = torch.stack([*losses.values()])
+            self._stop_unless_finite(losses, values, step, rate)
+            self._move(rate)
+            if mean:
+                mean.update(self.model, step)
+            if group.first:
+                of_epoch.clear()
+            of_epoch.append(values)
+            if step % REPORT_EVERY == 0:
+                shown = dict(zip(losses, values.tolist(), strict=True))
+            self.watch.advance(1, **shown, learning_rate=rate)
+        if mean:
+            mean.copy_to(self.model)
+        means = torch.stack(of_epoch).mean(0).tolist() if of_epoch else []
+        seconds = time.perf_counter() - begun
+        return Fitted(len(rates), seconds, dict(zip(losses, means, strict=True)), self.precision)
+
+    def _gradients(self, group: _Group) -> dict[str, Tensor]:
+        """Leaves the gradient of the mean over the group's batches in the parameters; the mean losses by name."""
+        means: dict[str, Tensor] = {}
+        for place, batch in enumerate(group.batches, 1):
+            with self.accelerator.no_sync(self.objective) if place < group.size else nullcontext():
+                losses: dict[str, Tensor] = self.objective(self._placed(batch))
+                self.accelerator.backward(torch.stack([*losses.values()]).sum() / group.size)
+            for name, loss in losses.items():
+                means[name] = means.get(name, 0) + loss.detach() / group.size
+        return means
+
+    def _placed(self, batch: Batch) -> Batch:
+        batch = batch.to(self.accelerator.device)
+        if batch.images.ndim != 4:
+            return batch
+        return Batch(batch.images.contiguous(memory_format=self.layout), batch.labels, batch.index)
+
+    def _stop_unless_finite(self, names: Iterable[str], values: Tensor, step: int, rate: float) -> None:
+        # Looked at after the backward pass was started: on a GPU the wait is then no longer than the pass.
+        if not bool(values.isfinite().all()):
+            name, value = next(pair for pair in zip(names, values.tolist(), strict=True) if not math.isfinite(pair[1]))
+            raise NonFiniteLoss(step + 1, name, value, rate, self.last_good)
+
+    def _move(self, rate: float) -> None:
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = rate
+        if self.training.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.objective.parameters(), self.training.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The `size` batches of one step, which may be the first of an epoch."""
+
+    batches: Iterator[Batch]
+    size: int
+    first: bool
+
+
+def _groups(batches: BatchSource, accumulate: int) -> Iterator[_Group]:
+    """The groups of epoch after epoch, without end."""
+    for epoch in itertools.count():
+        batches.set_epoch(epoch)
+        source = iter(batches)
+        for start in range(0, len(batches), accumulate):
+            size = min(accumulate, len(batches) - start)
+            yield _Group(itertools.islice(source, size), size, first=start == 0)
+
+
+def _learning_rates(batches: BatchSource, training: Training, steps: int) -> list[float]:
+    schedule, base = training.lr_schedule, training.optimizer.learning_rate
+    warmup = round(schedule.warmup_epochs * steps_per_epoch(batches, training))
+    if warmup and warmup >= steps:
+        raise InputError(
+            f"a warm-up of {schedule.warmup_epochs:g} epochs ({warmup} steps) leaves nothing of a stage of {steps} "
+            "steps. Write fewer warmup_epochs, or train longer."
+        )
+    return [base * learning_rate_factor(schedule, step, steps, warmup) for step in range(steps)]
+
+
+@contextmanager
+def _random_numbers(seed: int, device: torch.device) -> Generator[None]:
+    # The caller's generators go on afterwards as if nothing had been drawn.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _as_found(objective: Objective) -> Generator[None]:
+    # Whoever goes on with the networks (calibration, export, safetensors) finds them where and as they lay.
+    device = next(objective.parameters()).device
+    objective.zero_grad()
+    try:
+        yield
+    finally:
+        objective.zero_grad()
+        objective.eval().to(device)
+        set_layout(objective, torch.contiguous_format)

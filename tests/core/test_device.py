@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.core import device
+from tersor.core.device import cpu_flags, layout_for, precision_for, set_layout
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"avx2", "fma"}, None),
+        ({"avx2", "avx512_vnni"}, None),
+        ({"avx512_bf16"}, torch.bfloat16),
+        ({"avx2", "amx_bf16"}, torch.bfloat16),
+        (set(), None),
+    ],
+)
+def test_auto_is_what_the_processor_has_units_for(monkeypatch, flags, expected):
+    monkeypatch.setattr(device, "cpu_flags", lambda: frozenset(flags))
+    assert precision_for(CPU, "auto") is expected
+    assert precision_for(CPU, "float32") is None
+    assert precision_for(CPU, "bfloat16") is torch.bfloat16
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, None)])
+def test_a_gpu_that_only_emulates_bfloat16_stays_with_float32(monkeypatch, native, expected):
+    supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert precision_for(torch.device("cuda"), "auto") is expected
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch cannot be asked")
+def test_the_flags_agree_with_torch():
+    known = torch.cpu.get_capabilities()
+    for flag in ("amx_bf16", "avx512_bf16", "avx2"):
+        assert (flag in cpu_flags()) == bool(known.get(flag, False)), flag
+
+
+def test_layout_keeps_the_parameters_and_passes_5_d_ones_by():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 3), nn.Linear(3, 4))
+    before = [*model.parameters()]
+    values = [parameter.detach().clone() for parameter in before]
+    set_layout(model, layout_for(CPU))
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[1].weight.is_contiguous()
+    assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), values, strict=True))
+    set_layout(model, layout_for(torch.device("mps")))
+    assert model[0].weight.is_contiguous()
