@@ -40,6 +40,13 @@ class Network(BaseModel):
     ] = None
 
 
+class Teacher(Network):
+    """The network to learn from. One without weights is trained first, on the labels alone."""
+
+    epochs: Annotated[int, Field(ge=0, description="to train it for, before the first stage")] = 0
+    training: Annotated[Training, Field(description="how; as in a stage")] = Training()
+
+
 class DataSource(BaseModel):
     """The images: a `folder`, or a data set by its `name`."""
 
@@ -52,7 +59,7 @@ class DataSource(BaseModel):
     validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images that is held out")] = (
         0.1
     )
-    limit: Annotated[int | None, Field(ge=1, description="images of each split at most")] = None
+    limit: Annotated[int | None, Field(ge=1, description="train on this many images only")] = None
     mean: Annotated[Channels | None, Field(description="of red, green, blue, in 0..1; of the weights file if left")] = (
         None
     )
@@ -133,7 +140,7 @@ class Recipe(BaseModel):
     model_config = PLAIN
     model: Annotated[Network, Field(description="the network that is compressed")]
     teacher: Annotated[
-        Network | Literal["original"] | None,
+        Teacher | Literal["original"] | None,
         Field(description="the network to learn from; original: the model as it came in"),
     ] = None
     data: DataSource
