@@ -59,7 +59,8 @@ class IntegerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = copy.copy(layer)
-        self.layer._parameters = {"weight": None, "bias": None}  # only its settings are used; the tensors are the buffers below
+        # only its settings are used; the tensors are the buffers below
+        self.layer._parameters = {"weight": None, "bias": None}
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         bias_scale = None

@@ -1,0 +1,145 @@
+"""The command line. Torch is imported by the commands that need it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tersor.core.errors import InputError
+from tersor.progress import Bars
+
+app = typer.Typer(
+    name="tersor",
+    help="Distil, quantize and prune a trained vision network, with the evidence beside it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RecipeFile = Annotated[Path, typer.Argument(help="a recipe, in YAML", show_default=False)]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option(help="folder to write; must not exist. runs/NAME by default")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="change a value: stages.0.epochs=3")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="say what would happen, and train nothing")] = False,
+) -> None:
+    """Walk through a recipe and write one folder: the model, its original, and the numbers."""
+    from tersor.recipe import read
+
+    checked = read(recipe, set_ or [])
+    with Bars(console) as bars:
+        if explain:
+            from tersor.explain import explain as lines
+
+            for line in lines(checked, watch=bars):
+                console.print(line, highlight=False, markup=False)
+            return
+        from tersor.run import run as walk
+
+        folder = walk(checked, out=out or Path("runs") / recipe.stem, watch=bars)
+    numbers = json.loads((folder / "numbers.json").read_text())
+    console.print(_table(numbers))
+    console.print(f"written: {folder}", highlight=False)
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="the folder of a run, or an ONNX file", show_default=False)],
+    data: Annotated[str | None, typer.Option(help="an image folder, or a name; of the folder's recipe if left")] = None,
+    runtime: Annotated[str | None, typer.Option(help="onnxruntime or openvino; the recipe's if left")] = None,
+) -> None:
+    """Run an artifact over a test set, in its runtime."""
+    from tersor.evaluate import evaluate as measured
+
+    with Bars(console) as bars:
+        found = measured(artifact, data, runtime, watch=bars)
+    console.print(f"{found.accuracy:.2f} % of {found.images} test images, {found.runtime} in {found.precision}")
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(help="folders of runs, or ONNX files", show_default=False)],
+    seconds: Annotated[float, typer.Option(help="for each batch size")] = 20.0,
+) -> None:
+    """Time artifacts against each other, interleaved, in every runtime that is installed."""
+    from tersor.evaluate import timed
+
+    table = Table("file", "runtime", "batch", "median ms", "p10", "p90", "runs", "MB")
+    for row in timed(artifacts, seconds):
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="one method, in full", show_default=False)] = None,
+) -> None:
+    """What methods there are; of one: what it is, its paper, its parameters."""
+    from tersor import methods as registry
+    from tersor.recipe import parameters
+
+    if name is None:
+        table = Table("method", "what it does")
+        for each in registry.names():
+            table.add_row(each, (sys.modules[registry.get(each).__module__].__doc__ or "").splitlines()[0])
+        console.print(table)
+        return
+    cls = registry.get(name)
+    console.print((sys.modules[cls.__module__].__doc__ or "").strip(), highlight=False, markup=False)
+    table = Table("parameter", "type", "default", "meaning")
+    for row in parameters(cls):
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of a recipe, for editors."""
+    from tersor.recipe import schema as of_recipes
+
+    sys.stdout.write(json.dumps(of_recipes(), indent=1) + "\n")
+
+
+def _table(numbers: dict[str, Any]) -> Table:
+    table = Table(title=f"{numbers['machine']['cpu']}, {numbers['machine']['threads']} threads")
+    for column in ("", "runtime", "accuracy %", "agreement %", "MB", "ms at 1", "at 32", "at 128", "MACs", "bit ops"):
+        table.add_column(column, justify="left" if column in {"", "runtime"} else "right")
+    for name in ("original", "bf16", "artifact"):
+        row = numbers[name]
+        if row is not None:
+            latency = [f"{row['latency_ms'][size]['median']:.2f}" for size in ("1", "32", "128")]
+            table.add_row(
+                name,
+                f"{row['runtime']}, {row['precision']}",
+                f"{row['accuracy']:.2f}",
+                f"{row['agreement']:.2f}",
+                f"{row['bytes'] / 1e6:.3f}",
+                *latency,
+                f"{row['macs'] / 1e6:.1f} M",
+                f"{row['bit_operations'] / 1e9:.2f} G",
+            )
+    return table
+
+
+def main() -> None:
+    """Runs the command line; what a user did wrong is one message and exit code 2."""
+    sys.path.append(str(Path.cwd()))  # last: `package.module:function` of the user's own folder shadows nothing
+    try:
+        app()
+    except InputError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted", highlight=False)
+        sys.exit(130)

@@ -1,0 +1,116 @@
+"""Artifacts that are there already: their accuracy on a test set, and their latency against each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersor.core.errors import InputError
+from tersor.core.watch import Watch
+from tersor.export.artifact import Artifact, read_artifact
+from tersor.export.bench import BATCH_SIZES, latency, predictions, size_bytes
+from tersor.export.runtime import RUNTIMES, Session, load_runtime, open_session
+
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Percent of the test images that were told right, and where."""
+
+    accuracy: float
+    images: int
+    runtime: str
+    precision: str
+
+
+def evaluate(artifact: Path, data: str | None, runtime: str | None, *, watch: Watch) -> Evaluation:
+    """Runs `artifact` over the test images of `data`.
+
+    Args:
+        artifact: the folder of a run, or an ONNX file.
+        data: an image folder or the name of a data set; of the folder's recipe by default.
+        runtime: of the folder's recipe by default, else ONNX Runtime.
+        watch: who looks on.
+
+    Raises:
+        InputError: the artifact or the data cannot be used, or a bare file is given without data.
+    """
+    from tersor.data import Batches, load
+    from tersor.export.numbers import arrays
+
+    found = read_artifact(artifact)
+    numbers = _numbers(found)
+    session = open_session(found.model, runtime or numbers.get("runtime", "onnxruntime"))
+    watch.say("reading the images")
+    options = _source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
+    splits = load(**options)
+    assert splits.mean is not None
+    assert splits.std is not None
+    batches = Batches(splits.test, _BATCH, mean=splits.mean, std=splits.std)
+    kind = "uint8" if session.input_dtype == np.uint8 else "normalized"
+    watch.start("test set", 1)
+    answers = predictions(session, arrays(batches, kind))
+    watch.advance()
+    right = float((answers == splits.test.labels.numpy()).mean())
+    return Evaluation(100 * right, len(answers), session.runtime, session.precision)
+
+
+def _numbers(artifact: Artifact) -> dict[str, Any]:
+    path = artifact.files.get("numbers.json")
+    return json.loads(path.read_text()) if path else {}
+
+
+def _source(artifact: Artifact, data: str | None) -> dict[str, Any]:
+    if data is not None:
+        return {"folder": data} if Path(data).is_dir() else {"name": data}
+    recipe = artifact.files.get("recipe.yaml")
+    if recipe is None:
+        raise InputError(f"{artifact.path} says nothing of its data. Write --data with an image folder, or a name.")
+    from tersor.recipe import read
+
+    return read(recipe).data.model_dump(exclude={"augment", "mean", "std"})
+
+
+def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[tuple[str, ...]]:
+    """Rows (file, runtime, batch, median ms, p10, p90, runs, MB): every file in every runtime, interleaved."""
+    files: dict[str, Path] = {}
+    for artifact in artifacts:
+        found = read_artifact(artifact)
+        for name in ("original.onnx", "model.onnx"):
+            if name in found.files:
+                files[f"{artifact}/{name}"] = found.files[name]
+        if not found.path.is_dir():
+            files[str(artifact)] = found.model
+    sessions = {
+        (name, runtime): open_session(path, runtime) for name, path in files.items() for runtime in _installed()
+    }
+    groups: dict[tuple[Any, ...], dict[tuple[str, str], Session]] = {}
+    for key, session in sessions.items():
+        groups.setdefault((session.input_shape[1:], session.input_dtype), {})[key] = session
+    for (shape, dtype), group in groups.items():
+        if not all(isinstance(size, int) for size in shape):
+            raise InputError(f"{next(iter(group))[0]} takes images of any size. Export it for one size to time it.")
+        named = {" in ".join(key): session for key, session in group.items()}
+        timings = latency(named, np.zeros((1, *shape), dtype), seconds=seconds)
+        for name, runtime in group:
+            for size in BATCH_SIZES:
+                spread = timings.spread(f"{name} in {runtime}", size)
+                spent = [f"{value:.3f}" for value in (spread.median, spread.p10, spread.p90)]
+                yield name, runtime, str(size), *spent, str(spread.n), f"{size_bytes(files[name]) / 1e6:.3f}"
+
+
+def _installed() -> list[str]:
+    found: list[str] = []
+    for runtime in RUNTIMES:
+        try:
+            load_runtime(runtime)
+        except InputError:
+            continue
+        found.append(runtime)
+    return found

@@ -1,0 +1,42 @@
+"""What a recipe would do, without doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tersor.core.watch import Watch
+from tersor.measure import costs
+from tersor.methods import name_of
+from tersor.recipe import Recipe
+from tersor.train import steps_per_epoch
+from tersor.walk import prepare
+
+
+def explain(recipe: Recipe, *, watch: Watch) -> Iterator[str]:
+    """What `run` would do, line by line, with shapes and costs; nothing is trained and nothing is written."""
+    walk = prepare(recipe, model=None, data=None, watch=watch)
+    example = next(iter(walk.batches(walk.data.test, 1))).images
+    size = " x ".join(map(str, example.shape[1:]))
+    counts = {"train": walk.data.train, "validation": walk.data.validation, "test": walk.data.test}
+    yield (
+        f"data: {', '.join(f'{len(images)} {name}' for name, images in counts.items())} images of {size}, "
+        f"{len(walk.data.classes)} classes"
+    )
+    for name, network in (("model", walk.model), ("teacher", walk.teacher)):
+        if network is not None:
+            spent = costs(network, example)
+            yield f"{name}: {spent.parameters:,} parameters, {spent.macs:,} MACs, {len(spent.layers)} layers"
+    for number, stage in enumerate(recipe.stages, 1):
+        batches = walk.training_batches(stage)
+        steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
+        attachment = walk.attach(stage, steps)
+        walk.model = attachment.model
+        names = ", ".join(map(name_of, stage.methods)) or "no method"
+        spent = costs(walk.model, example)
+        losses = ["labels"] * bool(attachment.label_weight) + [term.name for term in attachment.terms]
+        yield (
+            f"stage {number}, {stage.name}: {names}; {steps:,} steps of {stage.batch_size} images"
+            + (f" for the losses {', '.join(losses)}" if steps else "")
+            + f"; then {spent.parameters:,} parameters, {spent.macs:,} MACs"
+        )
+    yield f"target: {recipe.target.runtime} on {recipe.target.cpu}, {recipe.target.input} input"

@@ -1,0 +1,54 @@
+"""Progress bars with rate, remaining time and the named losses."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _Rate(TextColumn):
+    """Items a second."""
+
+    def render(self, task: object) -> Text:
+        speed = getattr(task, "finished_speed", None) or getattr(task, "speed", None)
+        return Text(f"{speed:.1f}/s" if speed else "")
+
+
+class Bars:
+    """A `Watch` that draws one bar for the task of the moment, above which its lines stay."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(""),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, task: str, total: int) -> None:
+        """A new bar."""
+        self._task = self._progress.add_task(task, total=total, values="")
+
+    def advance(self, items: int = 1, **values: float) -> None:
+        """Moves the bar."""
+        if self._task is not None:
+            shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+            self._progress.update(self._task, advance=items, values=shown)
+
+    def say(self, line: str) -> None:
+        """Prints above the bar."""
+        self._progress.console.print(line, highlight=False, markup=False)

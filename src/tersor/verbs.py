@@ -1,0 +1,195 @@
+"""The verbs for one who has a model and a DataLoader and wants no recipe. Each is a thin call of the same methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersor.core.errors import InputError
+from tersor.core.objective import Batch
+from tersor.core.target import Runtime, Target
+from tersor.core.training import OptimizerOptions, Training
+from tersor.core.watch import Unwatched, Watch
+from tersor.export.artifact import read_artifact
+from tersor.export.bench import BATCH_SIZES, Array, latency, predictions, size_bytes
+from tersor.export.onnx import export as write_onnx
+from tersor.export.runtime import open_session
+from tersor.methods.ptq import PTQ, images_of
+from tersor.methods.soft_targets import SoftTargets
+from tersor.train import fit, steps_per_epoch
+
+
+def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime: Runtime = "onnxruntime") -> nn.Module:
+    """Post-training quantization of `model`, over the same parameters; `export` writes it as an integer network.
+
+    Args:
+        model: a trained network.
+        loader: batches of images (N, C, H, W), with or without labels; a few hundred images suffice.
+        bits: of weights.
+        runtime: what will execute the result.
+
+    Raises:
+        InputError: the network cannot be captured, or the batches hold no images.
+    """
+    attached = PTQ(bits=bits).attach(model.eval(), data=loader, target=Target(runtime=runtime))
+    for _ in attached.begin():
+        pass
+    return attached.model
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    loader: Iterable[Any],
+    *,
+    epochs: int = 1,
+    temperature: float = 4.0,
+    loss_weight: float = 0.9,
+    label_weight: float = 0.1,
+    learning_rate: float = 0.05,
+    watch: Watch | None = None,
+) -> nn.Module:
+    """Trains `student` on the softened answers of `teacher`; the student comes back in eval.
+
+    Args:
+        student: the network that learns, in place.
+        teacher: a trained network for the same images and classes.
+        loader: with a length; batches (images, labels), or of images alone where `label_weight` is 0.
+        epochs: rounds through `loader`.
+        temperature: T of the softened answers.
+        loss_weight: of the soft targets.
+        label_weight: of the labels' cross entropy.
+        learning_rate: highest rate of SGD with momentum, which follows a cosine.
+        watch: who looks on.
+
+    Raises:
+        InputError: a batch is not as described, or a loss is not finite.
+    """
+    if not isinstance(loader, Sized):
+        raise InputError("distill needs a loader with a length, such as a DataLoader over a data set.")
+    if epochs < 1:
+        raise InputError(f"epochs is {epochs}. Write 1 or more.")
+    method = SoftTargets(temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
+    batches = _Loader(loader)
+    training = Training(optimizer=OptimizerOptions(learning_rate=learning_rate))
+    attached = method.attach(student, teacher=teacher)
+    steps = epochs * steps_per_epoch(batches, training)
+    fit(attached, batches, training, steps=steps, teacher=teacher, watch=watch or Unwatched())
+    return attached.model
+
+
+def export(
+    model: nn.Module,
+    example: Tensor,
+    path: Path | str,
+    *,
+    runtime: Runtime = "onnxruntime",
+    classes: Sequence[str] = (),
+    pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Path:
+    """Writes `model` as one ONNX file with a dynamic batch, and runs it once in `runtime`.
+
+    Args:
+        model: any network; one that `quantize` gave becomes an integer network.
+        example: images (N, C, H, W), normalised as for `model`.
+        path: file to write, `*.onnx`.
+        runtime: where it is tried.
+        classes: names of the classes, for the file's metadata.
+        pixels: mean and standard deviation; the file then takes uint8 pixels.
+
+    Raises:
+        InputError: the network cannot be converted, or the runtime is not installed or cannot run it.
+    """
+    written = write_onnx(model, example, path, classes=classes, pixels=pixels)
+    inputs = example[:1].numpy() if pixels is None else np.zeros(example[:1].shape, np.uint8)
+    open_session(written, runtime).run(np.ascontiguousarray(inputs))
+    return written
+
+
+def compare(
+    original: nn.Module | Path | str,
+    artifact: Path | str,
+    loader: Iterable[Any],
+    *,
+    runtime: Runtime = "onnxruntime",
+    seconds: float = 10.0,
+) -> dict[str, Any]:
+    """Measures two networks side by side in the runtime: accuracy, agreement, bytes, latency interleaved.
+
+    Args:
+        original: a network, or its ONNX file.
+        artifact: an ONNX file, or the folder of a run.
+        loader: batches (images, labels) as the files take them; without labels, accuracy is None.
+        runtime: where both run.
+        seconds: time for the latency of one batch size.
+
+    Raises:
+        InputError: a file or a batch cannot be used.
+    """
+    batches = [(images_of(batch), _labels(batch)) for batch in loader]
+    if not batches:
+        raise InputError("compare was given a loader without a single batch.")
+    with TemporaryDirectory() as folder:
+        path = original if isinstance(original, str | Path) else Path(folder) / "original.onnx"
+        if isinstance(original, nn.Module):
+            write_onnx(original, batches[0][0], path)
+        files = {"original": Path(path), "artifact": read_artifact(artifact).model}
+        sessions = {name: open_session(file, runtime) for name, file in files.items()}
+        answers = {name: predictions(session, _arrays(batches)) for name, session in sessions.items()}
+        timings = latency(sessions, next(_arrays(batches))[:1], seconds=seconds)
+        labels = _all_labels(batches)
+        return {
+            name: {
+                "accuracy": None if labels is None else 100 * float((answers[name] == labels).mean()),
+                "agreement": 100 * float((answers[name] == answers["original"]).mean()),
+                "bytes": size_bytes(files[name]),
+                "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},
+            }
+            for name in files
+        }
+
+
+def _arrays(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Array]:
+    for images, _ in batches:
+        yield np.ascontiguousarray(images.numpy())
+
+
+def _all_labels(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Array | None:
+    found = [labels for _, labels in batches if labels is not None]
+    return torch.cat(found).numpy() if len(found) == len(batches) else None
+
+
+def _labels(batch: Any) -> Tensor | None:
+    if isinstance(batch, Batch):
+        return batch.labels
+    if isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[1], Tensor):
+        return batch[1]
+    return None
+
+
+class _Loader:
+    """A user's loader as the loop takes it: batches that it makes anew for every epoch, in an order of its own."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        assert isinstance(self.loader, Sized)
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            yield Batch(images_of(batch), _labels(batch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """A sampler that heeds the epoch (of a distributed run) is told; any other draws its own order."""
+        tell = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
+        if callable(tell):
+            tell(epoch)

@@ -1,0 +1,240 @@
+"""Networks and images of a recipe, checked against each other, and how they go through its stages."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor import zoo
+from tersor.core.attachment import Attachment
+from tersor.core.errors import InputError
+from tersor.core.method import chain
+from tersor.core.training import Training
+from tersor.core.watch import Watch
+from tersor.data import Batches, Images, Splits, load
+from tersor.export.runtime import load_runtime
+from tersor.measure import accuracy
+from tersor.recipe import Network, Recipe, Stage, Teacher
+from tersor.train import fit, steps_per_epoch
+
+EVALUATION_BATCH = 500
+_CALIBRATION_BATCH = 64
+
+
+@dataclass
+class Walk:
+    """Networks and images of a recipe, as far as they have come."""
+
+    recipe: Recipe
+    model: nn.Module
+    teacher: nn.Module | None
+    data: Splits
+    model_is_trained: bool
+    teacher_is_trained: bool
+
+    @property
+    def original(self) -> nn.Module:
+        """What the artifact is compared with: the model as it came in, or the teacher of one without weights."""
+        return self.model if self.model_is_trained or self.teacher is None else self.teacher
+
+    def batches(self, images: Images, batch_size: int, **options: Any) -> Batches:
+        """Batches, normalised as the networks were trained."""
+        assert self.data.mean is not None
+        assert self.data.std is not None
+        return Batches(images, batch_size, mean=self.data.mean, std=self.data.std, **options)
+
+    def training_batches(self, training: Training) -> Batches:
+        """Shuffled and augmented as the recipe says."""
+        options = {"shuffle": True, "seed": self.recipe.seed, "augment": self.recipe.data.augment}
+        return self.batches(self.data.train, training.batch_size, **options)
+
+    def train_teacher(self, watch: Watch, checkpoints: Checkpoints) -> None:
+        """Trains a teacher that came without weights, on the labels alone."""
+        wanted = self.recipe.teacher
+        if self.teacher is None or self.teacher_is_trained or not isinstance(wanted, Teacher):
+            return
+        batches = self.training_batches(wanted.training)
+        steps = wanted.epochs * steps_per_epoch(batches, wanted.training)
+        attachment = Attachment(self.teacher)
+        fit(attachment, batches, wanted.training, steps=steps, watch=watch, seed=self.recipe.seed, task="teacher")
+        watch.say(f"teacher: {self.validated(self.teacher)}")
+        checkpoints.save("teacher", self.teacher)
+
+    def stage(self, stage: Stage, watch: Watch, checkpoints: Checkpoints) -> dict[str, Any]:
+        """Attaches, begins, trains, finishes; what it was, for `numbers.json`."""
+        began = time.perf_counter()
+        batches = self.training_batches(stage)
+        steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
+        attachment = self.attach(stage, steps)
+        _begin(attachment, stage.name, watch)
+        self.model = attachment.model
+        told: dict[str, Any] = {"name": stage.name, "steps": steps}
+        if steps:
+            fitted = fit(
+                attachment,
+                batches,
+                stage,
+                steps=steps,
+                teacher=self.teacher,
+                watch=watch,
+                seed=self.recipe.seed,
+                task=stage.name,
+                last_good=checkpoints.last,
+            )
+            told |= {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
+        attachment.finish()
+        checkpoints.save(stage.name, self.model)
+        told["minutes"] = (time.perf_counter() - began) / 60
+        if len(self.data.validation):
+            told["validation_accuracy"] = accuracy(self.model, self.batches(self.data.validation, EVALUATION_BATCH))
+        watch.say(f"{stage.name}: {self.validated(self.model)}")
+        return told
+
+    def attach(self, stage: Stage, steps: int) -> Attachment:
+        """The stage's methods, laid on the model."""
+        calibration = self.batches(self.data.train, _CALIBRATION_BATCH, shuffle=True, seed=self.recipe.seed)
+        return chain(
+            stage.methods,
+            self.model,
+            data=calibration,
+            teacher=self.teacher,
+            steps=steps,
+            target=self.recipe.target,
+        )
+
+    def validated(self, network: nn.Module) -> str:
+        """One line on how good `network` is on the images that no training has seen."""
+        if not len(self.data.validation):
+            return "done (no validation images: data.validation is 0)"
+        percent = accuracy(network, self.batches(self.data.validation, EVALUATION_BATCH))
+        return f"{percent:.2f} % on {len(self.data.validation)} validation images"
+
+
+@dataclass
+class Checkpoints:
+    """Weights at the end of every stage, beside the folder until that is written."""
+
+    folder: Path
+    last: str | None = None
+    saved: list[Path] = field(default_factory=list[Path])
+
+    def save(self, name: str, network: nn.Module) -> None:
+        """Keeps what `network` has learned so far."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{len(self.saved)}-{name}.safetensors"
+        zoo.save_weights(network, path)
+        self.saved.append(path)
+        self.last = str(path)
+
+
+def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, watch: Watch) -> Walk:
+    """Networks and images of a recipe, checked against each other; nothing is trained.
+
+    Raises:
+        InputError: a file, a network or the data cannot be used, or they do not fit together.
+    """
+    load_runtime(recipe.target.runtime)
+    for network in (recipe.model, recipe.teacher):
+        if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
+            raise InputError(f"there is no weights file {network.weights}. Paths are relative to the working folder.")
+    early = _build(recipe.model, None) if model is None and recipe.model.num_classes else None
+    watch.say("reading the images")
+    splits = data or load(
+        seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
+    )
+    network, metadata = (
+        (copy.deepcopy(model), {})
+        if model is not None
+        else (early if early is not None else _build(recipe.model, splits))
+    )
+    teacher, of_teacher = _teacher(recipe, network, splits)
+    walk = Walk(
+        recipe,
+        network,
+        teacher,
+        _normalised(splits, recipe, metadata, of_teacher),
+        model_is_trained=model is not None or recipe.model.weights is not None,
+        teacher_is_trained=not isinstance(recipe.teacher, Teacher) or recipe.teacher.weights is not None,
+    )
+    _check_answers(walk, network, recipe.model.name)
+    if teacher is not None:
+        _check_answers(walk, teacher, "the teacher")
+    if recipe.teacher == "original" and not walk.model_is_trained:
+        raise InputError("teacher: original is the model as it came in, and that has no weights. Write model.weights.")
+    _check_teacher(recipe)
+    return walk
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    teacher = recipe.teacher
+    if isinstance(teacher, Teacher) and teacher.weights is None and not teacher.epochs:
+        raise InputError("the teacher has learned nothing. Write teacher.weights, or teacher.epochs to train it first.")
+    if isinstance(teacher, Teacher) and teacher.weights is not None and teacher.epochs:
+        raise InputError(
+            "the teacher has weights and epochs. Write one of them: with epochs it is trained from scratch."
+        )
+
+
+Built = tuple[nn.Module, dict[str, str]]
+
+
+def _build(network: Network, splits: Splits | None) -> Built:
+    classes = network.num_classes or (len(splits.classes) if splits else None)
+    built = zoo.build(network.name, classes)
+    return built, zoo.load_weights(built, network.weights) if network.weights else {}
+
+
+def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Module | None, dict[str, str]]:
+    if recipe.teacher is None:
+        return None, {}
+    if isinstance(recipe.teacher, str):
+        return copy.deepcopy(model).eval(), {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return _build(recipe.teacher, splits)
+
+
+def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Splits:
+    """The images with mean and standard deviation as given, else as in the weights files, else their own."""
+    if recipe.data.mean is not None:
+        return splits
+    told = list(dict.fromkeys(found for found in map(zoo.normalization, metadata) if found is not None))
+    if len(told) > 1:
+        raise InputError(
+            f"model and teacher were trained with different mean and standard deviation: {told[0]} and {told[1]}. "
+            "Both see the same images; write data.mean and data.std if that is meant."
+        )
+    return replace(splits, mean=told[0][0], std=told[0][1]) if told else splits
+
+
+def _check_answers(walk: Walk, network: nn.Module, name: str) -> None:
+    """One dry forward: the network takes these images and tells these classes apart."""
+    images = next(iter(walk.batches(walk.data.test, 2))).images
+    try:
+        with torch.inference_mode():
+            logits = copy.deepcopy(network).eval()(images)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(f"{name} cannot be fed images of shape {tuple(images.shape)}: {error}") from error
+    classes = len(walk.data.classes)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] != classes:
+        given = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise InputError(
+            f"{name} answers two images with {given}, and the data has {classes} classes: logits (2, {classes}) "
+            f"are needed. Write num_classes: {classes}, and weights of such a network."
+        )
+
+
+def _begin(attachment: Attachment, task: str, watch: Watch) -> None:
+    what, done = "", 0
+    for progress in attachment.begin():
+        if progress.what != what:
+            watch.start(f"{task}: {progress.what}", progress.total)
+            what, done = progress.what, 0
+        watch.advance(progress.done - done)
+        done = progress.done
