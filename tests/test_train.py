@@ -192,6 +192,21 @@ def test_hooks_are_gone_afterwards_even_after_an_interruption():
     assert not attachment.optimizer._optimizer_step_post_hooks
 
 
+def test_every_step_is_taken_at_the_rate_that_was_shown():
+    class Reads(Attachment):
+        def __init__(self, model):
+            super().__init__(model)
+            self.rates = []
+
+        def before_step(self, step, optimizer):
+            self.rates += [group["lr"] for group in optimizer.param_groups]
+
+    attachment, watch = Reads(linear()), Recorder()
+    fit(attachment, Toy(), Training(lr_schedule=LearningRateSchedule(warmup_epochs=0.5)), steps=20, watch=watch)
+    assert attachment.rates == [values["learning_rate"] for values in watch.values]
+    assert len(set(attachment.rates)) > 10
+
+
 def test_clipping_bounds_the_step():
     model = linear()
     before = weights(model)

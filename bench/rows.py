@@ -1,0 +1,129 @@
+"""What every benchmark shares: rows of results, the machine they were measured on, and one benchmark at a time.
+
+A file of results is a list of rows. A row says what was measured (its identity), the numbers with n and spread, and
+where they come from: command, commit, seeds, machine, date. `python bench/rows.py wait` returns when no benchmark runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+Row = dict[str, Any]
+
+
+def machine() -> Row:
+    """Processor, usable cores, threads and versions that a timing depends on."""
+    import torch  # `wait` needs none of it
+
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    return {
+        "cpu": cpu or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": importlib.metadata.version("torch"),
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str:
+    """The commit that is checked out; `+` says that files under src/ or bench/ differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+    changes = [*git, "status", "--porcelain", "--", "src", "bench", ":!bench/results"]
+    changed = subprocess.run(changes, capture_output=True, text=True, check=True)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def command() -> str:
+    """What was typed, from the root of the checkout."""
+    script = Path(sys.argv[0]).resolve().relative_to(ROOT)
+    return shlex.join(["python", str(script), *sys.argv[1:]])
+
+
+def read(name: str) -> list[Row]:
+    """The rows of `bench/results/NAME.json`."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def known(name: str, identity: Mapping[str, Any]) -> bool:
+    """Whether a row of this identity was measured on such a machine, with these versions."""
+    return any(_same(row, identity, machine()) for row in read(name))
+
+
+def add(name: str, identity: Mapping[str, Any], numbers: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    """Writes one row, in the place of an older one of the same identity and machine.
+
+    Args:
+        name: of the file of results.
+        identity: what was measured; plain JSON values.
+        numbers: what came out, `n` and `spread` among it.
+        seeds: of everything that was drawn.
+    """
+    assert {"n", "spread"} <= set(numbers), "a number without n and spread is no evidence"
+    here = machine()
+    origin = {
+        "command": command(),
+        "commit": commit(),
+        "seeds": list(seeds),
+        "machine": here,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    rows = [row for row in read(name) if not _same(row, identity, here)]
+    rows.append({**identity, **numbers, **origin})
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=RESULTS, suffix=".part", delete=False) as part:
+        part.write(json.dumps(rows, indent=1) + "\n")
+    Path(part.name).chmod(0o644)
+    Path(part.name).replace(RESULTS / f"{name}.json")
+
+
+def _same(row: Row, identity: Mapping[str, Any], here: Row) -> bool:
+    return row["machine"] == here and all(row.get(key) == value for key, value in identity.items())
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The values that 10 % lie below and 10 % above."""
+    if len(values) < 2:
+        return {"p10": values[0], "p90": values[0]}
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p10": tenths[0], "p90": tenths[-1]}
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """Waits until no other benchmark of this user runs, and keeps others waiting until it is left."""
+    with (Path(tempfile.gettempdir()) / f"tersor-bench-{os.getuid()}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for the benchmark that runs", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["wait"]:
+        sys.exit("usage: python bench/rows.py wait")
+    with alone():
+        pass
