@@ -1,0 +1,43 @@
+# make demo | test | test-all | lint. The first one to run makes .venv; a stamp inside says what it holds.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+export OMP_NUM_THREADS ?= 2
+
+BIN := .venv/bin
+USE := .venv/.installed
+DEV := .venv/.installed-dev
+
+.PHONY: demo test test-all lint
+
+demo: $(USE)
+	rm -rf runs/demo runs/demo.checkpoints
+	$(BIN)/tersor run recipes/digits.yaml --out runs/demo
+
+test: $(DEV)
+	$(BIN)/python bench/rows.py wait
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(DEV)
+	$(BIN)/python bench/rows.py wait
+	$(BIN)/python -m pytest
+
+lint: $(DEV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# dev holds all that demo needs, so its stamp is both
+$(DEV): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $(USE) $@
+
+$(USE): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[openvino]'
+	touch $@

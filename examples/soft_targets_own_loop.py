@@ -1,0 +1,54 @@
+"""Soft targets in a loop of your own: the method adds its loss, everything else is plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tersor.core.objective import Objective
+from tersor.data import Batches, load
+from tersor.measure import accuracy
+from tersor.methods.soft_targets import SoftTargets
+from tersor.zoo import build
+
+
+def epoch_of(objective: Objective, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
+    """One round through the images."""
+    objective.train()  # the teacher inside stays in eval
+    for batch in batches:
+        losses = objective(batch)
+        optimizer.zero_grad()
+        torch.stack([*losses.values()]).sum().backward()
+        optimizer.step()
+
+
+def train(objective: Objective, batches: Batches, epochs: int) -> nn.Module:
+    """The loop; `objective.model` comes back trained, in eval."""
+    optimizer = torch.optim.SGD(objective.model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        epoch_of(objective, batches, optimizer)
+    return objective.model.eval()
+
+
+def main(epochs: int = 6) -> None:
+    """Trains a teacher on the digits, then a student on what the teacher answers."""
+    torch.manual_seed(0)
+    digits = load(name="digits")
+    assert digits.mean is not None
+    assert digits.std is not None
+    batches = Batches(digits.train, 32, mean=digits.mean, std=digits.std, shuffle=True)
+    test = Batches(digits.test, 500, mean=digits.mean, std=digits.std)
+
+    teacher = train(Objective(build("resnet32", 10)), batches, epochs)
+
+    student = build("resnet20", 10)
+    attached = SoftTargets(temperature=4).attach(student, teacher=teacher)
+    objective = Objective(student, attached.terms, teacher, label_weight=attached.label_weight)
+    train(objective, batches, epochs)
+
+    print(f"teacher {accuracy(teacher, test):.2f} %, student {accuracy(student, test):.2f} % of {len(digits.test)}")
+
+
+if __name__ == "__main__":
+    main()
