@@ -1,0 +1,77 @@
+"""The networks that the benchmarks share: CIFAR ResNets, trained, with their images; ImageNet's, random weights."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import rows
+from tersor.data import Batches, Images, Splits, load
+from tersor.zoo import build, load_weights
+
+SHARED = rows.ROOT.parent / "shared"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to compress.
+
+    Attributes:
+        name: as the zoo calls it.
+        pixels: height and width of its images.
+        trained: whether it has weights, and real images to be judged on.
+    """
+
+    name: str
+    pixels: int
+    trained: bool
+
+    def network(self) -> nn.Module:
+        """A new copy, in eval mode."""
+        if self.trained:
+            model = build(self.name, 10)
+            load_weights(model, SHARED / "models" / f"{self.name}-cifar10-jpeg.safetensors")
+        else:
+            torch.manual_seed(0)
+            model = build(self.name)
+        return model.eval()
+
+    def calibration(self, seed: int) -> Tensor:
+        """300 training images (N, 3, 32, 32) drawn by `seed`; 64 of noise (N, 3, 224, 224) where it is not trained."""
+        if not self.trained:
+            return torch.randn(64, 3, self.pixels, self.pixels, generator=torch.Generator().manual_seed(seed))
+        drawn = Batches(cifar().train, 300, mean=MEAN, std=STD, shuffle=True, seed=seed)
+        return next(iter(drawn)).images.contiguous()
+
+
+TRAINED = {name: Subject(name, 32, trained=True) for name in ("resnet20", "resnet56")}
+IMAGENET = {name: Subject(name, 224, trained=False) for name in ("resnet18", "mobilenet_v2")}
+
+
+@cache
+def cifar() -> Splits:
+    """CIFAR-10 as JPEG files: 45,000 training images, 5,000 to choose by, 10,000 to report."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    root = (Path(folder) if folder else Path(tempfile.gettempdir())) / "tersor-bench"
+    if not (root / "cifar10-jpeg").exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=root) as part,
+            tarfile.open(SHARED / "data" / "cifar10-jpeg.tar.gz") as tar,
+        ):
+            tar.extractall(part, filter="data")
+            (Path(part) / "cifar10-jpeg").rename(root / "cifar10-jpeg")
+    return load(folder=root / "cifar10-jpeg", validation=0.1, seed=0, mean=MEAN, std=STD)
+
+
+def normalised(images: Images) -> list[Tensor]:
+    """All images in their order, (500, 3, H, W) float32 at a time."""
+    return [batch.images.contiguous() for batch in Batches(images, 500, mean=MEAN, std=STD)]

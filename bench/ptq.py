@@ -1,0 +1,215 @@
+"""Post-training quantization side by side with the peers: accuracy, size, time to make, latency, in one run.
+
+Every artifact is made from the same network and the same calibration images, three draws of them, and answers all
+10,000 test images in the runtime that will serve it. Latency is that of the first draw, interleaved: a ratio compares
+times of the same round, below 1 the first is faster; the same file against itself is the noise floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import peers
+import rows
+import tables
+from images import IMAGENET, TRAINED, Subject, cifar, normalised
+from tersor.core.target import Target
+from tersor.export.bench import latency, predictions, size_bytes
+from tersor.export.onnx import export
+from tersor.export.runtime import Array, Session, open_session
+from tersor.methods.ptq import PTQ
+
+SEEDS = (0, 1, 2)
+RESULT = "ptq"
+FOLDER = tempfile.TemporaryDirectory(prefix="tersor-ptq-")  # goes with the process
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file, and the seconds that it took: to calibrate, and all in all from the network in torch."""
+
+    path: Path
+    calibration: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An artifact in a runtime; `precision` is the one asked for what the file does not quantize."""
+
+    artifact: str
+    runtime: str
+    precision: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The artifact, or what stands for it: FP32 in OpenVINO's own precision is the honest baseline `bf16`."""
+        return "bf16" if self.artifact == "fp32" and self.precision is None else self.artifact
+
+
+QUANTIZED = (
+    *(Contender(f"tersor for {runtime}", runtime) for runtime in ("onnxruntime", "openvino")),
+    *(Contender("quantize_static", runtime) for runtime in ("onnxruntime", "openvino")),
+    *(Contender("quantize_static, 7 bits", runtime) for runtime in ("onnxruntime", "openvino")),
+    Contender("nncf", "openvino"),
+)
+FLOAT = (
+    *(Contender("fp32", runtime, "float32") for runtime in ("onnxruntime", "openvino")),
+    Contender("fp32", "openvino"),
+)
+
+
+def made_by_tersor(subject: Subject, runtime: Any, images: Tensor, path: Path) -> Made:
+    """As a user writes it."""
+    model = subject.network()
+    start = time.perf_counter()
+    attached = PTQ().attach(model, data=images.split(50), target=Target(runtime=runtime))
+    list(attached.begin())
+    calibrated = time.perf_counter()
+    export(attached.model, images, path)
+    return Made(path, calibrated - start, time.perf_counter() - start)
+
+
+@cache
+def made(subject: Subject, artifact: str, seed: int) -> Made:
+    """Makes the artifact, once in this process."""
+    path = Path(FOLDER.name) / f"{subject.name}-{artifact.replace(', ', '-').replace(' ', '-')}-{seed}.onnx"
+    images = subject.calibration(seed)
+    if artifact == "fp32":
+        start = time.perf_counter()
+        export(subject.network(), images, path)
+        return Made(path, 0.0, time.perf_counter() - start)
+    if artifact.startswith("tersor for "):
+        return made_by_tersor(subject, artifact.removeprefix("tersor for "), images, path)
+    float32 = made(subject, "fp32", 0)
+    if artifact == "nncf":
+        path = path.with_suffix(".xml")
+        seconds = peers.nncf_post_training(float32.path, images, path)
+    else:
+        seconds = peers.onnxruntime_static(float32.path, images, path, reduce_range=artifact.endswith("7 bits"))
+    return Made(path, seconds, float32.total + seconds)
+
+
+@cache
+def test_set() -> tuple[list[Array], Array]:
+    """Images (500, 3, 32, 32) at a time, and all labels."""
+    images = cifar().test
+    return [batch.numpy() for batch in normalised(images)], images.labels.numpy()
+
+
+@cache
+def answers(subject: Subject, contender: Contender, seed: int) -> tuple[Array, str]:
+    """Classes of all test images, and the precision that was executed."""
+    session = opened(subject, contender, seed)
+    return predictions(session, test_set()[0]), session.precision
+
+
+def opened(subject: Subject, contender: Contender, seed: int = 0) -> Session:
+    """A new session."""
+    return open_session(made(subject, contender.artifact, seed).path, contender.runtime, precision=contender.precision)
+
+
+def report_accuracy(subject: Subject, contender: Contender, *, again: bool) -> None:
+    """Writes the row of one artifact in one runtime."""
+    quantized = contender.artifact != "fp32"
+    calibration = len(subject.calibration(0)) if quantized else 0
+    identity = {
+        "kind": "accuracy",
+        "model": subject.name,
+        "artifact": contender.label,
+        "runtime": contender.runtime,
+        "versions": tables.versions(),
+        "calibration_images": calibration,
+    }
+    if not again and rows.known(RESULT, identity):
+        return
+    seeds = SEEDS if quantized else SEEDS[:1]
+    labels = test_set()[1]
+    reference = answers(subject, Contender("fp32", contender.runtime, "float32"), 0)[0]
+    drawn = [answers(subject, contender, seed)[0] for seed in seeds]
+    files = [made(subject, contender.artifact, seed) for seed in seeds]
+    accuracies = [100 * float(np.mean(answer == labels)) for answer in drawn]
+    numbers = {
+        "accuracy": statistics.mean(accuracies),
+        "lost": 100 * float(np.mean(reference == labels)) - statistics.mean(accuracies),
+        "accuracies": accuracies,
+        "agreement": statistics.mean(100 * float(np.mean(answer == reference)) for answer in drawn),
+        "test_images": len(labels),
+        "precision": answers(subject, contender, 0)[1],
+        "bytes": max(size_bytes(file.path) for file in files),
+        "calibration_seconds": statistics.median(file.calibration for file in files),
+        "artifact_seconds": statistics.median(file.total for file in files),
+        "n": len(seeds),
+        "spread": rows.spread(accuracies),
+    }
+    rows.add(RESULT, identity, numbers, seeds)
+    print(f"{subject.name}, {contender.label} in {contender.runtime}: {numbers['accuracy']:.2f} %", flush=True)
+
+
+def report_latency(subject: Subject, runtime: str, batch: int, seconds: float, *, again: bool) -> None:
+    """Writes the rows of one runtime and batch size: milliseconds of each, and ours against each."""
+    ours = f"tersor for {runtime}"
+    entrants = [
+        contender
+        for contender in (*FLOAT, *QUANTIZED)
+        if contender.runtime == runtime and contender.artifact != "quantize_static, 7 bits"  # other weights, same work
+    ]
+    what = {"model": subject.name, "runtime": runtime, "batch": batch, "versions": tables.versions()}
+    pairs = [(ours, entrant.label) for entrant in entrants if entrant.label != ours] + [(ours, f"{ours}, again")]
+    identities = [{"kind": "ratio", "pair": " / ".join(pair), **what} for pair in pairs]
+    if not again and all(rows.known(RESULT, identity) for identity in identities):
+        return
+    sessions = {entrant.label: opened(subject, entrant) for entrant in entrants}
+    sessions[f"{ours}, again"] = opened(subject, Contender(ours, runtime))
+    example = subject.calibration(0)[:1].numpy()
+    timings = latency(sessions, example, [batch], rounds=60, seconds=seconds)
+    for label, session in sessions.items():
+        spread = asdict(timings.spread(label, batch))
+        identity = {"kind": "milliseconds", "artifact": label, **what}
+        tables.add(RESULT, identity, "milliseconds", spread, {"precision": session.precision})
+    for (first, second), identity in zip(pairs, identities, strict=True):
+        tables.add(RESULT, identity, "ratio", asdict(timings.paired_ratio(first, second, batch)), {})
+    print(f"{subject.name} in {runtime}, batch {batch}: timed", flush=True)
+
+
+def measure(subject: Subject, batches: Sequence[int] | None, seconds: float, again: str | None) -> None:
+    """All that is asked of one network."""
+    for contender in (*FLOAT, *QUANTIZED) if subject.trained else ():
+        report_accuracy(subject, contender, again=again == "all")
+    for runtime in ("onnxruntime", "openvino"):
+        for batch in batches or ((1, 32, 128) if subject.trained else (1, 32)):
+            report_latency(subject, runtime, batch, seconds, again=again is not None)
+
+
+def main() -> None:
+    """Measures what is not in `bench/results/ptq.json` yet, and prints all of it."""
+    known = TRAINED | IMAGENET
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(known), choices=list(known))
+    parser.add_argument("--batches", nargs="+", type=int, help="1 32 128 by default; 1 32 at 224 pixels")
+    parser.add_argument("--seconds", type=float, default=15, help="at most, for a network, runtime and batch size")
+    parser.add_argument("--again", choices=["all", "latency"], help="measure also what is there")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        torch.set_num_threads(2)
+        with rows.alone():
+            for name in chosen.models:
+                measure(known[name], chosen.batches, chosen.seconds, chosen.again)
+    tables.show(RESULT, chosen.models)
+
+
+if __name__ == "__main__":
+    main()
