@@ -112,23 +112,27 @@ def schema() -> None:
 
 
 def _table(numbers: dict[str, Any]) -> Table:
+    """Original, bf16 and artifact side by side, and how much less the artifact is than the original."""
+    entries = {name: numbers[name] for name in ("original", "bf16", "artifact") if numbers[name] is not None}
+    original, artifact = numbers["original"], numbers["artifact"]
     table = Table(title=f"{numbers['machine']['cpu']}, {numbers['machine']['threads']} threads")
-    for column in ("", "runtime", "accuracy %", "agreement %", "MB", "ms at 1", "at 32", "at 128", "MACs", "bit ops"):
-        table.add_column(column, justify="left" if column in {"", "runtime"} else "right")
-    for name in ("original", "bf16", "artifact"):
-        row = numbers[name]
-        if row is not None:
-            latency = [f"{row['latency_ms'][size]['median']:.2f}" for size in ("1", "32", "128")]
-            table.add_row(
-                name,
-                f"{row['runtime']}, {row['precision']}",
-                f"{row['accuracy']:.2f}",
-                f"{row['agreement']:.2f}",
-                f"{row['bytes'] / 1e6:.3f}",
-                *latency,
-                f"{row['macs'] / 1e6:.1f} M",
-                f"{row['bit_operations'] / 1e9:.2f} G",
-            )
+    for column in ("", *entries, "original / artifact"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("runtime", *[entry["runtime"] for entry in entries.values()])
+    table.add_row("floats in", *[entry["precision"] for entry in entries.values()])
+    table.add_row("accuracy, %", *[f"{entry['accuracy']:.2f}" for entry in entries.values()])
+    table.add_row("answers kept, %", *[f"{entry['agreement']:.2f}" for entry in entries.values()])
+    for label, key, unit in (
+        ("MB", "bytes", 1e6),
+        ("million MACs", "macs", 1e6),
+        ("giga bit operations", "bit_operations", 1e9),
+    ):
+        table.add_row(
+            label, *[f"{entry[key] / unit:.3f}" for entry in entries.values()], f"{original[key] / artifact[key]:.1f}x"
+        )
+    for size, ratio in numbers["speedup"].items():
+        medians = [f"{entry['latency_ms'][size]['median']:.2f}" for entry in entries.values()]
+        table.add_row(f"ms, batch {size}", *medians, f"{ratio['median']:.1f}x")
     return table
 
 
