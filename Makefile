@@ -6,6 +6,8 @@ SHELL := bash
 
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 2
+# threads that wait, sleep: where others use the cores too, spinning ones slow training down a hundredfold
+export OMP_WAIT_POLICY ?= passive
 
 BIN := .venv/bin
 USE := .venv/.installed

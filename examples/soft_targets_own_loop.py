@@ -31,7 +31,7 @@ def train(objective: Objective, batches: Batches, epochs: int) -> nn.Module:
     return objective.model.eval()
 
 
-def main(epochs: int = 6) -> None:
+def main(epochs: int = 6, sizes: tuple[str, str] = ("resnet32", "resnet20")) -> None:
     """Trains a teacher on the digits, then a student on what the teacher answers."""
     torch.manual_seed(0)
     digits = load(name="digits")
@@ -40,9 +40,9 @@ def main(epochs: int = 6) -> None:
     batches = Batches(digits.train, 32, mean=digits.mean, std=digits.std, shuffle=True)
     test = Batches(digits.test, 500, mean=digits.mean, std=digits.std)
 
-    teacher = train(Objective(build("resnet32", 10)), batches, epochs)
+    teacher = train(Objective(build(sizes[0], 10)), batches, epochs)
 
-    student = build("resnet20", 10)
+    student = build(sizes[1], 10)
     attached = SoftTargets(temperature=4).attach(student, teacher=teacher)
     objective = Objective(student, attached.terms, teacher, label_weight=attached.label_weight)
     train(objective, batches, epochs)

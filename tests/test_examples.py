@@ -1,0 +1,69 @@
+"""Every example runs, at a tiny size."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_soft_targets_in_a_loop_of_ones_own(capsys):
+    example("soft_targets_own_loop").main(epochs=1, sizes=("resnet20", "resnet20"))
+    assert "student" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    example("ptq_then_export").main(folder, epochs=4)
+    return folder
+
+
+def test_ptq_then_export_leaves_an_integer_network(exported):
+    import onnx
+
+    def types(file):
+        return {tensor.data_type for tensor in onnx.load(exported / file).graph.initializer}
+
+    assert onnx.TensorProto.INT8 in types("model.onnx")
+    assert onnx.TensorProto.INT8 not in types("original.onnx")
+    assert (exported / "model.onnx").stat().st_size < (exported / "original.onnx").stat().st_size / 2
+
+
+def test_serving_needs_neither_tersor_nor_torch(exported, tmp_path):
+    from tersor.data import load
+
+    digits = load(name="digits")
+    told = {"mean": digits.mean, "std": digits.std, "classes": digits.classes}
+    (exported / "numbers.json").write_text(json.dumps(told))
+    images = digits.test.take(torch.arange(40)).permute(0, 2, 3, 1).numpy()
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(images))]
+    for path, pixels in zip(paths, images, strict=True):
+        Image.fromarray(pixels).save(path)
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0]); "
+        "sys.exit(str({'torch', 'tersor'} & set(sys.modules)) if {'torch', 'tersor'} & set(sys.modules) else 0)"
+    )
+    served = subprocess.run(
+        [sys.executable, "-c", code, str(EXAMPLES / "serve.py"), str(exported), *paths],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert served.returncode == 0, served.stderr
+    answers = [line.split()[-1] for line in served.stdout.splitlines()]
+    right = [digits.classes[label] for label in digits.test.labels[:40]]
+    assert sum(map(str.__eq__, answers, right)) > 30  # chance: 4
