@@ -1,0 +1,124 @@
+"""Which ranges PTQ should take by default: chosen on training images not calibrated with, never on test images.
+
+For each option, placement and draw of calibration images: the mean squared difference of the logits from FP32, relative
+to their mean square, and the percent of FP32's answers kept. Computed in torch, where a quantizer rounds as the runtime
+does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from functools import cache
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import rows
+from images import MEAN, STD, TRAINED, Subject, cifar
+from tersor.core.target import Target
+from tersor.data import Batches
+from tersor.methods.ptq import PTQ
+
+RESULT = "ptq_defaults"
+SEEDS = (0, 1, 2)
+BATCH = 64
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"activation_range": "minmax"},
+    {"activation_range": "minmax", "calibration_images": 64},
+    {"activation_range": "minmax", "calibration_images": 256},
+    {"activation_range": "minmax", "weight_range": "mse"},
+    {"activation_range": "percentile", "percentile": 99.9},
+    {"activation_range": "percentile", "percentile": 99.99},
+    {"activation_range": "percentile", "percentile": 99.999},
+    {"activation_range": "mse"},
+    {"activation_range": "mse", "weight_range": "mse"},
+)
+
+
+@cache
+def held_out(count: int) -> tuple[Tensor, ...]:
+    """Training images that are set apart, (250, 3, 32, 32) at a time; the set is stratified, its order is not."""
+    drawn = Batches(cifar().validation, 250, mean=MEAN, std=STD, shuffle=True, seed=0)
+    return tuple(batch.images for batch, _ in zip(drawn, range(count // 250), strict=False))
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, count: int) -> Tensor:
+    """(count, 10)."""
+    return torch.cat([model(images) for images in held_out(count)])
+
+
+@cache
+def reference(subject: Subject, count: int) -> Tensor:
+    """Logits of FP32."""
+    return logits(subject.network(), count)
+
+
+def quantized(subject: Subject, runtime: Any, option: dict[str, Any], seed: int) -> nn.Module:
+    """Calibrated with as many images as the option says, or the default."""
+    images = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=seed)
+    attached = PTQ(**option).attach(subject.network(), data=images, target=Target(runtime=runtime))
+    list(attached.begin())
+    return attached.model
+
+
+def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -> None:
+    """Writes one row."""
+    filled = {key: getattr(PTQ(**option), key) for key in ("weight_range", "activation_range", "calibration_images")}
+    percentile = {"percentile": option["percentile"]} if "percentile" in option else {}
+    identity = {"model": subject.name, "runtime": runtime, **filled, **percentile, "held_out_images": count}
+    if rows.known(RESULT, identity):
+        return
+    truth = reference(subject, count)
+    errors: list[float] = []
+    kept: list[float] = []
+    for seed in SEEDS:
+        shown = logits(quantized(subject, runtime, option, seed), count)
+        errors.append(float((shown - truth).square().mean() / truth.square().mean()))
+        kept.append(100 * float((shown.argmax(1) == truth.argmax(1)).float().mean()))
+    numbers = {
+        "logit_error": statistics.mean(errors),
+        "logit_errors": errors,
+        "agreement": statistics.mean(kept),
+        "agreements": kept,
+        "n": len(SEEDS),
+        "spread": rows.spread(errors),
+    }
+    rows.add(RESULT, identity, numbers, SEEDS)
+    print(f"{json.dumps(identity)}: {numbers['logit_error']:.5f}, {numbers['agreement']:.2f} %", flush=True)
+
+
+def show() -> None:
+    """Prints the rows of this machine, best first."""
+    here = rows.machine()
+    found = [row for row in rows.read(RESULT) if row["machine"] == here]
+    table = Table("network", "placement", "activations", "weights", "images", "logit error", "draws", "agreement")
+    for row in sorted(found, key=lambda row: (row["model"], row["runtime"], row["logit_error"])):
+        activations = f"{row['activation_range']} {row.get('percentile', '')}"
+        draws = " ".join(f"{error:.5f}" for error in row["logit_errors"])
+        what = (row["model"], row["runtime"], activations, row["weight_range"], str(row["calibration_images"]))
+        table.add_row(*what, f"{row['logit_error']:.5f}", draws, f"{row['agreement']:.2f}")
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    """Measures what is not in `bench/results/ptq_defaults.json` yet, and prints all of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(TRAINED), choices=list(TRAINED))
+    parser.add_argument("--images", type=int, default=1000, help="that are judged, at most 5,000")
+    chosen = parser.parse_args()
+    with rows.alone():
+        for name in chosen.models:
+            for runtime in ("onnxruntime", "openvino"):
+                for option in OPTIONS:
+                    report(TRAINED[name], runtime, option, chosen.images)
+    show()
+
+
+if __name__ == "__main__":
+    main()
