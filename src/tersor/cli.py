@@ -96,7 +96,7 @@ def methods(
         console.print(table)
         return
     cls = registry.get(name)
-    console.print((sys.modules[cls.__module__].__doc__ or "").strip(), highlight=False, markup=False)
+    console.print((sys.modules[cls.__module__].__doc__ or "").strip(), highlight=False, markup=False, soft_wrap=True)
     table = Table("parameter", "type", "default", "meaning")
     for row in parameters(cls):
         table.add_row(*row)

@@ -168,7 +168,15 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
     if recipe.teacher == "original" and not walk.model_is_trained:
         raise InputError("teacher: original is the model as it came in, and that has no weights. Write model.weights.")
     _check_teacher(recipe)
+    _rehearse(walk)
     return walk
+
+
+def _rehearse(walk: Walk) -> None:
+    """Attaches every stage to a copy: a pattern that matches nothing is told before an hour of training."""
+    rehearsal = replace(walk, model=copy.deepcopy(walk.model))
+    for stage in walk.recipe.stages:
+        rehearsal.model = rehearsal.attach(stage, steps=stage.steps or stage.epochs).model
 
 
 def _check_teacher(recipe: Recipe) -> None:

@@ -1,0 +1,158 @@
+"""The command line: one run end to end, and what a user can do wrong: one message, exit code 2, nothing lost."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tersor import cli, zoo
+from tersor.core.errors import InputError
+
+RECIPE = """\
+model: {name: resnet20, weights: WEIGHTS}
+data: {name: digits}
+target: {input: uint8}
+stages:
+  - {name: quantize, methods: [{ptq: {calibration_images: 64}}]}
+"""
+LATE = "  - {name: b, methods: [{ptq: {exclude: [nothing]}}]}"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
+    zoo.save_weights(zoo.build("resnet20", 10), path)
+    return path
+
+
+def tersor(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["tersor", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatch, capfd):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)))
+    out = tmp_path / "out"
+    assert tersor(monkeypatch, "run", recipe, "--out", out) == 0
+    assert {"model.onnx", "original.onnx", "recipe.yaml", "numbers.json", "manifest.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    numbers = json.loads((out / "numbers.json").read_text())
+    assert {"runtime", "machine", "seed", "date", "original", "bf16", "artifact"} <= set(numbers)
+    for entry in (numbers["original"], numbers["artifact"]):
+        for key in ("parameters", "macs", "bit_operations", "peak_memory_bytes", "load_ms", "bytes"):
+            assert entry[key] > 0, key
+        assert {"accuracy", "agreement", "sparsity"} <= set(entry)
+        assert all(entry["latency_ms"][size]["median"] > 0 for size in ("1", "32", "128"))
+    assert numbers["original"]["agreement"] == 100
+    assert numbers["artifact"]["bytes"] < numbers["original"]["bytes"] / 3
+    assert numbers["artifact"]["bit_operations"] * 16 == numbers["original"]["bit_operations"]
+    assert numbers["agreement_with_torch"] >= 99
+    assert not list(tmp_path.glob("*.checkpoints"))
+    assert not list(tmp_path.glob("*.partial*"))
+    capfd.readouterr()
+    assert tersor(monkeypatch, "eval", out) == 0
+    assert f"{numbers['artifact']['accuracy']:.2f} %" in capfd.readouterr().out
+    assert tersor(monkeypatch, "run", recipe, "--out", out) == 2
+    assert "exists already" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("WEIGHTS", "absent.safetensors"), "there is no weights file absent.safetensors"),
+        (("WEIGHTS", "OTHER"), "resnet32"),
+        (("WEIGHTS", "CORRUPT"), "corrupt.safetensors"),
+        (("name: resnet20", "name: resnet20, num_classes: 7"), "classes"),
+        (("name: resnet20", "name: resnt20"), "Did you mean 'resnet20'"),
+        (("name: digits", "folder: nowhere"), "nowhere"),
+        (("data:", "dota:"), "line 2"),
+        (("ptq:", "ptk:"), "unknown method 'ptk'"),
+        (("calibration_images: 64", "bits: 0"), "line 5"),
+        (("calibration_images: 64", "exclude: [layer9]"), "matches no layer"),
+        (
+            ("{name: quantize, methods: [{ptq: {calibration_images: 64}}]}", "{name: a, steps: 1}\n" + LATE),
+            "matches no layer",
+        ),
+        (("ptq: {calibration_images: 64}", "soft_targets: {temperature: 0}"), "temperature"),
+        (("methods: [{ptq: {calibration_images: 64}}]", "steps: 1, methods: [soft_targets]"), "teacher"),
+    ],
+)
+def test_what_cannot_be_used_is_one_message(change, message, tmp_path, weights, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corrupt.safetensors").write_bytes(weights.read_bytes()[:1000])
+    zoo.save_weights(zoo.build("resnet32", 10), tmp_path / "other.safetensors")
+    text = RECIPE.replace(*change).replace("WEIGHTS", str(weights))
+    text = text.replace("OTHER", "other.safetensors").replace("CORRUPT", "corrupt.safetensors")
+    (tmp_path / "recipe.yaml").write_text(text)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert tersor(monkeypatch, "run", "recipe.yaml", "--out", "out") == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- list\n", "a: [1,\n", "just text"])
+def test_what_is_no_recipe(content, tmp_path, monkeypatch, capfd):
+    (tmp_path / "recipe.yaml").write_text(content)
+    assert tersor(monkeypatch, "run", tmp_path / "recipe.yaml", "--out", tmp_path / "out") == 2
+    assert capfd.readouterr().err.startswith("error: ")
+
+
+def test_images_that_cannot_be_used(tmp_path, weights, monkeypatch, capfd):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)).replace("name: digits", "folder: " + str(tmp_path / "d")))
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            folder = tmp_path / "d" / split / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"{number}.png")
+    cut = tmp_path / "d" / "train" / "bee" / "2.png"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    assert tersor(monkeypatch, "run", recipe, "--out", tmp_path / "out") == 2
+    assert str(cut) in capfd.readouterr().err
+    for file in cut.parent.iterdir():
+        file.unlink()
+    assert tersor(monkeypatch, "run", recipe, "--out", tmp_path / "out") == 2
+    assert "bee" in capfd.readouterr().err
+
+
+def test_a_runtime_that_is_not_installed(tmp_path, weights, monkeypatch, capfd):
+    def absent(name: str) -> None:
+        raise InputError(f"the runtime {name} is not installed. Write pip install 'tersor[openvino]'.")
+
+    monkeypatch.setattr("tersor.walk.load_runtime", absent)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
+    assert tersor(monkeypatch, "run", tmp_path / "recipe.yaml", "--out", tmp_path / "out") == 2
+    assert "not installed" in capfd.readouterr().err
+
+
+def test_help_answers_at_once():
+    script = Path(sys.executable).with_name("tersor")
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([script, "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.6
+
+
+def test_explain_and_methods_train_nothing(tmp_path, weights, monkeypatch, capfd):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
+    monkeypatch.chdir(tmp_path)
+    assert tersor(monkeypatch, "run", "recipe.yaml", "--explain") == 0
+    assert "269,722 parameters" in capfd.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert tersor(monkeypatch, "methods", "ptq") == 0
+    assert "activation_bits" in capfd.readouterr().out
