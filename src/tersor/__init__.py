@@ -5,8 +5,10 @@ Importing it imports no torch: the verbs below are loaded when they are first us
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tersor.core.errors import InputError
@@ -24,6 +26,16 @@ _VERBS = {"run": "tersor.run", **dict.fromkeys(("compare", "distill", "export", 
 def __getattr__(name: str) -> Any:
     if name not in _VERBS:
         raise AttributeError(f"module 'tersor' has no attribute '{name}'")
-    verb = getattr(import_module(_VERBS[name]), name)
-    globals()[name] = verb  # `tersor.run` names a module too, which the import has just put here
+    verb = globals()[name] = getattr(import_module(_VERBS[name]), name)
     return verb
+
+
+class _Package(ModuleType):
+    """`run.py` and `export/` bear the names of verbs, and an import would put the module in the verb's place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _VERBS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
