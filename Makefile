@@ -10,6 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 USE := .venv/.installed
 DEV := .venv/.installed-dev
 
@@ -37,9 +38,9 @@ $(BIN)/python:
 
 # dev holds all that demo needs, so its stamp is both
 $(DEV): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $(USE) $@
 
 $(USE): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[openvino]'
+	$(INSTALL) -e '.[openvino]'
 	touch $@
