@@ -17,10 +17,10 @@ from pydantic.dataclasses import dataclass
 from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.target import Target
-from tersor.core.training import LearningRateSchedule, OptimizerOptions
+from tersor.core.training import LearningRateSchedule, OptimizerOptions, Training
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
-from tersor.recipe import DataSource, Network, Recipe, Stage, parse, read, schema, write
+from tersor.recipe import DataSource, Network, Recipe, Stage, Teacher, parse, read, schema, write
 
 WHOLE = """\
 # from a trained network to an artifact
@@ -66,7 +66,7 @@ def with_methods(methods: str) -> str:
 def test_text_becomes_data():
     assert parse(WHOLE, "recipe.yaml") == Recipe(
         model=Network(name="resnet20", num_classes=10),
-        teacher=Network(name="resnet56", num_classes=10, weights=Path("teacher.safetensors")),
+        teacher=Teacher(name="resnet56", num_classes=10, weights=Path("teacher.safetensors")),
         data=DataSource(folder=Path("data/cifar10")),
         target=Target(runtime="openvino"),
         stages=(
@@ -140,6 +140,13 @@ positive = st.floats(1e-9, 1e12)
 networks = st.builds(
     Network, name=words, num_classes=st.none() | st.integers(1, 9), weights=st.none() | st.just(Path("w"))
 )
+teachers = st.builds(
+    Teacher,
+    name=words,
+    weights=st.none() | st.just(Path("w")),
+    epochs=st.integers(0, 9),
+    training=st.builds(Training, batch_size=st.integers(1, 9)),
+)
 methods = st.lists(
     st.one_of(
         st.builds(SoftTargets, temperature=positive, loss_weight=positive),
@@ -158,7 +165,7 @@ stages = st.builds(
 recipes = st.builds(
     Recipe,
     model=networks,
-    teacher=networks | st.just("original"),
+    teacher=teachers | st.just("original"),
     data=st.builds(DataSource, name=words, mean=st.just((0.1, 0.2, 1.0)), std=st.tuples(positive, positive, positive)),
     seed=st.integers(0, 2**32 - 1),
     stages=st.lists(stages, min_size=1, max_size=3, unique_by=lambda stage: stage.name.casefold()).map(tuple),

@@ -129,7 +129,10 @@ def test_a_method_that_needs_a_teacher_says_what_to_write():
 @pytest.mark.parametrize(
     ("teacher", "expected"),
     [
-        ("orignal", ["teacher should be a mapping of the keys name, num_classes, weights or 'original'"]),
+        (
+            "orignal",
+            ["teacher should be a mapping of the keys name, num_classes, weights, epochs, training or 'original'"],
+        ),
         ("{nam: a}", ["teacher lacks the key 'name'. Possible:", "unknown key 'nam'. Did you mean 'name'?"]),
     ],
 )

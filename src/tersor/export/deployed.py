@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tersor.core.affine import Grid
 from tersor.core.parametrization import FakeQuantize, strip, weight_quantizer
 from tersor.core.selection import Layer
-from tersor.graph.capture import layer_of, sole_user
+from tersor.graph.capture import layer_of, sole_user, values_into
+from tersor.graph.placement import is_nothing_in_eval
 
-_INT32 = torch.iinfo(torch.int32)
+_LARGEST_BIAS = 2**30  # the products that are added to it need the rest of 32 bits
+_NOTHING = 1e-20
 
 
 class QuantizeDequantize(nn.Module):
@@ -26,10 +30,15 @@ class QuantizeDequantize(nn.Module):
         super().__init__()
         self.register_buffer("scale", quantizer.scale.detach().clone())
         self.register_buffer("zero_point", quantizer.zero_point.to(torch.uint8))
+        ends = torch.tensor([quantizer.grid.minimum, quantizer.grid.maximum]) - quantizer.zero_point.cpu()
+        low, high = (ends * quantizer.scale.detach().cpu()).tolist()
+        self.ends = None if quantizer.grid == Grid.unsigned(8) else (low, high)
 
     def forward(self, values: Tensor) -> Tensor:
         """`values` of any shape, float32."""
         grid = [self.scale, self.zero_point]
+        if self.ends is not None:  # the operator clips to 0..255 and nowhere else
+            values = values.clamp(*self.ends)
         quantized = torch.onnx.ops.symbolic(
             "QuantizeLinear", [values, *grid], dtype=torch.uint8, shape=values.shape, version=21
         )
@@ -66,7 +75,7 @@ class IntegerLayer(nn.Module):
         bias_scale = None
         if bias is not None and input_scale is not None:
             bias_scale = scale * input_scale
-            bias = torch.round(bias / bias_scale).clamp(_INT32.min, _INT32.max).to(torch.int32)
+            bias = torch.round(bias / bias_scale).to(torch.int32)
         self.register_buffer("bias", bias)
         self.register_buffer("bias_scale", bias_scale)
 
@@ -100,6 +109,7 @@ def deployed(model: fx.GraphModule) -> nn.Module:
     plain = strip(model)
     graph = copy.deepcopy(model.graph)
     graph.owning_module = model
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     modules: dict[str, nn.Module] = {}
     folded: list[fx.Node] = []
     for node in graph.nodes:
@@ -110,12 +120,14 @@ def deployed(model: fx.GraphModule) -> nn.Module:
         if isinstance(module, FakeQuantize):
             modules[name] = QuantizeDequantize(module) if module.ready else nn.Identity()
         elif isinstance(module, Layer) and weight_quantizer(module) is not None:
-            norm_node = sole_user(node)
-            norm = layer_of(norm_node) if norm_node is not None else None
-            norm = norm if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) else None
-            if norm is not None and norm_node is not None:
+            alone = calls[name] == 1  # a layer that is called twice has no one norm and no one input
+            norm_node = _norm_behind(node) if alone else None
+            if norm_node is not None:
                 folded.append(norm_node)
-            modules[name] = _integer_layer(module, plain.get_submodule(name), norm, _input_scale(node))
+            norm = layer_of(norm_node) if norm_node is not None else None
+            assert norm is None or isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
+            input_scale = _input_scale(node) if alone else None
+            modules[name] = _integer_layer(module, plain.get_submodule(name), norm, input_scale)
     for node in folded:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
@@ -124,8 +136,18 @@ def deployed(model: fx.GraphModule) -> nn.Module:
     return fx.GraphModule(plain, graph, class_name=type(model).__name__)
 
 
+def _norm_behind(node: fx.Node) -> fx.Node | None:
+    """The BatchNorm that alone reads `node`, if it has statistics to fold."""
+    user = sole_user(node)
+    norm = layer_of(user) if user is not None else None
+    return user if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) and norm.running_mean is not None else None
+
+
 def _input_scale(node: fx.Node) -> Tensor | None:
-    quantizer = layer_of(node.all_input_nodes[0])
+    value = values_into(node)[0]
+    while is_nothing_in_eval(value):
+        value = values_into(value)[0]
+    quantizer = layer_of(value)
     return quantizer.scale.detach() if isinstance(quantizer, FakeQuantize) and quantizer.ready else None
 
 
@@ -142,12 +164,33 @@ def _integer_layer(
     integers = torch.round(layer.weight / scale.reshape(shape))
     bias = layer.bias
     if norm is not None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        factor = torch.rsqrt(norm.running_var + norm.eps) * (norm.weight if norm.affine else 1)
-        shift = norm.bias if norm.affine else 0
-        bias = shift + (-norm.running_mean if bias is None else bias - norm.running_mean) * factor
+        factor, bias = _folded(norm, bias)
         integers = integers * torch.sign(factor).reshape(shape)
         scale = scale * factor.abs()
-        scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-    return IntegerLayer(plain, integers.to(torch.int8), scale, bias, input_scale)
+    fitting = _fitting_scale(integers, scale, bias, input_scale)
+    integers = torch.round(integers * (scale / fitting).reshape(shape))
+    return IntegerLayer(plain, integers.to(torch.int8), fitting, bias, input_scale)
+
+
+def _fitting_scale(integers: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
+    """`scale` (C,), but for channels that BatchNorm or training has switched off.
+
+    Where all `integers` are zero the bias alone chooses, so that it loses nothing. Where it would not fit beside
+    weights next to nothing, these get coarser. A channel of nothing gets 1.
+    """
+    silent = integers.flatten(1).eq(0).all(1)
+    scale = torch.where(silent, torch.zeros_like(scale), scale)
+    if bias is not None and input_scale is not None:
+        scale = torch.maximum(scale, bias.abs() / (_LARGEST_BIAS * input_scale))
+    return torch.where(scale > _NOTHING, scale, torch.ones_like(scale))
+
+
+def _folded(norm: nn.BatchNorm2d | nn.BatchNorm1d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `norm` multiplies each channel by, and the bias that it leaves."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.affine:
+        factor = factor * norm.weight
+    centred = -norm.running_mean if bias is None else bias - norm.running_mean
+    return factor, centred * factor + (norm.bias if norm.affine else 0)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -132,8 +132,12 @@ def _tidy(proto: onnx.ModelProto) -> None:
     for initializer in graph.initializer:
         initializer.name, initializer.doc_string = rename(initializer.name), ""
         del initializer.metadata_props[:]
+    paths: Counter[str] = Counter()
     for node in graph.node:
         node.name = _module_path(node) if node.op_type in {"Conv", "Gemm", "MatMul"} else ""
+        paths[node.name] += 1
+        if node.name and paths[node.name] > 1:  # attention has several products; runtimes refuse a name given twice
+            node.name += f".{paths[node.name]}"
         node.doc_string = ""
         del node.metadata_props[:]
         node.input[:] = [rename(name) for name in node.input]
@@ -151,11 +155,11 @@ def _module_path(node: onnx.NodeProto) -> str:
 
 
 def _write(proto: onnx.ModelProto, path: Path) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(proto.SerializeToString())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        partial.write_bytes(proto.SerializeToString())
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)

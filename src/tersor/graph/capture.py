@@ -2,49 +2,90 @@
 
 `torch.export` refuses `train()`, so a captured network could not be trained on; `torch.fx` keeps modules as modules.
 Its own tracer goes wrong in silence where a module reads `self.training` (stochastic depth, dropout): the mode of the
-moment becomes a constant. So a network is traced in both modes; if the graphs differ, the modules that read
-`self.training` stay leaves. What the outermost module itself decides by it (auxiliary heads of GoogLeNet and
-Inception) is traced as in eval: these heads are not part of what is compressed.
+moment becomes a constant. So while a network is traced, `training` is a value of the graph: what only hands it on
+(`F.dropout(x, training=self.training)`) is traced, a module that branches on it becomes a leaf. What the outermost
+module itself decides by it (auxiliary heads of GoogLeNet and Inception) is traced as in eval: these heads are not part
+of what is compressed.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from torch import fx, nn
-from torch.fx.proxy import TraceError
+from torch.fx.proxy import Proxy, TraceError
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 
 
+class _BranchesOnModeError(Exception):
+    """A module of this class runs other code in training than in eval."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__(kind.__name__)
+        self.kind = kind
+
+
 class Tracer(fx.Tracer):
-    """Keeps as leaves: torch's own layers, modules with parameters of their own, parametrized ones; and, if asked,
-    those that read `self.training`. Everything else is traced through.
+    """Keeps as leaves: torch's own layers, modules with parameters of their own, parametrized ones, and the classes
+    in `leaves`. Everything else is traced through.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, *, training_readers_are_leaves: bool) -> None:
+    def __init__(self, leaves: set[type[nn.Module]]) -> None:
         super().__init__()
-        self.training_readers_are_leaves = training_readers_are_leaves
+        self.leaves = leaves
+        self._modes: dict[fx.Node, nn.Module] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` becomes one node."""
+        if type(m) in self.leaves:
+            return True
         if isinstance(m, nn.Sequential | nn.ModuleList):
             return False
         childless = next(m.children(), None) is None
         own_tensors = any(True for _ in m.parameters(recurse=False)) or any(True for _ in m.buffers(recurse=False))
         torch_layer = type(m).__module__.startswith("torch.nn.")
-        return (
-            torch_layer
-            or parametrize.is_parametrized(m)
-            or (childless and own_tensors)
-            or (self.training_readers_are_leaves and _reads_training(m))
-        )
+        return torch_layer or parametrize.is_parametrized(m) or (childless and own_tensors)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """The inputs' placeholders; behind them, the outermost module's mode."""
+        inputs = super().create_args_for_root(root_fn, is_module, concrete_args)
+        self._show_mode(self.root, "training")
+        return inputs
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One node for a leaf; any other module is entered, with its mode as a value of the graph."""
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
+            self._show_mode(m, f"{path}.training")
+        return super().call_module(m, forward, args, kwargs)
+
+    def _show_mode(self, module: nn.Module, name: str) -> None:
+        mode = self.create_proxy("get_attr", name, (), {})
+        self._modes[mode.node] = module
+        module.training = cast("bool", mode)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Of a mode: False in the outermost module, and elsewhere a reason to make the module a leaf."""
+        module = self._modes.get(obj.node)
+        if module is None:
+            return super().to_bool(obj)
+        if module is self.root:
+            return False
+        raise _BranchesOnModeError(type(module))
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph, without the modes that nothing reads."""
+        graph = super().trace(root, concrete_args)
+        for node in self._modes:
+            if not node.users:
+                graph.erase_node(node)
+        return graph
 
 
 def capture(model: nn.Module) -> fx.GraphModule:
@@ -55,35 +96,31 @@ def capture(model: nn.Module) -> fx.GraphModule:
     """
     if isinstance(model, fx.GraphModule):
         return model
-    with _modes_restored(model):
-        graphs = {mode: _trace(model.train(mode), leaves=False) for mode in (True, False)}
-        graph = graphs[False]
-        if str(graphs[True]) != str(graph):
-            graph = _trace(model.eval(), leaves=True)
-    captured = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    captured.train(model.training)
-    for name, module in model.named_modules():
-        if name and name in dict(captured.named_modules()):
-            captured.get_submodule(name).training = module.training
+    with _without_constants(model):
+        with _modes_restored(model):
+            graph = _trace(model)
+        captured = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    for key in captured.state_dict().keys() - model.state_dict().keys():
+        path, _, name = key.rpartition(".")
+        owner = captured.get_submodule(path)
+        owner.register_buffer(name, getattr(owner, name), persistent=False)  # a constant is nothing to save
+    for name, module in captured.named_modules():
+        module.training = model.get_submodule(name).training
     return captured
 
 
-def _trace(model: nn.Module, *, leaves: bool) -> fx.Graph:
-    try:
-        return Tracer(training_readers_are_leaves=leaves).trace(model)
-    except (TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(
-            f"the graph of {type(model).__name__} cannot be captured: {error} "
-            "Possible: a forward without branches on the values of tensors (torch.fx traces it)."
-        ) from error
-
-
-def _reads_training(module: nn.Module) -> bool:
-    try:
-        source = inspect.getsource(type(module).forward)
-    except (OSError, TypeError):
-        return False
-    return "self.training" in source
+def _trace(model: nn.Module) -> fx.Graph:
+    leaves: set[type[nn.Module]] = set()
+    while True:
+        try:
+            return Tracer(leaves).trace(model)
+        except _BranchesOnModeError as branch:
+            leaves.add(branch.kind)
+        except (TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(
+                f"the graph of {type(model).__name__} cannot be captured: {error} "
+                "Possible: a forward without branches on the values of tensors (torch.fx traces it)."
+            ) from error
 
 
 @contextmanager
@@ -96,6 +133,17 @@ def _modes_restored(model: nn.Module) -> Generator[None]:
             module.training = mode
 
 
+@contextmanager
+def _without_constants(model: nn.Module) -> Generator[None]:
+    """Takes away the attributes under which tracing keeps the tensors that the forward makes anew each time."""
+    before = set(vars(model))
+    try:
+        yield
+    finally:
+        for name in set(vars(model)) - before:
+            delattr(model, name)
+
+
 def layer_of(node: fx.Node) -> nn.Module | None:
     """The module that a `call_module` node calls, or None for any other node."""
     if node.op != "call_module":
@@ -103,6 +151,15 @@ def layer_of(node: fx.Node) -> nn.Module | None:
     owner = node.graph.owning_module
     assert owner is not None
     return owner.get_submodule(cast("str", node.target))
+
+
+def values_into(node: fx.Node) -> list[fx.Node]:
+    """The values that `node` computes with: its inputs but for the modes of modules."""
+    return [value for value in node.all_input_nodes if not _is_mode(value)]
+
+
+def _is_mode(node: fx.Node) -> bool:
+    return node.op == "get_attr" and f".{node.target}".endswith(".training")
 
 
 def sole_user(node: fx.Node) -> fx.Node | None:

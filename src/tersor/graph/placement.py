@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from tersor.core.affine import Grid
 from tersor.core.parametrization import FakeQuantize
 from tersor.core.selection import Layer
 from tersor.core.target import Runtime
-from tersor.graph.capture import layer_of, sole_user
+from tersor.graph.capture import layer_of, sole_user, values_into
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _ACTIVATION_FUNCTIONS = {F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, "relu", "relu_"}
@@ -45,19 +45,13 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _AVERAGES = {F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean"}
 _AVERAGE_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
 _MOVERS: set[Callable[..., Any] | str] = {
-    *(
-        torch.flatten,
-        torch.reshape,
-        torch.permute,
-        torch.transpose,
-        torch.squeeze,
-        torch.unsqueeze,
-        torch.chunk,
-    ),
-    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "chunk"),
-    *(F.pad, F.max_pool2d, F.dropout, operator.getitem),
+    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, F.max_pool2d),
+    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
 }
-_MOVER_MODULES = (nn.Flatten, nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.ZeroPad2d)
+_MOVER_MODULES = (nn.Flatten, nn.MaxPool2d, nn.ZeroPad2d)
+_SPLITTERS = {torch.chunk, torch.split, "chunk", "split"}
+_NOTHING_IN_EVAL = {F.dropout, F.dropout2d}
+_NOTHING_IN_EVAL_MODULES = (nn.Dropout, nn.Dropout2d, nn.Identity)
 
 
 def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Runtime) -> list[str]:
@@ -94,26 +88,33 @@ def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtim
     quantized: dict[fx.Node, fx.Node] = {}
     integer: list[fx.Node] = []
     for node in graph.graph.nodes:
-        if _is_layer(node, layers) or (_joins(node) and all(source_of(value) in quantized for value in _tensors(node))):
+        if _is_layer(node, layers) or (
+            _joins(node) and all(source_of(value) in quantized for value in values_into(node))
+        ):
             integer.append(node)
-            for value in _tensors(node):
+            for value in values_into(node):
                 quantized.setdefault(source_of(value), source_of(value))
             end = fused_end(node)
-            if any(user.op != "output" for user in end.users):
+            if not _is_an_answer(end):
                 quantized[end] = end
     if runtime == "openvino":
         for node in integer:
             if _is_addition(node):
                 _let_the_sum_fuse(node, quantized)
     for node in graph.graph.nodes:
-        if _moves(node) and source_of(node) in quantized and _read_in_integers(node, integer):
+        if _is_mover(node) and source_of(node) in quantized and _read_in_integers(node, integer):
             quantized[node] = source_of(node)
     return {node: quantized[node] for node in graph.graph.nodes if node in quantized}
 
 
+def _is_an_answer(node: fx.Node) -> bool:
+    """Whether `node` only leaves the network: rounding logits would make ties."""
+    return all(user.op == "output" or (_hands_on(user) and _is_an_answer(user)) for user in node.users)
+
+
 def _let_the_sum_fuse(addition: fx.Node, quantized: dict[fx.Node, fx.Node]) -> None:
     """Leaves one convolution's result that only `addition` reads in float: the runtime adds within the convolution."""
-    for value in _tensors(addition):
+    for value in values_into(addition):
         if sole_user(value) is addition and isinstance(layer_of(_before_norm(value)), Layer):
             quantized.pop(value, None)
             return
@@ -135,9 +136,19 @@ def fused_end(node: fx.Node) -> fx.Node:
 
 def source_of(node: fx.Node) -> fx.Node:
     """The node whose values `node` only moves: itself where it computes."""
-    while _moves(node):
+    while _hands_on(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def quantizable(graph: fx.GraphModule) -> set[str]:
+    """Names of the layers that a runtime can compute in integers: a node each, with torch's own forward.
+
+    A layer inside a leaf (attention) is read by its parent, and a subclass may do anything with its weight.
+    """
+    called = {cast("str", node.target): layer_of(node) for node in graph.graph.nodes if node.op == "call_module"}
+    own = {nn.Conv2d.forward, nn.Linear.forward}
+    return {name for name, layer in called.items() if isinstance(layer, Layer) and type(layer).forward in own}
 
 
 def _called(node: fx.Node) -> Any:
@@ -156,11 +167,6 @@ def _is_addition(node: fx.Node) -> bool:
     return _called(node) in _ADDITIONS
 
 
-def _tensors(node: fx.Node) -> list[fx.Node]:
-    """The tensors that `node` computes with."""
-    return list(node.all_input_nodes)
-
-
 def _joins(node: fx.Node) -> bool:
     """Whether `node` is an addition, product, concatenation or average of tensors, which runtimes have in integers."""
     if _called(node) in _AVERAGES or isinstance(layer_of(node), _AVERAGE_MODULES):
@@ -168,13 +174,31 @@ def _joins(node: fx.Node) -> bool:
     return _called(node) in _JOINS and (len(node.all_input_nodes) > 1 or _called(node) in {torch.cat, torch.concat})
 
 
-def _moves(node: fx.Node) -> bool:
-    """Whether `node` gives the values of its one input in another place or shape."""
-    if len(node.all_input_nodes) != 1:
-        return False
+def _hands_on(node: fx.Node) -> bool:
+    """Whether the values of `node` are those of its first input, in another place or shape, or several of them."""
+    return _is_mover(node) or is_nothing_in_eval(node) or _called(node) in _SPLITTERS
+
+
+def is_nothing_in_eval(node: fx.Node) -> bool:
+    """Whether `node` gives its input in eval: no operator for a runtime, and no more on the grid in training."""
+    return _called(node) in _NOTHING_IN_EVAL or isinstance(layer_of(node), _NOTHING_IN_EVAL_MODULES)
+
+
+def _is_mover(node: fx.Node) -> bool:
+    """Whether `node` gives the values of its first input, a tensor, as a tensor in another place or shape."""
+    if _called(node) is F.pad:
+        return _pads_with_values_of_the_grid(node)
+    if _called(node) is operator.getitem:
+        # a number takes one of several results, and what gave them is known to be a tensor only after a split
+        return not isinstance(node.args[1], int) or _called(node.all_input_nodes[0]) in _SPLITTERS
     return _called(node) in _MOVERS or isinstance(layer_of(node), _MOVER_MODULES)
 
 
+def _pads_with_values_of_the_grid(node: fx.Node) -> bool:
+    given: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    return given.get("mode", "constant") != "constant" or given.get("value") in {None, 0}
+
+
 def _read_in_integers(node: fx.Node, integer: list[fx.Node]) -> bool:
-    """Whether an integer operator reads `node`, directly or through other movers."""
-    return any(user in integer or (_moves(user) and _read_in_integers(user, integer)) for user in node.users)
+    """Whether an integer operator reads `node`, directly or through others that hand it on."""
+    return any(user in integer or (_hands_on(user) and _read_in_integers(user, integer)) for user in node.users)

@@ -37,7 +37,7 @@ from tersor.core.ranges import Histogram, channel_maxima, least_squares_scale, w
 from tersor.core.selection import Layer, weighted_layers, without
 from tersor.core.target import Target
 from tersor.graph.capture import capture
-from tersor.graph.placement import place
+from tersor.graph.placement import place, quantizable
 
 Range = Literal["minmax", "percentile", "mse"]
 
@@ -79,7 +79,9 @@ class PTQ:
         graph = capture(model)
         if any(isinstance(module, FakeQuantize) for module in graph.modules()):
             raise InputError("the network is quantized already. Possible: one of ptq, qat in a recipe.")
-        layers = without(weighted_layers(graph), self.exclude)
+        known = quantizable(graph)
+        chosen = without(weighted_layers(graph), self.exclude)
+        layers = {name: layer for name, layer in chosen.items() if name in known}
         if not layers:
             raise InputError("ptq found no convolution or fully connected layer to quantize.")
         activations = place(graph, layers, Grid.unsigned(self.activation_bits), target.runtime)
@@ -113,30 +115,35 @@ class PTQAttachment(Attachment):
         self.target = target
 
     def begin(self) -> Iterator[Progress]:
-        """Calibrates: two passes over the images, then every range is set. Does nothing a second time.
+        """Calibrates: one or two passes over the images, then every range is set. Does nothing a second time.
 
         Raises:
-            InputError: the data holds no image.
+            InputError: the data holds no image, or cannot be read twice where two passes are needed.
         """
         quantizers = {name: self._quantizer(name) for name in self.activations}
         if all(quantizer.ready for quantizer in quantizers.values()):
             return
         self.model.eval()
         histograms = {name: Histogram() for name in self.activations}
-        passes = ["widen"] if self.method.activation_range == "minmax" else ["widen", "count"]
-        total = len(passes) * self.method.calibration_images
-        done = 0
-        for each in passes:
-            for images in self._images():
-                self._observe({name: getattr(histograms[name], each) for name in self.activations}, images)
-                done += len(images)
-                yield Progress("calibration", done, total)
-        if not done:
-            raise InputError("ptq was given data without a single image. Pass batches (N, C, H, W).")
+        yield from self._look_at_images(histograms)
         for name, quantizer in quantizers.items():
             quantizer.set_grid(*affine_parameters(*self._range(histograms[name], quantizer.grid), quantizer.grid))
         for name in self.layers:
             self._quantize_weight(self.model.get_submodule(name))
+
+    def _look_at_images(self, histograms: dict[str, Histogram]) -> Iterator[Progress]:
+        passes = ["widen"] if self.method.activation_range == "minmax" else ["widen", "count"]
+        done = 0
+        for number, each in enumerate(passes):
+            before = done
+            for images in self._images():
+                self._observe({name: getattr(histograms[name], each) for name in self.activations}, images)
+                done += len(images)
+                yield Progress("calibration", done, len(passes) * self.method.calibration_images)
+            if done == before:
+                again = " when it read it again; a DataLoader or a list can be read twice" if number else ""
+                raise InputError(f"ptq was given data without a single image{again}. Pass batches (N, C, H, W).")
+            _refuse_what_is_not_finite(histograms)
 
     def _quantizer(self, name: str) -> FakeQuantize:
         quantizer = self.model.get_submodule(name)
@@ -148,7 +155,10 @@ class PTQAttachment(Attachment):
         left = self.method.calibration_images
         for batch in self.data:
             images = images_of(batch)[:left]
-            yield images.to(device)
+            if not images.is_floating_point():
+                raise InputError(f"a batch of the data is of {images.dtype}. Pass normalised images in floating point.")
+            if len(images):
+                yield images.to(device)
             left -= len(images)
             if left <= 0:
                 return
@@ -194,6 +204,15 @@ class PTQAttachment(Attachment):
         if self.target.cpu == "avx2":
             scale = without_saturation(weight, scale, quantizer.grid)
         quantizer.set_grid(scale)
+
+
+def _refuse_what_is_not_finite(histograms: dict[str, Histogram]) -> None:
+    for name, histogram in histograms.items():
+        if not torch.isfinite(histogram.high - histogram.low):
+            raise InputError(
+                f"the calibration images give values that are not finite at {name.removeprefix('quantizers.')}. "
+                "Possible: images and weights without NaN or infinity."
+            )
 
 
 def images_of(batch: Any) -> Tensor:
