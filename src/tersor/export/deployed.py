@@ -60,6 +60,7 @@ class IntegerLayer(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    zero_point: Tensor | None
     bias: Tensor | None
     bias_scale: Tensor | None
 
@@ -72,6 +73,9 @@ class IntegerLayer(nn.Module):
         self.layer._parameters = {"weight": None, "bias": None}
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        # ONNX Runtime computes a matrix product in integers only if its weight has a zero point, be it zero
+        zero_point = torch.zeros_like(weight[:, 0]) if isinstance(layer, nn.Linear) else None
+        self.register_buffer("zero_point", zero_point)
         bias_scale = None
         if bias is not None and input_scale is not None:
             bias_scale = scale * input_scale
@@ -81,7 +85,7 @@ class IntegerLayer(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What the layer gives for `inputs`, from its integers."""
-        weight = _dequantize(self.weight, self.scale)
+        weight = _dequantize(self.weight, self.scale, self.zero_point)
         bias = self.bias
         if bias is not None and self.bias_scale is not None:
             bias = _dequantize(bias, self.bias_scale)
@@ -90,11 +94,11 @@ class IntegerLayer(nn.Module):
         return F.linear(inputs, weight, bias)
 
 
-def _dequantize(integers: Tensor, scale: Tensor) -> Tensor:
+def _dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """Integers (C, ...) times their channel's scale (C,), as one operator of the file."""
     return torch.onnx.ops.symbolic(
         "DequantizeLinear",
-        [integers, scale],
+        [integers, scale] if zero_point is None else [integers, scale, zero_point],
         attrs={"axis": 0},
         dtype=torch.float32,
         shape=integers.shape,
@@ -167,6 +171,8 @@ def _integer_layer(
         factor, bias = _folded(norm, bias)
         integers = integers * torch.sign(factor).reshape(shape)
         scale = scale * factor.abs()
+    if bias is not None and not bias.any():
+        bias = None  # its scales would lie in the file for nothing
     fitting = _fitting_scale(integers, scale, bias, input_scale)
     integers = torch.round(integers * (scale / fitting).reshape(shape))
     return IntegerLayer(plain, integers.to(torch.int8), fitting, bias, input_scale)
