@@ -29,14 +29,14 @@ SEEDS = (0, 1, 2)
 BATCH = 64
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"activation_range": "minmax"},
-    {"activation_range": "minmax", "calibration_images": 64},
-    {"activation_range": "minmax", "calibration_images": 256},
-    {"activation_range": "minmax", "weight_range": "mse"},
-    {"activation_range": "percentile", "percentile": 99.9},
+    {"activation_range": "mse"},
     {"activation_range": "percentile", "percentile": 99.99},
     {"activation_range": "percentile", "percentile": 99.999},
-    {"activation_range": "mse"},
+    {"activation_range": "percentile", "percentile": 99.9},
+    {"activation_range": "minmax", "weight_range": "mse"},
     {"activation_range": "mse", "weight_range": "mse"},
+    {"activation_range": "minmax", "calibration_images": 64},
+    {"activation_range": "minmax", "calibration_images": 256},
 )
 
 
@@ -113,9 +113,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="that are judged, at most 5,000")
     chosen = parser.parse_args()
     with rows.alone():
-        for name in chosen.models:
-            for runtime in ("onnxruntime", "openvino"):
-                for option in OPTIONS:
+        for option in OPTIONS:
+            for name in chosen.models:
+                for runtime in ("onnxruntime", "openvino"):
                     report(TRAINED[name], runtime, option, chosen.images)
     show()
 
