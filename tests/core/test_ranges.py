@@ -61,10 +61,11 @@ def test_percentile_against_sorted_values(seed, percent):
     values = draw(seed, 5000)
     histogram = filled(values[:2000], values[2000:])
     low, high = histogram.percentile(percent)
-    tail = (100 - percent) / 2
-    expected = np.percentile(values.numpy(), [tail, 100 - tail], method="inverted_cdf")
+    ordered = sorted(values.tolist())
+    left_out = round((100 - percent) / 200 * len(ordered))
     width = float(histogram.high - histogram.low) / histogram.counts.numel()
-    np.testing.assert_allclose([low, high], expected, atol=1.01 * width)
+    assert ordered[left_out - 1] - width <= low <= ordered[left_out] + width
+    assert ordered[-left_out - 1] - width <= high <= ordered[-left_out] + width
 
 
 def test_percentile_100_clips_less_than_a_bin_and_lower_ones_clip_more():
@@ -94,7 +95,7 @@ def slow_error(values, low, high, grid):
 
 
 @given(seeds, st.sampled_from([2, 3, 4]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_least_squares_is_the_best_of_the_shrunk_ranges(seed, bits):
     grid = Grid.unsigned(bits)
     values = draw(seed, 600) ** 3  # heavy tails, so that clipping pays
@@ -121,7 +122,7 @@ def slow_weight_error(row, scale, grid):
 
 
 @given(seeds, st.sampled_from([2, 4, 8]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_least_squares_scale_is_the_best_for_each_channel(seed, bits):
     grid = Grid.signed(bits)
     weight = draw(seed, 3, 5, 3) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
@@ -155,7 +156,7 @@ def test_no_two_integers_of_a_channel_saturate_16_bits(seed, shape, factor):
 
 def test_only_channels_that_would_saturate_are_widened():
     grid = Grid.signed(8)
-    weight = torch.tensor([[1.0, 0.9, 0.1], [1.0, 0.001, 0.001], [0.0, 0.0, 0.0]])
+    weight = torch.tensor([[1.0, 0.9, 0.1], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     before = symmetric_scale(channel_maxima(weight), grid)
     after = without_saturation(weight, before, grid)
     assert (after > before).tolist() == [True, False, False]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,17 +90,19 @@ def strip(model: nn.Module) -> nn.Module:
     A parametrized module under `deepcopy` shares its class with the original, so that removing the copy's
     parametrizations breaks the original. Hence the plain modules are built first and put in their place.
     """
-    plain = {id(module): _plain(module) for module in model.modules() if parametrize.is_parametrized(module)}
-    return copy.deepcopy(model, cast("dict[int, object]", plain))
+    plain: dict[int, Any] = {}
+    for module in reversed(list(model.modules())):  # children first
+        if parametrize.is_parametrized(module):
+            plain[id(module)] = _plain(module, plain)
+    return copy.deepcopy(model, plain)
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def _plain(module: nn.Module, copies: dict[int, Any]) -> nn.Module:
     shown = list(cast("nn.ModuleDict", module.parametrizations))
     unparametrized = cast("type[nn.Module]", type(module).__mro__[1])
     result = unparametrized.__new__(unparametrized)
-    rest = {name: value for name, value in module.__dict__.items() if name != "_modules"}
-    result.__dict__.update(copy.deepcopy(rest))
-    result.__dict__["_modules"] = {}
+    children = {name: child for name, child in vars(module)["_modules"].items() if name != "parametrizations"}
+    result.__dict__.update(copy.deepcopy({**vars(module), "_modules": children}, copies))
     for name in shown:
         tensor = cast("Tensor", getattr(module, name)).detach().clone()
         result.register_parameter(name, nn.Parameter(tensor))

@@ -47,7 +47,7 @@ class Histogram:
         """The range that keeps the middle `percent` of the values."""
         cumulative = self.counts.cumsum(0) / self.counts.sum().clamp(min=1)
         tail = (100 - percent) / 200
-        edges = torch.stack([torch.tensor(tail), torch.tensor(1 - tail)]).to(cumulative)
+        edges = torch.tensor([tail, 1 - tail], dtype=cumulative.dtype)
         low, high = torch.searchsorted(cumulative, edges).clamp(max=self.counts.numel() - 1)
         return self.centres[low].clamp(max=0), self.centres[high].clamp(min=0)
 
