@@ -102,10 +102,17 @@ def _convert(network: nn.Module, inputs: Tensor) -> onnx.ModelProto:
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(f"the network cannot be converted to ONNX: {reason[0] if reason else error!r}") from error
+        raise InputError(f"the network cannot be converted to ONNX: {_reason(error)}") from error
     assert program is not None
     return program.model_proto
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at first; the exporter wraps it in advice on how to report its own bugs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
 
 
 def _tidy(proto: onnx.ModelProto) -> None:

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tersor.core.errors import InputError
+from tersor.graph.capture import capture, sole_user, values_into
+from tersor.zoo import build
+
+NETWORKS = {
+    "resnet20": (32, {}),
+    "resnet18": (64, {}),
+    "mobilenet_v2": (64, {}),
+    "mobilenet_v3_small": (64, {}),
+    "shufflenet_v2_x1_0": (64, {}),
+    "squeezenet1_1": (64, {}),
+    "regnet_y_400mf": (64, {}),
+    "mnasnet0_5": (64, {}),
+}
+SLOW_NETWORKS = {
+    "alexnet": (64, {}),
+    "vgg11_bn": (32, {}),
+    "resnext50_32x4d": (64, {}),
+    "regnet_x_400mf": (64, {}),
+    "shufflenet_v2_x0_5": (64, {}),
+    "efficientnet_b0": (64, {}),
+    "efficientnet_v2_s": (64, {}),
+    "densenet121": (64, {}),
+    "convnext_tiny": (64, {}),
+    "swin_t": (64, {}),
+    "swin_v2_t": (64, {}),
+    "maxvit_t": (224, {}),
+    "vit_b_32": (64, {"image_size": 64}),
+}
+every_network = pytest.mark.parametrize(
+    "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_NETWORKS)]
+)
+
+
+def network(name):
+    """The network with random weights, and images for it."""
+    size, options = (NETWORKS | SLOW_NETWORKS)[name]
+    torch.manual_seed(0)
+    if name == "resnet20":
+        model = build(name, 10)
+    else:
+        model = torchvision.models.get_model(name, weights=None, num_classes=10, **options)
+    return model, torch.randn(2, 3, size, size)
+
+
+def answers(model, images, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model(images)
+
+
+@every_network
+def test_the_graph_is_the_network(name):
+    model, images = network(name)
+    graph = capture(model)
+
+    assert set(graph.state_dict()) == set(model.state_dict())
+    parameters = dict(model.named_parameters())
+    assert {key: id(parameter) for key, parameter in graph.named_parameters()} == {
+        key: id(parameter) for key, parameter in parameters.items()
+    }
+    assert torch.equal(answers(graph.eval(), images), answers(model.eval(), images))
+    original = copy.deepcopy(model).train()  # with running statistics of its own
+    assert torch.equal(answers(graph.train(), images), answers(original, images))
+    for (key, moved), (_, expected) in zip(graph.named_buffers(), graph.named_buffers(), strict=True):
+        assert torch.equal(moved, expected), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_auxiliary_heads_are_left_behind(name, size):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=10, init_weights=False)
+    graph = capture(model)
+    heads = {key for key in model.state_dict() if key.startswith("aux") or key.startswith("AuxLogits")}
+    assert heads
+    assert set(graph.state_dict()) == set(model.state_dict()) - heads
+    images = torch.randn(2, 3, size, size)
+    assert torch.equal(answers(graph.eval(), images), answers(model.eval(), images))
+    assert answers(graph.train(), images).shape == (2, 10)
+
+
+def test_gradients_reach_the_same_parameters():
+    model, images = network("resnet20")
+    graph = capture(model).train()
+    graph(images).sum().backward()
+    found = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.train()(images).sum().backward()
+    assert all(torch.equal(parameter.grad, found[key]) for key, parameter in model.named_parameters())
+
+
+def test_the_weights_of_the_original_load_into_the_graph():
+    model, images = network("resnet20")
+    other = build("resnet20", 10)
+    graph = capture(other)
+    graph.load_state_dict(model.state_dict())
+    assert torch.equal(answers(graph.eval(), images), answers(model.eval(), images))
+    assert torch.equal(answers(other.eval(), images), answers(model, images))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_are_as_before_in_the_original_and_in_the_graph(training):
+    model, _ = network("resnet20")
+    model.train(training)
+    frozen = model.layer2[1].bn1
+    frozen.train(not training)
+    before = {key: module.training for key, module in model.named_modules()}
+    graph = capture(model)
+    assert {key: module.training for key, module in model.named_modules()} == before
+    assert {key: module.training for key, module in graph.named_modules() if key in before} == {
+        key: mode for key, mode in before.items() if key in dict(graph.named_modules())
+    }
+    assert graph.layer2.get_submodule("1.bn1") is frozen
+
+
+def test_a_graph_is_captured_once():
+    graph = capture(build("resnet20", 10))
+    assert capture(graph) is graph
+
+
+class Everything(nn.Module):
+    """What makes torch.fx's own tracer go wrong in silence."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.block = Block()
+        self.scale = nn.Parameter(torch.full((4, 1, 1), 0.5))
+        self.register_buffer("kept", torch.full((4, 1, 1), 2.0))
+        self.register_buffer("unsaved", torch.full((4, 1, 1), 3.0), persistent=False)
+        self.plain = torch.full((4, 1, 1), 1.5)
+
+    def forward(self, x):
+        x = self.conv(x) * self.scale * self.kept + self.unsaved - self.plain
+        x = self.block(x) + torch.linspace(0, 1, 8)
+        x = F.dropout(x, 0.3, training=self.training)
+        return F.dropout(x.mean((2, 3)), 0.5, self.training)
+
+
+class Block(nn.Module):
+    """Reads its mode in three ways: handed on, branched on, and in a method that forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Noisy()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.inner(F.dropout2d(self.conv(x), 0.5, training=self.training))
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return self.shaken(x)
+
+    def shaken(self, x):
+        return x + torch.randn(x.shape) if self.training else x
+
+
+def test_modes_are_values_of_the_graph():
+    torch.manual_seed(0)
+    model = Everything()
+    keys = set(model.state_dict())
+    attributes = set(vars(model))
+    graph = capture(model)
+    images = torch.randn(2, 3, 8, 8)
+    for training in (True, False):
+        model.train(training)
+        graph.train(training)
+        assert torch.equal(answers(graph, images), answers(model, images))
+        assert torch.equal(answers(copy.deepcopy(graph), images), answers(model, images))
+    # a part alone may be in another mode
+    graph.eval()
+    model.eval()
+    graph.block.train()
+    model.block.train()
+    assert torch.equal(answers(graph, images), answers(model, images))
+    assert not torch.equal(answers(graph, images, seed=1), answers(model, images))
+    assert set(graph.state_dict()) == keys
+    assert set(copy.deepcopy(graph).state_dict()) == keys
+    assert set(vars(model)) == attributes, "tracing leaves nothing behind in the original"
+
+
+def test_only_what_branches_on_its_mode_stays_closed():
+    called = {node.target for node in capture(Everything()).graph.nodes if node.op == "call_module"}
+    assert called == {"conv", "block.conv", "block.inner"}
+
+
+def test_a_network_in_a_wrapper_is_captured_through_it():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x.clamp(-1, 1))
+
+    model, images = network("resnet20")
+    graph = capture(Wrapper(model).eval())
+    assert torch.equal(answers(graph, images), answers(model.eval(), images.clamp(-1, 1)))
+    assert "inner.layer1.0.conv1" in {node.target for node in graph.graph.nodes}
+
+
+def test_parametrized_layers_stay_whole():
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    model, images = network("resnet20")
+    parametrize.register_parametrization(model.layer1[0].conv1, "weight", Half())
+    graph = capture(model.eval())
+    assert torch.equal(answers(graph, images), answers(model, images))
+    assert set(graph.state_dict()) == set(model.state_dict())
+    parametrize.remove_parametrizations(model.layer1[0].conv1, "weight")
+    assert torch.equal(answers(graph, images), answers(model, images))
+
+
+def test_a_layer_that_is_called_twice_keeps_its_one_parameter():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.conv(F.relu(self.conv(x))).mean((2, 3))
+
+    model = Twice()
+    images = torch.randn(2, 3, 4, 4)
+    graph = capture(model)
+    assert torch.equal(answers(graph, images), answers(model, images))
+    assert [node.target for node in graph.graph.nodes].count("conv") == 2
+
+
+class BranchesOnValues(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class NeedsTwo(nn.Module):
+    def forward(self, x, *more):
+        return x + len(more[0])
+
+
+class Loops(nn.Module):
+    def forward(self, x):
+        for row in x:
+            x = x + row
+        return x
+
+
+@pytest.mark.parametrize("kind", [BranchesOnValues, NeedsTwo, Loops])
+def test_what_cannot_be_followed_is_an_error_and_leaves_the_network_alone(kind):
+    model = kind().eval()
+    before = dict(vars(model))
+    with pytest.raises(InputError, match=f"the graph of {kind.__name__} cannot be captured") as refusal:
+        capture(model)
+    assert "Possible" in str(refusal.value)
+    assert vars(model) == before
+    assert model.training is False
+
+
+def test_a_network_that_runs_after_a_failed_capture():
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = Everything()
+            self.second = BranchesOnValues()
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = Breaks().train()
+    with pytest.raises(InputError):
+        capture(model)
+    assert all(module.training is True for module in model.modules())
+    assert answers(model, torch.randn(2, 3, 8, 8)).shape == (2, 4)
+
+
+def test_nodes_tell_who_reads_them():
+    nodes = {node.name: node for node in capture(Everything()).graph.nodes}
+    assert [value.name for value in values_into(nodes["dropout"])] == ["add_1"], "without the mode"
+    assert sole_user(nodes["conv"]) is nodes["mul"]
+    assert sole_user(nodes["training"]) is None
