@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tersor.core.affine import Grid, affine_parameters
+from tersor.core.errors import InputError
+from tersor.core.objective import Batch
+from tersor.core.parametrization import FakeQuantize, strip, weight_quantizer
+from tersor.core.ranges import Histogram
+from tersor.core.target import Target
+from tersor.methods.ptq import PTQ
+from tersor.zoo import build
+
+VNNI = Target(cpu="vnni")
+AVX2 = Target(cpu="avx2")
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = x + self.bn2(self.conv2(x))
+        return self.linear(F.relu(x).mean((2, 3)))
+
+
+def images(count=12, seed=1):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(model=None, method=None, data=None, target=VNNI):
+    attached = (method or PTQ()).attach(
+        model or Small().eval(), data=[images()] if data is None else data, target=target
+    )
+    list(attached.begin())
+    return attached
+
+
+def quantizers(graph):
+    return {name: module for name, module in graph.named_modules() if isinstance(module, FakeQuantize)}
+
+
+def test_attaching_shows_the_network_as_it_was_over_the_same_parameters():
+    model = Small().eval()
+    before = model(images())
+    parameters = {id(parameter) for parameter in model.parameters()}
+    state = torch.random.get_rng_state()
+    attached = PTQ().attach(model, data=[images()])
+    assert torch.equal(attached.model(images()), before)
+    assert {id(parameter) for parameter in attached.model.parameters()} == parameters
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert attached.terms == ()
+    assert attached.label_weight == 1
+
+
+def test_calibrated_weights_lie_on_their_grids():
+    graph = calibrated(method=PTQ(bits=4)).model
+    for name in ("conv1", "conv2", "linear"):
+        layer = graph.get_submodule(name)
+        for channel, original in zip(layer.weight, layer.parametrizations.weight.original, strict=True):
+            scale = original.abs().max().item() / 7
+            expected = [min(max(round(value / scale), -7), 7) * scale for value in original.flatten().tolist()]
+            assert channel.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+            assert len(channel.unique()) <= 15
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_activations_have_at_most_two_to_the_bits_levels(bits):
+    graph = calibrated(method=PTQ(activation_bits=bits)).model
+    seen = {}
+    for name, module in quantizers(graph).items():
+        if name.startswith("quantizers"):
+            module.register_forward_hook(lambda *call, name=name: seen.update({name: call[-1]}) or None)
+    graph(images(64, seed=9) * 3)
+    assert len(seen) >= 4
+    assert all(len(values.unique()) <= 2**bits for values in seen.values())
+
+
+def test_min_and_max_of_every_value_that_is_quantized():
+    model = Small().eval()
+    batches = [images(4, seed) for seed in range(3)]
+    x = torch.cat(batches)
+    with torch.no_grad():
+        first = F.relu(model.bn1(model.conv1(x)))
+        second = model.bn2(model.conv2(first))
+        last = F.relu(first + second)
+    expected = {"x": x, "relu": first, "bn2": second, "relu_1": last, "mean": last.mean((2, 3))}
+    graph = calibrated(model, data=batches).model
+    found = {name.removeprefix("quantizers."): q for name, q in quantizers(graph).items() if name.startswith("quant")}
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+        assert found[name].scale.item() == pytest.approx((high - low) / 255, rel=1e-5)
+        assert found[name].zero_point.item() == round(-low / ((high - low) / 255))
+
+
+@pytest.mark.parametrize("kind", ["percentile", "mse"])
+def test_other_ranges_are_those_of_the_histogram(kind):
+    batches = [images(6, seed) for seed in range(2)]
+    graph = calibrated(method=PTQ(activation_range=kind, percentile=95, activation_bits=4), data=batches).model
+    histogram = Histogram()
+    histogram.widen(torch.cat(batches))
+    histogram.count(torch.cat(batches))
+    grid = Grid.unsigned(4)
+    pair = histogram.percentile(95) if kind == "percentile" else histogram.least_squares(grid)
+    scale, zero_point = affine_parameters(*pair, grid)
+    found = graph.get_submodule("quantizers.x")
+    torch.testing.assert_close(found.scale, scale)
+    assert found.zero_point == zero_point
+    assert found.scale * 15 < images(6, 0).max() - images(6, 0).min(), "it clips"
+
+
+def test_mse_weights_round_with_less_error():
+    def error(weight_range):
+        graph = calibrated(method=PTQ(bits=3, weight_range=weight_range)).model
+        return sum(
+            (layer.weight - layer.parametrizations.weight.original).square().sum().item()
+            for layer in (graph.conv1, graph.conv2, graph.linear)
+        )
+
+    assert error("mse") < error("minmax")
+
+
+def test_processors_that_saturate_get_smaller_integers_and_others_all_of_the_range():
+    def pairs(target):
+        graph = calibrated(target=target).model
+        layers = [graph.conv1, graph.conv2, graph.linear]
+        largest = [
+            (layer.weight.flatten(1) / weight_quantizer(layer).scale[:, None]).abs().round().topk(2).values
+            for layer in layers
+        ]
+        return torch.cat(largest)
+
+    assert (pairs(VNNI)[:, 0] == 127).all()
+    assert pairs(AVX2).sum(1).max() <= 128
+    assert pairs(VNNI).sum(1).max() > 128
+
+
+def test_layers_left_out_stay_in_float():
+    attached = calibrated(method=PTQ(exclude=("conv2", "lin*")))
+    graph = attached.model
+    assert attached.layers == ("conv1",)
+    assert not parametrize.is_parametrized(graph.conv2)
+    assert not parametrize.is_parametrized(graph.linear)
+    assert set(attached.activations) == {"quantizers.x", "quantizers.relu"}
+
+
+def test_more_bits_answer_more_like_the_original():
+    model = Small().eval()
+    x = images()
+    with torch.no_grad():
+        before = model(x)
+        errors = [
+            (calibrated(copy.deepcopy(model), PTQ(bits=b, activation_bits=b)).model(x) - before).abs().mean().item()
+            for b in (2, 4, 6, 8)
+        ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.02 * before.std()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: (x,),
+        lambda x: [x, torch.zeros(len(x))],
+        lambda x: (x, torch.zeros(len(x)), "path"),
+        lambda x: Batch(x),
+        lambda x: Batch(x, torch.zeros(len(x), dtype=torch.int64)),
+    ],
+    ids=["tensor", "tuple of one", "list", "tuple of three", "Batch", "Batch with labels"],
+)
+def test_batches_may_come_with_labels_or_without(wrap):
+    expected = calibrated(data=[images(4, 1), images(4, 2)]).model.state_dict()
+    found = calibrated(data=[wrap(images(4, 1)), wrap(images(4, 2))]).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_data_loader_calibrates():
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images(), torch.zeros(12)), batch_size=5)
+    found = calibrated(data=data).model.state_dict()
+    expected = calibrated(data=[images()]).model.state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)
+
+
+def test_only_so_many_images_are_looked_at():
+    endless = (images(4, seed) for seed in iter(int, 1))
+    attached = PTQ(calibration_images=10).attach(Small().eval(), data=endless)
+    progress = list(attached.begin())
+    assert [step.done for step in progress] == [4, 8, 10]
+    assert {step.total for step in progress} == {10}
+    expected = calibrated(data=[images(4, 0), images(4, 0), images(2, 0)])
+    assert attached.model.get_submodule("quantizers.x").scale == expected.model.get_submodule("quantizers.x").scale
+
+
+def test_two_passes_are_told_as_one_work():
+    data = [images(4), images(4)]
+    progress = list(PTQ(calibration_images=8, activation_range="mse").attach(Small().eval(), data=data).begin())
+    assert [step.done for step in progress] == [4, 8, 12, 16]
+    assert {step.total for step in progress} == {16}
+
+
+def test_an_empty_batch_does_no_harm():
+    found = calibrated(data=[images()[:0], images(), images()[:0]]).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in calibrated().model.state_dict().items())
+
+
+def test_begin_does_nothing_a_second_time():
+    attached = calibrated()
+    before = {key: value.clone() for key, value in attached.model.state_dict().items()}
+    attached.data = [images(seed=5) * 100]
+    assert list(attached.begin()) == []
+    assert all(torch.equal(value, before[key]) for key, value in attached.model.state_dict().items())
+
+
+def test_calibration_changes_no_statistics_even_of_a_network_in_training():
+    model = Small().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    graph = calibrated(model).model
+    found = {key.replace("parametrizations.weight.original", "weight"): v for key, v in graph.state_dict().items()}
+    assert all(torch.equal(found[key], value) for key, value in before.items())
+
+
+def test_a_checkpoint_holds_the_calibration():
+    saved = calibrated(method=PTQ(bits=5, activation_bits=6)).model
+    torch.manual_seed(99)
+    fresh = PTQ(bits=5, activation_bits=6).attach(Small().eval(), data=[])
+    fresh.model.load_state_dict(saved.state_dict())
+    assert list(fresh.begin()) == [], "it is ready: no image is needed"
+    found = quantizers(fresh.model)
+    for name, quantizer in quantizers(saved).items():
+        assert found[name].ready
+        assert torch.equal(found[name].scale, quantizer.scale)
+        assert torch.equal(found[name].zero_point, quantizer.zero_point)
+    assert torch.equal(fresh.model(images()), saved(images()))
+
+
+def test_strip_shows_what_the_quantized_network_showed():
+    graph = calibrated().model
+    x = images(seed=7)
+    before = graph(x)
+    plain = strip(graph)
+    assert torch.equal(plain(x), before)
+    assert torch.equal(graph(x), before)
+    assert not any(parametrize.is_parametrized(module) for module in plain.modules())
+    assert {"conv1.weight", "linear.weight"} <= set(plain.state_dict())
+
+
+def test_a_channel_of_zeros_and_a_value_that_is_always_zero():
+    model = Small().eval()
+    with torch.no_grad():
+        model.conv2.weight[0] = 0
+        model.bn1.weight.zero_()
+        model.bn1.bias.fill_(-1.0)  # everything behind the first ReLU is zero
+    graph = calibrated(model).model
+    assert torch.isfinite(graph(images())).all()
+    torch.testing.assert_close(graph.conv2.weight[0], torch.zeros(4, 3, 3))
+    assert graph.get_submodule("quantizers.relu").scale == 1
+
+
+def test_runtimes_get_quantizers_of_their_own():
+    onnxruntime = calibrated(target=Target(runtime="onnxruntime")).activations
+    openvino = calibrated(target=Target(runtime="openvino")).activations
+    assert set(openvino) < set(onnxruntime)
+
+
+def test_gradients_pass_through_to_the_original_weights():
+    graph = calibrated().model.train()
+    graph(images()).square().sum().backward()
+    originals = [parameter for name, parameter in graph.named_parameters() if name.endswith("original")]
+    assert len(originals) == 3
+    assert all(parameter.grad.abs().sum() > 0 for parameter in originals)
+
+
+# what a user may get wrong
+
+
+def test_no_data():
+    with pytest.raises(InputError, match=r"ptq needs images to calibrate with.*data="):
+        PTQ().attach(Small())
+
+
+@pytest.mark.parametrize("data", [[], [images()[:0]]], ids=["no batch", "no image"])
+def test_empty_data(data):
+    with pytest.raises(InputError, match="without a single image"):
+        calibrated(data=data)
+
+
+def test_data_that_can_be_read_only_once():
+    calibrated(data=iter([images()]))  # one pass needs no more
+    with pytest.raises(InputError, match="without a single image when it read it again; a DataLoader"):
+        calibrated(method=PTQ(activation_range="mse"), data=iter([images()]))
+
+
+def test_a_pattern_that_matches_nothing():
+    with pytest.raises(InputError, match=r"'conv3' matches no layer\. Did you mean 'conv2'"):
+        PTQ(exclude=("conv3",)).attach(Small(), data=[images()])
+
+
+def test_everything_left_out():
+    with pytest.raises(InputError, match="no convolution or fully connected layer"):
+        PTQ(exclude=("*",)).attach(Small(), data=[images()])
+
+
+def test_nothing_to_quantize():
+    with pytest.raises(InputError, match="no convolution or fully connected layer"):
+        PTQ().attach(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), data=[images()])
+
+
+def test_quantized_already():
+    graph = calibrated().model
+    with pytest.raises(InputError, match="quantized already"):
+        PTQ().attach(graph, data=[images()])
+    model = Small()
+    PTQ().attach(model, data=[images()])
+    with pytest.raises(InputError, match="quantized already"):  # the layers are shared with the graph
+        PTQ().attach(model, data=[images()])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"image": images()}, "a batch of the data is dict"),
+        ("images", "a batch of the data is str"),
+        (images()[0], r"a tensor of shape \(3, 8, 8\)"),
+        ([], "a batch of the data is list"),
+        ((torch.zeros(4), images()), r"a tensor of shape \(4,\)"),
+        (images().numpy(), "a batch of the data is ndarray"),
+        (images().to(torch.uint8), r"of torch\.uint8.*floating point"),
+    ],
+    ids=["dict", "text", "one image", "empty list", "labels first", "numpy", "pixels"],
+)
+def test_batches_that_hold_no_images(batch, message):
+    with pytest.raises(InputError, match=message):
+        calibrated(data=[batch])
+
+
+def test_values_that_are_not_finite():
+    broken = images()
+    broken[3, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match="not finite at x"):
+        calibrated(data=[broken])
+    model = Small().eval()
+    model.bn1.bias.data[0] = torch.inf
+    with pytest.raises(InputError, match="not finite at relu"):
+        calibrated(model, PTQ(activation_range="mse"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"bits": 0},
+        {"bits": 1},
+        {"bits": 9},
+        {"activation_bits": 16},
+        {"percentile": 50},
+        {"percentile": 101},
+        {"calibration_images": 0},
+        {"weight_range": "percentile"},
+        {"activation_range": "max"},
+        {"exclude": "conv1"},
+        {"bit": 8},
+    ],
+    ids=lambda values: "-".join(f"{key}={value}" for key, value in values.items()),
+)
+def test_impossible_values_are_refused(values):
+    with pytest.raises(ValidationError):
+        PTQ(**values)
+
+
+def test_a_real_network_of_twenty_layers():
+    torch.manual_seed(0)
+    model = build("resnet20", 10).eval()
+    x = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+        graph = calibrated(model, data=[x]).model
+        assert (graph(x) - before).abs().mean() < 0.1 * before.std()
+    assert sum(parametrize.is_parametrized(module) for module in graph.modules()) == 20
