@@ -189,7 +189,7 @@ def test_what_is_nothing_in_eval_does_not_hide_the_scale_of_the_input(between):
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), between, nn.Conv2d(4, 2, 1)), images())
     layer = deployed(graph).behind.get_submodule("2")
     assert layer.bias.dtype == torch.int32
-    expected = layer.scale * graph.get_submodule("quantizers.behind_1").scale
+    expected = layer.scale * graph.get_submodule("quantizers.behind_0").scale
     torch.testing.assert_close(layer.bias_scale, expected)
 
 
