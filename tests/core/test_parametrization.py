@@ -112,8 +112,12 @@ def test_strip_shows_the_same_and_leaves_no_parametrization():
     assert type(model[0]) is not nn.Conv2d
 
 
-def test_the_plain_copy_shares_nothing():
+@pytest.mark.parametrize("ready", [True, False])
+def test_the_plain_copy_shares_nothing(ready):
     model = network()
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            module.ready = ready  # one that is not shows the very tensor that it was given
     images = draw(1, 2, 3, 8, 8)
     before = model(images)
     plain = strip(model)

@@ -377,6 +377,7 @@ def test_paths_that_cannot_be_written(tmp_path):
         export(Small(), images(), tmp_path / "absent" / "m.onnx")
     with pytest.raises(InputError, match=r"cannot write .*irectory"):
         export(Small(), images(), tmp_path)
+    assert not [file for file in (*tmp_path.iterdir(), *tmp_path.parent.iterdir()) if "partial" in file.name]
 
 
 # torchvision's networks

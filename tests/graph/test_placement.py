@@ -59,7 +59,7 @@ def test_openvino_leaves_a_sum_of_values_that_others_read_quantized():
         def forward(self, x):
             y = self.bn1(self.conv1(x))
             z = y + self.bn3(self.short(x)).sigmoid()
-            return self.conv2(z) + y
+            return y + self.conv2(z)
 
     _, behind = placed(Shared(), "openvino")
     assert "bn1" in behind, "the last addition reads it too"

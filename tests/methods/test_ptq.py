@@ -122,6 +122,47 @@ def test_other_ranges_are_those_of_the_histogram(kind):
     assert found.scale * 15 < images(6, 0).max() - images(6, 0).min(), "it clips"
 
 
+class Padded(nn.Module):
+    """What the first convolution gives is read twice: as it is, and among zeros; both lie on one grid."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.first(x) + 1)
+        return self.second(x) + self.third(F.pad(x, (1, 1, 1, 1)))
+
+
+def test_values_that_are_only_moved_count_once():
+    model = Padded().eval()
+    graph = calibrated(model, PTQ(activation_range="percentile", percentile=90)).model
+    histogram = Histogram()
+    values = F.relu(F.conv2d(images(), model.first.parametrizations.weight.original, model.first.bias) + 1).detach()
+    histogram.widen(values)
+    histogram.count(values)
+    scale, _ = affine_parameters(*histogram.percentile(90), Grid.unsigned(8))
+    torch.testing.assert_close(graph.get_submodule("quantizers.relu").scale, scale)
+    assert [node.target for node in graph.graph.nodes].count("quantizers.relu") == 2
+
+
+def test_layers_that_only_their_parent_reads_stay_in_float():
+    class Attentive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = x.flatten(2)[:, :, :8]
+            y, _ = self.attention(x, x, x)
+            return self.last(y)
+
+    attached = calibrated(Attentive().eval())
+    assert attached.layers == ("last",)
+    assert not parametrize.is_parametrized(attached.model.attention.out_proj)
+
+
 def test_mse_weights_round_with_less_error():
     def error(weight_range):
         graph = calibrated(method=PTQ(bits=3, weight_range=weight_range)).model
