@@ -317,6 +317,17 @@ def test_unusual_networks_answer_like_torch(tmp_path, kind):
             assert np.abs(found - expected[:count]).max() < 0.1 * expected.std()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_networks_of_another_precision_are_exported_in_float32(tmp_path, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    expected = answers(quantize(model, images()), images())
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).to(dtype)
+    path = export(quantize(other, images().to(dtype)), images().to(dtype), tmp_path / "m.onnx")
+    assert np.abs(run(path, images().numpy()) - expected).max() < 0.2 * expected.std()
+
+
 def test_layers_left_out_stay_in_float(tmp_path):
     path = export(quantize(Small(), images(), exclude=("conv1", "linear")), images(), tmp_path / "m.onnx")
     dtypes = {array.shape: array.dtype for array in initializers(path).values() if array.ndim > 1}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tersor.core.affine import Grid
+from tersor.core.errors import InputError
 from tersor.core.parametrization import FakeQuantize
 from tersor.core.selection import weighted_layers
 from tersor.graph.capture import capture, layer_of
@@ -245,3 +246,16 @@ def test_only_sums_of_quantized_tensors_are_integer_operators():
     _, behind = placed(Mixed())
     # `mul` (by a parameter), `add` (of a number) and `sigmoid` are computed in float; `c` reads what they give
     assert list(behind) == ["x", "a", "b", "mul_1"]
+
+
+def test_a_name_that_is_taken_is_an_error():
+    class Taken(Answers):
+        def __init__(self):
+            super().__init__()
+            self.quantizers = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.quantizers(x)
+
+    with pytest.raises(InputError, match="named 'quantizers'"):
+        placed(Taken())

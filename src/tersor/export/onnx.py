@@ -71,7 +71,7 @@ def export(
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
     network = deployed(model) if isinstance(model, fx.GraphModule) else strip(model)
-    network = network.cpu().eval()
+    network = network.cpu().float().eval()
     inputs = example[:1].cpu().float()
     if pixels is not None:
         network = Pixels(network, *pixels).eval()

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tersor.core.affine import Grid
+from tersor.core.errors import InputError
 from tersor.core.parametrization import FakeQuantize
 from tersor.core.selection import Layer
 from tersor.core.target import Runtime
@@ -65,7 +66,12 @@ def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Run
 
     Returns:
         The names of the inserted modules, in the order of the graph.
+
+    Raises:
+        InputError: the network has a part of that name already.
     """
+    if hasattr(graph, "quantizers"):
+        raise InputError("a part of the network is named 'quantizers', as those that are to be inserted. Rename it.")
     values = _values_to_quantize(graph, set(layers), runtime)
     names: list[str] = []
     graph.add_submodule("quantizers", nn.Module())
