@@ -328,6 +328,22 @@ def test_networks_of_another_precision_are_exported_in_float32(tmp_path, dtype):
     assert np.abs(run(path, images().numpy()) - expected).max() < 0.2 * expected.std()
 
 
+@pytest.mark.parametrize("size", [1, (1, 1), [1, 1]], ids=str)
+def test_an_average_where_channels_lie_last_is_one_operator(tmp_path, size):
+    class ChannelsLast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.pool = nn.Conv2d(3, 4, 2, 2), nn.LayerNorm(4), nn.AdaptiveAvgPool2d(size)
+
+        def forward(self, x):
+            return self.pool(self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).flatten(1)
+
+    model = ChannelsLast()
+    path = export(model, images(), tmp_path / "m.onnx")
+    assert not {"Gather", "Range"} & {node.op_type for node in onnx.load(path).graph.node}
+    np.testing.assert_allclose(run(path, images().numpy()), answers(model, images()), rtol=1e-3, atol=1e-4)
+
+
 def test_layers_left_out_stay_in_float(tmp_path):
     path = export(quantize(Small(), images(), exclude=("conv1", "linear")), images(), tmp_path / "m.onnx")
     dtypes = {array.shape: array.dtype for array in initializers(path).values() if array.ndim > 1}
@@ -435,7 +451,7 @@ def test_torchvisions_networks_end_to_end(tmp_path, name):
 
 @pytest.mark.slow
 @needs_openvino
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "swin_t"])
 def test_torchvisions_networks_for_openvino(tmp_path, name):
     x, labels = images(12, 64), torch.arange(12)
     graph = quantize(trained(name, x, labels), x, "openvino")

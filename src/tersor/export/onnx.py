@@ -29,6 +29,18 @@ OPSET = 21
 _FIRST_IR_VERSION_OF_OPSET_21 = 10
 
 
+class Average(nn.Module):
+    """The average over all pixels, as a mean.
+
+    torch's own lays its result out anew where channels lie last (Swin), which becomes a dozen operators on indices:
+    in a network with such, OpenVINO 2026.4 gives every channel of the first convolution the first channel's bias.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, 1, 1)."""
+        return values.mean((-2, -1), keepdim=True)
+
+
 class Pixels(nn.Module):
     """Takes raw uint8 pixels (N, 3, H, W) and shows the network what it was trained on: (pixel / 255 - mean) / std."""
 
@@ -72,6 +84,7 @@ def export(
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
     network = deployed(model) if isinstance(model, fx.GraphModule) else strip(model)
     network = network.cpu().float().eval()
+    _averages_as_means(network)
     inputs = example[:1].cpu().float()
     if pixels is not None:
         network = Pixels(network, *pixels).eval()
@@ -83,6 +96,12 @@ def export(
     onnx.checker.check_model(proto, full_check=True)
     _write(proto, path)
     return path
+
+
+def _averages_as_means(network: nn.Module) -> None:
+    for name, module in list(network.named_modules()):
+        if name and isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1]):
+            network.set_submodule(name, Average())
 
 
 def _convert(network: nn.Module, inputs: Tensor) -> onnx.ModelProto:
