@@ -19,6 +19,9 @@ from tersor.export.onnx import export
 from tersor.recipe import Recipe
 from tersor.walk import EVALUATION_BATCH, Checkpoints, Walk, prepare
 
+_AGREEMENT = 99.0
+"""Percent of torch's answers that the file should give in its runtime."""
+
 
 def run(
     recipe: Recipe | Path | str,
@@ -75,6 +78,8 @@ def _fill(
         export(network, example, folder / name, classes=data.classes, pixels=pixels)
         watch.advance()
     numbers = measure(original, walk.model, folder, test, recipe.target, seed=recipe.seed, watch=watch)
+    if numbers["agreement_with_torch"] < _AGREEMENT:
+        watch.say(f"the artifact gives {numbers['agreement_with_torch']:.2f} % of torch's answers: do not ship it.")
     numbers |= {"stages": stages, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
     (folder / "recipe.yaml").write_text(recipes.write(recipe))

@@ -143,7 +143,7 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
     for network in (recipe.model, recipe.teacher):
         if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
             raise InputError(f"there is no weights file {network.weights}. Paths are relative to the working folder.")
-    early = _build(recipe.model, None) if model is None and recipe.model.num_classes else None
+    early = _build(recipe.model, None, recipe.seed) if model is None and recipe.model.num_classes else None
     watch.say("reading the images")
     splits = data or load(
         seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
@@ -151,7 +151,7 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
     network, metadata = (
         (copy.deepcopy(model), {})
         if model is not None
-        else (early if early is not None else _build(recipe.model, splits))
+        else (early if early is not None else _build(recipe.model, splits, recipe.seed))
     )
     teacher, of_teacher = _teacher(recipe, network, splits)
     walk = Walk(
@@ -192,9 +192,12 @@ def _check_teacher(recipe: Recipe) -> None:
 Built = tuple[nn.Module, dict[str, str]]
 
 
-def _build(network: Network, splits: Splits | None) -> Built:
+def _build(network: Network, splits: Splits | None, seed: int) -> Built:
+    """The network; what it begins with, where it has no weights, is drawn from `seed` alone."""
     classes = network.num_classes or (len(splits.classes) if splits else None)
-    built = zoo.build(network.name, classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = zoo.build(network.name, classes)
     return built, zoo.load_weights(built, network.weights) if network.weights else {}
 
 
@@ -203,9 +206,7 @@ def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Modul
         return None, {}
     if isinstance(recipe.teacher, str):
         return copy.deepcopy(model).eval(), {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return _build(recipe.teacher, splits)
+    return _build(recipe.teacher, splits, recipe.seed)
 
 
 def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Splits:

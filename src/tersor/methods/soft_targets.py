@@ -59,7 +59,9 @@ class SoftTargets:
     needs_steps: ClassVar[bool] = True
 
     temperature: Annotated[float, Field(gt=0, description="T; larger is flatter: 1 to 20 are common")] = 4.0
-    loss_weight: Annotated[float, Field(ge=0, description="weight of the soft targets")] = 0.9
+    loss_weight: Annotated[
+        float, Field(ge=0, description="weight of the soft targets; 0 leaves the labels as they are")
+    ] = 0.9
     label_weight: Annotated[
         float, Field(ge=0, description="factor on the labels' cross entropy; 0 needs no labels")
     ] = 0.1
@@ -82,5 +84,6 @@ class SoftTargets:
             raise InputError(
                 "soft_targets needs a teacher; none was given. Pass teacher=..., or write one in the recipe."
             )
-        term = SoftTargetTerm(self.temperature, self.loss_weight)
-        return Attachment(model, [term] if self.loss_weight else [], self.label_weight)
+        if not self.loss_weight:
+            return Attachment(model)
+        return Attachment(model, [SoftTargetTerm(self.temperature, self.loss_weight)], self.label_weight)
