@@ -61,6 +61,9 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
     capfd.readouterr()
     assert tersor(monkeypatch, "eval", out) == 0
     assert f"{numbers['artifact']['accuracy']:.2f} %" in capfd.readouterr().out
+    assert tersor(monkeypatch, "bench", out, out / "model.onnx", "--seconds", 0.1) == 0
+    table = capfd.readouterr().out
+    assert table.count("onnxruntime") == 9, "three files at three batch sizes"
     assert tersor(monkeypatch, "run", recipe, "--out", out) == 2
     assert "exists already" in capfd.readouterr().err
 
@@ -156,3 +159,11 @@ def test_explain_and_methods_train_nothing(tmp_path, weights, monkeypatch, capfd
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert tersor(monkeypatch, "methods", "ptq") == 0
     assert "activation_bits" in capfd.readouterr().out
+
+
+def test_the_schema_of_recipes_knows_every_method(monkeypatch, capfd):
+    assert tersor(monkeypatch, "schema") == 0
+    told = capfd.readouterr().out
+    assert json.loads(told)["$defs"]["Stage"]
+    assert "calibration_images" in told
+    assert "temperature" in told

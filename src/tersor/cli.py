@@ -75,7 +75,8 @@ def bench(
     """Time artifacts against each other, interleaved, in every runtime that is installed."""
     from tersor.evaluate import timed
 
-    table = Table("file", "runtime", "batch", "median ms", "p10", "p90", "runs", "MB")
+    table = Table("runtime", "batch", "median ms (p10 to p90)", "rounds")
+    table.add_column("file, MB", overflow="fold")
     for row in timed(artifacts, seconds):
         table.add_row(*row)
     console.print(table)

@@ -78,7 +78,7 @@ def _source(artifact: Artifact, data: str | None) -> dict[str, Any]:
 
 
 def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[tuple[str, ...]]:
-    """Rows (file, runtime, batch, median ms, p10, p90, runs, MB): every file in every runtime, interleaved."""
+    """Rows (runtime, batch, median and spread in ms, rounds, file and MB): all in one run, interleaved."""
     files: dict[str, Path] = {}
     for artifact in artifacts:
         found = read_artifact(artifact)
@@ -101,8 +101,9 @@ def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[tuple[str, ...]
         for name, runtime in group:
             for size in BATCH_SIZES:
                 spread = timings.spread(f"{name} in {runtime}", size)
-                spent = [f"{value:.3f}" for value in (spread.median, spread.p10, spread.p90)]
-                yield name, runtime, str(size), *spent, str(spread.n), f"{size_bytes(files[name]) / 1e6:.3f}"
+                spent = f"{spread.median:.3f} ({spread.p10:.3f} to {spread.p90:.3f})"
+                megabytes = f"{size_bytes(files[name]) / 1e6:.3f}"
+                yield runtime, str(size), spent, str(spread.n), f"{name}, {megabytes}"
 
 
 def _installed() -> list[str]:

@@ -17,15 +17,17 @@ def explain(recipe: Recipe, *, watch: Watch) -> Iterator[str]:
     walk = prepare(recipe, model=None, data=None, watch=watch)
     example = next(iter(walk.batches(walk.data.test, 1))).images
     size = " x ".join(map(str, example.shape[1:]))
+    classes = len(walk.data.classes)
     counts = {"train": walk.data.train, "validation": walk.data.validation, "test": walk.data.test}
     yield (
         f"data: {', '.join(f'{len(images)} {name}' for name, images in counts.items())} images of {size}, "
-        f"{len(walk.data.classes)} classes"
+        f"{classes} classes"
     )
     for name, network in (("model", walk.model), ("teacher", walk.teacher)):
         if network is not None:
             spent = costs(network, example)
-            yield f"{name}: {spent.parameters:,} parameters, {spent.macs:,} MACs, {len(spent.layers)} layers"
+            shapes = f"({size}) -> ({classes}), {len(spent.layers)} layers"
+            yield f"{name}: {shapes}, {spent.parameters:,} parameters, {spent.macs:,} MACs"
     for number, stage in enumerate(recipe.stages, 1):
         batches = walk.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
