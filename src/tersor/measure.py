@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tersor.core.errors import InputError
 from tersor.core.objective import Batch
 from tersor.core.parametrization import FakeQuantize, weight_quantizer
-from tersor.core.selection import weighted_layers
+from tersor.core.selection import prunable, weighted_layers
 
 FLOAT_BITS = 32
 
@@ -111,12 +111,11 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
         for name, module in model.named_modules()
         if macs[module] or name in weighted
     )
-    convolutions = [layer for layer in weighted.values() if isinstance(layer, nn.Conv2d)]
     return Costs(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=sum(layer.macs for layer in layers),
         bit_operations=sum(layer.macs * layer.weight_bits * layer.activation_bits for layer in layers),
-        sparsity=_sparsity(layer.weight for layer in convolutions or weighted.values()),
+        sparsity=_sparsity(layer.weight for layer in prunable(model).values()) if weighted else 0.0,
         layers=layers,
     )
 

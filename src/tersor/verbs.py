@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
-from tersor.core.objective import Batch
+from tersor.core.objective import Batch, images_of
 from tersor.core.target import Runtime, Target
 from tersor.core.training import OptimizerOptions, Training
 from tersor.core.watch import Unwatched, Watch
@@ -21,7 +21,7 @@ from tersor.export.artifact import read_artifact
 from tersor.export.bench import BATCH_SIZES, Array, latency, predictions, size_bytes
 from tersor.export.onnx import export as write_onnx
 from tersor.export.runtime import open_session
-from tersor.methods.ptq import PTQ, images_of
+from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
 from tersor.train import fit, steps_per_epoch
 

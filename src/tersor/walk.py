@@ -20,6 +20,7 @@ from tersor.core.watch import Watch
 from tersor.data import Batches, Images, Splits, load
 from tersor.export.runtime import load_runtime
 from tersor.measure import accuracy
+from tersor.methods import name_of
 from tersor.recipe import Network, Recipe, Stage, Teacher
 from tersor.train import fit, steps_per_epoch
 
@@ -72,9 +73,12 @@ class Walk:
         batches = self.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
         attachment = self.attach(stage, steps)
+        for note in attachment.notes:
+            watch.say(f"{stage.name}: {note}")
         _begin(attachment, stage.name, watch)
         self.model = attachment.model
-        told: dict[str, Any] = {"name": stage.name, "steps": steps}
+        told: dict[str, Any] = {"name": stage.name, "methods": [name_of(method) for method in stage.methods]}
+        told |= {"steps": steps, "notes": list(attachment.notes)}
         if steps:
             fitted = fit(
                 attachment,

@@ -40,12 +40,20 @@ class Attachment:
         model: train this one from now on: the same object, or its captured graph over the same Parameters.
         terms: losses that the method adds.
         label_weight: factor on the weight of the labels' own loss.
+        notes: what its user should know of what was laid, a line each.
     """
 
-    def __init__(self, model: nn.Module, terms: Sequence[LossTerm] = (), label_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Sequence[LossTerm] = (),
+        label_weight: float = 1.0,
+        notes: Sequence[str] = (),
+    ) -> None:
         self.model = model
         self.terms = tuple(terms)
         self.label_weight = label_weight
+        self.notes = tuple(notes)
 
     def begin(self) -> Iterator[Progress]:
         """Costly work before the first step: calibration, reconstruction. Nothing by default."""
@@ -88,7 +96,8 @@ class Chain(Attachment):
         label_weight = 1.0
         for part in parts:
             label_weight *= part.label_weight
-        super().__init__(model, [term for part in parts for term in part.terms], label_weight)
+        terms = [term for part in parts for term in part.terms]
+        super().__init__(model, terms, label_weight, [note for part in parts for note in part.notes])
         self.parts = tuple(parts)
 
     def begin(self) -> Iterator[Progress]:

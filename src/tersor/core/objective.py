@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tersor.core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,23 @@ class Batch:
         """The same batch on `device`."""
         move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
         return Batch(self.images.to(device, non_blocking=True), move(self.labels), move(self.index))
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images of a batch that a user's loader gave: a tensor, a `Batch`, or a tuple that begins with one.
+
+    Raises:
+        InputError: there is no tensor (N, C, H, W) in it.
+    """
+    first = batch.images if isinstance(batch, Batch) else batch
+    if isinstance(first, list | tuple) and first:
+        first = first[0]
+    if not isinstance(first, Tensor) or first.ndim != 4:
+        what = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(batch).__name__
+        raise InputError(
+            f"a batch of the data is {what}. Possible: a tensor (N, C, H, W), a tuple or list that begins with one."
+        )
+    return first
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Parameter object is the same as before. An activation is shown through a module 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -70,18 +70,48 @@ class FakeQuantize(nn.Module):
         return f"{self.grid.minimum}..{self.grid.maximum}, channels={self.scale.numel()}, ready={self.ready}"
 
 
+class Mask(nn.Module):
+    """Shows a weight with zeros where it is masked; what is masked gets no gradient and stays as it was.
+
+    Args:
+        shape: of the weight. All of it is shown until `mask` is set.
+    """
+
+    mask: Tensor
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(tuple(shape), dtype=torch.bool))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values` of the shape of the mask."""
+        return torch.where(self.mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+    def extra_repr(self) -> str:
+        """How much is masked."""
+        return f"sparsity={1 - self.mask.float().mean().item():.4f}"
+
+
 def shown_by(module: nn.Module, name: str = "weight") -> Iterator[nn.Module]:
     """The parametrizations of one parameter of `module`, in the order in which they apply."""
     if parametrize.is_parametrized(module, name):
-        yield from cast("nn.ModuleDict", module.parametrizations)[name]  # type: ignore[misc]
+        yield from parametrized(module, name)
+
+
+def parametrized(module: nn.Module, name: str = "weight") -> parametrize.ParametrizationList:
+    """The parametrizations of one parameter of `module`, which has some; `.original` is the Parameter."""
+    return cast("parametrize.ParametrizationList", cast("nn.ModuleDict", module.parametrizations)[name])
+
+
+def weight_mask(module: nn.Module) -> Mask | None:
+    """The mask of the module's weight, if it has one."""
+    return next((each for each in shown_by(module) if isinstance(each, Mask)), None)
 
 
 def weight_quantizer(module: nn.Module) -> FakeQuantize | None:
     """The quantizer of the module's weight, if it has one that rounds already."""
-    for parametrization in shown_by(module):
-        if isinstance(parametrization, FakeQuantize) and parametrization.ready:
-            return parametrization
-    return None
+    quantizers = (each for each in shown_by(module) if isinstance(each, FakeQuantize))
+    return next((each for each in quantizers if each.ready), None)
 
 
 def strip(model: nn.Module) -> nn.Module:

@@ -36,6 +36,23 @@ def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
     return chosen
 
 
+def prunable(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, Layer]:
+    """The layers that pruning is about: those that `patterns` match; without patterns the convolutions, or the fully
+    connected layers where there is no convolution.
+
+    Raises:
+        InputError: a pattern matches no layer, or there is no layer at all.
+    """
+    layers = weighted_layers(model)
+    if patterns:
+        chosen = matching(patterns, layers)
+        return {name: layer for name, layer in layers.items() if name in chosen}
+    convolutions: dict[str, Layer] = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no convolution and no fully connected layer to prune.")
+    return convolutions or layers
+
+
 def without(layers: Mapping[str, Layer], patterns: Sequence[str]) -> dict[str, Layer]:
     """The `layers` that no pattern matches."""
     left_out = matching(patterns, layers)

@@ -31,8 +31,8 @@ from tersor.core.affine import Grid, affine_parameters, symmetric_scale
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import Batch
-from tersor.core.parametrization import FakeQuantize
+from tersor.core.objective import images_of
+from tersor.core.parametrization import FakeQuantize, shown_by
 from tersor.core.ranges import Histogram, channel_maxima, least_squares_scale, without_saturation
 from tersor.core.selection import Layer, weighted_layers, without
 from tersor.core.target import Target
@@ -195,8 +195,7 @@ class PTQAttachment(Attachment):
     def _quantize_weight(self, layer: nn.Module) -> None:
         assert isinstance(layer, Layer)
         weight = layer.weight
-        quantizer = layer.parametrizations["weight"][0]  # type: ignore[index]
-        assert isinstance(quantizer, FakeQuantize)
+        quantizer = next(each for each in shown_by(layer) if isinstance(each, FakeQuantize))
         if self.method.weight_range == "mse":
             scale = least_squares_scale(weight, quantizer.grid)
         else:
@@ -213,20 +212,3 @@ def _refuse_what_is_not_finite(histograms: dict[str, Histogram]) -> None:
                 f"the calibration images give values that are not finite at {name.removeprefix('quantizers.')}. "
                 "Possible: images and weights without NaN or infinity."
             )
-
-
-def images_of(batch: Any) -> Tensor:
-    """The images of a batch that a user's loader gave: a tensor, a `Batch`, or a tuple that begins with one.
-
-    Raises:
-        InputError: there is no tensor (N, C, H, W) in it.
-    """
-    first = batch.images if isinstance(batch, Batch) else batch
-    if isinstance(first, list | tuple) and first:
-        first = first[0]
-    if not isinstance(first, Tensor) or first.ndim != 4:
-        what = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(batch).__name__
-        raise InputError(
-            f"a batch of the data is {what}. Possible: a tensor (N, C, H, W), a tuple or list that begins with one."
-        )
-    return first
