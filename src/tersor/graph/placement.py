@@ -80,13 +80,18 @@ def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Run
         if value is source:
             graph.add_submodule(name, FakeQuantize(grid))
             names.append(name)
-        readers = [user for user in value.users if user.op != "output"]
-        with graph.graph.inserting_after(value):
-            shown = graph.graph.call_module(name, (value,))
-        for reader in readers:
-            reader.replace_input_with(value, shown)
+        show(graph, value, name)
     graph.recompile()
     return names
+
+
+def show(graph: fx.GraphModule, value: fx.Node, name: str) -> None:
+    """Lets all that read `value`, but for the network's output, read it through the module `name`."""
+    readers = [user for user in value.users if user.op != "output"]
+    with graph.graph.inserting_after(value):
+        shown = graph.graph.call_module(name, (value,))
+    for reader in readers:
+        reader.replace_input_with(value, shown)
 
 
 def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtime) -> dict[fx.Node, fx.Node]:

@@ -1,0 +1,44 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tersor.core.errors import InputError
+from tersor.core.method import chain
+from tersor.core.target import Target
+from tersor.graph.structure import rebuild, structure
+from tersor.methods.channel_pruning import ChannelPruning
+from tersor.methods.ptq import PTQ
+from tersor.methods.weight_pruning import WeightPruning
+from tersor.zoo import build
+
+IMAGES = torch.rand(4, 3, 16, 16)
+LAID = {
+    "nothing": [],
+    "masks": [WeightPruning()],
+    "grids": [PTQ(exclude=("linear",))],
+    "all": [ChannelPruning(keep_macs=0.6), WeightPruning(sparsity=0.7), PTQ(bits=4)],
+}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("laid", LAID)
+def test_a_fresh_network_takes_the_state(laid, runtime):
+    attached = chain(LAID[laid], build("resnet20", 10).eval(), data=[IMAGES], target=Target(runtime=runtime))
+    for _ in attached.begin():
+        pass
+    found = structure(attached.model)
+    again = rebuild(build("resnet20", 10).eval(), json.loads(json.dumps(found)))
+    missing, unexpected = again.load_state_dict(attached.model.state_dict(), strict=False)
+    assert (missing, unexpected) == ([], [])
+    assert torch.equal(again(IMAGES), attached.model(IMAGES))
+    assert structure(again) == found
+
+
+def test_a_strange_parametrization_is_told():
+    model = build("resnet20", 10)
+    parametrize.register_parametrization(model.conv1, "weight", nn.Identity())
+    with pytest.raises(InputError, match="Identity"):
+        structure(model)
