@@ -32,6 +32,7 @@ def run(
     recipe: RecipeFile,
     out: Annotated[Path | None, typer.Option(help="folder to write; must not exist. runs/NAME by default")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="change a value: stages.0.epochs=3")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="say what would happen, and train nothing")] = False,
 ) -> None:
     """Walk through a recipe and write one folder: the model, its original, and the numbers."""
@@ -47,7 +48,12 @@ def run(
             return
         from tersor.run import run as walk
 
-        folder = walk(checked, out=out or Path("runs") / recipe.stem, watch=bars)
+        out = out or Path("runs") / recipe.stem
+        try:
+            folder = walk(checked, out=out, resume=resume, watch=bars)
+        except KeyboardInterrupt:
+            how = " ".join(sys.argv[1:]) + ("" if resume else " --resume")
+            raise KeyboardInterrupt(f"interrupted. To go on: tersor {how}") from None
     numbers = json.loads((folder / "numbers.json").read_text())
     console.print(_table(numbers))
     console.print(f"written: {folder}", highlight=False)
@@ -80,6 +86,18 @@ def bench(
     for row in timed(artifacts, seconds):
         table.add_row(*row)
     console.print(table)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="the folder of a run", show_default=False)],
+) -> None:
+    """Draw report.html again, from the numbers and the evidence in the folder."""
+    from tersor.export.artifact import replace_file
+    from tersor.export.report import REPORT, draw
+
+    replace_file(folder, REPORT, draw)
+    console.print(f"written: {folder / REPORT}", highlight=False)
 
 
 @app.command()
@@ -145,6 +163,7 @@ def main() -> None:
     except InputError as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted", highlight=False)
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "interrupted"
+        Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
         sys.exit(130)

@@ -47,6 +47,16 @@ def test_without_shuffle_every_image_comes_once_in_order():
     assert len(of) == 3
 
 
+def test_images_are_taken_as_they_come_in_batches_but_never_augmented():
+    images = some_images(10)
+    [batch] = batches(images, 10)
+    index = torch.tensor([7, 0, 7])
+    taken = batches(images, 4, shuffle=True, augment="crop_flip").take(index)
+    assert torch.equal(taken.images, batch.images[index])
+    assert torch.equal(taken.labels, batch.labels[index])
+    assert torch.equal(taken.index, index)
+
+
 def test_what_the_network_gets():
     images = some_images(5)
     for batch in batches(images, 3):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tersor.core.errors import InputError
-from tersor.export.artifact import read_artifact, require_free, write_folder
+from tersor.export.artifact import read_artifact, replace_file, require_free, write_folder
 
 CONTENTS = {"model.onnx": b"network", "original.onnx": b"large network", "checkpoints/last.bin": b"\x00\x01"}
 
@@ -194,3 +194,45 @@ def test_what_is_no_artifact_is_refused(tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"weights")
     with pytest.raises(InputError, match="is not a model"):
         read_artifact(tmp_path / "weights.safetensors")
+
+
+def write_report(text: str):
+    return lambda folder: (folder / "report.html").write_text(text)
+
+
+def test_a_file_that_is_written_anew_is_in_the_manifest(out):
+    replace_file(out, "report.html", write_report("first"))
+    assert "report.html" in read_artifact(out).files
+    replace_file(out, "report.html", write_report("second"))
+    assert read_artifact(out).files["report.html"].read_text() == "second"
+    assert {name: (out / name).read_bytes() for name in CONTENTS} == CONTENTS
+    assert names(out) == ["checkpoints", "manifest.json", "model.onnx", "original.onnx", "report.html"]
+
+
+def test_a_damaged_file_may_be_written_anew_but_nothing_from_others_that_are(out):
+    replace_file(out, "report.html", write_report("first"))
+    (out / "report.html").write_text("broken")
+    replace_file(out, "report.html", write_report("second"))
+    read_artifact(out)
+    (out / "original.onnx").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"original\.onnx has 6 bytes"):
+        replace_file(out, "report.html", write_report("third"))
+    assert (out / "report.html").read_text() == "second"
+
+
+def test_where_writing_fails_the_manifest_stays(out):
+    before = (out / "manifest.json").read_bytes()
+
+    def fails(_: Path) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        replace_file(out, "report.html", fails)
+    assert (out / "manifest.json").read_bytes() == before
+
+
+def test_only_in_a_folder_a_file_is_written_anew(tmp_path):
+    with pytest.raises(InputError, match=r"holds no manifest\.json"):
+        replace_file(tmp_path, "report.html", write_report("text"))
+    with pytest.raises(InputError, match="is not an artifact's folder"):
+        replace_file(tmp_path / "absent", "report.html", write_report("text"))

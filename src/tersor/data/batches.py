@@ -103,6 +103,10 @@ class Batches:
             if ahead is not None:
                 yield ahead.result()
 
+    def take(self, index: Tensor) -> Batch:
+        """The images at `index` (B,), normalised and not augmented."""
+        return self._normalised(self.images.take(index).permute(0, 2, 3, 1).contiguous(), index)
+
     def _order(self, epoch: int) -> Sequence[Tensor]:
         """The places of the images of each batch of this process."""
         count, everyone = len(self.images), self.batch_size * self._world
@@ -120,5 +124,9 @@ class Batches:
         # a generator for each batch: what one batch draws does not depend on the batches before
         draw = generator(self._seed, epoch, _AUGMENTATION, self._rank, number)
         pixels = augmented(self.images.take(index).permute(0, 2, 3, 1).contiguous(), self._augment, draw)
+        return self._normalised(pixels, index)
+
+    def _normalised(self, pixels: Tensor, index: Tensor) -> Batch:
+        """Pixels (B, H, W, 3) uint8 -> a batch."""
         values = pixels.view(len(index), -1).to(torch.float32).sub_(self._mean).div_(self._std)
         return Batch(values.view(pixels.shape).permute(0, 3, 1, 2), self.images.labels[index], index)

@@ -68,12 +68,13 @@ def require_free(out: Path | str) -> None:
         raise InputError(f"{out} cannot be made: {ground} may not be written to.")
 
 
-def write_folder(out: Path | str, fill: Callable[[Path], None]) -> Path:
+def write_folder(out: Path | str, fill: Callable[[Path], None], partial: Path | None = None) -> Path:
     """Makes the folder `out` with what `fill` writes and a manifest; if anything fails, nothing is left.
 
     Args:
         out: must not exist; folders above it are made.
         fill: is given an empty folder beside `out`, which becomes `out` by one rename when all is there.
+        partial: where that folder is, on the same disk; what a process that was killed has left there is emptied.
 
     Raises:
         InputError: `out` is not free, before `fill` is called or after.
@@ -81,7 +82,8 @@ def write_folder(out: Path | str, fill: Callable[[Path], None]) -> Path:
     out = Path(out)
     require_free(out)
     above = [parent for parent in out.absolute().parents if not parent.exists()]
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = partial or out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         fill(partial)
@@ -95,6 +97,33 @@ def write_folder(out: Path | str, fill: Callable[[Path], None]) -> Path:
                 parent.rmdir()
         raise
     return out
+
+
+def replace_file(path: Path | str, name: str, write: Callable[[Path], object]) -> None:
+    """Lets `write` write the file `name` of a folder anew, or for the first time, and tells the manifest of it.
+
+    Args:
+        path: a folder that `write_folder` wrote; all of it but `name` is verified first, so that what is drawn from
+            the other files is drawn from what the run wrote.
+        name: of the file in the folder.
+        write: is given the folder.
+
+    Raises:
+        InputError: `path` is no such folder, or other files are missing or damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path} is not an artifact's folder. Give the folder that a run wrote.")
+    manifest = _read_manifest(path)
+    _refuse_damage(path, {other: entry for other, entry in manifest.files.items() if other != name})
+    write(path)
+    manifest.files[name] = _entry(path / name)
+    partial = path / f".{MANIFEST}.{os.getpid()}.partial"
+    try:
+        _dump(manifest, partial)
+        partial.replace(path / MANIFEST)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_artifact(path: Path | str) -> Artifact:
@@ -112,10 +141,7 @@ def read_artifact(path: Path | str) -> Artifact:
         raise InputError(f"there is no file or folder {path}.")
     manifest = _read_manifest(path)
     files = {name: path / name for name in manifest.files}
-    wrong = {name: _damage(file, manifest.files[name]) for name, file in files.items()}
-    found = ", ".join(f"{name} {damage}" for name, damage in wrong.items() if damage)
-    if found:
-        raise InputError(f"{path} is damaged: {found}. Copy it anew, or run its recipe.yaml again.")
+    _refuse_damage(path, manifest.files)
     if MODEL not in files:
         raise InputError(f"{path} holds no {MODEL}, only {', '.join(files)}.")
     return Artifact(path, files[MODEL], files)
@@ -125,14 +151,19 @@ def _write_manifest(folder: Path) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     assert files, "`fill` wrote something"
     assert folder / MANIFEST not in files, "the manifest is written here"
-    entries: dict[str, _Entry] = {}
-    for file in files:
-        with file.open("r+b") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            os.fsync(opened.fileno())  # or a power cut leaves the rename without the contents
-        entries[file.relative_to(folder).as_posix()] = _Entry(bytes=file.stat().st_size, sha256=digest)
-    manifest = _Manifest(tersor=importlib.metadata.version("tersor"), files=entries)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as opened:
+    entries = {file.relative_to(folder).as_posix(): _entry(file) for file in files}
+    _dump(_Manifest(tersor=importlib.metadata.version("tersor"), files=entries), folder / MANIFEST)
+
+
+def _entry(file: Path) -> _Entry:
+    with file.open("r+b") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        os.fsync(opened.fileno())  # or a power cut leaves the rename without the contents
+    return _Entry(bytes=file.stat().st_size, sha256=digest)
+
+
+def _dump(manifest: _Manifest, file: Path) -> None:
+    with file.open("w", encoding="utf-8") as opened:
         json.dump(manifest.model_dump(), opened, indent=2)
         opened.write("\n")
         opened.flush()
@@ -152,6 +183,13 @@ def _read_manifest(folder: Path) -> _Manifest:
         if named.is_absolute() or ".." in named.parts:
             raise InputError(f"{file} is damaged: it names {name!r}, which lies outside of the folder.")
     return manifest
+
+
+def _refuse_damage(folder: Path, entries: Mapping[str, _Entry]) -> None:
+    wrong = {name: _damage(folder / name, entry) for name, entry in entries.items()}
+    found = ", ".join(f"{name} {damage}" for name, damage in wrong.items() if damage)
+    if found:
+        raise InputError(f"{folder} is damaged: {found}. Copy it anew, or run its recipe.yaml again.")
 
 
 def _damage(file: Path, entry: _Entry) -> str:

@@ -126,12 +126,7 @@ def load_runtime(runtime: str) -> Any:
 def _open_onnxruntime(ort: Any, path: Path, precision: str | None, threads: int) -> Session:
     if precision == "bfloat16":
         raise InputError("onnxruntime runs a file as it was written; only openvino has a bfloat16 of its own.")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 4  # what is wrong with a file comes as an exception, and is told once
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # see bench.py
+    options = onnxruntime_options(ort, threads)
     failures = ort.capi.onnxruntime_pybind11_state
     refusals = (
         *(failures.Fail, failures.InvalidArgument, failures.InvalidGraph, failures.InvalidProtobuf),
@@ -152,8 +147,19 @@ def _open_onnxruntime(ort: Any, path: Path, precision: str | None, threads: int)
     return Session("onnxruntime", "float32", threads, np.dtype(_ONNX_TYPES[given.type]), shape, infer)
 
 
-def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> Session:
-    frontend = importlib.import_module("openvino.frontend")
+def onnxruntime_options(ort: Any, threads: int) -> Any:
+    """How ONNX Runtime is set for one stream of requests, as `SessionOptions`."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4  # what is wrong with a file comes as an exception, and is told once
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # see bench.py
+    return options
+
+
+def openvino_config(precision: str | None, threads: int) -> dict[str, Any]:
+    """How OpenVINO is set for one stream of requests; `precision` as for `open_session`."""
     config: dict[str, Any] = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
@@ -161,6 +167,11 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
     }
     if precision is not None:
         config["INFERENCE_PRECISION_HINT"] = _OPENVINO_HINTS[precision]
+    return config
+
+
+def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> Session:
+    frontend = importlib.import_module("openvino.frontend")
     refusals = (
         *(RuntimeError, frontend.GeneralFailure, frontend.InitializationFailure, frontend.NotImplementedFailure),
         *(frontend.OpConversionFailure, frontend.OpValidationFailure),
@@ -170,7 +181,7 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
         reader = frontend.FrontEndManager().load_by_framework("ir" if path.suffix == ".xml" else "onnx")
         network = reader.convert(reader.load(str(path)))
         _require_one_input(path, len(network.inputs), len(network.outputs))
-        model = ov.Core().compile_model(network, "CPU", config)
+        model = ov.Core().compile_model(network, "CPU", openvino_config(precision, threads))
     except refusals as error:
         raise _unreadable(path, "openvino", error) from error
     given = network.inputs[0]

@@ -1,0 +1,126 @@
+"""What only the live run has, gathered for the report: `evidence.json`. All of it but timings depends on nothing else
+than the networks, the files and the images.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.core.selection import Layer, weighted_layers
+from tersor.core.target import Target
+from tersor.core.watch import Watch
+from tersor.data import Batches
+from tersor.export.answers import changed_answers, softened_targets
+from tersor.export.bench import predictions
+from tersor.export.layers import layer_table
+from tersor.export.numbers import arrays, openvino_installed
+from tersor.export.profile import profile
+from tersor.export.runtime import Array, open_session
+from tersor.graph.capture import capture, layer_of, values_into
+
+PROFILED_BATCH_SIZES = (1, 32)
+
+_LOOKED_AT = 256
+"""Images of the test set that layers are observed on, and that softened targets are chosen from."""
+
+
+def gather(
+    original: nn.Module,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    folder: Path,
+    test: Batches,
+    target: Target,
+    *,
+    watch: Watch,
+    answers: Mapping[str, Array] | None = None,
+) -> dict[str, Any]:
+    """The content of `evidence.json`, in plain values.
+
+    Args:
+        original: the network as it came in.
+        model: the compressed one, as torch has it, with masks and quantizers on it.
+        teacher: whose softened targets are shown; those of `original` where there is none.
+        folder: holds `original.onnx` and `model.onnx`.
+        test: the whole test set, in order.
+        target: the runtime that answers and is profiled.
+        watch: who looks on.
+        answers: of `original` and `artifact` (N,) in the runtime, where they are known; asked for otherwise.
+
+    Returns:
+        `layers` (see `layer_table`), `profile` (batch size -> `original`, `artifact` and `bf16`, see `profile`),
+        `targets` (`of` whom, and `images`, see `softened_targets`), `answers` (see `changed_answers`), `looked_at`.
+    """
+    answers = answers or _answers(folder, test, target, watch)
+    watch.start("evidence", 3)
+    # over the whole set, which is sorted by class where it is a folder
+    index = torch.linspace(0, len(test.images) - 1, min(_LOOKED_AT, len(test.images))).round().long()
+    looked_at = test.take(index).images
+    changed = changed_answers(test.images, answers["original"], answers["artifact"])
+    watch.advance()
+    original, model = _at_rest(original), _at_rest(model)
+    layers = layer_table(original, model, looked_at)
+    targets = softened_targets(original if teacher is None else _at_rest(teacher), test, index)
+    watch.advance()
+    profiles = _profiles(original, model, folder, next(arrays(test, target.input))[:1], target)
+    watch.advance()
+    return {
+        "looked_at": len(looked_at),
+        "layers": layers,
+        "profile": profiles,
+        "targets": {"of": "teacher" if teacher is not None else "original", "images": targets},
+        "answers": changed,
+    }
+
+
+def _answers(folder: Path, test: Batches, target: Target, watch: Watch) -> dict[str, Array]:
+    watch.start("answers in the runtime", 2)
+    answers: dict[str, Array] = {}
+    for name, file in (("original", "original.onnx"), ("artifact", "model.onnx")):
+        session = open_session(folder / file, target.runtime, precision="float32")
+        answers[name] = predictions(session, arrays(test, target.input))
+        watch.advance()
+    return answers
+
+
+def _at_rest(network: nn.Module) -> nn.Module:
+    """A copy in eval mode on the CPU: what is looked at stays as it was."""
+    return copy.deepcopy(network).cpu().float().eval()
+
+
+def _profiles(original: nn.Module, model: nn.Module, folder: Path, image: Array, target: Target) -> dict[str, Any]:
+    before, after = _layers_by_module(original), _layers_by_module(model)
+    found: dict[str, Any] = {}
+    for size in PROFILED_BATCH_SIZES:
+        batch = np.ascontiguousarray(np.repeat(image, size, axis=0))
+        found[str(size)] = {
+            "original": profile(folder / "original.onnx", target.runtime, batch, before, precision="float32"),
+            "artifact": profile(folder / "model.onnx", target.runtime, batch, after, precision="float32"),
+            "bf16": profile(folder / "original.onnx", "openvino", batch, before, precision="bfloat16")
+            if openvino_installed()
+            else None,
+        }
+    return found
+
+
+def _layers_by_module(network: nn.Module) -> dict[str, str]:
+    """Layers by their own path and by that of the BatchNorm behind, which names the two once they are folded."""
+    names = {name: name for name in weighted_layers(network)}
+    try:
+        graph = capture(network)
+    except InputError:  # what cannot be captured can be exported; its folded layers then go unnamed
+        return names
+    for node in graph.graph.nodes:
+        if isinstance(layer_of(node), nn.BatchNorm2d | nn.BatchNorm1d):
+            layer = values_into(node)[0]
+            if isinstance(layer_of(layer), Layer):
+                names[str(node.target)] = str(layer.target)
+    return names

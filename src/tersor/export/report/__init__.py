@@ -1,0 +1,94 @@
+"""numbers.json and evidence.json -> report.html: one page, which loads nothing and runs no script.
+
+The picker of the baseline is a group of radio buttons, and the style sheet shows what belongs to the picked one. So the
+page's policy can forbid every script, every request and every style but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from tersor.core.errors import InputError
+from tersor.export.report.answered import answers, targets
+from tersor.export.report.inside import layers, time_spent, weights
+from tersor.export.report.markup import Markup, join, tag
+from tersor.export.report.measured import figures, head, latencies, stages
+from tersor.export.report.verdict import verdict
+
+REPORT = "report.html"
+
+
+def draw(folder: Path) -> Path:
+    """Writes `folder/report.html` from `numbers.json` and, where it is there, `evidence.json`; whole or not at all.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: there is no `numbers.json`, or one of the two is not what a run writes.
+    """
+    numbers = _read(folder / "numbers.json")
+    if numbers is None:
+        raise InputError(f"{folder} holds no numbers.json, so there is nothing to report. Give the folder of a run.")
+    try:
+        page = _page(numbers, _read(folder / "evidence.json"))
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"numbers.json or evidence.json of {folder} is not what this version of tersor writes: {error!r}. "
+            "Run its recipe.yaml again."
+        ) from error
+    path = folder / REPORT
+    partial = folder / f".{REPORT}.{os.getpid()}.partial"
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}. Run its recipe.yaml again.") from error
+
+
+def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
+    style = files(__name__).joinpath("style.css").read_text(encoding="utf-8")
+    template = Template(files(__name__).joinpath("page.html").read_text(encoding="utf-8"))
+    inside = (
+        [
+            time_spent(numbers, evidence),
+            layers(evidence),
+            weights(evidence),
+            targets(numbers, evidence),
+            answers(numbers, evidence),
+        ]
+        if evidence
+        else [tag("section", tag("p", _WITHOUT_EVIDENCE))]
+    )
+    sections = [head(numbers, evidence), figures(numbers), stages(numbers), latencies(numbers), *inside]
+    return template.substitute(
+        title=join([f"tersor: {verdict(numbers, 'original', evidence)}"]),
+        policy=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        style=Markup(style),
+        body=join(sections),
+    )
+
+
+_WITHOUT_EVIDENCE = (
+    "There is no evidence.json beside numbers.json: without it there is no node profile, no table of the layers, no "
+    "histogram and no changed answer to show."
+)

@@ -1,0 +1,90 @@
+"""Drawings as inline SVG: in percent where text stands beside, so that they fit any width undistorted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tersor.export.report.markup import Markup, number, tag
+
+
+def dots(values: Sequence[float], longest: float, kind: str, label: str) -> Markup:
+    """Every run as a dot on an axis from 0 to `longest` ms, the median as a line; runs beyond are triangles at the end.
+
+    Args:
+        values: milliseconds, in the order they were taken.
+        longest: end of the axis.
+        kind: "original", "bf16" or "artifact", which has the colour.
+        label: what is read out.
+    """
+    marks = [_run(place, value, longest) for place, value in enumerate(values)]
+    middle = _percent(sorted(values)[len(values) // 2], longest)
+    line = tag("line", x1=middle, x2=middle, y1=2, y2=38, class_="median")
+    return tag("svg", *marks, line, class_=f"dots {kind}", role="img", aria_label=label, width="100%", height=40)
+
+
+def _run(place: int, value: float, longest: float) -> Markup:
+    told = tag("title", f"run {place + 1}: {number(value, 4)} ms")
+    y = 6 + (place * 18) % 29  # spread without chance
+    if value <= longest:
+        return tag("circle", told, cx=_percent(value, longest), cy=y, r=2.2)
+    return tag("rect", told, x="99%", y=y - 3, width="1%", height=6, class_="beyond")
+
+
+def bar(value: float, largest: float, kind: str, label: str) -> Markup:
+    """One horizontal bar."""
+    inner = tag("rect", tag("title", label), width=_percent(value, largest), height="100%", rx=1)
+    return tag("svg", inner, class_=f"bar {kind}", role="img", aria_label=label, width="100%", height=12)
+
+
+def columns(groups: Sequence[tuple[str, Mapping[str, float]]], label: str, height: int = 110) -> Markup:
+    """Columns side by side: for each (name, kind -> value) one column of each kind, from the left to the right."""
+    largest = max((value for _, values in groups for value in values.values()), default=0.0) or 1.0
+    step = 100 / max(1, len(groups))
+    drawn: list[Markup] = []
+    for place, (name, values) in enumerate(groups):
+        told = f"{name}: " + ", ".join(f"{kind} {number(value)}" for kind, value in values.items())
+        each = 0.84 * step / max(1, len(values))
+        bars = [
+            tag("rect", x=f"{place * step + order * each:.3f}%", y=f"{100 - 100 * value / largest:.2f}%",
+                width=f"{each * 0.94:.3f}%", height=f"{100 * value / largest:.2f}%", class_=kind)
+            for order, (kind, value) in enumerate(values.items())
+        ]  # fmt: skip
+        reach = tag("rect", x=f"{place * step:.3f}%", y="0", width=f"{step:.3f}%", height="100%", class_="reach")
+        drawn.append(tag("g", tag("title", told), reach, *bars))
+    return tag("svg", *drawn, class_="columns", role="img", aria_label=label, width="100%", height=height)
+
+
+def histogram(told: Mapping[str, Any], label: str) -> Markup:
+    """Weights before rounding as an area, as they are shown as bars, both by density; the bar at 0 may be cut off."""
+    low, width, shown_width = told["low"], told["width"], told["shown_width"]
+    span = max(len(told["before"]) * width, len(told["shown"]) * shown_width)
+    before = [count / width for count in told["before"]]
+    shown = [count / shown_width for count in told["shown"]]
+    zero = int(-low // shown_width)
+    highest = max([*shown[:zero], *shown[zero + 1 :], *before, 0.0]) or max(shown)
+    slim = 0.5 if shown_width > 2 * width else 1.0
+    bars = "".join(
+        f"M{_short((place + 0.5 - slim / 2) * shown_width / span * 256)} 64"
+        f"v{_short(-64 * min(1.0, value / highest))}h{_short(slim * shown_width / span * 256)}V64z"
+        for place, value in enumerate(shown)
+        if value
+    )
+    steps = "".join(
+        f"V{_short(64 - 64 * min(1.0, value / highest))}H{_short((place + 1) * width / span * 256)}"
+        for place, value in enumerate(before)
+    )
+    drawn = [tag("path", d=f"M0 64{steps}V64z", class_="original")] if before else []
+    drawn.append(tag("path", d=bars, class_="artifact"))
+    return tag(
+        "svg", tag("title", label), *drawn, class_="histogram", role="img", aria_label=label, viewBox="0 0 256 64",
+        preserveAspectRatio="none", width="100%", height=64,
+    )  # fmt: skip
+
+
+def _percent(value: float, largest: float) -> str:
+    return f"{100 * value / largest if largest else 0:.2f}%"
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}".rstrip("0").rstrip(".")

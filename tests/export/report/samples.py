@@ -1,0 +1,99 @@
+"""Numbers and evidence as a run writes them, small and by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from tersor.export.answers import png
+
+PIXEL = png(torch.zeros(3, 1, 1, dtype=torch.uint8))
+FLOOR = {"median": 1.0, "p10": 0.97, "p90": 1.03, "n": 5}
+
+
+def entry(
+    ms: float, *, runtime="onnxruntime", precision="float32", accuracy=90.0, size=4_000_000, bits=32, macs=10_000_000
+):
+    runs = [ms * factor for factor in (0.99, 1.0, 1.01, 1.02, 1.0)]
+    spread = {"median": ms, "p10": 0.99 * ms, "p90": 1.02 * ms, "n": 5}
+    return {
+        "runtime": runtime,
+        "precision": precision,
+        "accuracy": accuracy,
+        "agreement": 100.0,
+        "bytes": size,
+        "macs": macs,
+        "bit_operations": macs * bits * bits,
+        "sparsity": 0.0,
+        "peak_memory_bytes": 20_000_000,
+        "load_ms": 9.0,
+        "latency_ms": {"1": spread, "32": spread},
+        "latency_runs_ms": {"1": runs, "32": runs},
+    }
+
+
+def numbers_of(**changes):
+    numbers = {
+        "runtime": "onnxruntime",
+        "machine": {
+            "cpu": "Some CPU",
+            "cpu_kind": "vnni",
+            "threads": 2,
+            "system": "Linux x86_64",
+            "versions": {"onnxruntime": "1.32.0", "openvino": "2026.4.1"},
+        },
+        "seed": 0,
+        "date": "2026-11-24T08:00:00+00:00",
+        "original": entry(4.0),
+        "bf16": entry(2.0, runtime="openvino", precision="bfloat16", accuracy=89.9),
+        "artifact": entry(1.0, accuracy=89.6, size=1_000_000, bits=8, macs=5_000_000),
+        "noise_floor": {"1": FLOOR, "32": FLOOR},
+        "test_images": 1000,
+        "classes": ["cat", "dog"],
+        "stages": [
+            {"name": "distil", "methods": [{"soft_targets": {"temperature": 4}}], "steps": 100, "minutes": 3.0,
+             "validation_accuracy": 90.5, "accuracy": 90.2, "bytes": 4_000_000, "macs": 10_000_000, "sparsity": 0.0,
+             "latency_ms": {"1": {"median": 3.5, "p10": 3.4, "p90": 3.6, "n": 5}}},
+            {"name": "quantize", "methods": ["ptq"], "steps": 0, "minutes": 0.1},
+        ],
+    }  # fmt: skip
+    return copy.deepcopy(numbers | changes)
+
+
+def profile_of(*kinds: tuple[str, float]):
+    told = [{"kind": kind, "nodes": 2, "ms": ms} for kind, ms in kinds]
+    return {"ms": sum(ms for _, ms in kinds), "kinds": told, "layers": {"conv": kinds[0][1]}}
+
+
+def evidence_of(**changes):
+    histogram = {"unit": "steps", "low": -1.5, "width": 0.5, "before": [1, 2, 9, 8, 3, 1], "shown_width": 1.0,
+                 "shown": [3, 17, 4], "grid": [-1, 1], "step": [0.1, 0.2, 0.3]}  # fmt: skip
+    layer = {"name": "conv", "kind": "Conv2d", "original_shape": [4, 3, 1, 1], "shape": [2, 3, 1, 1], "macs": 100,
+             "sparsity": 0.5, "zeros": 3, "weight_bits": 2, "activation_bits": 8, "levels": 3, "clipped": 0.01,
+             "error": 0.2, "histogram": histogram}  # fmt: skip
+    floats = {"unit": "value", "low": -1.0, "width": 0.5, "before": [], "shown_width": 0.5, "shown": [1, 2, 3, 4],
+              "grid": None, "step": None}  # fmt: skip
+    linear = {**layer, "name": "linear", "kind": "Linear", "original_shape": None, "shape": [2, 2], "weight_bits": 32,
+              "activation_bits": 32, "levels": None, "clipped": None, "error": None, "histogram": floats}  # fmt: skip
+    size = {
+        "original": profile_of(("Conv", 3.0), ("Add", 1.0)),
+        "artifact": profile_of(("QLinearConv", 0.9), ("QuantizeLinear", 0.1)),
+        "bf16": profile_of(("Convolution", 2.0)),
+    }
+    rows = [{"temperature": T, "entropy": 0.5, "probabilities": [0.75, 0.25]} for T in (1, 2, 4, 8, 16)]
+    image = {"index": 7, "label": 0, "png": PIXEL}
+    evidence = {
+        "looked_at": 256,
+        "layers": [layer, linear],
+        "profile": {"1": size, "32": size},
+        "targets": {"of": "teacher", "images": [{**image, "classes": [0, 1], "rows": rows}]},
+        "answers": {
+            "images": 1000, "agreement": 99.7, "lost": 1, "gained": 1, "other": 0,
+            "classes": [{"class": 0, "images": 500, "before": 450, "after": 449},
+                        {"class": 1, "images": 500, "before": 450, "after": 451}],
+            "moves": [[0, 1, 2]],
+            "shown": [{**image, "before": 0, "after": 1}],
+        },
+    }  # fmt: skip
+    return copy.deepcopy(evidence | changes)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_layers import Small
+
+from tersor.core.target import Target
+from tersor.core.watch import Unwatched
+from tersor.data import Batches
+from tersor.data.images import Pixels
+from tersor.export.bench import predictions
+from tersor.export.evidence import gather
+from tersor.export.onnx import export
+from tersor.export.runtime import open_session
+from tersor.methods.ptq import PTQ
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """A folder with a small network and the same in two bits, which changes its answers."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    original, model = Small().eval(), Small().eval()
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (300, 8, 8, 3), dtype=torch.uint8, generator=draw)
+    labels = torch.randint(0, 5, (300,), generator=draw)
+    test = Batches(Pixels(pixels, labels), 100, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    with torch.no_grad():  # so that no class always wins
+        original.answer.bias -= original(next(iter(test)).images).mean(0)
+    model.load_state_dict(original.state_dict())
+    attached = PTQ(bits=2).attach(model, data=test)
+    list(attached.begin())
+    example = next(iter(test)).images[:1]
+    export(original, example, folder / "original.onnx")
+    export(attached.model, example, folder / "model.onnx")
+    return folder, original, attached.model, test
+
+
+def gathered(networks, **options):
+    folder, original, model, test = networks
+    return gather(original, model, options.pop("teacher", None), folder, test, Target(), watch=Unwatched(), **options)
+
+
+@pytest.fixture(scope="module")
+def evidence(networks):
+    return gathered(networks)
+
+
+def test_it_is_plain_values(evidence):
+    assert json.loads(json.dumps(evidence, allow_nan=False)) == evidence
+    assert set(evidence) == {"looked_at", "layers", "profile", "targets", "answers"}
+    assert evidence["looked_at"] == 256
+
+
+def test_the_answers_are_those_of_the_runtime(networks, evidence):
+    folder, _, _, test = networks
+    before, after = (
+        predictions(open_session(folder / file, "onnxruntime"), (batch.images.numpy() for batch in test))
+        for file in ("original.onnx", "model.onnx")
+    )
+    told = evidence["answers"]
+    assert told["images"] == 300
+    assert told["agreement"] == pytest.approx(100 * (before == after).mean())
+    assert told["agreement"] < 100, "two bits change something"
+    assert len(told["shown"]) == min(24, int((before != after).sum()))
+
+
+def test_answers_that_are_known_are_not_asked_for(networks):
+    same = torch.zeros(300, dtype=torch.int64).numpy()
+    assert gathered(networks, answers={"original": same, "artifact": same})["answers"]["agreement"] == 100
+
+
+def test_the_profile_names_every_layer_of_either_file(evidence):
+    assert set(evidence["profile"]) == {"1", "32"}
+    for told in evidence["profile"].values():
+        for file in ("original", "artifact"):
+            assert set(told[file]["layers"]) == {"first", "second", "answer"}
+        assert told["bf16"] is None or "first" in told["bf16"]["layers"]
+
+
+def test_the_teacher_softens_where_there_is_one(networks, evidence):
+    assert evidence["targets"]["of"] == "original"
+    teacher = Small()
+    torch.nn.init.zeros_(teacher.answer.weight)
+    torch.nn.init.zeros_(teacher.answer.bias)
+    told = gathered(networks, teacher=teacher)["targets"]
+    assert told["of"] == "teacher"
+    assert len(told["images"]) == 6
+    assert told["images"][0]["rows"][0]["probabilities"] == [0.2] * 5
+
+
+def test_all_but_timings_is_the_same_again(networks, evidence):
+    again = gathered(networks)
+    assert {**again, "profile": None} == {**evidence, "profile": None}
+
+
+def test_the_networks_stay_as_they_were(networks):
+    _, original, model, _ = networks
+    original.train()
+    model.norm.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        gathered(networks)
+        assert original.training
+        assert model.norm.training
+    finally:
+        original.eval()
+        model.eval()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
