@@ -2,9 +2,10 @@
 
 import torch
 
+from tersor.checkpoint import Checkpoints
 from tersor.core.watch import Unwatched
 from tersor.recipe import parse
-from tersor.walk import Checkpoints, prepare
+from tersor.walk import prepare
 
 RECIPE = """\
 model: {name: resnet20}
@@ -24,8 +25,7 @@ def walked(folder, seed: int, noise: int) -> dict[str, torch.Tensor]:
     walk = prepare(recipe, model=None, data=None, watch=Unwatched())
     checkpoints = Checkpoints(folder)
     walk.train_teacher(Unwatched(), checkpoints)
-    for stage in recipe.stages:
-        walk.stage(stage, Unwatched(), checkpoints)
+    walk.stages(Unwatched(), checkpoints)
     return walk.model.state_dict()
 
 

@@ -32,6 +32,7 @@ def run(
     recipe: RecipeFile,
     out: Annotated[Path | None, typer.Option(help="folder to write; must not exist. runs/NAME by default")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="change a value: stages.0.epochs=3")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="say what would happen, and train nothing")] = False,
 ) -> None:
     """Walk through a recipe and write one folder: the model, its original, and the numbers."""
@@ -47,8 +48,14 @@ def run(
             return
         from tersor.run import run as walk
 
-        folder = walk(checked, out=out or Path("runs") / recipe.stem, watch=bars)
+        out = out or Path("runs") / recipe.stem
+        try:
+            folder = walk(checked, out=out, resume=resume, watch=bars)
+        except KeyboardInterrupt:
+            how = " ".join(sys.argv[1:]) + ("" if resume else " --resume")
+            raise KeyboardInterrupt(f"interrupted. To go on: tersor {how}") from None
     numbers = json.loads((folder / "numbers.json").read_text())
+    console.print(f"{folder / 'report.html'} tells what came of it", highlight=False)
     console.print(_table(numbers))
     console.print(f"written: {folder}", highlight=False)
 
@@ -157,6 +164,7 @@ def main() -> None:
     except InputError as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted", highlight=False)
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "interrupted"
+        Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
         sys.exit(130)

@@ -146,6 +146,7 @@ class Recipe(BaseModel):
     data: DataSource
     target: Annotated[Target, Field(default_factory=Target)]
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of everything that is drawn")] = 0
+    checkpoint_every: Annotated[int, Field(ge=1, description="steps between two checkpoints within a stage")] = 200
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="one after the other")]
 
     @model_validator(mode="after")

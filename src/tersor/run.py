@@ -11,13 +11,17 @@ from typing import Any
 from torch import nn
 
 from tersor import recipe as recipes
+from tersor.checkpoint import Checkpoints
+from tersor.core.errors import InputError
 from tersor.core.watch import Unwatched, Watch
 from tersor.data import Splits
-from tersor.export.artifact import require_free, write_folder
+from tersor.export.artifact import MANIFEST, read_artifact, require_free, write_folder
+from tersor.export.evidence import gather
 from tersor.export.numbers import measure
 from tersor.export.onnx import export
+from tersor.export.report import draw
 from tersor.recipe import Recipe
-from tersor.walk import EVALUATION_BATCH, Checkpoints, Walk, prepare
+from tersor.walk import EVALUATION_BATCH, Walk, prepare
 
 _AGREEMENT = 99.0
 """Percent of torch's answers that the file should give in its runtime."""
@@ -29,6 +33,7 @@ def run(
     model: nn.Module | None = None,
     data: Splits | None = None,
     out: Path | str | None = None,
+    resume: bool = False,
     watch: Watch | None = None,
 ) -> Path:
     """Compresses a network as the recipe says, and writes one folder: model, original, recipe, numbers, manifest.
@@ -38,6 +43,7 @@ def run(
         model: a trained network in place of the one that the recipe names; it stays as it is.
         data: images in place of the recipe's.
         out: the folder to write; `runs/<name of the recipe>` by default. It must not exist.
+        resume: go on with the run into `out` that has not ended; from the beginning where there is none.
         watch: who looks on.
 
     Returns:
@@ -47,16 +53,35 @@ def run(
         InputError: something that was given cannot be used.
     """
     watch = watch or Unwatched()
+    if not isinstance(model, nn.Module | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"model is a {type(model).__name__}. Pass a torch.nn.Module, or name one in the recipe.")
+    if not isinstance(data, Splits | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"data is a {type(data).__name__}. Pass tersor.data.Splits, which tersor.data.load gives.")
+    if not isinstance(recipe, Recipe | Path | str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"recipe is a {type(recipe).__name__}. Pass a path, or what tersor.recipe.parse gives.")
     name = "recipe" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     out = Path(out) if out is not None else Path("runs") / name
+    if resume and (out / MANIFEST).is_file():
+        watch.say(f"{out} is there already: nothing is left to do.")
+        return read_artifact(out).path
     require_free(out)
-    walk = prepare(recipe, model=model, data=data, watch=watch)
     checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoints"))
-    walk.train_teacher(watch, checkpoints)
-    original = copy.deepcopy(walk.original)
-    stages = [walk.stage(stage, watch, checkpoints) for stage in recipe.stages]
-    return write_folder(out, lambda folder: _fill(folder, walk, original, stages, checkpoints, watch))
+    with checkpoints.held(recipes.write(recipe), resume=resume):
+        walk = prepare(recipe, model=model, data=data, watch=watch)
+        checkpoints.found()
+        for path in checkpoints.damaged:
+            watch.say(f"{path} is damaged, and is passed over.")
+        walk.train_teacher(watch, checkpoints)
+        original = copy.deepcopy(walk.original)
+        stages = walk.stages(watch, checkpoints)
+        written = write_folder(
+            out,
+            lambda folder: _fill(folder, walk, original, stages, checkpoints, watch),
+            partial=checkpoints.scratch,
+        )
+        checkpoints.remove()
+    return written
 
 
 def _fill(
@@ -82,9 +107,11 @@ def _fill(
         watch.say(f"the artifact gives {numbers['agreement_with_torch']:.2f} % of torch's answers: do not ship it.")
     numbers |= {"stages": stages, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
+    evidence = gather(original, walk.model, walk.teacher, folder, test, recipe.target, watch=watch)
+    (folder / "evidence.json").write_text(json.dumps(evidence))
+    draw(folder)
     (folder / "recipe.yaml").write_text(recipes.write(recipe))
     (folder / "checkpoints").mkdir()
-    for path in checkpoints.saved:
-        shutil.move(path, folder / "checkpoints" / path.name)
-    if checkpoints.folder.is_dir() and not any(checkpoints.folder.iterdir()):
-        checkpoints.folder.rmdir()
+    for each in checkpoints.found():  # copied: until the folder is written they are what a run goes on from
+        if each.done:
+            shutil.copytree(each.path, folder / "checkpoints" / each.path.name)

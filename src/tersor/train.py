@@ -21,7 +21,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -29,12 +29,14 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from tersor.core.attachment import Attachment
+from tersor.core.batch_source import BatchSource
 from tersor.core.device import layout_for, precision_for, set_layout
 from tersor.core.errors import InputError
 from tersor.core.objective import Batch, Objective
 from tersor.core.optimizer import optimizer_for
 from tersor.core.running_mean import RunningMean
 from tersor.core.schedule import learning_rate_factor
+from tersor.core.snapshot import Keeper, restore, snapshot, stop_asked
 from tersor.core.training import Training
 from tersor.core.watch import Unwatched, Watch
 
@@ -53,22 +55,6 @@ class NonFiniteLoss(InputError):  # noqa: N818 - what happened, not that it is a
         )
         self.step = step
         self.term = term
-
-
-class BatchSource(Protocol):
-    """Batches that can be gone through epoch by epoch, such as `tersor.data.Batches`."""
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        ...
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches of the epoch that was set last."""
-        ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Decides the order of what `iter` gives next."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -113,6 +99,7 @@ def fit(
     seed: int = 0,
     task: str = "train",
     last_good: str | None = None,
+    keeper: Keeper | None = None,
 ) -> Fitted:
     """Trains `attachment.model` in place on the device that accelerate finds; it comes back in eval, where it was.
 
@@ -128,14 +115,16 @@ def fit(
         seed: of the numbers that modules and methods draw (dropout); the order of the data has its own.
         task: what the watch calls it.
         last_good: the last good checkpoint, to be named where a loss is not finite.
+        keeper: where this training goes on from, and what keeps it every few steps and when Ctrl-C is pressed.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; with a keeper, after the step was ended and kept.
         InputError: there is no batch, nothing is asked of the network, or the warm-up is as long as the training.
         NonFiniteLoss: a loss is infinite or NaN.
     """
     if not attachment.terms and not attachment.label_weight:
         raise InputError("nothing is asked of the network: label_weight is 0 and no method adds a loss.")
-    rates = _learning_rates(batches, training, steps)
+    rates = learning_rates(batches, training, steps)
     accelerator = Accelerator(
         mixed_precision="no", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)
     )
@@ -150,9 +139,10 @@ def fit(
     )
     with _as_found(objective), _random_numbers(seed + accelerator.process_index, device):
         loop = _Loop(accelerator, objective, training, watch or Unwatched(), last_good)
-        handle = attachment.bind(loop.torch_optimizer)
+        begun = keeper.begun if keeper else None
+        handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
         try:
-            return loop.run(batches, rates, task)
+            return loop.run(batches, rates, task, keeper)
         finally:
             handle.remove()
 
@@ -169,6 +159,7 @@ class _Loop:
         last_good: str | None,
     ) -> None:
         self.accelerator = accelerator
+        self.plain = objective
         self.model = objective.model
         self.training = training
         self.watch = watch
@@ -179,35 +170,42 @@ class _Loop:
         self.torch_optimizer = optimizer_for(objective, training.optimizer)
         self.objective, self.optimizer = accelerator.prepare(objective.train(), self.torch_optimizer)
 
-    def run(self, batches: BatchSource, rates: list[float], task: str) -> Fitted:
+    def run(self, batches: BatchSource, rates: list[float], task: str, keeper: Keeper | None) -> Fitted:
         """One step for each of the learning rates."""
         layout = str(self.layout).removeprefix("torch.")
         self.watch.say(f"{task}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
         self.watch.start(task, len(rates))
         mean = RunningMean(self.model, self.training.ema) if self.training.ema else None
-        losses: dict[str, Tensor] = {}
+        first, kept = keeper.begun if keeper and keeper.begun else (0, None)
+        if kept is not None:
+            restore(kept, self.plain, self.torch_optimizer, mean)
+            self.watch.advance(first)
         shown: dict[str, float] = {}
         of_epoch: list[Tensor] = []
         begun = time.perf_counter()
-        groups = _groups(batches, self.training.accumulate)
-        for step, (rate, group) in enumerate(zip(rates, groups, strict=False)):
-            losses = self._gradients(group)
-            values = torch.stack([*losses.values()])
-            self._stop_unless_finite(losses, values, step, rate)
-            self._move(rate)
-            if mean:
-                mean.update(self.model, step)
-            if group.first:
-                of_epoch.clear()
-            of_epoch.append(values)
-            if step % REPORT_EVERY == 0:
-                shown = dict(zip(losses, values.tolist(), strict=True))
-            self.watch.advance(1, **shown, learning_rate=rate)
+        groups = _groups(batches, self.training.accumulate, first)
+        with stop_asked(keeper is not None) as asked:
+            for step, (rate, group) in enumerate(zip(rates[first:], groups, strict=False), first):
+                losses = self._gradients(group)
+                values = torch.stack([*losses.values()])
+                self._stop_unless_finite(losses, values, step, rate)
+                self._move(rate)
+                if mean:
+                    mean.update(self.model, step)
+                if group.first:
+                    of_epoch.clear()
+                of_epoch.append(values)
+                if step % REPORT_EVERY == 0 or not shown:
+                    shown = dict(zip(losses, values.tolist(), strict=True))
+                self.watch.advance(1, **shown, learning_rate=rate)
+                if keeper and ((step + 1) % keeper.every == 0 or asked()):
+                    keeper.keep(step + 1, snapshot(self.plain, self.torch_optimizer, mean))
+                    if asked():
+                        raise KeyboardInterrupt
         if mean:
             mean.copy_to(self.model)
-        means = torch.stack(of_epoch).mean(0).tolist() if of_epoch else []
-        seconds = time.perf_counter() - begun
-        return Fitted(len(rates), seconds, dict(zip(losses, means, strict=True)), self.precision)
+        means = dict(zip(shown, torch.stack(of_epoch).mean(0).tolist(), strict=True)) if of_epoch else {}
+        return Fitted(len(rates), time.perf_counter() - begun, means, self.precision)
 
     def _gradients(self, group: _Group) -> dict[str, Tensor]:
         """Leaves the gradient of the mean over the group's batches in the parameters; the mean losses by name."""
@@ -250,20 +248,27 @@ class _Group:
     first: bool
 
 
-def _groups(batches: BatchSource, accumulate: int) -> Iterator[_Group]:
-    """The groups of epoch after epoch, without end."""
-    for epoch in itertools.count():
+def _groups(batches: BatchSource, accumulate: int, first: int) -> Iterator[_Group]:
+    """The groups of epoch after epoch, without end, from the group number `first` on."""
+    groups = math.ceil(len(batches) / accumulate)
+    for epoch in itertools.count(first // groups):
         batches.set_epoch(epoch)
-        source = iter(batches)
-        for start in range(0, len(batches), accumulate):
+        passed = first % groups * accumulate if epoch == first // groups else 0
+        source = itertools.islice(batches, passed, None)
+        for start in range(passed, len(batches), accumulate):
             size = min(accumulate, len(batches) - start)
             yield _Group(itertools.islice(source, size), size, first=start == 0)
 
 
-def _learning_rates(batches: BatchSource, training: Training, steps: int) -> list[float]:
+def learning_rates(batches: BatchSource, training: Training, steps: int) -> list[float]:
+    """The rate of every step.
+
+    Raises:
+        InputError: the warm-up is as long as the training.
+    """
     schedule, base = training.lr_schedule, training.optimizer.learning_rate
     warmup = round(schedule.warmup_epochs * steps_per_epoch(batches, training))
-    if warmup and warmup >= steps:
+    if warmup and steps and warmup >= steps:
         raise InputError(
             f"a warm-up of {schedule.warmup_epochs:g} epochs ({warmup} steps) leaves nothing of a stage of {steps} "
             "steps. Write fewer warmup_epochs, or train longer."

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from tersor import zoo
+from tersor.checkpoint import Checkpoints, UnitKeeper
 from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
 from tersor.core.method import chain
@@ -19,13 +19,16 @@ from tersor.core.training import Training
 from tersor.core.watch import Watch
 from tersor.data import Batches, Images, Splits, load
 from tersor.export.runtime import load_runtime
+from tersor.graph.structure import rebuild, structure
 from tersor.measure import accuracy
 from tersor.methods import name_of
 from tersor.recipe import Network, Recipe, Stage, Teacher
-from tersor.train import fit, steps_per_epoch
+from tersor.train import fit, learning_rates, steps_per_epoch
 
 EVALUATION_BATCH = 500
 _CALIBRATION_BATCH = 64
+_TEACHER = 0
+"""The unit of a run that the teacher is; the stages are counted from 1."""
 
 
 @dataclass
@@ -60,22 +63,58 @@ class Walk:
         wanted = self.recipe.teacher
         if self.teacher is None or self.teacher_is_trained or not isinstance(wanted, Teacher):
             return
+        ended = checkpoints.end_of(_TEACHER)
+        if ended is not None:
+            self.teacher.load_state_dict(ended.tensors())
+            watch.say("teacher: as it was trained before")
+            return
         batches = self.training_batches(wanted.training)
         steps = wanted.epochs * steps_per_epoch(batches, wanted.training)
+        keeper = UnitKeeper(checkpoints, _TEACHER, "teacher", self.recipe.checkpoint_every, {})
         attachment = Attachment(self.teacher)
-        fit(attachment, batches, wanted.training, steps=steps, watch=watch, seed=self.recipe.seed, task="teacher")
+        fit(
+            attachment,
+            batches,
+            wanted.training,
+            steps=steps,
+            watch=watch,
+            seed=self.recipe.seed,
+            task="teacher",
+            keeper=keeper,
+        )
         watch.say(f"teacher: {self.validated(self.teacher)}")
-        checkpoints.save("teacher", self.teacher)
+        _save_end(checkpoints, _TEACHER, "teacher", steps, self.teacher, {})
 
-    def stage(self, stage: Stage, watch: Watch, checkpoints: Checkpoints) -> dict[str, Any]:
-        """Attaches, begins, trains, finishes; what it was, for `numbers.json`."""
+    def stages(self, watch: Watch, checkpoints: Checkpoints) -> list[dict[str, Any]]:
+        """All stages, from where the checkpoints leave off; what each was, for `numbers.json`."""
+        told: list[dict[str, Any]] = []
+        ends = [checkpoints.end_of(number) for number in range(1, len(self.recipe.stages) + 1)]
+        latest = max((number for number, end in enumerate(ends, 1) if end is not None), default=0)
+        if latest:
+            end = ends[latest - 1]
+            assert end is not None
+            self.model = rebuild(self.model, end.structure())
+            self.model.load_state_dict(end.tensors())
+            told = end.told["stages"]
+            watch.say(f"{self.recipe.stages[latest - 1].name}: as it ended before")
+        for number, stage in enumerate(self.recipe.stages[latest:], latest + 1):
+            told.append(self._stage(number, stage, watch, checkpoints))
+            _save_end(checkpoints, number, stage.name, told[-1]["steps"], self.model, {"stages": told})
+        return told
+
+    def _stage(self, number: int, stage: Stage, watch: Watch, checkpoints: Checkpoints) -> dict[str, Any]:
+        """Attaches, begins, trains, finishes. What attaching decides follows from the weights that it finds, which
+        are those of the stage before: a stage that goes on attaches again and takes its own weights back.
+        """
         began = time.perf_counter()
         batches = self.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
         attachment = self.attach(stage, steps)
         for note in attachment.notes:
             watch.say(f"{stage.name}: {note}")
-        _begin(attachment, stage.name, watch)
+        keeper = UnitKeeper(checkpoints, number, stage.name, self.recipe.checkpoint_every, structure(attachment.model))
+        if keeper.begun is None:
+            _begin(attachment, stage.name, watch)
         self.model = attachment.model
         told: dict[str, Any] = {"name": stage.name, "methods": [name_of(method) for method in stage.methods]}
         told |= {"steps": steps, "notes": list(attachment.notes)}
@@ -90,10 +129,10 @@ class Walk:
                 seed=self.recipe.seed,
                 task=stage.name,
                 last_good=checkpoints.last,
+                keeper=keeper,
             )
             told |= {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
         attachment.finish()
-        checkpoints.save(stage.name, self.model)
         told["minutes"] = (time.perf_counter() - began) / 60
         if len(self.data.validation):
             told["validation_accuracy"] = accuracy(self.model, self.batches(self.data.validation, EVALUATION_BATCH))
@@ -120,21 +159,11 @@ class Walk:
         return f"{percent:.2f} % on {len(self.data.validation)} validation images"
 
 
-@dataclass
-class Checkpoints:
-    """Weights at the end of every stage, beside the folder until that is written."""
-
-    folder: Path
-    last: str | None = None
-    saved: list[Path] = field(default_factory=list[Path])
-
-    def save(self, name: str, network: nn.Module) -> None:
-        """Keeps what `network` has learned so far."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{len(self.saved)}-{name}.safetensors"
-        zoo.save_weights(network, path)
-        self.saved.append(path)
-        self.last = str(path)
+def _save_end(
+    checkpoints: Checkpoints, unit: int, name: str, steps: int, network: nn.Module, told: dict[str, Any]
+) -> None:
+    tensors = network.state_dict()
+    checkpoints.save(unit, name, step=steps, done=True, tensors=tensors, structure=structure(network), told=told)
 
 
 def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, watch: Watch) -> Walk:
@@ -179,8 +208,15 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
 def _rehearse(walk: Walk) -> None:
     """Attaches every stage to a copy: a pattern that matches nothing is told before an hour of training."""
     rehearsal = replace(walk, model=copy.deepcopy(walk.model))
+    wanted = walk.recipe.teacher
+    if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
+        batches = walk.training_batches(wanted.training)
+        learning_rates(batches, wanted.training, wanted.epochs * steps_per_epoch(batches, wanted.training))
     for stage in walk.recipe.stages:
-        rehearsal.model = rehearsal.attach(stage, steps=stage.steps or stage.epochs).model
+        batches = walk.training_batches(stage)
+        steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
+        learning_rates(batches, stage, steps)
+        rehearsal.model = rehearsal.attach(stage, steps=steps).model
 
 
 def _check_teacher(recipe: Recipe) -> None:

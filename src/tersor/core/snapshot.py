@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import signal
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +15,46 @@ from torch.optim import Optimizer
 
 from tersor.core.objective import Objective
 from tersor.core.running_mean import RunningMean
+
+
+class Keeper(Protocol):
+    """Keeps a training, so that it can go on.
+
+    Attributes:
+        every: steps between two snapshots.
+        begun: steps that were done before, and the snapshot after them; None at the beginning.
+    """
+
+    every: int
+    begun: tuple[int, Mapping[str, Tensor]] | None
+
+    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the snapshot after `step` steps."""
+        ...
+
+
+@contextmanager
+def stop_asked(heeded: bool) -> Generator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, to be asked between two steps; pressed twice, it interrupts at once.
+
+    A step that is cut in two leaves half of the weights moved. Nothing changes where it is not `heeded`, or outside
+    of the main thread.
+    """
+    pressed: list[bool] = []
+    if not heeded or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(_signal: int, _frame: FrameType | None) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def snapshot(objective: Objective, optimizer: Optimizer, mean: RunningMean | None) -> dict[str, Tensor]:
@@ -58,6 +102,6 @@ def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> N
         index, _, key = name.partition(".")
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # noqa: PLW2901 - in its layout
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         states.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})

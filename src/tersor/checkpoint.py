@@ -1,0 +1,244 @@
+"""Checkpoints of a run: each a folder, written whole or not at all, and found by the hash in its name.
+
+    OUT.checkpoints/
+      recipe.yaml                        what is being run
+      lock                               held while a process runs; the system frees it when that dies
+      01-distil-000200-1a2b3c4d/         stage, step, and the first digits of the SHA-256 of clock.json
+        clock.json                       where in the run it is, and the SHA-256 of the other two
+        structure.json                   what methods laid on the network
+        tensors.safetensors              weights, buffers, the optimizer's state, random numbers
+
+Nothing is pickled. One whose bits have flipped is passed over, and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tersor.core.errors import InputError
+
+CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
+_RECIPE, _LOCK, _PARTIAL = "recipe.yaml", "lock", "partial"
+_HASH = 8
+_UNFINISHED_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was found whole.
+
+    Attributes:
+        path: its folder.
+        unit: what is being trained: the teacher or a stage, by its place in the run.
+        step: optimizer steps that it has done.
+        done: whether it has ended.
+        told: what the run told of the unit, as plain values.
+    """
+
+    path: Path
+    unit: int
+    step: int
+    done: bool
+    told: dict[str, Any]
+
+    def structure(self) -> dict[str, Any]:
+        """What methods laid on the network."""
+        return json.loads((self.path / STRUCTURE).read_text())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Values by name."""
+        return load_file(self.path / TENSORS)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+        last: the newest whole one that this process wrote or went on from.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.last: str | None = None
+        self.damaged: list[Path] = []
+
+    @contextmanager
+    def held(self, recipe: str, *, resume: bool) -> Generator[None]:
+        """While this process alone writes here.
+
+        Args:
+            recipe: text of what is run.
+            resume: whether to go on from what is there.
+
+        Raises:
+            InputError: another process runs into this folder; something is there and `resume` is False, or it is of
+                another recipe.
+        """
+        fresh = not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be made: {error.strerror}.") from None
+        lock = FileLock(self.folder / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another process is running into {self.folder}. Wait for it, or name another folder with --out."
+            ) from None
+        try:
+            self._check(recipe, resume=resume)
+            (self.folder / _RECIPE).write_text(recipe)
+            yield
+        finally:
+            if fresh and not self._folders():  # nothing was reached: nothing is left
+                shutil.rmtree(self.folder, ignore_errors=True)
+            lock.release()
+
+    def _check(self, recipe: str, *, resume: bool) -> None:
+        begun = self.folder / _RECIPE
+        if not self._folders() or not begun.is_file():
+            return
+        if not resume:
+            raise InputError(
+                f"{self.folder} holds a run that has not ended. Write --resume to go on with it, remove it, or name "
+                "another folder with --out."
+            )
+        before = begun.read_text().splitlines()
+        changed = [line.strip() for line in recipe.splitlines() if line not in before]
+        if before != recipe.splitlines():
+            raise InputError(
+                f"{self.folder} was begun with another recipe{': ' + changed[0] if changed else ''}. Go on with "
+                f"{begun}, or name another folder with --out."
+            )
+
+    @property
+    def scratch(self) -> Path:
+        """A place beside the checkpoints for what is being written; emptied when a run goes on."""
+        return self.folder / _PARTIAL
+
+    def save(
+        self,
+        unit: int,
+        name: str,
+        *,
+        step: int,
+        done: bool,
+        tensors: Mapping[str, Tensor],
+        structure: dict[str, Any],
+        told: dict[str, Any],
+    ) -> Path:
+        """Writes a checkpoint whole; of the unfinished ones the newest two stay.
+
+        Raises:
+            InputError: the disk is full or cannot be written to; the checkpoints before are as they were.
+        """
+        scratch = self.scratch
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            scratch.mkdir(parents=True)
+            save_file({key: value.contiguous().clone() for key, value in tensors.items()}, scratch / TENSORS)
+            (scratch / STRUCTURE).write_text(json.dumps(structure))
+            clock = {"unit": unit, "step": step, "done": done, "told": told}
+            clock["sha256"] = {file: _digest(scratch / file) for file in (STRUCTURE, TENSORS)}
+            (scratch / CLOCK).write_text(json.dumps(clock))
+            path = self.folder / f"{unit:02d}-{name}-{step:07d}-{_digest(scratch / CLOCK)[:_HASH]}"
+            for file in scratch.iterdir():
+                _to_disk(file)
+            shutil.rmtree(path, ignore_errors=True)
+            scratch.rename(path)
+            _to_disk(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise InputError(
+                f"no checkpoint could be written to {self.folder}: {error}. The last whole one is "
+                f"{self.last or 'none'}. Make room, then go on with --resume."
+            ) from error
+        self.last = str(path)
+        for old in [each for each in self.found() if not each.done][:-_UNFINISHED_KEPT]:
+            shutil.rmtree(old.path)
+        return path
+
+    def found(self) -> list[Checkpoint]:
+        """The whole ones, oldest first; what is damaged is listed in `damaged`."""
+        whole: list[Checkpoint] = []
+        self.damaged = []
+        for path in self._folders():
+            checkpoint = _read(path)
+            if checkpoint is None:
+                self.damaged.append(path)
+            else:
+                whole.append(checkpoint)
+        return sorted(whole, key=lambda each: (each.unit, each.done, each.step))
+
+    def end_of(self, unit: int) -> Checkpoint | None:
+        """The one at the end of a unit."""
+        return next((each for each in self.found() if each.unit == unit and each.done), None)
+
+    def newest_within(self, unit: int) -> Checkpoint | None:
+        """The last one of a unit that has not ended."""
+        return next((each for each in reversed(self.found()) if each.unit == unit and not each.done), None)
+
+    def remove(self) -> None:
+        """When all that they hold lies in the artifact."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("[0-9][0-9]-*") if path.is_dir())
+
+
+class UnitKeeper:
+    """Keeps the training of one unit of a run, and knows where it left off."""
+
+    def __init__(self, checkpoints: Checkpoints, unit: int, name: str, every: int, laid: dict[str, Any]) -> None:
+        self.every = every
+        self._keep = partial(checkpoints.save, unit, name, done=False, structure=laid, told={})
+        found = checkpoints.newest_within(unit)
+        self.begun: tuple[int, Mapping[str, Tensor]] | None = None
+        if found is not None:
+            self.begun = found.step, found.tensors()
+
+    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the snapshot after `step` steps."""
+        self._keep(step=step, tensors=tensors)
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """The checkpoint, if every bit of it is as it was written."""
+    try:
+        if not _digest(path / CLOCK).startswith(path.name[-_HASH:]):
+            return None
+        clock = json.loads((path / CLOCK).read_text())
+        if any(_digest(path / file) != digest for file, digest in clock["sha256"].items()):
+            return None
+    except (OSError, ValueError):
+        return None
+    return Checkpoint(path, clock["unit"], clock["step"], clock["done"], clock["told"])
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Or a power cut leaves the rename without the contents."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,115 @@
+"""A run that is killed at a random moment and goes on in a fresh process ends with the same bits."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+RECIPE = """\
+model: {name: resnet20}
+teacher: {name: resnet20, epochs: 1, training: {batch_size: 32}}
+data: {name: digits, limit: 128, augment: flip}
+checkpoint_every: 1
+stages:
+  - {name: cut, methods: [{channel_pruning: {keep_macs: 0.6, estimation_images: 64}}]}
+  - name: train
+    steps: 12
+    batch_size: 16
+    ema: 0.9
+    optimizer: {name: adamw, learning_rate: 0.001}
+    methods: [soft_targets, {weight_pruning: {sparsity: 0.7, sparsity_schedule: cubic, every: 2}}]
+  - {name: quantize, methods: [{ptq: {calibration_images: 32}}]}
+"""
+CHILD = """\
+import sys
+from pathlib import Path
+from tersor import run as module
+from tersor.export import numbers
+from tersor.export.numbers import measure
+from tersor.checkpoint import Checkpoints
+import tersor.run
+module = sys.modules["tersor.run"]
+module.measure = lambda *given, **options: measure(*given, **options, seconds=0.02)
+phases = open(sys.argv[3], "a", buffering=1)
+def marked(name, function):
+    def call(*given, **options):
+        phases.write(name + "\\n")
+        try:
+            return function(*given, **options)
+        finally:
+            phases.write("other\\n")
+    return call
+Checkpoints.save = marked("checkpoint", Checkpoints.save)
+module._fill = marked("export", module._fill)
+module.run(Path(sys.argv[1]), out=Path(sys.argv[2]), resume=True)
+"""
+
+
+def start(folder, out):
+    command = [sys.executable, "-c", CHILD, folder / "recipe.yaml", out, folder / f"{out.name}.phases"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ.copy())
+
+
+def finish(folder, out):
+    child = start(folder, out)
+    _, errors = child.communicate(timeout=300)
+    assert child.returncode == 0, errors.decode()
+
+
+def weights(out):
+    """Tensors of every stage's end, by stage."""
+    return {
+        path.name.rsplit("-", 1)[0]: load_file(path / "tensors.safetensors")
+        for path in sorted((out / "checkpoints").iterdir())
+    }
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        first[stage].keys() == second[stage].keys()
+        and all(first[stage][key].equal(second[stage][key]) for key in first[stage])
+        for stage in first
+    )
+
+
+def killed_and_resumed(folder, kills, seed):
+    (folder / "recipe.yaml").write_text(RECIPE)
+    began = time.monotonic()
+    finish(folder, folder / "whole")
+    length = time.monotonic() - began
+    expected = weights(folder / "whole")
+    model = (folder / "whole" / "model.onnx").read_bytes()
+    draw = random.Random(seed)
+    hit = []
+    for number in range(kills):
+        out = folder / f"killed{number}"
+        child = start(folder, out)
+        time.sleep(draw.uniform(0, length))
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        phases = folder / f"{out.name}.phases"
+        reached = phases.read_text().split() if phases.exists() else []
+        hit.append("ended" if out.exists() else (reached[-1] if reached else "before"))
+        finish(folder, out)
+        assert same(weights(out), expected), f"kill {number}, in {hit[-1]}"
+        assert (out / "model.onnx").read_bytes() == model
+        assert not (folder / f"{out.name}.checkpoints").exists()
+    return hit
+
+
+def test_killed_three_times_it_ends_with_the_same_bits(tmp_path):
+    killed_and_resumed(tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_it_ends_with_the_same_bits(tmp_path):
+    hit = killed_and_resumed(tmp_path, kills=50, seed=1)
+    counts = {phase: hit.count(phase) for phase in sorted(set(hit))}
+    sys.stdout.write(f"{counts}\n")
+    assert counts.get("checkpoint", 0) >= 5
+    assert counts.get("export", 0) >= 5
