@@ -224,7 +224,7 @@ def test_overrides(tmp_path: Path):
         ("stages.2.epochs=3", "there is no '2' in stages. Possible: 0, 1."),
         ("stages.-1.epochs=3", "there is no '-1' in stages. Possible: 0, 1."),
         ("stages.x=3", "there is no 'x' in stages. Possible: 0, 1."),
-        ("stagez.0.epochs=3", "unknown key 'stagez'. Did you mean 'stages'? Possible: data, model,"),
+        ("stagez.0.epochs=3", "unknown key 'stagez'. Did you mean 'stages'? Possible: checkpoint_every,"),
         ("stages.0.epoch=3", "unknown key 'epoch'. Did you mean 'epochs'? Possible: accumulate,"),
         ("stages.0.epochs.x=3", "stages.0.epochs is 30, and there is no 'x' in it."),
         ("stages.0.epochs=three", "stages.0.epochs should be a whole number, given the text 'three'."),

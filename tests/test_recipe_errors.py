@@ -58,7 +58,7 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("teacher:", "teachr:", "line 3: unknown key 'teachr'. Did you mean 'teacher'? Possible: data, model,"),
+        ("teacher:", "teachr:", "line 3: unknown key 'teachr'. Did you mean 'teacher'? Possible: checkpoint_every,"),
         ("epochs: 30", "epoch: 30", "line 8: unknown key 'epoch'. Did you mean 'epochs'? Possible: accumulate,"),
         ("name: adamw", "nam: adamw", "line 13: unknown key 'nam'. Did you mean 'name'? Possible: learning_rate,"),
         ("bits: 4", "bist: 4", "line 16: unknown key 'bist'. Did you mean 'bits'? Possible: activation_bits,"),
