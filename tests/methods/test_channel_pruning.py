@@ -104,3 +104,15 @@ def test_mistakes_are_told(model):
     masked = WeightPruning().attach(copy.deepcopy(model)).model
     with pytest.raises(InputError, match="before"):
         attached(masked)
+
+
+def test_what_is_left_trains_also_when_it_was_trained_before(model):
+    model.train()(IMAGES).square().mean().backward()
+    result = attached(model, keep_macs=0.6)
+    for _ in result.begin():
+        pass
+    before = result.model.get_submodule("layer1.0.conv1").weight.clone()
+    optimizer = torch.optim.SGD(result.model.parameters(), lr=0.1)
+    result.model.train()(IMAGES).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(result.model.get_submodule("layer1.0.conv1").weight, before)

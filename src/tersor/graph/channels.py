@@ -12,6 +12,7 @@ What is removed is remembered in `graph.meta["cuts"]`, plain values that `remove
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from collections import defaultdict
@@ -103,24 +104,20 @@ def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
 
 
 def _dependencies(graph: fx.GraphModule, example: Tensor) -> list[Group]:
-    frozen = [parameter for parameter in graph.parameters() if not parameter.requires_grad]
+    # on a copy: the backward graph that is followed would remember the parameters' shapes beyond their change
+    copied = copy.deepcopy(graph).requires_grad_(requires_grad=True)
     try:
         # torch.fx prints what it raises
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            for parameter in frozen:  # it follows the backward graph
-                parameter.requires_grad = True
-            found = tp.DependencyGraph().build_dependency(graph, example_inputs=example, verbose=False)
-            return [_group(graph, members) for members in found.get_all_groups()]
+            found = tp.DependencyGraph().build_dependency(copied, example_inputs=example, verbose=False)
+            return [_group(copied, members) for members in found.get_all_groups()]
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
         raise InputError(
             f"the channels of {type(graph).__name__} cannot be followed, so none can be removed: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'in torch-pruning'}. "
             "Possible: weight_pruning, which masks."
         ) from error
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad = False
 
 
 def _group(graph: fx.GraphModule, members: Any) -> Group:
@@ -230,12 +227,14 @@ def _shrink(module: nn.Module, cut: Cut) -> None:
     left = int(kept.sum())
     if cut.axis == "in":
         weight.data = weight.data[:, kept].contiguous()
+        weight.grad = None
         setattr(module, "in_channels" if isinstance(module, nn.Conv2d) else "in_features", left)
         return
     depthwise = isinstance(module, nn.Conv2d) and _produces_what_it_reads(module)
     for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if tensor.ndim:  # BatchNorm counts its batches in a scalar
             tensor.data = tensor.data[kept].contiguous()
+            tensor.grad = None
     if isinstance(module, nn.Conv2d):
         module.out_channels = left
         if depthwise:
