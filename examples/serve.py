@@ -12,7 +12,9 @@ folder, *paths = map(Path, sys.argv[1:])
 session = onnxruntime.InferenceSession(folder / "model.onnx")
 numbers = json.loads((folder / "numbers.json").read_text())
 *_, height, width = session.get_inputs()[0].shape
-pixels = np.stack([Image.open(path).convert("RGB").resize((width, height)) for path in paths]) / 255
-images = ((pixels - numbers["mean"]) / numbers["std"]).astype(np.float32).transpose(0, 3, 1, 2)
+images = np.stack([Image.open(path).convert("RGB").resize((width, height)) for path in paths])
+if session.get_inputs()[0].type == "tensor(float)":  # else it takes pixels as they are
+    images = ((images / 255 - numbers["mean"]) / numbers["std"]).astype(np.float32)
+images = images.transpose(0, 3, 1, 2)
 for path, logits in zip(paths, session.run(None, {"images": images})[0], strict=True):
     print(path, numbers["classes"][logits.argmax()])

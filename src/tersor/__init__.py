@@ -15,12 +15,12 @@ from tersor.core.errors import InputError
 
 if TYPE_CHECKING:
     from tersor.run import run
-    from tersor.verbs import compare, distill, export, quantize
+    from tersor.verbs import compare, distill, export, prune, quantize
 
 __version__ = version("tersor")
-__all__ = ["InputError", "compare", "distill", "export", "quantize", "run"]
+__all__ = ["InputError", "compare", "distill", "export", "prune", "quantize", "run"]
 
-_VERBS = {"run": "tersor.run", **dict.fromkeys(("compare", "distill", "export", "quantize"), "tersor.verbs")}
+_VERBS = {"run": "tersor.run", **dict.fromkeys(("compare", "distill", "export", "prune", "quantize"), "tersor.verbs")}
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,7 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, watch: Wa
     watch.say("reading the images")
     options = _source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
     splits = load(**options)
+    _refuse_other_classes(numbers.get("classes"), splits.classes)
     assert splits.mean is not None
     assert splits.std is not None
     batches = Batches(splits.test, _BATCH, mean=splits.mean, std=splits.std)
@@ -59,6 +60,16 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, watch: Wa
     watch.advance()
     right = float((answers == splits.test.labels.numpy()).mean())
     return Evaluation(100 * right, len(answers), session.runtime, session.precision)
+
+
+def _refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[str]) -> None:
+    if of_artifact is not None and list(of_artifact) != list(of_data):
+        lacking = ", ".join(sorted(set(of_artifact) - set(of_data))) or "none"
+        strange = ", ".join(sorted(set(of_data) - set(of_artifact))) or "none"
+        raise InputError(
+            f"the artifact tells {len(of_artifact)} classes apart and the data has {len(of_data)}; of the artifact's "
+            f"the data lacks {lacking}; the artifact does not know {strange}. Give data with the same classes."
+        )
 
 
 def _numbers(artifact: Artifact) -> dict[str, Any]:

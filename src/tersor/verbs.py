@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
@@ -21,16 +22,17 @@ from tersor.export.artifact import read_artifact
 from tersor.export.bench import BATCH_SIZES, Array, latency, predictions, size_bytes
 from tersor.export.onnx import export as write_onnx
 from tersor.export.runtime import open_session
+from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
 from tersor.train import fit, steps_per_epoch
 
 
 def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime: Runtime = "onnxruntime") -> nn.Module:
-    """Post-training quantization of `model`, over the same parameters; `export` writes it as an integer network.
+    """Post-training quantization of a copy of `model`; `export` writes it as an integer network.
 
     Args:
-        model: a trained network.
+        model: a trained network; it stays as it is.
         loader: batches of images (N, C, H, W), with or without labels; a few hundred images suffice.
         bits: of weights.
         runtime: what will execute the result.
@@ -38,7 +40,28 @@ def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime:
     Raises:
         InputError: the network cannot be captured, or the batches hold no images.
     """
-    attached = PTQ(bits=bits).attach(model.eval(), data=loader, target=Target(runtime=runtime))
+    attached = PTQ(bits=bits).attach(copy.deepcopy(model).eval(), data=loader, target=Target(runtime=runtime))
+    for _ in attached.begin():
+        pass
+    return attached.model
+
+
+def prune(model: nn.Module, example: Tensor | Iterable[Any], *, keep_macs: float = 0.5, round_to: int = 8) -> nn.Module:
+    """Removes channels from a copy of `model` and estimates its BatchNorm statistics anew.
+
+    Args:
+        model: a trained network; it stays as it is.
+        example: images (N, C, H, W), normalised as for `model`, or batches of them. The statistics are those of up to
+            1,024 of them: give a few hundred, not one.
+        keep_macs: fraction of the MACs that stays at most.
+        round_to: channels that stay are a multiple of it.
+
+    Raises:
+        InputError: no channel can be removed, or not as many; an image is not as the network wants it.
+    """
+    data = [example] if isinstance(example, Tensor) else example
+    method = ChannelPruning(keep_macs=keep_macs, round_to=round_to)
+    attached = method.attach(copy.deepcopy(model).eval(), data=data)
     for _ in attached.begin():
         pass
     return attached.model
@@ -74,6 +97,8 @@ def distill(
     """
     if not isinstance(loader, Sized):
         raise InputError("distill needs a loader with a length, such as a DataLoader over a data set.")
+    if student is teacher:
+        raise InputError("student and teacher are one network. Pass a copy of it as the teacher.")
     if epochs < 1:
         raise InputError(f"epochs is {epochs}. Write 1 or more.")
     method = SoftTargets(temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
@@ -81,7 +106,15 @@ def distill(
     training = Training(optimizer=OptimizerOptions(learning_rate=learning_rate))
     attached = method.attach(student, teacher=teacher)
     steps = epochs * steps_per_epoch(batches, training)
-    fit(attached, batches, training, steps=steps, teacher=teacher, watch=watch or Unwatched())
+    learning = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
+    modes = {module: module.training for module in teacher.modules()}
+    try:
+        fit(attached, batches, training, steps=steps, teacher=teacher, watch=watch or Unwatched())
+    finally:
+        for parameter in learning:
+            parameter.requires_grad = True
+        for module, mode in modes.items():
+            module.training = mode
     return attached.model
 
 
