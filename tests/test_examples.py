@@ -67,3 +67,9 @@ def test_serving_needs_neither_tersor_nor_torch(exported, tmp_path):
     answers = [line.split()[-1] for line in served.stdout.splitlines()]
     right = [digits.classes[label] for label in digits.test.labels[:40]]
     assert sum(map(str.__eq__, answers, right)) > 30  # chance: 4
+
+
+def test_iterative_pruning_ends_sparse(capsys):
+    example("iterative_pruning").main(epochs=1, sparsities=(0.5, 0.8))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[0] for line in lines] == ["0.0", "50.0", "80.0"]

@@ -1,0 +1,42 @@
+"""Iterative pruning in a loop of your own: mask, train on, mask more. It is no class, only a loop over sparsities."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tersor.core.parametrization import strip
+from tersor.data import Batches, load
+from tersor.measure import accuracy, costs
+from tersor.methods.weight_pruning import WeightPruning
+from tersor.zoo import build
+
+
+def main(epochs: int = 4, sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)) -> None:
+    """Trains a network on the digits, then prunes it in rounds, each with training in between."""
+    torch.manual_seed(0)
+    digits = load(name="digits")
+    assert digits.mean is not None
+    assert digits.std is not None
+    batches = Batches(digits.train, 32, mean=digits.mean, std=digits.std, shuffle=True)
+    test = Batches(digits.test, 500, mean=digits.mean, std=digits.std)
+    model = build("resnet20", 10)
+    for sparsity in (0.0, *sparsities):
+        attached = WeightPruning(sparsity=sparsity, scope="global").attach(model)
+        for _ in attached.begin():  # masks what is smallest now; what was masked before stays
+            pass
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+        for epoch in range(epochs):
+            batches.set_epoch(epoch)
+            for batch in batches:
+                loss = F.cross_entropy(model.train()(batch.images), batch.labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        slim = strip(model).eval()  # a plain network with zeros in it
+        zeros = costs(slim, digits.test.take(torch.arange(1)).float()).sparsity
+        print(f"{100 * zeros:.1f} % of the convolutions' weights are zero: {accuracy(slim, test):.2f} %")
+
+
+if __name__ == "__main__":
+    main()
