@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tersor.core.watch import Watch
 from tersor.measure import costs
 from tersor.methods import name_of
-from tersor.recipe import Recipe
+from tersor.recipe import Recipe, Teacher
 from tersor.train import steps_per_epoch
 from tersor.walk import prepare
 
@@ -28,6 +28,10 @@ def explain(recipe: Recipe, *, watch: Watch) -> Iterator[str]:
             spent = costs(network, example)
             shapes = f"({size}) -> ({classes}), {len(spent.layers)} layers"
             yield f"{name}: {shapes}, {spent.parameters:,} parameters, {spent.macs:,} MACs"
+    wanted = recipe.teacher
+    if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
+        steps = wanted.epochs * steps_per_epoch(walk.training_batches(wanted.training), wanted.training)
+        yield f"first the teacher is trained on the labels: {wanted.epochs} epochs, {steps:,} steps"
     for number, stage in enumerate(recipe.stages, 1):
         batches = walk.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)

@@ -460,3 +460,9 @@ def test_torchvisions_networks_for_openvino(tmp_path, name):
     for count in (1, 12):
         found = run(path, x[:count].numpy(), "openvino")
         assert (found.argmax(1) != expected[:count].argmax(1)).sum() <= 1
+
+
+def test_another_extension_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(InputError, match=r"\*\.onnx"):
+        export(build("resnet20", 10), torch.rand(1, 3, 16, 16), tmp_path / "model.xml")
+    assert not list(tmp_path.iterdir())

@@ -80,6 +80,8 @@ def export(
         InputError: the network cannot be converted, or `path` is not a file that can be written.
     """
     path = Path(path)
+    if path.suffix != ".onnx" and not path.is_dir():
+        raise InputError(f"cannot write {path}: an ONNX file is named *.onnx.")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
     network = deployed(model) if isinstance(model, fx.GraphModule) else strip(model)
