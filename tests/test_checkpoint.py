@@ -30,7 +30,8 @@ def test_the_newest_is_found_again(checkpoints):
     assert newest.structure() == {"cuts": []}
     assert again.end_of(1).step == 4
     assert again.end_of(2) is None
-    assert [each.step for each in again.found() if not each.done] == [4, 6], "of the unfinished ones, two stay"
+    assert [each.step for each in again.ends()] == [4]
+    assert len(list(checkpoints.folder.glob("02-*"))) == 2, "of the unfinished ones, two stay"
 
 
 @pytest.mark.parametrize("file", ["clock.json", "structure.json", "tensors.safetensors"])
@@ -53,7 +54,7 @@ def test_a_full_disk_leaves_the_ones_before(checkpoints, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(InputError, match=f"No space left.*{re.escape(str(first))}.*--resume"):
         save(checkpoints, 1, 4)
-    assert [each.path for each in checkpoints.found()] == [first]
+    assert checkpoints.newest_within(1).path == first
     assert not checkpoints.scratch.exists()
 
 
@@ -74,10 +75,18 @@ def test_what_has_not_ended_is_not_written_over(checkpoints):
         pass
     with pytest.raises(InputError, match="another recipe: a: 2"), checkpoints.held("a: 2\n", resume=True):
         pass
-    assert len(checkpoints.found()) == 1
+    assert checkpoints.newest_within(1).step == 2
 
 
 def test_nothing_is_left_where_nothing_was_reached(checkpoints):
     with pytest.raises(ValueError, match="early"), checkpoints.held("a: 1\n", resume=True):
         raise ValueError("early")
     assert not checkpoints.folder.exists()
+
+
+def test_a_run_that_was_killed_while_it_began_begins_anew(checkpoints):
+    checkpoints.folder.mkdir()
+    (checkpoints.folder / "recipe.yaml").write_text("a: ")
+    with checkpoints.held("a: 1\n", resume=True):
+        save(checkpoints, 1, 2)
+    assert (checkpoints.folder / "recipe.yaml").read_text() == "a: 1\n"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -225,6 +226,75 @@ def test_the_model_ends_with_the_running_mean():
     assert not torch.equal(hooked.model.weight, hooked.after[-1][1])
 
 
+class Keeps:
+    """Keeps every snapshot in memory, and stops the training after `until` steps."""
+
+    every = 1
+    last = "stage-1/clock.json"
+
+    def __init__(self, begun=None, until=None):
+        self.begun, self.until, self.kept = begun, until, {}
+
+    def keep(self, step, tensors):
+        self.kept[step] = tensors
+        if step == self.until:
+            raise KeyboardInterrupt
+
+
+class Noise(LossTerm):
+    """Draws a number in every step, and learns a weight of its own."""
+
+    name = "noise"
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch, student, teacher):
+        return (student.logits.mean() - self.own) * torch.rand(())
+
+
+def small():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("accumulate", "ema"), [(1, None), (3, 0.9)])
+@pytest.mark.parametrize("until", [1, 4, 8, 11])
+def test_a_training_that_goes_on_ends_with_the_same_bits(optimizer, accumulate, ema, until):
+    options = OptimizerOptions(name=optimizer, learning_rate=0.01)
+    training = Training(optimizer=options, accumulate=accumulate, ema=ema)
+
+    def run(keeper):
+        attached = Attachment(small(), [Noise()])
+        fit(attached, Toy(shape=(3, 4, 4)), training, steps=12, keeper=keeper, seed=5)
+        return {**attached.model.state_dict(), "own": attached.terms[0].own.detach()}
+
+    expected = run(None)
+    stopped = Keeps(until=until)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped)
+    found = run(Keeps(begun=(until, stopped.kept[until])))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_ctrl_c_ends_the_step_and_keeps_it():
+    class Presses(Attachment):
+        def before_step(self, step, optimizer):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    keeper, before = Keeps(), signal.getsignal(signal.SIGINT)
+    keeper.every = 100
+    model = linear()
+    with pytest.raises(KeyboardInterrupt):
+        fit(Presses(model), Toy(), Training(), steps=8, keeper=keeper)
+    assert list(keeper.kept) == [3]
+    assert torch.equal(keeper.kept[3]["model.weight"], model.weight)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 class Breaks(LossTerm):
     name = "fragile"
 
@@ -244,7 +314,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(value, accumula
     hooked = Hooked(model, [Breaks(at, value)])
     training = Training(accumulate=accumulate, optimizer=PLAIN_SGD, lr_schedule=STEADY)
     with pytest.raises(NonFiniteLoss, match=r"'fragile'.*step 4.*0\.1.*checkpoint: stage-1/clock\.json") as caught:
-        fit(hooked, Toy(), training, steps=8, last_good="stage-1/clock.json")
+        fit(hooked, Toy(), training, steps=8, keeper=Keeps())
     assert (caught.value.step, caught.value.term) == (4, "fragile")
     assert isinstance(caught.value, InputError)
     assert len(hooked.before) == 3

@@ -3,7 +3,8 @@
     OUT.checkpoints/
       recipe.yaml                        what is being run
       lock                               held while a process runs; the system frees it when that dies
-      01-distil-000200-1a2b3c4d/         stage, step, and the first digits of the SHA-256 of clock.json
+      01-distil-0000200-1a2b3c4d/        stage, step, and the first digits of the SHA-256 of clock.json
+      01-distil-end-5e6f7a8b/            at the end of a stage
         clock.json                       where in the run it is, and the SHA-256 of the other two
         structure.json                   what methods laid on the network
         tensors.safetensors              weights, buffers, the optimizer's state, random numbers
@@ -34,6 +35,10 @@ from tersor.core.errors import InputError
 CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
 _RECIPE, _LOCK, _PARTIAL = "recipe.yaml", "lock", "partial"
 _HASH = 8
+_END = "end"
+_ANY_HASH = "?" * _HASH
+_UNFINISHED = f"*-{'[0-9]' * 7}-{_ANY_HASH}"
+_ENDED = f"*-{_END}-{_ANY_HASH}"
 _UNFINISHED_KEPT = 2
 
 
@@ -69,6 +74,7 @@ class Checkpoints:
 
     Attributes:
         last: the newest whole one that this process wrote or went on from.
+        damaged: what was passed over.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +94,6 @@ class Checkpoints:
             InputError: another process runs into this folder; something is there and `resume` is False, or it is of
                 another recipe.
         """
-        fresh = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -101,18 +106,18 @@ class Checkpoints:
                 f"another process is running into {self.folder}. Wait for it, or name another folder with --out."
             ) from None
         try:
-            self._check(recipe, resume=resume)
-            (self.folder / _RECIPE).write_text(recipe)
+            if self._folders("*"):
+                self._check(recipe, resume=resume)
+            else:
+                (self.folder / _RECIPE).write_text(recipe)
             yield
         finally:
-            if fresh and not self._folders():  # nothing was reached: nothing is left
+            if not self._folders("*"):  # nothing was reached: nothing is left
                 shutil.rmtree(self.folder, ignore_errors=True)
             lock.release()
 
     def _check(self, recipe: str, *, resume: bool) -> None:
         begun = self.folder / _RECIPE
-        if not self._folders() or not begun.is_file():
-            return
         if not resume:
             raise InputError(
                 f"{self.folder} holds a run that has not ended. Write --resume to go on with it, remove it, or name "
@@ -156,7 +161,8 @@ class Checkpoints:
             clock = {"unit": unit, "step": step, "done": done, "told": told}
             clock["sha256"] = {file: _digest(scratch / file) for file in (STRUCTURE, TENSORS)}
             (scratch / CLOCK).write_text(json.dumps(clock))
-            path = self.folder / f"{unit:02d}-{name}-{step:07d}-{_digest(scratch / CLOCK)[:_HASH]}"
+            place = _END if done else f"{step:07d}"
+            path = self.folder / f"{unit:02d}-{name}-{place}-{_digest(scratch / CLOCK)[:_HASH]}"
             for file in scratch.iterdir():
                 _to_disk(file)
             shutil.rmtree(path, ignore_errors=True)
@@ -169,36 +175,39 @@ class Checkpoints:
                 f"{self.last or 'none'}. Make room, then go on with --resume."
             ) from error
         self.last = str(path)
-        for old in [each for each in self.found() if not each.done][:-_UNFINISHED_KEPT]:
-            shutil.rmtree(old.path)
+        for old in self._folders(_UNFINISHED)[:-_UNFINISHED_KEPT]:
+            shutil.rmtree(old)
         return path
-
-    def found(self) -> list[Checkpoint]:
-        """The whole ones, oldest first; what is damaged is listed in `damaged`."""
-        whole: list[Checkpoint] = []
-        self.damaged = []
-        for path in self._folders():
-            checkpoint = _read(path)
-            if checkpoint is None:
-                self.damaged.append(path)
-            else:
-                whole.append(checkpoint)
-        return sorted(whole, key=lambda each: (each.unit, each.done, each.step))
 
     def end_of(self, unit: int) -> Checkpoint | None:
         """The one at the end of a unit."""
-        return next((each for each in self.found() if each.unit == unit and each.done), None)
+        return self._newest(f"{unit:02d}-{_ENDED}")
 
     def newest_within(self, unit: int) -> Checkpoint | None:
         """The last one of a unit that has not ended."""
-        return next((each for each in reversed(self.found()) if each.unit == unit and not each.done), None)
+        return self._newest(f"{unit:02d}-{_UNFINISHED}")
+
+    def ends(self) -> list[Checkpoint]:
+        """Those at the end of every unit that has ended, in order."""
+        found = [_read(path) for path in self._folders(_ENDED)]
+        return [each for each in found if each is not None]
+
+    def _newest(self, names: str) -> Checkpoint | None:
+        for path in reversed(self._folders(names)):
+            checkpoint = _read(path)
+            if checkpoint is not None:
+                self.last = str(path)
+                return checkpoint
+            self.damaged.append(path)
+        return None
 
     def remove(self) -> None:
         """When all that they hold lies in the artifact."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _folders(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("[0-9][0-9]-*") if path.is_dir())
+    def _folders(self, names: str) -> list[Path]:
+        """Oldest first."""
+        return sorted(path for path in self.folder.glob(names) if path.is_dir() and path != self.scratch)
 
 
 class UnitKeeper:
@@ -206,11 +215,17 @@ class UnitKeeper:
 
     def __init__(self, checkpoints: Checkpoints, unit: int, name: str, every: int, laid: dict[str, Any]) -> None:
         self.every = every
+        self._checkpoints = checkpoints
         self._keep = partial(checkpoints.save, unit, name, done=False, structure=laid, told={})
         found = checkpoints.newest_within(unit)
         self.begun: tuple[int, Mapping[str, Tensor]] | None = None
         if found is not None:
             self.begun = found.step, found.tensors()
+
+    @property
+    def last(self) -> str | None:
+        """The newest checkpoint of the run."""
+        return self._checkpoints.last
 
     def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Takes the snapshot after `step` steps."""

@@ -43,7 +43,8 @@ def run(
         model: a trained network in place of the one that the recipe names; it stays as it is.
         data: images in place of the recipe's.
         out: the folder to write; `runs/<name of the recipe>` by default. It must not exist.
-        resume: go on with the run into `out` that has not ended; from the beginning where there is none.
+        resume: go on with the run into `out` that has not ended, with the same `model` and `data`; from the beginning
+            where there is none.
         watch: who looks on.
 
     Returns:
@@ -62,19 +63,20 @@ def run(
     name = "recipe" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     out = Path(out) if out is not None else Path("runs") / name
-    if resume and (out / MANIFEST).is_file():
-        watch.say(f"{out} is there already: nothing is left to do.")
-        return read_artifact(out).path
-    require_free(out)
     checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoints"))
-    with checkpoints.held(recipes.write(recipe), resume=resume):
+    text = recipes.write(recipe)
+    if resume and _ended(out, text):
+        checkpoints.remove()  # the run may have been killed between its last two moves
+        watch.say(f"{out} is there already: nothing is left to do.")
+        return out
+    require_free(out)
+    with checkpoints.held(text, resume=resume):
         walk = prepare(recipe, model=model, data=data, watch=watch)
-        checkpoints.found()
-        for path in checkpoints.damaged:
-            watch.say(f"{path} is damaged, and is passed over.")
         walk.train_teacher(watch, checkpoints)
         original = copy.deepcopy(walk.original)
         stages = walk.stages(watch, checkpoints)
+        for path in dict.fromkeys(checkpoints.damaged):
+            watch.say(f"{path} is damaged, and was passed over.")
         written = write_folder(
             out,
             lambda folder: _fill(folder, walk, original, stages, checkpoints, watch),
@@ -82,6 +84,14 @@ def run(
         )
         checkpoints.remove()
     return written
+
+
+def _ended(out: Path, recipe: str) -> bool:
+    """Whether `out` is what a run of `recipe` leaves."""
+    if not (out / MANIFEST).is_file():
+        return False
+    written = read_artifact(out).files.get("recipe.yaml")
+    return written is not None and written.read_text() == recipe
 
 
 def _fill(
@@ -112,6 +122,5 @@ def _fill(
     draw(folder)
     (folder / "recipe.yaml").write_text(recipes.write(recipe))
     (folder / "checkpoints").mkdir()
-    for each in checkpoints.found():  # copied: until the folder is written they are what a run goes on from
-        if each.done:
-            shutil.copytree(each.path, folder / "checkpoints" / each.path.name)
+    for each in checkpoints.ends():  # copied: until the folder is written they are what a run goes on from
+        shutil.copytree(each.path, folder / "checkpoints" / each.path.name)

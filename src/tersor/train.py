@@ -98,7 +98,6 @@ def fit(
     watch: Watch | None = None,
     seed: int = 0,
     task: str = "train",
-    last_good: str | None = None,
     keeper: Keeper | None = None,
 ) -> Fitted:
     """Trains `attachment.model` in place on the device that accelerate finds; it comes back in eval, where it was.
@@ -114,7 +113,6 @@ def fit(
         watch: who looks on.
         seed: of the numbers that modules and methods draw (dropout); the order of the data has its own.
         task: what the watch calls it.
-        last_good: the last good checkpoint, to be named where a loss is not finite.
         keeper: where this training goes on from, and what keeps it every few steps and when Ctrl-C is pressed.
 
     Raises:
@@ -138,11 +136,11 @@ def fit(
         autocast=precision_for(device, training.precision),
     )
     with _as_found(objective), _random_numbers(seed + accelerator.process_index, device):
-        loop = _Loop(accelerator, objective, training, watch or Unwatched(), last_good)
+        loop = _Loop(accelerator, objective, training, watch or Unwatched(), keeper)
         begun = keeper.begun if keeper else None
         handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
         try:
-            return loop.run(batches, rates, task, keeper)
+            return loop.run(batches, rates, task)
         finally:
             handle.remove()
 
@@ -156,22 +154,23 @@ class _Loop:
         objective: Objective,
         training: Training,
         watch: Watch,
-        last_good: str | None,
+        keeper: Keeper | None,
     ) -> None:
         self.accelerator = accelerator
         self.plain = objective
         self.model = objective.model
         self.training = training
         self.watch = watch
-        self.last_good = last_good
+        self.keeper = keeper
         self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.autocast else "float32"
         self.layout = layout_for(accelerator.device)
         set_layout(objective, self.layout)
         self.torch_optimizer = optimizer_for(objective, training.optimizer)
         self.objective, self.optimizer = accelerator.prepare(objective.train(), self.torch_optimizer)
 
-    def run(self, batches: BatchSource, rates: list[float], task: str, keeper: Keeper | None) -> Fitted:
+    def run(self, batches: BatchSource, rates: list[float], task: str) -> Fitted:
         """One step for each of the learning rates."""
+        keeper = self.keeper
         layout = str(self.layout).removeprefix("torch.")
         self.watch.say(f"{task}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
         self.watch.start(task, len(rates))
@@ -228,7 +227,8 @@ class _Loop:
         # Looked at after the backward pass was started: on a GPU the wait is then no longer than the pass.
         if not bool(values.isfinite().all()):
             name, value = next(pair for pair in zip(names, values.tolist(), strict=True) if not math.isfinite(pair[1]))
-            raise NonFiniteLoss(step + 1, name, value, rate, self.last_good)
+            last = self.keeper.last if self.keeper else None
+            raise NonFiniteLoss(step + 1, name, value, rate, last)
 
     def _move(self, rate: float) -> None:
         for group in self.torch_optimizer.param_groups:

@@ -88,11 +88,10 @@ class Walk:
     def stages(self, watch: Watch, checkpoints: Checkpoints) -> list[dict[str, Any]]:
         """All stages, from where the checkpoints leave off; what each was, for `numbers.json`."""
         told: list[dict[str, Any]] = []
-        ends = [checkpoints.end_of(number) for number in range(1, len(self.recipe.stages) + 1)]
-        latest = max((number for number, end in enumerate(ends, 1) if end is not None), default=0)
-        if latest:
-            end = ends[latest - 1]
-            assert end is not None
+        numbers = range(len(self.recipe.stages), 0, -1)
+        end = next((end for end in map(checkpoints.end_of, numbers) if end is not None), None)
+        latest = 0 if end is None else end.unit
+        if end is not None:
             self.model = rebuild(self.model, end.structure())
             self.model.load_state_dict(end.tensors())
             told = end.told["stages"]
@@ -128,7 +127,6 @@ class Walk:
                 watch=watch,
                 seed=self.recipe.seed,
                 task=stage.name,
-                last_good=checkpoints.last,
                 keeper=keeper,
             )
             told |= {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}

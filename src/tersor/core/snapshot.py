@@ -23,10 +23,14 @@ class Keeper(Protocol):
     Attributes:
         every: steps between two snapshots.
         begun: steps that were done before, and the snapshot after them; None at the beginning.
+        last: what to call the newest snapshot, to be named where a loss is not finite.
     """
 
     every: int
     begun: tuple[int, Mapping[str, Tensor]] | None
+
+    @property
+    def last(self) -> str | None: ...
 
     def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Takes the snapshot after `step` steps."""
