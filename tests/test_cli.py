@@ -20,6 +20,11 @@ target: {input: uint8}
 stages:
   - {name: quantize, methods: [{ptq: {calibration_images: 64}}]}
 """
+SHUFFLENET = """\
+model: {name: shufflenet_v2_x0_5}
+data: {name: digits}
+stages: [{name: cut, methods: [channel_pruning]}]
+"""
 LATE = "  - {name: b, methods: [{ptq: {exclude: [nothing]}}]}"
 
 
@@ -42,7 +47,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
     recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)))
     out = tmp_path / "out"
     assert tersor(monkeypatch, "run", recipe, "--out", out) == 0
-    assert {"model.onnx", "original.onnx", "recipe.yaml", "numbers.json", "manifest.json"} <= {
+    assert {"model.onnx", "original.onnx", "recipe.yaml", "numbers.json", "manifest.json", "report.html"} <= {
         path.name for path in out.iterdir()
     }
     numbers = json.loads((out / "numbers.json").read_text())
@@ -87,6 +92,11 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
         ),
         (("ptq: {calibration_images: 64}", "soft_targets: {temperature: 0}"), "temperature"),
         (("methods: [{ptq: {calibration_images: 64}}]", "steps: 1, methods: [soft_targets]"), "teacher"),
+        (("ptq: {calibration_images: 64}", "weight_pruning: {sparsity: 1.2}"), "less than 1, given 1.2"),
+        (("ptq: {calibration_images: 64}", "channel_pruning: {keep_macs: 0}"), "greater than 0, given 0"),
+        (("[{ptq: {calibration_images: 64}}]", "[ptq, weight_pruning]"), "masks lie under grids"),
+        (("[{ptq: {calibration_images: 64}}]", "[weight_pruning, channel_pruning]"), "channels are removed before"),
+        ((RECIPE, SHUFFLENET), "cannot be followed"),
     ],
 )
 def test_what_cannot_be_used_is_one_message(change, message, tmp_path, weights, monkeypatch, capfd):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -43,10 +44,37 @@ def test_ptq_then_export_leaves_an_integer_network(exported):
     assert (exported / "model.onnx").stat().st_size < (exported / "original.onnx").stat().st_size / 2
 
 
-def test_serving_needs_neither_tersor_nor_torch(exported, tmp_path):
+def with_pixels(exported, tmp_path, digits):
+    """A folder whose model takes pixels: it undoes what the exported one wants, and calls that."""
+    import onnx
+
+    inner = onnx.load(exported / "model.onnx")
+    graph, mean, std = inner.graph, np.float32(digits.mean), np.float32(digits.std)
+    for node in graph.node:
+        node.input[:] = ["normalized" if name == "images" else name for name in node.input]
+    graph.initializer.append(onnx.numpy_helper.from_array((1 / (255 * std)).reshape(1, 3, 1, 1), "factor"))
+    graph.initializer.append(onnx.numpy_helper.from_array((mean / std).reshape(1, 3, 1, 1), "offset"))
+    make = onnx.helper.make_node
+    steps = [
+        make("Cast", ["images"], ["floats"], to=onnx.TensorProto.FLOAT),
+        make("Mul", ["floats", "factor"], ["scaled"]),
+        make("Sub", ["scaled", "offset"], ["normalized"]),
+    ]
+    nodes = [*steps, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    onnx.save(inner, tmp_path / "model.onnx")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["normalized", "uint8"])
+def test_serving_needs_neither_tersor_nor_torch(exported, tmp_path, kind):
     from tersor.data import load
 
     digits = load(name="digits")
+    if kind == "uint8":
+        exported = with_pixels(exported, tmp_path, digits)
     told = {"mean": digits.mean, "std": digits.std, "classes": digits.classes}
     (exported / "numbers.json").write_text(json.dumps(told))
     images = digits.test.take(torch.arange(40)).permute(0, 2, 3, 1).numpy()

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import tersor
+from tersor import verbs
 from tersor.core.errors import InputError
-from tersor.evaluate import _refuse_other_classes
 from tersor.measure import costs
 from tersor.zoo import build
 
@@ -54,7 +54,45 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
         tersor.distill(model, model, loader)
 
 
-def test_other_classes_are_told():
-    _refuse_other_classes(["cat", "dog"], ["cat", "dog"])
-    with pytest.raises(InputError, match=r"lacks cat; .* does not know cow"):
-        _refuse_other_classes(["cat", "dog"], ["cow", "dog"])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model, loader: tersor.quantize(model, loader, bits=0), "bits: .*given 0"),
+        (lambda model, loader: tersor.quantize(model, loader, runtime="tflite"), "runtime: .*'tflite'"),
+        (lambda _, loader: tersor.quantize("resnet20", loader), "is a str"),
+        (lambda model, _: tersor.prune(model, IMAGES, keep_macs=0), "keep_macs: .*given 0"),
+        (lambda model, loader: tersor.distill(model, build("resnet20", 7), loader), r"\(2, 10\).*\(2, 7\)"),
+        (lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, temperature=0), "temperature: "),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), []), "without a single batch"),
+        (
+            lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, torch.full((16,), 10))]),
+            "from 0 to 9",
+        ),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, torch.rand(16))]), "float32"),
+        (
+            lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES[:, :1], torch.arange(8))]),
+            r"student cannot be fed images of shape \(2, 1, 16, 16\)",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_message(model, loader, call, words):
+    with pytest.raises(InputError, match=words) as caught:
+        call(model, loader)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeypatch):
+    (tmp_path / "model.onnx").write_bytes(b"of before")
+
+    def refuse(*_):
+        raise InputError("not installed")
+
+    with pytest.raises(InputError, match=r"a file \*\.onnx"):
+        tersor.export(model, IMAGES, tmp_path / "model.xml")
+    with pytest.raises(InputError, match=r"\(N, C, H, W\)"):
+        tersor.export(model, IMAGES[0], tmp_path / "model.onnx")
+    monkeypatch.setattr(verbs, "open_session", refuse)
+    with pytest.raises(InputError, match="not installed"):
+        tersor.export(model, IMAGES, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == b"of before"

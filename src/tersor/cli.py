@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,7 @@ def run(
         try:
             folder = walk(checked, out=out, resume=resume, watch=bars)
         except KeyboardInterrupt:
-            how = " ".join(sys.argv[1:]) + ("" if resume else " --resume")
+            how = shlex.join(sys.argv[1:]) + ("" if resume else " --resume")
             raise KeyboardInterrupt(f"interrupted. To go on: tersor {how}") from None
     numbers = json.loads((folder / "numbers.json").read_text())
     console.print(f"{folder / 'report.html'} tells what came of it", highlight=False)

@@ -112,12 +112,12 @@ def _fill(
     for network, name in ((original, "original.onnx"), (walk.model, "model.onnx")):
         export(network, example, folder / name, classes=data.classes, pixels=pixels)
         watch.advance()
-    numbers = measure(original, walk.model, folder, test, recipe.target, seed=recipe.seed, watch=watch)
+    numbers, answers = measure(original, walk.model, folder, test, recipe.target, seed=recipe.seed, watch=watch)
     if numbers["agreement_with_torch"] < _AGREEMENT:
         watch.say(f"the artifact gives {numbers['agreement_with_torch']:.2f} % of torch's answers: do not ship it.")
     numbers |= {"stages": stages, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
-    evidence = gather(original, walk.model, walk.teacher, folder, test, recipe.target, watch=watch)
+    evidence = gather(original, walk.model, walk.teacher, folder, test, recipe.target, answers=answers, watch=watch)
     (folder / "evidence.json").write_text(json.dumps(evidence))
     draw(folder)
     (folder / "recipe.yaml").write_text(recipes.write(recipe))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
@@ -27,6 +28,8 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
 from tersor.train import fit, steps_per_epoch
 
+_T = TypeVar("_T")
+
 
 def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime: Runtime = "onnxruntime") -> nn.Module:
     """Post-training quantization of a copy of `model`; `export` writes it as an integer network.
@@ -40,7 +43,8 @@ def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime:
     Raises:
         InputError: the network cannot be captured, or the batches hold no images.
     """
-    attached = PTQ(bits=bits).attach(copy.deepcopy(model).eval(), data=loader, target=Target(runtime=runtime))
+    method, target = _made(PTQ, bits=bits), _made(Target, runtime=runtime)
+    attached = method.attach(_copy(model), data=loader, target=target)
     for _ in attached.begin():
         pass
     return attached.model
@@ -60,8 +64,8 @@ def prune(model: nn.Module, example: Tensor | Iterable[Any], *, keep_macs: float
         InputError: no channel can be removed, or not as many; an image is not as the network wants it.
     """
     data = [example] if isinstance(example, Tensor) else example
-    method = ChannelPruning(keep_macs=keep_macs, round_to=round_to)
-    attached = method.attach(copy.deepcopy(model).eval(), data=data)
+    method = _made(ChannelPruning, keep_macs=keep_macs, round_to=round_to)
+    attached = method.attach(_copy(model), data=data)
     for _ in attached.begin():
         pass
     return attached.model
@@ -101,9 +105,11 @@ def distill(
         raise InputError("student and teacher are one network. Pass a copy of it as the teacher.")
     if epochs < 1:
         raise InputError(f"epochs is {epochs}. Write 1 or more.")
-    method = SoftTargets(temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
-    batches = _Loader(loader)
-    training = Training(optimizer=OptimizerOptions(learning_rate=learning_rate))
+    if not len(loader):
+        raise InputError("distill was given a loader without a single batch.")
+    method = _made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
+    batches = _Loader(loader, _classes_of_both(student, teacher, loader))
+    training = Training(optimizer=_made(OptimizerOptions, learning_rate=learning_rate))
     attached = method.attach(student, teacher=teacher)
     steps = epochs * steps_per_epoch(batches, training)
     learning = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
@@ -140,10 +146,16 @@ def export(
     Raises:
         InputError: the network cannot be converted, or the runtime is not installed or cannot run it.
     """
-    written = write_onnx(model, example, path, classes=classes, pixels=pixels)
+    path = Path(path)
+    if path.suffix != ".onnx" or not path.parent.is_dir():
+        raise InputError(f"cannot write {path}. Possible: a file *.onnx in a folder that is there.")
+    images_of(example)
     inputs = example[:1].numpy() if pixels is None else np.zeros(example[:1].shape, np.uint8)
-    open_session(written, runtime).run(np.ascontiguousarray(inputs))
-    return written
+    with TemporaryDirectory(dir=path.parent) as folder:  # what the runtime refuses is not left, nor written over a file
+        written = write_onnx(model, example, Path(folder) / path.name, classes=classes, pixels=pixels)
+        open_session(written, runtime).run(np.ascontiguousarray(inputs))
+        written.replace(path)
+    return path
 
 
 def compare(
@@ -207,11 +219,47 @@ def _labels(batch: Any) -> Tensor | None:
     return None
 
 
+def _made(kind: Callable[..., _T], **parameters: Any) -> _T:
+    """A method or record of these parameters; what is wrong with them is told as to any user."""
+    try:
+        return kind(**parameters)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise InputError(f"{wrong['loc'][0]}: {wrong['msg']}, given {wrong['input']!r}.") from None
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """In eval mode; the network that was given stays as it is."""
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"the network is a {type(model).__name__}. Pass a torch.nn.Module.")
+    return copy.deepcopy(model).eval()
+
+
+def _classes_of_both(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> int:
+    """How many classes both tell apart, seen in one dry forward."""
+    images = images_of(next(iter(loader)))[:2]
+    answers: list[Tensor] = []
+    for name, network in (("student", student), ("teacher", teacher)):
+        try:
+            with torch.inference_mode():
+                answers.append(_copy(network)(images.to(next(network.parameters()).device)))
+        except RuntimeError as error:
+            raise InputError(f"the {name} cannot be fed images of shape {tuple(images.shape)}: {error}") from error
+    shapes = [tuple(answer.shape) for answer in answers]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        raise InputError(
+            f"to two images the student answers with {shapes[0]}, the teacher with {shapes[1]}. Both need to answer "
+            "with logits (2, classes) of the same classes."
+        )
+    return shapes[0][1]
+
+
 class _Loader:
     """A user's loader as the loop takes it: batches that it makes anew for every epoch, in an order of its own."""
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Iterable[Any], classes: int) -> None:
         self.loader = loader
+        self.classes = classes
 
     def __len__(self) -> int:
         assert isinstance(self.loader, Sized)
@@ -219,7 +267,18 @@ class _Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
-            yield Batch(images_of(batch), _labels(batch))
+            labels = _labels(batch)
+            if labels is not None:
+                self._check(labels)
+            yield Batch(images_of(batch), labels)
+
+    def _check(self, labels: Tensor) -> None:
+        whole = not labels.is_floating_point() and labels.ndim == 1
+        if not whole or not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            raise InputError(
+                f"the labels of a batch are of {labels.dtype}, of shape {tuple(labels.shape)}, from {labels.min()} to "
+                f"{labels.max()}. Possible: class numbers (N,), int64, from 0 to {self.classes - 1}."
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """A sampler that heeds the epoch (of a distributed run) is told; any other draws its own order."""

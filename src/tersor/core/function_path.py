@@ -58,8 +58,8 @@ def call_with(path: str, function: Callable[..., Any], **values: Any) -> Any:
         inspect.signature(function).bind(**given)
     except TypeError as error:
         raise InputError(
-            f"'{path}' cannot be called: {error}. Write a function that needs no argument but "
-            f"{' and '.join(values) or 'none'}."
+            f"'{path}' cannot be called: {error}. Write a function that needs no argument"
+            f"{' but ' + ' and '.join(values) if values else ''}."
         ) from error
     return function(**given)
 

@@ -25,8 +25,8 @@ def from_folder(folder: Path, image_size: int | None) -> Splits:
     are numbered by the order of their names. Hidden files and those that do not end like images are passed over.
 
     Raises:
-        InputError: no folder, no `train` or `test`, an empty class, a class that `train` lacks, the first image is
-            broken.
+        InputError: no folder, no `train` or `test`, an empty class, a class that `train` or the test images lack, the
+            first image is broken.
     """
     if not folder.is_dir():
         what = "is a file. Unpack it" if folder.exists() else "does not exist. Correct the path"
@@ -45,6 +45,12 @@ def from_folder(folder: Path, image_size: int | None) -> Splits:
     train = _class_files(folder / "train")
     classes = tuple(train)
     test = _files_of(classes, folder / ("test" if "test" in names else "val"), image_size)
+    lacking = [name for number, name in enumerate(classes) if not (test.labels == number).any()]
+    if lacking:
+        raise InputError(
+            f"the test images of '{folder}' lack {len(lacking)} of the {len(classes)} classes: "
+            f"{', '.join(lacking[:5])}. Add images of these, or take the classes out of train."
+        )
     trained = _images(classes, train, image_size)
     if names == {"train", "val", "test"}:
         validation = _files_of(classes, folder / "val", image_size)

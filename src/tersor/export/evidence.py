@@ -19,11 +19,10 @@ from tersor.core.target import Target
 from tersor.core.watch import Watch
 from tersor.data import Batches
 from tersor.export.answers import changed_answers, softened_targets
-from tersor.export.bench import predictions
 from tersor.export.layers import layer_table
 from tersor.export.numbers import arrays, openvino_installed
 from tersor.export.profile import profile
-from tersor.export.runtime import Array, open_session
+from tersor.export.runtime import Array
 from tersor.graph.capture import capture, layer_of, values_into
 
 PROFILED_BATCH_SIZES = (1, 32)
@@ -40,8 +39,8 @@ def gather(
     test: Batches,
     target: Target,
     *,
+    answers: Mapping[str, Array],
     watch: Watch,
-    answers: Mapping[str, Array] | None = None,
 ) -> dict[str, Any]:
     """The content of `evidence.json`, in plain values.
 
@@ -52,14 +51,13 @@ def gather(
         folder: holds `original.onnx` and `model.onnx`.
         test: the whole test set, in order.
         target: the runtime that answers and is profiled.
+        answers: of `original` and `artifact` (N,) to the test images, in the runtime.
         watch: who looks on.
-        answers: of `original` and `artifact` (N,) in the runtime, where they are known; asked for otherwise.
 
     Returns:
         `layers` (see `layer_table`), `profile` (batch size -> `original`, `artifact` and `bf16`, see `profile`),
         `targets` (`of` whom, and `images`, see `softened_targets`), `answers` (see `changed_answers`), `looked_at`.
     """
-    answers = answers or _answers(folder, test, target, watch)
     watch.start("evidence", 3)
     # over the whole set, which is sorted by class where it is a folder
     index = torch.linspace(0, len(test.images) - 1, min(_LOOKED_AT, len(test.images))).round().long()
@@ -79,16 +77,6 @@ def gather(
         "targets": {"of": "teacher" if teacher is not None else "original", "images": targets},
         "answers": changed,
     }
-
-
-def _answers(folder: Path, test: Batches, target: Target, watch: Watch) -> dict[str, Array]:
-    watch.start("answers in the runtime", 2)
-    answers: dict[str, Array] = {}
-    for name, file in (("original", "original.onnx"), ("artifact", "model.onnx")):
-        session = open_session(folder / file, target.runtime, precision="float32")
-        answers[name] = predictions(session, arrays(test, target.input))
-        watch.advance()
-    return answers
 
 
 def _at_rest(network: nn.Module) -> nn.Module:

@@ -72,8 +72,8 @@ def measure(
     seed: int,
     watch: Watch,
     seconds: float = 10.0,
-) -> dict[str, Any]:
-    """The content of `numbers.json`.
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The content of `numbers.json`, and the answers (N,) of every file to the test images.
 
     Args:
         original: the network as it came in.
@@ -109,7 +109,7 @@ def measure(
         name: _entry(contender, sessions[name], answers, name, labels, timings, pixels)
         for name, contender in contenders.items()
     }
-    return {
+    numbers = {
         "runtime": target.runtime,
         "target": target.model_dump(),
         "machine": machine(),
@@ -123,6 +123,7 @@ def measure(
         "noise_floor": _ratios(timings, "original", _AGAIN),
         "test_images": len(labels),
     }
+    return numbers, answers
 
 
 def _entry(

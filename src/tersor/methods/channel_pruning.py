@@ -15,6 +15,7 @@ DepGraph's code also weighs the scores of a group by BatchNorm and reports the b
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
@@ -86,7 +87,9 @@ class ChannelPruning:
         groups, whole = coupled_channels(graph, example)
         groups = self._chosen(graph, groups)
         cost = _cost(kind, graph, groups, example)
-        removed = self._selected(groups, [self._scores(graph, group) for group in groups], cost, keep, kind)
+        removed = self._selected(
+            groups, [self._scores(graph, group, number) for number, group in enumerate(groups)], cost, keep, kind
+        )
         remove(graph, merged(cut for group, gone in zip(groups, removed, strict=True) for cut in group.cuts(gone)))
         kept = sum(len(group.slices) for group in groups) - sum(map(len, removed))
         notes = [f"{kept} of {sum(len(group.slices) for group in groups)} removable channels stay"]
@@ -120,10 +123,10 @@ class ChannelPruning:
         return chosen
 
     @torch.no_grad()
-    def _scores(self, graph: fx.GraphModule, group: Group) -> Tensor:
+    def _scores(self, graph: fx.GraphModule, group: Group, number: int) -> Tensor:
         """(channels,): 1 on average."""
         if self.importance == "random":
-            return torch.rand(len(group.slices), generator=torch.Generator().manual_seed(self.seed))
+            return torch.rand(len(group.slices), generator=torch.Generator().manual_seed(self.seed + number))
         found: list[Tensor] = []
         for position, cut in enumerate(group.slices[0]):
             layer = graph.get_submodule(cut.layer)
@@ -157,7 +160,7 @@ class ChannelPruning:
 
     def _blocks(self, size: int, ascending: Tensor) -> Iterator[tuple[tuple[float, float], int]]:
         """When the next channels of a group go, lowest first, and how many are gone then."""
-        least = max(1, -(-int(self.floor * size * 1000) // 1000), min(size, self.round_to))
+        least = max(1, math.ceil(self.floor * size), min(size, self.round_to))
         start = 0
         for kept in range((size - 1) // self.round_to * self.round_to, least - 1, -self.round_to):
             end = size - kept

@@ -1,0 +1,43 @@
+"""An artifact that is there already, on images of the user's."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tersor.core.errors import InputError
+from tersor.core.watch import Unwatched
+from tersor.evaluate import evaluate
+from tersor.export.onnx import export
+from tersor.zoo import build
+
+
+@pytest.fixture
+def images(tmp_path):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(np.full((8, 8, 3), 60 * number, np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("cat", "cow"), "lacks cow; the artifact knows no dog"),
+        (("cat", "cow", "dog"), r"lacks cow\. Give"),
+        (("dog", "cat"), "another order"),
+    ],
+)
+def test_other_classes_are_refused(images, tmp_path, classes, words):
+    network = build("resnet20", len(classes)).eval()
+    export(network, torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=classes)
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path / "model.onnx", str(images), None, watch=Unwatched())
+
+
+def test_the_same_classes_are_not(images, tmp_path):
+    export(build("resnet20", 2).eval(), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
+    assert evaluate(tmp_path / "model.onnx", str(images), None, watch=Unwatched()).images == 6
