@@ -1,6 +1,5 @@
 """A run that is killed at a random moment and goes on in a fresh process ends with the same bits."""
 
-import os
 import random
 import signal
 import subprocess
@@ -11,25 +10,32 @@ import pytest
 from safetensors.torch import load_file
 
 RECIPE = """\
-model: {name: resnet20}
-teacher: {name: resnet20, epochs: 1, training: {batch_size: 32}}
+model: {name: "tiny:build"}
+teacher: {name: "tiny:build", epochs: 3, training: {batch_size: 32}}
 data: {name: digits, limit: 128, augment: flip}
 checkpoint_every: 1
 stages:
-  - {name: cut, methods: [{channel_pruning: {keep_macs: 0.6, estimation_images: 64}}]}
+  - {name: cut, methods: [{channel_pruning: {keep_macs: 0.6, round_to: 4, estimation_images: 64}}]}
   - name: train
-    steps: 12
+    steps: 200
     batch_size: 16
     ema: 0.9
     optimizer: {name: adamw, learning_rate: 0.001}
-    methods: [soft_targets, {weight_pruning: {sparsity: 0.7, sparsity_schedule: cubic, every: 2}}]
+    methods: [soft_targets, {weight_pruning: {sparsity: 0.7, sparsity_schedule: cubic, every: 8}}]
   - {name: quantize, methods: [{ptq: {calibration_images: 32}}]}
+"""
+NETWORK = """\
+from torch import nn
+
+def build(num_classes):
+    def conv(width, into):
+        return nn.Conv2d(width, into, 3, padding=1, bias=False), nn.BatchNorm2d(into), nn.ReLU()
+    return nn.Sequential(*conv(3, 16), *conv(16, 16), nn.Dropout(0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(16, num_classes))
 """
 CHILD = """\
 import sys
 from pathlib import Path
-from tersor import run as module
-from tersor.export import numbers
 from tersor.export.numbers import measure
 from tersor.checkpoint import Checkpoints
 import tersor.run
@@ -52,7 +58,7 @@ module.run(Path(sys.argv[1]), out=Path(sys.argv[2]), resume=True)
 
 def start(folder, out):
     command = [sys.executable, "-c", CHILD, folder / "recipe.yaml", out, folder / f"{out.name}.phases"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ.copy())
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder)
 
 
 def finish(folder, out):
@@ -79,6 +85,7 @@ def same(first, second):
 
 def killed_and_resumed(folder, kills, seed):
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "tiny.py").write_text(NETWORK)
     began = time.monotonic()
     finish(folder, folder / "whole")
     length = time.monotonic() - began
