@@ -9,6 +9,8 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from tersor.export.artifact import read_artifact
+
 RECIPE = """\
 model: {name: "tiny:build"}
 teacher: {name: "tiny:build", epochs: 3, training: {batch_size: 32}}
@@ -104,7 +106,7 @@ def killed_and_resumed(folder, kills, seed):
         hit.append("ended" if out.exists() else (reached[-1] if reached else "before"))
         finish(folder, out)
         assert same(weights(out), expected), f"kill {number}, in {hit[-1]}"
-        assert (out / "model.onnx").read_bytes() == model
+        assert read_artifact(out).model.read_bytes() == model, "whole, every file as the manifest says"
         assert not (folder / f"{out.name}.checkpoints").exists()
     return hit
 
