@@ -21,7 +21,6 @@ from tersor.data import Batches, Images, Splits, load
 from tersor.export.runtime import load_runtime
 from tersor.graph.structure import rebuild, structure
 from tersor.measure import accuracy
-from tersor.methods import name_of
 from tersor.recipe import Network, Recipe, Stage, Teacher
 from tersor.train import fit, learning_rates, steps_per_epoch
 
@@ -115,7 +114,7 @@ class Walk:
         if keeper.begun is None:
             _begin(attachment, stage.name, watch)
         self.model = attachment.model
-        told: dict[str, Any] = {"name": stage.name, "methods": [name_of(method) for method in stage.methods]}
+        told: dict[str, Any] = {"name": stage.name, "methods": stage.model_dump(mode="json")["methods"]}
         told |= {"steps": steps, "notes": list(attachment.notes)}
         if steps:
             fitted = fit(

@@ -7,7 +7,7 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
 
 Channels go in blocks of `round_to`, since runtimes compute ragged widths slowly. One after the other the block goes
 that is next: of the group that has lost the smallest fraction (scope `layer`), or of lowest importance (`global`),
-until the network is as small as asked, never less. No group falls below `floor`. BatchNorm's statistics, which the
+until the network is at least as small as asked. No group falls below `floor`. BatchNorm's statistics, which the
 missing channels have shifted, are estimated anew on training images.
 
 DepGraph's code also weighs the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
