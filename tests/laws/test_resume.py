@@ -19,7 +19,7 @@ checkpoint_every: 1
 stages:
   - {name: cut, methods: [{channel_pruning: {keep_macs: 0.6, round_to: 4, estimation_images: 64}}]}
   - name: train
-    steps: 200
+    steps: STEPS
     batch_size: 16
     ema: 0.9
     optimizer: {name: adamw, learning_rate: 0.001}
@@ -85,8 +85,9 @@ def same(first, second):
     )
 
 
-def killed_and_resumed(folder, kills, seed):
-    (folder / "recipe.yaml").write_text(RECIPE)
+def killed_and_resumed(folder, kills, seed, steps):
+    """The phases that the kills fell into; more steps make more of a run the writing of checkpoints."""
+    (folder / "recipe.yaml").write_text(RECIPE.replace("STEPS", str(steps)))
     (folder / "tiny.py").write_text(NETWORK)
     began = time.monotonic()
     finish(folder, folder / "whole")
@@ -112,12 +113,12 @@ def killed_and_resumed(folder, kills, seed):
 
 
 def test_killed_three_times_it_ends_with_the_same_bits(tmp_path):
-    killed_and_resumed(tmp_path, kills=3, seed=0)
+    killed_and_resumed(tmp_path, kills=3, seed=0, steps=100)
 
 
 @pytest.mark.slow
 def test_killed_fifty_times_it_ends_with_the_same_bits(tmp_path):
-    hit = killed_and_resumed(tmp_path, kills=50, seed=1)
+    hit = killed_and_resumed(tmp_path, kills=50, seed=1, steps=1200)
     counts = {phase: hit.count(phase) for phase in sorted(set(hit))}
     sys.stdout.write(f"{counts}\n")
     assert counts.get("checkpoint", 0) >= 5
