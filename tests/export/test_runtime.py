@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tersor.core.errors import InputError
+from tersor.export.profile import node_times
 from tersor.export.runtime import RUNTIMES, default_threads, machine, open_session
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -182,3 +184,22 @@ def test_serving_needs_no_torch():
         "sys.exit('torch' in sys.modules or 'onnx' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
+@runtimes
+def test_no_runtime_gives_the_main_thread_a_stack_for_signals(tiny, runtime):
+    """It would be freed with the model, and the next Ctrl-C a segmentation fault."""
+
+    class Stack(ctypes.Structure):
+        _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    def place():
+        stack = Stack()
+        assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+        return stack.place
+
+    before = place()
+    open_session(tiny.path, runtime).run(tiny.images)
+    node_times(tiny.path, runtime, tiny.images, runs=1)
+    assert place() == before

@@ -21,7 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from tersor.export.runtime import Array, default_threads, load_runtime, onnxruntime_options, openvino_config
+from tersor.export.runtime import (
+    Array,
+    default_threads,
+    load_runtime,
+    onnxruntime_options,
+    openvino_compiled,
+    openvino_config,
+)
 
 _WARMING = 3
 _RUNS = 20
@@ -147,7 +154,7 @@ def _onnxruntime(ort: Any, path: Path, batch: Array, _precision: str | None, run
 
 def _openvino(ov: Any, path: Path, batch: Array, precision: str | None, runs: int) -> Iterator[list[NodeTime]]:
     config = openvino_config(precision, default_threads()) | {"PERF_COUNT": True}
-    request = ov.Core().compile_model(str(path), "CPU", config).create_infer_request()
+    request = openvino_compiled(ov, str(path), config).create_infer_request()
     for _ in range(runs):
         request.infer([batch], share_inputs=True)
         yield [

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -170,6 +171,16 @@ def openvino_config(precision: str | None, threads: int) -> dict[str, Any]:
     return config
 
 
+def openvino_compiled(ov: Any, network: Any, config: dict[str, Any]) -> Any:
+    """`network`, a file or a model, compiled for the CPU.
+
+    In a thread of its own: the plugin gives the thread that compiles a stack for signals (sigaltstack), and frees that
+    with the model. In the main thread the next Ctrl-C would then be a segmentation fault (seen with 2026.4).
+    """
+    with ThreadPoolExecutor(1) as compiler:
+        return compiler.submit(ov.Core().compile_model, network, "CPU", config).result()
+
+
 def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> Session:
     frontend = importlib.import_module("openvino.frontend")
     refusals = (
@@ -181,7 +192,7 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
         reader = frontend.FrontEndManager().load_by_framework("ir" if path.suffix == ".xml" else "onnx")
         network = reader.convert(reader.load(str(path)))
         _require_one_input(path, len(network.inputs), len(network.outputs))
-        model = ov.Core().compile_model(network, "CPU", openvino_config(precision, threads))
+        model = openvino_compiled(ov, network, openvino_config(precision, threads))
     except refusals as error:
         raise _unreadable(path, "openvino", error) from error
     given = network.inputs[0]
