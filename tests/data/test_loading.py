@@ -81,7 +81,7 @@ def test_given_mean_and_std_are_kept():
 
 
 def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
-    for place in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "test/a/0"):
+    for place in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "test/a/0", "test/b/0"):
         path = tmp_path / f"{place}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (3, 3), (51, 0, 255)).save(path)
@@ -127,7 +127,7 @@ def test_a_single_image_in_all(draw_images):
 
 
 def test_too_few_images_for_validation(draw_images):
-    for name in ("train/cat", "train/dog", "test/cat"):
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
         folder = draw_images(name, 1)
     with pytest.raises(InputError, match=r"1 of 2 training images, and at most 0 can go.*write validation: 0"):
         load(folder=folder)

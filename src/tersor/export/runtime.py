@@ -174,8 +174,9 @@ def openvino_config(precision: str | None, threads: int) -> dict[str, Any]:
 def openvino_compiled(ov: Any, network: Any, config: dict[str, Any]) -> Any:
     """`network`, a file or a model, compiled for the CPU.
 
-    In a thread of its own: the plugin gives the thread that compiles a stack for signals (sigaltstack), and frees that
-    with the model. In the main thread the next Ctrl-C would then be a segmentation fault (seen with 2026.4).
+    In a thread of its own: the plugin gives the thread that compiles a stack for signals (sigaltstack), and with the
+    model brings back the one before. Of two models in one thread the second brings back that of the first, which may be
+    freed by then: the next Ctrl-C was a segmentation fault (2026.4).
     """
     with ThreadPoolExecutor(1) as compiler:
         return compiler.submit(ov.Core().compile_model, network, "CPU", config).result()
