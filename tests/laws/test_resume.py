@@ -42,6 +42,8 @@ from tersor.export.numbers import measure
 from tersor.checkpoint import Checkpoints
 import tersor.run
 module = sys.modules["tersor.run"]
+for room in ("numbers", "evidence"):  # the second runtime adds time, and nothing to go on with
+    sys.modules[f"tersor.export.{room}"].openvino_installed = lambda: False
 module.measure = lambda *given, **options: measure(*given, **options, seconds=0.02)
 phases = open(sys.argv[3], "a", buffering=1)
 def marked(name, function):
