@@ -57,10 +57,10 @@ IMAGENET = {name: Subject(name, 224, trained=False) for name in ("resnet18", "mo
 
 
 @cache
-def cifar() -> Splits:
-    """CIFAR-10 as JPEG files: 45,000 training images, 5,000 to choose by, 10,000 to report."""
-    folder = os.environ.get("XDG_CACHE_HOME")
-    root = (Path(folder) if folder else Path(tempfile.gettempdir())) / "tersor-bench"
+def folder() -> Path:
+    """CIFAR-10 as JPEG files, unpacked once into the cache."""
+    cache_home = os.environ.get("XDG_CACHE_HOME")
+    root = (Path(cache_home) if cache_home else Path(tempfile.gettempdir())) / "tersor-bench"
     if not (root / "cifar10-jpeg").exists():
         root.mkdir(parents=True, exist_ok=True)
         with (
@@ -69,7 +69,13 @@ def cifar() -> Splits:
         ):
             tar.extractall(part, filter="data")
             (Path(part) / "cifar10-jpeg").rename(root / "cifar10-jpeg")
-    return load(folder=root / "cifar10-jpeg", validation=0.1, seed=0, mean=MEAN, std=STD)
+    return root / "cifar10-jpeg"
+
+
+@cache
+def cifar() -> Splits:
+    """Of it 45,000 training images, 5,000 to choose by, 10,000 to report."""
+    return load(folder=folder(), validation=0.1, seed=0, mean=MEAN, std=STD)
 
 
 def normalised(images: Images) -> list[Tensor]:

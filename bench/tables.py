@@ -14,7 +14,12 @@ import rows
 
 def versions() -> dict[str, str]:
     """Of what executes and of what quantizes."""
-    return {package: importlib.metadata.version(package) for package in ("onnxruntime", "openvino", "nncf")}
+    return {package: version(package) for package in ("onnxruntime", "openvino", "nncf")}
+
+
+def version(package: str) -> str:
+    """Of an installed package."""
+    return importlib.metadata.version(package)
 
 
 def add(
@@ -38,7 +43,7 @@ def show(result: str, models: Iterable[str]) -> None:
         for kind, key in (("ratio", "pair"), ("milliseconds", "artifact")):
             chosen = [row for row in mine if row["kind"] == kind]
             if chosen:
-                console.print(_by_batch(f"{model}: {kind}, median (p10 to p90)", chosen, kind, key))
+                console.print(by_batch(f"{model}: {kind}, median (p10 to p90)", chosen, kind, key))
 
 
 def _accuracies(model: str, found: list[rows.Row]) -> Table:
@@ -52,7 +57,7 @@ def _accuracies(model: str, found: list[rows.Row]) -> Table:
     return table
 
 
-def _by_batch(title: str, found: list[rows.Row], what: str, key: str) -> Table:
+def by_batch(title: str, found: list[rows.Row], what: str, key: str) -> Table:
     """One line for each contender, one column for each batch size; the fastest of a column of milliseconds is bold."""
     batches = sorted({row["batch"] for row in found})
     table = Table(key, "runtime", *(f"batch {batch}" for batch in batches), title=title, title_justify="left")

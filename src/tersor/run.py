@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -108,14 +109,24 @@ def _fill(
     test = walk.batches(data.test, EVALUATION_BATCH)
     example = next(iter(test)).images[:1]
     pixels = (data.mean, data.std) if recipe.target.input == "uint8" else None
-    watch.start("export", 2)
-    for network, name in ((original, "original.onnx"), (walk.model, "model.onnx")):
-        export(network, example, folder / name, classes=data.classes, pixels=pixels)
-        watch.advance()
-    numbers, answers = measure(original, walk.model, folder, test, recipe.target, seed=recipe.seed, watch=watch)
+    with TemporaryDirectory() as scratch:
+        left = {
+            number: (network, Path(scratch) / f"{number}.onnx")
+            for number, network in walk.left_by_stages(checkpoints).items()
+            if number < len(stages)
+        }
+        left[len(stages)] = walk.model, folder / "model.onnx"
+        watch.start("export", 1 + len(left))
+        for network, path in [(original, folder / "original.onnx"), *left.values()]:
+            export(network, example, path, classes=data.classes, pixels=pixels)
+            watch.advance()
+        numbers, answers = measure(
+            original, walk.model, folder, test, recipe.target, seed=recipe.seed, watch=watch, stages=left
+        )
     if numbers["agreement_with_torch"] < _AGREEMENT:
         watch.say(f"the artifact gives {numbers['agreement_with_torch']:.2f} % of torch's answers: do not ship it.")
-    numbers |= {"stages": stages, "mean": data.mean, "std": data.std, "classes": data.classes}
+    told = [{**stage, **numbers["stages"].get(number, {})} for number, stage in enumerate(stages, 1)]
+    numbers |= {"stages": told, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
     evidence = gather(original, walk.model, walk.teacher, folder, test, recipe.target, answers=answers, watch=watch)
     (folder / "evidence.json").write_text(json.dumps(evidence))

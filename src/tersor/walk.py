@@ -41,6 +41,9 @@ class Walk:
     model_is_trained: bool
     teacher_is_trained: bool
 
+    def __post_init__(self) -> None:
+        self.untouched = copy.deepcopy(self.model)
+
     @property
     def original(self) -> nn.Module:
         """What the artifact is compared with: the model as it came in, or the teacher of one without weights."""
@@ -135,6 +138,16 @@ class Walk:
             told["validation_accuracy"] = accuracy(self.model, self.batches(self.data.validation, EVALUATION_BATCH))
         watch.say(f"{stage.name}: {self.validated(self.model)}")
         return told
+
+    def left_by_stages(self, checkpoints: Checkpoints) -> dict[int, nn.Module]:
+        """Number of a stage -> the network as it left it, from the checkpoints at their ends."""
+        networks: dict[int, nn.Module] = {}
+        for end in checkpoints.ends():
+            if end.unit != _TEACHER:
+                network = rebuild(copy.deepcopy(self.untouched), end.structure())
+                network.load_state_dict(end.tensors())
+                networks[end.unit] = network.eval()
+        return networks
 
     def attach(self, stage: Stage, steps: int) -> Attachment:
         """The stage's methods, laid on the model."""

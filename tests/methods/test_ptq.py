@@ -159,7 +159,7 @@ def test_layers_that_only_their_parent_reads_stay_in_float():
             return self.last(y)
 
     attached = calibrated(Attentive().eval())
-    assert attached.layers == ("last",)
+    assert attached.quantizers.layers == ("last",)
     assert not parametrize.is_parametrized(attached.model.attention.out_proj)
 
 
@@ -192,10 +192,10 @@ def test_processors_that_saturate_get_smaller_integers_and_others_all_of_the_ran
 def test_layers_left_out_stay_in_float():
     attached = calibrated(method=PTQ(exclude=("conv2", "lin*")))
     graph = attached.model
-    assert attached.layers == ("conv1",)
+    assert attached.quantizers.layers == ("conv1",)
     assert not parametrize.is_parametrized(graph.conv2)
     assert not parametrize.is_parametrized(graph.linear)
-    assert set(attached.activations) == {"quantizers.x", "quantizers.relu"}
+    assert set(attached.quantizers.activations) == {"quantizers.x", "quantizers.relu"}
 
 
 def test_more_bits_answer_more_like_the_original():
@@ -313,8 +313,8 @@ def test_a_channel_of_zeros_and_a_value_that_is_always_zero():
 
 
 def test_runtimes_get_quantizers_of_their_own():
-    onnxruntime = calibrated(target=Target(runtime="onnxruntime")).activations
-    openvino = calibrated(target=Target(runtime="openvino")).activations
+    onnxruntime = calibrated(target=Target(runtime="onnxruntime")).quantizers.activations
+    openvino = calibrated(target=Target(runtime="openvino")).quantizers.activations
     assert set(openvino) < set(onnxruntime)
 
 

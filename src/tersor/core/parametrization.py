@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tersor.core.affine import Grid
+from tersor.core.affine import Grid, affine_parameters
 
 
 class FakeQuantize(nn.Module):
@@ -46,9 +46,13 @@ class FakeQuantize(nn.Module):
         self.ready = True
 
     def forward(self, values: Tensor) -> Tensor:
-        """`values` of any shape; (channels, ...) where there is a scale for each channel."""
+        """`values` of any shape; (channels, ...) where there is a scale for each channel.
+
+        They are rounded in float32, also under autocast: bfloat16 would merge 21 of 256 levels.
+        """
         if not self.ready:
             return values
+        values = values.float()
         if self.scale.ndim:
             return torch.fake_quantize_per_channel_affine(
                 values, self.scale, self.zero_point, 0, self.grid.minimum, self.grid.maximum
@@ -68,6 +72,46 @@ class FakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         """Bits and range of the grid."""
         return f"{self.grid.minimum}..{self.grid.maximum}, channels={self.scale.numel()}, ready={self.ready}"
+
+
+class MovingFakeQuantize(FakeQuantize):
+    """One whose range follows what it is shown while the network trains: a running mean of minimum and maximum.
+
+    Args:
+        grid: the integers to round to.
+        averaging: what a batch's minimum and maximum weigh in the mean.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, grid: Grid, averaging: float) -> None:
+        super().__init__(grid)
+        self.averaging = averaging
+        self.moves = True
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """From now on values are rounded to a grid over [`low`, `high`], two scalars; zero is always on it."""
+        self.low.copy_(low)
+        self.high.copy_(high)
+        self.set_grid(*affine_parameters(self.low, self.high, self.grid))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values` of any shape."""
+        if self.training and self.moves and self.ready:
+            low, high = torch.aminmax(values.detach().float())
+            self.set_range(self.low.lerp(low, self.averaging), self.high.lerp(high, self.averaging))
+        return super().forward(values)
+
+    def get_extra_state(self) -> Tensor:
+        """Whether values are rounded, and whether the range follows them."""
+        return torch.tensor([self.ready, self.moves])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes back what `get_extra_state` gave."""
+        self.ready, self.moves = state.tolist()
 
 
 class Mask(nn.Module):
@@ -101,6 +145,18 @@ def shown_by(module: nn.Module, name: str = "weight") -> Iterator[nn.Module]:
 def parametrized(module: nn.Module, name: str = "weight") -> parametrize.ParametrizationList:
     """The parametrizations of one parameter of `module`, which has some; `.original` is the Parameter."""
     return cast("parametrize.ParametrizationList", cast("nn.ModuleDict", module.parametrizations)[name])
+
+
+def shown_to(module: nn.Module, parametrization: nn.Module, name: str = "weight") -> Tensor:
+    """What one of the parametrizations of a parameter of `module` is given: the Parameter as those before show it."""
+    chain = parametrized(module, name)
+    value = chain.original
+    assert isinstance(value, Tensor)
+    for each in chain:
+        if each is parametrization:
+            return value.detach()
+        value = each(value)
+    raise AssertionError(f"{parametrization} does not lie on {name}")
 
 
 def weight_mask(module: nn.Module) -> Mask | None:

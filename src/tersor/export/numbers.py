@@ -7,7 +7,7 @@ processor has them; where it has none, OpenVINO computes in float32, and `precis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,9 +71,12 @@ def measure(
     *,
     seed: int,
     watch: Watch,
+    stages: Mapping[int, tuple[nn.Module, Path]] | None = None,
     seconds: float = 10.0,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """The content of `numbers.json`, and the answers (N,) of every file to the test images.
+
+    Accuracy, bytes, latency, MACs and sparsity after a stage lie under `stages`, by its number.
 
     Args:
         original: the network as it came in.
@@ -83,6 +86,7 @@ def measure(
         target: the runtime to measure in.
         seed: of the recipe.
         watch: who looks on.
+        stages: number of a stage -> what it left, and the file of that.
         seconds: time for the latency of one batch size.
     """
     example = next(iter(test)).images[:1].contiguous()
@@ -93,6 +97,10 @@ def measure(
     }
     if openvino_installed():
         contenders["bf16"] = Contender(folder / "original.onnx", "openvino", "bfloat16", costs_of_original)
+    entries = list(contenders)
+    left = {number: f"stage {number}" for number in stages or {}}
+    for number, (network, path) in (stages or {}).items():
+        contenders[left[number]] = Contender(path, target.runtime, "float32", costs(network, example))
     sessions = {name: contender.open() for name, contender in contenders.items()}
     watch.start("test set in the runtime", len(contenders) + 1)
     answers: dict[str, Array] = {}
@@ -106,8 +114,10 @@ def measure(
     timings = latency({**sessions, _AGAIN: contenders["original"].open()}, pixels, seconds=seconds)
     labels = test.images.labels
     measured = {
-        name: _entry(contender, sessions[name], answers, name, labels, timings, pixels)
-        for name, contender in contenders.items()
+        name: _entry(contenders[name], sessions[name], answers, name, labels, timings, pixels) for name in entries
+    }
+    of_stages = {
+        number: _of_stage(contenders[name], answers[name], labels, timings, name) for number, name in left.items()
     }
     numbers = {
         "runtime": target.runtime,
@@ -122,8 +132,21 @@ def measure(
         "speedup": _ratios(timings, "original", "artifact"),
         "noise_floor": _ratios(timings, "original", _AGAIN),
         "test_images": len(labels),
+        "stages": of_stages,
     }
-    return numbers, answers
+    return numbers, {name: answers[name] for name in entries}
+
+
+def _of_stage(
+    contender: Contender, answers: Array, labels: torch.Tensor, timings: Timings, name: str
+) -> dict[str, Any]:
+    return {
+        "accuracy": agreement(torch.from_numpy(answers), labels),
+        "bytes": size_bytes(contender.path),
+        "macs": contender.costs.macs,
+        "sparsity": contender.costs.sparsity,
+        "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},
+    }
 
 
 def _entry(

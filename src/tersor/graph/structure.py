@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.affine import Grid
 from tersor.core.errors import InputError
-from tersor.core.parametrization import FakeQuantize, Mask, shown_by
+from tersor.core.parametrization import FakeQuantize, Mask, MovingFakeQuantize, shown_by
 from tersor.core.selection import weighted_layers
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.channels import Cut, remove
@@ -72,6 +72,8 @@ def _lay_edges(graph: fx.GraphModule, edges: list[list[Any]]) -> None:
 def _told(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Mask):
         return {"mask": list(module.mask.shape)}
+    if isinstance(module, MovingFakeQuantize):
+        return {"grid": [module.grid.minimum, module.grid.maximum], "averaging": module.averaging}
     if isinstance(module, FakeQuantize):
         channels = len(module.scale) if module.scale.ndim else None
         return {"grid": [module.grid.minimum, module.grid.maximum], "channels": channels}
@@ -79,4 +81,7 @@ def _told(module: nn.Module) -> dict[str, Any]:
 
 
 def _made(told: dict[str, Any]) -> nn.Module:
-    return Mask(told["mask"]) if "mask" in told else FakeQuantize(Grid(*told["grid"]), told["channels"])
+    if "mask" in told:
+        return Mask(told["mask"])
+    grid = Grid(*told["grid"])
+    return MovingFakeQuantize(grid, told["averaging"]) if "averaging" in told else FakeQuantize(grid, told["channels"])

@@ -17,27 +17,21 @@ see `core/ranges.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 
-from tersor.core.affine import Grid, affine_parameters, symmetric_scale
+from tersor.core.affine import Grid, affine_parameters
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import images_of
-from tersor.core.parametrization import FakeQuantize, shown_by
-from tersor.core.ranges import Histogram, channel_maxima, least_squares_scale, without_saturation
-from tersor.core.selection import Layer, weighted_layers, without
+from tersor.core.ranges import Histogram
 from tersor.core.target import Target
 from tersor.graph.capture import capture
-from tersor.graph.placement import place, quantizable
+from tersor.graph.quantizers import Quantizers, calibrate, lay
 
 Range = Literal["minmax", "percentile", "mse"]
 
@@ -76,41 +70,24 @@ class PTQ:
                 "ptq needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
             )
         target = target or Target()
-        graph = capture(model)
-        if any(isinstance(module, FakeQuantize) for module in graph.modules()):
-            raise InputError("the network is quantized already. Possible: one of ptq, qat in a recipe.")
-        known = quantizable(graph)
-        chosen = without(weighted_layers(graph), self.exclude)
-        layers = {name: layer for name, layer in chosen.items() if name in known}
-        if not layers:
-            raise InputError("ptq found no convolution or fully connected layer to quantize.")
-        activations = place(graph, layers, Grid.unsigned(self.activation_bits), target.runtime)
-        for layer in layers.values():
-            quantizer = FakeQuantize(Grid.signed(self.bits), channels=layer.weight.shape[0]).to(layer.weight.device)
-            parametrize.register_parametrization(layer, "weight", quantizer)
-        for name in activations:
-            graph.get_submodule(name).to(next(graph.parameters()).device)
-        return PTQAttachment(self, graph, tuple(layers), tuple(activations), data, target)
+        quantizers = lay(
+            capture(model),
+            bits=self.bits,
+            activation_bits=self.activation_bits,
+            exclude=self.exclude,
+            target=target,
+            method="ptq",
+        )
+        return PTQAttachment(self, quantizers, data, target)
 
 
 class PTQAttachment(Attachment):
     """Quantizers laid on a captured network; `begin` sets their ranges."""
 
-    model: fx.GraphModule
-
-    def __init__(
-        self,
-        method: PTQ,
-        graph: fx.GraphModule,
-        layers: tuple[str, ...],
-        activations: tuple[str, ...],
-        data: Iterable[Any],
-        target: Target,
-    ) -> None:
-        super().__init__(graph)
+    def __init__(self, method: PTQ, quantizers: Quantizers, data: Iterable[Any], target: Target) -> None:
+        super().__init__(quantizers.graph)
         self.method = method
-        self.layers = layers
-        self.activations = activations
+        self.quantizers = quantizers
         self.data = data
         self.target = target
 
@@ -120,68 +97,17 @@ class PTQAttachment(Attachment):
         Raises:
             InputError: the data holds no image, or cannot be read twice where two passes are needed.
         """
-        quantizers = {name: self._quantizer(name) for name in self.activations}
-        if all(quantizer.ready for quantizer in quantizers.values()):
+        if self.quantizers.ready:
             return
-        self.model.eval()
-        histograms = {name: Histogram() for name in self.activations}
-        yield from self._look_at_images(histograms)
-        for name, quantizer in quantizers.items():
+        passes = 1 if self.method.activation_range == "minmax" else 2
+        histograms = yield from calibrate(
+            self.quantizers, self.data, images=self.method.calibration_images, passes=passes, method="ptq"
+        )
+        for name in self.quantizers.activations:
+            quantizer = self.quantizers.of_activation(name)
             quantizer.set_grid(*affine_parameters(*self._range(histograms[name], quantizer.grid), quantizer.grid))
-        for name in self.layers:
-            self._quantize_weight(self.model.get_submodule(name))
-
-    def _look_at_images(self, histograms: dict[str, Histogram]) -> Iterator[Progress]:
-        passes = ["widen"] if self.method.activation_range == "minmax" else ["widen", "count"]
-        done = 0
-        for number, each in enumerate(passes):
-            before = done
-            for images in self._images():
-                self._observe({name: getattr(histograms[name], each) for name in self.activations}, images)
-                done += len(images)
-                yield Progress("calibration", done, len(passes) * self.method.calibration_images)
-            if done == before:
-                again = " when it read it again; a DataLoader or a list can be read twice" if number else ""
-                raise InputError(f"ptq was given data without a single image{again}. Pass batches (N, C, H, W).")
-            _refuse_what_is_not_finite(histograms)
-
-    def _quantizer(self, name: str) -> FakeQuantize:
-        quantizer = self.model.get_submodule(name)
-        assert isinstance(quantizer, FakeQuantize)
-        return quantizer
-
-    def _images(self) -> Iterator[Tensor]:
-        device = next(self.model.parameters()).device
-        left = self.method.calibration_images
-        for batch in self.data:
-            images = images_of(batch)[:left]
-            if not images.is_floating_point():
-                raise InputError(f"a batch of the data is of {images.dtype}. Pass normalised images in floating point.")
-            if len(images):
-                yield images.to(device)
-            left -= len(images)
-            if left <= 0:
-                return
-
-    @torch.inference_mode()
-    def _observe(self, watchers: dict[str, Callable[[Tensor], None]], images: Tensor) -> None:
-        """Shows every quantizer's input to its watcher; a value that movers hand on is shown once."""
-        seen: set[nn.Module] = set()
-
-        def look(module: nn.Module, inputs: tuple[Tensor, ...], watch: Callable[[Tensor], None]) -> None:
-            if module not in seen:
-                seen.add(module)
-                watch(inputs[0])
-
-        hooks = [
-            self._quantizer(name).register_forward_pre_hook(partial(look, watch=watch))
-            for name, watch in watchers.items()
-        ]
-        try:
-            self.model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for name in self.quantizers.layers:
+            self.quantizers.set_weight_grid(name, self.target, self.method.weight_range)
 
     def _range(self, histogram: Histogram, grid: Grid) -> tuple[Tensor, Tensor]:
         match self.method.activation_range:
@@ -191,24 +117,3 @@ class PTQAttachment(Attachment):
                 return histogram.percentile(self.method.percentile)
             case "mse":
                 return histogram.least_squares(grid)
-
-    def _quantize_weight(self, layer: nn.Module) -> None:
-        assert isinstance(layer, Layer)
-        weight = layer.weight
-        quantizer = next(each for each in shown_by(layer) if isinstance(each, FakeQuantize))
-        if self.method.weight_range == "mse":
-            scale = least_squares_scale(weight, quantizer.grid)
-        else:
-            scale = symmetric_scale(channel_maxima(weight), quantizer.grid)
-        if self.target.cpu == "avx2":
-            scale = without_saturation(weight, scale, quantizer.grid)
-        quantizer.set_grid(scale)
-
-
-def _refuse_what_is_not_finite(histograms: dict[str, Histogram]) -> None:
-    for name, histogram in histograms.items():
-        if not torch.isfinite(histogram.high - histogram.low):
-            raise InputError(
-                f"the calibration images give values that are not finite at {name.removeprefix('quantizers.')}. "
-                "Possible: images and weights without NaN or infinity."
-            )

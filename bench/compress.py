@@ -1,0 +1,334 @@
+"""The main job side by side: a trained ResNet-56 with about half of its MACs, in 8 bits, after equal training.
+
+Everyone gets the same network, images, augmentation, optimizer, schedule and training time. That time is what the
+recipe's training takes: the seconds of a step are measured first, interleaved, and whoever has the cheaper step takes
+more of them. A contender counts only at the MACs that were asked. Latency is interleaved; a ratio compares times of the
+same round, below 1 tersor is faster.
+
+    tersor                recipes/cifar10-resnet56.yaml: channels removed, the network as it came in teaches, PTQ
+    torch-pruning         its MagnitudePruner, kept to the inner channels by hand, fine-tuned on the labels, then
+                          ONNX Runtime's quantize_static and NNCF
+    original, trained on  nothing removed, the labels, PTQ: what the training alone is worth
+    resnet20, distilled   the trained ResNet-20 taught by the ResNet-56, PTQ: what a smaller network is worth
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import peers
+import rows
+import tables
+from images import MEAN, SHARED, STD, TRAINED, cifar, folder, normalised
+from tersor import recipe as recipes
+from tersor.core.attachment import Attachment
+from tersor.core.method import chain
+from tersor.core.target import Runtime, Target
+from tersor.data import Batches
+from tersor.export.bench import latency, predictions, size_bytes
+from tersor.export.onnx import export
+from tersor.export.runtime import open_session
+from tersor.measure import accuracy, costs
+from tersor.methods.ptq import PTQ
+from tersor.methods.soft_targets import SoftTargets
+from tersor.recipe import Stage
+from tersor.train import Fitted, fit, steps_per_epoch
+
+RESULT = "compress"
+OURS = "tersor"
+RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
+PACE_STEPS, PACE_ROUNDS = 20, 5
+SUBJECT = TRAINED["resnet56"]
+
+
+def stage() -> Stage:
+    """How the recipe trains, and what it removes."""
+    weights = SHARED / "models" / "resnet56-cifar10-jpeg.safetensors"
+    given = [f"data.folder={folder()}", f"model.weights={weights}"]
+    return recipes.read(rows.ROOT / "recipes" / "cifar10-resnet56.yaml", given).stages[0]
+
+
+def batches(seed: int, size: int = 128) -> Batches:
+    """As the recipe gives them."""
+    return Batches(cifar().train, size, mean=MEAN, std=STD, shuffle=True, seed=seed, augment="crop_flip")
+
+
+def pruned_by_tersor(seed: int, steps: int) -> Attachment:
+    """The recipe's methods."""
+    model = SUBJECT.network()
+    calm = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=seed)
+    attached = chain(stage().methods, model, data=calm, teacher=copy.deepcopy(model), steps=steps)
+    list(attached.begin())
+    return attached
+
+
+def pruned_by_torch_pruning(_seed: int, _steps: int) -> Attachment:
+    """Inner channels only: with the residual stream among them, the pruned network cannot run."""
+    import torch_pruning
+
+    model = SUBJECT.network()
+    example = torch.zeros(1, 3, 32, 32)
+    inner = {
+        module.conv1 for name, module in model.named_modules() if name.startswith("layer") and hasattr(module, "conv1")
+    }
+    ignored: list[nn.Module] = [
+        module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear) and module not in inner
+    ]
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        model,
+        example,
+        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        round_to=8,
+        ignored_layers=ignored,
+    )
+    pruner.step()
+    return Attachment(model)
+
+
+def distilled_resnet20(_seed: int, _steps: int) -> Attachment:
+    """A smaller network in its place, which was trained before as the ResNet-56 was."""
+    return SoftTargets().attach(TRAINED["resnet20"].network(), teacher=SUBJECT.network())
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who makes something of the ResNet-56.
+
+    Attributes:
+        name: how the rows call it.
+        begun: seed and steps -> what is trained.
+        taught: whether by the ResNet-56.
+        pruned: whether it has to reach the recipe's MACs.
+        quantizer: which artifact of a runtime is made of what was trained; None for tersor's PTQ.
+    """
+
+    name: str
+    begun: Callable[[int, int], Attachment]
+    taught: bool
+    pruned: bool
+    quantizer: dict[str, str] | None = None
+
+
+CONTENDERS = (
+    Contender(OURS, pruned_by_tersor, taught=True, pruned=True),
+    Contender(
+        "torch-pruning",
+        pruned_by_torch_pruning,
+        taught=False,
+        pruned=True,
+        quantizer={"onnxruntime": "quantize_static", "openvino": "nncf"},
+    ),
+    Contender("original, trained on", lambda _seed, _steps: Attachment(SUBJECT.network()), taught=False, pruned=False),
+    Contender("resnet20, distilled", distilled_resnet20, taught=True, pruned=False),
+)
+
+
+def trained(contender: Contender, seed: int, steps: int) -> tuple[nn.Module, Fitted]:
+    """What is left of the network after `steps` of the recipe's training."""
+    attached = contender.begun(seed, steps)
+    teacher = SUBJECT.network() if contender.taught else None
+    fitted = fit(attached, batches(seed), stage(), steps=steps, teacher=teacher, seed=seed)
+    attached.finish()
+    return attached.model, fitted
+
+
+def pace() -> dict[str, float]:
+    """Seconds of a step of each, measured once on this machine."""
+    identities = {each.name: {"kind": "pace", "contender": each.name, "model": SUBJECT.name} for each in CONTENDERS}
+    if not all(rows.known(RESULT, identity) for identity in identities.values()):
+        seconds: dict[str, list[float]] = {each.name: [] for each in CONTENDERS}
+        for _ in range(PACE_ROUNDS):
+            for each in CONTENDERS:
+                seconds[each.name].append(trained(each, 0, PACE_STEPS)[1].seconds / PACE_STEPS)
+        for name, identity in identities.items():
+            median = statistics.median(seconds[name])
+            spread = rows.spread(seconds[name])
+            rows.add(RESULT, identity, {"seconds_a_step": median, "n": PACE_ROUNDS, "spread": spread}, [0])
+            print(f"{name}: {median:.3f} s a step", flush=True)
+    here = rows.machine()
+    found = {row["contender"]: row for row in rows.read(RESULT) if row["kind"] == "pace" and row["machine"] == here}
+    return {name: found[name]["seconds_a_step"] for name in identities}
+
+
+def artifacts(contender: Contender, seed: int, steps: int) -> Path:
+    """A folder with an artifact for each runtime and what was seen while training; made if it is not there."""
+    made = folder().parent / "compress" / f"{contender.name.replace(', ', '-').replace(' ', '-')}-{seed}-{steps}"
+    if made.exists():
+        return made
+    model, fitted = trained(contender, seed, steps)
+    made.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+        partial = Path(scratch) / made.name
+        partial.mkdir()
+        _write_artifacts(contender, model, seed, partial)
+        test = Batches(cifar().test, 500, mean=MEAN, std=STD)
+        spent, before = (costs(each, torch.zeros(1, 3, 32, 32)) for each in (model, SUBJECT.network()))
+        if contender.pruned:
+            assert spent.macs <= before.macs / 1.9, f"{contender.name}: {before.macs / spent.macs:.2f} times fewer MACs"
+        seen = {
+            "float_accuracy": accuracy(model, test),
+            "macs": spent.macs,
+            "macs_ratio": before.macs / spent.macs,
+            "parameters": spent.parameters,
+            "steps": steps,
+            "training_seconds": fitted.seconds,
+            "precision_of_training": fitted.precision,
+        }
+        (partial / "seen.json").write_text(json.dumps(seen))
+        partial.rename(made)
+    return made
+
+
+def _write_artifacts(contender: Contender, model: nn.Module, seed: int, made: Path) -> None:
+    images = SUBJECT.calibration(seed)
+    float32 = export(model, images, made / "fp32.onnx")
+    if contender.quantizer is not None:
+        peers.onnxruntime_static(float32, images, made / "onnxruntime.onnx")
+        peers.onnxruntime_static(float32, images, made / "onnxruntime-7-bits.onnx", reduce_range=True)
+        peers.nncf_post_training(float32, images, made / "openvino.xml")
+        return
+    for runtime in RUNTIMES:
+        attached = PTQ().attach(copy.deepcopy(model), data=images.split(50), target=Target(runtime=runtime))
+        list(attached.begin())
+        export(attached.model, images, made / f"{runtime}.onnx")
+
+
+def artifact(made: Path, runtime: Runtime) -> Path:
+    """The file of `runtime`."""
+    return next(made / f"{runtime}{suffix}" for suffix in (".onnx", ".xml") if (made / f"{runtime}{suffix}").exists())
+
+
+def report_accuracy(contender: Contender, made: Path, seed: int, versions: dict[str, str]) -> None:
+    """A row for each runtime: accuracy on all test images, points lost, bytes, MACs."""
+    images, labels = normalised(cifar().test), cifar().test.labels.numpy()
+    seen = json.loads((made / "seen.json").read_text())
+    files: list[tuple[Runtime, Path, str]] = [(runtime, artifact(made, runtime), "int8") for runtime in RUNTIMES]
+    if (made / "onnxruntime-7-bits.onnx").exists():
+        files.append(("onnxruntime", made / "onnxruntime-7-bits.onnx", "int8, weights of 7 bits"))
+    for runtime, file, kind in files:
+        identity = {"kind": "accuracy", "contender": contender.name, "runtime": runtime, "artifact": kind, "seed": seed}
+        identity |= {"model": SUBJECT.name, "steps": seen["steps"], "versions": versions}
+        if rows.known(RESULT, identity):
+            continue
+        answers = predictions(open_session(file, runtime), [batch.numpy() for batch in images])
+        reached = 100 * float(np.mean(answers == labels))
+        numbers = {"accuracy": reached, "lost": _original(runtime, images, labels) - reached, **seen}
+        numbers |= {"bytes": size_bytes(file), "n": 1, "spread": rows.spread([reached])}
+        rows.add(RESULT, identity, numbers, [seed])
+        print(f"{contender.name}, {kind} in {runtime}: {reached:.2f} %", flush=True)
+
+
+def _original(runtime: Runtime, images: Sequence[Tensor], labels: Any) -> float:
+    """Percent of the ResNet-56 as it came in, float32."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = export(SUBJECT.network(), images[0], Path(scratch) / "fp32.onnx")
+        session = open_session(path, runtime, precision="float32")
+        answers = predictions(session, [batch.numpy() for batch in images])
+    return 100 * float(np.mean(answers == labels))
+
+
+def report_latency(
+    made: dict[str, Path], runtime: Runtime, batch: int, seconds: float, versions: dict[str, str]
+) -> None:
+    """Milliseconds of each, and tersor's against each, on one machine in one run."""
+    what = {"model": SUBJECT.name, "runtime": runtime, "batch": batch, "versions": versions}
+    names = [*made, f"{OURS}, again", "fp32", "bf16"]
+    identities = [{"kind": "ratio", "pair": f"{OURS} / {name}", **what} for name in names if name != OURS]
+    if all(rows.known(RESULT, identity) for identity in identities):
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        example = SUBJECT.calibration(0)[:1]
+        original = export(SUBJECT.network(), example, Path(scratch) / "fp32.onnx")
+        sessions = {name: open_session(artifact(each, runtime), runtime) for name, each in made.items()}
+        sessions[f"{OURS}, again"] = open_session(artifact(made[OURS], runtime), runtime)
+        sessions["fp32"] = open_session(original, runtime, precision="float32")
+        sessions["bf16"] = open_session(original, runtime)
+        timings = latency(sessions, example.numpy(), [batch], rounds=60, seconds=seconds)
+    for name, session in sessions.items():
+        spread = asdict(timings.spread(name, batch))
+        identity = {"kind": "milliseconds", "artifact": name, **what}
+        tables.add(RESULT, identity, "milliseconds", spread, {"precision": session.precision})
+    for name, identity in zip([name for name in names if name != OURS], identities, strict=True):
+        tables.add(RESULT, identity, "ratio", asdict(timings.paired_ratio(OURS, name, batch)), {})
+    print(f"{runtime}, batch {batch}: timed", flush=True)
+
+
+def show() -> None:
+    """Prints the rows of this machine."""
+    here = rows.machine()
+    found = [row for row in rows.read(RESULT) if row["machine"] == here]
+    heads = (
+        "contender",
+        "runtime",
+        "artifact",
+        "seed",
+        "steps",
+        "minutes",
+        "MACs",
+        "float",
+        "accuracy",
+        "lost",
+        "bytes",
+    )
+    table = Table(*heads, title="ResNet-56 on CIFAR-10 JPEG: 10,000 test images", title_justify="left")
+    for row in [row for row in found if row["kind"] == "accuracy"]:
+        minutes, fewer = f"{row['training_seconds'] / 60:.1f}", f"{row['macs_ratio']:.2f}x fewer"
+        told = (row["contender"], row["runtime"], row["artifact"], str(row["seed"]), str(row["steps"]), minutes, fewer)
+        reached = (f"{row['float_accuracy']:.2f}", f"{row['accuracy']:.2f}", f"{row['lost']:.2f}", f"{row['bytes']:,}")
+        table.add_row(*told, *reached)
+    console = Console(width=170)
+    console.print(table)
+    for kind, key in (("ratio", "pair"), ("milliseconds", "artifact")):
+        chosen = [row for row in found if row["kind"] == kind]
+        if chosen:
+            console.print(tables.by_batch(f"{kind}, median (p10 to p90)", chosen, kind, key))
+
+
+def main() -> None:
+    """Measures what is not in `bench/results/compress.json` yet, and prints all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seconds", type=float, default=20, help="at most, for a runtime and batch size")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        torch.set_num_threads(2)
+        with rows.alone():
+            measure(chosen.seeds, chosen.seconds)
+    show()
+
+
+def measure(seeds: Sequence[int], seconds: float) -> None:
+    """Everyone's training, then everyone's artifacts side by side."""
+    versions = {**tables.versions(), "torch-pruning": tables.version("torch-pruning")}
+    seconds_a_step = pace()
+    ours = stage().epochs * steps_per_epoch(batches(0), stage())
+    made: dict[str, Path] = {}
+    for seed in seeds:
+        for each in CONTENDERS:
+            steps = round(ours * seconds_a_step[OURS] / seconds_a_step[each.name])
+            path = artifacts(each, seed, steps)
+            report_accuracy(each, path, seed, versions)
+            made.setdefault(each.name, path)
+    for runtime in RUNTIMES:
+        for batch in (1, 32, 128):
+            report_latency(made, runtime, batch, seconds, versions)
+
+
+if __name__ == "__main__":
+    main()

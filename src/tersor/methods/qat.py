@@ -1,0 +1,159 @@
+"""Quantization-aware training: a network trains while it is seen on the integer grids that it will run on.
+
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR
+2018; the straight-through gradient is of Bengio, Leonard, Courville, 2013 (arXiv 1308.3432).
+
+    weights       (C_out, ...)   w_hat = s_c * clip(round(w / s_c), -n, n),  n = 2^(b-1) - 1,  s_c = max|w_c| / n
+    activations   (N, ...)       x_hat = s * (clip(round(x / s) + z, 0, 2^b - 1) - z),  s and z over [low, high]
+    ranges        scalars        low and high are running means of each batch's minimum and maximum
+    gradient                     dL/dx = dL/dx_hat inside the range, 0 outside
+
+It starts from post-training quantization: from the grids of a `ptq` stage before, or from ranges of its own that one
+pass over a few hundred images gives. The scales of the weights follow the weights after every step. At the end
+the ranges stay as they are, and what was trained with is what is exported.
+
+The paper simulates the folding of BatchNorm with the batch's statistics, and leaves activations in float for the first
+steps of a training from scratch. Here BatchNorm stays alive, since it folds into the scale of a channel and leaves the
+integers as they are; and the network is trained already, so that all is rounded from the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import fx, nn
+from torch.optim import Optimizer
+
+from tersor.core.affine import Grid
+from tersor.core.attachment import Attachment, Progress
+from tersor.core.errors import InputError
+from tersor.core.method import PLAIN_VALUES
+from tersor.core.parametrization import FakeQuantize, MovingFakeQuantize
+from tersor.core.target import Target
+from tersor.graph.capture import capture
+from tersor.graph.quantizers import Quantizers, calibrate, found, lay
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class QAT:
+    """Training on integer grids, by the straight-through gradient."""
+
+    needs_steps: ClassVar[bool] = True
+
+    bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 8
+    activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8
+    averaging: Annotated[float, Field(gt=0, le=1, description="what a batch weighs in a running range")] = 0.01
+    calibration_images: Annotated[int, Field(ge=1, description="images looked at first, without labels")] = 512
+    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        data: Iterable[Any] | None = None,
+        teacher: nn.Module | None = None,
+        steps: int = 0,
+        target: Target | None = None,
+    ) -> Attachment:
+        """Captures the network and lays quantizers on weights and edges, or takes over those of `ptq`.
+
+        Raises:
+            InputError: no data, a pattern of `exclude` that matches nothing, no layer left, grids of other bits.
+        """
+        target = target or Target()
+        quantizers = found(model)
+        if quantizers is not None:
+            self._check_grids(quantizers)
+        elif data is None:
+            raise InputError(
+                "qat needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
+            )
+        else:
+            quantizers = lay(
+                capture(model),
+                bits=self.bits,
+                activation_bits=self.activation_bits,
+                exclude=self.exclude,
+                target=target,
+                method="qat",
+            )
+        for name in quantizers.activations:
+            _let_move(quantizers.graph, name, self.averaging)
+        return QATAttachment(self, quantizers, data, target)
+
+    def _check_grids(self, quantizers: Quantizers) -> None:
+        if self.exclude:
+            raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
+        wanted = {Grid.signed(self.bits), Grid.unsigned(self.activation_bits)}
+        weights, edges = (
+            map(quantizers.of_weight, quantizers.layers),
+            map(quantizers.of_activation, quantizers.activations),
+        )
+        lying = {each.grid for each in (*weights, *edges)}
+        if not lying <= wanted:
+            bits = ", ".join(str(grid.bits) for grid in sorted(lying - wanted, key=lambda grid: grid.bits))
+            raise InputError(
+                f"the network lies on grids of {bits} bits, and qat is to train with {self.bits} and "
+                f"{self.activation_bits}. Write the same bits and activation_bits as in the stage before."
+            )
+
+
+class QATAttachment(Attachment):
+    """Quantizers that move with what they are shown."""
+
+    def __init__(self, method: QAT, quantizers: Quantizers, data: Iterable[Any] | None, target: Target) -> None:
+        super().__init__(quantizers.graph)
+        self.method = method
+        self.quantizers = quantizers
+        self.data = data
+        self.target = target
+
+    def begin(self) -> Iterator[Progress]:
+        """One pass over the images for the first ranges; nothing where `ptq` has set them.
+
+        Raises:
+            InputError: the data holds no image.
+        """
+        if self.quantizers.ready:
+            for edge in self._edges():
+                low, high = ((end - edge.zero_point) * edge.scale for end in (edge.grid.minimum, edge.grid.maximum))
+                edge.set_range(low, high)
+            return
+        assert self.data is not None
+        histograms = yield from calibrate(
+            self.quantizers, self.data, images=self.method.calibration_images, passes=1, method="qat"
+        )
+        for edge, histogram in zip(self._edges(), histograms.values(), strict=True):
+            edge.set_range(histogram.low, histogram.high)
+        self._follow_weights()
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """The scales of the weights follow them."""
+        self._follow_weights()
+
+    def finish(self) -> None:
+        """Ranges stay as they are from now on."""
+        self._follow_weights()  # a running mean of the weights may have taken their place
+        for edge in self._edges():
+            edge.moves = False
+
+    def _follow_weights(self) -> None:
+        for name in self.quantizers.layers:
+            self.quantizers.set_weight_grid(name, self.target)
+
+    def _edges(self) -> list[MovingFakeQuantize]:
+        edges = [self.quantizers.graph.get_submodule(name) for name in self.quantizers.activations]
+        return [edge for edge in edges if isinstance(edge, MovingFakeQuantize)]
+
+
+def _let_move(graph: fx.GraphModule, name: str, averaging: float) -> None:
+    """Puts a quantizer whose range moves in the place of one whose range does not."""
+    still = graph.get_submodule(name)
+    assert isinstance(still, FakeQuantize)
+    moving = MovingFakeQuantize(still.grid, averaging).to(still.scale.device)
+    if still.ready:
+        moving.set_grid(still.scale, still.zero_point)
+    graph.set_submodule(name, moving)

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tersor.core.affine import Grid
+from tersor.core.errors import InputError
+from tersor.core.method import chain
+from tersor.core.objective import Batch
+from tersor.core.parametrization import FakeQuantize, MovingFakeQuantize, weight_mask
+from tersor.core.target import Target
+from tersor.core.training import OptimizerOptions, Training
+from tersor.export.onnx import export
+from tersor.export.runtime import open_session
+from tersor.methods.ptq import PTQ
+from tersor.methods.qat import QAT
+from tersor.methods.weight_pruning import WeightPruning
+from tersor.train import fit
+
+VNNI = Target(cpu="vnni")
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(x + self.bn2(self.conv2(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+class Loader:
+    def __init__(self, count=4, seed=1):
+        draw = torch.Generator().manual_seed(seed)
+        self.batches = [
+            Batch(torch.randn(12, 3, 8, 8, generator=draw), torch.randint(0, 5, (12,), generator=draw))
+            for _ in range(count)
+        ]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def set_epoch(self, epoch):
+        pass
+
+
+def attached(model=None, method=None, steps=8, target=VNNI):
+    found = (method or QAT()).attach(model or Small().eval(), data=Loader(), steps=steps, target=target)
+    list(found.begin())
+    return found
+
+
+def trained(method=None, steps=8, model=None, rate=0.05):
+    found = attached(model, method, steps)
+    fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=rate)), steps=steps)
+    found.finish()
+    return found.model
+
+
+def edges(graph):
+    return [module for module in graph.modules() if isinstance(module, MovingFakeQuantize)]
+
+
+def test_before_the_first_step_it_is_what_post_training_quantization_gives():
+    ours = attached(method=QAT(bits=4)).model.eval()
+    theirs = PTQ(bits=4).attach(Small().eval(), data=Loader(), target=VNNI)
+    list(theirs.begin())
+    images = Loader(1, seed=5).batches[0].images
+    assert torch.equal(ours(images), theirs.model(images))
+
+
+def test_the_gradient_passes_straight_through_inside_the_range_and_not_outside():
+    graph = attached(method=QAT(bits=3)).model.eval()
+    edge = edges(graph)[0]
+    values = torch.linspace(-3 * float(edge.high), 3 * float(edge.high), 101, requires_grad=True)
+    edge(values).sum().backward()
+    low, high = (float((end - edge.zero_point) * edge.scale) for end in (0, 255))
+    half = float(edge.scale) / 2
+    expected = [1.0 if low - half <= value <= high + half else 0.0 for value in values.tolist()]
+    assert values.grad.tolist() == expected
+    layer = graph.get_submodule("conv2")
+    layer.weight.square().sum().backward()
+    assert torch.allclose(layer.parametrizations.weight.original.grad, 2 * layer.weight)
+
+
+def test_scales_follow_the_weights_after_every_step():
+    graph = trained(QAT(bits=4))
+    for name in ("conv1", "conv2", "linear"):
+        layer = graph.get_submodule(name)
+        original = layer.parametrizations.weight.original
+        scale = layer.parametrizations.weight[0].scale
+        for channel, each in zip(original, scale, strict=True):
+            assert float(each) == pytest.approx(float(channel.abs().max()) / 7)
+        assert all(len(channel.unique()) <= 15 for channel in layer.weight)
+
+
+def test_ranges_are_running_means_of_what_each_batch_reaches():
+    found = attached(method=QAT(averaging=0.25))
+    edge = edges(found.model)[0]  # on the images themselves: no step changes what it is shown
+    low, high = float(edge.low), float(edge.high)
+    fit(found, Loader(), Training(), steps=6)
+    for step in range(6):
+        images = Loader().batches[step % 4].images
+        low += 0.25 * (float(images.min()) - low)
+        high += 0.25 * (float(images.max()) - high)
+    assert float(edge.low) == pytest.approx(low, rel=1e-5)
+    assert float(edge.high) == pytest.approx(high, rel=1e-5)
+    assert float(edge.scale) == pytest.approx((high - low) / 255, rel=1e-5)
+
+
+def test_after_the_end_no_range_moves_even_while_it_trains():
+    graph = trained()
+    before = copy.deepcopy(graph.state_dict())
+    graph.train()
+    graph(10 * Loader(1, seed=7).batches[0].images)
+    for name, value in graph.state_dict().items():
+        if name.startswith("quantizers."):
+            assert torch.equal(value, before[name])
+
+
+def test_in_eval_nothing_moves():
+    found = attached()
+    before = [float(edge.high) for edge in edges(found.model)]
+    found.model.eval()(10 * Loader(1).batches[0].images)
+    assert [float(edge.high) for edge in edges(found.model)] == before
+
+
+def test_it_takes_over_the_grids_of_a_stage_before():
+    first = PTQ(bits=4).attach(Small().eval(), data=Loader(), target=VNNI)
+    list(first.begin())
+    images = Loader(1, seed=5).batches[0].images
+    before = first.model(images)
+    second = QAT(bits=4).attach(first.model, steps=4, target=VNNI)
+    list(second.begin())
+    assert torch.allclose(second.model.eval()(images), before, atol=1e-5)
+    fit(second, Loader(), Training(), steps=4)
+    second.finish()
+    assert torch.isfinite(second.model(images)).all()
+
+
+def test_in_one_stage_with_ptq():
+    found = chain([PTQ(bits=4), QAT(bits=4)], Small().eval(), data=Loader(), steps=4, target=VNNI)
+    list(found.begin())
+    assert all(edge.ready and float(edge.high) > 0 for edge in edges(found.model))
+
+
+def test_grids_of_other_bits_are_told():
+    first = PTQ(bits=4).attach(Small().eval(), data=Loader(), target=VNNI)
+    list(first.begin())
+    with pytest.raises(InputError, match=r"on grids of 4 bits, and qat is to train with 8 and 8"):
+        QAT().attach(first.model, steps=4)
+    with pytest.raises(InputError, match="Write `exclude` there"):
+        QAT(bits=4, exclude=("conv1",)).attach(first.model, steps=4)
+
+
+def test_without_images_it_says_what_to_pass():
+    with pytest.raises(InputError, match="qat needs images to calibrate with"):
+        QAT().attach(Small().eval(), steps=4)
+    found = QAT().attach(Small().eval(), data=[], steps=4)
+    with pytest.raises(InputError, match="qat was given data without a single image"):
+        list(found.begin())
+
+
+def test_zeros_of_a_mask_stay_zeros_on_the_grid():
+    methods = [WeightPruning(sparsity=0.8, sparsity_schedule="cubic", every=1), QAT(bits=4)]
+    found = chain(methods, Small().eval(), data=Loader(), steps=8, target=VNNI)
+    list(found.begin())
+    fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=8)
+    found.finish()
+    for name in ("conv1", "conv2"):
+        layer = found.model.get_submodule(name)
+        masked = ~weight_mask(layer).mask
+        assert masked.float().mean() == pytest.approx(0.8, abs=0.01)
+        assert (layer.weight[masked] == 0).all()
+        scale = next(each for each in layer.parametrizations.weight if isinstance(each, FakeQuantize)).scale
+        kept = layer.parametrizations.weight.original.detach().masked_fill(masked, 0).abs().flatten(1).amax(1)
+        assert torch.allclose(scale, torch.where(kept > 0, kept / 7, 1.0))  # of what is shown, not of what is masked
+
+
+def test_weights_of_a_running_mean_lie_on_grids_of_their_own():
+    found = attached(method=QAT(bits=4))
+    fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.1), ema=0.9), steps=8)
+    found.finish()
+    layer = found.model.get_submodule("conv1")
+    expected = layer.parametrizations.weight.original.detach().abs().flatten(1).amax(1) / 7
+    assert torch.allclose(layer.parametrizations.weight[0].scale, expected)
+
+
+def test_training_at_few_bits_lowers_the_loss_that_quantization_alone_gives():
+    images, labels = Loader().batches[0].images, Loader().batches[0].labels
+    alone = attached(method=QAT(bits=4, activation_bits=4)).model.eval()
+    learned = trained(QAT(bits=4, activation_bits=4), steps=60)
+    assert F.cross_entropy(learned(images), labels) < 0.5 * F.cross_entropy(alone(images), labels)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_what_was_trained_is_what_runs(tmp_path, runtime):
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    found = QAT().attach(Small().eval(), data=Loader(), steps=20, target=Target(runtime=runtime))
+    list(found.begin())
+    fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.02)), steps=20)
+    found.finish()
+    images = Loader(1, seed=9).batches[0].images
+    session = open_session(export(found.model, images, tmp_path / "model.onnx"), runtime)
+    given = torch.from_numpy(session.run(images.numpy()))
+    assert torch.allclose(given, found.model(images).detach(), atol=0.05)
+    assert (given.argmax(1) == found.model(images).argmax(1)).all()
+
+
+def test_under_bfloat16_every_level_stays():
+    edge = MovingFakeQuantize(Grid.unsigned(8), 0.01)
+    edge.set_range(torch.tensor(0.0), torch.tensor(3.7))
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = edge(torch.linspace(0, 3.7, 5000))
+    assert shown.dtype == torch.float32
+    assert len(shown.unique()) == 256
