@@ -17,6 +17,7 @@ FLOORS = {
     "methods": 2,
     "export": 3,
     "cli": 5,
+    "__main__": 6,
 }
 TOP = 4
 """Of every other file at the root: recipe, run, and what serves them."""

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tersor.core import processes
 from tersor.core.errors import InputError
 
 CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
@@ -94,6 +95,9 @@ class Checkpoints:
             InputError: another process runs into this folder; something is there and `resume` is False, or it is of
                 another recipe.
         """
+        if processes.rank():  # of those that train together the first holds it
+            yield
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -228,8 +232,9 @@ class UnitKeeper:
         return self._checkpoints.last
 
     def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the snapshot after `step` steps."""
-        self._keep(step=step, tensors=tensors)
+        """Takes the snapshot after `step` steps; of processes that train together the first writes it."""
+        if not processes.rank():
+            self._keep(step=step, tensors=tensors)
 
 
 def _read(path: Path) -> Checkpoint | None:

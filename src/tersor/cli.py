@@ -47,6 +47,7 @@ def run(
             for line in lines(checked, watch=bars):
                 console.print(line, highlight=False, markup=False)
             return
+        from tersor.core import processes
         from tersor.run import run as walk
 
         out = out or Path("runs") / recipe.stem
@@ -55,6 +56,8 @@ def run(
         except KeyboardInterrupt:
             how = shlex.join(sys.argv[1:]) + ("" if resume else " --resume")
             raise KeyboardInterrupt(f"interrupted. To go on: tersor {how}") from None
+    if processes.rank():
+        return
     numbers = json.loads((folder / "numbers.json").read_text())
     console.print(f"{folder / 'report.html'} tells what came of it", highlight=False)
     console.print(_table(numbers))
@@ -112,9 +115,13 @@ def methods(
 
     if name is None:
         table = Table("method", "what it does")
+        exempt: list[str] = []
         for each in registry.names():
-            table.add_row(each, (sys.modules[registry.get(each).__module__].__doc__ or "").splitlines()[0])
+            cls = registry.get(each)
+            table.add_row(each, (sys.modules[cls.__module__].__doc__ or "").splitlines()[0])
+            exempt += [f"{each} from '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
         console.print(table)
+        console.print(f"{len(exempt)} exemptions from the laws that every method passes", *exempt, sep="\n  ")
         return
     cls = registry.get(name)
     console.print((sys.modules[cls.__module__].__doc__ or "").strip(), highlight=False, markup=False, soft_wrap=True)
@@ -122,6 +129,8 @@ def methods(
     for row in parameters(cls):
         table.add_row(*row)
     console.print(table)
+    example = json.dumps({name: getattr(cls, "example", {})})
+    console.print(f"for instance: {example}", highlight=False, markup=False)
 
 
 @app.command()

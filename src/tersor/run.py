@@ -9,10 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 
 from tersor import recipe as recipes
 from tersor.checkpoint import Checkpoints
+from tersor.core import processes
 from tersor.core.errors import InputError
 from tersor.core.watch import Unwatched, Watch
 from tersor.data import Splits
@@ -70,6 +72,9 @@ def run(
         checkpoints.remove()  # the run may have been killed between its last two moves
         watch.say(f"{out} is there already: nothing is left to do.")
         return out
+    PartialState()  # joins the processes that `accelerate launch` started
+    if processes.rank():
+        watch = Unwatched()
     require_free(out)
     with checkpoints.held(text, resume=resume):
         walk = prepare(recipe, model=model, data=data, watch=watch)
@@ -78,13 +83,15 @@ def run(
         stages = walk.stages(watch, checkpoints)
         for path in dict.fromkeys(checkpoints.damaged):
             watch.say(f"{path} is damaged, and was passed over.")
-        written = write_folder(
-            out,
-            lambda folder: _fill(folder, walk, original, stages, checkpoints, watch),
-            partial=checkpoints.scratch,
-        )
-        checkpoints.remove()
-    return written
+        if not processes.rank():
+            write_folder(
+                out,
+                lambda folder: _fill(folder, walk, original, stages, checkpoints, watch),
+                partial=checkpoints.scratch,
+            )
+            checkpoints.remove()
+    processes.barrier()
+    return out
 
 
 def _ended(out: Path, recipe: str) -> bool:

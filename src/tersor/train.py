@@ -34,6 +34,7 @@ from tersor.core.device import layout_for, precision_for, set_layout
 from tersor.core.errors import InputError
 from tersor.core.objective import Batch, Objective
 from tersor.core.optimizer import optimizer_for
+from tersor.core.processes import any_of, as_in_the_first
 from tersor.core.running_mean import RunningMean
 from tersor.core.schedule import learning_rate_factor
 from tersor.core.snapshot import Keeper, restore, snapshot, stop_asked
@@ -106,7 +107,7 @@ def fit(
 
     Args:
         attachment: the model, its loss terms and its hooks, which are gone afterwards.
-        batches: this process's share of the images.
+        batches: this process's share of the images; all come to the same weights, masks and grids.
         training: optimizer, schedule and the rest of a stage.
         steps: optimizer steps in total.
         teacher: what the terms compare with; always in eval, and its parameters ask for no gradient any more.
@@ -197,12 +198,16 @@ class _Loop:
                 if step % REPORT_EVERY == 0 or not shown:
                     shown = dict(zip(losses, values.tolist(), strict=True))
                 self.watch.advance(1, **shown, learning_rate=rate)
-                if keeper and ((step + 1) % keeper.every == 0 or asked()):
-                    keeper.keep(step + 1, snapshot(self.plain, self.torch_optimizer, mean))
-                    if asked():
+                if keeper:
+                    stop = any_of(asked())
+                    if stop or (step + 1) % keeper.every == 0:
+                        keeper.keep(step + 1, snapshot(self.plain, self.torch_optimizer, mean))
+                    if stop:
                         raise KeyboardInterrupt
         if mean:
             mean.copy_to(self.model)
+        as_in_the_first(self.model)  # running statistics and ranges follow the images of their own process
+        as_in_the_first(self.plain.terms)
         means = dict(zip(shown, torch.stack(of_epoch).mean(0).tolist(), strict=True)) if of_epoch else {}
         return Fitted(len(rates), time.perf_counter() - begun, means, self.precision)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from tersor import zoo
 from tersor.checkpoint import Checkpoints, UnitKeeper
+from tersor.core import processes
 from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
 from tersor.core.method import chain
@@ -56,9 +57,10 @@ class Walk:
         return Batches(images, batch_size, mean=self.data.mean, std=self.data.std, **options)
 
     def training_batches(self, training: Training) -> Batches:
-        """Shuffled and augmented as the recipe says."""
+        """This process's share, shuffled and augmented as the recipe says."""
         options = {"shuffle": True, "seed": self.recipe.seed, "augment": self.recipe.data.augment}
-        return self.batches(self.data.train, training.batch_size, **options)
+        share = {"rank": processes.rank(), "world": processes.count()}
+        return self.batches(self.data.train, training.batch_size, **options, **share)
 
     def train_teacher(self, watch: Watch, checkpoints: Checkpoints) -> None:
         """Trains a teacher that came without weights, on the labels alone."""
@@ -84,7 +86,7 @@ class Walk:
             task="teacher",
             keeper=keeper,
         )
-        watch.say(f"teacher: {self.validated(self.teacher)}")
+        self.validate(self.teacher, "teacher", watch)
         _save_end(checkpoints, _TEACHER, "teacher", steps, self.teacher, {})
 
     def stages(self, watch: Watch, checkpoints: Checkpoints) -> list[dict[str, Any]]:
@@ -108,6 +110,7 @@ class Walk:
         are those of the stage before: a stage that goes on attaches again and takes its own weights back.
         """
         began = time.perf_counter()
+        processes.as_in_the_first(self.model)
         batches = self.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
         attachment = self.attach(stage, steps)
@@ -116,6 +119,7 @@ class Walk:
         keeper = UnitKeeper(checkpoints, number, stage.name, self.recipe.checkpoint_every, structure(attachment.model))
         if keeper.begun is None:
             _begin(attachment, stage.name, watch)
+            processes.as_in_the_first(attachment.model)
         self.model = attachment.model
         told: dict[str, Any] = {"name": stage.name, "methods": stage.model_dump(mode="json")["methods"]}
         told |= {"steps": steps, "notes": list(attachment.notes)}
@@ -134,9 +138,7 @@ class Walk:
             told |= {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
         attachment.finish()
         told["minutes"] = (time.perf_counter() - began) / 60
-        if len(self.data.validation):
-            told["validation_accuracy"] = accuracy(self.model, self.batches(self.data.validation, EVALUATION_BATCH))
-        watch.say(f"{stage.name}: {self.validated(self.model)}")
+        told["validation_accuracy"] = self.validate(self.model, stage.name, watch)
         return told
 
     def left_by_stages(self, checkpoints: Checkpoints) -> dict[int, nn.Module]:
@@ -161,17 +163,25 @@ class Walk:
             target=self.recipe.target,
         )
 
-    def validated(self, network: nn.Module) -> str:
-        """One line on how good `network` is on the images that no training has seen."""
+    def validate(self, network: nn.Module, name: str, watch: Watch) -> float | None:
+        """Percent of right answers on the images that no training has seen; None where none are held out, and in all
+        processes but the first.
+        """
+        if processes.rank():
+            return None
         if not len(self.data.validation):
-            return "done (no validation images: data.validation is 0)"
+            watch.say(f"{name}: done (no validation images: data.validation is 0)")
+            return None
         percent = accuracy(network, self.batches(self.data.validation, EVALUATION_BATCH))
-        return f"{percent:.2f} % on {len(self.data.validation)} validation images"
+        watch.say(f"{name}: {percent:.2f} % on {len(self.data.validation)} validation images")
+        return percent
 
 
 def _save_end(
     checkpoints: Checkpoints, unit: int, name: str, steps: int, network: nn.Module, told: dict[str, Any]
 ) -> None:
+    if processes.rank():
+        return
     tensors = network.state_dict()
     checkpoints.save(unit, name, step=steps, done=True, tensors=tensors, structure=structure(network), told=told)
 

@@ -18,7 +18,12 @@ PLAIN_VALUES = ConfigDict(extra="forbid")
 
 @runtime_checkable
 class Method(Protocol):
-    """What every class in `methods/` is."""
+    """What every class in `methods/` is.
+
+    Class variables may say more: `needs_teacher`, `needs_steps`; `example`, parameters that show what it does on a
+    small network; `off`, those at which it changes nothing; `exempt`, the laws of `tests/laws` that it cannot keep,
+    each with the reason.
+    """
 
     def attach(
         self,

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tersor.core.errors import InputError
 from tersor.core.objective import Objective
+from tersor.core.processes import count, gathered, rank
 from tersor.core.running_mean import RunningMean
 
 
@@ -64,7 +66,8 @@ def stop_asked(heeded: bool) -> Generator[Callable[[], bool]]:
 def snapshot(objective: Objective, optimizer: Optimizer, mean: RunningMean | None) -> dict[str, Tensor]:
     """Copies, on the CPU: weights and buffers of model and terms, the optimizer's state, means, random numbers.
 
-    The teacher does not change, and is left out. The step is what the loop says.
+    The teacher does not change, and is left out. The step is what the loop says. All processes ask for it together:
+    each has random numbers of its own.
     """
     tensors: dict[str, Tensor] = {f"model.{key}": value for key, value in objective.model.state_dict().items()}
     tensors |= {f"terms.{key}": value for key, value in objective.terms.state_dict().items()}
@@ -72,9 +75,10 @@ def snapshot(objective: Objective, optimizer: Optimizer, mean: RunningMean | Non
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     if mean is not None:
         tensors |= {f"mean.{key}": value for key, value in mean.values.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
+    tensors |= {f"random.cpu{rank}": state for rank, state in enumerate(gathered(torch.get_rng_state()))}
     if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+        states = gathered(torch.cuda.get_rng_state())
+        tensors |= {f"random.cuda{rank}": state for rank, state in enumerate(states)}
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -94,9 +98,14 @@ def restore(
         for key, value in part(tensors, "mean").items():
             mean.values[key].copy_(value)
     random = part(tensors, "random")
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
+    here = rank()
+    if f"cpu{here}" not in random:
+        raise InputError(
+            f"the run was begun by fewer than {count()} processes. Go on with as many as it was begun with."
+        )
+    torch.set_rng_state(random[f"cpu{here}"])
+    if f"cuda{here}" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random[f"cuda{here}"])
 
 
 def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:

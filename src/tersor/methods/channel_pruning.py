@@ -3,7 +3,8 @@
 Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 (magnitude of filters); Fang et al., "DepGraph: Towards
 Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed together).
 
-    I_c = mean over the layers of the group of ||W[c]||_2^2 / mean_c ||W[c]||_2^2     W[c]: rows written, columns read
+    I_c = mean over the layers of the group of ||W[c]||_2^2 / mean_c ||W[c]||_2^2      W: (C_out, C_in, ...)
+    W[c]  the rows that write channel c, the columns that read it
 
 Channels go in blocks of `round_to`, since runtimes compute ragged widths slowly. One after the other the block goes
 that is next: of the group that has lost the smallest fraction (scope `layer`), or of lowest importance (`global`),
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -42,6 +43,9 @@ from tersor.measure import costs
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class ChannelPruning:
     """Removal of channels until a fraction of the MACs, parameters or channels stays."""
+
+    example: ClassVar[dict[str, Any]] = {"keep_macs": 0.7, "scope": "global", "round_to": 4}
+    off: ClassVar[dict[str, Any]] = {"keep_macs": 1.0}
 
     keep_macs: Annotated[float | None, Field(gt=0, le=1, description="fraction that stays; 0.5 if none is given")] = (
         None

@@ -18,7 +18,7 @@ see `core/ranges.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -39,6 +39,9 @@ Range = Literal["minmax", "percentile", "mse"]
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class PTQ:
     """Post-training quantization to integer grids; no training, no labels."""
+
+    example: ClassVar[dict[str, Any]] = {"bits": 4, "weight_range": "mse", "activation_range": "mse"}
+    exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
     bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 8
     activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8

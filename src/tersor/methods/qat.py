@@ -42,6 +42,8 @@ class QAT:
     """Training on integer grids, by the straight-through gradient."""
 
     needs_steps: ClassVar[bool] = True
+    example: ClassVar[dict[str, Any]] = {"bits": 4, "averaging": 0.1}
+    exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
     bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 8
     activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8

@@ -57,6 +57,8 @@ class SoftTargets:
 
     needs_teacher: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
+    example: ClassVar[dict[str, Any]] = {"temperature": 2.0, "loss_weight": 0.5, "label_weight": 0.5}
+    off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
     temperature: Annotated[float, Field(gt=0, description="T; larger is flatter: 1 to 20 are common")] = 4.0
     loss_weight: Annotated[

@@ -17,7 +17,7 @@ masked filter's BatchNorm still sends its constant on. Masks leave the shapes, s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -41,6 +41,9 @@ Importance = Literal["magnitude", "random"]
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class WeightPruning:
     """Masks on weights or filters, at once or while the network trains; the shapes stay."""
+
+    example: ClassVar[dict[str, Any]] = {"sparsity": 0.7, "sparsity_schedule": "cubic", "every": 2}
+    off: ClassVar[dict[str, Any]] = {"sparsity": 0.0}
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the weights that is masked")] = 0.5
     importance: Annotated[Importance, Field(description="which go first: the smallest, or any")] = "magnitude"

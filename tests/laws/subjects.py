@@ -1,0 +1,135 @@
+"""The smallest network and images that show a law, and a run of methods on them; also for child processes.
+
+Named as a script it runs every method, or goes on with what was stopped:
+
+    python subjects.py processes OUT        under `accelerate launch`
+    python subjects.py resume FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tersor import methods as registry
+from tersor.checkpoint import Checkpoints
+from tersor.core import processes
+from tersor.core.method import Method
+from tersor.core.watch import Unwatched, Watch
+from tersor.data import load
+from tersor.recipe import Recipe, Stage, parse, read
+from tersor.walk import Walk, prepare
+
+DEMO = Path(__file__).parents[2] / "recipes" / "digits.yaml"
+STEPS = 6
+KEPT, STOPPED = 3, 4
+"""After so many steps a checkpoint is written; during so many the process stops."""
+RECIPE = """\
+model: {name: "subjects:Subject"}
+teacher: {name: "subjects:Subject", epochs: 1, training: {batch_size: 64, optimizer: {learning_rate: 0.05}}}
+data: {name: digits, limit: 320, augment: flip}
+checkpoint_every: 3
+stages: [{name: law, batch_size: 16, steps: 6, optimizer: {learning_rate: 0.02}}]
+"""
+
+
+class Subject(nn.Module):
+    """A residual network with all that a method may meet: BatchNorm, a sum, a bias, numbers that are drawn."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.bn3 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.dropout = nn.Dropout(0.1)
+        self.linear = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(x + self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x))))))
+        return self.linear(self.dropout(x.mean((2, 3))))
+
+
+def made(name: str, kind: str) -> Method:
+    """A method by its name: with its defaults, as its `example`, or `off`."""
+    cls: Any = registry.get(name)
+    return cls(**({} if kind == "defaults" else getattr(cls, kind)))
+
+
+def exempt(name: str, law: str) -> str | None:
+    """Why a method does not keep a law."""
+    return getattr(registry.get(name), "exempt", {}).get(law)
+
+
+def recipe(*methods: Method, seed: int = 0, **training: Any) -> Recipe:
+    """One stage with these methods."""
+    plain = parse(RECIPE, "law.yaml")
+    stage = Stage.model_validate({**plain.stages[0].model_dump(), "methods": methods, **training})
+    return plain.model_copy(update={"seed": seed, "stages": (stage,)})
+
+
+def walk_of(given: Recipe) -> Walk:
+    """Its networks and images."""
+    return prepare(given, model=None, data=None, watch=Unwatched())
+
+
+def walked(given: Recipe, folder: Path, watch: Watch | None = None) -> Walk:
+    """The recipe, to its last stage."""
+    walk, checkpoints = walk_of(given), Checkpoints(folder)
+    watch = watch or Unwatched()
+    walk.train_teacher(Unwatched(), checkpoints)
+    walk.stages(watch, checkpoints)
+    return walk
+
+
+class Stops(Unwatched):
+    """Ends the process's training in the middle of a stage, between two checkpoints."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def advance(self, amount: int = 1, **shown: float) -> None:
+        self.steps += bool(shown)
+        if self.steps == STOPPED:
+            raise KeyboardInterrupt
+
+
+def images(count: int = 300) -> Tensor:
+    """Test images (N, 3, 8, 8), normalised."""
+    walk = walk_of(recipe())
+    return next(iter(walk.batches(load(name="digits").test, count))).images
+
+
+def end(folder: Path) -> dict[str, Tensor]:
+    """What the stage ended with."""
+    found = Checkpoints(folder).end_of(1)
+    assert found is not None
+    return found.tensors()
+
+
+def _resume(folder: Path) -> None:
+    for name in registry.names():
+        walked(recipe(made(name, "example")), folder / name)
+
+
+def _processes(out: Path) -> None:
+    from accelerate import PartialState
+
+    PartialState()
+    here = processes.rank()
+    given = {name: recipe(made(name, "example"), seed=here) for name in registry.names()}
+    shorter = ["data.limit=320", "teacher.epochs=2", "stages.0.epochs=2", "stages.1.epochs=1", f"seed={here}"]
+    given[DEMO.stem] = read(DEMO, shorter)
+    for name, each in given.items():
+        walk = walked(each, out / name)
+        state = {key: value.contiguous().clone() for key, value in walk.model.state_dict().items()}
+        save_file(state, out / f"{name}-{here}.safetensors")
+
+
+if __name__ == "__main__":
+    {"resume": _resume, "processes": _processes}[sys.argv[1]](Path(sys.argv[2]))

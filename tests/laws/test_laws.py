@@ -1,0 +1,354 @@
+"""What every file in `methods/` promises. No method is named here: the folder is the list.
+
+A method that cannot keep a law says so in its class: `exempt = {law: reason}`, where a law is called as its test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import subjects
+import torch
+from safetensors.torch import load_file
+from subjects import STEPS, Stops, end, made, recipe, walk_of, walked
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tersor import methods as registry
+from tersor.core.affine import Grid
+from tersor.core.errors import InputError
+from tersor.core.method import chain
+from tersor.core.parametrization import FakeQuantize, shown_by, strip, weight_mask
+from tersor.core.selection import weighted_layers
+from tersor.export.bench import predictions
+from tersor.export.onnx import export
+from tersor.export.runtime import open_session
+from tersor.graph.structure import rebuild, structure
+from tersor.recipe import parse, write
+from tersor.train import fit
+
+NAMES = registry.names()
+KINDS = ("defaults", "example")
+LAWS = ("defaults", "off", "parameters", "resume", "strip", "seed", "chained", "export", "processes", "paper")
+SAMPLED = 6
+FOLDER = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def network_by_name(monkeypatch):
+    """A recipe names the network: `subjects:Subject`."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def kept(name, law):
+    reason = subjects.exempt(name, law)
+    if reason is not None:
+        pytest.skip(f"{name} says that it cannot: {reason}")
+
+
+def attached(method, steps=STEPS):
+    walk = walk_of(recipe(method))
+    walk.teacher.eval()
+    found = walk.attach(walk.recipe.stages[0], steps)
+    return walk, found
+
+
+def trained(method, **training):
+    """What a short training with the method ends in."""
+    walk, found = attached(method)
+    list(found.begin())
+    stage = recipe(method, **training).stages[0]
+    fit(found, walk.training_batches(stage), stage, steps=STEPS, teacher=walk.teacher, seed=3)
+    found.finish()
+    return walk, found.model.eval()
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def check_what_is_shown(model):
+    """Masks are zeros and grids have no more levels than bits, whatever methods were laid one over the other."""
+    for layer in weighted_layers(model).values():
+        weight, mask = layer.weight.detach(), weight_mask(layer)
+        assert torch.isfinite(weight).all()
+        if mask is not None:
+            assert (weight[~mask.mask] == 0).all()
+        for grid in (each.grid for each in shown_by(layer) if isinstance(each, FakeQuantize)):
+            assert all(len(channel.unique()) <= 2**grid.bits for channel in weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_says_only_of_laws_that_there_are_that_it_cannot_keep_them(name):
+    cls = registry.get(name)
+    exempt = getattr(cls, "exempt", {})
+    assert set(exempt) <= set(LAWS)
+    assert all(reason for reason in exempt.values())
+    assert cls.example, "an example that differs from the defaults"
+    assert ("off" in exempt) != hasattr(cls, "off")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults(name, kind):
+    """It is built with its defaults, cannot be changed, and comes back from a recipe's text as it was."""
+    kept(name, "defaults")
+    method = made(name, kind)
+    assert parse(write(recipe(method)), "again").stages[0].methods == (method,)
+    with pytest.raises(AttributeError):
+        method.steps = 3
+    assert registry.name_of(method) == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_off(name):
+    """Strength zero changes nothing, bit for bit."""
+    kept(name, "off")
+    _, plain = trained(made(name, "off"))
+    walk = walk_of(recipe())
+    found = chain([], walk.model)
+    stage = walk.recipe.stages[0]
+    fit(found, walk.training_batches(stage), stage, steps=STEPS, teacher=walk.teacher, seed=3)
+    assert same(plain.state_dict(), found.model.state_dict())
+    images = subjects.images(50)
+    assert torch.equal(plain(images), found.model.eval()(images))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters(name, kind):
+    """Attaching keeps every Parameter object, adds none to the network, and draws no number."""
+    kept(name, "parameters")
+    walk = walk_of(recipe(made(name, kind)))
+    before = {id(parameter) for parameter in walk.model.parameters()}
+    random_state = torch.get_rng_state()
+    found = walk.attach(walk.recipe.stages[0], STEPS)
+    assert {id(parameter) for parameter in found.model.parameters()} == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_laid_is_laid_again_from_plain_values(name):
+    kept(name, "resume")
+    _, model = trained(made(name, "example"))
+    told = json.loads(json.dumps(structure(model)))
+    again = rebuild(subjects.Subject(), told)
+    again.load_state_dict(model.state_dict())
+    images = subjects.images(50)
+    assert torch.equal(again.eval()(images), model(images))
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Every method run to its end here; and stopped here, to go on in one fresh process."""
+    folder = tmp_path_factory.mktemp("resume")
+    sys.path.insert(0, str(FOLDER))
+    for name in NAMES:
+        given = recipe(made(name, "example"))
+        walked(given, folder / "whole" / name)
+        with pytest.raises(KeyboardInterrupt):
+            walked(given, folder / "stopped" / name, Stops())
+        begun = sorted(path.name for path in (folder / "stopped" / name).glob("01-law-*"))
+        assert [path[:15] for path in begun] == ["01-law-0000003-"]
+    sys.path.remove(str(FOLDER))
+    child = [sys.executable, "subjects.py", "resume", str(folder / "stopped")]
+    subprocess.run(child, cwd=FOLDER, check=True, timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resume(name, resumed):
+    """Stopped anywhere and gone on with in a fresh process, it ends with the bits of a run that never stopped."""
+    kept(name, "resume")
+    assert same(end(resumed / "whole" / name), end(resumed / "stopped" / name))
+
+
+def hooks_on(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_strip(name, kind):
+    """A plain copy answers as the model does, which still works; no hook is left behind."""
+    kept(name, "strip")
+    walk, found = attached(made(name, kind))
+    before = hooks_on(found.model)
+    list(found.begin())
+    optimizer = torch.optim.SGD(found.model.parameters(), lr=0.01)
+    handle = found.bind(optimizer)
+    found.model.train()
+    batch = next(iter(walk.training_batches(walk.recipe.stages[0])))
+    found.model(batch.images).square().mean().backward()
+    optimizer.step()
+    handle.remove()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    found.finish()
+    assert hooks_on(found.model) == before
+    found.model.eval()
+    images = subjects.images(50)
+    expected = found.model(images)
+    plain = strip(found.model)
+    assert torch.allclose(plain(images), expected, atol=1e-6)
+    assert torch.equal(found.model(images), expected)
+    assert not any(parametrize.is_parametrized(module) for module in plain.modules())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_seed(name, optimizer):
+    """The same seed gives the same bits, under either optimizer and with accumulated gradients."""
+    kept(name, "seed")
+    options = {"optimizer": {"name": optimizer, "learning_rate": 0.01}, "accumulate": 2}
+    (_, first), (_, second) = (trained(made(name, "example"), **options) for _ in range(2))
+    assert same(first.state_dict(), second.state_dict())
+    check_what_is_shown(first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_skipped_step_does_no_harm(name):
+    kept(name, "seed")
+    walk, found = attached(made(name, "example"))
+    list(found.begin())
+    optimizer = torch.optim.SGD(found.model.parameters(), lr=0.01)
+    handle = found.bind(optimizer)
+    found.model.train()
+    for step, batch in zip(range(STEPS), walk.training_batches(walk.recipe.stages[0]), strict=False):
+        found.model(batch.images).square().mean().backward()
+        if step != 2:  # as a loss scaler does where a gradient is not finite
+            optimizer.step()
+        optimizer.zero_grad()
+    handle.remove()
+    found.finish()
+    check_what_is_shown(found.model)
+    complete = weighted_layers(trained(made(name, "example"))[1])
+    for each, layer in weighted_layers(found.model).items():
+        masks = weight_mask(layer), weight_mask(complete[each])
+        assert [mask is None for mask in masks] in ([True, True], [False, False])
+        if masks[0] is not None:
+            assert masks[0].mask.sum() == masks[1].mask.sum()
+
+
+def chained(first, second):
+    """Both in one stage, in an order that is legal."""
+    refusals = []
+    for pair in ((first, second), (second, first)):
+        try:
+            methods = [made(name, "example") for name in pair]
+            walk = walk_of(recipe(*methods))
+        except InputError as refusal:
+            refusals.append(str(refusal))
+            continue
+        found = walk.attach(walk.recipe.stages[0], STEPS)
+        list(found.begin())
+        stage = walk.recipe.stages[0]
+        fit(found, walk.training_batches(stage), stage, steps=STEPS, teacher=walk.teacher, seed=3)
+        found.finish()
+        return found.model.eval()
+    return pytest.fail(f"no order is legal: {refusals}")
+
+
+PAIRS = sorted(itertools.combinations(NAMES, 2))
+CHOSEN = random.Random(len(PAIRS)).sample(PAIRS, min(SAMPLED, len(PAIRS)))  # others with every method that comes
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [pytest.param(*pair, marks=() if pair in CHOSEN else pytest.mark.slow) for pair in PAIRS],
+)
+def test_chained(first, second):
+    """With any other method: masks are exact, grids have their levels, answers are finite."""
+    kept(first, "chained")
+    kept(second, "chained")
+    model = chained(first, second)
+    check_what_is_shown(model)
+    assert torch.isfinite(model(subjects.images(50))).all()
+    for name in (first, second):  # what each promises alone, it keeps beside the other
+        alone, both = (weighted_layers(each) for each in (trained(made(name, "example"))[1], model))
+        for each, layer in alone.items():
+            mask = weight_mask(layer)
+            if mask is not None and both[each].weight.shape == layer.weight.shape:
+                assert weight_mask(both[each]).mask.sum() == mask.mask.sum()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export(name, tmp_path):
+    """The ONNX file gives 99 % of torch's answers."""
+    kept(name, "export")
+    _, model = trained(made(name, "example"))
+    images = subjects.images()
+    path = export(model, images, tmp_path / "model.onnx")
+    answers = torch.from_numpy(predictions(open_session(path, "onnxruntime"), [images.numpy()]))
+    with torch.no_grad():
+        assert (answers == model(images).argmax(1)).float().mean() >= 0.99
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """All methods and the demo's recipe, in one launch of two gloo processes, each with a seed of its own."""
+    out = tmp_path_factory.mktemp("processes")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "subjects.py", "processes", str(out)],
+        cwd=FOLDER,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("name", [*NAMES, subjects.DEMO.stem])
+def test_processes(name, two_processes):
+    """Two processes of different seeds and images end with the same masks, scales and weights."""
+    if name in NAMES:
+        kept(name, "processes")
+    first, second = (load_file(two_processes / f"{name}-{rank}.safetensors") for rank in range(2))
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paper(name):
+    """The file names its paper and year, gives shapes, and says how it differs from paper or code."""
+    kept(name, "paper")
+    text = sys.modules[registry.get(name).__module__].__doc__
+    assert re.search(r"(ICLR|ICML|CVPR|ICCV|ECCV|NeurIPS|AAAI|arXiv)[ ,]", text)
+    assert re.search(r"\b(19|20)\d\d\b", text)
+    assert re.search(r"\((N|C_out|C), ", text)
+    assert re.search(r"\b(paper|papers|code|and Gupta) \w+", text)
+
+
+def test_the_laws_of_exemptions_are_the_tests_here():
+    here = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert set(LAWS) <= here
+
+
+def test_a_law_can_be_broken():
+    """What the laws look at is there to be seen: a weight off its grid, a zero that moved."""
+    layer = nn.Sequential(nn.Conv2d(1, 1, 3))
+    parametrize.register_parametrization(layer[0], "weight", _Wrong())
+    with pytest.raises(AssertionError):
+        check_what_is_shown(layer)
+
+
+class _Wrong(FakeQuantize):
+    def __init__(self):
+        super().__init__(Grid.signed(2))
+
+    def forward(self, values):
+        return values
