@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ def machine() -> Row:
     }
 
 
+@cache
 def commit() -> str:
-    """The commit that is checked out; `+` says that files under src/ or bench/ differ from it."""
+    """The commit that was checked out when the benchmark began; `+`: files under src/ or bench/ differed from it."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     changes = [*git, "status", "--porcelain", "--", "src", "bench", ":!bench/results"]
@@ -119,6 +121,7 @@ def alone() -> Generator[None]:
         except BlockingIOError:
             print("waiting for the benchmark that runs", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        commit()  # before the hours in which the checkout may change
         yield
 
 

@@ -145,7 +145,7 @@ def test_a_runtime_that_is_not_installed(tmp_path, weights, monkeypatch, capfd):
     def absent(name: str) -> None:
         raise InputError(f"the runtime {name} is not installed. Write pip install 'tersor[openvino]'.")
 
-    monkeypatch.setattr("tersor.walk.load_runtime", absent)
+    monkeypatch.setattr("tersor.prepare.load_runtime", absent)
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
     assert tersor(monkeypatch, "run", tmp_path / "recipe.yaml", "--out", tmp_path / "out") == 2
     assert "not installed" in capfd.readouterr().err

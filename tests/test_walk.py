@@ -4,8 +4,8 @@ import torch
 
 from tersor.checkpoint import Checkpoints
 from tersor.core.watch import Unwatched
+from tersor.prepare import prepare
 from tersor.recipe import parse
-from tersor.walk import prepare
 
 RECIPE = """\
 model: {name: resnet20}

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from tersor.core.watch import Watch
 from tersor.measure import costs
 from tersor.methods import name_of
+from tersor.prepare import prepare
 from tersor.recipe import Recipe, Teacher
 from tersor.train import steps_per_epoch
-from tersor.walk import prepare
 
 
 def explain(recipe: Recipe, *, watch: Watch) -> Iterator[str]:

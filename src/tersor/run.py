@@ -23,8 +23,9 @@ from tersor.export.evidence import gather
 from tersor.export.numbers import measure
 from tersor.export.onnx import export
 from tersor.export.report import draw
+from tersor.prepare import prepare
 from tersor.recipe import Recipe
-from tersor.walk import EVALUATION_BATCH, Walk, prepare
+from tersor.walk import EVALUATION_BATCH, Walk
 
 _AGREEMENT = 99.0
 """Percent of torch's answers that the file should give in its runtime."""

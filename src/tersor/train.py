@@ -15,10 +15,9 @@ accelerate prepares two things only, the Objective and the optimizer:
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +28,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from tersor.core.attachment import Attachment
-from tersor.core.batch_source import BatchSource
+from tersor.core.batch_source import BatchSource, Group, groups
 from tersor.core.device import layout_for, precision_for, set_layout
 from tersor.core.errors import InputError
 from tersor.core.objective import Batch, Objective
@@ -183,9 +182,9 @@ class _Loop:
         shown: dict[str, float] = {}
         of_epoch: list[Tensor] = []
         begun = time.perf_counter()
-        groups = _groups(batches, self.training.accumulate, first)
+        steps = groups(batches, self.training.accumulate, first)
         with stop_asked(keeper is not None) as asked:
-            for step, (rate, group) in enumerate(zip(rates[first:], groups, strict=False), first):
+            for step, (rate, group) in enumerate(zip(rates[first:], steps, strict=False), first):
                 losses = self._gradients(group)
                 values = torch.stack([*losses.values()])
                 self._stop_unless_finite(losses, values, step, rate)
@@ -211,7 +210,7 @@ class _Loop:
         means = dict(zip(shown, torch.stack(of_epoch).mean(0).tolist(), strict=True)) if of_epoch else {}
         return Fitted(len(rates), time.perf_counter() - begun, means, self.precision)
 
-    def _gradients(self, group: _Group) -> dict[str, Tensor]:
+    def _gradients(self, group: Group) -> dict[str, Tensor]:
         """Leaves the gradient of the mean over the group's batches in the parameters; the mean losses by name."""
         means: dict[str, Tensor] = {}
         for place, batch in enumerate(group.batches, 1):
@@ -242,27 +241,6 @@ class _Loop:
             self.accelerator.clip_grad_norm_(self.objective.parameters(), self.training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The `size` batches of one step, which may be the first of an epoch."""
-
-    batches: Iterator[Batch]
-    size: int
-    first: bool
-
-
-def _groups(batches: BatchSource, accumulate: int, first: int) -> Iterator[_Group]:
-    """The groups of epoch after epoch, without end, from the group number `first` on."""
-    groups = math.ceil(len(batches) / accumulate)
-    for epoch in itertools.count(first // groups):
-        batches.set_epoch(epoch)
-        passed = first % groups * accumulate if epoch == first // groups else 0
-        source = itertools.islice(batches, passed, None)
-        for start in range(passed, len(batches), accumulate):
-            size = min(accumulate, len(batches) - start)
-            yield _Group(itertools.islice(source, size), size, first=start == 0)
 
 
 def learning_rates(batches: BatchSource, training: Training, steps: int) -> list[float]:

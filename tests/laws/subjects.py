@@ -22,8 +22,9 @@ from tersor.core import processes
 from tersor.core.method import Method
 from tersor.core.watch import Unwatched, Watch
 from tersor.data import load
+from tersor.prepare import prepare
 from tersor.recipe import Recipe, Stage, parse, read
-from tersor.walk import Walk, prepare
+from tersor.walk import Walk
 
 DEMO = Path(__file__).parents[2] / "recipes" / "digits.yaml"
 STEPS = 6

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from tersor.core.objective import Batch
@@ -22,3 +25,24 @@ class BatchSource(Protocol):
     def set_epoch(self, epoch: int) -> None:
         """Decides the order of what `iter` gives next."""
         ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """The `size` batches of one step, which may be the first of an epoch."""
+
+    batches: Iterator[Batch]
+    size: int
+    first: bool
+
+
+def groups(batches: BatchSource, accumulate: int, first: int) -> Iterator[Group]:
+    """The groups of epoch after epoch, without end, from the group number `first` on."""
+    of_epoch = math.ceil(len(batches) / accumulate)
+    for epoch in itertools.count(first // of_epoch):
+        batches.set_epoch(epoch)
+        passed = first % of_epoch * accumulate if epoch == first // of_epoch else 0
+        source = itertools.islice(batches, passed, None)
+        for start in range(passed, len(batches), accumulate):
+            size = min(accumulate, len(batches) - start)
+            yield Group(itertools.islice(source, size), size, first=start == 0)

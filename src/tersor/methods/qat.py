@@ -42,12 +42,12 @@ class QAT:
     """Training on integer grids, by the straight-through gradient."""
 
     needs_steps: ClassVar[bool] = True
-    example: ClassVar[dict[str, Any]] = {"bits": 4, "averaging": 0.1}
+    example: ClassVar[dict[str, Any]] = {"bits": 4, "averaging": 0.3}
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
     bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 8
     activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8
-    averaging: Annotated[float, Field(gt=0, le=1, description="what a batch weighs in a running range")] = 0.01
+    averaging: Annotated[float, Field(gt=0, le=1, description="what a batch weighs in a running range")] = 0.1
     calibration_images: Annotated[int, Field(ge=1, description="images looked at first, without labels")] = 512
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
 

@@ -1,0 +1,131 @@
+"""Networks and images of a recipe, checked against each other before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from tersor import zoo
+from tersor.core.errors import InputError
+from tersor.core.watch import Watch
+from tersor.data import Splits, load
+from tersor.export.runtime import load_runtime
+from tersor.recipe import Network, Recipe, Teacher
+from tersor.train import learning_rates, steps_per_epoch
+from tersor.walk import Walk
+
+
+def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, watch: Watch) -> Walk:
+    """Networks and images of a recipe, checked against each other; nothing is trained.
+
+    Raises:
+        InputError: a file, a network or the data cannot be used, or they do not fit together.
+    """
+    load_runtime(recipe.target.runtime)
+    for network in (recipe.model, recipe.teacher):
+        if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
+            raise InputError(f"there is no weights file {network.weights}. Paths are relative to the working folder.")
+    early = _build(recipe.model, None, recipe.seed) if model is None and recipe.model.num_classes else None
+    watch.say("reading the images")
+    splits = data or load(
+        seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
+    )
+    network, metadata = (
+        (copy.deepcopy(model), {})
+        if model is not None
+        else (early if early is not None else _build(recipe.model, splits, recipe.seed))
+    )
+    teacher, of_teacher = _teacher(recipe, network, splits)
+    walk = Walk(
+        recipe,
+        network,
+        teacher,
+        _normalised(splits, recipe, metadata, of_teacher),
+        model_is_trained=model is not None or recipe.model.weights is not None,
+        teacher_is_trained=not isinstance(recipe.teacher, Teacher) or recipe.teacher.weights is not None,
+    )
+    _check_answers(walk, network, recipe.model.name)
+    if teacher is not None:
+        _check_answers(walk, teacher, "the teacher")
+    if recipe.teacher == "original" and not walk.model_is_trained:
+        raise InputError("teacher: original is the model as it came in, and that has no weights. Write model.weights.")
+    _check_teacher(recipe)
+    _rehearse(walk)
+    return walk
+
+
+def _rehearse(walk: Walk) -> None:
+    """Attaches every stage to a copy: a pattern that matches nothing is told before an hour of training."""
+    rehearsal = replace(walk, model=copy.deepcopy(walk.model))
+    wanted = walk.recipe.teacher
+    if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
+        batches = walk.training_batches(wanted.training)
+        learning_rates(batches, wanted.training, wanted.epochs * steps_per_epoch(batches, wanted.training))
+    for stage in walk.recipe.stages:
+        batches = walk.training_batches(stage)
+        steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
+        learning_rates(batches, stage, steps)
+        rehearsal.model = rehearsal.attach(stage, steps=steps).model
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    teacher = recipe.teacher
+    if isinstance(teacher, Teacher) and teacher.weights is None and not teacher.epochs:
+        raise InputError("the teacher has learned nothing. Write teacher.weights, or teacher.epochs to train it first.")
+    if isinstance(teacher, Teacher) and teacher.weights is not None and teacher.epochs:
+        raise InputError(
+            "the teacher has weights and epochs. Write one of them: with epochs it is trained from scratch."
+        )
+
+
+Built = tuple[nn.Module, dict[str, str]]
+
+
+def _build(network: Network, splits: Splits | None, seed: int) -> Built:
+    """The network; what it begins with, where it has no weights, is drawn from `seed` alone."""
+    classes = network.num_classes or (len(splits.classes) if splits else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = zoo.build(network.name, classes)
+    return built, zoo.load_weights(built, network.weights) if network.weights else {}
+
+
+def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Module | None, dict[str, str]]:
+    if recipe.teacher is None:
+        return None, {}
+    if isinstance(recipe.teacher, str):
+        return copy.deepcopy(model).eval(), {}
+    return _build(recipe.teacher, splits, recipe.seed)
+
+
+def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Splits:
+    """The images with mean and standard deviation as given, else as in the weights files, else their own."""
+    if recipe.data.mean is not None:
+        return splits
+    told = list(dict.fromkeys(found for found in map(zoo.normalization, metadata) if found is not None))
+    if len(told) > 1:
+        raise InputError(
+            f"model and teacher were trained with different mean and standard deviation: {told[0]} and {told[1]}. "
+            "Both see the same images; write data.mean and data.std if that is meant."
+        )
+    return replace(splits, mean=told[0][0], std=told[0][1]) if told else splits
+
+
+def _check_answers(walk: Walk, network: nn.Module, name: str) -> None:
+    """One dry forward: the network takes these images and tells these classes apart."""
+    images = next(iter(walk.batches(walk.data.test, 2))).images
+    try:
+        with torch.inference_mode():
+            logits = copy.deepcopy(network).eval()(images)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(f"{name} cannot be fed images of shape {tuple(images.shape)}: {error}") from error
+    classes = len(walk.data.classes)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] != classes:
+        given = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise InputError(
+            f"{name} answers two images with {given}, and the data has {classes} classes: logits (2, {classes}) "
+            f"are needed. Write num_classes: {classes}, and weights of such a network."
+        )
