@@ -115,18 +115,24 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 @contextmanager
 def alone() -> Generator[None]:
     """Waits until no other benchmark of this user runs, and keeps others waiting until it is left."""
+    with _locked():
+        commit()  # now, before hours in which the checkout may change
+        yield
+
+
+@contextmanager
+def _locked() -> Generator[None]:
     with (Path(tempfile.gettempdir()) / f"tersor-bench-{os.getuid()}.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print("waiting for the benchmark that runs", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        commit()  # before the hours in which the checkout may change
         yield
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["wait"]:
         sys.exit("usage: python bench/rows.py wait")
-    with alone():
+    with _locked():
         pass
