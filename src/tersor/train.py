@@ -132,6 +132,7 @@ def fit(
         attachment.terms,
         teacher,
         label_weight=attachment.label_weight,
+        layers=attachment.layers,
         label_smoothing=training.label_smoothing,
         autocast=precision_for(device, training.precision),
     )

@@ -115,7 +115,8 @@ class Walk:
         keeper = UnitKeeper(checkpoints, number, stage.name, self.recipe.checkpoint_every, structure(attachment.model))
         if keeper.begun is None:
             _begin(attachment, stage.name, watch)
-            processes.as_in_the_first(attachment.model)
+            for module in (attachment.model, *attachment.terms):
+                processes.as_in_the_first(module)
         self.model = attachment.model
         told: dict[str, Any] = {"name": stage.name, "methods": stage.model_dump(mode="json")["methods"]}
         told |= {"steps": steps, "notes": list(attachment.notes)}
@@ -133,6 +134,7 @@ class Walk:
             )
             told |= {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
         attachment.finish()
+        told |= attachment.told
         told["minutes"] = (time.perf_counter() - began) / 60
         told["validation_accuracy"] = self.validate(self.model, stage.name, watch)
         return told

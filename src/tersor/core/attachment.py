@@ -39,6 +39,7 @@ class Attachment:
     Attributes:
         model: train this one from now on: the same object, or its captured graph over the same Parameters.
         terms: losses that the method adds.
+        layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
         label_weight: factor on the weight of the labels' own loss.
         notes: what its user should know of what was laid, a line each.
     """
@@ -49,11 +50,18 @@ class Attachment:
         terms: Sequence[LossTerm] = (),
         label_weight: float = 1.0,
         notes: Sequence[str] = (),
+        layers: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.model = model
         self.terms = tuple(terms)
+        self.layers = tuple(layers)
         self.label_weight = label_weight
         self.notes = tuple(notes)
+
+    @property
+    def told(self) -> dict[str, float]:
+        """What was found on the way, for the stage's entry in `numbers.json`. Nothing by default."""
+        return {}
 
     def begin(self) -> Iterator[Progress]:
         """Costly work before the first step: calibration, reconstruction. Nothing by default."""
@@ -97,8 +105,14 @@ class Chain(Attachment):
         for part in parts:
             label_weight *= part.label_weight
         terms = [term for part in parts for term in part.terms]
-        super().__init__(model, terms, label_weight, [note for part in parts for note in part.notes])
+        notes = [note for part in parts for note in part.notes]
+        super().__init__(model, terms, label_weight, notes, [pair for part in parts for pair in part.layers])
         self.parts = tuple(parts)
+
+    @property
+    def told(self) -> dict[str, float]:
+        """What all parts have found."""
+        return {name: value for part in self.parts for name, value in part.told.items()}
 
     def begin(self) -> Iterator[Progress]:
         """The work of each part, one after the other."""

@@ -6,8 +6,8 @@ often the model runs inside, there is one forward call and one backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
+from tersor.core.layers import Layers
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ def images_of(batch: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network answered: `logits` (N, classes)."""
+    """What a network answered: `logits` (N, classes); `layers`, what those gave that a term asked for, by path."""
 
     logits: Tensor
+    layers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 class LossTerm(nn.Module):
@@ -78,6 +80,7 @@ class Objective(nn.Module):
         terms: what the methods ask.
         teacher: the network that the terms compare with; always in eval, never given a gradient.
         label_weight: weight of the cross entropy with the labels; 0 leaves the labels alone.
+        layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
         label_smoothing: part of the label's probability that is spread over all classes.
         autocast: data type in which the networks run (bfloat16), or None for the model's own.
     """
@@ -89,11 +92,15 @@ class Objective(nn.Module):
         teacher: nn.Module | None = None,
         *,
         label_weight: float = 1.0,
+        layers: Iterable[tuple[str, str]] = (),
         label_smoothing: float = 0.0,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        pairs = list(layers)
+        self._ask_student = Layers(model, [path for path, _ in pairs])
+        self._ask = None if teacher is None else Layers(teacher, [path for _, path in pairs])
         self.terms = nn.ModuleList(terms)
         self.teacher = teacher
         self.label_weight = label_weight
@@ -114,9 +121,9 @@ class Objective(nn.Module):
         """The losses of one batch by name, each a scalar in float32."""
         device = batch.images.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            student = Outputs(self.model(batch.images))
+            logits, given = self._ask_student(batch.images)
             teacher = self._ask_teacher(batch)
-        student = Outputs(student.logits.float())
+        student = Outputs(logits.float(), {path: value.float() for path, value in given.items()})
         losses: dict[str, Tensor] = {}
         if self.label_weight and batch.labels is not None:
             losses["labels"] = self.label_weight * F.cross_entropy(
@@ -129,8 +136,9 @@ class Objective(nn.Module):
         return losses
 
     def _ask_teacher(self, batch: Batch) -> Outputs | None:
-        if self.teacher is None or not len(self.terms):
+        if self._ask is None or not len(self.terms):
             return None
         with torch.inference_mode():
-            logits = self.teacher(batch.images).float()
-        return Outputs(logits.clone())  # a clone outside inference mode may be saved for backward
+            logits, given = self._ask(batch.images)
+        # a clone outside inference mode may be saved for backward
+        return Outputs(logits.float().clone(), {path: value.float().clone() for path, value in given.items()})

@@ -40,6 +40,7 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.leaves = leaves
         self._modes: dict[fx.Node, nn.Module] = {}
+        self.returned: dict[str, fx.Node] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` becomes one node."""
@@ -63,7 +64,10 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
             self._show_mode(m, f"{path}.training")
-        return super().call_module(m, forward, args, kwargs)
+        result = super().call_module(m, forward, args, kwargs)
+        if isinstance(result, Proxy):
+            self.returned[path] = result.node
+        return result
 
     def _show_mode(self, module: nn.Module, name: str) -> None:
         mode = self.create_proxy("get_attr", name, (), {})
@@ -91,6 +95,8 @@ class Tracer(fx.Tracer):
 def capture(model: nn.Module) -> fx.GraphModule:
     """The graph of `model`, as a module that trains, loads and saves like it.
 
+    `meta["layers"]` remembers, for the path of every module that was called, the node that it gave.
+
     Raises:
         InputError: the forward depends on its input's values, or does what torch.fx cannot follow.
     """
@@ -98,8 +104,9 @@ def capture(model: nn.Module) -> fx.GraphModule:
         return model
     with _without_constants(model):
         with _modes_restored(model):
-            graph = _trace(model)
+            graph, returned = _trace(model)
         captured = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    captured.meta["layers"] = {path: node.name for path, node in returned.items()}
     for key in captured.state_dict().keys() - model.state_dict().keys():
         path, _, name = key.rpartition(".")
         owner = captured.get_submodule(path)
@@ -109,11 +116,12 @@ def capture(model: nn.Module) -> fx.GraphModule:
     return captured
 
 
-def _trace(model: nn.Module) -> fx.Graph:
+def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, fx.Node]]:
     leaves: set[type[nn.Module]] = set()
     while True:
+        tracer = Tracer(leaves)
         try:
-            return Tracer(leaves).trace(model)
+            return tracer.trace(model), tracer.returned
         except _BranchesOnModeError as branch:
             leaves.add(branch.kind)
         except (TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:

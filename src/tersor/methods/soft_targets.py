@@ -9,6 +9,10 @@ Logits are (N, classes). KL is summed over the classes and averaged over the bat
 multiplies the KL term alone: the gradient of soft targets shrinks like 1 / T^2, so without it the weight would
 depend on the temperature in silence. The paper prescribes no weights; 0.9 and 0.1 are those of the common
 implementations (Zagoruyko's attention-transfer, RepDistiller).
+
+`standardize` (Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024) brings each image's logits to
+mean 0 and deviation 1 before they are divided by T, so that a student need not repeat how large the teacher's are. Its
+authors take T = 2 and ten times the loss weight, which is not the standardization's doing.
 """
 
 from __future__ import annotations
@@ -27,6 +31,13 @@ from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs
 from tersor.core.target import Target
 
+_NOTHING = 1e-7
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Logits (N, classes), each row with mean 0 and deviation 1."""
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + _NOTHING)
+
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 * KL(teacher || student) of logits (N, classes), averaged over the batch."""
@@ -40,15 +51,19 @@ class SoftTargetTerm(LossTerm):
 
     name = "soft_targets"
 
-    def __init__(self, temperature: float, loss_weight: float) -> None:
+    def __init__(self, temperature: float, loss_weight: float, standardize: bool = False) -> None:
         super().__init__()
         self.temperature = temperature
         self.loss_weight = loss_weight
+        self.standardize = standardize
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch; the images' labels are not looked at."""
         assert teacher is not None
-        return self.loss_weight * soft_target_loss(student.logits, teacher.logits, self.temperature)
+        ours, theirs = student.logits, teacher.logits
+        if self.standardize:
+            ours, theirs = standardized(ours), standardized(theirs)
+        return self.loss_weight * soft_target_loss(ours, theirs, self.temperature)
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -57,7 +72,7 @@ class SoftTargets:
 
     needs_teacher: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
-    example: ClassVar[dict[str, Any]] = {"temperature": 2.0, "loss_weight": 0.5, "label_weight": 0.5}
+    example: ClassVar[dict[str, Any]] = {"temperature": 2.0, "loss_weight": 0.5, "standardize": True}
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
     temperature: Annotated[float, Field(gt=0, description="T; larger is flatter: 1 to 20 are common")] = 4.0
@@ -67,6 +82,8 @@ class SoftTargets:
     label_weight: Annotated[
         float, Field(ge=0, description="factor on the labels' cross entropy; 0 needs no labels")
     ] = 0.1
+
+    standardize: Annotated[bool, Field(description="each image's logits to mean 0 and deviation 1 first")] = False
 
     def attach(
         self,
@@ -88,4 +105,6 @@ class SoftTargets:
             )
         if not self.loss_weight:
             return Attachment(model)
-        return Attachment(model, [SoftTargetTerm(self.temperature, self.loss_weight)], self.label_weight)
+        return Attachment(
+            model, [SoftTargetTerm(self.temperature, self.loss_weight, self.standardize)], self.label_weight
+        )

@@ -107,7 +107,7 @@ class WeightPruningAttachment(Attachment):
     def __init__(self, method: WeightPruning, model: nn.Module, layers: dict[str, Layer], steps: int) -> None:
         super().__init__(model)
         self.method = method
-        self.layers = layers
+        self.masked = layers
         self.ramp = max(1, round(method.end * steps))
         self.start = self._sparsity()
         if self.start > method.sparsity:
@@ -120,7 +120,7 @@ class WeightPruningAttachment(Attachment):
         """Masks at once where no schedule is asked for."""
         if self.method.sparsity_schedule == "one_shot":
             self._mask(self.method.sparsity)
-            yield Progress("masks", len(self.layers), len(self.layers))
+            yield Progress("masks", len(self.masked), len(self.masked))
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Masks anew, every few steps until the final sparsity."""
@@ -135,10 +135,10 @@ class WeightPruningAttachment(Attachment):
 
     @torch.no_grad()
     def _mask(self, sparsity: float) -> None:
-        scores = {name: self._scores(number, layer) for number, (name, layer) in enumerate(self.layers.items())}
-        shapes = {name: layer.weight.shape for name, layer in self.layers.items()}
+        scores = {name: self._scores(number, layer) for number, (name, layer) in enumerate(self.masked.items())}
+        shapes = {name: layer.weight.shape for name, layer in self.masked.items()}
         for name, mask in masks(scores, shapes, sparsity, self.method.scope).items():
-            _mask_of(self.layers[name]).copy_(mask)
+            _mask_of(self.masked[name]).copy_(mask)
 
     def _scores(self, number: int, layer: Layer) -> Tensor:
         """(units,); what is masked already goes first."""
@@ -153,7 +153,7 @@ class WeightPruningAttachment(Attachment):
         return scores.masked_fill(masked, -torch.inf)
 
     def _sparsity(self) -> float:
-        shown = [_mask_of(layer) for layer in self.layers.values()]
+        shown = [_mask_of(layer) for layer in self.masked.values()]
         return 1 - sum(int(mask.sum()) for mask in shown) / sum(mask.numel() for mask in shown)
 
 

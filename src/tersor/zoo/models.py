@@ -7,24 +7,26 @@ from torch import nn
 from tersor.core.errors import InputError, unknown
 from tersor.core.function_path import call_with, import_function, is_function_path
 from tersor.zoo.cifar import DEPTHS, CifarResNet
+from tersor.zoo.wide import FOURFOLD_RESNETS, WIDE_RESNETS, FourfoldResNet, WideResNet
 
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in DEPTHS}
 _WITH_AUXILIARY_HEADS = {"googlenet", "inception_v3"}
 
 
 def names() -> list[str]:
-    """Every network that `build` knows by name: the CIFAR ResNets, then torchvision's classification networks."""
+    """Every network that `build` knows by name: those for CIFAR, then torchvision's classification networks."""
     from torchvision import models  # takes seconds to import, and most runs need none of it
 
-    return [*CIFAR_RESNETS, *models.list_models(module=models)]
+    return [*CIFAR_RESNETS, *FOURFOLD_RESNETS, *WIDE_RESNETS, *models.list_models(module=models)]
 
 
 def build(name: str, num_classes: int | None = None) -> nn.Module:
     """A network with random weights.
 
     Args:
-        name: `resnet20`, 32, 44, 56, 110 for CIFAR; a torchvision network (`resnet18`, `mobilenet_v2`); or
-            `package.module:function`, which is called with `num_classes` if it accepts that and returns a network.
+        name: `resnet20`, 32, 44, 56, 110, `resnet8x4`, `wrn_16_2` and such for CIFAR; a torchvision network
+            (`resnet18`, `mobilenet_v2`); or `package.module:function`, which is called with `num_classes` if it
+            accepts that and returns a network.
         num_classes: number of logits; None for the network's own (10 for CIFAR, 1000 in torchvision).
 
     Raises:
@@ -37,6 +39,10 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
         return _from_function(name, options)
     if name in CIFAR_RESNETS:
         return CifarResNet(CIFAR_RESNETS[name], **options)
+    if name in FOURFOLD_RESNETS:
+        return FourfoldResNet(FOURFOLD_RESNETS[name], **options)
+    if name in WIDE_RESNETS:
+        return WideResNet(*WIDE_RESNETS[name], **options)
     known = names()
     if name not in known:
         raise unknown("model", name, known)

@@ -1,0 +1,230 @@
+"""Distillation under one protocol: a ResNet-20 from scratch, taught by a trained ResNet-56, each method in turn.
+
+10,000 training images, 20 epochs, the same augmentation, schedule and steps for every row. A loss weight is the best of
+three on the validation images, after 5 epochs with one seed, and is frozen then; the test set only reports, after the
+last epoch. A row that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import rows
+from images import MEAN, SHARED, STD, folder
+from tersor.checkpoint import Checkpoints
+from tersor.core.watch import Unwatched
+from tersor.data import Splits, load
+from tersor.measure import accuracy
+from tersor.prepare import prepare
+from tersor.recipe import Recipe, write
+
+RESULT = "distillation"
+IMAGES, EPOCHS, CHOOSING_EPOCHS = 10_000, 20, 5
+SEEDS = (0, 1, 2)
+ONE_SEED = (0,)
+
+Parameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A method, and how a loss weight enters it.
+
+    Attributes:
+        method: its name.
+        parameters: but for the weight.
+        weights: three to choose from.
+        weighed: a weight -> parameters.
+    """
+
+    method: str
+    parameters: Parameters
+    weights: tuple[float, ...]
+    weighed: Callable[[float], Parameters] = lambda weight: {"loss_weight": weight}
+
+    @property
+    def identity(self) -> Parameters:
+        """What its choice of a weight is filed under."""
+        return {"kind": "weight", "method": self.method, "parameters": self.parameters}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What a row trains with; `chosen_as` are the parts whose weights it takes, where they are not its own."""
+
+    name: str
+    parts: tuple[Part, ...] = ()
+    network: str = "resnet20"
+    seeds: tuple[int, ...] = SEEDS
+    chosen_as: tuple[Part, ...] = ()
+
+
+SOFT = Part("soft_targets", {"temperature": 4.0, "label_weight": 0.1}, (0.3, 0.9, 2.7))
+SOFT_ALONE = Part("soft_targets", {"temperature": 4.0, "label_weight": 0.0}, (0.3, 1.0, 3.0))
+ATTENTION = Part("attention_transfer", {"p": 2}, (300.0, 1000.0, 3000.0))
+ATTENTION_1 = Part("attention_transfer", {"p": 1}, (300.0, 1000.0, 3000.0))
+FACTORS = Part("factor_transfer", {"paraphrase_rate": 0.5}, (3.0, 11.0, 33.0))
+FITNET = Part("fitnet", {}, (3.0, 10.0, 100.0))
+DKD = Part("dkd", {}, (2.0, 4.0, 8.0), lambda weight: {"beta": weight})
+DIST = Part("dist", {}, (0.5, 1.0, 2.0), lambda weight: {"beta": weight, "gamma": weight})
+CRD = Part("crd", {"negatives": 2048}, (0.2, 0.8, 2.4))
+REVIEW = Part("reviewkd", {}, (0.3, 1.0, 5.0))
+
+
+def _at(part: Part, **parameters: Any) -> Part:
+    return Part(part.method, {**part.parameters, **parameters}, part.weights, part.weighed)
+
+
+CONTENDERS = (
+    Contender("alone"),
+    Contender("soft targets", (SOFT,)),
+    Contender("soft targets, no labels", (SOFT_ALONE,)),
+    Contender("attention, p = 2", (ATTENTION,)),
+    Contender("attention, p = 1", (ATTENTION_1,)),
+    Contender("factors, k = 0.5", (FACTORS,)),
+    Contender("fitnet", (FITNET,)),
+    Contender("dkd", (DKD,)),
+    Contender("dist", (DIST,)),
+    Contender("crd", (CRD,)),
+    Contender("reviewkd", (REVIEW,)),
+    Contender("soft targets + attention", (SOFT, ATTENTION)),
+    Contender("soft targets + factors", (SOFT, FACTORS)),
+    Contender("resnet32 alone", network="resnet32", seeds=ONE_SEED),
+    *(
+        Contender(f"factors, k = {k:g}", (_at(FACTORS, paraphrase_rate=k),), seeds=ONE_SEED, chosen_as=(FACTORS,))
+        for k in (0.25, 0.75, 1.0)
+    ),
+    *(
+        Contender(f"soft targets, T = {t:g}", (_at(SOFT, temperature=t),), seeds=ONE_SEED, chosen_as=(SOFT,))
+        for t in (1.0, 2.0, 8.0, 16.0)
+    ),
+)
+
+
+@cache
+def images() -> Splits:
+    """10,000 training images, 5,000 to choose by, 10,000 to report."""
+    return load(folder=folder(), validation=0.1, seed=0, limit=IMAGES, mean=MEAN, std=STD)
+
+
+def recipe(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> Recipe:
+    """One stage of training from scratch."""
+    methods = [
+        {part.method: {**part.parameters, **part.weighed(weight)}}
+        for part, weight in zip(contender.parts, weights, strict=True)
+    ]
+    stage = {
+        "name": "train",
+        "epochs": epochs,
+        "optimizer": {"learning_rate": 0.1},
+        "lr_schedule": {"warmup_epochs": 1},
+        "methods": methods,
+    }
+    teacher = {"name": "resnet56", "num_classes": 10, "weights": SHARED / "models/resnet56-cifar10-jpeg.safetensors"}
+    return Recipe.model_validate(
+        {
+            "model": {"name": contender.network, "num_classes": 10},
+            "teacher": teacher,
+            "data": {"folder": folder(), "augment": "crop_flip"},
+            "seed": seed,
+            "stages": [stage],
+        }
+    )
+
+
+def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> dict[str, Any]:
+    """Accuracy on both sets after the last epoch, seconds of training, and what the methods told."""
+    given = recipe(contender, weights, seed, epochs)
+    walk = prepare(given, model=None, data=images(), watch=Unwatched())
+    kept = folder().parent / "distillation" / hashlib.sha256(write(given).encode()).hexdigest()[:16]
+    begun = Checkpoints(kept)
+    (told,) = walk.stages(Unwatched(), begun)
+    test = walk.batches(images().test, 500)
+    found = {
+        "accuracy": accuracy(walk.model, test),
+        "validation_accuracy": told["validation_accuracy"],
+        "training_seconds": told["training_seconds"],
+        "steps": told["steps"],
+        "weights": list(weights),
+        "n": 1,
+    }
+    found |= {key: told[key] for key in ("reconstruction_error",) if key in told}
+    shutil.rmtree(kept)
+    return found
+
+
+def chosen(part: Part) -> float:
+    """The loss weight of a part: the best of three on the validation images, from a row or measured now."""
+    for weight in part.weights:
+        identity = {**part.identity, "weight": weight, "epochs": CHOOSING_EPOCHS, "images": IMAGES}
+        if rows.known(RESULT, identity):
+            continue
+        found = trained(Contender(part.method, (part,)), (weight,), 0, CHOOSING_EPOCHS)
+        reached = found.pop("validation_accuracy")
+        numbers = {"validation_accuracy": reached, "training_seconds": found["training_seconds"]}
+        rows.add(RESULT, identity, {**numbers, "n": 1, "spread": rows.spread([reached])}, [0])
+        print(f"{part.method}, {part.parameters}, weight {weight:g}: {reached:.2f} % validation", flush=True)
+    mine = [row for row in _rows("weight") if all(row[key] == value for key, value in part.identity.items())]
+    return max(mine, key=lambda row: row["validation_accuracy"])["weight"]
+
+
+def _rows(kind: str) -> Iterator[rows.Row]:
+    here = rows.machine()
+    return (row for row in rows.read(RESULT) if row["kind"] == kind and row["machine"] == here)
+
+
+def measure(contender: Contender, seed: int) -> None:
+    """Writes the row of one seed, if it is not there."""
+    identity = {"kind": "accuracy", "contender": contender.name, "seed": seed, "epochs": EPOCHS, "images": IMAGES}
+    if rows.known(RESULT, identity):
+        return
+    weights = tuple(map(chosen, contender.chosen_as or contender.parts))
+    found = trained(contender, weights, seed, EPOCHS)
+    rows.add(RESULT, identity, {**found, "spread": rows.spread([found["accuracy"]])}, [seed])
+    print(f"{contender.name}, seed {seed}: {found['accuracy']:.2f} %", flush=True)
+
+
+def show() -> None:
+    """Prints the rows of this machine: mean and range over the seeds."""
+    found = list(_rows("accuracy"))
+    table = Table("contender", "accuracy", "least to most", "seeds", "weights", "minutes", title="ResNet-56 teaches")
+    for name in dict.fromkeys(row["contender"] for row in found):
+        mine = [row for row in found if row["contender"] == name]
+        reached = [row["accuracy"] for row in mine]
+        weights = ", ".join(f"{weight:g}" for weight in mine[0]["weights"])
+        minutes = statistics.mean(row["training_seconds"] for row in mine) / 60
+        spread = f"{min(reached):.2f} to {max(reached):.2f}"
+        table.add_row(name, f"{statistics.mean(reached):.2f}", spread, str(len(mine)), weights, f"{minutes:.1f}")
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    """Trains what is not in `bench/results/distillation.json` yet, a seed of all before the next, and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", help="names of contenders")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
+    given = parser.parse_args()
+    if not given.table:
+        torch.set_num_threads(2)
+        with rows.alone():
+            for seed in given.seeds:
+                for contender in CONTENDERS:
+                    if seed in contender.seeds and (not given.only or contender.name in given.only):
+                        measure(contender, seed)
+    show()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Attention transfer: the student looks where the teacher looks.
+
+Zagoruyko and Komodakis, "Paying More Attention to Attention: Improving the Performance of Convolutional Neural
+Networks via Attention Transfer", ICLR 2017.
+
+    Q(A) = vec(sum_c |A_c|^p) / ||vec(sum_c |A_c|^p)||_2          A: (N, C, H, W), Q: (N, H * W)
+    code    L = loss_weight * sum over the layers of mean over (N, H * W) of (Q(A_student) - Q(A_teacher))^2
+    paper   L = sum over the layers of beta / 2 * mean over N of ||Q(A_student) - Q(A_teacher)||_2,
+            beta = loss_weight / (H * W)
+
+The paper writes the norm, its code takes the mean of the squares. The paper's beta of 0.1 is the code's 1000 divided by
+the size of the map and of the batch, so one `loss_weight` does for both. p = 1 is the sum of absolute values, p = 2
+what the code has. Maps of different size are pooled to the smaller, as later implementations do (RepDistiller); the
+paper has none. The authors begin their momentum anew at every drop of the learning rate; here it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from tersor.core.attachment import Attachment
+from tersor.core.layers import as_map
+from tersor.core.method import PLAIN_VALUES
+from tersor.core.objective import Batch, LossTerm, Outputs
+from tersor.core.pairs import Pair, pairs_of
+from tersor.core.target import Target
+
+Mode = Literal["code", "paper"]
+
+
+def attention_map(values: Tensor, p: int) -> Tensor:
+    """Feature maps (N, C, H, W) -> attention (N, H * W), of length 1."""
+    return F.normalize(values.abs().pow(p).mean(1).flatten(1), dim=1)
+
+
+def attention_loss(student: Tensor, teacher: Tensor, p: int, mode: Mode = "code") -> Tensor:
+    """Distance of the attention in two feature maps of one size (N, C, H, W); the channels may differ."""
+    difference = attention_map(student, p) - attention_map(teacher, p)
+    if mode == "code":
+        return difference.square().mean()
+    return torch.linalg.vector_norm(difference, dim=1).mean() / (2 * difference.shape[1])
+
+
+class AttentionTerm(LossTerm):
+    """The weighted sum over pairs of layers."""
+
+    name = "attention_transfer"
+
+    def __init__(self, pairs: Sequence[Pair], p: int, mode: Mode, loss_weight: float) -> None:
+        super().__init__()
+        self.pairs = tuple(pairs)
+        self.p = p
+        self.mode: Mode = mode
+        self.loss_weight = loss_weight
+
+    def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
+        """The loss of one batch."""
+        assert teacher is not None
+        losses = [
+            attention_loss(
+                F.adaptive_avg_pool2d(as_map(student.layers[pair.student]), pair.smaller),
+                F.adaptive_avg_pool2d(as_map(teacher.layers[pair.teacher]), pair.smaller),
+                self.p,
+                self.mode,
+            )
+            for pair in self.pairs
+        ]
+        return self.loss_weight * torch.stack(losses).sum()
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class AttentionTransfer:
+    """Attention maps of a teacher, layer by layer."""
+
+    needs_teacher: ClassVar[bool] = True
+    needs_steps: ClassVar[bool] = True
+    example: ClassVar[dict[str, Any]] = {"p": 1, "mode": "paper", "loss_weight": 500.0}
+    off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
+
+    layers: Annotated[tuple[str, ...], Field(description="patterns; the last layer at each resolution if left")] = ()
+    teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; as `layers` if left")] = ()
+    p: Annotated[Literal[1, 2, 4], Field(description="power of the absolute values that are summed")] = 2
+    mode: Annotated[Mode, Field(description="mean of squares as in the authors' code, or norm as in the paper")] = (
+        "code"
+    )
+    loss_weight: Annotated[float, Field(ge=0, description="beta; 0 leaves the labels as they are")] = 1000.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        data: Iterable[Any] | None = None,
+        teacher: nn.Module | None = None,
+        steps: int = 0,
+        target: Target | None = None,
+    ) -> Attachment:
+        """Adds the loss; changes nothing in `model`.
+
+        Raises:
+            InputError: no teacher, no images to see shapes on, layers that are not there or do not pair.
+        """
+        pairs = pairs_of(model, teacher, self.layers, self.teacher_layers, data, method="attention_transfer")
+        if not self.loss_weight:
+            return Attachment(model)
+        term = AttentionTerm(pairs, self.p, self.mode, self.loss_weight)
+        return Attachment(model, [term], self.label_weight, layers=[pair.paths for pair in pairs])

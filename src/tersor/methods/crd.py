@@ -1,0 +1,147 @@
+"""Contrastive distillation: the student's picture of an image is nearer to the teacher's than that of other images.
+
+Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020.
+
+    s, t (N, d)   pooled features of student and teacher, through a linear layer each, brought to length 1
+    M             a memory of both for every training image, a running mean that is brought to length 1 again
+    h(a, b)       exp(a . b / tau) / Z, Z from the first batch;  m = negatives / images
+    L = loss_weight * mean over N of [ -log h(s, M_t[i]) / (h(s, M_t[i]) + m)  -  sum over K others j of
+        log m / (h(s, M_t[j]) + m) ], and the same with s and t changed
+
+As in the authors' code: K = 16,384, d = 128, tau = 0.07, weight 0.8, memory's momentum 0.5. Their data loader takes the
+others from other classes; here they are drawn from all images, as their memory does where it is told none. The layer
+before the classifier is the named feature map, pooled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sized
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from tersor.core.attachment import Attachment
+from tersor.core.errors import InputError
+from tersor.core.layers import as_map
+from tersor.core.method import PLAIN_VALUES
+from tersor.core.objective import Batch, LossTerm, Outputs
+from tersor.core.pairs import Pair, last, pairs_of
+from tersor.core.seeded import seeded
+from tersor.core.target import Target
+
+_NOTHING = 1e-7
+
+
+def contrastive_loss(similarity: Tensor, images: int) -> Tensor:
+    """Of h (N, 1 + K), the right image first, among `images` that the others were drawn from."""
+    expected = (similarity.shape[1] - 1) / images
+    right, others = similarity[:, 0], similarity[:, 1:]
+    found = (right / (right + expected + _NOTHING)).log()
+    refused = (expected / (others + expected + _NOTHING)).log().sum(1)
+    return -(found + refused).mean()
+
+
+class ContrastTerm(LossTerm):
+    """The weighted loss; linear layers, memories and normalisation lie in it."""
+
+    name = "crd"
+    of_student: Tensor
+    of_teacher: Tensor
+    sums: Tensor
+
+    def __init__(self, method: CRD, pair: Pair, images: int) -> None:
+        super().__init__()
+        self.method = method
+        self.pair = pair
+        width = method.width
+        self.student_embedding = nn.Linear(pair.student_channels, width)
+        self.teacher_embedding = nn.Linear(pair.teacher_channels, width)
+        edge = 1 / math.sqrt(width / 3)
+        self.register_buffer("of_student", torch.empty(images, width).uniform_(-edge, edge))
+        self.register_buffer("of_teacher", torch.empty(images, width).uniform_(-edge, edge))
+        self.register_buffer("sums", torch.zeros(2))  # Z of either side, 0 until the first batch
+
+    def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
+        """The loss of one batch; in training, the memories take it in."""
+        assert teacher is not None
+        if batch.index is None:
+            raise InputError("crd remembers every image, and the batches do not say which they hold. Give Batch.index.")
+        ours = self._embedded(student.layers[self.pair.student], self.student_embedding)
+        theirs = self._embedded(teacher.layers[self.pair.teacher], self.teacher_embedding)
+        images = len(self.of_student)
+        drawn = torch.randint(images, (len(ours), self.method.negatives), device=ours.device)
+        places = torch.cat([batch.index[:, None], drawn], 1)
+        similar = [
+            self._similarity(ours, self.of_teacher, places, side=0),
+            self._similarity(theirs, self.of_student, places, side=1),
+        ]
+        if self.training:
+            self._remember(self.of_student, batch.index, ours)
+            self._remember(self.of_teacher, batch.index, theirs)
+        return self.method.loss_weight * (contrastive_loss(similar[0], images) + contrastive_loss(similar[1], images))
+
+    def _embedded(self, values: Tensor, embedding: nn.Module) -> Tensor:
+        return F.normalize(embedding(as_map(values).mean((2, 3))), dim=1)
+
+    def _similarity(self, anchors: Tensor, memory: Tensor, places: Tensor, side: int) -> Tensor:
+        """h (N, 1 + K) of anchors (N, d) and what the memory (images, d) holds at `places` (N, 1 + K)."""
+        remembered = memory[places]
+        similar = torch.bmm(remembered, anchors[:, :, None])[:, :, 0].div(self.method.tau).exp()
+        if not self.sums[side]:
+            self.sums[side] = similar.detach().mean() * len(memory)
+        return similar / self.sums[side].clone()
+
+    @torch.no_grad()
+    def _remember(self, memory: Tensor, index: Tensor, values: Tensor) -> None:
+        momentum = self.method.momentum
+        memory[index] = F.normalize(momentum * memory[index] + (1 - momentum) * values, dim=1)
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class CRD:
+    """A teacher's picture of every image, among those of others."""
+
+    needs_teacher: ClassVar[bool] = True
+    needs_steps: ClassVar[bool] = True
+    example: ClassVar[dict[str, Any]] = {"negatives": 64, "width": 32, "tau": 0.1}
+    off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
+
+    layer: Annotated[str, Field(description="of the student; the last feature map if left")] = ""
+    teacher_layer: Annotated[str, Field(description="of the teacher; as `layer` if left")] = ""
+    loss_weight: Annotated[float, Field(ge=0, description="0 leaves the labels as they are")] = 0.8
+    label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
+    negatives: Annotated[int, Field(ge=1, description="K: images that each is compared with")] = 16384
+    width: Annotated[int, Field(ge=1, description="d: of what is compared")] = 128
+    tau: Annotated[float, Field(gt=0, description="temperature of the similarity")] = 0.07
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of the memories")] = 0.5
+    seed: Annotated[int, Field(ge=0, description="of the weights, and of what is remembered at first")] = 0
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        data: Iterable[Any] | None = None,
+        teacher: nn.Module | None = None,
+        steps: int = 0,
+        target: Target | None = None,
+    ) -> Attachment:
+        """Builds linear layers and memories; changes nothing in `model`.
+
+        Raises:
+            InputError: no teacher, no data that knows how many images it holds, a layer that is not there.
+        """
+        layers, of_teacher = [(name,) if name else () for name in (self.layer, self.teacher_layer)]
+        (pair,) = pairs_of(model, teacher, layers, of_teacher, data, method="crd", chosen=last)
+        if not self.loss_weight:
+            return Attachment(model)
+        held = getattr(data, "images", getattr(data, "dataset", None))
+        if not isinstance(held, Sized):
+            raise InputError("crd remembers every training image. Pass tersor.data.Batches, or a DataLoader.")
+        with seeded(self.seed):
+            term = ContrastTerm(self, pair, len(held))
+        return Attachment(model, [term], self.label_weight, layers=[pair.paths])

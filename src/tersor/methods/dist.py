@@ -1,0 +1,88 @@
+"""DIST: the student's answers correlate with the teacher's, image by image and class by class.
+
+Huang, You, Wang, Qian and Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
+
+    p = softmax(z / T), logits z (N, classes);  d(a, b) = 1 - Pearson's correlation of two vectors
+    inter = T^2 * mean over the N images of d(p_student[i, :], p_teacher[i, :])
+    intra = T^2 * mean over the classes of d(p_student[:, j], p_teacher[:, j])
+    L     = beta * inter + gamma * intra + label_weight * CE
+
+A correlation asks for the order of the answers, not for their values, so that a teacher much stronger than the student
+does no harm. The authors' code multiplies by T^2 where the paper has T = 1 in its formula; that is the same there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from tersor.core.attachment import Attachment
+from tersor.core.errors import InputError
+from tersor.core.method import PLAIN_VALUES
+from tersor.core.objective import Batch, LossTerm, Outputs
+from tersor.core.target import Target
+
+_NOTHING = 1e-8
+
+
+def correlation_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - Pearson's correlation of the rows of two matrices (N, M), averaged over N."""
+    ours, theirs = (values - values.mean(1, keepdim=True) for values in (student, teacher))
+    return 1 - ((ours * theirs).sum(1) / (ours.norm(dim=1) * theirs.norm(dim=1) + _NOTHING)).mean()
+
+
+class CorrelationTerm(LossTerm):
+    """The weighted distances, between images and between classes."""
+
+    name = "dist"
+
+    def __init__(self, method: DIST) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
+        """The loss of one batch; the images' labels are not looked at."""
+        assert teacher is not None
+        method = self.method
+        ours, theirs = ((logits / method.temperature).softmax(1) for logits in (student.logits, teacher.logits))
+        inter, intra = correlation_distance(ours, theirs), correlation_distance(ours.T, theirs.T)
+        return method.temperature**2 * (method.beta * inter + method.gamma * intra)
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class DIST:
+    """Correlation with the teacher's answers."""
+
+    needs_teacher: ClassVar[bool] = True
+    needs_steps: ClassVar[bool] = True
+    example: ClassVar[dict[str, Any]] = {"beta": 0.5, "gamma": 1.5, "temperature": 2.0}
+    off: ClassVar[dict[str, Any]] = {"beta": 0.0, "gamma": 0.0}
+
+    beta: Annotated[float, Field(ge=0, description="weight of the distance within an image")] = 1.0
+    gamma: Annotated[float, Field(ge=0, description="weight of the distance within a class")] = 1.0
+    temperature: Annotated[float, Field(gt=0, description="T")] = 4.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        data: Iterable[Any] | None = None,
+        teacher: nn.Module | None = None,
+        steps: int = 0,
+        target: Target | None = None,
+    ) -> Attachment:
+        """Adds the loss; changes nothing in `model`.
+
+        Raises:
+            InputError: there is no teacher.
+        """
+        if teacher is None:
+            raise InputError("dist needs a teacher; none was given. Pass teacher=..., or write one in the recipe.")
+        if not self.beta and not self.gamma:
+            return Attachment(model)
+        return Attachment(model, [CorrelationTerm(self)], self.label_weight)

@@ -1,0 +1,220 @@
+"""What teaches by layers: pairs, parts of their own that learn, and what it costs a student that is compressed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.core.method import chain
+from tersor.core.objective import Batch, Objective, Outputs
+from tersor.core.pairs import pairs_of
+from tersor.core.target import Target
+from tersor.core.training import OptimizerOptions, Training
+from tersor.methods.attention_transfer import AttentionTransfer
+from tersor.methods.channel_pruning import ChannelPruning
+from tersor.methods.crd import CRD
+from tersor.methods.dkd import DKD
+from tersor.methods.factor_transfer import FactorTransfer
+from tersor.methods.fitnet import FitNet
+from tersor.methods.qat import QAT
+from tersor.methods.reviewkd import ReviewKD
+from tersor.methods.weight_pruning import WeightPruning
+from tersor.train import fit
+from tersor.zoo import build
+
+
+class Loader:
+    """32 images of 16 x 16 in four batches, each with its place."""
+
+    def __init__(self, seed=1):
+        draw = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(32, 3, 16, 16, generator=draw)
+        self.labels = torch.randint(0, 10, (32,), generator=draw)
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        for index in torch.arange(32).split(8):
+            yield Batch(self.images[index], self.labels[index], index)
+
+    def set_epoch(self, epoch):
+        pass
+
+
+def networks(student="resnet20", teacher="resnet32"):
+    torch.manual_seed(0)
+    return build(student, 10), build(teacher, 10).eval()
+
+
+def losses(attached, teacher, batch=None):
+    objective = Objective(
+        attached.model, attached.terms, teacher, layers=attached.layers, label_weight=attached.label_weight
+    )
+    return objective, objective(batch or next(iter(Loader())))
+
+
+METHODS = [
+    AttentionTransfer(),
+    FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.01),
+    FitNet(),
+    ReviewKD(),
+    CRD(negatives=8, width=16),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_the_student_and_the_parts_of_the_method_get_gradients_and_the_teacher_none(method):
+    student, teacher = networks()
+    attached = method.attach(student, data=Loader(), teacher=teacher, steps=10)
+    list(attached.begin())
+    objective, found = losses(attached, teacher)
+    (name,) = [each for each in found if each != "labels"]
+    assert name == attached.terms[0].name
+    found[name].backward()
+    assert torch.isfinite(found[name])
+    assert student.conv1.weight.grad.abs().sum() > 0
+    learning = [parameter for parameter in attached.terms[0].parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in learning)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not teacher.training
+    assert objective.training
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_parts_are_drawn_from_the_seed_of_the_method(method):
+    def parts(noise):
+        torch.manual_seed(noise)
+        student, teacher = networks()
+        torch.rand(noise)
+        return method.attach(student, data=Loader(), teacher=teacher, steps=10).terms[0].state_dict()
+
+    first, second = parts(1), parts(5)
+    assert all(torch.equal(first[key], second[key]) or torch.isnan(first[key]).all() for key in first)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(("student", "teacher"), [("resnet20", "resnet18"), ("mobilenet_v2", "resnet20")])
+def test_networks_of_other_families_teach(method, student, teacher):
+    pupil, master = networks(student, teacher)
+    attached = method.attach(pupil, data=Loader(), teacher=master, steps=10)
+    list(attached.begin())
+    _, found = losses(attached, master)
+    assert all(torch.isfinite(loss) for loss in found.values())
+
+
+def test_a_transformer_teaches_a_convolutional_network_and_back():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    transformer = VisionTransformer(16, 4, 2, 2, 24, 48, num_classes=10)
+    network = build("resnet20", 10)
+    for pupil, master, layers in (
+        (network, transformer, ("layer3", "encoder")),
+        (transformer, network, ("encoder", "layer3")),
+    ):
+        for method in (AttentionTransfer, FitNet, ReviewKD):
+            made = method(layers=layers[:1], teacher_layers=layers[1:])
+            attached = made.attach(copy.deepcopy(pupil), data=Loader(), teacher=copy.deepcopy(master).eval(), steps=10)
+            _, found = losses(attached, copy.deepcopy(master).eval())
+            assert all(torch.isfinite(loss) for loss in found.values())
+
+
+def test_pairs_are_told_where_they_do_not_fit():
+    student, teacher = networks()
+    given = {"data": Loader(), "method": "fitnet"}
+    with pytest.raises(InputError, match=r"fitnet needs a teacher"):
+        pairs_of(student, None, (), (), **given)
+    with pytest.raises(InputError, match=r"fitnet needs images"):
+        pairs_of(student, teacher, (), (), None, method="fitnet")
+    with pytest.raises(InputError, match=r"has 3 of the student \(layer1, layer2, layer3\) and 1 of the teacher"):
+        pairs_of(student, teacher, ("layer?",), ("layer3",), **given)
+    with pytest.raises(InputError, match=r"teacher_layers and no layers"):
+        pairs_of(student, teacher, (), ("layer3",), **given)
+    with pytest.raises(InputError, match=r"the student has no layer 'block3'"):
+        pairs_of(student, teacher, ("block3",), (), **given)
+    with pytest.raises(InputError, match=r"the student's layer linear gives \(2, 10\)\. Possible: feature maps"):
+        pairs_of(student, teacher, ("linear",), (), **given)
+
+
+def test_the_paraphraser_learns_first_and_then_stays():
+    student, teacher = networks()
+    method = FactorTransfer(paraphraser_epochs=8, paraphraser_learning_rate=0.05, batch_norm=True)
+    attached = method.attach(student, data=Loader(), teacher=teacher, steps=10)
+    assert not [name for name, value in attached.told.items() if value == value]  # NaN: it has learned nothing yet
+    progress = list(attached.begin())
+    assert [(each.done, each.total) for each in (progress[0], progress[-1])] == [(1, 32), (32, 32)]
+    shorter = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.05, batch_norm=True)
+    once = shorter.attach(student, data=Loader(), teacher=teacher, steps=10)
+    list(once.begin())
+    assert attached.told["reconstruction_error"] < once.told["reconstruction_error"]
+    term = attached.terms[0]
+    before = copy.deepcopy(term.state_dict())
+    fit(attached, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=4, teacher=teacher)
+    for key, value in term.state_dict().items():
+        assert torch.equal(value, before[key]) == key.startswith(("paraphraser.", "error")), key
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(0.25, 16), (0.5, 32), (1.0, 64), (1.5, 96)])
+def test_the_paraphrase_rate_is_of_the_teachers_channels(rate, channels):
+    student, teacher = networks()
+    term = FactorTransfer(paraphrase_rate=rate).attach(student, data=Loader(), teacher=teacher).terms[0]
+    factor = term.paraphraser.encoder(torch.randn(2, 64, 4, 4))
+    assert factor.shape == (2, channels, 4, 4)
+    assert term.translator(torch.randn(2, 64, 4, 4)).shape == factor.shape
+    assert term.paraphraser(torch.randn(2, 64, 4, 4)).shape == (2, 64, 4, 4)
+    convolutions = [part for part in term.modules() if isinstance(part, nn.Conv2d | nn.ConvTranspose2d)]
+    assert len(convolutions) == 9
+    assert all(part.bias is not None for part in convolutions)
+
+
+def test_decoupled_asks_for_labels_and_rises():
+    student, teacher = networks()
+    attached = DKD(warmup=0.5).attach(student, teacher=teacher, steps=8)
+    images = Loader().images[:4]
+    with pytest.raises(InputError, match="which class is the right one"):
+        attached.terms[0](Batch(images), Outputs(student(images)), Outputs(teacher(images)))
+    rises = []
+    for step in range(6):
+        rises.append(float(attached.terms[0].rise))
+        attached.after_step(step, None)
+    assert rises == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert float(DKD(warmup=0).attach(student, teacher=teacher, steps=8).terms[0].rise) == 1
+
+
+def test_crd_remembers_what_it_was_shown():
+    student, teacher = networks()
+    attached = CRD(negatives=8, width=16).attach(student, data=Loader(), teacher=teacher)
+    term = attached.terms[0]
+    before = term.of_student.clone()
+    losses(attached, teacher)
+    changed = (term.of_student != before).any(1)
+    assert changed[:8].all()
+    assert not changed[8:].any()
+    assert torch.allclose(term.of_student[:8].norm(dim=1), torch.ones(8))
+    assert (term.sums > 0).all()
+    with pytest.raises(InputError, match=r"Give Batch\.index"):
+        losses(attached, teacher, Batch(Loader().images[:8], Loader().labels[:8]))
+    with pytest.raises(InputError, match="crd remembers every training image"):
+        CRD().attach(student, data=[Loader().images], teacher=teacher)
+
+
+def test_a_student_learns_from_layers_while_it_loses_channels_and_weights_and_gets_grids():
+    student, teacher = networks("resnet20", "resnet20")
+    methods = [
+        ChannelPruning(keep_macs=0.7, estimation_images=32),
+        WeightPruning(sparsity=0.8, sparsity_schedule="cubic", every=1),
+        QAT(calibration_images=32),
+        FactorTransfer(layer="layer3", paraphraser_epochs=1, paraphraser_learning_rate=0.01),
+        AttentionTransfer(layers=("layer?",)),
+    ]
+    attached = chain(methods, student, data=Loader(), teacher=teacher, steps=4, target=Target(cpu="vnni"))
+    list(attached.begin())
+    found = fit(attached, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.01)), steps=4, teacher=teacher)
+    attached.finish()
+    assert set(found.losses) == {"labels", "factor_transfer", "attention_transfer"}
+    assert torch.isfinite(attached.model(Loader().images)).all()
