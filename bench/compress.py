@@ -54,7 +54,7 @@ from tersor.train import Fitted, fit
 RESULT = "compress"
 OURS = "tersor"
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
-PACE_STEPS, PACE_ROUNDS = 20, 5
+PACE_STEPS, PACE_ROUNDS = 15, 3
 SUBJECT = TRAINED["resnet56"]
 
 
