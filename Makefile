@@ -22,7 +22,7 @@ demo: $(USE)
 
 test: $(DEV)
 	$(BIN)/python bench/rows.py wait
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-all: $(DEV)
 	$(BIN)/python bench/rows.py wait
