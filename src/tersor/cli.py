@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+_INTERRUPTED = 130
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, in YAML", show_default=False)]
 
@@ -54,8 +56,9 @@ def run(
         try:
             folder = walk(checked, out=out, resume=resume, watch=bars)
         except KeyboardInterrupt:
-            how = shlex.join(sys.argv[1:]) + ("" if resume else " --resume")
-            raise KeyboardInterrupt(f"interrupted. To go on: tersor {how}") from None
+            how = "the same command" if processes.count() > 1 else f"tersor {shlex.join(sys.argv[1:])}"
+            _say(f"interrupted. To go on: {how}{'' if resume else ' --resume'}")
+            raise typer.Exit(_INTERRUPTED) from None
     if processes.rank():
         return
     numbers = json.loads((folder / "numbers.json").read_text())
@@ -170,11 +173,13 @@ def main() -> None:
     """Runs the command line; what a user did wrong is one message and exit code 2."""
     sys.path.append(str(Path.cwd()))  # last: `package.module:function` of the user's own folder shadows nothing
     try:
-        app()
+        app()  # which ends with 130 where Ctrl-C was pressed
     except InputError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        _say(f"error: {error}", style="red")
         sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        message = str(interrupt) or "interrupted"
-        Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
-        sys.exit(130)
+
+
+def _say(message: str, style: str | None = None) -> None:
+    """On the error stream; of several processes, the first alone."""
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True).print(message, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -57,7 +57,8 @@ def run(
     Raises:
         InputError: something that was given cannot be used.
     """
-    watch = watch or Unwatched()
+    PartialState()  # joins the processes that `accelerate launch` started
+    watch = watch if watch and not processes.rank() else Unwatched()
     if not isinstance(model, nn.Module | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"model is a {type(model).__name__}. Pass a torch.nn.Module, or name one in the recipe.")
     if not isinstance(data, Splits | None):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -70,12 +71,10 @@ def run(
     checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoints"))
     text = recipes.write(recipe)
     if resume and _ended(out, text):
-        checkpoints.remove()  # the run may have been killed between its last two moves
+        if not processes.rank():
+            checkpoints.remove()  # the run may have been killed between its last two moves
         watch.say(f"{out} is there already: nothing is left to do.")
         return out
-    PartialState()  # joins the processes that `accelerate launch` started
-    if processes.rank():
-        watch = Unwatched()
     require_free(out)
     with checkpoints.held(text, resume=resume):
         walk = prepare(recipe, model=model, data=data, watch=watch)
@@ -136,7 +135,9 @@ def _fill(
     told = [{**stage, **numbers["stages"].get(number, {})} for number, stage in enumerate(stages, 1)]
     numbers |= {"stages": told, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
-    evidence = gather(original, walk.model, walk.teacher, folder, test, recipe.target, answers=answers, watch=watch)
+    evidence = gather(
+        original, walk.model, walk.teacher, walk.untouched, folder, test, recipe.target, answers=answers, watch=watch
+    )
     (folder / "evidence.json").write_text(json.dumps(evidence))
     draw(folder)
     (folder / "recipe.yaml").write_text(recipes.write(recipe))

@@ -16,7 +16,6 @@ accelerate prepares two things only, the Objective and the optimizer:
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,19 +23,20 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from tersor.core.attachment import Attachment
 from tersor.core.batch_source import BatchSource, Group, groups
 from tersor.core.device import layout_for, precision_for, set_layout
 from tersor.core.errors import InputError
+from tersor.core.loss_log import LossLog
 from tersor.core.objective import Batch, Objective
 from tersor.core.optimizer import optimizer_for
 from tersor.core.processes import any_of, as_in_the_first
 from tersor.core.running_mean import RunningMean
 from tersor.core.schedule import learning_rate_factor
-from tersor.core.snapshot import Keeper, restore, snapshot, stop_asked
+from tersor.core.snapshot import Keeper, part, restore, snapshot, stop_asked
 from tersor.core.training import Training
 from tersor.core.watch import Unwatched, Watch
 
@@ -63,13 +63,15 @@ class Fitted:
 
     Attributes:
         steps: optimizer steps.
-        seconds: wall time of these steps, data included.
-        losses: mean of each loss, by name, over the steps of the last epoch that was begun, in this process.
+        seconds: wall time of these steps, data included, also of those that a process before took.
+        earlier: of these seconds, those of processes before.
+        losses: mean of each loss, by name, over the steps of the last epoch that was begun.
         precision: what the networks ran in.
     """
 
     steps: int
     seconds: float
+    earlier: float
     losses: dict[str, float]
     precision: Literal["float32", "bfloat16"]
 
@@ -123,8 +125,12 @@ def fit(
     if not attachment.terms and not attachment.label_weight:
         raise InputError("nothing is asked of the network: label_weight is 0 and no method adds a loss.")
     rates = learning_rates(batches, training, steps)
+    # without labels nothing may ask the classifier: a term may look at layers alone
+    of_several = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
     accelerator = Accelerator(
-        mixed_precision="no", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[of_several],
     )
     device = accelerator.device
     objective = Objective(
@@ -180,9 +186,8 @@ class _Loop:
         if kept is not None:
             restore(kept, self.plain, self.torch_optimizer, mean)
             self.watch.advance(first)
+        log = LossLog(part(kept or {}, "log"))
         shown: dict[str, float] = {}
-        of_epoch: list[Tensor] = []
-        begun = time.perf_counter()
         steps = groups(batches, self.training.accumulate, first)
         with stop_asked(keeper is not None) as asked:
             for step, (rate, group) in enumerate(zip(rates[first:], steps, strict=False), first):
@@ -192,24 +197,30 @@ class _Loop:
                 self._move(rate)
                 if mean:
                     mean.update(self.model, step)
-                if group.first:
-                    of_epoch.clear()
-                of_epoch.append(values)
+                log.add(losses, first=group.first)
                 if step % REPORT_EVERY == 0 or not shown:
                     shown = dict(zip(losses, values.tolist(), strict=True))
                 self.watch.advance(1, **shown, learning_rate=rate)
                 if keeper:
-                    stop = any_of(asked())
-                    if stop or (step + 1) % keeper.every == 0:
-                        keeper.keep(step + 1, snapshot(self.plain, self.torch_optimizer, mean))
-                    if stop:
-                        raise KeyboardInterrupt
+                    self._keep(keeper, step + 1, asked(), mean, log)
         if mean:
             mean.copy_to(self.model)
-        as_in_the_first(self.model)  # running statistics and ranges follow the images of their own process
+        as_in_the_first(self.model)  # the last batch has moved running statistics and ranges in each apart
         as_in_the_first(self.plain.terms)
-        means = dict(zip(shown, torch.stack(of_epoch).mean(0).tolist(), strict=True)) if of_epoch else {}
-        return Fitted(len(rates), time.perf_counter() - begun, means, self.precision)
+        return Fitted(len(rates), log.seconds, log.earlier, log.means(), self.precision)
+
+    def _keep(self, keeper: Keeper, done: int, asked: bool, mean: RunningMean | None, log: LossLog) -> None:
+        """A snapshot every few steps, and where Ctrl-C was pressed in any process; then all stop.
+
+        Raises:
+            KeyboardInterrupt: it was pressed.
+        """
+        stop = any_of(asked)
+        if stop or done % keeper.every == 0:
+            told = {f"log.{name}": value for name, value in log.tensors().items()}
+            keeper.keep(done, snapshot(self.plain, self.torch_optimizer, mean) | told)
+        if stop:
+            raise KeyboardInterrupt
 
     def _gradients(self, group: Group) -> dict[str, Tensor]:
         """Leaves the gradient of the mean over the group's batches in the parameters; the mean losses by name."""
@@ -230,8 +241,9 @@ class _Loop:
 
     def _stop_unless_finite(self, names: Iterable[str], values: Tensor, step: int, rate: float) -> None:
         # Looked at after the backward pass was started: on a GPU the wait is then no longer than the pass.
-        if not bool(values.isfinite().all()):
-            name, value = next(pair for pair in zip(names, values.tolist(), strict=True) if not math.isfinite(pair[1]))
+        if any_of(not bool(values.isfinite().all())):
+            told = zip(names, values.tolist(), strict=True)
+            name, value = next((pair for pair in told if not math.isfinite(pair[1])), ("of another process", math.nan))
             last = self.keeper.last if self.keeper else None
             raise NonFiniteLoss(step + 1, name, value, rate, last)
 

@@ -120,6 +120,7 @@ class Walk:
         self.model = attachment.model
         told: dict[str, Any] = {"name": stage.name, "methods": stage.model_dump(mode="json")["methods"]}
         told |= {"steps": steps, "notes": list(attachment.notes)}
+        earlier = 0.0
         if steps:
             fitted = fit(
                 attachment,
@@ -132,10 +133,11 @@ class Walk:
                 task=stage.name,
                 keeper=keeper,
             )
+            earlier = fitted.earlier
             told |= {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
         attachment.finish()
         told |= attachment.told
-        told["minutes"] = (time.perf_counter() - began) / 60
+        told["minutes"] = (time.perf_counter() - began + earlier) / 60
         told["validation_accuracy"] = self.validate(self.model, stage.name, watch)
         return told
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 
 import pytest
 import torch
+from PIL import Image
 from test_layers import Small
 
 from tersor.core.target import Target
@@ -44,7 +47,7 @@ def gathered(networks, teacher=None):
         entry: predictions(open_session(folder / file, "onnxruntime"), (batch.images.numpy() for batch in test))
         for entry, file in (("original", "original.onnx"), ("artifact", "model.onnx"))
     }
-    return gather(original, model, teacher, folder, test, Target(), answers=answers, watch=Unwatched())
+    return gather(original, model, teacher, original, folder, test, Target(), answers=answers, watch=Unwatched())
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def evidence(networks):
 
 def test_it_is_plain_values(evidence):
     assert json.loads(json.dumps(evidence, allow_nan=False)) == evidence
-    assert set(evidence) == {"looked_at", "layers", "profile", "targets", "answers"}
+    assert set(evidence) == {"looked_at", "layers", "profile", "targets", "attention", "answers"}
     assert evidence["looked_at"] == 256
 
 
@@ -63,6 +66,26 @@ def test_changed_answers_are_told(evidence):
     assert told["images"] == 300
     assert told["agreement"] < 100, "two bits change something"
     assert len(told["shown"]) == min(24, round(300 * (1 - told["agreement"] / 100)))
+
+
+def test_the_classes_that_are_held_for_alike_are_means_of_softened_answers(networks, evidence):
+    told = evidence["targets"]["similar"]
+    _, original, _, test = networks
+    softened = torch.cat([(original(batch.images) / 4).softmax(1).detach() for batch in test])
+    assert told["images"] == 300
+    for label, row in told["rows"]:
+        assert row == pytest.approx(softened[test.images.labels == label].mean(0).tolist(), abs=1e-4)
+
+
+def test_attention_is_drawn_for_each_network_and_resolution(evidence):
+    told = evidence["attention"]
+    assert list(told["layers"]) == ["before", "after"]
+    for image in told["images"]:
+        for name, layers in told["layers"].items():
+            assert len(image["maps"][name]) == len(layers) > 0
+            drawn = Image.open(io.BytesIO(base64.b64decode(image["maps"][name][0].partition(",")[2])))
+            assert drawn.size == (48, 48)
+            assert drawn.getextrema() == (0, 255)
 
 
 def test_the_profile_names_every_layer_of_either_file(evidence):

@@ -28,12 +28,12 @@ from tersor.walk import Walk
 
 DEMO = Path(__file__).parents[2] / "recipes" / "digits.yaml"
 STEPS = 6
-KEPT, STOPPED = 3, 4
-"""After so many steps a checkpoint is written; during so many the process stops."""
+KEPT, STOPPED = 3, 5
+"""After so many steps a checkpoint is written; during so many, in the second epoch, the process stops."""
 RECIPE = """\
 model: {name: "subjects:Subject"}
 teacher: {name: "subjects:Subject", epochs: 1, training: {batch_size: 64, optimizer: {learning_rate: 0.05}}}
-data: {name: digits, limit: 320, augment: flip}
+data: {name: digits, limit: 80, augment: flip}
 checkpoint_every: 3
 stages: [{name: law, batch_size: 16, steps: 6, optimizer: {learning_rate: 0.02}}]
 """
@@ -83,9 +83,31 @@ def walked(given: Recipe, folder: Path, watch: Watch | None = None) -> Walk:
     """The recipe, to its last stage."""
     walk, checkpoints = walk_of(given), Checkpoints(folder)
     watch = watch or Unwatched()
+    if isinstance(watch, Notes):
+        watch.walk = walk
     walk.train_teacher(Unwatched(), checkpoints)
     walk.stages(watch, checkpoints)
     return walk
+
+
+class Notes(Unwatched):
+    """Notes what each process has after its last step, before the first one's is taken by all: weights, masks, scales.
+
+    Running statistics and ranges are not among it: these follow the images of their own process from step to step.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        self.walk: Walk | None = None
+        self.noted: dict[str, Tensor] = {}
+
+    def advance(self, amount: int = 1, **shown: float) -> None:
+        self.left -= bool(shown)
+        if not self.left:
+            assert self.walk is not None
+            state = self.walk.model.state_dict()
+            own = ("running_", "num_batches_tracked", "quantizers.")
+            self.noted = {key: state[key].clone() for key in state if not any(part in key for part in own)}
 
 
 class Stops(Unwatched):
@@ -107,10 +129,12 @@ def images(count: int = 300) -> Tensor:
 
 
 def end(folder: Path) -> dict[str, Tensor]:
-    """What the stage ended with."""
-    found = Checkpoints(folder).end_of(1)
+    """What the stage ended with, and all that its training was after the last step but for the clock."""
+    found, last = Checkpoints(folder).end_of(1), Checkpoints(folder).newest_within(1)
     assert found is not None
-    return found.tensors()
+    assert last is not None
+    assert last.step == STEPS
+    return found.tensors() | {f"last.{key}": value for key, value in last.tensors().items() if key != "log.seconds"}
 
 
 def _resume(folder: Path) -> None:
@@ -127,8 +151,11 @@ def _processes(out: Path) -> None:
     shorter = ["data.limit=320", "teacher.epochs=2", "stages.0.epochs=2", "stages.1.epochs=1", f"seed={here}"]
     given[DEMO.stem] = read(DEMO, shorter)
     for name, each in given.items():
-        walk = walked(each, out / name)
+        notes = Notes(STEPS if name != DEMO.stem else 0)
+        walk = walked(each, out / name, notes)
+        assert notes.noted or name == DEMO.stem
         state = {key: value.contiguous().clone() for key, value in walk.model.state_dict().items()}
+        state |= {f"noted.{key}": value.contiguous() for key, value in notes.noted.items()}
         save_file(state, out / f"{name}-{here}.safetensors")
 
 

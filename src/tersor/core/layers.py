@@ -8,7 +8,7 @@ modules gives that node too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -52,16 +52,15 @@ class Layers:
             self._modes = [(mirror, module) for mirror, module in pairs if mirror is not module]
         for mirror, module in self._modes:
             mirror.training = module.training
-        logits, *values = self._view(images)
-        return logits, dict(zip(self.paths, values, strict=True))
+        logits, *given = self._view(images)
+        count = len(self.paths)
+        return logits, self._checked(zip(self.paths, given[:count], given[count:], strict=True))
 
     def _hooked(self, images: Tensor) -> Given:
-        seen: dict[str, tuple[Tensor, int]] = {}
+        seen: dict[str, tuple[object, int]] = {}
 
         def look(path: str) -> None:
             def keep(_module: nn.Module, _inputs: object, output: object) -> None:
-                if not isinstance(output, Tensor):
-                    raise InputError(f"the layer {path} gives a {type(output).__name__}, not a tensor. Name another.")
                 seen[path] = output, _version(output)
 
             hooks.append(self.model.get_submodule(path).register_forward_hook(keep))
@@ -77,26 +76,42 @@ class Layers:
         for path in self.paths:
             if path not in seen:
                 raise InputError(f"the layer {path} is not called by the network. Name another.")
-            if _version(seen[path][0]) != seen[path][1]:
+        return logits, self._checked((path, *seen[path]) for path in self.paths)
+
+    def _checked(self, given: Iterable[tuple[str, object, int]]) -> dict[str, Tensor]:
+        """What each layer gave, if it still is what it was when the layer gave it."""
+        found: dict[str, Tensor] = {}
+        for path, value, version in given:
+            if not isinstance(value, Tensor):
+                raise InputError(f"the layer {path} gives a {type(value).__name__}, not a tensor. Name another.")
+            if _version(value) != version:
                 raise InputError(
                     f"what the layer {path} gives is changed in place by the layer after it. Name that one, or build "
                     "it with inplace=False."
                 )
-        return logits, {path: seen[path][0] for path in self.paths}
+            found[path] = value
+        return found
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # pyright: ignore[reportPrivateUsage]
+def _version(value: object) -> int:
+    if not isinstance(value, Tensor) or value.is_inference():
+        return 0
+    return value._version  # pyright: ignore[reportPrivateUsage]
 
 
 def _with_nodes(graph: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
-    """A second graph over the same modules, which gives the layers' nodes behind the logits."""
+    """A second graph over the same modules: behind the logits, the layers' values, and the versions they had."""
     returned: dict[str, str] = graph.meta["layers"]
     copied: dict[fx.Node, fx.Node] = {}
     wider = fx.Graph()
     logits = wider.graph_copy(graph.graph, copied)
     by_name = {node.name: copied[node] for node in graph.graph.nodes if node in copied}
-    wider.output((logits, *[by_name[returned[path]] for path in paths]))
+    nodes = [by_name[returned[path]] for path in paths]
+    versions: list[fx.Node] = []
+    for node in nodes:
+        with wider.inserting_after(node):
+            versions.append(wider.call_function(_version, (node,)))
+    wider.output((logits, *nodes, *versions))
     return fx.GraphModule(graph, wider)
 
 

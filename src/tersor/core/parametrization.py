@@ -45,10 +45,11 @@ class FakeQuantize(nn.Module):
         self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
         self.ready = True
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
         """`values` of any shape; (channels, ...) where there is a scale for each channel.
 
-        They are rounded in float32, also under autocast: bfloat16 would merge 21 of 256 levels.
+        `moved` ones are those of another call, in another place or shape: here that changes nothing. All
+        are rounded in float32, also under autocast: bfloat16 would merge 21 of 256 levels.
         """
         if not self.ready:
             return values
@@ -98,9 +99,9 @@ class MovingFakeQuantize(FakeQuantize):
         self.high.copy_(high)
         self.set_grid(*affine_parameters(self.low, self.high, self.grid))
 
-    def forward(self, values: Tensor) -> Tensor:
-        """`values` of any shape."""
-        if self.training and self.moves and self.ready:
+    def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
+        """`values` of any shape; `moved` ones are those of another call, which has moved the range already."""
+        if self.training and self.moves and self.ready and not moved:
             low, high = torch.aminmax(values.detach().float())
             self.set_range(self.low.lerp(low, self.averaging), self.high.lerp(high, self.averaging))
         return super().forward(values)

@@ -99,9 +99,10 @@ def restore(
             mean.values[key].copy_(value)
     random = part(tensors, "random")
     here = rank()
-    if f"cpu{here}" not in random:
+    begun = sum(name.startswith("cpu") for name in random)
+    if begun != count():
         raise InputError(
-            f"the run was begun by fewer than {count()} processes. Go on with as many as it was begun with."
+            f"the run was begun by {begun} processes, and goes on with {count()}. Start as many as before."
         )
     torch.set_rng_state(random[f"cpu{here}"])
     if f"cuda{here}" in random and torch.cuda.is_available():

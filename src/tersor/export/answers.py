@@ -22,6 +22,8 @@ TEMPERATURES = (1, 2, 4, 8, 16)
 _SHOWN = 24
 _LONGEST_SIDE = 96
 _CLASSES_SHOWN = 12
+_MATRIX_CLASSES = 20
+_LOOKED_AT = 2000
 
 
 def changed_answers(images: Images, before: Array, after: Array) -> dict[str, Any]:
@@ -114,6 +116,28 @@ def softened_targets(network: nn.Module, test: Batches, index: Tensor) -> list[d
             }
         )
     return told
+
+
+@torch.no_grad()
+def similar_classes(network: nn.Module, test: Batches, temperature: float = 4.0) -> dict[str, Any]:
+    """Which classes `network` holds for alike: its mean softened answer to the images of each class.
+
+    Args:
+        network: in eval mode, on the CPU.
+        test: images, normalised as the network wants them; up to 2,000 of them, evenly, are looked at.
+        temperature: T of softmax(logits / T).
+
+    Returns:
+        `temperature`, `images` looked at, and `rows`: [class, [probability of every class]]; no rows where there are
+        more than 20 classes.
+    """
+    index = torch.linspace(0, len(test.images) - 1, min(_LOOKED_AT, len(test.images))).round().long()
+    batches = [test.take(part) for part in index.split(test.batch_size)]
+    softened = torch.cat([(network(batch.images).double() / temperature).softmax(1) for batch in batches])
+    labels = test.images.labels[index]
+    found = labels.unique().tolist() if softened.shape[1] <= _MATRIX_CLASSES else []
+    rows = [[label, [round(value, 5) for value in softened[labels == label].mean(0).tolist()]] for label in found]
+    return {"temperature": temperature, "images": len(index), "rows": rows}
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -123,6 +123,7 @@ def deployed(model: fx.GraphModule) -> nn.Module:
         name = cast("str", node.target)
         if isinstance(module, FakeQuantize):
             modules[name] = QuantizeDequantize(module) if module.ready else nn.Identity()
+            node.kwargs = {}
         elif isinstance(module, Layer) and weight_quantizer(module) is not None:
             alone = calls[name] == 1  # a layer that is called twice has no one norm and no one input
             norm_node = _norm_behind(node) if alone else None

@@ -18,7 +18,8 @@ from tersor.core.selection import Layer, weighted_layers
 from tersor.core.target import Target
 from tersor.core.watch import Watch
 from tersor.data import Batches
-from tersor.export.answers import changed_answers, softened_targets
+from tersor.export.answers import changed_answers, similar_classes, softened_targets
+from tersor.export.attention import attention_maps
 from tersor.export.layers import layer_table
 from tersor.export.numbers import arrays, openvino_installed
 from tersor.export.profile import profile
@@ -35,6 +36,7 @@ def gather(
     original: nn.Module,
     model: nn.Module,
     teacher: nn.Module | None,
+    before: nn.Module,
     folder: Path,
     test: Batches,
     target: Target,
@@ -48,6 +50,7 @@ def gather(
         original: the network as it came in.
         model: the compressed one, as torch has it, with masks and quantizers on it.
         teacher: whose softened targets are shown; those of `original` where there is none.
+        before: the network before the first stage, whose attention is shown beside.
         folder: holds `original.onnx` and `model.onnx`.
         test: the whole test set, in order.
         target: the runtime that answers and is profiled.
@@ -56,7 +59,8 @@ def gather(
 
     Returns:
         `layers` (see `layer_table`), `profile` (batch size -> `original`, `artifact` and `bf16`, see `profile`),
-        `targets` (`of` whom, and `images`, see `softened_targets`), `answers` (see `changed_answers`), `looked_at`.
+        `targets` (`of` whom, `images`, see `softened_targets`, and `similar`, see `similar_classes`), `attention` (see
+        `attention_maps`), `answers` (see `changed_answers`), `looked_at`.
     """
     watch.start("evidence", 3)
     # over the whole set, which is sorted by class where it is a folder
@@ -66,7 +70,14 @@ def gather(
     watch.advance()
     original, model = _at_rest(original), _at_rest(model)
     layers = layer_table(original, model, looked_at)
-    targets = softened_targets(original if teacher is None else _at_rest(teacher), test, index)
+    teaches = original if teacher is None else _at_rest(teacher)
+    targets = {
+        "of": "original" if teacher is None else "teacher",
+        "images": softened_targets(teaches, test, index),
+        "similar": similar_classes(teaches, test),
+    }
+    seen = {"before": _at_rest(before), "after": model}
+    attention = attention_maps(seen if teacher is None else {"teacher": teaches, **seen}, test, index)
     watch.advance()
     profiles = _profiles(original, model, folder, next(arrays(test, target.input))[:1], target)
     watch.advance()
@@ -74,7 +85,8 @@ def gather(
         "looked_at": len(looked_at),
         "layers": layers,
         "profile": profiles,
-        "targets": {"of": "teacher" if teacher is not None else "original", "images": targets},
+        "targets": targets,
+        "attention": attention,
         "answers": changed,
     }
 

@@ -80,16 +80,19 @@ def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Run
         if value is source:
             graph.add_submodule(name, FakeQuantize(grid))
             names.append(name)
-        show(graph, value, name)
+        show(graph, value, name, moved=value is not source)
     graph.recompile()
     return names
 
 
-def show(graph: fx.GraphModule, value: fx.Node, name: str) -> None:
-    """Lets all that read `value`, but for the network's output, read it through the module `name`."""
+def show(graph: fx.GraphModule, value: fx.Node, name: str, *, moved: bool) -> None:
+    """Lets all that read `value`, but for the network's output, read it through the quantizer `name`.
+
+    One whose range follows what it is shown is told which values were only `moved` since it has seen them.
+    """
     readers = [user for user in value.users if user.op != "output"]
     with graph.graph.inserting_after(value):
-        shown = graph.graph.call_module(name, (value,))
+        shown = graph.graph.call_module(name, (value,), {"moved": True} if moved else {})
     for reader in readers:
         reader.replace_input_with(value, shown)
 

@@ -63,9 +63,10 @@ def _lay_edges(graph: fx.GraphModule, edges: list[list[Any]]) -> None:
     if edges:
         graph.add_submodule("quantizers", nn.Module())
     for value, target, told in edges:
-        if not hasattr(graph.get_submodule("quantizers"), target.removeprefix("quantizers.")):
+        moved = hasattr(graph.get_submodule("quantizers"), target.removeprefix("quantizers."))
+        if not moved:
             graph.add_submodule(target, _made(told))
-        show(graph, next(node for node in graph.graph.nodes if node.name == value), target)
+        show(graph, next(node for node in graph.graph.nodes if node.name == value), target, moved=moved)
     graph.recompile()
 
 

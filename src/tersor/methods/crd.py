@@ -25,6 +25,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from tersor.core import processes
 from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
 from tersor.core.layers import as_map
@@ -98,6 +99,7 @@ class ContrastTerm(LossTerm):
 
     @torch.no_grad()
     def _remember(self, memory: Tensor, index: Tensor, values: Tensor) -> None:
+        index, values = (torch.cat(processes.gathered(tensor.detach())) for tensor in (index, values))
         momentum = self.method.momentum
         memory[index] = F.normalize(momentum * memory[index] + (1 - momentum) * values, dim=1)
 

@@ -15,7 +15,8 @@ length 1 are of size D^(-1/2), so a mean over D weighs less the larger k is, and
 too. Here the sum is divided by D^(1/2) (for p = 1), which is of one size for all k; the default weight is the authors'
 at their D of 2048: 500 / 2048 * 2048^(1/2). The paper's reconstruction error is squared, the code's absolute: both can
 be had. The code runs the teacher with gradients, and takes a random seed whatever is asked; not so here. Where the maps
-of the two networks differ in size, the larger is pooled.
+of the two networks differ in size, the larger is pooled. The paraphraser learns on the images that methods calibrate
+on: not augmented, 64 a batch in a recipe, where the code has 128 that are cropped and flipped.
 """
 
 from __future__ import annotations
@@ -184,7 +185,10 @@ class FactorAttachment(Attachment):
             paraphraser.parameters(), lr=method.paraphraser_learning_rate, momentum=0.9, weight_decay=5e-4
         )
         done = 0
-        for _ in range(method.paraphraser_epochs):
+        for epoch in range(method.paraphraser_epochs):
+            tell = getattr(self.data, "set_epoch", None)
+            if callable(tell):
+                tell(epoch)
             errors: list[Tensor] = []
             for features in self._features():
                 given = paraphraser(features)

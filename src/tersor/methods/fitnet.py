@@ -7,9 +7,9 @@ Romero, Ballas, Kahou, Chassang, Gatta and Bengio, "FitNets: Hints for Thin Deep
 
 The paper trains the student up to the layer on this loss alone, then the whole on soft targets: two stages, the first
 with `label_weight: 0`. Later implementations (RepDistiller, mdistiller) train on both losses at once, with the mean
-over all elements and a weight of 100; the defaults are theirs. The paper's regressor has no padding; here it is 1x1,
-and the larger map is pooled. A network that learns from the one that it was cut from has the same channels along its
-residual stream, and needs none: `regressor: false`.
+over all elements, a weight of 100, a middle layer, and BatchNorm and ReLU behind their regressor; weight and mean here
+are theirs. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A network that learns
+from the one that it was cut from has the same channels along its residual stream, and needs none: `regressor: false`.
 """
 
 from __future__ import annotations

@@ -87,7 +87,14 @@ def evidence_of(**changes):
         "looked_at": 256,
         "layers": [layer, linear],
         "profile": {"1": size, "32": size},
-        "targets": {"of": "teacher", "images": [{**image, "classes": [0, 1], "rows": rows}]},
+        "targets": {
+            "of": "teacher", "images": [{**image, "classes": [0, 1], "rows": rows}],
+            "similar": {"temperature": 4.0, "images": 1000, "rows": [[0, [0.7, 0.3]], [1, [0.2, 0.8]]]},
+        },
+        "attention": {
+            "layers": {"teacher": ["layer1", "layer2"], "after": ["features"]},
+            "images": [{**image, "maps": {"teacher": [PIXEL, PIXEL], "after": [PIXEL]}}],
+        },
         "answers": {
             "images": 1000, "agreement": 99.7, "lost": 1, "gained": 1, "other": 0,
             "classes": [{"class": 0, "images": 500, "before": 450, "after": 449},

@@ -55,7 +55,8 @@ def test_the_first_line_is_the_verdict_for_either_baseline(folder):
 def test_the_page_holds_what_was_asked(folder):
     text = drawn(folder)
     for title in ("In figures", "What each stage gave and cost", "Latency, run by run", "Where the time goes",
-                  "Layer by layer", "Weights on their grid", "Softened targets", "Answers that changed"):  # fmt: skip
+                  "Layer by layer", "Weights on their grid", "Softened targets",
+                  "What it finds alike", "Where they look", "Answers that changed"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text
     assert "Some CPU" in text
     assert "2 threads" in text
@@ -218,7 +219,7 @@ def test_in_chromium(folder):
             for scheme in ("light", "dark"):
                 browser.open(page, width, scheme)
                 assert browser.value("document.scrollingElement.scrollWidth") <= width, (width, scheme)
-                assert browser.value("document.images.length") == 2
+                assert browser.value("document.images.length") == 6
                 assert browser.value("[...document.images].every(image => image.naturalWidth > 0)")
         shown = "getComputedStyle(document.querySelector('h1.against-{}')).display"
         assert browser.value(shown.format("original")) != "none"

@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from tersor.core.errors import InputError
-from tersor.export.report.answered import answers, targets
+from tersor.export.report.answered import answers, attention, similar, targets
 from tersor.export.report.inside import layers, time_spent, weights
 from tersor.export.report.markup import Markup, join, tag
 from tersor.export.report.measured import figures, head, latencies, stages
@@ -74,6 +74,8 @@ def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
             layers(evidence),
             weights(evidence),
             targets(numbers, evidence),
+            similar(numbers, evidence),
+            attention(numbers, evidence),
             answers(numbers, evidence),
         ]
         if evidence

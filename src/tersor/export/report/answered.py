@@ -37,6 +37,68 @@ def targets(numbers: Numbers, evidence: Evidence) -> Markup:
     )
 
 
+def similar(numbers: Numbers, evidence: Evidence) -> Markup:
+    """Which wrong classes the teacher finds near to the right one."""
+    told = evidence["targets"]["similar"]
+    if not told["rows"]:
+        return Markup("")
+    classes = range(len(told["rows"][0][1]))
+    wrong = {(label, other): row[other] for label, row in told["rows"] for other in classes if other != label}
+    most = max(wrong.values())
+    nearest = sorted(wrong, key=lambda pair: -wrong[pair])[:3]
+    pairs = ", ".join(f"{class_name(numbers, of)} for {class_name(numbers, other)}" for of, other in nearest)
+    rows = [
+        [class_name(numbers, label), *[_share(row[other], label == other, most) for other in classes]]
+        for label, row in told["rows"]
+    ]
+    head = ["is ↓ held for →", *[class_name(numbers, each) for each in classes]]
+    return tag(
+        "section",
+        tag("h2", "What it finds alike"),
+        tag(
+            "p",
+            f"Mean of softmax(logits / {told['temperature']:g}) of the {evidence['targets']['of']} over "
+            f"{told['images']:,} test images, in percent. Most of what is wrong: {pairs}.",
+        ),
+        table(head, rows, caption="Mean softened answer by class", class_="matrix"),
+    )
+
+
+def _share(probability: float, right: bool, most: float) -> Markup:
+    heat = 0 if right else int(-(-4 * probability // most)) if most else 0
+    return tag("td", f"{100 * probability:.1f}", class_=f"heat{heat}")
+
+
+def attention(numbers: Numbers, evidence: Evidence) -> Markup:
+    """Where the networks look, on a few images."""
+    told = evidence["attention"]
+    if not told["layers"]:
+        return Markup("")
+    names = list(told["layers"])
+    most = max(len(layers) for layers in told["layers"].values())
+    rows: list[list[str]] = []
+    for image in told["images"]:
+        label = class_name(numbers, image["label"])
+        for name in names:
+            cells = [
+                tag("td", tag("img", src=found, alt=f"{name}, {layer}", title=f"{name}, {layer}"))
+                for found, layer in zip(image["maps"][name], told["layers"][name], strict=True)
+            ]
+            first = tag("td", _image(image, label)) if name == names[0] else tag("td", "")
+            rows.append([f"{label}: {name}", first, *cells, *[tag("td", "")] * (most - len(cells))])
+    layers = "; ".join(f"{name}: {', '.join(paths)}" for name, paths in told["layers"].items())
+    return tag(
+        "section",
+        tag("h2", "Where they look"),
+        tag(
+            "p",
+            "Mean over the channels of a layer's squared output, in the last layer at each resolution, from black, its "
+            f"least, to white, its most. {layers}.",
+        ),
+        table(["image", "", *[f"resolution {place + 1}" for place in range(most)]], rows, caption="Attention maps"),
+    )
+
+
 def _target(numbers: Numbers, image: Mapping[str, Any]) -> Markup:
     names = [class_name(numbers, each) for each in image["classes"]]
     label = class_name(numbers, image["label"])

@@ -1,0 +1,84 @@
+"""The same inputs give the same loss as torchdistill's, where its formula is the paper's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tersor.core.objective import Batch, Outputs
+from tersor.methods.attention_transfer import attention_loss
+from tersor.methods.crd import contrastive_loss
+from tersor.methods.dist import DIST, CorrelationTerm
+from tersor.methods.factor_transfer import factor_loss
+from tersor.methods.reviewkd import hierarchical_loss
+from tersor.methods.soft_targets import soft_target_loss, standardized
+
+theirs = pytest.importorskip("torchdistill.losses.mid_level")
+
+ANSWERS = {"student_module_path": "s", "student_module_io": "o", "teacher_module_path": "t", "teacher_module_io": "o"}
+
+
+def drawn(*shapes):
+    draw = torch.Generator().manual_seed(5)
+    return [torch.randn(*shape, generator=draw) for shape in shapes]
+
+
+def given(student, teacher):
+    return {"s": {"o": student}}, {"t": {"o": teacher}}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_soft_targets(temperature):
+    student, teacher = drawn((8, 10), (8, 10))
+    loss = theirs.KDLoss(**ANSWERS, temperature=temperature, alpha=0.1, beta=0.9)
+    labels = torch.arange(8)
+    expected = loss(*given(student, teacher), labels) - 0.1 * torch.nn.functional.cross_entropy(student, labels)
+    assert float(0.9 * soft_target_loss(student, teacher, temperature)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_standardized_soft_targets():
+    student, teacher = drawn((8, 10), (8, 10))
+    loss = theirs.LogitStdKDLoss(**ANSWERS, temperature=2.0, alpha=0.1, beta=9.0)
+    labels = torch.arange(8)
+    expected = loss(*given(student, teacher), labels) - 0.1 * torch.nn.functional.cross_entropy(student, labels)
+    ours = 9 * soft_target_loss(standardized(student), standardized(teacher), 2.0)
+    assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_attention():
+    student, teacher = drawn((4, 6, 5, 5), (4, 9, 5, 5))
+    pairs = {"pair": {"student": {"path": "s", "io": "o"}, "teacher": {"path": "t", "io": "o"}}}
+    code, paper = (theirs.ATLoss(pairs, mode=mode)(*given(student, teacher)) for mode in ("code", "paper"))
+    assert float(attention_loss(student, teacher, 2)) == pytest.approx(float(code), rel=1e-5)
+    # the paper's formula has beta / 2 before the norm, which torchdistill leaves to the weight
+    ours = 2 * 25 * attention_loss(student, teacher, 2, "paper")
+    assert float(ours) == pytest.approx(float(paper), rel=1e-5)
+
+
+def test_factors():
+    student, teacher = drawn((4, 32, 8, 8), (4, 32, 8, 8))
+    expected = theirs.FTLoss(p=1)({"translator": {"output": student}}, {"paraphraser": {"output": teacher}})
+    ours = factor_loss(student, teacher, 1) * 2048**0.5 / 2048  # their mean over all elements
+    assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_correlation():
+    student, teacher = drawn((8, 10), (8, 10))
+    expected = theirs.DISTLoss(**ANSWERS, beta=0.5, gamma=2.0, tau=4.0)(*given(student, teacher))
+    term = CorrelationTerm(DIST(beta=0.5, gamma=2.0, temperature=4.0))
+    ours = term(Batch(torch.zeros(8, 3, 2, 2)), Outputs(student), Outputs(teacher))
+    assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_hierarchy():
+    student, teacher = drawn((4, 6, 8, 8), (4, 6, 8, 8))
+    expected = theirs.HierarchicalContextLoss(**ANSWERS)(*given((student, None), teacher))
+    assert float(hierarchical_loss(student, teacher)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_contrast():
+    (values,) = drawn((4, 9))
+    similar = values.exp()
+    loss = theirs.CRDLoss("n", "e", "n", input_size=16, output_size=50, num_negative_samples=8, num_samples=50)
+    expected = loss.compute_contrast_loss(similar[:, :, None])
+    assert float(contrastive_loss(similar, 50)) == pytest.approx(float(expected), rel=1e-5)
