@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 
 from tersor import recipe as recipes
@@ -57,7 +56,7 @@ def run(
     Raises:
         InputError: something that was given cannot be used.
     """
-    PartialState()  # joins the processes that `accelerate launch` started
+    processes.join()
     watch = watch if watch and not processes.rank() else Unwatched()
     if not isinstance(model, nn.Module | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"model is a {type(model).__name__}. Pass a torch.nn.Module, or name one in the recipe.")

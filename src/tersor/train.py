@@ -33,7 +33,7 @@ from tersor.core.errors import InputError
 from tersor.core.loss_log import LossLog
 from tersor.core.objective import Batch, Objective
 from tersor.core.optimizer import optimizer_for
-from tersor.core.processes import any_of, as_in_the_first
+from tersor.core.processes import any_of, as_in_the_first, join
 from tersor.core.running_mean import RunningMean
 from tersor.core.schedule import learning_rate_factor
 from tersor.core.snapshot import Keeper, part, restore, snapshot, stop_asked
@@ -128,6 +128,7 @@ def fit(
     # without labels nothing may ask the classifier: a term may look at layers alone
     of_several = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
     accelerator = Accelerator(
+        cpu=join(),
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[of_several],

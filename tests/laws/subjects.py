@@ -143,9 +143,7 @@ def _resume(folder: Path) -> None:
 
 
 def _processes(out: Path) -> None:
-    from accelerate import PartialState
-
-    PartialState()
+    processes.join()
     here = processes.rank()
     given = {name: recipe(made(name, "example"), seed=here) for name in registry.names()}
     shorter = ["data.limit=320", "teacher.epochs=2", "stages.0.epochs=2", "stages.1.epochs=1", f"seed={here}"]

@@ -185,7 +185,9 @@ def last_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
 def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
     """Shapes of those parts that are called and give a tensor, in the order of the calls."""
     if isinstance(model, fx.GraphModule):
-        return shapes_of(model, paths, images)
+        _, *given = _with_nodes(model, paths).eval()(images)
+        values = dict(zip(paths, given, strict=False))
+        return {path: value.shape for path, value in values.items() if isinstance(value, Tensor)}
     seen: dict[str, torch.Size] = {}
 
     def keep(path: str, output: object) -> None:

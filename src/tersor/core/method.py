@@ -10,6 +10,7 @@ from pydantic import ConfigDict
 from torch import nn
 
 from tersor.core.attachment import Attachment, Chain
+from tersor.core.errors import InputError
 from tersor.core.target import Target
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
@@ -60,7 +61,21 @@ def chain(
     parts: list[Attachment] = []
     with torch.random.fork_rng(devices=[]):
         for method in methods:
+            before = {id(parameter): parameter.shape for parameter in model.parameters()}
             part = method.attach(model, data=data, teacher=teacher, steps=steps, target=target)
             model = part.model
+            if any(parameter.shape != before[id(parameter)] for parameter in model.parameters()):
+                _refuse_pairs(method, parts)
             parts.append(part)
     return Chain(model, parts)
+
+
+def _refuse_pairs(method: Method, parts: Sequence[Attachment]) -> None:
+    """What learns with layers was built for the shapes that they had."""
+    for part in parts:
+        if part.layers:
+            paired = ", ".join(student for student, _ in part.layers)
+            raise InputError(
+                f"{type(method).__name__} changes shapes after {paired} were paired with the teacher's. Write it "
+                "before the method that learns from these layers."
+            )

@@ -11,9 +11,21 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 _LONGEST = timedelta(days=2)
+
+
+def join() -> bool:
+    """Joins the processes that `accelerate launch` started, once; whether they train on processors.
+
+    accelerate takes gloo for them only where it is told so: without, it would train each on its own.
+    """
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    PartialState(cpu=cpu)
+    return cpu
 
 
 def count() -> int:
