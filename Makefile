@@ -9,6 +9,9 @@ export OMP_NUM_THREADS ?= 2
 # threads that wait, sleep: where others use the cores too, spinning ones slow training down a hundredfold
 export OMP_WAIT_POLICY ?= passive
 
+# a process that may not keep what it compiled of torch takes twice as long to start
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 USE := .venv/.installed
