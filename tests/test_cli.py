@@ -1,5 +1,6 @@
 """The command line: one run end to end, and what a user can do wrong: one message, exit code 2, nothing lost."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -26,6 +27,17 @@ data: {name: digits}
 stages: [{name: cut, methods: [channel_pruning]}]
 """
 LATE = "  - {name: b, methods: [{ptq: {exclude: [nothing]}}]}"
+
+
+def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
+    def pressed(*_given, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("tersor.run"), "run", pressed)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SHUFFLENET)
+    assert tersor(monkeypatch, "run", recipe, "--set", "seed=3") == 130
+    assert capfd.readouterr().err == f"interrupted. To go on: tersor run {recipe} --set seed=3 --resume\n"
 
 
 @pytest.fixture(scope="module")

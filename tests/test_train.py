@@ -279,6 +279,30 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(optimizer, accumulate, 
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def test_seconds_and_losses_of_an_epoch_outlive_the_process():
+    stopped = Keeps(until=6)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=stopped)
+    earlier = float(stopped.kept[6]["log.seconds"])
+    stopped.kept[6]["log.seconds"] += 100
+    gone_on = fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(begun=(6, stopped.kept[6])))
+    whole = fit(Attachment(linear()), Toy(), Training(), steps=8)
+    assert gone_on.earlier == pytest.approx(100 + earlier)
+    assert 100 < gone_on.seconds < 110
+    assert gone_on.losses == pytest.approx(whole.losses)
+    nothing_left = fit(Attachment(linear()), Toy(), Training(), steps=6, keeper=Keeps(begun=(6, stopped.kept[6])))
+    assert nothing_left.losses.keys() == whole.losses.keys()
+
+
+def test_as_many_processes_go_on_as_began():
+    stopped = Keeps(until=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=stopped)
+    of_two = {**stopped.kept[2], "random.cpu1": stopped.kept[2]["random.cpu0"]}
+    with pytest.raises(InputError, match=r"begun by 2 processes, and goes on with 1\. Start as many"):
+        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(begun=(2, of_two)))
+
+
 def test_ctrl_c_ends_the_step_and_keeps_it():
     class Presses(Attachment):
         def before_step(self, step, optimizer):

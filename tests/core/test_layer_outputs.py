@@ -84,6 +84,9 @@ def test_layers_survive_removal_and_grids():
 def test_a_value_that_is_overwritten_is_an_error():
     with pytest.raises(InputError, match="bn1 gives is changed in place"):
         Layers(Net(inplace=True), ["bn1"])(images())
+    with pytest.raises(InputError, match="bn1 gives is changed in place"):
+        Layers(capture(Net(inplace=True)), ["bn1"])(images())
+    assert "bn1" not in last_maps(capture(Net(inplace=True)), images())
     with torch.inference_mode():
         assert Layers(Net(), ["bn1"])(images())[1]["bn1"].shape == (4, 16, 8, 8)
 

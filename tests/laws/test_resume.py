@@ -47,7 +47,8 @@ module = sys.modules["tersor.run"]
 for room in ("numbers", "evidence"):  # the second runtime adds time, and nothing to go on with
     sys.modules[f"tersor.export.{room}"].openvino_installed = lambda: False
 Walk.left_by_stages = lambda *_given: {}  # nor do files of every stage
-sys.modules["tersor.export.numbers"].footprint = lambda *_given, **_options: Footprint(peak_memory_bytes=0, load_ms=0.0)  # nor fresh processes
+nothing = Footprint(peak_memory_bytes=0, load_ms=0.0)
+sys.modules["tersor.export.numbers"].footprint = lambda *_given, **_options: nothing  # nor fresh processes
 module.measure = lambda *given, **options: measure(*given, **options, seconds=0.02)
 phases = open(sys.argv[3], "a", buffering=1)
 def marked(name, function):

@@ -141,6 +141,22 @@ def test_pairs_are_told_where_they_do_not_fit():
         pairs_of(student, teacher, ("linear",), (), **given)
 
 
+def test_what_changes_shapes_comes_before_what_learns_with_layers():
+    student, teacher = networks()
+    methods = [FitNet(), ChannelPruning(keep_macs=0.7, estimation_images=32)]
+    with pytest.raises(InputError, match=r"ChannelPruning changes shapes after layer3 were paired"):
+        chain(methods, student, data=Loader(), teacher=teacher, steps=4)
+
+
+def test_without_a_regressor_the_channels_are_the_same():
+    student, teacher = networks("resnet20", "resnet32")
+    found = FitNet(regressor=False).attach(student, data=Loader(), teacher=teacher)
+    assert not list(found.terms[0].parameters())
+    wide = build("resnet8x4", 10)
+    with pytest.raises(InputError, match=r"layer3 of 64 channels with layer3 of 256, and regressor is false"):
+        FitNet(regressor=False).attach(student, data=Loader(), teacher=wide)
+
+
 def test_the_paraphraser_learns_first_and_then_stays():
     student, teacher = networks()
     method = FactorTransfer(paraphraser_epochs=8, paraphraser_learning_rate=0.05, batch_norm=True)

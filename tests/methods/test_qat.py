@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tersor.core.target import Target
 from tersor.core.training import OptimizerOptions, Training
 from tersor.export.onnx import export
 from tersor.export.runtime import open_session
+from tersor.graph.structure import rebuild, structure
 from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.methods.weight_pruning import WeightPruning
@@ -118,6 +120,41 @@ def test_ranges_are_running_means_of_what_each_batch_reaches():
     assert float(edge.low) == pytest.approx(low, rel=1e-5)
     assert float(edge.high) == pytest.approx(high, rel=1e-5)
     assert float(edge.scale) == pytest.approx((high - low) / 255, rel=1e-5)
+
+
+def test_a_range_moves_once_a_batch_however_often_its_values_are_moved():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.other, self.linear = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = F.relu(self.conv(x))
+            x = F.pad(self.other(x), (1, 1, 1, 1))[:, :, ::2, ::2] + x[:, :, ::2, ::2]
+            return self.linear(x.mean((2, 3)))
+
+    found = attached(Sliced().eval(), QAT(averaging=0.5))
+    graph = found.model.train()
+    shared = [node for node in graph.graph.nodes if node.op == "call_module" and node.kwargs]
+    assert shared, "a slice hands the range of its input on"
+    edge = graph.get_submodule(shared[0].target)
+    seen = []
+    hook = edge.register_forward_pre_hook(lambda _module, inputs: seen.append(float(inputs[0].max())))
+    before = float(edge.high)
+    graph(3 * Loader(1).batches[0].images)
+    hook.remove()
+    assert len(seen) > 1
+    assert float(edge.high) == pytest.approx(0.5 * before + 0.5 * seen[0], rel=1e-5)
+    assert torch.isfinite(rebuilt(found.model, Sliced())(Loader(1).batches[0].images)).all()
+
+
+def rebuilt(model, fresh):
+    again = rebuild(fresh, json.loads(json.dumps(structure(model))))
+    again.load_state_dict(model.state_dict())
+    moved = [[node.kwargs for node in each.graph.nodes if node.op == "call_module"] for each in (model, again)]
+    assert moved[0] == moved[1]
+    return again.eval()
 
 
 def test_after_the_end_no_range_moves_even_while_it_trains():
