@@ -140,7 +140,7 @@ def test_a_range_moves_once_a_batch_however_often_its_values_are_moved():
     assert shared, "a slice hands the range of its input on"
     edge = graph.get_submodule(shared[0].target)
     seen = []
-    hook = edge.register_forward_pre_hook(lambda _module, inputs: seen.append(float(inputs[0].max())))
+    hook = edge.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].max().item()))
     before = float(edge.high)
     graph(3 * Loader(1).batches[0].images)
     hook.remove()
