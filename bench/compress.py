@@ -122,25 +122,19 @@ class Contender:
         begun: seed and steps -> what is trained.
         taught: whether by the ResNet-56.
         pruned: whether it has to reach the recipe's MACs.
-        quantizer: which artifact of a runtime is made of what was trained; None for tersor's PTQ.
+        by_peers: whether the peers' quantizers make the artifacts, not tersor's PTQ.
     """
 
     name: str
     begun: Callable[[int, int], Attachment]
     taught: bool
     pruned: bool
-    quantizer: dict[str, str] | None = None
+    by_peers: bool = False
 
 
 CONTENDERS = (
     Contender(OURS, pruned_by_tersor, taught=True, pruned=True),
-    Contender(
-        "torch-pruning",
-        pruned_by_torch_pruning,
-        taught=False,
-        pruned=True,
-        quantizer={"onnxruntime": "quantize_static", "openvino": "nncf"},
-    ),
+    Contender("torch-pruning", pruned_by_torch_pruning, taught=False, pruned=True, by_peers=True),
     Contender("original, trained on", lambda _seed, _steps: Attachment(SUBJECT.network()), taught=False, pruned=False),
     Contender("resnet20, distilled", distilled_resnet20, taught=True, pruned=False),
 )
@@ -220,7 +214,7 @@ def artifacts(contender: Contender, seed: int, steps: int) -> Path:
 def _write_artifacts(contender: Contender, model: nn.Module, seed: int, made: Path) -> None:
     images = SUBJECT.calibration(seed)
     float32 = export(model, images, made / "fp32.onnx")
-    if contender.quantizer is not None:
+    if contender.by_peers:
         peers.onnxruntime_static(float32, images, made / "onnxruntime.onnx")
         peers.onnxruntime_static(float32, images, made / "onnxruntime-7-bits.onnx", reduce_range=True)
         peers.nncf_post_training(float32, images, made / "openvino.xml")

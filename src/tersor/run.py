@@ -19,7 +19,7 @@ from tersor.core.watch import Unwatched, Watch
 from tersor.data import Splits
 from tersor.export.artifact import MANIFEST, read_artifact, require_free, write_folder
 from tersor.export.evidence import gather
-from tersor.export.numbers import measure
+from tersor.export.numbers import OF_STAGES, measure
 from tersor.export.onnx import export
 from tersor.export.report import draw
 from tersor.prepare import prepare
@@ -121,9 +121,9 @@ def _fill(
             for number, network in walk.left_by_stages(checkpoints).items()
             if number < len(stages)
         }
-        left[len(stages)] = walk.model, folder / "model.onnx"
-        watch.start("export", 1 + len(left))
-        for network, path in [(original, folder / "original.onnx"), *left.values()]:
+        files = [(original, folder / "original.onnx"), (walk.model, folder / "model.onnx"), *left.values()]
+        watch.start("export", len(files))
+        for network, path in files:
             export(network, example, path, classes=data.classes, pixels=pixels)
             watch.advance()
         numbers, answers = measure(
@@ -131,6 +131,8 @@ def _fill(
         )
     if numbers["agreement_with_torch"] < _AGREEMENT:
         watch.say(f"the artifact gives {numbers['agreement_with_torch']:.2f} % of torch's answers: do not ship it.")
+    # the last stage left the artifact
+    numbers["stages"][len(stages)] = {key: numbers["artifact"][key] for key in OF_STAGES}
     told = [{**stage, **numbers["stages"].get(number, {})} for number, stage in enumerate(stages, 1)]
     numbers |= {"stages": told, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))

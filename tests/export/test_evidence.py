@@ -83,7 +83,7 @@ def test_attention_is_drawn_for_each_network_and_resolution(evidence):
     for image in told["images"]:
         for name, layers in told["layers"].items():
             assert len(image["maps"][name]) == len(layers) > 0
-            drawn = Image.open(io.BytesIO(base64.b64decode(image["maps"][name][0].partition(",")[2])))
+            drawn = Image.open(io.BytesIO(base64.b64decode(image["maps"][name][0].partition(",")[2]))).convert("L")
             assert drawn.size == (48, 48)
             assert drawn.getextrema() == (0, 255)
 

@@ -47,8 +47,7 @@ class Layers:
     def _viewed(self, images: Tensor, graph: fx.GraphModule) -> Given:
         if self._view is None:  # not before: until the first step the network may move to another device
             self._view = _with_nodes(graph, self.paths)
-            mirrored = ((name, module) for name, module in self._view.named_modules())
-            pairs = [(module, graph.get_submodule(name)) for name, module in mirrored]
+            pairs = [(module, graph.get_submodule(name)) for name, module in self._view.named_modules()]
             self._modes = [(mirror, module) for mirror, module in pairs if mirror is not module]
         for mirror, module in self._modes:
             mirror.training = module.training

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
@@ -64,7 +62,4 @@ def _drawn(attention: Tensor) -> str:
     """(H, W) -> a data URI."""
     span = (attention.max() - attention.min()).clamp(min=1e-12)
     grey = (255 * (attention - attention.min()) / span).round().to(torch.uint8)
-    image = Image.fromarray(grey.numpy()).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
-    written = io.BytesIO()
-    image.save(written, "PNG")
-    return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
+    return png(F.interpolate(grey[None, None], (_SIDE, _SIDE))[0].expand(3, -1, -1))

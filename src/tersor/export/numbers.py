@@ -27,6 +27,8 @@ from tersor.measure import Costs, agreement, costs
 from tersor.measure import predictions as torch_predictions
 
 _AGAIN = "original, again"
+OF_STAGES = ("accuracy", "bytes", "macs", "sparsity", "latency_ms")
+"""What is told of a stage, under the names that it has in every entry."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def measure(
         target: the runtime to measure in.
         seed: of the recipe.
         watch: who looks on.
-        stages: number of a stage -> what it left, and the file of that.
+        stages: number of a stage but the last -> what it left, and the file of that.
         seconds: time for the latency of one batch size.
     """
     example = next(iter(test)).images[:1].contiguous()
