@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from tersor.core.errors import InputError
+from tersor.core.evaluating import evaluating
 from tersor.core.objective import Batch
 from tersor.core.parametrization import FakeQuantize, weight_quantizer
 from tersor.core.selection import prunable, weighted_layers
@@ -123,23 +124,11 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
 def _answers(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch and the classes (N,) that `model` gives to its images, on the CPU."""
     device = _device(model)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             with torch.inference_mode():  # not around the loop: it would reach what the caller does between batches
                 answers = model(batch.images.to(device)).argmax(dim=1)
             yield batch, answers.cpu()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """In eval mode; afterwards every module is in the mode it had, also one that was frozen by hand."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -175,7 +164,7 @@ def _macs(model: nn.Module, example: Tensor) -> Counter[nn.Module]:
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
     hooks += [module.register_forward_hook(leave) for module in model.modules()]
     try:
-        with _evaluating(model), _attention_in_parts(), torch.no_grad(), counter:
+        with evaluating(model), _attention_in_parts(), torch.no_grad(), counter:
             model(example.to(_device(model)))
     finally:
         for hook in hooks:

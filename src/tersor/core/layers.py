@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError, nearest
+from tersor.core.evaluating import evaluating
 
 Given = tuple[Tensor, dict[str, Tensor]]
 """Logits, and what each layer gave, by its path."""
@@ -143,14 +144,9 @@ def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tup
 @torch.no_grad()
 def shapes_of(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
     """What the layers give for `images`, seen in one dry forward in eval mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        device = next((parameter.device for parameter in model.parameters()), images.device)
+    device = next((parameter.device for parameter in model.parameters()), images.device)
+    with evaluating(model):
         _, given = Layers(model, paths)(images.to(device))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return {path: value.shape for path, value in given.items()}
 
 
@@ -184,7 +180,8 @@ def last_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
 def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
     """Shapes of those parts that are called and give a tensor, in the order of the calls."""
     if isinstance(model, fx.GraphModule):
-        _, *given = _with_nodes(model, paths).eval()(images)
+        with evaluating(model):
+            _, *given = _with_nodes(model, paths).eval()(images.to(next(model.parameters()).device))
         values = dict(zip(paths, given, strict=False))
         return {path: value.shape for path, value in values.items() if isinstance(value, Tensor)}
     seen: dict[str, torch.Size] = {}
@@ -198,14 +195,12 @@ def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str,
         model.get_submodule(path).register_forward_hook(lambda _m, _i, output, path=path: keep(path, output))
         for path in paths
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(images.to(next(model.parameters()).device))
+        with evaluating(model):
+            model(images.to(next(model.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return seen
 
 

@@ -51,6 +51,17 @@ def _channels(shape: torch.Size) -> int:
     return shape[1] if len(shape) == 4 else shape[2]
 
 
+def needed(teacher: nn.Module | None, method: str) -> nn.Module:
+    """The teacher.
+
+    Raises:
+        InputError: there is none.
+    """
+    if teacher is None:
+        raise InputError(f"{method} needs a teacher; none was given. Pass teacher=..., or write one in the recipe.")
+    return teacher
+
+
 def pairs_of(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -76,8 +87,7 @@ def pairs_of(
         InputError: no teacher, no images, a pattern that matches nothing, not as many of one network as of the other,
             a layer that gives no feature map.
     """
-    if teacher is None:
-        raise InputError(f"{method} needs a teacher; none was given. Pass teacher=..., or write one in the recipe.")
+    teacher = needed(teacher, method)
     if teacher_layers and not layers:
         raise InputError(f"{method} has teacher_layers and no layers. Write both, or neither.")
     images = _example(data, method)

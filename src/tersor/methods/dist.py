@@ -21,9 +21,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.attachment import Attachment
-from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs
+from tersor.core.pairs import needed
 from tersor.core.target import Target
 
 _NOTHING = 1e-8
@@ -81,8 +81,7 @@ class DIST:
         Raises:
             InputError: there is no teacher.
         """
-        if teacher is None:
-            raise InputError("dist needs a teacher; none was given. Pass teacher=..., or write one in the recipe.")
+        needed(teacher, "dist")
         if not self.beta and not self.gamma:
             return Attachment(model)
         return Attachment(model, [CorrelationTerm(self)], self.label_weight)

@@ -28,6 +28,7 @@ from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, Outputs
+from tersor.core.pairs import needed
 from tersor.core.rising import RisingAttachment, RisingTerm
 from tersor.core.target import Target
 
@@ -96,8 +97,7 @@ class DKD:
         Raises:
             InputError: there is no teacher.
         """
-        if teacher is None:
-            raise InputError("dkd needs a teacher; none was given. Pass teacher=..., or write one in the recipe.")
+        needed(teacher, "dkd")
         if not self.alpha and not self.beta:
             return Attachment(model)
         rising = round(self.warmup * steps)

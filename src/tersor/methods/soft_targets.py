@@ -26,9 +26,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.attachment import Attachment
-from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs
+from tersor.core.pairs import needed
 from tersor.core.target import Target
 
 _NOTHING = 1e-7
@@ -99,10 +99,7 @@ class SoftTargets:
         Raises:
             InputError: there is no teacher.
         """
-        if teacher is None:
-            raise InputError(
-                "soft_targets needs a teacher; none was given. Pass teacher=..., or write one in the recipe."
-            )
+        needed(teacher, "soft_targets")
         if not self.loss_weight:
             return Attachment(model)
         return Attachment(
