@@ -159,7 +159,8 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
         "weights": list(weights),
         "n": 1,
     }
-    found |= {key: told[key] for key in ("reconstruction_error",) if key in told}
+    if "reconstruction" in told:
+        found["reconstruction_error"] = told["reconstruction"]["errors"][-1]
     shutil.rmtree(kept)
     return found
 
