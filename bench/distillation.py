@@ -3,6 +3,8 @@
 10,000 training images, 20 epochs, the same augmentation, schedule and steps for every row. A loss weight is the best of
 three on the validation images, after 5 epochs with one seed, and is frozen then; the test set only reports, after the
 last epoch. A row that was interrupted goes on from its last checkpoint.
+
+And a trained ResNet-20 that is pruned and quantized while it learns, for 5 epochs, with and without a teacher.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from tersor.prepare import prepare
 from tersor.recipe import Recipe, write
 
 RESULT = "distillation"
-IMAGES, EPOCHS, CHOOSING_EPOCHS = 10_000, 20, 5
+IMAGES, EPOCHS, CHOOSING_EPOCHS, COMPOSED_EPOCHS = 10_000, 20, 5, 5
 SEEDS = (0, 1, 2)
 ONE_SEED = (0,)
 
@@ -61,13 +63,28 @@ class Part:
 
 @dataclass(frozen=True)
 class Contender:
-    """What a row trains with; `chosen_as` are the parts whose weights it takes, where they are not its own."""
+    """What a row trains with.
+
+    Attributes:
+        name: how the rows call it.
+        parts: methods that have a loss weight.
+        network: what learns.
+        seeds: a row for each.
+        chosen_as: the parts whose weights it takes, where they are not its own.
+        laid: methods on a network that is trained already, from which it then goes on for a few epochs.
+    """
 
     name: str
     parts: tuple[Part, ...] = ()
     network: str = "resnet20"
     seeds: tuple[int, ...] = SEEDS
     chosen_as: tuple[Part, ...] = ()
+    laid: tuple[dict[str, Parameters], ...] = ()
+
+    @property
+    def epochs(self) -> int:
+        """Of its training."""
+        return COMPOSED_EPOCHS if self.laid else EPOCHS
 
 
 SOFT = Part("soft_targets", {"temperature": 4.0, "label_weight": 0.1}, (0.3, 0.9, 2.7))
@@ -80,6 +97,13 @@ DKD = Part("dkd", {}, (2.0, 4.0, 8.0), lambda weight: {"beta": weight})
 DIST = Part("dist", {}, (0.5, 1.0, 2.0), lambda weight: {"beta": weight, "gamma": weight})
 CRD = Part("crd", {"negatives": 2048}, (0.2, 0.8, 2.4))
 REVIEW = Part("reviewkd", {}, (0.3, 1.0, 5.0))
+
+
+LAID = (
+    {"weight_pruning": {"sparsity": 0.8, "sparsity_schedule": "cubic"}},
+    {"qat": {"bits": 4, "activation_bits": 4}},
+)
+"""A trained ResNet-20 loses four fifths of its weights and gets grids of 4 bits while it learns."""
 
 
 def _at(part: Part, **parameters: Any) -> Part:
@@ -109,6 +133,8 @@ CONTENDERS = (
         Contender(f"soft targets, T = {t:g}", (_at(SOFT, temperature=t),), seeds=ONE_SEED, chosen_as=(SOFT,))
         for t in (1.0, 2.0, 8.0, 16.0)
     ),
+    Contender("pruned and quantized, alone", laid=LAID),
+    Contender("pruned and quantized, factors", (FACTORS,), laid=LAID),
 )
 
 
@@ -119,23 +145,24 @@ def images() -> Splits:
 
 
 def recipe(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> Recipe:
-    """One stage of training from scratch."""
-    methods = [
+    """One stage of training, from scratch or, with methods laid on it, of a trained network."""
+    methods = [*contender.laid] + [
         {part.method: {**part.parameters, **part.weighed(weight)}}
         for part, weight in zip(contender.parts, weights, strict=True)
     ]
     stage = {
         "name": "train",
         "epochs": epochs,
-        "optimizer": {"learning_rate": 0.1},
-        "lr_schedule": {"warmup_epochs": 1},
+        "optimizer": {"learning_rate": 0.01 if contender.laid else 0.1},
+        "lr_schedule": {"warmup_epochs": 0 if contender.laid else 1},
         "methods": methods,
     }
-    teacher = {"name": "resnet56", "num_classes": 10, "weights": SHARED / "models/resnet56-cifar10-jpeg.safetensors"}
+    weights_of = lambda name: SHARED / "models" / f"{name}-cifar10-jpeg.safetensors"  # noqa: E731
+    model = {"name": contender.network, "num_classes": 10}
     return Recipe.model_validate(
         {
-            "model": {"name": contender.network, "num_classes": 10},
-            "teacher": teacher,
+            "model": {**model, "weights": weights_of(contender.network)} if contender.laid else model,
+            "teacher": {"name": "resnet56", "num_classes": 10, "weights": weights_of("resnet56")},
             "data": {"folder": folder(), "augment": "crop_flip"},
             "seed": seed,
             "stages": [stage],
@@ -187,11 +214,12 @@ def _rows(kind: str) -> Iterator[rows.Row]:
 
 def measure(contender: Contender, seed: int) -> None:
     """Writes the row of one seed, if it is not there."""
-    identity = {"kind": "accuracy", "contender": contender.name, "seed": seed, "epochs": EPOCHS, "images": IMAGES}
+    identity = {"kind": "accuracy", "contender": contender.name, "seed": seed, "images": IMAGES}
+    identity["epochs"] = contender.epochs
     if rows.known(RESULT, identity):
         return
     weights = tuple(map(chosen, contender.chosen_as or contender.parts))
-    found = trained(contender, weights, seed, EPOCHS)
+    found = trained(contender, weights, seed, contender.epochs)
     rows.add(RESULT, identity, {**found, "spread": rows.spread([found["accuracy"]])}, [seed])
     print(f"{contender.name}, seed {seed}: {found['accuracy']:.2f} %", flush=True)
 

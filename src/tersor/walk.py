@@ -137,6 +137,7 @@ class Walk:
                 seed=self.recipe.seed,
                 task=stage.name,
                 keeper=keeper,
+                once=self.batches(self.data.train, EVALUATION_BATCH) if stage.cache else None,
             )
             earlier = fitted.earlier
             told |= {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}

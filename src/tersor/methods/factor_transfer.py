@@ -233,7 +233,7 @@ class FactorAttachment(Attachment):
         features = next(self._features())[:_SHOWN]
         for place, values in enumerate((features, self.term.paraphraser(features))):
             maps = self.term.maps[place, : len(features)]
-            maps.copy_(F.adaptive_avg_pool2d(values.abs().mean(1), maps.shape[1:]))
+            maps.copy_(F.adaptive_avg_pool2d(values.abs().mean(1), (maps.shape[1], maps.shape[2])))
 
     def _batches(self) -> int:
         """Of an epoch, where that is known."""
