@@ -4,6 +4,9 @@
 three on the validation images, after 5 epochs with one seed, and is frozen then; the test set only reports, after the
 last epoch. A row that was interrupted goes on from its last checkpoint.
 
+All rows of a seed see the same batches, so the teacher is asked about each batch once, and its answers are kept beside
+the images (about 25 GB a seed) until the seed's last row.
+
 And a trained ResNet-20 that is pruned and quantized while it learns, for 5 epochs, with and without a teacher.
 """
 
@@ -16,15 +19,20 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import rows
 from images import MEAN, SHARED, STD, folder
 from tersor.checkpoint import Checkpoints
+from tersor.core.layers import Layers
 from tersor.core.watch import Unwatched
 from tersor.data import Splits, load
 from tersor.measure import accuracy
@@ -170,10 +178,50 @@ def recipe(contender: Contender, weights: tuple[float, ...], seed: int, epochs: 
     )
 
 
+class Recorded(nn.Module):
+    """A teacher that is asked once about every batch, whoever learns from it: the same seed gives the same batches.
+
+    Its layers stand beside it as modules that give what was kept, so that whoever asks for `layer3` finds it. Bits are
+    those that the teacher gives; so a row's seconds are those of a student alone.
+    """
+
+    layers = ("layer1", "layer2", "layer3")
+
+    def __init__(self, teacher: nn.Module, kept: Path) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.kept = kept
+        for path in self.layers:
+            self.add_module(path, nn.Identity())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> logits (N, 10)."""
+        digest = hashlib.blake2b(images.permute(0, 2, 3, 1).contiguous().numpy(), digest_size=16).hexdigest()
+        path = self.kept / f"{digest}.safetensors"
+        if not path.exists():
+            self._record(images, path)
+        with safe_open(path, "pt") as opened:
+            for name in self.layers:
+                layer = self.get_submodule(name)
+                if layer._forward_hooks:  # who looks at none need not wait for 15 MB
+                    layer(opened.get_tensor(name).permute(0, 3, 1, 2))
+            return opened.get_tensor("logits")
+
+    def _record(self, images: Tensor, path: Path) -> None:
+        logits, given = Layers(self.teacher, self.layers)(images)
+        told = {name: value.permute(0, 2, 3, 1).contiguous().clone() for name, value in given.items()}
+        self.kept.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        save_file({"logits": logits.contiguous().clone(), **told}, partial)
+        partial.rename(path)
+
+
 def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> dict[str, Any]:
     """Accuracy on both sets after the last epoch, seconds of training, and what the methods told."""
     given = recipe(contender, weights, seed, epochs)
     walk = prepare(given, model=None, data=images(), watch=Unwatched())
+    assert walk.teacher is not None
+    walk.teacher = Recorded(walk.teacher, folder().parent / "distillation" / f"teacher-{seed}")
     kept = folder().parent / "distillation" / hashlib.sha256(write(given).encode()).hexdigest()[:16]
     begun = Checkpoints(kept)
     (told,) = walk.stages(Unwatched(), begun)
@@ -181,7 +229,7 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
     found = {
         "accuracy": accuracy(walk.model, test),
         "validation_accuracy": told["validation_accuracy"],
-        "training_seconds": told["training_seconds"],
+        "seconds_without_teacher": told["training_seconds"],
         "steps": told["steps"],
         "weights": list(weights),
         "n": 1,
@@ -200,7 +248,7 @@ def chosen(part: Part) -> float:
             continue
         found = trained(Contender(part.method, (part,)), (weight,), 0, CHOOSING_EPOCHS)
         reached = found.pop("validation_accuracy")
-        numbers = {"validation_accuracy": reached, "training_seconds": found["training_seconds"]}
+        numbers = {"validation_accuracy": reached, "seconds_without_teacher": found["seconds_without_teacher"]}
         rows.add(RESULT, identity, {**numbers, "n": 1, "spread": rows.spread([reached])}, [0])
         print(f"{part.method}, {part.parameters}, weight {weight:g}: {reached:.2f} % validation", flush=True)
     mine = [row for row in _rows("weight") if all(row[key] == value for key, value in part.identity.items())]
@@ -227,12 +275,14 @@ def measure(contender: Contender, seed: int) -> None:
 def show() -> None:
     """Prints the rows of this machine: mean and range over the seeds."""
     found = list(_rows("accuracy"))
-    table = Table("contender", "accuracy", "least to most", "seeds", "weights", "minutes", title="ResNet-56 teaches")
+    table = Table(
+        "contender", "accuracy", "least to most", "seeds", "weights", "minutes, no teacher", title="ResNet-56 teaches"
+    )
     for name in dict.fromkeys(row["contender"] for row in found):
         mine = [row for row in found if row["contender"] == name]
         reached = [row["accuracy"] for row in mine]
         weights = ", ".join(f"{weight:g}" for weight in mine[0]["weights"])
-        minutes = statistics.mean(row["training_seconds"] for row in mine) / 60
+        minutes = statistics.mean(row["seconds_without_teacher"] for row in mine) / 60
         spread = f"{min(reached):.2f} to {max(reached):.2f}"
         table.add_row(name, f"{statistics.mean(reached):.2f}", spread, str(len(mine)), weights, f"{minutes:.1f}")
     Console(width=120).print(table)
@@ -252,6 +302,7 @@ def main() -> None:
                 for contender in CONTENDERS:
                     if seed in contender.seeds and (not given.only or contender.name in given.only):
                         measure(contender, seed)
+                shutil.rmtree(folder().parent / "distillation" / f"teacher-{seed}", ignore_errors=True)
     show()
 
 
