@@ -31,7 +31,6 @@ stages:
       - {qat: {calibration_images: 32}}
       - soft_targets
       - {factor_transfer: {paraphraser_epochs: 2, paraphraser_learning_rate: 0.01}}
-  - {name: quantize, methods: [{ptq: {calibration_images: 32}}]}
 """
 NETWORK = """\
 from torch import nn
