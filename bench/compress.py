@@ -156,7 +156,7 @@ def run_by_tersor(seed: int, out: Path) -> tuple[nn.Module, float, str]:
     end = Checkpoints(out / "checkpoints").end_of(1)
     assert end is not None
     model = rebuild(SUBJECT.network(), end.structure())
-    model.load_state_dict(end.tensors())
+    model.load_state_dict(end.network())
     return model.eval(), first["training_seconds"], first["precision"]
 
 

@@ -3,6 +3,11 @@
 10,000 training images, 20 epochs, the same augmentation, schedule and steps for every row. A loss weight is the best of
 three on the validation images, after 5 epochs with one seed, and is frozen then; the test set only reports, after the
 last epoch. A row that was interrupted goes on from its last checkpoint.
+
+All rows of a seed see the same batches, so the teacher is asked about each batch once, and its answers are kept beside
+the images (about 25 GB a seed) until the seed's last row.
+
+And a trained ResNet-20 that is pruned and quantized while it learns, for 5 epochs, with and without a teacher.
 """
 
 from __future__ import annotations
@@ -14,15 +19,20 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import rows
 from images import MEAN, SHARED, STD, folder
 from tersor.checkpoint import Checkpoints
+from tersor.core.layers import Layers
 from tersor.core.watch import Unwatched
 from tersor.data import Splits, load
 from tersor.measure import accuracy
@@ -30,7 +40,7 @@ from tersor.prepare import prepare
 from tersor.recipe import Recipe, write
 
 RESULT = "distillation"
-IMAGES, EPOCHS, CHOOSING_EPOCHS = 10_000, 20, 5
+IMAGES, EPOCHS, CHOOSING_EPOCHS, COMPOSED_EPOCHS = 10_000, 20, 5, 5
 SEEDS = (0, 1, 2)
 ONE_SEED = (0,)
 
@@ -61,13 +71,28 @@ class Part:
 
 @dataclass(frozen=True)
 class Contender:
-    """What a row trains with; `chosen_as` are the parts whose weights it takes, where they are not its own."""
+    """What a row trains with.
+
+    Attributes:
+        name: how the rows call it.
+        parts: methods that have a loss weight.
+        network: what learns.
+        seeds: a row for each.
+        chosen_as: the parts whose weights it takes, where they are not its own.
+        laid: methods on a network that is trained already, from which it then goes on for a few epochs.
+    """
 
     name: str
     parts: tuple[Part, ...] = ()
     network: str = "resnet20"
     seeds: tuple[int, ...] = SEEDS
     chosen_as: tuple[Part, ...] = ()
+    laid: tuple[dict[str, Parameters], ...] = ()
+
+    @property
+    def epochs(self) -> int:
+        """Of its training."""
+        return COMPOSED_EPOCHS if self.laid else EPOCHS
 
 
 SOFT = Part("soft_targets", {"temperature": 4.0, "label_weight": 0.1}, (0.3, 0.9, 2.7))
@@ -80,6 +105,13 @@ DKD = Part("dkd", {}, (2.0, 4.0, 8.0), lambda weight: {"beta": weight})
 DIST = Part("dist", {}, (0.5, 1.0, 2.0), lambda weight: {"beta": weight, "gamma": weight})
 CRD = Part("crd", {"negatives": 2048}, (0.2, 0.8, 2.4))
 REVIEW = Part("reviewkd", {}, (0.3, 1.0, 5.0))
+
+
+LAID = (
+    {"weight_pruning": {"sparsity": 0.8, "sparsity_schedule": "cubic"}},
+    {"qat": {"bits": 4, "activation_bits": 4}},
+)
+"""A trained ResNet-20 loses four fifths of its weights and gets grids of 4 bits while it learns."""
 
 
 def _at(part: Part, **parameters: Any) -> Part:
@@ -109,6 +141,8 @@ CONTENDERS = (
         Contender(f"soft targets, T = {t:g}", (_at(SOFT, temperature=t),), seeds=ONE_SEED, chosen_as=(SOFT,))
         for t in (1.0, 2.0, 8.0, 16.0)
     ),
+    Contender("pruned and quantized, alone", laid=LAID),
+    Contender("pruned and quantized, factors", (FACTORS,), laid=LAID),
 )
 
 
@@ -119,23 +153,24 @@ def images() -> Splits:
 
 
 def recipe(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> Recipe:
-    """One stage of training from scratch."""
-    methods = [
+    """One stage of training, from scratch or, with methods laid on it, of a trained network."""
+    methods = [*contender.laid] + [
         {part.method: {**part.parameters, **part.weighed(weight)}}
         for part, weight in zip(contender.parts, weights, strict=True)
     ]
     stage = {
         "name": "train",
         "epochs": epochs,
-        "optimizer": {"learning_rate": 0.1},
-        "lr_schedule": {"warmup_epochs": 1},
+        "optimizer": {"learning_rate": 0.01 if contender.laid else 0.1},
+        "lr_schedule": {"warmup_epochs": 0 if contender.laid else 1},
         "methods": methods,
     }
-    teacher = {"name": "resnet56", "num_classes": 10, "weights": SHARED / "models/resnet56-cifar10-jpeg.safetensors"}
+    weights_of = lambda name: SHARED / "models" / f"{name}-cifar10-jpeg.safetensors"  # noqa: E731
+    model = {"name": contender.network, "num_classes": 10}
     return Recipe.model_validate(
         {
-            "model": {"name": contender.network, "num_classes": 10},
-            "teacher": teacher,
+            "model": {**model, "weights": weights_of(contender.network)} if contender.laid else model,
+            "teacher": {"name": "resnet56", "num_classes": 10, "weights": weights_of("resnet56")},
             "data": {"folder": folder(), "augment": "crop_flip"},
             "seed": seed,
             "stages": [stage],
@@ -143,10 +178,50 @@ def recipe(contender: Contender, weights: tuple[float, ...], seed: int, epochs: 
     )
 
 
+class Recorded(nn.Module):
+    """A teacher that is asked once about every batch, whoever learns from it: the same seed gives the same batches.
+
+    Its layers stand beside it as modules that give what was kept, so that whoever asks for `layer3` finds it. Bits are
+    those that the teacher gives; so a row's seconds are those of a student alone.
+    """
+
+    layers = ("layer1", "layer2", "layer3")
+
+    def __init__(self, teacher: nn.Module, kept: Path) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.kept = kept
+        for path in self.layers:
+            self.add_module(path, nn.Identity())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> logits (N, 10)."""
+        digest = hashlib.blake2b(images.permute(0, 2, 3, 1).contiguous().numpy(), digest_size=16).hexdigest()
+        path = self.kept / f"{digest}.safetensors"
+        if not path.exists():
+            self._record(images, path)
+        with safe_open(path, "pt") as opened:
+            for name in self.layers:
+                layer = self.get_submodule(name)
+                if layer._forward_hooks:  # who looks at none need not wait for 15 MB
+                    layer(opened.get_tensor(name).permute(0, 3, 1, 2))
+            return opened.get_tensor("logits")
+
+    def _record(self, images: Tensor, path: Path) -> None:
+        logits, given = Layers(self.teacher, self.layers)(images)
+        told = {name: value.permute(0, 2, 3, 1).contiguous().clone() for name, value in given.items()}
+        self.kept.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        save_file({"logits": logits.contiguous().clone(), **told}, partial)
+        partial.rename(path)
+
+
 def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> dict[str, Any]:
     """Accuracy on both sets after the last epoch, seconds of training, and what the methods told."""
     given = recipe(contender, weights, seed, epochs)
     walk = prepare(given, model=None, data=images(), watch=Unwatched())
+    assert walk.teacher is not None
+    walk.teacher = Recorded(walk.teacher, folder().parent / "distillation" / f"teacher-{seed}")
     kept = folder().parent / "distillation" / hashlib.sha256(write(given).encode()).hexdigest()[:16]
     begun = Checkpoints(kept)
     (told,) = walk.stages(Unwatched(), begun)
@@ -154,12 +229,13 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
     found = {
         "accuracy": accuracy(walk.model, test),
         "validation_accuracy": told["validation_accuracy"],
-        "training_seconds": told["training_seconds"],
+        "seconds_without_teacher": told["training_seconds"],
         "steps": told["steps"],
         "weights": list(weights),
         "n": 1,
     }
-    found |= {key: told[key] for key in ("reconstruction_error",) if key in told}
+    if "reconstruction" in told:
+        found["reconstruction_error"] = told["reconstruction"]["errors"][-1]
     shutil.rmtree(kept)
     return found
 
@@ -172,7 +248,7 @@ def chosen(part: Part) -> float:
             continue
         found = trained(Contender(part.method, (part,)), (weight,), 0, CHOOSING_EPOCHS)
         reached = found.pop("validation_accuracy")
-        numbers = {"validation_accuracy": reached, "training_seconds": found["training_seconds"]}
+        numbers = {"validation_accuracy": reached, "seconds_without_teacher": found["seconds_without_teacher"]}
         rows.add(RESULT, identity, {**numbers, "n": 1, "spread": rows.spread([reached])}, [0])
         print(f"{part.method}, {part.parameters}, weight {weight:g}: {reached:.2f} % validation", flush=True)
     mine = [row for row in _rows("weight") if all(row[key] == value for key, value in part.identity.items())]
@@ -186,11 +262,12 @@ def _rows(kind: str) -> Iterator[rows.Row]:
 
 def measure(contender: Contender, seed: int) -> None:
     """Writes the row of one seed, if it is not there."""
-    identity = {"kind": "accuracy", "contender": contender.name, "seed": seed, "epochs": EPOCHS, "images": IMAGES}
+    identity = {"kind": "accuracy", "contender": contender.name, "seed": seed, "images": IMAGES}
+    identity["epochs"] = contender.epochs
     if rows.known(RESULT, identity):
         return
     weights = tuple(map(chosen, contender.chosen_as or contender.parts))
-    found = trained(contender, weights, seed, EPOCHS)
+    found = trained(contender, weights, seed, contender.epochs)
     rows.add(RESULT, identity, {**found, "spread": rows.spread([found["accuracy"]])}, [seed])
     print(f"{contender.name}, seed {seed}: {found['accuracy']:.2f} %", flush=True)
 
@@ -198,12 +275,14 @@ def measure(contender: Contender, seed: int) -> None:
 def show() -> None:
     """Prints the rows of this machine: mean and range over the seeds."""
     found = list(_rows("accuracy"))
-    table = Table("contender", "accuracy", "least to most", "seeds", "weights", "minutes", title="ResNet-56 teaches")
+    table = Table(
+        "contender", "accuracy", "least to most", "seeds", "weights", "minutes, no teacher", title="ResNet-56 teaches"
+    )
     for name in dict.fromkeys(row["contender"] for row in found):
         mine = [row for row in found if row["contender"] == name]
         reached = [row["accuracy"] for row in mine]
         weights = ", ".join(f"{weight:g}" for weight in mine[0]["weights"])
-        minutes = statistics.mean(row["training_seconds"] for row in mine) / 60
+        minutes = statistics.mean(row["seconds_without_teacher"] for row in mine) / 60
         spread = f"{min(reached):.2f} to {max(reached):.2f}"
         table.add_row(name, f"{statistics.mean(reached):.2f}", spread, str(len(mine)), weights, f"{minutes:.1f}")
     Console(width=120).print(table)
@@ -223,6 +302,7 @@ def main() -> None:
                 for contender in CONTENDERS:
                     if seed in contender.seeds and (not given.only or contender.name in given.only):
                         measure(contender, seed)
+                shutil.rmtree(folder().parent / "distillation" / f"teacher-{seed}", ignore_errors=True)
     show()
 
 

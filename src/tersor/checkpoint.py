@@ -32,6 +32,7 @@ from torch import Tensor
 
 from tersor.core import processes
 from tersor.core.errors import InputError
+from tersor.core.snapshot import part
 
 CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
 _RECIPE, _LOCK, _PARTIAL = "recipe.yaml", "lock", "partial"
@@ -66,8 +67,12 @@ class Checkpoint:
         return json.loads((self.path / STRUCTURE).read_text())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Values by name."""
+        """Values by name: of the network `model.`, and of what else a stage's end keeps `kept.`."""
         return load_file(self.path / TENSORS)
+
+    def network(self) -> dict[str, Tensor]:
+        """The network's `state_dict`."""
+        return part(self.tensors(), "model")
 
 
 class Checkpoints:

@@ -115,6 +115,7 @@ class Stage(Training):
         tuple[Annotated[Any, BeforeValidator(_method), PlainSerializer(_entry)], ...],
         Field(description="names, or a name with its parameters: {soft_targets: {temperature: 4}}"),
     ] = ()
+    cache: Annotated[bool, Field(description="ask the teacher once about each image, where none is augmented")] = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -157,6 +158,11 @@ class Recipe(BaseModel):
             first = seen.setdefault(stage.name.casefold(), stage.name)  # file names, which may not heed the case
             if first is not stage.name:
                 problems.append((("stages", index, "name"), f"a stage '{first}' is there already. Write another name."))
+            if stage.cache and (self.teacher is None or self.data.augment != "none"):
+                why = "there is no teacher" if self.teacher is None else f"data.augment is {self.data.augment}"
+                message = f"a cache keeps what the teacher gives for images that never change, and {why}. Leave it out"
+                hint = "." if self.teacher is None else ", or write data.augment: none."
+                problems.append((("stages", index, "cache"), message + hint))
             for place, method in enumerate(stage.methods):
                 if getattr(method, "needs_teacher", False) and self.teacher is None:
                     message = f"'{registry.name_of(method)}' learns from a teacher, and the recipe has none."

@@ -34,6 +34,7 @@ from tersor.core.loss_log import LossLog
 from tersor.core.objective import Batch, Objective
 from tersor.core.optimizer import optimizer_for
 from tersor.core.processes import any_of, as_in_the_first, join
+from tersor.core.remembered import Remembered
 from tersor.core.running_mean import RunningMean
 from tersor.core.schedule import learning_rate_factor
 from tersor.core.snapshot import Keeper, part, restore, snapshot, stop_asked
@@ -101,6 +102,7 @@ def fit(
     seed: int = 0,
     task: str = "train",
     keeper: Keeper | None = None,
+    once: BatchSource | None = None,
 ) -> Fitted:
     """Trains `attachment.model` in place on the device that accelerate finds; it comes back in eval, where it was.
 
@@ -116,6 +118,8 @@ def fit(
         seed: of the numbers that modules and methods draw (dropout); the order of the data has its own.
         task: what the watch calls it.
         keeper: where this training goes on from, and what keeps it every few steps and when Ctrl-C is pressed.
+        once: all images in their order, where they come as they are in every epoch: the teacher is asked about them
+            before the first step, and what it gives is kept.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; with a keeper, after the step was ended and kept.
@@ -148,6 +152,8 @@ def fit(
         begun = keeper.begun if keeper else None
         handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
         try:
+            if once is not None and attachment.terms:
+                loop.remember(once, task)
             return loop.run(batches, rates, task)
         finally:
             handle.remove()
@@ -175,6 +181,16 @@ class _Loop:
         set_layout(objective, self.layout)
         self.torch_optimizer = optimizer_for(objective, training.optimizer)
         self.objective, self.optimizer = accelerator.prepare(objective.train(), self.torch_optimizer)
+
+    def remember(self, once: BatchSource, task: str) -> None:
+        """Asks the teacher about all images. Also where a training goes on: the bits are the same, batch by batch."""
+        self.watch.start(f"{task}: what the teacher gives", len(once))
+        kept: Remembered | None = None
+        for batch in once:
+            kept = kept or Remembered(len(once) * len(batch.images))
+            kept.add(batch, self.plain.ask_teacher(self._placed(batch)))
+            self.watch.advance()
+        self.plain.answers = kept
 
     def run(self, batches: BatchSource, rates: list[float], task: str) -> Fitted:
         """One step for each of the learning rates."""

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.checkpoint import Checkpoints, UnitKeeper
 from tersor.core import processes
@@ -65,7 +65,7 @@ class Walk:
             return
         ended = checkpoints.end_of(_TEACHER)
         if ended is not None:
-            self.teacher.load_state_dict(ended.tensors())
+            self.teacher.load_state_dict(ended.network())
             watch.say("teacher: as it was trained before")
             return
         batches = self.training_batches(wanted.training)
@@ -83,7 +83,7 @@ class Walk:
             keeper=keeper,
         )
         self.validate(self.teacher, "teacher", watch)
-        _save_end(checkpoints, _TEACHER, "teacher", steps, self.teacher, {})
+        _save_end(checkpoints, _TEACHER, "teacher", steps, self.teacher, {}, {})
 
     def stages(self, watch: Watch, checkpoints: Checkpoints) -> list[dict[str, Any]]:
         """All stages, from where the checkpoints leave off; what each was, for `numbers.json`."""
@@ -93,17 +93,22 @@ class Walk:
         latest = 0 if end is None else end.unit
         if end is not None:
             self.model = rebuild(self.model, end.structure())
-            self.model.load_state_dict(end.tensors())
+            self.model.load_state_dict(end.network())
             told = end.told["stages"]
             watch.say(f"{self.recipe.stages[latest - 1].name}: as it ended before")
         for number, stage in enumerate(self.recipe.stages[latest:], latest + 1):
-            told.append(self._stage(number, stage, watch, checkpoints))
-            _save_end(checkpoints, number, stage.name, told[-1]["steps"], self.model, {"stages": told})
+            found, kept = self._stage(number, stage, watch, checkpoints)
+            told.append(found)
+            _save_end(checkpoints, number, stage.name, found["steps"], self.model, {"stages": told}, kept)
         return told
 
-    def _stage(self, number: int, stage: Stage, watch: Watch, checkpoints: Checkpoints) -> dict[str, Any]:
-        """Attaches, begins, trains, finishes. What attaching decides follows from the weights that it finds, which
-        are those of the stage before: a stage that goes on attaches again and takes its own weights back.
+    def _stage(
+        self, number: int, stage: Stage, watch: Watch, checkpoints: Checkpoints
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Attaches, begins, trains, finishes: what is told of it, and what is kept.
+
+        What attaching decides follows from the weights that it finds, which are those of the stage before: a stage
+        that goes on attaches again and takes its own weights back.
         """
         began = time.perf_counter()
         processes.as_in_the_first(self.model)
@@ -132,6 +137,7 @@ class Walk:
                 seed=self.recipe.seed,
                 task=stage.name,
                 keeper=keeper,
+                once=self.batches(self.data.train, EVALUATION_BATCH) if stage.cache else None,
             )
             earlier = fitted.earlier
             told |= {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
@@ -139,7 +145,7 @@ class Walk:
         told |= attachment.told
         told["minutes"] = (time.perf_counter() - began + earlier) / 60
         told["validation_accuracy"] = self.validate(self.model, stage.name, watch)
-        return told
+        return told, attachment.kept
 
     def left_by_stages(self, checkpoints: Checkpoints) -> dict[int, nn.Module]:
         """Number of a stage -> the network as it left it, from the checkpoints at their ends."""
@@ -147,7 +153,7 @@ class Walk:
         for end in checkpoints.ends():
             if end.unit != _TEACHER:
                 network = rebuild(copy.deepcopy(self.untouched), end.structure())
-                network.load_state_dict(end.tensors())
+                network.load_state_dict(end.network())
                 networks[end.unit] = network.eval()
         return networks
 
@@ -178,11 +184,18 @@ class Walk:
 
 
 def _save_end(
-    checkpoints: Checkpoints, unit: int, name: str, steps: int, network: nn.Module, told: dict[str, Any]
+    checkpoints: Checkpoints,
+    unit: int,
+    name: str,
+    steps: int,
+    network: nn.Module,
+    told: dict[str, Any],
+    kept: dict[str, Tensor],
 ) -> None:
     if processes.rank():
         return
-    tensors = network.state_dict()
+    tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
+    tensors |= {f"kept.{key}": value for key, value in kept.items()}
     checkpoints.save(unit, name, step=steps, done=True, tensors=tensors, structure=structure(network), told=told)
 
 

@@ -26,8 +26,11 @@ stages:
     batch_size: 16
     ema: 0.9
     optimizer: {name: adamw, learning_rate: 0.001}
-    methods: [soft_targets, {weight_pruning: {sparsity: 0.7, sparsity_schedule: cubic, every: 8}}]
-  - {name: quantize, methods: [{ptq: {calibration_images: 32}}]}
+    methods:
+      - {weight_pruning: {sparsity: 0.8, sparsity_schedule: cubic, every: 8}}
+      - {qat: {calibration_images: 32}}
+      - soft_targets
+      - {factor_transfer: {paraphraser_epochs: 2, paraphraser_learning_rate: 0.01}}
 """
 NETWORK = """\
 from torch import nn

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tersor.core.errors import InputError
+from tersor.core.layers import Layers
 from tersor.core.method import chain
 from tersor.core.objective import Batch, Objective, Outputs
 from tersor.core.pairs import pairs_of
@@ -161,18 +163,26 @@ def test_the_paraphraser_learns_first_and_then_stays():
     student, teacher = networks()
     method = FactorTransfer(paraphraser_epochs=8, paraphraser_learning_rate=0.05, batch_norm=True)
     attached = method.attach(student, data=Loader(), teacher=teacher, steps=10)
-    assert not [name for name, value in attached.told.items() if value == value]  # NaN: it has learned nothing yet
+    assert np.isnan(attached.told["reconstruction"]["errors"]).all(), "it has learned nothing yet"
     progress = list(attached.begin())
     assert [(each.done, each.total) for each in (progress[0], progress[-1])] == [(1, 32), (32, 32)]
     shorter = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.05, batch_norm=True)
     once = shorter.attach(student, data=Loader(), teacher=teacher, steps=10)
     list(once.begin())
-    assert attached.told["reconstruction_error"] < once.told["reconstruction_error"]
+    told = attached.told["reconstruction"]
+    assert len(told["errors"]) == 8
+    assert told["errors"][-1] < once.told["reconstruction"]["errors"][-1]
+    with torch.no_grad():
+        features = Layers(teacher, ["layer3"])(next(iter(Loader())).images)[1]["layer3"][:6]
+        again = attached.terms[0].paraphraser(features)
+    for when, values in (("before", features), ("after", again)):
+        assert np.allclose(told[when], values.abs().mean(1), atol=1e-5), when
+    assert attached.kept["paraphraser.encoder.0.weight"].equal(attached.terms[0].paraphraser.encoder[0].weight)
     term = attached.terms[0]
     before = copy.deepcopy(term.state_dict())
     fit(attached, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=4, teacher=teacher)
     for key, value in term.state_dict().items():
-        assert torch.equal(value, before[key]) == key.startswith(("paraphraser.", "error")), key
+        assert torch.equal(value, before[key]) == key.startswith(("paraphraser.", "errors", "maps")), key
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(0.25, 16), (0.5, 32), (1.0, 64), (1.5, 96)])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tersor.core.objective import LossTerm
@@ -59,8 +59,13 @@ class Attachment:
         self.notes = tuple(notes)
 
     @property
-    def told(self) -> dict[str, float]:
-        """What was found on the way, for the stage's entry in `numbers.json`. Nothing by default."""
+    def told(self) -> dict[str, Any]:
+        """What was found on the way, in plain values, for the stage's entry in `numbers.json`. Nothing by default."""
+        return {}
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What a run keeps beside the network at the stage's end: that has learned, and is thrown away otherwise."""
         return {}
 
     def begin(self) -> Iterator[Progress]:
@@ -110,9 +115,14 @@ class Chain(Attachment):
         self.parts = tuple(parts)
 
     @property
-    def told(self) -> dict[str, float]:
+    def told(self) -> dict[str, Any]:
         """What all parts have found."""
         return {name: value for part in self.parts for name, value in part.told.items()}
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What all parts keep, by the place of the part and the name there."""
+        return {f"{place}.{name}": value for place, part in enumerate(self.parts) for name, value in part.kept.items()}
 
     def begin(self) -> Iterator[Progress]:
         """The work of each part, one after the other."""

@@ -6,7 +6,7 @@ often the model runs inside, there is one forward call and one backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -83,6 +83,9 @@ class Objective(nn.Module):
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
         label_smoothing: part of the label's probability that is spread over all classes.
         autocast: data type in which the networks run (bfloat16), or None for the model's own.
+
+    Attributes:
+        answers: what gives the teacher's outputs in its place, where they are kept from before.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Objective(nn.Module):
         self.label_weight = label_weight
         self.label_smoothing = label_smoothing
         self.autocast = autocast
+        self.answers: Callable[[Batch], Outputs] | None = None
         if teacher is not None:
             teacher.requires_grad_(requires_grad=False)
         self.train(self.training)
@@ -119,10 +123,11 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of one batch by name, each a scalar in float32."""
-        device = batch.images.device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+        with self._autocast(batch):
             logits, given = self._ask_student(batch.images)
-            teacher = self._ask_teacher(batch)
+        teacher = None
+        if len(self.terms) and self.teacher is not None:
+            teacher = (self.answers or self.ask_teacher)(batch)
         student = Outputs(logits.float(), {path: value.float() for path, value in given.items()})
         losses: dict[str, Tensor] = {}
         if self.label_weight and batch.labels is not None:
@@ -135,10 +140,13 @@ class Objective(nn.Module):
         assert losses, "an objective without labels and without terms asks nothing"
         return losses
 
-    def _ask_teacher(self, batch: Batch) -> Outputs | None:
-        if self._ask is None or not len(self.terms):
-            return None
-        with torch.inference_mode():
+    def ask_teacher(self, batch: Batch) -> Outputs:
+        """What the teacher gives for the images of `batch`, in float32 and without a gradient."""
+        assert self._ask is not None
+        with torch.inference_mode(), self._autocast(batch):
             logits, given = self._ask(batch.images)
         # a clone outside inference mode may be saved for backward
         return Outputs(logits.float().clone(), {path: value.float().clone() for path, value in given.items()})
+
+    def _autocast(self, batch: Batch) -> torch.autocast:
+        return torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None)

@@ -41,14 +41,23 @@ class Pair:
     @property
     def smaller(self) -> tuple[int, int]:
         """Height and width to which both maps are pooled."""
-        ours, theirs = map_size(self.student_shape), map_size(self.teacher_shape)
-        assert ours is not None
-        assert theirs is not None
+        ours, theirs = _size(self.student_shape), self.teacher_size
         return min(ours[0], theirs[0]), min(ours[1], theirs[1])
+
+    @property
+    def teacher_size(self) -> tuple[int, int]:
+        """Height and width of the teacher's map."""
+        return _size(self.teacher_shape)
 
 
 def _channels(shape: torch.Size) -> int:
     return shape[1] if len(shape) == 4 else shape[2]
+
+
+def _size(shape: torch.Size) -> tuple[int, int]:
+    size = map_size(shape)
+    assert size is not None
+    return size
 
 
 def needed(teacher: nn.Module | None, method: str) -> nn.Module:

@@ -115,6 +115,29 @@ class MovingFakeQuantize(FakeQuantize):
         self.ready, self.moves = state.tolist()
 
 
+class RunningLargest(nn.Module):
+    """Shows a weight as it is, and remembers a running mean of its largest absolute value.
+
+    Args:
+        channels: number of values, along dimension 0; None for one value for the whole weight.
+    """
+
+    largest: Tensor
+
+    def __init__(self, channels: int | None = None) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(() if channels is None else (channels,)))
+
+    def follow(self, weight: Tensor, *, first: bool, momentum: float = 0.1) -> None:
+        """Takes a weight (C, ...) into the mean; the first one is taken as it is."""
+        found = weight.detach().float().abs().flatten(1).amax(1)
+        self.largest.lerp_(found if self.largest.ndim else found.max(), 1.0 if first else momentum)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values`."""
+        return values
+
+
 class Mask(nn.Module):
     """Shows a weight with zeros where it is masked; what is masked gets no gradient and stays as it was.
 

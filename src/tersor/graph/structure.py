@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.affine import Grid
 from tersor.core.errors import InputError
-from tersor.core.parametrization import FakeQuantize, Mask, MovingFakeQuantize, shown_by
+from tersor.core.parametrization import FakeQuantize, Mask, MovingFakeQuantize, RunningLargest, shown_by
 from tersor.core.selection import weighted_layers
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.channels import Cut, remove
@@ -73,6 +73,8 @@ def _lay_edges(graph: fx.GraphModule, edges: list[list[Any]]) -> None:
 def _told(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Mask):
         return {"mask": list(module.mask.shape)}
+    if isinstance(module, RunningLargest):
+        return {"largest": len(module.largest) if module.largest.ndim else None}
     if isinstance(module, MovingFakeQuantize):
         return {"grid": [module.grid.minimum, module.grid.maximum], "averaging": module.averaging}
     if isinstance(module, FakeQuantize):
@@ -84,5 +86,7 @@ def _told(module: nn.Module) -> dict[str, Any]:
 def _made(told: dict[str, Any]) -> nn.Module:
     if "mask" in told:
         return Mask(told["mask"])
+    if "largest" in told:
+        return RunningLargest(told["largest"])
     grid = Grid(*told["grid"])
     return MovingFakeQuantize(grid, told["averaging"]) if "averaging" in told else FakeQuantize(grid, told["channels"])

@@ -40,6 +40,9 @@ from tersor.core.pairs import Pair, last, pairs_of
 from tersor.core.seeded import seeded
 from tersor.core.target import Target
 
+_SHOWN, _SHOWN_SIDE = 6, 8
+"""Features that are shown, and at how many pixels a side at most."""
+
 Reconstruction = Literal["absolute", "squared"]
 
 
@@ -74,7 +77,8 @@ class FactorTerm(LossTerm):
     """The weighted distance of the student's translation and the teacher's paraphrase, which is frozen."""
 
     name = "factor_transfer"
-    error: Tensor
+    errors: Tensor
+    maps: Tensor
 
     def __init__(self, method: FactorTransfer, pair: Pair) -> None:
         super().__init__()
@@ -84,7 +88,10 @@ class FactorTerm(LossTerm):
         self.paraphraser = Paraphraser(pair.teacher_channels, factor, method.batch_norm)
         widths = (pair.student_channels, pair.student_channels, factor, factor)
         self.translator = _layers(nn.Conv2d, widths, method.batch_norm)
-        self.register_buffer("error", torch.full((), torch.nan))  # of the reconstruction, once it has learned
+        # what came of the paraphraser: its error in every epoch, and where a few features lie, before and after it
+        height, width = (min(side, _SHOWN_SIDE) for side in pair.teacher_size)
+        self.register_buffer("errors", torch.full((method.paraphraser_epochs,), torch.nan))
+        self.register_buffer("maps", torch.zeros(2, _SHOWN, height, width))
         self.paraphraser.requires_grad_(requires_grad=False)
 
     def train(self, mode: bool = True) -> Self:
@@ -169,9 +176,18 @@ class FactorAttachment(Attachment):
         self.data = data
 
     @property
-    def told(self) -> dict[str, float]:
-        """The mean absolute error of the reconstruction in the last epoch, over the mean absolute feature."""
-        return {"reconstruction_error": float(self.term.error)}
+    def told(self) -> dict[str, Any]:
+        """`reconstruction`: the `layer`; `errors`, the mean absolute error in each epoch over the mean absolute
+        feature; `maps`, the mean over the channels of a few features, before and after.
+        """
+        before, after = self.term.maps.tolist()
+        errors = self.term.errors.tolist()
+        return {"reconstruction": {"layer": self.term.pair.teacher, "errors": errors, "before": before, "after": after}}
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Paraphraser and translator."""
+        return self.term.state_dict()
 
     def begin(self) -> Iterator[Progress]:
         """Trains the paraphraser for its epochs; reports the batches.
@@ -203,12 +219,21 @@ class FactorAttachment(Attachment):
                 raise InputError(
                     "factor_transfer was given data that cannot be read again. Pass a DataLoader or a list."
                 )
-            self.term.error.copy_(torch.stack(errors).mean())
-        if not torch.isfinite(self.term.error):
+            self.term.errors[epoch] = torch.stack(errors).mean()
+        if not torch.isfinite(self.term.errors[-1]):
             raise InputError(
                 "the paraphraser's error is not finite. Write a smaller paraphraser_learning_rate, or batch_norm: true."
             )
         paraphraser.requires_grad_(requires_grad=False).eval()
+        self._show()
+
+    @torch.no_grad()
+    def _show(self) -> None:
+        """Looks at a few features and at what the paraphraser makes of them."""
+        features = next(self._features())[:_SHOWN]
+        for place, values in enumerate((features, self.term.paraphraser(features))):
+            maps = self.term.maps[place, : len(features)]
+            maps.copy_(F.adaptive_avg_pool2d(values.abs().mean(1), (maps.shape[1], maps.shape[2])))
 
     def _batches(self) -> int:
         """Of an epoch, where that is known."""

@@ -54,7 +54,9 @@ def numbers_of(**changes):
         "stages": [
             {"name": "distil", "methods": [{"soft_targets": {"temperature": 4}}], "steps": 100, "minutes": 3.0,
              "validation_accuracy": 90.5, "accuracy": 90.2, "bytes": 4_000_000, "macs": 10_000_000, "sparsity": 0.0,
-             "latency_ms": {"1": {"median": 3.5, "p10": 3.4, "p90": 3.6, "n": 5}}},
+             "latency_ms": {"1": {"median": 3.5, "p10": 3.4, "p90": 3.6, "n": 5}},
+             "reconstruction": {"layer": "layer3", "errors": [0.9, 0.4], "before": [[[0.1, 0.7], [0.3, 0.2]]] * 6,
+                                "after": [[[0.1, 0.6], [0.3, 0.3]]] * 6}},
             {"name": "quantize", "methods": ["ptq"], "steps": 0, "minutes": 0.1},
         ],
     }  # fmt: skip

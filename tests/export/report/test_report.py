@@ -55,8 +55,8 @@ def test_the_first_line_is_the_verdict_for_either_baseline(folder):
 def test_the_page_holds_what_was_asked(folder):
     text = drawn(folder)
     for title in ("In figures", "What each stage gave and cost", "Latency, run by run", "Where the time goes",
-                  "Layer by layer", "Weights on their grid", "Softened targets",
-                  "What it finds alike", "Where they look", "Answers that changed"):  # fmt: skip
+                  "Layer by layer", "Weights on their grid", "Softened targets", "What it finds alike",
+                  "Where they look", "Answers that changed", "What comes back of a feature"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text
     assert "Some CPU" in text
     assert "2 threads" in text
@@ -126,6 +126,16 @@ def test_a_stage_shows_what_is_known_of_it(folder):
     assert "3.500<small>−0.500</small>" in distil
     assert "100 steps, 3.0 min" in distil
     assert quantize.count("<td>–<small></small></td>") == 5
+
+
+def test_a_reconstruction_is_shown_where_a_stage_told_of_one(folder):
+    text = drawn(folder)
+    assert "at last: 40.0 %" in text
+    assert text.count('class="heatmap"') == 12
+    numbers = numbers_of()
+    del numbers["stages"][0]["reconstruction"]
+    (folder / "numbers.json").write_text(json.dumps(numbers))
+    assert "What comes back" not in drawn(folder)
 
 
 def test_the_same_evidence_gives_the_same_page(folder):

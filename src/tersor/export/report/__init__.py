@@ -18,6 +18,7 @@ from typing import Any
 from tersor.core.errors import InputError
 from tersor.export.report.answered import answers, attention, similar, targets
 from tersor.export.report.inside import layers, time_spent, weights
+from tersor.export.report.learned import reconstructions
 from tersor.export.report.markup import Markup, join, tag
 from tersor.export.report.measured import figures, head, latencies, stages
 from tersor.export.report.verdict import verdict
@@ -81,12 +82,12 @@ def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
         if evidence
         else [tag("section", tag("p", _WITHOUT_EVIDENCE))]
     )
-    sections = [head(numbers, evidence), figures(numbers), stages(numbers), latencies(numbers), *inside]
+    measured = [head(numbers, evidence), figures(numbers), stages(numbers), latencies(numbers)]
     return template.substitute(
         title=join([f"tersor: {verdict(numbers, 'original', evidence)}"]),
         policy=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         style=Markup(style),
-        body=join(sections),
+        body=join([*measured, *inside, reconstructions(numbers)]),
     )
 
 

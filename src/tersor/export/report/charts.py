@@ -82,6 +82,19 @@ def histogram(told: Mapping[str, Any], label: str) -> Markup:
     )  # fmt: skip
 
 
+def heat_map(rows: Sequence[Sequence[float]], label: str) -> Markup:
+    """Values (H, W) as squares, from the least of them, faint, to the most."""
+    flat = [value for row in rows for value in row]
+    least, span = min(flat), max(flat) - min(flat) or 1.0
+    squares = [
+        tag("rect", x=x, y=y, width=1.02, height=1.02, fill_opacity=f"{0.04 + 0.96 * (value - least) / span:.2f}")
+        for y, row in enumerate(rows)
+        for x, value in enumerate(row)
+    ]
+    box = f"0 0 {len(rows[0])} {len(rows)}"
+    return tag("svg", tag("title", label), *squares, class_="heatmap", role="img", aria_label=label, viewBox=box)
+
+
 def _percent(value: float, largest: float) -> str:
     return f"{100 * value / largest if largest else 0:.2f}%"
 

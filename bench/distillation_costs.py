@@ -1,0 +1,150 @@
+"""What distillation costs: the seconds of a step against the bare sum of the student's step and the teacher's forward.
+
+A ResNet-20 learns from a ResNet-56 by each method in turn, with its defaults, on batches of 128 augmented images.
+Student and teacher alone are written by hand. In every round each has one turn, in a new order; a ratio is of times of
+one round, and the median of all rounds counts. Beside it: the bare sum against another of its kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import rows
+from images import MEAN, STD, TRAINED, cifar
+from tersor import methods as registry
+from tersor.core.device import set_layout
+from tersor.core.objective import Batch, Objective
+from tersor.data import Batches
+from tersor.zoo import build
+
+RESULT = "distillation_costs"
+BATCH, ROUNDS, WARM_ROUNDS = 128, 20, 2
+LIMITS = {"logits": 1.10, "layers": 1.25}
+BARE, AGAIN = "bare", "bare, again"
+
+Step = Callable[[Batch], None]
+
+
+def student() -> nn.Module:
+    """A ResNet-20 from scratch."""
+    torch.manual_seed(0)
+    return build("resnet20", 10)
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    """Over what learns in it."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(learning, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def bare() -> Step:
+    """The student's step on the labels, and the teacher's forward beside it."""
+    network, teacher = student().train(), TRAINED["resnet56"].network()
+    for each in (network, teacher):
+        set_layout(each, torch.channels_last)
+    optimizer = sgd(network)
+
+    def step(batch: Batch) -> None:
+        with torch.inference_mode():
+            teacher(batch.images)
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch.images), batch.labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def taught(name: str) -> tuple[Step, str]:
+    """One step of a method with its defaults, and whether it looks at logits or at layers."""
+    network, teacher = student(), TRAINED["resnet56"].network()
+    calm = Batches(cifar().train, 64, mean=MEAN, std=STD)
+    cls: Any = registry.get(name)
+    attached = cls().attach(
+        network, data=calm, teacher=teacher, steps=1000
+    )  # not begun: a frozen part need not be good
+    layers = attached.layers
+    objective = Objective(attached.model, attached.terms, teacher, label_weight=attached.label_weight, layers=layers)
+    set_layout(objective.train(), torch.channels_last)
+    optimizer = sgd(objective)
+    attached.bind(optimizer)
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        torch.stack([*objective(batch).values()]).sum().backward()
+        optimizer.step()
+
+    return step, "layers" if layers else "logits"
+
+
+def batches() -> Iterator[Batch]:
+    """Augmented images, without end."""
+    epoch = 0
+    source = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=0, augment="crop_flip")
+    while True:
+        source.set_epoch(epoch)
+        for batch in source:
+            yield Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels, batch.index)
+        epoch += 1
+
+
+def measure(names: list[str]) -> None:
+    """Writes a row for each method."""
+    taught_by = {name: taught(name) for name in names}
+    steps = {BARE: bare(), AGAIN: bare(), **{name: step for name, (step, _) in taught_by.items()}}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    draw, given = torch.Generator().manual_seed(0), batches()
+    for _ in range(WARM_ROUNDS + ROUNDS):
+        batch = next(given)
+        for place in torch.randperm(len(steps), generator=draw).tolist():
+            name = list(steps)[place]
+            begun = time.perf_counter()
+            steps[name](batch)
+            seconds[name].append(time.perf_counter() - begun)
+    counted = {name: times[WARM_ROUNDS:] for name, times in seconds.items()}
+    for name in (AGAIN, *names):
+        ratios = [own / other for own, other in zip(counted[name], counted[BARE], strict=True)]
+        kind = "logits" if name == AGAIN else taught_by[name][1]
+        identity = {"method": name, "looks_at": kind, "student": "resnet20", "teacher": "resnet56", "batch": BATCH}
+        numbers = {"ratio": statistics.median(ratios), "seconds": statistics.median(counted[name]), "n": ROUNDS}
+        rows.add(RESULT, identity, {**numbers, "spread": rows.spread(ratios)}, [0])
+
+
+def show() -> None:
+    """Prints the rows of this machine beside their limits."""
+    table = Table("method", "looks at", "seconds a step", "over the bare sum", "p10 to p90", "limit")
+    for row in rows.read(RESULT):
+        if row["machine"] == rows.machine():
+            spread = f"{row['spread']['p10']:.3f} to {row['spread']['p90']:.3f}"
+            limit = "" if row["method"] == AGAIN else f"{LIMITS[row['looks_at']]:.2f}"
+            told = f"{row['seconds']:.3f}", f"{row['ratio']:.3f}", spread, limit
+            table.add_row(row["method"], row["looks_at"], *told)
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    """Measures all methods that need a teacher side by side, if they are not there, and prints them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="measure also what is there")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        torch.set_num_threads(2)
+        names = [name for name in registry.names() if getattr(registry.get(name), "needs_teacher", False)]
+        with rows.alone():
+            if chosen.again or not all(rows.known(RESULT, {"method": name}) for name in names):
+                measure(names)
+    show()
+
+
+if __name__ == "__main__":
+    main()

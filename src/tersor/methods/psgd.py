@@ -1,0 +1,184 @@
+"""Position-based scaled gradient: training in full precision that leaves weights where a grid will find them.
+
+Kim, Yoo and Kwak, "Position-based Scaled Gradient for Model Quantization and Pruning", NeurIPS 2020 (arXiv 2005.11035).
+
+    d(w)    = |w - w_hat|       w_hat: the nearest point of the target, a grid of b bits, or zero: the weight itself
+    dL/dw  <- dL/dw * s(w)      s = lambda * d(w): far from its point a weight moves much, on it not at all
+    lambda  = strength, or what makes the mean of s over all weights `mean_scale`
+
+The forward sees full precision, and nothing is laid on the network: afterwards `ptq` with as many bits rounds weights
+that lie near their points already. The bits have to be known in advance. Toward zero it is sparse training: one
+threshold (`weight_pruning`, one_shot) then removes what gathered there. The gradient is scaled around the optimizer's
+step: weight decay stays outside, and momentum gathers scaled gradients.
+
+`scale_by: constant` is the control: the same mean scale, whatever the position. What is left of the method's gain
+beside it is more than a larger learning rate.
+
+The paper has s = lambda * (d + epsilon), its code no epsilon: a weight on its point does not move. So here. The code's
+lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence `mean_scale`. Its grid is
+one for a whole layer and over a running mean of the largest weight; `per_channel: false` and `range: running` are that.
+By default the grid is the one that `ptq` will lay. Of fewer than 4 bits, the first and the last layer aim at 8, as in
+the code; which also trains 2 bits without weight decay (write `optimizer: {weight_decay: 0}`), and aims the
+classifier's bias at a grid of its own. Here biases are free: they run in 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from tersor.core.affine import Grid, symmetric_scale, to_integers
+from tersor.core.attachment import Attachment
+from tersor.core.errors import InputError
+from tersor.core.method import PLAIN_VALUES
+from tersor.core.parametrization import FakeQuantize, RunningLargest, parametrized, shown_by
+from tersor.core.ranges import channel_maxima
+from tersor.core.selection import Layer, matching, weighted_layers
+from tersor.core.target import Target
+
+_ENDS_BITS = 8
+
+
+def distance(weight: Tensor, largest: Tensor, grid: Grid) -> Tensor:
+    """How far each of `weight` (C, ...) is from the nearest point of a grid.
+
+    Args:
+        weight: of a layer.
+        largest: what the grid's last point is, () or (C,).
+        grid: its integers.
+    """
+    scale = symmetric_scale(largest, grid).view(-1, *[1] * (weight.ndim - 1))
+    return (weight - to_integers(weight, scale, torch.zeros_like(scale), grid) * scale).abs()
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class PSGD:
+    """Gradients scaled by each weight's distance to the point that it will be rounded to."""
+
+    needs_steps: ClassVar[bool] = True
+    example: ClassVar[dict[str, Any]] = {"bits": 2, "range": "running", "per_channel": False, "strength": 20.0}
+    off: ClassVar[dict[str, Any]] = {"scale_by": "constant", "mean_scale": 1.0}
+
+    bits: Annotated[int, Field(ge=2, le=8, description="of the grid that weights are drawn to")] = 4
+    target: Annotated[Literal["grid", "zero"], Field(description="what weights are drawn to")] = "grid"
+    per_channel: Annotated[bool, Field(description="a grid for each output channel, or one for the layer")] = True
+    range: Annotated[
+        Literal["exact", "running"], Field(description="the largest weight that is, or a running mean of it")
+    ] = "exact"
+    mean_scale: Annotated[float, Field(gt=0, description="mean factor on the gradients, where strength is left")] = 2.0
+    strength: Annotated[float | None, Field(gt=0, description="lambda, in place of mean_scale")] = None
+    scale_by: Annotated[
+        Literal["distance", "constant"], Field(description="constant: the control, with the same mean scale")
+    ] = "distance"
+    layers: Annotated[tuple[str, ...], Field(description="patterns; all convolutions and linear layers if left")] = ()
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        data: Iterable[Any] | None = None,
+        teacher: nn.Module | None = None,
+        steps: int = 0,
+        target: Target | None = None,
+    ) -> Attachment:
+        """Chooses the layers; lays what remembers a running range where one is asked for.
+
+        Raises:
+            InputError: a pattern that matches nothing, no layer, a weight that lies on a grid already, or that was
+                drawn to another kind of grid before.
+        """
+        everything = weighted_layers(model)
+        chosen = matching(self.layers, everything) if self.layers else set(everything)
+        if not chosen:
+            raise InputError(f"{type(model).__name__} has no convolution and no fully connected layer for psgd.")
+        for name in chosen:
+            if any(isinstance(each, FakeQuantize) for each in shown_by(everything[name])):
+                raise InputError(f"the weight of {name} is on a grid already. Write psgd before ptq and qat.")
+        ends = {next(iter(everything)), list(everything)[-1]} if self.bits < 4 else set[str]()
+        aims = {name: Grid.signed(_ENDS_BITS if name in ends else self.bits) for name in everything if name in chosen}
+        if self.target == "grid" and self.range == "running":
+            for name in aims:
+                _track(name, everything[name], self.per_channel)
+        return PSGDAttachment(self, model, {name: everything[name] for name in aims}, aims)
+
+
+class PSGDAttachment(Attachment):
+    """Scales the gradients before every step."""
+
+    def __init__(self, method: PSGD, model: nn.Module, layers: dict[str, Layer], aims: dict[str, Grid]) -> None:
+        super().__init__(model)
+        self.method = method
+        self.drawn = layers
+        self.aims = aims
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """`mean_distance` of all weights to their points, as large as weights are."""
+        return {"mean_distance": float(_mean(self._distances()))}
+
+    @torch.no_grad()
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """The gradients are those of the whole step, averaged over processes."""
+        for layer in self.drawn.values():
+            tracker = _tracker(layer)
+            if tracker is not None:
+                tracker.follow(_original(layer), first=step == 0)
+        distances = self._distances()
+        mean = _mean(distances).clamp(min=1e-12)
+        strength, constant = self.method.strength, self.method.scale_by == "constant"
+        # without a given strength the constant is mean_scale itself, and not a quotient of sums
+        factor = strength if strength is not None else self.method.mean_scale / mean if not constant else None
+        for name, layer in self.drawn.items():
+            gradient = _original(layer).grad
+            if gradient is None:
+                continue
+            if factor is None:
+                gradient.mul_(self.method.mean_scale)
+            else:
+                gradient.mul_(factor * (mean if constant else distances[name]))
+
+    @torch.no_grad()
+    def _distances(self) -> dict[str, Tensor]:
+        return {name: self._distance(name, _original(layer).detach()) for name, layer in self.drawn.items()}
+
+    def _distance(self, name: str, weight: Tensor) -> Tensor:
+        if self.method.target == "zero":
+            return weight.abs()
+        tracker = _tracker(self.drawn[name])
+        if tracker is not None:
+            largest = tracker.largest
+        else:
+            largest = channel_maxima(weight) if self.method.per_channel else weight.abs().max()
+        return distance(weight, largest, self.aims[name])
+
+
+def _mean(distances: dict[str, Tensor]) -> Tensor:
+    """Over all weights, ()."""
+    return torch.cat([each.flatten() for each in distances.values()]).mean()
+
+
+def _original(layer: Layer) -> Tensor:
+    """The Parameter, whatever is laid on it."""
+    weight = parametrized(layer).original if parametrize.is_parametrized(layer, "weight") else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _track(name: str, layer: Layer, per_channel: bool) -> None:
+    known = _tracker(layer)
+    if known is None:
+        tracker = RunningLargest(len(layer.weight) if per_channel else None).to(layer.weight.device)
+        parametrize.register_parametrization(layer, "weight", tracker)
+    elif bool(known.largest.ndim) != per_channel:
+        raise InputError(f"psgd drew {name} to another kind of grid before. Write the same per_channel as there.")
+
+
+def _tracker(layer: Layer) -> RunningLargest | None:
+    return next((each for each in shown_by(layer) if isinstance(each, RunningLargest)), None)

@@ -1,0 +1,102 @@
+"""What a teacher gives is asked once, and is the same as if it were asked every time."""
+
+import os
+
+import pytest
+import torch
+
+from tersor.checkpoint import Checkpoints
+from tersor.core.errors import InputError
+from tersor.core.objective import Batch, Outputs
+from tersor.core.remembered import Remembered
+from tersor.core.watch import Unwatched
+from tersor.prepare import prepare
+from tersor.recipe import parse
+
+RECIPE = """\
+model: {name: resnet20}
+teacher: {name: resnet20, epochs: 1, training: {batch_size: 32}}
+data: {name: digits, limit: 64}
+checkpoint_every: 1
+stages:
+  - name: distil
+    epochs: 3
+    batch_size: 32
+    cache: CACHE
+    methods: [soft_targets, {attention_transfer: {layers: ["layer?"]}}]
+"""
+
+
+class Stops(Unwatched):
+    """Ends the training in its fourth step, in the second epoch."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def advance(self, amount=1, **shown):
+        self.steps += bool(shown)
+        if self.steps == 4:
+            raise KeyboardInterrupt
+
+
+def prepared(cache: str, folder):
+    """The recipe with its teacher trained, and where its checkpoints lie."""
+    walk = prepare(parse(RECIPE.replace("CACHE", cache), "recipe.yaml"), model=None, data=None, watch=Unwatched())
+    checkpoints = Checkpoints(folder)
+    walk.train_teacher(Unwatched(), checkpoints)
+    return walk, checkpoints
+
+
+def walked(cache: str, folder):
+    """Losses of the last epoch, how many images the teacher has seen while the student learned, and the student."""
+    walk, checkpoints = prepared(cache, folder)
+    seen: list[int] = []
+    hook = walk.teacher.register_forward_pre_hook(lambda _module, given: seen.append(len(given[0])))
+    (told,) = walk.stages(Unwatched(), checkpoints)
+    hook.remove()
+    return told["losses"], sum(seen), walk.model.state_dict()
+
+
+def test_a_student_learns_the_same_from_what_was_kept(tmp_path):
+    asked, often, _ = walked("false", tmp_path / "asked")
+    kept, once, whole = walked("true", tmp_path / "kept")
+    assert once == often - 2 * 64, "once, not in each of three epochs"
+    assert kept == pytest.approx(asked, rel=1e-3)
+
+    walk, checkpoints = prepared("true", tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        walk.stages(Stops(), checkpoints)
+    resumed = walked("true", tmp_path / "stopped")[2]
+    assert all(resumed[key].equal(value) for key, value in whole.items())
+
+
+def test_places_and_layers_are_kept_apart():
+    kept = Remembered(4)
+    logits, layer = torch.randn(4, 10), torch.randn(4, 2, 3, 3)
+    for places in (torch.tensor([2, 0]), torch.tensor([1, 3])):
+        kept.add(Batch(torch.zeros(2, 3, 8, 8), index=places), Outputs(logits[places], {"layer": layer[places]}))
+    wanted = torch.tensor([3, 2, 2])
+    found = kept(Batch(torch.zeros(3, 3, 8, 8), index=wanted))
+    assert found.logits.equal(logits[wanted])
+    assert found.layers["layer"].equal(layer[wanted])
+    assert set(found.layers) == {"layer"}
+
+
+def test_too_little_memory_is_told_before_any_is_filled(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda _name: 10)
+    given = Outputs(torch.zeros(2, 10), {"layer3": torch.zeros(2, 64, 8, 8)})
+    with pytest.raises(InputError, match=r"for 1,000 images \(logits, layer3\).*Write cache: false"):
+        Remembered(1000).add(Batch(torch.zeros(2, 3, 8, 8), index=torch.arange(2)), given)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (("limit: 64", "limit: 64, augment: flip"), "data.augment is flip"),
+        (("teacher: {name: resnet20, epochs: 1, training: {batch_size: 32}}", "seed: 1"), "there is no teacher"),
+    ],
+)
+def test_a_cache_that_cannot_be(change, why):
+    text = RECIPE.replace("CACHE", "true").replace(*change)
+    with pytest.raises(InputError, match=rf"line 9.*{why}"):
+        parse(text, "recipe.yaml")

@@ -1,0 +1,154 @@
+"""PSGD: the authors' scale, a step by hand, and where weights end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tersor.core.affine import Grid
+from tersor.core.errors import InputError
+from tersor.core.parametrization import FakeQuantize, RunningLargest, shown_by
+from tersor.methods.psgd import PSGD, distance
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "psgd.json").read_text())
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 4))
+
+
+def gradients(model, seed=1):
+    """Of one batch, left in the parameters."""
+    draw = torch.Generator().manual_seed(seed)
+    images, labels = torch.randn(16, 3, 8, 8, generator=draw), torch.randint(0, 4, (16,), generator=draw)
+    model.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+
+
+def weights(model):
+    return [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"{case['bits']} bits")
+def test_distance_and_running_range_are_the_authors(case):
+    weight, tracker = torch.tensor(case["weight"]), RunningLargest()
+    for step, largest in enumerate(case["largest"]):
+        tracker.follow(weight * (1 + step), first=step == 0)
+        assert float(tracker.largest) == pytest.approx(largest, rel=1e-6)
+    found = distance(weight, tracker.largest, Grid.signed(case["bits"]))
+    assert torch.allclose(found, torch.tensor(case["distance"]), atol=1e-7)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_step_by_hand(bits, per_channel):
+    """Weight decay outside of the scale, momentum of scaled gradients, the ends at 8 bits below 4."""
+    rate, momentum, decay, mean_scale = 0.1, 0.9, 0.01, 3.0
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
+    method = PSGD(bits=bits, per_channel=per_channel, mean_scale=mean_scale)
+    method.attach(model, steps=2).bind(optimizer)
+    speeds = [torch.zeros_like(weight) for weight in weights(model)]
+    for step in range(2):
+        gradients(model, step)
+        expected, far = [], []
+        for place, weight in enumerate(weights(model)):
+            levels = 2 ** ((8 if bits < 4 and place in (0, 2) else bits) - 1) - 1
+            rows = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
+            points = [
+                torch.linspace(-float(row.abs().max()), float(row.abs().max()), 2 * levels + 1, dtype=torch.float64)
+                for row in rows
+            ]
+            each = [(row[:, None] - at).abs().amin(1) for row, at in zip(rows.double(), points, strict=True)]
+            far.append(torch.stack(each).reshape(weight.shape))
+        scale = mean_scale / torch.cat([each.flatten() for each in far]).mean()
+        for weight, each, speed in zip(weights(model), far, speeds, strict=True):
+            speed.mul_(momentum).add_(weight.grad * (scale * each) + decay * weight.detach())
+            expected.append(weight.detach() - rate * speed)
+        optimizer.step()
+        for weight, wanted in zip(weights(model), expected, strict=True):
+            assert torch.allclose(weight, wanted.to(weight.dtype), atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [None, 40.0])
+@pytest.mark.parametrize("target", ["grid", "zero"])
+def test_the_control_scales_as_much_in_the_mean(strength, target):
+    factors = {}
+    for scale_by in ("distance", "constant"):
+        model = network()
+        gradients(model)
+        before = [weight.grad.clone() for weight in weights(model)]
+        attached = PSGD(strength=strength, scale_by=scale_by, target=target, mean_scale=2.5).attach(model, steps=1)
+        attached.before_step(0, torch.optim.SGD(model.parameters(), lr=0.1))
+        scaled = [weight.grad / old for weight, old in zip(weights(model), before, strict=True)]
+        factors[scale_by] = torch.cat([each.flatten() for each in scaled])
+    factors = {name: each[each.isfinite()] for name, each in factors.items()}
+    assert float(factors["distance"].mean()) == pytest.approx(float(factors["constant"].mean()), rel=0.02)
+    assert factors["constant"].std() < 1e-3 * factors["constant"].mean()
+    assert factors["distance"].std() > 0.3 * factors["distance"].mean()
+    if strength is None:
+        assert float(factors["constant"].mean()) == pytest.approx(2.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["grid", "zero"])
+def test_weights_gather_where_they_are_drawn_to(target):
+    """With the same mean scale, more than under the control."""
+    ends = {}
+    for scale_by in ("distance", "constant"):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        attached = PSGD(bits=3, target=target, scale_by=scale_by).attach(model, steps=150)
+        handle = attached.bind(optimizer)
+        for step in range(150):
+            gradients(model, step % 4)
+            optimizer.step()
+        handle.remove()
+        sizes = torch.cat([weight.detach().abs().flatten() for weight in weights(model)]).sort().values
+        smaller_half = float(sizes[: len(sizes) // 2].sum() / sizes.sum())
+        ends[scale_by] = attached.told["mean_distance"] / float(sizes.mean()) if target == "grid" else smaller_half
+    assert ends["distance"] < 0.97 * ends["constant"], ends
+
+
+def test_a_weight_on_its_point_stays_and_a_bias_is_free():
+    model = network()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.randint(-7, 8, model[2].weight.shape) / 7)
+        model[2].weight[:, 0, 0, 0] = 1.0
+    before = model[2].weight.detach().clone()
+    bias = model[2].bias.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    PSGD(bits=4, mean_scale=1.0).attach(model, steps=1).bind(optimizer)
+    gradients(model)
+    optimizer.step()
+    assert torch.allclose(model[2].weight, before, atol=1e-6)
+    assert not torch.allclose(model[2].bias, bias)
+
+
+def test_what_is_laid_shows_the_weight_as_it_is():
+    model = network()
+    images = torch.randn(2, 3, 8, 8)
+    before = model(images)
+    PSGD(range="running").attach(model, steps=1)
+    assert torch.equal(model(images), before)
+    PSGD(range="running").attach(model, steps=1)
+    assert sum(isinstance(each, RunningLargest) for each in shown_by(model[0])) == 1
+    with pytest.raises(InputError, match="another kind of grid before"):
+        PSGD(range="running", per_channel=False).attach(model, steps=1)
+
+
+def test_what_cannot_be():
+    model = network()
+    with pytest.raises(InputError, match="matches no layer"):
+        PSGD(layers=("conv9",)).attach(model, steps=1)
+    with pytest.raises(InputError, match="no convolution and no fully connected layer"):
+        PSGD().attach(nn.Sequential(nn.ReLU()), steps=1)
+    parametrize.register_parametrization(model[0], "weight", FakeQuantize(Grid.signed(4), channels=6))
+    with pytest.raises(InputError, match="on a grid already"):
+        PSGD().attach(model, steps=1)
