@@ -90,9 +90,11 @@ class ContrastTerm(LossTerm):
         return F.normalize(embedding(as_map(values).mean((2, 3))), dim=1)
 
     def _similarity(self, anchors: Tensor, memory: Tensor, places: Tensor, side: int) -> Tensor:
-        """h (N, 1 + K) of anchors (N, d) and what the memory (images, d) holds at `places` (N, 1 + K)."""
-        remembered = memory[places]
-        similar = torch.bmm(remembered, anchors[:, :, None])[:, :, 0].div(self.method.tau).exp()
+        """h (N, 1 + K) of anchors (N, d) and what the memory (images, d) holds at `places` (N, 1 + K).
+
+        One product with the whole memory: N * (1 + K) vectors of it, collected, would be far larger than it is.
+        """
+        similar = (anchors @ memory.clone().T).gather(1, places).div(self.method.tau).exp()
         if not self.sums[side]:
             self.sums[side] = similar.detach().mean() * len(memory)
         return similar / self.sums[side].clone()

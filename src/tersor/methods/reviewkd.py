@@ -59,7 +59,7 @@ class Fusion(nn.Module):
         self.outward = nn.Sequential(
             nn.Conv2d(width, teacher_channels, 3, padding=1, bias=False), nn.BatchNorm2d(teacher_channels)
         )
-        self.attention = None if first else nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid())
+        self.attention = None if first else nn.Conv2d(2 * width, 2, 1)
         for part in (self.inward, self.outward):
             nn.init.kaiming_uniform_(part[0].weight, a=1)  # pyright: ignore[reportArgumentType]
 
@@ -68,9 +68,12 @@ class Fusion(nn.Module):
         fused = self.inward(features)
         if self.attention is not None:
             assert later is not None
+            # a 1x1 convolution of both together is the sum of one of each, and may come before the enlarging
+            of_fused, of_later = self.attention.weight.split(fused.shape[1], 1)
+            enlarged = F.interpolate(F.conv2d(later, of_later), fused.shape[2:], mode="nearest")
+            shares = torch.sigmoid(F.conv2d(fused, of_fused, self.attention.bias) + enlarged)
             later = F.interpolate(later, fused.shape[2:], mode="nearest")
-            shares = self.attention(torch.cat([fused, later], 1))
-            fused = fused * shares[:, :1] + later * shares[:, 1:]
+            fused = torch.addcmul(fused * shares[:, :1], later, shares[:, 1:])
         if fused.shape[2:] != size:
             fused = F.interpolate(fused, size, mode="nearest")
         return self.outward(fused), fused
