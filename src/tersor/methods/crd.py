@@ -35,16 +35,12 @@ from tersor.core.pairs import Pair, last, pairs_of
 from tersor.core.seeded import seeded
 from tersor.core.target import Target
 
-_NOTHING = 1e-7
-
 
 def contrastive_loss(similarity: Tensor, images: int) -> Tensor:
     """Of h (N, 1 + K), the right image first, among `images` that the others were drawn from."""
     expected = (similarity.shape[1] - 1) / images
-    right, others = similarity[:, 0], similarity[:, 1:]
-    found = (right / (right + expected + _NOTHING)).log()
-    refused = (expected / (others + expected + _NOTHING)).log().sum(1)
-    return -(found + refused).mean()
+    ratio = similarity / expected
+    return (ratio.log1p().sum(1) - ratio[:, 0].log()).mean()
 
 
 class ContrastTerm(LossTerm):
@@ -94,7 +90,7 @@ class ContrastTerm(LossTerm):
 
         One product with the whole memory: N * (1 + K) vectors of it, collected, would be far larger than it is.
         """
-        similar = (anchors @ memory.clone().T).gather(1, places).div(self.method.tau).exp()
+        similar = (anchors / self.method.tau @ memory.clone().T).gather(1, places).exp()
         if not self.sums[side]:
             self.sums[side] = similar.detach().mean() * len(memory)
         return similar / self.sums[side].clone()
