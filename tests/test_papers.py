@@ -23,11 +23,11 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "papers"
 
 
 def stand_in(classes: int) -> type:
-    """A data set as torchvision's CIFAR sets are, of as many images to train on."""
+    """A data set as torchvision's CIFAR sets are, of 1,280 images to train on."""
 
     class StandIn:
         def __init__(self, root: str, train: bool) -> None:
-            count = 50_000 if train else 2 * classes
+            count = 1280 if train else 2 * classes
             self.classes = [f"class {label}" for label in range(classes)]
             self.targets = [place % classes for place in range(count)]
             self.pixels = np.random.default_rng(train).integers(0, 256, (100, 32, 32, 3), np.uint8)
@@ -69,7 +69,7 @@ def brief(path: Path) -> Walk:
 def test_it_is_explained_and_takes_two_steps(path, tmp_path):
     explained = CliRunner().invoke(app, ["run", str(path), "--explain"])
     assert explained.exit_code == 0, explained.output
-    steps = {"at": "78,000", "dkd": "187,440", "ft": "63,960"}[path.stem.partition("-")[0]]
+    steps = {"at": "2,000", "dkd": "4,800", "ft": "1,640"}[path.stem.partition("-")[0]]
     assert explained.output.count(f"{steps} steps") == 2, explained.output
 
     walk, checkpoints = brief(path), Checkpoints(tmp_path)

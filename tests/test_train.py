@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from tersor.core.attachment import Attachment
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, NonFiniteLoss
 from tersor.core.objective import Batch, LossTerm
 from tersor.core.training import LearningRateSchedule, OptimizerOptions, Training
-from tersor.train import NonFiniteLoss, fit, steps_per_epoch
+from tersor.train import fit, steps_per_epoch
 
 STEADY = LearningRateSchedule(name="constant")
 PLAIN_SGD = OptimizerOptions(learning_rate=0.1, momentum=0, nesterov=False, weight_decay=0)

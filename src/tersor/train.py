@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tersor.core.attachment import Attachment
 from tersor.core.batch_source import BatchSource, Group, groups
 from tersor.core.device import layout_for, precision_for, set_layout
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, NonFiniteLoss
 from tersor.core.loss_log import LossLog
 from tersor.core.objective import Batch, Objective
 from tersor.core.optimizer import optimizer_for
@@ -43,19 +43,6 @@ from tersor.core.watch import Unwatched, Watch
 
 REPORT_EVERY = 20
 """Steps between two looks at the losses' values."""
-
-
-class NonFiniteLoss(InputError):  # noqa: N818 - what happened, not that it is an error
-    """A loss became infinite or NaN, at `step` (from 1), in the term named `term`. That step moved no weight."""
-
-    def __init__(self, step: int, term: str, value: float, learning_rate: float, last_good: str | None) -> None:
-        super().__init__(
-            f"the loss '{term}' is {value} at step {step}, with a learning rate of {learning_rate:g}; this step has "
-            f"not moved the weights. Last good checkpoint: {last_good or 'none was written'}. Try a smaller "
-            "learning_rate, some warmup_epochs, or clip_norm."
-        )
-        self.step = step
-        self.term = term
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def killed_and_resumed(folder, kills, seed, steps):
 
 
 def test_killed_three_times_it_ends_with_the_same_bits(tmp_path):
-    killed_and_resumed(tmp_path, kills=3, seed=0, steps=60)
+    killed_and_resumed(tmp_path, kills=3, seed=0, steps=24)
 
 
 @pytest.mark.slow

@@ -10,6 +10,19 @@ class InputError(ValueError):
     """Something a user gave cannot be used. The command line prints it and exits with 2, without a traceback."""
 
 
+class NonFiniteLoss(InputError):  # noqa: N818 - what happened, not that it is an error
+    """A loss became infinite or NaN, at `step` (from 1), in the term named `term`. That step moved no weight."""
+
+    def __init__(self, step: int, term: str, value: float, learning_rate: float, last_good: str | None) -> None:
+        super().__init__(
+            f"the loss '{term}' is {value} at step {step}, with a learning rate of {learning_rate:g}; this step has "
+            f"not moved the weights. Last good checkpoint: {last_good or 'none was written'}. Try a smaller "
+            "learning_rate, some warmup_epochs, or clip_norm."
+        )
+        self.step = step
+        self.term = term
+
+
 def nearest(given: str, options: Iterable[str]) -> str | None:
     """The option that `given` was most likely meant to be, or None."""
     close = difflib.get_close_matches(given, list(options), n=1, cutoff=0.6)

@@ -2,6 +2,7 @@
 
 Kim, Yoo and Kwak, "Position-based Scaled Gradient for Model Quantization and Pruning", NeurIPS 2020 (arXiv 2005.11035).
 
+    w       (C, ...)            a weight of a layer, C output channels
     d(w)    = |w - w_hat|       w_hat: the nearest point of the target, a grid of b bits, or zero: the weight itself
     dL/dw  <- dL/dw * s(w)      s = lambda * d(w): far from its point a weight moves much, on it not at all
     lambda  = strength, or what makes the mean of s over all weights `mean_scale`
