@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ def tersor(monkeypatch, *arguments: object) -> int:
 
 
 def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatch, capfd):
+    module = importlib.import_module("tersor.run")
+    monkeypatch.setattr(module, "measure", partial(module.measure, seconds=0.2))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)))
     out = tmp_path / "out"
