@@ -178,7 +178,7 @@ class FactorAttachment(Attachment):
     @property
     def told(self) -> dict[str, Any]:
         """`reconstruction`: the `layer`; `errors`, the mean absolute error in each epoch over the mean absolute
-        feature; `maps`, the mean over the channels of a few features, before and after.
+        feature; `before` and `after`, the mean over the channels of a few features, (6, H, W) each.
         """
         before, after = self.term.maps.tolist()
         errors = self.term.errors.tolist()

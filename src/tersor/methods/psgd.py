@@ -7,7 +7,7 @@ Kim, Yoo and Kwak, "Position-based Scaled Gradient for Model Quantization and Pr
     dL/dw  <- dL/dw * s(w)      s = lambda * d(w): far from its point a weight moves much, on it not at all
     lambda  = strength, or what makes the mean of s over all weights `mean_scale`
 
-The forward sees full precision, and nothing is laid on the network: afterwards `ptq` with as many bits rounds weights
+The forward sees full precision, whatever is remembered of the ranges: afterwards `ptq` with as many bits rounds weights
 that lie near their points already. The bits have to be known in advance. Toward zero it is sparse training: one
 threshold (`weight_pruning`, one_shot) then removes what gathered there. The gradient is scaled around the optimizer's
 step: weight decay stays outside, and momentum gathers scaled gradients.
