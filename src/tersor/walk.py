@@ -115,11 +115,14 @@ class Walk:
         batches = self.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
         attachment = self.attach(stage, steps)
-        for note in attachment.notes:
+        said = attachment.notes
+        for note in said:
             watch.say(f"{stage.name}: {note}")
         keeper = UnitKeeper(checkpoints, number, stage.name, self.recipe.checkpoint_every, structure(attachment.model))
         if keeper.begun is None:
             _begin(attachment, stage.name, watch)
+            for note in (note for note in attachment.notes if note not in said):
+                watch.say(f"{stage.name}: {note}")
             for module in (attachment.model, *attachment.terms):
                 processes.as_in_the_first(module)
         self.model = attachment.model

@@ -1,0 +1,108 @@
+"""Bias correction: what rounding adds to the mean of a layer's channels is taken away again.
+
+Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", ICCV 2019, the empirical way:
+
+    bias_c <- bias_c - (E[y'_c] - E[y_c])       y, y' (N, C, ...): of the network in float, and as it is rounded
+
+The means are over images and positions. The layers are taken one after the other, in one pass over one large batch:
+each is corrected before what it gives goes on. A BatchNorm behind a layer takes the difference into its running mean.
+A layer with neither is left as it is; the paper has a bias everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersor.core.selection import Layer
+from tersor.graph.capture import layer_of, sole_user
+
+_POSITIONS = 2**20
+"""Pixels in the one batch: about 1,000 images of 32 x 32, or 20 of 224 x 224."""
+
+Norm = nn.BatchNorm2d | nn.BatchNorm1d
+
+
+def batch_of(images: Iterable[Tensor]) -> Tensor:
+    """One batch of the `images` (N, C, H, W), no larger than the means need."""
+    taken: list[Tensor] = []
+    for some in images:
+        room = _POSITIONS // some[0, 0].numel() - sum(map(len, taken))
+        taken.append(some[: max(1, room)])
+        if room <= len(some):
+            break
+    return torch.cat(taken)
+
+
+@torch.inference_mode()
+def means(graph: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
+    """Layer -> the means (C,) of the channels that it gives for `images` (N, C, H, W)."""
+    found: dict[str, Tensor] = {}
+
+    def look(_layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> None:
+        found[name] = _mean(output, graph.get_submodule(name))
+
+    _run(graph, images, list(_correctable(graph)), look)
+    return found
+
+
+@torch.no_grad()
+def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Tensor]) -> None:
+    """Takes the shift of every layer's means from its bias, or into the running mean of the BatchNorm behind it.
+
+    Args:
+        graph: the network as it is rounded; in eval.
+        images: (N, C, H, W), those of `before`.
+        before: what `means` gave when nothing was rounded.
+    """
+    norms = _correctable(graph)
+
+    def shift(layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> Tensor | None:
+        assert isinstance(layer, Layer)
+        added = _mean(output, layer) - before[name]
+        norm = norms[name]
+        if norm is not None:
+            assert norm.running_mean is not None
+            norm.running_mean.add_(added)
+            return None
+        assert layer.bias is not None
+        layer.bias.sub_(added)
+        return output - (added.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else added)
+
+    _run(graph, images, list(norms), shift)
+
+
+def _run(graph: fx.GraphModule, images: Tensor, names: list[str], hook: Callable[..., Any]) -> None:
+    hooks = [graph.get_submodule(name).register_forward_hook(partial(hook, name=name)) for name in names]
+    try:
+        graph(images)
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def _correctable(graph: fx.GraphModule) -> dict[str, Norm | None]:
+    """Layers that are called once and have a BatchNorm behind them, or a bias."""
+    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    found: dict[str, Norm | None] = {}
+    for node in graph.graph.nodes:
+        layer, user = layer_of(node), sole_user(node)
+        if not isinstance(layer, Layer) or calls.count(str(node.target)) > 1:
+            continue
+        norm = layer_of(user) if user is not None and calls.count(str(user.target)) == 1 else None
+        if isinstance(norm, Norm) and norm.running_mean is not None:
+            found[str(node.target)] = norm
+        elif layer.bias is not None:
+            found[str(node.target)] = None
+    return found
+
+
+def _mean(output: Tensor, layer: nn.Module) -> Tensor:
+    """Of each channel, (C,)."""
+    if isinstance(layer, nn.Conv2d):
+        return output.float().mean((0, 2, 3))
+    return output.float().flatten(0, -2).mean(0)
