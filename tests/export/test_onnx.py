@@ -249,6 +249,21 @@ def test_fewer_bits_answer_alike_far_outside_the_calibrated_range_too(tmp_path, 
     assert max(np.abs(a).max() for a in weights) <= 2 ** (bits[0] - 1) - 1
 
 
+@runtimes
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["channel", "tensor"])
+@pytest.mark.parametrize("bits", [8, 5])
+@pytest.mark.parametrize("kind", ["small", "perceptron"])
+def test_affine_weights_answer_like_torch(on_affine_grids, tmp_path, runtime, per_tensor, bits, kind):
+    graph = quantize({"small": Small, "perceptron": Perceptron}[kind](), images(), runtime)
+    on_affine_grids(graph, bits, per_tensor=per_tensor)
+    path = export(graph, images(), tmp_path / "m.onnx")
+    expected = answers(graph, images())
+    assert np.abs(run(path, images().numpy(), runtime) - expected).max() < 0.1 * expected.std()
+    if runtime == "onnxruntime":  # before 1.27 it refused zero points that differ
+        operators = executed(path, tmp_path)
+        assert (operators["QLinearConv"], operators["QGemm"]) == ((3, 1) if kind == "small" else (0, 2))
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
