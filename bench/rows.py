@@ -29,14 +29,19 @@ RESULTS = ROOT / "bench" / "results"
 Row = dict[str, Any]
 
 
+_UNITS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+"""Of a processor, what its name does not tell and a timing depends on: what it multiplies small numbers with."""
+
+
 def machine() -> Row:
-    """Processor, usable cores, threads and versions that a timing depends on."""
+    """Processor, its units, usable cores, threads and versions that a timing depends on."""
     import torch  # `wait` needs none of it
 
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
     return {
+        "units": [unit for unit in _UNITS if unit in " ".join(lines).split()],
         "cpu": cpu or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -68,9 +73,9 @@ def read(name: str) -> list[Row]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def known(name: str, identity: Mapping[str, Any]) -> bool:
-    """Whether a row of this identity was measured on such a machine, with these versions."""
-    return any(_same(row, identity, machine()) for row in read(name))
+def known(name: str, identity: Mapping[str, Any], *, anywhere: bool = False) -> bool:
+    """Whether a row of this identity was measured on such a machine, with these versions, or `anywhere`."""
+    return any(_same(row, identity, row["machine"] if anywhere else machine()) for row in read(name))
 
 
 def add(name: str, identity: Mapping[str, Any], numbers: Mapping[str, Any], seeds: Sequence[int]) -> None:
