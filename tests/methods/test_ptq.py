@@ -66,7 +66,7 @@ def test_attaching_shows_the_network_as_it_was_over_the_same_parameters():
 
 
 def test_calibrated_weights_lie_on_their_grids():
-    graph = calibrated(method=PTQ(bits=4)).model
+    graph = calibrated(method=PTQ(bits=4, ends_bits=4)).model
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
         for channel, original in zip(layer.weight, layer.parametrizations.weight.original, strict=True):
@@ -78,7 +78,7 @@ def test_calibrated_weights_lie_on_their_grids():
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 def test_activations_have_at_most_two_to_the_bits_levels(bits):
-    graph = calibrated(method=PTQ(activation_bits=bits)).model
+    graph = calibrated(method=PTQ(activation_bits=bits, ends_bits=bits)).model
     seen = {}
     for name, module in quantizers(graph).items():
         if name.startswith("quantizers"):
@@ -109,7 +109,9 @@ def test_min_and_max_of_every_value_that_is_quantized():
 @pytest.mark.parametrize("kind", ["percentile", "mse"])
 def test_other_ranges_are_those_of_the_histogram(kind):
     batches = [images(6, seed) for seed in range(2)]
-    graph = calibrated(method=PTQ(activation_range=kind, percentile=95, activation_bits=4), data=batches).model
+    graph = calibrated(
+        method=PTQ(activation_range=kind, percentile=95, activation_bits=4, ends_bits=4), data=batches
+    ).model
     histogram = Histogram()
     histogram.widen(torch.cat(batches))
     histogram.count(torch.cat(batches))
@@ -410,7 +412,8 @@ def test_values_that_are_not_finite():
         {"percentile": 50},
         {"percentile": 101},
         {"calibration_images": 0},
-        {"weight_range": "percentile"},
+        {"weight_range": "entropy"},
+        {"max_drop": -1},
         {"activation_range": "max"},
         {"exclude": "conv1"},
         {"bit": 8},

@@ -43,7 +43,7 @@ class FakeQuantize(nn.Module):
         """From now on values are rounded: `scale` and `zero_point` are scalars, or (channels,)."""
         with torch.no_grad():
             self.scale.copy_(scale)
-        self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
+            self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
         self.ready = True
 
     def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:

@@ -174,13 +174,16 @@ def _least_squares(flat: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple
 
 
 def without_saturation(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Widens `scale` (C,) until no two integers of a channel of `weight` (C, ...) exceed 128 together.
+    """Widens `scale`, (C,) or (), until no two integers of a channel of `weight` (C, ...) exceed 128 together.
+
+    The integers are those that a runtime multiplies: less the zero point, where the grid has one.
 
     AVX2 multiplies unsigned by signed bytes and adds two products in 16 bits: 255 * 128 still fits into 32767. The
     usual remedy, half the range for all weights, costs every channel a bit; this one only those that need it.
     """
-    if grid.maximum <= 64:
+    reach = grid.maximum if grid.symmetric else grid.maximum - grid.minimum
+    if reach <= 64:
         return scale
     largest = weight.detach().float().abs().flatten(1)
     pair = largest.topk(min(2, largest.shape[1]), dim=1).values.sum(1)
-    return torch.maximum(scale, pair / 127)
+    return torch.maximum(scale, (pair if scale.ndim else pair.max()) / 127)

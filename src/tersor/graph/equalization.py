@@ -67,7 +67,9 @@ def _pairs(graph: fx.GraphModule) -> Iterator[_Pair]:
         while behind is not None and (_is_relu(behind) or is_nothing_in_eval(behind)):
             behind = sole_user(behind)
         second = layer_of(behind) if behind is not None else None
-        if behind is None or not isinstance(second, Layer) or calls.count(node.target) > 1 or calls.count(behind.target) > 1:
+        if behind is None or not isinstance(second, Layer):
+            continue
+        if max(calls.count(node.target), calls.count(behind.target)) > 1:
             continue
         assert norm is None or isinstance(norm, Norm)
         if _reads_channels(first, second) and (norm is None or (norm.affine and norm.running_var is not None)):

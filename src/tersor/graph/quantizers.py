@@ -24,6 +24,9 @@ SATURATION = (
 )
 
 
+_BYTE = 8
+
+
 @dataclass(frozen=True)
 class Precision:
     """How finely a network is to be rounded.
@@ -33,7 +36,8 @@ class Precision:
         activation_bits: of an activation.
         ends_bits: of the first and the last layer's weight and input.
         per_channel: whether each output channel of a weight has a grid.
-        symmetric: whether the weights' grids lie symmetrically around zero.
+        symmetric: whether the weights' grids lie symmetrically around zero. Those of 8 bits always do: integers less
+            their zero point would not fit into a byte, and with a zero point OpenVINO computes a layer in float.
     """
 
     bits: int = 8
@@ -45,7 +49,7 @@ class Precision:
     def weight(self, *, end: bool) -> Grid:
         """The grid of a weight, of the first and last layer (`end`) or of another."""
         bits = self.ends_bits if end else self.bits
-        return Grid.signed(bits) if self.symmetric else Grid.full(bits)
+        return Grid.signed(bits) if self.symmetric or bits == _BYTE else Grid.full(bits)
 
     def activation(self, *, end: bool) -> Grid:
         """The grid of what enters the first and last layer (`end`), or of another activation."""
@@ -97,7 +101,7 @@ class Quantizers:
         scale, zero_point = weight_grid(
             weight, grid, per_channel=per_channel, weight_range=weight_range, percentile=percentile
         )
-        if target.cpu == "avx2" and grid.symmetric:
+        if target.cpu == "avx2":
             scale = without_saturation(weight, scale, grid)
         quantizer.set_grid(scale, zero_point)
 

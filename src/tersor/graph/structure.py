@@ -89,7 +89,7 @@ def _told(module: nn.Module) -> dict[str, Any]:
         channels = len(module.scale) if module.scale.ndim else None
         told: dict[str, Any] = {"grid": [module.grid.minimum, module.grid.maximum], "channels": channels}
         if isinstance(module, LearnedFakeQuantize):
-            told |= {"offset": module.offset, "of_images": module.of_images}
+            told |= {"offset": module.offset is not None, "of_images": module.of_images}
         return told
     raise InputError(f"a weight lies under a {type(module).__name__}, which no checkpoint of tersor can hold.")
 

@@ -142,9 +142,9 @@ class LSQAttachment(Attachment):
             quantizer.set_grid(first_step(weight, quantizer.grid, per_channel=bool(quantizer.scale.ndim)))
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Steps stay above zero."""
+        """Steps stay above zero, zero points follow their offsets."""
         for each in self._learning():
-            each.stay_on_the_grid()
+            each.follow()
         self._freeze_norms(step + 1)
 
     def finish(self) -> None:
@@ -177,5 +177,5 @@ def _settled(learned: FakeQuantize) -> FakeQuantize:
     """One whose step stays as it was learned."""
     channels = len(learned.scale) if learned.scale.ndim else None
     still = FakeQuantize(learned.grid, channels).to(learned.scale.device)
-    still.set_grid(learned.scale.detach(), learned.zero_point.detach().round().to(torch.int32))
+    still.set_grid(learned.scale.detach(), learned.zero_point)
     return still

@@ -57,7 +57,9 @@ class PTQ:
     activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8
     ends_bits: Annotated[int, Field(ge=2, le=8, description="of the first and last layer, and what enters them")] = 8
     per_channel: Annotated[bool, Field(description="a grid for each output channel of a weight, or one")] = True
-    symmetric: Annotated[bool, Field(description="weights on a grid around zero, or with a zero point")] = True
+    symmetric: Annotated[
+        bool, Field(description="weights on a grid around zero; else those of fewer than 8 bits get a zero point")
+    ] = True
     weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "minmax"
     activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "minmax"
     percentile: Annotated[
