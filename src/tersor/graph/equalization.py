@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from tersor.core.parametrization import parametrized
+from tersor.core.parametrization import FakeQuantize, parametrized
 from tersor.core.ranges import channel_maxima
 from tersor.core.selection import Layer
 from tersor.graph.capture import layer_of, sole_user
@@ -64,7 +64,7 @@ def _pairs(graph: fx.GraphModule) -> Iterator[_Pair]:
             continue
         if behind is not None and isinstance(layer_of(behind), Norm):
             norm, behind = layer_of(behind), sole_user(behind)
-        while behind is not None and (_is_relu(behind) or is_nothing_in_eval(behind)):
+        while behind is not None and _scales_with_its_input(behind):
             behind = sole_user(behind)
         second = layer_of(behind) if behind is not None else None
         if behind is None or not isinstance(second, Layer):
@@ -74,6 +74,11 @@ def _pairs(graph: fx.GraphModule) -> Iterator[_Pair]:
         assert norm is None or isinstance(norm, Norm)
         if _reads_channels(first, second) and (norm is None or (norm.affine and norm.running_var is not None)):
             yield _Pair(first, norm, second)
+
+
+def _scales_with_its_input(node: fx.Node) -> bool:
+    """Whether a multiple of the input gives the same multiple; a quantizer that does not round yet will follow."""
+    return _is_relu(node) or is_nothing_in_eval(node) or isinstance(layer_of(node), FakeQuantize)
 
 
 def _is_relu(node: fx.Node) -> bool:
