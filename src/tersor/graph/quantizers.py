@@ -91,6 +91,14 @@ class Quantizers:
         weights, edges = map(self.of_weight, self.layers), map(self.of_activation, self.activations)
         return any(each.ready for each in (*weights, *edges))
 
+    @property
+    def rounding(self) -> Quantizers:
+        """Those that round; the others belong to layers that stay in float."""
+        layers = tuple(name for name in self.layers if self.of_weight(name).ready)
+        return Quantizers(
+            self.graph, layers, tuple(name for name in self.activations if self.of_activation(name).ready)
+        )
+
     def set_weight_grid(
         self, name: str, target: Target, weight_range: WeightRange = "minmax", percentile: float = 99.99
     ) -> None:
@@ -137,8 +145,7 @@ def found(model: nn.Module) -> Quantizers | None:
     all_of_them = Quantizers(model, tuple(layers), tuple(edges))
     if not all_of_them.ready:
         return all_of_them if edges or layers else None
-    rounding = tuple(name for name in layers if all_of_them.of_weight(name).ready)
-    return Quantizers(model, rounding, tuple(name for name in edges if all_of_them.of_activation(name).ready))
+    return all_of_them.rounding
 
 
 def lay(
