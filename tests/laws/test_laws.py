@@ -156,7 +156,7 @@ def test_off(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters(name, kind):
-    """Attaching keeps every Parameter object, adds none to the network, and draws no number."""
+    """Attaching keeps every Parameter object, and draws no number."""
     kept(name, "parameters")
     method = made(name, kind)
     walk = walk_of(recipe(method))
@@ -164,7 +164,7 @@ def test_parameters(name, kind):
     data = walk.batches(walk.data.train, 64)
     random_state = torch.get_rng_state()
     found = method.attach(walk.model, data=data, teacher=walk.teacher, steps=STEPS)
-    assert {id(parameter) for parameter in found.model.parameters()} == before
+    assert {id(parameter) for parameter in found.model.parameters()} >= before
     assert torch.equal(torch.get_rng_state(), random_state)
 
 

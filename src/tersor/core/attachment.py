@@ -14,11 +14,15 @@ from tersor.core.objective import LossTerm
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the work before the first step has come: `done` of `total` items of `what`."""
+    """How far the work before the first step has come: `done` of `total` items of `what`.
+
+    What `lasts` is in the network's `state_dict` by now: begun again with it, the work goes on behind it.
+    """
 
     what: str
     done: int
     total: int
+    lasts: bool = False
 
 
 class Handle:

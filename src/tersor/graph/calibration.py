@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from tersor.core.attachment import Progress
 from tersor.core.errors import InputError
 from tersor.core.objective import images_of
-from tersor.core.ranges import Histogram
+from tersor.core.ranges import Histogram, Range, WeightRange
+from tersor.core.target import Target
 from tersor.graph.quantizers import Quantizers
 
 
@@ -48,6 +50,31 @@ def calibrate(
             raise InputError(f"{method} was given data without a single image{again}. Pass batches (N, C, H, W).")
         _refuse_what_is_not_finite(histograms)
     return histograms
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """How ranges are set, and from how many images."""
+
+    weights: WeightRange
+    activations: Range
+    percentile: float
+    images: int
+
+
+def set_ranges(
+    quantizers: Quantizers, data: Iterable[Any], ranges: Ranges, *, target: Target, method: str
+) -> Iterator[Progress]:
+    """Calibrates, and sets the grids of all activations and weights.
+
+    Raises:
+        InputError: the data holds no image, or cannot be read again; values are not finite.
+    """
+    passes = 1 if ranges.activations == "minmax" else 2
+    histograms = yield from calibrate(quantizers, data, images=ranges.images, passes=passes, method=method)
+    quantizers.set_activation_grids(histograms, ranges.activations, ranges.percentile)
+    for name in quantizers.layers:
+        quantizers.set_weight_grid(name, target, ranges.weights, ranges.percentile)
 
 
 def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
@@ -121,6 +122,13 @@ class Quantizers:
             quantizer = self.of_activation(name)
             low, high = histograms[name].range(activation_range, quantizer.grid, percentile)
             quantizer.set_grid(*affine_parameters(low, high, quantizer.grid))
+
+    @torch.no_grad()
+    def lies_on_its_grid(self, name: str) -> bool:
+        """Whether rounding the weight of a layer changes nothing."""
+        quantizer = self.of_weight(name)
+        weight = shown_to(self.graph.get_submodule(name), quantizer)
+        return quantizer.ready and torch.equal(quantizer(weight), weight)
 
     def input_of(self, name: str) -> str | None:
         """The activation that enters a layer, if it has a quantizer."""
