@@ -96,6 +96,14 @@ class Quantizers:
         """Whether they round; layers that are left in float do not."""
         return any(each.ready for each in self.all())
 
+    @property
+    def rounding(self) -> Quantizers:
+        """Those that round; the others belong to layers that stay in float."""
+        layers = tuple(name for name in self.layers if self.of_weight(name).ready)
+        return Quantizers(
+            self.graph, layers, tuple(name for name in self.activations if self.of_activation(name).ready)
+        )
+
     def set_weight_grid(
         self, name: str, target: Target, weight_range: WeightRange = "minmax", percentile: float = 99.99
     ) -> None:
@@ -149,8 +157,7 @@ def found(model: nn.Module) -> Quantizers | None:
     all_of_them = Quantizers(model, tuple(layers), tuple(edges))
     if not all_of_them.ready:
         return all_of_them if edges or layers else None
-    rounding = tuple(name for name in layers if all_of_them.of_weight(name).ready)
-    return Quantizers(model, rounding, tuple(name for name in edges if all_of_them.of_activation(name).ready))
+    return all_of_them.rounding
 
 
 def lay(

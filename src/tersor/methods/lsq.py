@@ -172,8 +172,9 @@ def _learned(still: FakeQuantize, *, offset: bool = False, of_images: bool = Fal
 
 
 def _settled(learned: FakeQuantize) -> FakeQuantize:
-    """One whose step stays as it was learned."""
+    """One whose step stays as it was learned, if it rounds."""
     channels = len(learned.scale) if learned.scale.ndim else None
     still = FakeQuantize(learned.grid, channels).to(learned.scale.device)
-    still.set_grid(learned.scale.detach(), learned.zero_point)
+    if learned.ready:
+        still.set_grid(learned.scale.detach(), learned.zero_point)
     return still
