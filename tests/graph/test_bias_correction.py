@@ -11,7 +11,7 @@ from tersor.core.errors import InputError
 from tersor.core.parametrization import FakeQuantize
 from tersor.core.target import Target
 from tersor.graph import bias_correction
-from tersor.graph.bias_correction import batch_of, correct, means
+from tersor.graph.bias_correction import batch_of, correct, moments
 from tersor.graph.capture import capture
 from tersor.methods.ptq import PTQ
 from tersor.zoo import build
@@ -90,7 +90,7 @@ def channel_means(graph, x, names):
 def corrected(model, bits=3):
     graph = rounded(model, bits)
     rounding(graph, on=False)
-    before = means(graph, images())
+    before = moments(graph, images())
     exact = channel_means(graph, images(), LAYERS.values())
     rounding(graph, on=True)
     shifted = channel_means(graph, images(), LAYERS.values())
@@ -148,7 +148,7 @@ def test_norms_of_positions():
     graph, found = rounded(Positions()), []
     graph.norm.register_forward_hook(lambda *call: found.append(call[-1].mean((0, 2))))
     rounding(graph, on=False)
-    before = means(graph, images())
+    before = moments(graph, images())
     rounding(graph, on=True)
     correct(graph, images(), before)
     graph(images())
@@ -167,8 +167,8 @@ class Shares(All):
 def test_a_norm_of_two_layers_is_left_alone():
     graph = capture(Shares().eval())
     before = copy.deepcopy(graph.bn1.state_dict())
-    assert means(graph, images()).keys() == {"conv2", "linear"}
-    correct(graph, images(), means(graph, images() + 1))
+    assert moments(graph, images()).keys() == {"conv2", "linear"}
+    correct(graph, images(), moments(graph, images() + 1))
     assert all(torch.equal(value, before[key]) for key, value in graph.bn1.state_dict().items())
 
 
@@ -181,7 +181,7 @@ class Doubled(nn.Linear):
 
 def test_a_layer_with_a_forward_of_its_own_is_left_alone():
     graph = capture(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), Doubled(4, 5)).eval())
-    assert means(graph, images()).keys() == {"0"}
+    assert moments(graph, images()).keys() == {"0"}
 
 
 @pytest.mark.parametrize("options", [{}, {"per_channel": False}, {"symmetric": False}], ids=str)
@@ -218,3 +218,53 @@ def test_data_that_can_be_read_only_once():
     attached = PTQ(bias_correction=True).attach(All().eval(), data=iter([images()]))
     with pytest.raises(InputError, match=r"reads the data again.*DataLoader"):
         list(attached.begin())
+
+
+def spreads_behind_norms(graph, x):
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, given, name=name: seen.update({name: given}))
+        for name, module in graph.named_modules()
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
+    ]
+    with torch.no_grad():
+        graph(x)
+    for hook in hooks:
+        hook.remove()
+    return {
+        name: (given.movedim(1, -1).flatten(0, -2).std(0), given.movedim(1, -1).flatten(0, -2).mean(0))
+        for name, given in seen.items()
+    }
+
+
+def test_behind_a_batch_norm_the_spread_is_that_in_float_too():
+    model = All().eval()
+    model.bn2.weight.data[0] = 0  # a channel that is off stays off
+    graph = capture(copy.deepcopy(model))
+    before, expected = moments(graph, images()), spreads_behind_norms(graph, images())
+    with torch.no_grad():  # as if clipped: all that layers give is smaller
+        for layer in (graph.conv1, graph.conv2, graph.fc):
+            layer.weight.mul_(0.6)
+        graph.conv2.weight[1] = 0
+    shrunk = spreads_behind_norms(graph, images())
+    correct(graph, images(), before, spreads=True)
+    for name, (spread, mean) in spreads_behind_norms(graph, images()).items():
+        alive = torch.ones(8, dtype=torch.bool)
+        alive[:2] = name != "bn2"
+        assert torch.allclose(spread[alive], expected[name][0][alive], rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(spread[alive], shrunk[name][0][alive], rtol=0.1)
+        assert torch.allclose(mean[alive], expected[name][1][alive], atol=1e-3)
+        assert torch.isfinite(spread).all()
+
+
+def test_with_spreads_clipped_weights_of_three_bits_answer_more_as_in_float():
+    def error(**options):
+        model = build("resnet20", 10).eval()
+        torch.manual_seed(1)
+        x = torch.randn(64, 3, 16, 16)
+        truth = capture(model)(x).detach()
+        found = PTQ(bits=3, weight_range="mse", **options).attach(copy.deepcopy(model), data=[x])
+        list(found.begin())
+        return float((found.model(x).detach() - truth).square().mean())
+
+    assert error(spread_correction=True) < 0.5 * error(bias_correction=True)

@@ -7,11 +7,15 @@ Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Corre
 The means are over images and positions. The layers are taken one after the other, in one pass over one large batch:
 each is corrected before what it gives goes on. A BatchNorm behind a layer takes the difference into its running mean.
 A layer with neither is left as it is; the paper has a bias everywhere.
+
+Clipped weights also shrink what their layer gives, and the more so the further down. So, beyond the paper, a BatchNorm
+can take over the standard deviations too: its running variance is set so that what it gives is spread as in float.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +30,7 @@ from tersor.graph.placement import quantizable
 
 _POSITIONS = 2**20
 """Pixels in the one batch: about 1,000 images of 32 x 32, or 20 of 224 x 224."""
+_NOTHING = 1e-6
 
 
 def batch_of(images: Iterable[Tensor]) -> Tensor:
@@ -45,23 +50,28 @@ def batch_of(images: Iterable[Tensor]) -> Tensor:
     return torch.cat(taken)
 
 
-@torch.no_grad()
-def means(graph: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
-    """Layer -> the means (C,) of the channels that it gives for `images` (N, C, H, W).
+@dataclass(frozen=True)
+class Moments:
+    """Of each channel, (C,): mean and standard deviation; behind a BatchNorm in its own unit, less its running mean."""
 
-    Behind a BatchNorm: less its running means.
-    """
-    norms, found = _correctable(graph), dict[str, Tensor]()
+    mean: Tensor
+    spread: Tensor
+
+
+@torch.no_grad()
+def moments(graph: fx.GraphModule, images: Tensor) -> dict[str, Moments]:
+    """Layer -> the moments of what it gives for `images` (N, C, H, W)."""
+    norms, found = _correctable(graph), dict[str, Moments]()
 
     def look(layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> None:
-        found[name] = _mean(output, layer, norms[name])
+        found[name] = _in_unit_of(_moments(output, layer, norms[name]), norms[name])
 
     _run(graph, images, list(norms), look)
     return found
 
 
 @torch.no_grad()
-def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Tensor]) -> None:
+def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Moments], *, spreads: bool = False) -> None:
     """Takes the shift of every layer's means from its bias, or into the running mean of the BatchNorm behind it.
 
     Once more does no harm: where other layers round now, it is as if the first time had not been.
@@ -69,23 +79,48 @@ def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Tensor]) ->
     Args:
         graph: the network as it is rounded; in eval.
         images: (N, C, H, W), those of `before`.
-        before: what `means` gave when nothing was rounded.
+        before: what `moments` gave when nothing was rounded.
+        spreads: whether a BatchNorm takes over what rounding does to the standard deviations too.
     """
     norms = _correctable(graph)
 
     def shift(layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> Tensor | None:
-        norm = norms[name]
-        added = _mean(output, layer, norm) - before[name]
+        norm, wanted = norms[name], before[name]
+        found = _moments(output, layer, norm)
         if norm is not None:
-            assert norm.running_mean is not None
-            norm.running_mean.add_(added)
+            _fit(norm, found, wanted, spreads=spreads)
             return None
         assert isinstance(layer, Layer)
         assert layer.bias is not None
+        added = found.mean - wanted.mean
         layer.bias.sub_(added)
         return output - (added.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else added)
 
     _run(graph, images, list(norms), shift)
+
+
+def _fit(norm: Norm, found: Moments, wanted: Moments, *, spreads: bool) -> None:
+    """Sets running statistics so that what comes has the moments that were wanted, in their unit."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    unit = _unit(norm)
+    if spreads:
+        alive = (wanted.spread > _NOTHING) & (found.spread > _NOTHING * unit)
+        unit = torch.where(alive, found.spread / wanted.spread.clamp(min=_NOTHING), unit)
+        norm.running_var.copy_((unit.square() - norm.eps).clamp(min=0))
+    norm.running_mean.copy_(found.mean - wanted.mean * unit)
+
+
+def _unit(norm: Norm) -> Tensor:
+    assert norm.running_var is not None
+    return (norm.running_var + norm.eps).sqrt()
+
+
+def _in_unit_of(found: Moments, norm: Norm | None) -> Moments:
+    if norm is None:
+        return found
+    assert norm.running_mean is not None
+    return Moments((found.mean - norm.running_mean) / _unit(norm), found.spread / _unit(norm))
 
 
 def _run(graph: fx.GraphModule, images: Tensor, names: list[str], hook: Callable[..., Any]) -> None:
@@ -113,8 +148,8 @@ def _correctable(graph: fx.GraphModule) -> dict[str, Norm | None]:
     return found
 
 
-def _mean(output: Tensor, layer: nn.Module, norm: Norm | None) -> Tensor:
+def _moments(output: Tensor, layer: nn.Module, norm: Norm | None) -> Moments:
     """Of each channel, (C,): a BatchNorm's lie along dimension 1, a Linear's along the last."""
     channels = 1 if norm is not None or isinstance(layer, nn.Conv2d) else -1
-    found = output.float().movedim(channels, -1).flatten(0, -2).mean(0)
-    return found if norm is None or norm.running_mean is None else found - norm.running_mean
+    values = output.float().movedim(channels, -1).flatten(0, -2)
+    return Moments(values.mean(0), values.std(0, correction=0))

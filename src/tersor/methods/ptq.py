@@ -33,7 +33,7 @@ from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.ranges import Range, WeightRange
 from tersor.core.target import Target
-from tersor.graph.bias_correction import batch_of, correct, means
+from tersor.graph.bias_correction import batch_of, correct, moments
 from tersor.graph.calibration import calibrate, first_images
 from tersor.graph.capture import capture
 from tersor.graph.equalization import equalize
@@ -50,7 +50,7 @@ class PTQ:
         "weight_range": "mse",
         "activation_range": "mse",
         "equalize": True,
-        "bias_correction": True,
+        "spread_correction": True,
     }
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
@@ -69,6 +69,9 @@ class PTQ:
     ] = 99.99
     equalize: Annotated[bool, Field(description="cross-layer equalisation before anything is rounded")] = False
     bias_correction: Annotated[bool, Field(description="what rounding adds to channels' means is taken away")] = False
+    spread_correction: Annotated[
+        bool, Field(description="the same, and what it does to their spread, where a BatchNorm can take it over")
+    ] = False
     max_drop: Annotated[
         float | None,
         Field(ge=0, description="points of accuracy; layers that cost more stay in float. All are rounded if left"),
@@ -141,7 +144,7 @@ class PTQAttachment(Attachment):
         passes = 1 if method.activation_range == "minmax" else 2
         images = method.calibration_images
         histograms = yield from calibrate(self.quantizers, self.data, images=images, passes=passes, method="ptq")
-        settle = self._correction() if method.bias_correction else _nothing
+        settle = self._correction() if method.bias_correction or method.spread_correction else _nothing
         self.quantizers.set_activation_grids(histograms, method.activation_range, method.percentile)
         for name in self.quantizers.layers:
             self.quantizers.set_weight_grid(name, self.target, method.weight_range, method.percentile)
@@ -163,7 +166,7 @@ class PTQAttachment(Attachment):
         graph = self.quantizers.graph
         device = next(graph.parameters()).device
         images = batch_of(first_images(self.data, self.method.calibration_images, device))
-        return partial(correct, graph, images, means(graph, images))
+        return partial(correct, graph, images, moments(graph, images), spreads=self.method.spread_correction)
 
 
 def _nothing() -> None:
