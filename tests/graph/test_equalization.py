@@ -199,6 +199,11 @@ class AlsoRead(Residual):
         return self.conv2(F.relu(self.conv1(x))) + F.conv2d(x, self.conv1.weight, padding=1)
 
 
+class Clipped(Residual):
+    def forward(self, x):
+        return self.conv2(F.relu6(self.conv1(x)))
+
+
 class NamedRelu(Residual):
     """As many networks do, it calls `self.relu`, whatever that is."""
 
@@ -217,6 +222,7 @@ class Standardized(nn.Conv2d):
 
 LEFT_ALONE = {
     "ReLU6": lambda: classified(conv(3, 4), nn.ReLU6(), conv(4, 5)),
+    "the function relu6": Clipped,
     "groups behind": lambda: classified(conv(3, 4), nn.ReLU(), conv(4, 4, groups=2), nn.Sigmoid(), conv(4, 5)),
     "more channels behind": lambda: classified(conv(3, 5), nn.ReLU(), conv(5, 10, groups=5), nn.Sigmoid(), conv(10, 5)),
     "flattened": lambda: nn.Sequential(conv(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)),

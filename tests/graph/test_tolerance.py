@@ -182,6 +182,15 @@ def test_progress_is_told():
     assert [(step.done, step.total) for step in told] == [(number, 4) for number in (1, 2, 3, 4)]
 
 
+def test_layers_are_judged_with_the_biases_that_they_had():
+    before = Sensitive().state_dict()
+    attached = PTQ(**OPTIONS, bias_correction=True).attach(Sensitive().eval(), data=[images()])
+    next(step for step in attached.begin() if step.what != "calibration")
+    for name in attached.quantizers.layers:
+        bias = attached.model.get_submodule(name).bias
+        torch.testing.assert_close(bias, before[f"{name}.bias"], rtol=0, atol=1e-5, check_stride=False)
+
+
 def test_data_that_can_be_read_only_once():
     with pytest.raises(InputError, match=r"cannot be read again.*DataLoader"):
         tolerated(data=iter([images()]))

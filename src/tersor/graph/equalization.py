@@ -8,7 +8,7 @@ two layers a channel may be divided by s_i > 0 in the first and multiplied by it
 where w1_i are the weights that make channel i, (C_out, ...) at place i of dimension 0, and w2_.i those that read it. A
 BatchNorm between the two takes the division over, so that the first weight, whose channels have scales of their own,
 stays as it is. The paper puts ReLU in the place of ReLU6, which changes the network; here two layers with a ReLU6
-between them are left alone.
+between them are left alone. Nor are high biases absorbed by the next layer, which is not exact either.
 """
 
 from __future__ import annotations

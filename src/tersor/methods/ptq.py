@@ -133,7 +133,8 @@ class PTQAttachment(Attachment):
         """Calibrates: one or two passes over the images, then every range is set. Does nothing a second time.
 
         Raises:
-            InputError: the data holds no image, or cannot be read twice where two passes are needed.
+            InputError: the data holds no image, or cannot be read again where a range, bias correction or
+                `max_drop` needs that.
         """
         method, graph = self.method, self.model
         assert isinstance(graph, fx.GraphModule)
