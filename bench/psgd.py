@@ -44,7 +44,7 @@ Numbers = dict[str, Any]
 
 @torch.no_grad()
 def rounded(model: nn.Module, bits: int) -> nn.Module:
-    """A copy whose weights lie on one grid for each layer; below 4 bits the first and the last have 8, as in the paper."""
+    """A copy whose weights lie on one grid for each layer; below 4 bits first and last have 8, as in the paper."""
     copied = copy.deepcopy(model)
     layers = weighted_layers(copied)
     ends = {next(iter(layers)), list(layers)[-1]}

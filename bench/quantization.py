@@ -46,7 +46,7 @@ SEEDS = (0, 1, 2)
 WIDTHS = ((4, 8), (4, 4), (3, 8), (2, 8))
 """Bits of the weights and of the activations; the first and the last layer have 8."""
 EPOCHS = 6
-MSE = {"weight_range": "mse", "activation_range": "mse"}
+MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse"}
 
 LADDER: dict[str, Callable[[int, int], Method]] = {
     "min-max": lambda bits, activation_bits: PTQ(bits=bits, activation_bits=activation_bits),
