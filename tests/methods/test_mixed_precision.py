@@ -94,8 +94,18 @@ def test_a_budget_that_is_met_exactly_is_spent():
     errors = {name: {2: 1.0, 4: 0.1} for name in "abc"}
     assert assign(errors, {"a": 10, "b": 20, "c": 30}, 4) == dict.fromkeys("abc", 4)
     assert assign(errors, {"a": 10, "b": 20, "c": 30}, 2) == dict.fromkeys("abc", 2)
-    assert assign({"a": {2: 1.0, 3: 0.5}, "b": {2: 1.0, 5: 0.5}}, {"a": 10, "b": 10}, 4.1) == {"a": 3, "b": 5}
+    assert 4.35 * 100 < 435, "in floating point"
+    assert assign({"a": {2: 1.0, 8: 0.5}, "b": {2: 1.0, 3: 0.5}}, {"a": 27, "b": 73}, 4.35) == {"a": 8, "b": 3}
     assert assign({"a": {2: 1.0, 4: 1.0}}, {"a": 7}, 4) == {"a": 2}, "of equal ones the fewest"
+
+
+@pytest.mark.parametrize("cells", [3, 10, 50])
+def test_the_budget_holds_however_coarsely_it_is_spent(cells, monkeypatch):
+    monkeypatch.setattr("tersor.methods.mixed_precision._CELLS", cells)
+    sizes = {"a": 101, "b": 211, "c": 53, "d": 7}
+    errors = {name: {bits: size * 4.0**-bits for bits in (2, 3, 4, 6, 8)} for name, size in sizes.items()}
+    for average in torch.arange(2, 8, 0.05).tolist():
+        assert mean(assign(errors, sizes, average), sizes) <= average + 1e-6
 
 
 def test_sizes_without_a_common_divisor_are_within_the_budget_and_nearly_the_best():
