@@ -189,8 +189,8 @@ def resumed(tmp_path_factory):
         walked(given, folder / "whole" / name)
         with pytest.raises(KeyboardInterrupt):
             walked(given, folder / "stopped" / name, Stops())
-        begun = sorted(path.name for path in (folder / "stopped" / name).glob("01-law-*"))
-        assert [path[:15] for path in begun] == [f"01-law-{subjects.KEPT:07d}-"]
+        *_, newest = sorted(path.name for path in (folder / "stopped" / name).glob("01-law-*"))
+        assert newest[:15] == f"01-law-{subjects.KEPT:07d}-"
     sys.path.remove(str(FOLDER))
     child = [sys.executable, "subjects.py", "resume", str(folder / "stopped")]
     subprocess.run(child, cwd=FOLDER, check=True, timeout=300)
@@ -290,8 +290,7 @@ def chained(first, second):
         fit(found, walk.training_batches(stage), stage, steps=STEPS, teacher=walk.teacher, seed=3)
         found.finish()
         ends.append(found.model.eval())
-    assert ends, f"no order is legal: {refusals}"
-    return ends
+    return ends, refusals
 
 
 PAIRS = sorted(itertools.combinations(NAMES, 2))
@@ -307,7 +306,10 @@ def test_chained(first, second):
     kept(first, "chained")
     kept(second, "chained")
     alone = [trained(made(name, "example"))[1] for name in (first, second)]
-    for model in chained(first, second):
+    ends, refusals = chained(first, second)
+    if not ends:  # only two that lay grids may exclude each other
+        assert all(quantized(each)[0] for each in alone), refusals
+    for model in ends:
         check_what_is_shown(model)
         assert torch.isfinite(model(subjects.images(50))).all()
         for each in alone:  # what it does alone, it does beside the other

@@ -17,6 +17,7 @@ from tersor.export.onnx import export
 from tersor.export.runtime import open_session
 from tersor.methods.lsq import LSQ, first_step
 from tersor.methods.ptq import PTQ
+from tersor.methods.qat import QAT
 from tersor.train import fit
 
 
@@ -86,11 +87,13 @@ def test_it_goes_on_from_the_grids_of_a_stage_before():
     list(first.begin())
     images = Loader(1, seed=5).batches[0].images
     before = first.model(images)
+    with pytest.raises(InputError, match=r"on grids of 4 bits, and lsq is to train with bits: 2"):
+        LSQ(bits=2).attach(first.model, steps=4, target=VNNI)
     second = LSQ().attach(first.model, steps=4, target=VNNI)
     assert list(second.begin()) == []
     assert torch.allclose(second.model.eval()(images), before, atol=1e-5)
-    with pytest.raises(InputError, match=r"on grids of 4 bits, and lsq is to train with bits: 2"):
-        LSQ(bits=2).attach(second.model, steps=4, target=VNNI)
+    with pytest.raises(InputError, match=r"trained already in this stage\. Possible: qat or lsq"):
+        QAT().attach(second.model, steps=4, target=VNNI)
 
 
 def test_statistics_stay_from_the_first_step_on():

@@ -18,41 +18,53 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tersor.core.errors import InputError
+from tersor.core.freezing import Norm
 from tersor.core.selection import Layer
 from tersor.graph.capture import layer_of, sole_user
+from tersor.graph.placement import quantizable
 
 _POSITIONS = 2**20
 """Pixels in the one batch: about 1,000 images of 32 x 32, or 20 of 224 x 224."""
 
-Norm = nn.BatchNorm2d | nn.BatchNorm1d
-
 
 def batch_of(images: Iterable[Tensor]) -> Tensor:
-    """One batch of the `images` (N, C, H, W), no larger than the means need."""
+    """One batch of the `images` (N, C, H, W), no larger than the means need.
+
+    Raises:
+        InputError: there are none, since the data was read before.
+    """
     taken: list[Tensor] = []
     for some in images:
         room = _POSITIONS // some[0, 0].numel() - sum(map(len, taken))
         taken.append(some[: max(1, room)])
         if room <= len(some):
             break
+    if not taken:
+        raise InputError("bias correction reads the data again, and found no image. Pass a DataLoader or a list.")
     return torch.cat(taken)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def means(graph: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
-    """Layer -> the means (C,) of the channels that it gives for `images` (N, C, H, W)."""
-    found: dict[str, Tensor] = {}
+    """Layer -> the means (C,) of the channels that it gives for `images` (N, C, H, W).
 
-    def look(_layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> None:
-        found[name] = _mean(output, graph.get_submodule(name))
+    Behind a BatchNorm: less its running means.
+    """
+    norms, found = _correctable(graph), dict[str, Tensor]()
 
-    _run(graph, images, list(_correctable(graph)), look)
+    def look(layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> None:
+        found[name] = _mean(output, layer, norms[name])
+
+    _run(graph, images, list(norms), look)
     return found
 
 
 @torch.no_grad()
 def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Tensor]) -> None:
     """Takes the shift of every layer's means from its bias, or into the running mean of the BatchNorm behind it.
+
+    Once more does no harm: where other layers round now, it is as if the first time had not been.
 
     Args:
         graph: the network as it is rounded; in eval.
@@ -62,13 +74,13 @@ def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Tensor]) ->
     norms = _correctable(graph)
 
     def shift(layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> Tensor | None:
-        assert isinstance(layer, Layer)
-        added = _mean(output, layer) - before[name]
         norm = norms[name]
+        added = _mean(output, layer, norm) - before[name]
         if norm is not None:
             assert norm.running_mean is not None
             norm.running_mean.add_(added)
             return None
+        assert isinstance(layer, Layer)
         assert layer.bias is not None
         layer.bias.sub_(added)
         return output - (added.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else added)
@@ -86,8 +98,8 @@ def _run(graph: fx.GraphModule, images: Tensor, names: list[str], hook: Callable
 
 
 def _correctable(graph: fx.GraphModule) -> dict[str, Norm | None]:
-    """Layers that are called once and have a BatchNorm behind them, or a bias."""
-    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    """Layers that are called once and have a BatchNorm behind them, or a bias that is added last."""
+    known, calls = quantizable(graph), [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     found: dict[str, Norm | None] = {}
     for node in graph.graph.nodes:
         layer, user = layer_of(node), sole_user(node)
@@ -96,13 +108,13 @@ def _correctable(graph: fx.GraphModule) -> dict[str, Norm | None]:
         norm = layer_of(user) if user is not None and calls.count(str(user.target)) == 1 else None
         if isinstance(norm, Norm) and norm.running_mean is not None:
             found[str(node.target)] = norm
-        elif layer.bias is not None:
+        elif layer.bias is not None and node.target in known:
             found[str(node.target)] = None
     return found
 
 
-def _mean(output: Tensor, layer: nn.Module) -> Tensor:
-    """Of each channel, (C,)."""
-    if isinstance(layer, nn.Conv2d):
-        return output.float().mean((0, 2, 3))
-    return output.float().flatten(0, -2).mean(0)
+def _mean(output: Tensor, layer: nn.Module, norm: Norm | None) -> Tensor:
+    """Of each channel, (C,): a BatchNorm's lie along dimension 1, a Linear's along the last."""
+    channels = 1 if norm is not None or isinstance(layer, nn.Conv2d) else -1
+    found = output.float().movedim(channels, -1).flatten(0, -2).mean(0)
+    return found if norm is None or norm.running_mean is None else found - norm.running_mean

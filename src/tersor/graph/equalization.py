@@ -13,6 +13,8 @@ between them are left alone.
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,16 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from tersor.core.freezing import Norm
 from tersor.core.parametrization import FakeQuantize, parametrized
 from tersor.core.ranges import channel_maxima
 from tersor.core.selection import Layer
 from tersor.graph.capture import layer_of, sole_user
-from tersor.graph.placement import is_nothing_in_eval
+from tersor.graph.placement import is_nothing_in_eval, quantizable
 
-_ROUNDS = 20
+_ROUNDS = 100
 _CONVERGED = 1e-3
 _NOTHING = 1e-8
-Norm = nn.BatchNorm2d | nn.BatchNorm1d
 
 
 @dataclass(frozen=True)
@@ -57,32 +59,48 @@ def equalize(graph: fx.GraphModule) -> int:
 
 
 def _pairs(graph: fx.GraphModule) -> Iterator[_Pair]:
-    calls = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    known, reads = quantizable(graph), _reads(graph)
     for node in graph.graph.nodes:
         first, norm, behind = layer_of(node), None, sole_user(node)
-        if not isinstance(first, Layer):
-            continue
         if behind is not None and isinstance(layer_of(behind), Norm):
             norm, behind = layer_of(behind), sole_user(behind)
         while behind is not None and _scales_with_its_input(behind):
             behind = sole_user(behind)
-        second = layer_of(behind) if behind is not None else None
-        if behind is None or not isinstance(second, Layer):
+        if behind is None or not {node.target, behind.target} <= known:
             continue
-        if max(calls.count(node.target), calls.count(behind.target)) > 1:
+        second = layer_of(behind)
+        assert isinstance(first, Layer)
+        assert isinstance(second, Layer)
+        if any(reads[id(each)] > 1 for part in (first, norm, second) if part is not None for each in part.parameters()):
             continue
         assert norm is None or isinstance(norm, Norm)
-        if _reads_channels(first, second) and (norm is None or (norm.affine and norm.running_var is not None)):
+        if _reads_channels(first, second) and _divides(norm, len(first.weight)):
             yield _Pair(first, norm, second)
 
 
+def _reads(graph: fx.GraphModule) -> Counter[int]:
+    """How many nodes read each Parameter, by its id: a layer may be called twice, or share its weight with another."""
+    found: Counter[int] = Counter()
+    for node in graph.graph.nodes:
+        module = layer_of(node)
+        if module is not None:
+            found.update(map(id, module.parameters()))
+        elif node.op == "get_attr":
+            found[id(operator.attrgetter(node.target)(graph))] += 1
+    return found
+
+
 def _scales_with_its_input(node: fx.Node) -> bool:
-    """Whether a multiple of the input gives the same multiple; a quantizer that does not round yet will follow."""
-    return _is_relu(node) or is_nothing_in_eval(node) or isinstance(layer_of(node), FakeQuantize)
+    """Whether `node` is a ReLU, or gives what it is given: a quantizer does as long as it does not round."""
+    module = layer_of(node)
+    if module is not None:
+        shows = isinstance(module, FakeQuantize) and not module.ready
+        return shows or isinstance(module, nn.ReLU) or is_nothing_in_eval(node)
+    return is_nothing_in_eval(node) or node.target in {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 
 
-def _is_relu(node: fx.Node) -> bool:
-    return isinstance(layer_of(node), nn.ReLU) or node.target in {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+def _divides(norm: Norm | None, channels: int) -> bool:
+    return norm is None or (norm.affine and norm.running_var is not None and norm.num_features == channels)
 
 
 def _reads_channels(first: Layer, second: Layer) -> bool:
@@ -94,7 +112,7 @@ def _reads_channels(first: Layer, second: Layer) -> bool:
 
 def _equalize(pair: _Pair) -> float:
     """Divides and multiplies once; how far the factors were from 1."""
-    first, second = _weight(pair.first), _weight(pair.second)
+    first, second = pair.first.weight, pair.second.weight
     made = channel_maxima(first)
     if pair.norm is not None:
         assert pair.norm.running_var is not None
@@ -104,13 +122,13 @@ def _equalize(pair: _Pair) -> float:
     alive = (made > _NOTHING) & (read > _NOTHING)
     factor = torch.where(alive, (made / read.clamp(min=_NOTHING)).sqrt(), torch.ones_like(made))
     if pair.norm is None:
-        first.div_(_along(factor, first, 0))
+        _weight(pair.first).div_(_along(factor, first, 0))
         if pair.first.bias is not None:
             pair.first.bias.div_(factor)
     else:
         pair.norm.weight.div_(factor)
         pair.norm.bias.div_(factor)
-    second.mul_(_along(factor, second, 0 if depthwise else 1))
+    _weight(pair.second).mul_(_along(factor, second, 0 if depthwise else 1))
     return float((factor - 1).abs().max())
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.affine import Grid, affine_parameters
 from tersor.core.errors import InputError
+from tersor.core.learned_step import LearnedFakeQuantize
 from tersor.core.parametrization import FakeQuantize, parametrized, shown_by, shown_to
 from tersor.core.ranges import Histogram, Range, WeightRange, weight_grid, without_saturation
 from tersor.core.selection import Layer, weighted_layers, without
@@ -86,11 +87,22 @@ class Quantizers:
         chain = parametrized(self.graph.get_submodule(name))
         chain[list(chain).index(self.of_weight(name))] = quantizer
 
+    def all(self) -> tuple[FakeQuantize, ...]:
+        """Those of the weights, and those of the activations."""
+        return (*map(self.of_weight, self.layers), *map(self.of_activation, self.activations))
+
     @property
     def ready(self) -> bool:
         """Whether they round; layers that are left in float do not."""
-        weights, edges = map(self.of_weight, self.layers), map(self.of_activation, self.activations)
-        return any(each.ready for each in (*weights, *edges))
+        return any(each.ready for each in self.all())
+
+    @property
+    def rounding(self) -> Quantizers:
+        """Those that round; the others belong to layers that stay in float."""
+        layers = tuple(name for name in self.layers if self.of_weight(name).ready)
+        return Quantizers(
+            self.graph, layers, tuple(name for name in self.activations if self.of_activation(name).ready)
+        )
 
     def set_weight_grid(
         self, name: str, target: Target, weight_range: WeightRange = "minmax", percentile: float = 99.99
@@ -145,8 +157,7 @@ def found(model: nn.Module) -> Quantizers | None:
     all_of_them = Quantizers(model, tuple(layers), tuple(edges))
     if not all_of_them.ready:
         return all_of_them if edges or layers else None
-    rounding = tuple(name for name in layers if all_of_them.of_weight(name).ready)
-    return Quantizers(model, rounding, tuple(name for name in edges if all_of_them.of_activation(name).ready))
+    return all_of_them.rounding
 
 
 def lay(
@@ -212,7 +223,8 @@ def lay_or_take_over(
         method: how errors call who asks.
 
     Raises:
-        InputError: no data, a pattern that matches nothing, no layer left, grids of other bits.
+        InputError: no data, a pattern that matches nothing, no layer left, grids of other bits, or that are trained
+            by another method already.
     """
     quantizers = found(model)
     if quantizers is None:
@@ -224,6 +236,8 @@ def lay_or_take_over(
         return lay(capture(model), precision, exclude=exclude, target=target, method=method)
     if exclude:
         raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
+    if any(isinstance(each, LearnedFakeQuantize) or getattr(each, "moves", False) for each in quantizers.all()):
+        raise InputError("the network's grids are trained already in this stage. Possible: qat or lsq, one of them.")
     first_and_last = ends(quantizers.graph)
     entering = set(map(quantizers.input_of, first_and_last))
     weights = {quantizers.of_weight(name).grid.bits for name in quantizers.layers if name not in first_and_last}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,19 +42,22 @@ class _Judge:
         device = next(graph.parameters()).device
         self.images: list[Tensor] = []
         labels: list[Tensor | None] = []
+        left = JUDGED
         for batch in data:
-            self.images.append(images_of(batch).to(device))
-            labels.append(labels_of(batch))
-            if sum(map(len, self.images)) >= JUDGED:
+            found, told = images_of(batch)[:left], labels_of(batch)
+            if len(found):
+                self.images.append(found.to(device))
+                labels.append(None if told is None else told[:left].to(device))
+            left -= len(found)
+            if left <= 0:
                 break
         if not self.images:
             raise InputError(f"{method} was given data that cannot be read again. Pass a DataLoader or a list.")
         self.logits = self.asked(self.images)
         told = [each for each in labels if each is not None]
-        self.truth = torch.cat(told).to(device) if len(told) == len(labels) else self.logits.argmax(1)
+        self.truth = torch.cat(told) if len(told) == len(labels) else self.logits.argmax(1)
         self.right = self._percent(self.logits)
-        some = torch.cat(self.images)[:_RANKED]
-        self.some = list(some.split(len(self.images[0])))
+        self.some = [*torch.cat([batch[:_RANKED] for batch in self.images])[:_RANKED].split(len(self.images[0]))]
 
     @torch.inference_mode()
     def asked(self, images: list[Tensor]) -> Tensor:
@@ -70,7 +73,23 @@ class _Judge:
 
     def error(self) -> float:
         """Mean squared difference of some logits from those in float."""
-        return float((self.asked(self.some) - self.logits[: len(torch.cat(self.some))]).square().mean())
+        return float((self.asked(self.some) - self.logits[:_RANKED]).square().mean())
+
+
+class _Rounding:
+    """Which layers of a network round, and the activations that these need."""
+
+    def __init__(self, quantizers: Quantizers, bare: fx.GraphModule, target: Target) -> None:
+        self.quantizers = quantizers
+        self._bare = bare
+        self._target = target
+
+    def set(self, layers: set[str]) -> None:
+        needed = edges(self._bare, layers, self._target.runtime)
+        for name in self.quantizers.layers:
+            self.quantizers.of_weight(name).ready = name in layers
+        for name in self.quantizers.activations:
+            self.quantizers.of_activation(name).ready = name in needed
 
 
 def keep_in_float(
@@ -81,10 +100,12 @@ def keep_in_float(
     max_drop: float,
     target: Target,
     method: str,
+    settle: Callable[[], None] = lambda: None,
 ) -> Generator[Progress, None, Kept]:
     """Lets the costliest layers compute in float, as few as bring the drop down to `max_drop`.
 
-    A layer costs what the logits gain when it alone is in float; how many go is found by bisection.
+    A layer costs what the logits lose when it alone rounds (of two broken layers in a row, neither gains anything by
+    being in float alone); how many go is found by bisection.
 
     Args:
         quantizers: on the network, all of which round.
@@ -93,41 +114,45 @@ def keep_in_float(
         max_drop: points of accuracy, or percent of other answers where there are no labels.
         target: whose runtime says where activations are rounded.
         method: how errors call who asks.
+        settle: fits what follows from which layers round (biases), and undoes it where none does.
 
     Raises:
         InputError: the data cannot be read again.
     """
-    every = set(quantizers.layers)
+    every, rounding = set(quantizers.layers), _Rounding(quantizers, bare, target)
 
-    def let(rounding: set[str]) -> None:
-        needed = edges(bare, rounding, target.runtime) if rounding else set[str]()
-        for name in quantizers.layers:
-            quantizers.of_weight(name).ready = name in rounding
-        for name in quantizers.activations:
-            quantizers.of_activation(name).ready = name in needed
+    def drop_without(layers: Iterable[str]) -> float:
+        rounding.set(every.difference(layers))
+        settle()
+        return judge.drop()
 
-    let(set())
+    rounding.set(set())
+    settle()
     judge = _Judge(quantizers.graph, data, method)
-    let(every)
-    drop = judge.drop()
+    drop = drop_without(())
     if drop <= max_drop:
         return Kept((), drop)
-    what, total = "layers that cost too much", len(every) + len(every).bit_length()
-    errors: dict[str, float] = {}
-    for number, name in enumerate(quantizers.layers, 1):
-        let(every - {name})
-        errors[name] = judge.error()
-        yield Progress(what, number, total)
-    costliest = sorted(quantizers.layers, key=lambda name: errors[name])
+    rounding.set(set())
+    settle()
+    costliest = yield from _costliest_first(rounding, judge)
     too_few, enough, drop = 0, len(costliest), 0.0
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        let(every - set(costliest[:middle]))
-        found = judge.drop()
+        found = drop_without(costliest[:middle])
         if found <= max_drop:
             enough, drop = middle, found
         else:
             too_few = middle
-    let(every - set(costliest[:enough]))
-    yield Progress(what, total, total)
+    rounding.set(every.difference(costliest[:enough]))
+    settle()
     return Kept(tuple(costliest[:enough]), drop)
+
+
+def _costliest_first(rounding: _Rounding, judge: _Judge) -> Generator[Progress, None, list[str]]:
+    layers = rounding.quantizers.layers
+    errors: dict[str, float] = {}
+    for number, name in enumerate(layers, 1):
+        rounding.set({name})
+        errors[name] = judge.error()
+        yield Progress("layers that cost too much", number, len(layers))
+    return sorted(layers, key=errors.__getitem__, reverse=True)

@@ -9,7 +9,7 @@ f is the layer's BatchNorm and activation, x its input in float, x_hat what reac
 already: a few hundred images, no labels. `graph/reconstruction.py` has the formulas.
 
 The paper folds BatchNorm first; here it stays behind the layer, which gives every channel the same choice. It learns
-for 10,000 iterations; here 2,000 of ten times the rate are the default. Activations are rounded when all weights are.
+for 10,000 iterations; here 1,000 of ten times the rate are the default. Activations are rounded when all weights are.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class AdaRound:
         float,
         Field(gt=50, le=100, description="of a range of that name: percent of the values kept"),
     ] = 99.99
-    iterations: Annotated[int, Field(ge=1, description="for each layer, of a batch of 32 images")] = 2000
+    iterations: Annotated[int, Field(ge=1, description="for each layer, of a batch of 32 images")] = 1000
     calibration_images: Annotated[int, Field(ge=32, description="images looked at, without labels")] = 512
     seed: Annotated[int, Field(ge=0, description="of the batches that are drawn")] = 0
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()

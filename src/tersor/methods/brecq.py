@@ -17,7 +17,7 @@ together, while so large a share of the activations, and of the block's input, i
 QDrop has 0.5.
 
 BRECQ's paper weighs the error by the squared gradient of the task's loss (Fisher); its code, as released, does not by
-default, and neither does this. Both learn for 20,000 iterations a block; here 2,000 of ten times the rate are the
+default, and neither does this. The papers learn for 20,000 iterations a block; here 1,000 of ten times the rate are the
 default. BatchNorm stays behind its layer, which gives every channel the same choice as folding.
 """
 
@@ -57,7 +57,7 @@ class BRECQ:
         float,
         Field(gt=50, le=100, description="of a range of that name: percent of the values kept"),
     ] = 99.99
-    iterations: Annotated[int, Field(ge=1, description="for each block, of a batch of 32 images")] = 2000
+    iterations: Annotated[int, Field(ge=1, description="for each block, of a batch of 32 images")] = 1000
     drop: Annotated[
         float, Field(ge=0, lt=1, description="share of the activations left in float meanwhile; QDrop has 0.5")
     ] = 0.0

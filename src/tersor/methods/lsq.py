@@ -8,8 +8,8 @@ learnable offsets and better initialization", CVPR Workshops 2020.
     gradient of s                 round(x / s) - x / s inside the range, its end outside; times 1 / sqrt(N p)
     at the start                  s = 2 mean|w_c| / sqrt(n) for a weight
 
-The paper's weights have one step for a layer, -2^(b-1) too, and start anywhere; here a channel has its own by default
-(`per_channel: false` is the paper's), and a grid that a stage before has laid is where learning starts. Its activations
+The paper has one step for a layer's weights, and the point -2^(b-1) too; here each channel has a step by default
+(`per_channel: false` is the paper's), and where a stage before has laid grids, learning starts there. Its activations
 are positive and start like weights; here they may be negative, have a zero point, and start from the range with the
 smallest squared error, as in LSQ+. `offset: true` learns that zero point. N is the number of weights that share a step,
 and that of one image's activations, as in the paper; the code in circulation counts the whole batch's.
@@ -155,9 +155,7 @@ class LSQAttachment(Attachment):
             self.quantizers.graph.set_submodule(name, _settled(self.quantizers.of_activation(name)))
 
     def _learning(self) -> Iterator[LearnedFakeQuantize]:
-        weights = map(self.quantizers.of_weight, self.quantizers.layers)
-        edges = map(self.quantizers.of_activation, self.quantizers.activations)
-        return (cast("LearnedFakeQuantize", each) for each in (*weights, *edges))
+        return (cast("LearnedFakeQuantize", each) for each in self.quantizers.all())
 
     def _freeze_norms(self, done: int) -> None:
         for norm in self._norms if done == self._norms_stay_after else ():
@@ -174,8 +172,9 @@ def _learned(still: FakeQuantize, *, offset: bool = False, of_images: bool = Fal
 
 
 def _settled(learned: FakeQuantize) -> FakeQuantize:
-    """One whose step stays as it was learned."""
+    """One whose step stays as it was learned, if it rounds."""
     channels = len(learned.scale) if learned.scale.ndim else None
     still = FakeQuantize(learned.grid, channels).to(learned.scale.device)
-    still.set_grid(learned.scale.detach(), learned.zero_point)
+    if learned.ready:
+        still.set_grid(learned.scale.detach(), learned.zero_point)
     return still

@@ -20,7 +20,8 @@ adds 8-bit products in 16 bits (AVX2 without VNNI) weights of a channel are kept
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -133,29 +134,43 @@ class PTQAttachment(Attachment):
         """
         method, graph = self.method, self.model
         assert isinstance(graph, fx.GraphModule)
-        if self.quantizers.ready:
+        if self.quantizers.ready or self._kept is not None:
             return
         if method.equalize:
             equalize(graph)
         passes = 1 if method.activation_range == "minmax" else 2
         images = method.calibration_images
         histograms = yield from calibrate(self.quantizers, self.data, images=images, passes=passes, method="ptq")
-        device = next(graph.parameters()).device
-        some = batch_of(first_images(self.data, images, device)) if method.bias_correction else None
-        before = means(graph, some) if some is not None else {}
+        settle = self._correction() if method.bias_correction else _nothing
         self.quantizers.set_activation_grids(histograms, method.activation_range, method.percentile)
         for name in self.quantizers.layers:
             self.quantizers.set_weight_grid(name, self.target, method.weight_range, method.percentile)
-        if some is not None:
-            correct(graph, some, before)
+        settle()
         if self._bare is not None and method.max_drop is not None:
             self._kept = yield from keep_in_float(
-                self.quantizers, self._bare, self.data, max_drop=method.max_drop, target=self.target, method="ptq"
+                self.quantizers,
+                self._bare,
+                self.data,
+                max_drop=method.max_drop,
+                target=self.target,
+                method="ptq",
+                settle=settle,
             )
             self.notes += _said(self._kept)
+
+    def _correction(self) -> Callable[[], None]:
+        """Corrects biases for what rounds whenever it is called; nothing rounds yet."""
+        graph = self.quantizers.graph
+        device = next(graph.parameters()).device
+        images = batch_of(first_images(self.data, self.method.calibration_images, device))
+        return partial(correct, graph, images, means(graph, images))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _said(kept: Kept) -> tuple[str, ...]:
     if not kept.layers:
         return ()
-    return (f"in float, since they cost too much: {', '.join(kept.layers)}; {kept.drop:.2f} points lost with that",)
+    return (f"in float, since they cost too much: {', '.join(kept.layers)}; the drop is {kept.drop:.2f} with that",)

@@ -124,7 +124,7 @@ class QATAttachment(Attachment):
         """
         self._freeze(0)
         if self.quantizers.ready:
-            for edge in self._edges():
+            for edge in filter(lambda each: each.ready, self._edges()):  # others belong to layers left in float
                 low, high = ((end - edge.zero_point) * edge.scale for end in (edge.grid.minimum, edge.grid.maximum))
                 edge.set_range(low, high)
             return
@@ -134,16 +134,16 @@ class QATAttachment(Attachment):
         )
         for edge, histogram in zip(self._edges(), histograms.values(), strict=True):
             edge.set_range(histogram.low, histogram.high)
-        self._follow_weights()
+        self._follow_weights(self.quantizers)
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """The scales of the weights follow them."""
-        self._follow_weights()
+        self._follow_weights(self.quantizers.rounding)
         self._freeze(step + 1)
 
     def finish(self) -> None:
         """Ranges stay as they are from now on."""
-        self._follow_weights()  # a running mean of the weights may have taken their place
+        self._follow_weights(self.quantizers.rounding)  # a running mean of the weights may have taken their place
         for edge in self._edges():
             edge.moves = False
 
@@ -154,9 +154,9 @@ class QATAttachment(Attachment):
         for edge in self._edges() if done == self._ranges_stay_after else ():
             edge.moves = False
 
-    def _follow_weights(self) -> None:
-        for name in self.quantizers.layers:
-            self.quantizers.set_weight_grid(name, self.target)
+    def _follow_weights(self, quantizers: Quantizers) -> None:
+        for name in quantizers.layers:
+            quantizers.set_weight_grid(name, self.target)
 
     def _edges(self) -> list[MovingFakeQuantize]:
         edges = [self.quantizers.graph.get_submodule(name) for name in self.quantizers.activations]
