@@ -26,6 +26,7 @@ _ALSO_CALLED = {
     "lsq": ("learned_step_size", "lsq+", "lsqplus"),
     "adaround": ("adaptive_rounding", "learned_rounding"),
     "brecq": ("qdrop", "block_reconstruction"),
+    "mixed_precision": ("hawq", "mixed", "mixed_bits", "bit_allocation"),
     "weight_pruning": ("prune", "pruning", "magnitude", "unstructured", "sparsify"),
     "channel_pruning": ("filter_pruning", "structured", "structured_pruning", "slimming"),
 }
