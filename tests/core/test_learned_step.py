@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,8 @@ from hypothesis import strategies as st
 
 from tersor.core.affine import Grid
 from tersor.core.learned_step import LearnedFakeQuantize
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lsq.json").read_text())
 
 seeds = st.integers(0, 2**31)
 
@@ -93,6 +98,24 @@ def test_torch_has_the_same_formula():
     shown.square().sum().backward()
     torch.testing.assert_close(ours[0], values.grad)
     torch.testing.assert_close(ours[1].reshape(1), scale.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
+def test_a_peers_code_shows_the_same_and_gives_the_same_gradients(case):
+    """It divides the step's gradient by the root of all values; here those of one channel, or of one image, count."""
+    told = {key: torch.tensor(value) for key, value in case.items() if isinstance(value, list)}
+    values, step = told["values"].requires_grad_(), told["step"]
+    activation = case["minimum"] == 0
+    quantizer = learned(
+        Grid(case["minimum"], case["maximum"]), step if len(step) > 1 else step[0], of_images=activation
+    )
+    shown = quantizer(values)
+    shown.backward(told["gradient"])
+    torch.testing.assert_close(shown.detach(), told["shown"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(values.grad, told["of_values"], rtol=0, atol=1e-6)
+    shared = len(values) if activation else len(step)  # how many times too many are counted
+    expected = told["of_step"] * shared**0.5
+    torch.testing.assert_close(quantizer.scale.grad.flatten(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_until_it_is_ready_it_shows_values_as_they_are():
