@@ -21,20 +21,14 @@ CASES = {  # shape of the values, and how the code rounds them
 
 
 def run(shape: tuple[int, ...], how: dict, seed: int) -> dict:
-    """What is shown at the step the code starts from, and the gradients; `counted` is the N of its 1 / sqrt(N p).
-
-    Values up to half a step beyond the ends are moved out: it clips before it rounds, others round before they clip.
-    """
+    """What is shown at the step the code starts from, and the gradients; `counted` is the N of its 1 / sqrt(N p)."""
     from quan.quantizer.lsq import LsqQuan
 
     draw = torch.Generator().manual_seed(seed)
     values, gradient = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+    values.requires_grad_()
     quantizer = LsqQuan(**how)
     quantizer.init_from(values)
-    steps = values / quantizer.s.detach()
-    beyond = steps - steps.clamp(quantizer.thd_neg, quantizer.thd_pos)
-    values += beyond.sign() * (beyond.abs() < 0.6) * quantizer.s.detach()
-    values.requires_grad_()
     shown = quantizer(values)
     shown.backward(gradient)
     return {
