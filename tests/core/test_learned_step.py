@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,8 @@ from hypothesis import strategies as st
 
 from tersor.core.affine import Grid
 from tersor.core.learned_step import LearnedFakeQuantize
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lsq.json").read_text())
 
 seeds = st.integers(0, 2**31)
 
@@ -26,7 +31,7 @@ def slowly(values, step, zero, grid, gradients, learns_offset=False):
     """What is shown, and the gradients of values, step and offset, one value after the other, from the papers."""
     shown, of_values, of_step, of_offset = [], [], 0.0, 0.0
     for value, gradient in zip(values, gradients, strict=True):
-        reached = round(value / step) + zero
+        reached = value / step + zero
         if reached < grid.minimum or reached > grid.maximum:
             end = grid.minimum if reached < grid.minimum else grid.maximum
             shown.append((end - zero) * step)
@@ -34,7 +39,7 @@ def slowly(values, step, zero, grid, gradients, learns_offset=False):
             of_step += gradient * (end if learns_offset else end - zero)
             of_offset += gradient
         else:
-            shown.append((reached - zero) * step)
+            shown.append(round(value / step) * step)
             of_values.append(gradient)
             of_step += gradient * (round(value / step) - value / step)
     return shown, of_values, of_step, of_offset
@@ -80,8 +85,12 @@ def test_a_step_for_each_channel_against_the_formula(seed, bits):
         assert float(quantizer.scale.grad[channel]) == pytest.approx(told[2] * factor, rel=1e-3, abs=1e-4)
 
 
-def test_torch_has_the_same_formula():
-    values = draw(0, 4, 50).requires_grad_()
+def test_torch_has_the_same_formula_but_next_to_the_ends():
+    """Its kernel rounds before it clips, and so counts values as inside that are half a step beyond the ends."""
+    values = draw(0, 4, 50)
+    beyond = ((values > -0.1) & (values < 0)) | ((values > 15 * 0.2) & (values < 15.5 * 0.2))
+    values[beyond] = 1.0
+    values.requires_grad_()
     quantizer = learned(Grid.unsigned(4), torch.tensor(0.2))
     quantizer(values).square().sum().backward()
     ours = values.grad.clone(), quantizer.scale.grad
@@ -93,6 +102,24 @@ def test_torch_has_the_same_formula():
     shown.square().sum().backward()
     torch.testing.assert_close(ours[0], values.grad)
     torch.testing.assert_close(ours[1].reshape(1), scale.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
+def test_a_peers_code_shows_the_same_and_gives_the_same_gradients(case):
+    """It divides the step's gradient by the root of all values; here those of one channel, or of one image, count."""
+    told = {key: torch.tensor(value) for key, value in case.items() if isinstance(value, list)}
+    values, step = told["values"].requires_grad_(), told["step"]
+    activation = case["minimum"] == 0
+    quantizer = learned(
+        Grid(case["minimum"], case["maximum"]), step if len(step) > 1 else step[0], of_images=activation
+    )
+    shown = quantizer(values)
+    shown.backward(told["gradient"])
+    torch.testing.assert_close(shown.detach(), told["shown"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(values.grad, told["of_values"], rtol=0, atol=1e-6)
+    shared = len(values) if activation else len(step)  # how many times too many are counted
+    expected = told["of_step"] * shared**0.5
+    torch.testing.assert_close(quantizer.scale.grad.flatten(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_until_it_is_ready_it_shows_values_as_they_are():

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tersor.core.affine import Grid
 from tersor.core.parametrization import FakeQuantize, Mask
 from tersor.graph.capture import capture
 from tersor.graph.equalization import equalize
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dfq.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +140,33 @@ def test_as_the_paper_writes_it(chain):
     for found, expected in zip(parts(model, places), (first, norm, second), strict=True):
         for one, other in zip(found.parameters(), expected.parameters(), strict=True) if found is not None else ():
             torch.testing.assert_close(one, other)
+
+
+def of_golden(told):
+    """A layer of the golden file, with what is written there."""
+    state = {key: torch.tensor(value) for key, value in told.items() if isinstance(value, list)}
+    if told["eps"] is not None:
+        layer = nn.BatchNorm2d(len(state["weight"]), eps=told["eps"])
+    else:
+        outputs, inputs, *kernel = state["weight"].shape
+        groups = told["groups"]
+        layer = nn.Conv2d(inputs * groups, outputs, kernel, groups=groups, bias="bias" in state)
+    layer.load_state_dict(state, strict=False)
+    return layer
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
+def test_a_peers_code_finds_the_same_weights(case):
+    """It folds BatchNorm into the layer before and divides that; here BatchNorm takes the division over."""
+    layers = [of_golden(each) for each in case["before"] if each["eps"] != 0]
+    behind = [[nn.ReLU()] if isinstance(each, nn.BatchNorm2d) or each.groups > 1 else [] for each in layers]
+    chain = [each for layer, relu in zip(layers, behind, strict=True) for each in (layer, *relu)]
+    model = nn.Sequential(*chain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    assert equalize(capture(model)) == len(case["after"]) - 1
+    first, norm, *rest = layers
+    for found, expected in zip([fuse_conv_bn_eval(first, norm), *rest], case["after"], strict=True):
+        for name, values in expected.items():
+            torch.testing.assert_close(getattr(found, name).detach(), torch.tensor(values), rtol=1e-3, atol=1e-5)
 
 
 def test_parameters_stay_the_same_objects():

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from tersor.core.target import Target
 from tersor.graph.calibration import Ranges, set_ranges
 from tersor.graph.capture import capture
 from tersor.graph.quantizers import Precision, lay
-from tersor.graph.reconstruction import Reconstruction, _SoftlyRounded, _undecided, reconstruct
+from tersor.graph.reconstruction import Reconstruction, _error, _SoftlyRounded, _undecided, reconstruct
 
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "brecq.json").read_text())
 VNNI = Target(cpu="vnni")
 LAYERS = Reconstruction(whole_sections=False, steps="no", drop=0.0, iterations=60, seed=0)
 BLOCKS = Reconstruction(whole_sections=True, steps="after", drop=0.0, iterations=60, seed=0)
@@ -77,6 +80,50 @@ def test_weights_between_two_points_cost_by_the_papers_formula():
             up = min(max(1.2 / (1 + math.exp(-logit)) - 0.1, 0.0), 1.0)
             expected += 0.01 * (1 - abs(2 * up - 1) ** beta)
         assert float(_undecided([soft], progress).detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def of_golden(case):
+    """Its layer, softly rounded on the grid of the authors' code, and what is written there, in tensors."""
+    told = {key: torch.tensor(value) for key, value in case.items() if isinstance(value, list)}
+    outputs, inputs, *kernel = told["weight"].shape
+    how, bias = case["convolution"], "bias" in told
+    layer = nn.Conv2d(inputs * how["groups"], outputs, kernel, bias=bias, **how) if how else nn.Linear(inputs, outputs)
+    layer.weight.data = told["weight"]
+    if bias:
+        layer.bias.data = told["bias"]
+    channels = len(told["scale"]) if len(told["scale"]) > 1 else None
+    quantizer = FakeQuantize(Grid.unsigned(case["bits"]), channels)
+    parametrize.register_parametrization(layer, "weight", quantizer)
+    quantizer.set_grid(*(told[key] if channels else told[key][0] for key in ("scale", "zero_point")))
+    return _SoftlyRounded(layer, quantizer), told
+
+
+BRECQ = pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
+
+
+@BRECQ
+def test_soft_and_hard_weights_are_those_of_brecqs_code(case):
+    soft, told = of_golden(case)
+    between = (told["weight"] / soft.scale - soft.floor - 0.5).abs() < 0.499  # ours begin off the points
+    assert between.float().mean() > 0.98
+    torch.testing.assert_close(soft.logits[between], told["alpha_at_start"][between], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(soft.shown(soft.up())[between], told["weight_at_start"][between], rtol=0, atol=1e-5)
+    soft.logits.data = told["alpha"]
+    torch.testing.assert_close(soft.shown(soft.up()), told["soft"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft.shown((soft.up() >= 0.5).float()), told["hard"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft(told["values"]), told["answers"], rtol=0, atol=1e-5)
+
+
+@BRECQ
+def test_the_loss_and_its_gradients_are_those_of_brecqs_code(case):
+    soft, told = of_golden(case)
+    soft.logits.data = told["alpha"]
+    for count, expected in case["losses"].items():
+        loss = _error(soft(told["values"]), told["target"]) + _undecided([soft], int(count) / GOLDEN["iterations"])
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+        if count in case["gradients"]:
+            (found,) = torch.autograd.grad(loss, soft.logits)
+            torch.testing.assert_close(found, torch.tensor(case["gradients"][count]), rtol=1e-4, atol=1e-6)
 
 
 @ALL

@@ -1,7 +1,7 @@
 """A quantizer whose step is learned with the weights.
 
-    x_hat = s * (clip(round(x / s) + z, n, p) - z)
-    dx_hat/dx = 1 inside the range, 0 outside
+    x_hat = s * (round(clip(x / s + z, n, p)) - z)
+    dx_hat/dx = 1 inside the range, n <= x / s + z <= p, 0 outside
     dx_hat/ds = round(x / s) - x / s inside, n - z below, p - z above
 
 Where the offset is learned, it is o = -z s, in the unit of the values, and z = round(-o / s):
@@ -11,6 +11,9 @@ Where the offset is learned, it is o = -z s, in the unit of the values, and z = 
 Esser et al., "Learned Step Size Quantization", ICLR 2020; the offset: Bhalgat et al., "LSQ+", CVPR Workshops 2020. The
 gradients of s and o are multiplied by 1 / sqrt(N p), so that a step moves as fast, for its size, as a weight does: N is
 the number of values that share it, of one image where it is an activation's.
+
+Values up to half a step beyond the last point are outside, as in both papers; torch's own kernel, BRECQ and QDrop round
+before they clip: the same x_hat, but there such values count as inside.
 """
 
 from __future__ import annotations
@@ -36,11 +39,10 @@ class _Round(torch.autograd.Function):
         shape = (-1, *[1] * (values.ndim - 1)) if scale.ndim else ()
         step, zero = scale.reshape(shape), zero_point.reshape(shape)
         steps = values / step
-        reached = torch.round(steps).add_(zero)
-        integers = reached.clamp(grid.minimum, grid.maximum)
-        inside = integers == reached
-        outside = integers if offset is not None else integers - zero
-        integers = integers - zero
+        integers = steps.clamp(grid.minimum - zero, grid.maximum - zero)
+        inside = integers == steps
+        integers.round_()
+        outside = integers if offset is None else integers + zero
         ctx.save_for_backward(inside, torch.where(inside, integers - steps, outside), scale)
         ctx.factor = factor
         return integers.mul_(step)

@@ -221,7 +221,7 @@ class _Learning:
             optimizer.param_groups[1]["lr"] = _STEP_RATE * (1 + math.cos(math.pi * progress)) / 2
             chosen = torch.randint(len(inputs), (_BATCH,), generator=self.draw).to(inputs.device)
             values = _mixed(inputs[chosen], self.values.exact[chosen], self.how.drop, self.draw)
-            loss = (module(values) - self.target[chosen]).square().sum(1).mean() + _undecided(soft.values(), progress)
+            loss = _error(module(values), self.target[chosen]) + _undecided(soft.values(), progress)
             learned = [*logits, *scales]
             for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
                 parameter.grad = gradient  # of these alone: the network's own parameters stay as they are
@@ -240,6 +240,11 @@ class _Learning:
             assert isinstance(original, Tensor)
             points = each.shown((each.up() >= 0.5).to(original.dtype))
             original.copy_(points if mask is None else torch.where(mask.mask, points, original))
+
+
+def _error(answers: Tensor, target: Tensor) -> Tensor:
+    """Of (N, C, ...): the mean over all but C of the sum over C."""
+    return (answers - target).square().sum(1).mean()
 
 
 def _undecided(soft: Iterable[_SoftlyRounded], progress: float) -> Tensor | float:
