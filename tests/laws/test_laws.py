@@ -18,7 +18,7 @@ import pytest
 import subjects
 import torch
 from safetensors.torch import load_file
-from subjects import STEPS, Stops, end, made, recipe, walk_of, walked
+from subjects import STEPS, Stops, end, made, recipe, told, walk_of, walked
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -202,6 +202,7 @@ def test_resume(name, resumed):
     """Stopped anywhere and gone on with in a fresh process, it ends with the bits of a run that never stopped."""
     kept(name, "resume")
     assert same(end(resumed / "whole" / name), end(resumed / "stopped" / name))
+    assert told(resumed / "whole" / name) == told(resumed / "stopped" / name)
 
 
 def hooks_on(model):
