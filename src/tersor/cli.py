@@ -205,13 +205,13 @@ def _costliest(found: BitCosts) -> Table:
     costs = {(cost.layer, cost.bits): cost for cost in found.costs}
     worst = sorted(found.weights, key=lambda layer: -max(costs[layer, bits].error for bits in widths))[:_SHOWN]
     caption = "error of the logits, % (points of accuracy lost)"
-    table = Table("layer", title=f"{len(worst)} costliest of {len(found.weights)} layers", caption=caption)
-    table.add_column("weights", justify="right")
+    table = Table(title=f"{len(worst)} costliest of {len(found.weights)} layers", caption=caption)
+    table.add_column("layer", overflow="fold")
     for bits in widths:
         table.add_column(f"{bits} bits", justify="right")
     for layer in worst:
-        cells = [f"{number(100 * each.error, 2)} ({each.drop:.2f})" for each in (costs[layer, bits] for bits in widths)]
-        table.add_row(layer, f"{found.weights[layer]:,}", *cells)
+        row = [costs[layer, bits] for bits in widths]
+        table.add_row(layer, *[f"{number(100 * each.error, 2)}\n({each.drop:.1f})" for each in row])
     return table
 
 

@@ -43,7 +43,8 @@ def test_more_error_is_darker_and_what_is_written_on_it_can_be_read():
     for name in WEIGHTS:
         shades = [luminance(groups[f"{name} on {bits} bits"][1].get("fill")) for bits in (2, 4, 8)]
         assert shades == sorted(shades)
-    for group in groups.values():
+    every = [Cost("a", 2, 10 ** (-place / 100), None) for place in range(500)]  # the whole scale
+    for group in (*groups.values(), *drawn(every, {"a": 1}).iter(f"{SVG}g")):
         pair = sorted(luminance(group[place].get("fill")) for place in (1, 2))
         assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, group[0].text
 

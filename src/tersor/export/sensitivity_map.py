@@ -13,7 +13,7 @@ _COLOURS = ((255, 247, 236), (252, 141, 89), (127, 0, 0))
 _CELL, _ROW = 76, 22
 _CHARACTER = 7.3
 _ABOVE, _BELOW, _MARGIN = 84, 62, 16
-_WHITE_FROM = 0.62
+_WHITE_FROM = 0.715
 
 
 def draw(costs: Sequence[Cost], weights: Mapping[str, int], title: str, subtitle: str) -> str:
@@ -77,7 +77,7 @@ def _cell(cost: Cost, x: float, y: float, scale: _Scale) -> Markup:
         tag("rect", x=f"{x:.1f}", y=y, width=_CELL, height=_ROW, fill=scale.colour(place), stroke="#ffffff"),
         _text(
             _percent(cost.error), x + _CELL / 2, y + 15, text_anchor="middle",
-            fill="#ffffff" if place > _WHITE_FROM else "#111111",
+            fill="#ffffff" if place > _WHITE_FROM else "#000000",
         ),
     )  # fmt: skip
 
