@@ -42,7 +42,7 @@ _ANY_HASH = "?" * _HASH
 _UNFINISHED = f"*-{'[0-9]' * 7}-{_ANY_HASH}"
 _ENDED = f"*-{_END}-{_ANY_HASH}"
 _UNFINISHED_KEPT = 2
-_BEFORE = "before_the_first_step"
+_BEFORE, _NOTES = "before_the_first_step", "notes"
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,7 @@ class UnitKeeper:
         every: steps between two snapshots.
         begun: steps that were done before, and the snapshot after them; None where there was none.
         before_the_first: the network's `state_dict`, where the work before the first step was left.
+        notes: what that work found, a line each; kept with every snapshot.
     """
 
     def __init__(self, checkpoints: Checkpoints, unit: int, name: str, every: int, laid: dict[str, Any]) -> None:
@@ -237,10 +238,12 @@ class UnitKeeper:
         found = checkpoints.newest_within(unit)
         self.begun: tuple[int, Mapping[str, Tensor]] | None = None
         self.before_the_first: Mapping[str, Tensor] | None = None
+        self.notes: tuple[str, ...] = ()
         if found is not None and found.told.get(_BEFORE):
             self.before_the_first = found.network()
         elif found is not None:
             self.begun = found.step, found.tensors()
+            self.notes = tuple(found.told[_NOTES])
 
     @property
     def last(self) -> str | None:
@@ -256,7 +259,7 @@ class UnitKeeper:
     def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Takes the snapshot after `step` steps; of processes that train together the first writes it."""
         if not processes.rank():
-            self._keep(step=step, tensors=tensors, told={})
+            self._keep(step=step, tensors=tensors, told={_NOTES: self.notes})
 
 
 def _read(path: Path) -> Checkpoint | None:

@@ -125,9 +125,10 @@ class Walk:
                 watch.say(f"{stage.name}: {note}")
             for module in (attachment.model, *attachment.terms):
                 processes.as_in_the_first(module)
+            keeper.notes = attachment.notes
         self.model = attachment.model
         told: dict[str, Any] = {"name": stage.name, "methods": stage.model_dump(mode="json")["methods"]}
-        told |= {"steps": steps, "notes": list(attachment.notes)}
+        told |= {"steps": steps, "notes": list(keeper.notes)}
         earlier = 0.0
         if steps:
             fitted = fit(

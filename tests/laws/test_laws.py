@@ -216,7 +216,9 @@ def test_strip(name, kind):
     """A plain copy answers as the model does, which still works; no hook is left behind."""
     kept(name, "strip")
     walk, found = attached(made(name, kind))
-    list(found.begin())
+    next(
+        (progress for progress in found.begin() if progress.lasts), None
+    )  # the rest of a long work changes nothing here
     objective = Objective(
         found.model, found.terms, walk.teacher, layers=found.layers, label_weight=found.label_weight
     ).train()
@@ -328,7 +330,7 @@ def learned():
     found = chain([], walk.model)
     stage = recipe(optimizer={"learning_rate": 0.1}, batch_size=32).stages[0]
     batches = walk.batches(load(name="digits").train, 32, shuffle=True)
-    fit(found, batches, stage, steps=120, seed=3)
+    fit(found, batches, stage, steps=250, seed=3)
     return found.model.state_dict()
 
 
