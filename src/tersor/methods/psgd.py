@@ -18,9 +18,10 @@ beside it is more than a larger learning rate.
 The paper has s = lambda * (d + epsilon), its code no epsilon: a weight on its point does not move. So here. The code's
 lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence `mean_scale`. Its grid is
 one for a whole layer and over a running mean of the largest weight; `per_channel: false` and `range: running` are that.
-By default the grid is the one that `ptq` will lay with as many `ends_bits`. Of fewer than 4 bits, the first and the last
-layer aim at 8, as in the code, and as `ptq` has them by default at any width. The code also trains 2 bits without weight decay (write `optimizer: {weight_decay: 0}`), and aims the
-classifier's bias at a grid of its own. Here biases are free: they run in 32 bits.
+By default the grid is the one that `ptq` will lay with as many `ends_bits`. Of fewer than 4 bits, the first and the
+last layer aim at 8, as in the code, and as `ptq` has them by default at any width. The code also trains 2 bits without
+weight decay (write `optimizer: {weight_decay: 0}`), and aims the classifier's bias at a grid of its own. Here biases
+are free: they run in 32 bits.
 """
 
 from __future__ import annotations
