@@ -88,6 +88,38 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
     assert "exists already" in capfd.readouterr().err
 
 
+def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path, weights, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tersor.bit_costs.WIDTHS", (2, 4))
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
+    assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "mine.sensitivity.json", "mine.sensitivity.svg"}
+    told = capfd.readouterr().out
+    assert "10 costliest of 20 layers" in told
+    costs = json.loads((tmp_path / "mine.sensitivity.json").read_text())["costs"]
+    worst = max(costs, key=lambda cost: cost["error"])
+    rows = [line for line in told.splitlines() if "conv" in line or "linear" in line]
+    assert len(rows) == 10
+    assert worst["layer"] in rows[0]
+    assert f"({worst['drop']:.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
+    assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 30) == 2
+    assert "was measured with images: 20" in capfd.readouterr().err
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace(", weights: WEIGHTS", ""))
+    assert tersor(monkeypatch, "sensitivity", "mine.yaml") == 2
+    assert capfd.readouterr().err.startswith("error: resnet20 comes without weights")
+
+
+def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
+    def pressed(*_given, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tersor.bit_costs.measure", pressed)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SHUFFLENET)
+    assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
+    assert capfd.readouterr().err == f"interrupted. To go on: tersor sensitivity {recipe} --out a.json\n"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -28,7 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.core import processes
 from tersor.core.errors import InputError
@@ -42,6 +42,7 @@ _ANY_HASH = "?" * _HASH
 _UNFINISHED = f"*-{'[0-9]' * 7}-{_ANY_HASH}"
 _ENDED = f"*-{_END}-{_ANY_HASH}"
 _UNFINISHED_KEPT = 2
+_BEFORE, _NOTES = "before_the_first_step", "notes"
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,9 @@ class Checkpoints:
                 f"{self.last or 'none'}. Make room, then go on with --resume."
             ) from error
         self.last = str(path)
-        for old in self._folders(_UNFINISHED)[:-_UNFINISHED_KEPT]:
-            shutil.rmtree(old)
+        replaced = [old for old in self._folders(f"{unit:02d}-{name}-{place}-{_ANY_HASH}") if old != path]
+        for old in [*replaced, *self._folders(_UNFINISHED)[:-_UNFINISHED_KEPT]]:
+            shutil.rmtree(old, ignore_errors=True)
         return path
 
     def end_of(self, unit: int) -> Checkpoint | None:
@@ -220,26 +222,44 @@ class Checkpoints:
 
 
 class UnitKeeper:
-    """Keeps the training of one unit of a run, and knows where it left off."""
+    """Keeps the training of one unit of a run, and knows where it left off.
+
+    Attributes:
+        every: steps between two snapshots.
+        begun: steps that were done before, and the snapshot after them; None where there was none.
+        before_the_first: the network's `state_dict`, where the work before the first step was left.
+        notes: what that work found, a line each; kept with every snapshot.
+    """
 
     def __init__(self, checkpoints: Checkpoints, unit: int, name: str, every: int, laid: dict[str, Any]) -> None:
         self.every = every
         self._checkpoints = checkpoints
-        self._keep = partial(checkpoints.save, unit, name, done=False, structure=laid, told={})
+        self._keep = partial(checkpoints.save, unit, name, done=False, structure=laid)
         found = checkpoints.newest_within(unit)
         self.begun: tuple[int, Mapping[str, Tensor]] | None = None
-        if found is not None:
+        self.before_the_first: Mapping[str, Tensor] | None = None
+        self.notes: tuple[str, ...] = ()
+        if found is not None and found.told.get(_BEFORE):
+            self.before_the_first = found.network()
+        elif found is not None:
             self.begun = found.step, found.tensors()
+            self.notes = tuple(found.told[_NOTES])
 
     @property
     def last(self) -> str | None:
         """The newest checkpoint of the run."""
         return self._checkpoints.last
 
+    def keep_before_the_first(self, network: nn.Module) -> None:
+        """Takes the network as far as the work before the first step has come."""
+        if not processes.rank():
+            tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
+            self._keep(step=0, tensors=tensors, told={_BEFORE: True})
+
     def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Takes the snapshot after `step` steps; of processes that train together the first writes it."""
         if not processes.rank():
-            self._keep(step=step, tensors=tensors)
+            self._keep(step=step, tensors=tensors, told={_NOTES: self.notes})
 
 
 def _read(path: Path) -> Checkpoint | None:

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from tersor.core.errors import InputError
 from tersor.progress import Bars
+
+if TYPE_CHECKING:
+    from tersor.bit_costs import BitCosts
 
 app = typer.Typer(
     name="tersor",
@@ -26,6 +29,7 @@ app = typer.Typer(
 )
 console = Console()
 _INTERRUPTED = 130
+_SHOWN = 10
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, in YAML", show_default=False)]
 
@@ -65,6 +69,30 @@ def run(
     console.print(f"{folder / 'report.html'} tells what came of it", highlight=False)
     console.print(_table(numbers))
     console.print(f"written: {folder}", highlight=False)
+
+
+@app.command()
+def sensitivity(
+    recipe: RecipeFile,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write, and to go on with; NAME.sensitivity.json by default")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="validation images to look at; all if left")] = None,
+) -> None:
+    """Measure what each layer costs on each number of bits, and draw it."""
+    from tersor.bit_costs import measure
+    from tersor.recipe import read
+
+    checked = read(recipe)
+    out = out or Path(f"{recipe.stem}.sensitivity.json")
+    with Bars(console) as bars:
+        try:
+            found, figure = measure(checked, out=out, images=images, watch=bars)
+        except KeyboardInterrupt:
+            _say(f"interrupted. To go on: tersor {shlex.join(sys.argv[1:])}")
+            raise typer.Exit(_INTERRUPTED) from None
+    console.print(_costliest(found))
+    console.print(f"written: {out} and {figure}", highlight=False)
 
 
 @app.command("eval")
@@ -166,6 +194,24 @@ def _table(numbers: dict[str, Any]) -> Table:
     for size, ratio in numbers["speedup"].items():
         medians = [f"{entry['latency_ms'][size]['median']:.2f}" for entry in entries.values()]
         table.add_row(f"ms, batch {size}", *medians, f"{ratio['median']:.1f}x")
+    return table
+
+
+def _costliest(found: BitCosts) -> Table:
+    """The layers whose error is largest, and what they cost on each width."""
+    from tersor.export.report.markup import number
+
+    widths = sorted({cost.bits for cost in found.costs})
+    costs = {(cost.layer, cost.bits): cost for cost in found.costs}
+    worst = sorted(found.weights, key=lambda layer: -max(costs[layer, bits].error for bits in widths))[:_SHOWN]
+    caption = "error of the logits, % (points of accuracy lost)"
+    table = Table(title=f"{len(worst)} costliest of {len(found.weights)} layers", caption=caption)
+    table.add_column("layer", overflow="fold")
+    for bits in widths:
+        table.add_column(f"{bits} bits", justify="right")
+    for layer in worst:
+        row = [costs[layer, bits] for bits in widths]
+        table.add_row(layer, *[f"{number(100 * each.error, 2)}\n({each.drop:.1f})" for each in row])
     return table
 
 

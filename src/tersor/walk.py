@@ -115,16 +115,20 @@ class Walk:
         batches = self.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
         attachment = self.attach(stage, steps)
-        for note in attachment.notes:
+        said = attachment.notes
+        for note in said:
             watch.say(f"{stage.name}: {note}")
         keeper = UnitKeeper(checkpoints, number, stage.name, self.recipe.checkpoint_every, structure(attachment.model))
         if keeper.begun is None:
-            _begin(attachment, stage.name, watch)
+            _begin(attachment, stage.name, watch, keeper)
+            for note in (note for note in attachment.notes if note not in said):
+                watch.say(f"{stage.name}: {note}")
             for module in (attachment.model, *attachment.terms):
                 processes.as_in_the_first(module)
+            keeper.notes = attachment.notes
         self.model = attachment.model
         told: dict[str, Any] = {"name": stage.name, "methods": stage.model_dump(mode="json")["methods"]}
-        told |= {"steps": steps, "notes": list(attachment.notes)}
+        told |= {"steps": steps, "notes": list(keeper.notes)}
         earlier = 0.0
         if steps:
             fitted = fit(
@@ -199,7 +203,10 @@ def _save_end(
     checkpoints.save(unit, name, step=steps, done=True, tensors=tensors, structure=structure(network), told=told)
 
 
-def _begin(attachment: Attachment, task: str, watch: Watch) -> None:
+def _begin(attachment: Attachment, task: str, watch: Watch, keeper: UnitKeeper) -> None:
+    if keeper.before_the_first is not None:
+        attachment.model.load_state_dict(keeper.before_the_first)
+        watch.say(f"{task}: goes on where it was left")
     what, done = "", 0
     for progress in attachment.begin():
         if progress.what != what:
@@ -207,3 +214,5 @@ def _begin(attachment: Attachment, task: str, watch: Watch) -> None:
             what, done = progress.what, 0
         watch.advance(progress.done - done)
         done = progress.done
+        if progress.lasts:
+            keeper.keep_before_the_first(attachment.model)

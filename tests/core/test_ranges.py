@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.core.affine import Grid, affine_parameters, symmetric_scale, to_integers
-from tersor.core.ranges import Histogram, channel_maxima, least_squares_scale, without_saturation
+from tersor.core.ranges import Histogram, channel_maxima, weight_grid, without_saturation
 
 seeds = st.integers(0, 2**31)
 
@@ -103,7 +103,7 @@ def test_least_squares_is_the_best_of_the_shrunk_ranges(seed, bits):
     found = slow_error(values, *histogram.least_squares(grid), grid)
     errors = {
         shrink: slow_error(values, histogram.low * shrink, histogram.high * shrink, grid)
-        for shrink in np.linspace(0.3, 1, 71).tolist()
+        for shrink in np.linspace(0.1, 1, 91).tolist()
     }
     assert found <= min(errors.values()) * 1.02, "the histogram is as good as the values themselves"
     assert found < errors[1.0]
@@ -126,15 +126,15 @@ def slow_weight_error(row, scale, grid):
 def test_least_squares_scale_is_the_best_for_each_channel(seed, bits):
     grid = Grid.signed(bits)
     weight = draw(seed, 3, 5, 3) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
-    scales = least_squares_scale(weight, grid)
+    scales, _ = weight_grid(weight, grid, weight_range="mse")
     for row, scale, full in zip(weight.flatten(1), scales.tolist(), channel_maxima(weight).tolist(), strict=True):
-        tried = [slow_weight_error(row, full * shrink / grid.maximum, grid) for shrink in np.linspace(0.3, 1, 71)]
+        tried = [slow_weight_error(row, full * shrink / grid.maximum, grid) for shrink in np.linspace(0.1, 1, 91)]
         assert slow_weight_error(row, scale, grid) <= min(tried) * 1.001
 
 
 def test_least_squares_scale_of_a_channel_of_zeros_is_one():
     weight = torch.stack([torch.zeros(4), torch.ones(4)])
-    assert least_squares_scale(weight, Grid.signed(8)).tolist()[0] == 1
+    assert weight_grid(weight, Grid.signed(8), weight_range="mse")[0].tolist()[0] == 1
 
 
 @given(seeds, st.sampled_from([(4, 3, 3, 3), (4, 8), (4, 1, 3, 3), (4, 1)]), st.floats(0.01, 100))
@@ -169,3 +169,77 @@ def test_fewer_than_eight_bits_never_saturate(bits):
     weight = torch.ones(3, 8)
     scale = symmetric_scale(channel_maxima(weight), grid)
     assert without_saturation(weight, scale, grid) is scale
+
+
+def test_affine_grids_of_seven_bits_do_not_saturate_either():
+    grid = Grid.full(7)
+    weight = draw(0, 3, 40).abs()  # all on one side of zero: integers less their zero point reach 127
+    scale, _ = weight_grid(weight, grid)
+    wide = without_saturation(weight, scale, grid)
+    assert (wide > scale).any()
+    assert (weight / wide[:, None]).round().topk(2).values.sum(1).max() <= 128
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_an_affine_grid_has_all_of_its_levels_between_the_ends_of_a_channel(bits):
+    grid = Grid.full(bits)
+    weight = torch.stack([torch.linspace(-1, 3, 4000), torch.linspace(0.5, 2, 4000)])
+    scale, zero_point = weight_grid(weight, grid)
+    integers = to_integers(weight, scale[:, None], zero_point[:, None], grid)
+    assert integers.unique().tolist() == list(range(grid.minimum, grid.maximum + 1))
+    shown = (integers - zero_point[:, None]) * scale[:, None]
+    assert ((shown - weight).abs() <= 0.51 * scale[:, None] + 1e-6).float().mean() > 0.95
+
+
+def test_one_grid_for_all_channels():
+    weight = draw(0, 4, 3, 3, 3) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None, None]
+    scale, zero_point = weight_grid(weight, Grid.signed(8), per_channel=False)
+    assert scale.shape == zero_point.shape == ()
+    assert float(scale) == pytest.approx(float(weight.abs().max()) / 127)
+
+
+def test_a_percentile_of_the_weights_leaves_out_the_largest():
+    weight = torch.cat([draw(0, 1, 2000), torch.tensor([[50.0]])], dim=1)
+    scale, _ = weight_grid(weight, Grid.signed(8), weight_range="percentile", percentile=99)
+    ordered = weight.flatten().sort().values
+    expected = max(-float(ordered[10]), float(ordered[-11]))
+    assert float(scale) == pytest.approx(expected / 127, rel=1e-5)
+
+
+def slow_divergence(histogram, low, high, grid):
+    """Kullback-Leibler divergence of values clipped to a range from the same values rounded, bin by bin."""
+    scale, zero_point = (float(number) for number in affine_parameters(low, high, grid))
+    centres, counts = histogram.centres.tolist(), histogram.counts.tolist()
+    inside = [place for place, centre in enumerate(centres) if low <= centre <= high]
+    clipped = {place: counts[place] for place in inside}
+    clipped[inside[0]] += sum(counts[: inside[0]])
+    clipped[inside[-1]] += sum(counts[inside[-1] + 1 :])
+    levels = {}
+    for place in inside:
+        level = min(max(round(centres[place] / scale) + zero_point, grid.minimum), grid.maximum)
+        levels.setdefault(level, []).append(place)
+    rounded = {}
+    for places in levels.values():
+        held = [place for place in places if counts[place] > 0]
+        rounded |= {place: sum(counts[each] for each in places) / len(held) for place in held}
+    all_clipped, all_rounded = sum(clipped.values()), sum(rounded.values())
+    terms = (
+        (found / all_clipped, max(rounded.get(place, 0) / all_rounded, 1e-9))
+        for place, found in clipped.items()
+        if found
+    )
+    return sum(p * np.log(p / q) for p, q in terms)
+
+
+@given(seeds, st.sampled_from([3, 4]))
+@settings(max_examples=5, deadline=None)
+def test_entropy_takes_the_shrunk_range_of_least_divergence(seed, bits):
+    grid = Grid.unsigned(bits)
+    histogram = filled(draw(seed, 800).abs() ** 2, bins=256)
+    found = slow_divergence(histogram, *histogram.least_divergence(grid), grid)
+    tried = [
+        slow_divergence(histogram, histogram.low * shrink, histogram.high * shrink, grid)
+        for shrink in torch.linspace(1, 0.1, 91)
+    ]
+    assert found == pytest.approx(min(tried), rel=1e-6)
+    assert found < tried[0]

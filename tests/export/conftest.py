@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+
+from tersor.core.affine import Grid, affine_parameters
+from tersor.core.parametrization import FakeQuantize, parametrized, weight_quantizer
 
 CLASSES = 5
 
@@ -55,3 +60,21 @@ def tiny(tmp_path: Path) -> Tiny:
     mixed = np.einsum("nchw,oc->nohw", images, weights["kernel"][:, :, 0, 0])
     features = np.maximum(mixed, 0).mean(axis=(2, 3))
     return Tiny(path, images, features @ weights["matrix"] + weights["bias"])
+
+
+@pytest.fixture(scope="session")
+def on_affine_grids() -> Callable[..., torch.nn.Module]:
+    """Moves the weights of a quantized network off centre, and lays them on grids with zero points."""
+
+    def lay(network: torch.nn.Module, bits: int, *, per_tensor: bool) -> torch.nn.Module:
+        grid = Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        for layer in [module for module in network.modules() if weight_quantizer(module) is not None]:
+            weights = parametrized(layer)
+            shown = weights.original.data
+            shown += 0.7 * shown.std()
+            low, high = torch.aminmax(shown) if per_tensor else torch.aminmax(shown.flatten(1), dim=1)
+            weights[0] = FakeQuantize(grid, None if per_tensor else len(shown))
+            weights[0].set_grid(*affine_parameters(low, high, grid))
+        return network
+
+    return lay

@@ -35,7 +35,8 @@ def quantize(model, x, **options):
 
 def weight_and_bias(layer: IntegerLayer):
     shape = (-1, *[1] * (layer.weight.ndim - 1))
-    weight = layer.weight.float() * layer.scale.reshape(shape)
+    zero_point = torch.zeros_like(layer.scale) if layer.zero_point is None else layer.zero_point.float()
+    weight = (layer.weight.float() - zero_point.reshape(shape)) * layer.scale.reshape(shape)
     if layer.bias is None or layer.bias_scale is None:
         return weight, layer.bias
     return weight, layer.bias.double() * layer.bias_scale
@@ -53,11 +54,14 @@ awkward = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-12, -1e-12, 1e-30, 1e3, -0.3
     st.lists(st.sampled_from([0.0, 0.5, -4.0, 1e-9]), min_size=4, max_size=4),
     st.booleans(),
     st.sampled_from([8, 4, 2]),
+    st.sampled_from(["symmetric", "channel", "tensor"]),
 )
-@example(gamma=[0.0] * 4, beta=[0.0] * 4, bias=False, bits=8)
-@example(gamma=[1e-12, -1e-12, 1e-30, 0.0], beta=[0.5, -4.0, 0.5, 0.5], bias=True, bits=8)
+@example(gamma=[0.0] * 4, beta=[0.0] * 4, bias=False, bits=8, kind="symmetric")
+@example(gamma=[1e-12, -1e-12, 1e-30, 0.0], beta=[0.5, -4.0, 0.5, 0.5], bias=True, bits=8, kind="symmetric")
+@example(gamma=[1.0, -1.0, -0.3, 1e-12], beta=[0.5] * 4, bias=True, bits=8, kind="channel")
+@example(gamma=[1.0, -1.0, -0.3, 0.0], beta=[0.5] * 4, bias=True, bits=8, kind="tensor")
 @settings(max_examples=40)
-def test_batch_norm_folds_exactly(gamma, beta, bias, bits):
+def test_batch_norm_folds_exactly(on_affine_grids, gamma, beta, bias, bits, kind):
     torch.manual_seed(0)
     model = Pair(nn.Conv2d(3, 4, 3, bias=bias), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     norm = model.behind[0]
@@ -67,13 +71,17 @@ def test_batch_norm_folds_exactly(gamma, beta, bias, bits):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.01, 4)
     graph = quantize(model, images(), bits=bits)
+    if kind != "symmetric":
+        on_affine_grids(graph, bits, per_tensor=kind == "tensor")
     x = graph.get_submodule("quantizers.x")(images())
     expected = norm(graph.layer(x)).double()
 
     layer = deployed(graph).layer
     assert isinstance(layer, IntegerLayer)
     assert layer.weight.dtype == torch.int8
-    assert layer.weight.abs().max() <= 2 ** (bits - 1) - 1
+    if kind == "symmetric":
+        assert layer.zero_point is None
+        assert layer.weight.abs().max() <= 2 ** (bits - 1) - 1
     assert (layer.scale > 0).all()
     assert torch.isfinite(layer.scale).all()
     weight, shift = weight_and_bias(layer)
@@ -94,6 +102,35 @@ def test_integers_stay_as_they_are_and_a_negative_gamma_flips_them():
     integers = torch.round(graph.layer.weight / scale[:, None, None, None])
     signs = torch.tensor([1, -1, 1, -1])[:, None, None, None]
     assert torch.equal(deployed(graph).layer.weight.float(), integers * signs)
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_a_negative_gamma_mirrors_affine_integers_in_their_grid(on_affine_grids, per_tensor):
+    torch.manual_seed(0)
+    model = Pair(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with torch.no_grad():
+        model.behind[0].weight.copy_(torch.tensor([1.0, -1.0, 0.2, -30.0]))
+    graph = on_affine_grids(quantize(model, images()), 8, per_tensor=per_tensor)
+    quantizer = graph.layer.parametrizations.weight[0]
+    zero_point = quantizer.zero_point.expand(4)
+    integers = torch.round(graph.layer.weight / quantizer.scale.expand(4)[:, None, None, None])
+    integers += zero_point[:, None, None, None]
+    layer = deployed(graph).layer
+    for channel, mirrored in enumerate([False, True, False, True]):
+        q, z = integers[channel], zero_point[channel]
+        assert torch.equal(layer.weight[channel].float(), -1 - q if mirrored else q)
+        assert layer.zero_point[channel] == (-1 - z if mirrored else z)
+
+
+@pytest.mark.parametrize("bits", [7, 4, 2])
+def test_affine_weights_that_fit_into_a_byte_without_their_zero_point_have_none(on_affine_grids, bits):
+    torch.manual_seed(0)
+    graph = on_affine_grids(quantize(Pair(nn.Conv2d(3, 4, 3)), images()), bits, per_tensor=False)
+    quantizer = graph.layer.parametrizations.weight[0]
+    assert quantizer.zero_point.any()
+    layer = deployed(graph).layer
+    assert layer.zero_point is None
+    assert torch.equal(layer.weight.float() * quantizer.scale[:, None, None, None], graph.layer.weight)
 
 
 def test_a_channel_that_is_switched_off_keeps_its_bias_exactly():

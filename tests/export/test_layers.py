@@ -38,8 +38,10 @@ def original():
     return Small().eval()
 
 
-def quantized(network, images, bits):
-    attached = PTQ(bits=bits, exclude=("answer",)).attach(network, data=[images[:8]], target=Target(cpu="vnni"))
+def quantized(network, images, bits, **options):
+    attached = PTQ(bits=bits, exclude=("answer",), **options).attach(
+        network, data=[images[:8]], target=Target(cpu="vnni")
+    )
     list(attached.begin())
     return attached.model.eval()
 
@@ -59,9 +61,9 @@ def test_a_float_network(original, images):
 
 
 def test_a_quantized_layer_uses_its_levels(original, images):
-    model = quantized(Small().eval(), images, bits=2)
+    model = quantized(Small().eval(), images, bits=2, ends_bits=2)
     first, second, answer = layer_table(original, model, images)
-    assert (first["weight_bits"], first["activation_bits"]) == (2, 8)
+    assert (first["weight_bits"], first["activation_bits"]) == (2, 2)
     assert first["levels"] == 3
     assert second["zeros"] == int((model.second.weight == 0).sum())
     assert answer["weight_bits"] == 32

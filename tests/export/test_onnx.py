@@ -22,7 +22,7 @@ from torch import nn
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.export.onnx import export
-from tersor.export.runtime import open_session
+from tersor.export.runtime import load_runtime, open_session, openvino_compiled, openvino_config
 from tersor.methods.ptq import PTQ
 from tersor.zoo import build
 
@@ -245,8 +245,52 @@ def test_fewer_bits_answer_alike_far_outside_the_calibrated_range_too(tmp_path, 
         difference = np.abs(found - expected)
         # the bias is rounded to the grid of the products, which is as coarse as the bits are few
         assert np.median(difference) < 0.1 * expected.std()
-    weights = [a for a in initializers(path).values() if a.dtype == np.int8 and a.ndim > 1]
-    assert max(np.abs(a).max() for a in weights) <= 2 ** (bits[0] - 1) - 1
+    packed = Counter(t.data_type for t in onnx.load(path).graph.initializer if len(t.dims) > 1)
+    assert packed == ({TensorProto.INT4: 4} if bits[0] == 2 else {TensorProto.INT8: 4})
+
+
+def computed_by_openvino(path, x):
+    """The kernels that OpenVINO runs convolutions and matrix products with."""
+    openvino = load_runtime("openvino")
+    config = openvino_config("float32", 1) | {"PERF_COUNT": True}
+    request = openvino_compiled(openvino, str(path), config).create_infer_request()
+    request.infer([x])
+    nodes = request.get_profiling_info()
+    return [node.exec_type for node in nodes if node.node_type.startswith(("Convolution", "FullyConnected"))]
+
+
+@runtimes
+@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
+def test_packed_weights_answer_as_if_they_lay_in_bytes(on_affine_grids, tmp_path, monkeypatch, runtime, affine):
+    graph, x = quantize(Small(), images(), runtime, bits=4), images().numpy()
+    if affine:
+        on_affine_grids(graph, 4, per_tensor=False)
+    path = export(graph, images(), tmp_path / "packed.onnx")
+    assert sum(t.data_type == TensorProto.INT4 for t in onnx.load(path).graph.initializer) == 4
+    monkeypatch.setattr(sys.modules["tersor.export.onnx"], "pack", lambda _: None)
+    bytewise = export(graph, images(), tmp_path / "bytewise.onnx")
+    np.testing.assert_array_equal(run(path, x, runtime), run(bytewise, x, runtime))
+    if runtime == "openvino":
+        kernels = computed_by_openvino(path, x)
+        assert kernels
+        assert all(kernel.endswith("I8") for kernel in kernels)
+    else:
+        assert executed(path, tmp_path) == executed(bytewise, tmp_path)
+
+
+@runtimes
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["channel", "tensor"])
+@pytest.mark.parametrize("bits", [8, 5])
+@pytest.mark.parametrize("kind", ["small", "perceptron"])
+def test_affine_weights_answer_like_torch(on_affine_grids, tmp_path, runtime, per_tensor, bits, kind):
+    graph = quantize({"small": Small, "perceptron": Perceptron}[kind](), images(), runtime)
+    on_affine_grids(graph, bits, per_tensor=per_tensor)
+    path = export(graph, images(), tmp_path / "m.onnx")
+    expected = answers(graph, images())
+    assert np.abs(run(path, images().numpy(), runtime) - expected).max() < 0.1 * expected.std()
+    if runtime == "onnxruntime":  # before 1.27 it refused zero points that differ
+        operators = executed(path, tmp_path)
+        assert (operators["QLinearConv"], operators["QGemm"]) == ((3, 1) if kind == "small" else (0, 2))
 
 
 class Twice(nn.Module):
@@ -351,12 +395,13 @@ def test_layers_left_out_stay_in_float(tmp_path):
     assert dtypes[8, 4, 3, 3] == dtypes[12, 8, 3, 3] == np.int8
 
 
-def test_a_quantized_residual_network_is_all_integers(tmp_path):
+@pytest.mark.parametrize(("bits", "size"), [(8, 320_000), (4, 160_000)])
+def test_a_quantized_residual_network_is_all_integers(tmp_path, bits, size):
     torch.manual_seed(0)
     x = images(8, 32)
-    graph = quantize(build("resnet20", 10), x)
+    graph = quantize(build("resnet20", 10), x, bits=bits)
     path = export(graph, x, tmp_path / "m.onnx")
-    assert path.stat().st_size < 320_000, "269,722 parameters"
+    assert path.stat().st_size < size, "269,722 parameters"
     operators = executed(path, tmp_path)
     assert operators["QLinearConv"] == 19
     assert operators["QLinearAdd"] == 9

@@ -137,6 +137,14 @@ def end(folder: Path) -> dict[str, Tensor]:
     return found.tensors() | {f"last.{key}": value for key, value in last.tensors().items() if key != "log.seconds"}
 
 
+def told(folder: Path) -> dict[str, Any]:
+    """What is told of the stage, but for the clock."""
+    found = Checkpoints(folder).end_of(1)
+    assert found is not None
+    (stage,) = found.told["stages"]
+    return {key: value for key, value in stage.items() if key not in {"minutes", "training_seconds"}}
+
+
 def _resume(folder: Path) -> None:
     for name in registry.names():
         walked(recipe(made(name, "example")), folder / name)

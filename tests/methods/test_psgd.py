@@ -116,6 +116,39 @@ def test_weights_gather_where_they_are_drawn_to(target):
     assert ends["distance"] < 0.97 * ends["constant"], ends
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"range": "running"}, {"target": "zero"}, {"per_channel": False}, {"scale_by": "constant"}]
+)
+def test_what_is_told_of_the_way(options):
+    """How far weights moved grows with the distance at the beginning, which is remembered; not under the control."""
+    model = network()
+    attached = PSGD(mean_scale=4.0, **options).attach(model, steps=20)
+    handle = attached.bind(optimizer := torch.optim.SGD(model.parameters(), lr=0.01))
+    for step in range(20):
+        gradients(model, step % 4)
+        optimizer.step()
+    handle.remove()
+    told = attached.told["drawn"]
+    assert told["target"] == options.get("target", "grid")
+    assert [(each["name"], sum(each["before"])) for each in told["layers"]] == [("0", 162), ("2", 270), ("4", 320)]
+    of_all = told["all"]
+    untrained = PSGD(**{**options, "range": "exact"}).attach(network(), steps=1).told["drawn"]["all"]
+    assert untrained["moved"] == [0.0] * 10
+    assert untrained["before"] == untrained["after"] == of_all["before"]
+    before, after = of_all["distance"]
+    drawn = told["scale_by"] == "distance"
+    assert (after < 0.9 * before) is drawn
+    assert (of_all["moved"][-1] > 3 * of_all["moved"][0]) is drawn
+
+
+def test_where_channels_were_removed_since_nobody_knows_which_weight_was_which():
+    model = network()
+    attached = PSGD().attach(model, steps=1)
+    for layer in (model[0], model[2], model[4]):
+        layer.weight.data = layer.weight.data[:2]
+    assert attached.told.keys() == {"mean_distance"}
+
+
 def test_a_weight_on_its_point_stays_and_a_bias_is_free():
     model = network()
     with torch.no_grad():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from tersor.core.objective import Batch
 from tersor.core.parametrization import FakeQuantize, strip, weight_quantizer
 from tersor.core.ranges import Histogram
 from tersor.core.target import Target
+from tersor.export.onnx import export
 from tersor.methods.ptq import PTQ
 from tersor.zoo import build
 
@@ -66,7 +68,7 @@ def test_attaching_shows_the_network_as_it_was_over_the_same_parameters():
 
 
 def test_calibrated_weights_lie_on_their_grids():
-    graph = calibrated(method=PTQ(bits=4)).model
+    graph = calibrated(method=PTQ(bits=4, ends_bits=4)).model
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
         for channel, original in zip(layer.weight, layer.parametrizations.weight.original, strict=True):
@@ -78,7 +80,7 @@ def test_calibrated_weights_lie_on_their_grids():
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 def test_activations_have_at_most_two_to_the_bits_levels(bits):
-    graph = calibrated(method=PTQ(activation_bits=bits)).model
+    graph = calibrated(method=PTQ(activation_bits=bits, ends_bits=bits)).model
     seen = {}
     for name, module in quantizers(graph).items():
         if name.startswith("quantizers"):
@@ -106,20 +108,27 @@ def test_min_and_max_of_every_value_that_is_quantized():
         assert found[name].zero_point.item() == round(-low / ((high - low) / 255))
 
 
-@pytest.mark.parametrize("kind", ["percentile", "mse"])
+@pytest.mark.parametrize("kind", ["percentile", "mse", "entropy"])
 def test_other_ranges_are_those_of_the_histogram(kind):
     batches = [images(6, seed) for seed in range(2)]
-    graph = calibrated(method=PTQ(activation_range=kind, percentile=95, activation_bits=4), data=batches).model
+    graph = calibrated(
+        method=PTQ(activation_range=kind, percentile=95, activation_bits=4, ends_bits=4), data=batches
+    ).model
     histogram = Histogram()
     histogram.widen(torch.cat(batches))
     histogram.count(torch.cat(batches))
     grid = Grid.unsigned(4)
-    pair = histogram.percentile(95) if kind == "percentile" else histogram.least_squares(grid)
-    scale, zero_point = affine_parameters(*pair, grid)
+    ranges = {
+        "percentile": histogram.percentile(95),
+        "mse": histogram.least_squares(grid),
+        "entropy": histogram.least_divergence(grid),
+    }
+    scale, zero_point = affine_parameters(*ranges[kind], grid)
     found = graph.get_submodule("quantizers.x")
     torch.testing.assert_close(found.scale, scale)
     assert found.zero_point == zero_point
-    assert found.scale * 15 < images(6, 0).max() - images(6, 0).min(), "it clips"
+    if kind != "entropy":  # of which normal numbers need all
+        assert found.scale * 15 < images(6, 0).max() - images(6, 0).min(), "it clips"
 
 
 class Padded(nn.Module):
@@ -172,6 +181,141 @@ def test_mse_weights_round_with_less_error():
         )
 
     assert error("mse") < error("minmax")
+
+
+def test_first_and_last_layer_have_bits_of_their_own():
+    found = quantizers(calibrated(method=PTQ(bits=3, activation_bits=4, ends_bits=6)).model)
+    bits = {
+        name.split(".parametrizations")[0].removeprefix("quantizers."): each.grid.bits for name, each in found.items()
+    }
+    assert bits == {"conv1": 6, "conv2": 3, "linear": 6, "x": 6, "relu": 4, "bn2": 4, "relu_1": 4, "mean": 6}
+
+
+def test_one_grid_for_a_weight():
+    graph = calibrated(method=PTQ(bits=4, ends_bits=4, per_channel=False)).model
+    for name in ("conv1", "conv2", "linear"):
+        layer = graph.get_submodule(name)
+        original = layer.parametrizations.weight.original
+        scale = original.abs().max().item() / 7
+        assert weight_quantizer(layer).scale.shape == ()
+        assert weight_quantizer(layer).scale.item() == pytest.approx(scale)
+        expected = [min(max(round(value / scale), -7), 7) * scale for value in original.flatten().tolist()]
+        assert layer.weight.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def one_sided():
+    """A network whose weights are nearly all above zero."""
+    model = Small().eval()
+    for layer in (model.conv1, model.conv2, model.linear):
+        layer.weight.data.abs_().sub_(0.02)
+    return model
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("weight_range", ["minmax", "percentile", "mse"])
+def test_affine_weights(weight_range, per_channel):
+    errors = {}
+    for symmetric in (True, False):
+        method = PTQ(
+            bits=4,
+            ends_bits=4,
+            symmetric=symmetric,
+            weight_range=weight_range,
+            percentile=99,
+            per_channel=per_channel,
+        )
+        graph = calibrated(one_sided(), method).model
+        layers = [graph.get_submodule(name) for name in ("conv1", "conv2", "linear")]
+        for layer in layers:
+            for channel in layer.weight if per_channel else [layer.weight]:
+                assert len(channel.unique()) <= (15 if symmetric else 16)
+        errors[symmetric] = [
+            (layer.weight - layer.parametrizations.weight.original).square().sum().item() for layer in layers
+        ]
+    assert all(2 * affine < plain for affine, plain in zip(errors[False], errors[True], strict=True))
+
+
+def test_affine_weights_of_eight_bits_are_symmetric():
+    affine, symmetric = (calibrated(one_sided(), PTQ(symmetric=each)).model.state_dict() for each in (False, True))
+    assert all(torch.equal(value, symmetric[key]) for key, value in affine.items())
+
+
+def test_a_percentile_of_a_channel_s_weights():
+    graph = calibrated(method=PTQ(bits=4, ends_bits=4, weight_range="percentile", percentile=80)).model
+    for layer in (graph.conv1, graph.conv2, graph.linear):
+        for scale, channel in zip(
+            weight_quantizer(layer).scale.tolist(), layer.parametrizations.weight.original, strict=True
+        ):
+            ordered = sorted(channel.flatten().tolist())
+            cut = round(0.1 * (len(ordered) - 1))  # a tenth on each side
+            assert scale == pytest.approx(max(-ordered[cut], ordered[-1 - cut]) / 7)
+            assert scale < channel.abs().max() / 7
+
+
+def test_equalised_first():
+    """Weights and the values between them change together; answers on 8 bits stay what they were."""
+
+    def found(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
+        factors = torch.logspace(-2, 0, 6)
+        model[0].weight.data.mul_(factors[:, None, None, None])
+        model[0].bias.data.mul_(factors)
+        model[2].weight.data.div_(factors[None, :, None, None])
+        before = model(images())
+        graph = calibrated(model, PTQ(**options)).model
+        return graph, (graph(images()) - before).square().mean() / before.square().mean()
+
+    graph, error = found(equalize=True, per_channel=False)
+    made = graph.get_submodule("0").parametrizations.weight.original.abs().amax((1, 2, 3))
+    read = graph.get_submodule("2").parametrizations.weight.original.abs().amax((0, 2, 3))
+    torch.testing.assert_close(made, read, rtol=0.01, atol=0)
+    assert error < 1e-3
+    _, plain = found(per_channel=False, bits=4, ends_bits=4)
+    _, equalised = found(per_channel=False, bits=4, ends_bits=4, equalize=True)
+    assert equalised < plain / 4
+
+
+def test_biases_are_corrected():
+    """Of what is left of the error, the mean is gone: of the answers too."""
+
+    def shift(**options):
+        model = Small().eval()
+        with torch.no_grad():
+            return (
+                (calibrated(model, PTQ(bits=3, **options)).model(images()) - Small().eval()(images()))
+                .mean(0)
+                .abs()
+                .max()
+            )
+
+    assert shift(bias_correction=True) < 1e-5
+    assert shift() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"symmetric": False},
+        {"symmetric": False, "per_channel": False, "weight_range": "mse"},
+        {"per_channel": False},
+        {"activation_range": "entropy", "weight_range": "percentile", "equalize": True, "bias_correction": True},
+    ],
+    ids=str,
+)
+def test_the_file_answers_as_the_network_does(options, tmp_path):
+    model = one_sided()
+    nn.init.uniform_(model.bn1.weight, -1.5, 1.5)  # folded, some grids are turned around
+    nn.init.uniform_(model.bn2.weight, -1.5, 1.5)
+    graph = calibrated(model, PTQ(bits=4, ends_bits=4, **options)).model.eval()
+    path = export(graph, images()[:2], tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = images(64, seed=3)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        expected = graph(x)
+    off = (torch.from_numpy(found) - expected).abs()
+    assert off.mean() < 0.02 * expected.std(), "but for values that lie between two points of a grid"
 
 
 def test_processors_that_saturate_get_smaller_integers_and_others_all_of_the_range():
@@ -410,7 +554,10 @@ def test_values_that_are_not_finite():
         {"percentile": 50},
         {"percentile": 101},
         {"calibration_images": 0},
-        {"weight_range": "percentile"},
+        {"weight_range": "entropy"},
+        {"max_drop": -1},
+        {"ends_bits": 9},
+        {"per_channel": "row"},
         {"activation_range": "max"},
         {"exclude": "conv1"},
         {"bit": 8},

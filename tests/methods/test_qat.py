@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from tersor.core.objective import Batch
 from tersor.core.parametrization import FakeQuantize, MovingFakeQuantize, weight_mask
 from tersor.core.target import Target
 from tersor.core.training import OptimizerOptions, Training
+from tersor.core.watch import Unwatched
 from tersor.export.onnx import export
 from tersor.export.runtime import open_session
 from tersor.graph.structure import rebuild, structure
@@ -98,7 +100,7 @@ def test_the_gradient_passes_straight_through_inside_the_range_and_not_outside()
 
 
 def test_scales_follow_the_weights_after_every_step():
-    graph = trained(QAT(bits=4))
+    graph = trained(QAT(bits=4, ends_bits=4))
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
         original = layer.parametrizations.weight.original
@@ -196,10 +198,57 @@ def test_in_one_stage_with_ptq():
 def test_grids_of_other_bits_are_told():
     first = PTQ(bits=4).attach(Small().eval(), data=Loader(), target=VNNI)
     list(first.begin())
-    with pytest.raises(InputError, match=r"on grids of 4 bits, and qat is to train with 8 and 8"):
-        QAT().attach(first.model, steps=4)
+    with pytest.raises(InputError, match=r"on grids of 4 bits, and qat is to train with bits: 6\. Leave bits out"):
+        QAT(bits=6).attach(first.model, steps=4)
+    with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with activation_bits: 4"):
+        QAT(activation_bits=4).attach(first.model, steps=4)
     with pytest.raises(InputError, match="Write `exclude` there"):
         QAT(bits=4, exclude=("conv1",)).attach(first.model, steps=4)
+
+
+def test_grids_of_a_stage_before_are_taken_as_they_lie_where_no_bits_are_given():
+    first = PTQ(bits=3, activation_bits=5, symmetric=False, per_channel=False, exclude=("conv1",))
+    laid = first.attach(Small().eval(), data=Loader(), target=VNNI)
+    list(laid.begin())
+    found = QAT().attach(laid.model, steps=4, target=VNNI)
+    list(found.begin())
+    fit(found, Loader(), Training(), steps=4)
+    found.finish()
+    layer = found.model.get_submodule("conv2")
+    (quantizer,) = layer.parametrizations.weight
+    assert (quantizer.grid, quantizer.scale.ndim) == (Grid.full(3), 0)
+    weight = layer.parametrizations.weight.original
+    assert float(quantizer.scale) == pytest.approx(float((weight.max() - weight.min()).detach()) / 7, rel=1e-4)
+    assert not hasattr(found.model.get_submodule("conv1"), "parametrizations")
+    assert {edge.grid.bits for edge in edges(found.model)} == {5, 8}
+
+
+def norms(graph):
+    return [module for module in graph.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_statistics_stay_after_a_while_and_gamma_learns_on():
+    found = attached(method=QAT(freeze_norm_at=0.5, freeze_ranges_at=0.75), steps=8)
+    seen = []
+
+    class Looks(Unwatched):
+        def advance(self, amount=1, **shown):
+            norm, edge = norms(found.model)[0], edges(found.model)[0]
+            seen.append((norm.running_mean.clone(), norm.weight.detach().clone(), float(edge.high)))
+
+    fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=8, watch=Looks())
+    means, gammas, highs = zip(*seen, strict=True)
+    moved = [not torch.equal(*pair) for pair in itertools.pairwise(means)]
+    assert moved == [True, True, True, False, False, False, False]
+    assert all(not torch.equal(*pair) for pair in itertools.pairwise(gammas))
+    assert [first != second for first, second in itertools.pairwise(highs)] == [True] * 5 + [False] * 2
+
+
+def test_as_if_folded_from_the_first_step():
+    model = Small().eval()
+    before = [norm.running_var.clone() for norm in norms(model)]
+    graph = trained(QAT(freeze_norm_at=0), model=model)
+    assert all(torch.equal(norm.running_var, was) for norm, was in zip(norms(graph), before, strict=True))
 
 
 def test_without_images_it_says_what_to_pass():
@@ -211,7 +260,7 @@ def test_without_images_it_says_what_to_pass():
 
 
 def test_zeros_of_a_mask_stay_zeros_on_the_grid():
-    methods = [WeightPruning(sparsity=0.8, sparsity_schedule="cubic", every=1), QAT(bits=4)]
+    methods = [WeightPruning(sparsity=0.8, sparsity_schedule="cubic", every=1), QAT(bits=4, ends_bits=4)]
     found = chain(methods, Small().eval(), data=Loader(), steps=8, target=VNNI)
     list(found.begin())
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=8)
@@ -227,7 +276,7 @@ def test_zeros_of_a_mask_stay_zeros_on_the_grid():
 
 
 def test_weights_of_a_running_mean_lie_on_grids_of_their_own():
-    found = attached(method=QAT(bits=4))
+    found = attached(method=QAT(bits=4, ends_bits=4))
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.1), ema=0.9), steps=8)
     found.finish()
     layer = found.model.get_submodule("conv1")

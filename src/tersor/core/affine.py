@@ -27,6 +27,11 @@ class Grid:
         return Grid(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
 
     @staticmethod
+    def full(bits: int) -> Grid:
+        """All that a signed integer holds, for values that are not symmetric around zero: -128..127 for 8 bits."""
+        return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    @staticmethod
     def unsigned(bits: int) -> Grid:
         """0..255 for 8 bits."""
         return Grid(0, 2**bits - 1)
@@ -35,6 +40,11 @@ class Grid:
     def bits(self) -> int:
         """The fewest bits that hold every integer of the grid."""
         return (self.maximum - self.minimum).bit_length()
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether zero lies in the middle, so that no zero point is needed."""
+        return self.minimum == -self.maximum
 
 
 def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:

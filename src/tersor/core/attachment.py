@@ -14,11 +14,15 @@ from tersor.core.objective import LossTerm
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the work before the first step has come: `done` of `total` items of `what`."""
+    """How far the work before the first step has come: `done` of `total` items of `what`.
+
+    What `lasts` is in the network's `state_dict` by now: begun again with it, the work goes on behind it.
+    """
 
     what: str
     done: int
     total: int
+    lasts: bool = False
 
 
 class Handle:
@@ -41,7 +45,7 @@ class Attachment:
         terms: losses that the method adds.
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
         label_weight: factor on the weight of the labels' own loss.
-        notes: what its user should know of what was laid, a line each.
+        notes: what its user should know of what was laid, and of what `begin` found, a line each.
     """
 
     def __init__(
@@ -110,9 +114,12 @@ class Chain(Attachment):
         for part in parts:
             label_weight *= part.label_weight
         terms = [term for part in parts for term in part.terms]
-        notes = [note for part in parts for note in part.notes]
-        super().__init__(model, terms, label_weight, notes, [pair for part in parts for pair in part.layers])
+        super().__init__(model, terms, label_weight, layers=[pair for part in parts for pair in part.layers])
         self.parts = tuple(parts)
+        self.notes = self._all_notes()
+
+    def _all_notes(self) -> tuple[str, ...]:
+        return tuple(note for part in self.parts for note in part.notes)
 
     @property
     def told(self) -> dict[str, Any]:
@@ -128,6 +135,7 @@ class Chain(Attachment):
         """The work of each part, one after the other."""
         for part in self.parts:
             yield from part.begin()
+        self.notes = self._all_notes()
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Every part's, in order."""

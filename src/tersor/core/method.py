@@ -64,7 +64,7 @@ def chain(
             before = {id(parameter): parameter.shape for parameter in model.parameters()}
             part = method.attach(model, data=data, teacher=teacher, steps=steps, target=target)
             model = part.model
-            if any(parameter.shape != before[id(parameter)] for parameter in model.parameters()):
+            if any(parameter.shape != before.get(id(parameter), parameter.shape) for parameter in model.parameters()):
                 _refuse_pairs(method, parts)
             parts.append(part)
     return Chain(model, parts)

@@ -51,6 +51,16 @@ def images_of(batch: Any) -> Tensor:
     return first
 
 
+def labels_of(batch: Any) -> Tensor | None:
+    """The class numbers (N,) of a batch that a user's loader gave, where it has some."""
+    if isinstance(batch, Batch):
+        return batch.labels
+    second = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    if not isinstance(second, Tensor) or second.ndim != 1 or second.is_floating_point():
+        return None
+    return second if len(second) == len(images_of(batch)) else None
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What a network answered: `logits` (N, classes); `layers`, what those gave that a term asked for, by path."""

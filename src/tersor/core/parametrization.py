@@ -41,8 +41,9 @@ class FakeQuantize(nn.Module):
 
     def set_grid(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """From now on values are rounded: `scale` and `zero_point` are scalars, or (channels,)."""
-        self.scale.copy_(scale)
-        self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
         self.ready = True
 
     def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
@@ -63,12 +64,13 @@ class FakeQuantize(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        """Whether values are rounded, as a tensor, so that it lies in the `state_dict`."""
-        return torch.tensor(self.ready)
+        """Whether values are rounded, and to which integers, as a tensor, so that it lies in the `state_dict`."""
+        return torch.tensor([self.ready, self.grid.minimum, self.grid.maximum])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes back what `get_extra_state` gave."""
-        self.ready = bool(state)
+        ready, minimum, maximum = state.tolist()
+        self.ready, self.grid = bool(ready), Grid(minimum, maximum)
 
     def extra_repr(self) -> str:
         """Bits and range of the grid."""
@@ -107,12 +109,13 @@ class MovingFakeQuantize(FakeQuantize):
         return super().forward(values)
 
     def get_extra_state(self) -> Tensor:
-        """Whether values are rounded, and whether the range follows them."""
-        return torch.tensor([self.ready, self.moves])
+        """What the base class tells, and whether the range follows the values."""
+        return torch.cat([super().get_extra_state(), torch.tensor([self.moves])])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes back what `get_extra_state` gave."""
-        self.ready, self.moves = state.tolist()
+        super().set_extra_state(state[:3])
+        self.moves = bool(state[3])
 
 
 class RunningLargest(nn.Module):

@@ -1,4 +1,9 @@
-"""A captured, quantized network -> the same network as a runtime should see it: integers, Q/DQ, BatchNorm folded."""
+"""A captured, quantized network -> the same network as a runtime should see it: integers, Q/DQ, BatchNorm folded.
+
+Weights w = s (q - z) on an affine grid lie as q - z wherever that fits into a byte, as it does up to 7 bits: then they
+are symmetric ones for the runtime. With a zero point that is not zero OpenVINO computes the layer in float, and ONNX
+Runtime before 1.27 refuses it at the first batch unless all channels share one.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +59,7 @@ class IntegerLayer(nn.Module):
         layer: the plain layer, BatchNorm not folded.
         weight: integers (C_out, ...), int8.
         scale: of the weight, (C_out,).
+        zero_point: of the weight, (C_out,) int8; None where it is zero.
         bias: (C_out,) in float, or None.
         input_scale: scale of the activations that come in, a scalar; None where they come in float.
     """
@@ -65,7 +71,13 @@ class IntegerLayer(nn.Module):
     bias_scale: Tensor | None
 
     def __init__(
-        self, layer: Layer, weight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None
+        self,
+        layer: Layer,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        input_scale: Tensor | None,
     ) -> None:
         super().__init__()
         self.layer = copy.copy(layer)
@@ -73,8 +85,9 @@ class IntegerLayer(nn.Module):
         self.layer._parameters = {"weight": None, "bias": None}
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        # ONNX Runtime computes a matrix product in integers only if its weight has a zero point, be it zero
-        zero_point = torch.zeros_like(weight[:, 0]) if isinstance(layer, nn.Linear) else None
+        if zero_point is None and isinstance(layer, nn.Linear):
+            # ONNX Runtime computes a matrix product in integers only if its weight has a zero point, be it zero
+            zero_point = torch.zeros_like(weight[:, 0])
         self.register_buffer("zero_point", zero_point)
         bias_scale = None
         if bias is not None and input_scale is not None:
@@ -166,17 +179,33 @@ def _integer_layer(
     assert isinstance(plain, Layer)
     shape = (-1, *[1] * (layer.weight.ndim - 1))
     scale = quantizer.scale.detach().expand(layer.weight.shape[0])
+    zero_point = quantizer.zero_point.expand_as(scale)
     integers = torch.round(layer.weight / scale.reshape(shape))
     bias = layer.bias
     if norm is not None:
         factor, bias = _folded(norm, bias)
         integers = integers * torch.sign(factor).reshape(shape)
+        zero_point = torch.where(factor < 0, -1 - zero_point, zero_point)  # -(q - z) = (-1 - q) - (-1 - z)
         scale = scale * factor.abs()
     if bias is not None and not bias.any():
         bias = None  # its scales would lie in the file for nothing
     fitting = _fitting_scale(integers, scale, bias, input_scale)
     integers = torch.round(integers * (scale / fitting).reshape(shape))
-    return IntegerLayer(plain, integers.to(torch.int8), fitting, bias, input_scale)
+    stored, zero_point = _as_bytes(integers, zero_point)
+    return IntegerLayer(plain, stored, fitting, zero_point, bias, input_scale)
+
+
+def _as_bytes(integers: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Integers q - z (C, ...) as int8 and None, or as q and z (C,) where they do not fit; `zero_point` is z."""
+    if _fits_int8(integers):
+        return integers.to(torch.int8), None
+    stored = integers + zero_point.reshape(-1, *[1] * (integers.ndim - 1))
+    assert _fits_int8(stored)
+    return stored.to(torch.int8), zero_point.to(torch.int8)
+
+
+def _fits_int8(integers: Tensor) -> bool:
+    return bool(integers.min() >= -128 and integers.max() <= 127)
 
 
 def _fitting_scale(integers: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:

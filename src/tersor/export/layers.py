@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from tersor.core.affine import to_integers
 from tersor.core.parametrization import FakeQuantize, parametrized, shown_by, weight_quantizer
 from tersor.core.selection import Layer, weighted_layers
-from tersor.graph.capture import layer_of, values_into
-from tersor.graph.placement import is_nothing_in_eval
+from tersor.graph.capture import layer_of
+from tersor.graph.placement import entering
 from tersor.measure import costs
 
 _BINS = 128
@@ -127,34 +127,32 @@ def _input_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
     for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
         if not isinstance(layer_of(node), Layer):
             continue
-        value = values_into(node)[0]
-        while is_nothing_in_eval(value):
-            value = values_into(value)[0]
-        quantizer = layer_of(value)
+        quantizer = layer_of(entering(node))
         if isinstance(quantizer, FakeQuantize) and quantizer.ready:
             found[str(node.target)] = quantizer
     return found
 
 
-def _of_channel(quantizer: FakeQuantize, weight: Tensor) -> Tensor:
-    """The scale, so that it broadcasts against the weight (C_out, ...)."""
-    return quantizer.scale.reshape(-1, *[1] * (weight.ndim - 1)) if quantizer.scale.ndim else quantizer.scale
+def _of_channel(value: Tensor, weight: Tensor) -> Tensor:
+    """A scale or zero point, so that it broadcasts against the weight (C_out, ...)."""
+    return value.detach().reshape(-1, *[1] * (weight.ndim - 1)) if value.ndim else value.detach()
 
 
 def _integers(weight: Tensor, quantizer: FakeQuantize) -> Tensor:
-    zero_point = torch.zeros((), dtype=torch.int32)
-    return to_integers(weight, _of_channel(quantizer, weight), zero_point, quantizer.grid)
+    scale, zero_point = _of_channel(quantizer.scale, weight), _of_channel(quantizer.zero_point, weight)
+    return to_integers(weight, scale, zero_point, quantizer.grid)
 
 
 def _on_grid(layer: Layer, quantizer: FakeQuantize) -> dict[str, Any]:
     """Weights before and after rounding, each in steps of its channel: the grid lies on the whole numbers."""
     integers = _integers(layer.weight, quantizer).float()
-    before = _unrounded(layer) / _of_channel(quantizer, layer.weight)
+    scale, zero_point = _of_channel(quantizer.scale, layer.weight), _of_channel(quantizer.zero_point, layer.weight)
+    before = _unrounded(layer) / scale + zero_point
     low = math.floor(min(before.min().item(), integers.min().item()) + 0.5) - 0.5
     span = math.ceil(max(before.max().item(), integers.max().item()) - 0.5) + 0.5 - low
     width = 2.0 ** math.ceil(math.log2(span / _BINS))
     shown_width = max(1.0, width)
-    scale = quantizer.scale.flatten()
+    steps = scale.flatten()
     return {
         "unit": "steps",
         "low": low,
@@ -163,7 +161,7 @@ def _on_grid(layer: Layer, quantizer: FakeQuantize) -> dict[str, Any]:
         "shown_width": shown_width,
         "shown": _counts(integers, low, shown_width, math.ceil(span / shown_width)),
         "grid": [quantizer.grid.minimum, quantizer.grid.maximum],
-        "step": [scale.min().item(), scale.median().item(), scale.max().item()],
+        "step": [steps.min().item(), steps.median().item(), steps.max().item()],
     }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from tersor.core.errors import InputError
 from tersor.core.parametrization import strip
 from tersor.export.deployed import deployed
+from tersor.export.packing import pack
 
 OPSET = 21
 _FIRST_IR_VERSION_OF_OPSET_21 = 10
@@ -92,6 +93,7 @@ def export(
         network = Pixels(network, *pixels).eval()
         inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
     proto = _convert(network, inputs.expand(2, *inputs.shape[1:]).contiguous())
+    pack(proto.graph)
     _tidy(proto)
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))

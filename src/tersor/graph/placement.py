@@ -85,6 +85,11 @@ def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Run
     return names
 
 
+def edges(graph: fx.GraphModule, layers: Iterable[str], runtime: Runtime) -> set[str]:
+    """The names of the modules that `place` would insert in `graph`, which stays as it is, for these `layers`."""
+    return {f"quantizers.{source.name}" for source in _values_to_quantize(graph, set(layers), runtime).values()}
+
+
 def show(graph: fx.GraphModule, value: fx.Node, name: str, *, moved: bool) -> None:
     """Lets all that read `value`, but for the network's output, read it through the quantizer `name`.
 
@@ -196,6 +201,14 @@ def _hands_on(node: fx.Node) -> bool:
 def is_nothing_in_eval(node: fx.Node) -> bool:
     """Whether `node` gives its input in eval: no operator for a runtime, and no more on the grid in training."""
     return _called(node) in _NOTHING_IN_EVAL or isinstance(layer_of(node), _NOTHING_IN_EVAL_MODULES)
+
+
+def entering(node: fx.Node) -> fx.Node:
+    """The value that `node` computes with first, before what gives its input in eval."""
+    value = values_into(node)[0]
+    while is_nothing_in_eval(value):
+        value = values_into(value)[0]
+    return value
 
 
 def _is_mover(node: fx.Node) -> bool:

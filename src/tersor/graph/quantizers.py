@@ -1,26 +1,61 @@
-"""Quantizers on a captured network: laying them on weights and edges, and showing them images to find their ranges."""
+"""Quantizers on a captured network: how finely they round, where they lie, and the grids of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from tersor.core.affine import Grid, symmetric_scale
-from tersor.core.attachment import Progress
+from tersor.core.affine import Grid, affine_parameters
 from tersor.core.errors import InputError
-from tersor.core.objective import images_of
-from tersor.core.parametrization import FakeQuantize, shown_by, shown_to
-from tersor.core.ranges import Histogram, channel_maxima, least_squares_scale, without_saturation
-from tersor.core.selection import weighted_layers, without
+from tersor.core.learned_step import LearnedFakeQuantize
+from tersor.core.parametrization import FakeQuantize, parametrized, shown_by, shown_to
+from tersor.core.ranges import Histogram, Range, WeightRange, weight_grid, without_saturation
+from tersor.core.selection import Layer, weighted_layers, without
 from tersor.core.target import Target
-from tersor.graph.capture import layer_of
-from tersor.graph.placement import place, quantizable
+from tersor.graph.capture import capture, layer_of
+from tersor.graph.placement import entering, place, quantizable
+
+SATURATION = (
+    "the processor adds 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened where two "
+    "of its weights would saturate there; write target: {cpu: vnni} for one that adds in 32 bits"
+)
+
+
+_BYTE = 8
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How finely a network is to be rounded.
+
+    Attributes:
+        bits: of a weight.
+        activation_bits: of an activation.
+        ends_bits: of the first and the last layer's weight and input.
+        per_channel: whether each output channel of a weight has a grid.
+        symmetric: whether the weights' grids lie symmetrically around zero. Those of 8 bits always do: integers less
+            their zero point would not fit into a byte, and with a zero point OpenVINO computes a layer in float.
+    """
+
+    bits: int = 8
+    activation_bits: int = 8
+    ends_bits: int = 8
+    per_channel: bool = True
+    symmetric: bool = True
+
+    def weight(self, *, end: bool) -> Grid:
+        """The grid of a weight, of the first and last layer (`end`) or of another."""
+        bits = self.ends_bits if end else self.bits
+        return Grid.signed(bits) if self.symmetric or bits == _BYTE else Grid.full(bits)
+
+    def activation(self, *, end: bool) -> Grid:
+        """The grid of what enters the first and last layer (`end`), or of another activation."""
+        return Grid.unsigned(self.ends_bits if end else self.activation_bits)
 
 
 @dataclass(frozen=True)
@@ -47,27 +82,70 @@ class Quantizers:
         assert isinstance(quantizer, FakeQuantize)
         return quantizer
 
+    def replace_on_weight(self, name: str, quantizer: FakeQuantize) -> None:
+        """Puts another quantizer in the place of the one on the weight of a layer."""
+        chain = parametrized(self.graph.get_submodule(name))
+        chain[list(chain).index(self.of_weight(name))] = quantizer
+
+    def all(self) -> tuple[FakeQuantize, ...]:
+        """Those of the weights, and those of the activations."""
+        return (*map(self.of_weight, self.layers), *map(self.of_activation, self.activations))
+
     @property
     def ready(self) -> bool:
-        """Whether all of them round."""
-        weights, edges = map(self.of_weight, self.layers), map(self.of_activation, self.activations)
-        return all(each.ready for each in (*weights, *edges))
+        """Whether they round; layers that are left in float do not."""
+        return any(each.ready for each in self.all())
 
-    def set_weight_grid(self, name: str, target: Target, weight_range: str = "minmax") -> None:
-        """Fits the scales of a layer to the weight that its quantizer is shown."""
+    @property
+    def rounding(self) -> Quantizers:
+        """Those that round; the others belong to layers that stay in float."""
+        layers = tuple(name for name in self.layers if self.of_weight(name).ready)
+        return Quantizers(
+            self.graph, layers, tuple(name for name in self.activations if self.of_activation(name).ready)
+        )
+
+    def set_weight_grid(
+        self, name: str, target: Target, weight_range: WeightRange = "minmax", percentile: float = 99.99
+    ) -> None:
+        """Fits scale and zero point of a layer to the weight that its quantizer is shown."""
+        quantizer = self.of_weight(name)
+        grid, per_channel = quantizer.grid, bool(quantizer.scale.ndim)
+        weight = shown_to(self.graph.get_submodule(name), quantizer)
+        scale, zero_point = weight_grid(
+            weight, grid, per_channel=per_channel, weight_range=weight_range, percentile=percentile
+        )
+        if target.cpu == "avx2":
+            scale = without_saturation(weight, scale, grid)
+        quantizer.set_grid(scale, zero_point)
+
+    def set_activation_grids(
+        self, histograms: Mapping[str, Histogram], activation_range: Range = "minmax", percentile: float = 99.99
+    ) -> None:
+        """Fits scale and zero point of every activation to what was seen of it."""
+        for name in self.activations:
+            quantizer = self.of_activation(name)
+            low, high = histograms[name].range(activation_range, quantizer.grid, percentile)
+            quantizer.set_grid(*affine_parameters(low, high, quantizer.grid))
+
+    @torch.no_grad()
+    def lies_on_its_grid(self, name: str) -> bool:
+        """Whether rounding the weight of a layer changes nothing."""
         quantizer = self.of_weight(name)
         weight = shown_to(self.graph.get_submodule(name), quantizer)
-        if weight_range == "mse":
-            scale = least_squares_scale(weight, quantizer.grid)
-        else:
-            scale = symmetric_scale(channel_maxima(weight), quantizer.grid)
-        if target.cpu == "avx2":
-            scale = without_saturation(weight, scale, quantizer.grid)
-        quantizer.set_grid(scale)
+        return quantizer.ready and torch.equal(quantizer(weight), weight)
+
+    def input_of(self, name: str) -> str | None:
+        """The activation that enters a layer, if it has a quantizer."""
+        node = next(node for node in self.graph.graph.nodes if node.op == "call_module" and node.target == name)
+        value = entering(node)
+        return str(value.target) if isinstance(layer_of(value), FakeQuantize) else None
 
 
 def found(model: nn.Module) -> Quantizers | None:
-    """What lies on a captured network already; None where no grid does."""
+    """What lies on a captured network already; None where no grid does.
+
+    Where some round and some do not, these belong to layers that stay in float, and are left out.
+    """
     if not isinstance(model, fx.GraphModule):
         return None
     edges = dict.fromkeys(str(node.target) for node in model.graph.nodes if isinstance(layer_of(node), FakeQuantize))
@@ -76,18 +154,20 @@ def found(model: nn.Module) -> Quantizers | None:
         for name, layer in weighted_layers(model).items()
         if any(isinstance(each, FakeQuantize) for each in shown_by(layer))
     ]
-    return Quantizers(model, tuple(layers), tuple(edges)) if edges or layers else None
+    all_of_them = Quantizers(model, tuple(layers), tuple(edges))
+    if not all_of_them.ready:
+        return all_of_them if edges or layers else None
+    return all_of_them.rounding
 
 
 def lay(
-    graph: fx.GraphModule, *, bits: int, activation_bits: int, exclude: Sequence[str], target: Target, method: str
+    graph: fx.GraphModule, precision: Precision, *, exclude: Sequence[str], target: Target, method: str
 ) -> Quantizers:
     """Lays quantizers that do not round yet: on the weights of layers, and where the runtime wants them on edges.
 
     Args:
         graph: a captured network without grids; it is changed.
-        bits: of a weight.
-        activation_bits: of an activation.
+        precision: how finely it is to be rounded.
         exclude: patterns of layers that stay in float.
         target: the runtime and processor that the network is made for.
         method: how errors call who asks.
@@ -96,86 +176,94 @@ def lay(
         InputError: a pattern that matches nothing, no layer left, a grid already there.
     """
     if any(isinstance(module, FakeQuantize) for module in graph.modules()):
-        raise InputError("the network is quantized already. Possible: ptq once, or ptq and then qat.")
+        raise InputError(
+            "the network is quantized already. Possible: one of ptq, adaround, brecq and mixed_precision, and then "
+            "qat or lsq."
+        )
     known = quantizable(graph)
-    chosen = without(weighted_layers(graph), exclude)
-    layers = {name: layer for name, layer in chosen.items() if name in known}
+    layers = {name: layer for name, layer in without(weighted_layers(graph), exclude).items() if name in known}
     if not layers:
         raise InputError(f"{method} found no convolution or fully connected layer to quantize.")
-    activations = place(graph, layers, Grid.unsigned(activation_bits), target.runtime)
-    for layer in layers.values():
-        quantizer = FakeQuantize(Grid.signed(bits), channels=layer.weight.shape[0]).to(layer.weight.device)
-        parametrize.register_parametrization(layer, "weight", quantizer)
+    first_and_last = ends(graph)
+    activations = place(graph, layers, precision.activation(end=False), target.runtime)
+    for name, layer in layers.items():
+        _lay_on_weight(layer, precision.weight(end=name in first_and_last), per_channel=precision.per_channel)
+    quantizers = Quantizers(graph, tuple(layers), tuple(activations))
+    for name in map(quantizers.input_of, first_and_last & layers.keys()):
+        if name is not None:
+            quantizers.of_activation(name).grid = precision.activation(end=True)
     for name in activations:
         graph.get_submodule(name).to(next(graph.parameters()).device)
-    return Quantizers(graph, tuple(layers), tuple(activations))
+    return quantizers
 
 
-def calibrate(
-    quantizers: Quantizers, data: Iterable[Any], *, images: int, passes: int, method: str
-) -> Generator[Progress, None, dict[str, Histogram]]:
-    """Shows the network `images` of `data`, once for the ranges of its activations, twice for how often each value is.
+def lay_or_take_over(
+    model: nn.Module,
+    *,
+    bits: int | None,
+    activation_bits: int | None,
+    ends_bits: int,
+    per_channel: bool,
+    exclude: Sequence[str],
+    data: Iterable[Any] | None,
+    target: Target,
+    method: str,
+) -> Quantizers:
+    """For a method that trains: the quantizers that a stage before has laid, or new ones on a captured network.
 
-    Returns:
-        A histogram for each of the activations.
+    Args:
+        model: the network.
+        bits: of a weight; 8 if left, or those that lie.
+        activation_bits: of an activation, likewise.
+        ends_bits: of the first and last layer, and what enters them, where quantizers are laid.
+        per_channel: whether each output channel of a weight has a grid, where they are laid.
+        exclude: patterns of layers that stay in float.
+        data: images to calibrate with, where quantizers are laid.
+        target: the runtime and processor that the network is made for.
+        method: how errors call who asks.
 
     Raises:
-        InputError: the data holds no image, or cannot be read again; values are not finite.
+        InputError: no data, a pattern that matches nothing, no layer left, grids of other bits, or that are trained
+            by another method already.
     """
-    histograms = {name: Histogram() for name in quantizers.activations}
-    quantizers.graph.eval()
-    done = 0
-    for number, look in enumerate((Histogram.widen, Histogram.count)[:passes]):
-        before = done
-        for batch in _first_images(data, images, next(quantizers.graph.parameters()).device):
-            _observe(quantizers, {name: partial(look, histogram) for name, histogram in histograms.items()}, batch)
-            done += len(batch)
-            yield Progress("calibration", done, passes * images)
-        if done == before:
-            again = " when it read it again; a DataLoader or a list can be read twice" if number else ""
-            raise InputError(f"{method} was given data without a single image{again}. Pass batches (N, C, H, W).")
-        _refuse_what_is_not_finite(histograms)
-    return histograms
-
-
-def _first_images(data: Iterable[Any], images: int, device: torch.device) -> Iterator[Tensor]:
-    left = images
-    for batch in data:
-        found = images_of(batch)[:left]
-        if not found.is_floating_point():
-            raise InputError(f"a batch of the data is of {found.dtype}. Pass normalised images in floating point.")
-        if len(found):
-            yield found.to(device)
-        left -= len(found)
-        if left <= 0:
-            return
-
-
-@torch.inference_mode()
-def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None]], images: Tensor) -> None:
-    """Shows every quantizer's input to its watcher; a value that movers hand on is shown once."""
-    seen: set[nn.Module] = set()
-
-    def look(module: nn.Module, inputs: tuple[Tensor, ...], watch: Callable[[Tensor], None]) -> None:
-        if module not in seen:
-            seen.add(module)
-            watch(inputs[0])
-
-    hooks = [
-        quantizers.of_activation(name).register_forward_pre_hook(partial(look, watch=watch))
-        for name, watch in watchers.items()
-    ]
-    try:
-        quantizers.graph(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _refuse_what_is_not_finite(histograms: dict[str, Histogram]) -> None:
-    for name, histogram in histograms.items():
-        if not torch.isfinite(histogram.high - histogram.low):
+    quantizers = found(model)
+    if quantizers is None:
+        if data is None:
             raise InputError(
-                f"the calibration images give values that are not finite at {name.removeprefix('quantizers.')}. "
-                "Possible: images and weights without NaN or infinity."
+                f"{method} needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
             )
+        precision = Precision(bits or 8, activation_bits or 8, ends_bits, per_channel)
+        return lay(capture(model), precision, exclude=exclude, target=target, method=method)
+    if exclude:
+        raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
+    if any(isinstance(each, LearnedFakeQuantize) or getattr(each, "moves", False) for each in quantizers.all()):
+        raise InputError("the network's grids are trained already in this stage. Possible: qat or lsq, one of them.")
+    first_and_last = ends(quantizers.graph)
+    entering = set(map(quantizers.input_of, first_and_last))
+    weights = {quantizers.of_weight(name).grid.bits for name in quantizers.layers if name not in first_and_last}
+    others = {quantizers.of_activation(name).grid.bits for name in quantizers.activations if name not in entering}
+    for what, wanted, lying in (("bits", bits, weights), ("activation_bits", activation_bits, others)):
+        if wanted is not None and lying - {wanted}:
+            told = ", ".join(map(str, sorted(lying)))
+            raise InputError(
+                f"the network lies on grids of {told} bits, and {method} is to train with {what}: {wanted}. Leave "
+                f"{what} out to train with those, or write the same in the stage before."
+            )
+    return quantizers
+
+
+def notes(quantizers: Quantizers, target: Target) -> tuple[str, ...]:
+    """What a user should know of the grids that were laid."""
+    wide = any(quantizers.of_weight(name).grid.maximum > 64 for name in quantizers.layers)
+    return (SATURATION,) if target.cpu == "avx2" and wide else ()
+
+
+def ends(graph: fx.GraphModule) -> set[str]:
+    """The names of the layers that are called first and last."""
+    called = [str(node.target) for node in graph.graph.nodes if isinstance(layer_of(node), Layer)]
+    return {called[0], called[-1]}
+
+
+def _lay_on_weight(layer: Layer, grid: Grid, *, per_channel: bool) -> None:
+    quantizer = FakeQuantize(grid, channels=layer.weight.shape[0] if per_channel else None)
+    parametrize.register_parametrization(layer, "weight", quantizer.to(layer.weight.device))

@@ -1,4 +1,5 @@
-"""What methods have laid on a network, as plain values: cuts, grids on edges, masks and grids on weights.
+"""What methods have laid on a network, as plain values: cuts, grids on edges, masks and grids on weights,
+and which BatchNorms can be frozen.
 
 `rebuild(fresh, structure(model))` has the shapes and keys of `model`, where `fresh` is a new network of its class; the
 `state_dict` brings the values. No data is needed, no number is drawn, nothing is executed.
@@ -13,6 +14,8 @@ from torch.nn.utils import parametrize
 
 from tersor.core.affine import Grid
 from tersor.core.errors import InputError
+from tersor.core.freezing import Freezable, Norm, freezable
+from tersor.core.learned_step import LearnedFakeQuantize
 from tersor.core.parametrization import FakeQuantize, Mask, MovingFakeQuantize, RunningLargest, shown_by
 from tersor.core.selection import weighted_layers
 from tersor.graph.capture import capture, layer_of
@@ -36,6 +39,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
     return {
         "captured": isinstance(model, fx.GraphModule),
         "cuts": list(model.meta.get("cuts", [])) if isinstance(model, fx.GraphModule) else [],
+        "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
         "edges": edges,
         "weights": {name: told for name, told in layers.items() if told},
     }
@@ -52,6 +56,10 @@ def rebuild(fresh: nn.Module, found: dict[str, Any]) -> nn.Module:
     if isinstance(model, fx.GraphModule):
         remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in found["cuts"]])
         _lay_edges(model, found["edges"])
+    for name in found["freezable"]:
+        norm = model.get_submodule(name)
+        assert isinstance(norm, Norm)
+        model.set_submodule(name, freezable(norm))
     for name, told in found["weights"].items():
         layer = model.get_submodule(name)
         for each in told:
@@ -79,7 +87,10 @@ def _told(module: nn.Module) -> dict[str, Any]:
         return {"grid": [module.grid.minimum, module.grid.maximum], "averaging": module.averaging}
     if isinstance(module, FakeQuantize):
         channels = len(module.scale) if module.scale.ndim else None
-        return {"grid": [module.grid.minimum, module.grid.maximum], "channels": channels}
+        told: dict[str, Any] = {"grid": [module.grid.minimum, module.grid.maximum], "channels": channels}
+        if isinstance(module, LearnedFakeQuantize):
+            told |= {"offset": module.offset is not None, "of_images": module.of_images}
+        return told
     raise InputError(f"a weight lies under a {type(module).__name__}, which no checkpoint of tersor can hold.")
 
 
@@ -89,4 +100,8 @@ def _made(told: dict[str, Any]) -> nn.Module:
     if "largest" in told:
         return RunningLargest(told["largest"])
     grid = Grid(*told["grid"])
-    return MovingFakeQuantize(grid, told["averaging"]) if "averaging" in told else FakeQuantize(grid, told["channels"])
+    if "averaging" in told:
+        return MovingFakeQuantize(grid, told["averaging"])
+    if "offset" in told:
+        return LearnedFakeQuantize(grid, told["channels"], offset=told["offset"], of_images=told["of_images"])
+    return FakeQuantize(grid, told["channels"])

@@ -23,7 +23,10 @@ _ALSO_CALLED = {
     "crd": ("contrastive", "contrastive_distillation"),
     "ptq": ("quantize", "quantization", "quantise", "post_training", "post_training_quantization", "static", "int8"),
     "qat": ("fakequant", "fake_quant", "fake_quantize", "quantization_aware_training"),
-    "lsq": ("learned_step_size",),
+    "lsq": ("learned_step_size", "lsq+", "lsqplus"),
+    "adaround": ("adaptive_rounding", "learned_rounding"),
+    "brecq": ("qdrop", "block_reconstruction"),
+    "mixed_precision": ("hawq", "mixed", "mixed_bits", "bit_allocation"),
     "weight_pruning": ("prune", "pruning", "magnitude", "unstructured", "sparsify"),
     "channel_pruning": ("filter_pruning", "structured", "structured_pruning", "slimming"),
 }

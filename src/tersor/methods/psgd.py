@@ -18,9 +18,10 @@ beside it is more than a larger learning rate.
 The paper has s = lambda * (d + epsilon), its code no epsilon: a weight on its point does not move. So here. The code's
 lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence `mean_scale`. Its grid is
 one for a whole layer and over a running mean of the largest weight; `per_channel: false` and `range: running` are that.
-By default the grid is the one that `ptq` will lay. Of fewer than 4 bits, the first and the last layer aim at 8, as in
-the code; which also trains 2 bits without weight decay (write `optimizer: {weight_decay: 0}`), and aims the
-classifier's bias at a grid of its own. Here biases are free: they run in 32 bits.
+By default the grid is the one that `ptq` will lay with as many `ends_bits`. Of fewer than 4 bits, the first and the
+last layer aim at 8, as in the code, and as `ptq` has them by default at any width. The code also trains 2 bits without
+weight decay (write `optimizer: {weight_decay: 0}`), and aims the classifier's bias at a grid of its own. Here biases
+are free: they run in 32 bits.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from tersor.core.affine import Grid, symmetric_scale, to_integers
+from tersor.core.affine import Grid
 from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.parametrization import FakeQuantize, RunningLargest, parametrized, shown_by
+from tersor.core.positions import Laid, around_zero, drawn, on_grid
 from tersor.core.ranges import channel_maxima
 from tersor.core.selection import Layer, matching, weighted_layers
 from tersor.core.target import Target
@@ -55,8 +57,8 @@ def distance(weight: Tensor, largest: Tensor, grid: Grid) -> Tensor:
         largest: what the grid's last point is, () or (C,).
         grid: its integers.
     """
-    scale = symmetric_scale(largest, grid).view(-1, *[1] * (weight.ndim - 1))
-    return (weight - to_integers(weight, scale, torch.zeros_like(scale), grid) * scale).abs()
+    laid = on_grid(weight, largest, grid)
+    return (weight - laid.integers * laid.scale).abs()
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -118,11 +120,24 @@ class PSGDAttachment(Attachment):
         self.method = method
         self.drawn = layers
         self.aims = aims
+        # a stage that goes on attaches again, to the weights that it began with: so no checkpoint needs to hold them
+        self._begun = {name: _original(layer).detach().clone() for name, layer in layers.items()}
 
     @property
     def told(self) -> dict[str, Any]:
-        """`mean_distance` of all weights to their points, as large as weights are."""
-        return {"mean_distance": float(_mean(self._distances()))}
+        """`mean_distance` of all weights to their points, as large as weights are; and `drawn`: to which `target`,
+        `scale_by` what, and what came of it (see `tersor.core.positions.drawn`).
+        """
+        now = {name: _original(layer).detach() for name, layer in self.drawn.items()}
+        # a method that was laid later may have removed channels: then nobody knows which weight was which
+        begun = {name: each.to(now[name].device) for name, each in self._begun.items() if each.shape == now[name].shape}
+        found: dict[str, Any] = {"mean_distance": float(_mean(self._distances()))}
+        if begun:
+            before = {name: self._laid(name, weight, self._exact(weight)) for name, weight in begun.items()}
+            after = {name: self._laid(name, now[name], self._largest(name, now[name])) for name in begun}
+            way = {"target": self.method.target, "scale_by": self.method.scale_by}
+            found["drawn"] = way | drawn(before, after)
+        return found
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
@@ -152,12 +167,18 @@ class PSGDAttachment(Attachment):
     def _distance(self, name: str, weight: Tensor) -> Tensor:
         if self.method.target == "zero":
             return weight.abs()
+        return distance(weight, self._largest(name, weight), self.aims[name])
+
+    def _laid(self, name: str, weight: Tensor, largest: Tensor) -> Laid:
+        return around_zero(weight) if self.method.target == "zero" else on_grid(weight, largest, self.aims[name])
+
+    def _largest(self, name: str, weight: Tensor) -> Tensor:
         tracker = _tracker(self.drawn[name])
-        if tracker is not None:
-            largest = tracker.largest
-        else:
-            largest = channel_maxima(weight) if self.method.per_channel else weight.abs().max()
-        return distance(weight, largest, self.aims[name])
+        return self._exact(weight) if tracker is None else tracker.largest
+
+    def _exact(self, weight: Tensor) -> Tensor:
+        """Of the weights that are; also where a running mean begins."""
+        return channel_maxima(weight) if self.method.per_channel else weight.abs().max()
 
 
 def _mean(distances: dict[str, Tensor]) -> Tensor:

@@ -4,53 +4,78 @@ Jacob et al., "Quantization and Training of Neural Networks for Efficient Intege
 2018; Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018 (arXiv 1806.08342).
 
     weights       (C_out, ...)    w_hat = s_c * clip(round(w / s_c), -(2^(b-1) - 1), 2^(b-1) - 1), one s for each c
+    affine                        w_hat = s_c * (clip(round(w / s_c) + z_c, -2^(b-1), 2^(b-1) - 1) - z_c)
     activations   (N, ...)        x_hat = s * (clip(round(x / s) + z, 0, 2^b - 1) - z), one s and z for the tensor
 
 The papers differ on symmetric activations; here they are unsigned with a zero point, since ONNX Runtime fuses half of
 a residual network only then. BatchNorm stays alive: folding it multiplies a channel's scale and leaves its integers
 as they are (a negative gamma flips their sign), so export folds exactly. The paper's grid keeps -128; without it a
-flipped sign stays on the grid.
+flipped sign stays on the grid. First and last layer have 8 bits, their inputs too, as in every later paper.
 
-On a processor that adds 8-bit products in 16 bits (AVX2 without VNNI) weights of a channel are kept from saturating:
-see `core/ranges.py`.
+Around it, as options: cross-layer equalisation and bias correction (Nagel et al., ICCV 2019: `graph/equalization.py`,
+`graph/bias_correction.py`), and `max_drop`, which leaves the layers in float that cost too much. On a processor that
+adds 8-bit products in 16 bits (AVX2 without VNNI) weights of a channel are kept from saturating: `core/ranges.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, ClassVar, Literal
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import fx, nn
 
-from tersor.core.affine import Grid, affine_parameters
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
-from tersor.core.ranges import Histogram
+from tersor.core.ranges import Range, WeightRange
 from tersor.core.target import Target
+from tersor.graph.bias_correction import batch_of, correct, moments
+from tersor.graph.calibration import calibrate, first_images
 from tersor.graph.capture import capture
-from tersor.graph.quantizers import Quantizers, calibrate, lay
-
-Range = Literal["minmax", "percentile", "mse"]
+from tersor.graph.equalization import equalize
+from tersor.graph.quantizers import Precision, Quantizers, lay, notes
+from tersor.graph.tolerance import Kept, keep_in_float
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class PTQ:
     """Post-training quantization to integer grids; no training, no labels."""
 
-    example: ClassVar[dict[str, Any]] = {"bits": 4, "weight_range": "mse", "activation_range": "mse"}
+    example: ClassVar[dict[str, Any]] = {
+        "bits": 4,
+        "weight_range": "mse",
+        "activation_range": "mse",
+        "equalize": True,
+        "spread_correction": True,
+    }
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
     bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 8
     activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8
-    weight_range: Annotated[Literal["minmax", "mse"], Field(description="how a channel's range is set")] = "minmax"
-    activation_range: Annotated[Range, Field(description="how a tensor's range is set")] = "minmax"
+    ends_bits: Annotated[int, Field(ge=2, le=8, description="of the first and last layer, and what enters them")] = 8
+    per_channel: Annotated[bool, Field(description="a grid for each output channel of a weight, or one")] = True
+    symmetric: Annotated[
+        bool, Field(description="weights on a grid around zero; else those of fewer than 8 bits get a zero point")
+    ] = True
+    weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "minmax"
+    activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "minmax"
     percentile: Annotated[
         float,
-        Field(gt=50, le=100, description="of `activation_range: percentile`: percent of the values kept"),
+        Field(gt=50, le=100, description="of a range of that name: percent of the values kept"),
     ] = 99.99
+    equalize: Annotated[bool, Field(description="cross-layer equalisation before anything is rounded")] = False
+    bias_correction: Annotated[bool, Field(description="what rounding adds to channels' means is taken away")] = False
+    spread_correction: Annotated[
+        bool, Field(description="the same, and what it does to their spread, where a BatchNorm can take it over")
+    ] = False
+    max_drop: Annotated[
+        float | None,
+        Field(ge=0, description="points of accuracy; layers that cost more stay in float. All are rounded if left"),
+    ] = None
     calibration_images: Annotated[int, Field(ge=1, description="images looked at, without labels")] = 512
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
 
@@ -73,50 +98,83 @@ class PTQ:
                 "ptq needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
             )
         target = target or Target()
-        quantizers = lay(
-            capture(model),
-            bits=self.bits,
-            activation_bits=self.activation_bits,
-            exclude=self.exclude,
-            target=target,
-            method="ptq",
-        )
-        return PTQAttachment(self, quantizers, data, target)
+        graph = capture(model)
+        bare = None if self.max_drop is None else fx.GraphModule(graph, copy.deepcopy(graph.graph))
+        precision = Precision(self.bits, self.activation_bits, self.ends_bits, self.per_channel, self.symmetric)
+        quantizers = lay(graph, precision, exclude=self.exclude, target=target, method="ptq")
+        return PTQAttachment(self, quantizers, data, target, bare)
 
 
 class PTQAttachment(Attachment):
     """Quantizers laid on a captured network; `begin` sets their ranges."""
 
-    def __init__(self, method: PTQ, quantizers: Quantizers, data: Iterable[Any], target: Target) -> None:
-        super().__init__(quantizers.graph)
+    def __init__(
+        self,
+        method: PTQ,
+        quantizers: Quantizers,
+        data: Iterable[Any],
+        target: Target,
+        bare: fx.GraphModule | None,
+    ) -> None:
+        super().__init__(quantizers.graph, notes=notes(quantizers, target))
         self.method = method
         self.quantizers = quantizers
         self.data = data
         self.target = target
+        self._bare = bare
+        self._kept: Kept | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """With `max_drop`: the layers that were `left_in_float`, and the `drop` that is left."""
+        return {} if self._kept is None else {"left_in_float": list(self._kept.layers), "drop": self._kept.drop}
 
     def begin(self) -> Iterator[Progress]:
         """Calibrates: one or two passes over the images, then every range is set. Does nothing a second time.
 
         Raises:
-            InputError: the data holds no image, or cannot be read twice where two passes are needed.
+            InputError: the data holds no image, or cannot be read again where a range, bias correction or
+                `max_drop` needs that.
         """
-        if self.quantizers.ready:
+        method, graph = self.method, self.model
+        assert isinstance(graph, fx.GraphModule)
+        if self.quantizers.ready or self._kept is not None:
             return
-        passes = 1 if self.method.activation_range == "minmax" else 2
-        histograms = yield from calibrate(
-            self.quantizers, self.data, images=self.method.calibration_images, passes=passes, method="ptq"
-        )
-        for name in self.quantizers.activations:
-            quantizer = self.quantizers.of_activation(name)
-            quantizer.set_grid(*affine_parameters(*self._range(histograms[name], quantizer.grid), quantizer.grid))
+        if method.equalize:
+            equalize(graph)
+        passes = 1 if method.activation_range == "minmax" else 2
+        images = method.calibration_images
+        histograms = yield from calibrate(self.quantizers, self.data, images=images, passes=passes, method="ptq")
+        settle = self._correction() if method.bias_correction or method.spread_correction else _nothing
+        self.quantizers.set_activation_grids(histograms, method.activation_range, method.percentile)
         for name in self.quantizers.layers:
-            self.quantizers.set_weight_grid(name, self.target, self.method.weight_range)
+            self.quantizers.set_weight_grid(name, self.target, method.weight_range, method.percentile)
+        settle()
+        if self._bare is not None and method.max_drop is not None:
+            self._kept = yield from keep_in_float(
+                self.quantizers,
+                self._bare,
+                self.data,
+                max_drop=method.max_drop,
+                target=self.target,
+                method="ptq",
+                settle=settle,
+            )
+            self.notes += _said(self._kept)
 
-    def _range(self, histogram: Histogram, grid: Grid) -> tuple[Tensor, Tensor]:
-        match self.method.activation_range:
-            case "minmax":
-                return histogram.low, histogram.high
-            case "percentile":
-                return histogram.percentile(self.method.percentile)
-            case "mse":
-                return histogram.least_squares(grid)
+    def _correction(self) -> Callable[[], None]:
+        """Corrects biases for what rounds whenever it is called; nothing rounds yet."""
+        graph = self.quantizers.graph
+        device = next(graph.parameters()).device
+        images = batch_of(first_images(self.data, self.method.calibration_images, device))
+        return partial(correct, graph, images, moments(graph, images), spreads=self.method.spread_correction)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _said(kept: Kept) -> tuple[str, ...]:
+    if not kept.layers:
+        return ()
+    return (f"in float, since they cost too much: {', '.join(kept.layers)}; the drop is {kept.drop:.2f} with that",)

@@ -8,13 +8,14 @@ Jacob et al., "Quantization and Training of Neural Networks for Efficient Intege
     ranges        scalars        low and high are running means of each batch's minimum and maximum
     gradient                     dL/dx = dL/dx_hat inside the range, 0 outside
 
-It starts from post-training quantization: from the grids of a `ptq` stage before, or from ranges of its own that one
-pass over a few hundred images gives. The scales of the weights follow the weights after every step. At the end
-the ranges stay as they are, and what was trained with is what is exported.
+It starts from post-training quantization: from the grids of a stage before, or from ranges of its own that one pass
+over a few hundred images gives. The scales of the weights follow the weights after every step. At the end the ranges
+stay as they are, and what was trained with is what is exported.
 
 The paper simulates the folding of BatchNorm with the batch's statistics, and leaves activations in float for the first
 steps of a training from scratch. Here BatchNorm stays alive, since it folds into the scale of a channel and leaves the
-integers as they are; and the network is trained already, so that all is rounded from the first step.
+integers as they are; and the network is trained already, so that all is rounded from the first step. With
+`freeze_norm_at: 0` it trains as if BatchNorm were folded with the statistics that it came with.
 """
 
 from __future__ import annotations
@@ -27,14 +28,13 @@ from pydantic.dataclasses import dataclass
 from torch import fx, nn
 from torch.optim import Optimizer
 
-from tersor.core.affine import Grid
 from tersor.core.attachment import Attachment, Progress
-from tersor.core.errors import InputError
+from tersor.core.freezing import Freezable, make_freezable
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.parametrization import FakeQuantize, MovingFakeQuantize
 from tersor.core.target import Target
-from tersor.graph.capture import capture
-from tersor.graph.quantizers import Quantizers, calibrate, found, lay
+from tersor.graph.calibration import calibrate
+from tersor.graph.quantizers import Quantizers, lay_or_take_over, notes
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -42,12 +42,24 @@ class QAT:
     """Training on integer grids, by the straight-through gradient."""
 
     needs_steps: ClassVar[bool] = True
-    example: ClassVar[dict[str, Any]] = {"bits": 4, "averaging": 0.3}
+    example: ClassVar[dict[str, Any]] = {"bits": 4, "averaging": 0.3, "freeze_norm_at": 0.5, "freeze_ranges_at": 0.7}
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
-    bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 8
-    activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8
+    bits: Annotated[
+        int | None, Field(ge=2, le=8, description="of a weight; 8 if left, or those of the stage before")
+    ] = None
+    activation_bits: Annotated[
+        int | None, Field(ge=2, le=8, description="of an activation; 8 if left, or those of the stage before")
+    ] = None
+    ends_bits: Annotated[int, Field(ge=2, le=8, description="of the first and last layer, and what enters them")] = 8
+    per_channel: Annotated[bool, Field(description="a grid for each output channel of a weight, or one")] = True
     averaging: Annotated[float, Field(gt=0, le=1, description="what a batch weighs in a running range")] = 0.1
+    freeze_ranges_at: Annotated[
+        float, Field(gt=0, le=1, description="fraction of the stage after which ranges of activations stay")
+    ] = 1.0
+    freeze_norm_at: Annotated[
+        float, Field(ge=0, le=1, description="fraction of the stage after which BatchNorm's statistics stay")
+    ] = 1.0
     calibration_images: Annotated[int, Field(ge=1, description="images looked at first, without labels")] = 512
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
 
@@ -60,67 +72,59 @@ class QAT:
         steps: int = 0,
         target: Target | None = None,
     ) -> Attachment:
-        """Captures the network and lays quantizers on weights and edges, or takes over those of `ptq`.
+        """Captures the network and lays quantizers on weights and edges, or takes over those that lie.
 
         Raises:
             InputError: no data, a pattern of `exclude` that matches nothing, no layer left, grids of other bits.
         """
         target = target or Target()
-        quantizers = found(model)
-        if quantizers is not None:
-            self._check_grids(quantizers)
-        elif data is None:
-            raise InputError(
-                "qat needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
-            )
-        else:
-            quantizers = lay(
-                capture(model),
-                bits=self.bits,
-                activation_bits=self.activation_bits,
-                exclude=self.exclude,
-                target=target,
-                method="qat",
-            )
+        quantizers = lay_or_take_over(
+            model,
+            bits=self.bits,
+            activation_bits=self.activation_bits,
+            ends_bits=self.ends_bits,
+            per_channel=self.per_channel,
+            exclude=self.exclude,
+            data=data,
+            target=target,
+            method="qat",
+        )
         for name in quantizers.activations:
             _let_move(quantizers.graph, name, self.averaging)
-        return QATAttachment(self, quantizers, data, target)
-
-    def _check_grids(self, quantizers: Quantizers) -> None:
-        if self.exclude:
-            raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
-        wanted = {Grid.signed(self.bits), Grid.unsigned(self.activation_bits)}
-        weights, edges = (
-            map(quantizers.of_weight, quantizers.layers),
-            map(quantizers.of_activation, quantizers.activations),
-        )
-        lying = {each.grid for each in (*weights, *edges)}
-        if not lying <= wanted:
-            bits = ", ".join(str(grid.bits) for grid in sorted(lying - wanted, key=lambda grid: grid.bits))
-            raise InputError(
-                f"the network lies on grids of {bits} bits, and qat is to train with {self.bits} and "
-                f"{self.activation_bits}. Write the same bits and activation_bits as in the stage before."
-            )
+        norms = make_freezable(quantizers.graph) if self.freeze_norm_at < 1 else ()
+        return QATAttachment(self, quantizers, norms, data, target, steps)
 
 
 class QATAttachment(Attachment):
     """Quantizers that move with what they are shown."""
 
-    def __init__(self, method: QAT, quantizers: Quantizers, data: Iterable[Any] | None, target: Target) -> None:
-        super().__init__(quantizers.graph)
+    def __init__(
+        self,
+        method: QAT,
+        quantizers: Quantizers,
+        norms: tuple[Freezable, ...],
+        data: Iterable[Any] | None,
+        target: Target,
+        steps: int,
+    ) -> None:
+        super().__init__(quantizers.graph, notes=notes(quantizers, target))
         self.method = method
         self.quantizers = quantizers
         self.data = data
         self.target = target
+        self._norms = norms
+        self._norms_stay_after = round(method.freeze_norm_at * steps)
+        self._ranges_stay_after = round(method.freeze_ranges_at * steps)
 
     def begin(self) -> Iterator[Progress]:
-        """One pass over the images for the first ranges; nothing where `ptq` has set them.
+        """One pass over the images for the first ranges; nothing where a stage before has set them.
 
         Raises:
             InputError: the data holds no image.
         """
+        self._freeze(0)
         if self.quantizers.ready:
-            for edge in self._edges():
+            for edge in filter(lambda each: each.ready, self._edges()):  # others belong to layers left in float
                 low, high = ((end - edge.zero_point) * edge.scale for end in (edge.grid.minimum, edge.grid.maximum))
                 edge.set_range(low, high)
             return
@@ -130,21 +134,29 @@ class QATAttachment(Attachment):
         )
         for edge, histogram in zip(self._edges(), histograms.values(), strict=True):
             edge.set_range(histogram.low, histogram.high)
-        self._follow_weights()
+        self._follow_weights(self.quantizers)
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """The scales of the weights follow them."""
-        self._follow_weights()
+        self._follow_weights(self.quantizers.rounding)
+        self._freeze(step + 1)
 
     def finish(self) -> None:
         """Ranges stay as they are from now on."""
-        self._follow_weights()  # a running mean of the weights may have taken their place
+        self._follow_weights(self.quantizers.rounding)  # a running mean of the weights may have taken their place
         for edge in self._edges():
             edge.moves = False
 
-    def _follow_weights(self) -> None:
-        for name in self.quantizers.layers:
-            self.quantizers.set_weight_grid(name, self.target)
+    def _freeze(self, done: int) -> None:
+        """What is to stay from now on, after so many steps."""
+        for norm in self._norms if done == self._norms_stay_after else ():
+            norm.freeze()
+        for edge in self._edges() if done == self._ranges_stay_after else ():
+            edge.moves = False
+
+    def _follow_weights(self, quantizers: Quantizers) -> None:
+        for name in quantizers.layers:
+            quantizers.set_weight_grid(name, self.target)
 
     def _edges(self) -> list[MovingFakeQuantize]:
         edges = [self.quantizers.graph.get_submodule(name) for name in self.quantizers.activations]

@@ -6,6 +6,8 @@ import copy
 
 import torch
 
+from tersor.core.affine import Grid
+from tersor.core.positions import drawn, on_grid
 from tersor.export.answers import png
 
 PIXEL = png(torch.zeros(3, 1, 1, dtype=torch.uint8))
@@ -57,10 +59,18 @@ def numbers_of(**changes):
              "latency_ms": {"1": {"median": 3.5, "p10": 3.4, "p90": 3.6, "n": 5}},
              "reconstruction": {"layer": "layer3", "errors": [0.9, 0.4], "before": [[[0.1, 0.7], [0.3, 0.2]]] * 6,
                                 "after": [[[0.1, 0.6], [0.3, 0.3]]] * 6}},
+            {"name": "draw", "methods": [{"psgd": {"bits": 4}}], "steps": 10, "minutes": 0.2, "drawn": drawn_of()},
             {"name": "quantize", "methods": ["ptq"], "steps": 0, "minutes": 0.1},
         ],
     }  # fmt: skip
     return copy.deepcopy(numbers | changes)
+
+
+def drawn_of(**changes):
+    """What psgd tells: all weights begin at a quarter of a step from their point, and half of them reach it."""
+    before = on_grid(torch.tensor([[0.25, 1.25, -2.75, -0.25]]), torch.tensor(3.0), Grid.signed(3))
+    after = on_grid(torch.tensor([[0.0, 1.0, -2.75, -0.25]]), torch.tensor(3.0), Grid.signed(3))
+    return {"target": "grid", "scale_by": "distance", **drawn({"conv": before}, {"conv": after}), **changes}
 
 
 def profile_of(*kinds: tuple[str, float]):

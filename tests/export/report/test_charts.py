@@ -38,6 +38,8 @@ def test_a_histogram_has_a_bar_for_each_level_and_cuts_that_of_the_zeros():
     assert heights[1] == round(64 * 17 / highest, 1)
     told["shown"][1] = 1000
     assert "v-64h" in histogram(told, "l")
+    uncut = re.search(r'd="(M[^"]+)" class="artifact"', histogram(told, "l", cut=False))[1]
+    assert re.findall(r"v-([\d.]+)h", uncut) == ["0.2", "64", "0.3"]
 
 
 def test_a_layer_of_zeros_alone_is_drawn():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, chromium
-from samples import evidence_of, numbers_of
+from samples import drawn_of, evidence_of, numbers_of
 
 from tersor import cli
 from tersor.core.errors import InputError
@@ -56,7 +56,8 @@ def test_the_page_holds_what_was_asked(folder):
     text = drawn(folder)
     for title in ("In figures", "What each stage gave and cost", "Latency, run by run", "Where the time goes",
                   "Layer by layer", "Weights on their grid", "Softened targets", "What it finds alike",
-                  "Where they look", "Answers that changed", "What comes back of a feature"):  # fmt: skip
+                  "Where they look", "Answers that changed", "Weights drawn to their grid",
+                  "What comes back of a feature"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text
     assert "Some CPU" in text
     assert "2 threads" in text
@@ -136,6 +137,48 @@ def test_a_reconstruction_is_shown_where_a_stage_told_of_one(folder):
     del numbers["stages"][0]["reconstruction"]
     (folder / "numbers.json").write_text(json.dumps(numbers))
     assert "What comes back" not in drawn(folder)
+
+
+def test_weights_that_were_drawn_are_shown_where_a_stage_told_of_them(folder):
+    text = drawn(folder)
+    assert "Stage draw, psgd" in text
+    assert text.count("mean distance 0.250 steps before, 0.125 after") == 6, "of all and of a layer"
+    assert "what is far moves much" in text
+    assert "0.25 to 0.30 steps away: moved: artifact 0.125" in text
+    assert "conv, 3 bits" in text
+    numbers = numbers_of()
+    numbers["stages"][1]["drawn"] = drawn_of(target="zero", scale_by="constant")
+    (folder / "numbers.json").write_text(json.dumps(numbers))
+    text = drawn(folder)
+    assert "<h2>Weights drawn to zero</h2>" in text
+    assert "This is the control" in text
+    assert "conv, 3 bits" not in text
+    del numbers["stages"][1]["drawn"]
+    (folder / "numbers.json").write_text(json.dumps(numbers))
+    assert "Weights drawn" not in drawn(folder)
+
+
+def test_levels_and_bit_operations_of_layers_with_the_same_bits(folder):
+    evidence = evidence_of()
+    evidence["layers"][0]["macs"] = 3_000_000
+    (folder / "evidence.json").write_text(
+        json.dumps(evidence | {"layers": [*evidence["layers"][:1] * 2, evidence["layers"][1]]})
+    )
+    text = drawn(folder)
+    assert "10.2 giga in the original, 0.320 in the artifact" in text, "1e7 macs at 32 x 32, 5e6 at 8 x 8"
+    row = re.search(r'<th scope="row">2 / 8</th>(.*?)</tr>', text)[1]
+    assert re.findall("<td>(.*?)</td>", row) == ["2", "12", "2<sup>2</sup> = 4", "3", "0.0960", "6.14"]
+    row = re.search(r'<th scope="row">32 / 32</th>(.*?)</tr>', text)[1]
+    assert "<td>2<sup>32</sup></td><td>–</td>" in row
+
+
+def test_the_error_of_each_layer_is_drawn_where_something_is_rounded(folder):
+    assert "<title>conv: artifact 20.0</title>" in drawn(folder)
+    evidence = evidence_of()
+    for layer in evidence["layers"]:
+        layer["error"] = None
+    (folder / "evidence.json").write_text(json.dumps(evidence))
+    assert "Error of each layer" not in drawn(folder)
 
 
 def test_the_same_evidence_gives_the_same_page(folder):

@@ -18,7 +18,7 @@ from typing import Any
 from tersor.core.errors import InputError
 from tersor.export.report.answered import answers, attention, similar, targets
 from tersor.export.report.inside import layers, time_spent, weights
-from tersor.export.report.learned import reconstructions
+from tersor.export.report.learned import drawn_weights, reconstructions
 from tersor.export.report.markup import Markup, join, tag
 from tersor.export.report.measured import figures, head, latencies, stages
 from tersor.export.report.verdict import verdict
@@ -72,7 +72,7 @@ def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
     inside = (
         [
             time_spent(numbers, evidence),
-            layers(evidence),
+            layers(numbers, evidence),
             weights(evidence),
             targets(numbers, evidence),
             similar(numbers, evidence),
@@ -87,7 +87,7 @@ def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
         title=join([f"tersor: {verdict(numbers, 'original', evidence)}"]),
         policy=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         style=Markup(style),
-        body=join([*measured, *inside, reconstructions(numbers)]),
+        body=join([*measured, *inside, drawn_weights(numbers), reconstructions(numbers)]),
     )
 
 

@@ -55,14 +55,15 @@ def columns(groups: Sequence[tuple[str, Mapping[str, float]]], label: str, heigh
     return tag("svg", *drawn, class_="columns", role="img", aria_label=label, width="100%", height=height)
 
 
-def histogram(told: Mapping[str, Any], label: str) -> Markup:
-    """Weights before rounding as an area, as they are shown as bars, both by density; the bar at 0 may be cut off."""
+def histogram(told: Mapping[str, Any], label: str, *, cut: bool = True) -> Markup:
+    """Weights before as an area, as they are shown as bars, both by density; the bar at 0 may be `cut` off."""
     low, width, shown_width = told["low"], told["width"], told["shown_width"]
     span = max(len(told["before"]) * width, len(told["shown"]) * shown_width)
     before = [count / width for count in told["before"]]
     shown = [count / shown_width for count in told["shown"]]
     zero = int(-low // shown_width)
-    highest = max([*shown[:zero], *shown[zero + 1 :], *before, 0.0]) or max(shown)
+    others = [*shown[:zero], *shown[zero + 1 :]] if cut else shown
+    highest = max([*others, *before, 0.0]) or max(shown)
     slim = 0.5 if shown_width > 2 * width else 1.0
     bars = "".join(
         f"M{_short((place + 0.5 - slim / 2) * shown_width / span * 256)} 64"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tersor.export.report.charts import bar, columns, histogram
 from tersor.export.report.markup import Markup, number, table, tag
 from tersor.export.report.measured import Numbers, against, baselines, title
+from tersor.measure import FLOAT_BITS
 
 Evidence = Mapping[str, Any]
 
@@ -79,8 +82,8 @@ def _share(part: float, whole: float) -> str:
     return "<1 %" if 100 * part < whole else f"{100 * part / whole:.0f} %"
 
 
-def layers(evidence: Evidence) -> Markup:
-    """One row for each layer."""
+def layers(numbers: Numbers, evidence: Evidence) -> Markup:
+    """One row for each layer; what its error is beside the others'; what bits give and save."""
     size, profile = next(iter(evidence["profile"].items()))
     head = [*("layer", "weight", "channels kept", "zeros", "sparsity, %", "bits w / a", "levels", "clipped, %")]
     head += ["error, %", "million mult.", f"ms, batch {size}"]
@@ -97,7 +100,55 @@ def layers(evidence: Evidence) -> Markup:
             f" that its weights use. Bits of weights and activations; 32 is float.{other}",
         ),
         table(head, rows, caption="Layers"),
+        _errors(evidence),
+        _bits(numbers, evidence),
     )
+
+
+def _errors(evidence: Evidence) -> Markup:
+    groups = [
+        (layer["name"], {} if layer["error"] is None else {"artifact": 100 * layer["error"]})
+        for layer in evidence["layers"]
+    ]
+    if not any(values for _, values in groups):
+        return Markup("")
+    label = "percent of error of each layer, from the first to the last"
+    return tag("div", tag("h3", "Error of each layer, from the first to the last"), columns(groups, label, height=64))
+
+
+def _bits(numbers: Numbers, evidence: Evidence) -> Markup:
+    """How many levels a weight may have and what multiplying costs, of all layers with the same bits together."""
+    groups: defaultdict[tuple[int, int], list[Mapping[str, Any]]] = defaultdict(list)
+    for layer in evidence["layers"]:
+        groups[layer["weight_bits"], layer["activation_bits"]].append(layer)
+    rows: list[list[str]] = []
+    for (weight, activation), members in sorted(groups.items(), reverse=True):
+        macs, used = sum(each["macs"] for each in members), [each["levels"] for each in members if each["levels"]]
+        rows.append(
+            [
+                f"{weight} / {activation}",
+                f"{len(members)}",
+                f"{sum(math.prod(each['shape']) for each in members):,}",
+                tag("td", "2", tag("sup", f"{weight}"), f" = {2**weight:,}" if used else ""),
+                f"{max(used)}" if used else "–",
+                number(macs * weight * activation / 1e9),
+                number(macs * FLOAT_BITS**2 / 1e9),
+            ]
+        )
+    giga = [number(numbers[entry]["bit_operations"] / 1e9) for entry in ("original", "artifact")]
+    head = ["bits w / a", "layers", "weights", "levels there are", "used, at most", "giga bit operations", "in float"]
+    return tag(
+        "div",
+        tag("h3", "Levels and bit operations"),
+        tag(
+            "p",
+            "A weight in float is one of 2", tag("sup", f"{FLOAT_BITS}"),
+            ", on a grid of b bits one of 2", tag("sup", "b"),
+            ". A multiplication counts as many bit operations as bits of the weight times bits of the activation: "
+            f"{giga[0]} giga in the original, {giga[1]} in the artifact.",
+        ),
+        table(head, rows, caption="Levels and bit operations"),
+    )  # fmt: skip
 
 
 def _layer_row(layer: Mapping[str, Any], profile: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,63 @@
+"""BatchNorm whose statistics can be frozen while the network trains, and which remembers that they are.
+
+In eval mode a BatchNorm normalises by its running statistics; but whoever trains calls `train()` on the whole network,
+also when a run goes on. One of these stays in eval once it is frozen, and its `state_dict` says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+Norm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+class _Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+    frozen = False
+
+    def train(self, mode: bool = True) -> _Freezable:
+        """Training mode, unless it is frozen; gamma and beta learn on either way."""
+        return super().train(mode and not self.frozen)
+
+    def freeze(self) -> None:
+        """From now on the running statistics normalise, and stay."""
+        self.frozen = True
+        self.eval()
+
+    def get_extra_state(self) -> Tensor:
+        """Whether it is frozen."""
+        return torch.tensor(self.frozen)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes back what `get_extra_state` gave."""
+        self.frozen = bool(state)
+        self.train(self.training)
+
+
+class FreezableBatchNorm1d(_Freezable, nn.BatchNorm1d):
+    """Of (N, C) or (N, C, L)."""
+
+
+class FreezableBatchNorm2d(_Freezable, nn.BatchNorm2d):
+    """Of (N, C, H, W)."""
+
+
+Freezable = FreezableBatchNorm1d | FreezableBatchNorm2d
+
+
+def freezable(norm: Norm) -> Freezable:
+    """One in the place of `norm`: the same Parameter objects, the same buffers."""
+    if isinstance(norm, Freezable):
+        return norm
+    made = (FreezableBatchNorm1d if isinstance(norm, nn.BatchNorm1d) else FreezableBatchNorm2d)(norm.num_features)
+    made.__dict__.update(vars(norm))
+    return made
+
+
+def make_freezable(model: nn.Module) -> tuple[Freezable, ...]:
+    """All BatchNorms of `model` with running statistics, each replaced by one that can be frozen."""
+    found = {name: each for name, each in model.named_modules() if isinstance(each, Norm)}
+    for name, norm in found.items():
+        if norm.running_mean is not None:
+            model.set_submodule(name, freezable(norm))
+    return tuple(each for each in model.modules() if isinstance(each, Freezable))

@@ -1,0 +1,155 @@
+"""Bias correction: what rounding adds to the mean of a layer's channels is taken away again.
+
+Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", ICCV 2019, the empirical way:
+
+    bias_c <- bias_c - (E[y'_c] - E[y_c])       y, y' (N, C, ...): of the network in float, and as it is rounded
+
+The means are over images and positions. The layers are taken one after the other, in one pass over one large batch:
+each is corrected before what it gives goes on. A BatchNorm behind a layer takes the difference into its running mean.
+A layer with neither is left as it is; the paper has a bias everywhere.
+
+Clipped weights also shrink what their layer gives, and the more so the further down. So, beyond the paper, a BatchNorm
+can take over the standard deviations too: its running variance is set so that what it gives is spread as in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersor.core.errors import InputError
+from tersor.core.freezing import Norm
+from tersor.core.selection import Layer
+from tersor.graph.capture import layer_of, sole_user
+from tersor.graph.placement import quantizable
+
+_POSITIONS = 2**20
+"""Pixels in the one batch: about 1,000 images of 32 x 32, or 20 of 224 x 224."""
+_NOTHING = 1e-6
+
+
+def batch_of(images: Iterable[Tensor]) -> Tensor:
+    """One batch of the `images` (N, C, H, W), no larger than the means need.
+
+    Raises:
+        InputError: there are none, since the data was read before.
+    """
+    taken: list[Tensor] = []
+    for some in images:
+        room = _POSITIONS // some[0, 0].numel() - sum(map(len, taken))
+        taken.append(some[: max(1, room)])
+        if room <= len(some):
+            break
+    if not taken:
+        raise InputError("bias correction reads the data again, and found no image. Pass a DataLoader or a list.")
+    return torch.cat(taken)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of each channel, (C,): mean and standard deviation; behind a BatchNorm in its own unit, less its running mean."""
+
+    mean: Tensor
+    spread: Tensor
+
+
+@torch.no_grad()
+def moments(graph: fx.GraphModule, images: Tensor) -> dict[str, Moments]:
+    """Layer -> the moments of what it gives for `images` (N, C, H, W)."""
+    norms, found = _correctable(graph), dict[str, Moments]()
+
+    def look(layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> None:
+        found[name] = _in_unit_of(_moments(output, layer, norms[name]), norms[name])
+
+    _run(graph, images, list(norms), look)
+    return found
+
+
+@torch.no_grad()
+def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Moments], *, spreads: bool = False) -> None:
+    """Takes the shift of every layer's means from its bias, or into the running mean of the BatchNorm behind it.
+
+    Once more does no harm: where other layers round now, it is as if the first time had not been.
+
+    Args:
+        graph: the network as it is rounded; in eval.
+        images: (N, C, H, W), those of `before`.
+        before: what `moments` gave when nothing was rounded.
+        spreads: whether a BatchNorm takes over what rounding does to the standard deviations too.
+    """
+    norms = _correctable(graph)
+
+    def shift(layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> Tensor | None:
+        norm, wanted = norms[name], before[name]
+        found = _moments(output, layer, norm)
+        if norm is not None:
+            _fit(norm, found, wanted, spreads=spreads)
+            return None
+        assert isinstance(layer, Layer)
+        assert layer.bias is not None
+        added = found.mean - wanted.mean
+        layer.bias.sub_(added)
+        return output - (added.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else added)
+
+    _run(graph, images, list(norms), shift)
+
+
+def _fit(norm: Norm, found: Moments, wanted: Moments, *, spreads: bool) -> None:
+    """Sets running statistics so that what comes has the moments that were wanted, in their unit."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    unit = _unit(norm)
+    if spreads:
+        alive = (wanted.spread > _NOTHING) & (found.spread > _NOTHING * unit)
+        unit = torch.where(alive, found.spread / wanted.spread.clamp(min=_NOTHING), unit)
+        norm.running_var.copy_((unit.square() - norm.eps).clamp(min=0))
+    norm.running_mean.copy_(found.mean - wanted.mean * unit)
+
+
+def _unit(norm: Norm) -> Tensor:
+    assert norm.running_var is not None
+    return (norm.running_var + norm.eps).sqrt()
+
+
+def _in_unit_of(found: Moments, norm: Norm | None) -> Moments:
+    if norm is None:
+        return found
+    assert norm.running_mean is not None
+    return Moments((found.mean - norm.running_mean) / _unit(norm), found.spread / _unit(norm))
+
+
+def _run(graph: fx.GraphModule, images: Tensor, names: list[str], hook: Callable[..., Any]) -> None:
+    hooks = [graph.get_submodule(name).register_forward_hook(partial(hook, name=name)) for name in names]
+    try:
+        graph(images)
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def _correctable(graph: fx.GraphModule) -> dict[str, Norm | None]:
+    """Layers that are called once and have a BatchNorm behind them, or a bias that is added last."""
+    known, calls = quantizable(graph), [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    found: dict[str, Norm | None] = {}
+    for node in graph.graph.nodes:
+        layer, user = layer_of(node), sole_user(node)
+        if not isinstance(layer, Layer) or calls.count(str(node.target)) > 1:
+            continue
+        norm = layer_of(user) if user is not None and calls.count(str(user.target)) == 1 else None
+        if isinstance(norm, Norm) and norm.running_mean is not None:
+            found[str(node.target)] = norm
+        elif layer.bias is not None and node.target in known:
+            found[str(node.target)] = None
+    return found
+
+
+def _moments(output: Tensor, layer: nn.Module, norm: Norm | None) -> Moments:
+    """Of each channel, (C,): a BatchNorm's lie along dimension 1, a Linear's along the last."""
+    channels = 1 if norm is not None or isinstance(layer, nn.Conv2d) else -1
+    values = output.float().movedim(channels, -1).flatten(0, -2)
+    return Moments(values.mean(0), values.std(0, correction=0))

@@ -1,0 +1,125 @@
+"""Showing a network images, to see what range every activation has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.core.attachment import Progress
+from tersor.core.errors import InputError
+from tersor.core.objective import images_of
+from tersor.core.ranges import Histogram, Range, WeightRange
+from tersor.core.target import Target
+from tersor.graph.quantizers import Quantizers
+
+
+def calibrate(
+    quantizers: Quantizers, data: Iterable[Any], *, images: int, passes: int, method: str
+) -> Generator[Progress, None, dict[str, Histogram]]:
+    """Shows the network `images` of `data`, once for the ranges of its activations, twice for how often each value is.
+
+    Args:
+        quantizers: on the network, none of which rounds yet.
+        data: batches of images, with or without labels.
+        images: how many to look at.
+        passes: 1 or 2.
+        method: how errors call who asks.
+
+    Returns:
+        A histogram for each of the activations.
+
+    Raises:
+        InputError: the data holds no image, or cannot be read again; values are not finite.
+    """
+    histograms = {name: Histogram() for name in quantizers.activations}
+    quantizers.graph.eval()
+    done = 0
+    for number, look in enumerate((Histogram.widen, Histogram.count)[:passes]):
+        before = done
+        for batch in first_images(data, images, next(quantizers.graph.parameters()).device):
+            _observe(quantizers, {name: partial(look, histogram) for name, histogram in histograms.items()}, batch)
+            done += len(batch)
+            yield Progress("calibration", done, passes * images)
+        if done == before:
+            again = " when it read it again; a DataLoader or a list can be read twice" if number else ""
+            raise InputError(f"{method} was given data without a single image{again}. Pass batches (N, C, H, W).")
+        _refuse_what_is_not_finite(histograms)
+    return histograms
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """How ranges are set, and from how many images."""
+
+    weights: WeightRange
+    activations: Range
+    percentile: float
+    images: int
+
+
+def set_ranges(
+    quantizers: Quantizers, data: Iterable[Any], ranges: Ranges, *, target: Target, method: str
+) -> Iterator[Progress]:
+    """Calibrates, and sets the grids of all activations and weights.
+
+    Raises:
+        InputError: the data holds no image, or cannot be read again; values are not finite.
+    """
+    passes = 1 if ranges.activations == "minmax" else 2
+    histograms = yield from calibrate(quantizers, data, images=ranges.images, passes=passes, method=method)
+    quantizers.set_activation_grids(histograms, ranges.activations, ranges.percentile)
+    for name in quantizers.layers:
+        quantizers.set_weight_grid(name, target, ranges.weights, ranges.percentile)
+
+
+def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iterator[Tensor]:
+    """The first `images` of `data`, batch by batch (N, C, H, W), on `device`.
+
+    Raises:
+        InputError: a batch is not of images in floating point.
+    """
+    left = images
+    for batch in data:
+        found = images_of(batch)[:left]
+        if not found.is_floating_point():
+            raise InputError(f"a batch of the data is of {found.dtype}. Pass normalised images in floating point.")
+        if len(found):
+            yield found.to(device)
+        left -= len(found)
+        if left <= 0:
+            return
+
+
+@torch.inference_mode()
+def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None]], images: Tensor) -> None:
+    """Shows every quantizer's input to its watcher; a value that movers hand on is shown once."""
+    seen: set[nn.Module] = set()
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], watch: Callable[[Tensor], None]) -> None:
+        if module not in seen:
+            seen.add(module)
+            watch(inputs[0])
+
+    hooks = [
+        quantizers.of_activation(name).register_forward_pre_hook(partial(look, watch=watch))
+        for name, watch in watchers.items()
+    ]
+    try:
+        quantizers.graph(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _refuse_what_is_not_finite(histograms: dict[str, Histogram]) -> None:
+    for name, histogram in histograms.items():
+        if not torch.isfinite(histogram.high - histogram.low):
+            raise InputError(
+                f"the calibration images give values that are not finite at {name.removeprefix('quantizers.')}. "
+                "Possible: images and weights without NaN or infinity."
+            )

@@ -1,0 +1,97 @@
+"""BRECQ: rounding is learned block by block, so that what a residual block gives stays; with `drop`, QDrop.
+
+Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", ICLR 2021 (arXiv
+2102.05426); Wei et al., "QDrop: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization", ICLR
+2022 (arXiv 2203.05740).
+
+    weights       (C_out, ...)    w_hat = s_c * (clip(floor(w / s_c) + h(v), -n, n)),  h(v) in [0, 1] learned
+    activations   (N, ...)        x_hat = s * (clip(round(x / s) + z, 0, 2^b - 1) - z),  s learned as in LSQ
+    loss          of each block   |B(x) - B_hat(x_hat)|^2 + lambda sum(1 - |2 h(v) - 1|^beta)
+
+A block is what lies between two places of the graph where one value carries everything: a residual block, or a layer in
+a row. x is its input in float, x_hat what reaches it from blocks that are rounded already: a few hundred images, no
+labels. `graph/reconstruction.py` has the formulas.
+
+With `drop: 0` the rounding is learned on activations in float, and then their steps. With a `drop` both are learned
+together, while so large a share of the activations, and of the block's input, is left in float in every iteration:
+QDrop has 0.5.
+
+BRECQ's paper weighs the error by the squared gradient of the task's loss (Fisher); its code, as released, does not by
+default, and neither does this. The papers learn for 20,000 iterations a block; here 1,000 of ten times the rate are the
+default. BatchNorm stays behind its layer, which gives every channel the same choice as folding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from tersor.core.attachment import Attachment
+from tersor.core.method import PLAIN_VALUES
+from tersor.core.ranges import Range, WeightRange
+from tersor.core.target import Target
+from tersor.graph.calibration import Ranges
+from tersor.graph.quantizers import Precision
+from tersor.graph.reconstructed import Reconstructed
+from tersor.graph.reconstruction import Reconstruction
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class BRECQ:
+    """Post-training quantization whose rounding is learned, block by block; no labels."""
+
+    example: ClassVar[dict[str, Any]] = {"bits": 3, "activation_bits": 4, "drop": 0.5, "iterations": 20}
+    exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
+
+    bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 4
+    activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8
+    ends_bits: Annotated[int, Field(ge=2, le=8, description="of the first and last layer, and what enters them")] = 8
+    per_channel: Annotated[bool, Field(description="a grid for each output channel of a weight, or one")] = True
+    weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "mse"
+    activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "mse"
+    percentile: Annotated[
+        float,
+        Field(gt=50, le=100, description="of a range of that name: percent of the values kept"),
+    ] = 99.99
+    iterations: Annotated[int, Field(ge=1, description="for each block, of a batch of 32 images")] = 1000
+    drop: Annotated[
+        float, Field(ge=0, lt=1, description="share of the activations left in float meanwhile; QDrop has 0.5")
+    ] = 0.0
+    calibration_images: Annotated[int, Field(ge=32, description="images looked at, without labels")] = 512
+    seed: Annotated[int, Field(ge=0, description="of the batches that are drawn")] = 0
+    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        data: Iterable[Any] | None = None,
+        teacher: nn.Module | None = None,
+        steps: int = 0,
+        target: Target | None = None,
+    ) -> Attachment:
+        """Captures the network and lays quantizers on weights and edges; `begin` learns how they round.
+
+        Raises:
+            InputError: no data, a pattern of `exclude` that matches nothing, no layer left, a grid already there.
+        """
+        return Reconstructed(
+            model,
+            Precision(self.bits, self.activation_bits, self.ends_bits, self.per_channel),
+            exclude=self.exclude,
+            data=data,
+            target=target,
+            ranges=Ranges(self.weight_range, self.activation_range, self.percentile, self.calibration_images),
+            how=Reconstruction(
+                whole_sections=True,
+                steps="beside" if self.drop else "after",
+                drop=self.drop,
+                iterations=self.iterations,
+                seed=self.seed,
+            ),
+            method="brecq",
+        )

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_qat import VNNI, Loader, Small, norms
+
+from tersor.core.affine import Grid
+from tersor.core.errors import InputError
+from tersor.core.learned_step import LearnedFakeQuantize
+from tersor.core.parametrization import FakeQuantize
+from tersor.core.ranges import Histogram
+from tersor.core.training import OptimizerOptions, Training
+from tersor.export.onnx import export
+from tersor.export.runtime import open_session
+from tersor.methods.lsq import LSQ, first_step
+from tersor.methods.ptq import PTQ
+from tersor.methods.qat import QAT
+from tersor.train import fit
+
+
+def attached(method=None, model=None, steps=8):
+    found = (method or LSQ(bits=4, activation_bits=4)).attach(
+        model or Small().eval(), data=Loader(), steps=steps, target=VNNI
+    )
+    list(found.begin())
+    return found
+
+
+def trained(method=None, steps=8, rate=0.05):
+    found = attached(method, steps=steps)
+    fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=rate)), steps=steps)
+    found.finish()
+    return found.model
+
+
+def test_where_steps_start():
+    model = Small().eval()
+    graph = attached(model=model).model
+    layer = graph.get_submodule("conv2")
+    (quantizer,) = layer.parametrizations.weight
+    for row, step in zip(layer.parametrizations.weight.original, quantizer.scale.tolist(), strict=True):
+        assert step == pytest.approx(2 * float(row.detach().abs().mean()) / 7**0.5, rel=1e-5)
+    images = torch.cat([batch.images for batch in Loader()])
+    histogram = Histogram()
+    histogram.widen(images)
+    histogram.count(images)
+    low, high = histogram.least_squares(Grid.unsigned(8))
+    edge = graph.get_submodule("quantizers.x")
+    assert float(edge.scale.detach()) == pytest.approx(float(high - low) / 255, rel=1e-4)
+
+
+def test_the_paper_has_one_step_for_a_layer():
+    weight = torch.randn(4, 3, 3, 3)
+    assert first_step(weight, Grid.signed(2), per_channel=False).shape == ()
+    graph = attached(LSQ(bits=2, per_channel=False)).model
+    assert graph.conv2.parametrizations.weight[0].scale.ndim == 0
+
+
+def test_steps_learn_and_are_plain_numbers_at_the_end():
+    found = attached(LSQ(bits=4, activation_bits=4, offset=True))
+    before = {
+        name: (each.scale.detach().clone(), each.zero_point.detach().clone())
+        for name, each in found.model.named_modules()
+        if isinstance(each, LearnedFakeQuantize)
+    }
+    assert len(before) >= 6
+    fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.5)), steps=8)
+    learned = {name: found.model.get_submodule(name).scale.detach().clone() for name in before}
+    shown = found.model.eval()(Loader(1, seed=3).batches[0].images)
+    found.finish()
+    assert all(not torch.equal(learned[name], scale) for name, (scale, _) in before.items())
+    for name, scale in learned.items():
+        quantizer = found.model.get_submodule(name)
+        assert type(quantizer) is FakeQuantize
+        assert torch.equal(quantizer.scale, scale)
+        assert quantizer.zero_point.dtype == torch.int32
+    assert torch.allclose(found.model(Loader(1, seed=3).batches[0].images), shown, atol=1e-5)
+    assert {type(each) for each in found.model.parameters()} == {torch.nn.Parameter}
+    assert not any(name.endswith("scale") for name, _ in found.model.named_parameters())
+
+
+def test_it_goes_on_from_the_grids_of_a_stage_before():
+    first = PTQ(bits=4, activation_bits=4, activation_range="mse").attach(Small().eval(), data=Loader(), target=VNNI)
+    list(first.begin())
+    images = Loader(1, seed=5).batches[0].images
+    before = first.model(images)
+    with pytest.raises(InputError, match=r"on grids of 4 bits, and lsq is to train with bits: 2"):
+        LSQ(bits=2).attach(first.model, steps=4, target=VNNI)
+    second = LSQ().attach(first.model, steps=4, target=VNNI)
+    assert list(second.begin()) == []
+    assert torch.allclose(second.model.eval()(images), before, atol=1e-5)
+    with pytest.raises(InputError, match=r"trained already in this stage\. Possible: qat or lsq"):
+        QAT().attach(second.model, steps=4, target=VNNI)
+
+
+def test_statistics_stay_from_the_first_step_on():
+    model = Small().eval()
+    before = [norm.running_var.clone() for norm in norms(model)]
+    found = attached(LSQ(bits=4, freeze_norm_at=0), model)
+    fit(found, Loader(), Training(), steps=4)
+    assert all(torch.equal(norm.running_var, was) for norm, was in zip(norms(found.model), before, strict=True))
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_training_lowers_the_loss_that_quantization_alone_gives(offset):
+    method = LSQ(bits=4, activation_bits=4, offset=offset)
+    before, after = (
+        sum(float(F.cross_entropy(model(batch.images), batch.labels).detach()) for batch in Loader())
+        for model in (attached(method).model.eval(), trained(method, steps=120, rate=0.1).eval())
+    )
+    assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_learned_ranges_go_into_the_file_unchanged(tmp_path, runtime):
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    graph = trained(LSQ(bits=4, activation_bits=8, offset=True), steps=20)
+    images = Loader(1, seed=9).batches[0].images
+    session = open_session(export(copy.deepcopy(graph), images, tmp_path / "model.onnx"), runtime)
+    given = torch.from_numpy(session.run(images.numpy()))
+    expected = graph.eval()(images).detach()
+    assert torch.allclose(given, expected, atol=0.05 * float(expected.std()))
+
+
+def test_without_images_it_says_what_to_pass():
+    with pytest.raises(InputError, match="lsq needs images to calibrate with"):
+        LSQ().attach(Small().eval(), steps=4)
