@@ -237,7 +237,7 @@ def test_pixels_answer_like_normalised_images(pixels, runtime, kind):
 
 @pytest.mark.parametrize("bits", [(8, 4), (2, 6)], ids=str)
 def test_fewer_bits_answer_alike_far_outside_the_calibrated_range_too(tmp_path, bits):
-    graph = quantize(Small(), images(), bits=bits[0], activation_bits=bits[1])
+    graph = quantize(Small(), images(), bits=bits[0], activation_bits=bits[1], ends_bits=bits[0])
     path = export(graph, images(), tmp_path / "m.onnx")
     for factor in (1, 10):
         expected = answers(graph, images() * factor)
@@ -262,7 +262,7 @@ def computed_by_openvino(path, x):
 @runtimes
 @pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
 def test_packed_weights_answer_as_if_they_lay_in_bytes(on_affine_grids, tmp_path, monkeypatch, runtime, affine):
-    graph, x = quantize(Small(), images(), runtime, bits=4), images().numpy()
+    graph, x = quantize(Small(), images(), runtime, bits=4, ends_bits=4), images().numpy()
     if affine:
         on_affine_grids(graph, 4, per_tensor=False)
     path = export(graph, images(), tmp_path / "packed.onnx")
