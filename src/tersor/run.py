@@ -155,6 +155,6 @@ def _told_of_disagreement(percent: float, model: nn.Module) -> str:
     if not coarse:
         return f"the artifact gives {percent:.2f} % of torch's answers: do not ship it."
     return (
-        f"the artifact gives {percent:.2f} % of torch's answers. On so few bits a difference in the last digit moves an "
-        "activation by a whole step, and the layers behind it with it: the accuracy that counts is the runtime's."
+        f"the artifact gives {percent:.2f} % of torch's answers. On so few bits a difference in the last digit moves "
+        "an activation by a whole step, and the layers behind it with it: the accuracy that counts is the runtime's."
     )
