@@ -330,7 +330,7 @@ def learned():
     found = chain([], walk.model)
     stage = recipe(optimizer={"learning_rate": 0.1}, batch_size=32).stages[0]
     batches = walk.batches(load(name="digits").train, 32, shuffle=True)
-    fit(found, batches, stage, steps=250, seed=3)
+    fit(found, batches, stage, steps=120, seed=3)
     return found.model.state_dict()
 
 
@@ -338,14 +338,18 @@ def learned():
 def test_export(name, tmp_path, learned):
     """The ONNX file gives 99 % of torch's answers."""
     kept(name, "export")
-    _, model = trained(made(name, "example"), learned)
+    walk, model = trained(made(name, "example"), learned)
+    with torch.no_grad():  # BatchNorm's statistics are those of the network before six steps have cut it
+        for batch in walk.batches(load(name="digits").train, 32, shuffle=True):
+            model.train()(batch.images)
+    model.eval()
     images = subjects.images()
     path = export(model, images, tmp_path / "model.onnx")
     answers = torch.from_numpy(predictions(open_session(path, "onnxruntime"), [images.numpy()]))
     with torch.no_grad():
         expected = model(images).argmax(1)
     assert (answers == expected).float().mean() >= 0.99
-    assert len(expected.unique()) >= 3, "a network that gives one answer agrees with anything"
+    assert len(expected.unique()) >= 5, "a network that gives one answer agrees with anything"
 
 
 @pytest.fixture(scope="module")

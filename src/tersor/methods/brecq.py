@@ -44,7 +44,7 @@ from tersor.graph.reconstruction import Reconstruction
 class BRECQ:
     """Post-training quantization whose rounding is learned, block by block; no labels."""
 
-    example: ClassVar[dict[str, Any]] = {"bits": 3, "activation_bits": 4, "drop": 0.5, "iterations": 20}
+    example: ClassVar[dict[str, Any]] = {"bits": 3, "activation_bits": 7, "drop": 0.5, "iterations": 20}
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
     bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 4

@@ -52,7 +52,7 @@ class LSQ:
     """Training on integer grids whose steps are learned."""
 
     needs_steps: ClassVar[bool] = True
-    example: ClassVar[dict[str, Any]] = {"bits": 3, "activation_bits": 5, "offset": True, "freeze_norm_at": 0.5}
+    example: ClassVar[dict[str, Any]] = {"bits": 3, "offset": True, "freeze_norm_at": 0.5}
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
     bits: Annotated[
