@@ -21,7 +21,8 @@ from tersor.data.cutting import generator, stratified
 from tersor.data.images import View
 from tersor.export.sensitivity_map import draw
 from tersor.graph.capture import capture
-from tersor.graph.quantizers import Precision, lay
+from tersor.graph.precision import Precision
+from tersor.graph.quantizers import lay
 from tersor.graph.sensitivity import Cost, sensitivity
 from tersor.prepare import prepare
 from tersor.recipe import Recipe

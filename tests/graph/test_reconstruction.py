@@ -16,7 +16,8 @@ from tersor.core.parametrization import FakeQuantize, Mask, parametrized
 from tersor.core.target import Target
 from tersor.graph.calibration import Ranges, set_ranges
 from tersor.graph.capture import capture
-from tersor.graph.quantizers import Precision, lay
+from tersor.graph.precision import Precision
+from tersor.graph.quantizers import lay
 from tersor.graph.reconstruction import Reconstruction, _error, _SoftlyRounded, _undecided, reconstruct
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "brecq.json").read_text())

@@ -7,7 +7,8 @@ from torch import nn
 
 from tersor.core.target import Target
 from tersor.graph.capture import capture
-from tersor.graph.quantizers import Precision, lay
+from tersor.graph.precision import Precision
+from tersor.graph.quantizers import lay
 from tersor.graph.sections import Section, between, layer_sections, sections
 from tersor.zoo import build
 

@@ -12,7 +12,8 @@ from tersor.core.parametrization import shown_to
 from tersor.core.ranges import weight_grid
 from tersor.core.target import Target
 from tersor.graph.capture import capture
-from tersor.graph.quantizers import Precision, lay
+from tersor.graph.precision import Precision
+from tersor.graph.quantizers import lay
 from tersor.graph.sensitivity import sensitivity
 from tersor.methods.weight_pruning import WeightPruning
 

@@ -12,6 +12,7 @@ from tersor.core.errors import InputError
 from tersor.core.learned_step import LearnedFakeQuantize
 from tersor.core.parametrization import FakeQuantize
 from tersor.core.ranges import Histogram
+from tersor.core.target import Target
 from tersor.core.training import OptimizerOptions, Training
 from tersor.export.onnx import export
 from tersor.export.runtime import open_session
@@ -129,3 +130,26 @@ def test_learned_ranges_go_into_the_file_unchanged(tmp_path, runtime):
 def test_without_images_it_says_what_to_pass():
     with pytest.raises(InputError, match="lsq needs images to calibrate with"):
         LSQ().attach(Small().eval(), steps=4)
+
+
+def test_on_a_processor_that_saturates_steps_stay_so_wide_that_two_products_fit():
+    def pairs(target):
+        found = LSQ(bits=8, freeze_norm_at=0.5).attach(Small().eval(), data=Loader(), steps=6, target=target)
+        list(found.begin())
+        for name in ("conv1", "conv2"):  # a step that learning made too small
+            found.quantizers.of_weight(name).scale.data.mul_(0.05)
+        fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=6)
+        found.finish()
+        layers = [found.model.get_submodule(name) for name in ("conv1", "conv2", "linear")]
+        sizes = [
+            (layer.weight.detach().flatten(1) / layer.parametrizations.weight[0].scale[:, None]).abs().round()
+            for layer in layers
+        ]
+        return max(float(each.topk(2).values.sum(1).max()) for each in sizes), found.notes
+
+    largest, told = pairs(Target(cpu="avx2"))
+    assert largest <= 128
+    assert "saturate" in told[0]
+    largest, told = pairs(VNNI)
+    assert largest > 128
+    assert told == ()

@@ -18,7 +18,8 @@ from tersor.export.bench import predictions
 from tersor.export.onnx import export
 from tersor.export.runtime import open_session
 from tersor.graph.capture import capture
-from tersor.graph.quantizers import Precision, lay
+from tersor.graph.precision import Precision
+from tersor.graph.quantizers import lay
 from tersor.graph.sensitivity import sensitivity
 from tersor.graph.structure import rebuild, structure
 from tersor.methods.lsq import LSQ

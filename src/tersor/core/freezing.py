@@ -61,3 +61,22 @@ def make_freezable(model: nn.Module) -> tuple[Freezable, ...]:
         if norm.running_mean is not None:
             model.set_submodule(name, freezable(norm))
     return tuple(each for each in model.modules() if isinstance(each, Freezable))
+
+
+class FrozenAt:
+    """Freezes every BatchNorm of a network after so large a fraction of a stage; never, where that is all of it.
+
+    Args:
+        model: the network; its BatchNorms are replaced by ones that can be frozen.
+        fraction: of the stage, 0 to 1.
+        steps: of the stage.
+    """
+
+    def __init__(self, model: nn.Module, fraction: float, steps: int) -> None:
+        self._norms = make_freezable(model) if fraction < 1 else ()
+        self._after = round(fraction * steps)
+
+    def done(self, steps: int) -> None:
+        """So many steps are done."""
+        for norm in self._norms if steps == self._after else ():
+            norm.freeze()

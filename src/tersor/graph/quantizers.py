@@ -19,43 +19,12 @@ from tersor.core.selection import Layer, weighted_layers, without
 from tersor.core.target import Target
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.placement import entering, place, quantizable
+from tersor.graph.precision import Precision
 
 SATURATION = (
     "the processor adds 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened where two "
     "of its weights would saturate there; write target: {cpu: vnni} for one that adds in 32 bits"
 )
-
-
-_BYTE = 8
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How finely a network is to be rounded.
-
-    Attributes:
-        bits: of a weight.
-        activation_bits: of an activation.
-        ends_bits: of the first and the last layer's weight and input.
-        per_channel: whether each output channel of a weight has a grid.
-        symmetric: whether the weights' grids lie symmetrically around zero. Those of 8 bits always do: integers less
-            their zero point would not fit into a byte, and with a zero point OpenVINO computes a layer in float.
-    """
-
-    bits: int = 8
-    activation_bits: int = 8
-    ends_bits: int = 8
-    per_channel: bool = True
-    symmetric: bool = True
-
-    def weight(self, *, end: bool) -> Grid:
-        """The grid of a weight, of the first and last layer (`end`) or of another."""
-        bits = self.ends_bits if end else self.bits
-        return Grid.signed(bits) if self.symmetric or bits == _BYTE else Grid.full(bits)
-
-    def activation(self, *, end: bool) -> Grid:
-        """The grid of what enters the first and last layer (`end`), or of another activation."""
-        return Grid.unsigned(self.ends_bits if end else self.activation_bits)
 
 
 @dataclass(frozen=True)
@@ -114,9 +83,16 @@ class Quantizers:
         scale, zero_point = weight_grid(
             weight, grid, per_channel=per_channel, weight_range=weight_range, percentile=percentile
         )
-        if target.cpu == "avx2":
-            scale = without_saturation(weight, scale, grid)
         quantizer.set_grid(scale, zero_point)
+        self.keep_from_saturating(name, target)
+
+    @torch.no_grad()
+    def keep_from_saturating(self, name: str, target: Target) -> None:
+        """Widens the scale of a layer's weight as far as the processor needs it."""
+        if target.cpu == "avx2":
+            quantizer = self.of_weight(name)
+            weight = shown_to(self.graph.get_submodule(name), quantizer)
+            quantizer.scale.copy_(without_saturation(weight, quantizer.scale, quantizer.grid))
 
     def set_activation_grids(
         self, histograms: Mapping[str, Histogram], activation_range: Range = "minmax", percentile: float = 99.99

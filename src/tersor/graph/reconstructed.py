@@ -14,7 +14,8 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.graph.calibration import Ranges, first_images, set_ranges
 from tersor.graph.capture import capture
-from tersor.graph.quantizers import Precision, lay, notes
+from tersor.graph.precision import Precision
+from tersor.graph.quantizers import lay, notes
 from tersor.graph.reconstruction import Reconstruction, reconstruct
 
 

@@ -35,7 +35,7 @@ from tersor.core.method import PLAIN_VALUES
 from tersor.core.ranges import Range, WeightRange
 from tersor.core.target import Target
 from tersor.graph.calibration import Ranges
-from tersor.graph.quantizers import Precision
+from tersor.graph.precision import ActivationBits, EndsBits, Exclude, Percentile, PerChannel, Precision, WeightBits
 from tersor.graph.reconstructed import Reconstructed
 from tersor.graph.reconstruction import Reconstruction
 
@@ -47,23 +47,20 @@ class BRECQ:
     example: ClassVar[dict[str, Any]] = {"bits": 3, "activation_bits": 7, "drop": 0.5, "iterations": 20}
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
-    bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 4
-    activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8
-    ends_bits: Annotated[int, Field(ge=2, le=8, description="of the first and last layer, and what enters them")] = 8
-    per_channel: Annotated[bool, Field(description="a grid for each output channel of a weight, or one")] = True
+    bits: WeightBits = 4
+    activation_bits: ActivationBits = 8
+    ends_bits: EndsBits = 8
+    per_channel: PerChannel = True
     weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "mse"
     activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "mse"
-    percentile: Annotated[
-        float,
-        Field(gt=50, le=100, description="of a range of that name: percent of the values kept"),
-    ] = 99.99
+    percentile: Percentile = 99.99
     iterations: Annotated[int, Field(ge=1, description="for each block, of a batch of 32 images")] = 1000
     drop: Annotated[
         float, Field(ge=0, lt=1, description="share of the activations left in float meanwhile; QDrop has 0.5")
     ] = 0.0
     calibration_images: Annotated[int, Field(ge=32, description="images looked at, without labels")] = 512
     seed: Annotated[int, Field(ge=0, description="of the batches that are drawn")] = 0
-    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
+    exclude: Exclude = ()
 
     def attach(
         self,

@@ -31,13 +31,14 @@ from torch.optim import Optimizer
 
 from tersor.core.affine import Grid
 from tersor.core.attachment import Attachment, Progress
-from tersor.core.freezing import Freezable, make_freezable
+from tersor.core.freezing import FrozenAt
 from tersor.core.learned_step import LearnedFakeQuantize
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.parametrization import FakeQuantize, shown_to
 from tersor.core.target import Target
 from tersor.graph.calibration import calibrate
-from tersor.graph.quantizers import Quantizers, lay_or_take_over
+from tersor.graph.precision import ActivationBitsThatLie, BitsThatLie, CalibrationImages, EndsBits, Exclude, PerChannel
+from tersor.graph.quantizers import Quantizers, lay_or_take_over, notes
 
 
 def first_step(weight: Tensor, grid: Grid, *, per_channel: bool = True) -> Tensor:
@@ -55,20 +56,16 @@ class LSQ:
     example: ClassVar[dict[str, Any]] = {"bits": 3, "offset": True, "freeze_norm_at": 0.5}
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
-    bits: Annotated[
-        int | None, Field(ge=2, le=8, description="of a weight; 8 if left, or those of the stage before")
-    ] = None
-    activation_bits: Annotated[
-        int | None, Field(ge=2, le=8, description="of an activation; 8 if left, or those of the stage before")
-    ] = None
-    ends_bits: Annotated[int, Field(ge=2, le=8, description="of the first and last layer, and what enters them")] = 8
-    per_channel: Annotated[bool, Field(description="a step for each output channel of a weight, or one")] = True
+    bits: BitsThatLie = None
+    activation_bits: ActivationBitsThatLie = None
+    ends_bits: EndsBits = 8
+    per_channel: PerChannel = True
     offset: Annotated[bool, Field(description="learn the activations' zero points too, as LSQ+ does")] = False
     freeze_norm_at: Annotated[
         float, Field(ge=0, le=1, description="fraction of the stage after which BatchNorm's statistics stay")
     ] = 1.0
-    calibration_images: Annotated[int, Field(ge=1, description="images looked at first, without labels")] = 512
-    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
+    calibration_images: CalibrationImages = 512
+    exclude: Exclude = ()
 
     def attach(
         self,
@@ -84,6 +81,7 @@ class LSQ:
         Raises:
             InputError: no data, a pattern of `exclude` that matches nothing, no layer left, grids of other bits.
         """
+        target = target or Target()
         quantizers = lay_or_take_over(
             model,
             bits=self.bits,
@@ -92,7 +90,7 @@ class LSQ:
             per_channel=self.per_channel,
             exclude=self.exclude,
             data=data,
-            target=target or Target(),
+            target=target,
             method="lsq",
         )
         for name in quantizers.layers:
@@ -100,8 +98,7 @@ class LSQ:
         for name in quantizers.activations:
             learned = _learned(quantizers.of_activation(name), offset=self.offset, of_images=True)
             quantizers.graph.set_submodule(name, learned)
-        norms = make_freezable(quantizers.graph) if self.freeze_norm_at < 1 else ()
-        return LSQAttachment(self, quantizers, norms, data, steps)
+        return LSQAttachment(self, quantizers, data, target, steps)
 
 
 class LSQAttachment(Attachment):
@@ -111,16 +108,16 @@ class LSQAttachment(Attachment):
         self,
         method: LSQ,
         quantizers: Quantizers,
-        norms: tuple[Freezable, ...],
         data: Iterable[Any] | None,
+        target: Target,
         steps: int,
     ) -> None:
-        super().__init__(quantizers.graph)
+        super().__init__(quantizers.graph, notes=notes(quantizers, target))
         self.method = method
         self.quantizers = quantizers
         self.data = data
-        self._norms = norms
-        self._norms_stay_after = round(method.freeze_norm_at * steps)
+        self.target = target
+        self._norms = FrozenAt(quantizers.graph, method.freeze_norm_at, steps)
 
     def begin(self) -> Iterator[Progress]:
         """Two passes over the images for the activations' first ranges; nothing where a stage before has set them.
@@ -128,7 +125,7 @@ class LSQAttachment(Attachment):
         Raises:
             InputError: the data holds no image, or cannot be read twice.
         """
-        self._freeze_norms(0)
+        self._norms.done(0)
         if self.quantizers.ready:
             return
         assert self.data is not None
@@ -140,12 +137,15 @@ class LSQAttachment(Attachment):
             quantizer = self.quantizers.of_weight(name)
             weight = shown_to(self.quantizers.graph.get_submodule(name), quantizer)
             quantizer.set_grid(first_step(weight, quantizer.grid, per_channel=bool(quantizer.scale.ndim)))
+            self.quantizers.keep_from_saturating(name, self.target)
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Steps stay above zero, zero points follow their offsets."""
         for each in self._learning():
             each.follow()
-        self._freeze_norms(step + 1)
+        for name in self.quantizers.layers:
+            self.quantizers.keep_from_saturating(name, self.target)
+        self._norms.done(step + 1)
 
     def finish(self) -> None:
         """The steps become plain numbers."""
@@ -156,10 +156,6 @@ class LSQAttachment(Attachment):
 
     def _learning(self) -> Iterator[LearnedFakeQuantize]:
         return (cast("LearnedFakeQuantize", each) for each in self.quantizers.all())
-
-    def _freeze_norms(self, done: int) -> None:
-        for norm in self._norms if done == self._norms_stay_after else ():
-            norm.freeze()
 
 
 def _learned(still: FakeQuantize, *, offset: bool = False, of_images: bool = False) -> LearnedFakeQuantize:

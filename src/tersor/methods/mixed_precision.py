@@ -40,7 +40,8 @@ from tersor.core.selection import weighted_layers
 from tersor.core.target import Target
 from tersor.graph.calibration import Ranges, first_images, set_ranges
 from tersor.graph.capture import capture
-from tersor.graph.quantizers import Precision, Quantizers, ends, lay, notes
+from tersor.graph.precision import CalibrationImages, Exclude, Percentile, PerChannel, Precision
+from tersor.graph.quantizers import Quantizers, ends, lay, notes
 from tersor.graph.sensitivity import sensitivity
 
 _CELLS = 2**18
@@ -109,15 +110,12 @@ class MixedPrecision:
         int | None,
         Field(ge=2, le=8, description="of the first and last layer, and what enters them; like the others if left"),
     ] = None
-    per_channel: Annotated[bool, Field(description="a grid for each output channel of a weight, or one")] = True
+    per_channel: PerChannel = True
     weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "mse"
     activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "minmax"
-    percentile: Annotated[
-        float,
-        Field(gt=50, le=100, description="of a range of that name: percent of the values kept"),
-    ] = 99.99
-    calibration_images: Annotated[int, Field(ge=1, description="images looked at, without labels")] = 512
-    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
+    percentile: Percentile = 99.99
+    calibration_images: CalibrationImages = 512
+    exclude: Exclude = ()
 
     def attach(
         self,

@@ -37,7 +37,17 @@ from tersor.graph.bias_correction import batch_of, correct, moments
 from tersor.graph.calibration import calibrate, first_images
 from tersor.graph.capture import capture
 from tersor.graph.equalization import equalize
-from tersor.graph.quantizers import Precision, Quantizers, lay, notes
+from tersor.graph.precision import (
+    ActivationBits,
+    CalibrationImages,
+    EndsBits,
+    Exclude,
+    Percentile,
+    PerChannel,
+    Precision,
+    WeightBits,
+)
+from tersor.graph.quantizers import Quantizers, lay, notes
 from tersor.graph.tolerance import Kept, keep_in_float
 
 
@@ -54,19 +64,16 @@ class PTQ:
     }
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
-    bits: Annotated[int, Field(ge=2, le=8, description="of a weight")] = 8
-    activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation")] = 8
-    ends_bits: Annotated[int, Field(ge=2, le=8, description="of the first and last layer, and what enters them")] = 8
-    per_channel: Annotated[bool, Field(description="a grid for each output channel of a weight, or one")] = True
+    bits: WeightBits = 8
+    activation_bits: ActivationBits = 8
+    ends_bits: EndsBits = 8
+    per_channel: PerChannel = True
     symmetric: Annotated[
         bool, Field(description="weights on a grid around zero; else those of fewer than 8 bits get a zero point")
     ] = True
     weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "minmax"
     activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "minmax"
-    percentile: Annotated[
-        float,
-        Field(gt=50, le=100, description="of a range of that name: percent of the values kept"),
-    ] = 99.99
+    percentile: Percentile = 99.99
     equalize: Annotated[bool, Field(description="cross-layer equalisation before anything is rounded")] = False
     bias_correction: Annotated[bool, Field(description="what rounding adds to channels' means is taken away")] = False
     spread_correction: Annotated[
@@ -76,8 +83,8 @@ class PTQ:
         float | None,
         Field(ge=0, description="points of accuracy; layers that cost more stay in float. All are rounded if left"),
     ] = None
-    calibration_images: Annotated[int, Field(ge=1, description="images looked at, without labels")] = 512
-    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
+    calibration_images: CalibrationImages = 512
+    exclude: Exclude = ()
 
     def attach(
         self,

@@ -29,11 +29,12 @@ from torch import fx, nn
 from torch.optim import Optimizer
 
 from tersor.core.attachment import Attachment, Progress
-from tersor.core.freezing import Freezable, make_freezable
+from tersor.core.freezing import FrozenAt
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.parametrization import FakeQuantize, MovingFakeQuantize
 from tersor.core.target import Target
 from tersor.graph.calibration import calibrate
+from tersor.graph.precision import ActivationBitsThatLie, BitsThatLie, CalibrationImages, EndsBits, Exclude, PerChannel
 from tersor.graph.quantizers import Quantizers, lay_or_take_over, notes
 
 
@@ -45,14 +46,10 @@ class QAT:
     example: ClassVar[dict[str, Any]] = {"bits": 4, "averaging": 0.3, "freeze_norm_at": 0.5, "freeze_ranges_at": 0.7}
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
-    bits: Annotated[
-        int | None, Field(ge=2, le=8, description="of a weight; 8 if left, or those of the stage before")
-    ] = None
-    activation_bits: Annotated[
-        int | None, Field(ge=2, le=8, description="of an activation; 8 if left, or those of the stage before")
-    ] = None
-    ends_bits: Annotated[int, Field(ge=2, le=8, description="of the first and last layer, and what enters them")] = 8
-    per_channel: Annotated[bool, Field(description="a grid for each output channel of a weight, or one")] = True
+    bits: BitsThatLie = None
+    activation_bits: ActivationBitsThatLie = None
+    ends_bits: EndsBits = 8
+    per_channel: PerChannel = True
     averaging: Annotated[float, Field(gt=0, le=1, description="what a batch weighs in a running range")] = 0.1
     freeze_ranges_at: Annotated[
         float, Field(gt=0, le=1, description="fraction of the stage after which ranges of activations stay")
@@ -60,8 +57,8 @@ class QAT:
     freeze_norm_at: Annotated[
         float, Field(ge=0, le=1, description="fraction of the stage after which BatchNorm's statistics stay")
     ] = 1.0
-    calibration_images: Annotated[int, Field(ge=1, description="images looked at first, without labels")] = 512
-    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")] = ()
+    calibration_images: CalibrationImages = 512
+    exclude: Exclude = ()
 
     def attach(
         self,
@@ -91,8 +88,7 @@ class QAT:
         )
         for name in quantizers.activations:
             _let_move(quantizers.graph, name, self.averaging)
-        norms = make_freezable(quantizers.graph) if self.freeze_norm_at < 1 else ()
-        return QATAttachment(self, quantizers, norms, data, target, steps)
+        return QATAttachment(self, quantizers, data, target, steps)
 
 
 class QATAttachment(Attachment):
@@ -102,7 +98,6 @@ class QATAttachment(Attachment):
         self,
         method: QAT,
         quantizers: Quantizers,
-        norms: tuple[Freezable, ...],
         data: Iterable[Any] | None,
         target: Target,
         steps: int,
@@ -112,8 +107,7 @@ class QATAttachment(Attachment):
         self.quantizers = quantizers
         self.data = data
         self.target = target
-        self._norms = norms
-        self._norms_stay_after = round(method.freeze_norm_at * steps)
+        self._norms = FrozenAt(quantizers.graph, method.freeze_norm_at, steps)
         self._ranges_stay_after = round(method.freeze_ranges_at * steps)
 
     def begin(self) -> Iterator[Progress]:
@@ -149,8 +143,7 @@ class QATAttachment(Attachment):
 
     def _freeze(self, done: int) -> None:
         """What is to stay from now on, after so many steps."""
-        for norm in self._norms if done == self._norms_stay_after else ():
-            norm.freeze()
+        self._norms.done(done)
         for edge in self._edges() if done == self._ranges_stay_after else ():
             edge.moves = False
 
