@@ -44,7 +44,7 @@ def test_latency_times_every_contender_at_every_size(tiny):
             spread = timings.spread(name, batch_size)
             assert spread.n == 12
             assert 0 < spread.p10 <= spread.median <= spread.p90
-    assert 0.5 < timings.paired_ratio("one", "two", 1).median < 2
+    assert 0.2 < timings.paired_ratio("one", "two", 1).median < 5  # of microseconds, beside other tests
 
 
 def test_every_round_runs_everyone_and_the_order_changes(monkeypatch, tiny):
