@@ -1,12 +1,15 @@
-"""What others make of the same FP32 ONNX file and the same images: ONNX Runtime's quantizer, and NNCF's.
+"""What others make of the same network and the same images.
 
-Both run with what their documentation recommends for a CPU: ONNX Runtime after its own preprocessing, with Q/DQ, a
-scale for each channel, uint8 activations and int8 weights; NNCF on the network as OpenVINO reads it. What is not named
-here is their default.
+ONNX Runtime's quantizer and NNCF's take the FP32 ONNX file, with what their documentation recommends for a CPU: ONNX
+Runtime after its own preprocessing, with Q/DQ, a scale for each channel, uint8 activations and int8 weights; NNCF on
+the network as OpenVINO reads it. Of fewer bits than 8, torchao and Brevitas show in torch what no runtime computes.
+What is not named here is their default.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import os
 import tempfile
@@ -15,7 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tersor.zoo.cifar import CifarResNet
 
 os.environ.setdefault("NNCF_CI", "1")  # before its import: no telemetry
 
@@ -76,3 +83,93 @@ def nncf_post_training(float32: Path, images: Tensor, path: Path) -> float:
     dataset = nncf.Dataset(list(images.numpy()[:, None]))
     openvino.save_model(nncf.quantize(network, dataset, subset_size=len(images)), path)
     return time.perf_counter() - start
+
+
+def torchao_post_training(network: nn.Module, images: Tensor, bits: int, activation_bits: int) -> nn.Module:
+    """What PT2E makes of a network with torchao's quantizer for x86; first and last layer in 8 bits.
+
+    Its quantizer knows 8 bits only: of fewer, the limits of the integers are changed, and nothing else.
+
+    Args:
+        network: a CIFAR ResNet.
+        images: to calibrate with, (N, C, H, W), normalised.
+        bits: of the weights.
+        activation_bits: of the activations.
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    eight: Any = x86.get_default_x86_inductor_quantization_config()
+    weight = dataclasses.replace(eight.weight, quant_min=-(2 ** (bits - 1)), quant_max=2 ** (bits - 1) - 1)
+    activation = dataclasses.replace(eight.input_activation, quant_min=0, quant_max=2**activation_bits - 1)
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(dataclasses.replace(eight, weight=weight, input_activation=activation))
+    for name in ("conv1", "linear"):
+        quantizer.set_module_name_qconfig(name, eight)
+    any_size = {0: torch.export.Dim("batch", min=2)}
+    prepared = prepare_pt2e(
+        torch.export.export(network, (images[:50],), dynamic_shapes=(any_size,)).module(), quantizer
+    )
+    with torch.no_grad():
+        for batch in images.split(50):
+            prepared(batch)
+    return convert_pt2e(prepared)
+
+
+class _Pooled(CifarResNet):
+    """The same network, whose last mean Brevitas can rewrite: it stumbles over `x.mean(dim=(2, 3))`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> logits (N, num_classes)."""
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def brevitas_post_training(
+    network: nn.Module, images: Tensor, bits: int, activation_bits: int, *, gptq: bool
+) -> nn.Module:
+    """What Brevitas makes of a ResNet-20: its ImageNet example, step by step; first and last layer in 8 bits.
+
+    BatchNorm folded, 20 rounds of equalisation, weights for each channel by squared error, activations at the input of
+    each layer (not of sums), GPTQ if asked for, bias correction.
+
+    Args:
+        network: the ResNet-20.
+        images: to calibrate with, (N, C, H, W), normalised.
+        bits: of the weights.
+        activation_bits: of the activations.
+        gptq: whether roundings make up for each other.
+    """
+    from brevitas.graph.quantize import preprocess_for_quantize
+    from brevitas_examples.imagenet_classification.ptq import ptq_common
+
+    pooled = _Pooled(20)
+    pooled.load_state_dict(network.state_dict())
+    folded: Any = preprocess_for_quantize(pooled.eval(), equalize_iters=20, equalize_merge_bias=True, merge_bn=True)
+
+    def laid(model: Any, bits: int, activation_bits: int) -> Any:
+        return ptq_common.quantize_model(
+            model,
+            backend="layerwise",
+            weight_bit_width=bits,
+            act_bit_width=activation_bits,
+            bias_bit_width=32,
+            weight_quant_granularity="per_channel",
+            act_quant_percentile=99.999,
+            act_quant_type="sym",
+            scale_factor_type="float_scale",
+            quant_format="int",
+            weight_param_method="mse",
+        )
+
+    eight = laid(copy.deepcopy(folded), 8, 8)
+    model = laid(folded, bits, activation_bits).eval()
+    model.linear = eight.linear  # its example knows the last layer by ImageNet's 1,000 classes
+    batches = [(batch, None) for batch in images.split(50)]
+    with torch.no_grad():
+        model(images[:50])  # sets scales
+    ptq_common.calibrate(batches, model)
+    if gptq:
+        ptq_common.apply_gptq(batches, model, act_order=True)
+    ptq_common.apply_bias_correction(batches, model)
+    return model

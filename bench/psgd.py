@@ -1,9 +1,12 @@
 """PSGD: weights that a grid finds where they are. A trained ResNet-20 trains on by SGD, and by PSGD for a grid.
 
-10 epochs on all training images, equal steps and schedule for every row. Afterwards the weights are rounded on the
+5 epochs on all training images, equal steps and schedule for every row. Afterwards the weights are rounded on the
 fly, with one grid for a layer and its largest weight at the end, and nothing after: no calibration, no rounding that is
 learned. Activations stay in float. `constant` is the control: gradients as much larger, whatever the position. The mean
 scale is the best of three on the validation images at 4 bits, with one seed; the test set only reports.
+
+Beside it: `adaround` laid on what SGD and PSGD have trained, with one grid for a layer and activations of 8 bits; and
+PSGD towards zero, of whose weights nine tenths then go at once, by one threshold and without fine-tuning.
 """
 
 from __future__ import annotations
@@ -25,16 +28,20 @@ import rows
 from images import MEAN, SHARED, STD, cifar, folder
 from tersor.checkpoint import Checkpoints
 from tersor.core.affine import Grid, to_integers
+from tersor.core.method import Method
 from tersor.core.ranges import weight_grid
 from tersor.core.selection import weighted_layers
+from tersor.core.target import Target
 from tersor.core.watch import Unwatched
 from tersor.data import Batches, Images
 from tersor.measure import accuracy
+from tersor.methods.adaround import AdaRound
+from tersor.methods.weight_pruning import WeightPruning
 from tersor.prepare import prepare
 from tersor.recipe import Recipe
 
 RESULT = "psgd"
-SEEDS, EPOCHS, RATE = (0, 1, 2), 10, 0.01
+SEEDS, EPOCHS, RATE = (0, 1, 2), 5, 0.01
 WIDTHS = (8, 6, 4, 3, 2)
 SCALES = (1.0, 2.0, 4.0)
 CHOSEN_AT = 4
@@ -53,6 +60,24 @@ def rounded(model: nn.Module, bits: int) -> nn.Module:
         scale, zero_point = weight_grid(layer.weight, grid, per_channel=False)
         layer.weight.copy_(to_integers(layer.weight, scale, zero_point, grid) * scale)
     return copied
+
+
+def laid(model: nn.Module, method: Method) -> nn.Module:
+    """A copy with a method that needs no training."""
+    images = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=0)
+    attached = method.attach(copy.deepcopy(model), data=images, target=Target(cpu="vnni"))
+    for _ in attached.begin():
+        pass
+    return attached.model
+
+
+AFTERWARDS: dict[str, Method] = {
+    "adaround at 4": AdaRound(bits=4, per_channel=False),
+    "adaround at 3": AdaRound(bits=3, per_channel=False),
+    "90 % pruned": WeightPruning(sparsity=0.9, scope="global"),
+}
+LAID = {"sgd": [*AFTERWARDS], "psgd, 4 bits": ["adaround at 4", "adaround at 3"], "psgd, zero": ["90 % pruned"]}
+"""What is laid on whose weights, with the first seed."""
 
 
 @cache
@@ -79,9 +104,9 @@ def trained(methods: list[Numbers], seed: int) -> tuple[nn.Module, Numbers]:
     return walk.model, told
 
 
-def drawn(bits: int, scale: float, scale_by: str = "distance") -> list[Numbers]:
-    """PSGD for a grid of so many bits, or its control."""
-    return [{"psgd": {"bits": bits, "per_channel": False, "mean_scale": scale, "scale_by": scale_by}}]
+def drawn(bits: int, scale: float, **other: str) -> list[Numbers]:
+    """PSGD for a grid of so many bits, or its control, or towards zero."""
+    return [{"psgd": {"bits": bits, "per_channel": False, "mean_scale": scale, **other}}]
 
 
 def measured(model: nn.Module, told: Numbers) -> Numbers:
@@ -96,6 +121,12 @@ def measured(model: nn.Module, told: Numbers) -> Numbers:
         found[f"zeros at {bits}"] = sum(int((shown == 0).sum()) for _, shown in pairs) / total
         found[f"error at {bits}"] = sum(float((was - shown).abs().sum()) for was, shown in pairs) / total
     return {**found, "spread": rows.spread([found["4 bits"]])}
+
+
+def laid_afterwards(name: str, model: nn.Module, seed: int) -> Numbers:
+    """Accuracy with what is laid on the weights of this contender."""
+    wanted = LAID.get(name, []) if seed == SEEDS[0] else []
+    return {each: accuracy(laid(model, AFTERWARDS[each]), _batches("test")) for each in wanted}
 
 
 def chosen_scale() -> float:
@@ -119,7 +150,8 @@ def contenders(scale: float) -> dict[str, tuple[list[Numbers], tuple[int, ...]]]
     return {
         "sgd": ([], SEEDS),
         "psgd, 4 bits": (drawn(4, scale), SEEDS),
-        "constant, 4 bits": (drawn(4, scale, "constant"), SEEDS),
+        "constant, 4 bits": (drawn(4, scale, scale_by="constant"), SEEDS),
+        "psgd, zero": (drawn(4, scale, target="zero"), SEEDS[:1]),
         **{f"psgd, {bits} bits": (drawn(bits, scale), SEEDS[:1]) for bits in WIDTHS if bits != CHOSEN_AT},
     }
 
@@ -134,6 +166,11 @@ def show() -> None:
         zeros = 100 * statistics.mean(row["zeros at 4"] for row in mine)
         table.add_row(name, *(f"{mean:.2f}" for mean in means), f"{zeros:.1f} %", str(len(mine)))
     Console(width=120).print(table)
+    table = Table("trained by", *AFTERWARDS, title="and then")
+    for row in found:
+        if row["contender"] in LAID and row["seed"] == SEEDS[0]:
+            table.add_row(row["contender"], *(f"{row[name]:.2f}" if name in row else "" for name in AFTERWARDS))
+    Console(width=120).print(table)
 
 
 def main() -> None:
@@ -147,7 +184,8 @@ def main() -> None:
                 for seed in seeds:
                     identity = {"kind": "accuracy", "contender": name, "seed": seed, "epochs": EPOCHS}
                     if not rows.known(RESULT, identity, anywhere=True):
-                        found = measured(*trained(methods, seed))
+                        model, told = trained(methods, seed)
+                        found = measured(model, told) | laid_afterwards(name, model, seed)
                         rows.add(RESULT, identity, {**found, "mean_scale": scale}, [seed])
                         print(f"{name}, seed {seed}: {found['float']:.2f}, at 4 bits {found['4 bits']:.2f}", flush=True)
     show()

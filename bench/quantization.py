@@ -1,11 +1,13 @@
 """Fewer bits, rung by rung: what each way to quantize a trained ResNet-20 keeps of its accuracy.
 
-    ladder     post-training quantization, from min-max to QDrop, at few bits: three draws of 512 calibration images
+    ladder     post-training quantization, from min-max to QDrop, at few bits: three draws of 512 calibration images;
+               beside it torchao (PT2E) and Brevitas, from the same images
     trained    6 epochs on the grids: qat and lsq, beside ptq, at equal bits; and from scratch
     packed     a ResNet-56 with weights of 4 bits beside one of 8: bytes, and latency in both runtimes
 
-Accuracy is on the test set, after the last step, computed in torch, where a quantizer rounds as the runtimes do. What
-a row does not ask for is the method's default; defaults were chosen on validation images, never here.
+Accuracy is on the test set, after the last step, computed in torch, and of what tersor makes also in ONNX Runtime from
+the exported file. What a row does not ask for is the method's default; defaults were chosen on validation images, never
+here.
 """
 
 from __future__ import annotations
@@ -15,23 +17,25 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
+import peers
 import rows
 import tables
-from images import MEAN, SHARED, STD, TRAINED, cifar, folder
+from images import MEAN, SHARED, STD, TRAINED, cifar, folder, normalised
 from tersor.checkpoint import Checkpoints
 from tersor.core.method import Method
 from tersor.core.target import Target
 from tersor.core.watch import Unwatched
 from tersor.data import Batches
-from tersor.export.bench import latency, size_bytes
+from tersor.export.bench import latency, predictions, size_bytes
 from tersor.export.onnx import export
 from tersor.export.runtime import open_session
 from tersor.measure import accuracy
@@ -77,9 +81,31 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
+PEERS: dict[str, Callable[[nn.Module, Tensor, int, int], nn.Module]] = {
+    "torchao, PT2E": peers.torchao_post_training,
+    "brevitas": partial(peers.brevitas_post_training, gptq=False),
+    "brevitas, GPTQ": partial(peers.brevitas_post_training, gptq=True),
+}
+
+
 @cache
 def _test() -> Batches:
     return Batches(cifar().test, 500, mean=MEAN, std=STD)
+
+
+@torch.no_grad()
+def _right(model: nn.Module) -> float:
+    """Percent of the test set that it answers right in torch; what PT2E gives has no `eval`."""
+    hits = sum(int((model(batch.images.contiguous()).argmax(1) == batch.labels).sum()) for batch in _test())
+    return 100 * hits / len(cifar().test)
+
+
+def _by_runtime(model: nn.Module) -> float:
+    """Percent of the test set that ONNX Runtime answers right from the exported file."""
+    images, labels = normalised(cifar().test), cifar().test.labels.numpy()
+    with tempfile.TemporaryDirectory() as made:
+        session = open_session(export(model, images[0], Path(made) / "model.onnx"), "onnxruntime")
+        return 100 * float((predictions(session, [batch.numpy() for batch in images]) == labels).mean())
 
 
 def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
@@ -88,17 +114,24 @@ def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
     if rows.known(RESULT, identity, anywhere=True):
         return
     images = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=seed)
+    network = TRAINED["resnet20"].network()
     begun = time.perf_counter()
-    attached = LADDER[rung](bits, activation_bits).attach(
-        TRAINED["resnet20"].network(), data=images, target=Target(cpu="vnni")
-    )
-    for _ in attached.begin():
-        pass
+    if rung in PEERS:
+        drawn = torch.cat([batch.images.contiguous() for batch, _ in zip(images, range(8), strict=False)])
+        model = PEERS[rung](network, drawn, bits, activation_bits)
+    else:
+        attached = LADDER[rung](bits, activation_bits).attach(network, data=images, target=Target(cpu="vnni"))
+        for _ in attached.begin():
+            pass
+        model = attached.model
     seconds = time.perf_counter() - begun
-    reached = accuracy(attached.model, _test())
-    rows.add(
-        RESULT, identity, {"accuracy": reached, "seconds": seconds, "n": 1, "spread": rows.spread([reached])}, [seed]
-    )
+    reached = _right(model)
+    numbers: dict[str, Any] = {"accuracy": reached, "seconds": seconds, "n": 1, "spread": rows.spread([reached])}
+    if rung in PEERS:
+        numbers["version"] = tables.version(rung.split(",")[0])
+    else:
+        numbers["accuracy_in_onnxruntime"] = _by_runtime(model)
+    rows.add(RESULT, identity, numbers, [seed])
     print(f"W{bits}A{activation_bits}, {rung}, draw {seed}: {reached:.2f} %, {seconds:.0f} s", flush=True)
 
 
@@ -172,7 +205,7 @@ def _of(kind: str) -> Iterator[rows.Row]:
 def show() -> None:
     """Prints the rows."""
     table = Table("rung", *(f"W{bits}A{activation_bits}" for bits, activation_bits in WIDTHS), title="ResNet-20, test")
-    for rung in LADDER:
+    for rung in (*LADDER, *PEERS):
         cells: list[str] = []
         for width in WIDTHS:
             mine = [row for row in _of("ladder") if (row["bits"], row["activation_bits"]) == width]
@@ -207,7 +240,7 @@ def main() -> None:
                 packed()
             for seed in SEEDS if "ladder" in parts else ():
                 for bits, activation_bits in WIDTHS:
-                    for rung in LADDER:
+                    for rung in (*LADDER, *PEERS):
                         ladder(rung, bits, activation_bits, seed)
             for name in TRAINING if "trained" in parts else ():
                 trained(name)
