@@ -116,6 +116,21 @@ def torchao_post_training(network: nn.Module, images: Tensor, bits: int, activat
     return convert_pt2e(prepared)
 
 
+def torchao_training(network: nn.Module, images: Tensor) -> nn.Module:
+    """A network prepared for PT2E's quantization-aware training, with torchao's quantizer for x86, 8 bits.
+
+    Args:
+        network: in training mode.
+        images: a batch (N, C, H, W) as large as those that it will train on.
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    return prepare_qat_pt2e(torch.export.export(network, (images,)).module(), quantizer)
+
+
 class _Pooled(CifarResNet):
     """The same network, whose last mean Brevitas can rewrite: it stumbles over `x.mean(dim=(2, 3))`."""
 
