@@ -4,6 +4,7 @@
                beside it torchao (PT2E) and Brevitas, from the same images
     trained    6 epochs on the grids: qat and lsq, beside ptq, at equal bits; and from scratch
     packed     a ResNet-56 with weights of 4 bits beside one of 8: bytes, and latency in both runtimes
+    depthwise  torchvision's MobileNetV2, trained for 15 epochs, in 8 bits, answered by both runtimes
 
 Accuracy is on the test set, after the last step, computed in torch, and of what tersor makes also in ONNX Runtime from
 the exported file. What a row does not ask for is the method's default; defaults were chosen on validation images, never
@@ -13,6 +14,7 @@ here.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -50,6 +52,7 @@ SEEDS = (0, 1, 2)
 WIDTHS = ((4, 8), (4, 4), (3, 8), (2, 8))
 """Bits of the weights and of the activations; the first and the last layer have 8."""
 EPOCHS = 6
+PARTS = ("packed", "ladder", "trained", "depthwise")
 MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse"}
 
 LADDER: dict[str, Callable[[int, int], Method]] = {
@@ -100,11 +103,11 @@ def _right(model: nn.Module) -> float:
     return 100 * hits / len(cifar().test)
 
 
-def _by_runtime(model: nn.Module) -> float:
-    """Percent of the test set that ONNX Runtime answers right from the exported file."""
+def _by_runtime(model: nn.Module, runtime: Any = "onnxruntime") -> float:
+    """Percent of the test set that the runtime answers right from the exported file."""
     images, labels = normalised(cifar().test), cifar().test.labels.numpy()
     with tempfile.TemporaryDirectory() as made:
-        session = open_session(export(model, images[0], Path(made) / "model.onnx"), "onnxruntime")
+        session = open_session(export(model, images[0], Path(made) / "model.onnx"), runtime)
         return 100 * float((predictions(session, [batch.numpy() for batch in images]) == labels).mean())
 
 
@@ -142,16 +145,24 @@ def trained(name: str) -> None:
         return
     wanted = TRAINING[name]
     weights = {} if wanted.get("scratch") else {"weights": SHARED / "models" / "resnet20-cifar10-jpeg.safetensors"}
-    stage = {
-        "name": "train",
-        "epochs": EPOCHS,
-        "optimizer": {"learning_rate": 0.1 if wanted.get("scratch") else 0.01},
-        "methods": wanted["methods"],
-    }
+    model, told = _after_training(
+        {"name": "resnet20", **weights}, wanted["methods"], EPOCHS, 0.1 if wanted.get("scratch") else 0.01
+    )
+    reached = accuracy(model, _test())
+    numbers = {"accuracy": reached, "minutes": told["minutes"], "precision": told["precision"], "n": 1}
+    rows.add(RESULT, identity, {**numbers, "spread": rows.spread([reached])}, [0])
+    print(f"{name}: {reached:.2f} %, {told['minutes']:.1f} minutes", flush=True)
+
+
+def _after_training(
+    model: dict[str, Any], methods: list[dict[str, Any]], epochs: int, learning_rate: float
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network after the last epoch, and what its stage told."""
+    stage = {"name": "train", "epochs": epochs, "optimizer": {"learning_rate": learning_rate}, "methods": methods}
     given = Recipe.model_validate(
         {
-            "model": {"name": "resnet20", "num_classes": 10, **weights},
-            "teacher": "original" if any("soft_targets" in each for each in wanted["methods"]) else None,
+            "model": {"num_classes": 10, **model},
+            "teacher": "original" if any("soft_targets" in each for each in methods) else None,
             "data": {"folder": folder(), "augment": "crop_flip"},
             "stages": [stage],
         }
@@ -159,10 +170,28 @@ def trained(name: str) -> None:
     walk = prepare(given, model=None, data=cifar(), watch=Unwatched())
     with tempfile.TemporaryDirectory() as kept:
         (told,) = walk.stages(Unwatched(), Checkpoints(Path(kept)))
-    reached = accuracy(walk.model, _test())
-    numbers = {"accuracy": reached, "minutes": told["minutes"], "precision": told["precision"], "n": 1}
-    rows.add(RESULT, identity, {**numbers, "spread": rows.spread([reached])}, [0])
-    print(f"{name}: {reached:.2f} %, {told['minutes']:.1f} minutes", flush=True)
+    return walk.model, told
+
+
+def depthwise() -> None:
+    """Writes the rows of a MobileNetV2: in float, and in 8 bits, in each runtime."""
+    what = {"kind": "depthwise", "model": "mobilenet_v2", "epochs": 15}
+    wanted = [{**what, "bits": bits, "runtime": runtime} for bits in (32, 8) for runtime in ("onnxruntime", "openvino")]
+    if all(rows.known(RESULT, identity) for identity in wanted):
+        return
+    model, told = _after_training({"name": "mobilenet_v2"}, [], 15, 0.05)
+    images = next(iter(Batches(cifar().train, 512, mean=MEAN, std=STD, shuffle=True, seed=0))).images.contiguous()
+    for identity in wanted:
+        network = copy.deepcopy(model)
+        if identity["bits"] == 8:
+            attached = PTQ().attach(network, data=images.split(64), target=Target(runtime=identity["runtime"]))
+            for _ in attached.begin():
+                pass
+            network = attached.model
+        reached = _by_runtime(network, identity["runtime"])
+        numbers = {"accuracy": reached, "minutes": told["minutes"], "n": 1, "spread": rows.spread([reached])}
+        rows.add(RESULT, identity, numbers, [0])
+        print(f"mobilenet_v2, {identity['bits']} bits, {identity['runtime']}: {reached:.2f} %", flush=True)
 
 
 def packed(batches: Sequence[int] = (1, 32, 128)) -> None:
@@ -219,6 +248,10 @@ def show() -> None:
     for row in _of("trained"):
         table.add_row(row["contender"], f"{row['accuracy']:.2f}", f"{row['minutes']:.1f}")
     Console(width=140).print(table)
+    table = Table("runtime", "bits", "accuracy", title="MobileNetV2, depthwise")
+    for row in _of("depthwise"):
+        table.add_row(row["runtime"], str(row["bits"]), f"{row['accuracy']:.2f}")
+    Console(width=140).print(table)
     table = Table("runtime", "batch", "bytes, 4 and 8 bits", "4 bits / 8 bits", "p10 to p90", "8 / 8", title="packed")
     for row in _of("packed"):
         spread, noise = row["spread"], f"{row['noise'][0]:.2f} to {row['noise'][2]:.2f}"
@@ -230,10 +263,12 @@ def show() -> None:
 def main() -> None:
     """Measures what is not in `bench/results/quantization.json` yet, and prints all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["ladder", "trained", "packed"], help="all by default")
+    parser.add_argument(
+        "--only", nargs="+", choices=["ladder", "trained", "packed", "depthwise"], help="all by default"
+    )
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
     chosen = parser.parse_args()
-    parts = chosen.only or ["packed", "ladder", "trained"]
+    parts = chosen.only or PARTS
     if not chosen.table:
         with rows.alone():
             if "packed" in parts:
@@ -244,6 +279,8 @@ def main() -> None:
                         ladder(rung, bits, activation_bits, seed)
             for name in TRAINING if "trained" in parts else ():
                 trained(name)
+            if "depthwise" in parts:
+                depthwise()
     show()
 
 
