@@ -114,18 +114,25 @@ def heat_map(rows: Sequence[Sequence[float]], label: str) -> Markup:
     return tag("svg", tag("title", label), *squares, class_="heatmap", role="img", aria_label=label, viewBox=box)
 
 
-def line(points: Sequence[tuple[float, float]], end: float, low: float, high: float, kind: str, label: str) -> Markup:
-    """Values over a way from 0 to `end`, between `low` below and `high` above; few of them have a dot each.
+def line(
+    points: Sequence[tuple[float, float]],
+    end: float,
+    edges: tuple[float, float],
+    kind: str,
+    label: str,
+    height: int = 48,
+) -> Markup:
+    """Values over a way from 0 to `end`, between two `edges`; few of them have a dot each.
 
     Args:
         points: (x, y), in order.
         end: of the way.
-        low: what lies at the lower edge.
-        high: what lies at the upper edge.
+        edges: what lies at the lower edge and what at the upper.
         kind: "sparsity", "changed" or "accuracy", which has the colour.
         label: what is read out.
+        height: in pixels.
     """
-    span = high - low or 1.0
+    low, span = edges[0], edges[1] - edges[0] or 1.0
     places = [(_short(256 * x / end), _short(62 - 60 * (y - low) / span)) for x, y in points]
     way = "L".join(f"{x} {y}" for x, y in places)
     drawn = [tag("path", d=f"M{way}")]
@@ -133,7 +140,7 @@ def line(points: Sequence[tuple[float, float]], end: float, low: float, high: fl
         drawn.append(tag("path", d="".join(f"M{x} {y}h0" for x, y in places), class_="dot"))
     return tag(
         "svg", tag("title", label), *drawn, class_=f"line {kind}", role="img", aria_label=label, viewBox="0 0 256 64",
-        preserveAspectRatio="none", width="100%", height=64,
+        preserveAspectRatio="none", width="100%", height=height,
     )  # fmt: skip
 
 
@@ -157,7 +164,7 @@ def silhouette(widths: Sequence[tuple[str, int, int]], label: str) -> Markup:
 
 
 def mask_grid(filters: Sequence[Sequence[str]], kernel: tuple[int, int], label: str) -> Markup:
-    """Masks of filters, one below the other, their kernels side by side: a square for each weight, dark if kept.
+    """Masks of filters, one below the other, their kernels side by side: a square for each weight, filled if kept.
 
     Args:
         filters: of each filter the kernels of its input channels, as text of 1 (kept) and 0, row by row.
@@ -180,7 +187,8 @@ def mask_grid(filters: Sequence[Sequence[str]], kernel: tuple[int, int], label: 
     return tag(
         "svg", tag("title", label), tag("path", d="".join(kernels), class_="masked"),
         tag("path", d="".join(kept), class_="kept"), class_="masks", role="img", aria_label=label,
-        viewBox=f"0 0 {_short(size[0])} {_short(size[1])}", shape_rendering="crispEdges",
+        viewBox=f"0 0 {_short(size[0])} {_short(size[1])}", preserveAspectRatio="xMinYMid",
+        shape_rendering="crispEdges",
     )  # fmt: skip
 
 

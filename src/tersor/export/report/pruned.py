@@ -58,8 +58,8 @@ def _masks(masks: Sequence[Mapping[str, Any]]) -> Markup:
         tag("h3", "Masks of a few layers"),
         tag(
             "p",
-            "Each row is a filter, each block in it the kernel of one input channel, each square a weight: dark ones "
-            "are kept.",
+            "Each row is a filter, each block in it the kernel of one input channel, each square a weight: filled "
+            "ones are kept.",
         ),
         tag("div", *map(_mask, masks), class_="grid wide"),
     )
@@ -98,61 +98,66 @@ def _widths(widths: Sequence[Mapping[str, Any]]) -> Markup:
 
 def moved(numbers: Numbers) -> Markup:
     """A figure for each stage whose masks moved or whose accuracy was measured on the way; nothing where none was."""
-    told = [stage for stage in numbers["stages"] if _steps(stage, "masks") or stage.get("validation_by_epoch")]
+    told = [stage for stage in numbers["stages"] if stage["steps"] and (_masked(stage) or _accuracies(stage))]
     if not told:
         return Markup("")
-    accuracies = [value for stage in told for value in stage.get("validation_by_epoch") or ()]
-    scales = {
-        "changed": max((value for stage in told for value in (stage.get("masks") or {}).get("changed", ())), default=0),
-        "low": min(accuracies, default=0.0),
-        "high": max(accuracies, default=0.0),
-    }
-    between = f" Validation is drawn from {scales['low']:.2f} to {scales['high']:.2f} %." if accuracies else ""
-    masks = (
-        f" Changed: the fraction of a mask's entries that differ from the mask before, drawn up to "
-        f"{_percents(scales['changed'])}."
-        if any(_steps(stage, "masks") for stage in told)
-        else ""
+    changed = [value for stage in told for _, value in _masked(stage).get("changed", ())]
+    accuracies = [value for stage in told for _, value in _accuracies(stage)]
+    most, edges = max(changed, default=0.0), (min(accuracies, default=0.0), max(accuracies, default=0.0))
+    of_masks = (
+        " Changed: the fraction of all entries of the masks that differ from the masks before, drawn up to "
+        f"{_percents(most)}."
     )
+    of_accuracy = f" Validation is drawn from {edges[0]:.2f} to {edges[1]:.2f} %."
     return tag(
         "section",
         tag("h2", "While it trained"),
-        tag("p", f"Over the steps of a stage, all stages on the same scale.{masks}{between}"),
-        tag("div", *[_stage(stage, scales) for stage in told], class_="grid moving"),
+        tag(
+            "p",
+            "Over the steps of a stage, all stages on the same scale.",
+            of_masks if changed else "",
+            of_accuracy if accuracies else "",
+        ),
+        tag("div", *[_stage(stage, most, edges) for stage in told], class_="grid moving"),
     )
 
 
-def _steps(stage: Mapping[str, Any], what: str) -> Sequence[int]:
-    return (stage.get(what) or {}).get("steps", ())
+Points = Sequence[tuple[int, float]]
 
 
-def _stage(stage: Mapping[str, Any], scales: Mapping[str, float]) -> Markup:
+def _masked(stage: Mapping[str, Any]) -> dict[str, Points]:
+    """Sparsity and what changed, over the steps at which masks were made anew; empty where none were."""
+    told = stage.get("masks") or {}
+    if not told.get("steps"):
+        return {}
+    return {kind: list(zip(told["steps"], told[kind], strict=True)) for kind in ("sparsity", "changed")}
+
+
+def _accuracies(stage: Mapping[str, Any]) -> Points:
+    return list(zip(stage.get("validated_at", ()), stage.get("validation_by_epoch", ()), strict=True))
+
+
+def _stage(stage: Mapping[str, Any], most: float, edges: tuple[float, float]) -> Markup:
     rows: list[Markup] = []
-    if _steps(stage, "masks"):
-        masks = stage["masks"]
-        for name, kind, high in (("sparsity", "sparsity", 1.0), ("changed", "changed", scales["changed"])):
-            points = list(zip(masks["steps"], masks[kind], strict=True))
-            last = _percents(points[-1][1])
-            rows += _row(name, line(points, stage["steps"], 0.0, high, kind, f"{name}: {last} at last"), last)
-    captions: list[str] = []
-    if stage.get("validation_by_epoch"):
-        values = stage["validation_by_epoch"]
-        points = list(zip(stage["validated_at"], values, strict=True))
-        label = "validation: " + ", ".join(f"{value:.2f} % after step {step:,}" for step, value in points)
-        drawn = line(points, stage["steps"], scales["low"], scales["high"], "accuracy", label)
-        rows += _row("validation", drawn, f"{values[-1]:.2f} %")
-        captions = [swing(values)] if len(values) >= _LAST else []
+    for kind, points in _masked(stage).items():
+        last = _percents(points[-1][1])
+        high = 1.0 if kind == "sparsity" else most
+        rows += _row(kind, line(points, stage["steps"], (0.0, high), kind, f"{kind}: {last} at last"), last)
+    accuracies = _accuracies(stage)
+    if accuracies:
+        label = "validation: " + ", ".join(f"{value:.2f} % after step {step:,}" for step, value in accuracies)
+        drawn = line(accuracies, stage["steps"], edges, "accuracy", label, height=96)
+        rows += _row("validation", drawn, f"{accuracies[-1][1]:.2f} %")
     axis = tag("div", tag("span", "0"), tag("span", f"{stage['steps']:,} steps"), class_="axis")
-    captions = [tag("figcaption", each) for each in captions]
-    return tag("figure", tag("h4", stage["name"]), tag("div", *rows, axis, class_="rows"), *captions)
+    swing = [tag("figcaption", _swing([value for _, value in accuracies]))] if len(accuracies) >= _LAST else []
+    return tag("figure", tag("h4", stage["name"]), tag("div", *rows, axis, class_="rows"), *swing)
 
 
 def _row(name: str, drawn: Markup, last: str) -> list[Markup]:
     return [tag("div", name), drawn, tag("div", last, tag("small", "at last"), class_="amount")]
 
 
-def swing(values: Sequence[float]) -> str:
-    """Mean and standard deviation of the last few accuracies, in words."""
+def _swing(values: Sequence[float]) -> str:
     last = values[-_LAST:]
     return f"validation, last {_LAST} of {len(values)}: mean {mean(last):.2f} %, standard deviation {stdev(last):.2f}"
 
