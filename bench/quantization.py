@@ -25,11 +25,10 @@ from torch import nn
 
 import rows
 import tables
-from images import MEAN, SHARED, STD, TRAINED, cifar, folder
-from tersor.checkpoint import Checkpoints
+import training
+from images import MEAN, STD, TRAINED, cifar
 from tersor.core.method import Method
 from tersor.core.target import Target
-from tersor.core.watch import Unwatched
 from tersor.data import Batches
 from tersor.export.bench import latency, size_bytes
 from tersor.export.onnx import export
@@ -38,8 +37,6 @@ from tersor.measure import accuracy
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
 from tersor.methods.ptq import PTQ
-from tersor.prepare import prepare
-from tersor.recipe import Recipe
 
 RESULT = "quantization"
 SEEDS = (0, 1, 2)
@@ -108,25 +105,15 @@ def trained(name: str) -> None:
     if rows.known(RESULT, identity, anywhere=True):
         return
     wanted = TRAINING[name]
-    weights = {} if wanted.get("scratch") else {"weights": SHARED / "models" / "resnet20-cifar10-jpeg.safetensors"}
     stage = {
-        "name": "train",
         "epochs": EPOCHS,
         "optimizer": {"learning_rate": 0.1 if wanted.get("scratch") else 0.01},
         "methods": wanted["methods"],
     }
-    given = Recipe.model_validate(
-        {
-            "model": {"name": "resnet20", "num_classes": 10, **weights},
-            "teacher": "original" if any("soft_targets" in each for each in wanted["methods"]) else None,
-            "data": {"folder": folder(), "augment": "crop_flip"},
-            "stages": [stage],
-        }
-    )
-    walk = prepare(given, model=None, data=cifar(), watch=Unwatched())
-    with tempfile.TemporaryDirectory() as kept:
-        (told,) = walk.stages(Unwatched(), Checkpoints(Path(kept)))
-    reached = accuracy(walk.model, _test())
+    teacher = "original" if any("soft_targets" in each for each in wanted["methods"]) else None
+    given = training.recipe(stage, scratch=bool(wanted.get("scratch")), teacher=teacher)
+    walk, told = training.walked(given, RESULT)
+    reached = training.test_accuracy(walk)
     numbers = {"accuracy": reached, "minutes": told["minutes"], "precision": told["precision"], "n": 1}
     rows.add(RESULT, identity, {**numbers, "spread": rows.spread([reached])}, [0])
     print(f"{name}: {reached:.2f} %, {told['minutes']:.1f} minutes", flush=True)
