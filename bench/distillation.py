@@ -207,7 +207,7 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
     given = recipe(contender, weights, seed, epochs)
     walk, told = training.walked(given, RESULT, cifar(IMAGES), begun=record)
     found = {
-        "accuracy": training.test_accuracy(walk),
+        "accuracy": training.accuracy_on_test(walk),
         "validation_accuracy": told["validation_accuracy"],
         "seconds_without_teacher": told["training_seconds"],
         "steps": told["steps"],

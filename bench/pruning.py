@@ -104,7 +104,7 @@ def measure(contender: Contender, sparsity: float, seed: int) -> None:
     rounded = len(prunable(walk.model)) / 2 if contender.methods else 0
     assert abs(found - sparsity * weights) <= rounded + 0.5, f"{found} of {weights} weights are zero, not {sparsity}"
     last = told["validation_by_epoch"][-LAST:]
-    reached = training.test_accuracy(walk)
+    reached = training.accuracy_on_test(walk)
     numbers = {
         "accuracy": reached,
         "zeros": found,

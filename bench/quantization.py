@@ -113,7 +113,7 @@ def trained(name: str) -> None:
     teacher = "original" if any("soft_targets" in each for each in wanted["methods"]) else None
     given = training.recipe(stage, scratch=bool(wanted.get("scratch")), teacher=teacher)
     walk, told = training.walked(given, RESULT)
-    reached = training.test_accuracy(walk)
+    reached = training.accuracy_on_test(walk)
     numbers = {"accuracy": reached, "minutes": told["minutes"], "precision": told["precision"], "n": 1}
     rows.add(RESULT, identity, {**numbers, "spread": rows.spread([reached])}, [0])
     print(f"{name}: {reached:.2f} %, {told['minutes']:.1f} minutes", flush=True)

@@ -65,6 +65,6 @@ def walked(
     return walk, told
 
 
-def test_accuracy(walk: Walk) -> float:
+def accuracy_on_test(walk: Walk) -> float:
     """Percent of the 10,000 test images that the network answers right, computed in torch."""
     return accuracy(walk.model, walk.batches(walk.data.test, EVALUATION_BATCH))
