@@ -19,7 +19,6 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rows
-from images import MEAN, SHARED, STD, folder
-from tersor.checkpoint import Checkpoints
+import training
+from images import cifar, folder
 from tersor.core.layers import Layers
-from tersor.core.watch import Unwatched
-from tersor.data import Splits, load
-from tersor.measure import accuracy
-from tersor.prepare import prepare
-from tersor.recipe import Recipe, write
+from tersor.recipe import Recipe
+from tersor.walk import Walk
 
 RESULT = "distillation"
 IMAGES, EPOCHS, CHOOSING_EPOCHS, COMPOSED_EPOCHS = 10_000, 20, 5, 5
@@ -146,12 +142,6 @@ CONTENDERS = (
 )
 
 
-@cache
-def images() -> Splits:
-    """10,000 training images, 5,000 to choose by, 10,000 to report."""
-    return load(folder=folder(), validation=0.1, seed=0, limit=IMAGES, mean=MEAN, std=STD)
-
-
 def recipe(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> Recipe:
     """One stage of training, from scratch or, with methods laid on it, of a trained network."""
     methods = [*contender.laid] + [
@@ -159,23 +149,13 @@ def recipe(contender: Contender, weights: tuple[float, ...], seed: int, epochs: 
         for part, weight in zip(contender.parts, weights, strict=True)
     ]
     stage = {
-        "name": "train",
         "epochs": epochs,
         "optimizer": {"learning_rate": 0.01 if contender.laid else 0.1},
         "lr_schedule": {"warmup_epochs": 0 if contender.laid else 1},
         "methods": methods,
     }
-    weights_of = lambda name: SHARED / "models" / f"{name}-cifar10-jpeg.safetensors"  # noqa: E731
-    model = {"name": contender.network, "num_classes": 10}
-    return Recipe.model_validate(
-        {
-            "model": {**model, "weights": weights_of(contender.network)} if contender.laid else model,
-            "teacher": {"name": "resnet56", "num_classes": 10, "weights": weights_of("resnet56")},
-            "data": {"folder": folder(), "augment": "crop_flip"},
-            "seed": seed,
-            "stages": [stage],
-        }
-    )
+    teacher = {"name": "resnet56", "num_classes": 10, "weights": training.weights_of("resnet56")}
+    return training.recipe(stage, network=contender.network, scratch=not contender.laid, teacher=teacher, seed=seed)
 
 
 class Recorded(nn.Module):
@@ -218,16 +198,16 @@ class Recorded(nn.Module):
 
 def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> dict[str, Any]:
     """Accuracy on both sets after the last epoch, seconds of training, and what the methods told."""
+    kept = folder().parent / RESULT / f"teacher-{seed}"
+
+    def record(walk: Walk) -> None:
+        assert walk.teacher is not None
+        walk.teacher = Recorded(walk.teacher, kept)
+
     given = recipe(contender, weights, seed, epochs)
-    walk = prepare(given, model=None, data=images(), watch=Unwatched())
-    assert walk.teacher is not None
-    walk.teacher = Recorded(walk.teacher, folder().parent / "distillation" / f"teacher-{seed}")
-    kept = folder().parent / "distillation" / hashlib.sha256(write(given).encode()).hexdigest()[:16]
-    begun = Checkpoints(kept)
-    (told,) = walk.stages(Unwatched(), begun)
-    test = walk.batches(images().test, 500)
+    walk, told = training.walked(given, RESULT, cifar(IMAGES), begun=record)
     found = {
-        "accuracy": accuracy(walk.model, test),
+        "accuracy": training.accuracy_on_test(walk),
         "validation_accuracy": told["validation_accuracy"],
         "seconds_without_teacher": told["training_seconds"],
         "steps": told["steps"],
@@ -237,7 +217,6 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
     }
     if "reconstruction" in told:
         found["reconstruction_error"] = told["reconstruction"]["errors"][-1]
-    shutil.rmtree(kept)
     return found
 
 

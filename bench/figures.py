@@ -1,12 +1,21 @@
-"""Draws the figures of docs/lecture.md from rows: accuracy over k and over T, with what chance alone does.
+"""Draws the figures of docs/lecture.md from rows: one file for each third of the lecture, of what has rows.
 
-The line is of one seed. The band around the student that learns alone, and the bars at k = 0.5 and T = 4, span all
-seeds: what lies within such a span of something else is not told apart from it.
+    distillation.svg    accuracy over k and over T, with what chance alone does: the line is of one seed; the band
+                        around the student that learns alone, and the bars at k = 0.5 and T = 4, span all seeds
+    quantization.svg    accuracy over bits: the ladder of post-training quantization, and training on grids
+    pruning.svg         how much masks change and how accuracy swings, in one figure for masks that are kept, dpf and
+                        dcil; accuracy over sparsity; accuracy over latency
+
+Elsewhere, where there are several seeds, a line is of their mean, and a band or bar spans them: what lies within such a
+span of something else is not told apart from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
@@ -14,20 +23,28 @@ from matplotlib import pyplot as plt
 
 import rows
 
-FIGURE = rows.ROOT / "docs" / "figures" / "distillation.svg"
+FOLDER = rows.ROOT / "docs" / "figures"
 FACTORS = {0.25: "factors, k = 0.25", 0.5: "factors, k = 0.5", 0.75: "factors, k = 0.75", 1.0: "factors, k = 1"}
 SOFT = {1.0: "soft targets, T = 1", 2.0: "soft targets, T = 2", 4.0: "soft targets", 8.0: "soft targets, T = 8",
         16.0: "soft targets, T = 16"}  # fmt: skip
+SWINGING = {"iterative": "kept", "dpf": "dpf", "dcil": "dcil"}
+"""Contenders of bench/pruning.py, and what becomes of a masked weight in each."""
+BITS = (8, 4, 2)
+COLOURS = ("#0067a5", "#b44a00", "#00785a", "#8a5a93", "#c47f00", "#5d6268", "#a03060")
 
 Found = dict[str, dict[int, rows.Row]]
 
 
+def of_kind(result: str, kind: str) -> list[rows.Row]:
+    """The rows of one kind."""
+    return [row for row in rows.read(result) if row["kind"] == kind]
+
+
 def found() -> Found:
-    """Rows of accuracy by contender and seed."""
+    """Rows of accuracy of distillation by contender and seed."""
     told: Found = {}
-    for row in rows.read("distillation"):
-        if row["kind"] == "accuracy":
-            told.setdefault(row["contender"], {})[row["seeds"][0]] = row
+    for row in of_kind("distillation", "accuracy"):
+        told.setdefault(row["contender"], {})[row["seeds"][0]] = row
     return told
 
 
@@ -36,11 +53,11 @@ def panel(axes: Any, told: Found, names: Mapping[float, str], label: str) -> Non
     alone = [row["accuracy"] for row in told["alone"].values()]
     axes.axhspan(min(alone), max(alone), color="0.88", label=f"alone, {len(alone)} seeds")
     known = {at: told[name] for at, name in names.items() if name in told}
-    axes.plot(list(known), [seeds[0]["accuracy"] for seeds in known.values()], "o-", color="#0067a5", label="seed 0")
+    axes.plot(list(known), [seeds[0]["accuracy"] for seeds in known.values()], "o-", color=COLOURS[0], label="seed 0")
     for at, seeds in known.items():
         reached = [row["accuracy"] for row in seeds.values()]
         if len(reached) > 1:
-            axes.plot([at, at], [min(reached), max(reached)], color="#b44a00", lw=3, label=f"{len(reached)} seeds")
+            axes.plot([at, at], [min(reached), max(reached)], color=COLOURS[1], lw=3, label=f"{len(reached)} seeds")
     axes.set(xlabel=label, xticks=list(known), xticklabels=[f"{at:g}" for at in known], ylabel="accuracy, %")
     axes.legend(frameon=False, fontsize=8)
 
@@ -48,26 +65,160 @@ def panel(axes: Any, told: Found, names: Mapping[float, str], label: str) -> Non
 def errors(axes: Any, told: Found) -> None:
     """What the paraphraser loses, over k."""
     known = {at: told[name][0]["reconstruction_error"] for at, name in FACTORS.items() if name in told}
-    axes.plot(list(known), [100 * value for value in known.values()], "o-", color="#8a5a93")
+    axes.plot(list(known), [100 * value for value in known.values()], "o-", color=COLOURS[3])
     axes.set(
         xlabel="k, channels of the factor over those of the layer", ylabel="reconstruction error, %", ylim=(0, None)
     )
 
 
-def main() -> None:
-    """Writes the figure."""
-    mpl.rcParams.update({"svg.hashsalt": "tersor", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
-                         "axes.spines.right": False})  # fmt: skip
+def distillation() -> Any:
+    """Accuracy and reconstruction over k, accuracy over T; None where there are no rows of it."""
     told = found()
+    if "alone" not in told:
+        return None
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     panel(left, told, FACTORS, "k, channels of the factor over those of the layer")
     errors(middle, told)
     panel(right, told, SOFT, "T, temperature of the soft targets")
     right.set_xscale("log", base=2)
     right.set(xticks=list(SOFT), xticklabels=[f"{at:g}" for at in SOFT])
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, metadata={"Date": None})
-    print(f"drawn: {FIGURE.relative_to(rows.ROOT)}")
+    return figure
+
+
+def spanned(axes: Any, at: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:
+    """A line through the means, a bar over all values where there are several."""
+    axes.plot(at, [mean(each) for each in values], "o-", color=colour, ms=4, label=label)
+    for place, each in zip(at, values, strict=True):
+        if len(each) > 1:
+            axes.plot([place, place], [min(each), max(each)], color=colour, lw=3, alpha=0.4)
+
+
+def ladder(axes: Any, told: Sequence[rows.Row]) -> None:
+    """Accuracy of each rung of post-training quantization over the bits of weights and activations."""
+    widths = list(dict.fromkeys((row["bits"], row["activation_bits"]) for row in told))
+    for rung, colour in zip(dict.fromkeys(row["rung"] for row in told), COLOURS, strict=False):
+        mine: dict[tuple[int, int], list[float]] = {}
+        for row in told:
+            if row["rung"] == rung:
+                mine.setdefault((row["bits"], row["activation_bits"]), []).append(row["accuracy"])
+        spanned(axes, [widths.index(width) for width in mine], list(mine.values()), colour, rung)
+    names = [f"W{bits}A{activation_bits}" for bits, activation_bits in widths]
+    axes.set(xticks=range(len(widths)), xticklabels=names, ylabel="accuracy, %", title="post-training quantization")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def on_grids(axes: Any, told: Sequence[rows.Row]) -> None:
+    """Accuracy of the trainings on grids over the bits of weights and activations."""
+    reached = {row["contender"]: row["accuracy"] for row in told}
+    for name, colour in zip(("qat", "lsq"), COLOURS, strict=False):
+        known = {bits: reached[f"{name}, W{bits}A{bits}"] for bits in BITS if f"{name}, W{bits}A{bits}" in reached}
+        spanned(axes, [BITS.index(bits) for bits in known], [[value] for value in known.values()], colour, name)
+    if "in float" in reached:
+        axes.axhline(reached["in float"], color="0.6", ls="--", label="in float, trained as long")
+    names = [f"W{bits}A{bits}" for bits in BITS]
+    axes.set(xticks=range(len(BITS)), xticklabels=names, ylabel="accuracy, %", title="trained on the grid")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def quantization() -> Any:
+    """Accuracy over bits; None where there are no rows of it."""
+    kinds = {"ladder": ladder, "trained": on_grids}
+    drawn = [(draw, of_kind("quantization", kind)) for kind, draw in kinds.items() if of_kind("quantization", kind)]
+    if not drawn:
+        return None
+    figure, axes = plt.subplots(1, len(drawn), figsize=(4.6 * len(drawn), 3.8), layout="constrained", squeeze=False)
+    for each, (draw, told) in zip(axes[0], drawn, strict=True):
+        draw(each, told)
+    return figure
+
+
+def swinging(above: Any, below: Any, told: Sequence[rows.Row]) -> None:
+    """Above, the part of the masks that changes each time, of one seed; below, validation accuracy of every seed."""
+    sparsity, _ = Counter(row["sparsity"] for row in told if row["contender"] in SWINGING).most_common(1)[0]
+    for (contender, name), colour in zip(SWINGING.items(), COLOURS, strict=False):
+        mine = [row for row in told if row["contender"] == contender and row["sparsity"] == sparsity]
+        if not mine:
+            continue
+        epochs = range(1, len(mine[0]["curve"]) + 1)
+        for row in mine:  # each by itself: a mean would hide how much one network swings
+            below.plot(epochs, row["curve"], ".-", color=colour, lw=1, label=name if row is mine[0] else None)
+        masks = mine[0]["masks"]
+        if masks:
+            at = [step * len(epochs) / mine[0]["steps"] for step in masks["steps"]]
+            above.plot(at, [100 * value for value in masks["changed"]], color=colour, lw=1)
+    above.set_yscale("symlog", linthresh=0.01)
+    above.set(ylabel="masks changed, %", ylim=(0, None), title=f"{100 * sparsity:g} % of the weights masked")
+    above.tick_params(labelbottom=False)
+    below.set(xlabel="epoch", ylabel="validation accuracy, %")
+    below.legend(frameon=False, fontsize=8)
+
+
+def over_sparsity(axes: Any, told: Sequence[rows.Row]) -> None:
+    """Accuracy over sparsity of what was measured at several, and of the dense network beside."""
+    dense = [row["accuracy"] for row in told if not row["sparsity"]]
+    if dense:
+        axes.axhspan(min(dense), max(dense), color="0.88")
+        axes.axhline(mean(dense), color="0.6", ls="--", label="dense, trained as long")
+    places = sorted({row["sparsity"] for row in told if row["sparsity"]})
+    for (contender, name), colour in zip(SWINGING.items(), COLOURS, strict=False):
+        mine: dict[float, list[float]] = {}
+        for row in sorted(told, key=lambda row: row["sparsity"]):
+            if row["contender"] == contender:
+                mine.setdefault(row["sparsity"], []).append(row["accuracy"])
+        spanned(axes, [places.index(at) for at in mine], list(mine.values()), colour, name)
+    names = [f"{100 * at:g}" for at in places]
+    axes.set(xticks=range(len(places)), xticklabels=names, xlabel="masked weights, %", ylabel="test accuracy, %")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def over_latency(axes: Any, told: Sequence[rows.Row]) -> None:
+    """Accuracy over milliseconds of what was cut, one mark for each row and runtime."""
+    contenders = list(dict.fromkeys(row["contender"] for row in told))
+    runtimes = list(dict.fromkeys(runtime for row in told for runtime in row["latency"]))
+    colours = dict(zip(contenders, itertools.cycle(COLOURS), strict=False))
+    marks = dict(zip(runtimes, "os^", strict=False))
+    for row in told:
+        for runtime, milliseconds in row["latency"].items():
+            axes.plot(milliseconds, row["accuracy"], marks[runtime], color=colours[row["contender"]], ms=6)
+    for contender in contenders:
+        axes.plot([], [], "-", color=colours[contender], lw=4, label=contender)
+    for runtime in runtimes:
+        axes.plot([], [], marks[runtime], color="0.5", label=runtime)
+    axes.set(xlabel="ms", ylabel="test accuracy, %")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def pruning() -> Any:
+    """Masks that swing, accuracy over sparsity, accuracy over latency; None where there are no rows of it."""
+    masked, cut = of_kind("pruning", "accuracy"), of_kind("pruning", "structured")
+    drawn = [(over_sparsity, masked)] * bool(masked) + [(over_latency, cut)] * bool(cut)
+    swings = any(row["contender"] in SWINGING for row in masked)
+    if not drawn:
+        return None
+    count = swings + len(drawn)
+    figure = plt.figure(figsize=(4.2 * count, 4.2), layout="constrained")
+    grid = figure.add_gridspec(2, count, height_ratios=(1, 2))
+    if swings:
+        above = figure.add_subplot(grid[0, 0])
+        swinging(above, figure.add_subplot(grid[1, 0], sharex=above), masked)
+    for place, (draw, told) in enumerate(drawn, int(swings)):
+        draw(figure.add_subplot(grid[:, place]), told)
+    return figure
+
+
+def main() -> None:
+    """Writes the figures."""
+    mpl.rcParams.update({"svg.hashsalt": "tersor", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
+                         "axes.spines.right": False})  # fmt: skip
+    FOLDER.mkdir(exist_ok=True)
+    for draw in (distillation, quantization, pruning):
+        figure = draw()
+        path = FOLDER / f"{draw.__name__}.svg"
+        if figure is None:
+            print(f"no rows for {path.name} yet")
+            continue
+        figure.savefig(path, metadata={"Date": None})
+        print(f"drawn: {path.relative_to(rows.ROOT)}")
 
 
 if __name__ == "__main__":

@@ -73,9 +73,9 @@ def folder() -> Path:
 
 
 @cache
-def cifar() -> Splits:
-    """Of it 45,000 training images, 5,000 to choose by, 10,000 to report."""
-    return load(folder=folder(), validation=0.1, seed=0, mean=MEAN, std=STD)
+def cifar(limit: int | None = None) -> Splits:
+    """Of it 45,000 training images, or as few as `limit`, 5,000 to choose by, 10,000 to report."""
+    return load(folder=folder(), validation=0.1, seed=0, limit=limit, mean=MEAN, std=STD)
 
 
 def normalised(images: Images) -> list[Tensor]:

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,20 +23,17 @@ from rich.table import Table
 from torch import nn
 
 import rows
-from images import MEAN, SHARED, STD, cifar, folder
-from tersor.checkpoint import Checkpoints
+import training
+from images import MEAN, STD, cifar
 from tersor.core.affine import Grid, to_integers
 from tersor.core.method import Method
 from tersor.core.ranges import weight_grid
 from tersor.core.selection import weighted_layers
 from tersor.core.target import Target
-from tersor.core.watch import Unwatched
 from tersor.data import Batches, Images
 from tersor.measure import accuracy
 from tersor.methods.adaround import AdaRound
 from tersor.methods.weight_pruning import WeightPruning
-from tersor.prepare import prepare
-from tersor.recipe import Recipe
 
 RESULT = "psgd"
 SEEDS, EPOCHS, RATE = (0, 1, 2), 5, 0.01
@@ -88,19 +83,8 @@ def _batches(which: str) -> Batches:
 
 def trained(methods: list[Numbers], seed: int) -> tuple[nn.Module, Numbers]:
     """The network after the last epoch, and what its stage told."""
-    stage = {"name": "train", "epochs": EPOCHS, "optimizer": {"learning_rate": RATE}, "methods": methods}
-    weights = SHARED / "models" / "resnet20-cifar10-jpeg.safetensors"
-    given = Recipe.model_validate(
-        {
-            "model": {"name": "resnet20", "num_classes": 10, "weights": weights},
-            "data": {"folder": folder(), "augment": "crop_flip"},
-            "seed": seed,
-            "stages": [stage],
-        }
-    )
-    walk = prepare(given, model=None, data=cifar(), watch=Unwatched())
-    with tempfile.TemporaryDirectory() as kept:
-        (told,) = walk.stages(Unwatched(), Checkpoints(Path(kept)))
+    stage = {"epochs": EPOCHS, "optimizer": {"learning_rate": RATE}, "methods": methods}
+    walk, told = training.walked(training.recipe(stage, seed=seed), RESULT)
     return walk.model, told
 
 

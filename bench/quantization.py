@@ -31,11 +31,10 @@ from torch import Tensor, nn
 import peers
 import rows
 import tables
-from images import MEAN, SHARED, STD, TRAINED, cifar, folder, normalised
-from tersor.checkpoint import Checkpoints
+import training
+from images import MEAN, STD, TRAINED, cifar, normalised
 from tersor.core.method import Method
 from tersor.core.target import Target
-from tersor.core.watch import Unwatched
 from tersor.data import Batches
 from tersor.export.bench import latency, predictions, size_bytes
 from tersor.export.onnx import export
@@ -44,8 +43,6 @@ from tersor.measure import accuracy
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
 from tersor.methods.ptq import PTQ
-from tersor.prepare import prepare
-from tersor.recipe import Recipe
 
 RESULT = "quantization"
 SEEDS = (0, 1, 2)
@@ -144,33 +141,18 @@ def trained(name: str) -> None:
     if rows.known(RESULT, identity, anywhere=True):
         return
     wanted = TRAINING[name]
-    weights = {} if wanted.get("scratch") else {"weights": SHARED / "models" / "resnet20-cifar10-jpeg.safetensors"}
-    model, told = _after_training(
-        {"name": "resnet20", **weights}, wanted["methods"], EPOCHS, 0.1 if wanted.get("scratch") else 0.01
-    )
-    reached = accuracy(model, _test())
+    stage = {
+        "epochs": EPOCHS,
+        "optimizer": {"learning_rate": 0.1 if wanted.get("scratch") else 0.01},
+        "methods": wanted["methods"],
+    }
+    teacher = "original" if any("soft_targets" in each for each in wanted["methods"]) else None
+    given = training.recipe(stage, scratch=bool(wanted.get("scratch")), teacher=teacher)
+    walk, told = training.walked(given, RESULT)
+    reached = training.accuracy_on_test(walk)
     numbers = {"accuracy": reached, "minutes": told["minutes"], "precision": told["precision"], "n": 1}
     rows.add(RESULT, identity, {**numbers, "spread": rows.spread([reached])}, [0])
     print(f"{name}: {reached:.2f} %, {told['minutes']:.1f} minutes", flush=True)
-
-
-def _after_training(
-    model: dict[str, Any], methods: list[dict[str, Any]], epochs: int, learning_rate: float
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The network after the last epoch, and what its stage told."""
-    stage = {"name": "train", "epochs": epochs, "optimizer": {"learning_rate": learning_rate}, "methods": methods}
-    given = Recipe.model_validate(
-        {
-            "model": {"num_classes": 10, **model},
-            "teacher": "original" if any("soft_targets" in each for each in methods) else None,
-            "data": {"folder": folder(), "augment": "crop_flip"},
-            "stages": [stage],
-        }
-    )
-    walk = prepare(given, model=None, data=cifar(), watch=Unwatched())
-    with tempfile.TemporaryDirectory() as kept:
-        (told,) = walk.stages(Unwatched(), Checkpoints(Path(kept)))
-    return walk.model, told
 
 
 def depthwise() -> None:
@@ -179,10 +161,11 @@ def depthwise() -> None:
     wanted = [{**what, "bits": bits, "runtime": runtime} for bits in (32, 8) for runtime in ("onnxruntime", "openvino")]
     if all(rows.known(RESULT, identity) for identity in wanted):
         return
-    model, told = _after_training({"name": "mobilenet_v2"}, [], 15, 0.05)
+    stage = {"epochs": 15, "optimizer": {"learning_rate": 0.05}}
+    walk, told = training.walked(training.recipe(stage, network="mobilenet_v2", scratch=True), RESULT)
     images = next(iter(Batches(cifar().train, 512, mean=MEAN, std=STD, shuffle=True, seed=0))).images.contiguous()
     for identity in wanted:
-        network = copy.deepcopy(model)
+        network = copy.deepcopy(walk.model)
         if identity["bits"] == 8:
             attached = PTQ().attach(network, data=images.split(64), target=Target(runtime=identity["runtime"]))
             for _ in attached.begin():

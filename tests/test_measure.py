@@ -15,7 +15,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from tersor.core.affine import Grid
 from tersor.core.errors import InputError
 from tersor.core.objective import Batch
-from tersor.core.parametrization import FakeQuantize
+from tersor.core.parametrization import FakeQuantize, Mask
 from tersor.measure import accuracy, agreement, costs, predictions
 from tersor.zoo import build, load_weights, normalization
 
@@ -158,6 +158,18 @@ def test_sparsity_is_of_fully_connected_layers_where_there_is_no_convolution():
     nn.init.zeros_(model[1].weight)
     assert costs(model, torch.zeros(1, 4)).sparsity == 8 / 24
     assert costs(nn.Identity(), torch.zeros(1, 4)).sparsity == 0
+
+
+def test_what_is_masked_is_told_apart_from_other_zeros():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+    nn.init.zeros_(model[1].weight)
+    mask = Mask(model[0].weight.shape)
+    mask.mask[:2] = False
+    parametrize.register_parametrization(model[0], "weight", mask)
+    measured = costs(model, torch.zeros(1, 3, 3, 3))
+    assert [layer.masked for layer in measured.layers] == [0.5, 0]
+    assert [layer.sparsity for layer in measured.layers] == [0.5, 1]
+    assert measured.masked == 54 / (108 + 8)
 
 
 def quantizer(grid: Grid) -> FakeQuantize:

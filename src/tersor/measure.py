@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.core.objective import Batch
-from tersor.core.parametrization import FakeQuantize, weight_quantizer
+from tersor.core.parametrization import FakeQuantize, weight_mask, weight_quantizer
 from tersor.core.selection import prunable, weighted_layers
 
 FLOAT_BITS = 32
@@ -33,6 +33,7 @@ class LayerCosts:
         macs: multiplications that are added up: of convolutions, matrix products and attention.
         parameters: numbers that are learned.
         sparsity: zeros among the weights that are shown, as a fraction.
+        masked: weights under a mask, as a fraction: zeros that no rounding made.
         weight_bits: of the weight's grid; 32 where it is not quantized.
         activation_bits: of the input's grid; 32 where it is not quantized.
     """
@@ -43,6 +44,7 @@ class LayerCosts:
     macs: int
     parameters: int
     sparsity: float
+    masked: float
     weight_bits: int
     activation_bits: int
 
@@ -57,6 +59,7 @@ class Costs:
         bit_operations: sum over the layers of macs * weight bits * activation bits.
         sparsity: zeros among the prunable weights, as a fraction: those of the convolutions, or of the fully connected
             layers where the network has no convolution.
+        masked: those of the same weights that lie under a mask, as a fraction.
         layers: what has macs, or a weight that is prunable somewhere.
     """
 
@@ -64,6 +67,7 @@ class Costs:
     macs: int
     bit_operations: int
     sparsity: float
+    masked: float
     layers: tuple[LayerCosts, ...]
 
 
@@ -112,11 +116,13 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
         for name, module in model.named_modules()
         if macs[module] or name in weighted
     )
+    counted = [*prunable(model).values()] if weighted else []
     return Costs(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=sum(layer.macs for layer in layers),
         bit_operations=sum(layer.macs * layer.weight_bits * layer.activation_bits for layer in layers),
-        sparsity=_sparsity(layer.weight for layer in prunable(model).values()) if weighted else 0.0,
+        sparsity=_sparsity(layer.weight for layer in counted),
+        masked=_sparsity(map(_mask, counted)),
         layers=layers,
     )
 
@@ -216,9 +222,19 @@ def _layer_costs(name: str, module: nn.Module, macs: int, activation_bits: int) 
         macs=macs,
         parameters=sum(parameter.numel() for parameter in learned),
         sparsity=0.0 if weight is None else _sparsity([weight]),
+        masked=0.0 if weight is None else _sparsity([_mask(module)]),
         weight_bits=quantizer.grid.bits if quantizer else FLOAT_BITS,
         activation_bits=activation_bits,
     )
+
+
+def _mask(layer: nn.Module) -> Tensor:
+    """Of the weight's shape, False where it is masked."""
+    found = weight_mask(layer)
+    if found is not None:
+        return found.mask
+    assert isinstance(layer.weight, Tensor)
+    return torch.ones_like(layer.weight, dtype=torch.bool)
 
 
 @torch.no_grad()

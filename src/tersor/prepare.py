@@ -65,6 +65,11 @@ def _rehearse(walk: Walk) -> None:
         batches = walk.training_batches(wanted.training)
         learning_rates(batches, wanted.training, wanted.epochs * steps_per_epoch(batches, wanted.training))
     for stage in walk.recipe.stages:
+        if stage.validate_every and not len(walk.data.validation):
+            raise InputError(
+                f"stage '{stage.name}' has validate_every, and there are no validation images. Write data.validation, "
+                "the fraction of the training images that is held out, or leave validate_every out."
+            )
         batches = walk.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
         learning_rates(batches, stage, steps)

@@ -116,6 +116,9 @@ class Stage(Training):
         Field(description="names, or a name with its parameters: {soft_targets: {temperature: 4}}"),
     ] = ()
     cache: Annotated[bool, Field(description="ask the teacher once about each image, where none is augmented")] = False
+    validate_every: Annotated[
+        int | None, Field(ge=1, description="epochs between two looks at the validation images; at its end if left")
+    ] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -124,6 +127,11 @@ class Stage(Training):
             problems.append((("name",), f"a stage's name has letters, digits, - and _, given {self.name!r}."))
         if self.epochs and self.steps:
             problems.append((("steps",), f"a stage has epochs or steps, given {self.epochs} and {self.steps}."))
+        if self.validate_every and not self.epochs and not self.steps:
+            message = (
+                f"validate_every looks on while a network trains, and stage '{self.name}' has 0 steps. Leave it out."
+            )
+            problems.append((("validate_every",), message))
         names = [registry.name_of(method) for method in self.methods]
         for index, method in enumerate(self.methods):
             if names[index] in names[:index]:

@@ -16,8 +16,8 @@ accelerate prepares two things only, the Objective and the optimizer:
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,9 +26,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
+from tersor.core.accuracy_curve import AccuracyCurve
 from tersor.core.attachment import Attachment
 from tersor.core.batch_source import BatchSource, Group, groups
-from tersor.core.device import layout_for, precision_for, set_layout
+from tersor.core.device import as_found, layout_for, precision_for, set_layout
 from tersor.core.errors import InputError, NonFiniteLoss
 from tersor.core.loss_log import LossLog
 from tersor.core.objective import Batch, Objective
@@ -37,6 +38,7 @@ from tersor.core.processes import any_of, as_in_the_first, join
 from tersor.core.remembered import Remembered
 from tersor.core.running_mean import RunningMean
 from tersor.core.schedule import learning_rate_factor
+from tersor.core.seeded import seeded
 from tersor.core.snapshot import Keeper, part, restore, snapshot, stop_asked
 from tersor.core.training import Training
 from tersor.core.watch import Unwatched, Watch
@@ -90,6 +92,7 @@ def fit(
     task: str = "train",
     keeper: Keeper | None = None,
     once: BatchSource | None = None,
+    curve: AccuracyCurve | None = None,
 ) -> Fitted:
     """Trains `attachment.model` in place on the device that accelerate finds; it comes back in eval, where it was.
 
@@ -107,6 +110,7 @@ def fit(
         keeper: where this training goes on from, and what keeps it every few steps and when Ctrl-C is pressed.
         once: all images in their order, where they come as they are in every epoch: the teacher is asked about them
             before the first step, and what it gives is kept.
+        curve: measures the network every few steps, and has its values afterwards.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; with a keeper, after the step was ended and kept.
@@ -134,8 +138,8 @@ def fit(
         label_smoothing=training.label_smoothing,
         autocast=precision_for(device, training.precision),
     )
-    with _as_found(objective), _random_numbers(seed + accelerator.process_index, device):
-        loop = _Loop(accelerator, objective, training, watch or Unwatched(), keeper)
+    with as_found(objective), seeded(seed + accelerator.process_index, device):
+        loop = _Loop(accelerator, objective, training, watch or Unwatched(), keeper, curve)
         begun = keeper.begun if keeper else None
         handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
         try:
@@ -156,6 +160,7 @@ class _Loop:
         training: Training,
         watch: Watch,
         keeper: Keeper | None,
+        curve: AccuracyCurve | None,
     ) -> None:
         self.accelerator = accelerator
         self.plain = objective
@@ -163,6 +168,7 @@ class _Loop:
         self.training = training
         self.watch = watch
         self.keeper = keeper
+        self.curve = curve
         self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.autocast else "float32"
         self.layout = layout_for(accelerator.device)
         set_layout(objective, self.layout)
@@ -190,6 +196,8 @@ class _Loop:
         if kept is not None:
             restore(kept, self.plain, self.torch_optimizer, mean)
             self.watch.advance(first)
+            if self.curve:
+                self.curve.go_on(part(kept, "curve"))
         log = LossLog(part(kept or {}, "log"))
         shown: dict[str, float] = {}
         steps = groups(batches, self.training.accumulate, first)
@@ -204,7 +212,8 @@ class _Loop:
                 log.add(losses, first=group.first)
                 if step % REPORT_EVERY == 0 or not shown:
                     shown = dict(zip(losses, values.tolist(), strict=True))
-                self.watch.advance(1, **shown, learning_rate=rate)
+                measured = self._measured(step + 1, mean, log)
+                self.watch.advance(1, **shown, **measured, learning_rate=rate)
                 if keeper:
                     self._keep(keeper, step + 1, asked(), mean, log)
         if mean:
@@ -212,6 +221,14 @@ class _Loop:
         as_in_the_first(self.model)  # the last batch has moved running statistics and ranges in each apart
         as_in_the_first(self.plain.terms)
         return Fitted(len(rates), log.seconds, log.earlier, log.means(), self.precision)
+
+    def _measured(self, done: int, mean: RunningMean | None, log: LossLog) -> dict[str, float]:
+        """What the curve has last, to be shown."""
+        if self.curve is None:
+            return {}
+        with log.paused():
+            self.curve.after(done, self.model, mean)
+        return self.curve.latest
 
     def _keep(self, keeper: Keeper, done: int, asked: bool, mean: RunningMean | None, log: LossLog) -> None:
         """A snapshot every few steps, and where Ctrl-C was pressed in any process; then all stop.
@@ -222,6 +239,8 @@ class _Loop:
         stop = any_of(asked)
         if stop or done % keeper.every == 0:
             told = {f"log.{name}": value for name, value in log.tensors().items()}
+            if self.curve:
+                told |= {f"curve.{name}": value for name, value in self.curve.tensors().items()}
             keeper.keep(done, snapshot(self.plain, self.torch_optimizer, mean) | told)
         if stop:
             raise KeyboardInterrupt
@@ -274,24 +293,3 @@ def learning_rates(batches: BatchSource, training: Training, steps: int) -> list
             "steps. Write fewer warmup_epochs, or train longer."
         )
     return [base * learning_rate_factor(schedule, step, steps, warmup) for step in range(steps)]
-
-
-@contextmanager
-def _random_numbers(seed: int, device: torch.device) -> Generator[None]:
-    # The caller's generators go on afterwards as if nothing had been drawn.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _as_found(objective: Objective) -> Generator[None]:
-    # Whoever goes on with the networks (calibration, export, safetensors) finds them where and as they lay.
-    device = next(objective.parameters()).device
-    objective.zero_grad()
-    try:
-        yield
-    finally:
-        objective.zero_grad()
-        objective.eval().to(device)
-        set_layout(objective, torch.contiguous_format)

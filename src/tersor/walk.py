@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint import Checkpoints, UnitKeeper
 from tersor.core import processes
+from tersor.core.accuracy_curve import AccuracyCurve
 from tersor.core.attachment import Attachment
 from tersor.core.method import chain
 from tersor.core.training import Training
@@ -131,25 +132,50 @@ class Walk:
         told |= {"steps": steps, "notes": list(keeper.notes)}
         earlier = 0.0
         if steps:
-            fitted = fit(
-                attachment,
-                batches,
-                stage,
-                steps=steps,
-                teacher=self.teacher,
-                watch=watch,
-                seed=self.recipe.seed,
-                task=stage.name,
-                keeper=keeper,
-                once=self.batches(self.data.train, EVALUATION_BATCH) if stage.cache else None,
-            )
-            earlier = fitted.earlier
-            told |= {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
+            found, earlier = self._train(stage, attachment, batches, steps, watch, keeper)
+            told |= found
         attachment.finish()
         told |= attachment.told
         told["minutes"] = (time.perf_counter() - began + earlier) / 60
         told["validation_accuracy"] = self.validate(self.model, stage.name, watch)
         return told, attachment.kept
+
+    def _train(
+        self,
+        stage: Stage,
+        attachment: Attachment,
+        batches: Batches,
+        steps: int,
+        watch: Watch,
+        keeper: UnitKeeper,
+    ) -> tuple[dict[str, Any], float]:
+        """What is told of the training, and the seconds that processes before this one took."""
+        curve = self._curve(stage, batches)
+        fitted = fit(
+            attachment,
+            batches,
+            stage,
+            steps=steps,
+            teacher=self.teacher,
+            watch=watch,
+            seed=self.recipe.seed,
+            task=stage.name,
+            keeper=keeper,
+            once=self.batches(self.data.train, EVALUATION_BATCH) if stage.cache else None,
+            curve=curve,
+        )
+        told = {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
+        if curve is not None:
+            told |= {"validation_by_epoch": curve.values, "validated_at": curve.steps}
+        return told, fitted.earlier
+
+    def _curve(self, stage: Stage, batches: Batches) -> AccuracyCurve | None:
+        """Accuracy on the validation images every few epochs, where the stage asks for it."""
+        if stage.validate_every is None:
+            return None
+        validation = self.batches(self.data.validation, EVALUATION_BATCH)
+        every = stage.validate_every * steps_per_epoch(batches, stage)
+        return AccuracyCurve(every, lambda network: accuracy(network, validation))
 
     def left_by_stages(self, checkpoints: Checkpoints) -> dict[int, nn.Module]:
         """Number of a stage -> the network as it left it, from the checkpoints at their ends."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from importlib.util import find_spec
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from tersor.core.errors import InputError
 from tersor.export import bench
-from tersor.export.bench import Spread, Timings, footprint, latency, predictions, size_bytes
+from tersor.export.bench import Spread, Timings, compressed_bytes, footprint, latency, predictions, size_bytes
 from tersor.export.runtime import Session, open_session
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -121,6 +122,7 @@ def test_size_counts_every_file_that_the_runtime_needs(tmp_path, tiny):
     onnx.save(onnx.load(tiny.path), outside, save_as_external_data=True, location="outside.data", size_threshold=0)
     data = outside.with_name("outside.data")
     assert size_bytes(outside) == outside.stat().st_size + data.stat().st_size
+    assert compressed_bytes(outside) == sum(len(zlib.compress(file.read_bytes())) for file in (outside, data))
     data.unlink()
     with pytest.raises(InputError, match=r"needs .*outside\.data"):
         size_bytes(outside)

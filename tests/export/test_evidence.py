@@ -57,7 +57,7 @@ def evidence(networks):
 
 def test_it_is_plain_values(evidence):
     assert json.loads(json.dumps(evidence, allow_nan=False)) == evidence
-    assert set(evidence) == {"looked_at", "layers", "profile", "targets", "attention", "answers"}
+    assert set(evidence) == {"looked_at", "layers", "widths", "masks", "profile", "targets", "attention", "answers"}
     assert evidence["looked_at"] == 256
 
 

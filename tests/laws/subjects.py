@@ -35,7 +35,7 @@ model: {name: "subjects:Subject"}
 teacher: {name: "subjects:Subject", epochs: 1, training: {batch_size: 64, optimizer: {learning_rate: 0.05}}}
 data: {name: digits, limit: 80, augment: flip}
 checkpoint_every: 3
-stages: [{name: law, batch_size: 16, steps: 6, optimizer: {learning_rate: 0.02}}]
+stages: [{name: law, batch_size: 16, steps: 6, validate_every: 1, optimizer: {learning_rate: 0.02}}]
 """
 
 

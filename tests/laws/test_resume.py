@@ -1,5 +1,6 @@
 """A run that is killed at a random moment and goes on in a fresh process ends with the same bits."""
 
+import json
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tersor.export.artifact import read_artifact
 
 AT_ONCE = 2
+EPOCH = 8  # steps
 RECIPE = """\
 model: {name: "tiny:build"}
 teacher: {name: "tiny:build", epochs: 3, training: {batch_size: 32}}
@@ -24,6 +26,7 @@ stages:
   - name: train
     steps: STEPS
     batch_size: 16
+    validate_every: 1
     ema: 0.9
     optimizer: {name: adamw, learning_rate: 0.001}
     methods:
@@ -90,6 +93,13 @@ def weights(out):
     }
 
 
+def told(out):
+    """What the last stage's end tells of all stages, but for the clock."""
+    *_, end = sorted((out / "checkpoints").iterdir())
+    stages = json.loads((end / "clock.json").read_text())["told"]["stages"]
+    return [{key: stage[key] for key in stage if key not in {"minutes", "training_seconds"}} for stage in stages]
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(
         first[stage].keys() == second[stage].keys()
@@ -106,7 +116,8 @@ def killed_and_resumed(folder, kills, seed, steps):
     with ThreadPoolExecutor(AT_ONCE) as several:  # as long as a run beside others takes
         list(several.map(lambda name: finish(folder, folder / name), [f"whole{number}" for number in range(AT_ONCE)]))
     length = time.monotonic() - began
-    expected = weights(folder / "whole0")
+    expected, as_told = weights(folder / "whole0"), told(folder / "whole0")
+    assert len(as_told[-1]["validation_by_epoch"]) == steps // EPOCH
     model = (folder / "whole0" / "model.onnx").read_bytes()
     draw = random.Random(seed)
     moments = [draw.uniform(0, length) for _ in range(kills)]
@@ -122,6 +133,7 @@ def killed_and_resumed(folder, kills, seed, steps):
         hit = "ended" if out.exists() else (reached[-1] if reached else "before")
         finish(folder, out)
         assert same(weights(out), expected), f"kill {number}, in {hit}"
+        assert told(out) == as_told, f"kill {number}, in {hit}"
         assert read_artifact(out).model.read_bytes() == model, "whole, every file as the manifest says"
         assert not (folder / f"{out.name}.checkpoints").exists()
         shutil.rmtree(out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -45,3 +47,19 @@ def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=layout)
+
+
+@contextmanager
+def as_found(networks: nn.Module) -> Generator[None]:
+    """While `networks` are trained, elsewhere or in another layout; afterwards they are in eval, where and as they lay.
+
+    Whoever goes on with them (calibration, export, safetensors) need not know.
+    """
+    device = next(networks.parameters()).device
+    networks.zero_grad()
+    try:
+        yield
+    finally:
+        networks.zero_grad()
+        networks.eval().to(device)
+        set_layout(networks, torch.contiguous_format)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,8 +29,17 @@ class LossLog:
 
     @property
     def seconds(self) -> float:
-        """Since the first step of the first process."""
+        """Since the first step of the first process, without what was `paused`."""
         return self.earlier + time.perf_counter() - self._begun
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """The clock stands still: what is done here is no training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._begun += time.perf_counter() - began
 
     def add(self, losses: Mapping[str, Tensor], *, first: bool) -> None:
         """Of one step, which may be the first of an epoch."""

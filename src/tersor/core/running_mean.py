@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,18 @@ class RunningMean:
         """Gives `model` the means as its weights."""
         for name, tensor in _averaged(model):
             tensor.copy_(self.values[name])
+
+    @contextmanager
+    def shown(self, model: nn.Module) -> Generator[None]:
+        """While `model` has the means as its weights; afterwards it has its own again, bit for bit."""
+        own = {name: tensor.detach().clone() for name, tensor in _averaged(model)}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in _averaged(model):
+                    tensor.copy_(own[name])
 
 
 def _averaged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Weights that a method draws for parts of its own."""
+"""Numbers that are drawn from a seed, while the caller's go on as if nothing had been drawn."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 @contextmanager
-def seeded(seed: int) -> Generator[None]:
-    """Numbers are drawn from `seed`; the caller's generator goes on afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[]):
+def seeded(seed: int, device: torch.device | None = None) -> Generator[None]:
+    """Numbers are drawn from `seed`, on the CPU and on `device`, where a GPU is given."""
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

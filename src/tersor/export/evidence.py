@@ -23,6 +23,7 @@ from tersor.export.attention import attention_maps
 from tersor.export.layers import layer_table
 from tersor.export.numbers import arrays, openvino_installed
 from tersor.export.profile import profile
+from tersor.export.pruned import masks, widths
 from tersor.export.runtime import Array
 from tersor.graph.capture import capture, layer_of, values_into
 
@@ -50,7 +51,7 @@ def gather(
         original: the network as it came in.
         model: the compressed one, as torch has it, with masks and quantizers on it.
         teacher: whose softened targets are shown; those of `original` where there is none.
-        before: the network before the first stage, whose attention is shown beside.
+        before: the network before the first stage, whose attention and widths are shown beside.
         folder: holds `original.onnx` and `model.onnx`.
         test: the whole test set, in order.
         target: the runtime that answers and is profiled.
@@ -58,9 +59,9 @@ def gather(
         watch: who looks on.
 
     Returns:
-        `layers` (see `layer_table`), `profile` (batch size -> `original`, `artifact` and `bf16`, see `profile`),
-        `targets` (`of` whom, `images`, see `softened_targets`, and `similar`, see `similar_classes`), `attention` (see
-        `attention_maps`), `answers` (see `changed_answers`), `looked_at`.
+        `layers` (see `layer_table`), `widths` and `masks` (see there), `profile` (batch size -> `original`, `artifact`
+        and `bf16`, see `profile`), `targets` (`of` whom, `images`, see `softened_targets`, and `similar`, see
+        `similar_classes`), `attention` (see `attention_maps`), `answers` (see `changed_answers`), `looked_at`.
     """
     watch.start("evidence", 3)
     # over the whole set, which is sorted by class where it is a folder
@@ -76,7 +77,8 @@ def gather(
         "images": softened_targets(teaches, test, index),
         "similar": similar_classes(teaches, test),
     }
-    seen = {"before": _at_rest(before), "after": model}
+    before = _at_rest(before)
+    seen = {"before": before, "after": model}
     attention = attention_maps(seen if teacher is None else {"teacher": teaches, **seen}, test, index)
     watch.advance()
     profiles = _profiles(original, model, folder, next(arrays(test, target.input))[:1], target)
@@ -84,6 +86,8 @@ def gather(
     return {
         "looked_at": len(looked_at),
         "layers": layers,
+        "widths": widths(before, model),
+        "masks": masks(model),
         "profile": profiles,
         "targets": targets,
         "attention": attention,

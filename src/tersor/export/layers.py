@@ -56,6 +56,7 @@ def layer_table(original: nn.Module, model: nn.Module, images: Tensor) -> list[d
                 "macs": cost.macs,
                 "sparsity": cost.sparsity,
                 "zeros": int((weight == 0).sum()),
+                "masked": cost.masked,
                 "weight_bits": cost.weight_bits,
                 "activation_bits": cost.activation_bits,
                 "levels": None if quantizer is None else len(_integers(weight, quantizer).unique()),

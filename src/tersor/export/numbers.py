@@ -21,13 +21,22 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.core.watch import Watch
 from tersor.data import Batches
-from tersor.export.bench import BATCH_SIZES, Array, Timings, footprint, latency, predictions, size_bytes
+from tersor.export.bench import (
+    BATCH_SIZES,
+    Array,
+    Timings,
+    compressed_bytes,
+    footprint,
+    latency,
+    predictions,
+    size_bytes,
+)
 from tersor.export.runtime import Session, load_runtime, machine, open_session
 from tersor.measure import Costs, agreement, costs
 from tersor.measure import predictions as torch_predictions
 
 _AGAIN = "original, again"
-OF_STAGES = ("accuracy", "bytes", "macs", "sparsity", "latency_ms")
+OF_STAGES = ("accuracy", "bytes", "compressed_bytes", "macs", "sparsity", "latency_ms")
 """What is told of a stage, under the names that it has in every entry."""
 
 
@@ -145,6 +154,7 @@ def _of_stage(
     return {
         "accuracy": agreement(torch.from_numpy(answers), labels),
         "bytes": size_bytes(contender.path),
+        "compressed_bytes": compressed_bytes(contender.path),
         "macs": contender.costs.macs,
         "sparsity": contender.costs.sparsity,
         "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},
@@ -169,10 +179,12 @@ def _entry(
         "accuracy": agreement(answer, labels),
         "agreement": agreement(answer, torch.from_numpy(answers["original"])),
         "bytes": size_bytes(contender.path),
+        "compressed_bytes": compressed_bytes(contender.path),
         "parameters": contender.costs.parameters,
         "macs": contender.costs.macs,
         "bit_operations": contender.costs.macs * bits if bits else contender.costs.bit_operations,
         "sparsity": contender.costs.sparsity,
+        "masked": contender.costs.masked,
         "peak_memory_bytes": spent.peak_memory_bytes,
         "load_ms": spent.load_ms,
         "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},

@@ -25,9 +25,11 @@ def entry(
         "accuracy": accuracy,
         "agreement": 100.0,
         "bytes": size,
+        "compressed_bytes": size // 2,
         "macs": macs,
         "bit_operations": macs * bits * bits,
         "sparsity": 0.0,
+        "masked": 0.0,
         "peak_memory_bytes": 20_000_000,
         "load_ms": 9.0,
         "latency_ms": {"1": spread, "32": spread},
@@ -60,6 +62,9 @@ def numbers_of(**changes):
              "reconstruction": {"layer": "layer3", "errors": [0.9, 0.4], "before": [[[0.1, 0.7], [0.3, 0.2]]] * 6,
                                 "after": [[[0.1, 0.6], [0.3, 0.3]]] * 6}},
             {"name": "draw", "methods": [{"psgd": {"bits": 4}}], "steps": 10, "minutes": 0.2, "drawn": drawn_of()},
+            {"name": "mask", "methods": [{"weight_pruning": {"sparsity": 0.8}}], "steps": 40, "minutes": 0.4,
+             "masks": {"steps": [10, 20, 30], "sparsity": [0.5, 0.7, 0.8], "changed": [0.5, 0.25, 0.125]},
+             "validated_at": [20, 40], "validation_by_epoch": [60.0, 80.0]},
             {"name": "quantize", "methods": ["ptq"], "steps": 0, "minutes": 0.1},
         ],
     }  # fmt: skip
@@ -82,8 +87,8 @@ def evidence_of(**changes):
     histogram = {"unit": "steps", "low": -1.5, "width": 0.5, "before": [1, 2, 9, 8, 3, 1], "shown_width": 1.0,
                  "shown": [3, 17, 4], "grid": [-1, 1], "step": [0.1, 0.2, 0.3]}  # fmt: skip
     layer = {"name": "conv", "kind": "Conv2d", "original_shape": [4, 3, 1, 1], "shape": [2, 3, 1, 1], "macs": 100,
-             "sparsity": 0.5, "zeros": 3, "weight_bits": 2, "activation_bits": 8, "levels": 3, "clipped": 0.01,
-             "error": 0.2, "histogram": histogram}  # fmt: skip
+             "sparsity": 0.5, "zeros": 3, "masked": 0.25, "weight_bits": 2, "activation_bits": 8, "levels": 3,
+             "clipped": 0.01, "error": 0.2, "histogram": histogram}  # fmt: skip
     floats = {"unit": "value", "low": -1.0, "width": 0.5, "before": [], "shown_width": 0.5, "shown": [1, 2, 3, 4],
               "grid": None, "step": None}  # fmt: skip
     linear = {**layer, "name": "linear", "kind": "Linear", "original_shape": None, "shape": [2, 2], "weight_bits": 32,
@@ -98,6 +103,9 @@ def evidence_of(**changes):
     evidence = {
         "looked_at": 256,
         "layers": [layer, linear],
+        "widths": [{"name": "conv", "before": 4, "after": 2}, {"name": "linear", "before": 2, "after": 2}],
+        "masks": [{"name": "conv", "shape": [2, 3, 1, 2], "masked": 0.25,
+                   "filters": [["10", "01", "11"], ["00", "11", "01"]]}],
         "profile": {"1": size, "32": size},
         "targets": {
             "of": "teacher", "images": [{**image, "classes": [0, 1], "rows": rows}],

@@ -92,6 +92,7 @@ def test_untrusted_names_are_text(folder):
     numbers, evidence = numbers_of(classes=[SCRIPT, f'"{SCRIPT}']), evidence_of()
     numbers["stages"][0]["name"] = numbers["machine"]["cpu"] = SCRIPT
     evidence["layers"][0]["name"] = evidence["profile"]["1"]["artifact"]["kinds"][0]["kind"] = SCRIPT
+    evidence["masks"][0]["name"] = evidence["widths"][0]["name"] = numbers["stages"][2]["name"] = SCRIPT
     (folder / "numbers.json").write_text(json.dumps(numbers))
     (folder / "evidence.json").write_text(json.dumps(evidence))
     text = drawn(folder)

@@ -21,6 +21,7 @@ from tersor.export.report.inside import layers, time_spent, weights
 from tersor.export.report.learned import drawn_weights, reconstructions
 from tersor.export.report.markup import Markup, join, tag
 from tersor.export.report.measured import figures, head, latencies, stages
+from tersor.export.report.pruned import moved, pruned
 from tersor.export.report.verdict import verdict
 
 REPORT = "report.html"
@@ -73,6 +74,7 @@ def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
         [
             time_spent(numbers, evidence),
             layers(numbers, evidence),
+            pruned(evidence),
             weights(evidence),
             targets(numbers, evidence),
             similar(numbers, evidence),
@@ -82,7 +84,7 @@ def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
         if evidence
         else [tag("section", tag("p", _WITHOUT_EVIDENCE))]
     )
-    measured = [head(numbers, evidence), figures(numbers), stages(numbers), latencies(numbers)]
+    measured = [head(numbers, evidence), figures(numbers), stages(numbers), moved(numbers), latencies(numbers)]
     return template.substitute(
         title=join([f"tersor: {verdict(numbers, 'original', evidence)}"]),
         policy=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),

@@ -1,0 +1,70 @@
+"""What benchmarks that train have in common: one stage on CIFAR-10, walked through; interrupted, it goes on later."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from images import SHARED, cifar, folder
+from tersor.checkpoint import Checkpoints
+from tersor.core.watch import Unwatched
+from tersor.data import Splits
+from tersor.measure import accuracy
+from tersor.prepare import prepare
+from tersor.recipe import Recipe, write
+from tersor.walk import EVALUATION_BATCH, Walk
+
+Numbers = dict[str, Any]
+
+
+def weights_of(network: str) -> Path:
+    """The file of a trained network."""
+    return SHARED / "models" / f"{network}-cifar10-jpeg.safetensors"
+
+
+def recipe(
+    stage: Mapping[str, Any],
+    *,
+    network: str = "resnet20",
+    scratch: bool = False,
+    teacher: str | Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """One stage of training on augmented images, of a trained network or from `scratch`."""
+    weights = {} if scratch else {"weights": weights_of(network)}
+    return Recipe.model_validate(
+        {
+            "model": {"name": network, "num_classes": 10, **weights},
+            "teacher": teacher,
+            "data": {"folder": folder(), "augment": "crop_flip"},
+            "seed": seed,
+            "stages": [{"name": "train", **stage}],
+        }
+    )
+
+
+def walked(
+    given: Recipe, result: str, images: Splits | None = None, *, begun: Callable[[Walk], None] = lambda _walk: None
+) -> tuple[Walk, Numbers]:
+    """The walk through a recipe of one stage at its end, and what the stage told.
+
+    Args:
+        given: the recipe; interrupted, it goes on from its last checkpoint when it is given again.
+        result: the file of results that it is for.
+        images: all that there are if left.
+        begun: is called with the walk before its first step.
+    """
+    walk = prepare(given, model=None, data=images or cifar(), watch=Unwatched())
+    begun(walk)
+    kept = folder().parent / result / hashlib.sha256(write(given).encode()).hexdigest()[:16]
+    (told,) = walk.stages(Unwatched(), Checkpoints(kept))
+    shutil.rmtree(kept)
+    return walk, told
+
+
+def accuracy_on_test(walk: Walk) -> float:
+    """Percent of the 10,000 test images that the network answers right, computed in torch."""
+    return accuracy(walk.model, walk.batches(walk.data.test, EVALUATION_BATCH))
