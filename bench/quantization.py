@@ -39,7 +39,6 @@ from tersor.data import Batches
 from tersor.export.bench import latency, predictions, size_bytes
 from tersor.export.onnx import export
 from tersor.export.runtime import open_session
-from tersor.measure import accuracy
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
 from tersor.methods.ptq import PTQ
