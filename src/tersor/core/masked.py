@@ -25,6 +25,25 @@ from tersor.core.schedule import interpolate
 from tersor.core.selection import Layer
 
 
+def check_floor(floor: float, sparsity: float) -> None:
+    """Raises:
+    InputError: the floor leaves too little to mask.
+    """
+    if floor > 1 - sparsity:
+        raise InputError(
+            f"with a floor of {floor:g} at most {1 - floor:g} can be masked, and {sparsity:g} is asked. Write a "
+            "lower floor or sparsity."
+        )
+
+
+def check_steps(steps: int, method: str) -> None:
+    """Raises:
+    InputError: there are no steps to move masks in.
+    """
+    if not steps:
+        raise InputError(f"{method} moves masks while a network trains, and there are 0 steps. Write epochs or steps.")
+
+
 def lay_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -> None:
     """A mask on every weight, of ones where there was none before; all with this gradient.
 
@@ -182,7 +201,7 @@ class DynamicMasks(MaskedAttachment):
             self._renew(interpolate("cubic", progress, self.start, self.wanted), done, done // self.every)
 
     def finish(self) -> None:
-        """Lands on the exact sparsity, however few the steps were; masks that have it are those that it trained with."""
+        """Lands on the exact sparsity, however few the steps were; masks that have it already are left alone."""
         if round(self.sparsity * self.total) != round(self.wanted * self.total):
             self._renew(self.wanted, self.steps, 0)
         super().finish()

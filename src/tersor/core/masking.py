@@ -33,7 +33,7 @@ _DIGITS = ((21, 11), (10, 11), (0, 10))
 _LARGEST = 2**31 - 1
 
 
-def granularity(text: str) -> str:
+def known_granularity(text: str) -> str:
     """`text`, if it is one: "weight", "kernel", "filter" or "N:M".
 
     Raises:
@@ -87,6 +87,11 @@ def masks(
         kept = _kept([units[name] for name in names], target)
         found |= {name: _in_shape(part, shapes[name]) for name, part in zip(names, kept, strict=True)}
     return found
+
+
+def best_of(scores: Tensor, count: int) -> Tensor:
+    """Bool, of the shape of the scores: the `count` largest; of equal ones the first."""
+    return _kept([_Units(scores.flatten(), None, 1)], scores.numel() - count)[0].reshape(scores.shape)
 
 
 def pattern_mask(scores: Tensor, kept: int, of: int) -> Tensor:

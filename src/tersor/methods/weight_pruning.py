@@ -47,8 +47,8 @@ from tersor.core.importance import (
     of_function,
     root_mean_squares,
 )
-from tersor.core.masked import MaskedAttachment, dense_of, lay_masks, mask_of
-from tersor.core.masking import Scope, granularity, masks, pattern, pattern_mask, unit_scores
+from tersor.core.masked import MaskedAttachment, check_floor, dense_of, lay_masks, mask_of
+from tersor.core.masking import Scope, known_granularity, masks, pattern, pattern_mask, unit_scores
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.schedule import curve
 from tersor.core.selection import Layer, prunable
@@ -75,7 +75,7 @@ class WeightPruning:
     ] = "magnitude"
     granularity: Annotated[
         str,
-        AfterValidator(granularity),
+        AfterValidator(known_granularity),
         Field(description="what is masked as a whole: weight, kernel, filter; or N:M, of any M weights N stay"),
     ] = "weight"
     scope: Annotated[Scope, Field(description="sparsity of each layer, or of all together")] = "layer"
@@ -133,7 +133,7 @@ class WeightPruning:
         layers, notes = self._divided(layers)
         norms = norms_behind(model) if self.importance == "batchnorm" else {}
         for name in layers if self.importance == "batchnorm" else ():
-            if name not in norms or norms[name].weight is None:
+            if name not in norms or not norms[name].affine:
                 raise InputError(
                     f"importance: batchnorm asks for the factor of the BatchNorm behind {name}, and there is none. "
                     f"Name the layers that have one, or another importance: {', '.join(IMPORTANCES)}."
@@ -156,7 +156,7 @@ class WeightPruning:
             raise InputError("magnitude_l2 orders single weights as magnitude does. Write importance: magnitude.")
         of_pattern = pattern(self.granularity)
         if of_pattern is not None and self.scope == "global":
-            raise InputError(f"with {self.granularity} every layer is as sparse as the others. Leave out scope: global.")
+            raise InputError(f"with {self.granularity} all layers are as sparse. Leave out scope: global.")
         if of_pattern is not None and self.sparsity is not None and self.sparsity != 1 - of_pattern[0] / of_pattern[1]:
             raise InputError(
                 f"granularity {self.granularity} masks {1 - of_pattern[0] / of_pattern[1]:g} of the weights, and "
@@ -164,11 +164,7 @@ class WeightPruning:
             )
         if self.floor and self.scope == "layer":
             raise InputError("floor holds weights of a layer against a global threshold. Write scope: global with it.")
-        if self.floor > 1 - self.wanted:
-            raise InputError(
-                f"with a floor of {self.floor:g} at most {1 - self.floor:g} can be masked, and {self.wanted:g} is "
-                "asked. Write a lower floor or sparsity."
-            )
+        check_floor(self.floor, self.wanted)
 
     def _divided(self, layers: dict[str, Layer]) -> tuple[dict[str, Layer], list[str]]:
         """Those of the layers that N:M can be laid on, and a note on the others."""
