@@ -5,16 +5,27 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tersor.core.errors import InputError, nearest
+from tersor.core.errors import InputError, nearest, unknown
 
 
 def is_function_path(name: str) -> bool:
     """Whether `name` is meant as `package.module:function`."""
     return ":" in name
+
+
+def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
+    """What checks that a name is one of the `options`, or meant as `package.module:function`, and gives it back."""
+
+    def check(name: str) -> str:
+        if name in options or is_function_path(name):
+            return name
+        raise InputError(f"{unknown(kind, name, options)} Or a function of yours: package.module:function.")
+
+    return check
 
 
 def import_function(path: str) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tersor.core.attachment import Attachment, Chain
 from tersor.core.errors import InputError
+from tersor.core.masked import MaskedAttachment
 from tersor.core.target import Target
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
@@ -66,8 +67,21 @@ def chain(
             model = part.model
             if any(parameter.shape != before.get(id(parameter), parameter.shape) for parameter in model.parameters()):
                 _refuse_pairs(method, parts)
+            if isinstance(part, MaskedAttachment):
+                _refuse_masks(method, part, parts)
             parts.append(part)
     return Chain(model, parts)
+
+
+def _refuse_masks(method: Method, part: MaskedAttachment, parts: Sequence[Attachment]) -> None:
+    """Each would undo what the other masks."""
+    for other in parts:
+        both = [name for name in part.masked if isinstance(other, MaskedAttachment) and name in other.masked]
+        if both:
+            raise InputError(
+                f"{type(method).__name__} masks {both[0]}, which a method before it in the same stage masks too. Give "
+                "them `layers` apart from each other, or stages of their own."
+            )
 
 
 def _refuse_pairs(method: Method, parts: Sequence[Attachment]) -> None:

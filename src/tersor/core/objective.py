@@ -81,6 +81,9 @@ class LossTerm(nn.Module):
         """The weighted loss of one batch."""
         raise NotImplementedError
 
+    def join(self, objective: Objective) -> None:
+        """Who asks: a term that runs the network again runs the objective's, as it does. Nothing by default."""
+
 
 class Objective(nn.Module):
     """Model, teacher and terms: `forward(batch)` gives the named losses, whose sum is to be minimised.
@@ -122,6 +125,9 @@ class Objective(nn.Module):
         self.answers: Callable[[Batch], Outputs] | None = None
         if teacher is not None:
             teacher.requires_grad_(requires_grad=False)
+        for term in self.terms:
+            assert isinstance(term, LossTerm)
+            term.join(self)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -133,7 +139,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of one batch by name, each a scalar in float32."""
-        with self._autocast(batch):
+        with self.autocasting(batch):
             logits, given = self._ask_student(batch.images)
         teacher = None
         if len(self.terms) and self.teacher is not None:
@@ -153,10 +159,11 @@ class Objective(nn.Module):
     def ask_teacher(self, batch: Batch) -> Outputs:
         """What the teacher gives for the images of `batch`, in float32 and without a gradient."""
         assert self._ask is not None
-        with torch.inference_mode(), self._autocast(batch):
+        with torch.inference_mode(), self.autocasting(batch):
             logits, given = self._ask(batch.images)
         # a clone outside inference mode may be saved for backward
         return Outputs(logits.float().clone(), {path: value.float().clone() for path, value in given.items()})
 
-    def _autocast(self, batch: Batch) -> torch.autocast:
+    def autocasting(self, batch: Batch) -> torch.autocast:
+        """The precision in which the networks run."""
         return torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None)

@@ -7,14 +7,18 @@ Parameter object is the same as before. An activation is shown through a module 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.affine import Grid, affine_parameters
+from tersor.core.mask_log import MaskLog
+
+Gradient = Literal["kept", "all", "split"]
 
 
 class FakeQuantize(nn.Module):
@@ -142,25 +146,63 @@ class RunningLargest(nn.Module):
 
 
 class Mask(nn.Module):
-    """Shows a weight with zeros where it is masked; what is masked gets no gradient and stays as it was.
+    """Shows a weight with zeros where it is masked.
+
+    What gradient the weight gets from the gradient g of what is shown, with a mask m of ones and zeros:
+
+        kept    m * g           the chain rule: what is masked stays as it was (`core/masked.py` sees to momentum
+                                and weight decay)
+        all     g               straight through, as if nothing were masked
+        split   m * g           and, where the dense weight is shown (`showing_dense`), (1 - m) * g
 
     Args:
         shape: of the weight. All of it is shown until `mask` is set.
+        gradient: which of the three.
+        logged: whether it holds the log of all masks of the network.
+
+    Attributes:
+        dense: whether the weight is shown as it is for the moment.
     """
 
     mask: Tensor
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], gradient: Gradient = "kept", *, logged: bool = False) -> None:
         super().__init__()
         self.register_buffer("mask", torch.ones(tuple(shape), dtype=torch.bool))
+        self.gradient: Gradient = gradient
+        self.log = MaskLog() if logged else None
+        self.dense = False
 
     def forward(self, values: Tensor) -> Tensor:
         """`values` of the shape of the mask."""
-        return torch.where(self.mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+        if self.dense:
+            return torch.where(self.mask, values.detach(), values) if self.gradient == "split" else values
+        zero = torch.zeros((), dtype=values.dtype, device=values.device)
+        if self.gradient == "all":  # w - 0 and w - w are exact, and their gradient is that of the first w
+            return values - torch.where(self.mask, zero, values.detach())
+        return torch.where(self.mask, values, zero)
 
     def extra_repr(self) -> str:
         """How much is masked."""
-        return f"sparsity={1 - self.mask.float().mean().item():.4f}"
+        return f"sparsity={1 - self.mask.float().mean().item():.4f}, gradient={self.gradient}"
+
+
+@contextmanager
+def showing_dense(model: nn.Module) -> Generator[None]:
+    """Masks of `model` show the weight as it is, and nothing is rounded: neither weights nor activations."""
+    masks = [each for each in model.modules() if isinstance(each, Mask)]
+    rounding = [each for each in model.modules() if isinstance(each, FakeQuantize) and each.ready]
+    for mask in masks:
+        mask.dense = True
+    for quantizer in rounding:
+        quantizer.ready = False
+    try:
+        yield
+    finally:
+        for mask in masks:
+            mask.dense = False
+        for quantizer in rounding:
+            quantizer.ready = True
 
 
 def shown_by(module: nn.Module, name: str = "weight") -> Iterator[nn.Module]:

@@ -6,8 +6,11 @@ Pure functions of the time that the loop tells: nothing counts here, so nothing 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, cast
 
+from tersor.core.errors import InputError
+from tersor.core.function_path import import_function, is_function_path
 from tersor.core.training import LearningRateSchedule
 
 Shape = Literal["constant", "linear", "cubic", "cosine"]
@@ -30,6 +33,25 @@ def interpolate(shape: Shape, progress: float, start: float, end: float) -> floa
         case "cosine":
             left = (1 + math.cos(math.pi * progress)) / 2
     return left * start + (1 - left) * end
+
+
+def curve(name: str) -> Callable[[float], float]:
+    """Progress -> what fraction of the way is done: a shape by name, or a function of the user's.
+
+    Raises:
+        InputError: the function cannot be found; when it is called, it gives no number from 0 to 1.
+    """
+    if not is_function_path(name):
+        return lambda progress: interpolate(cast("Shape", name), progress, 0.0, 1.0)
+    function = import_function(name)
+
+    def checked(progress: float) -> float:
+        found = function(progress)
+        if not isinstance(found, int | float) or not 0 <= found <= 1:
+            raise InputError(f"'{name}' gave {found!r} at progress {progress:g}. Give a number from 0 to 1.")
+        return float(found)
+
+    return checked
 
 
 def learning_rate_factor(schedule: LearningRateSchedule, step: int, steps: int, warmup_steps: int) -> float:

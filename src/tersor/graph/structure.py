@@ -80,7 +80,7 @@ def _lay_edges(graph: fx.GraphModule, edges: list[list[Any]]) -> None:
 
 def _told(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Mask):
-        return {"mask": list(module.mask.shape)}
+        return {"mask": list(module.mask.shape), "gradient": module.gradient, "logged": module.log is not None}
     if isinstance(module, RunningLargest):
         return {"largest": len(module.largest) if module.largest.ndim else None}
     if isinstance(module, MovingFakeQuantize):
@@ -96,7 +96,7 @@ def _told(module: nn.Module) -> dict[str, Any]:
 
 def _made(told: dict[str, Any]) -> nn.Module:
     if "mask" in told:
-        return Mask(told["mask"])
+        return Mask(told["mask"], told["gradient"], logged=told["logged"])
     if "largest" in told:
         return RunningLargest(told["largest"])
     grid = Grid(*told["grid"])

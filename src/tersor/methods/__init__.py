@@ -27,7 +27,10 @@ _ALSO_CALLED = {
     "adaround": ("adaptive_rounding", "learned_rounding"),
     "brecq": ("qdrop", "block_reconstruction"),
     "mixed_precision": ("hawq", "mixed", "mixed_bits", "bit_allocation"),
-    "weight_pruning": ("prune", "pruning", "magnitude", "unstructured", "sparsify"),
+    "weight_pruning": ("prune", "pruning", "magnitude", "unstructured", "sparsify", "gmp", "agp", "taylor", "fpgm"),
+    "dpf": ("dynamic_pruning", "dynamic_pruning_with_feedback", "feedback"),
+    "dcil": ("refined_gradient", "collective_intelligence"),
+    "rigl": ("rigged_lottery", "set", "dynamic_sparse_training", "sparse_to_sparse"),
     "channel_pruning": ("filter_pruning", "structured", "structured_pruning", "slimming"),
 }
 """File -> the names people say for it. They are met with a hint: one method has one name in a recipe."""

@@ -1,56 +1,91 @@
-"""Weight pruning: the weights, or the filters, that matter least are masked to zero.
+"""Weight pruning: the weights, kernels or filters that matter least are masked to zero.
 
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015 (magnitude); Zhu and
 Gupta, "To prune, or not to prune", 2017 (arXiv 1710.01878: sparsity that rises while the network trains).
 
-    w_hat = m * w       m in {0, 1}, of the shape of w (C_out, ...): what is shown of a weight
+    w_hat = m * w       m in {0, 1}, of the shape of w (C_out, C_in, ...): what is shown of a weight
     one-shot            m before the first step: sparsity s
     linear, cubic       s_t = s + (s_0 - s) * (1 - t / t_end)^p, p = 1 or 3, renewed every few steps; s_0 is what was
                         masked before, t_end a fraction of the stage
+    a function          s_t = s_0 + (s - s_0) * f(t / t_end)
 
-What is masked gets no gradient and stays masked: the masks are nested. Zhu and Gupta let a masked weight come back
-only by way of a gradient that their graph does not pass on either. Whole filters are scored by the mean of |w|; a
-masked filter's BatchNorm still sends its constant on. Masks leave the shapes, so dense runtimes are not faster:
-`channel_pruning` removes for real.
+Four values say how: which go first (`importance`, see `tersor.core.importance`), each layer or all together (`scope`),
+what is masked as a whole (`granularity`), and when (`sparsity_schedule`). Two of them may be a function of your own:
+an importance takes `weight` (C_out, C_in, ...), `name` and `layer`, as far as it names them, and gives scores; a
+schedule takes the progress from 0 to 1 and gives the fraction of the way.
+
+What is masked gets no gradient and does not move, by momentum or weight decay neither, and it stays masked: the masks
+are nested. Zhu and Gupta let a masked weight come back only by way of a gradient that their graph does not pass on
+either; `dpf` lets it come back. With N:M, of any M weights along the input channels N stay (NVIDIA's sparse tensor
+cores take 2:4); where M does not divide them a layer is left whole, as in NVIDIA's ASP. A masked filter's BatchNorm
+still sends its constant on. Masks leave the shapes, so dense runtimes are not faster: `channel_pruning` removes for
+real.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
-from tersor.core.masking import Granularity, Scope, masks, unit_scores
+from tersor.core.freezing import Norm
+from tersor.core.function_path import import_function, is_function_path, named
+from tersor.core.importance import (
+    IMPORTANCES,
+    OF_FILTERS,
+    drawn,
+    geometric_median,
+    gradient_products,
+    magnitudes,
+    of_function,
+    root_mean_squares,
+)
+from tersor.core.masked import MaskedAttachment, check_floor, dense_of, lay_masks, mask_of
+from tersor.core.masking import Scope, known_granularity, masks, pattern, pattern_mask, unit_scores
 from tersor.core.method import PLAIN_VALUES
-from tersor.core.parametrization import FakeQuantize, Mask, parametrized, shown_by, weight_mask
-from tersor.core.schedule import interpolate
+from tersor.core.schedule import curve
 from tersor.core.selection import Layer, prunable
 from tersor.core.target import Target
+from tersor.graph.norms import norms_behind
 
-Importance = Literal["magnitude", "random"]
+_SCHEDULES = ("one_shot", "linear", "cubic")
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class WeightPruning:
-    """Masks on weights or filters, at once or while the network trains; the shapes stay."""
+    """Masks on weights, kernels or filters, at once or while the network trains; the shapes stay."""
 
     example: ClassVar[dict[str, Any]] = {"sparsity": 0.7, "sparsity_schedule": "cubic", "every": 2}
     off: ClassVar[dict[str, Any]] = {"sparsity": 0.0}
 
-    sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the weights that is masked")] = 0.5
-    importance: Annotated[Importance, Field(description="which go first: the smallest, or any")] = "magnitude"
-    granularity: Annotated[Granularity, Field(description="what is masked as a whole")] = "weight"
+    sparsity: Annotated[
+        float | None, Field(ge=0, lt=1, description="fraction that is masked; half if left, with N:M 1 - N/M")
+    ] = None
+    importance: Annotated[
+        str,
+        AfterValidator(named("importance", IMPORTANCES)),
+        Field(description=f"which stay: {', '.join(IMPORTANCES)}, or package.module:function"),
+    ] = "magnitude"
+    granularity: Annotated[
+        str,
+        AfterValidator(known_granularity),
+        Field(description="what is masked as a whole: weight, kernel, filter; or N:M, of any M weights N stay"),
+    ] = "weight"
     scope: Annotated[Scope, Field(description="sparsity of each layer, or of all together")] = "layer"
+    floor: Annotated[
+        float, Field(ge=0, lt=1, description="of `scope: global`: fraction of each layer that stays; 0 is one unit")
+    ] = 0.0
     sparsity_schedule: Annotated[
-        Literal["one_shot", "linear", "cubic"], Field(description="how the sparsity rises over the stage")
+        str,
+        AfterValidator(named("sparsity_schedule", _SCHEDULES)),
+        Field(description=f"how it rises over the stage: {', '.join(_SCHEDULES)}, or package.module:function"),
     ] = "one_shot"
     end: Annotated[float, Field(gt=0, le=1, description="fraction of the stage after which it rises no more")] = 0.75
     every: Annotated[int, Field(ge=1, description="steps between two masks of a rising sparsity")] = 16
@@ -58,12 +93,20 @@ class WeightPruning:
         tuple[str, ...],
         Field(description="patterns; all convolutions if left, or all fully connected layers where there are none"),
     ] = ()
+    images: Annotated[int, Field(ge=1, description="of `importance: taylor`: how many are looked at")] = 512
     seed: Annotated[int, Field(ge=0, description="of `importance: random`")] = 0
 
     @property
     def needs_steps(self) -> bool:
         """Whether it works while a network trains."""
         return self.sparsity_schedule != "one_shot"
+
+    @property
+    def wanted(self) -> float:
+        """The sparsity at the end."""
+        of_pattern = pattern(self.granularity)
+        follows = 0.5 if of_pattern is None else 1 - of_pattern[0] / of_pattern[1]
+        return follows if self.sparsity is None else self.sparsity
 
     def attach(
         self,
@@ -78,86 +121,155 @@ class WeightPruning:
 
         Raises:
             InputError: a pattern that matches nothing, a weight on a grid already, a network that is sparser already,
-                a rising sparsity without steps.
+                a rising sparsity without steps, values that contradict each other or do nothing, a function that
+                cannot be found, an importance that needs data or BatchNorm where there is none.
         """
+        layers = prunable(model, self.layers)
+        if not self.wanted:
+            return Attachment(model)
+        self._check(steps)
+        if self.importance == "taylor" and data is None:
+            gradient_products(model, {}, data, self.images)
+        layers, notes = self._divided(layers)
+        norms = norms_behind(model) if self.importance == "batchnorm" else {}
+        for name in layers if self.importance == "batchnorm" else ():
+            if name not in norms or not norms[name].affine:
+                raise InputError(
+                    f"importance: batchnorm asks for the factor of the BatchNorm behind {name}, and there is none. "
+                    f"Name the layers that have one, or another importance: {', '.join(IMPORTANCES)}."
+                )
+        lay_masks(layers, "kept", "weight_pruning")
+        return WeightPruningAttachment(self, model, layers, data, norms, steps=steps, notes=notes)
+
+    def _check(self, steps: int) -> None:
         if self.needs_steps and not steps:
             raise InputError(
                 f"sparsity_schedule: {self.sparsity_schedule} rises over the steps of a stage, and there are 0. "
                 "Write epochs or steps, or one_shot."
             )
-        layers = prunable(model, self.layers)
-        if not self.sparsity:
-            return Attachment(model)
-        for name, layer in layers.items():
-            if any(isinstance(each, FakeQuantize) for each in shown_by(layer)):
-                raise InputError(
-                    f"the weight of {name} is on a grid already, and masks lie under grids: zeros stay zeros only so. "
-                    "Write weight_pruning before ptq and qat."
-                )
-        for layer in layers.values():
-            if weight_mask(layer) is None:
-                mask = Mask(layer.weight.shape).to(layer.weight.device)
-                parametrize.register_parametrization(layer, "weight", mask)
-        return WeightPruningAttachment(self, model, layers, steps)
+        for name in (self.importance, self.sparsity_schedule):
+            if is_function_path(name):
+                import_function(name)
+        if self.importance in OF_FILTERS and self.granularity != "filter":
+            raise InputError(f"importance: {self.importance} is one of filters. Write granularity: filter.")
+        if self.importance == "magnitude_l2" and self.granularity not in ("kernel", "filter"):
+            raise InputError("magnitude_l2 orders single weights as magnitude does. Write importance: magnitude.")
+        of_pattern = pattern(self.granularity)
+        if of_pattern is not None and self.scope == "global":
+            raise InputError(f"with {self.granularity} all layers are as sparse. Leave out scope: global.")
+        if of_pattern is not None and self.sparsity is not None and self.sparsity != 1 - of_pattern[0] / of_pattern[1]:
+            raise InputError(
+                f"granularity {self.granularity} masks {1 - of_pattern[0] / of_pattern[1]:g} of the weights, and "
+                f"sparsity {self.sparsity:g} is asked. Leave out sparsity: it follows from N:M."
+            )
+        if self.floor and self.scope == "layer":
+            raise InputError("floor holds weights of a layer against a global threshold. Write scope: global with it.")
+        check_floor(self.floor, self.wanted)
+
+    def _divided(self, layers: dict[str, Layer]) -> tuple[dict[str, Layer], list[str]]:
+        """Those of the layers that N:M can be laid on, and a note on the others."""
+        of_pattern = pattern(self.granularity)
+        if of_pattern is None:
+            return layers, []
+        whole = [name for name, layer in layers.items() if layer.weight.shape[1] % of_pattern[1]]
+        if len(whole) == len(layers):
+            raise InputError(
+                f"{self.granularity} needs layers whose input channels {of_pattern[1]} divides, and there is none."
+            )
+        shown = ", ".join(whole[:6]) + (f" and {len(whole) - 6} more" if len(whole) > 6 else "")
+        notes = [f"left whole, since {of_pattern[1]} does not divide their input channels: {shown}"] if whole else []
+        return {name: layer for name, layer in layers.items() if name not in whole}, notes
 
 
-class WeightPruningAttachment(Attachment):
+class WeightPruningAttachment(MaskedAttachment):
     """Masks laid on a model, and how they grow."""
 
-    def __init__(self, method: WeightPruning, model: nn.Module, layers: dict[str, Layer], steps: int) -> None:
-        super().__init__(model)
+    def __init__(
+        self,
+        method: WeightPruning,
+        model: nn.Module,
+        layers: dict[str, Layer],
+        data: Iterable[Any] | None,
+        norms: dict[str, Norm],
+        *,
+        steps: int,
+        notes: list[str],
+    ) -> None:
+        super().__init__(model, layers, remaskings=steps // method.every, notes=notes)
         self.method = method
-        self.masked = layers
+        self.data = data
+        self.norms = norms
+        self.steps = steps
         self.ramp = max(1, round(method.end * steps))
-        self.start = self._sparsity()
-        if self.start > method.sparsity:
+        self.start = self.sparsity
+        if self.start > method.wanted:
             raise InputError(
-                f"the network is {self.start:.4f} sparse already, more than the {method.sparsity:g} that is asked. "
+                f"the network is {self.start:.4f} sparse already, more than the {method.wanted:g} that is asked. "
                 "Masks only grow: write a higher sparsity."
             )
+        self.curve = curve(method.sparsity_schedule) if method.needs_steps else None
 
     def begin(self) -> Iterator[Progress]:
         """Masks at once where no schedule is asked for."""
-        if self.method.sparsity_schedule == "one_shot":
-            self._mask(self.method.sparsity)
+        if self.curve is None:
+            self._mask(self.method.wanted, 0)
             yield Progress("masks", len(self.masked), len(self.masked))
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Masks anew, every few steps until the final sparsity."""
-        done = step + 1
-        shape = self.method.sparsity_schedule
-        if shape != "one_shot" and done <= self.ramp and (done % self.method.every == 0 or done == self.ramp):
-            self._mask(interpolate(shape, done / self.ramp, self.start, self.method.sparsity))
+        super().after_step(step, optimizer)
+        done, every = step + 1, self.method.every
+        if self.curve is not None and done <= self.ramp and (done % every == 0 or done == self.ramp):
+            reached = self.start + (self.method.wanted - self.start) * self.curve(done / self.ramp)
+            last = done == self.ramp
+            self._mask(max(self.sparsity, reached), done, 0 if last else done // every)
 
     def finish(self) -> None:
         """Lands on the exact sparsity, however few the steps were."""
-        self._mask(self.method.sparsity)
+        if round(self.sparsity * self.total) < round(self.method.wanted * self.total):
+            self._mask(self.method.wanted, self.steps)
+        super().finish()
 
     @torch.no_grad()
-    def _mask(self, sparsity: float) -> None:
-        scores = {name: self._scores(number, layer) for number, (name, layer) in enumerate(self.masked.items())}
-        shapes = {name: layer.weight.shape for name, layer in self.masked.items()}
-        for name, mask in masks(scores, shapes, sparsity, self.method.scope).items():
-            _mask_of(self.masked[name]).copy_(mask)
-
-    def _scores(self, number: int, layer: Layer) -> Tensor:
-        """(units,); what is masked already goes first."""
-        weight = parametrized(layer).original
-        assert isinstance(weight, Tensor)
-        if self.method.importance == "magnitude":
-            scores = unit_scores(weight.abs(), self.method.granularity)
+    def _mask(self, sparsity: float, done: int, number: int = 0) -> None:
+        scores = self._scores()
+        of_pattern = pattern(self.method.granularity)
+        if of_pattern is not None:
+            kept, of = of_pattern
+            staying = max(kept, of - round(sparsity * of))
+            shapes = {name: dense_of(layer).shape for name, layer in self.masked.items()}
+            found = {name: pattern_mask(each.reshape(shapes[name]), staying, of) for name, each in scores.items()}
         else:
-            draw = torch.Generator().manual_seed(self.method.seed + number)
-            scores = unit_scores(torch.rand(weight.shape, generator=draw), self.method.granularity).to(weight.device)
-        masked = unit_scores(_mask_of(layer).float(), self.method.granularity) == 0
-        return scores.masked_fill(masked, -torch.inf)
+            shapes = {name: dense_of(layer).shape for name, layer in self.masked.items()}
+            found = masks(scores, shapes, sparsity, self.method.scope, self.method.floor)
+        self.set_masks(found, done, number)
 
-    def _sparsity(self) -> float:
-        shown = [_mask_of(layer) for layer in self.masked.values()]
-        return 1 - sum(int(mask.sum()) for mask in shown) / sum(mask.numel() for mask in shown)
+    def _scores(self) -> dict[str, Tensor]:
+        """Layer -> (units,); what is masked already goes first."""
+        method, found = self.method, dict[str, Tensor]()
+        unit = "weight" if pattern(method.granularity) else method.granularity
+        weights = {name: dense_of(layer) for name, layer in self.masked.items()}
+        products = (
+            gradient_products(self.model, weights, self.data, method.images) if method.importance == "taylor" else {}
+        )
+        for number, (name, layer) in enumerate(self.masked.items()):
+            scores = self._score(name, weights[name].detach(), unit, number, products)
+            found[name] = scores.masked_fill(unit_scores(mask_of(layer).mask.float(), unit) == 0, -torch.inf)
+        return found
 
-
-def _mask_of(layer: Layer) -> Tensor:
-    mask = weight_mask(layer)
-    assert mask is not None
-    return mask.mask
+    def _score(self, name: str, weight: Tensor, unit: str, number: int, products: dict[str, Tensor]) -> Tensor:
+        match self.method.importance:
+            case "magnitude":
+                return magnitudes(weight, unit)
+            case "magnitude_l2":
+                return root_mean_squares(weight, unit)
+            case "taylor":
+                return unit_scores(products[name], unit)
+            case "batchnorm":
+                return self.norms[name].weight.detach().abs()
+            case "fpgm":
+                return geometric_median(weight)
+            case "random":
+                return drawn(weight, unit, self.method.seed + number)
+            case path:
+                return of_function(path, weight, unit, name=name, layer=self.masked[name])
