@@ -69,8 +69,8 @@ class Contender:
 
 GLOBAL = {"scope": "global"}
 SWITCHES_OF_DCIL: dict[str, dict[str, Any]] = {
-    "no split gradient": {"gradient": "kept"},
-    "one BatchNorm and head": {"separate_norms": False},
+    "gradient not refined": {"refined_gradient": False},
+    "one BatchNorm and head": {"own_norms": False},
     "no mutual distillation": {"mutual": False},
 }
 CONTENDERS = (
