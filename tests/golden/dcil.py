@@ -1,6 +1,7 @@
 """Runs the authors' code of DCIL for two steps on a small network, and prints dcil.json.
 
-git clone https://github.com/Jangho-Kim/DCIL-pytorch && python tests/golden/dcil.py DCIL-pytorch > tests/golden/dcil.json
+git clone https://github.com/Jangho-Kim/DCIL-pytorch
+python tests/golden/dcil.py DCIL-pytorch > tests/golden/dcil.json
 
 Masked convolution, residual block, threshold, mask and KL loss are the authors'; the small network around them switches
 the two paths as their ResNet does. Their code asks for a GPU and an older torch, which is met by stand-ins.

@@ -113,7 +113,7 @@ def test_two_steps_are_the_authors(captured):
             ours.copy_(torch.tensor(mask).bool())
         assert differing <= 1, "the code also masks what is as large as the threshold"
         losses = objective(BATCH)
-        assert float(sum(losses.values())) == pytest.approx(step["loss"], abs=1e-5)
+        assert sum(losses.values()).item() == pytest.approx(step["loss"], abs=1e-5)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         found = tensors_of(objective)

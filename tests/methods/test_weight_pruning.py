@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from tersor.core.errors import InputError
@@ -132,3 +133,136 @@ def test_mistakes_are_told(model):
     quantized = PTQ().attach(build("resnet20", 10), data=[IMAGES]).model
     with pytest.raises(InputError, match="masks lie under grids"):
         WeightPruning().attach(quantized)
+
+
+DATA = [(torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(place)), torch.arange(8)) for place in (0, 1)]
+
+
+def third_power(progress):
+    return progress**3
+
+
+def too_far(progress):
+    return 2.0 * progress
+
+
+def first_filters(weight):
+    return -torch.arange(len(weight), dtype=torch.float)
+
+
+def masks_of(model):
+    found = {name: weight_mask(layer) for name, layer in model.named_modules()}
+    return {name: mask.mask for name, mask in found.items() if mask is not None}
+
+
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter"])
+@pytest.mark.parametrize("importance", ["magnitude", "magnitude_l2", "taylor", "batchnorm", "fpgm", "random", "own"])
+def test_every_importance_masks_as_much_and_others(model, importance, granularity):
+    path = f"{__name__}:first_filters" if importance == "own" else importance
+    options = {"importance": path, "granularity": granularity, "scope": "global", "sparsity": 0.5}
+    of_filters = importance in ("batchnorm", "fpgm")
+    if (of_filters or importance == "own") and granularity != "filter":
+        with pytest.raises(InputError, match="granularity: filter|Give a tensor"):
+            list(WeightPruning(**options).attach(model, data=DATA).begin())
+        return
+    if importance == "magnitude_l2" and granularity == "weight":
+        with pytest.raises(InputError, match="Write importance: magnitude"):
+            WeightPruning(**options).attach(model)
+        return
+    with torch.no_grad():
+        for place, norm in enumerate(each for each in model.modules() if isinstance(each, nn.BatchNorm2d)):
+            norm.weight.copy_(torch.rand(norm.weight.shape, generator=torch.Generator().manual_seed(place)))
+    plain = copy.deepcopy(model)
+    list(WeightPruning(**options).attach(model, data=DATA).begin())
+    masks = masks_of(model)
+    total, masked = sum(mask.numel() for mask in masks.values()), sum(int((~mask).sum()) for mask in masks.values())
+    assert 0 <= masked - round(0.5 * total) < (1 if granularity == "weight" else 9 if granularity == "kernel" else 577)
+    if importance == "batchnorm":
+        dead = ~masks["layer1.0.conv1"].flatten(1).any(1)
+        gamma = plain.layer1[0].bn1.weight
+        assert not dead.any() or gamma[dead].max() < gamma[~dead].min()
+        assert sum(int((~mask.flatten(1).any(1)).sum()) for mask in masks.values()) > 100
+    elif importance not in ("magnitude", "magnitude_l2"):
+        pruned(plain, sparsity=0.5, granularity=granularity, scope="global")
+        assert any(not torch.equal(masks_of(plain)[name], mask) for name, mask in masks.items())
+
+
+def test_two_of_four(model):
+    attached = pruned(model, granularity="2:4")
+    assert attached.notes == ("left whole, since 4 does not divide their input channels: conv1",)
+    for mask in masks_of(model).values():
+        groups = mask.movedim(1, -1).reshape(-1, 4)
+        assert (groups.sum(1) == 2).all()
+    assert weight_mask(model.conv1) is None
+    pruned(model, granularity="1:4")
+    assert all((mask.movedim(1, -1).reshape(-1, 4).sum(1) == 1).all() for mask in masks_of(model).values())
+
+
+def test_n_of_m_rises_weight_by_weight(model):
+    attached = pruned(model, steps=8, granularity="2:8", sparsity_schedule="linear", every=1, end=1.0)
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.0), []
+    for step in range(8):
+        attached.after_step(step, optimizer)
+        (stay,) = masks_of(model)["layer1.0.conv1"].movedim(1, -1).reshape(-1, 8).sum(1).unique().tolist()
+        seen.append(stay)
+    assert (seen[0], seen[-1]) == (7, 2)
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_a_floor_keeps_layers_alive_under_a_global_threshold(model):
+    with torch.no_grad():
+        model.layer2[1].conv1.weight.mul_(1e-3)
+    one, some = copy.deepcopy(model), copy.deepcopy(model)
+    pruned(one, sparsity=0.9, scope="global")
+    pruned(some, sparsity=0.9, scope="global", floor=0.05)
+    assert int(masks_of(one)["layer2.1.conv1"].sum()) == 1
+    assert int(masks_of(some)["layer2.1.conv1"].sum()) == 461  # of 9,216
+    count = [sum(int(mask.sum()) for mask in masks_of(each).values()) for each in (one, some)]
+    assert count[0] == count[1]
+
+
+def test_a_schedule_of_the_users(model):
+    attached = pruned(model, steps=10, sparsity=0.8, sparsity_schedule=f"{__name__}:third_power", every=1, end=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(10):
+        attached.after_step(step, optimizer)
+        assert attached.sparsity == pytest.approx(0.8 * ((step + 1) / 10) ** 3, abs=1e-3)
+    told = attached.told["masks"]
+    assert told["steps"] == list(range(1, 11))
+    assert sum(told["changed"]) == pytest.approx(0.8, abs=1e-3), "nested masks change once"
+    bad = WeightPruning(sparsity_schedule=f"{__name__}:too_far", end=1.0).attach(build("resnet20", 10), steps=16)
+    with pytest.raises(InputError, match="gave 2.0 at progress 1. Give a number from 0 to 1"):
+        bad.after_step(15, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"granularity": "1:4", "sparsity": 0.5}, "masks 0.75 of the weights, and sparsity 0.5 is asked"),
+        ({"granularity": "2:4", "scope": "global"}, "Leave out scope: global"),
+        ({"granularity": "2:7"}, "needs layers whose input channels 7 divides"),
+        ({"floor": 0.1}, "Write scope: global with it"),
+        ({"floor": 0.6, "scope": "global"}, "at most 0.4 can be masked"),
+        ({"importance": "taylor"}, "there is no data"),
+        ({"importance": "nowhere:function"}, "there is no module 'nowhere'"),
+        ({"sparsity_schedule": "nowhere:function"}, "there is no module 'nowhere'"),
+        ({"importance": "batchnorm", "granularity": "filter", "layers": ("linear",)}, "BatchNorm behind linear"),
+    ],
+)
+def test_options_that_contradict_or_do_nothing(model, options, told):
+    with pytest.raises(InputError, match=told):
+        WeightPruning(**options).attach(model, steps=10)
+    assert not masks_of(model), "nothing was laid"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"importance": "magnitudes"}, "unknown importance 'magnitudes'. Did you mean 'magnitude'"),
+        ({"sparsity_schedule": "cubik"}, "Did you mean 'cubic'"),
+        ({"granularity": "4:2"}, "N:M such as 2:4"),
+    ],
+)
+def test_names_that_are_none(options, told):
+    with pytest.raises(ValidationError, match=told):
+        WeightPruning(**options)

@@ -1,0 +1,180 @@
+"""What masks that move cost: the seconds of a step against plain SGD's, and the memory that a global threshold takes.
+
+A trained ResNet-20 is pruned to 95 % by each method in turn, on batches of 128 augmented images. Plain SGD is written
+by hand, without an Objective and without masks. In every round each has one turn, in a new order; a round is 16 steps,
+as many as lie between two masks, so that every round has one. A ratio is of times of one round, and the median of all
+rounds counts. Beside it: plain SGD against another of its kind. The memory is the most that is allocated beside the
+weights while the masks of a ResNet-56 are found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import rows
+from images import MEAN, STD, TRAINED, cifar
+from tersor.core.device import set_layout
+from tersor.core.masking import masks
+from tersor.core.objective import Batch, Objective
+from tersor.core.selection import prunable
+from tersor.data import Batches
+from tersor.methods.dcil import DCIL
+from tersor.methods.dpf import DPF
+from tersor.methods.rigl import RigL
+from tersor.methods.weight_pruning import WeightPruning
+
+RESULT = "pruning_costs"
+BATCH, EVERY, ROUNDS, WARM_ROUNDS = 128, 16, 12, 1
+SPARSITY, STEPS = 0.95, 100_000
+"""Of so long a stage that every round lies on its ramp; the start is where half is masked."""
+METHODS: dict[str, Any] = {
+    "weight_pruning": WeightPruning(sparsity=SPARSITY, scope="global", sparsity_schedule="cubic", every=EVERY),
+    "dpf": DPF(sparsity=SPARSITY, every=EVERY),
+    "rigl": RigL(sparsity=SPARSITY, every=EVERY),
+    "dcil": DCIL(sparsity=SPARSITY, every=EVERY, warmup=0.0),
+}
+LIMITS = {"dpf": 1.05, "dcil": 2.10, "memory": 2.0}
+PLAIN, AGAIN, MEMORY = "sgd", "sgd, again", "memory"
+
+Step = Callable[[Batch], None]
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    """Over what learns in it."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(learning, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def plain() -> Step:
+    """The network's step on the labels."""
+    network = TRAINED["resnet20"].network().train()
+    set_layout(network, torch.channels_last)
+    optimizer = sgd(network)
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch.images), batch.labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def masked(name: str) -> Step:
+    """The step of a method, with its hooks around it."""
+    attached = METHODS[name].attach(TRAINED["resnet20"].network(), steps=STEPS)
+    for _ in attached.begin():
+        pass
+    objective = Objective(attached.model, attached.terms, label_weight=attached.label_weight)
+    set_layout(objective.train(), torch.channels_last)
+    optimizer = sgd(objective)
+    attached.bind(optimizer, start=STEPS // 5)
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        torch.stack([*objective(batch).values()]).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def batches() -> Iterator[Batch]:
+    """Augmented images, without end."""
+    epoch = 0
+    source = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=0, augment="crop_flip")
+    while True:
+        source.set_epoch(epoch)
+        for batch in source:
+            yield Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels, batch.index)
+        epoch += 1
+
+
+def measure_time(rounds: int) -> None:
+    """Writes a row for each method."""
+    steps = {PLAIN: plain(), AGAIN: plain(), **{name: masked(name) for name in METHODS}}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    draw, given = torch.Generator().manual_seed(0), batches()
+    for _ in range(WARM_ROUNDS + rounds):
+        group = [next(given) for _ in range(EVERY)]
+        for place in torch.randperm(len(steps), generator=draw).tolist():
+            name = list(steps)[place]
+            begun = time.perf_counter()
+            for batch in group:
+                steps[name](batch)
+            seconds[name].append((time.perf_counter() - begun) / EVERY)
+    counted = {name: times[WARM_ROUNDS:] for name, times in seconds.items()}
+    for name in (AGAIN, *METHODS):
+        ratios = [own / other for own, other in zip(counted[name], counted[PLAIN], strict=True)]
+        identity = {"what": name, "network": "resnet20", "batch": BATCH, "every": EVERY}
+        numbers = {"ratio": statistics.median(ratios), "seconds": statistics.median(counted[name]), "n": rounds}
+        rows.add(RESULT, identity, {**numbers, "spread": rows.spread(ratios)}, [0])
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """The most bytes that lie on the processor at once while it works, beyond those that lay there before."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
+        found = work()
+    del found
+    events = (each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]")
+    now = most = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def measure_memory() -> None:
+    """Writes the row of a global threshold."""
+    weights = {name: layer.weight.detach() for name, layer in prunable(TRAINED["resnet56"].network()).items()}
+
+    def found() -> object:
+        scores = {name: weight.abs().flatten() for name, weight in weights.items()}
+        return masks(scores, {name: weight.shape for name, weight in weights.items()}, SPARSITY, "global")
+
+    found()
+    peak, held = allocated(found), sum(weight.nbytes for weight in weights.values())
+    identity = {"what": MEMORY, "network": "resnet56"}
+    numbers = {"ratio": peak / held, "bytes": peak, "n": 1, "spread": rows.spread([peak / held])}
+    rows.add(RESULT, identity, numbers, [0])
+
+
+def show() -> None:
+    """Prints the rows of this machine beside their limits."""
+    table = Table("what", "seconds a step", "over plain SGD, or the weights' bytes", "p10 to p90", "limit")
+    for row in rows.read(RESULT):
+        if row["machine"] == rows.machine():
+            spread = f"{row['spread']['p10']:.3f} to {row['spread']['p90']:.3f}"
+            limit = f"{LIMITS[row['what']]:.2f}" if row["what"] in LIMITS else ""
+            seconds = f"{row['seconds']:.3f}" if "seconds" in row else ""
+            table.add_row(row["what"], seconds, f"{row['ratio']:.3f}", spread, limit)
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    """Measures all methods side by side, if they are not there, and prints them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="measure also what is there")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of 16 steps of each")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        torch.set_num_threads(2)
+        with rows.alone():
+            if chosen.again or not all(rows.known(RESULT, {"what": name}) for name in (*METHODS, MEMORY)):
+                measure_memory()
+                measure_time(chosen.rounds)
+    show()
+
+
+if __name__ == "__main__":
+    main()
