@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
@@ -87,6 +87,8 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
             left = _tried(walk, [each for each, _ in new], kept, example)
             groups += [group for each, group in new if each in left]
             whole = {**kept, **whole}
+            if not walk.forked:
+                break
     free = {group.root for group in groups}
     return groups, {root: why for root, why in whole.items() if root not in free}
 
@@ -99,7 +101,7 @@ def _tried(walk: Walk, groups: list[Sorted], whole: dict[str, str], example: Ten
         units = [group.units[number] for group in groups for number in halves[id(group)]]
         gone = {group.roots[number] for group in groups for number in halves[id(group)]}
         trial = Trial(walk, gone)
-        cut = copy.deepcopy(walk.graph)
+        cut = _copied(walk.graph)
         remove(cut, merged(each for unit in units for each in unit))
         found = trial.difference(cut, example)
         if found is None:
@@ -111,3 +113,10 @@ def _tried(walk: Walk, groups: list[Sorted], whole: dict[str, str], example: Ten
         whole.update((group.root, why) for group in groups if group not in left)
         groups = left
     return groups
+
+
+def _copied(graph: fx.GraphModule) -> fx.GraphModule:
+    """With parameters of its own over the same numbers, which removal leaves alone."""
+    shared = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in graph.parameters()}
+    shared |= {id(each): each.detach() for each in graph.buffers()}
+    return copy.deepcopy(graph, shared)

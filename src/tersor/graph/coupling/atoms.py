@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +45,13 @@ class Atoms:
             atom = parents[atom]
         return atom
 
+    def each_root(self, atoms: Ids) -> Iterator[int]:
+        """The root of each, one after the other."""
+        return map(self.root, atoms.tolist())
+
     def roots(self, atoms: Ids) -> Ids:
         """The root of each."""
-        return np.fromiter(map(self.root, atoms.tolist()), np.int64, len(atoms))
+        return np.fromiter(self.each_root(atoms), np.int64, len(atoms))
 
     def unite(self, first: Ids, second: Ids) -> None:
         """Place by place, the two are the same."""

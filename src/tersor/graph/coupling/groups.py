@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tersor.graph.coupling.walk import Place, Walk
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """Places that go.
 
     Attributes:
@@ -44,7 +44,7 @@ def sort(walk: Walk) -> tuple[list[Sorted], dict[str, str]]:
             for number, root in enumerate(walk.atoms.roots(atoms).tolist()):
                 lies[root].append((place, number))
     kept = walk.atoms.kept()
-    groups: dict[tuple[tuple[Place, int], ...], Sorted] = {}
+    groups: dict[tuple[tuple[str, str, int], ...], Sorted] = {}
     whole: dict[str, str] = {}
     for root, found in lies.items():
         name = _root_name([place for place, _ in found])
@@ -54,10 +54,10 @@ def sort(walk: Walk) -> tuple[list[Sorted], dict[str, str]]:
             if any(axis == "out" for (_, axis), _ in found):  # places of a parameter that count pixels are no channels
                 whole.setdefault(name, kept[root])
             continue
-        counted = Counter(place for place, _ in found)
-        group = groups.setdefault(tuple(counted.items()), Sorted(name, [], []))
+        unit = _unit(found)
+        group = groups.setdefault(tuple((cut.layer, cut.axis, len(cut.channels)) for cut in unit), Sorted(name, [], []))
         group.roots.append(root)
-        group.units.append(_unit(found))
+        group.units.append(unit)
     for group in groups.values():
         if len(group.units) == 1:
             whole.setdefault(group.root, "it has one channel")
@@ -72,7 +72,7 @@ def _root_name(places: list[Place]) -> str:
 
 
 def _unit(found: list[tuple[Place, int]]) -> Unit:
-    numbers: defaultdict[Place, list[int]] = defaultdict(list)
+    numbers: dict[Place, list[int]] = {}
     for place, number in found:
-        numbers[place].append(number)
+        numbers.setdefault(place, []).append(number)
     return tuple(Cut(name, axis, tuple(chosen)) for (name, axis), chosen in numbers.items())

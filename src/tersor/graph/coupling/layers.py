@@ -13,7 +13,7 @@ from tersor.graph.coupling.arithmetic import RULES as ARITHMETIC
 from tersor.graph.coupling.arithmetic import pooled
 from tersor.graph.coupling.atoms import Ids, Labelled
 from tersor.graph.coupling.shapes import RULES as SHAPES
-from tersor.graph.coupling.shapes import reshaped, united
+from tersor.graph.coupling.shapes import reshaped
 from tersor.graph.coupling.walk import Call, Rule, Walk, fixed
 from tersor.graph.coupling.windows import RULES as WINDOWS
 
@@ -61,10 +61,10 @@ def _grouped(walk: Walk, read: Ids | None, made: Ids | None, groups: int, name: 
         return None
     sides = [read.reshape(groups, -1), made.reshape(groups, -1)]
     if groups >= sides[0].shape[1] or groups >= sides[1].shape[1]:
-        united(walk, np.concatenate(sides, axis=1))
+        walk.united(np.concatenate(sides, axis=1), 0)
     else:
         for side in sides:
-            united(walk, side.T)
+            walk.united(side, 1)
     return made
 
 
@@ -99,7 +99,7 @@ def per_channel(walk: Walk, call: Call) -> Any:
     groups = getattr(layer, "num_groups", 1)
     if ids is not None and groups > 1:
         rows = ids.reshape(groups, -1)
-        united(walk, rows if groups >= rows.shape[1] else rows.T)
+        walk.united(rows, 0 if groups >= rows.shape[1] else 1)
     return Labelled(given.shape, (*given.atoms[:axis], ids, *given.atoms[axis + 1 :]))
 
 
@@ -130,7 +130,7 @@ def multihead(walk: Walk, call: Call) -> Any:
     inner = walk.bound(f"{name}.in_proj_weight", "0", 3 * layer.embed_dim)
     assert inner is not None
     parts = inner.reshape(3, layer.num_heads, -1)
-    united(walk, np.moveaxis(parts, 2 if walk.inner else 1, 0).reshape(parts.shape[2 if walk.inner else 1], -1))
+    walk.either(parts, 1, 2)
     if layer.in_proj_bias is not None:
         walk.bind(f"{name}.in_proj_bias", "0", inner)
     if not walk.inner:
@@ -146,7 +146,7 @@ def pixel_shuffle(walk: Walk, call: Call) -> Any:
     given, gives = call.args[0], tuple(call.gives)
     if given.atoms[1] is None:
         return fixed(call.gives)
-    made = united(walk, given.atoms[1].reshape(gives[1], -1))
+    made = walk.united(given.atoms[1].reshape(gives[1], -1), 0)
     return Labelled(gives, (given.atoms[0], made, None, None))
 
 

@@ -64,15 +64,7 @@ def split(walk: Walk, node: fx.Node, whole: Ids, gives: Sequence[int], made: Seq
     if not able:
         walk.atoms.keep(whole, f"{node.name} splits them into parts that cannot shrink")
         return 0, None
-    axis = able[-1 if walk.inner else 0]
-    return axis, united(walk, np.moveaxis(parts, axis, 0).reshape(parts.shape[axis], -1))
-
-
-def united(walk: Walk, rows: Ids) -> Ids:
-    """(places, atoms of each) -> one atom for each place."""
-    for column in range(1, rows.shape[1]):
-        walk.atoms.unite(rows[:, 0], rows[:, column])
-    return rows[:, 0].copy()
+    return able[-1 if walk.inner else 0], walk.either(parts, able[0], able[-1])
 
 
 def _sizes(walk: Walk, call: Call, first: int, gives: Sequence[int], atoms: Atoms) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import fx, nn
 
 from tersor.graph.coupling.atoms import Atoms, Ids, Labelled
@@ -60,6 +61,7 @@ class Walk:
         values: node -> its value, tensors as `Labelled`.
         places: what can be made smaller -> the atoms there.
         across: nodes that normalise across channels: without some of them, they give other values for the rest.
+        forked: whether `inner` made a difference.
     """
 
     graph: fx.GraphModule
@@ -69,6 +71,7 @@ class Walk:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     places: dict[Place, Ids | None] = field(default_factory=dict)
     across: set[fx.Node] = field(default_factory=set)
+    forked: bool = False
 
     def new(self, size: int) -> Ids | None:
         """Atoms of a dimension; one that has a single place cannot shrink."""
@@ -86,6 +89,18 @@ class Walk:
     def bound(self, name: str, axis: str, size: int) -> Ids | None:
         """The atoms at a place, new ones at the first time."""
         return self.places[name, axis] if (name, axis) in self.places else self.bind(name, axis, self.new(size))
+
+    def united(self, parts: Ids, axis: int) -> Ids:
+        """All atoms of a place along `axis` of `parts` go together: one for each place."""
+        rows = np.moveaxis(parts, axis, 0).reshape(parts.shape[axis], -1)
+        for column in range(1, rows.shape[1]):
+            self.atoms.unite(rows[:, 0], rows[:, column])
+        return rows[:, 0].copy()
+
+    def either(self, parts: Ids, outer: int, inner: int) -> Ids:
+        """As `united`, along one of two dimensions: heads, or places of every head."""
+        self.forked |= outer != inner
+        return self.united(parts, inner if self.inner else outer)
 
     def literal(self, call: Call, path: str, old: int, atoms: Ids | None) -> None:
         """An argument of the node counts `atoms`."""

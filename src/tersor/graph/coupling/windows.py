@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from tersor.graph.coupling.atoms import Labelled
-from tersor.graph.coupling.shapes import united
 from tersor.graph.coupling.walk import Call, Rule, Walk
 
 
@@ -20,8 +19,7 @@ def shifted_window_attention(walk: Walk, call: Call) -> Any:
     if inner is None:
         return walk.keep(call)
     parts = inner.reshape(3, heads, -1)
-    axis = 2 if walk.inner else 1
-    carried = united(walk, np.moveaxis(parts, axis, 0).reshape(parts.shape[axis], -1))
+    carried = walk.either(parts, 1, 2)
     if (of_qkv := call.kwargs.get("qkv_bias")) is not None:
         walk.atoms.match(inner, of_qkv.atoms[0], why)
     walk.atoms.match(parts[2].reshape(-1), projection.atoms[1], why)
