@@ -77,42 +77,64 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
                 f"{type(graph).__name__} does not run on images {tuple(example.shape[1:])}: "
                 f"{str(error).splitlines()[0]} Give images as the network wants them."
             ) from error
-        seen: list[Group] = []
+        plan = Plan(example)
         for inner in (False, True):
             walk = walked(graph, recorded, rule_of, inner=inner)
-            found, kept = sort(walk)
-            new = [(each, Group(each.root, tuple(each.units))) for each in found]
-            new = [(each, group) for each, group in new if group not in seen]
-            seen += [group for _, group in new]
-            left = _tried(walk, [each for each, _ in new], kept, example)
-            groups += [group for each, group in new if each in left]
-            whole = {**kept, **whole}
+            plan.add(walk)
             if not walk.forked:
                 break
+    groups = [Group(each.root, tuple(each.units)) for _, found in plan.sides for each in found]
     free = {group.root for group in groups}
-    return groups, {root: why for root, why in whole.items() if root not in free}
+    return groups, {root: why for root, why in plan.whole.items() if root not in free}
 
 
-def _tried(walk: Walk, groups: list[Sorted], whole: dict[str, str], example: Tensor) -> list[Sorted]:
-    """The groups of which half can go at once; of the others, the reason is put into `whole`."""
-    draw = random.Random(0)  # noqa: S311
-    while groups:
-        halves = {id(group): draw.sample(range(len(group.units)), len(group.units) // 2) for group in groups}
-        units = [group.units[number] for group in groups for number in halves[id(group)]]
-        gone = {group.roots[number] for group in groups for number in halves[id(group)]}
-        trial = Trial(walk, gone)
-        cut = _copied(walk.graph)
+class Plan:
+    """What can go at once, and why the rest cannot.
+
+    Args:
+        example: images to try it on.
+    """
+
+    def __init__(self, example: Tensor) -> None:
+        self.example = example
+        self.sides: list[tuple[Walk, list[Sorted]]] = []
+        self.whole: dict[str, str] = {}
+        self._seen: list[list[Unit]] = []
+
+    def add(self, walk: Walk) -> None:
+        """Adds the groups of a walk that were not seen in an earlier one; those that fail are left out."""
+        found, kept = sort(walk)
+        groups = [each for each in found if each.units not in self._seen]
+        self._seen += [each.units for each in groups]
+        self.whole = {**kept, **self.whole}
+        self.sides.append((walk, groups))
+        while self.sides[-1][1]:
+            failed = self._failed()
+            if failed is None:
+                return
+            guilty, why = failed
+            self.sides[-1] = (walk, [each for each in self.sides[-1][1] if each not in guilty])
+            self.whole.update((each.root, why) for each in guilty)
+
+    def _failed(self) -> tuple[list[Sorted], str] | None:
+        """Those of the last walk's groups that have to stay, where half of everything is removed."""
+        draw = random.Random(0)  # noqa: S311
+        gone: list[set[int]] = []
+        units: list[Unit] = []
+        for _, groups in self.sides:
+            halves = [(each, draw.sample(range(len(each.units)), len(each.units) // 2)) for each in groups]
+            gone.append({each.roots[number] for each, half in halves for number in half})
+            units += [each.units[number] for each, half in halves for number in half]
+        trial = Trial([(walk, roots) for (walk, _), roots in zip(self.sides, gone, strict=True)])
+        cut = _copied(trial.graph)
         remove(cut, merged(each for unit in units for each in unit))
-        found = trial.difference(cut, example)
+        found = trial.difference(cut, self.example)
         if found is None:
-            return groups
+            return None
         node, why = found
-        guilty = trial.guilty(node)
-        left = [group for group in groups if guilty.isdisjoint(group.roots)]
-        left = left if len(left) < len(groups) else []
-        whole.update((group.root, why) for group in groups if group not in left)
-        groups = left
-    return groups
+        last = self.sides[-1][1]
+        guilty = trial.guilty(node)[-1]
+        return [each for each in last if not guilty.isdisjoint(each.roots)] or last, why
 
 
 def _copied(graph: fx.GraphModule) -> fx.GraphModule:

@@ -120,6 +120,8 @@ def _shrink_per_channel(module: nn.Module, gone: tuple[int, ...]) -> None:
             setattr(module, name, left)
     if hasattr(module, "normalized_shape"):
         module.normalized_shape = (left,)
+    if getattr(module, "shape", None) is not None:  # a scale that is laid out anew
+        module.shape = tuple(left if size == len(kept) else size for size in module.shape)  # pyright: ignore
 
 
 def _rewrite(node: fx.Node, cut: Cut) -> None:
@@ -127,6 +129,9 @@ def _rewrite(node: fx.Node, cut: Cut) -> None:
     argument, _, before = cut.axis.partition("=")
     if argument == "sections":
         _rewrite_sections(node, [int(size) for size in before.split(",")], cut.channels)
+    elif argument.startswith("pin "):
+        first, *path = argument.removeprefix("pin ").split(".")
+        setattr(node, first, _replaced(getattr(node, first), path, int(before)))
     elif argument == "scale":
         node.kwargs = {**node.kwargs, "scale": int(before) ** -0.5}
     elif argument == "windowed":

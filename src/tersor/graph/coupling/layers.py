@@ -40,6 +40,8 @@ def convolution(walk: Walk, call: Call) -> Any:
     assert isinstance(layer, _ConvNd)
     if layer.transposed:
         return walk.keep(call)
+    if "Std" in call.name:  # its weights are standardised over what it reads
+        walk.across.add(call.node)
     for ids in given.atoms[2:]:
         walk.atoms.keep(ids, f"{name} slides over them")
     read, groups = given.atoms[1], layer.groups
@@ -151,7 +153,7 @@ def pixel_shuffle(walk: Walk, call: Call) -> Any:
 
 
 def _flattened(walk: Walk, call: Call) -> Any:
-    atoms, _ = reshaped(walk, call.node, call.args[0], tuple(call.gives))
+    atoms, *_ = reshaped(walk, call.node, call.args[0], tuple(call.gives))
     return Labelled(tuple(call.gives), tuple(atoms))
 
 

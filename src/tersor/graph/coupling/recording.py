@@ -44,10 +44,15 @@ def steps(graph: fx.GraphModule, example: Tensor) -> Iterator[tuple[fx.Node, Any
     last = last_readers(graph)
     values: dict[fx.Node, Any] = {}
     for node in graph.graph.nodes:
-        values[node] = example if node.op == "placeholder" else computed(graph, node, values)
+        values[node] = given(node, example) if node.op == "placeholder" else computed(graph, node, values)
         yield node, values[node]
         for read in last.get(node, ()):
             del values[read]
+
+
+def given(node: fx.Node, example: Tensor) -> Any:
+    """What a placeholder stands for: the images, or the default of another argument."""
+    return node.args[0] if node.args else example
 
 
 def last_readers(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:

@@ -19,15 +19,19 @@ Atoms = list[Ids | None]
 def reshape(walk: Walk, call: Call) -> Labelled:
     """view, reshape, flatten, unflatten, squeeze, unsqueeze: sizes on both sides that hold the same are matched."""
     given, gives = call.args[0], tuple(call.gives)
-    atoms, mixed = reshaped(walk, call.node, given, gives)
+    atoms, mixed, parts = reshaped(walk, call.node, given, gives)
     _sizes(walk, call, 1, gives, [None if axis in mixed else each for axis, each in enumerate(atoms)])
+    _pin(walk, call, gives, {axis for axis in parts - mixed if atoms[axis] is None})
     return Labelled(gives, tuple(atoms))
 
 
-def reshaped(walk: Walk, node: fx.Node, given: Labelled, gives: tuple[int, ...]) -> tuple[Atoms, set[int]]:
-    """The atoms of the result, and which of its dimensions hold several images too."""
+def reshaped(
+    walk: Walk, node: fx.Node, given: Labelled, gives: tuple[int, ...]
+) -> tuple[Atoms, set[int], set[int]]:
+    """The atoms of the result, which of its dimensions hold several images too, and which are parts of channels."""
     atoms: Atoms = [None] * len(gives)
     mixed: set[int] = set()
+    parts: set[int] = set()
     for read, made in blocks(given.shape, gives):
         tracked = [axis for axis in read if given.atoms[axis] is not None]
         if not tracked:
@@ -37,6 +41,7 @@ def reshaped(walk: Walk, node: fx.Node, given: Labelled, gives: tuple[int, ...])
             continue
         if 0 in read:
             mixed.update(made)
+        parts.update(made)
         for axis in tracked[:-1]:
             walk.atoms.keep(given.atoms[axis], f"{node.name} merges two dimensions of channels")
         sizes = [given.shape[axis] for axis in read]
@@ -50,7 +55,7 @@ def reshaped(walk: Walk, node: fx.Node, given: Labelled, gives: tuple[int, ...])
             axis, carried = split(walk, node, whole, gives, made)
             if carried is not None:
                 atoms[made[axis]] = carried
-    return atoms, mixed
+    return atoms, mixed, parts
 
 
 def split(walk: Walk, node: fx.Node, whole: Ids, gives: Sequence[int], made: Sequence[int]) -> tuple[int, Ids | None]:
@@ -79,6 +84,32 @@ def _sizes(walk: Walk, call: Call, first: int, gives: Sequence[int], atoms: Atom
         if isinstance(size, int) and size != -1:
             walk.literal(call, f"args.{first}.{axis}" if several else f"args.{first + axis}", gives[axis], ids)
     return None
+
+
+def _pin(walk: Walk, call: Call, gives: Sequence[int], axes: set[int]) -> None:
+    """Sizes that are computed from what may shrink (embedding / heads), of parts that do not: they become numbers."""
+    if call.name not in {"view", "reshape"}:
+        return
+    several = isinstance(call.node.args[1], tuple | list)
+    sizes = call.node.args[1] if several else call.node.args[1:]
+    assert isinstance(sizes, tuple | list)
+    for axis in axes:
+        size = sizes[axis]
+        if isinstance(size, fx.Node):
+            sources = [ids for each in _sources(walk, size) for ids in each.atoms if ids is not None]
+            if sources:
+                path = f"args.1.{axis}" if several else f"args.{1 + axis}"
+                walk.literal(call, f"pin {path}", gives[axis], np.concatenate(sources))
+
+
+def _sources(walk: Walk, node: fx.Node) -> Iterator[Labelled]:
+    """The tensors whose sizes a number was computed from."""
+    value = walk.values[node]
+    if isinstance(value, Labelled):
+        yield value
+    else:
+        for read in node.all_input_nodes:
+            yield from _sources(walk, read)
 
 
 def _unflattened(walk: Walk, call: Call, gives: Sequence[int], atoms: Atoms) -> None:
@@ -184,6 +215,16 @@ def concatenation(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), tuple(atoms))
 
 
+def stacked(walk: Walk, call: Call) -> Any:
+    """stack: beside each other along a new dimension, the same along all others."""
+    tensors = list(call.args[0])
+    if not all(isinstance(each, Labelled) for each in tensors):
+        return walk.keep(call)
+    dimension = call.argument(1, "dim", 0) % len(call.gives)
+    atoms = list(matched(walk, call, tensors))
+    return Labelled(tuple(call.gives), (*atoms[:dimension], None, *atoms[dimension:]))
+
+
 def _standing(walk: Walk, size: int) -> Ids:
     ids = walk.atoms.new(size)
     walk.atoms.keep(ids, "they stand beside what cannot shrink")
@@ -258,9 +299,20 @@ def rolled(walk: Walk, call: Call) -> Any:
     return given
 
 
+def interleaved(walk: Walk, call: Call) -> Any:
+    """repeat_interleave: along a dimension whose places all stay."""
+    given, dimension = call.args[0], call.argument(2, "dim")
+    if dimension is None:
+        return walk.keep(call)
+    walk.atoms.keep(given.atoms[dimension], f"{call.node.name} repeats them")
+    atoms = list(given.atoms)
+    atoms[dimension] = None
+    return Labelled(tuple(call.gives), tuple(atoms))
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "Flatten", "Unflatten", "view_as"), reshape
+        ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "Flatten", "Unflatten", "view_as", "reshape_as"), reshape
     ),
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "movedim", "t"), permute),
     "getitem": slicing,
@@ -269,5 +321,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("pad", "_pad"), padding),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
     "repeat": repeat,
+    "stack": stacked,
+    "repeat_interleave": interleaved,
     **dict.fromkeys(("roll", "flip"), rolled),
 }
