@@ -27,12 +27,12 @@ from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.graph.coupling.groups import Cut, Sorted, Unit, sort
 from tersor.graph.coupling.layers import rule_of
-from tersor.graph.coupling.recording import record
+from tersor.graph.coupling.recording import attribute, record
 from tersor.graph.coupling.trial import Trial
 from tersor.graph.coupling.walk import Walk, walked
 from tersor.graph.removal import merged, remove
 
-__all__ = ["Cut", "Group", "coupled_channels", "merged", "remove"]
+__all__ = ["Cut", "Group", "copied", "coupled_channels", "energies", "merged", "remove"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,17 @@ class Group:
         root: the layer that produces them, by name.
         slices: for every channel, what goes with it. Where heads go, a head is a channel; where places of every head
             go, such a place is.
+        within: whether its channels are places of every head, and lie across the heads of another group.
     """
 
     root: str
     slices: tuple[Unit, ...]
+    within: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many places of its root one channel is: those of a head, of a group of a convolution."""
+        return 1 if self.within else max(len(cut.channels) for cut in self.slices[0] if cut.layer == self.root)
 
     def cuts(self, channels: Iterable[int]) -> list[Cut]:
         """What goes with `channels` of the group, one cut for each layer and axis."""
@@ -72,7 +79,7 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
     with evaluating(graph), torch.no_grad():
         try:
             recorded = record(graph, example)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             raise InputError(
                 f"{type(graph).__name__} does not run on images {tuple(example.shape[1:])}: "
                 f"{str(error).splitlines()[0]} Give images as the network wants them."
@@ -83,7 +90,7 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
             plan.add(walk)
             if not walk.forked:
                 break
-    groups = [Group(each.root, tuple(each.units)) for _, found in plan.sides for each in found]
+    groups = [Group(each.root, tuple(each.units), walk.inner) for walk, found in plan.sides for each in found]
     free = {group.root for group in groups}
     return groups, {root: why for root, why in plan.whole.items() if root not in free}
 
@@ -99,13 +106,13 @@ class Plan:
         self.example = example
         self.sides: list[tuple[Walk, list[Sorted]]] = []
         self.whole: dict[str, str] = {}
-        self._seen: list[list[Unit]] = []
+        self._seen: list[list[set[Cut]]] = []
 
     def add(self, walk: Walk) -> None:
         """Adds the groups of a walk that were not seen in an earlier one; those that fail are left out."""
         found, kept = sort(walk)
-        groups = [each for each in found if each.units not in self._seen]
-        self._seen += [each.units for each in groups]
+        groups = [each for each in found if _weights(each) not in self._seen]
+        self._seen += [_weights(each) for each in groups]
         self.whole = {**kept, **self.whole}
         self.sides.append((walk, groups))
         while self.sides[-1][1]:
@@ -126,7 +133,7 @@ class Plan:
             gone.append({each.roots[number] for each, half in halves for number in half})
             units += [each.units[number] for each, half in halves for number in half]
         trial = Trial([(walk, roots) for (walk, _), roots in zip(self.sides, gone, strict=True)])
-        cut = _copied(trial.graph)
+        cut = copied(trial.graph)
         remove(cut, merged(each for unit in units for each in unit))
         found = trial.difference(cut, self.example)
         if found is None:
@@ -137,8 +144,31 @@ class Plan:
         return [each for each in last if not guilty.isdisjoint(each.roots)] or last, why
 
 
-def _copied(graph: fx.GraphModule) -> fx.GraphModule:
+def _weights(group: Sorted) -> list[set[Cut]]:
+    """The units without the arguments that count them."""
+    return [{cut for cut in unit if "=" not in cut.axis} for unit in group.units]
+
+
+def copied(graph: fx.GraphModule) -> fx.GraphModule:
     """With parameters of its own over the same numbers, which removal leaves alone."""
     shared = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in graph.parameters()}
     shared |= {id(each): each.detach() for each in graph.buffers()}
     return copy.deepcopy(graph, shared)
+
+
+def energies(graph: fx.GraphModule, cut: Cut) -> Tensor | None:
+    """(places,): the sum of squares of all weights at each place of a weight along which `cut` goes, or None where it
+    goes along something else: a norm, an argument, the columns of a convolution by groups.
+    """
+    if "=" in cut.axis or cut.axis == "heads":
+        return None
+    if cut.axis.isdecimal():
+        weight, axis = attribute(graph, cut.layer), int(cut.axis)
+    else:
+        layer = graph.get_submodule(cut.layer)
+        by_groups = cut.axis == "in" and getattr(layer, "groups", 1) > 1
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or by_groups:
+            return None
+        weight, axis = layer.weight, 0 if cut.axis == "out" else 1
+    weight = weight.detach()
+    return weight.square().transpose(0, axis).flatten(1).sum(1) if weight.ndim > 1 else None

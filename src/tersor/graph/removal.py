@@ -33,7 +33,7 @@ def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
     tensors = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
     nodes = {node.name: node for node in graph.graph.nodes}
     of_layer: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for cut in cuts:
+    for cut in sorted(cuts, key=lambda cut: not cut.axis.startswith("pin ")):  # a number first, then what it counts
         if "=" in cut.axis:
             _rewrite(nodes[cut.layer], cut)
         elif cut.axis.isdecimal():

@@ -44,10 +44,11 @@ def sort(walk: Walk) -> tuple[list[Sorted], dict[str, str]]:
             for number, root in enumerate(walk.atoms.roots(atoms).tolist()):
                 lies[root].append((place, number))
     kept = walk.atoms.kept()
+    learned = {name for name, _ in walk.graph.named_parameters()}
     groups: dict[tuple[tuple[str, str, int], ...], Sorted] = {}
     whole: dict[str, str] = {}
     for root, found in lies.items():
-        name = _root_name([place for place, _ in found])
+        name = _root_name([place for place, _ in found], learned)
         if not name:
             continue
         if root in kept:
@@ -55,7 +56,8 @@ def sort(walk: Walk) -> tuple[list[Sorted], dict[str, str]]:
                 whole.setdefault(name, kept[root])
             continue
         unit = _unit(found)
-        group = groups.setdefault(tuple((cut.layer, cut.axis, len(cut.channels)) for cut in unit), Sorted(name, [], []))
+        signature = tuple((cut.layer, cut.axis, len(cut.channels)) for cut in unit if "=" not in cut.axis)
+        group = groups.setdefault(signature, Sorted(name, [], []))
         group.roots.append(root)
         group.units.append(unit)
     for group in groups.values():
@@ -64,15 +66,17 @@ def sort(walk: Walk) -> tuple[list[Sorted], dict[str, str]]:
     return [group for group in groups.values() if len(group.units) > 1], whole
 
 
-def _root_name(places: list[Place]) -> str:
-    """The layer that writes the channels, or else the parameter that they lie in; empty for arguments alone."""
+def _root_name(places: list[Place], learned: set[str]) -> str:
+    """The layer that writes the channels, or else the parameter that they lie in; empty for constants."""
     written = [name for name, axis in places if axis == "out"]
-    held = [name for name, axis in places if axis.isdecimal()]
+    held = [name for name, axis in places if axis.isdecimal() and name in learned]
     return (written or held or [""])[0]
 
 
 def _unit(found: list[tuple[Place, int]]) -> Unit:
+    """One cut for each place; arguments come last, since not all of a group need be counted by the same ones."""
     numbers: dict[Place, list[int]] = {}
     for place, number in found:
         numbers.setdefault(place, []).append(number)
-    return tuple(Cut(name, axis, tuple(chosen)) for (name, axis), chosen in numbers.items())
+    cuts = [Cut(name, axis, tuple(chosen)) for (name, axis), chosen in numbers.items()]
+    return tuple(sorted(cuts, key=lambda cut: "=" in cut.axis))

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from tersor.graph.coupling.arithmetic import RULES as ARITHMETIC
 from tersor.graph.coupling.arithmetic import pooled
 from tersor.graph.coupling.atoms import Ids, Labelled
+from tersor.graph.coupling.pieces import RULES as PIECES
 from tersor.graph.coupling.shapes import RULES as SHAPES
 from tersor.graph.coupling.shapes import reshaped
 from tersor.graph.coupling.walk import Call, Rule, Walk, fixed
@@ -174,4 +175,4 @@ _MODULES: list[tuple[Any, Rule]] = [
     ((nn.LocalResponseNorm, nn.Softmax2d, nn.ChannelShuffle, nn.InstanceNorm1d), _unknown),
 ]
 _BY_NAME: dict[str, Rule] = {}
-FUNCTIONS: dict[str, Rule] = {**SHAPES, **ARITHMETIC, **WINDOWS, "pixel_shuffle": pixel_shuffle}
+FUNCTIONS: dict[str, Rule] = {**SHAPES, **PIECES, **ARITHMETIC, **WINDOWS, "pixel_shuffle": pixel_shuffle}

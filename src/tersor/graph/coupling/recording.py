@@ -33,7 +33,8 @@ def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, torch.Size):
         return value
     if isinstance(value, tuple | list):
-        return type(value)(mapped(each, change) for each in value) if not hasattr(value, "_fields") else value
+        found = [mapped(each, change) for each in value]
+        return found if isinstance(value, list) else tuple(found)
     if isinstance(value, dict):
         return {key: mapped(each, change) for key, each in value.items()}
     return value

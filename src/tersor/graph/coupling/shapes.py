@@ -21,7 +21,7 @@ def reshape(walk: Walk, call: Call) -> Labelled:
     given, gives = call.args[0], tuple(call.gives)
     atoms, mixed, parts = reshaped(walk, call.node, given, gives)
     _sizes(walk, call, 1, gives, [None if axis in mixed else each for axis, each in enumerate(atoms)])
-    _pin(walk, call, gives, {axis for axis in parts - mixed if atoms[axis] is None})
+    _pin(walk, call, gives, parts - mixed)
     return Labelled(gives, tuple(atoms))
 
 
@@ -87,7 +87,7 @@ def _sizes(walk: Walk, call: Call, first: int, gives: Sequence[int], atoms: Atom
 
 
 def _pin(walk: Walk, call: Call, gives: Sequence[int], axes: set[int]) -> None:
-    """Sizes that are computed from what may shrink (embedding / heads), of parts that do not: they become numbers."""
+    """Sizes that are computed from what may shrink by itself (embedding / heads) become numbers when it does."""
     if call.name not in {"view", "reshape"}:
         return
     several = isinstance(call.node.args[1], tuple | list)
@@ -124,78 +124,6 @@ def permute(walk: Walk, call: Call) -> Labelled:
     order = order_of(call)
     given = call.args[0]
     return Labelled(tuple(given.shape[axis] for axis in order), tuple(given.atoms[axis] for axis in order))
-
-
-def slicing(walk: Walk, call: Call) -> Any:
-    """values[...]: whole dimensions, slices, single places."""
-    given, index = call.args
-    if not isinstance(given, Labelled):
-        return given[index]
-    index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(each, Labelled | list) for each in index):
-        return _by_tensor(walk, call, given, index)
-    wanted = sum(each is not None and each is not Ellipsis for each in index)
-    missing = len(given.shape) - wanted
-    if Ellipsis not in index:
-        index = (*index, Ellipsis)
-    place = index.index(Ellipsis)
-    path = "args.1" if isinstance(call.node.args[1], tuple) else ""
-    every = [(each, f"{path}.{number}" if path else "args.1") for number, each in enumerate(index)]
-    every[place : place + 1] = [(slice(None), "")] * missing
-    atoms: Atoms = []
-    axis = 0
-    for each, where in every:
-        if each is None:
-            atoms.append(None)
-            continue
-        ids = given.atoms[axis]
-        if isinstance(each, slice):
-            atoms.append(_sliced(walk, call, ids, each, where))
-        else:
-            walk.atoms.keep(ids, f"{call.node.name} takes one of them by its number")
-        axis += 1
-    return Labelled(tuple(call.gives), tuple(atoms))
-
-
-def _sliced(walk: Walk, call: Call, ids: Ids | None, part: slice, where: str) -> Ids | None:
-    if ids is None or part == slice(None):
-        return ids
-    if part.step not in {None, 1}:
-        walk.atoms.keep(ids, f"{call.node.name} takes every {part.step}th of them")
-        return None
-    start, stop, _ = part.indices(len(ids))
-    if part.start is not None and start:
-        walk.literal(call, f"{where}.start", start, ids[:start])
-    if part.stop is not None and stop < len(ids):
-        walk.literal(call, f"{where}.stop", stop, ids[:stop])
-    return ids[start:stop]
-
-
-def _by_tensor(walk: Walk, call: Call, given: Labelled, index: tuple[Any, ...]) -> Any:
-    """table[numbers]: rows by number stay, what a row holds may shrink."""
-    if not isinstance(index[0], Labelled) or len(index) > 1:
-        return walk.keep(call)
-    walk.atoms.keep(given.atoms[0], f"{call.node.name} takes rows by their number")
-    return Labelled(tuple(call.gives), (*[None] * len(index[0].shape), *given.atoms[1:]))
-
-
-def pieces(walk: Walk, call: Call) -> Any:
-    """chunk, split, tensor_split, unbind."""
-    given = call.args[0]
-    dimension = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % len(given.shape)
-    ids = given.atoms[dimension]
-    rest = given.atoms[:dimension], given.atoms[dimension + 1 :]
-    if call.name == "unbind":
-        walk.atoms.keep(ids, f"{call.node.name} takes them apart")
-        return tuple(Labelled(tuple(shape), (*rest[0], *rest[1])) for shape in call.gives)
-    sizes = [shape[dimension] for shape in call.gives]
-    if ids is not None:
-        walk.places[call.node.name, "sections=" + ",".join(map(str, sizes))] = ids
-    starts = np.cumsum([0, *sizes]).tolist()
-    return tuple(
-        Labelled(tuple(shape), (*rest[0], None if ids is None else ids[start : start + size], *rest[1]))
-        for shape, start, size in zip(call.gives, starts, sizes, strict=False)
-    )
 
 
 def concatenation(walk: Walk, call: Call) -> Any:
@@ -315,8 +243,6 @@ RULES: dict[str, Rule] = {
         ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "Flatten", "Unflatten", "view_as", "reshape_as"), reshape
     ),
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "movedim", "t"), permute),
-    "getitem": slicing,
-    **dict.fromkeys(("chunk", "split", "tensor_split", "unbind", "split_with_sizes"), pieces),
     **dict.fromkeys(("cat", "concat", "concatenate"), concatenation),
     **dict.fromkeys(("pad", "_pad"), padding),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),

@@ -133,7 +133,7 @@ def _silent(value: Any, stay: Any) -> Any:
         for axis, places in stay or ():
             value = value.index_fill(axis, _numbers(~places, value), 0)
         return value
-    if isinstance(value, tuple | list) and isinstance(stay, list):
+    if isinstance(value, tuple | list) and isinstance(stay, list) and any(stay):
         return tuple(_silent(*each) for each in zip(value, stay, strict=True))
     return value
 

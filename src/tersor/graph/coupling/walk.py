@@ -103,8 +103,8 @@ class Walk:
         return self.united(parts, inner if self.inner else outer)
 
     def literal(self, call: Call, path: str, old: int, atoms: Ids | None) -> None:
-        """An argument of the node counts `atoms`."""
-        if atoms is not None:
+        """An argument of the node counts `atoms`; one that another node computes follows by itself."""
+        if atoms is not None and _reaches(call.node, path):
             self.places[call.node.name, f"{path}={old}"] = atoms
 
     def keep(self, call: Call, why: str = "") -> Any:
@@ -169,6 +169,19 @@ def _zeros(walk: Walk, call: Call) -> Labelled:
         atoms.append(walk.new(size) if isinstance(size, int) else None)
         walk.literal(call, f"args.{first}.{axis}" if nested else f"args.{first + axis}", call.gives[axis], atoms[-1])
     return Labelled(tuple(call.gives), tuple(atoms)) if len(atoms) == len(call.gives) else fixed(call.gives)
+
+
+def _reaches(node: fx.Node, path: str) -> bool:
+    """Whether `path` leads to an argument, through lists and slices that are written in the graph itself."""
+    if not path.startswith(("args.", "pin args.", "kwargs.")):
+        return True
+    first, *steps = path.removeprefix("pin ").split(".")
+    value: Any = getattr(node, first)
+    for step in steps:
+        if isinstance(value, fx.Node):
+            return False
+        value = getattr(value, step) if isinstance(value, slice) else value[int(step) if step.isdecimal() else step]
+    return True
 
 
 def called(node: fx.Node, module: nn.Module | None = None) -> str:
