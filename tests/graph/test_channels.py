@@ -167,7 +167,9 @@ def swin(block=None, merging=None):
 
 
 def swin_v2():
-    return swin(torchvision.models.swin_transformer.SwinTransformerBlockV2, torchvision.models.swin_transformer.PatchMergingV2)
+    return swin(
+        torchvision.models.swin_transformer.SwinTransformerBlockV2, torchvision.models.swin_transformer.PatchMergingV2
+    )
 
 
 TINY = {
@@ -225,7 +227,13 @@ def test_the_smallest_of_every_family(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("vit_tiny_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "pit_ti_224"),
+        *(
+            "vit_tiny_patch16_224",
+            "deit_tiny_patch16_224",
+            "swin_tiny_patch4_window7_224",
+            "convnext_atto",
+            "pit_ti_224",
+        ),
         *("coat_lite_tiny", "pvt_v2_b0", "xcit_nano_12_p16_224", "mixer_s32_224", "poolformer_s12", "hrnet_w18_small"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Attention whose heads are fewer, or narrower, than its embedding asks for: torch's and torchvision's own cannot be."""
+"""Attention with fewer or narrower heads than the embedding asks for, which torch's and torchvision's do not allow."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 Its own tracer goes wrong in silence where a module reads `self.training` (stochastic depth, dropout): the mode of the
 moment becomes a constant. So while a network is traced, `training` is a value of the graph: what only hands it on
 (`F.dropout(x, training=self.training)`) is traced; a module that branches on it is traced both ways, and becomes a leaf
-unless the two are the same (attention without dropout). What the outermost module itself decides by it (auxiliary heads of GoogLeNet and Inception) is traced as in eval: these heads are not part
-of what is compressed.
+unless both do the same (attention without dropout). What the outermost module itself decides by it (auxiliary heads of
+GoogLeNet and Inception) is traced as in eval: these heads are not part of what is compressed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
-
 
 _UNTRACEABLE = (TraceError, TypeError, ValueError, RuntimeError, AttributeError)
 

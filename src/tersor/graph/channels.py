@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +29,10 @@ from tersor.graph.coupling.groups import Cut, Sorted, Unit, sort
 from tersor.graph.coupling.layers import rule_of
 from tersor.graph.coupling.recording import attribute, record
 from tersor.graph.coupling.trial import Trial
-from tersor.graph.coupling.walk import Walk, walked
+from tersor.graph.coupling.walk import Place, Walk, walked
 from tersor.graph.removal import merged, remove
 
-__all__ = ["Cut", "Group", "copied", "coupled_channels", "energies", "merged", "remove"]
+__all__ = ["Cut", "Group", "copied", "coupled_channels", "difference", "energies", "merged", "remove"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,6 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
         InputError: the network does not run on the images.
     """
     example = example[:1].to(next(graph.parameters()).device).expand(2, *[-1] * (example.ndim - 1)).contiguous()
-    groups: list[Group] = []
-    whole: dict[str, str] = {}
     with evaluating(graph), torch.no_grad():
         try:
             recorded = record(graph, example)
@@ -154,6 +152,35 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
     shared = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in graph.parameters()}
     shared |= {id(each): each.detach() for each in graph.buffers()}
     return copy.deepcopy(graph, shared)
+
+
+def difference(graph: fx.GraphModule, cuts: Sequence[Cut], example: Tensor) -> str:
+    """What the network without these channels computes otherwise than with them silent; nothing where they agree.
+
+    Args:
+        graph: a captured network, whole; it comes back as it was.
+        cuts: what `remove` would take.
+        example: images (N, C, H, W), two of them at least.
+    """
+    places = {(cut.layer, cut.axis): set(cut.channels) for cut in cuts if "=" not in cut.axis}
+    with evaluating(graph), torch.no_grad():
+        recorded = record(graph, example)
+        walks = [walked(graph, recorded, rule_of, inner=inner) for inner in (False, True)]
+        cut = copied(graph)
+        remove(cut, cuts)
+        found = Trial([(walk, _gone(walk, places)) for walk in walks]).difference(cut, example)
+    return found[1] if found else ""
+
+
+def _gone(walk: Walk, places: dict[Place, set[int]]) -> set[int]:
+    """Roots of the atoms that lie in `places` alone."""
+    inside: set[int] = set()
+    outside: set[int] = set()
+    for place, atoms in walk.places.items():
+        if atoms is not None and "=" not in place[1]:
+            for number, root in enumerate(walk.atoms.each_root(atoms)):
+                (inside if number in places.get(place, ()) else outside).add(root)
+    return inside - outside
 
 
 def energies(graph: fx.GraphModule, cut: Cut) -> Tensor | None:

@@ -115,13 +115,13 @@ def _shrink_per_channel(module: nn.Module, gone: tuple[int, ...]) -> None:
     left = int(kept.sum())
     if isinstance(module, nn.GroupNorm):
         module.num_groups = int(kept.reshape(module.num_groups, -1).any(1).sum())
-    for name in ("num_features", "num_channels", "num_parameters"):
+    told: dict[str, Any] = dict.fromkeys(("num_features", "num_channels", "num_parameters"), left)
+    told["normalized_shape"] = (left,)
+    if isinstance(laid_out := getattr(module, "shape", None), tuple):  # a scale that is laid out anew
+        told["shape"] = tuple(left if size == len(kept) else size for size in laid_out)
+    for name, size in told.items():
         if hasattr(module, name):
-            setattr(module, name, left)
-    if hasattr(module, "normalized_shape"):
-        module.normalized_shape = (left,)
-    if getattr(module, "shape", None) is not None:  # a scale that is laid out anew
-        module.shape = tuple(left if size == len(kept) else size for size in module.shape)  # pyright: ignore
+            setattr(module, name, size)
 
 
 def _rewrite(node: fx.Node, cut: Cut) -> None:
@@ -148,7 +148,7 @@ def _rewrite_sections(node: fx.Node, sizes: list[int], gone: tuple[int, ...]) ->
     """chunk and split, from now on by the sizes of their parts."""
     kept = _kept(sum(sizes), gone)
     left = [int(part.sum()) for part in kept.split(sizes)]
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    dim = [*node.args[2:], node.kwargs.get("dim", 0)][0]
     node.op, node.target = "call_function", torch.split
     node.args, node.kwargs = (node.args[0], left, dim), {}
 

@@ -145,7 +145,12 @@ class ChannelPruning:
         return torch.stack(found).mean(0).cpu()
 
     def _selected(
-        self, groups: list[Group], scores: list[Tensor], cost: Callable[[list[list[int]]], float], keep: float, kind: str
+        self,
+        groups: list[Group],
+        scores: list[Tensor],
+        cost: Callable[[list[list[int]]], float],
+        keep: float,
+        kind: str,
     ) -> list[list[int]]:
         """The channels of each group that go, so that at most `keep` of the cost stays."""
         orders = [each.argsort(stable=True).tolist() for each in scores]
@@ -238,9 +243,7 @@ def _refuse_masks_and_grids(model: nn.Module) -> None:
             )
 
 
-def _cost(
-    kind: str, graph: fx.GraphModule, groups: list[Group], example: Tensor
-) -> Callable[[list[list[int]]], float]:
+def _cost(kind: str, graph: fx.GraphModule, groups: list[Group], example: Tensor) -> Callable[[list[list[int]]], float]:
     """Channels gone of each group -> fraction of the cost that stays."""
     if kind == "channels":
         sizes = [len(group.slices) for group in groups]

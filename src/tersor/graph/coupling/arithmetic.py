@@ -143,14 +143,24 @@ def same(names: Sequence[str], rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(names, rule)
 
 
-_UNARY = """relu relu_ relu6 gelu silu silu_ sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu celu selu softplus
-mish exp log log2 sqrt rsqrt pow neg abs clamp clamp_ dropout dropout1d dropout2d dropout3d alpha_dropout contiguous clone
-detach to type type_as float half bfloat16 double square erf sin cos sign stochastic_depth drop_path round floor ceil
-nan_to_num reciprocal log1p expm1 logsigmoid sigmoid_ tanh_ hardswish_ mish_ prelu requires_grad_ _assert""".split()
-_SEVERAL = """add sub mul truediv div iadd imul isub itruediv where maximum minimum addcmul addcdiv lerp masked_fill add_
-sub_ mul_ div_ rsub eq ne lt gt le ge logical_not logical_and multiply divide subtract""".split()
-_POOLS = """max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d interpolate upsample lp_pool2d max_pool1d
-avg_pool1d""".split()
+_UNARY = [
+    *("relu", "relu_", "relu6", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardswish", "hardsigmoid"),
+    *("hardtanh", "leaky_relu", "elu", "celu", "selu", "softplus", "mish", "exp", "log", "log2", "sqrt"),
+    *("rsqrt", "pow", "neg", "abs", "clamp", "clamp_", "dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("alpha_dropout", "contiguous", "clone", "detach", "to", "type", "type_as", "float", "half"),
+    *("bfloat16", "double", "square", "erf", "sin", "cos", "sign", "stochastic_depth", "drop_path"),
+    *("round", "floor", "ceil", "nan_to_num", "reciprocal", "log1p", "expm1", "logsigmoid", "sigmoid_"),
+    *("tanh_", "hardswish_", "mish_", "prelu", "requires_grad_", "_assert"),
+]
+_SEVERAL = [
+    *("add", "sub", "mul", "truediv", "div", "iadd", "imul", "isub", "itruediv", "where", "maximum"),
+    *("minimum", "addcmul", "addcdiv", "lerp", "masked_fill", "add_", "sub_", "mul_", "div_", "rsub", "eq"),
+    *("ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "multiply", "divide", "subtract"),
+]
+_POOLS = [
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample"),
+    *("lp_pool2d", "max_pool1d", "avg_pool1d"),
+]
 
 RULES: dict[str, Rule] = {
     **same([*_UNARY, *_SEVERAL], elementwise),

@@ -16,7 +16,21 @@ from tersor.graph.coupling.recording import Shape
 from tersor.graph.coupling.walk import Call, Walk, called, fixed
 
 _REDUCED = {
-    *("sum", "mean", "softmax", "amax", "amin", "max", "min", "argmax", "norm", "normalize", "var", "std", "log_softmax")
+    *(
+        "sum",
+        "mean",
+        "softmax",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "argmax",
+        "norm",
+        "normalize",
+        "var",
+        "std",
+        "log_softmax",
+    )
 }
 _MOVED = {"permute", "transpose", "swapaxes", "swapdims", "movedim"}
 _MERGED = {"view", "reshape", "flatten"}
@@ -85,9 +99,7 @@ def _behind_index(call: Call, axes: Axes, barred: set[int]) -> Axes:
         return {}
     gone = [place for place, each in enumerate(index) if isinstance(each, int)]
     barred.update(axis for axis, place in axes.items() if place in gone)
-    return {
-        axis: place - sum(each < place for each in gone) for axis, place in axes.items() if place not in gone
-    }
+    return {axis: place - sum(each < place for each in gone) for axis, place in axes.items() if place not in gone}
 
 
 def _merged(read: Sequence[int], gives: Sequence[int], axes: Axes, shuffled: set[int]) -> None:

@@ -89,9 +89,9 @@ def per_channel(walk: Walk, call: Call) -> Any:
     if not own:
         return given
     sizes = {size for each in own for size in each.shape if size > 1}
-    if len(sizes) > 1 or any(each.numel() != max(each.shape) for each in own) or any(layer.children()):
-        if not (isinstance(layer, _BatchNorm) and len(sizes) == 1):
-            return walk.keep(call)
+    with_parts = any(layer.children()) and not isinstance(layer, _BatchNorm)  # timm's has an activation within
+    if len(sizes) > 1 or any(each.numel() != max(each.shape) for each in own) or with_parts:
+        return walk.keep(call)
     axis = _channel_axis(layer, given, sizes.pop())
     if axis is None:
         return walk.keep(call)
@@ -121,7 +121,7 @@ def multihead(walk: Walk, call: Call) -> Any:
     layer, name = call.module, str(call.node.target)
     assert isinstance(layer, nn.MultiheadAttention)
     tensors = [call.argument(place, each) for place, each in enumerate(("query", "key", "value"))]
-    if layer.in_proj_weight is None or layer.bias_k is not None or layer.add_zero_attn:
+    if getattr(layer, "in_proj_weight", None) is None or layer.bias_k is not None or layer.add_zero_attn:
         return walk.keep(call)
     why = f"{name} reads them beside what cannot shrink"
     read = tensors[0].atoms[-1]
@@ -134,7 +134,7 @@ def multihead(walk: Walk, call: Call) -> Any:
     assert inner is not None
     parts = inner.reshape(3, layer.num_heads, -1)
     walk.either(parts, 1, 2)
-    if layer.in_proj_bias is not None:
+    if getattr(layer, "in_proj_bias", None) is not None:
         walk.bind(f"{name}.in_proj_bias", "0", inner)
     if not walk.inner:
         walk.places[name, "heads"] = parts[0, :, 0].copy()

@@ -59,7 +59,7 @@ def _sliced(walk: Walk, call: Call, ids: Ids | None, part: slice, where: str) ->
 
 def _by_tensor(walk: Walk, call: Call, given: Labelled, index: tuple[Any, ...]) -> Any:
     """table[numbers]: rows by number stay, what a row holds may shrink."""
-    if not isinstance(index[0], Labelled) or len(index) > 1:
+    if len(index) != 1 or not isinstance(index[0], Labelled):
         return walk.keep(call)
     walk.atoms.keep(given.atoms[0], f"{call.node.name} takes rows by their number")
     return Labelled(tuple(call.gives), (*[None] * len(index[0].shape), *given.atoms[1:]))

@@ -25,9 +25,7 @@ def reshape(walk: Walk, call: Call) -> Labelled:
     return Labelled(gives, tuple(atoms))
 
 
-def reshaped(
-    walk: Walk, node: fx.Node, given: Labelled, gives: tuple[int, ...]
-) -> tuple[Atoms, set[int], set[int]]:
+def reshaped(walk: Walk, node: fx.Node, given: Labelled, gives: tuple[int, ...]) -> tuple[Atoms, set[int], set[int]]:
     """The atoms of the result, which of its dimensions hold several images too, and which are parts of channels."""
     atoms: Atoms = [None] * len(gives)
     mixed: set[int] = set()
@@ -75,7 +73,7 @@ def split(walk: Walk, node: fx.Node, whole: Ids, gives: Sequence[int], made: Seq
 def _sizes(walk: Walk, call: Call, first: int, gives: Sequence[int], atoms: Atoms) -> None:
     """Sizes that are arguments: one by one, or as a list."""
     if call.name not in {"view", "reshape", "expand", "unflatten", "new_zeros", "zeros"}:
-        return
+        return None
     if call.name == "unflatten":
         return _unflattened(walk, call, gives, atoms)
     several = len(call.args) > first and isinstance(call.args[first], tuple | list)
@@ -119,7 +117,7 @@ def _unflattened(walk: Walk, call: Call, gives: Sequence[int], atoms: Atoms) -> 
             walk.literal(call, f"args.2.{place}", gives[start + place], atoms[start + place])
 
 
-def permute(walk: Walk, call: Call) -> Labelled:
+def permute(_: Walk, call: Call) -> Labelled:
     """permute, transpose, swapaxes, movedim, t."""
     order = order_of(call)
     given = call.args[0]
@@ -202,16 +200,16 @@ def expand(walk: Walk, call: Call) -> Labelled:
     given = call.args[0]
     gives = tuple(call.gives)
     ahead = len(gives) - len(given.shape)
-    atoms: Atoms = [None] * ahead + list(given.atoms)
+    atoms: Atoms = [*[None] * ahead, *given.atoms]
     if call.name == "expand":
         _sizes(walk, call, 1, gives, atoms)
     return Labelled(gives, tuple(atoms))
 
 
-def repeat(walk: Walk, call: Call) -> Labelled:
+def repeat(_: Walk, call: Call) -> Labelled:
     """Dimensions one after the other, again and again."""
     given, gives = call.args[0], tuple(call.gives)
-    atoms: Atoms = [None] * (len(gives) - len(given.shape)) + list(given.atoms)
+    atoms: Atoms = [*[None] * (len(gives) - len(given.shape)), *given.atoms]
     tiles = [None if ids is None else np.tile(ids, size // len(ids)) for ids, size in zip(atoms, gives, strict=True)]
     return Labelled(gives, tuple(tiles))
 
@@ -240,7 +238,19 @@ def interleaved(walk: Walk, call: Call) -> Any:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "Flatten", "Unflatten", "view_as", "reshape_as"), reshape
+        (
+            "view",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "Flatten",
+            "Unflatten",
+            "view_as",
+            "reshape_as",
+        ),
+        reshape,
     ),
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "movedim", "t"), permute),
     **dict.fromkeys(("cat", "concat", "concatenate"), concatenation),

@@ -50,7 +50,9 @@ class Trial:
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 return node, f"without some of them {node.name} cannot run: {str(error).splitlines()[0]}"
             if node in self.across:
-                value = _alone(cut, other, {partner[read]: (before[read], stays[read]) for read in node.all_input_nodes})
+                value = _alone(
+                    cut, other, {partner[read]: (before[read], stays[read]) for read in node.all_input_nodes}
+                )
                 before[node] = _laid(value, stays[node], self.sides[0][0].values[node])
             else:
                 before[node] = _silent(self._computed(node, before), stays[node])

@@ -35,7 +35,7 @@ def shifted_window_attention(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), (*given.atoms[:-1], made))
 
 
-def patch_merging(walk: Walk, call: Call) -> Labelled:
+def patch_merging(_: Walk, call: Call) -> Labelled:
     """(N, H, W, C) -> (N, H / 2, W / 2, 4 C): four pixels beside each other."""
     given = call.args[0]
     last = given.atoms[-1]
