@@ -15,8 +15,6 @@ What is removed is remembered in `graph.meta["cuts"]`, plain values that `remove
 
 from __future__ import annotations
 
-import copy
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -25,8 +23,9 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
-from tersor.graph.coupling.groups import Cut, Sorted, Unit, sort
+from tersor.graph.coupling.groups import Cut, Unit
 from tersor.graph.coupling.layers import rule_of
+from tersor.graph.coupling.plan import Plan, copied
 from tersor.graph.coupling.recording import attribute, record
 from tersor.graph.coupling.trial import Trial
 from tersor.graph.coupling.walk import Place, Walk, walked
@@ -82,76 +81,17 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
                 f"{type(graph).__name__} does not run on images {tuple(example.shape[1:])}: "
                 f"{str(error).splitlines()[0]} Give images as the network wants them."
             ) from error
-        plan = Plan(example)
+        plan = Plan(example[:1])
         for inner in (False, True):
             walk = walked(graph, recorded, rule_of, inner=inner)
+            if walk.mixed:  # atoms lie in all images of a batch, so that it is as large as on the recorded run
+                plan.example = example
             plan.add(walk)
             if not walk.forked:
                 break
     groups = [Group(each.root, tuple(each.units), walk.inner) for walk, found in plan.sides for each in found]
     free = {group.root for group in groups}
     return groups, {root: why for root, why in plan.whole.items() if root not in free}
-
-
-class Plan:
-    """What can go at once, and why the rest cannot.
-
-    Args:
-        example: images to try it on.
-    """
-
-    def __init__(self, example: Tensor) -> None:
-        self.example = example
-        self.sides: list[tuple[Walk, list[Sorted]]] = []
-        self.whole: dict[str, str] = {}
-        self._seen: list[list[set[Cut]]] = []
-
-    def add(self, walk: Walk) -> None:
-        """Adds the groups of a walk that were not seen in an earlier one; those that fail are left out."""
-        found, kept = sort(walk)
-        groups = [each for each in found if _weights(each) not in self._seen]
-        self._seen += [_weights(each) for each in groups]
-        self.whole = {**kept, **self.whole}
-        self.sides.append((walk, groups))
-        while self.sides[-1][1]:
-            failed = self._failed()
-            if failed is None:
-                return
-            guilty, why = failed
-            self.sides[-1] = (walk, [each for each in self.sides[-1][1] if each not in guilty])
-            self.whole.update((each.root, why) for each in guilty)
-
-    def _failed(self) -> tuple[list[Sorted], str] | None:
-        """Those of the last walk's groups that have to stay, where half of everything is removed."""
-        draw = random.Random(0)  # noqa: S311
-        gone: list[set[int]] = []
-        units: list[Unit] = []
-        for _, groups in self.sides:
-            halves = [(each, draw.sample(range(len(each.units)), len(each.units) // 2)) for each in groups]
-            gone.append({each.roots[number] for each, half in halves for number in half})
-            units += [each.units[number] for each, half in halves for number in half]
-        trial = Trial([(walk, roots) for (walk, _), roots in zip(self.sides, gone, strict=True)])
-        cut = copied(trial.graph)
-        remove(cut, merged(each for unit in units for each in unit))
-        found = trial.difference(cut, self.example)
-        if found is None:
-            return None
-        node, why = found
-        last = self.sides[-1][1]
-        guilty = trial.guilty(node)[-1]
-        return [each for each in last if not guilty.isdisjoint(each.roots)] or last, why
-
-
-def _weights(group: Sorted) -> list[set[Cut]]:
-    """The units without the arguments that count them."""
-    return [{cut for cut in unit if "=" not in cut.axis} for unit in group.units]
-
-
-def copied(graph: fx.GraphModule) -> fx.GraphModule:
-    """With parameters of its own over the same numbers, which removal leaves alone."""
-    shared = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in graph.parameters()}
-    shared |= {id(each): each.detach() for each in graph.buffers()}
-    return copy.deepcopy(graph, shared)
 
 
 def difference(graph: fx.GraphModule, cuts: Sequence[Cut], example: Tensor) -> str:

@@ -39,6 +39,7 @@ def reshaped(walk: Walk, node: fx.Node, given: Labelled, gives: tuple[int, ...])
             continue
         if 0 in read:
             mixed.update(made)
+            walk.mixed = True
         parts.update(made)
         for axis in tracked[:-1]:
             walk.atoms.keep(given.atoms[axis], f"{node.name} merges two dimensions of channels")

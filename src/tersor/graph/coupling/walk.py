@@ -62,6 +62,7 @@ class Walk:
         places: what can be made smaller -> the atoms there.
         across: nodes that normalise across channels: without some of them, they give other values for the rest.
         forked: whether `inner` made a difference.
+        mixed: whether a dimension holds several images and channels.
     """
 
     graph: fx.GraphModule
@@ -72,6 +73,7 @@ class Walk:
     places: dict[Place, Ids | None] = field(default_factory=dict)
     across: set[fx.Node] = field(default_factory=set)
     forked: bool = False
+    mixed: bool = False
 
     def new(self, size: int) -> Ids | None:
         """Atoms of a dimension; one that has a single place cannot shrink."""
@@ -155,7 +157,10 @@ def _value(walk: Walk, node: fx.Node, rule_of: Callable[[Call], Rule]) -> Any:
         return _zeros(walk, call)
     if not call.tensors:
         return fixed(gives)
-    return rule_of(call)(walk, call)
+    try:
+        return rule_of(call)(walk, call)
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return walk.keep(call, f"they go into {node.name} ({call.name}) in a way that its rule does not know: {error}")
 
 
 def _zeros(walk: Walk, call: Call) -> Labelled:
