@@ -89,13 +89,11 @@ def test_a_method_knows_no_other_method(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_quantization_is_our_own(file):
+def test_quantization_and_pruning_are_our_own(file):
     """The peers that we are measured against are for `bench/`."""
     text = file.read_text()
     names = list(imports(ast.parse(text)))
-    peers = ["nncf", "onnxruntime.quantization", "neural_compressor", "torchao"]
-    if file.name != "channels.py":  # torch-pruning's dependency graph, and nothing else of it
-        peers.append("torch_pruning")
+    peers = ["nncf", "onnxruntime.quantization", "neural_compressor", "torchao", "torch_pruning"]
     assert not [name for name in names if any(name == peer or name.startswith(f"{peer}.") for peer in peers)]
     assert "onnxruntime.quantization" not in text
     assert "quantize_static" not in text

@@ -31,7 +31,7 @@ def test_no_more_stays_than_was_asked(model, scope, kind):
     before = costs(model, IMAGES[:1])
     after = costs(attached(model, scope=scope, **{f"keep_{kind}": 0.6}).model, IMAGES[:1])
     left = getattr(after, kind) / getattr(before, kind)
-    assert 0.5 < left <= 0.6
+    assert 0.4 < left <= 0.6
 
 
 def test_widths_are_rounded_and_none_falls_below_the_floor(model):
@@ -44,8 +44,9 @@ def test_widths_are_rounded_and_none_falls_below_the_floor(model):
     assert all(width % 4 == 0 for width in widths.values())
     assert widths["layer3.1.conv1"] >= 0.3 * 64
     inner = [width for name, width in widths.items() if name.endswith(".conv1")]
-    assert sum(inner) <= 0.4 * 3 * (16 + 32 + 64)
-    assert widths["conv1"] == 16
+    assert sum(inner) <= 0.5 * 3 * (16 + 32 + 64)
+    assert 0.3 * 16 <= widths["conv1"] < 16, "the residual stream too, zeros that pad it and all"
+    assert pruned(IMAGES).shape == (8, 10)
 
 
 def test_the_channels_that_go_are_the_smallest(model):
@@ -54,7 +55,7 @@ def test_the_channels_that_go_are_the_smallest(model):
     weight[small] *= 0.01
     model.layer1[0].conv2.weight.data[:, small] *= 0.01
     kept = weight[0::2].clone()
-    pruned = attached(model, keep_channels=0.5).model
+    pruned = attached(model, keep_channels=0.5, exclude=("bn1", "layer*.bn2")).model
     assert torch.equal(pruned.get_submodule("layer1.0.conv1").weight, kept)
 
 
@@ -82,7 +83,7 @@ def test_keeping_all_changes_nothing(model):
 
 def test_what_stays_whole_is_said(model):
     notes = attached(model, keep_macs=0.6).notes
-    assert any("conv1" in note and "at zero" in note for note in notes)
+    assert "left whole: the channels of linear, since they are the answers" in notes
 
 
 def test_pruned_then_quantized(model):

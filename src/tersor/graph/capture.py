@@ -3,9 +3,9 @@
 `torch.export` refuses `train()`, so a captured network could not be trained on; `torch.fx` keeps modules as modules.
 Its own tracer goes wrong in silence where a module reads `self.training` (stochastic depth, dropout): the mode of the
 moment becomes a constant. So while a network is traced, `training` is a value of the graph: what only hands it on
-(`F.dropout(x, training=self.training)`) is traced, a module that branches on it becomes a leaf. What the outermost
-module itself decides by it (auxiliary heads of GoogLeNet and Inception) is traced as in eval: these heads are not part
-of what is compressed.
+(`F.dropout(x, training=self.training)`) is traced; a module that branches on it is traced both ways, and becomes a leaf
+unless both do the same (attention without dropout). What the outermost module itself decides by it (auxiliary heads of
+GoogLeNet and Inception) is traced as in eval: these heads are not part of what is compressed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 
+_UNTRACEABLE = (TraceError, TypeError, ValueError, RuntimeError, AttributeError)
+
 
 class _BranchesOnModeError(Exception):
-    """A module of this class runs other code in training than in eval."""
+    """This module asks for its mode; where it runs other code in training than in eval, its class is a leaf."""
 
-    def __init__(self, kind: type[nn.Module]) -> None:
-        super().__init__(kind.__name__)
-        self.kind = kind
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(type(module).__name__)
+        self.module = module
 
 
 class Tracer(fx.Tracer):
@@ -40,6 +42,8 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.leaves = leaves
         self._modes: dict[fx.Node, nn.Module] = {}
+        self._assumed: dict[nn.Module, bool] = {}
+        self._read: dict[str, Proxy] = {}
         self.returned: dict[str, fx.Node] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -64,10 +68,49 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
             self._show_mode(m, f"{path}.training")
-        result = super().call_module(m, forward, args, kwargs)
+        before, stack = len(self.graph.nodes), self.module_stack.copy()
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except _BranchesOnModeError as branch:
+            if branch.module is not m:
+                raise
+            made: list[Any] = []
+            for assumed in (True, False):
+                self._forget(before, stack)
+                self._assumed[m] = assumed
+                try:
+                    result = super().call_module(m, forward, args, kwargs)
+                except _UNTRACEABLE:
+                    raise branch from None
+                made.append(self._made(before))
+            if made[0] != made[1]:
+                raise
         if isinstance(result, Proxy):
             self.returned[path] = result.node
         return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As torch.fx has it; the nodes of parameters that were read before are remembered."""
+        self._read = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _forget(self, before: int, stack: Any) -> None:
+        """Takes away all nodes but the first `before`."""
+        for node in reversed(list(self.graph.nodes)[before:]):
+            self._modes.pop(node, None)
+            self.graph.erase_node(node)
+        for path in [path for path, proxy in self._read.items() if proxy.node not in self.graph.nodes]:
+            del self._read[path]
+        self.module_stack = stack.copy()
+
+    def _made(self, before: int) -> list[Any]:
+        """What all nodes but the first `before` do, to be compared."""
+        nodes = list(self.graph.nodes)
+        number = {node: place for place, node in enumerate(nodes)}
+        return [
+            (node.op, node.target, fx.map_arg((node.args, node.kwargs), lambda read: f"node {number[read]}"))
+            for node in nodes[before:]
+        ]
 
     def _show_mode(self, module: nn.Module, name: str) -> None:
         mode = self.create_proxy("get_attr", name, (), {})
@@ -75,13 +118,15 @@ class Tracer(fx.Tracer):
         module.training = cast("bool", mode)
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Of a mode: False in the outermost module, and elsewhere a reason to make the module a leaf."""
+        """Of a mode: False in the outermost module; elsewhere, what is assumed to compare both ways."""
         module = self._modes.get(obj.node)
         if module is None:
             return super().to_bool(obj)
         if module is self.root:
             return False
-        raise _BranchesOnModeError(type(module))
+        if module in self._assumed:
+            return self._assumed[module]
+        raise _BranchesOnModeError(module)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph, without the modes that nothing reads."""
@@ -123,8 +168,8 @@ def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, fx.Node]]:
         try:
             return tracer.trace(model), tracer.returned
         except _BranchesOnModeError as branch:
-            leaves.add(branch.kind)
-        except (TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            leaves.add(type(branch.module))
+        except _UNTRACEABLE as error:
             raise InputError(
                 f"the graph of {type(model).__name__} cannot be captured: {error} "
                 "Possible: a forward without branches on the values of tensors (torch.fx traces it)."

@@ -17,6 +17,7 @@ DepGraph's code also weighs the scores of a group by BatchNorm and reports the b
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
@@ -36,7 +37,7 @@ from tersor.core.parametrization import FakeQuantize
 from tersor.core.selection import matching
 from tersor.core.target import Target
 from tersor.graph.capture import capture
-from tersor.graph.channels import Group, coupled_channels, merged, remove
+from tersor.graph.channels import Group, copied, coupled_channels, energies, merged, remove
 from tersor.measure import costs
 
 
@@ -91,9 +92,9 @@ class ChannelPruning:
         groups, whole = coupled_channels(graph, example)
         groups = self._chosen(graph, groups)
         cost = _cost(kind, graph, groups, example)
-        removed = self._selected(
-            groups, [self._scores(graph, group, number) for number, group in enumerate(groups)], cost, keep, kind
-        )
+        known: dict[tuple[str, str], Tensor | None] = {}
+        scores = [self._scores(graph, group, number, known) for number, group in enumerate(groups)]
+        removed = self._selected(groups, scores, cost, keep, kind)
         remove(graph, merged(cut for group, gone in zip(groups, removed, strict=True) for cut in group.cuts(gone)))
         kept = sum(len(group.slices) for group in groups) - sum(map(len, removed))
         notes = [f"{kept} of {sum(len(group.slices) for group in groups)} removable channels stay"]
@@ -127,46 +128,57 @@ class ChannelPruning:
         return chosen
 
     @torch.no_grad()
-    def _scores(self, graph: fx.GraphModule, group: Group, number: int) -> Tensor:
-        """(channels,): 1 on average."""
+    def _scores(
+        self, graph: fx.GraphModule, group: Group, number: int, known: dict[tuple[str, str], Tensor | None]
+    ) -> Tensor:
+        """(channels,): 1 on average. `known` are the energies of places that groups share."""
         if self.importance == "random":
             return torch.rand(len(group.slices), generator=torch.Generator().manual_seed(self.seed + number))
         found: list[Tensor] = []
         for position, cut in enumerate(group.slices[0]):
-            layer = graph.get_submodule(cut.layer)
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                energy = layer.weight.detach().square().transpose(0, 0 if cut.axis == "out" else 1).flatten(1).sum(1)
-                each = torch.stack([energy[list(parts[position].channels)].sum() for parts in group.slices])
+            if (cut.layer, cut.axis) not in known:
+                known[cut.layer, cut.axis] = energies(graph, cut)
+            energy = known[cut.layer, cut.axis]
+            if energy is not None:
+                each = energy[torch.tensor([parts[position].channels for parts in group.slices])].sum(1)
                 found.append(each / each.mean().clamp(min=torch.finfo(each.dtype).tiny))
         return torch.stack(found).mean(0).cpu()
 
     def _selected(
-        self, groups: list[Group], scores: list[Tensor], cost: Callable[[list[int]], float], keep: float, kind: str
+        self,
+        groups: list[Group],
+        scores: list[Tensor],
+        cost: Callable[[list[list[int]]], float],
+        keep: float,
+        kind: str,
     ) -> list[list[int]]:
         """The channels of each group that go, so that at most `keep` of the cost stays."""
         orders = [each.argsort(stable=True).tolist() for each in scores]
-        gone = [0] * len(groups)
         blocks = sorted(
             (priority, number, end)
             for number, (group, score) in enumerate(zip(groups, scores, strict=True))
-            for priority, end in self._blocks(len(group.slices), score.sort().values)
+            for priority, end in self._blocks(group, score.sort().values)
         )
-        for _, number, end in blocks:
-            if cost(gone) <= keep:
-                break
-            gone[number] = end
-        if cost(gone) > keep:
-            raise InputError(
-                f"keep_{kind}: {keep:g} cannot be met: {cost(gone):.3f} stay when all goes that may. Write more than "
-                "that, or a lower `floor` or `round_to`."
-            )
-        return [order[:end] for order, end in zip(orders, gone, strict=True)]
 
-    def _blocks(self, size: int, ascending: Tensor) -> Iterator[tuple[tuple[float, float], int]]:
+        def gone(count: int) -> list[list[int]]:
+            ends = {number: end for _, number, end in blocks[:count]}
+            return [order[: ends.get(number, 0)] for number, order in enumerate(orders)]
+
+        fewest = bisect_left(range(len(blocks) + 1), -keep, key=lambda count: -cost(gone(count)))
+        if fewest > len(blocks):
+            raise InputError(
+                f"keep_{kind}: {keep:g} cannot be met: {cost(gone(len(blocks))):.3f} stay when all goes that may. "
+                "Write more than that, or a lower `floor` or `round_to`."
+            )
+        return gone(fewest)
+
+    def _blocks(self, group: Group, ascending: Tensor) -> Iterator[tuple[tuple[float, float], int]]:
         """When the next channels of a group go, lowest first, and how many are gone then."""
-        least = max(1, math.ceil(self.floor * size), min(size, self.round_to))
+        size = len(group.slices)
+        step = self.round_to // math.gcd(self.round_to, group.width)
+        least = max(1, math.ceil(self.floor * size), min(size, step))
         start = 0
-        for kept in range((size - 1) // self.round_to * self.round_to, least - 1, -self.round_to):
+        for kept in range((size - 1) // step * step, least - 1, -step):
             end = size - kept
             importance = float(ascending[start:end].mean())
             yield ((end / size, importance) if self.scope == "layer" else (importance, end / size)), end
@@ -231,22 +243,33 @@ def _refuse_masks_and_grids(model: nn.Module) -> None:
             )
 
 
-def _cost(kind: str, graph: fx.GraphModule, groups: list[Group], example: Tensor) -> Callable[[list[int]], float]:
+def _cost(kind: str, graph: fx.GraphModule, groups: list[Group], example: Tensor) -> Callable[[list[list[int]]], float]:
     """Channels gone of each group -> fraction of the cost that stays."""
     if kind == "channels":
         sizes = [len(group.slices) for group in groups]
-        return lambda gone: 1 - sum(gone) / sum(sizes)
+        return lambda gone: 1 - sum(map(len, gone)) / sum(sizes)
     spent = costs(graph, example)
-    macs = {layer.name: layer.macs for layer in spent.layers}
-    widths = [{(cut.layer, cut.axis): len(cut.channels) for cut in group.slices[0]} for group in groups]
-    layers = {name: graph.get_submodule(name) for name in sorted({name for each in widths for name, _ in each})}
     total = spent.macs if kind == "macs" else spent.parameters
 
-    def fraction(gone: list[int]) -> float:
+    def measured(gone: list[list[int]]) -> float:
+        cut = copied(graph)
+        remove(cut, merged(each for group, channels in zip(groups, gone, strict=True) for each in group.cuts(channels)))
+        left = costs(cut, example)
+        return (left.macs if kind == "macs" else left.parameters) / total
+
+    if not all(_by_rows_and_columns(graph, group) for group in groups):
+        return measured
+    macs = {layer.name: layer.macs for layer in spent.layers}
+    widths = [
+        {(cut.layer, cut.axis): len(cut.channels) for cut in group.slices[0] if "=" not in cut.axis} for group in groups
+    ]
+    layers = {name: graph.get_submodule(name) for name in sorted({name for each in widths for name, _ in each})}
+
+    def fraction(gone: list[list[int]]) -> float:
         lost: Counter[tuple[str, str]] = Counter()
-        for count, places in zip(gone, widths, strict=True):
+        for channels, places in zip(gone, widths, strict=True):
             for place, width in places.items():
-                lost[place] += count * width
+                lost[place] += len(channels) * width
         saved = 0.0
         for name, layer in layers.items():
             sizes = [parameter.shape for parameter in layer.parameters(recurse=False)]
@@ -259,3 +282,11 @@ def _cost(kind: str, graph: fx.GraphModule, groups: list[Group], example: Tensor
         return 1 - saved / total
 
     return fraction
+
+
+def _by_rows_and_columns(graph: fx.GraphModule, group: Group) -> bool:
+    """Whether all that the group costs are rows and columns of weights: not so attention, nor a grouped convolution."""
+    cuts = [cut for cut in group.slices[0] if "=" not in cut.axis]
+    if group.within or not all(cut.axis in {"out", "in"} for cut in cuts):
+        return False
+    return all(getattr(graph.get_submodule(cut.layer), "groups", 1) == 1 for cut in cuts if cut.axis == "in")

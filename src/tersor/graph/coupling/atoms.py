@@ -1,0 +1,85 @@
+"""Atoms: the smallest things that can go from a network, one for each place of a dimension, and which are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A tensor: its sizes, and for each dimension an atom for every place, or None where nothing can go."""
+
+    shape: tuple[int, ...]
+    atoms: tuple[Ids | None, ...]
+
+    @staticmethod
+    def fixed(shape: Sequence[int]) -> Labelled:
+        """A tensor of which nothing can go."""
+        return Labelled(tuple(shape), (None,) * len(shape))
+
+
+class Atoms:
+    """A union-find over atoms, and why some of them have to stay."""
+
+    def __init__(self) -> None:
+        self._parents: list[int] = []
+        self._kept: list[tuple[Ids, str]] = []
+
+    def new(self, count: int) -> Ids:
+        """`count` atoms that belong to nothing yet."""
+        start = len(self._parents)
+        self._parents.extend(range(start, start + count))
+        return np.arange(start, start + count)
+
+    def root(self, atom: int) -> int:
+        """The one that stands for all that are the same as `atom`."""
+        parents = self._parents
+        while parents[atom] != atom:
+            parents[atom] = parents[parents[atom]]
+            atom = parents[atom]
+        return atom
+
+    def each_root(self, atoms: Ids) -> Iterator[int]:
+        """The root of each, one after the other."""
+        return map(self.root, atoms.tolist())
+
+    def roots(self, atoms: Ids) -> Ids:
+        """The root of each."""
+        return np.fromiter(self.each_root(atoms), np.int64, len(atoms))
+
+    def unite(self, first: Ids, second: Ids) -> None:
+        """Place by place, the two are the same."""
+        if first is second or np.array_equal(first, second):
+            return
+        for one, other in zip(first.tolist(), second.tolist(), strict=True):
+            a, b = self.root(one), self.root(other)
+            if a != b:
+                self._parents[max(a, b)] = min(a, b)
+
+    def keep(self, atoms: Ids | None, why: str) -> None:
+        """All of `atoms` stay."""
+        if atoms is not None and len(atoms):
+            self._kept.append((atoms, why))
+
+    def match(self, first: Ids | None, second: Ids | None, why: str) -> Ids | None:
+        """The same dimension, seen twice; where nothing of one can go, nothing of the other can."""
+        if first is None or second is None:
+            self.keep(first, why)
+            self.keep(second, why)
+            return None
+        self.unite(first, second)
+        return first
+
+    def kept(self) -> dict[int, str]:
+        """Root -> the first reason why it stays."""
+        found: dict[int, str] = {}
+        for atoms, why in self._kept:
+            for root in np.unique(self.roots(atoms)).tolist():
+                found.setdefault(root, why)
+        return found
