@@ -22,7 +22,9 @@ from tersor.export.evidence import gather
 from tersor.export.numbers import OF_STAGES, measure
 from tersor.export.onnx import export
 from tersor.export.report import draw
+from tersor.export.stopwatch import RuntimeStopwatch
 from tersor.graph.quantizers import found
+from tersor.measured import Remembering
 from tersor.prepare import prepare
 from tersor.recipe import Recipe
 from tersor.walk import EVALUATION_BATCH, Walk
@@ -79,6 +81,7 @@ def run(
     require_free(out)
     with checkpoints.held(text, resume=resume):
         walk = prepare(recipe, model=model, data=data, watch=watch)
+        walk.stopwatch = Remembering(RuntimeStopwatch(watch), checkpoints.folder / "measured.json")
         walk.train_teacher(watch, checkpoints)
         original = copy.deepcopy(walk.original)
         stages = walk.stages(watch, checkpoints)
