@@ -10,7 +10,8 @@ without padding. With zero padding the constant counts for less at the border, a
 is the mean over the positions, which is the least squared error that a constant can have. A layer without a bias hands
 it to the BatchNorm behind it (running mean -= what the bias would have got); one with neither is left.
 
-DCIL's released checkpoints show the need: of 492 dead filters 346 send on a constant that is not zero.
+DCIL's released checkpoints show the need: of 492 dead filters 346 send on a constant that is not zero. A ResNet-56 on
+CIFAR-10 JPEG of FIGURES
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ from tersor.core.evaluating import evaluating
 from tersor.graph.calibration import first_images
 from tersor.graph.capture import layer_of, sole_user
 from tersor.graph.channels import Cut
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def lost_by_readers(
@@ -108,12 +107,23 @@ def _contribution(layer: nn.Module, places: list[int], mean: Tensor) -> Tensor:
 @torch.no_grad()
 def fold(graph: fx.GraphModule, lost: Mapping[str, Tensor]) -> None:
     """Adds what layers have lost to their biases, or to the BatchNorm behind where they have none."""
-    nodes = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
     for name, values in lost.items():
-        layer = graph.get_submodule(name)
-        behind = sole_user(nodes[name]) if name in nodes else None
-        norm = layer_of(behind) if behind is not None else None
+        layer, norm = graph.get_submodule(name), _norm_behind(graph, name)
         if isinstance(layer.bias, Tensor):
             layer.bias += values.to(layer.bias)
-        elif isinstance(norm, _NORMS) and norm.running_mean is not None:
+        elif norm is not None and norm.running_mean is not None:
             norm.running_mean -= values.to(norm.running_mean)
+
+
+def all_normalised(graph: fx.GraphModule, cuts: Sequence[Cut]) -> bool:
+    """Whether every layer whose columns are in `cuts` gives to a BatchNorm: statistics that are estimated anew hold
+    what `fold` would give, and what the layers before them change too.
+    """
+    return all(_norm_behind(graph, cut.layer) is not None for cut in cuts if cut.axis == "in")
+
+
+def _norm_behind(graph: fx.GraphModule, name: str) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
+    node = next((node for node in graph.graph.nodes if node.op == "call_module" and node.target == name), None)
+    behind = sole_user(node) if node is not None else None
+    norm = layer_of(behind) if behind is not None else None
+    return norm if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else None

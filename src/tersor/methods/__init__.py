@@ -28,6 +28,7 @@ _ALSO_CALLED = {
     "brecq": ("qdrop", "block_reconstruction"),
     "mixed_precision": ("hawq", "mixed", "mixed_bits", "bit_allocation"),
     "weight_pruning": ("prune", "pruning", "magnitude", "unstructured", "sparsify"),
+    "group_lasso": ("sparse_training", "group_sparsity", "group_norm", "growing_regularization"),
     "channel_pruning": ("filter_pruning", "structured", "structured_pruning", "slimming"),
 }
 """File -> the names people say for it. They are met with a hint: one method has one name in a recipe."""

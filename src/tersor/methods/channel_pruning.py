@@ -44,7 +44,7 @@ from tersor.core.target import Target
 from tersor.graph.calibration import first_images
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, remove
-from tersor.graph.constants import fold, lost_by_readers
+from tersor.graph.constants import all_normalised, fold, lost_by_readers
 from tersor.graph.importance import FunctionPath, Importance, importances
 from tersor.graph.widths import Order, Scope, left, ordered, removable
 from tersor.measure import costs
@@ -244,13 +244,13 @@ class ChannelPruningAttachment(Attachment):
         self.images = images
 
     def begin(self) -> Iterator[Progress]:
-        """Two passes over the images: what the channels gave, then mean and variance of every BatchNorm, averaged over
-        the batches.
+        """Passes over the images: what the channels gave, where no BatchNorm takes it; then mean and variance of every
+        BatchNorm, averaged over the batches.
         """
         assert self.before is not None, "begun once"
-        lost = yield from lost_by_readers(self.before, self.cuts, self.data, self.images)
+        if not all_normalised(self.before, self.cuts):
+            fold(self.graph, (yield from lost_by_readers(self.before, self.cuts, self.data, self.images)))
         self.before = None
-        fold(self.graph, lost)
         yield from self._estimate()
 
     def _estimate(self) -> Iterator[Progress]:
