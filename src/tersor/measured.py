@@ -15,6 +15,9 @@ from tersor.core.stopwatch import Stopwatch
 from tersor.core.target import Target
 from tersor.measure import costs
 
+MEASURED = "measured.json"
+"""Beside the checkpoints of a run."""
+
 
 class Remembering:
     """A stopwatch that asks another one, and keeps what it said in a file: for the same shapes it says it again.

@@ -24,7 +24,7 @@ from tersor.export.onnx import export
 from tersor.export.report import draw
 from tersor.export.stopwatch import RuntimeStopwatch
 from tersor.graph.quantizers import found
-from tersor.measured import Remembering
+from tersor.measured import MEASURED, Remembering
 from tersor.prepare import prepare
 from tersor.recipe import Recipe
 from tersor.walk import EVALUATION_BATCH, Walk
@@ -81,7 +81,9 @@ def run(
     require_free(out)
     with checkpoints.held(text, resume=resume):
         walk = prepare(recipe, model=model, data=data, watch=watch)
-        walk.stopwatch = Remembering(RuntimeStopwatch(watch), checkpoints.folder / "measured.json")
+        if not (resume or processes.rank()):
+            (checkpoints.folder / MEASURED).unlink(missing_ok=True)  # of a run that was killed before a checkpoint
+        walk.stopwatch = Remembering(RuntimeStopwatch(watch), checkpoints.folder / MEASURED)
         walk.train_teacher(watch, checkpoints)
         original = copy.deepcopy(walk.original)
         stages = walk.stages(watch, checkpoints)

@@ -11,7 +11,14 @@ is the mean over the positions, which is the least squared error that a constant
 it to the BatchNorm behind it (running mean -= what the bias would have got); one with neither is left.
 
 DCIL's released checkpoints show the need: of 492 dead filters 346 send on a constant that is not zero. A ResNet-56 on
-CIFAR-10 JPEG of FIGURES
+CIFAR-10 JPEG, magnitude, on 2,000 validation images without any training (24 November 2026, one draw of 512 images):
+
+    of the MACs stay    nothing more    fold    BatchNorm's statistics anew    both
+    0.7                 71.0            88.7    90.95                          90.95
+    0.5                 40.4            36.1    78.85                          78.85
+
+So where BatchNorm stands behind every reader, new statistics hold all that `fold` gives, and the shift of what lies
+before as well: `all_normalised` asks for that.
 """
 
 from __future__ import annotations

@@ -73,7 +73,9 @@ def removable(
             )
     excluded = matching(exclude, [name for name, _ in graph.named_modules() if name]) if exclude else set[str]()
     groups, whole = coupled_channels(graph, example)
-    chosen = [group for group in groups if not any(cut.layer in excluded for cut in group.cuts([0]))]
+    chosen = [
+        group for group in groups if not any(cut.layer in excluded for cut in group.slices[0] if cut.axis == "out")
+    ]
     if not chosen:
         raise InputError(
             f"no channel of {type(graph).__name__} can be removed. Possible: weight_pruning, which masks"
