@@ -15,7 +15,7 @@ from tersor.recipe import parse
 
 IMAGE = torch.rand(1, 3, 8, 8)
 RECIPE = """\
-model: {name: resnet20}
+model: {name: "test_measured:build"}
 data: {name: digits, limit: 48}
 checkpoint_every: 2
 stages:
@@ -39,6 +39,12 @@ class Noisy:
             return self.draw.uniform(0.3, 0.9)
 
         return ratio
+
+
+def build(num_classes):
+    """A network whose inner channels can go in 15 steps."""
+    inner = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
 
 
 def net(width):

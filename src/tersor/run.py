@@ -27,6 +27,7 @@ from tersor.graph.quantizers import found
 from tersor.measured import MEASURED, Remembering
 from tersor.prepare import prepare
 from tersor.recipe import Recipe
+from tersor.saved import write_files
 from tersor.walk import EVALUATION_BATCH, Walk
 
 _AGREEMENT = 99.0
@@ -149,6 +150,7 @@ def _fill(
     (folder / "evidence.json").write_text(json.dumps(evidence))
     draw(folder)
     (folder / "recipe.yaml").write_text(recipes.write(recipe))
+    write_files(walk.model, folder)
     (folder / "checkpoints").mkdir()
     for each in checkpoints.ends():  # copied: until the folder is written they are what a run goes on from
         shutil.copytree(each.path, folder / "checkpoints" / each.path.name)
