@@ -8,12 +8,11 @@ and not one over the network for each of them.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
@@ -134,47 +133,53 @@ def left(kind: str, graph: fx.GraphModule, order: Order, macs: Mapping[str, int]
         macs: of the network, by layer.
     """
     if kind == "channels":
-        return _walked(order, sum(len(group.slices) for group in order.groups), lambda _cuts, count: count)
-    layers = _Layers(kind, graph, macs)
+        return _walked(order, sum(len(group.slices) for group in order.groups), lambda _number, gone: len(gone))
+    layers = {
+        name: _Layer(module, macs.get(name, 0) if kind == "macs" else None) for name, module in graph.named_modules()
+    }
     total = sum(macs.values()) if kind == "macs" else sum(parameter.numel() for parameter in graph.parameters())
-    return _walked(order, total, lambda cuts, _count: layers.saved_by(cuts))
+    taken = [
+        [
+            [(layers[cut.layer], cut.axis, len(cut.channels)) for cut in cuts if cut.layer in layers]
+            for cuts in group.slices
+        ]
+        for group in order.groups
+    ]
+
+    def saved(number: int, gone: Sequence[int]) -> float:
+        return sum(layer.saved_by(axis, places) for channel in gone for layer, axis, places in taken[number][channel])
+
+    return _walked(order, total, saved)
 
 
-def _walked(order: Order, total: float, saved: Callable[[Sequence[Cut], int], float]) -> list[float]:
-    """What stays of `total` after each number of blocks, where `saved` tells what cuts of so many channels save."""
+def _walked(order: Order, total: float, saved: Callable[[int, Sequence[int]], float]) -> list[float]:
+    """What stays of `total` after each number of blocks, where `saved` tells what channels of a group save."""
     stays, found, ends = total, [1.0], [0] * len(order.groups)
     for number, end in order.blocks:
-        gone = order.channels[number][ends[number] : end]
-        cuts = [cut for channel in gone for cut in order.groups[number].slices[channel]]
-        stays -= saved(cuts, len(gone))
+        stays -= saved(number, order.channels[number][ends[number] : end])
         ends[number] = end
         found.append(stays / total)
     return found
 
 
-class _Layers:
-    """What the layers of a network still cost, while places of them go."""
+class _Layer:
+    """What a layer still costs, while places of it go: rows * columns of a matrix, and numbers for each row."""
 
-    def __init__(self, kind: str, graph: fx.GraphModule, macs: Mapping[str, int]) -> None:
-        self._macs = macs if kind == "macs" else None
-        self._shapes = {
-            name: [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
-            for name, module in graph.named_modules()
-        }
-        self._lost: dict[str, Counter[str]] = {}
+    def __init__(self, module: nn.Module, macs: int | None) -> None:
+        shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+        matrices = [shape for shape in shapes if len(shape) > 1]
+        self.rows = shapes[0][0] if shapes else 0
+        self.columns = matrices[0][1] if matrices else 1
+        if macs is not None:
+            self.each, self.beside = macs / max(1, self.rows * self.columns), 0.0
+        else:
+            self.each = sum(math.prod(shape) for shape in matrices) / max(1, self.rows * self.columns)
+            self.beside = float(sum(1 for shape in shapes if len(shape) == 1))
 
-    def saved_by(self, cuts: Sequence[Cut]) -> float:
-        """What goes with `cuts`, behind all that went before."""
-        touched = {cut.layer for cut in cuts if self._shapes.get(cut.layer)}
-        before = sum(map(self._cost, touched))
-        for cut in cuts:
-            self._lost.setdefault(cut.layer, Counter())[cut.axis] += len(cut.channels)
-        return before - sum(map(self._cost, touched))
-
-    def _cost(self, name: str) -> float:
-        shapes, lost = self._shapes[name], self._lost.get(name, Counter[str]())
-        rows = 1 - lost["out"] / shapes[0][0]
-        columns = 1 - lost["in"] / shapes[0][1] if len(shapes[0]) > 1 else 1.0
-        if self._macs is not None:
-            return self._macs.get(name, 0) * rows * columns
-        return sum(math.prod(shape) * rows * (columns if len(shape) > 1 else 1) for shape in shapes)
+    def saved_by(self, axis: str, places: int) -> float:
+        """What goes with so many places, behind all that went before."""
+        if axis == "in":
+            self.columns -= places
+            return self.each * self.rows * places
+        self.rows -= places
+        return (self.each * self.columns + self.beside) * places
