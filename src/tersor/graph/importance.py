@@ -35,44 +35,89 @@ from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.core.function_path import call_with, import_function, is_function_path
 from tersor.core.objective import images_of, labels_of
-from tersor.core.selection import weighted_layers
-from tersor.graph.channels import Axis, Group
+from tersor.graph.channels import Group
 
 Importance = Literal["magnitude", "magnitude_l1", "taylor", "batchnorm", "fpgm", "random"]
 FunctionPath = Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")]
 """`package.module:function`, which is called as `importances` says."""
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_READS = ("in", "1")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a group owns of one layer: place `places[i]` along `axis` belongs to channel `channels[i]`."""
+    """What a group owns of one weight: place `places[i]` along `axis` belongs to channel `channels[i]`.
+
+    Attributes:
+        layer: by whose name it is cut: a layer, or the weight itself where it belongs to a larger module.
+        axis: `out` or `0`, the rows; `in` or `1`, the columns that read.
+        weight: (C_out, C_in / groups, ...), or (C,) of a norm.
+        groups: of a convolution: each group of rows reads columns of its own.
+    """
 
     layer: str
-    axis: Axis
+    axis: str
+    weight: nn.Parameter
+    groups: int
     places: Tensor
     channels: Tensor
 
+    def rows(self, values: Tensor) -> Tensor:
+        """(places, numbers): what each place has of `values`, of the weight's shape."""
+        if self.axis not in _READS:
+            return values.reshape(len(values), -1)[self.places.to(values.device)]
+        by_group = values.reshape(self.groups, -1, *values.shape[1:]).transpose(1, 2)
+        return by_group.flatten(0, 1).flatten(1)[self.places.to(values.device)]
 
-def parts(group: Group) -> list[Part]:
-    """The parts of a group, one for each layer and axis."""
-    found: dict[tuple[str, Axis], tuple[list[int], list[int]]] = {}
+    def spread(self, values: Tensor) -> Tensor:
+        """(channels,) -> the value of its channel at every number of the weight that a channel owns, 0 elsewhere."""
+        rows, *others = self.weight.shape
+        reads = self.axis in _READS
+        line = torch.zeros(self.groups * others[0] if reads else rows, dtype=values.dtype)
+        line[self.places] = values.cpu()[self.channels]
+        if reads:
+            lines = line.reshape(self.groups, -1).repeat_interleave(rows // self.groups, 0)
+            return lines.reshape(rows, -1, *[1] * (len(others) - 1)).to(self.weight)
+        return line.reshape(-1, *[1] * len(others)).to(self.weight)
+
+    def summed(self, scores: Tensor, channels: int) -> Tensor:
+        """(places,) -> (channels,): sums over the places of a channel."""
+        return torch.zeros(channels, dtype=scores.dtype).index_add_(0, self.channels, scores.cpu())
+
+
+def parts(graph: fx.GraphModule, group: Group) -> list[Part]:
+    """What a group owns of every convolution, fully connected layer, BatchNorm, and of matrices that lie in a larger
+    module (attention); in that order in which the group names them.
+    """
+    found: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
     for channel, cuts in enumerate(group.slices):
         for cut in cuts:
             places, channels = found.setdefault((cut.layer, cut.axis), ([], []))
             places += cut.channels
             channels += [channel] * len(cut.channels)
-    return [
-        Part(layer, axis, torch.tensor(places), torch.tensor(channels))
-        for (layer, axis), (places, channels) in found.items()
-    ]
+    made: list[Part] = []
+    for (layer, axis), (places, channels) in found.items():
+        weight, groups = _weight(graph, layer)
+        if weight is not None and axis in (*_READS, "out", "0"):
+            made.append(Part(layer, axis, weight, groups, torch.tensor(places), torch.tensor(channels)))
+    return made
 
 
-def owned(weight: Tensor, part: Part) -> Tensor:
-    """(places, numbers): what each place has of a tensor (C_out, C_in, ...)."""
-    along = weight.transpose(0, 1) if part.axis == "in" else weight
-    return along[part.places.to(weight.device)].flatten(1)
+def _weight(graph: fx.GraphModule, name: str) -> tuple[nn.Parameter | None, int]:
+    """The weight that a name in a cut means, and in how many groups it reads."""
+    module: Any = graph
+    for step in name.split("."):
+        module = getattr(module, step, None)
+    weight = module if name.endswith("weight") else None
+    if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d):
+        weight = module.weight
+    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    return (weight, groups) if isinstance(weight, nn.Parameter) else (None, 1)
+
+
+def matrices(graph: fx.GraphModule, group: Group) -> list[Part]:
+    """The parts that weigh: all but those of BatchNorms."""
+    return [part for part in parts(graph, group) if part.weight.ndim > 1]
 
 
 def norms(rows: Tensor, power: int) -> Tensor:
@@ -85,27 +130,22 @@ def distances(rows: Tensor) -> Tensor:
     return torch.cdist(rows, rows).sum(1)
 
 
-def by_channel(part: Part, scores: Tensor, channels: int) -> Tensor:
-    """(places,) -> (channels,): sums over the places of a channel; 0 where it has none."""
-    return torch.zeros(channels, dtype=scores.dtype).index_add_(0, part.channels, scores.cpu())
-
-
 def relative(scores: Tensor) -> Tensor:
     """Scores that are 1 on average; all 0 where they are."""
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def gradients(graph: fx.GraphModule, data: Iterable[Any], images: int) -> dict[str, Tensor]:
-    """Layer -> gradient (C_out, C_in, ...) of the labels' mean cross entropy over up to `images` images, in eval mode.
+def gradients(graph: fx.GraphModule, data: Iterable[Any], images: int) -> dict[nn.Parameter, Tensor]:
+    """Parameter -> gradient of the labels' mean cross entropy over up to `images` images, in eval mode.
 
-    The network is as before, to the bit: what is differentiated are views of its weights.
+    The network is as before, to the bit: what is differentiated are views of its parameters.
 
     Raises:
         InputError: the data has no labels.
     """
-    layers = weighted_layers(graph)
-    weights = {name: layer.weight.detach().requires_grad_() for name, layer in layers.items()}
-    found = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    parameters = dict(graph.named_parameters())
+    views = {name: each.detach().requires_grad_() for name, each in parameters.items()}
+    found = {name: torch.zeros_like(view) for name, view in views.items()}
     device = next(graph.parameters()).device
     seen = 0
     with evaluating(graph), torch.enable_grad():
@@ -116,17 +156,17 @@ def gradients(graph: fx.GraphModule, data: Iterable[Any], images: int) -> dict[s
                     "importance: taylor follows the labels' loss, and the data has no labels. Give batches "
                     "(images, labels), or write importance: magnitude."
                 )
-            logits = functional_call(graph, {f"{name}.weight": each for name, each in weights.items()}, some.to(device))
+            logits = functional_call(graph, views, some.to(device))
             loss = F.cross_entropy(logits, labels[: len(some)].to(device), reduction="sum")
-            each = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
-            for name, gradient in zip(weights, each, strict=True):
+            each = torch.autograd.grad(loss, list(views.values()), materialize_grads=True)
+            for name, gradient in zip(views, each, strict=True):
                 found[name] += gradient
             seen += len(some)
             if seen >= images:
                 break
     if not seen:
         raise InputError("importance: taylor needs images with labels; none were given. Pass data=...")
-    return {name: gradient / seen for name, gradient in found.items()}
+    return {parameters[name]: gradient / seen for name, gradient in found.items()}
 
 
 @torch.no_grad()
@@ -172,34 +212,28 @@ def importances(
     return [_of_layers(graph, group, of_rows[kind]) for group in groups]
 
 
-def of_weights(graph: fx.GraphModule, group: Group) -> list[tuple[Part, Tensor]]:
-    """The group's convolutions and fully connected layers: what it owns of each, and the weight."""
-    layers = weighted_layers(graph)
-    return [(part, layers[part.layer].weight.detach()) for part in parts(group) if part.layer in layers]
-
-
-def _of_layers(graph: fx.GraphModule, group: Group, score: Callable[[Tensor], Tensor]) -> Tensor:
+def _of_layers(graph: fx.GraphModule, group: Group, score: Callable[[Tensor], Tensor]) -> Tensor | None:
     size = len(group.slices)
-    found = [relative(by_channel(part, score(owned(weight, part)), size)) for part, weight in of_weights(graph, group)]
-    return torch.stack(found).mean(0)
+    found = [relative(part.summed(score(part.rows(part.weight.detach())), size)) for part in matrices(graph, group)]
+    return torch.stack(found).mean(0) if found else None
 
 
-def _of_the_loss(graph: fx.GraphModule, group: Group, follows: Mapping[str, Tensor]) -> Tensor:
+def _of_the_loss(graph: fx.GraphModule, group: Group, follows: Mapping[nn.Parameter, Tensor]) -> Tensor | None:
     size = len(group.slices)
     found = [
-        by_channel(part, norms(owned(weight * follows[part.layer], part), 1), size)
-        for part, weight in of_weights(graph, group)
+        part.summed(norms(part.rows(part.weight.detach() * follows[part.weight]), 1), size)
+        for part in matrices(graph, group)
     ]
-    return torch.stack(found).sum(0)
+    return torch.stack(found).sum(0) if found else None
 
 
 def _of_norms(graph: fx.GraphModule, group: Group) -> Tensor | None:
-    found: list[Tensor] = []
-    for part in parts(group):
-        norm = graph.get_submodule(part.layer)
-        if isinstance(norm, _NORMS) and norm.affine:
-            scales = norm.weight.detach()[part.places.to(norm.weight.device)]
-            found.append(by_channel(part, scales.abs(), len(group.slices)))
+    size = len(group.slices)
+    found = [
+        part.summed(part.weight.detach().abs()[part.places.to(part.weight.device)], size)
+        for part in parts(graph, group)
+        if part.weight.ndim == 1
+    ]
     return torch.stack(found).mean(0) if found else None
 
 

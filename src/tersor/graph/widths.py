@@ -72,15 +72,21 @@ def removable(
             )
     excluded = matching(exclude, [name for name, _ in graph.named_modules() if name]) if exclude else set[str]()
     groups, whole = coupled_channels(graph, example)
-    chosen = [
-        group for group in groups if not any(cut.layer in excluded for cut in group.slices[0] if cut.axis == "out")
-    ]
+    chosen = [group for group in groups if not any(_writer(cut) in excluded for cut in group.slices[0])]
     if not chosen:
         raise InputError(
             f"no channel of {type(graph).__name__} can be removed. Possible: weight_pruning, which masks"
             + (", or a shorter `exclude`." if exclude else ".")
         )
     return chosen, whole
+
+
+def _writer(cut: Cut) -> str:
+    """The layer or module whose channels a cut takes, where it does not take columns that read."""
+    axis: str = cut.axis
+    if axis == "0":
+        return cut.layer.rpartition(".")[0]
+    return cut.layer if axis == "out" else ""
 
 
 def ordered(
@@ -107,7 +113,7 @@ def ordered(
 
 def _unit(group: Group, round_to: int) -> int:
     """Channels of which a multiple stays: a head of 64 places is round enough by itself."""
-    places = next((len(cut.channels) for cut in group.slices[0] if cut.layer == group.root), 1)
+    places = next((len(cut.channels) for cut in group.slices[0] if _writer(cut) and cut.layer == group.root), 1)
     return round_to // math.gcd(round_to, places)
 
 
@@ -138,18 +144,21 @@ def left(kind: str, graph: fx.GraphModule, order: Order, macs: Mapping[str, int]
         name: _Layer(module, macs.get(name, 0) if kind == "macs" else None) for name, module in graph.named_modules()
     }
     total = sum(macs.values()) if kind == "macs" else sum(parameter.numel() for parameter in graph.parameters())
-    taken = [
-        [
-            [(layers[cut.layer], cut.axis, len(cut.channels)) for cut in cuts if cut.layer in layers]
-            for cuts in group.slices
-        ]
-        for group in order.groups
-    ]
+    taken = [[_taken(layers, cuts) for cuts in group.slices] for group in order.groups]
 
     def saved(number: int, gone: Sequence[int]) -> float:
         return sum(layer.saved_by(axis, places) for channel in gone for layer, axis, places in taken[number][channel])
 
     return _walked(order, total, saved)
+
+
+def _taken(layers: Mapping[str, _Layer], cuts: Sequence[Cut]) -> list[tuple[_Layer, str, int]]:
+    """Layer, axis and number of places. Where a whole group of a convolution goes, its rows say it all."""
+    return [
+        (layers[cut.layer], cut.axis, len(cut.channels))
+        for cut in cuts
+        if cut.axis == "out" or (cut.axis == "in" and not layers[cut.layer].loses_groups(cut.channels))
+    ]
 
 
 def _walked(order: Order, total: float, saved: Callable[[int, Sequence[int]], float]) -> list[float]:
@@ -168,13 +177,19 @@ class _Layer:
     def __init__(self, module: nn.Module, macs: int | None) -> None:
         shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
         matrices = [shape for shape in shapes if len(shape) > 1]
+        self.groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self.rows = shapes[0][0] if shapes else 0
-        self.columns = matrices[0][1] if matrices else 1
+        self.columns = matrices[0][1] * self.groups if matrices else 1
         if macs is not None:
             self.each, self.beside = macs / max(1, self.rows * self.columns), 0.0
         else:
             self.each = sum(math.prod(shape) for shape in matrices) / max(1, self.rows * self.columns)
             self.beside = float(sum(1 for shape in shapes if len(shape) == 1))
+
+    def loses_groups(self, places: Sequence[int]) -> bool:
+        """Whether columns are all those of some groups of a convolution, and not the same of every group."""
+        width = self.columns // self.groups
+        return self.groups > 1 and len({place // width for place in places}) < self.groups
 
     def saved_by(self, axis: str, places: int) -> float:
         """What goes with so many places, behind all that went before."""

@@ -147,11 +147,13 @@ class ChannelPruning:
         scores = importances(self.importance, graph, groups, data=data, images=self.importance_images, seed=self.seed)
         told = [(group, each) for group, each in zip(groups, scores, strict=True) if each is not None]
         whole |= {
-            group.root: "no BatchNorm scales them" for group, each in zip(groups, scores, strict=True) if each is None
+            group.root: f"importance: {self.importance} says nothing of them"
+            for group, each in zip(groups, scores, strict=True)
+            if each is None
         }
         if not told:
             raise InputError(
-                "importance: batchnorm needs a BatchNorm, and no group of channels has one. Write another."
+                f"importance: {self.importance} says nothing of any channel of this network. Write another."
             )
         return ordered(*zip(*told, strict=True), scope=self.scope, round_to=self.round_to, floor=self.floor)
 

@@ -33,10 +33,8 @@ from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import images_of
 from tersor.core.target import Target
 from tersor.graph.capture import capture
-from tersor.graph.importance import Part, by_channel, norms, owned, parts
+from tersor.graph.importance import Part, norms, parts
 from tersor.graph.widths import removable
-
-_PULLED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def pull(importance: Tensor, alpha: float) -> Tensor:
@@ -76,33 +74,24 @@ class GroupLasso:
             raise InputError("group_lasso needs images to run the network on; none were given. Pass data=...")
         graph = capture(model)
         groups, whole = removable(graph, images_of(first)[:1], self.exclude, "group_lasso")
-        found: list[_Group] = []
-        for group in groups:
-            layers = [(part, graph.get_submodule(part.layer)) for part in parts(group)]
-            weights = [(part, layer.weight) for part, layer in layers if isinstance(layer, _PULLED)]
-            pulled = [(part, weight) for part, weight in weights if isinstance(weight, nn.Parameter)]
-            found.append(_Group(len(group.slices), pulled))
+        found = [_Group(len(group.slices), parts(graph, group)) for group in groups]
         notes = [f"left alone: the channels of {root}, since {why}" for root, why in whole.items()]
         return GroupLassoAttachment(self, model, found, notes)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """How many channels there are, and of every layer what they own of its weight, which is held as a Parameter: a mask
-    that is laid later stands before it.
+    """How many channels there are, and what they own of every weight. These are held as Parameters: a mask that is laid
+    later stands before them.
     """
 
     channels: int
-    weights: Sequence[tuple[Part, nn.Parameter]]
+    parts: Sequence[Part]
 
     def importance(self) -> Tensor:
         """I (channels,) as the weights are now."""
-        energies = [by_channel(part, norms(_rows(weight, part), 2), self.channels) for part, weight in self.weights]
+        energies = [part.summed(norms(part.rows(part.weight.detach()), 2), self.channels) for part in self.parts]
         return torch.stack(energies).mean(0).sqrt()
-
-
-def _rows(weight: Tensor, part: Part) -> Tensor:
-    return owned(weight.detach() if weight.ndim > 1 else weight.detach()[:, None], part)
 
 
 class GroupLassoAttachment(Attachment):
@@ -122,13 +111,6 @@ class GroupLassoAttachment(Attachment):
             return
         for group in self.groups:
             gamma = self.method.strength * pull(group.importance(), self.method.alpha)
-            for part, weight in group.weights:
-                if weight.grad is not None:
-                    _add(weight.grad, weight, part, gamma)
-
-
-def _add(gradient: Tensor, weight: Tensor, part: Part, gamma: Tensor) -> None:
-    places = part.places.to(weight.device)
-    dimension = 1 if part.axis == "in" else 0
-    factors = gamma[part.channels].to(weight).reshape(-1, *[1] * (weight.ndim - 1)).transpose(0, dimension)
-    gradient.index_add_(dimension, places, factors * weight.index_select(dimension, places))
+            for part in group.parts:
+                if part.weight.grad is not None:
+                    part.weight.grad += part.spread(gamma) * part.weight
