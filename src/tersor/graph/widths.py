@@ -83,10 +83,9 @@ def removable(
 
 def _writer(cut: Cut) -> str:
     """The layer or module whose channels a cut takes, where it does not take columns that read."""
-    axis: str = cut.axis
-    if axis == "0":
+    if str(cut.axis) == "0":
         return cut.layer.rpartition(".")[0]
-    return cut.layer if axis == "out" else ""
+    return cut.layer if cut.axis == "out" else ""
 
 
 def ordered(
