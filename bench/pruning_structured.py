@@ -2,7 +2,7 @@
 
 Everyone gets the same network, images, augmentation, optimizer and schedule as `compress.py`, and the same minutes of
 training: the seconds of a step are measured first, interleaved, and whoever has the cheaper step takes more of them. A
-contender counts only where it has at least as many times fewer MACs as asked; the row names what it really has. The
+contender counts only where it has as many times fewer MACs as asked, to 2 %; the row names what it really has. The
 accuracy is that of float32 on all 10,000 test images after the last step, and never the best one on the way. Latency is
 that of the float network in both runtimes, interleaved in one run; below 1 tersor is faster.
 
@@ -23,6 +23,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ RESULT = "pruning_structured"
 OURS = "tersor, taught"
 TIMES = (2.0, 2.6)
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+NEARLY = 1.02
+"""So many times the MACs that were asked still count: widths come in blocks."""
 
 
 def methods(times: float) -> list[Method]:
@@ -67,20 +70,21 @@ def attached(chosen: Sequence[Method], model: nn.Module, seed: int, steps: int) 
     return found
 
 
-def torch_pruned(times: float) -> nn.Module:
-    """What torch-pruning leaves with the fewest channels gone that reach the MACs; of multiples of 8 and of 4, those
-    that come nearer to them.
+@cache
+def of_torch_pruning(times: float) -> tuple[float, int]:
+    """Ratio and rounding with which torch-pruning reaches the MACs and the fewest channels go; of the roundings the one
+    that comes nearest to them, and the coarsest of those. Half of all inner channels make it 1.98 times fewer.
     """
     whole = costs(SUBJECT.network(), EXAMPLE).macs
-    found: list[tuple[int, nn.Module]] = []
-    for round_to in (8, 4):
-        for percent in range(30, 95):
-            model = compress.torch_pruned(percent / 100, round_to)
-            macs = costs(model, EXAMPLE).macs
-            if macs <= whole / times:
-                found.append((macs, model))
+    found: list[tuple[int, float, int]] = []
+    for round_to in (8, 4, 2, 1):
+        for percent in range(40, 90):
+            macs = costs(compress.torch_pruned(percent / 100, round_to), EXAMPLE).macs
+            if macs <= NEARLY * whole / times:
+                found.append((macs, percent / 100, round_to))
                 break
-    return max(found, key=lambda each: each[0])[1]
+    _, ratio, round_to = max(found, key=lambda each: each[0])
+    return ratio, round_to
 
 
 def from_scratch(times: float, seed: int) -> nn.Module:
@@ -125,10 +129,16 @@ CONTENDERS = {
         Contender(
             "tersor", lambda times, seed, steps: attached(methods(times)[:1], SUBJECT.network(), seed, steps), False
         ),
-        Contender("torch-pruning", lambda times, _seed, _steps: Attachment(torch_pruned(times)), False),
+        Contender(
+            "torch-pruning",
+            lambda times, _seed, _steps: Attachment(compress.torch_pruned(*of_torch_pruning(times))),
+            False,
+        ),
         Contender(
             "torch-pruning, taught",
-            lambda times, seed, steps: attached(methods(times)[1:], torch_pruned(times), seed, steps),
+            lambda times, seed, steps: attached(
+                methods(times)[1:], compress.torch_pruned(*of_torch_pruning(times)), seed, steps
+            ),
             True,
         ),
         Contender(
@@ -194,7 +204,7 @@ def report_accuracy(contender: Contender, times: float, seed: int, steps: int, b
     if not rows.known(RESULT, identity):
         seen = json.loads((path / "seen.json").read_text())
         original = accuracy(SUBJECT.network(), Batches(cifar().test, 500, mean=MEAN, std=STD))
-        numbers = {**seen, "lost": original - seen["accuracy"], "counts": seen["macs_ratio"] >= times, "n": 1}
+        numbers = {**seen, "lost": original - seen["accuracy"], "counts": seen["macs_ratio"] >= times / NEARLY, "n": 1}
         rows.add(RESULT, identity, {**numbers, "spread": rows.spread([seen["accuracy"]])}, [seed])
         print(f"{contender.name}, {times} times fewer, {budget}: {seen['accuracy']:.2f} %", flush=True)
     return path
