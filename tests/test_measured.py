@@ -1,6 +1,8 @@
 """A run that decides by what it measures decides the same when it goes on."""
 
+import json
 import random
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from tersor.core.watch import Unwatched
 from tersor.measured import MEASURED, ByMacs, Remembering
 from tersor.prepare import prepare
 from tersor.recipe import parse
+from tersor.run import run
+from tersor.saved import load
 
 IMAGE = torch.rand(1, 3, 8, 8)
 RECIPE = """\
@@ -110,3 +114,15 @@ def test_without_its_memory_it_would_not(tmp_path):
         for seed in (1, 2)
     }
     assert len(widths) == 2
+
+
+@pytest.mark.slow
+def test_a_run_measures_once_and_tells(tmp_path, monkeypatch):
+    noisy = Noisy(seed=1)
+    monkeypatch.setattr(sys.modules["tersor.run"], "RuntimeStopwatch", lambda _watch: noisy)
+    folder = run(parse(RECIPE, "latency.yaml"), out=tmp_path / "out")
+    (told,) = json.loads((folder / "numbers.json").read_text())["stages"]
+    assert 0 < noisy.asked <= 8
+    assert any("of the latency at batch size 1" in note for note in told["notes"])
+    again = load(build(10), folder)
+    assert again(IMAGE.repeat(1, 1, 2, 2)).shape == (1, 10)
