@@ -84,8 +84,10 @@ def pruned_by_tersor(seed: int, steps: int) -> Attachment:
     return attached
 
 
-def pruned_by_torch_pruning(_seed: int, _steps: int) -> Attachment:
-    """Inner channels only: with the residual stream among them, the pruned network cannot run."""
+def torch_pruned(ratio: float, round_to: int) -> nn.Module:
+    """What its MagnitudePruner leaves of the ResNet-56 without a `ratio` of the inner channels: with the residual
+    stream among them, the pruned network cannot run.
+    """
     import torch_pruning
 
     model = SUBJECT.network()
@@ -100,12 +102,17 @@ def pruned_by_torch_pruning(_seed: int, _steps: int) -> Attachment:
         model,
         example,
         importance=torch_pruning.importance.MagnitudeImportance(p=2),
-        pruning_ratio=0.5,
-        round_to=8,
+        pruning_ratio=ratio,
+        round_to=round_to,
         ignored_layers=ignored,
     )
     pruner.step()
-    return Attachment(model)
+    return model
+
+
+def pruned_by_torch_pruning(_seed: int, _steps: int) -> Attachment:
+    """Half of the inner channels gone."""
+    return Attachment(torch_pruned(0.5, 8))
 
 
 def distilled_resnet20(_seed: int, _steps: int) -> Attachment:

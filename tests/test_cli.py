@@ -62,9 +62,16 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
     recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)))
     out = tmp_path / "out"
     assert tersor(monkeypatch, "run", recipe, "--out", out) == 0
-    assert {"model.onnx", "original.onnx", "recipe.yaml", "numbers.json", "manifest.json", "report.html"} <= {
-        path.name for path in out.iterdir()
-    }
+    assert {
+        "model.safetensors",
+        "structure.json",
+        "model.onnx",
+        "original.onnx",
+        "recipe.yaml",
+        "numbers.json",
+        "manifest.json",
+        "report.html",
+    } <= {path.name for path in out.iterdir()}
     numbers = json.loads((out / "numbers.json").read_text())
     assert {"runtime", "machine", "seed", "date", "original", "bf16", "artifact"} <= set(numbers)
     for entry in (numbers["original"], numbers["artifact"]):

@@ -35,6 +35,22 @@ def test_prune_gives_a_smaller_network_and_leaves_the_one_given(model):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_prune_goes_by_labels_and_by_a_latency(model, loader, monkeypatch):
+    pruned = tersor.prune(model, loader, importance="taylor")
+    assert costs(pruned, IMAGES[:1]).macs <= 0.5 * costs(model, IMAGES[:1]).macs
+    with pytest.raises(InputError, match="no labels"):
+        tersor.prune(model, IMAGES, importance="taylor")
+
+    class Watch:
+        def against(self, original, example, target):
+            assert target.runtime == "openvino"
+            return lambda network: costs(network, example).macs / costs(original, example).macs
+
+    monkeypatch.setattr(verbs, "RuntimeStopwatch", Watch)
+    pruned = tersor.prune(model, IMAGES, keep_latency=0.7, runtime="openvino")
+    assert 0.6 < costs(pruned, IMAGES[:1]).macs / costs(model, IMAGES[:1]).macs <= 0.7
+
+
 def test_quantize_leaves_the_network_also_when_it_fails(model, loader):
     keys = list(model.state_dict())
     with pytest.raises(InputError, match="without a single image"):
@@ -63,6 +79,7 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
         (lambda model, _: tersor.prune(model, IMAGES, keep_macs=0), "keep_macs: .*given 0"),
         (lambda model, loader: tersor.distill(model, build("resnet20", 7), loader), r"\(2, 10\).*\(2, 7\)"),
         (lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, temperature=0), "temperature: "),
+        (lambda model, _: tersor.prune(model, IMAGES, keep_macs=0.5, keep_latency=0.5), "one target"),
         (lambda model, _: tersor.distill(model, build("resnet20", 10), []), "without a single batch"),
         (
             lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, torch.full((16,), 10))]),

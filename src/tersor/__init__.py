@@ -15,12 +15,17 @@ from tersor.core.errors import InputError
 
 if TYPE_CHECKING:
     from tersor.run import run
+    from tersor.saved import load, save
     from tersor.verbs import compare, distill, export, prune, quantize
 
 __version__ = version("tersor")
-__all__ = ["InputError", "compare", "distill", "export", "prune", "quantize", "run"]
+__all__ = ["InputError", "compare", "distill", "export", "load", "prune", "quantize", "run", "save"]
 
-_VERBS = {"run": "tersor.run", **dict.fromkeys(("compare", "distill", "export", "prune", "quantize"), "tersor.verbs")}
+_VERBS = {
+    "run": "tersor.run",
+    **dict.fromkeys(("compare", "distill", "export", "prune", "quantize"), "tersor.verbs"),
+    **dict.fromkeys(("load", "save"), "tersor.saved"),
+}
 
 
 def __getattr__(name: str) -> Any:

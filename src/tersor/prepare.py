@@ -13,6 +13,7 @@ from tersor.core.errors import InputError
 from tersor.core.watch import Watch
 from tersor.data import Splits, load
 from tersor.export.runtime import load_runtime
+from tersor.measured import ByMacs
 from tersor.recipe import Network, Recipe, Teacher
 from tersor.train import learning_rates, steps_per_epoch
 from tersor.walk import Walk
@@ -59,7 +60,7 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
 
 def _rehearse(walk: Walk) -> None:
     """Attaches every stage to a copy: a pattern that matches nothing is told before an hour of training."""
-    rehearsal = replace(walk, model=copy.deepcopy(walk.model))
+    rehearsal = replace(walk, model=copy.deepcopy(walk.model), stopwatch=ByMacs())
     wanted = walk.recipe.teacher
     if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
         batches = walk.training_batches(wanted.training)

@@ -22,9 +22,12 @@ from tersor.export.evidence import gather
 from tersor.export.numbers import OF_STAGES, measure
 from tersor.export.onnx import export
 from tersor.export.report import draw
+from tersor.export.stopwatch import RuntimeStopwatch
 from tersor.graph.quantizers import found
+from tersor.measured import MEASURED, Remembering
 from tersor.prepare import prepare
 from tersor.recipe import Recipe
+from tersor.saved import write_files
 from tersor.walk import EVALUATION_BATCH, Walk
 
 _AGREEMENT = 99.0
@@ -79,6 +82,9 @@ def run(
     require_free(out)
     with checkpoints.held(text, resume=resume):
         walk = prepare(recipe, model=model, data=data, watch=watch)
+        if not (resume or processes.rank()):
+            (checkpoints.folder / MEASURED).unlink(missing_ok=True)  # of a run that was killed before a checkpoint
+        walk.stopwatch = Remembering(RuntimeStopwatch(watch), checkpoints.folder / MEASURED)
         walk.train_teacher(watch, checkpoints)
         original = copy.deepcopy(walk.original)
         stages = walk.stages(watch, checkpoints)
@@ -144,6 +150,7 @@ def _fill(
     (folder / "evidence.json").write_text(json.dumps(evidence))
     draw(folder)
     (folder / "recipe.yaml").write_text(recipes.write(recipe))
+    write_files(walk.model, folder)
     (folder / "checkpoints").mkdir()
     for each in checkpoints.ends():  # copied: until the folder is written they are what a run goes on from
         shutil.copytree(each.path, folder / "checkpoints" / each.path.name)

@@ -23,6 +23,7 @@ from tersor.export.artifact import read_artifact
 from tersor.export.bench import BATCH_SIZES, Array, compressed_bytes, latency, predictions, size_bytes
 from tersor.export.onnx import export as write_onnx
 from tersor.export.runtime import open_session
+from tersor.export.stopwatch import RuntimeStopwatch
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
@@ -43,31 +44,43 @@ def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime:
     Raises:
         InputError: the network cannot be captured, or the batches hold no images.
     """
-    method, target = _made(PTQ, bits=bits), _made(Target, runtime=runtime)
-    attached = method.attach(_copy(model), data=loader, target=target)
-    for _ in attached.begin():
-        pass
+    attached = _made(PTQ, bits=bits).attach(_copy(model), data=loader, target=_made(Target, runtime=runtime))
+    list(attached.begin())
     return attached.model
 
 
-def prune(model: nn.Module, example: Tensor | Iterable[Any], *, keep_macs: float = 0.5, round_to: int = 8) -> nn.Module:
+def prune(
+    model: nn.Module,
+    example: Tensor | Iterable[Any],
+    *,
+    keep_macs: float | None = None,
+    keep_latency: float | None = None,
+    importance: str = "magnitude",
+    round_to: int = 8,
+    runtime: Runtime = "onnxruntime",
+) -> nn.Module:
     """Removes channels from a copy of `model` and estimates its BatchNorm statistics anew.
 
     Args:
         model: a trained network; it stays as it is.
         example: images (N, C, H, W), normalised as for `model`, or batches of them. The statistics are those of up to
             1,024 of them: give a few hundred, not one.
-        keep_macs: fraction of the MACs that stays at most.
+        keep_macs: fraction of the MACs that stays at most; 0.5 if none is given.
+        keep_latency: in its place, of the latency as measured here, at batch size 1 in `runtime`; it takes a minute.
+        importance: which channels go first; `taylor` needs batches with labels.
         round_to: channels that stay are a multiple of it.
+        runtime: where latency is measured.
 
     Raises:
         InputError: no channel can be removed, or not as many; an image is not as the network wants it.
     """
+    method = _made(
+        ChannelPruning, keep_macs=keep_macs, keep_latency=keep_latency, importance=importance, round_to=round_to
+    )
+    target = _made(Target, runtime=runtime)
     data = [example] if isinstance(example, Tensor) else example
-    method = _made(ChannelPruning, keep_macs=keep_macs, round_to=round_to)
-    attached = method.attach(_copy(model), data=data)
-    for _ in attached.begin():
-        pass
+    attached = method.attach(_copy(model), data=data, target=target, stopwatch=RuntimeStopwatch())
+    list(attached.begin())
     return attached.model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from tersor.core import processes
 from tersor.core.accuracy_curve import AccuracyCurve
 from tersor.core.attachment import Attachment
 from tersor.core.method import chain
+from tersor.core.stopwatch import Stopwatch
 from tersor.core.training import Training
 from tersor.core.watch import Watch
 from tersor.data import Batches, Images, Splits
+from tersor.export.stopwatch import RuntimeStopwatch
 from tersor.graph.structure import rebuild, structure
 from tersor.measure import accuracy
 from tersor.recipe import Recipe, Stage, Teacher
@@ -38,6 +40,7 @@ class Walk:
     data: Splits
     model_is_trained: bool
     teacher_is_trained: bool
+    stopwatch: Stopwatch = field(default_factory=RuntimeStopwatch)
 
     def __post_init__(self) -> None:
         self.untouched = copy.deepcopy(self.model)
@@ -197,6 +200,7 @@ class Walk:
             teacher=self.teacher,
             steps=steps,
             target=self.recipe.target,
+            stopwatch=self.stopwatch,
         )
 
     def validate(self, network: nn.Module, name: str, watch: Watch) -> float | None:

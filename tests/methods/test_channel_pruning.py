@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from tersor.core.errors import InputError
@@ -13,6 +14,8 @@ from tersor.methods.weight_pruning import WeightPruning
 from tersor.zoo import build
 
 IMAGES = torch.rand(8, 3, 16, 16)
+STREAM = ("*.conv2",)
+"""What writes into the residual stream of a ResNet."""
 
 
 @pytest.fixture
@@ -21,8 +24,52 @@ def model():
     return build("resnet20", 10).eval()
 
 
-def attached(model, **options):
-    return ChannelPruning(**options).attach(model, data=[IMAGES])
+def attached(model, *, stopwatch=None, **options):
+    return ChannelPruning(**options).attach(model, data=[IMAGES], stopwatch=stopwatch)
+
+
+class Curve:
+    """A stopwatch of a machine whose latency is a curve of the MACs."""
+
+    def __init__(self, curve):
+        self.curve = curve
+        self.asked = []
+
+    def against(self, original, example, target):
+        before = costs(original, example).macs
+        assert example.shape == (1, 3, 16, 16)
+        assert target.runtime == "onnxruntime"
+
+        def ratio(network):
+            self.asked.append(costs(network, example).macs / before)
+            return self.curve(self.asked[-1])
+
+        return ratio
+
+
+@pytest.mark.parametrize("keep", [0.45, 0.8])
+def test_a_latency_is_met_and_no_more_goes_than_it_takes(model, keep):
+    watch = Curve(lambda macs: 0.3 + 0.7 * macs)  # half of the work takes 0.65 of the time
+    before = costs(model, IMAGES[:1]).macs
+    result = attached(model, keep_latency=keep, stopwatch=watch, round_to=2)
+    fraction = costs(result.model, IMAGES[:1]).macs / before
+    assert keep - 0.03 < 0.3 + 0.7 * fraction <= keep
+    assert len(watch.asked) <= 7
+    assert any(f"{0.3 + 0.7 * fraction:.3f} of the latency at batch size 1" in note for note in result.notes)
+
+
+def test_a_latency_that_no_width_reaches_is_told(model):
+    with pytest.raises(InputError, match=r"keep_latency: 0.3 cannot be met: 0.9\d\d stay"):
+        attached(model, keep_latency=0.3, stopwatch=Curve(lambda macs: 0.9 + 0.1 * macs))
+    with pytest.raises(InputError, match="RuntimeStopwatch"):
+        attached(model, keep_latency=0.6)
+
+
+def test_what_is_timed_are_copies(model):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(InputError):
+        attached(model, keep_latency=0.3, stopwatch=Curve(lambda _macs: 1.0))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -35,7 +82,7 @@ def test_no_more_stays_than_was_asked(model, scope, kind):
 
 
 def test_widths_are_rounded_and_none_falls_below_the_floor(model):
-    pruned = attached(model, keep_channels=0.4, round_to=4, floor=0.3).model
+    pruned = attached(model, keep_channels=0.4, round_to=4, floor=0.3, exclude=STREAM).model
     widths = {
         name: pruned.get_submodule(name).out_channels
         for name, layer in model.named_modules()
@@ -55,8 +102,48 @@ def test_the_channels_that_go_are_the_smallest(model):
     weight[small] *= 0.01
     model.layer1[0].conv2.weight.data[:, small] *= 0.01
     kept = weight[0::2].clone()
-    pruned = attached(model, keep_channels=0.5, exclude=("bn1", "layer*.bn2")).model
+    pruned = attached(model, keep_channels=0.5, exclude=STREAM).model
     assert torch.equal(pruned.get_submodule("layer1.0.conv1").weight, kept)
+
+
+@pytest.mark.parametrize("importance", ["magnitude_l1", "taylor", "batchnorm", "fpgm", "random"])
+def test_every_importance_meets_the_target(model, importance):
+    data = [(IMAGES, torch.arange(8))]
+    before = costs(model, IMAGES[:1]).macs
+    pruned = ChannelPruning(keep_macs=0.7, importance=importance, scope="global").attach(model, data=data).model
+    assert 0.5 < costs(pruned, IMAGES[:1]).macs / before <= 0.7
+
+
+def test_a_function_of_ones_own_says_which_go(model, tmp_path, monkeypatch):
+    (tmp_path / "keeps_the_last.py").write_text(
+        "import torch\ndef last(group): return torch.arange(len(group.slices))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    expected = model.layer1[0].conv1.weight[8:].clone()
+    pruned = attached(model, keep_channels=0.5, importance="keeps_the_last:last", exclude=STREAM).model
+    assert torch.equal(pruned.get_submodule("layer1.0.conv1").weight, expected)
+    with pytest.raises(ValidationError, match="importance"):
+        ChannelPruning(importance="magnitud")
+
+
+def test_what_a_dead_channel_gave_stays():
+    """Of a network without BatchNorm behind: nothing changes where the channels that go are dead."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    model.train()(IMAGES)
+    model[1].momentum = None
+    model[1].reset_running_stats()
+    model(IMAGES)  # the statistics of these images, which are estimated anew
+    model.eval()
+    with torch.no_grad():
+        model[1].weight[::2], model[1].bias[::2] = 0, 0.8
+    expected = model(IMAGES)
+    result = attached(model, keep_channels=0.5, round_to=4, importance="batchnorm", exclude=("3",))
+    assert not torch.allclose(result.model(IMAGES), expected, atol=1e-2)
+    list(result.begin())
+    assert result.model.get_submodule("0").out_channels == 4
+    assert torch.allclose(result.model(IMAGES), expected, atol=1e-5)
 
 
 def test_statistics_are_those_of_the_network_that_is_left(model):

@@ -46,7 +46,10 @@ class Attachment:
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
         label_weight: factor on the weight of the labels' own loss.
         notes: what its user should know of what was laid, and of what `begin` found, a line each.
+        holds_shapes: whether it goes by the shapes that the weights had when it was attached.
     """
+
+    holds_shapes = False
 
     def __init__(
         self,

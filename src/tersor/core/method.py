@@ -12,6 +12,7 @@ from torch import nn
 from tersor.core.attachment import Attachment, Chain
 from tersor.core.errors import InputError
 from tersor.core.masked import MaskedAttachment
+from tersor.core.stopwatch import Stopwatch
 from tersor.core.target import Target
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
@@ -22,9 +23,9 @@ PLAIN_VALUES = ConfigDict(extra="forbid")
 class Method(Protocol):
     """What every class in `methods/` is.
 
-    Class variables may say more: `needs_teacher`, `needs_steps`; `example`, parameters that show what it does on a
-    small network; `off`, those at which it changes nothing; `exempt`, the laws of `tests/laws` that it cannot keep,
-    each with the reason.
+    Class variables may say more: `needs_teacher`, `needs_steps`; `needs_stopwatch`, that `attach` takes one of
+    `core/stopwatch.py` as well; `example`, parameters that show what it does on a small network; `off`, those at which
+    it changes nothing; `exempt`, the laws of `tests/laws` that it cannot keep, each with the reason.
     """
 
     def attach(
@@ -57,16 +58,18 @@ def chain(
     teacher: nn.Module | None = None,
     steps: int = 0,
     target: Target | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Attachment:
     """Attaches `methods` one after the other, each on what the one before left, as one attachment."""
     parts: list[Attachment] = []
     with torch.random.fork_rng(devices=[]):
         for method in methods:
             before = {id(parameter): parameter.shape for parameter in model.parameters()}
-            part = method.attach(model, data=data, teacher=teacher, steps=steps, target=target)
+            timed: dict[str, Any] = {"stopwatch": stopwatch} if getattr(method, "needs_stopwatch", False) else {}
+            part = method.attach(model, data=data, teacher=teacher, steps=steps, target=target, **timed)
             model = part.model
             if any(parameter.shape != before.get(id(parameter), parameter.shape) for parameter in model.parameters()):
-                _refuse_pairs(method, parts)
+                _refuse_new_shapes(method, parts)
             if isinstance(part, MaskedAttachment):
                 _refuse_masks(method, part, parts)
             parts.append(part)
@@ -84,12 +87,17 @@ def _refuse_masks(method: Method, part: MaskedAttachment, parts: Sequence[Attach
             )
 
 
-def _refuse_pairs(method: Method, parts: Sequence[Attachment]) -> None:
-    """What learns with layers was built for the shapes that they had."""
+def _refuse_new_shapes(method: Method, parts: Sequence[Attachment]) -> None:
+    """What learns with layers, or moves weights by their places, was built for the shapes that they had."""
     for part in parts:
         if part.layers:
             paired = ", ".join(student for student, _ in part.layers)
             raise InputError(
                 f"{type(method).__name__} changes shapes after {paired} were paired with the teacher's. Write it "
                 "before the method that learns from these layers."
+            )
+        if part.holds_shapes:
+            raise InputError(
+                f"{type(method).__name__} changes shapes that another method of the stage goes by. Write it in a stage "
+                "of its own behind."
             )

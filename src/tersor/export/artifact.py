@@ -139,12 +139,21 @@ def read_artifact(path: Path | str) -> Artifact:
         return Artifact(path, path, {path.name: path})
     if not path.is_dir():
         raise InputError(f"there is no file or folder {path}.")
-    manifest = _read_manifest(path)
-    files = {name: path / name for name in manifest.files}
-    _refuse_damage(path, manifest.files)
+    files = read_folder(path)
     if MODEL not in files:
         raise InputError(f"{path} holds no {MODEL}, only {', '.join(files)}.")
     return Artifact(path, files[MODEL], files)
+
+
+def read_folder(path: Path) -> dict[str, Path]:
+    """The files of a folder that `write_folder` wrote, by their names in it, every one verified.
+
+    Raises:
+        InputError: it is no such folder, or files are missing or damaged; says which.
+    """
+    manifest = _read_manifest(path)
+    _refuse_damage(path, manifest.files)
+    return {name: path / name for name in manifest.files}
 
 
 def _write_manifest(folder: Path) -> None:

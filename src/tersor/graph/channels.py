@@ -19,19 +19,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.graph.coupling.groups import Cut, Unit
 from tersor.graph.coupling.layers import rule_of
 from tersor.graph.coupling.plan import Plan, copied
-from tersor.graph.coupling.recording import attribute, record
+from tersor.graph.coupling.recording import record
 from tersor.graph.coupling.trial import Trial
 from tersor.graph.coupling.walk import Place, Walk, walked
 from tersor.graph.removal import merged, remove
 
-__all__ = ["Cut", "Group", "copied", "coupled_channels", "difference", "energies", "merged", "remove"]
+__all__ = ["Cut", "Group", "copied", "coupled_channels", "difference", "merged", "remove"]
 
 
 @dataclass(frozen=True)
@@ -121,21 +121,3 @@ def _gone(walk: Walk, places: dict[Place, set[int]]) -> set[int]:
             for number, root in enumerate(walk.atoms.each_root(atoms)):
                 (inside if number in places.get(place, ()) else outside).add(root)
     return inside - outside
-
-
-def energies(graph: fx.GraphModule, cut: Cut) -> Tensor | None:
-    """(places,): the sum of squares of all weights at each place of a weight along which `cut` goes, or None where it
-    goes along something else: a norm, an argument, the columns of a convolution by groups.
-    """
-    if "=" in cut.axis or cut.axis == "heads":
-        return None
-    if cut.axis.isdecimal():
-        weight, axis = attribute(graph, cut.layer), int(cut.axis)
-    else:
-        layer = graph.get_submodule(cut.layer)
-        by_groups = cut.axis == "in" and getattr(layer, "groups", 1) > 1
-        if not isinstance(layer, nn.Conv2d | nn.Linear) or by_groups:
-            return None
-        weight, axis = layer.weight, 0 if cut.axis == "out" else 1
-    weight = weight.detach()
-    return weight.square().transpose(0, axis).flatten(1).sum(1) if weight.ndim > 1 else None

@@ -31,6 +31,7 @@ _ALSO_CALLED = {
     "dpf": ("dynamic_pruning", "dynamic_pruning_with_feedback", "feedback"),
     "dcil": ("refined_gradient", "collective_intelligence"),
     "rigl": ("rigged_lottery", "set", "dynamic_sparse_training", "sparse_to_sparse"),
+    "group_lasso": ("sparse_training", "group_sparsity", "group_norm", "growing_regularization"),
     "channel_pruning": ("filter_pruning", "structured", "structured_pruning", "slimming"),
 }
 """File -> the names people say for it. They are met with a hint: one method has one name in a recipe."""

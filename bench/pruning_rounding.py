@@ -1,0 +1,103 @@
+"""To what multiple of channels a pruned network is rounded: latency at equal MACs in both runtimes.
+
+A network loses channels until a fraction of its MACs stays, with widths that are a multiple of 1, 4, 8 and 16; all are
+timed in turns with the original. A coarse rounding reaches the fraction less closely, so the row names the MACs really
+left, and what counts is the latency over them: `latency_ratio / macs_ratio`, 1 where what is cut is gained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import rows
+import tables
+from images import IMAGENET, TRAINED, Subject
+from tersor.core.target import Runtime
+from tersor.export.bench import latency
+from tersor.export.onnx import export
+from tersor.export.runtime import open_session
+from tersor.measure import costs
+from tersor.methods.channel_pruning import ChannelPruning
+
+RESULT = "pruning_rounding"
+ROUNDINGS = (1, 4, 8, 16)
+RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
+SUBJECTS = TRAINED | IMAGENET
+
+
+def cut(subject: Subject, round_to: int, keep: float) -> nn.Module:
+    """The network with `keep` of its MACs at most, by magnitude; no group below a twentieth, so that 16 can go far."""
+    method = ChannelPruning(keep_macs=keep, round_to=round_to, scope="global", floor=0.05)
+    return method.attach(subject.network(), data=[subject.calibration(0)]).model.eval()
+
+
+def measure(subject: Subject, runtime: Runtime, keep: float, batch: int, seconds: float) -> None:
+    """A row for each rounding, all timed in one run."""
+    what = {"model": subject.name, "runtime": runtime, "keep_macs": keep, "batch": batch, "versions": tables.versions()}
+    identities = {rounding: {"round_to": rounding, **what} for rounding in ROUNDINGS}
+    if all(rows.known(RESULT, identity) for identity in identities.values()):
+        return
+    example = subject.calibration(0)[:1]
+    networks = {str(rounding): cut(subject, rounding, keep) for rounding in ROUNDINGS} | {"original": subject.network()}
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {name: export(each, example, Path(scratch) / f"{name}.onnx") for name, each in networks.items()}
+        sessions = {name: open_session(file, runtime) for name, file in files.items()}
+        timings = latency(sessions, example.numpy(), [batch], rounds=60, seconds=seconds)
+    spent = {name: costs(copy.deepcopy(each), example).macs for name, each in networks.items()}
+    for rounding, identity in identities.items():
+        name = str(rounding)
+        ratio = timings.paired_ratio(name, "original", batch)
+        macs = spent[name] / spent["original"]
+        more = {"macs_ratio": macs, "latency_over_macs": ratio.median / macs, "precision": sessions[name].precision}
+        more |= {"milliseconds": timings.spread(name, batch).median}
+        tables.add(RESULT, identity, "latency_ratio", asdict(ratio), more)
+        print(
+            f"{subject.name} in {runtime}, multiples of {name}: {ratio.median:.3f} of the time, {macs:.3f} of the MACs"
+        )
+
+
+def show() -> None:
+    """Prints the rows of this machine."""
+    here = rows.machine()
+    heads = ("model", "runtime", "batch", "multiple of", "ms", "of the time (p10 to p90)", "of the MACs", "time / MACs")
+    table = Table(*heads)
+    for row in [row for row in rows.read(RESULT) if row["machine"] == here]:
+        low, high = row["spread"]["p10"], row["spread"]["p90"]
+        told = (row["model"], row["runtime"], str(row["batch"]), str(row["round_to"]), f"{row['milliseconds']:.2f}")
+        ratio = f"{row['latency_ratio']:.3f} ({low:.3f} to {high:.3f})"
+        table.add_row(*told, ratio, f"{row['macs_ratio']:.3f}", f"{row['latency_over_macs']:.2f}")
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    """Measures what is not in `bench/results/pruning_rounding.json` yet, and prints all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet56"], choices=SUBJECTS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument(
+        "--keep", type=float, default=0.6, help="fraction of the MACs; 16 can reach no less in a ResNet-56"
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="at most, for a runtime and batch size")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        torch.set_num_threads(2)
+        with rows.alone():
+            for name in chosen.models:
+                for runtime in RUNTIMES:
+                    for batch in chosen.batches:
+                        measure(SUBJECTS[name], runtime, chosen.keep, batch, chosen.seconds)
+    show()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Channels removed from a trained ResNet-56: tersor, torch-pruning's own pruner and controls, at equal MACs.
+
+Everyone gets the same network, images, augmentation, optimizer and schedule as `compress.py`, and the same minutes of
+training: the seconds of a step are measured first, interleaved, and whoever has the cheaper step takes more of them. A
+contender counts only where it has as many times fewer MACs as asked, to 2 %; the row names what it really has. The
+accuracy is that of float32 on all 10,000 test images after the last step, and never the best one on the way. Latency is
+that of the float network in both runtimes, interleaved in one run; below 1 tersor is faster.
+
+    tersor, taught            half of the MACs by magnitude, the network as it came in teaches (the recipe's methods)
+    tersor                    the same on the labels alone
+    torch-pruning             its MagnitudePruner, kept to the inner channels by hand, on the labels
+    torch-pruning, taught     the same under tersor's teacher
+    from scratch              the shape that tersor leaves, its weights drawn anew, on the labels
+    resnet20, distilled       the trained ResNet-20 taught by the ResNet-56
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import compress
+import rows
+import tables
+from compress import RUNTIMES, SUBJECT
+from images import MEAN, STD, cifar, folder
+from tersor.core.attachment import Attachment
+from tersor.core.method import Method, chain
+from tersor.core.training import Training
+from tersor.data import Batches
+from tersor.export.bench import latency
+from tersor.export.onnx import export
+from tersor.export.runtime import open_session
+from tersor.measure import accuracy, costs
+from tersor.methods.channel_pruning import ChannelPruning
+from tersor.train import fit, steps_per_epoch
+
+RESULT = "pruning_structured"
+OURS = "tersor, taught"
+TIMES = (2.0, 2.6)
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+NEARLY = 1.02
+"""So many times the MACs that were asked still count: widths come in blocks."""
+
+
+def methods(times: float) -> list[Method]:
+    """The recipe's, for so many times fewer MACs: removal, then what the teacher says."""
+    removal, *taught = compress.stage().methods
+    assert isinstance(removal, ChannelPruning)
+    return [dataclasses.replace(removal, keep_macs=1 / times), *taught]
+
+
+def attached(chosen: Sequence[Method], model: nn.Module, seed: int, steps: int) -> Attachment:
+    """The methods, begun."""
+    calm = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=seed)
+    found = chain(chosen, model, data=calm, teacher=SUBJECT.network(), steps=steps)
+    list(found.begin())
+    return found
+
+
+@cache
+def of_torch_pruning(times: float) -> tuple[float, int]:
+    """Ratio and rounding with which torch-pruning comes to the MACs: the coarsest rounding, for its latency, that comes
+    within 5 % of them, or else the nearest. Half of all inner channels, in multiples of 8, make it 1.98 times fewer.
+    """
+    wanted = costs(SUBJECT.network(), EXAMPLE).macs / times
+    found: list[tuple[int, float, int]] = []
+    for round_to in (8, 4, 2, 1):
+        for percent in range(40, 90):
+            macs = costs(compress.torch_pruned(percent / 100, round_to), EXAMPLE).macs
+            if macs <= NEARLY * wanted:
+                found.append((macs, percent / 100, round_to))
+                break
+        if found[-1][0] >= 0.95 * wanted:
+            return found[-1][1:]
+    return max(found)[1:]
+
+
+def from_scratch(times: float, seed: int) -> nn.Module:
+    """tersor's shape; every layer draws its weights anew."""
+    model = attached(methods(times)[:1], SUBJECT.network(), seed, 0).model
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            module.reset_parameters()
+    return model
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who makes something of the ResNet-56.
+
+    Attributes:
+        name: how the rows call it.
+        begun: times fewer MACs, seed and steps -> what is trained.
+        taught: whether by the ResNet-56.
+        learning_rate: the highest; None is the recipe's.
+    """
+
+    name: str
+    begun: Callable[[float, int, int], Attachment]
+    taught: bool
+    learning_rate: float | None = None
+
+    def training(self) -> Training:
+        """As the recipe's stage."""
+        stage = compress.stage()
+        if self.learning_rate is None:
+            return stage
+        optimizer = stage.optimizer.model_copy(update={"learning_rate": self.learning_rate})
+        return stage.model_copy(update={"optimizer": optimizer})
+
+
+CONTENDERS = {
+    each.name: each
+    for each in (
+        Contender(OURS, lambda times, seed, steps: attached(methods(times), SUBJECT.network(), seed, steps), True),
+        Contender(
+            "tersor", lambda times, seed, steps: attached(methods(times)[:1], SUBJECT.network(), seed, steps), False
+        ),
+        Contender(
+            "torch-pruning",
+            lambda times, _seed, _steps: Attachment(compress.torch_pruned(*of_torch_pruning(times))),
+            False,
+        ),
+        Contender(
+            "torch-pruning, taught",
+            lambda times, seed, steps: attached(
+                methods(times)[1:], compress.torch_pruned(*of_torch_pruning(times)), seed, steps
+            ),
+            True,
+        ),
+        Contender(
+            "from scratch", lambda times, seed, _steps: Attachment(from_scratch(times, seed)), False, learning_rate=0.1
+        ),
+        Contender("resnet20, distilled", lambda _times, seed, steps: compress.distilled_resnet20(seed, steps), True),
+    )
+}
+
+
+def trained(contender: Contender, times: float, seed: int, steps: int) -> tuple[nn.Module, float]:
+    """What is left after so many steps, and the seconds that they took."""
+    begun = contender.begun(times, seed, steps)
+    teacher = SUBJECT.network() if contender.taught else None
+    fitted = fit(begun, compress.batches(seed), contender.training(), steps=steps, teacher=teacher, seed=seed)
+    begun.finish()
+    return begun.model.eval(), fitted.seconds
+
+
+def pace(times: float) -> dict[str, float]:
+    """Seconds of a step of each, measured once on this machine."""
+    identities = {name: {"kind": "pace", "contender": name, "times": times} for name in CONTENDERS}
+    if not all(rows.known(RESULT, identity) for identity in identities.values()):
+        seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        for _ in range(compress.PACE_ROUNDS):
+            for name, each in CONTENDERS.items():
+                seconds[name].append(trained(each, times, 0, compress.PACE_STEPS)[1] / compress.PACE_STEPS)
+        for name, identity in identities.items():
+            numbers = {"seconds_a_step": statistics.median(seconds[name]), "n": compress.PACE_ROUNDS}
+            rows.add(RESULT, identity, {**numbers, "spread": rows.spread(seconds[name])}, [0])
+            print(f"{name}, {times} times fewer: {numbers['seconds_a_step']:.3f} s a step", flush=True)
+    here = rows.machine()
+    found = [row for row in rows.read(RESULT) if row["kind"] == "pace" and row["machine"] == here]
+    return {row["contender"]: row["seconds_a_step"] for row in found if row["times"] == times}
+
+
+def made(contender: Contender, times: float, seed: int, steps: int) -> Path:
+    """A folder with the float network as ONNX and what was seen while training; made if it is not there."""
+    name = contender.name.replace(", ", "-").replace(" ", "-")
+    path = folder().parent / "pruning_structured" / f"{name}-{times}-{seed}-{steps}"
+    if path.exists():
+        return path
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        partial = Path(scratch) / path.name
+        partial.mkdir()
+        model, seconds = trained(contender, times, seed, steps)
+        export(model, EXAMPLE, partial / "model.onnx")
+        spent, before = costs(model, EXAMPLE), costs(SUBJECT.network(), EXAMPLE)
+        reached = accuracy(model, Batches(cifar().test, 500, mean=MEAN, std=STD))
+        seen = {"accuracy": reached, "macs": spent.macs, "macs_ratio": before.macs / spent.macs}
+        seen |= {"parameters": spent.parameters, "training_seconds": seconds}
+        (partial / "seen.json").write_text(json.dumps(seen))
+        partial.rename(path)
+    return path
+
+
+def report_accuracy(contender: Contender, times: float, seed: int, steps: int, budget: str) -> Path:
+    """The row of one training; the folder that it left."""
+    path = made(contender, times, seed, steps)
+    identity = {"kind": "accuracy", "contender": contender.name, "times": times, "budget": budget, "seed": seed}
+    identity |= {"steps": steps, "torch_pruning": tables.version("torch-pruning")}
+    if not rows.known(RESULT, identity):
+        seen = json.loads((path / "seen.json").read_text())
+        original = accuracy(SUBJECT.network(), Batches(cifar().test, 500, mean=MEAN, std=STD))
+        numbers = {**seen, "lost": original - seen["accuracy"], "counts": seen["macs_ratio"] >= times / NEARLY, "n": 1}
+        rows.add(RESULT, identity, {**numbers, "spread": rows.spread([seen["accuracy"]])}, [seed])
+        print(f"{contender.name}, {times} times fewer, {budget}: {seen['accuracy']:.2f} %", flush=True)
+    return path
+
+
+def report_latency(folders: dict[str, Path], times: float, batch: int, seconds: float) -> None:
+    """Milliseconds of each, and tersor's against each, in one interleaved run for each runtime."""
+    for runtime in RUNTIMES:
+        what = {"times": times, "runtime": runtime, "batch": batch, "versions": tables.versions()}
+        others = [name for name in (*folders, f"{OURS}, again", "original") if name != OURS]
+        identities = {name: {"kind": "ratio", "pair": f"{OURS} / {name}", **what} for name in others}
+        if all(rows.known(RESULT, identity) for identity in identities.values()):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            original = export(SUBJECT.network(), EXAMPLE, Path(scratch) / "original.onnx")
+            files = {name: path / "model.onnx" for name, path in folders.items()}
+            files |= {f"{OURS}, again": files[OURS], "original": original}
+            sessions = {name: open_session(file, runtime) for name, file in files.items()}
+            image = compress.SUBJECT.calibration(0)[:1].numpy()
+            timings = latency(sessions, image, [batch], rounds=60, seconds=seconds)
+        for name, session in sessions.items():
+            identity = {"kind": "milliseconds", "artifact": name, **what}
+            spread = asdict(timings.spread(name, batch))
+            tables.add(RESULT, identity, "milliseconds", spread, {"precision": session.precision})
+        for name, identity in identities.items():
+            tables.add(RESULT, identity, "ratio", asdict(timings.paired_ratio(OURS, name, batch)), {})
+        print(f"{runtime}, batch {batch}, {times} times fewer: timed", flush=True)
+
+
+def measure(seeds: Sequence[int], minutes: float, epochs: int, seconds: float) -> None:
+    """Everyone at 2.0 and one seed at 2.6 for equal minutes; tersor, taught, for `epochs`; latency of all."""
+    for times in TIMES:
+        step, folders = pace(times), dict[str, Path]()
+        for seed in seeds if times == TIMES[0] else seeds[:1]:
+            for name, each in CONTENDERS.items():
+                steps = max(1, round(60 * minutes / step[name]))
+                folders.setdefault(name, report_accuracy(each, times, seed, steps, f"{minutes:g} minutes"))
+        for batch in (1, 32, 128):
+            report_latency(folders, times, batch, seconds)
+    if epochs:
+        ours = CONTENDERS[OURS]
+        steps = epochs * steps_per_epoch(compress.batches(0), ours.training())
+        report_accuracy(ours, TIMES[0], seeds[0], steps, f"{epochs} epochs")
+
+
+def show() -> None:
+    """Prints the rows of this machine."""
+    here = rows.machine()
+    found = [row for row in rows.read(RESULT) if row["machine"] == here]
+    heads = ("contender", "asked", "fewer MACs", "budget", "seed", "steps", "minutes", "accuracy", "lost", "parameters")
+    table = Table(*heads, title="ResNet-56 on CIFAR-10 JPEG: 10,000 test images", title_justify="left")
+    for row in [row for row in found if row["kind"] == "accuracy"]:
+        fewer = f"{row['macs_ratio']:.2f}x" + ("" if row["counts"] else ", does not count")
+        told = (row["contender"], f"{row['times']}x", fewer, row["budget"], str(row["seed"]), str(row["steps"]))
+        reached = (f"{row['training_seconds'] / 60:.1f}", f"{row['accuracy']:.2f}", f"{row['lost']:.2f}")
+        table.add_row(*told, *reached, f"{row['parameters']:,}")
+    console = Console(width=170)
+    console.print(table)
+    for times in TIMES:
+        for kind, key in (("ratio", "pair"), ("milliseconds", "artifact")):
+            chosen = [row for row in found if row["kind"] == kind and row["times"] == times]
+            if chosen:
+                title = f"{times} times fewer MACs: {kind}, median (p10 to p90)"
+                console.print(tables.by_batch(title, chosen, kind, key))
+
+
+def main() -> None:
+    """Measures what is not in `bench/results/pruning_structured.json` yet, and prints all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--minutes", type=float, default=10, help="of training for everyone")
+    parser.add_argument("--epochs", type=int, default=20, help="of tersor, taught, beside; 0 leaves it out")
+    parser.add_argument("--seconds", type=float, default=20, help="at most, for a runtime and batch size")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        torch.set_num_threads(2)
+        with rows.alone():
+            measure(chosen.seeds, chosen.minutes, chosen.epochs, chosen.seconds)
+    show()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Which channels go, in which order, and what is left after each.
+
+Channels go in blocks, since runtimes compute ragged widths slowly: what stays of a group is a multiple of `round_to`.
+What a block saves is counted from what it takes of each layer, so that the whole order costs one walk over the blocks
+and not one over the network for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from tersor.core.errors import InputError
+from tersor.core.parametrization import FakeQuantize
+from tersor.core.selection import matching
+from tersor.graph.channels import Cut, Group, coupled_channels, merged
+
+Scope = Literal["layer", "global"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Groups of channels, and the blocks of them that go one after the other.
+
+    Attributes:
+        groups: of coupled channels.
+        channels: of every group, its channels, the least important first.
+        blocks: the number of a group, and how many of its channels are gone with this block.
+    """
+
+    groups: Sequence[Group]
+    channels: Sequence[Sequence[int]]
+    blocks: Sequence[tuple[int, int]]
+
+    def gone(self, blocks: int) -> list[Sequence[int]]:
+        """Of every group the channels that are gone with the first `blocks`."""
+        ends = [0] * len(self.groups)
+        for number, end in self.blocks[:blocks]:
+            ends[number] = end
+        return [channels[:end] for channels, end in zip(self.channels, ends, strict=True)]
+
+    def cuts(self, blocks: int) -> list[Cut]:
+        """What goes with the first `blocks`."""
+        pairs = zip(self.groups, self.gone(blocks), strict=True)
+        return merged(cut for group, gone in pairs for cut in group.cuts(gone))
+
+
+def removable(
+    graph: fx.GraphModule, example: Tensor, exclude: Sequence[str], method: str
+) -> tuple[list[Group], dict[str, str]]:
+    """The groups of channels that may go, and of every other group's root why it stays whole.
+
+    Args:
+        graph: a captured network.
+        example: images (N, C, H, W); the first is run.
+        exclude: patterns of layers whose channels stay.
+        method: how errors call who asks.
+
+    Raises:
+        InputError: masks or grids lie on the network, a pattern matches nothing, no channel can be removed.
+    """
+    for name, module in graph.named_modules():
+        if isinstance(module, FakeQuantize) or parametrize.is_parametrized(module):
+            raise InputError(
+                f"{name or 'the network'} lies under a mask or a grid already, and channels are removed before. "
+                f"Write {method} in a stage before weight_pruning, ptq and qat."
+            )
+    excluded = matching(exclude, [name for name, _ in graph.named_modules() if name]) if exclude else set[str]()
+    groups, whole = coupled_channels(graph, example)
+    chosen = [group for group in groups if not any(_writer(cut) in excluded for cut in group.slices[0])]
+    if not chosen:
+        raise InputError(
+            f"no channel of {type(graph).__name__} can be removed. Possible: weight_pruning, which masks"
+            + (", or a shorter `exclude`." if exclude else ".")
+        )
+    return chosen, whole
+
+
+def _writer(cut: Cut) -> str:
+    """The layer or module whose channels a cut takes, where it does not take columns that read."""
+    if str(cut.axis) == "0":
+        return cut.layer.rpartition(".")[0]
+    return cut.layer if cut.axis == "out" else ""
+
+
+def ordered(
+    groups: Sequence[Group], importances: Sequence[Tensor], *, scope: Scope, round_to: int, floor: float
+) -> Order:
+    """The order in which channels go.
+
+    Args:
+        groups: of coupled channels.
+        importances: of every group (channels,).
+        scope: `layer`: next is a block of the group that has lost the smallest fraction; `global`: the block of the
+            lowest mean importance, among all groups.
+        round_to: places of the layer that produces them, of which a multiple stays.
+        floor: fraction of a group that always stays.
+    """
+    blocks = sorted(
+        (priority, number, end)
+        for number, (group, scores) in enumerate(zip(groups, importances, strict=True))
+        for priority, end in _blocks(scores.sort().values, scope, round_to // math.gcd(round_to, group.width), floor)
+    )
+    channels = [scores.argsort(stable=True).tolist() for scores in importances]
+    return Order(groups, channels, [(number, end) for _, number, end in blocks])
+
+
+def _blocks(ascending: Tensor, scope: Scope, unit: int, floor: float) -> Iterator[tuple[tuple[float, float], int]]:
+    """When the next channels of a group go, lowest first, and how many are gone then."""
+    size = len(ascending)
+    least = max(1, math.ceil(floor * size), min(size, unit))
+    start = 0
+    for kept in range((size - 1) // unit * unit, least - 1, -unit):
+        end = size - kept
+        importance = float(ascending[start:end].mean())
+        yield ((end / size, importance) if scope == "layer" else (importance, end / size)), end
+        start = end
+
+
+def left(kind: str, graph: fx.GraphModule, order: Order, macs: Mapping[str, int]) -> list[float]:
+    """Fraction of the cost that stays after each number of blocks, from none to all.
+
+    Args:
+        kind: of cost: `macs`, `parameters`, or `channels` of the groups.
+        graph: the network before anything goes.
+        order: of what goes.
+        macs: of the network, by layer.
+    """
+    if kind == "channels":
+        return _walked(order, sum(len(group.slices) for group in order.groups), lambda _number, gone: len(gone))
+    layers = {
+        name: _Layer(module, macs.get(name, 0) if kind == "macs" else None) for name, module in graph.named_modules()
+    }
+    total = sum(macs.values()) if kind == "macs" else sum(parameter.numel() for parameter in graph.parameters())
+    taken = [[_taken(layers, cuts) for cuts in group.slices] for group in order.groups]
+
+    def saved(number: int, gone: Sequence[int]) -> float:
+        return sum(layer.saved_by(axis, places) for channel in gone for layer, axis, places in taken[number][channel])
+
+    return _walked(order, total, saved)
+
+
+def _taken(layers: Mapping[str, _Layer], cuts: Sequence[Cut]) -> list[tuple[_Layer, str, int]]:
+    """Layer, axis and number of places. Where a whole group of a convolution goes, its rows say it all."""
+    return [
+        (layers[cut.layer], cut.axis, len(cut.channels))
+        for cut in cuts
+        if cut.axis == "out" or (cut.axis == "in" and not layers[cut.layer].loses_groups(cut.channels))
+    ]
+
+
+def _walked(order: Order, total: float, saved: Callable[[int, Sequence[int]], float]) -> list[float]:
+    """What stays of `total` after each number of blocks, where `saved` tells what channels of a group save."""
+    stays, found, ends = total, [1.0], [0] * len(order.groups)
+    for number, end in order.blocks:
+        stays -= saved(number, order.channels[number][ends[number] : end])
+        ends[number] = end
+        found.append(stays / total)
+    return found
+
+
+class _Layer:
+    """What a layer still costs, while places of it go: rows * columns of a matrix, and numbers for each row."""
+
+    def __init__(self, module: nn.Module, macs: int | None) -> None:
+        shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+        matrices = [shape for shape in shapes if len(shape) > 1]
+        self.groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        self.rows = shapes[0][0] if shapes else 0
+        self.columns = matrices[0][1] * self.groups if matrices else 1
+        if macs is not None:
+            self.each, self.beside = macs / max(1, self.rows * self.columns), 0.0
+        else:
+            self.each = sum(math.prod(shape) for shape in matrices) / max(1, self.rows * self.columns)
+            self.beside = float(sum(1 for shape in shapes if len(shape) == 1))
+
+    def loses_groups(self, places: Sequence[int]) -> bool:
+        """Whether columns are all those of some groups of a convolution, and not the same of every group."""
+        width = self.columns // self.groups
+        return self.groups > 1 and len({place // width for place in places}) < self.groups
+
+    def saved_by(self, axis: str, places: int) -> float:
+        """What goes with so many places, behind all that went before."""
+        if axis == "in":
+            self.columns -= places
+            return self.each * self.rows * places
+        self.rows -= places
+        return (self.each * self.columns + self.beside) * places
