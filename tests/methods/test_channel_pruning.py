@@ -82,7 +82,7 @@ def test_no_more_stays_than_was_asked(model, scope, kind):
 
 
 def test_widths_are_rounded_and_none_falls_below_the_floor(model):
-    pruned = attached(model, keep_channels=0.4, round_to=4, floor=0.3, exclude=STREAM).model
+    pruned = attached(model, keep_channels=0.4, round_to=4, floor=0.3).model
     widths = {
         name: pruned.get_submodule(name).out_channels
         for name, layer in model.named_modules()
