@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tersor.core.schedule import interpolate, learning_rate_factor
+from tersor.core.errors import InputError
+from tersor.core.schedule import curve, interpolate, learning_rate_factor
 from tersor.core.training import LearningRateSchedule
 
 SHAPES = ("linear", "cubic", "cosine")
@@ -62,3 +63,21 @@ def test_warm_up_rises_to_one(name):
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert values[10] == 1
     assert max(values) == 1
+
+
+def halfway(progress):
+    return 0.5 * progress
+
+
+def text(progress):
+    return str(progress)
+
+
+def test_a_curve_is_a_shape_or_a_function():
+    assert curve("cubic")(0.5) == 0.875
+    assert curve("linear")(0.25) == 0.25
+    assert curve(f"{__name__}:halfway")(0.5) == 0.25
+    with pytest.raises(InputError, match=r"gave '0\.5' at progress 0\.5"):
+        curve(f"{__name__}:text")(0.5)
+    with pytest.raises(InputError, match=r"has no 'halfways'\. Did you mean 'halfway'"):
+        curve(f"{__name__}:halfways")
