@@ -83,7 +83,7 @@ def of_torch_pruning(times: float) -> tuple[float, int]:
             if macs <= NEARLY * wanted:
                 found.append((macs, percent / 100, round_to))
                 break
-        if found[-1][0] >= 0.95 * wanted:
+        if found and found[-1][0] >= 0.95 * wanted:
             return found[-1][1:]
     return max(found)[1:]
 

@@ -35,7 +35,7 @@ from tersor.data import Batches
 RESULT = "step_costs"
 BATCH, ROUNDS, WARM_ROUNDS, STEPS = 128, 32, 3, 1000
 BARE, AGAIN, PEER = "bare", "bare, again", "torchao qat"
-LIMITS = {"psgd": 1.05, "qat": 2.6, "lsq": 3.5, "dpf": 1.05, "dcil": 2.1}
+LIMITS = {"psgd": 1.05, "qat": 2.6, "lsq": 3.5}
 PRECISION = precision_for(torch.device("cpu"), "auto")
 
 Step = Callable[[Batch], None]
@@ -174,7 +174,7 @@ def main() -> None:
     if chosen.peak:
         _print_peak(chosen.peak)
         return
-    names = [*LIMITS, "rigl", PEER]
+    names = [*LIMITS, PEER]
     if not chosen.table:
         with rows.alone():
             if chosen.again or not all(rows.known(RESULT, _identity(name)) for name in names):
