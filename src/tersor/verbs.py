@@ -77,8 +77,7 @@ def prune(
     method = _made(
         ChannelPruning, keep_macs=keep_macs, keep_latency=keep_latency, importance=importance, round_to=round_to
     )
-    target = _made(Target, runtime=runtime)
-    data = [example] if isinstance(example, Tensor) else example
+    target, data = _made(Target, runtime=runtime), [example] if isinstance(example, Tensor) else example
     attached = method.attach(_copy(model), data=data, target=target, stopwatch=RuntimeStopwatch())
     list(attached.begin())
     return attached.model
