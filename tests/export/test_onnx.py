@@ -280,7 +280,7 @@ def test_packed_weights_answer_as_if_they_lay_in_bytes(on_affine_grids, tmp_path
 
 @runtimes
 @pytest.mark.parametrize("per_tensor", [False, True], ids=["channel", "tensor"])
-@pytest.mark.parametrize("bits", [8, 5])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("kind", ["small", "perceptron"])
 def test_affine_weights_answer_like_torch(on_affine_grids, tmp_path, runtime, per_tensor, bits, kind):
     graph = quantize({"small": Small, "perceptron": Perceptron}[kind](), images(), runtime)
