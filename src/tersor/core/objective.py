@@ -7,6 +7,7 @@ often the model runs inside, there is one forward call and one backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -72,17 +73,24 @@ class Outputs:
 class LossTerm(nn.Module):
     """A scalar that the student should make small, logged under its `name`.
 
-    `forward(batch, student, teacher)` returns the weighted loss, a scalar tensor.
+    `forward(batch, student, teacher)` returns the weighted loss, a scalar tensor. What it is given is in float32; where
+    a network of its own looks at that first, it runs under `autocasting(batch)`, and the loss itself does not.
     """
 
     name: str = ""
+    _objectives: tuple[Objective, ...] = ()  # in a tuple it is no part of the term
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The weighted loss of one batch."""
         raise NotImplementedError
 
     def join(self, objective: Objective) -> None:
-        """Who asks: a term that runs the network again runs the objective's, as it does. Nothing by default."""
+        """Who asks: a term that runs the network again runs the objective's, as it does."""
+        self._objectives = (objective,)
+
+    def autocasting(self, batch: Batch) -> AbstractContextManager[object]:
+        """The precision in which the objective's networks run, for those of the term."""
+        return self._objectives[0].autocasting(batch) if self._objectives else nullcontext()
 
 
 class Objective(nn.Module):

@@ -38,7 +38,7 @@ from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
 from tersor.core.masked import DynamicMasks, check_floor, check_steps, lay_masks
 from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import Batch, LossTerm, Objective, Outputs
+from tersor.core.objective import Batch, LossTerm, Outputs
 from tersor.core.second_path import OwnParts
 from tersor.core.selection import Layer, prunable
 from tersor.core.target import Target
@@ -71,24 +71,16 @@ class DensePath(LossTerm):
         super().__init__()
         self.own = own
         self.register_buffer("mutual", torch.zeros(()))
-        self._asked: tuple[nn.Module, Objective | None] = (model, None)  # in a tuple it is no part of the term
-
-    def join(self, objective: Objective) -> None:
-        """The dense path is one through the network that is asked, in its precision."""
-        self._asked = objective.model, objective
+        self._model = (model,)  # in a tuple it is no part of the term
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch."""
         if batch.labels is None:
             raise InputError("dcil trains its dense path on the labels, and the images have none. Give labels.")
-        model, objective = self._asked
-        if objective is None:
-            logits, smoothing = self.own.dense(model, batch.images), 0.0
-        else:
-            smoothing = objective.label_smoothing
-            with objective.autocasting(batch):
-                logits = self.own.dense(model, batch.images)
-        logits = logits.float()
+        asked = self._objectives[0] if self._objectives else None
+        with self.autocasting(batch):
+            logits = self.own.dense(asked.model if asked else self._model[0], batch.images).float()
+        smoothing = asked.label_smoothing if asked else 0.0
         labels = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
         return labels + self.mutual * mutual_loss(student.logits, logits)
 

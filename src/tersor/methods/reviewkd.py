@@ -101,8 +101,9 @@ class ReviewTerm(RisingTerm):
         later: Tensor | None = None
         losses: list[Tensor] = []
         for fusion, features, wanted in zip(self.fusions, (pooled[0], *ours), (pooled[1], *theirs), strict=True):
-            reviewed, later = fusion(features, later, tuple(wanted.shape[2:]))
-            losses.append(hierarchical_loss(reviewed, wanted))
+            with self.autocasting(batch):
+                reviewed, later = fusion(features, later, tuple(wanted.shape[2:]))
+            losses.append(hierarchical_loss(reviewed.float(), wanted))
         return self.rise * self.loss_weight * torch.stack(losses).sum()
 
 
