@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -52,3 +56,30 @@ def test_layout_keeps_the_parameters_and_passes_5_d_ones_by():
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), values, strict=True))
     set_layout(model, layout_for(torch.device("mps")))
     assert model[0].weight.is_contiguous()
+
+
+FAULTS = """
+import resource
+import torch
+from torch import nn
+from tersor.core.device import keep_freed_memory
+if {kept}:
+    keep_freed_memory()
+network = nn.Sequential(*[each for _ in range(4) for each in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())])
+images = torch.randn(8, 16, 64, 64)
+def after(steps):
+    for _ in range(steps):
+        network(images).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+warm = after(6)
+print(after(4) - warm)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so eagerly")
+def test_memory_that_was_freed_is_there_for_the_next_step():
+    given_back, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(kept=kept)], capture_output=True, check=True).stdout)
+        for kept in (False, True)
+    )
+    assert kept < given_back / 10, (kept, given_back)

@@ -26,9 +26,7 @@ def main(checkout: Path) -> None:
 
     torch.manual_seed(0)
     names = ("s_dim", "t_dim", "feat_dim", "nce_k", "nce_t", "nce_m", "n_data")
-    options = SimpleNamespace(
-        **dict(zip(names, (STUDENT, TEACHER, WIDTH, NEGATIVES, 0.07, 0.5, IMAGES), strict=True))
-    )
+    options = SimpleNamespace(**dict(zip(names, (STUDENT, TEACHER, WIDTH, NEGATIVES, 0.07, 0.5, IMAGES), strict=True)))
     loss = CRDLoss(options)
     embeddings = {name: parameter.tolist() for name, parameter in loss.named_parameters()}
     memories = {name: getattr(loss.contrast, name).tolist() for name in ("memory_v1", "memory_v2")}

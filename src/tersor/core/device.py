@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
@@ -47,6 +49,22 @@ def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=layout)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's mallopt."""
+
+
+def keep_freed_memory() -> None:
+    """From now on this process keeps what it has freed, up to a GiB a block, for what it asks for next.
+
+    Every step asks for the same blocks again. glibc gives the large ones back to the system in between, which then
+    clears them page by page: a tenth of a ResNet-20's step.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_MMAP_THRESHOLD, 2**30)
 
 
 @contextmanager
