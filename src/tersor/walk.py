@@ -19,6 +19,7 @@ from tersor.core.training import Training
 from tersor.core.watch import Watch
 from tersor.data import Batches, Images, Splits
 from tersor.export.stopwatch import RuntimeStopwatch
+from tersor.graph.fused import fused
 from tersor.graph.structure import rebuild, structure
 from tersor.measure import accuracy
 from tersor.recipe import Recipe, Stage, Teacher
@@ -26,6 +27,7 @@ from tersor.train import fit, steps_per_epoch
 
 EVALUATION_BATCH = 500
 _CALIBRATION_BATCH = 64
+_TRIED_ON = 8
 _TEACHER = 0
 """The unit of a run that the teacher is; the stages are counted from 1."""
 
@@ -159,7 +161,7 @@ class Walk:
             batches,
             stage,
             steps=steps,
-            teacher=self.teacher,
+            teacher=self._asked(attachment),
             watch=watch,
             seed=self.recipe.seed,
             task=stage.name,
@@ -171,6 +173,13 @@ class Walk:
         if curve is not None:
             told |= {"validation_by_epoch": curve.values, "validated_at": curve.steps}
         return told, fitted.earlier
+
+    def _asked(self, attachment: Attachment) -> nn.Module | None:
+        """The teacher, in a form that answers fast."""
+        if self.teacher is None or not attachment.terms:
+            return self.teacher
+        few = next(iter(self.batches(self.data.train, _TRIED_ON)))
+        return fused(self.teacher, few.images.contiguous(), [path for _, path in attachment.layers])
 
     def _curve(self, stage: Stage, batches: Batches) -> AccuracyCurve | None:
         """Accuracy on the validation images every few epochs, where the stage asks for it."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError, nearest
@@ -221,3 +222,9 @@ def as_map(values: Tensor) -> Tensor:
     side = int(values.shape[1] ** 0.5)
     tokens = values[:, values.shape[1] - side * side :]
     return tokens.transpose(1, 2).reshape(len(values), values.shape[2], side, side)
+
+
+def pooled(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (N, C, H, W), or tokens in a square -> (N, C, *size), averaged; as they are where they have that size."""
+    values = as_map(values)
+    return values if values.shape[2:] == size else F.adaptive_avg_pool2d(values, size)

@@ -169,8 +169,9 @@ class Objective(nn.Module):
         assert self._ask is not None
         with torch.inference_mode(), self.autocasting(batch):
             logits, given = self._ask(batch.images)
-        # a clone outside inference mode may be saved for backward
-        return Outputs(logits.float().clone(), {path: value.float().clone() for path, value in given.items()})
+        # a copy outside inference mode may be saved for backward
+        logits, *values = (value.to(torch.float32, copy=True) for value in (logits, *given.values()))
+        return Outputs(logits, dict(zip(given, values, strict=True)))
 
     def autocasting(self, batch: Batch) -> torch.autocast:
         """The precision in which the networks run."""

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.attachment import Attachment
-from tersor.core.layers import as_map
+from tersor.core.layers import pooled
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs
 from tersor.core.pairs import Pair, pairs_of
@@ -37,7 +37,8 @@ Mode = Literal["code", "paper"]
 
 def attention_map(values: Tensor, p: int) -> Tensor:
     """Feature maps (N, C, H, W) -> attention (N, H * W), of length 1."""
-    return F.normalize(values.abs().pow(p).mean(1).flatten(1), dim=1)
+    powers = values.abs() if p == 1 else values.pow(p)  # of an even power the sign is gone
+    return F.normalize(powers.mean(1).flatten(1), dim=1)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, p: int, mode: Mode = "code") -> Tensor:
@@ -65,8 +66,8 @@ class AttentionTerm(LossTerm):
         assert teacher is not None
         losses = [
             attention_loss(
-                F.adaptive_avg_pool2d(as_map(student.layers[pair.student]), pair.smaller),
-                F.adaptive_avg_pool2d(as_map(teacher.layers[pair.teacher]), pair.smaller),
+                pooled(student.layers[pair.student], pair.smaller),
+                pooled(teacher.layers[pair.teacher], pair.smaller),
                 self.p,
                 self.mode,
             )

@@ -36,11 +36,13 @@ from tersor.core.seeded import seeded
 from tersor.core.target import Target
 
 
-def contrastive_loss(similarity: Tensor, images: int) -> Tensor:
-    """Of h (N, 1 + K), the right image first, among `images` that the others were drawn from."""
-    expected = (similarity.shape[1] - 1) / images
-    ratio = similarity / expected
-    return (ratio.log1p().sum(1) - ratio[:, 0].log()).mean()
+def contrastive_loss(right: Tensor, others: Tensor, images: int) -> Tensor:
+    """Of log h of the right image (N,) and of K others (N, K) that were drawn from so many `images`.
+
+    -log h / (h + m) and -log m / (h + m) are softplus(-z) and softplus(z) of z = log h - log m.
+    """
+    log_m = math.log(others.shape[1] / images)
+    return (F.softplus(log_m - right) + F.softplus(others - log_m).sum(1)).mean()
 
 
 class ContrastTerm(LossTerm):
@@ -72,28 +74,35 @@ class ContrastTerm(LossTerm):
         theirs = self._embedded(teacher.layers[self.pair.teacher], self.teacher_embedding)
         images = len(self.of_student)
         drawn = torch.randint(images, (len(ours), self.method.negatives), device=ours.device)
-        places = torch.cat([batch.index[:, None], drawn], 1)
-        similar = [
-            self._similarity(ours, self.of_teacher, places, side=0),
-            self._similarity(theirs, self.of_student, places, side=1),
+        losses = [
+            contrastive_loss(*self._compared(anchors, memory, batch, drawn, side), images)
+            for side, (anchors, memory) in enumerate(((ours, self.of_teacher), (theirs, self.of_student)))
         ]
         if self.training:
             self._remember(self.of_student, batch.index, ours)
             self._remember(self.of_teacher, batch.index, theirs)
-        return self.method.loss_weight * (contrastive_loss(similar[0], images) + contrastive_loss(similar[1], images))
+        return self.method.loss_weight * torch.stack(losses).sum()
 
     def _embedded(self, values: Tensor, embedding: nn.Module) -> Tensor:
         return F.normalize(embedding(as_map(values).mean((2, 3))), dim=1)
 
-    def _similarity(self, anchors: Tensor, memory: Tensor, places: Tensor, side: int) -> Tensor:
-        """h (N, 1 + K) of anchors (N, d) and what the memory (images, d) holds at `places` (N, 1 + K).
+    def _compared(
+        self, anchors: Tensor, memory: Tensor, batch: Batch, drawn: Tensor, side: int
+    ) -> tuple[Tensor, Tensor]:
+        """log h of anchors (N, d) and what the memory (images, d) holds of the same images (N,), and at `drawn` (N, K).
 
-        One product with the whole memory: N * (1 + K) vectors of it, collected, would be far larger than it is.
+        One product with the whole memory, in the networks' precision: N * K vectors of it, collected, would be far
+        larger than it is.
         """
-        similar = (anchors / self.method.tau @ memory.clone().T).gather(1, places).exp()
+        assert batch.index is not None
+        scaled = anchors / self.method.tau
+        right = (scaled * memory[batch.index]).sum(1)
+        with self.autocasting(batch):
+            others = (scaled @ memory.clone().T).gather(1, drawn).float()
         if not self.sums[side]:
-            self.sums[side] = similar.detach().mean() * len(memory)
-        return similar / self.sums[side].clone()
+            self.sums[side] = torch.cat([right[:, None], others], 1).detach().exp().mean() * len(memory)
+        log_z = self.sums[side].log()
+        return right - log_z, others - log_z
 
     @torch.no_grad()
     def _remember(self, memory: Tensor, index: Tensor, values: Tensor) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
-from tersor.core.layers import Layers, as_map
+from tersor.core.layers import Layers, as_map, pooled
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs, images_of
 from tersor.core.pairs import Pair, last, pairs_of
@@ -105,8 +105,8 @@ class FactorTerm(LossTerm):
         assert teacher is not None
         ours, theirs = as_map(student.layers[self.pair.student]), as_map(teacher.layers[self.pair.teacher])
         with torch.no_grad():
-            factor = F.adaptive_avg_pool2d(self.paraphraser.encoder(theirs), self.pair.smaller)
-        translated = self.translator(F.adaptive_avg_pool2d(ours, self.pair.smaller))
+            factor = pooled(self.paraphraser.encoder(theirs), self.pair.smaller)
+        translated = self.translator(pooled(ours, self.pair.smaller))
         return self.method.loss_weight * factor_loss(translated, factor, self.method.p)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
-from tersor.core.layers import as_map
+from tersor.core.layers import pooled
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs
 from tersor.core.pairs import Pair, last, pairs_of
@@ -51,8 +51,8 @@ class HintTerm(LossTerm):
         assert teacher is not None
         losses: list[Tensor] = []
         for pair, regressor in zip(self.pairs, self.regressors, strict=True):
-            ours = F.adaptive_avg_pool2d(as_map(student.layers[pair.student]), pair.smaller)
-            theirs = F.adaptive_avg_pool2d(as_map(teacher.layers[pair.teacher]), pair.smaller)
+            ours = pooled(student.layers[pair.student], pair.smaller)
+            theirs = pooled(teacher.layers[pair.teacher], pair.smaller)
             losses.append(F.mse_loss(regressor(ours), theirs))
         return self.loss_weight * torch.stack(losses).sum()
 

@@ -1,0 +1,144 @@
+"""A teacher in fewer passes answers as it did."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from tersor.core.layers import Layers
+from tersor.graph.fused import FusedConvolution, fused
+from tersor.zoo import build
+
+
+def settled(model):
+    """With statistics, scales and shifts that are not those of a new BatchNorm."""
+    draw = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low, high in (
+                (module.weight, -1.0, 1.5),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 2.0),
+            ):
+                values.data.uniform_(low, high, generator=draw)
+    return model.eval()
+
+
+def images(count=4, pixels=32, seed=1):
+    return torch.randn(count, 3, pixels, pixels, generator=torch.Generator().manual_seed(seed))
+
+
+def passes(model):
+    return sum(isinstance(module, FusedConvolution) for module in model.modules())
+
+
+def test_every_convolution_of_a_resnet_is_one_pass_and_its_layers_are_there():
+    model = settled(build("resnet20", 10))
+    before = copy.deepcopy(model.state_dict())
+    paths = ("layer1", "layer2.0", "layer3")
+    faster = fused(model, images(), paths)
+    assert isinstance(faster, fx.GraphModule)
+    assert passes(faster) == 19
+    called = [node.op for node in faster.graph.nodes if node.op == "call_module"]
+    assert len(called) == 19 + 1, "BatchNorm is no pass of its own any more"
+    for ours, theirs in zip(Layers(faster, paths)(images(seed=2)), Layers(model, paths)(images(seed=2)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_layer_that_is_asked_for_ends_a_pass():
+    model = settled(build("resnet20", 10))
+    path = "layer1.0.bn1"
+    faster = fused(model, images(), (path,))
+    (_, ours), (_, theirs) = (Layers(each, (path,))(images(seed=2)) for each in (faster, model))
+    assert ours[path].min() < 0, "it lies before the ReLU"
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5", "googlenet", "vit_b_16"]
+)
+def test_what_torchvision_has_answers_the_same(name):
+    torch.manual_seed(0)
+    model = settled(build(name, 10))
+    faster = fused(model, images(2, 224))
+    ours, theirs = faster(images(2, 224, seed=2)), model(images(2, 224, seed=2))
+    assert float((ours - theirs).detach().abs().max()) <= 1e-3 * float(theirs.detach().abs().max())
+    assert passes(faster) >= sum(type(module) is nn.Conv2d for module in faster.modules())
+
+
+class Sums(nn.Module):
+    """Additions that may not be drawn into a convolution, and one that may."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.add = add
+
+    def forward(self, x):
+        return F.relu(self.add(self.one(x), self.two(x))).mean((2, 3))
+
+
+def in_place(a, b):
+    b += a
+    return b
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda a, b: a + b,
+        lambda a, b: torch.add(a, b, alpha=3),
+        lambda a, b: a + b.mean((2, 3), keepdim=True),
+        lambda a, b: a + a + b,
+        lambda a, b: a + 1.0 + b,
+        in_place,
+    ],
+)
+def test_additions(add):
+    torch.manual_seed(0)
+    model = Sums(add).eval()
+    faster = fused(model, images())
+    torch.testing.assert_close(faster(images(seed=2)), model(images(seed=2)), rtol=1e-5, atol=1e-5)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) if x.sum() > 0 else self.conv(x).amax((2, 3))
+
+
+def test_what_cannot_be_captured_stays_as_it_is():
+    model = Branching().eval()
+    assert fused(model, images()) is model
+
+
+def test_what_would_answer_otherwise_stays_as_it_is(monkeypatch):
+    model = settled(build("resnet20", 10))
+    monkeypatch.setattr("tersor.graph.fused._RELUS", {torch.sigmoid, F.relu, torch.abs})
+    assert fused(model, images()) is not model
+    wrong = nn.Sequential(nn.Conv2d(3, 4, 3), Absolute(), nn.Flatten()).eval()
+    assert fused(wrong, images()) is wrong
+
+
+class Absolute(nn.Module):
+    def forward(self, x):
+        return torch.abs(x)
+
+
+def test_in_bfloat16_it_is_no_farther_from_float32():
+    model = settled(build("resnet20", 10))
+    faster, given = fused(model, images()), images(16, seed=2)
+    with torch.no_grad():
+        exact = model(given)
+        with torch.autocast("cpu", torch.bfloat16):
+            errors = [float((each(given).float() - exact).abs().mean()) for each in (faster, model)]
+    assert 0 < errors[0] < 1.5 * errors[1], errors
