@@ -45,38 +45,98 @@ def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
         if level < student.shape[2]:
             weight /= 2
             weights += weight
-            ours, theirs = (F.adaptive_avg_pool2d(values, level) for values in (student, teacher))
-            loss = loss + weight * F.mse_loss(ours, theirs)
+            student, teacher = (_averaged(values, level) for values in (student, teacher))
+            loss = loss + weight * F.mse_loss(student, teacher)
     return loss / weights
 
 
-class Fusion(nn.Module):
-    """One layer's features and what comes from the later ones -> the teacher's channels, and what goes on."""
+def _averaged(values: Tensor, side: int) -> Tensor:
+    """As adaptive pooling has it; each level is made of the one before, where its cells are made of whole ones."""
+    height, width = values.shape[2:]
+    if height % side or width % side:
+        return F.adaptive_avg_pool2d(values, side)
+    return F.avg_pool2d(values, (height // side, width // side))
 
-    def __init__(self, channels: int, width: int, teacher_channels: int, first: bool) -> None:
+
+class Fusion(nn.Module):
+    """One layer's features and what comes from the later ones -> the teacher's channels, and what goes on.
+
+    All but the sigmoid is linear, and most of the time goes into writing maps of `width` channels. So the 1x1
+    convolution and its BatchNorm are one matrix, which comes behind the product with a_i (of fewer channels), and at
+    the first layer into the kernel of the 3x3 convolution.
+
+    Args:
+        channels: of the student's layer.
+        width: m.
+        teacher_channels: of the teacher's layer.
+        place: from 0, the last layer's, on.
+        last: the place of the first layer, from which nothing goes on.
+    """
+
+    def __init__(self, channels: int, width: int, teacher_channels: int, place: int, last: int) -> None:
         super().__init__()
         self.inward = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
         self.outward = nn.Sequential(
             nn.Conv2d(width, teacher_channels, 3, padding=1, bias=False), nn.BatchNorm2d(teacher_channels)
         )
-        self.attention = None if first else nn.Conv2d(2 * width, 2, 1)
+        self.attention = nn.Conv2d(2 * width, 2, 1) if place else None
+        self.goes_on = place < last
         for part in (self.inward, self.outward):
             nn.init.kaiming_uniform_(part[0].weight, a=1)  # pyright: ignore[reportArgumentType]
 
-    def forward(self, features: Tensor, later: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, later: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Features (N, C, H, W), later ones (N, width, h, w) -> (N, teacher's C, *size), (N, width, *size)."""
-        fused = self.inward(features)
-        if self.attention is not None:
-            assert later is not None
-            # a 1x1 convolution of both together is the sum of one of each, and may come before the enlarging
-            of_fused, of_later = self.attention.weight.split(fused.shape[1], 1)
-            enlarged = F.interpolate(F.conv2d(later, of_later), fused.shape[2:], mode="nearest")
-            shares = torch.sigmoid(F.conv2d(fused, of_fused, self.attention.bias) + enlarged)
-            later = F.interpolate(later, fused.shape[2:], mode="nearest")
-            fused = torch.addcmul(fused * shares[:, :1], later, shares[:, 1:])
+        weight, shift = self._inward(features)
+        if self.attention is None:
+            return self._outward(F.conv2d(features, weight[:, :, None, None], shift), size)
+        bias = self.attention.bias
+        assert later is not None
+        assert bias is not None
+        of_own, of_later = self.attention.weight.split(len(weight), 1)
+        of_own = of_own.flatten(1)
+        enlarged = F.interpolate(F.conv2d(later, of_later), features.shape[2:], mode="nearest")
+        at_own = F.conv2d(features, (of_own @ weight)[:, :, None, None], of_own @ shift + bias)
+        shares = (at_own + enlarged).sigmoid()
+        share = shares[:, :1]
+        own = torch.cat([features.to(share.dtype) * share, share], 1)  # the last channel is what the shift is times
+        inward = torch.cat([weight, shift[:, None]], 1)
+        theirs = F.interpolate(later, features.shape[2:], mode="nearest") * shares[:, 1:]
+        if self.goes_on or features.shape[2:] != size:
+            return self._outward(F.conv2d(own, inward[:, :, None, None]) + theirs, size)
+        convolution, norm = self.outward
+        kernel = torch.einsum("omhw,mc->ochw", convolution.weight, inward)
+        return norm(F.conv2d(own, kernel, padding=1) + convolution(theirs)), None
+
+    def _outward(self, fused: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if fused.shape[2:] != size:
             fused = F.interpolate(fused, size, mode="nearest")
         return self.outward(fused), fused
+
+    def _inward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """W (width, C) and t (width,) of the 1x1 convolution with its BatchNorm: W x + t at every pixel x.
+
+        In training, mean and variance of what the convolution gives follow from mean and covariance of what it reads.
+        """
+        convolution, norm = self.inward
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        mean, variance, momentum = norm.running_mean, norm.running_var, norm.momentum
+        assert mean is not None
+        assert variance is not None
+        assert momentum is not None
+        with torch.autocast(features.device.type, enabled=False):  # variances are differences of squares
+            weight = convolution.weight.flatten(1)
+            if norm.training:
+                pixels = features.permute(0, 2, 3, 1).flatten(0, 2)
+                middle = pixels.mean(0)
+                covariance = pixels.T @ pixels / len(pixels) - middle.outer(middle)
+                now = weight @ middle, (weight @ covariance * weight).sum(1).clamp(min=0)
+                with torch.no_grad():
+                    mean.lerp_(now[0], momentum)
+                    variance.lerp_(now[1] * len(pixels) / (len(pixels) - 1), momentum)
+                mean, variance = now
+            gain = norm.weight * (variance + norm.eps).rsqrt()
+            return weight * gain[:, None], norm.bias - mean * gain
 
 
 class ReviewTerm(RisingTerm):
@@ -90,7 +150,9 @@ class ReviewTerm(RisingTerm):
         self.loss_weight = loss_weight
         width = min(_MOST_CHANNELS, pairs[-1].student_channels)
         channels = [(pair.student_channels, pair.teacher_channels) for pair in (pairs[-1], *reversed(pairs))]
-        self.fusions = nn.ModuleList(Fusion(ours, width, theirs, i == 0) for i, (ours, theirs) in enumerate(channels))
+        self.fusions = nn.ModuleList(
+            Fusion(ours, width, theirs, place, len(pairs)) for place, (ours, theirs) in enumerate(channels)
+        )
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch; the images' labels are not looked at."""

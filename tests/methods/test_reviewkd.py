@@ -1,0 +1,73 @@
+"""reviewkd's fusions, which compute in another order than the paper writes, against its order."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tersor.core.objective import Batch, Outputs
+from tersor.core.pairs import Pair
+from tersor.methods.reviewkd import ReviewTerm, hierarchical_loss
+
+BATCH = Batch(torch.zeros(1, 3, 1, 1))
+
+
+def fused_slowly(fusion, features, later, size):
+    """1x1 convolution and BatchNorm, attention over both, sum, 3x3 convolution and BatchNorm."""
+    own = fusion.inward(features)
+    if fusion.attention is not None:
+        later = F.interpolate(later, own.shape[2:], mode="nearest")
+        shares = fusion.attention(torch.cat([own, later], 1)).sigmoid()
+        own = own * shares[:, :1] + later * shares[:, 1:]
+    own = F.interpolate(own, size, mode="nearest")
+    return fusion.outward(own), own
+
+
+def loss_slowly(term, student, teacher):
+    names = [pair.student for pair in reversed(term.pairs)]
+    ours = [student[names[0]].mean((2, 3), keepdim=True), *(student[name] for name in names)]
+    theirs = [teacher[names[0]].mean((2, 3), keepdim=True), *(teacher[name] for name in names)]
+    later, total = None, 0.0
+    for fusion, features, wanted in zip(term.fusions, ours, theirs, strict=True):
+        reviewed, later = fused_slowly(fusion, features, later, wanted.shape[2:])
+        total = total + hierarchical_loss(reviewed, wanted)
+    return total
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ([(4, 8), (6, 4), (8, 2)], [(5, 8), (7, 4), (9, 2)]),
+        ([(4, 14), (6, 7), (8, 3)], [(5, 14), (7, 5), (9, 4)]),
+        ([(4, 7), (8, 7)], [(4, 9), (8, 3)]),
+    ],
+)
+def test_it_is_the_papers(ours, theirs, training):
+    torch.manual_seed(0)
+    shapes = [[(3, channels, side, side) for channels, side in each] for each in (ours, theirs)]
+    names = [f"layer{place}" for place in range(len(ours))]
+    pairs = [Pair(name, name, *map(torch.Size, two)) for name, *two in zip(names, *shapes, strict=True)]
+    term = ReviewTerm(pairs, 1.0).train(training)
+    for name, value in term.named_buffers():
+        if "running" in name:
+            value.uniform_(0.5, 2)
+    slow = copy.deepcopy(term)
+    teacher = {name: torch.randn(shape) for name, shape in zip(names, shapes[1], strict=True)}
+    given = {name: torch.randn(shape, requires_grad=True) for name, shape in zip(names, shapes[0], strict=True)}
+    again = {name: value.detach().clone().requires_grad_() for name, value in given.items()}
+    loss = term(BATCH, Outputs(torch.zeros(()), given), Outputs(torch.zeros(()), teacher))
+    expected = loss_slowly(slow, again, teacher)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for name in names:
+        torch.testing.assert_close(given[name].grad, again[name].grad, rtol=1e-3, atol=1e-6)
+    for (name, ours_now), theirs_now in zip(term.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(ours_now.grad, theirs_now.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for (name, ours_now), theirs_now in zip(term.named_buffers(), slow.buffers(), strict=True):
+        if "tracked" not in name:
+            torch.testing.assert_close(ours_now, theirs_now, rtol=1e-4, atol=1e-5, msg=name)
