@@ -36,7 +36,7 @@ from tersor.recipe import Recipe
 from tersor.walk import Walk
 
 RESULT = "distillation"
-IMAGES, EPOCHS, CHOOSING_EPOCHS, COMPOSED_EPOCHS = 10_000, 20, 5, 5
+IMAGES, EPOCHS, CHOOSING_EPOCHS, COMPOSED_EPOCHS, LONG = 10_000, 20, 5, 5, 60
 SEEDS = (0, 1, 2)
 ONE_SEED = (0,)
 
@@ -75,7 +75,9 @@ class Contender:
         network: what learns.
         seeds: a row for each.
         chosen_as: the parts whose weights it takes, where they are not its own.
+        given: the parts' weights, where none is chosen.
         laid: methods on a network that is trained already, from which it then goes on for a few epochs.
+        length: epochs of its training from scratch.
     """
 
     name: str
@@ -83,12 +85,14 @@ class Contender:
     network: str = "resnet20"
     seeds: tuple[int, ...] = SEEDS
     chosen_as: tuple[Part, ...] = ()
+    given: tuple[float, ...] = ()
     laid: tuple[dict[str, Parameters], ...] = ()
+    length: int = EPOCHS
 
     @property
     def epochs(self) -> int:
         """Of its training."""
-        return COMPOSED_EPOCHS if self.laid else EPOCHS
+        return COMPOSED_EPOCHS if self.laid else self.length
 
 
 SOFT = Part("soft_targets", {"temperature": 4.0, "label_weight": 0.1}, (0.3, 0.9, 2.7))
@@ -108,6 +112,15 @@ LAID = (
     {"qat": {"bits": 4, "activation_bits": 4}},
 )
 """A trained ResNet-20 loses four fifths of its weights and gets grids of 4 bits while it learns."""
+
+
+SEARCH = (
+    Contender("crd, weight 0.8", (CRD,), seeds=ONE_SEED, given=(0.8,)),
+    Contender("crd, 16,384 others", (Part("crd", {"negatives": 16384}, ()),), seeds=ONE_SEED, given=(0.2,)),
+    Contender("alone, 60 epochs", seeds=ONE_SEED, length=LONG),
+    Contender("crd, 60 epochs", (CRD,), seeds=ONE_SEED, chosen_as=(CRD,), length=LONG),
+)
+"""Why is crd hardly better than the student alone? Its authors' weight, their number of others, three times as long."""
 
 
 def _at(part: Part, **parameters: Any) -> Part:
@@ -137,6 +150,7 @@ CONTENDERS = (
         Contender(f"soft targets, T = {t:g}", (_at(SOFT, temperature=t),), seeds=ONE_SEED, chosen_as=(SOFT,))
         for t in (1.0, 2.0, 8.0, 16.0)
     ),
+    *SEARCH,
     Contender("pruned and quantized, alone", laid=LAID),
     Contender("pruned and quantized, factors", (FACTORS,), laid=LAID),
 )
@@ -202,7 +216,8 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
 
     def record(walk: Walk) -> None:
         assert walk.teacher is not None
-        walk.teacher = Recorded(walk.teacher, kept)
+        if epochs <= EPOCHS:  # what a longer training asks would not fit beside it
+            walk.teacher = Recorded(walk.teacher, kept)
 
     given = recipe(contender, weights, seed, epochs)
     walk, told = training.walked(given, RESULT, cifar(IMAGES), begun=record)
@@ -250,7 +265,7 @@ def measure(contender: Contender, seed: int) -> None:
     identity["epochs"] = contender.epochs
     if rows.known(RESULT, identity, anywhere=True):
         return
-    weights = tuple(map(chosen, contender.chosen_as or contender.parts))
+    weights = contender.given or tuple(map(chosen, contender.chosen_as or contender.parts))
     found = trained(contender, weights, seed, contender.epochs)
     rows.add(RESULT, identity, {**found, "spread": rows.spread([found["accuracy"]])}, [seed])
     print(f"{contender.name}, seed {seed}: {found['accuracy']:.2f} %", flush=True)

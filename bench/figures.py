@@ -65,10 +65,10 @@ def panel(axes: Any, told: Found, names: Mapping[float, str], label: str) -> Non
 def errors(axes: Any, told: Found) -> None:
     """What the paraphraser loses, over k."""
     known = {at: told[name][0]["reconstruction_error"] for at, name in FACTORS.items() if name in told}
-    axes.plot(list(known), [100 * value for value in known.values()], "o-", color=COLOURS[3])
-    axes.set(
-        xlabel="k, channels of the factor over those of the layer", ylabel="reconstruction error, %", ylim=(0, None)
-    )
+    told_in_percent = [100 * value for value in known.values()]
+    axes.plot(list(known), told_in_percent, "o-", color=COLOURS[3])
+    axes.set(xlabel="k, channels of the factor over those of the layer", ylabel="reconstruction error, %")
+    axes.set_ylim(0, 1.1 * max(told_in_percent))
 
 
 def distillation() -> Any:
