@@ -4,12 +4,14 @@ A trained ResNet-20 is pruned to 95 % by each method in turn, on batches of 128 
 by hand, without an Objective and without masks. In every round each has one turn, in a new order; a round is 16 steps,
 as many as lie between two masks, so that every round has one. A ratio is of times of one round, and the median of all
 rounds counts. Beside it: plain SGD against another of its kind. The memory is the most that is allocated beside the
-weights while the masks of a ResNet-56 are found.
+weights while the masks of a ResNet-56 are found. Planning is capture, groups and the removal of half of all channels of
+a DenseNet-121 at 64 and at 224 pixels; torch-pruning's MagnitudePruner does the same, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch_pruning
+import torchvision
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -28,6 +32,8 @@ from tersor.core.masking import masks
 from tersor.core.objective import Batch, Objective
 from tersor.core.selection import prunable
 from tersor.data import Batches
+from tersor.graph.capture import capture
+from tersor.graph.channels import coupled_channels, merged, remove
 from tersor.methods.dcil import DCIL
 from tersor.methods.dpf import DPF
 from tersor.methods.rigl import RigL
@@ -43,8 +49,10 @@ METHODS: dict[str, Any] = {
     "rigl": RigL(sparsity=SPARSITY, every=EVERY),
     "dcil": DCIL(sparsity=SPARSITY, every=EVERY, warmup=0.0),
 }
-LIMITS = {"dpf": 1.05, "dcil": 2.10, "memory": 2.0}
-PLAIN, AGAIN, MEMORY = "sgd", "sgd, again", "memory"
+LIMITS = {"dpf": 1.05, "dcil": 2.10, "memory": 2.0, "planning": 0.2}
+PLAIN, AGAIN, MEMORY, PLANNING = "sgd", "sgd, again", "memory", "planning"
+SIDES, PLANNED = (64, 224), 7
+"""Times that a DenseNet-121 is planned and cut, after one that is not counted."""
 
 Step = Callable[[Batch], None]
 
@@ -148,9 +156,43 @@ def measure_memory() -> None:
     rows.add(RESULT, identity, numbers, [0])
 
 
+def planned(model: nn.Module, image: torch.Tensor) -> None:
+    """Half of the channels of every group go."""
+    graph = capture(model)
+    groups, _ = coupled_channels(graph, image)
+    remove(graph, merged(cut for group in groups for cut in group.cuts(range(len(group.slices) // 2))))
+
+
+def planned_by_torch_pruning(model: nn.Module, image: torch.Tensor) -> None:
+    """Half of the channels of every layer but the last go."""
+    importance = torch_pruning.importance.MagnitudeImportance(p=2)
+    options = {"pruning_ratio": 0.5, "ignored_layers": [model.get_submodule("classifier")]}
+    torch_pruning.pruner.MagnitudePruner(model, image, importance=importance, **options).step()
+
+
+def measure_planning(pixels: int) -> None:
+    """Writes the row of planning and cutting at one size of images."""
+    torch.manual_seed(0)
+    model, image = torchvision.models.densenet121().eval(), torch.randn(1, 3, pixels, pixels)
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(1 + PLANNED):
+        for name, plan in (("ours", planned), ("theirs", planned_by_torch_pruning)):
+            copied = copy.deepcopy(model)
+            begun = time.perf_counter()
+            plan(copied, image)
+            seconds[name].append(time.perf_counter() - begun)
+    ours, theirs = (times[1:] for times in seconds.values())
+    ratios = [own / other for own, other in zip(ours, theirs, strict=True)]
+    numbers = {"ratio": statistics.median(ratios), "seconds": statistics.median(ours), "n": PLANNED}
+    numbers["seconds_of_torch_pruning"] = statistics.median(theirs)
+    identity = {"what": PLANNING, "network": "densenet121", "pixels": pixels}
+    rows.add(RESULT, identity, {**numbers, "spread": rows.spread(ratios)}, [0])
+
+
 def show() -> None:
     """Prints the rows of this machine beside their limits."""
-    table = Table("what", "seconds a step", "over plain SGD, or the weights' bytes", "p10 to p90", "limit")
+    over = "over plain SGD, the weights' bytes, torch-pruning"
+    table = Table("what", "seconds", over, "p10 to p90", "limit")
     for row in rows.read(RESULT):
         if row["machine"] == rows.machine():
             spread = f"{row['spread']['p10']:.3f} to {row['spread']['p90']:.3f}"
@@ -170,7 +212,9 @@ def main() -> None:
     if not chosen.table:
         torch.set_num_threads(2)
         with rows.alone():
-            if chosen.again or not all(rows.known(RESULT, {"what": name}) for name in (*METHODS, MEMORY)):
+            if chosen.again or not all(rows.known(RESULT, {"what": name}) for name in (*METHODS, MEMORY, PLANNING)):
+                for pixels in SIDES:
+                    measure_planning(pixels)
                 measure_memory()
                 measure_time(chosen.rounds)
     show()

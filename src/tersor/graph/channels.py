@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
+from tersor.core.uncollected import uncollected
 from tersor.graph.coupling.groups import Cut, Unit
 from tersor.graph.coupling.layers import rule_of
 from tersor.graph.coupling.plan import Plan, copied
@@ -73,7 +74,7 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
         InputError: the network does not run on the images.
     """
     example = example[:1].to(next(graph.parameters()).device).expand(2, *[-1] * (example.ndim - 1)).contiguous()
-    with evaluating(graph), torch.no_grad():
+    with evaluating(graph), torch.no_grad(), uncollected():
         try:
             recorded = record(graph, example)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
@@ -89,7 +90,7 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
             plan.add(walk)
             if not walk.forked:
                 break
-    groups = [Group(each.root, tuple(each.units), walk.inner) for walk, found in plan.sides for each in found]
+        groups = [Group(each.root, tuple(each.units), walk.inner) for walk, found in plan.sides for each in found]
     free = {group.root for group in groups}
     return groups, {root: why for root, why in plan.whole.items() if root not in free}
 
@@ -118,6 +119,6 @@ def _gone(walk: Walk, places: dict[Place, set[int]]) -> set[int]:
     outside: set[int] = set()
     for place, atoms in walk.places.items():
         if atoms is not None and "=" not in place[1]:
-            for number, root in enumerate(walk.atoms.each_root(atoms)):
+            for number, root in enumerate(walk.atoms.roots(atoms).tolist()):
                 (inside if number in places.get(place, ()) else outside).add(root)
     return inside - outside

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +29,12 @@ class Atoms:
 
     def __init__(self) -> None:
         self._parents: list[int] = []
+        self._flat: Ids | None = None
         self._kept: list[tuple[Ids, str]] = []
 
     def new(self, count: int) -> Ids:
         """`count` atoms that belong to nothing yet."""
-        start = len(self._parents)
+        start, self._flat = len(self._parents), None
         self._parents.extend(range(start, start + count))
         return np.arange(start, start + count)
 
@@ -45,18 +46,20 @@ class Atoms:
             atom = parents[atom]
         return atom
 
-    def each_root(self, atoms: Ids) -> Iterator[int]:
-        """The root of each, one after the other."""
-        return map(self.root, atoms.tolist())
-
     def roots(self, atoms: Ids) -> Ids:
         """The root of each."""
-        return np.fromiter(self.each_root(atoms), np.int64, len(atoms))
+        if self._flat is None:  # all at once, until the next two are united
+            flat = np.array(self._parents, np.int64)
+            while not np.array_equal(flat, above := flat[flat]):
+                flat = above
+            self._flat = flat
+        return self._flat[atoms]
 
     def unite(self, first: Ids, second: Ids) -> None:
         """Place by place, the two are the same."""
         if first is second or np.array_equal(first, second):
             return
+        self._flat = None
         for one, other in zip(first.tolist(), second.tolist(), strict=True):
             a, b = self.root(one), self.root(other)
             if a != b:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
+from tersor.graph.coupling.atoms import Ids
 from tersor.graph.coupling.walk import Place, Walk
 
 
@@ -38,32 +41,70 @@ class Sorted:
 
 def sort(walk: Walk) -> tuple[list[Sorted], dict[str, str]]:
     """Groups in the order of the graph, and root -> why its channels stay."""
-    lies: defaultdict[int, list[tuple[Place, int]]] = defaultdict(list)
-    for place, atoms in walk.places.items():
-        if atoms is not None:
-            for number, root in enumerate(walk.atoms.roots(atoms).tolist()):
-                lies[root].append((place, number))
     kept = walk.atoms.kept()
     learned = {name for name, _ in walk.graph.named_parameters()}
     groups: dict[tuple[tuple[str, str, int], ...], Sorted] = {}
     whole: dict[str, str] = {}
-    for root, found in lies.items():
-        name = _root_name([place for place, _ in found], learned)
-        if not name:
+    patterns: dict[bytes, _Pattern] = {}
+    places = [(place, atoms) for place, atoms in walk.places.items() if atoms is not None]
+    for root, lies, numbers in _lying(walk, [atoms for _, atoms in places]):
+        pattern = patterns.get(lies.tobytes())
+        if pattern is None:
+            pattern = patterns[lies.tobytes()] = _pattern([places[each][0] for each in lies], learned)
+        if not pattern.root:
             continue
         if root in kept:
-            if any(axis == "out" for (_, axis), _ in found):  # places of a parameter that count pixels are no channels
-                whole.setdefault(name, kept[root])
+            if pattern.written:  # places of a parameter that count pixels are no channels
+                whole.setdefault(pattern.root, kept[root])
             continue
-        unit = _unit(found)
-        signature = tuple((cut.layer, cut.axis, len(cut.channels)) for cut in unit if "=" not in cut.axis)
-        group = groups.setdefault(signature, Sorted(name, [], []))
+        group = groups.setdefault(pattern.signature, Sorted(pattern.root, [], []))
         group.roots.append(root)
-        group.units.append(unit)
+        group.units.append(tuple(Cut(*place, tuple(numbers[begin:end])) for place, begin, end in pattern.runs))
     for group in groups.values():
         if len(group.units) == 1:
             whole.setdefault(group.root, "it has one channel")
     return [group for group in groups.values() if len(group.units) > 1], whole
+
+
+def _lying(walk: Walk, atoms: list[Ids]) -> Iterator[tuple[int, Ids, list[int]]]:
+    """Roots in the order in which they are met; in which of the lists of atoms each lies, and at which numbers."""
+    if not atoms:
+        return
+    roots = np.concatenate([walk.atoms.roots(each) for each in atoms])
+    lists = np.repeat(np.arange(len(atoms)), [len(each) for each in atoms])
+    numbers = np.concatenate([np.arange(len(each)) for each in atoms])
+    together = np.argsort(roots, kind="stable")
+    found, first, counts = np.unique(roots, return_index=True, return_counts=True)
+    ends = np.cumsum(counts)
+    for place in np.argsort(first):
+        mine = together[ends[place] - counts[place] : ends[place]]
+        yield int(found[place]), lists[mine], numbers[mine].tolist()
+
+
+class _Pattern(NamedTuple):
+    """What is the same for all atoms that lie in the same places.
+
+    Attributes:
+        root: the layer that writes them, or the parameter that holds them; empty for constants.
+        written: whether a layer writes them.
+        runs: each place with the part of the numbers that lie in it; arguments come last, since not all of a group need
+            be counted by the same ones.
+        signature: what a group has in common.
+    """
+
+    root: str
+    written: bool
+    runs: list[tuple[Place, int, int]]
+    signature: tuple[tuple[str, str, int], ...]
+
+
+def _pattern(found: list[Place], learned: set[str]) -> _Pattern:
+    ends = {place: end for end, place in enumerate(found, 1)}  # the same place comes in a row
+    begins = [0, *ends.values()]
+    runs = [(place, begin, end) for (place, end), begin in zip(ends.items(), begins, strict=False)]
+    runs.sort(key=lambda run: "=" in run[0][1])
+    signature = tuple((*place, end - begin) for place, begin, end in runs if "=" not in place[1])
+    return _Pattern(_root_name(found, learned), any(axis == "out" for _, axis in found), runs, signature)
 
 
 def _root_name(places: list[Place], learned: set[str]) -> str:
@@ -71,12 +112,3 @@ def _root_name(places: list[Place], learned: set[str]) -> str:
     written = [name for name, axis in places if axis == "out"]
     held = [name for name, axis in places if axis.isdecimal() and name in learned]
     return (written or held or [""])[0]
-
-
-def _unit(found: list[tuple[Place, int]]) -> Unit:
-    """One cut for each place; arguments come last, since not all of a group need be counted by the same ones."""
-    numbers: dict[Place, list[int]] = {}
-    for place, number in found:
-        numbers.setdefault(place, []).append(number)
-    cuts = [Cut(name, axis, tuple(chosen)) for (name, axis), chosen in numbers.items()]
-    return tuple(sorted(cuts, key=lambda cut: "=" in cut.axis))

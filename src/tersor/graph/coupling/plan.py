@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -83,6 +84,17 @@ def _weights(group: Sorted) -> list[set[Cut]]:
 
 def copied(graph: fx.GraphModule) -> fx.GraphModule:
     """With parameters of its own over the same numbers, which removal leaves alone."""
-    shared = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in graph.parameters()}
+    shared: dict[int, Any] = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in graph.parameters()}
     shared |= {id(each): each.detach() for each in graph.buffers()}
+    # in a layer there is nothing deeper to copy, and deepcopy looks for it in a dozen empty dicts
+    shared |= {id(each): _twin(each, shared) for each in graph.modules() if next(each.children(), None) is None}
     return copy.deepcopy(graph, shared)
+
+
+def _twin(layer: nn.Module, tensors: dict[int, Any]) -> nn.Module:
+    twin = copy.copy(layer)
+    own = {name: each.copy() for name, each in vars(layer).items() if isinstance(each, dict)}
+    for kind in ("_parameters", "_buffers"):
+        own[kind] = {name: tensors.get(id(each), each) for name, each in own[kind].items()}
+    vars(twin).update(own)
+    return twin

@@ -69,7 +69,7 @@ class Trial:
         for walk, gone in self.sides:
             labels = flat([walk.values[each] for each in (node, *node.all_input_nodes)])
             atoms = [ids for each in labels for ids in each.atoms if ids is not None]
-            found.append({root for ids in atoms for root in walk.atoms.each_root(ids)} & gone)
+            found.append({root for ids in atoms for root in walk.atoms.roots(ids).tolist()} & gone)
         return found
 
     def _computed(self, node: fx.Node, before: dict[fx.Node, Any]) -> Any:
@@ -102,7 +102,7 @@ class Trial:
 def _staying(walk: Walk, gone: set[int], atoms: Ids | None) -> Any:
     if atoms is None:
         return True
-    return np.fromiter((root not in gone for root in walk.atoms.each_root(atoms)), bool, len(atoms))
+    return np.array([root not in gone for root in walk.atoms.roots(atoms).tolist()])
 
 
 def _alone(cut: fx.GraphModule, node: fx.Node, read: dict[fx.Node, tuple[Any, Any]]) -> Tensor:
