@@ -1,7 +1,7 @@
 """What masks that move cost: the seconds of a step against plain SGD's, and the memory that a global threshold takes.
 
 A trained ResNet-20 is pruned to 95 % by each method in turn, on batches of 128 augmented images. Plain SGD is written
-by hand, without an Objective and without masks. In every round each has one turn, in a new order; a round is 16 steps,
+by hand, without an Objective and without masks; both run in the precision that the loop chooses here. In every round each has one turn, in a new order; a round is 16 steps,
 as many as lie between two masks, so that every round has one. A ratio is of times of one round, and the median of all
 rounds counts. Beside it: plain SGD against another of its kind. The memory is the most that is allocated beside the
 weights while the masks of a ResNet-56 are found. Planning is capture, groups and the removal of half of all channels of
@@ -27,7 +27,7 @@ from torch import nn
 
 import rows
 from images import MEAN, STD, TRAINED, cifar
-from tersor.core.device import set_layout
+from tersor.core.device import keep_freed_memory, precision_for, set_layout
 from tersor.core.masking import masks
 from tersor.core.objective import Batch, Objective
 from tersor.core.selection import prunable
@@ -54,6 +54,8 @@ PLAIN, AGAIN, MEMORY, PLANNING = "sgd", "sgd, again", "memory", "planning"
 SIDES, PLANNED = (64, 224), 7
 """Times that a DenseNet-121 is planned and cut, after one that is not counted."""
 
+PRECISION = precision_for(torch.device("cpu"), "auto")
+
 Step = Callable[[Batch], None]
 
 
@@ -70,8 +72,10 @@ def plain() -> Step:
     optimizer = sgd(network)
 
     def step(batch: Batch) -> None:
+        with torch.autocast("cpu", PRECISION, enabled=PRECISION is not None):
+            loss = F.cross_entropy(network(batch.images), batch.labels)
         optimizer.zero_grad()
-        F.cross_entropy(network(batch.images), batch.labels).backward()
+        loss.backward()
         optimizer.step()
 
     return step
@@ -82,7 +86,7 @@ def masked(name: str) -> Step:
     attached = METHODS[name].attach(TRAINED["resnet20"].network(), steps=STEPS)
     for _ in attached.begin():
         pass
-    objective = Objective(attached.model, attached.terms, label_weight=attached.label_weight)
+    objective = Objective(attached.model, attached.terms, label_weight=attached.label_weight, autocast=PRECISION)
     set_layout(objective.train(), torch.channels_last)
     optimizer = sgd(objective)
     attached.bind(optimizer, start=STEPS // 5)
@@ -108,6 +112,7 @@ def batches() -> Iterator[Batch]:
 
 def measure_time(rounds: int) -> None:
     """Writes a row for each method."""
+    keep_freed_memory()
     steps = {PLAIN: plain(), AGAIN: plain(), **{name: masked(name) for name in METHODS}}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     draw, given = torch.Generator().manual_seed(0), batches()
@@ -123,6 +128,7 @@ def measure_time(rounds: int) -> None:
     for name in (AGAIN, *METHODS):
         ratios = [own / other for own, other in zip(counted[name], counted[PLAIN], strict=True)]
         identity = {"what": name, "network": "resnet20", "batch": BATCH, "every": EVERY}
+        identity["precision"] = "bfloat16" if PRECISION else "float32"
         numbers = {"ratio": statistics.median(ratios), "seconds": statistics.median(counted[name]), "n": rounds}
         rows.add(RESULT, identity, {**numbers, "spread": rows.spread(ratios)}, [0])
 

@@ -28,7 +28,7 @@ import peers
 import rows
 from images import MEAN, STD, TRAINED, cifar
 from tersor import methods as registry
-from tersor.core.device import precision_for, set_layout
+from tersor.core.device import keep_freed_memory, precision_for, set_layout
 from tersor.core.objective import Batch, Objective
 from tersor.data import Batches
 
@@ -108,6 +108,7 @@ def batches() -> Iterator[Batch]:
 
 def measure(names: list[str]) -> None:
     """Writes a row for each."""
+    keep_freed_memory()
     steps = {name: made(name) for name in (BARE, AGAIN, *names)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     draw, given = torch.Generator().manual_seed(0), batches()
