@@ -3,9 +3,11 @@
 A trained ResNet-20 is pruned to 95 % by each method in turn, on batches of 128 augmented images. Plain SGD is written
 by hand, without an Objective and without masks; both run in the precision that the loop chooses here. In every round
 each has one turn, in a new order; a round is 16 steps, as many as lie between two masks, so that every round has one. A
-ratio is of times of one round, and the median of all rounds counts. Beside it: plain SGD against another. The memory is the most that is allocated beside the
-weights while the masks of a ResNet-56 are found. Planning is capture, groups and the removal of half of all channels of
-a DenseNet-121 at 64 and at 224 pixels; torch-pruning's MagnitudePruner does the same, in turns.
+ratio is of times of one round, and the median of all rounds counts. Beside it: plain SGD against another of its kind.
+
+The memory is the most that is allocated beside the weights while the masks of a ResNet-56 are found. Planning is
+capture, groups and the removal of half of all channels of a DenseNet-121 at 64 and at 224 pixels; torch-pruning's
+MagnitudePruner does the same, in turns.
 """
 
 from __future__ import annotations
