@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
+from tersor.core.evaluating import evaluating
 from tersor.core.objective import Batch, images_of
 from tersor.core.target import Runtime, Target
 from tersor.core.training import OptimizerOptions, Training
@@ -24,6 +25,7 @@ from tersor.export.bench import BATCH_SIZES, Array, compressed_bytes, latency, p
 from tersor.export.onnx import export as write_onnx
 from tersor.export.runtime import open_session
 from tersor.export.stopwatch import RuntimeStopwatch
+from tersor.graph.fused import fused
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
@@ -120,19 +122,18 @@ def distill(
     if not len(loader):
         raise InputError("distill was given a loader without a single batch.")
     method = _made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
-    batches = _Loader(loader, _classes_of_both(student, teacher, loader))
+    few = images_of(next(iter(loader)))[:8].to(next(teacher.parameters()).device)
+    batches = _Loader(loader, _classes_of_both(student, teacher, few[:2]))
     training = Training(optimizer=_made(OptimizerOptions, learning_rate=learning_rate))
     attached = method.attach(student, teacher=teacher)
     steps = epochs * steps_per_epoch(batches, training)
     learning = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
-    modes = {module: module.training for module in teacher.modules()}
     try:
-        fit(attached, batches, training, steps=steps, teacher=teacher, watch=watch or Unwatched())
+        with evaluating(teacher):
+            fit(attached, batches, training, steps=steps, teacher=fused(teacher, few), watch=watch or Unwatched())
     finally:
         for parameter in learning:
             parameter.requires_grad = True
-        for module, mode in modes.items():
-            module.training = mode
     return attached.model
 
 
@@ -248,9 +249,8 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval()
 
 
-def _classes_of_both(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> int:
-    """How many classes both tell apart, seen in one dry forward."""
-    images = images_of(next(iter(loader)))[:2]
+def _classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> int:
+    """How many classes both tell apart, seen in one dry forward of two images."""
     answers: list[Tensor] = []
     for name, network in (("student", student), ("teacher", teacher)):
         try:
