@@ -81,7 +81,7 @@ def taught(name: str) -> tuple[Step, str]:
     objective = Objective(
         attached.model,
         attached.terms,
-        fused(teacher, few, [path for _, path in layers]),
+        fused(teacher, few, [path for _, path in layers], PRECISION),
         label_weight=attached.label_weight,
         layers=layers,
         autocast=PRECISION,

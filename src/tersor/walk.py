@@ -13,6 +13,7 @@ from tersor.checkpoint import Checkpoints, UnitKeeper
 from tersor.core import processes
 from tersor.core.accuracy_curve import AccuracyCurve
 from tersor.core.attachment import Attachment
+from tersor.core.device import precision_for
 from tersor.core.method import chain
 from tersor.core.stopwatch import Stopwatch
 from tersor.core.training import Training
@@ -161,7 +162,7 @@ class Walk:
             batches,
             stage,
             steps=steps,
-            teacher=self._asked(attachment),
+            teacher=self._asked(stage, attachment),
             watch=watch,
             seed=self.recipe.seed,
             task=stage.name,
@@ -174,12 +175,13 @@ class Walk:
             told |= {"validation_by_epoch": curve.values, "validated_at": curve.steps}
         return told, fitted.earlier
 
-    def _asked(self, attachment: Attachment) -> nn.Module | None:
+    def _asked(self, stage: Stage, attachment: Attachment) -> nn.Module | None:
         """The teacher, in a form that answers fast."""
         if self.teacher is None or not attachment.terms:
             return self.teacher
-        few = next(iter(self.batches(self.data.train, _TRIED_ON)))
-        return fused(self.teacher, few.images.contiguous(), [path for _, path in attachment.layers])
+        few = next(iter(self.batches(self.data.train, _TRIED_ON))).images.contiguous()
+        precision = precision_for(few.device, stage.precision)
+        return fused(self.teacher, few, [path for _, path in attachment.layers], precision)
 
     def _curve(self, stage: Stage, batches: Batches) -> AccuracyCurve | None:
         """Accuracy on the validation images every few epochs, where the stage asks for it."""

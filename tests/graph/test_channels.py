@@ -320,3 +320,22 @@ def test_images_that_do_not_fit_are_told():
     graph = capture(vit().eval())
     with pytest.raises(InputError, match=r"does not run on images \(3, 20, 20\)"):
         coupled_channels(graph, torch.randn(1, 3, 20, 20))
+
+
+class Bare(nn.Module):
+    """Has no module in it, and counts its channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        return F.linear(F.relu(F.linear(x.flatten(1), self.first).reshape(-1, 8)), self.second)
+
+
+def test_a_network_without_modules_stays_as_it_was_while_removal_is_tried():
+    graph = capture(Bare().eval())
+    code = graph.code
+    groups, _ = coupled_channels(graph, torch.randn(2, 3, 2, 2))
+    assert [len(group.slices) for group in groups] == [8]
+    assert graph.code == code

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tersor.core.layers import Layers
-from tersor.graph.fused import FusedConvolution, fused
+from tersor.graph.fused import FusedConvolution, fused, rewritten
 from tersor.zoo import build
 
 
@@ -69,11 +69,11 @@ def test_what_torchvision_has_answers_the_same(name):
     faster = fused(model, images(2, 224))
     ours, theirs = faster(images(2, 224, seed=2)), model(images(2, 224, seed=2))
     assert float((ours - theirs).detach().abs().max()) <= 1e-3 * float(theirs.detach().abs().max())
-    assert passes(faster) >= sum(type(module) is nn.Conv2d for module in faster.modules())
+    assert passes(faster) == sum(type(module) is nn.Conv2d for module in model.modules())
 
 
 class Sums(nn.Module):
-    """Additions that may not be drawn into a convolution, and one that may."""
+    """Two convolutions of the same images, what is made of their outputs, and a ReLU."""
 
     def __init__(self, add):
         super().__init__()
@@ -89,22 +89,54 @@ def in_place(a, b):
     return b
 
 
+def left(model):
+    """What is no pass, no input and no output."""
+    return [node.name for node in model.graph.nodes if node.op in ("call_function", "call_method")]
+
+
 @pytest.mark.parametrize(
-    "add",
+    ("add", "expected"),
     [
-        lambda a, b: a + b,
-        lambda a, b: torch.add(a, b, alpha=3),
-        lambda a, b: a + b.mean((2, 3), keepdim=True),
-        lambda a, b: a + a + b,
-        lambda a, b: a + 1.0 + b,
-        in_place,
+        (lambda a, b: a + b, ["mean"]),
+        (torch.add, ["mean"]),
+        (in_place, ["mean"]),
+        (lambda a, b: torch.add(a, b, alpha=3), ["add", "relu", "mean"]),
+        (lambda a, b: a + a + b, ["add", "mean"]),
+        (lambda a, b: a + 1.0 + b, ["add", "mean"]),
+        (lambda a, b: torch.cat([a, b + a], 1), ["cat", "relu", "mean"]),
+        (lambda a, b: a - b, ["sub", "relu", "mean"]),
     ],
 )
-def test_additions(add):
+def test_an_addition_is_within_a_pass_where_it_is_the_only_reader(add, expected):
     torch.manual_seed(0)
     model = Sums(add).eval()
-    faster = fused(model, images())
-    torch.testing.assert_close(faster(images(seed=2)), model(images(seed=2)), rtol=1e-5, atol=1e-5)
+    found = rewritten(model, ())
+    assert left(found) == expected
+    torch.testing.assert_close(found(images(seed=2)), model(images(seed=2)), rtol=1e-5, atol=1e-5)
+    assert isinstance(fused(model, images()), fx.GraphModule)
+
+
+class Named(nn.Module):
+    """Its modules have the names of functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU6()
+
+    def forward(self, x):
+        return self.relu(self.conv(x)).mean((2, 3))
+
+
+def test_a_module_called_relu_need_not_be_one():
+    model = Named().eval()
+    torch.testing.assert_close(fused(model, images())(100 * images()), model(100 * images()), rtol=1e-5, atol=1e-5)
+
+
+def test_elsewhere_than_on_a_processor_it_is_torchs_operators(monkeypatch):
+    model = settled(build("resnet20", 10))
+    faster = rewritten(model, ())
+    monkeypatch.setattr("tersor.graph.fused._ON", "elsewhere")
+    torch.testing.assert_close(faster(images(seed=2)), model(images(seed=2)), rtol=1e-4, atol=1e-4)
 
 
 class Branching(nn.Module):
@@ -116,27 +148,64 @@ class Branching(nn.Module):
         return self.conv(x).mean((2, 3)) if x.sum() > 0 else self.conv(x).amax((2, 3))
 
 
-def test_what_cannot_be_captured_stays_as_it_is():
-    model = Branching().eval()
+class Picky(nn.Module):
+    """Asks for a number of pixels that it knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) * {32: 1.0}[x.shape[-1]]
+
+
+class Apart(nn.Module):
+    """Leaves autocast for its head, which a graph forgets."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3))
+        with torch.autocast("cpu", enabled=False):
+            return self.head(x.float())
+
+
+@pytest.mark.parametrize("network", [Branching, Picky])
+def test_what_cannot_be_captured_stays_as_it_is(network):
+    model = network().eval()
     assert fused(model, images()) is model
 
 
-def test_what_would_answer_otherwise_stays_as_it_is(monkeypatch):
-    model = settled(build("resnet20", 10))
-    monkeypatch.setattr("tersor.graph.fused._RELUS", {torch.sigmoid, F.relu, torch.abs})
+def test_what_leaves_autocast_stays_as_it_is_where_there_is_one():
+    model = Apart().eval()
+    assert fused(model, images(), precision=torch.bfloat16) is model
     assert fused(model, images()) is not model
-    wrong = nn.Sequential(nn.Conv2d(3, 4, 3), Absolute(), nn.Flatten()).eval()
-    assert fused(wrong, images()) is wrong
 
 
-class Absolute(nn.Module):
-    def forward(self, x):
-        return torch.abs(x)
+def test_what_somebody_looks_at_stays_as_it_is():
+    model = settled(build("resnet20", 10))
+    model.layer1[0].conv1.register_forward_hook(lambda *_: None)
+    assert fused(model, images()) is model
+
+
+def test_the_network_keeps_its_mode():
+    model = build("resnet20", 10).train()
+    fused(model, images())
+    assert all(module.training for module in model.modules())
+
+
+def test_what_would_answer_otherwise_stays_as_it_is(monkeypatch):
+    model = Named().eval()
+    monkeypatch.setattr("tersor.graph.fused._calls", lambda node, _functions: node.name == "relu")
+    assert fused(model, 100 * images()) is model
 
 
 def test_in_bfloat16_it_is_no_farther_from_float32():
     model = settled(build("resnet20", 10))
-    faster, given = fused(model, images()), images(16, seed=2)
+    faster, given = fused(model, images(), precision=torch.bfloat16), images(16, seed=2)
+    assert passes(faster) == 19
     with torch.no_grad():
         exact = model(given)
         with torch.autocast("cpu", torch.bfloat16):

@@ -35,7 +35,9 @@ def term():
         "of_student": GOLDEN["memories"]["memory_v1"],
         "of_teacher": GOLDEN["memories"]["memory_v2"],
     }
-    made.load_state_dict({name: torch.tensor(value) for name, value in given.items()} | {"sums": torch.zeros(2)})
+    made.load_state_dict(
+        {name: torch.tensor(value) for name, value in given.items()} | {"log_z": torch.full((2,), torch.nan)}
+    )
     return made.train()
 
 

@@ -70,8 +70,9 @@ def test_correlation():
     assert float(ours) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_hierarchy():
-    student, teacher = drawn((4, 6, 8, 8), (4, 6, 8, 8))
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 7, 8, 12, 14, 32])
+def test_hierarchy(side):
+    student, teacher = drawn((4, 6, side, side), (4, 6, side, side))
     expected = theirs.HierarchicalContextLoss(**ANSWERS)(*given((student, None), teacher))
     assert float(hierarchical_loss(student, teacher)) == pytest.approx(float(expected), rel=1e-5)
 

@@ -56,15 +56,17 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """From now on this process keeps what it has freed, up to a GiB a block, for what it asks for next.
+    """From now on this process keeps what it has freed for what it asks for next.
 
     Every step asks for the same blocks again. glibc gives the large ones back to the system in between, which then
-    clears them page by page: a tenth of a ResNet-20's step.
+    clears them page by page.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "mallopt"):
+    if libc is None or not hasattr(libc, "mallopt"):
+        return
+    # older ones refuse more than 32 MB; the other threshold alone would do harm
+    if libc.mallopt(_MMAP_THRESHOLD, 2**30) or libc.mallopt(_MMAP_THRESHOLD, 2**25):
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_MMAP_THRESHOLD, 2**30)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
+from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
@@ -73,12 +74,12 @@ class Outputs:
 class LossTerm(nn.Module):
     """A scalar that the student should make small, logged under its `name`.
 
-    `forward(batch, student, teacher)` returns the weighted loss, a scalar tensor. What it is given is in float32; where
-    a network of its own looks at that first, it runs under `autocasting(batch)`, and the loss itself does not.
+    `forward(batch, student, teacher)` returns the weighted loss, a scalar tensor. What it is given is in float32;
+    costly work of its own may run under `autocasting(batch)`, but not the loss itself.
     """
 
     name: str = ""
-    _objectives: tuple[Objective, ...] = ()  # in a tuple it is no part of the term
+    _asked_by: ReferenceType[Objective] | None = None
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The weighted loss of one batch."""
@@ -86,11 +87,16 @@ class LossTerm(nn.Module):
 
     def join(self, objective: Objective) -> None:
         """Who asks: a term that runs the network again runs the objective's, as it does."""
-        self._objectives = (objective,)
+        self._asked_by = ref(objective)
+
+    @property
+    def objective(self) -> Objective | None:
+        """Who asks, while it is there."""
+        return self._asked_by() if self._asked_by else None
 
     def autocasting(self, batch: Batch) -> AbstractContextManager[object]:
         """The precision in which the objective's networks run, for those of the term."""
-        return self._objectives[0].autocasting(batch) if self._objectives else nullcontext()
+        return nullcontext() if self.objective is None else self.objective.autocasting(batch)
 
 
 class Objective(nn.Module):

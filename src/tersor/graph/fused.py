@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tersor.core.errors import InputError
+from tersor.core.evaluating import evaluating
 from tersor.core.layers import Layers
 from tersor.core.parametrization import strip
 from tersor.graph.capture import capture, layer_of, sole_user, values_into
@@ -26,8 +27,11 @@ from tersor.graph.capture import capture, layer_of, sole_user, values_into
 _ADDITIONS = {operator.add, torch.add, "add"}
 _IN_PLACE = {operator.iadd, "add_"}
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
-_NEARLY = 1e-3
-"""Of the largest value: how far answers in float32 may lie apart; sums are added up in another order."""
+_NEARLY, _NO_FARTHER = 1e-3, 2.0
+"""In float32, how far answers may lie apart, of the largest value: sums are added up in another order. In fewer bits,
+how much farther from float32 than the network itself, on average."""
+_ON = "cpu"
+_FAILURES = (InputError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class FusedConvolution(nn.Module):
@@ -40,13 +44,11 @@ class FusedConvolution(nn.Module):
         rectified: whether a ReLU is the last.
     """
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(self, convolution: nn.Conv2d, weight: Tensor, bias: Tensor, *, rectified: bool) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.detach().contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", bias.detach())
+        # no buffers: several processes would send those around in every step
+        self.weight = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last), requires_grad=False)
+        self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.geometry: tuple[Any, ...] = (
             convolution.stride,
             convolution.padding,
@@ -61,7 +63,7 @@ class FusedConvolution(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
         stride, padding, dilation, groups = self.geometry
-        if kind != "cpu":
+        if kind != _ON:
             found = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
             found = found if other is None else found + other
             return F.relu(found) if self.rectified else found
@@ -74,26 +76,37 @@ class FusedConvolution(nn.Module):
 
 
 @torch.no_grad()
-def fused(model: nn.Module, images: Tensor, keep: Iterable[str] = ()) -> nn.Module:
+def fused(
+    model: nn.Module, images: Tensor, keep: Iterable[str] = (), precision: torch.dtype | None = None
+) -> nn.Module:
     """A copy of `model` in eval that answers faster; `model` itself, where none can be had that answers the same.
 
     Args:
         model: the network.
         images: (N, C, H, W), to try it on, in float32.
         keep: paths of layers whose outputs will be asked for.
+        precision: to which it will be autocast.
     """
-    if images.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if images.device.type != "cpu" or not torch.backends.mkldnn.is_available() or _is_looked_at(model):
         return model
     paths = tuple(keep)
-    model.eval()
-    expected = _everything(model, images, paths)
-    try:
-        found = _rewritten(model, paths)
-        given = _everything(found, images, paths)
-    except (InputError, RuntimeError):  # it cannot be captured, or an addition spreads one value over many
-        return model
-    same = all(_near(ours, theirs) for ours, theirs in zip(given, expected, strict=True))
+    with evaluating(model):
+        exact = _everything(model, images, paths)
+        try:
+            found = rewritten(model, paths)
+            same = all(map(_near, _everything(found, images, paths), exact))
+            if precision is not None:
+                with torch.autocast("cpu", precision):
+                    given = _everything(found, images, paths), _everything(model, images, paths), exact
+                same = same and all(map(_no_farther, *given))
+        except _FAILURES:  # it cannot be captured, or adds what is no feature map of the same size
+            return model
     return found if same else model
+
+
+def _is_looked_at(model: nn.Module) -> bool:
+    """Whether somebody waits for a call of one of its modules, which would not come."""
+    return any(vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"] for module in model.modules())
 
 
 def _everything(model: nn.Module, images: Tensor, paths: tuple[str, ...]) -> list[Tensor]:
@@ -105,14 +118,27 @@ def _near(ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= _NEARLY * theirs.abs().max())
 
 
-def _rewritten(model: nn.Module, paths: tuple[str, ...]) -> fx.GraphModule:
-    captured = capture(strip(model))
+def _no_farther(ours: Tensor, theirs: Tensor, exact: Tensor) -> bool:
+    errors = [(each.float() - exact).abs().mean() for each in (ours, theirs)]
+    return ours.dtype == theirs.dtype and bool(errors[0] <= _NO_FARTHER * errors[1] + 1e-6)
+
+
+def rewritten(model: nn.Module, paths: tuple[str, ...]) -> fx.GraphModule:
+    """A copy of `model`, every convolution one pass with what may follow within it; nothing is tried.
+
+    Raises:
+        InputError: the network cannot be captured, or has no such layer.
+    """
+    captured = capture(strip(model)).eval()
     returned: dict[str, str] = captured.meta["layers"]
-    asked = {returned[path] for path in paths if path in returned}
+    if not returned.keys() >= set(paths):
+        raise InputError("a layer that is asked for lies within one that is not traced through.")
+    asked = {returned[path] for path in paths}
     for place, node in enumerate(list(captured.graph.nodes)):
         convolution = layer_of(node)
-        if type(convolution) is nn.Conv2d and _with_zeros(convolution):
+        if type(convolution) is nn.Conv2d and _with_zeros(convolution) and node.args:
             _fuse(captured, node, convolution, f"fused_{place}", asked)
+    captured.delete_all_unused_submodules()
     captured.recompile()
     return captured
 
@@ -136,7 +162,7 @@ def _fuse(captured: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, name:
     if following is not None and (other := _added(following, chain[-1])) is not None:
         chain.append(following)
         following = _following(chain, asked)
-    if following is not None and (following.target in _RELUS or isinstance(layer_of(following), nn.ReLU)):
+    if following is not None and (_calls(following, _RELUS) or type(layer_of(following)) is nn.ReLU):
         chain.append(following)
         rectified = True
     captured.add_module(name, FusedConvolution(convolution, weight, bias, rectified=rectified))
@@ -157,9 +183,14 @@ def _following(chain: list[fx.Node], asked: set[str]) -> fx.Node | None:
     return None if chain[-1].name in asked else sole_user(chain[-1])
 
 
+def _calls(node: fx.Node, functions: set[Any]) -> bool:
+    """Whether a node calls one of these functions or methods; a module may have any of their names."""
+    return node.op in ("call_function", "call_method") and node.target in functions
+
+
 def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
     """What an addition adds to `value`, or None where `node` is no such addition."""
-    in_place = node.target in _IN_PLACE and node.args[0] is value
-    if not (in_place or node.target in _ADDITIONS) or "alpha" in node.kwargs or len(node.all_input_nodes) != 2:
+    in_place = _calls(node, _IN_PLACE) and node.args[0] is value
+    if not (in_place or _calls(node, _ADDITIONS)) or "alpha" in node.kwargs or len(node.all_input_nodes) != 2:
         return None
     return next(each for each in values_into(node) if each is not value)

@@ -51,7 +51,7 @@ class ContrastTerm(LossTerm):
     name = "crd"
     of_student: Tensor
     of_teacher: Tensor
-    sums: Tensor
+    log_z: Tensor
 
     def __init__(self, method: CRD, pair: Pair, images: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class ContrastTerm(LossTerm):
         edge = 1 / math.sqrt(width / 3)
         self.register_buffer("of_student", torch.empty(images, width).uniform_(-edge, edge))
         self.register_buffer("of_teacher", torch.empty(images, width).uniform_(-edge, edge))
-        self.register_buffer("sums", torch.zeros(2))  # Z of either side, 0 until the first batch
+        self.register_buffer("log_z", torch.full((2,), torch.nan))  # of either side, from the first batch on
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch; in training, the memories take it in."""
@@ -91,17 +91,21 @@ class ContrastTerm(LossTerm):
     ) -> tuple[Tensor, Tensor]:
         """log h of anchors (N, d) and what the memory (images, d) holds of the same images (N,), and at `drawn` (N, K).
 
-        One product with the whole memory, in the networks' precision: N * K vectors of it, collected, would be far
-        larger than it is.
+        One product with the whole memory, in the networks' precision, where N * K vectors of it, collected, would be
+        more than it holds.
         """
         assert batch.index is not None
         scaled = anchors / self.method.tau
         right = (scaled * memory[batch.index]).sum(1)
-        with self.autocasting(batch):
-            others = (scaled @ memory.clone().T).gather(1, drawn).float()
-        if not self.sums[side]:
-            self.sums[side] = torch.cat([right[:, None], others], 1).detach().exp().mean() * len(memory)
-        log_z = self.sums[side].log()
+        if drawn.numel() < len(memory):
+            others = torch.einsum("nd,nkd->nk", scaled, memory[drawn])
+        else:
+            with self.autocasting(batch):
+                others = (scaled @ memory.clone().T).gather(1, drawn).float()
+        if self.log_z[side].isnan():
+            seen = torch.cat([right[:, None], others], 1).detach()
+            self.log_z[side] = seen.logsumexp((0, 1)) + math.log(len(memory) / seen.numel())
+        log_z = self.log_z[side].clone()
         return right - log_z, others - log_z
 
     @torch.no_grad()

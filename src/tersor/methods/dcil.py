@@ -77,7 +77,7 @@ class DensePath(LossTerm):
         """The loss of one batch."""
         if batch.labels is None:
             raise InputError("dcil trains its dense path on the labels, and the images have none. Give labels.")
-        asked = self._objectives[0] if self._objectives else None
+        asked = self.objective
         with self.autocasting(batch):
             logits = self.own.dense(asked.model if asked else self._model[0], batch.images).float()
         smoothing = asked.label_smoothing if asked else 0.0

@@ -7,9 +7,10 @@ Romero, Ballas, Kahou, Chassang, Gatta and Bengio, "FitNets: Hints for Thin Deep
 
 The paper trains the student up to the layer on this loss alone, then the whole on soft targets: two stages, the first
 with `label_weight: 0`. Later implementations (RepDistiller, mdistiller) train on both losses at once, with the mean
-over all elements, a weight of 100, a middle layer, and BatchNorm and ReLU behind their regressor; weight and mean here
-are theirs. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A network that learns
-from the one that it was cut from has the same channels along its residual stream, and needs none: `regressor: false`.
+over all elements, a weight of 100, a middle layer, and BatchNorm and ReLU behind their regressor. The mean here is
+theirs; without BatchNorm in the regressor their weight keeps a ResNet-20 from learning anything, so that 10 is the
+default. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A network that learns from
+the one that it was cut from has the same channels along its residual stream, and needs none: `regressor: false`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class FitNet:
 
     layers: Annotated[tuple[str, ...], Field(description="patterns; the last feature map if left")] = ()
     teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; as `layers` if left")] = ()
-    loss_weight: Annotated[float, Field(ge=0, description="0 leaves the labels as they are")] = 100.0
+    loss_weight: Annotated[float, Field(ge=0, description="0 leaves the labels as they are")] = 10.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
     regressor: Annotated[bool, Field(description="false: as they are, where both have the same channels")] = True
     seed: Annotated[int, Field(ge=0, description="of the regressors' weights")] = 0

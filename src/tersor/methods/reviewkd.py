@@ -41,21 +41,17 @@ _LEVELS = (4, 2, 1)
 def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """HCL of two features (N, C, H, W): the mean over the levels that are smaller than the map, by weight."""
     loss, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
+    height, width = student.shape[2:]
+    nested = not (height % _LEVELS[0] or width % _LEVELS[0])  # then a level is made of the cells of the one before
     for level in _LEVELS:
-        if level < student.shape[2]:
+        if level < height:
             weight /= 2
             weights += weight
-            student, teacher = (_averaged(values, level) for values in (student, teacher))
-            loss = loss + weight * F.mse_loss(student, teacher)
+            ours, theirs = (F.adaptive_avg_pool2d(values, level) for values in (student, teacher))
+            loss = loss + weight * F.mse_loss(ours, theirs)
+            if nested:
+                student, teacher = ours, theirs
     return loss / weights
-
-
-def _averaged(values: Tensor, side: int) -> Tensor:
-    """As adaptive pooling has it; each level is made of the one before, where its cells are made of whole ones."""
-    height, width = values.shape[2:]
-    if height % side or width % side:
-        return F.adaptive_avg_pool2d(values, side)
-    return F.avg_pool2d(values, (height // side, width // side))
 
 
 class Fusion(nn.Module):
@@ -124,12 +120,13 @@ class Fusion(nn.Module):
         assert mean is not None
         assert variance is not None
         assert momentum is not None
-        with torch.autocast(features.device.type, enabled=False):  # variances are differences of squares
+        with torch.autocast(features.device.type, enabled=False):
             weight = convolution.weight.flatten(1)
             if norm.training:
                 pixels = features.permute(0, 2, 3, 1).flatten(0, 2)
                 middle = pixels.mean(0)
-                covariance = pixels.T @ pixels / len(pixels) - middle.outer(middle)
+                centred = pixels - middle
+                covariance = centred.T @ centred / len(pixels)
                 now = weight @ middle, (weight @ covariance * weight).sum(1).clamp(min=0)
                 with torch.no_grad():
                     mean.lerp_(now[0], momentum)

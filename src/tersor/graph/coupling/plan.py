@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from tersor.core.uncollected import uncollected
 from tersor.graph.coupling.groups import Cut, Sorted, Unit, sort
 from tersor.graph.coupling.trial import Trial
 from tersor.graph.coupling.walk import Walk
@@ -30,7 +31,8 @@ class Plan:
 
     def add(self, walk: Walk) -> None:
         """Adds the groups of a walk that were not seen in an earlier one; those that fail are left out."""
-        found, kept = sort(walk)
+        with uncollected():
+            found, kept = sort(walk)
         groups = [each for each in found if not (walk.inner and _weights(each) in self._seen)]
         if walk.forked:
             self._seen += [_weights(each) for each in groups]
@@ -87,7 +89,9 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
     shared: dict[int, Any] = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in graph.parameters()}
     shared |= {id(each): each.detach() for each in graph.buffers()}
     # in a layer there is nothing deeper to copy, and deepcopy looks for it in a dozen empty dicts
-    shared |= {id(each): _twin(each, shared) for each in graph.modules() if next(each.children(), None) is None}
+    shared |= {
+        id(each): _twin(each, shared) for each in graph.modules() if each is not graph and not [*each.children()]
+    }
     return copy.deepcopy(graph, shared)
 
 

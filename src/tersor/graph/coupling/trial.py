@@ -102,7 +102,7 @@ class Trial:
 def _staying(walk: Walk, gone: set[int], atoms: Ids | None) -> Any:
     if atoms is None:
         return True
-    return np.array([root not in gone for root in walk.atoms.roots(atoms).tolist()])
+    return np.array([root not in gone for root in walk.atoms.roots(atoms).tolist()], bool)
 
 
 def _alone(cut: fx.GraphModule, node: fx.Node, read: dict[fx.Node, tuple[Any, Any]]) -> Tensor:
