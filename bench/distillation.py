@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -30,14 +31,15 @@ from torch import Tensor, nn
 
 import rows
 import training
-from images import cifar, folder
+from images import MEAN, STD, TRAINED, cifar, folder
 from tersor.core.layers import Layers
+from tersor.data import Batches
 from tersor.recipe import Recipe
 from tersor.walk import Walk
 
 RESULT = "distillation"
 IMAGES, EPOCHS, CHOOSING_EPOCHS, COMPOSED_EPOCHS, LONG = 10_000, 20, 5, 5, 60
-SEEDS = (0, 1, 2)
+SEEDS, TEMPERATURE = (0, 1, 2), 4.0
 ONE_SEED = (0,)
 
 Parameters = dict[str, Any]
@@ -255,6 +257,19 @@ def chosen(part: Part) -> float:
     return max(mine, key=lambda row: row["validation_accuracy"])["weight"]
 
 
+def likeness() -> None:
+    """Writes the row of what the teacher sees in the images of each class: its mean answer at T = 4."""
+    identity = {"kind": "likeness", "teacher": "resnet56", "temperature": TEMPERATURE}
+    if rows.known(RESULT, identity, anywhere=True):
+        return
+    teacher, test = TRAINED["resnet56"].network(), Batches(cifar().test, 500, mean=MEAN, std=STD)
+    given = [(teacher(batch.images.contiguous()).detach(), batch.labels) for batch in test]
+    softened = torch.cat([(logits / TEMPERATURE).softmax(1) for logits, _ in given])
+    labels = torch.cat([each for _, each in given])
+    means = {name: softened[labels == number].mean(0).tolist() for number, name in enumerate(cifar().classes)}
+    rows.add(RESULT, identity, {"mean_answers": means, "n": len(labels), "spread": None}, [])
+
+
 def _rows(kind: str) -> Iterator[rows.Row]:
     return (row for row in rows.read(RESULT) if row["kind"] == kind)
 
@@ -296,6 +311,7 @@ def main() -> None:
     given = parser.parse_args()
     if not given.table:
         with rows.alone():
+            likeness()
             for seed in given.seeds:
                 for contender in CONTENDERS:
                     if seed in contender.seeds and (not given.only or contender.name in given.only):

@@ -33,6 +33,7 @@ RESULT = "distillation_costs"
 BATCH, ROUNDS, WARM_ROUNDS = 128, 20, 2
 LIMITS = {"logits": 1.10, "layers": 1.25}
 BARE, AGAIN = "bare", "bare, again"
+TEACHER, FUSED = "teacher", "teacher, in fewer passes"
 PRECISION = precision_for(torch.device("cpu"), "auto")
 
 Step = Callable[[Batch], None]
@@ -98,6 +99,21 @@ def taught(name: str) -> tuple[Step, str]:
     return step, "layers" if layers else "logits"
 
 
+def answering(fewer_passes: bool) -> Step:
+    """The teacher's forward alone."""
+    teacher = TRAINED["resnet56"].network()
+    if fewer_passes:
+        few = next(iter(Batches(cifar().train, 8, mean=MEAN, std=STD))).images.contiguous()
+        teacher = fused(teacher, few, precision=PRECISION)
+    set_layout(teacher, torch.channels_last)
+
+    def step(batch: Batch) -> None:
+        with torch.inference_mode(), torch.autocast("cpu", PRECISION, enabled=PRECISION is not None):
+            teacher(batch.images)
+
+    return step
+
+
 def batches() -> Iterator[Batch]:
     """Augmented images, without end."""
     epoch = 0
@@ -114,6 +130,7 @@ def measure(names: list[str]) -> None:
     keep_freed_memory()
     taught_by = {name: taught(name) for name in names}
     steps = {BARE: bare(), AGAIN: bare(), **{name: step for name, (step, _) in taught_by.items()}}
+    steps |= {TEACHER: answering(fewer_passes=False), FUSED: answering(fewer_passes=True)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     draw, given = torch.Generator().manual_seed(0), batches()
     for _ in range(WARM_ROUNDS + ROUNDS):
@@ -124,13 +141,18 @@ def measure(names: list[str]) -> None:
             steps[name](batch)
             seconds[name].append(time.perf_counter() - begun)
     counted = {name: times[WARM_ROUNDS:] for name, times in seconds.items()}
-    for name in (AGAIN, *names):
-        ratios = [own / other for own, other in zip(counted[name], counted[BARE], strict=True)]
-        kind = "logits" if name == AGAIN else taught_by[name][1]
-        identity = {"method": name, "looks_at": kind, "student": "resnet20", "teacher": "resnet56", "batch": BATCH}
-        identity["precision"] = "bfloat16" if PRECISION else "float32"
+    for name in (AGAIN, FUSED, *names):
+        over = TEACHER if name == FUSED else BARE
+        ratios = [own / other for own, other in zip(counted[name], counted[over], strict=True)]
+        kind = taught_by[name][1] if name in taught_by else ""
+        identity = {**_identity(name), "looks_at": kind, "over": over}
         numbers = {"ratio": statistics.median(ratios), "seconds": statistics.median(counted[name]), "n": ROUNDS}
         rows.add(RESULT, identity, {**numbers, "spread": rows.spread(ratios)}, [0])
+
+
+def _identity(name: str) -> dict[str, Any]:
+    precision = "bfloat16" if PRECISION else "float32"
+    return {"method": name, "student": "resnet20", "teacher": "resnet56", "batch": BATCH, "precision": precision}
 
 
 def show() -> None:
@@ -139,7 +161,7 @@ def show() -> None:
     for row in rows.read(RESULT):
         if row["machine"] == rows.machine():
             spread = f"{row['spread']['p10']:.3f} to {row['spread']['p90']:.3f}"
-            limit = "" if row["method"] == AGAIN else f"{LIMITS[row['looks_at']]:.2f}"
+            limit = f"{LIMITS[row['looks_at']]:.2f}" if row["looks_at"] in LIMITS else ""
             told = f"{row['seconds']:.3f}", f"{row['ratio']:.3f}", spread, limit
             table.add_row(row["method"], row["looks_at"], *told)
     Console(width=110).print(table)
@@ -155,7 +177,7 @@ def main() -> None:
         torch.set_num_threads(2)
         names = [name for name in registry.names() if getattr(registry.get(name), "needs_teacher", False)]
         with rows.alone():
-            if chosen.again or not all(rows.known(RESULT, {"method": name}) for name in names):
+            if chosen.again or not all(rows.known(RESULT, _identity(name)) for name in (AGAIN, FUSED, *names)):
                 measure(names)
     show()
 
