@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
+from tersor.core.garbage import collecting_what_is_new
 from tersor.graph.coupling.groups import Cut, Unit
 from tersor.graph.coupling.layers import rule_of
 from tersor.graph.coupling.plan import Plan, copied
@@ -73,7 +74,7 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
         InputError: the network does not run on the images.
     """
     example = example[:1].to(next(graph.parameters()).device).expand(2, *[-1] * (example.ndim - 1)).contiguous()
-    with evaluating(graph), torch.no_grad():
+    with evaluating(graph), torch.no_grad(), collecting_what_is_new():
         try:
             recorded = record(graph, example)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:

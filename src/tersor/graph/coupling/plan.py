@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tersor.core.uncollected import uncollected
 from tersor.graph.coupling.groups import Cut, Sorted, Unit, sort
 from tersor.graph.coupling.trial import Trial
 from tersor.graph.coupling.walk import Walk
@@ -31,8 +30,7 @@ class Plan:
 
     def add(self, walk: Walk) -> None:
         """Adds the groups of a walk that were not seen in an earlier one; those that fail are left out."""
-        with uncollected():
-            found, kept = sort(walk)
+        found, kept = sort(walk)
         groups = [each for each in found if not (walk.inner and _weights(each) in self._seen)]
         if walk.forked:
             self._seen += [_weights(each) for each in groups]
