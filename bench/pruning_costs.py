@@ -57,6 +57,7 @@ SIDES, PLANNED = (64, 224), 7
 """Times that a DenseNet-121 is planned and cut, after one that is not counted."""
 
 PRECISION = precision_for(torch.device("cpu"), "auto")
+_PRECISION = "bfloat16" if PRECISION else "float32"
 
 Step = Callable[[Batch], None]
 
@@ -130,7 +131,7 @@ def measure_time(rounds: int) -> None:
     for name in (AGAIN, *METHODS):
         ratios = [own / other for own, other in zip(counted[name], counted[PLAIN], strict=True)]
         identity = {"what": name, "network": "resnet20", "batch": BATCH, "every": EVERY}
-        identity["precision"] = "bfloat16" if PRECISION else "float32"
+        identity["precision"] = _PRECISION
         numbers = {"ratio": statistics.median(ratios), "seconds": statistics.median(counted[name]), "n": rounds}
         rows.add(RESULT, identity, {**numbers, "spread": rows.spread(ratios)}, [0])
 
@@ -220,10 +221,12 @@ def main() -> None:
     if not chosen.table:
         torch.set_num_threads(2)
         with rows.alone():
-            if chosen.again or not all(rows.known(RESULT, {"what": name}) for name in (*METHODS, MEMORY, PLANNING)):
-                for pixels in SIDES:
+            for pixels in SIDES:
+                if chosen.again or not rows.known(RESULT, {"what": PLANNING, "pixels": pixels}):
                     measure_planning(pixels)
+            if chosen.again or not rows.known(RESULT, {"what": MEMORY}):
                 measure_memory()
+            if chosen.again or not all(rows.known(RESULT, {"what": name, "precision": _PRECISION}) for name in METHODS):
                 measure_time(chosen.rounds)
     show()
 
