@@ -93,6 +93,7 @@ def drawn(bits: int, scale: float, **other: str) -> list[Numbers]:
     return [{"psgd": {"bits": bits, "per_channel": False, "mean_scale": scale, **other}}]
 
 
+@torch.no_grad()
 def measured(model: nn.Module, told: Numbers) -> Numbers:
     """Accuracy in float and at every width; how many weights rounding makes zero, and how far it moves them."""
     layers = weighted_layers(model)
