@@ -68,7 +68,8 @@ def test_a_step_by_hand(bits, per_channel):
             ]
             each = [(row[:, None] - at).abs().amin(1) for row, at in zip(rows.double(), points, strict=True)]
             far.append(torch.stack(each).reshape(weight.shape))
-        scale = mean_scale / torch.cat([each.flatten() for each in far]).mean()
+        if not step:  # and from then on
+            scale = mean_scale / torch.cat([each.flatten() for each in far]).mean()
         for weight, each, speed in zip(weights(model), far, speeds, strict=True):
             speed.mul_(momentum).add_(weight.grad * (scale * each) + decay * weight.detach())
             expected.append(weight.detach() - rate * speed)

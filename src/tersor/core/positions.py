@@ -36,6 +36,11 @@ class Laid(NamedTuple):
         return to_integers(self.weight, self.scale, torch.zeros_like(self.scale), self.grid)
 
     @property
+    def distances(self) -> Tensor:
+        """From the nearest points, as large as weights are."""
+        return (self.weight - self.integers * self.scale).abs()
+
+    @property
     def positions(self) -> Tensor:
         """Of all weights, in steps, (weights,); beyond -0.5 and 0.5 where a weight lies outside of the grid."""
         return (self.weight / self.scale - self.integers).flatten()

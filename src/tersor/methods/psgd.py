@@ -5,7 +5,10 @@ Kim, Yoo and Kwak, "Position-based Scaled Gradient for Model Quantization and Pr
     w       (C, ...)            a weight of a layer, C output channels
     d(w)    = |w - w_hat|       w_hat: the nearest point of the target, a grid of b bits, or zero: the weight itself
     dL/dw  <- dL/dw * s(w)      s = lambda * d(w): far from its point a weight moves much, on it not at all
-    lambda  = strength, or what makes the mean of s over all weights `mean_scale`
+    lambda  = strength, or what makes the mean of s over all weights `mean_scale` as the stage begins
+
+lambda stays as it is, as in the paper, so that s falls as weights come to their points, and they settle there. If it
+rose to keep the mean, the last weights on their way would be thrown about.
 
 The forward sees full precision, whatever is remembered of the ranges: afterwards `ptq` with as many bits rounds weights
 that lie near their points already. The bits have to be known in advance. Toward zero it is sparse training: one
@@ -57,8 +60,7 @@ def distance(weight: Tensor, largest: Tensor, grid: Grid) -> Tensor:
         largest: what the grid's last point is, () or (C,).
         grid: its integers.
     """
-    laid = on_grid(weight, largest, grid)
-    return (weight - laid.integers * laid.scale).abs()
+    return on_grid(weight, largest, grid).distances
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -75,7 +77,9 @@ class PSGD:
     range: Annotated[
         Literal["exact", "running"], Field(description="the largest weight that is, or a running mean of it")
     ] = "exact"
-    mean_scale: Annotated[float, Field(gt=0, description="mean factor on the gradients, where strength is left")] = 2.0
+    mean_scale: Annotated[
+        float, Field(gt=0, description="mean factor on the first gradients, where strength is left")
+    ] = 2.0
     strength: Annotated[float | None, Field(gt=0, description="lambda, in place of mean_scale")] = None
     scale_by: Annotated[
         Literal["distance", "constant"], Field(description="constant: the control, with the same mean scale")
@@ -122,6 +126,11 @@ class PSGDAttachment(Attachment):
         self.aims = aims
         # a stage that goes on attaches again, to the weights that it began with: so no checkpoint needs to hold them
         self._begun = {name: _original(layer).detach().clone() for name, layer in layers.items()}
+        laid = [self._laid(name, weight, self._exact(weight)) for name, weight in self._begun.items()]
+        mean = max(1e-12, float(_mean([each.distances for each in laid])))
+        self._strength = method.mean_scale / mean if method.strength is None else method.strength
+        # without a given strength it is mean_scale itself, and not a quotient of sums
+        self._constant = method.mean_scale if method.strength is None else method.strength * mean
 
     @property
     def told(self) -> dict[str, Any]:
@@ -131,7 +140,7 @@ class PSGDAttachment(Attachment):
         now = {name: _original(layer).detach() for name, layer in self.drawn.items()}
         # a method that was laid later may have removed channels: then nobody knows which weight was which
         begun = {name: each.to(now[name].device) for name, each in self._begun.items() if each.shape == now[name].shape}
-        found: dict[str, Any] = {"mean_distance": float(_mean(self._distances()))}
+        found: dict[str, Any] = {"mean_distance": float(_mean([*self._distances().values()]))}
         if begun:
             before = {name: self._laid(name, weight, self._exact(weight)) for name, weight in begun.items()}
             after = {name: self._laid(name, now[name], self._largest(name, now[name])) for name in begun}
@@ -146,19 +155,14 @@ class PSGDAttachment(Attachment):
             tracker = _tracker(layer)
             if tracker is not None:
                 tracker.follow(_original(layer), first=step == 0)
-        distances = self._distances()
-        mean = _mean(distances).clamp(min=1e-12)
-        strength, constant = self.method.strength, self.method.scale_by == "constant"
-        # without a given strength the constant is mean_scale itself, and not a quotient of sums
-        factor = strength if strength is not None else self.method.mean_scale / mean if not constant else None
         for name, layer in self.drawn.items():
             gradient = _original(layer).grad
             if gradient is None:
                 continue
-            if factor is None:
-                gradient.mul_(self.method.mean_scale)
+            if self.method.scale_by == "constant":
+                gradient.mul_(self._constant)
             else:
-                gradient.mul_(factor * (mean if constant else distances[name]))
+                gradient.mul_(self._strength * self._distance(name, _original(layer).detach()))
 
     @torch.no_grad()
     def _distances(self) -> dict[str, Tensor]:
@@ -181,9 +185,9 @@ class PSGDAttachment(Attachment):
         return channel_maxima(weight) if self.method.per_channel else weight.abs().max()
 
 
-def _mean(distances: dict[str, Tensor]) -> Tensor:
+def _mean(distances: list[Tensor]) -> Tensor:
     """Over all weights, ()."""
-    return torch.cat([each.flatten() for each in distances.values()]).mean()
+    return torch.cat([each.flatten() for each in distances]).mean()
 
 
 def _original(layer: Layer) -> Tensor:
