@@ -122,8 +122,10 @@ def chosen_scale() -> float:
         if not rows.known(RESULT, identity, anywhere=True):
             model, _ = trained(drawn(CHOSEN_AT, scale), 0)
             found = accuracy(rounded(model, CHOSEN_AT), _batches("validation"))
-            rows.add(RESULT, identity, {"validation_accuracy": found, "n": 1, "spread": rows.spread([found])}, [0])
-            print(f"mean scale {scale:g}: {found:.2f} % validation at 4 bits", flush=True)
+            in_float = accuracy(model, _batches("validation"))
+            numbers = {"validation_accuracy": found, "validation_in_float": in_float, "spread": rows.spread([found])}
+            rows.add(RESULT, identity, {**numbers, "n": 1}, [0])
+            print(f"mean scale {scale:g}: {found:.2f} % validation at 4 bits, {in_float:.2f} in float", flush=True)
         reached |= {
             row["mean_scale"]: row["validation_accuracy"] for row in rows.read(RESULT) if row["kind"] == "scale"
         }
