@@ -342,7 +342,8 @@ def learned():
 def test_export(name, tmp_path, learned):
     """The ONNX file gives 99 % of torch's answers."""
     kept(name, "export")
-    walk, model = trained(made(name, "example"), learned)
+    # six steps in bfloat16 leave another network on every kind of processor, on some a single answer
+    walk, model = trained(made(name, "example"), learned, precision="float32")
     with torch.no_grad():  # BatchNorm's statistics are those of the network before six steps have cut it
         for batch in walk.batches(load(name="digits").train, 32, shuffle=True):
             model.train()(batch.images)
