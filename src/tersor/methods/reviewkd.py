@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tersor.core.attachment import Attachment
 from tersor.core.layers import as_map
@@ -38,19 +39,52 @@ _MOST_CHANNELS = 512
 _LEVELS = (4, 2, 1)
 
 
+class _MeanSquare(torch.autograd.Function):
+    """The mean of squares, a scalar in float32, of values of any precision: one pass forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        return torch.linalg.vector_norm(values, dtype=torch.float32).square() / values.numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (values,) = ctx.saved_tensors
+        return values * (2 / values.numel() * grad).to(values.dtype)
+
+
+class _Moments(torch.autograd.Function):
+    """Mean (C,) and covariance (C, C) over the rows of values (P, C): one product forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+        mean = values.mean(0)
+        centred = values - mean
+        ctx.save_for_backward(centred)
+        return mean, centred.T @ centred / len(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_mean: Tensor, of_covariance: Tensor) -> Tensor:
+        (centred,) = ctx.saved_tensors
+        return torch.addmm(of_mean / len(centred), centred, (of_covariance + of_covariance.T) / len(centred))
+
+
 def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """HCL of two features (N, C, H, W): the mean over the levels that are smaller than the map, by weight."""
-    loss, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
+    distance = student - teacher.to(student.dtype)
+    loss, weight, weights = _MeanSquare.apply(distance), 1.0, 1.0
     height, width = student.shape[2:]
     nested = not (height % _LEVELS[0] or width % _LEVELS[0])  # then a level is made of the cells of the one before
     for level in _LEVELS:
         if level < height:
             weight /= 2
             weights += weight
-            ours, theirs = (F.adaptive_avg_pool2d(values, level) for values in (student, teacher))
-            loss = loss + weight * F.mse_loss(ours, theirs)
+            pooled = F.adaptive_avg_pool2d(distance, level)
+            loss = loss + weight * _MeanSquare.apply(pooled)
             if nested:
-                student, teacher = ours, theirs
+                distance = pooled
     return loss / weights
 
 
@@ -83,6 +117,8 @@ class Fusion(nn.Module):
     def forward(self, features: Tensor, later: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Features (N, C, H, W), later ones (N, width, h, w) -> (N, teacher's C, *size), (N, width, *size)."""
         weight, shift = self._inward(features)
+        if torch.is_autocast_enabled(features.device.type):
+            features = features.to(torch.get_autocast_dtype(features.device.type))
         if self.attention is None:
             return self._outward(F.conv2d(features, weight[:, :, None, None], shift), size)
         bias = self.attention.bias
@@ -94,7 +130,7 @@ class Fusion(nn.Module):
         at_own = F.conv2d(features, (of_own @ weight)[:, :, None, None], of_own @ shift + bias)
         shares = (at_own + enlarged).sigmoid()
         share = shares[:, :1]
-        own = torch.cat([features.to(share.dtype) * share, share], 1)  # the last channel is what the shift is times
+        own = torch.cat([features * share, share], 1)  # the last channel is what the shift is times
         inward = torch.cat([weight, shift[:, None]], 1)
         theirs = F.interpolate(later, features.shape[2:], mode="nearest") * shares[:, 1:]
         if self.goes_on or features.shape[2:] != size:
@@ -124,9 +160,7 @@ class Fusion(nn.Module):
             weight = convolution.weight.flatten(1)
             if norm.training:
                 pixels = features.permute(0, 2, 3, 1).flatten(0, 2)
-                middle = pixels.mean(0)
-                centred = pixels - middle
-                covariance = centred.T @ centred / len(pixels)
+                middle, covariance = _Moments.apply(pixels)
                 now = weight @ middle, (weight @ covariance * weight).sum(1).clamp(min=0)
                 with torch.no_grad():
                     mean.lerp_(now[0], momentum)
@@ -162,7 +196,7 @@ class ReviewTerm(RisingTerm):
         for fusion, features, wanted in zip(self.fusions, (pooled[0], *ours), (pooled[1], *theirs), strict=True):
             with self.autocasting(batch):
                 reviewed, later = fusion(features, later, tuple(wanted.shape[2:]))
-            losses.append(hierarchical_loss(reviewed.float(), wanted))
+            losses.append(hierarchical_loss(reviewed, wanted))
         return self.rise * self.loss_weight * torch.stack(losses).sum()
 
 
