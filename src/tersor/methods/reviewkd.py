@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tersor.core.attachment import Attachment
 from tersor.core.layers import as_map
@@ -48,10 +47,9 @@ class _MeanSquare(torch.autograd.Function):
         return torch.linalg.vector_norm(values, dtype=torch.float32).square() / values.numel()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (values,) = ctx.saved_tensors
-        return values * (2 / values.numel() * grad).to(values.dtype)
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,), (values,) = gradients, ctx.saved_tensors
+        return values * (2 / values.numel() * gradient).to(values.dtype)
 
 
 class _Moments(torch.autograd.Function):
@@ -65,9 +63,8 @@ class _Moments(torch.autograd.Function):
         return mean, centred.T @ centred / len(values)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_mean: Tensor, of_covariance: Tensor) -> Tensor:
-        (centred,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (of_mean, of_covariance), (centred,) = gradients, ctx.saved_tensors
         return torch.addmm(of_mean / len(centred), centred, (of_covariance + of_covariance.T) / len(centred))
 
 
