@@ -2,7 +2,7 @@
 
     ladder     post-training quantization, from min-max to QDrop, at few bits: three draws of 512 calibration images;
                beside it torchao (PT2E) and Brevitas, from the same images
-    trained    6 epochs on the grids: qat and lsq, beside ptq, at equal bits; and from scratch
+    trained    4 epochs on the grids: qat and lsq, beside ptq, at equal bits; and from scratch
     packed     a ResNet-56 with weights of 4 bits beside one of 8: bytes, and latency in both runtimes
     depthwise  torchvision's MobileNetV2, trained for 15 epochs, in 8 bits, answered by both runtimes
 
@@ -47,7 +47,7 @@ RESULT = "quantization"
 SEEDS = (0, 1, 2)
 WIDTHS = ((4, 8), (4, 4), (3, 8), (2, 8))
 """Bits of the weights and of the activations; the first and the last layer have 8."""
-EPOCHS = 6
+EPOCHS = 4
 PARTS = ("packed", "ladder", "trained", "depthwise")
 MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse"}
 
