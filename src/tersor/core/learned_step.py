@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tersor.core.affine import Grid
 from tersor.core.parametrization import FakeQuantize
+from tersor.core.rounding import LearnedStep, rounds_here
 
 _SMALLEST = 1e-6
 
@@ -98,10 +99,12 @@ class LearnedFakeQuantize(FakeQuantize):
             self.zero_point.copy_(zero_point)
 
     def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
-        """`values` of any shape; (channels, ...) where there is a step for each channel. In float32."""
+        """`values` of any shape; (channels, ...) where there is a step for each channel."""
         if not self.ready:
             return values
         shared = values[0].numel() if self.of_images else values.numel() // self.scale.numel()
         factor = (shared * self.grid.maximum) ** -0.5
-        given = (values.float(), self.scale, self.offset, self.zero_point, self.grid, factor)
-        return _Round.apply(*given)  # pyright: ignore[reportReturnType]  # torch does not tell what it gives
+        given = (self.scale, self.offset, self.zero_point, self.grid, factor)
+        if rounds_here(values, self.scale):
+            return LearnedStep.apply(values, *given)  # pyright: ignore[reportReturnType]
+        return _Round.apply(values.float(), *given)  # pyright: ignore[reportReturnType]  # torch does not tell what it gives

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.affine import Grid, affine_parameters
 from tersor.core.mask_log import MaskLog
+from tersor.core.rounding import FixedStep, rounds_here
 
 Gradient = Literal["kept", "all", "split"]
 
@@ -53,11 +54,12 @@ class FakeQuantize(nn.Module):
     def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
         """`values` of any shape; (channels, ...) where there is a scale for each channel.
 
-        `moved` ones are those of another call, in another place or shape: here that changes nothing. All
-        are rounded in float32, also under autocast: bfloat16 would merge 21 of 256 levels.
+        `moved` ones are those of another call, in another place or shape: here that changes nothing.
         """
         if not self.ready:
             return values
+        if rounds_here(values, self.scale):
+            return FixedStep.apply(values, self.scale, self.zero_point, self.grid)
         values = values.float()
         if self.scale.ndim:
             return torch.fake_quantize_per_channel_affine(
@@ -108,8 +110,8 @@ class MovingFakeQuantize(FakeQuantize):
     def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
         """`values` of any shape; `moved` ones are those of another call, which has moved the range already."""
         if self.training and self.moves and self.ready and not moved:
-            low, high = torch.aminmax(values.detach().float())
-            self.set_range(self.low.lerp(low, self.averaging), self.high.lerp(high, self.averaging))
+            low, high = torch.aminmax(values.detach())
+            self.set_range(self.low.lerp(low.float(), self.averaging), self.high.lerp(high.float(), self.averaging))
         return super().forward(values)
 
     def get_extra_state(self) -> Tensor:
