@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=["ladder", "trained", "packed", "depthwise"], help="all by default"
     )
+    parser.add_argument("--draws", type=int, default=len(SEEDS), help="of calibration images, for the ladder")
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
     chosen = parser.parse_args()
     parts = chosen.only or PARTS
@@ -255,7 +256,7 @@ def main() -> None:
         with rows.alone():
             if "packed" in parts:
                 packed()
-            for seed in SEEDS if "ladder" in parts else ():
+            for seed in SEEDS[: chosen.draws] if "ladder" in parts else ():
                 for bits, activation_bits in WIDTHS:
                     for rung in (*LADDER, *PEERS):
                         ladder(rung, bits, activation_bits, seed)
