@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tersor.core.affine import Grid, symmetric_scale, to_integers
+from tersor.core.affine import Grid, symmetric_scale
 
 _POSITIONS = 33
 """Bins from -0.5 to 0.5: an odd number, so that weights on a point have one of their own."""
@@ -32,13 +32,13 @@ class Laid(NamedTuple):
 
     @property
     def integers(self) -> Tensor:
-        """Of the nearest points, as the weight."""
-        return to_integers(self.weight, self.scale, torch.zeros_like(self.scale), self.grid)
+        """Of the nearest points, as the weight, in its data type."""
+        return (self.weight / self.scale).round_().clamp_(self.grid.minimum, self.grid.maximum)
 
     @property
     def distances(self) -> Tensor:
         """From the nearest points, as large as weights are."""
-        return (self.weight - self.integers * self.scale).abs()
+        return torch.addcmul(self.weight, self.integers, self.scale, value=-1).abs_()
 
     @property
     def positions(self) -> Tensor:

@@ -162,7 +162,7 @@ class PSGDAttachment(Attachment):
             if self.method.scale_by == "constant":
                 gradient.mul_(self._constant)
             else:
-                gradient.mul_(self._strength * self._distance(name, _original(layer).detach()))
+                gradient.mul_(self._distance(name, _original(layer).detach()).mul_(self._strength))
 
     @torch.no_grad()
     def _distances(self) -> dict[str, Tensor]:
@@ -182,7 +182,10 @@ class PSGDAttachment(Attachment):
 
     def _exact(self, weight: Tensor) -> Tensor:
         """Of the weights that are; also where a running mean begins."""
-        return channel_maxima(weight) if self.method.per_channel else weight.abs().max()
+        if self.method.per_channel:
+            return channel_maxima(weight)
+        low, high = weight.aminmax()
+        return torch.maximum(-low, high)
 
 
 def _mean(distances: list[Tensor]) -> Tensor:
