@@ -2,7 +2,7 @@
 
 For each option, placement and draw of calibration images: the mean squared difference of the logits from FP32, relative
 to their mean square, and the percent of FP32's answers kept. Computed in torch, where a quantizer rounds as the runtime
-does.
+does. At few bits also what corrections do.
 """
 
 from __future__ import annotations
@@ -38,6 +38,22 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"activation_range": "minmax", "calibration_images": 64},
     {"activation_range": "minmax", "calibration_images": 256},
 )
+FEW_BITS: tuple[dict[str, Any], ...] = tuple(
+    {
+        "bits": bits,
+        "activation_bits": activation_bits,
+        "weight_range": weights,
+        "activation_range": values,
+        **correction,
+    }
+    for bits, activation_bits in ((4, 8), (4, 4), (3, 8), (2, 8), (6, 8))
+    for weights, values, corrections in (
+        ("minmax", "minmax", ({}, {"spread_correction": True}, {"equalize": True, "spread_correction": True})),
+        ("mse", "mse", ({}, {"spread_correction": True}, {"equalize": True, "spread_correction": True})),
+        ("mse", "minmax", ({"spread_correction": True},)),
+    )
+    for correction in corrections
+)
 
 
 @cache
@@ -70,9 +86,9 @@ def quantized(subject: Subject, runtime: Any, option: dict[str, Any], seed: int)
 def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -> None:
     """Writes one row."""
     filled = {key: getattr(PTQ(**option), key) for key in ("weight_range", "activation_range", "calibration_images")}
-    percentile = {"percentile": option["percentile"]} if "percentile" in option else {}
-    identity = {"model": subject.name, "runtime": runtime, **filled, **percentile, "held_out_images": count}
-    if rows.known(RESULT, identity):
+    told = {key: option[key] for key in option if key not in filled}
+    identity = {"model": subject.name, "runtime": runtime, **filled, **told, "held_out_images": count}
+    if rows.known(RESULT, identity, anywhere=True):
         return
     truth = reference(subject, count)
     errors: list[float] = []
@@ -94,29 +110,40 @@ def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -
 
 
 def show() -> None:
-    """Prints the rows of this machine, best first."""
-    here = rows.machine()
-    found = [row for row in rows.read(RESULT) if row["machine"] == here]
-    table = Table("network", "placement", "activations", "weights", "images", "logit error", "draws", "agreement")
-    for row in sorted(found, key=lambda row: (row["model"], row["runtime"], row["logit_error"])):
+    """Prints the rows, best first."""
+    found = rows.read(RESULT)
+    table = Table(
+        "network", "placement", "bits", "activations", "weights", "and", "images", "error", "draws", "agreement"
+    )
+    for row in sorted(found, key=lambda row: (row["model"], row["runtime"], _bits(row), row["logit_error"])):
         activations = f"{row['activation_range']} {row.get('percentile', '')}"
         draws = " ".join(f"{error:.5f}" for error in row["logit_errors"])
-        what = (row["model"], row["runtime"], activations, row["weight_range"], str(row["calibration_images"]))
+        also = ", ".join(key for key in ("equalize", "spread_correction") if key in row)
+        what = (row["model"], row["runtime"], _bits(row), activations, row["weight_range"], also)
+        what = (*what, str(row["calibration_images"]))
         table.add_row(*what, f"{row['logit_error']:.5f}", draws, f"{row['agreement']:.2f}")
     Console(width=150).print(table)
+
+
+def _bits(row: rows.Row) -> str:
+    return f"W{row.get('bits', 8)}A{row.get('activation_bits', 8)}"
 
 
 def main() -> None:
     """Measures what is not in `bench/results/ptq_defaults.json` yet, and prints all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(TRAINED), choices=list(TRAINED))
+    parser.add_argument("--only", choices=["eight bits", "few bits"], help="both by default")
     parser.add_argument("--images", type=int, default=1000, help="that are judged, at most 5,000")
     chosen = parser.parse_args()
     with rows.alone():
-        for option in OPTIONS:
+        for option in OPTIONS if chosen.only != "few bits" else ():
             for name in chosen.models:
                 for runtime in ("onnxruntime", "openvino"):
                     report(TRAINED[name], runtime, option, chosen.images)
+        for option in FEW_BITS if chosen.only != "eight bits" else ():
+            for name in chosen.models:
+                report(TRAINED[name], "onnxruntime", option, chosen.images)
     show()
 
 

@@ -49,16 +49,17 @@ WIDTHS = ((4, 8), (4, 4), (3, 8), (2, 8))
 """Bits of the weights and of the activations; the first and the last layer have 8."""
 EPOCHS = 4
 PARTS = ("packed", "ladder", "trained", "depthwise")
-MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse"}
+MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax", "spread_correction": False}
+MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse", "spread_correction": False}
 
 LADDER: dict[str, Callable[[int, int], Method]] = {
-    "min-max": lambda bits, activation_bits: PTQ(bits=bits, activation_bits=activation_bits),
+    "min-max": lambda bits, activation_bits: PTQ(bits=bits, activation_bits=activation_bits, **MINMAX),
     "mse": lambda bits, activation_bits: PTQ(bits=bits, activation_bits=activation_bits, **MSE),
     "+ equalisation, bias correction": lambda bits, activation_bits: PTQ(
         bits=bits, activation_bits=activation_bits, equalize=True, bias_correction=True, **MSE
     ),
     "+ spread correction": lambda bits, activation_bits: PTQ(
-        bits=bits, activation_bits=activation_bits, equalize=True, spread_correction=True, **MSE
+        bits=bits, activation_bits=activation_bits, equalize=True, **{**MSE, "spread_correction": True}
     ),
     "adaround": lambda bits, activation_bits: AdaRound(bits=bits, activation_bits=activation_bits),
     "brecq": lambda bits, activation_bits: BRECQ(bits=bits, activation_bits=activation_bits),

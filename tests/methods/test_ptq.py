@@ -68,7 +68,7 @@ def test_attaching_shows_the_network_as_it_was_over_the_same_parameters():
 
 
 def test_calibrated_weights_lie_on_their_grids():
-    graph = calibrated(method=PTQ(bits=4, ends_bits=4)).model
+    graph = calibrated(method=PTQ(bits=4, ends_bits=4, weight_range="minmax")).model
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
         for channel, original in zip(layer.weight, layer.parametrizations.weight.original, strict=True):
@@ -183,6 +183,33 @@ def test_mse_weights_round_with_less_error():
     assert error("mse") < error("minmax")
 
 
+@pytest.mark.parametrize(
+    ("left", "written"),
+    [
+        ({}, {"weight_range": "minmax", "activation_range": "minmax", "spread_correction": False}),
+        ({"bits": 4}, {"weight_range": "mse", "activation_range": "minmax", "spread_correction": True}),
+        ({"activation_bits": 4}, {"weight_range": "minmax", "activation_range": "mse", "spread_correction": False}),
+        ({"bits": 4, "spread_correction": False}, {"weight_range": "minmax", "activation_range": "minmax"}),
+    ],
+)
+def test_what_is_left_depends_on_the_bits(left, written):
+    found = (
+        calibrated(method=PTQ(**left)).model(images()),
+        calibrated(method=PTQ(**{**left, **written})).model(images()),
+    )
+    assert torch.equal(*found)
+
+
+def test_without_batch_norm_ranges_are_the_largest_values():
+    def plain():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
+
+    told = {"weight_range": "minmax", "spread_correction": False}
+    found = [calibrated(plain(), PTQ(bits=4, **options)).model(images()) for options in ({}, told)]
+    assert torch.equal(*found)
+
+
 def test_first_and_last_layer_have_bits_of_their_own():
     found = quantizers(calibrated(method=PTQ(bits=3, activation_bits=4, ends_bits=6)).model)
     bits = {
@@ -192,7 +219,7 @@ def test_first_and_last_layer_have_bits_of_their_own():
 
 
 def test_one_grid_for_a_weight():
-    graph = calibrated(method=PTQ(bits=4, ends_bits=4, per_channel=False)).model
+    graph = calibrated(method=PTQ(bits=4, ends_bits=4, per_channel=False, weight_range="minmax")).model
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
         original = layer.parametrizations.weight.original
@@ -283,7 +310,10 @@ def test_biases_are_corrected():
         model = Small().eval()
         with torch.no_grad():
             return (
-                (calibrated(model, PTQ(bits=3, **options)).model(images()) - Small().eval()(images()))
+                (
+                    calibrated(model, PTQ(bits=3, spread_correction=False, **options)).model(images())
+                    - Small().eval()(images())
+                )
                 .mean(0)
                 .abs()
                 .max()

@@ -79,7 +79,9 @@ def edges(graph):
 
 def test_before_the_first_step_it_is_what_post_training_quantization_gives():
     ours = attached(method=QAT(bits=4)).model.eval()
-    theirs = PTQ(bits=4).attach(Small().eval(), data=Loader(), target=VNNI)
+    theirs = PTQ(bits=4, weight_range="minmax", spread_correction=False).attach(
+        Small().eval(), data=Loader(), target=VNNI
+    )
     list(theirs.begin())
     images = Loader(1, seed=5).batches[0].images
     assert torch.equal(ours(images), theirs.model(images))

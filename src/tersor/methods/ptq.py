@@ -12,8 +12,10 @@ a residual network only then. BatchNorm stays alive: folding it multiplies a cha
 as they are (a negative gamma flips their sign), so export folds exactly. The paper's grid keeps -128; without it a
 flipped sign stays on the grid. First and last layer have 8 bits, their inputs too, as in every later paper.
 
-Around it, as options: cross-layer equalisation and bias correction (Nagel et al., ICCV 2019: `graph/equalization.py`,
-`graph/bias_correction.py`), and `max_drop`, which leaves the layers in float that cost too much. On a processor that
+Around it: cross-layer equalisation and bias correction (Nagel et al., ICCV 2019: `graph/equalization.py`,
+`graph/bias_correction.py`), and `max_drop`, which leaves the layers in float that cost too much. What is left is chosen
+by `bench/ptq_defaults.py`: at 8 bits the largest values end a range; with fewer, ranges have the smallest squared
+error, and a BatchNorm takes over what rounding did to means and spreads. On a processor that
 adds 8-bit products in 16 bits (AVX2 without VNNI) weights of a channel are kept from saturating: `core/ranges.py`.
 """
 
@@ -30,6 +32,7 @@ from torch import fx, nn
 
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
+from tersor.core.freezing import Norm
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.ranges import Range, WeightRange
 from tersor.core.target import Target
@@ -71,14 +74,23 @@ class PTQ:
     symmetric: Annotated[
         bool, Field(description="weights on a grid around zero; else those of fewer than 8 bits get a zero point")
     ] = True
-    weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "minmax"
-    activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "minmax"
+    weight_range: Annotated[
+        WeightRange | None,
+        Field(description="how a weight's range is set; if left: mse with spread_correction, else minmax"),
+    ] = None
+    activation_range: Annotated[
+        Range | None, Field(description="how an activation's range is set; if left: minmax at 8 bits, mse at fewer")
+    ] = None
     percentile: Percentile = 99.99
     equalize: Annotated[bool, Field(description="cross-layer equalisation before anything is rounded")] = False
     bias_correction: Annotated[bool, Field(description="what rounding adds to channels' means is taken away")] = False
     spread_correction: Annotated[
-        bool, Field(description="the same, and what it does to their spread, where a BatchNorm can take it over")
-    ] = False
+        bool | None,
+        Field(
+            description="the same, and what it does to their spread, where a BatchNorm can take it over; if left: for "
+            "weights of fewer than 8 bits in a network with BatchNorm"
+        ),
+    ] = None
     max_drop: Annotated[
         float | None,
         Field(ge=0, description="points of accuracy; layers that cost more stay in float. All are rounded if left"),
@@ -130,6 +142,11 @@ class PTQAttachment(Attachment):
         self.target = target
         self._bare = bare
         self._kept: Kept | None = None
+        has_norms = any(isinstance(each, Norm) for each in quantizers.graph.modules())
+        left = method.bits < 8 and has_norms
+        self._spreads = left if method.spread_correction is None else method.spread_correction
+        self._weight_range: WeightRange = method.weight_range or ("mse" if self._spreads else "minmax")
+        self._activation_range: Range = method.activation_range or ("minmax" if method.activation_bits == 8 else "mse")
 
     @property
     def told(self) -> dict[str, Any]:
@@ -149,13 +166,13 @@ class PTQAttachment(Attachment):
             return
         if method.equalize:
             equalize(graph)
-        passes = 1 if method.activation_range == "minmax" else 2
+        passes = 1 if self._activation_range == "minmax" else 2
         images = method.calibration_images
         histograms = yield from calibrate(self.quantizers, self.data, images=images, passes=passes, method="ptq")
-        settle = self._correction() if method.bias_correction or method.spread_correction else _nothing
-        self.quantizers.set_activation_grids(histograms, method.activation_range, method.percentile)
+        settle = self._correction() if method.bias_correction or self._spreads else _nothing
+        self.quantizers.set_activation_grids(histograms, self._activation_range, method.percentile)
         for name in self.quantizers.layers:
-            self.quantizers.set_weight_grid(name, self.target, method.weight_range, method.percentile)
+            self.quantizers.set_weight_grid(name, self.target, self._weight_range, method.percentile)
         settle()
         if self._bare is not None and method.max_drop is not None:
             self._kept = yield from keep_in_float(
@@ -174,7 +191,7 @@ class PTQAttachment(Attachment):
         graph = self.quantizers.graph
         device = next(graph.parameters()).device
         images = batch_of(first_images(self.data, self.method.calibration_images, device))
-        return partial(correct, graph, images, moments(graph, images), spreads=self.method.spread_correction)
+        return partial(correct, graph, images, moments(graph, images), spreads=self._spreads)
 
 
 def _nothing() -> None:
