@@ -187,9 +187,9 @@ def test_mse_weights_round_with_less_error():
     ("left", "written"),
     [
         ({}, {"weight_range": "minmax", "activation_range": "minmax", "spread_correction": False}),
-        ({"bits": 4}, {"weight_range": "mse", "activation_range": "minmax", "spread_correction": True}),
+        ({"bits": 4}, {"weight_range": "mse", "activation_range": "mse", "spread_correction": True}),
         ({"activation_bits": 4}, {"weight_range": "minmax", "activation_range": "mse", "spread_correction": False}),
-        ({"bits": 4, "spread_correction": False}, {"weight_range": "minmax", "activation_range": "minmax"}),
+        ({"bits": 4, "spread_correction": False}, {"weight_range": "minmax", "activation_range": "mse"}),
     ],
 )
 def test_what_is_left_depends_on_the_bits(left, written):

@@ -79,7 +79,7 @@ def edges(graph):
 
 def test_before_the_first_step_it_is_what_post_training_quantization_gives():
     ours = attached(method=QAT(bits=4)).model.eval()
-    theirs = PTQ(bits=4, weight_range="minmax", spread_correction=False).attach(
+    theirs = PTQ(bits=4, weight_range="minmax", activation_range="minmax", spread_correction=False).attach(
         Small().eval(), data=Loader(), target=VNNI
     )
     list(theirs.begin())

@@ -79,7 +79,8 @@ class PTQ:
         Field(description="how a weight's range is set; if left: mse with spread_correction, else minmax"),
     ] = None
     activation_range: Annotated[
-        Range | None, Field(description="how an activation's range is set; if left: minmax at 8 bits, mse at fewer")
+        Range | None,
+        Field(description="how an activation's range is set; if left: minmax where all is of 8 bits, else mse"),
     ] = None
     percentile: Percentile = 99.99
     equalize: Annotated[bool, Field(description="cross-layer equalisation before anything is rounded")] = False
@@ -146,7 +147,9 @@ class PTQAttachment(Attachment):
         left = method.bits < 8 and has_norms
         self._spreads = left if method.spread_correction is None else method.spread_correction
         self._weight_range: WeightRange = method.weight_range or ("mse" if self._spreads else "minmax")
-        self._activation_range: Range = method.activation_range or ("minmax" if method.activation_bits == 8 else "mse")
+        self._activation_range: Range = method.activation_range or (
+            "mse" if min(method.bits, method.activation_bits) < 8 else "minmax"
+        )
 
     @property
     def told(self) -> dict[str, Any]:
