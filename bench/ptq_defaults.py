@@ -28,15 +28,15 @@ RESULT = "ptq_defaults"
 SEEDS = (0, 1, 2)
 BATCH = 64
 OPTIONS: tuple[dict[str, Any], ...] = (
-    {"activation_range": "minmax"},
-    {"activation_range": "mse"},
-    {"activation_range": "percentile", "percentile": 99.99},
-    {"activation_range": "percentile", "percentile": 99.999},
-    {"activation_range": "percentile", "percentile": 99.9},
+    {"weight_range": "minmax", "activation_range": "minmax"},
+    {"weight_range": "minmax", "activation_range": "mse"},
+    {"weight_range": "minmax", "activation_range": "percentile", "percentile": 99.99},
+    {"weight_range": "minmax", "activation_range": "percentile", "percentile": 99.999},
+    {"weight_range": "minmax", "activation_range": "percentile", "percentile": 99.9},
     {"activation_range": "minmax", "weight_range": "mse"},
     {"activation_range": "mse", "weight_range": "mse"},
-    {"activation_range": "minmax", "calibration_images": 64},
-    {"activation_range": "minmax", "calibration_images": 256},
+    {"weight_range": "minmax", "activation_range": "minmax", "calibration_images": 64},
+    {"weight_range": "minmax", "activation_range": "minmax", "calibration_images": 256},
 )
 FEW_BITS: tuple[dict[str, Any], ...] = tuple(
     {

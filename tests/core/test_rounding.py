@@ -56,3 +56,16 @@ def test_a_range_follows_values_in_bfloat16():
     quantizer(torch.tensor([0.0, 3.0]).bfloat16())
     assert float(quantizer.high) == 2
     assert quantizer.high.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("bits", "step", "zero"), [*CASES[:2], (8, 0.005, 0), (8, 0.007, 131)])
+def test_torchs_kernel_gives_the_same(bits, step, zero):
+    torch.manual_seed(1)
+    values, gradient = 2 * torch.randn(20_000), torch.randn(20_000)
+    shown, passed = answered(made(FakeQuantize, bits, step, zero), values, gradient)
+    given = values.clone().requires_grad_()
+    expected = torch.fake_quantize_per_tensor_affine(given, step, zero, 0, 2**bits - 1)
+    expected.backward(gradient)
+    assert 0.1 < (passed == 0).float().mean() < 0.9
+    off = ((shown - expected.detach()).abs() > step / 2) | (passed != given.grad)
+    assert off.sum() <= 2  # it multiplies by 1 / step, which may differ in the middle between two points
