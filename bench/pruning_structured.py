@@ -191,7 +191,7 @@ def made(contender: Contender, times: float, seed: int, steps: int) -> Path:
         spent, before = costs(model, EXAMPLE), costs(SUBJECT.network(), EXAMPLE)
         reached = accuracy(model, Batches(cifar().test, 500, mean=MEAN, std=STD))
         seen = {"accuracy": reached, "macs": spent.macs, "macs_ratio": before.macs / spent.macs}
-        seen |= {"parameters": spent.parameters, "training_seconds": seconds}
+        seen |= {"parameters": spent.parameters, "training_seconds": seconds, "trained_on": rows.machine()}
         (partial / "seen.json").write_text(json.dumps(seen))
         partial.rename(path)
     return path

@@ -120,10 +120,11 @@ def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
         drawn = torch.cat([batch.images.contiguous() for batch, _ in zip(images, range(8), strict=False)])
         model = PEERS[rung](network, drawn, bits, activation_bits)
     else:
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
         attached = LADDER[rung](bits, activation_bits).attach(network, data=images, target=Target(cpu="vnni"))
         for _ in attached.begin():
             pass
-        model = attached.model
+        model = attached.model.cpu()
     seconds = time.perf_counter() - begun
     reached = _right(model)
     numbers: dict[str, Any] = {"accuracy": reached, "seconds": seconds, "n": 1, "spread": rows.spread([reached])}

@@ -23,6 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -96,13 +98,14 @@ def add(name: str, identity: Mapping[str, Any], numbers: Mapping[str, Any], seed
         "machine": here,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    rows = [row for row in read(name) if not _same(row, identity, here)]
-    rows.append({**identity, **numbers, **origin})
     RESULTS.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=RESULTS, suffix=".part", delete=False) as part:
-        part.write(json.dumps(rows, indent=1) + "\n")
-    Path(part.name).chmod(0o644)
-    Path(part.name).replace(RESULTS / f"{name}.json")
+    with FileLock(Path(tempfile.gettempdir()) / f"tersor-bench-{os.getuid()}-{name}.lock"):
+        rows = [row for row in read(name) if not _same(row, identity, here)]
+        rows.append({**identity, **numbers, **origin})
+        with tempfile.NamedTemporaryFile("w", dir=RESULTS, suffix=".part", delete=False) as part:
+            part.write(json.dumps(rows, indent=1) + "\n")
+        Path(part.name).chmod(0o644)
+        Path(part.name).replace(RESULTS / f"{name}.json")
 
 
 def _same(row: Row, identity: Mapping[str, Any], here: Row) -> bool:
