@@ -227,7 +227,7 @@ def main() -> None:
     rows.commit()  # now, before hours in which the checkout may change; no timing is compared, so others may run
     for library in options.library or ["torchvision", "timm"]:
         for name in networks(library):
-            if fnmatchcase(name, options.only) and not rows.known("coverage", {"network": name}):
+            if fnmatchcase(name, options.only) and not rows.known("coverage", {"network": name}, anywhere=True):
                 measure(name, options.seconds)
 
 

@@ -6,8 +6,9 @@
 The masks are of the convolutions, global but for rigl's; the learning rate drops at half and at three quarters of the
 way, and what rises has risen by the second drop. Accuracy is on the test set after the last epoch, never the best; the
 curve is on the validation images after every epoch, with the mask applied, and its last three tell how much a network
-swings. A row counts only at its final sparsity: zeros are counted, and a wrong number of them is an error. A row that
-was interrupted goes on from its last checkpoint.
+swings. A row counts only at its final sparsity: zeros are counted, and a wrong number of them is an error. Rows of one
+seed beside them look for the reason why dpf is not ahead of iterative: trained for 40 epochs, and with a sparsity that
+has risen by half of the way. A row that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -45,17 +46,19 @@ class Contender:
         name: how the rows call it.
         methods: without the sparsity, which is given to each; a random mask is drawn by the row's seed.
         others: whether it also has a row at each of the other sparsities, with one seed.
+        epochs: of training.
     """
 
     name: str
     methods: tuple[Method, ...]
     others: bool = False
+    epochs: int = EPOCHS
 
     def stage(self, sparsity: float, seed: int) -> dict[str, Any]:
         """Its training."""
         drawn = {"importance": "random", "seed": seed}
         return {
-            "epochs": EPOCHS,
+            "epochs": self.epochs,
             "validate_every": 1,
             "optimizer": {"learning_rate": RATE, "weight_decay": WEIGHT_DECAY},
             "lr_schedule": {"name": "step", "milestones": [0.5, 0.75]},
@@ -68,6 +71,7 @@ class Contender:
 
 
 GLOBAL = {"scope": "global"}
+CUBIC = {**GLOBAL, "sparsity_schedule": "cubic"}
 SWITCHES_OF_DCIL: dict[str, dict[str, Any]] = {
     "gradient not refined": {"refined_gradient": False},
     "one BatchNorm and head": {"own_norms": False},
@@ -77,12 +81,19 @@ CONTENDERS = (
     Contender("dense", ()),
     Contender("one-shot, magnitude", ({"weight_pruning": GLOBAL},)),
     Contender("one-shot, random", ({"weight_pruning": {**GLOBAL, "importance": "random"}},)),
-    Contender("iterative", ({"weight_pruning": {**GLOBAL, "sparsity_schedule": "cubic"}},), others=True),
+    Contender("iterative", ({"weight_pruning": CUBIC},), others=True),
     Contender("dpf", ({"dpf": {}},), others=True),
     Contender("dcil", ({"dcil": {}},), others=True),
     *(Contender(f"dcil, {name}", ({"dcil": off},)) for name, off in SWITCHES_OF_DCIL.items()),
     Contender("rigl", ({"rigl": {}},)),
 )
+SEARCH = (
+    Contender("iterative, risen by half", ({"weight_pruning": {**CUBIC, "end": 0.5}},)),
+    Contender("dpf, risen by half", ({"dpf": {"end": 0.5}},)),
+    Contender("iterative, 40 epochs", ({"weight_pruning": CUBIC},), epochs=40),
+    Contender("dpf, 40 epochs", ({"dpf": {}},), epochs=40),
+)
+"""One seed each, at the one sparsity."""
 
 
 def zeros(model: nn.Module) -> tuple[int, int]:
@@ -94,7 +105,7 @@ def zeros(model: nn.Module) -> tuple[int, int]:
 def measure(contender: Contender, sparsity: float, seed: int) -> None:
     """Writes the row of one contender, sparsity and seed, if it is not there."""
     identity = {"kind": "accuracy", "contender": contender.name, "sparsity": sparsity, "seed": seed}
-    identity |= {"epochs": EPOCHS, "images": IMAGES}
+    identity |= {"epochs": contender.epochs, "images": IMAGES}
     if rows.known(RESULT, identity, anywhere=True):
         return
     given = training.recipe(contender.stage(sparsity, seed), seed=seed)
@@ -123,12 +134,13 @@ def measure(contender: Contender, sparsity: float, seed: int) -> None:
 
 
 def wanted(seeds: list[int], only: list[str] | None) -> Iterator[tuple[Contender, float, int]]:
-    """Contender, sparsity and seed of every row: a seed of all before the next, the other sparsities at the end."""
+    """Contender, sparsity and seed of every row: a seed of all before the next, what has one seed at the end."""
     chosen = [contender for contender in CONTENDERS if not only or contender.name in only]
     for seed in seeds:
         yield from ((contender, SPARSITY if contender.methods else 0.0, seed) for contender in chosen)
     for sparsity in OTHERS:
         yield from ((contender, sparsity, seeds[0]) for contender in chosen if contender.others)
+    yield from ((contender, SPARSITY, seeds[0]) for contender in SEARCH if not only or contender.name in only)
 
 
 def show() -> None:
@@ -145,7 +157,7 @@ def show() -> None:
             "swing",
             "minutes",
         ),
-        title=f"ResNet-20, {EPOCHS} epochs of {IMAGES:,} images",
+        title=f"ResNet-20, {EPOCHS} epochs of {IMAGES:,} images, or what the name says",
     )
     for name, sparsity in dict.fromkeys((row["contender"], row["sparsity"]) for row in found):
         mine = [row for row in found if (row["contender"], row["sparsity"]) == (name, sparsity)]
@@ -162,7 +174,9 @@ def show() -> None:
 def main() -> None:
     """Trains what is not in `bench/results/pruning.json` yet, and prints all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[each.name for each in CONTENDERS], help="all by default")
+    parser.add_argument(
+        "--only", nargs="+", choices=[each.name for each in (*CONTENDERS, *SEARCH)], help="all by default"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     chosen = parser.parse_args()
