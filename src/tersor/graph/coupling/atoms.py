@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +54,11 @@ class Atoms:
                 flat = above
             self._flat = flat
         return self._flat[atoms]
+
+    def outside(self, roots: Iterable[int]) -> NDArray[np.bool_]:
+        """For every atom, whether its root is none of these."""
+        inside = np.fromiter(roots, np.int64)
+        return ~np.isin(self.roots(np.arange(len(self._parents))), inside)
 
     def unite(self, first: Ids, second: Ids) -> None:
         """Place by place, the two are the same."""

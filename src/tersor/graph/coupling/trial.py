@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from tersor.graph.coupling.atoms import Ids, Labelled
+from tersor.graph.coupling.atoms import Labelled
 from tersor.graph.coupling.recording import computed, given, last_readers
 from tersor.graph.coupling.walk import Walk, flat
 
@@ -30,6 +30,7 @@ class Trial:
 
     def __init__(self, sides: Sequence[tuple[Walk, set[int]]]) -> None:
         self.sides = sides
+        self._stay = [walk.atoms.outside(gone) for walk, gone in sides]
         self.graph = sides[0][0].graph
         self.across = set[fx.Node]().union(*(walk.across for walk, _ in sides))
 
@@ -92,17 +93,13 @@ class Trial:
         found: Stay = []
         for axis, size in enumerate(values[0].shape):
             stay = np.ones(size, bool)
-            for (walk, gone), value in zip(self.sides, values, strict=True):
-                stay &= _staying(walk, gone, value.atoms[axis])
+            for stays, value in zip(self._stay, values, strict=True):
+                atoms = value.atoms[axis]
+                if atoms is not None:
+                    stay &= stays[atoms]
             if not stay.all():
                 found.append((axis, stay))
         return found
-
-
-def _staying(walk: Walk, gone: set[int], atoms: Ids | None) -> Any:
-    if atoms is None:
-        return True
-    return np.array([root not in gone for root in walk.atoms.roots(atoms).tolist()], bool)
 
 
 def _alone(cut: fx.GraphModule, node: fx.Node, read: dict[fx.Node, tuple[Any, Any]]) -> Tensor:
@@ -152,7 +149,7 @@ def _same(expected: Any, found: Any) -> bool:
             return torch.equal(found, expected)
         if not expected.numel():
             return True
-        return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+        return bool((found - expected).abs_().max() <= _TOLERANCE * expected.abs().max())
     if isinstance(expected, list) and isinstance(found, tuple | list):
         return all(_same(*each) for each in zip(expected, found, strict=True))
     return True
