@@ -12,7 +12,6 @@ span of something else is not told apart from it.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -30,6 +29,8 @@ SOFT = {1.0: "soft targets, T = 1", 2.0: "soft targets, T = 2", 4.0: "soft targe
 SWINGING = {"iterative": "kept", "dpf": "dpf", "dcil": "dcil"}
 """Contenders of bench/pruning.py, and what becomes of a masked weight in each."""
 BITS = (8, 4, 2)
+BATCH = 32
+"""Images at once in what accuracy is drawn over."""
 COLOURS = ("#0067a5", "#b44a00", "#00785a", "#8a5a93", "#c47f00", "#5d6268", "#a03060")
 
 Found = dict[str, dict[int, rows.Row]]
@@ -172,25 +173,30 @@ def over_sparsity(axes: Any, told: Sequence[rows.Row]) -> None:
 
 
 def over_latency(axes: Any, told: Sequence[rows.Row]) -> None:
-    """Accuracy over milliseconds of what was cut, one mark for each row and runtime."""
-    contenders = list(dict.fromkeys(row["contender"] for row in told))
-    runtimes = list(dict.fromkeys(runtime for row in told for runtime in row["latency"]))
-    colours = dict(zip(contenders, itertools.cycle(COLOURS), strict=False))
-    marks = dict(zip(runtimes, "os^", strict=False))
-    for row in told:
-        for runtime, milliseconds in row["latency"].items():
-            axes.plot(milliseconds, row["accuracy"], marks[runtime], color=colours[row["contender"]], ms=6)
-    for contender in contenders:
-        axes.plot([], [], "-", color=colours[contender], lw=4, label=contender)
-    for runtime in runtimes:
-        axes.plot([], [], marks[runtime], color="0.5", label=runtime)
-    axes.set(xlabel="ms", ylabel="test accuracy, %")
+    """Accuracy over milliseconds at one batch size of what was cut, one mark for each row and runtime."""
+    milliseconds = {
+        (row["artifact"], row["times"], row["runtime"]): row["milliseconds"]
+        for row in of_kind("pruning_structured", "milliseconds")
+        if row["batch"] == BATCH
+    }
+    runtimes = dict(zip(dict.fromkeys(runtime for _, _, runtime in milliseconds), "os^", strict=False))
+    equal = [row for row in told if "minutes" in row["budget"] and row["counts"]]
+    for contender, colour in zip(dict.fromkeys(row["contender"] for row in equal), COLOURS, strict=False):
+        axes.plot([], [], "-", color=colour, lw=4, label=contender)
+        for row in equal:
+            for runtime, mark in runtimes.items():
+                at = milliseconds.get((contender, row["times"], runtime))
+                if row["contender"] == contender and at is not None:
+                    axes.plot(at, row["accuracy"], mark, color=colour, ms=6)
+    for runtime, mark in runtimes.items():
+        axes.plot([], [], mark, color="0.5", label=runtime)
+    axes.set(xlabel=f"ms, batch {BATCH}", ylabel="test accuracy, %")
     axes.legend(frameon=False, fontsize=7)
 
 
 def pruning() -> Any:
     """Masks that swing, accuracy over sparsity, accuracy over latency; None where there are no rows of it."""
-    masked, cut = of_kind("pruning", "accuracy"), of_kind("pruning", "structured")
+    masked, cut = of_kind("pruning", "accuracy"), of_kind("pruning_structured", "accuracy")
     drawn = [(over_sparsity, masked)] * bool(masked) + [(over_latency, cut)] * bool(cut)
     swings = any(row["contender"] in SWINGING for row in masked)
     if not drawn:

@@ -47,6 +47,8 @@ RESULT = "quantization"
 SEEDS = (0, 1, 2)
 WIDTHS = ((4, 8), (4, 4), (3, 8), (2, 8))
 """Bits of the weights and of the activations; the first and the last layer have 8."""
+TRAINED_WIDTH, BESIDE = (2, 2), ("min-max", "+ spread correction", "adaround", "qdrop")
+"""Where training on the grid has a row and the ladder has none: its rungs there, of one draw."""
 EPOCHS = 4
 PARTS = ("packed", "ladder", "trained", "depthwise")
 MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax", "spread_correction": False}
@@ -217,20 +219,22 @@ def _of(kind: str) -> Iterator[rows.Row]:
 
 def show() -> None:
     """Prints the rows."""
-    table = Table("rung", *(f"W{bits}A{activation_bits}" for bits, activation_bits in WIDTHS), title="ResNet-20, test")
+    widths = (*WIDTHS, TRAINED_WIDTH)
+    table = Table("rung", *(f"W{bits}A{activation_bits}" for bits, activation_bits in widths), title="ResNet-20, test")
     for rung in (*LADDER, *PEERS):
         cells: list[str] = []
-        for width in WIDTHS:
+        for width in widths:
             mine = [row for row in _of("ladder") if (row["bits"], row["activation_bits"]) == width]
             reached = [row["accuracy"] for row in mine if row["rung"] == rung]
             cells.append(
                 f"{statistics.mean(reached):.2f} ({min(reached):.2f} to {max(reached):.2f})" if reached else ""
             )
         table.add_row(rung, *cells)
-    Console(width=140).print(table)
-    table = Table("training", "accuracy", "minutes", title=f"{EPOCHS} epochs")
+    Console(width=160).print(table)
+    table = Table("training", "accuracy", "minutes", "on", title=f"{EPOCHS} epochs")
     for row in _of("trained"):
-        table.add_row(row["contender"], f"{row['accuracy']:.2f}", f"{row['minutes']:.1f}")
+        where = row["machine"]["gpu"] or row["machine"]["cpu"]
+        table.add_row(row["contender"], f"{row['accuracy']:.2f}", f"{row['minutes']:.1f}", where)
     Console(width=140).print(table)
     table = Table("runtime", "bits", "accuracy", title="MobileNetV2, depthwise")
     for row in _of("depthwise"):
@@ -262,6 +266,8 @@ def main() -> None:
                 for bits, activation_bits in WIDTHS:
                     for rung in (*LADDER, *PEERS):
                         ladder(rung, bits, activation_bits, seed)
+            for rung in BESIDE if "ladder" in parts else ():
+                ladder(rung, *TRAINED_WIDTH, SEEDS[0])
             for name in TRAINING if "trained" in parts else ():
                 trained(name)
             if "depthwise" in parts:

@@ -1,0 +1,52 @@
+"""Channels gone, masks that moved and grids, one stage after the other under a teacher: what the file holds of them."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from safetensors.torch import save_file
+
+from tersor.checkpoint import Checkpoints
+from tersor.core.parametrization import weight_mask
+from tersor.core.watch import Unwatched
+from tersor.export.bench import predictions
+from tersor.export.onnx import export
+from tersor.export.runtime import open_session
+from tersor.measure import costs
+from tersor.prepare import prepare
+from tersor.recipe import read
+from tersor.zoo import build
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10-resnet56-sparse.yaml"
+
+
+def test_zeros_are_exact_in_the_file_and_it_runs(tmp_path):
+    torch.manual_seed(0)
+    original = build("resnet20", 10).eval()
+    save_file(original.state_dict(), tmp_path / "weights.safetensors")
+    model = f"{{name: resnet20, num_classes: 10, weights: {tmp_path / 'weights.safetensors'}}}"
+    brief = [f"stages.{number}.steps={steps}" for number, steps in enumerate((2, 48, 4))]
+    small = [f"stages.{number}.batch_size=16" for number in range(3)]
+    recipe = read(RECIPE, [f"model={model}", "data={name: digits}", *brief, *small])
+    walk = prepare(recipe, model=None, data=None, watch=Unwatched())
+    walk.stages(Unwatched(), Checkpoints(tmp_path / "checkpoints"))
+
+    images = next(iter(walk.batches(walk.data.test, 64))).images.contiguous()
+    assert costs(walk.model, images).macs <= 0.502 * costs(original, images).macs
+    masks = {name: mask for name, layer in walk.model.named_modules() if (mask := weight_mask(layer)) is not None}
+    weights = sum(mask.mask.numel() for mask in masks.values())
+    assert abs(sum(int((~mask.mask).sum()) for mask in masks.values()) - 0.8 * weights) <= 0.5, "four fifths, exactly"
+
+    file = export(walk.model, images, tmp_path / "model.onnx")
+    stored = {each.name: numpy_helper.to_array(each) for each in onnx.load(file).graph.initializer}
+    kernels = [each for each in stored.values() if each.dtype == np.int8 and each.ndim == 4]
+    assert len(kernels) == len(masks)
+    for kernel, mask in zip(kernels, masks.values(), strict=True):
+        assert not kernel[~mask.mask.numpy()].any(), "what is masked is zero"
+        assert kernel[mask.mask.numpy()].any()
+    answers = predictions(open_session(file, "onnxruntime"), [images.numpy()])
+    with torch.no_grad():
+        expected = walk.model(images).argmax(1).numpy()
+    assert (np.asarray(answers) == expected).mean() >= 0.9
