@@ -7,8 +7,8 @@ The masks are of the convolutions, global but for rigl's; the learning rate drop
 way, and what rises has risen by the second drop. Accuracy is on the test set after the last epoch, never the best; the
 curve is on the validation images after every epoch, with the mask applied, and its last three tell how much a network
 swings. A row counts only at its final sparsity: zeros are counted, and a wrong number of them is an error. Rows of one
-seed beside them look for the reason why dpf is not ahead of iterative: trained for 40 epochs, and with a sparsity that
-has risen by half of the way. A row that was interrupted goes on from its last checkpoint.
+seed beside them look for the reason why dpf is not ahead of iterative: with a sparsity that has risen by half of the way,
+at a fifth of the learning rate, and trained for 40 epochs. A row that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ class Contender:
         methods: without the sparsity, which is given to each; a random mask is drawn by the row's seed.
         others: whether it also has a row at each of the other sparsities, with one seed.
         epochs: of training.
+        rate: the highest of learning.
     """
 
     name: str
     methods: tuple[Method, ...]
     others: bool = False
     epochs: int = EPOCHS
+    rate: float = RATE
 
     def stage(self, sparsity: float, seed: int) -> dict[str, Any]:
         """Its training."""
@@ -60,7 +62,7 @@ class Contender:
         return {
             "epochs": self.epochs,
             "validate_every": 1,
-            "optimizer": {"learning_rate": RATE, "weight_decay": WEIGHT_DECAY},
+            "optimizer": {"learning_rate": self.rate, "weight_decay": WEIGHT_DECAY},
             "lr_schedule": {"name": "step", "milestones": [0.5, 0.75]},
             "methods": [
                 {name: {"sparsity": sparsity, **given, **(drawn if "importance" in given else {})}}
@@ -90,6 +92,8 @@ CONTENDERS = (
 SEARCH = (
     Contender("iterative, risen by half", ({"weight_pruning": {**CUBIC, "end": 0.5}},)),
     Contender("dpf, risen by half", ({"dpf": {"end": 0.5}},)),
+    Contender("iterative, a fifth of the rate", ({"weight_pruning": CUBIC},), rate=RATE / 5),
+    Contender("dpf, a fifth of the rate", ({"dpf": {}},), rate=RATE / 5),
     Contender("iterative, 40 epochs", ({"weight_pruning": CUBIC},), epochs=40),
     Contender("dpf, 40 epochs", ({"dpf": {}},), epochs=40),
 )
