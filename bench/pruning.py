@@ -7,8 +7,9 @@ The masks are of the convolutions, global but for rigl's; the learning rate drop
 way, and what rises has risen by the second drop. Accuracy is on the test set after the last epoch, never the best; the
 curve is on the validation images after every epoch, with the mask applied, and its last three tell how much a network
 swings. A row counts only at its final sparsity: zeros are counted, and a wrong number of them is an error. Rows of one
-seed beside them look for the reason why dpf is not ahead of iterative: with a sparsity that has risen by half of the way,
-at a fifth of the learning rate, and trained for 40 epochs. A row that was interrupted goes on from its last checkpoint.
+seed beside them look for the reason why dpf is not ahead of iterative: with a sparsity that has risen by half of the
+way, at a fifth of the learning rate, and trained for 40 epochs. A row that was interrupted goes on from its last
+checkpoint.
 """
 
 from __future__ import annotations
