@@ -48,6 +48,13 @@ def test_a_histogram_holds_every_value_of_every_batch(seed, batches):
     assert np.abs(np.cumsum(histogram.counts.numpy() - slow_counts(histogram, values))).max() <= 1
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e-37])
+def test_values_that_hardly_differ_are_counted_too(value):
+    histogram = filled(torch.tensor([0.0, value, value]))
+    assert histogram.counts.sum() == 3
+    assert histogram.counts[0] >= 1
+
+
 def test_zero_is_always_in_the_range():
     histogram = filled(torch.tensor([3.0, 5.0]))
     assert (histogram.low, histogram.high) == (0, 5)

@@ -41,7 +41,7 @@ class Histogram:
         flat = values.detach().float().flatten().cpu()
         span = (self.high - self.low).clamp(min=torch.finfo(torch.float32).tiny)
         bins = self.counts.numel()
-        places = ((flat - self.low) * (bins / span)).clamp_(0, bins - 1).to(torch.int64)
+        places = ((flat - self.low) / span * bins).clamp_(0, bins - 1).to(torch.int64)  # bins / span may be infinite
         self.counts += torch.bincount(places, minlength=bins)
 
     @property
