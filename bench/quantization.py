@@ -53,16 +53,21 @@ EPOCHS = 4
 PARTS = ("packed", "ladder", "trained", "depthwise")
 MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax", "spread_correction": False}
 MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse", "spread_correction": False}
+CORRECTED: dict[str, Any] = {"equalize": True, "bias_correction": True}
+
+
+def _ptq(**options: Any) -> Callable[[int, int], Method]:
+    return lambda bits, activation_bits: PTQ(bits=bits, activation_bits=activation_bits, **options)
+
 
 LADDER: dict[str, Callable[[int, int], Method]] = {
-    "min-max": lambda bits, activation_bits: PTQ(bits=bits, activation_bits=activation_bits, **MINMAX),
-    "mse": lambda bits, activation_bits: PTQ(bits=bits, activation_bits=activation_bits, **MSE),
-    "+ equalisation, bias correction": lambda bits, activation_bits: PTQ(
-        bits=bits, activation_bits=activation_bits, equalize=True, bias_correction=True, **MSE
-    ),
-    "+ spread correction": lambda bits, activation_bits: PTQ(
-        bits=bits, activation_bits=activation_bits, equalize=True, **{**MSE, "spread_correction": True}
-    ),
+    "min-max": _ptq(**MINMAX),
+    "mse, of activations": _ptq(**MSE | {"weight_range": "minmax"}),
+    "mse, of activations + equalisation, bias correction": _ptq(**MSE | CORRECTED | {"weight_range": "minmax"}),
+    "mse": _ptq(**MSE),
+    "+ equalisation, bias correction": _ptq(**MSE | CORRECTED),
+    "ptq": _ptq(),
+    "+ spread correction": _ptq(**MSE | {"equalize": True, "spread_correction": True}),
     "adaround": lambda bits, activation_bits: AdaRound(bits=bits, activation_bits=activation_bits),
     "brecq": lambda bits, activation_bits: BRECQ(bits=bits, activation_bits=activation_bits),
     "qdrop": lambda bits, activation_bits: BRECQ(bits=bits, activation_bits=activation_bits, drop=0.5),
