@@ -62,7 +62,8 @@ def networks(library: str) -> list[str]:
         for name in torchvision.models.list_models(module=torchvision.models)
     }
     sizes = {name: min(each.meta["num_params"] for each in known) for name, known in weights.items()}
-    return [f"torchvision/{name}" for name in sorted(sizes, key=lambda name: sizes[name])]
+    known = sorted(sizes, key=lambda name: sizes[name])
+    return [f"torchvision/{name}" for name in known if 4 * sizes[name] <= LARGEST]
 
 
 def network(name: str) -> Any:
