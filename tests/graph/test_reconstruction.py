@@ -22,9 +22,9 @@ from tersor.graph.reconstruction import Reconstruction, _error, _SoftlyRounded, 
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "brecq.json").read_text())
 VNNI = Target(cpu="vnni")
-LAYERS = Reconstruction(whole_sections=False, steps="no", drop=0.0, iterations=60, seed=0)
-BLOCKS = Reconstruction(whole_sections=True, steps="after", drop=0.0, iterations=60, seed=0)
-DROPPING = Reconstruction(whole_sections=True, steps="beside", drop=0.5, iterations=60, seed=0)
+LAYERS = Reconstruction(whole_sections=False, learn_steps=False, drop=0.0, iterations=60, seed=0)
+BLOCKS = Reconstruction(whole_sections=True, learn_steps=True, drop=0.0, iterations=60, seed=0)
+DROPPING = Reconstruction(whole_sections=True, learn_steps=True, drop=0.5, iterations=60, seed=0)
 ALL = pytest.mark.parametrize("how", [LAYERS, BLOCKS, DROPPING], ids=["layers", "blocks", "dropping"])
 
 

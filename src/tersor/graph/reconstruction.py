@@ -18,7 +18,6 @@ import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,15 +46,15 @@ class Reconstruction:
 
     Attributes:
         whole_sections: section by section, or else layer by layer.
-        steps: whether the activations' steps are learned, and how: `no`; `after` the section's rounding, which is
-            learned on activations in float; or `beside` it.
+        learn_steps: whether the activations' steps are learned beside the rounding, on rounded activations; or else
+            the rounding is learned on activations in float.
         drop: share of the activations that stay in float while both are learned, drawn anew in every iteration.
         iterations: for each part, of a batch of 32 images.
         seed: of what is drawn.
     """
 
     whole_sections: bool
-    steps: Literal["no", "after", "beside"]
+    learn_steps: bool
     drop: float
     iterations: int
     seed: int
@@ -112,8 +111,8 @@ class _Dropping(nn.Module):
 def _mixed(rounded: Tensor, exact: Tensor, drop: float, draw: torch.Generator) -> Tensor:
     if not drop:
         return rounded
-    dropped = torch.rand(rounded.shape, generator=draw, device=draw.device) < drop
-    return torch.where(dropped.to(rounded.device), exact, rounded)
+    dropped = torch.empty_like(rounded, device=draw.device).uniform_(generator=draw).lt_(drop).to(rounded.device)
+    return torch.lerp(rounded, exact, dropped)  # exactly one of the two, in a tenth of the time of `where` on a CPU
 
 
 def reconstruct(
@@ -136,8 +135,7 @@ def reconstruct(
         for part in ([section] if how.whole_sections else layer_sections(graph, section))
         if (layers := [name for name in part.layers if name in quantizers.layers])
     ]
-    passes = 2 if how.steps == "after" else 1
-    total = len(cut) * passes * how.iterations
+    total = len(cut) * how.iterations
     values = _Values(images, images, images)
     at = cut[0][0]
     for number, (section, part, layers) in enumerate(cut):
@@ -146,8 +144,8 @@ def reconstruct(
         if not all(map(quantizers.lies_on_its_grid, layers)):
             learning = _Learning(quantizers, original, section, part, values, how, seed=how.seed + number)
             for done in learning.run(layers):
-                yield Progress("reconstruction", number * passes * how.iterations + done, total)
-        yield Progress("reconstruction", (number + 1) * passes * how.iterations, total, lasts=True)
+                yield Progress("reconstruction", number * how.iterations + done, total)
+        yield Progress("reconstruction", (number + 1) * how.iterations, total, lasts=True)
 
 
 @dataclass(frozen=True)
@@ -187,23 +185,16 @@ class _Learning:
 
     def run(self, layers: list[str]) -> Iterator[int]:
         """Iterations that are done."""
-        iterations, beside = self.how.iterations, self.how.steps == "beside"
         names = {name for name, _ in between(self.quantizers.graph, self.part.begin, self.part.end).named_modules()}
-        edges = [name for name in self.quantizers.activations if name in names and self.how.steps != "no"]
+        edges = [name for name in self.quantizers.activations if name in names and self.how.learn_steps]
         soft = {name: _SoftlyRounded(*self._layer(name)) for name in layers}
-        steps = {
-            name: _Dropping(self.quantizers.of_activation(name), self.how.drop if beside else 0.0, self.draw)
-            for name in edges
-        }
-        if beside:
+        steps = {name: _Dropping(self.quantizers.of_activation(name), self.how.drop, self.draw) for name in edges}
+        if self.how.learn_steps:
             yield from self._minimise(soft, steps, self.values.rounded)
         else:
             with _activations_in_float(self.quantizers):
                 yield from self._minimise(soft, {}, self.values.of_weights)
         self._settle(soft)
-        if edges and not beside:
-            for done in self._minimise({}, steps, self.values.rounded):
-                yield iterations + done
         for name, each in steps.items():
             self.quantizers.of_activation(name).set_grid(each.learned.scale, each.learned.zero_point)
 

@@ -71,6 +71,8 @@ class AdaRound:
             data=data,
             target=target,
             ranges=Ranges(self.weight_range, self.activation_range, self.percentile, self.calibration_images),
-            how=Reconstruction(whole_sections=False, steps="no", drop=0.0, iterations=self.iterations, seed=self.seed),
+            how=Reconstruction(
+                whole_sections=False, learn_steps=False, drop=0.0, iterations=self.iterations, seed=self.seed
+            ),
             method="adaround",
         )

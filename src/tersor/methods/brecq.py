@@ -12,13 +12,15 @@ A block is what lies between two places of the graph where one value carries eve
 a row. x is its input in float, x_hat what reaches it from blocks that are rounded already: a few hundred images, no
 labels. `graph/reconstruction.py` has the formulas.
 
-With `drop: 0` the rounding is learned on activations in float, and then their steps. With a `drop` both are learned
-together, while so large a share of the activations, and of the block's input, is left in float in every iteration:
-QDrop has 0.5.
+The steps of the activations are learned beside the rounding of the weights, on rounded activations, as in QDrop; with
+a `drop` so large a share of them, and of the block's input, is left in float in every iteration: QDrop has 0.5. BRECQ's
+paper learns the rounding on activations in float, and the steps after that; QDrop found that together is better, and so
+did we: at W4A4 a ResNet-20 keeps 94.3 and 94.5 % of validation images right, one after the other 93.8.
 
 BRECQ's paper weighs the error by the squared gradient of the task's loss (Fisher); its code, as released, does not by
-default, and neither does this. The papers learn for 20,000 iterations a block; here 1,000 of ten times the rate are the
-default. BatchNorm stays behind its layer, which gives every channel the same choice as folding.
+default, and neither does this. The papers learn for 20,000 iterations a block; here 2,000 of ten times the rate are the
+default, so that each of a block's two layers has as many as `adaround` gives it. BatchNorm stays behind its layer,
+which gives every channel the same choice as folding.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class BRECQ:
     weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "mse"
     activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "mse"
     percentile: Percentile = 99.99
-    iterations: Annotated[int, Field(ge=1, description="for each block, of a batch of 32 images")] = 1000
+    iterations: Annotated[int, Field(ge=1, description="for each block, of a batch of 32 images")] = 2000
     drop: Annotated[
         float, Field(ge=0, lt=1, description="share of the activations left in float meanwhile; QDrop has 0.5")
     ] = 0.0
@@ -84,11 +86,7 @@ class BRECQ:
             target=target,
             ranges=Ranges(self.weight_range, self.activation_range, self.percentile, self.calibration_images),
             how=Reconstruction(
-                whole_sections=True,
-                steps="beside" if self.drop else "after",
-                drop=self.drop,
-                iterations=self.iterations,
-                seed=self.seed,
+                whole_sections=True, learn_steps=True, drop=self.drop, iterations=self.iterations, seed=self.seed
             ),
             method="brecq",
         )
