@@ -6,7 +6,6 @@ where they come from: command, commit, seeds, machine, date. `python bench/rows.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -99,7 +98,7 @@ def add(name: str, identity: Mapping[str, Any], numbers: Mapping[str, Any], seed
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(tempfile.gettempdir()) / f"tersor-bench-{os.getuid()}-{name}.lock"):
+    with FileLock(_of_this_user(f"-{name}")):
         rows = [row for row in read(name) if not _same(row, identity, here)]
         rows.append({**identity, **numbers, **origin})
         with tempfile.NamedTemporaryFile("w", dir=RESULTS, suffix=".part", delete=False) as part:
@@ -130,13 +129,20 @@ def alone() -> Generator[None]:
 
 @contextmanager
 def _locked() -> Generator[None]:
-    with (Path(tempfile.gettempdir()) / f"tersor-bench-{os.getuid()}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("waiting for the benchmark that runs", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(_of_this_user(""))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("waiting for the benchmark that runs", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def _of_this_user(name: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"tersor-bench-{os.getuid()}{name}.lock"
 
 
 if __name__ == "__main__":
