@@ -32,6 +32,16 @@ BITS = (8, 4, 2)
 BATCH = 32
 """Images at once in what accuracy is drawn over."""
 COLOURS = ("#0067a5", "#b44a00", "#00785a", "#8a5a93", "#c47f00", "#5d6268", "#a03060")
+RUNGS = {
+    "min-max": "min-max",
+    "mse, of activations + equalisation, bias correction": "mse, equalisation, bias correction",
+    "ptq": "ptq as it comes",
+    "adaround": "adaround",
+    "brecq": "brecq",
+    "qdrop": "QDrop",
+    "brevitas, GPTQ": "Brevitas, GPTQ",
+}
+"""The rungs that are drawn, and how they are called there."""
 
 Found = dict[str, dict[int, rows.Row]]
 
@@ -95,14 +105,14 @@ def spanned(axes: Any, at: Sequence[float], values: Sequence[Sequence[float]], c
 
 
 def ladder(axes: Any, told: Sequence[rows.Row]) -> None:
-    """Accuracy of each rung of post-training quantization over the bits of weights and activations."""
+    """Accuracy of rungs of post-training quantization over the bits of weights and activations."""
     widths = list(dict.fromkeys((row["bits"], row["activation_bits"]) for row in told))
-    for rung, colour in zip(dict.fromkeys(row["rung"] for row in told), COLOURS, strict=False):
+    for (rung, name), colour in zip(RUNGS.items(), COLOURS, strict=True):
         mine: dict[tuple[int, int], list[float]] = {}
         for row in told:
             if row["rung"] == rung:
                 mine.setdefault((row["bits"], row["activation_bits"]), []).append(row["accuracy"])
-        spanned(axes, [widths.index(width) for width in mine], list(mine.values()), colour, rung)
+        spanned(axes, [widths.index(width) for width in mine], list(mine.values()), colour, name)
     names = [f"W{bits}A{activation_bits}" for bits, activation_bits in widths]
     axes.set(xticks=range(len(widths)), xticklabels=names, ylabel="accuracy, %", title="post-training quantization")
     axes.legend(frameon=False, fontsize=8)
