@@ -143,10 +143,10 @@ def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
     print(f"W{bits}A{activation_bits}, {rung}, draw {seed}: {reached:.2f} %, {seconds:.0f} s", flush=True)
 
 
-def trained(name: str) -> None:
-    """Writes the row of one training."""
+def trained(name: str, *, again: bool) -> None:
+    """Writes the row of one training; `again`: also where only another machine has one."""
     identity = {"kind": "trained", "contender": name, "epochs": EPOCHS}
-    if rows.known(RESULT, identity, anywhere=True):
+    if rows.known(RESULT, identity, anywhere=not again):
         return
     wanted = TRAINING[name]
     stage = {
@@ -260,6 +260,9 @@ def main() -> None:
         "--only", nargs="+", choices=["ladder", "trained", "packed", "depthwise"], help="all by default"
     )
     parser.add_argument("--draws", type=int, default=len(SEEDS), help="of calibration images, for the ladder")
+    parser.add_argument(
+        "--again", nargs="+", default=[], choices=list(TRAINING), help="trainings that another machine has measured"
+    )
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
     chosen = parser.parse_args()
     parts = chosen.only or PARTS
@@ -274,7 +277,7 @@ def main() -> None:
             for rung in BESIDE if "ladder" in parts else ():
                 ladder(rung, *TRAINED_WIDTH, SEEDS[0])
             for name in TRAINING if "trained" in parts else ():
-                trained(name)
+                trained(name, again=name in chosen.again)
             if "depthwise" in parts:
                 depthwise()
     show()
