@@ -120,6 +120,21 @@ def test_attention_counts_although_the_cpu_fuses_it():
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
+def test_a_parameter_that_is_expanded_for_a_layer_is_counted_as_any_input():
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.linear = nn.Parameter(torch.zeros(1, 8)), nn.Linear(8, 3)
+            self.linear.bias.requires_grad_(False)
+
+        def forward(self, x):
+            return self.linear(self.token.expand(len(x), -1))
+
+    model = Token()
+    assert costs(model, torch.zeros(1, 8)).macs == 24
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True, True, False]
+
+
 def test_costs_are_of_one_input_and_of_each_layer():
     model = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, groups=2, bias=False), nn.Flatten(), nn.Linear(24, 5))
     first, linear = costs(model, torch.zeros(7, 4, 5, 5)).layers

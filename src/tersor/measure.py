@@ -170,12 +170,26 @@ def _macs(model: nn.Module, example: Tensor) -> Counter[nn.Module]:
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
     hooks += [module.register_forward_hook(leave) for module in model.modules()]
     try:
-        with evaluating(model), _attention_in_parts(), torch.no_grad(), counter:
+        with evaluating(model), _attention_in_parts(), _frozen(model), counter:
             model(example.to(_device(model)))
     finally:
         for hook in hooks:
             hook.remove()
     return own
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Generator[None]:
+    """Nothing learns: where parameters could, the counter fails on what expands one without gradients, as CaiT does."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -350,6 +350,24 @@ class Split(nn.Module):
         return torch.flatten(F.adaptive_avg_pool2d(self.last(y), 1), 1)
 
 
+class Attends(nn.Module):
+    """Heads whose products are shifted by a learned table, as BEiT's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.heads, self.last = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 48), nn.Linear(16, 5)
+        self.table = nn.Parameter(torch.randn(4, 4, 2))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        n, pixels, width = x.shape
+        queries, keys, values = self.heads(x).reshape(n, pixels, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        shift = self.table.permute(2, 0, 1).contiguous().unsqueeze(0)
+        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=shift)
+        return self.last(y.transpose(1, 2).reshape(n, pixels, width).mean(1))
+
+
 @pytest.mark.parametrize("kind", [Twice, Perceptron, Mirrored, Split])
 def test_unusual_networks_answer_like_torch(tmp_path, kind):
     graph = quantize(kind(), images())
@@ -359,6 +377,12 @@ def test_unusual_networks_answer_like_torch(tmp_path, kind):
         for count in (1, 7):
             found = run(path, images().numpy()[:count], runtime)
             assert np.abs(found - expected[:count]).max() < 0.1 * expected.std()
+
+
+def test_attention_with_a_learned_shift_answers_like_torch(tmp_path):
+    network = Attends().eval()
+    path = export(network, images(), tmp_path / "m.onnx")
+    assert np.abs(run(path, images().numpy(), "onnxruntime") - answers(network, images())).max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

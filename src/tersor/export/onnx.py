@@ -20,6 +20,7 @@ from typing import cast
 import onnx
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tersor.core.errors import InputError
 from tersor.core.parametrization import strip
@@ -111,7 +112,9 @@ def _averages_as_means(network: nn.Module) -> None:
 def _convert(network: nn.Module, inputs: Tensor) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1)
     try:
-        with warnings.catch_warnings():
+        # The exporter breaks attention up into matrix products. Captured by a fused kernel, whose answer lies in memory
+        # in another order, a `reshape` behind it would have become a view that there cannot be.
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")  # the exporter warns of its own internals; the file is checked below
             program = torch.onnx.export(
                 network,
