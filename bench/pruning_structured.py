@@ -57,6 +57,10 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 NEARLY = 1.02
 """So many times the MACs that were asked still count: widths come in blocks."""
 
+RATE = 0.005
+"""The highest learning rate, for all that are trained already. Of 0.02, 0.005 and 0.002 it answers most of the 5,000
+validation images right after 600 steps of tersor, taught: 0.002 gives 95.6 %, 0.005 95.8 %, and 0.02 after twice as many
+95.2 to 95.4 %."""
 
 ROUND_TO = {2.0: 8, 2.6: 2}
 """Channels that stay are a multiple of it. At 2.6 times fewer MACs and after 300 steps on the labels, networks with
@@ -115,19 +119,17 @@ class Contender:
         name: how the rows call it.
         begun: times fewer MACs, seed and steps -> what is trained.
         taught: whether by the ResNet-56.
-        learning_rate: the highest; None is the recipe's.
+        learning_rate: the highest.
     """
 
     name: str
     begun: Callable[[float, int, int], Attachment]
     taught: bool
-    learning_rate: float | None = None
+    learning_rate: float = RATE
 
     def training(self) -> Training:
-        """As the recipe's stage."""
+        """As the recipe's stage, but for the learning rate."""
         stage = compress.stage()
-        if self.learning_rate is None:
-            return stage
         optimizer = stage.optimizer.model_copy(update={"learning_rate": self.learning_rate})
         return stage.model_copy(update={"optimizer": optimizer})
 
@@ -188,7 +190,7 @@ def pace(times: float) -> dict[str, float]:
 def made(contender: Contender, times: float, seed: int, steps: int) -> Path:
     """A folder with the float network as ONNX and what was seen while training; made if it is not there."""
     name = contender.name.replace(", ", "-").replace(" ", "-")
-    path = folder().parent / "pruning_structured" / f"{name}-{times}-{seed}-{steps}"
+    path = folder().parent / "pruning_structured" / f"{name}-{times}-{seed}-{steps}-{contender.learning_rate}"
     if path.exists():
         return path
     path.parent.mkdir(exist_ok=True)
@@ -216,7 +218,8 @@ def report_accuracy(contender: Contender, times: float, seed: int, steps: int, b
     """The row of one training; the folder that it left."""
     path = made(contender, times, seed, steps)
     identity = {"kind": "accuracy", "contender": contender.name, "times": times, "budget": budget, "seed": seed}
-    identity |= {"steps": steps, "torch_pruning": tables.version("torch-pruning")}
+    identity |= {"steps": steps, "learning_rate": contender.learning_rate}
+    identity["torch_pruning"] = tables.version("torch-pruning")
     if not rows.known(RESULT, identity):
         seen = json.loads((path / "seen.json").read_text())
         lost = accuracy_of_the_original() - seen["accuracy"]

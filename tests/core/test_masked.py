@@ -167,7 +167,7 @@ def test_what_is_told_of_moving_masks():
         if step % 2:
             masks.append(torch.cat([mask_of(layer).mask.flatten() for layer in layers.values()]).clone())
     attached.finish()
-    told = attached.told["masks"]
+    [told] = attached.told["masks"]
     assert told["steps"] == [2, 4, 6, 8, 10, 12]
     size = len(masks[0])
     assert told["sparsity"] == pytest.approx([int((~mask).sum()) / size for mask in masks[1:]], abs=1e-6)
@@ -197,10 +197,30 @@ def test_one_stage_one_method_that_masks_a_layer():
         chain([DPF(), WeightPruning()], network(), steps=10)
     apart = chain([DPF(layers=("0",)), WeightPruning(layers=("2",))], network(), steps=10)
     assert [len(part.masked) for part in apart.parts] == [1, 1]
+    list(apart.begin())
+    assert [len(told["steps"]) for told in apart.told["masks"]] == [0, 1], "each tells of its own"
     model = network()
     chain([WeightPruning(sparsity=0.5)], model)
     chain([DPF(sparsity=0.8)], model, steps=10)
     assert [type(each) for each in model[0].parametrizations.weight] == [Mask]
+
+
+def test_what_is_masked_does_not_move_in_later_stages_either():
+    model = network()
+    first = chain([WeightPruning(sparsity=0.5)], model)
+    list(first.begin())
+    first.finish()
+    before = {place: (mask_of(model[place]).mask.clone(), dense_of(model[place]).clone()) for place in (0, 2)}
+    behind = chain([DPF(sparsity=0.6, layers=("2",))], model, steps=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    behind.bind(optimizer)
+    for _ in range(3):
+        model(IMAGES).square().mean().backward()
+        optimizer.step()
+    moved = {place: dense_of(model[place]) != weight for place, (_, weight) in before.items()}
+    assert not moved[0][~before[0][0]].any()
+    assert moved[0][before[0][0]].all()
+    assert moved[2][~before[2][0]].any(), "dpf moves what it masks"
 
 
 def test_masks_lie_under_grids():

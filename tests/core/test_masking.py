@@ -65,7 +65,8 @@ def slowly_together(scores, sizes, sparsity, floor):
     safe = {
         (layer, index)
         for layer, values in enumerate(scores)
-        for index in sorted(range(len(values)), key=lambda i: (-values[i], i))[: max(1, math.ceil(floor * len(values)))]
+        for place, index in enumerate(sorted(range(len(values)), key=lambda i: (-values[i], i)))
+        if place == 0 or (place < math.ceil(floor * len(values)) and values[index] > -math.inf)
     }
     order = sorted(
         ((layer, index) for layer, values in enumerate(scores) for index in range(len(values))),

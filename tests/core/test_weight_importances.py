@@ -68,6 +68,8 @@ def test_taylor_is_what_the_loss_changes_by():
         F.cross_entropy(model(images), labels).backward()
         slow += (model[0].weight * model[0].weight.grad).abs().detach()
     assert torch.allclose(found, slow)
+    model.requires_grad_(requires_grad=False)
+    assert torch.equal(gradient_products(model, {"0": model[0].weight}, data(), 20)["0"], found), "frozen as well"
 
 
 def test_taylor_needs_labels():
@@ -76,6 +78,8 @@ def test_taylor_needs_labels():
         gradient_products(model, {"0": model[0].weight}, None, 8)
     with pytest.raises(InputError, match="no labels"):
         gradient_products(model, {"0": model[0].weight}, [torch.rand(2, 3, 3, 3)], 8)
+    with pytest.raises(InputError, match="the data is empty"):
+        gradient_products(model, {"0": model[0].weight}, [], 8)
 
 
 def by_name(weight, name):

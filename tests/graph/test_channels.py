@@ -89,7 +89,8 @@ def check(model, images):
     with torch.no_grad():
         found = graph(images)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-    remove(fresh, [Cut(layer, axis, tuple(at)) for layer, axis, at in json.loads(json.dumps(graph.meta["cuts"]))])
+    [told] = json.loads(json.dumps(graph.meta["cuts"]))
+    remove(fresh, [Cut(layer, axis, tuple(at)) for layer, axis, at in told])
     fresh.load_state_dict(graph.state_dict())
     assert torch.equal(fresh(images), found)
     graph.train()(images).square().mean().backward()

@@ -37,6 +37,19 @@ def test_a_fresh_network_takes_the_state(laid, runtime):
     assert structure(again) == found
 
 
+def test_rounds_of_cuts_are_replayed_one_after_the_other():
+    model = build("resnet20", 10).eval()
+    for method in (ChannelPruning(keep_macs=0.8), ChannelPruning(keep_macs=0.7, scope="global", round_to=2)):
+        attached = method.attach(model, data=[IMAGES])
+        list(attached.begin())
+        model = attached.model
+    found = structure(model)
+    assert len(found["cuts"]) == 2
+    again = rebuild(build("resnet20", 10).eval(), json.loads(json.dumps(found)))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(IMAGES), model.eval()(IMAGES))
+
+
 def test_a_strange_parametrization_is_told():
     model = build("resnet20", 10)
     parametrize.register_parametrization(model.conv1, "weight", nn.Identity())

@@ -192,6 +192,12 @@ def test_mistakes_are_told(model):
     masked = WeightPruning().attach(copy.deepcopy(model)).model
     with pytest.raises(InputError, match="before"):
         attached(masked)
+    normed = copy.deepcopy(model)
+    nn.utils.parametrizations.weight_norm(normed.conv1)
+    with pytest.raises(InputError, match="the weight of conv1 lies under a _WeightNorm"):
+        attached(normed)
+    with pytest.raises(InputError, match="stage of its own behind"):
+        chain([ChannelPruning(keep_macs=0.8), ChannelPruning(keep_macs=0.7)], model, data=[IMAGES])
 
 
 def test_what_is_left_trains_also_when_it_was_trained_before(model):

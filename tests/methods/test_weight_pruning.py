@@ -107,6 +107,29 @@ def test_repeated_at_a_rising_sparsity_masks_are_nested_and_one(model):
     assert int((~second).sum()) == round(0.75 * second.numel())
 
 
+@pytest.mark.parametrize(
+    ("before", "behind"),
+    [
+        ({"sparsity": 0.4}, {"sparsity": 0.6, "granularity": "filter"}),
+        ({"sparsity": 0.4}, {"sparsity": 0.6, "granularity": "kernel", "scope": "global", "floor": 0.2}),
+        ({"sparsity": 0.6}, {"granularity": "2:4"}),
+        ({"sparsity": 0.4, "granularity": "filter"}, {"granularity": "2:4"}),
+        ({"sparsity": 0.6, "layers": ("layer3*",)}, {"sparsity": 0.5}),
+        ({"sparsity": 0.5, "scope": "global"}, {"sparsity": 0.55}),
+        ({"sparsity": 0.5, "scope": "global"}, {"sparsity": 0.6, "scope": "global", "floor": 0.35}),
+    ],
+)
+def test_nothing_comes_back_whatever_is_masked_later(model, before, behind):
+    pruned(model, **before)
+    first = {name: mask.clone() for name, mask in masks_of(model).items()}
+    attached = pruned(model, **behind)
+    second = masks_of(model)
+    assert not any((second[name] & ~mask).any() for name, mask in first.items() if name in attached.masked)
+    assert attached.sparsity >= attached.method.wanted - 1e-3
+    if "floor" in behind and "granularity" not in behind:
+        assert attached.sparsity == pytest.approx(behind["sparsity"], abs=1e-3), "a floor takes no place of others"
+
+
 def test_zeros_stay_zeros_under_a_grid(model):
     attached = chain([WeightPruning(sparsity=0.6), PTQ(bits=4)], model, data=[IMAGES])
     for _ in attached.begin():
@@ -227,12 +250,23 @@ def test_a_schedule_of_the_users(model):
     for step in range(10):
         attached.after_step(step, optimizer)
         assert attached.sparsity == pytest.approx(0.8 * ((step + 1) / 10) ** 3, abs=1e-3)
-    told = attached.told["masks"]
+    [told] = attached.told["masks"]
     assert told["steps"] == list(range(1, 11))
     assert sum(told["changed"]) == pytest.approx(0.8, abs=1e-3), "nested masks change once"
-    bad = WeightPruning(sparsity_schedule=f"{__name__}:too_far", end=1.0).attach(build("resnet20", 10), steps=16)
-    with pytest.raises(InputError, match=r"gave 2\.0 at progress 1\. Give a number from 0 to 1"):
-        bad.after_step(15, optimizer)
+    with pytest.raises(InputError, match=r"gave 1\.5 at progress 0\.75\. Give a number from 0 to 1"):
+        WeightPruning(sparsity_schedule=f"{__name__}:too_far").attach(build("resnet20", 10), steps=16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.9, "floor": 0.1, "scope": "global"},
+        {"sparsity": 0.8, "floor": 0.2, "scope": "global"},
+        {"sparsity": 1 / 3, "granularity": "2:3", "layers": ("conv1",)},
+    ],
+)
+def test_what_just_fits_is_not_refused(model, options):
+    assert pruned(model, **options).sparsity == pytest.approx(options["sparsity"], abs=0.02)
 
 
 @pytest.mark.parametrize(

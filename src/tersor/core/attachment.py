@@ -126,8 +126,12 @@ class Chain(Attachment):
 
     @property
     def told(self) -> dict[str, Any]:
-        """What all parts have found."""
-        return {name: value for part in self.parts for name, value in part.told.items()}
+        """What all parts have found; lists of the same name as one."""
+        found: dict[str, Any] = {}
+        for part in self.parts:
+            for name, value in part.told.items():
+                found[name] = found[name] + value if name in found and isinstance(value, list) else value
+        return found
 
     @property
     def kept(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
@@ -61,18 +62,21 @@ def gradient_products(
     """Mean over batches of |w * dL/dw|, as each weight; L is the cross entropy with the labels, in eval mode.
 
     Args:
-        model: the network; gradients that its parameters hold stay.
+        model: the network; gradients that its parameters hold stay, and those may be frozen.
         weights: layer -> its weight.
         data: batches of images (N, C, H, W) with labels (N,).
         images: so many are looked at, at least.
 
     Raises:
-        InputError: there is no data, or it has no labels.
+        InputError: there is no data, it is empty, or it has no labels.
     """
     given = "importance: taylor asks how the loss changes"
     if data is None:
         raise InputError(f"{given}, and there is no data. Pass data=... with batches of images and labels.")
-    found = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    views = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    swapped = {names[id(weight)]: views[name] for name, weight in weights.items()}
+    found = {name: torch.zeros_like(view) for name, view in views.items()}
     seen = 0
     with evaluating(model), torch.enable_grad():
         for batch in data:
@@ -80,12 +84,14 @@ def gradient_products(
             if labels is None:
                 raise InputError(f"{given}, and the images have no labels. Pass batches of images and labels.")
             device = next(iter(weights.values())).device
-            loss = F.cross_entropy(model(images_of(batch).to(device)), labels.to(device))
-            for name, gradient in zip(found, torch.autograd.grad(loss, [*weights.values()]), strict=True):
-                found[name] += (weights[name].detach() * gradient).abs()
+            loss = F.cross_entropy(functional_call(model, swapped, images_of(batch).to(device)), labels.to(device))
+            for name, gradient in zip(found, torch.autograd.grad(loss, [*views.values()]), strict=True):
+                found[name] += (views[name].detach() * gradient).abs()
             seen += len(labels)
             if seen >= images:
                 break
+    if not seen:
+        raise InputError(f"{given}, and the data is empty. Pass data=... with batches of images and labels.")
     return found
 
 

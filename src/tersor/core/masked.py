@@ -1,7 +1,8 @@
 """What the methods that mask weights share: masks laid on layers, moved while a network trains, and what is told of it.
 
 w (C_out, ...) is a weight, m its mask, m * w what is shown. Where the gradient of a mask is `kept`, a masked weight
-does not move at all: the optimizer's momentum and weight decay would move it, so it is put back after every step.
+does not move at all, in the stage of its method and in those behind: the optimizer's momentum and weight decay would
+move it, so it is put back after every step.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from tersor.core.processes import as_in_the_first
 from tersor.core.schedule import interpolate
 from tersor.core.selection import Layer
 
+_ROUNDED = 1e-9
+"""By so much sums of fractions such as 0.1 and 0.9 are off."""
+
 
 def check_floor(floor: float, sparsity: float) -> None:
     """Raises:
     InputError: the floor leaves too little to mask.
     """
-    if floor > 1 - sparsity:
+    if floor + sparsity > 1 + _ROUNDED:
         raise InputError(
             f"with a floor of {floor:g} at most {1 - floor:g} can be masked, and {sparsity:g} is asked. Write a "
             "lower floor or sparsity."
@@ -77,8 +81,46 @@ def dense_of(layer: Layer) -> nn.Parameter:
     return weight
 
 
-class MaskedAttachment(Attachment):
-    """Masks laid on layers.
+class KeptMasks(Attachment):
+    """What lies under masks whose gradient is `kept` does not move.
+
+    Args:
+        model: the network.
+        layers: by name; each has a mask (`lay_masks`).
+        terms: losses that a method adds.
+        notes: for the user.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        *,
+        terms: Sequence[LossTerm] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(model, terms, notes=notes)
+        self.masked = dict(layers)
+        self._held: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Remembers the weights that masks keep from moving."""
+        for name, layer in self.masked.items():
+            if mask_of(layer).gradient == "kept":
+                self._held[name] = dense_of(layer).detach().clone()
+
+    @torch.no_grad()
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Puts masked weights back: momentum and weight decay have moved them."""
+        for name, weight in self._held.items():
+            dense = dense_of(self.masked[name])
+            dense.copy_(torch.where(mask_of(self.masked[name]).mask, dense, weight))
+        self._held.clear()
+
+
+class MaskedAttachment(KeptMasks):
+    """Masks laid on layers, which a method moves.
 
     Args:
         model: the network.
@@ -97,11 +139,9 @@ class MaskedAttachment(Attachment):
         terms: Sequence[LossTerm] = (),
         notes: Sequence[str] = (),
     ) -> None:
-        super().__init__(model, terms, notes=notes)
-        self.masked = dict(layers)
+        super().__init__(model, layers, terms=terms, notes=notes)
         self.stride = stride(remaskings)
         self.total = sum(mask_of(layer).mask.numel() for layer in self.masked.values())
-        self._held: dict[str, Tensor] = {}
         first = mask_of(next(iter(self.masked.values())))
         if first.log is None:  # laid by an earlier stage, on other layers too
             first.log = MaskLog().to(first.mask.device)
@@ -110,28 +150,15 @@ class MaskedAttachment(Attachment):
 
     @property
     def told(self) -> dict[str, Any]:
-        """`masks`: at up to 200 of the `steps` at which they were set, the `sparsity`, and what fraction `changed`."""
-        return {"masks": self.log.told}
+        """`masks`, a list of one: at up to 200 of the `steps` at which they were set, the `sparsity`, and what fraction
+        `changed`.
+        """
+        return {"masks": [self.log.told]}
 
     @property
     def sparsity(self) -> float:
         """Fraction of the layers' weights that is masked."""
         return 1 - sum(int(mask_of(layer).mask.sum()) for layer in self.masked.values()) / self.total
-
-    @torch.no_grad()
-    def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Remembers the weights that masks keep from moving."""
-        for name, layer in self.masked.items():
-            if mask_of(layer).gradient == "kept":
-                self._held[name] = dense_of(layer).detach().clone()
-
-    @torch.no_grad()
-    def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Puts masked weights back: momentum and weight decay have moved them."""
-        for name, weight in self._held.items():
-            dense = dense_of(self.masked[name])
-            dense.copy_(torch.where(mask_of(self.masked[name]).mask, dense, weight))
-        self._held.clear()
 
     @torch.no_grad()
     def set_masks(self, found: Mapping[str, Tensor], step: int, number: int = 0) -> None:

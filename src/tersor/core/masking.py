@@ -121,11 +121,14 @@ class _Units:
 
 
 def _best(scores: Tensor, floor: float) -> Tensor:
-    """Bool (units,): so large a fraction that is best, at least one; a layer without a weight passes nothing on."""
+    """Bool (units,): so large a fraction that is best, at least one; a layer without a weight passes nothing on. What
+    is masked already, -inf, is not among them.
+    """
     count = max(1, math.ceil(floor * len(scores) - 1e-9))
     if count > 1:
-        return _kept([_Units(scores, None, 1)], len(scores) - count)[0]
-    stays = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        stays = _kept([_Units(scores, None, 1)], len(scores) - count)[0] & (scores != -torch.inf)
+    else:
+        stays = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     stays[scores.argmax()] = True
     return stays
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from tersor.core.attachment import Attachment, Chain
 from tersor.core.errors import InputError
-from tersor.core.masked import MaskedAttachment
+from tersor.core.masked import KeptMasks, MaskedAttachment
+from tersor.core.parametrization import weight_mask
+from tersor.core.selection import weighted_layers
 from tersor.core.stopwatch import Stopwatch
 from tersor.core.target import Target
 
@@ -60,7 +62,9 @@ def chain(
     target: Target | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> Attachment:
-    """Attaches `methods` one after the other, each on what the one before left, as one attachment."""
+    """Attaches `methods` one after the other, each on what the one before left, as one attachment. Under masks of
+    earlier stages nothing moves.
+    """
     parts: list[Attachment] = []
     with torch.random.fork_rng(devices=[]):
         for method in methods:
@@ -73,7 +77,10 @@ def chain(
             if isinstance(part, MaskedAttachment):
                 _refuse_masks(method, part, parts)
             parts.append(part)
-    return Chain(model, parts)
+    moved = {name for part in parts if isinstance(part, MaskedAttachment) for name in part.masked}
+    layers = weighted_layers(model).items()
+    still = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in moved}
+    return Chain(model, [*parts, KeptMasks(model, still)] if still else parts)
 
 
 def _refuse_masks(method: Method, part: MaskedAttachment, parts: Sequence[Attachment]) -> None:

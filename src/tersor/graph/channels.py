@@ -10,7 +10,8 @@ places, so that concatenation, shuffles, heads and padding need no special case.
 Then half of everything is removed from a copy, and the copy is compared node by node with the network in which these
 channels are silent. What differs stays whole, and the reason is said.
 
-What is removed is remembered in `graph.meta["cuts"]`, plain values that `remove` replays on a fresh capture.
+What is removed is remembered in `graph.meta["cuts"]`, rounds of plain values, which `remove` replays in turn on a fresh
+capture: the places of a round are those of the network that the rounds before it left.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def merged(cuts: Iterable[Cut]) -> list[Cut]:
 
 
 def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
-    """Removes channels in place, every Parameter object the same, and remembers it in `graph.meta["cuts"]`.
+    """Removes channels in place, every Parameter object the same, and adds it to the rounds in `graph.meta["cuts"]`.
 
     Args:
         graph: a captured network.
@@ -48,7 +48,8 @@ def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
         else:
             _shrink(modules[name], places)
     graph.recompile()
-    graph.meta["cuts"] = [*graph.meta.get("cuts", []), *([cut.layer, cut.axis, list(cut.channels)] for cut in cuts)]
+    round_ = [[cut.layer, cut.axis, list(cut.channels)] for cut in cuts]
+    graph.meta["cuts"] = [*graph.meta.get("cuts", []), round_]
 
 
 def _kept(size: int, gone: Iterable[int]) -> Tensor:

@@ -54,7 +54,8 @@ def rebuild(fresh: nn.Module, found: dict[str, Any]) -> nn.Module:
     """
     model = capture(fresh) if found["captured"] else fresh
     if isinstance(model, fx.GraphModule):
-        remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in found["cuts"]])
+        for cuts in found["cuts"]:
+            remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in cuts])
         _lay_edges(model, found["edges"])
     for name in found["freezable"]:
         norm = model.get_submodule(name)

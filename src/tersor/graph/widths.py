@@ -16,11 +16,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
-from tersor.core.parametrization import FakeQuantize
+from tersor.core.parametrization import FakeQuantize, Mask, RunningLargest, shown_by
 from tersor.core.selection import matching
 from tersor.graph.channels import Cut, Group, coupled_channels, merged
 
 Scope = Literal["layer", "global"]
+
+_REASONS = 3
+"""Of groups that stay whole, where all do."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,16 @@ def removable(
         method: how errors call who asks.
 
     Raises:
-        InputError: masks or grids lie on the network, a pattern matches nothing, no channel can be removed.
+        InputError: masks, grids or parametrizations of others lie on the network, a pattern matches nothing, no
+            channel can be removed.
     """
     for name, module in graph.named_modules():
+        strange = [each for each in shown_by(module) if not isinstance(each, Mask | FakeQuantize | RunningLargest)]
+        if strange:
+            raise InputError(
+                f"the weight of {name} lies under a {type(strange[0]).__name__}, and its channels cannot be cut. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') before."
+            )
         if isinstance(module, FakeQuantize) or parametrize.is_parametrized(module):
             raise InputError(
                 f"{name or 'the network'} lies under a mask or a grid already, and channels are removed before. "
@@ -74,8 +84,9 @@ def removable(
     groups, whole = coupled_channels(graph, example)
     chosen = [group for group in groups if not any(_writer(cut) in excluded for cut in group.slices[0])]
     if not chosen:
+        reasons = "".join(f" {root}: {why}." for root, why in list(whole.items())[:_REASONS])
         raise InputError(
-            f"no channel of {type(graph).__name__} can be removed. Possible: weight_pruning, which masks"
+            f"no channel of {type(graph).__name__} can be removed.{reasons} Possible: weight_pruning, which masks"
             + (", or a shorter `exclude`." if exclude else ".")
         )
     return chosen, whole

@@ -16,8 +16,8 @@ small as asked. No group falls below `floor`.
 `keep_latency` is a fraction of the latency, at batch size 1 in the target's runtime, that the network had when it came
 here: copies of it are cut to a few fractions of its MACs, and timed in turns with it (`core/stopwatch.py`).
 
-What the removed channels gave on average goes into the biases behind (`graph/constants.py`), and BatchNorm's statistics
-are estimated anew on training images.
+What the removed channels gave is given by those that stay, by least squares (`graph/takeover.py`), and BatchNorm's
+statistics are estimated anew on training images.
 
 DepGraph's code also weighs the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
 """
@@ -43,8 +43,8 @@ from tersor.core.target import Target
 from tersor.graph.calibration import first_images
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, copied, remove
-from tersor.graph.constants import all_normalised, fold, lost_by_readers
 from tersor.graph.importance import FunctionPath, Importance, importances
+from tersor.graph.takeover import fitted, take_over
 from tersor.graph.widths import Order, Scope, left, ordered, removable
 from tersor.measure import costs
 
@@ -84,7 +84,9 @@ class ChannelPruning:
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always stays")] = 0.1
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels stay")] = ()
     importance_images: Annotated[int, Field(ge=1, description="images for `importance: taylor`")] = 256
-    estimation_images: Annotated[int, Field(ge=1, description="images for BatchNorm's statistics")] = 1024
+    estimation_images: Annotated[
+        int, Field(ge=1, description="images for what channels gave, and BatchNorm's statistics")
+    ] = 1024
     seed: Annotated[int, Field(ge=0, description="of `importance: random`")] = 0
 
     def attach(
@@ -226,7 +228,9 @@ def _unmet(kind: str, keep: float, found: float) -> InputError:
 
 
 class ChannelPruningAttachment(Attachment):
-    """A network that has lost channels; `begin` makes up for what they gave on average."""
+    """A network that has lost channels; `begin` lets those that stay make up for them."""
+
+    holds_shapes = True
 
     def __init__(
         self,
@@ -245,12 +249,11 @@ class ChannelPruningAttachment(Attachment):
         self.images = images
 
     def begin(self) -> Iterator[Progress]:
-        """Passes over the images: what the channels gave, where no BatchNorm takes it; then mean and variance of every
-        BatchNorm, averaged over the batches.
+        """Passes over the images: what the channels gave; then mean and variance of every BatchNorm, averaged over the
+        batches.
         """
         assert self.before is not None, "begun once"
-        if not all_normalised(self.before, self.cuts):
-            fold(self.graph, (yield from lost_by_readers(self.before, self.cuts, self.data, self.images)))
+        take_over(self.graph, (yield from fitted(self.before, self.cuts, self.data, self.images)))
         self.before = None
         yield from self._estimate()
 

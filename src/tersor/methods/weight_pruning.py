@@ -15,15 +15,17 @@ an importance takes `weight` (C_out, C_in, ...), `name` and `layer`, as far as i
 schedule takes the progress from 0 to 1 and gives the fraction of the way.
 
 What is masked gets no gradient and does not move, by momentum or weight decay neither, and it stays masked: the masks
-are nested. Zhu and Gupta let a masked weight come back only by way of a gradient that their graph does not pass on
-either; `dpf` lets it come back. With N:M, of any M weights along the input channels N stay (NVIDIA's sparse tensor
-cores take 2:4); where M does not divide them a layer is left whole, as in NVIDIA's ASP. A masked filter's BatchNorm
-still sends its constant on. Masks leave the shapes, so dense runtimes are not faster: `channel_pruning` removes for
-real.
+are nested. Where masks of an earlier stage lie across what this one masks as a whole (other units, N:M, layers that
+were sparser), more is masked than was asked. Zhu and Gupta let a masked weight come back only by way of a gradient that
+their graph does not pass on either; `dpf` lets it come back. With N:M, of any M weights along the input channels N
+stay (NVIDIA's sparse tensor cores take 2:4); where M does not divide them a layer is left whole, as in NVIDIA's ASP. A
+masked filter's BatchNorm still sends its constant on. Masks leave the shapes, so dense runtimes are not faster:
+`channel_pruning` removes for real.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar
 
@@ -157,9 +159,10 @@ class WeightPruning:
         of_pattern = pattern(self.granularity)
         if of_pattern is not None and self.scope == "global":
             raise InputError(f"with {self.granularity} all layers are as sparse. Leave out scope: global.")
-        if of_pattern is not None and self.sparsity is not None and self.sparsity != 1 - of_pattern[0] / of_pattern[1]:
+        follows = self.wanted if of_pattern is None else 1 - of_pattern[0] / of_pattern[1]
+        if not math.isclose(self.wanted, follows):
             raise InputError(
-                f"granularity {self.granularity} masks {1 - of_pattern[0] / of_pattern[1]:g} of the weights, and "
+                f"granularity {self.granularity} masks {follows:g} of the weights, and "
                 f"sparsity {self.sparsity:g} is asked. Leave out sparsity: it follows from N:M."
             )
         if self.floor and self.scope == "layer":
@@ -202,7 +205,7 @@ class WeightPruningAttachment(MaskedAttachment):
         self.steps = steps
         self.ramp = max(1, round(method.end * steps))
         self.start = self.sparsity
-        if self.start > method.wanted:
+        if self.start > method.wanted and pattern(method.granularity) is None:
             raise InputError(
                 f"the network is {self.start:.4f} sparse already, more than the {method.wanted:g} that is asked. "
                 "Masks only grow: write a higher sparsity."
@@ -242,7 +245,8 @@ class WeightPruningAttachment(MaskedAttachment):
         else:
             shapes = {name: dense_of(layer).shape for name, layer in self.masked.items()}
             found = masks(scores, shapes, sparsity, self.method.scope, self.method.floor)
-        self.set_masks(found, done, number)
+        nested = {name: mask & mask_of(self.masked[name]).mask for name, mask in found.items()}
+        self.set_masks(nested, done, number)
 
     def _scores(self) -> dict[str, Tensor]:
         """Layer -> (units,); what is masked already goes first."""

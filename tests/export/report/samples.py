@@ -63,7 +63,7 @@ def numbers_of(**changes):
                                 "after": [[[0.1, 0.6], [0.3, 0.3]]] * 6}},
             {"name": "draw", "methods": [{"psgd": {"bits": 4}}], "steps": 10, "minutes": 0.2, "drawn": drawn_of()},
             {"name": "mask", "methods": [{"weight_pruning": {"sparsity": 0.8}}], "steps": 40, "minutes": 0.4,
-             "masks": {"steps": [10, 20, 30], "sparsity": [0.5, 0.7, 0.8], "changed": [0.5, 0.25, 0.125]},
+             "masks": [{"steps": [10, 20, 30], "sparsity": [0.5, 0.7, 0.8], "changed": [0.5, 0.25, 0.125]}],
              "validated_at": [20, 40], "validation_by_epoch": [60.0, 80.0]},
             {"name": "quantize", "methods": ["ptq"], "steps": 0, "minutes": 0.1},
         ],

@@ -101,7 +101,7 @@ def moved(numbers: Numbers) -> Markup:
     told = [stage for stage in numbers["stages"] if stage["steps"] and (_masked(stage) or _accuracies(stage))]
     if not told:
         return Markup("")
-    changed = [value for stage in told for _, value in _masked(stage).get("changed", ())]
+    changed = [value for stage in told for masked in _masked(stage) for _, value in masked["changed"]]
     accuracies = [value for stage in told for _, value in _accuracies(stage)]
     most, edges = max(changed, default=0.0), (min(accuracies, default=0.0), max(accuracies, default=0.0))
     of_masks = (
@@ -125,12 +125,13 @@ def moved(numbers: Numbers) -> Markup:
 Points = Sequence[tuple[int, float]]
 
 
-def _masked(stage: Mapping[str, Any]) -> dict[str, Points]:
-    """Sparsity and what changed, over the steps at which masks were made anew; empty where none were."""
-    told = stage.get("masks") or {}
-    if not told.get("steps"):
-        return {}
-    return {kind: list(zip(told["steps"], told[kind], strict=True)) for kind in ("sparsity", "changed")}
+def _masked(stage: Mapping[str, Any]) -> list[dict[str, Points]]:
+    """Of each method that made masks anew: sparsity and what changed, over the steps at which it did."""
+    return [
+        {kind: list(zip(told["steps"], told[kind], strict=True)) for kind in ("sparsity", "changed")}
+        for told in stage.get("masks", ())
+        if told["steps"]
+    ]
 
 
 def _accuracies(stage: Mapping[str, Any]) -> Points:
@@ -139,7 +140,7 @@ def _accuracies(stage: Mapping[str, Any]) -> Points:
 
 def _stage(stage: Mapping[str, Any], most: float, edges: tuple[float, float]) -> Markup:
     rows: list[Markup] = []
-    for kind, points in _masked(stage).items():
+    for kind, points in [pair for masked in _masked(stage) for pair in masked.items()]:
         last = _percents(points[-1][1])
         high = 1.0 if kind == "sparsity" else most
         rows += _row(kind, line(points, stage["steps"], (0.0, high), kind, f"{kind}: {last} at last"), last)
