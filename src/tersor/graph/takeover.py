@@ -153,16 +153,15 @@ def _some(positions: int, drawn: torch.Generator) -> Tensor:
 def _fit(layer: nn.Module, seen: _Moments, gone_in: list[int], gone_out: list[int]) -> Fit:
     assert isinstance(layer.weight, Tensor)
     assert seen.sum is not None
-    rows = torch.ones(len(layer.weight), dtype=torch.bool, device=layer.weight.device)
+    rows = torch.ones(len(layer.weight), dtype=torch.bool)
     rows[gone_out] = False
-    stays = torch.ones(layer.weight.shape[1], dtype=torch.bool, device=layer.weight.device)
+    stays = torch.ones(layer.weight.shape[1], dtype=torch.bool)
     stays[gone_in] = False
-    each = layer.weight[0, 0].numel()
-    kept = stays.repeat_interleave(each)
-    weight, mean = layer.weight[rows].flatten(1).double(), (seen.sum / seen.count).double()
+    kept = stays.repeat_interleave(layer.weight[0, 0].numel())
+    weight, mean = layer.weight.cpu()[rows].flatten(1).double(), seen.sum.cpu().double() / seen.count
     found = weight[:, kept]
     if seen.products is not None and seen.count >= 2 * int(kept.sum()):
-        covariance = seen.products.double() / seen.count - mean[:, None] * mean
+        covariance = seen.products.cpu().double() / seen.count - mean[:, None] * mean
         inner = covariance[kept][:, kept]
         inner.diagonal().add_(_RIDGE * inner.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
         found = found + weight[:, ~kept] @ torch.linalg.solve(inner, covariance[kept][:, ~kept]).T
