@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tersor.core.errors import InputError
@@ -89,6 +89,7 @@ VALUES = st.one_of(st.integers(-2, 2).map(float), st.floats(-3, 3, width=32), st
     st.floats(0, 0.6),
     st.booleans(),
 )
+@example(values=[[0.0, 0.0], [-math.inf, 0.0]], sparsity=0.5, floor=0.5625, filters=False)  # masked before: goes first
 def test_a_global_threshold_slowly(values, sparsity, floor, filters):
     """Of any finite scores and what was masked before, with units of one weight or of several."""
     sizes = [3 * (place + 1) if filters else 1 for place in range(len(values))]

@@ -7,6 +7,7 @@ move it, so it is put back after every step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,15 +26,12 @@ from tersor.core.processes import as_in_the_first
 from tersor.core.schedule import interpolate
 from tersor.core.selection import Layer
 
-_ROUNDED = 1e-9
-"""By so much sums of fractions such as 0.1 and 0.9 are off."""
-
 
 def check_floor(floor: float, sparsity: float) -> None:
     """Raises:
     InputError: the floor leaves too little to mask.
     """
-    if floor + sparsity > 1 + _ROUNDED:
+    if floor > 1 - sparsity and not math.isclose(floor, 1 - sparsity):
         raise InputError(
             f"with a floor of {floor:g} at most {1 - floor:g} can be masked, and {sparsity:g} is asked. Write a "
             "lower floor or sparsity."
@@ -123,11 +121,7 @@ class MaskedAttachment(KeptMasks):
     """Masks laid on layers, which a method moves.
 
     Args:
-        model: the network.
-        layers: by name; each has a mask (`lay_masks`).
-        remaskings: about how often the masks will be set.
-        terms: losses that the method adds.
-        notes: for the user.
+        remaskings: about how often the masks will be set; all else is that of `KeptMasks`.
     """
 
     def __init__(

@@ -159,10 +159,9 @@ class WeightPruning:
         of_pattern = pattern(self.granularity)
         if of_pattern is not None and self.scope == "global":
             raise InputError(f"with {self.granularity} all layers are as sparse. Leave out scope: global.")
-        follows = self.wanted if of_pattern is None else 1 - of_pattern[0] / of_pattern[1]
-        if not math.isclose(self.wanted, follows):
+        if of_pattern is not None and not math.isclose(self.wanted, 1 - of_pattern[0] / of_pattern[1]):
             raise InputError(
-                f"granularity {self.granularity} masks {follows:g} of the weights, and "
+                f"granularity {self.granularity} masks {1 - of_pattern[0] / of_pattern[1]:g} of the weights, and "
                 f"sparsity {self.sparsity:g} is asked. Leave out sparsity: it follows from N:M."
             )
         if self.floor and self.scope == "layer":
