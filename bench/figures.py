@@ -31,6 +31,8 @@ SWINGING = {"iterative": "kept", "dpf": "dpf", "dcil": "dcil"}
 BITS = (8, 4, 2)
 BATCH = 32
 """Images at once in what accuracy is drawn over."""
+RATE = 0.02
+"""The learning rate of the recipe that bench/pruning_structured.py trains with."""
 COLOURS = ("#0067a5", "#b44a00", "#00785a", "#8a5a93", "#c47f00", "#5d6268", "#a03060")
 RUNGS = {
     "min-max": "min-max",
@@ -183,16 +185,17 @@ def over_sparsity(axes: Any, told: Sequence[rows.Row]) -> None:
 
 
 def over_latency(axes: Any, told: Sequence[rows.Row]) -> None:
-    """Accuracy over milliseconds at one batch size, one mark for each row and runtime; not of what began from scratch,
-    which is far below.
+    """Accuracy over milliseconds at one batch size, one mark for each row of the recipe's learning rate and runtime;
+    milliseconds are of the machine that timed last. Not of what began from scratch, which is far below.
     """
+    timed = of_kind("pruning_structured", "milliseconds")
     milliseconds = {
         (row["artifact"], row["times"], row["runtime"]): row["milliseconds"]
-        for row in of_kind("pruning_structured", "milliseconds")
-        if row["batch"] == BATCH
+        for row in timed
+        if row["batch"] == BATCH and row["machine"] == timed[-1]["machine"]
     }
     runtimes = dict(zip(dict.fromkeys(runtime for _, _, runtime in milliseconds), "os^", strict=False))
-    equal = [row for row in told if "minutes" in row["budget"] and row["contender"] != "from scratch"]
+    equal = [row for row in told if row.get("learning_rate") == RATE and "minutes" in row["budget"]]
     for contender, colour in zip(dict.fromkeys(row["contender"] for row in equal), COLOURS, strict=False):
         axes.plot([], [], "-", color=colour, lw=4, label=contender)
         for row in equal:
