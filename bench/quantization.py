@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import math
 import statistics
 import tempfile
 import time
@@ -72,6 +74,17 @@ LADDER: dict[str, Callable[[int, int], Method]] = {
     "brecq": lambda bits, activation_bits: BRECQ(bits=bits, activation_bits=activation_bits),
     "qdrop": lambda bits, activation_bits: BRECQ(bits=bits, activation_bits=activation_bits, drop=0.5),
 }
+
+RUNGS = (
+    "min-max",
+    "mse, of activations",
+    "mse, of activations + equalisation, bias correction",
+    "ptq",
+    "adaround",
+    "brecq",
+    "qdrop",
+)
+"""From the bottom of the ladder to its top; what else is in it stands beside."""
 
 TRAINING: dict[str, dict[str, Any]] = {
     **{
@@ -222,6 +235,24 @@ def _of(kind: str) -> Iterator[rows.Row]:
     return (row for row in rows.read(RESULT) if row["kind"] == kind)
 
 
+def _steps() -> Table:
+    """What each rung has gained on the one before, draw by draw of calibration images."""
+    heads = (f"W{bits}A{activation_bits}" for bits, activation_bits in WIDTHS)
+    table = Table("rung", *heads, title="Gained on the rung before: mean and its standard error over the same draws")
+    reached = {
+        (row["rung"], row["bits"], row["activation_bits"], row["seed"]): row["accuracy"] for row in _of("ladder")
+    }
+    for before, rung in itertools.pairwise(RUNGS):
+        cells: list[str] = []
+        for width in WIDTHS:
+            known = [seed for seed in SEEDS if {(before, *width, seed), (rung, *width, seed)} <= reached.keys()]
+            gained = [reached[rung, *width, seed] - reached[before, *width, seed] for seed in known]
+            error = statistics.stdev(gained) / math.sqrt(len(gained)) if len(gained) > 1 else math.nan
+            cells.append(f"{statistics.mean(gained):+.2f} +- {error:.2f}" if gained else "")
+        table.add_row(rung, *cells)
+    return table
+
+
 def show() -> None:
     """Prints the rows."""
     widths = (*WIDTHS, TRAINED_WIDTH)
@@ -236,6 +267,7 @@ def show() -> None:
             )
         table.add_row(rung, *cells)
     Console(width=160).print(table)
+    Console(width=160).print(_steps())
     table = Table("training", "accuracy", "minutes", "on", title=f"{EPOCHS} epochs")
     for row in _of("trained"):
         where = row["machine"]["gpu"] or row["machine"]["cpu"]
