@@ -61,7 +61,7 @@ def prune(
     round_to: int = 8,
     runtime: Runtime = "onnxruntime",
 ) -> nn.Module:
-    """Removes channels from a copy of `model` and estimates its BatchNorm statistics anew.
+    """Removes channels from a copy of `model`, and fits what reads them and its BatchNorm statistics to that.
 
     Args:
         model: a trained network; it stays as it is.

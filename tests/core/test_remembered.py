@@ -68,7 +68,7 @@ def test_a_student_learns_the_same_from_what_was_kept(tmp_path):
     asked, often, _ = walked("false", tmp_path / "asked")
     kept, once, whole = walked("true", tmp_path / "kept")
     assert once == often - 2 * 64, "once, not in each of three epochs"
-    assert kept == pytest.approx(asked, rel=1e-3)
+    assert kept == pytest.approx(asked, rel=5e-3)  # other batch sizes, added in another order
 
     walk, checkpoints = prepared("true", tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):

@@ -342,8 +342,9 @@ def learned():
 def test_export(name, tmp_path, learned):
     """The ONNX file gives 99 % of torch's answers."""
     kept(name, "export")
-    # six steps in bfloat16 leave another network on every kind of processor, on some a single answer
-    walk, model = trained(made(name, "example"), learned, precision="float32")
+    # six large steps, or steps in bfloat16, leave another network on every kind of processor, on some a single answer
+    gently = {"optimizer": {"learning_rate": 0.005}, "precision": "float32"}
+    walk, model = trained(made(name, "example"), learned, **gently)
     with torch.no_grad():  # BatchNorm's statistics are those of the network before six steps have cut it
         for batch in walk.batches(load(name="digits").train, 32, shuffle=True):
             model.train()(batch.images)

@@ -7,6 +7,8 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.core.method import chain
+from tersor.graph.capture import capture
+from tersor.graph.statistics import moments_of_batches
 from tersor.measure import costs
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
@@ -131,11 +133,8 @@ def test_what_a_dead_channel_gave_stays():
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
-    model.train()(IMAGES)
-    model[1].momentum = None
-    model[1].reset_running_stats()
-    model(IMAGES)  # the statistics of these images, which are estimated anew
-    model.eval()
+    model[1].running_mean.uniform_(-1, 1)  # statistics of images that nobody has
+    model[1].running_var.uniform_(0.5, 2)
     with torch.no_grad():
         model[1].weight[::2], model[1].bias[::2] = 0, 0.8
     expected = model(IMAGES)
@@ -146,18 +145,45 @@ def test_what_a_dead_channel_gave_stays():
     assert torch.allclose(result.model(IMAGES), expected, atol=1e-5)
 
 
-def test_statistics_are_those_of_the_network_that_is_left(model):
-    result = attached(model, keep_macs=0.6)
-    for _ in result.begin():
-        pass
-    norm = result.model.get_submodule("layer1.0.bn1")
+def test_batchnorm_gives_what_it_gave_by_mean_and_spread(model):
+    model.train()
+    for _ in range(200):
+        model(IMAGES)
+    model.eval()
+
+    def given(network):
+        seen = []
+        hook = network.get_submodule("layer1.0.bn2").register_forward_hook(lambda _, _given, out: seen.append(out))
+        network(IMAGES)
+        hook.remove()
+        values = seen[0].movedim(1, 0).flatten(1)
+        return torch.cat([values.mean(1), values.std(1)])
+
+    expected = given(model)
+    result = attached(model, keep_channels=0.5, exclude=STREAM)
+    assert (given(result.model) - expected).abs().max() > 0.2
+    list(result.begin())
+    assert (given(result.model) - expected).abs().max() < 0.01
+
+
+def test_looking_at_what_reaches_batchnorm_leaves_it_as_it_was(model):
+    model(IMAGES)
+    before = copy.deepcopy(model.state_dict())
+    looking = moments_of_batches(capture(model), [IMAGES], 8)
+    while True:
+        try:
+            next(looking)
+        except StopIteration as end:
+            found = end.value
+            break
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     inputs = []
-    hook = norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    reference = copy.deepcopy(result.model)
-    result.model.train()(IMAGES)
-    hook.remove()
-    assert torch.allclose(reference.get_submodule("layer1.0.bn1").running_mean, inputs[0].mean((0, 2, 3)), atol=1e-5)
-    assert norm.momentum == 0.1
+    model.bn1.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    model(IMAGES)
+    assert torch.allclose(found["bn1"].mean, inputs[0].mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(found["bn1"].spread, inputs[0].transpose(0, 1).flatten(1).std(1), atol=1e-5)
+    assert model.bn1.momentum == 0.1
+    assert not model.bn1.training
 
 
 def test_keeping_all_changes_nothing(model):

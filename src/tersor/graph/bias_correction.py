@@ -15,7 +15,6 @@ can take over the standard deviations too: its running variance is set so that w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,10 +26,10 @@ from tersor.core.freezing import Norm
 from tersor.core.selection import Layer
 from tersor.graph.capture import layer_of, sole_user
 from tersor.graph.placement import quantizable
+from tersor.graph.statistics import Moments, fit, in_unit_of
 
 _POSITIONS = 2**20
 """Pixels in the one batch: about 1,000 images of 32 x 32, or 20 of 224 x 224."""
-_NOTHING = 1e-6
 
 
 def batch_of(images: Iterable[Tensor]) -> Tensor:
@@ -50,21 +49,14 @@ def batch_of(images: Iterable[Tensor]) -> Tensor:
     return torch.cat(taken)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Of each channel, (C,): mean and standard deviation; behind a BatchNorm in its own unit, less its running mean."""
-
-    mean: Tensor
-    spread: Tensor
-
-
 @torch.no_grad()
 def moments(graph: fx.GraphModule, images: Tensor) -> dict[str, Moments]:
     """Layer -> the moments of what it gives for `images` (N, C, H, W)."""
     norms, found = _correctable(graph), dict[str, Moments]()
 
     def look(layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> None:
-        found[name] = _in_unit_of(_moments(output, layer, norms[name]), norms[name])
+        norm, given = norms[name], _moments(output, layer, norms[name])
+        found[name] = given if norm is None else in_unit_of(given, norm)
 
     _run(graph, images, list(norms), look)
     return found
@@ -88,7 +80,7 @@ def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Moments], *
         norm, wanted = norms[name], before[name]
         found = _moments(output, layer, norm)
         if norm is not None:
-            _fit(norm, found, wanted, spreads=spreads)
+            fit(norm, found, wanted, spreads=spreads)
             return None
         assert isinstance(layer, Layer)
         assert layer.bias is not None
@@ -97,30 +89,6 @@ def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Moments], *
         return output - (added.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else added)
 
     _run(graph, images, list(norms), shift)
-
-
-def _fit(norm: Norm, found: Moments, wanted: Moments, *, spreads: bool) -> None:
-    """Sets running statistics so that what comes has the moments that were wanted, in their unit."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    unit = _unit(norm)
-    if spreads:
-        alive = (wanted.spread > _NOTHING) & (found.spread > _NOTHING * unit)
-        unit = torch.where(alive, found.spread / wanted.spread.clamp(min=_NOTHING), unit)
-        norm.running_var.copy_((unit.square() - norm.eps).clamp(min=0))
-    norm.running_mean.copy_(found.mean - wanted.mean * unit)
-
-
-def _unit(norm: Norm) -> Tensor:
-    assert norm.running_var is not None
-    return (norm.running_var + norm.eps).sqrt()
-
-
-def _in_unit_of(found: Moments, norm: Norm | None) -> Moments:
-    if norm is None:
-        return found
-    assert norm.running_mean is not None
-    return Moments((found.mean - norm.running_mean) / _unit(norm), found.spread / _unit(norm))
 
 
 def _run(graph: fx.GraphModule, images: Tensor, names: list[str], hook: Callable[..., Any]) -> None:

@@ -15,7 +15,8 @@ mean alone. Convolutions by groups stay as they are.
 
 DCIL's released checkpoints show the need of b: of 492 dead filters 346 send on a constant that is not zero. A ResNet-56
 on CIFAR-10 JPEG, half of its MACs gone by magnitude, on the test images without any training: 75.8 % with new
-statistics of BatchNorm, 81.3 % with this before. Trained on, it was not seen to gain by it.
+statistics of BatchNorm, 81.3 % with this before, 83.4 % where statistics are moved, not taken anew (`statistics.py`).
+Trained on, it was not seen to gain by it.
 """
 
 from __future__ import annotations

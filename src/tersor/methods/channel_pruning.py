@@ -17,7 +17,7 @@ small as asked. No group falls below `floor`.
 here: copies of it are cut to a few fractions of its MACs, and timed in turns with it (`core/stopwatch.py`).
 
 What the removed channels gave is given by those that stay, by least squares (`graph/takeover.py`), and BatchNorm's
-statistics are estimated anew on training images.
+statistics are moved so that it gives what it gave, by mean and spread on training images (`graph/statistics.py`).
 
 DepGraph's code also weighs the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
 """
@@ -32,7 +32,6 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
@@ -40,10 +39,10 @@ from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import images_of
 from tersor.core.stopwatch import Stopwatch
 from tersor.core.target import Target
-from tersor.graph.calibration import first_images
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, copied, remove
 from tersor.graph.importance import FunctionPath, Importance, importances
+from tersor.graph.statistics import Moments, fit, in_unit_of, moments_of_batches, with_statistics
 from tersor.graph.takeover import fitted, take_over
 from tersor.graph.widths import Order, Scope, left, ordered, removable
 from tersor.measure import costs
@@ -249,36 +248,22 @@ class ChannelPruningAttachment(Attachment):
         self.images = images
 
     def begin(self) -> Iterator[Progress]:
-        """Passes over the images: what the channels gave; then mean and variance of every BatchNorm, averaged over the
-        batches.
-        """
-        assert self.before is not None, "begun once"
-        take_over(self.graph, (yield from fitted(self.before, self.cuts, self.data, self.images)))
+        """Passes over the images: what the channels gave; then what reached every BatchNorm, with them and without."""
+        before, graph = self.before, self.graph
+        assert before is not None, "begun once"
+        graph.eval()
+        gone = {cut.layer: cut.channels for cut in self.cuts if cut.axis == "out"}
+        seen = yield from moments_of_batches(before, self.data, self.images)
+        norms = with_statistics(before)
+        wanted = {name: _staying(in_unit_of(seen[name], norm), gone.get(name, ())) for name, norm in norms.items()}
+        take_over(graph, (yield from fitted(before, self.cuts, self.data, self.images)))
         self.before = None
-        yield from self._estimate()
+        found = yield from moments_of_batches(graph, self.data, self.images)
+        for name, norm in with_statistics(graph).items():
+            fit(norm, found[name], wanted[name], spreads=True)
 
-    def _estimate(self) -> Iterator[Progress]:
-        norms = [
-            module for module in self.model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
-        ]
-        if not norms:
-            return
-        momenta = [norm.momentum for norm in norms]
-        self.model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the average of all batches
-            norm.train()
-        done = 0
-        for images in first_images(self.data, self.images, next(self.model.parameters()).device):
-            if len(images) < 2:
-                break
-            with torch.no_grad():
-                self.model(images)
-            done += len(images)
-            yield Progress("BatchNorm statistics", done, self.images)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
-        if not done:
-            raise InputError("BatchNorm's statistics need batches of at least two images. Pass data=... with such.")
+
+def _staying(moments: Moments, gone: Sequence[int]) -> Moments:
+    stays = torch.ones_like(moments.mean, dtype=torch.bool)
+    stays[list(gone)] = False
+    return Moments(moments.mean[stays], moments.spread[stays])
