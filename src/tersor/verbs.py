@@ -61,7 +61,7 @@ def prune(
     round_to: int = 8,
     runtime: Runtime = "onnxruntime",
 ) -> nn.Module:
-    """Removes channels from a copy of `model`, and fits what reads them and its BatchNorm statistics to that.
+    """Removes channels from a copy of `model`; layers that read them and BatchNorm's statistics are fitted to it.
 
     Args:
         model: a trained network; it stays as it is.

@@ -3,8 +3,8 @@
     y = gamma (x - mu) / u + beta,   u = sqrt(var + eps)
     u' = u s' / s,   mu' = m' - (m - mu) u' / u          m, s: mean and standard deviation before; m', s': now
 
-Both are taken on the same images, so that what sets these apart from those of the training (no augmentation, few of
-them) cancels. With mu' = m', u' = s' it would stay, and be added.
+Both are taken on the same images (of data that comes in the same order again), so that what sets these apart from those
+of the training (no augmentation, few of them) cancels. With mu' = m', u' = s' it would stay, and be added.
 """
 
 from __future__ import annotations
