@@ -238,17 +238,18 @@ def _of(kind: str) -> Iterator[rows.Row]:
 def _steps() -> Table:
     """What each rung has gained on the one before, draw by draw of calibration images."""
     heads = (f"W{bits}A{activation_bits}" for bits, activation_bits in WIDTHS)
-    table = Table("rung", *heads, title="Gained on the rung before: mean and its standard error over the same draws")
+    table = Table("rung", *heads, title="Gained on the rung before: mean, its standard error, and how many draws")
     reached = {
         (row["rung"], row["bits"], row["activation_bits"], row["seed"]): row["accuracy"] for row in _of("ladder")
     }
     for before, rung in itertools.pairwise(RUNGS):
         cells: list[str] = []
         for width in WIDTHS:
-            known = [seed for seed in SEEDS if {(before, *width, seed), (rung, *width, seed)} <= reached.keys()]
+            own = [seed for (which, *bits, seed) in reached if (which, tuple(bits)) == (rung, width)]
+            known = [seed for seed in own if (before, *width, seed) in reached]
             gained = [reached[rung, *width, seed] - reached[before, *width, seed] for seed in known]
             error = statistics.stdev(gained) / math.sqrt(len(gained)) if len(gained) > 1 else math.nan
-            cells.append(f"{statistics.mean(gained):+.2f} +- {error:.2f}" if gained else "")
+            cells.append(f"{statistics.mean(gained):+.2f} +- {error:.2f}, {len(gained)}" if gained else "")
         table.add_row(rung, *cells)
     return table
 
@@ -261,7 +262,8 @@ def show() -> None:
         cells: list[str] = []
         for width in widths:
             mine = [row for row in _of("ladder") if (row["bits"], row["activation_bits"]) == width]
-            reached = [row["accuracy"] for row in mine if row["rung"] == rung]
+            # of draws that every rung has
+            reached = [row["accuracy"] for row in mine if row["rung"] == rung and row["seed"] in SEEDS]
             cells.append(
                 f"{statistics.mean(reached):.2f} ({min(reached):.2f} to {max(reached):.2f})" if reached else ""
             )
@@ -302,7 +304,7 @@ def main() -> None:
         with rows.alone():
             if "packed" in parts:
                 packed()
-            for seed in SEEDS[: chosen.draws] if "ladder" in parts else ():
+            for seed in range(chosen.draws) if "ladder" in parts else ():
                 for bits, activation_bits in WIDTHS:
                     for rung in (*LADDER, *PEERS):
                         ladder(rung, bits, activation_bits, seed)
