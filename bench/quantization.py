@@ -242,11 +242,11 @@ def _steps() -> Table:
     reached = {
         (row["rung"], row["bits"], row["activation_bits"], row["seed"]): row["accuracy"] for row in _of("ladder")
     }
+    drawn = sorted({row["seed"] for row in _of("ladder")})
     for before, rung in itertools.pairwise(RUNGS):
         cells: list[str] = []
         for width in WIDTHS:
-            own = [seed for (which, *bits, seed) in reached if (which, tuple(bits)) == (rung, width)]
-            known = [seed for seed in own if (before, *width, seed) in reached]
+            known = [seed for seed in drawn if {(before, *width, seed), (rung, *width, seed)} <= reached.keys()]
             gained = [reached[rung, *width, seed] - reached[before, *width, seed] for seed in known]
             error = statistics.stdev(gained) / math.sqrt(len(gained)) if len(gained) > 1 else math.nan
             cells.append(f"{statistics.mean(gained):+.2f} +- {error:.2f}, {len(gained)}" if gained else "")
