@@ -10,7 +10,7 @@ from torch import nn
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, coupled_channels, remove
-from tersor.graph.widths import left, ordered, removable
+from tersor.graph.widths import left, ordered, prices, removable
 from tersor.measure import costs
 from tersor.zoo import build
 
@@ -37,6 +37,28 @@ def test_layers_take_turns():
 def test_the_least_important_go_first_anywhere():
     order = order_of([2, 3], [[9.0, 8.0], [1.0, 4.0, 2.0]], scope="global")
     assert order.blocks == [(1, 1), (1, 2), (0, 1)]
+
+
+def test_importances_are_compared_for_each_unit_of_the_price():
+    scores = [[3.0, 4.0, 9.0], [1.0, 2.0, 9.0]]
+    order = order_of([3, 3], scores, scope="global", prices=[10.0, 1.0])
+    assert order.blocks == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    free = order_of([3, 3], scores, scope="global", prices=[0.0, 1.0])
+    assert free.blocks == [(1, 1), (1, 2), (0, 1), (0, 2)], "what costs nothing saves nothing"
+
+
+@pytest.mark.parametrize("kind", ["macs", "parameters", "channels"])
+def test_a_price_is_what_the_network_costs_less(kind):
+    graph = capture(build("resnet20", 10).eval())
+    groups, _ = removable(graph, IMAGES, (), "channel_pruning")
+    found = prices(kind, graph, groups, {layer.name: layer.macs for layer in costs(graph, IMAGES).layers})
+    before = costs(graph, IMAGES)
+    for number in (0, len(groups) - 1):
+        cut = copy.deepcopy(graph)
+        remove(cut, groups[number].cuts([0]))
+        after = costs(cut, IMAGES)
+        saved = {"macs": before.macs - after.macs, "parameters": before.parameters - after.parameters, "channels": 1}
+        assert found[number] == pytest.approx(saved[kind], rel=0.2 if number else 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_the_channels_that_go_are_the_smallest(model):
     assert torch.equal(pruned.get_submodule("layer1.0.conv1").weight, kept)
 
 
-@pytest.mark.parametrize("importance", ["magnitude_l1", "taylor", "batchnorm", "fpgm", "random"])
+@pytest.mark.parametrize("importance", ["magnitude_l1", "taylor", "batchnorm", "fpgm", "obs", "random"])
 def test_every_importance_meets_the_target(model, importance):
     data = [(IMAGES, torch.arange(8))]
     before = costs(model, IMAGES[:1]).macs

@@ -10,13 +10,15 @@ behind a flatten).
                    geometric median, whose work the others can do                    He et al., CVPR 2019
     taylor         sum over the layers of |w * g|, g the loss's gradient at w        Molchanov et al., CVPR 2019
     batchnorm      mean over the group's BatchNorms of |gamma_c|                     Liu et al., ICCV 2017
+    obs            what the answers lose without it, the layers that read it fitted: see `graph/surgeon.py`
     random         uniform in [0, 1)
 
 The first three are 1 on average in every layer, so that among all groups those channels go that are small beside the
 others of their own layers. `taylor` is in units of the loss and `batchnorm` in those of an activation of variance 1:
-they are compared among groups as they are. Molchanov et al. square the sum over a filter, for every batch; here the
-absolute values are summed, since products of either sign would hide each other. torch-pruning's FPGM takes distances
-between squared weights, the paper and this file between weights.
+they are compared among groups as they are. `obs` is in squared logits, and compared for each unit that is saved of the
+cost that is asked for. Molchanov et al. square the sum over a filter, for every batch; here the absolute values are
+summed, since products of either sign would hide each other. torch-pruning's FPGM takes distances between squared
+weights, the paper and this file between weights.
 """
 
 from __future__ import annotations
@@ -36,10 +38,14 @@ from tersor.core.evaluating import evaluating
 from tersor.core.function_path import call_with, import_function, is_function_path
 from tersor.core.objective import images_of, labels_of
 from tersor.graph.channels import Group
+from tersor.graph.surgeon import losses
 
-Importance = Literal["magnitude", "magnitude_l1", "taylor", "batchnorm", "fpgm", "random"]
+Importance = Literal["magnitude", "magnitude_l1", "taylor", "batchnorm", "fpgm", "obs", "random"]
 FunctionPath = Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")]
 """`package.module:function`, which is called as `importances` says."""
+
+FOR_THE_COST: tuple[Importance, ...] = ("obs",)
+"""Those of which groups are compared by what is lost for each unit of the cost that is saved."""
 
 _READS = ("in", "1")
 
@@ -187,7 +193,7 @@ def importances(
         graph: a captured network without masks and grids.
         groups: of its channels.
         data: batches of images, with labels for `taylor`.
-        images: that `taylor` follows the loss of.
+        images: that `taylor` and `obs` look at.
         seed: of `random`.
 
     Raises:
@@ -201,6 +207,8 @@ def importances(
         return [torch.rand(len(group.slices), generator=draw) for group, draw in zip(groups, draws, strict=True)]
     if kind == "batchnorm":
         return [_of_norms(graph, group) for group in groups]
+    if kind == "obs":
+        return losses(graph, groups, data, images)
     if kind == "taylor":
         follows = gradients(graph, data, images)
         return [_of_the_loss(graph, group, follows) for group in groups]

@@ -27,7 +27,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tersor.core.attachment import Progress
@@ -36,12 +35,7 @@ from tersor.core.evaluating import evaluating
 from tersor.graph.calibration import first_images
 from tersor.graph.capture import layer_of, sole_user
 from tersor.graph.channels import Cut
-
-_POSITIONS = 16
-_MOST = 4608
-"""Numbers that a position of a layer may read: 512 channels, 3 by 3."""
-
-_RIDGE = 1e-3
+from tersor.graph.readings import ReadMoments, read, reads_whole, with_ridge
 
 
 @dataclass(frozen=True)
@@ -55,24 +49,6 @@ class Fit:
 
     weight: Tensor
     bias: Tensor
-
-
-class _Moments:
-    """Sums over positions of what a layer reads, (numbers,), and of its products, (numbers, numbers)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sum: Tensor | None = None
-        self.products: Tensor | None = None
-
-    def add(self, seen: Tensor) -> None:
-        """Takes in (positions, numbers)."""
-        self.count += len(seen)
-        self.sum = seen.sum(0) if self.sum is None else self.sum + seen.sum(0)
-        if seen.shape[1] <= _MOST:
-            if self.products is None:
-                self.products = seen.new_zeros(seen.shape[1], seen.shape[1])
-            self.products.addmm_(seen.T, seen)
 
 
 def fitted(
@@ -90,11 +66,11 @@ def fitted(
         InputError: there is no image.
     """
     gone = {(cut.layer, cut.axis): list(cut.channels) for cut in cuts}
-    moments = {layer: _Moments() for layer, axis in gone if axis == "in" and _reads_whole(graph, layer)}
+    moments = {layer: ReadMoments() for layer, axis in gone if axis == "in" and reads_whole(graph, layer)}
     drawn = torch.Generator().manual_seed(0)
 
     def look(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        moments[name].add(_read(layer, given[0], drawn).float())
+        moments[name].add(read(layer, given[0], drawn).float())
 
     hooks = [graph.get_submodule(name).register_forward_pre_hook(partial(look, name)) for name in moments]
     try:
@@ -120,51 +96,18 @@ def _run(graph: fx.GraphModule, data: Iterable[Any], images: int) -> Generator[P
         raise InputError("what channels send on is seen on images; none were given. Pass data=...")
 
 
-def _reads_whole(graph: fx.GraphModule, name: str) -> bool:
-    layer = graph.get_submodule(name)
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-
-
-def _read(layer: nn.Module, given: Tensor, drawn: torch.Generator) -> Tensor:
-    """(positions, numbers): what `layer` reads of `given` at a few of its positions, in the order of its weight."""
-    if not isinstance(layer, nn.Conv2d):
-        tokens = given.reshape(len(given), -1, given.shape[-1])
-        return tokens[:, _some(tokens.shape[1], drawn).to(given.device)].flatten(0, 1)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(given, layer._reversed_padding_repeated_twice, mode)  # pyright: ignore[reportPrivateUsage]
-    reach = [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
-    height, width = (
-        (size - far - 1) // stride + 1 for size, far, stride in zip(padded.shape[2:], reach, layer.stride, strict=True)
-    )
-    places = _some(height * width, drawn).to(given.device)
-    starts = places // width * layer.stride[0], places % width * layer.stride[1]
-    rows, columns = (
-        start[:, None] + step * torch.arange(size, device=given.device)
-        for start, step, size in zip(starts, layer.dilation, layer.kernel_size, strict=True)
-    )
-    return padded[:, :, rows[:, :, None], columns[:, None, :]].movedim(2, 1).flatten(0, 1).flatten(1)
-
-
-def _some(positions: int, drawn: torch.Generator) -> Tensor:
-    """All positions, or a few where there are many."""
-    return torch.randperm(positions, generator=drawn)[:_POSITIONS]
-
-
 @torch.no_grad()
-def _fit(layer: nn.Module, seen: _Moments, gone_in: list[int], gone_out: list[int]) -> Fit:
+def _fit(layer: nn.Module, seen: ReadMoments, gone_in: list[int], gone_out: list[int]) -> Fit:
     assert isinstance(layer.weight, Tensor)
-    assert seen.sum is not None
     rows = torch.ones(len(layer.weight), dtype=torch.bool)
     rows[gone_out] = False
     stays = torch.ones(layer.weight.shape[1], dtype=torch.bool)
     stays[gone_in] = False
     kept = stays.repeat_interleave(layer.weight[0, 0].numel())
-    weight, mean = layer.weight.cpu()[rows].flatten(1).double(), seen.sum.cpu().double() / seen.count
-    found = weight[:, kept]
-    if seen.products is not None and seen.count >= 2 * int(kept.sum()):
-        covariance = seen.products.cpu().double() / seen.count - mean[:, None] * mean
-        inner = covariance[kept][:, kept]
-        inner.diagonal().add_(_RIDGE * inner.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
+    weight, mean = layer.weight.cpu()[rows].flatten(1).double(), seen.mean
+    found, covariance = weight[:, kept], seen.covariance(int(kept.sum()))
+    if covariance is not None:
+        inner = with_ridge(covariance[kept][:, kept])
         found = found + weight[:, ~kept] @ torch.linalg.solve(inner, covariance[kept][:, ~kept]).T
     shape = int(rows.sum()), int(stays.sum()), *layer.weight.shape[2:]
     return Fit(found.reshape(shape).to(layer.weight), (weight @ mean - found @ mean[kept]).to(layer.weight))

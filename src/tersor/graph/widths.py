@@ -100,7 +100,13 @@ def _writer(cut: Cut) -> str:
 
 
 def ordered(
-    groups: Sequence[Group], importances: Sequence[Tensor], *, scope: Scope, round_to: int, floor: float
+    groups: Sequence[Group],
+    importances: Sequence[Tensor],
+    *,
+    scope: Scope,
+    round_to: int,
+    floor: float,
+    prices: Sequence[float] | None = None,
 ) -> Order:
     """The order in which channels go.
 
@@ -111,7 +117,10 @@ def ordered(
             lowest mean importance, among all groups.
         round_to: places of the layer that produces them, of which a multiple stays.
         floor: fraction of a group that always stays.
+        prices: of every group what a channel costs: importances are compared for each unit of it; as they are if None.
     """
+    if prices is not None:
+        importances = [each / max(price, 1e-9) for each, price in zip(importances, prices, strict=True)]
     blocks = sorted(
         (priority, number, end)
         for number, (group, scores) in enumerate(zip(groups, importances, strict=True))
@@ -142,18 +151,32 @@ def left(kind: str, graph: fx.GraphModule, order: Order, macs: Mapping[str, int]
         order: of what goes.
         macs: of the network, by layer.
     """
+    saved, total = _savings(kind, graph, order.groups, macs)
+    return _walked(order, total, lambda number, gone: sum(saved(number, channel) for channel in gone))
+
+
+def prices(kind: str, graph: fx.GraphModule, groups: Sequence[Group], macs: Mapping[str, int]) -> list[float]:
+    """What a channel of each group costs, the first of the groups before it gone; arguments as of `left`."""
+    saved, _ = _savings(kind, graph, groups, macs)
+    return [saved(number, 0) for number in range(len(groups))]
+
+
+def _savings(
+    kind: str, graph: fx.GraphModule, groups: Sequence[Group], macs: Mapping[str, int]
+) -> tuple[Callable[[int, int], float], float]:
+    """What a channel of a group saves, behind all that was asked for before; and the cost of the network."""
     if kind == "channels":
-        return _walked(order, sum(len(group.slices) for group in order.groups), lambda _number, gone: len(gone))
+        return lambda _number, _channel: 1.0, sum(len(group.slices) for group in groups)
     layers = {
         name: _Layer(module, macs.get(name, 0) if kind == "macs" else None) for name, module in graph.named_modules()
     }
+    taken = [[_taken(layers, cuts) for cuts in group.slices] for group in groups]
+
+    def saved(number: int, channel: int) -> float:
+        return sum(layer.saved_by(axis, places) for layer, axis, places in taken[number][channel])
+
     total = sum(macs.values()) if kind == "macs" else sum(parameter.numel() for parameter in graph.parameters())
-    taken = [[_taken(layers, cuts) for cuts in group.slices] for group in order.groups]
-
-    def saved(number: int, gone: Sequence[int]) -> float:
-        return sum(layer.saved_by(axis, places) for channel in gone for layer, axis, places in taken[number][channel])
-
-    return _walked(order, total, saved)
+    return saved, total
 
 
 def _taken(layers: Mapping[str, _Layer], cuts: Sequence[Cut]) -> list[tuple[_Layer, str, int]]:

@@ -10,8 +10,8 @@ This is `magnitude`; `graph/importance.py` has the formulas and papers of the ot
 Channels go in blocks, so that a multiple of `round_to` stays: runtimes compute ragged widths slowly (a ResNet-18 with
 47 % of its channels gone took 17.6 ms in ONNX Runtime unrounded, 6.7 ms with 50 % gone and rounded to 8;
 bench/pruning_rounding.py measures 1, 4, 8 and 16). One after the other the block goes that is next: of the group that
-has lost the smallest fraction (scope `layer`), or of lowest importance (`global`), until the network is at least as
-small as asked. No group falls below `floor`.
+has lost the smallest fraction (scope `layer`), or of lowest importance (`global`; `obs` by what it saves), until the
+network is at least as small as asked. No group falls below `floor`.
 
 `keep_latency` is a fraction of the latency, at batch size 1 in the target's runtime, that the network had when it came
 here: copies of it are cut to a few fractions of its MACs, and timed in turns with it (`core/stopwatch.py`).
@@ -41,11 +41,11 @@ from tersor.core.stopwatch import Stopwatch
 from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, copied, remove
-from tersor.graph.importance import FunctionPath, Importance, importances
+from tersor.graph.importance import FOR_THE_COST, FunctionPath, Importance, importances
 from tersor.graph.statistics import Moments, fit, in_unit_of, moments_of_batches, with_statistics
 from tersor.graph.takeover import fitted, take_over
-from tersor.graph.widths import Order, Scope, left, ordered, removable
-from tersor.measure import costs
+from tersor.graph.widths import Order, Scope, left, ordered, prices, removable
+from tersor.measure import Costs, costs
 
 _PROBES = 7
 _CLOSE = 0.02
@@ -82,7 +82,7 @@ class ChannelPruning:
     round_to: Annotated[int, Field(ge=1, description="channels that stay are a multiple of it")] = 8
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always stays")] = 0.1
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels stay")] = ()
-    importance_images: Annotated[int, Field(ge=1, description="images for `importance: taylor`")] = 256
+    importance_images: Annotated[int, Field(ge=1, description="images for `importance: taylor` and `obs`")] = 256
     estimation_images: Annotated[
         int, Field(ge=1, description="images for what channels gave, and BatchNorm's statistics")
     ] = 1024
@@ -117,7 +117,7 @@ class ChannelPruning:
         if keep == 1:
             return Attachment(graph)
         groups, whole = removable(graph, example, self.exclude, "channel_pruning")
-        order = self._order(graph, groups, whole, data)
+        order = self._order(kind, graph, groups, whole, example, data)
         if stopwatch is not None and kind == "latency":
             watched = stopwatch.against(graph, example, target or Target())
             blocks, notes = _fast_enough(graph, order, example, watched, keep)
@@ -142,7 +142,15 @@ class ChannelPruning:
             raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(given)}. Write one.")
         return next(iter(given.items()), ("macs", 0.5))
 
-    def _order(self, graph: fx.GraphModule, groups: list[Group], whole: dict[str, str], data: Iterable[Any]) -> Order:
+    def _order(
+        self,
+        kind: str,
+        graph: fx.GraphModule,
+        groups: list[Group],
+        whole: dict[str, str],
+        example: Tensor,
+        data: Iterable[Any],
+    ) -> Order:
         """In which order channels go; groups of which the importance says nothing are added to `whole`."""
         scores = importances(self.importance, graph, groups, data=data, images=self.importance_images, seed=self.seed)
         told = [(group, each) for group, each in zip(groups, scores, strict=True) if each is not None]
@@ -155,7 +163,11 @@ class ChannelPruning:
             raise InputError(
                 f"importance: {self.importance} says nothing of any channel of this network. Write another."
             )
-        return ordered(*zip(*told, strict=True), scope=self.scope, round_to=self.round_to, floor=self.floor)
+        chosen, found = zip(*told, strict=True)
+        each = None
+        if self.importance in FOR_THE_COST:
+            each = prices("macs" if kind == "latency" else kind, graph, chosen, _macs(costs(graph, example)))
+        return ordered(chosen, found, scope=self.scope, round_to=self.round_to, floor=self.floor, prices=each)
 
 
 def _small_enough(
@@ -167,7 +179,7 @@ def _small_enough(
     is off, the network without the blocks is asked.
     """
     spent = costs(graph, example)
-    stays = left(kind, graph, order, {layer.name: layer.macs for layer in spent.layers})
+    stays = left(kind, graph, order, _macs(spent))
 
     def really(blocks: int) -> float:
         if kind == "channels":
@@ -192,7 +204,7 @@ def _fast_enough(
 
     Bisection on the fraction of the MACs that stays, in which a latency is more even than in blocks.
     """
-    stays = left("macs", graph, order, {layer.name: layer.macs for layer in costs(graph, example).layers})
+    stays = left("macs", graph, order, _macs(costs(graph, example)))
     slow, fast, found = 0, len(order.blocks), 0.0
     for _ in range(_PROBES):
         middle = (stays[slow] + stays[fast]) / 2
@@ -211,6 +223,10 @@ def _fast_enough(
     if found > keep:
         raise _unmet("latency", keep, found)
     return fast, [f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[fast]:.3f} of the MACs"]
+
+
+def _macs(spent: Costs) -> dict[str, int]:
+    return {layer.name: layer.macs for layer in spent.layers}
 
 
 def _without(graph: fx.GraphModule, order: Order, blocks: int) -> fx.GraphModule:

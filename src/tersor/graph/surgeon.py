@@ -1,0 +1,167 @@
+"""What the answers lose when channels go, and the layers that read them are fitted to what stays: `importance: obs`.
+
+Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS 1992, in whole channels
+and factored by layer as in Wang et al., "EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", ICML
+2019 (their Kron-OBS):
+
+    I_c = 1/2 sum over the layers that read c of tr(W_c inv(H_cc) W_c^T G)     W: (C_out, C_in * kernel), W_c: of c
+    W  <-  W - W_c inv(H_cc) H_c,   H  <-  H - H_c^T inv(H_cc) H_c             H = inv(S + r I)
+    S = covariance of what a position reads                                    (C_in * kernel, C_in * kernel)
+    G = E over images of sum over positions of g g^T                           (C_out, C_out)
+    g = gradient of sum_k s_k (z_k - mean z) at the position's output, z: logits, s: random signs
+
+The paper has the Fisher matrix of the labels' loss in place of G. Here G is the Gauss-Newton matrix of squared logits:
+a network that is sure of its training images has hardly a gradient there. One channel after the other goes, the one of
+which least is lost; the next are told what is lost without it (the largest so far, so that the scores are in that
+order). Of a wide group a 64th goes at once. Where the positions are too few to tell what a layer reads apart (fewer
+than twice the numbers), S is taken to be diagonal. A layer that reads groups of channels is passed over.
+
+Of a ResNet-56 on CIFAR-10 JPEG 99 prunings of one layer by an eighth to seven eighths were measured, by KL divergence
+from the original on 1,024 training images: the logarithms of I and of what was measured correlate by 0.96, with a slope
+of 1.07. All inner layers pruned, half of the MACs gone, the divergence is 0.36 by magnitude, the same fraction
+everywhere; 0.34 with these channels; 0.23 where the widths are chosen by I for each MAC that goes, too (scope
+`global`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersor.core.errors import InputError
+from tersor.core.evaluating import evaluating
+from tersor.graph.calibration import first_images
+from tersor.graph.channels import Group
+from tersor.graph.readings import ReadMoments, read, reads_whole, with_ridge
+
+_AT_ONCE = 64
+"""Into so many steps the removal of a whole group is divided, or more."""
+
+
+@dataclass
+class _Seen:
+    """Of a layer: what its positions read, and sums of g g^T over images and positions, (C_out, C_out)."""
+
+    read: ReadMoments = field(default_factory=ReadMoments)
+    gradients: Tensor | None = None
+
+    def add(self, gradient: Tensor, *, convolved: bool) -> None:
+        """Takes in (N, C, H, W), or (N, ..., C)."""
+        each = (gradient.movedim(1, -1) if convolved else gradient).flatten(0, -2).float()
+        products = each.T @ each
+        self.gradients = products if self.gradients is None else self.gradients + products
+
+
+def losses(graph: fx.GraphModule, groups: Sequence[Group], data: Iterable[Any], images: int) -> list[Tensor | None]:
+    """Of every group what the answers lose by each of its channels, (channels,); None where no layer tells.
+
+    Args:
+        graph: a captured network without masks and grids; it comes back as it was.
+        groups: of its channels.
+        data: batches of images (N, C, H, W).
+        images: how many of them are looked at.
+
+    Raises:
+        InputError: there is no image.
+    """
+    columns = [_columns(graph, group) for group in groups]
+    seen, count = _look(graph, {name for each in columns for name in each}, data, images)
+    found: list[Tensor | None] = []
+    for group, places in zip(groups, columns, strict=True):
+        readers = [_Reader(graph.get_submodule(name), seen[name], count, each) for name, each in places.items()]
+        found.append(_lost(readers, len(group.slices)) if readers else None)
+    return found
+
+
+def _columns(graph: fx.GraphModule, group: Group) -> dict[str, Tensor]:
+    """Layer that reads the group -> columns of its weight for every channel, (channels, columns)."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for unit in group.slices:
+        for cut in unit:
+            if cut.axis == "in" and reads_whole(graph, cut.layer):
+                found.setdefault(cut.layer, []).append(cut.channels)
+    made: dict[str, Tensor] = {}
+    for name, places in found.items():
+        weight = graph.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        kernel = weight[0, 0].numel()
+        made[name] = (torch.tensor(places)[..., None] * kernel + torch.arange(kernel)).flatten(1)
+    return made
+
+
+def _look(graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: int) -> tuple[dict[str, _Seen], int]:
+    """Layer -> what was seen of it, and on how many images."""
+    seen, count = {name: _Seen() for name in layers}, 0
+    drawn, signs = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+
+    def watch(name: str, layer: nn.Module, given: tuple[Tensor, ...], gives: Tensor) -> None:
+        seen[name].read.add(read(layer, given[0].detach(), drawn).float())
+        gives.register_hook(partial(seen[name].add, convolved=isinstance(layer, nn.Conv2d)))
+
+    hooks = [graph.get_submodule(name).register_forward_hook(partial(watch, name)) for name in sorted(layers)]
+    try:
+        with evaluating(graph), torch.enable_grad():
+            for some in first_images(data, images, next(graph.parameters()).device):
+                given = some.detach().requires_grad_()
+                logits = graph(given).flatten(1)
+                sign = torch.randint(0, 2, logits.shape, generator=signs).to(logits) * 2 - 1
+                torch.autograd.grad(((logits - logits.mean(1, keepdim=True)) * sign).sum(), given)
+                count += len(some)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not count:
+        raise InputError("importance: obs needs images; none were given. Pass data=...")
+    return seen, count
+
+
+class _Reader:
+    """A layer that reads a group, while channels of the group go."""
+
+    def __init__(self, layer: nn.Module, seen: _Seen, images: int, columns: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        assert seen.gradients is not None
+        self.columns = columns
+        self.weight = layer.weight.detach().cpu().flatten(1).double()
+        self.gauss_newton = seen.gradients.cpu().double() / images
+        covariance = seen.read.covariance(self.weight.shape[1])
+        self.inverse = None if covariance is None else torch.linalg.inv(with_ridge(covariance))
+        self.variance = seen.read.variance
+
+    def lost(self, channels: Tensor) -> Tensor:
+        """By each of these channels, (channels,)."""
+        columns = self.columns[channels]
+        weighed = self.gauss_newton @ self.weight
+        if self.inverse is None:
+            return ((self.weight * weighed).sum(0) * self.variance)[columns].sum(1) / 2
+        inner = torch.linalg.inv(self.inverse[columns[:, :, None], columns[:, None, :]])
+        products = torch.einsum("dck,dcl->ckl", self.weight[:, columns], weighed[:, columns])
+        return (inner * products).sum((1, 2)) / 2
+
+    def remove(self, channels: Tensor) -> None:
+        """What stays is fitted."""
+        gone = self.columns[channels].flatten()
+        if self.inverse is not None:
+            hands_on = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
+            self.weight -= self.weight[:, gone] @ hands_on
+            self.inverse -= self.inverse[:, gone] @ hands_on
+        self.weight[:, gone] = 0
+
+
+def _lost(readers: Sequence[_Reader], channels: int) -> Tensor:
+    """By every channel, behind all of which less is lost, (channels,)."""
+    found, stays = torch.zeros(channels), torch.arange(channels)
+    at_once = max(1, channels // _AT_ONCE)
+    while len(stays):
+        lost = torch.stack([reader.lost(stays) for reader in readers]).sum(0)
+        lowest = lost.argsort(stable=True)[:at_once]
+        found[stays[lowest]] = lost[lowest].float().clamp(min=float(found.max()))
+        for reader in readers:
+            reader.remove(stays[lowest])
+        stays = stays[torch.isin(torch.arange(len(stays)), lowest, invert=True)]
+    return found

@@ -1,0 +1,140 @@
+"""What the answers lose without a channel: against what they really lose, on networks where the formula is exact."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.graph.capture import capture
+from tersor.graph.channels import coupled_channels, merged, remove
+from tersor.graph.surgeon import losses
+from tersor.graph.takeover import fitted, take_over
+
+IMAGES = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+DATA = IMAGES.split(16)
+"""What is looked at is all of them."""
+
+
+def net(width=6):
+    """The logits are what reads the channels, so that they are linear in it."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
+    return nn.Sequential(*layers).eval()
+
+
+def lost(model, data=DATA, images=64):
+    """The group of the first layer, and what is lost by its channels."""
+    graph = capture(copy.deepcopy(model))
+    (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
+    (found,) = losses(graph, [group], data, images)
+    return group, found
+
+
+@torch.no_grad()
+def measured(model, group, channels):
+    """Half of the mean squared change of the centred logits, the layer behind fitted."""
+    graph = capture(copy.deepcopy(model))
+    cuts, before = merged(group.cuts(channels)), graph(IMAGES)
+    steps = fitted(graph, cuts, DATA, len(IMAGES))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            fits = end.value
+            break
+    remove(graph, cuts)
+    take_over(graph, fits)
+    change = graph(IMAGES) - before
+    return float((change - change.mean(1, keepdim=True)).square().sum(1).mean()) / 2
+
+
+@pytest.fixture
+def even_signs(monkeypatch):
+    """Random signs whose mean product is the identity to the digit: images ask for one logit each, in turns."""
+
+    def drawn(_low, _high, shape, generator):
+        asked = nn.functional.one_hot(torch.arange(shape[0]) % shape[1], shape[1]) * shape[1] ** 0.5
+        return (asked + 1) / 2  # from 0 and 1 signs are made
+
+    monkeypatch.setattr(torch, "randint", drawn)
+
+
+@pytest.mark.usefixtures("even_signs")
+def test_what_is_lost_is_what_is_measured_for_the_first_and_behind_it():
+    model = net()
+    group, found = lost(model)
+    order = found.argsort().tolist()
+    alone = [measured(model, group, [channel]) for channel in range(6)]
+    assert order[0] == min(range(6), key=alone.__getitem__)
+    for gone in range(1, 5):
+        together = float(found[order[:gone]].sum())
+        assert together == pytest.approx(measured(model, group, order[:gone]), rel=0.05)
+
+
+def test_a_channel_that_another_can_stand_in_for_costs_nothing_and_then_that_one_costs():
+    model = net()
+    for tensor in (model[0].weight, model[0].bias):
+        tensor.data[4] = 2 * tensor.data[1]
+    _, found = lost(model)
+    assert sorted(found.argsort().tolist().index(channel) for channel in (1, 4))[0] == 0
+    assert float(found[[1, 4]].min()) < 0.02 * float(found[[1, 4]].max())
+
+
+def test_what_too_few_positions_cannot_tell_apart_counts_as_apart():
+    """Neither twin stands in for the other then."""
+    model = net()
+    for tensor in (model[0].weight, model[0].bias):
+        tensor.data[4] = tensor.data[1]
+    model[-1].weight.data[:, 4] = model[-1].weight.data[:, 1]
+    _, found = lost(model, [IMAGES[:4]], 4)
+    assert float(found[1]) == pytest.approx(float(found[4]), rel=1e-4)
+    assert float(found[1]) > 0
+
+
+def test_all_layers_that_read_a_channel_are_asked():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.left, self.right = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Conv2d(6, 4, 3)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return (self.left(x).relu() + self.right(x).relu()).mean((2, 3))
+
+    torch.manual_seed(0)
+    graph = capture(Forked().eval())
+    (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]
+    graph.left.weight.data[:, :3] = 0
+    graph.right.weight.data[:, 2:] = 0
+    (found,) = losses(graph, [group], DATA, len(IMAGES))
+    assert int(found.argmin()) == 2, "which neither reads"
+    assert float(found[2]) == 0
+    assert float(found[[0, 1, 3, 4, 5]].min()) > 0
+
+
+def test_where_no_layer_reads_whole_nothing_is_said():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    graph = capture(model.eval())
+    groups = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
+    assert losses(graph, groups, DATA, 64) == [None] * len(groups)
+
+
+def test_the_network_comes_back_as_it_was():
+    model = net().train()
+    model.requires_grad_(requires_grad=False)
+    graph = capture(model)
+    (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
+    before = {name: tensor.clone() for name, tensor in graph.state_dict().items()}
+    (found,) = losses(graph, [group], DATA, 32)
+    assert float(found.sum()) > 0, "frozen weights lose no less"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in graph.state_dict().items())
+    assert graph.training
+    assert all(parameter.grad is None for parameter in graph.parameters())
+    assert not any(module._forward_hooks for module in graph.modules())
+
+
+def test_no_images():
+    with pytest.raises(InputError, match="needs images"):
+        lost(net(), [])
