@@ -117,12 +117,14 @@ class Contender:
         begun: times fewer MACs, seed and steps -> what is trained.
         taught: whether by the ResNet-56.
         learning_rate: the highest; None is the recipe's.
+        removal: whether tersor removes, by the importance and in the scope that the recipe says and the rows name.
     """
 
     name: str
     begun: Callable[[float, int, int], Attachment]
     taught: bool
     learning_rate: float | None = None
+    removal: bool = False
 
     def training(self) -> Training:
         """As the recipe's stage."""
@@ -132,13 +134,27 @@ class Contender:
         optimizer = stage.optimizer.model_copy(update={"learning_rate": self.learning_rate})
         return stage.model_copy(update={"optimizer": optimizer})
 
+    def told(self) -> dict[str, str]:
+        """What identifies its rows beside the name."""
+        removal = methods(2.0)[0]
+        assert isinstance(removal, ChannelPruning)
+        return {"removal": f"{removal.importance}, {removal.scope}"} if self.removal else {}
+
 
 CONTENDERS = {
     each.name: each
     for each in (
-        Contender(OURS, lambda times, seed, steps: attached(methods(times), SUBJECT.network(), seed, steps), True),
         Contender(
-            "tersor", lambda times, seed, steps: attached(methods(times)[:1], SUBJECT.network(), seed, steps), False
+            OURS,
+            lambda times, seed, steps: attached(methods(times), SUBJECT.network(), seed, steps),
+            True,
+            removal=True,
+        ),
+        Contender(
+            "tersor",
+            lambda times, seed, steps: attached(methods(times)[:1], SUBJECT.network(), seed, steps),
+            False,
+            removal=True,
         ),
         Contender(
             "torch-pruning",
@@ -153,7 +169,11 @@ CONTENDERS = {
             True,
         ),
         Contender(
-            "from scratch", lambda times, seed, _steps: Attachment(from_scratch(times, seed)), False, learning_rate=0.1
+            "from scratch",
+            lambda times, seed, _steps: Attachment(from_scratch(times, seed)),
+            False,
+            learning_rate=0.1,
+            removal=True,
         ),
         Contender("resnet20, distilled", lambda _times, seed, steps: compress.distilled_resnet20(seed, steps), True),
     )
@@ -190,7 +210,8 @@ def made(contender: Contender, times: float, seed: int, steps: int) -> Path:
     """A folder with the float network as ONNX and what was seen while training; made if it is not there."""
     name = contender.name.replace(", ", "-").replace(" ", "-")
     rate = contender.training().optimizer.learning_rate
-    path = folder().parent / "pruning_structured" / f"{name}-{times}-{seed}-{steps}-{rate}"
+    removal = "".join(f"-{each.replace(', ', '-')}" for each in contender.told().values())
+    path = folder().parent / "pruning_structured" / f"{name}-{times}-{seed}-{steps}-{rate}{removal}"
     if path.exists():
         return path
     path.parent.mkdir(exist_ok=True)
@@ -219,7 +240,7 @@ def report_accuracy(contender: Contender, times: float, seed: int, steps: int, b
     path = made(contender, times, seed, steps)
     identity = {"kind": "accuracy", "contender": contender.name, "times": times, "budget": budget, "seed": seed}
     identity |= {"steps": steps, "learning_rate": contender.training().optimizer.learning_rate}
-    identity["torch_pruning"] = tables.version("torch-pruning")
+    identity |= {"torch_pruning": tables.version("torch-pruning"), **contender.told()}
     if not rows.known(RESULT, identity):
         seen = json.loads((path / "seen.json").read_text())
         lost = accuracy_of_the_original() - seen["accuracy"]
