@@ -4,10 +4,10 @@ Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal Brain 
 and factored by layer as in Wang et al., "EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", ICML
 2019 (their Kron-OBS):
 
-    I_c = 1/2 sum over the layers that read c of tr(W_c inv(H_cc) W_c^T G)     W: (C_out, C_in * kernel), W_c: of c
-    W  <-  W - W_c inv(H_cc) H_c,   H  <-  H - H_c^T inv(H_cc) H_c             H = inv(S + r I)
-    S = covariance of what a position reads                                    (C_in * kernel, C_in * kernel)
-    G = E over images of sum over positions of g g^T                           (C_out, C_out)
+    I_c = 1/2 sum over the layers that read c of tr(inv(H_cc) W_c^T G W_c)    W: (C_out, C_in * kernel), W_c: of c
+    W  <-  W - W_c X,   H  <-  H - H_c^T X,   X = inv(H_cc) H_c               H = inv(S + r I)
+    S = covariance of what a position reads                                   (C_in * kernel, C_in * kernel)
+    G = E over images of sum over positions of g g^T                          (C_out, C_out)
     g = gradient of sum_k s_k (z_k - mean z) at the position's output, z: logits, s: random signs
 
 The paper has the Fisher matrix of the labels' loss in place of G. Here G is the Gauss-Newton matrix of squared logits:
@@ -121,36 +121,38 @@ def _look(graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: 
 
 
 class _Reader:
-    """A layer that reads a group, while channels of the group go."""
+    """A layer that reads a group, while channels of the group go: H and P = W^T G W, or what each loses alone."""
 
     def __init__(self, layer: nn.Module, seen: _Seen, images: int, columns: Tensor) -> None:
         assert isinstance(layer.weight, Tensor)
         assert seen.gradients is not None
         self.columns = columns
-        self.weight = layer.weight.detach().cpu().flatten(1).double()
-        self.gauss_newton = seen.gradients.cpu().double() / images
-        covariance = seen.read.covariance(self.weight.shape[1])
-        self.inverse = None if covariance is None else torch.linalg.inv(with_ridge(covariance))
-        self.variance = seen.read.variance
+        weight = layer.weight.detach().cpu().flatten(1).double()
+        weighed = seen.gradients.cpu().double() / images @ weight
+        covariance = seen.read.covariance(weight.shape[1])
+        self.apart = covariance is None
+        if covariance is None:
+            self.alone = ((weight * weighed).sum(0) * seen.read.variance)[columns].sum(1) / 2
+        else:
+            self.inverse, self.products = torch.linalg.inv(with_ridge(covariance)), weight.T @ weighed
 
     def lost(self, channels: Tensor) -> Tensor:
         """By each of these channels, (channels,)."""
+        if self.apart:
+            return self.alone[channels]
         columns = self.columns[channels]
-        weighed = self.gauss_newton @ self.weight
-        if self.inverse is None:
-            return ((self.weight * weighed).sum(0) * self.variance)[columns].sum(1) / 2
-        inner = torch.linalg.inv(self.inverse[columns[:, :, None], columns[:, None, :]])
-        products = torch.einsum("dck,dcl->ckl", self.weight[:, columns], weighed[:, columns])
-        return (inner * products).sum((1, 2)) / 2
+        inner = columns[:, :, None], columns[:, None, :]
+        return (torch.linalg.inv(self.inverse[inner]) * self.products[inner]).sum((1, 2)) / 2
 
     def remove(self, channels: Tensor) -> None:
-        """What stays is fitted."""
+        """What stays is fitted: W <- W - W_c X, X = inv(H_cc) H_c."""
+        if self.apart:
+            return
         gone = self.columns[channels].flatten()
-        if self.inverse is not None:
-            hands_on = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
-            self.weight -= self.weight[:, gone] @ hands_on
-            self.inverse -= self.inverse[:, gone] @ hands_on
-        self.weight[:, gone] = 0
+        fit = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
+        self.inverse -= self.inverse[:, gone] @ fit
+        half = self.products[gone] - self.products[gone][:, gone] @ fit / 2
+        self.products -= fit.T @ half + half.T @ fit
 
 
 def _lost(readers: Sequence[_Reader], channels: int) -> Tensor:
