@@ -6,12 +6,13 @@ contender counts only where it has as many times fewer MACs as asked, to 2 %; th
 accuracy is that of float32 on all 10,000 test images after the last step, and never the best one on the way. Latency is
 that of the float network in both runtimes, interleaved in one run; below 1 tersor is faster. Rows of a learning rate of
 0.005 were made when it had been chosen on validation images; rows that name none are of the recipe's, and of tersor
-before it fitted the filters behind what it removes.
+before it fitted the filters behind what it removes; rows that name no removal are by magnitude, the same fraction of
+every layer.
 
 What was trained lies in a folder beside the images, named by its steps. So the steps that a machine can take in the
 minutes may be taken on a faster one, and the folder be brought back: the row says where it was trained.
 
-    tersor, taught            half of the MACs by magnitude, the network as it came in teaches (the recipe's methods)
+    tersor, taught            half of the MACs by what is lost for each, the network as it came in teaches (the recipe)
     tersor                    the same on the labels alone
     torch-pruning             its MagnitudePruner, kept to the inner channels by hand, on the labels
     torch-pruning, taught     the same under tersor's teacher
@@ -254,6 +255,7 @@ def report_latency(folders: dict[str, Path], times: float, batch: int, seconds: 
     """Milliseconds of each, and tersor's against each, in one interleaved run for each runtime."""
     for runtime in RUNTIMES:
         what = {"times": times, "runtime": runtime, "batch": batch, "versions": tables.versions()}
+        what |= CONTENDERS[OURS].told()
         others = [name for name in (*folders, f"{OURS}, again", "original") if name != OURS]
         identities = {name: {"kind": "ratio", "pair": f"{OURS} / {name}", **what} for name in others}
         if all(rows.known(RESULT, identity) for identity in identities.values()):
@@ -294,22 +296,24 @@ def show() -> None:
     """Prints the rows of this machine."""
     here = rows.machine()
     found = [row for row in rows.read(RESULT) if row["machine"] == here]
-    heads = ("contender", "asked", "fewer MACs", "budget", "seed", "steps", "rate", "on", "accuracy", "lost")
+    heads = ("contender", "removal", "asked", "fewer MACs", "budget", "seed", "steps", "rate", "on", "right", "lost")
     table = Table(*heads, title="ResNet-56 on CIFAR-10 JPEG: 10,000 test images", title_justify="left")
     for row in [row for row in found if row["kind"] == "accuracy"]:
         fewer = f"{row['macs_ratio']:.2f}x" + ("" if row["counts"] else ", does not count")
-        told = (row["contender"], f"{row['times']}x", fewer, row["budget"], str(row["seed"]), str(row["steps"]))
+        asked = (row["contender"], row.get("removal", ""), f"{row['times']}x")
+        told = (*asked, fewer, row["budget"], str(row["seed"]), str(row["steps"]))
         rate = f"{row['learning_rate']:g}" if "learning_rate" in row else ""
         where = row["trained_on"]["gpu"] or row["trained_on"]["cpu"]
         table.add_row(*told, rate, where, f"{row['accuracy']:.2f}", f"{row['lost']:.2f}")
-    console = Console(width=170)
+    console = Console(width=190)
     console.print(table)
     for times in TIMES:
         for kind, key in (("ratio", "pair"), ("milliseconds", "artifact")):
             chosen = [row for row in found if row["kind"] == kind and row["times"] == times]
-            if chosen:
-                title = f"{times} times fewer MACs: {kind}, median (p10 to p90)"
-                console.print(tables.by_batch(title, chosen, kind, key))
+            for removal in dict.fromkeys(row.get("removal", "magnitude, layer") for row in chosen):
+                title = f"{times} times fewer MACs, {removal}: {kind}, median (p10 to p90)"
+                its = [row for row in chosen if row.get("removal", "magnitude, layer") == removal]
+                console.print(tables.by_batch(title, its, kind, key))
 
 
 def main() -> None:

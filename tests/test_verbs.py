@@ -38,6 +38,9 @@ def test_prune_gives_a_smaller_network_and_leaves_the_one_given(model):
 def test_prune_goes_by_labels_and_by_a_latency(model, loader, monkeypatch):
     pruned = tersor.prune(model, loader, importance="taylor")
     assert costs(pruned, IMAGES[:1]).macs <= 0.5 * costs(model, IMAGES[:1]).macs
+    widths = {name: layer.out_channels for name, layer in model.named_modules() if isinstance(layer, torch.nn.Conv2d)}
+    pruned = tersor.prune(model, IMAGES, importance="obs", scope="global")
+    assert len({pruned.get_submodule(name).out_channels / width for name, width in widths.items()}) > 2
     with pytest.raises(InputError, match="no labels"):
         tersor.prune(model, IMAGES, importance="taylor")
 

@@ -58,6 +58,7 @@ def prune(
     keep_macs: float | None = None,
     keep_latency: float | None = None,
     importance: str = "magnitude",
+    scope: str = "layer",
     round_to: int = 8,
     runtime: Runtime = "onnxruntime",
 ) -> nn.Module:
@@ -65,20 +66,19 @@ def prune(
 
     Args:
         model: a trained network; it stays as it is.
-        example: images (N, C, H, W), normalised as for `model`, or batches of them. The statistics are those of up to
-            1,024 of them: give a few hundred, not one.
+        example: images (N, C, H, W), normalised as for `model`, or batches of them: a few hundred, 1,024 at most.
         keep_macs: fraction of the MACs that stays at most; 0.5 if none is given.
         keep_latency: in its place, of the latency as measured here, at batch size 1 in `runtime`; it takes a minute.
         importance: which channels go first; `taylor` needs batches with labels.
+        scope: `layer`, the same fraction everywhere, or `global`, the least important anywhere (best with `obs`).
         round_to: channels that stay are a multiple of it.
         runtime: where latency is measured.
 
     Raises:
         InputError: no channel can be removed, or not as many; an image is not as the network wants it.
     """
-    method = _made(
-        ChannelPruning, keep_macs=keep_macs, keep_latency=keep_latency, importance=importance, round_to=round_to
-    )
+    options = {"keep_macs": keep_macs, "keep_latency": keep_latency, "importance": importance, "scope": scope}
+    method = _made(ChannelPruning, **options, round_to=round_to)
     target, data = _made(Target, runtime=runtime), [example] if isinstance(example, Tensor) else example
     attached = method.attach(_copy(model), data=data, target=target, stopwatch=RuntimeStopwatch())
     list(attached.begin())
