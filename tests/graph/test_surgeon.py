@@ -68,9 +68,9 @@ def test_what_is_lost_is_what_is_measured_for_the_first_and_behind_it():
     order = found.argsort().tolist()
     alone = [measured(model, group, [channel]) for channel in range(6)]
     assert order[0] == min(range(6), key=alone.__getitem__)
-    for gone in range(1, 5):
+    for gone in range(1, 6):
         together = float(found[order[:gone]].sum())
-        assert together == pytest.approx(measured(model, group, order[:gone]), rel=0.05)
+        assert together == pytest.approx(measured(model, group, order[:gone]), rel=0.01), gone
 
 
 def test_a_channel_that_another_can_stand_in_for_costs_nothing_and_then_that_one_costs():
@@ -80,6 +80,19 @@ def test_a_channel_that_another_can_stand_in_for_costs_nothing_and_then_that_one
     _, found = lost(model)
     assert sorted(found.argsort().tolist().index(channel) for channel in (1, 4))[0] == 0
     assert float(found[[1, 4]].min()) < 0.02 * float(found[[1, 4]].max())
+
+
+@pytest.mark.usefixtures("even_signs")
+def test_what_costs_less_behind_another_is_not_taken_before_it():
+    """Two that nearly cancel each other: without the one, hardly anything is left of the other's weight."""
+    model = net()
+    model[0].weight.data[4] = model[0].weight.data[1] + 0.5 * model[0].weight.data[0]
+    model[0].bias.data[4] = model[0].bias.data[1]
+    model[-1].weight.data[:, 4] = -1.001 * model[-1].weight.data[:, 1]
+    group, found = lost(model)
+    order = found.argsort(stable=True).tolist()
+    assert set(order[:2]) == {1, 4}
+    assert float(found[order[0]]) == pytest.approx(measured(model, group, order[:1]), rel=0.1)
 
 
 def test_what_too_few_positions_cannot_tell_apart_counts_as_apart():
@@ -110,7 +123,7 @@ def test_all_layers_that_read_a_channel_are_asked():
     graph.right.weight.data[:, 2:] = 0
     (found,) = losses(graph, [group], DATA, len(IMAGES))
     assert int(found.argmin()) == 2, "which neither reads"
-    assert float(found[2]) == 0
+    assert float(found[2]) < 1e-30
     assert float(found[[0, 1, 3, 4, 5]].min()) > 0
 
 

@@ -162,7 +162,8 @@ def _lost(readers: Sequence[_Reader], channels: int) -> Tensor:
     while len(stays):
         lost = torch.stack([reader.lost(stays) for reader in readers]).sum(0)
         lowest = lost.argsort(stable=True)[:at_once]
-        found[stays[lowest]] = lost[lowest].float().clamp(min=float(found.max()))
+        more = torch.nextafter(found.max(), torch.tensor(torch.inf))
+        found[stays[lowest]] = torch.maximum(lost[lowest].float(), more)
         for reader in readers:
             reader.remove(stays[lowest])
         stays = stays[torch.isin(torch.arange(len(stays)), lowest, invert=True)]
