@@ -148,6 +148,105 @@ def test_the_network_comes_back_as_it_was():
     assert not any(module._forward_hooks for module in graph.modules())
 
 
+@pytest.mark.parametrize("width", [6, 256])
+def test_of_twins_one_is_free(width):
+    """In a group so wide that several go at once, too."""
+    model = net(width)
+    for tensor in (model[0].weight, model[0].bias):
+        tensor.data[4] = tensor.data[1]
+    model[-1].weight.data[:, [1, 4]] = torch.tensor([[3.0, -3, 3, -3]]).T.expand(4, 2)
+    images = torch.randn(1024, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+    _, found = lost(model, images.split(256), 1024)
+    assert float(found[[1, 4]].max()) > 50 * float(found[[1, 4]].min())
+
+
+def test_a_mean_that_is_large_beside_the_spread_changes_nothing():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    model = nn.Sequential(*layers).eval()
+    images = torch.randn(64, 3, 9, 9, generator=torch.Generator().manual_seed(2))
+    _, near = lost(model, images.split(16))
+    model[0].bias.data += 300
+    model[1].bias.data -= 300 * model[1].weight.sum((1, 2, 3)).detach()
+    _, far = lost(model, images.split(16))
+    assert torch.allclose(near, far, rtol=0.02)
+
+
+def test_a_network_of_one_logit_loses_that_one():
+    model = net()
+    model[-1] = nn.Linear(6, 1)
+    _, found = lost(model)
+    assert float(found.min()) > 1e-12
+
+
+class Wrapped(nn.Module):
+    """Around a network: what is given goes through `before`, what it gives through `behind`."""
+
+    def __init__(self, inner, before=lambda x: x, behind=lambda x: x):
+        super().__init__()
+        self.inner, self.before, self.behind = inner, before, behind
+
+    def forward(self, x):
+        return self.behind(self.inner(self.before(x)))
+
+
+def lost_by(model, data=DATA):
+    graph = capture(model.eval())
+    groups, _ = coupled_channels(graph, IMAGES)
+    return losses(graph, groups, data, 64)
+
+
+def test_networks_that_change_what_they_are_given_and_images_made_for_inference():
+    expected = lost_by(Wrapped(net(), before=lambda x: x - 0.5))
+    with torch.inference_mode():
+        data = [images.clone() for images in DATA]
+    found = lost_by(Wrapped(net(), before=lambda x: x.sub_(0.5)), data)
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+    assert torch.equal(data[0], DATA[0])
+
+
+def test_what_the_answers_do_not_hang_on_is_not_asked():
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.first, self.second = net(), nn.Linear(5, 8), nn.Linear(8, 1)
+            self.register_buffer("table", torch.randn(2, 5))
+
+        def forward(self, x):
+            return self.inner(x) + self.second(self.first(self.table).relu()).mean()
+
+    graph = capture(Apart().eval())
+    groups, _ = coupled_channels(graph, IMAGES)
+    found = dict(zip([group.root for group in groups], losses(graph, groups, DATA, 64), strict=True))
+    assert found["first"] is None
+    assert found["inner.0"] is not None
+
+
+def test_attention_whose_last_layer_is_never_called():
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, 1, 4, 64, 128, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)
+    graph = capture(model.eval())
+    images = torch.randn(8, 3, 32, 32)
+    groups, _ = coupled_channels(graph, images)
+    assert any(each is not None and float(each.sum()) > 0 for each in losses(graph, groups, [images], 8))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "told"),
+    [
+        (Wrapped(net(), behind=lambda x: {"logits": x}), DATA, "gives a dict"),
+        (Wrapped(net(), behind=lambda x: x.detach()), DATA, "no image moves"),
+        (net(), [torch.full_like(IMAGES, torch.nan)], "not finite"),
+    ],
+)
+def test_what_cannot_be_asked(model, data, told):
+    with pytest.raises(InputError, match=told):
+        lost_by(model, data)
+
+
 def test_no_images():
     with pytest.raises(InputError, match="needs images"):
         lost(net(), [])

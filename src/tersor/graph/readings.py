@@ -13,10 +13,15 @@ _MOST = 4608
 
 
 class ReadMoments:
-    """Sums over positions of what a layer reads and of its squares, (numbers,), and products, (numbers, numbers)."""
+    """Sums over positions of what a layer reads and of its squares, (numbers,), and products, (numbers, numbers).
+
+    What is summed is the difference from the mean of the first positions: a mean that is large beside the spread would
+    leave nothing of a covariance in single precision.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.about: Tensor | None = None
         self.sum: Tensor | None = None
         self.squares: Tensor | None = None
         self.products: Tensor | None = None
@@ -24,9 +29,10 @@ class ReadMoments:
     def add(self, seen: Tensor) -> None:
         """Takes in (positions, numbers)."""
         numbers = seen.shape[1]
-        if self.sum is None or self.squares is None:
-            self.sum, self.squares = seen.new_zeros(numbers), seen.new_zeros(numbers)
+        if self.about is None or self.sum is None or self.squares is None:
+            self.about, self.sum, self.squares = seen.mean(0), seen.new_zeros(numbers), seen.new_zeros(numbers)
             self.products = seen.new_zeros(numbers, numbers) if numbers <= _MOST else None
+        seen = seen - self.about
         self.count += len(seen)
         self.sum += seen.sum(0)
         self.squares += seen.square().sum(0)
@@ -34,22 +40,32 @@ class ReadMoments:
             self.products.addmm_(seen.T, seen)
 
     @property
+    def enough(self) -> bool:
+        """Whether more positions would tell nothing new: they are enough, or there are too many numbers for any."""
+        return self.products is None or self.count >= 2 * len(self.products)
+
+    @property
     def mean(self) -> Tensor:
         """(numbers,), as double, on the CPU."""
-        assert self.sum is not None
-        return self.sum.cpu().double() / self.count
+        assert self.about is not None
+        return self.about.cpu().double() + self._off
 
     @property
     def variance(self) -> Tensor:
         """(numbers,), as double, on the CPU."""
         assert self.squares is not None
-        return (self.squares.cpu().double() / self.count - self.mean.square()).clamp(min=0)
+        return (self.squares.cpu().double() / self.count - self._off.square()).clamp(min=0)
 
     def covariance(self, numbers: int) -> Tensor | None:
         """(all, all), as double, on the CPU; None where the positions are too few to tell `numbers` apart."""
         if self.products is None or self.count < 2 * numbers:
             return None
-        return self.products.cpu().double() / self.count - self.mean[:, None] * self.mean
+        return self.products.cpu().double() / self.count - self._off[:, None] * self._off
+
+    @property
+    def _off(self) -> Tensor:
+        assert self.sum is not None
+        return self.sum.cpu().double() / self.count
 
 
 def with_ridge(covariance: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ fraction everywhere; 0.32 with these channels; 0.22 where the widths are chosen 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,8 +41,11 @@ from tersor.graph.calibration import first_images
 from tersor.graph.channels import Group
 from tersor.graph.readings import ReadMoments, read, reads_whole, with_ridge
 
-_AT_ONCE = 64
-"""Into so many steps the removal of a whole group is divided, or more."""
+_STEPS = 64
+"""At least as many the removal of a whole group takes."""
+
+_MOST_IMAGES = 1024
+"""That are looked at where a layer's positions are too few on those that were asked for."""
 
 
 @dataclass
@@ -64,17 +69,26 @@ def losses(graph: fx.GraphModule, groups: Sequence[Group], data: Iterable[Any], 
         graph: a captured network without masks and grids; it comes back as it was.
         groups: of its channels.
         data: batches of images (N, C, H, W).
-        images: how many of them are looked at.
+        images: how many of them are looked at, at least.
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image, the network gives no logits, or something is not finite.
     """
     columns = [_columns(graph, group) for group in groups]
     seen, count = _look(graph, {name for each in columns for name in each}, data, images)
     found: list[Tensor | None] = []
     for group, places in zip(groups, columns, strict=True):
-        readers = [_Reader(graph.get_submodule(name), seen[name], count, each) for name, each in places.items()]
+        readers = [
+            _Reader(graph.get_submodule(name), seen[name], count, each)
+            for name, each in places.items()
+            if seen[name].gradients is not None  # or else it was not called, or the answers do not hang on it
+        ]
         found.append(_lost(readers, len(group.slices)) if readers else None)
+    if not all(each is None or each.isfinite().all() for each in found):
+        raise InputError(
+            "importance: obs found losses that are not finite. Give images, and a network, without NaN and infinity, "
+            "or write importance: magnitude."
+        )
     return found
 
 
@@ -105,19 +119,33 @@ def _look(graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: 
 
     hooks = [graph.get_submodule(name).register_forward_hook(partial(watch, name)) for name in sorted(layers)]
     try:
-        with evaluating(graph), torch.enable_grad():
-            for some in first_images(data, images, next(graph.parameters()).device):
-                given = some.detach().requires_grad_()
-                logits = graph(given).flatten(1)
-                sign = torch.randint(0, 2, logits.shape, generator=signs).to(logits) * 2 - 1
-                torch.autograd.grad(((logits - logits.mean(1, keepdim=True)) * sign).sum(), given)
+        with evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
+            for some in first_images(data, max(images, _MOST_IMAGES), next(graph.parameters()).device):
+                given = some.clone().requires_grad_()
+                answers = _centred(graph(given.clone()))  # of its own, where the network changes what it is given
+                sign = torch.randint(0, 2, answers.shape, generator=signs).to(answers) * 2 - 1
+                torch.autograd.grad((answers * sign).sum(), given, allow_unused=True)
                 count += len(some)
+                if count >= images and all(each.read.enough for each in seen.values()):
+                    break
     finally:
         for hook in hooks:
             hook.remove()
     if not count:
         raise InputError("importance: obs needs images; none were given. Pass data=...")
     return seen, count
+
+
+def _centred(answers: Any) -> Tensor:
+    """Logits (N, K, ...) less their mean over K; (N, 1) and (N,) as they are."""
+    if not isinstance(answers, Tensor) or not answers.requires_grad:
+        what = "answers that no image moves" if isinstance(answers, Tensor) else f"a {type(answers).__name__}"
+        raise InputError(
+            f"importance: obs follows logits (N, classes) back to the images, and the network gives {what}. Write "
+            "importance: magnitude."
+        )
+    one = answers.ndim < 2 or answers.shape[1] == 1
+    return answers if one else answers - answers.mean(1, keepdim=True)
 
 
 class _Reader:
@@ -135,6 +163,17 @@ class _Reader:
             self.alone = ((weight * weighed).sum(0) * seen.read.variance)[columns].sum(1) / 2
         else:
             self.inverse, self.products = torch.linalg.inv(with_ridge(covariance)), weight.T @ weighed
+
+    def of(self, channels: Tensor) -> _Reader:
+        """The same of these channels alone, while all others stay."""
+        part = copy.copy(self)
+        part.columns = torch.arange(self.columns[channels].numel()).reshape(len(channels), -1)
+        if self.apart:
+            part.alone = self.alone[channels]
+        else:
+            gone = self.columns[channels].flatten()
+            part.inverse, part.products = self.inverse[gone][:, gone], self.products[gone][:, gone]
+        return part
 
     def lost(self, channels: Tensor) -> Tensor:
         """By each of these channels, (channels,)."""
@@ -158,13 +197,33 @@ class _Reader:
 def _lost(readers: Sequence[_Reader], channels: int) -> Tensor:
     """By every channel, behind all of which less is lost, (channels,)."""
     found, stays = torch.zeros(channels), torch.arange(channels)
-    at_once = max(1, channels // _AT_ONCE)
     while len(stays):
-        lost = torch.stack([reader.lost(stays) for reader in readers]).sum(0)
-        lowest = lost.argsort(stable=True)[:at_once]
-        more = torch.nextafter(found.max(), torch.tensor(torch.inf))
-        found[stays[lowest]] = torch.maximum(lost[lowest].float(), more)
+        gone = _next(readers, stays, max(1, channels // _STEPS))
+        for channel, lost in gone.items():
+            found[channel] = max(lost, float(torch.nextafter(found.max(), torch.tensor(torch.inf))))
         for reader in readers:
-            reader.remove(stays[lowest])
-        stays = stays[torch.isin(torch.arange(len(stays)), lowest, invert=True)]
+            reader.remove(torch.tensor([*gone]))
+        stays = stays[torch.isin(stays, torch.tensor([*gone]), invert=True)]
     return found
+
+
+def _next(readers: Sequence[_Reader], stays: Tensor, most: int) -> dict[int, float]:
+    """Up to `most` channels that go next, and what each loses behind those before: less than any other, as it was."""
+    lost = _lost_by(readers, stays)
+    order = lost.argsort(stable=True)
+    chosen, bar = stays[order[:most]], float(lost[order[most]]) if len(order) > most else math.inf
+    among, left, found = [reader.of(chosen) for reader in readers], torch.arange(len(chosen)), dict[int, float]()
+    while len(left):
+        each = _lost_by(among, left)
+        lowest = int(each.argmin())
+        if found and not float(each[lowest]) <= bar:
+            break
+        found[int(chosen[left[lowest]])] = float(each[lowest])
+        for reader in among:
+            reader.remove(left[lowest : lowest + 1])
+        left = left[torch.arange(len(left)) != lowest]
+    return found
+
+
+def _lost_by(readers: Sequence[_Reader], channels: Tensor) -> Tensor:
+    return torch.stack([reader.lost(channels) for reader in readers]).sum(0)

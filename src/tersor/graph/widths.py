@@ -151,32 +151,32 @@ def left(kind: str, graph: fx.GraphModule, order: Order, macs: Mapping[str, int]
         order: of what goes.
         macs: of the network, by layer.
     """
-    saved, total = _savings(kind, graph, order.groups, macs)
-    return _walked(order, total, lambda number, gone: sum(saved(number, channel) for channel in gone))
+    if kind == "channels":
+        return _walked(order, sum(len(group.slices) for group in order.groups), lambda _number, gone: len(gone))
+    layers = _layers(kind, graph, macs)
+    total = sum(macs.values()) if kind == "macs" else sum(parameter.numel() for parameter in graph.parameters())
+    taken = [[_taken(layers, cuts) for cuts in group.slices] for group in order.groups]
+
+    def saved(number: int, gone: Sequence[int]) -> float:
+        return sum(layer.saved_by(axis, places) for channel in gone for layer, axis, places in taken[number][channel])
+
+    return _walked(order, total, saved)
 
 
 def prices(kind: str, graph: fx.GraphModule, groups: Sequence[Group], macs: Mapping[str, int]) -> list[float]:
-    """What a channel of each group costs, the first of the groups before it gone; arguments as of `left`."""
-    saved, _ = _savings(kind, graph, groups, macs)
-    return [saved(number, 0) for number in range(len(groups))]
-
-
-def _savings(
-    kind: str, graph: fx.GraphModule, groups: Sequence[Group], macs: Mapping[str, int]
-) -> tuple[Callable[[int, int], float], float]:
-    """What a channel of a group saves, behind all that was asked for before; and the cost of the network."""
+    """What a channel of each group costs, while all others are there; arguments as of `left`."""
     if kind == "channels":
-        return lambda _number, _channel: 1.0, sum(len(group.slices) for group in groups)
-    layers = {
-        name: _Layer(module, macs.get(name, 0) if kind == "macs" else None) for name, module in graph.named_modules()
-    }
-    taken = [[_taken(layers, cuts) for cuts in group.slices] for group in groups]
+        return [1.0] * len(groups)
+    found: list[float] = []
+    for group in groups:
+        taken = _taken(_layers(kind, graph, macs), group.slices[0])
+        found.append(sum(layer.saved_by(axis, places) for layer, axis, places in taken))
+    return found
 
-    def saved(number: int, channel: int) -> float:
-        return sum(layer.saved_by(axis, places) for layer, axis, places in taken[number][channel])
 
-    total = sum(macs.values()) if kind == "macs" else sum(parameter.numel() for parameter in graph.parameters())
-    return saved, total
+def _layers(kind: str, graph: fx.GraphModule, macs: Mapping[str, int]) -> dict[str, _Layer]:
+    counted = kind == "macs"
+    return {name: _Layer(module, macs.get(name, 0) if counted else None) for name, module in graph.named_modules()}
 
 
 def _taken(layers: Mapping[str, _Layer], cuts: Sequence[Cut]) -> list[tuple[_Layer, str, int]]:

@@ -165,7 +165,7 @@ class ChannelPruning:
             )
         chosen, found = zip(*told, strict=True)
         each = None
-        if self.importance in FOR_THE_COST:
+        if self.importance in FOR_THE_COST and self.scope == "global":
             each = prices("macs" if kind == "latency" else kind, graph, chosen, _macs(costs(graph, example)))
         return ordered(chosen, found, scope=self.scope, round_to=self.round_to, floor=self.floor, prices=each)
 
