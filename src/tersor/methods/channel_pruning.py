@@ -82,7 +82,7 @@ class ChannelPruning:
     round_to: Annotated[int, Field(ge=1, description="channels that stay are a multiple of it")] = 8
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always stays")] = 0.1
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels stay")] = ()
-    importance_images: Annotated[int, Field(ge=1, description="images for `importance: taylor`; for `obs` at least")] = 256
+    importance_images: Annotated[int, Field(ge=1, description="images for `importance: taylor` and `obs`")] = 256
     estimation_images: Annotated[
         int, Field(ge=1, description="images for what channels gave, and BatchNorm's statistics")
     ] = 1024
