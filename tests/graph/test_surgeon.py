@@ -205,6 +205,29 @@ def test_networks_that_change_what_they_are_given_and_images_made_for_inference(
     assert torch.equal(data[0], DATA[0])
 
 
+def test_gradients_are_there_where_the_caller_wants_none():
+    expected = lost_by(net())
+    graph = capture(net())
+    groups, _ = coupled_channels(graph, IMAGES)
+    with torch.inference_mode():
+        found = losses(graph, groups, DATA, 64)
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("width", "batches"), [(6, 1), (20, 3)])
+def test_more_images_are_looked_at_only_where_a_layer_needs_their_positions(width, batches):
+    """One position an image: 16 tell 6 numbers apart, and 40 are asked for 20."""
+    looked_at = []
+
+    def data():
+        for batch in DATA:
+            looked_at.append(batch)
+            yield batch
+
+    lost(net(width), data(), 16)
+    assert len(looked_at) == batches
+
+
 def test_what_the_answers_do_not_hang_on_is_not_asked():
     class Apart(nn.Module):
         def __init__(self):
