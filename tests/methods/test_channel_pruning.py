@@ -236,3 +236,60 @@ def test_what_is_left_trains_also_when_it_was_trained_before(model):
     result.model.train()(IMAGES).square().mean().backward()
     optimizer.step()
     assert not torch.equal(result.model.get_submodule("layer1.0.conv1").weight, before)
+
+
+class ByThirtyTwo:
+    """A stopwatch of a machine that reads and computes 32 channels of a convolution at once."""
+
+    def __init__(self):
+        self.timed = 0
+
+    def against(self, original, example, target):
+        before = self.milliseconds(original)
+
+        def ratio(network):
+            self.timed += 1
+            return self.milliseconds(network) / before
+
+        return ratio
+
+    def milliseconds(self, network):
+        convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+        return sum(-(-layer.in_channels // 32) * -(-layer.out_channels // 32) for layer in convolutions)
+
+
+def inner(network):
+    """Widths of the blocks of 64 channels; 0 of those that are gone."""
+    layers = dict(network.named_modules())
+    names = [f"layer3.{number}.conv1" for number in range(3)]
+    return [layers[name].out_channels if name in layers else 0 for name in names]
+
+
+def test_widths_are_those_that_are_fast_where_losses_are_weighed_against_a_latency(model):
+    given = {"keep_macs": 0.93, "importance": "obs", "scope": "global", "exclude": STREAM}
+    watch = ByThirtyTwo()
+    network = attached(model, price="latency", stopwatch=watch, **given).model
+    assert set(inner(network)) <= {64, 32, 16, 8}, "40, 48 and 56 take as long as 64"
+    assert set(inner(attached(model, **given).model)) & {40, 48, 56}
+    assert watch.timed == 7 + 3 + 1 + 1, "of layers that are alike a few widths; what is left"
+
+
+def test_a_latency_is_met_by_widths_and_branches(model):
+    watch = ByThirtyTwo()
+    before = watch.milliseconds(model)
+    options = {"importance": "obs", "scope": "global", "exclude": STREAM, "keep_latency": 0.4, "stopwatch": watch}
+    with pytest.raises(InputError, match=r"keep_latency: 0\.4 cannot be met"):
+        attached(model, floor=0.5, **options)
+    result = attached(model, floor=0.5, branches=True, **options)
+    assert 0.35 < watch.milliseconds(result.model) / before <= 0.4
+    assert any("gone whole, with the branch that they are in: the channels of" in note for note in result.notes)
+    list(result.begin())
+    assert result.model(IMAGES).isfinite().all()
+    assert result.model.train()(IMAGES).isfinite().all()
+
+
+def test_what_a_price_weighs_is_told(model):
+    with pytest.raises(InputError, match=r"price: latency .* given importance: magnitude, scope: layer. Write these"):
+        attached(model, price="latency")
+    with pytest.raises(InputError, match="write keep_macs, and no price: latency"):
+        attached(model, price="latency", importance="obs", scope="global")

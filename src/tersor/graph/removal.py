@@ -33,8 +33,11 @@ def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
     tensors = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
     nodes = {node.name: node for node in graph.graph.nodes}
     of_layer: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    left_out: list[tuple[fx.Node, int]] = []
     for cut in sorted(cuts, key=lambda cut: not cut.axis.startswith("pin ")):  # a number first, then what it counts
-        if "=" in cut.axis:
+        if cut.axis.startswith("gives="):
+            left_out.append((nodes[cut.layer], int(cut.axis.removeprefix("gives="))))
+        elif "=" in cut.axis:
             _rewrite(nodes[cut.layer], cut)
         elif cut.axis.isdecimal():
             _own_attention(graph, cut.layer)
@@ -47,9 +50,31 @@ def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
             graph.get_submodule(name).num_heads -= len(places["heads"])  # pyright: ignore[reportOperatorIssue]
         else:
             _shrink(modules[name], places)
+    for node, stays in left_out:
+        _leave_out(graph, node, stays)
     graph.recompile()
     round_ = [[cut.layer, cut.axis, list(cut.channels)] for cut in cuts]
     graph.meta["cuts"] = [*graph.meta.get("cuts", []), round_]
+
+
+def _leave_out(graph: fx.GraphModule, total: fx.Node, stays: int) -> None:
+    """A sum gives its argument number `stays`: the other goes, with all that was computed for it alone."""
+    total.replace_all_uses_with(total.args[stays])  # pyright: ignore[reportArgumentType]  # a node
+    waiting = [total]
+    while waiting:
+        node = waiting.pop()
+        read = node.all_input_nodes
+        graph.graph.erase_node(node)
+        if node.op in ("call_module", "get_attr"):
+            _forget(graph, str(node.target))
+        waiting += [each for each in read if not each.users and each.op != "placeholder" and each not in waiting]
+
+
+def _forget(graph: fx.GraphModule, name: str) -> None:
+    """A layer or a parameter, if no node reads it any more."""
+    if all(node.target != name for node in graph.graph.nodes if node.op in ("call_module", "get_attr")):
+        owner, _, last = name.rpartition(".")
+        delattr(graph.get_submodule(owner), last)
 
 
 def _kept(size: int, gone: Iterable[int]) -> Tensor:
