@@ -7,7 +7,7 @@ accuracy is that of float32 on all 10,000 test images after the last step, and n
 that of the float network in both runtimes, interleaved in one run; below 1 tersor is faster. Rows of a learning rate of
 0.005 were made when it had been chosen on validation images; rows that name none are of the recipe's, and of tersor
 before it fitted the filters behind what it removes; rows that name no removal are by magnitude, the same fraction of
-every layer.
+every layer, and those by `obs, global` are without branches that go whole.
 
 What was trained lies in a folder beside the images, named by its steps. So the steps that a machine can take in the
 minutes may be taken on a faster one, and the folder be brought back: the row says where it was trained.
@@ -139,7 +139,9 @@ class Contender:
         """What identifies its rows beside the name."""
         removal = methods(2.0)[0]
         assert isinstance(removal, ChannelPruning)
-        return {"removal": f"{removal.importance}, {removal.scope}"} if self.removal else {}
+        return (
+            {"removal": f"{removal.importance}, {removal.scope}, {removal.branches} branches"} if self.removal else {}
+        )
 
 
 CONTENDERS = {

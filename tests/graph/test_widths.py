@@ -41,19 +41,10 @@ def test_the_least_important_go_first_anywhere():
 
 def test_importances_are_compared_for_each_unit_of_the_price():
     scores = [[3.0, 4.0, 9.0], [1.0, 2.0, 9.0]]
-    order = order_of([3, 3], scores, scope="global", saves=lambda number, gone: gone * (10, 1)[number])
+    order = order_of([3, 3], scores, scope="global", prices=[10.0, 1.0])
     assert order.blocks == [(0, 1), (0, 2), (1, 1), (1, 2)]
-
-
-def test_channels_that_save_only_together_go_together():
-    saves = {0: [0, 1, 1, 6], 1: [0, 1, 2, 3]}
-    order = order_of([4, 4], [[1.0, 1.0, 1.0, 9.0]] * 2, scope="global", saves=lambda number, gone: saves[number][gone])
-    assert order.blocks == [(0, 3), (1, 1), (1, 2), (1, 3)]
-
-
-def test_what_is_as_important_goes_one_after_the_other():
-    order = order_of([30], [[0.1] * 30], scope="global")
-    assert [end for _, end in order.blocks] == [*range(1, 30)]
+    free = order_of([3, 3], scores, scope="global", prices=[0.0, 1.0])
+    assert free.blocks == [(1, 1), (1, 2), (0, 1), (0, 2)], "what costs nothing saves nothing"
 
 
 @pytest.mark.parametrize("kind", ["macs", "parameters", "channels"])

@@ -16,7 +16,6 @@ capture: the places of a round are those of the network that the rounds before i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -56,10 +55,6 @@ class Group:
     def width(self) -> int:
         """How many places of its root one channel is: those of a head, of a group of a convolution."""
         return 1 if self.within else max(len(cut.channels) for cut in self.slices[0] if cut.layer == self.root)
-
-    def unit(self, round_to: int) -> int:
-        """How many channels go at once, so that a multiple of `round_to` places of the root stays."""
-        return round_to // math.gcd(round_to, self.width)
 
     def cuts(self, channels: Iterable[int]) -> list[Cut]:
         """What goes with `channels` of the group, one cut for each layer and axis."""

@@ -1,4 +1,4 @@
-"""What layers read: a few positions of every image, and their moments."""
+"""What layers read, a few positions of every image, and their moments; what is read off the answers."""
 
 from __future__ import annotations
 
@@ -73,6 +73,11 @@ def with_ridge(covariance: Tensor) -> Tensor:
     least = torch.finfo(torch.float32).tiny
     covariance.diagonal().add_(_RIDGE * covariance.diagonal().mean().clamp(min=least))
     return covariance
+
+
+def centred(logits: Tensor) -> Tensor:
+    """(N, K, ...) less their mean over K; (N, 1) and (N,) as they are."""
+    return logits if logits.ndim < 2 or logits.shape[1] == 1 else logits - logits.mean(1, keepdim=True)
 
 
 def reads_whole(graph: fx.GraphModule, name: str) -> bool:

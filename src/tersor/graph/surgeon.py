@@ -41,7 +41,7 @@ from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.graph.calibration import first_images
 from tersor.graph.channels import Group
-from tersor.graph.readings import ReadMoments, read, reads_whole, with_ridge
+from tersor.graph.readings import ReadMoments, centred, read, reads_whole, with_ridge
 
 _STEPS = 64
 """At least as many the removal of a whole group takes."""
@@ -124,7 +124,9 @@ def _look(graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: 
         with evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
             for some in first_images(data, max(images, _MOST_IMAGES), next(graph.parameters()).device):
                 given = some.clone().requires_grad_()
-                answers = _centred(graph(given.clone()))  # of its own, where the network changes what it is given
+                answers = centred(
+                    _logits(graph(given.clone()))
+                )  # of its own, where the network changes what it is given
                 sign = torch.randint(0, 2, answers.shape, generator=signs).to(answers) * 2 - 1
                 torch.autograd.grad((answers * sign).sum(), given, allow_unused=True)
                 count += len(some)
@@ -138,16 +140,15 @@ def _look(graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: 
     return seen, count
 
 
-def _centred(answers: Any) -> Tensor:
-    """Logits (N, K, ...) less their mean over K; (N, 1) and (N,) as they are."""
+def _logits(answers: Any) -> Tensor:
+    """What the network gave, if it can be followed back to the images."""
     if not isinstance(answers, Tensor) or not answers.requires_grad:
         what = "answers that no image moves" if isinstance(answers, Tensor) else f"a {type(answers).__name__}"
         raise InputError(
             f"importance: obs follows logits (N, classes) back to the images, and the network gives {what}. Write "
             "importance: magnitude."
         )
-    one = answers.ndim < 2 or answers.shape[1] == 1
-    return answers if one else answers - answers.mean(1, keepdim=True)
+    return answers
 
 
 class _Reader:

@@ -115,13 +115,8 @@ def _fit(layer: nn.Module, seen: ReadMoments, gone_in: list[int], gone_out: list
 
 @torch.no_grad()
 def take_over(graph: fx.GraphModule, fits: Mapping[str, Fit]) -> None:
-    """Gives layers what was fitted for them, if they are still there; a bias to the BatchNorm behind where a layer has
-    none.
-    """
-    there = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    """Gives layers what was fitted for them; a bias to the BatchNorm behind where a layer has none."""
     for name, fit in fits.items():
-        if name not in there:  # it went with its branch
-            continue
         layer, norm = graph.get_submodule(name), _norm_behind(graph, name)
         assert isinstance(layer.weight, Tensor)
         layer.weight.copy_(fit.weight)

@@ -8,9 +8,8 @@ and not one over the network for each of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, fx, nn
@@ -19,15 +18,9 @@ from torch.nn.utils import parametrize
 from tersor.core.errors import InputError
 from tersor.core.parametrization import FakeQuantize, Mask, RunningLargest, shown_by
 from tersor.core.selection import matching
-from tersor.graph.channels import Cut, Group, copied, coupled_channels, merged, remove
+from tersor.graph.channels import Cut, Group, coupled_channels, merged
 
 Scope = Literal["layer", "global"]
-
-Saves = Callable[[int, int], float]
-"""Number of a group, and of its channels that are gone -> what that saves, in any unit."""
-
-_EVEN = 1e-6
-"""Rates that differ by less are the same."""
 
 _REASONS = 3
 """Of groups that stay whole, where all do."""
@@ -41,13 +34,11 @@ class Order:
         groups: of coupled channels.
         channels: of every group, its channels, the least important first.
         blocks: the number of a group, and how many of its channels are gone with this block.
-        branches: number of a group -> what goes in the place of its channels where all of them go.
     """
 
     groups: Sequence[Group]
     channels: Sequence[Sequence[int]]
     blocks: Sequence[tuple[int, int]]
-    branches: Mapping[int, Cut] = field(default_factory=dict[int, Cut])
 
     def gone(self, blocks: int) -> list[Sequence[int]]:
         """Of every group the channels that are gone with the first `blocks`."""
@@ -58,17 +49,8 @@ class Order:
 
     def cuts(self, blocks: int) -> list[Cut]:
         """What goes with the first `blocks`."""
-        gone = self.gone(blocks)
-        whole = [cut for number, cut in self.branches.items() if len(gone[number]) == len(self.channels[number])]
-        parts = [[] if len(each) == len(group.slices) else each for group, each in zip(self.groups, gone, strict=True)]
-        pairs = zip(self.groups, parts, strict=True)
-        return merged(cut for group, each in pairs for cut in group.cuts(each)) + whole
-
-    def without(self, graph: fx.GraphModule, blocks: int) -> fx.GraphModule:
-        """A copy of `graph`, whose groups these are, without the first `blocks`."""
-        network = copied(graph)
-        remove(network, self.cuts(blocks))
-        return network
+        pairs = zip(self.groups, self.gone(blocks), strict=True)
+        return merged(cut for group, gone in pairs for cut in group.cuts(gone))
 
 
 def removable(
@@ -124,62 +106,40 @@ def ordered(
     scope: Scope,
     round_to: int,
     floor: float,
-    saves: Saves = lambda _number, gone: gone,
-    branches: Mapping[int, Cut] | None = None,
+    prices: Sequence[float] | None = None,
 ) -> Order:
     """The order in which channels go.
 
     Args:
         groups: of coupled channels.
         importances: of every group (channels,).
-        scope: `layer`: next is a block of the group that has lost the smallest fraction; `global`: that of which least
-            is lost for each unit that it saves, among all groups.
+        scope: `layer`: next is a block of the group that has lost the smallest fraction; `global`: the block of the
+            lowest mean importance, among all groups.
         round_to: places of the layer that produces them, of which a multiple stays.
-        floor: fraction of a group that always stays, unless its branch goes.
-        saves: number of a group and of channels that are gone from it -> what that saves; each the same if not given.
-        branches: number of a group -> the cut with which all of its channels may go.
+        floor: fraction of a group that always stays.
+        prices: of every group what a channel costs: importances are compared for each unit of it; as they are if None.
     """
-    branches, blocks = branches or {}, list[tuple[tuple[float, float], int, int]]()
-    for number, (group, scores) in enumerate(zip(groups, importances, strict=True)):
-        size = len(scores)
-        lost = [0.0, *scores.double().sort().values.cumsum(0).tolist()]
-        widths = ends(size, group.unit(round_to), floor) + [size] * (number in branches)
-        if scope == "layer":
-            each = zip([0, *widths], widths, strict=False)
-            rated = [((gone / size, (lost[gone] - lost[before]) / (gone - before)), gone) for before, gone in each]
-        else:
-            rated = [((rate, gone / size), gone) for rate, gone in _cheapest(widths, lost, partial(saves, number))]
-        blocks += [(priority, number, gone) for priority, gone in rated]
+    if prices is not None:
+        importances = [each / max(price, 1e-9) for each, price in zip(importances, prices, strict=True)]
+    blocks = sorted(
+        (priority, number, end)
+        for number, (group, scores) in enumerate(zip(groups, importances, strict=True))
+        for priority, end in _blocks(scores.sort().values, scope, round_to // math.gcd(round_to, group.width), floor)
+    )
     channels = [scores.argsort(stable=True).tolist() for scores in importances]
-    return Order(groups, channels, [(number, end) for _, number, end in sorted(blocks)], branches)
+    return Order(groups, channels, [(number, end) for _, number, end in blocks])
 
 
-def ends(size: int, unit: int, floor: float) -> list[int]:
-    """How many of `size` channels may be gone, ascending."""
+def _blocks(ascending: Tensor, scope: Scope, unit: int, floor: float) -> Iterator[tuple[tuple[float, float], int]]:
+    """When the next channels of a group go, lowest first, and how many are gone then."""
+    size = len(ascending)
     least = max(1, math.ceil(floor * size), min(size, unit))
-    return [size - kept for kept in range((size - 1) // unit * unit, least - 1, -unit)]
-
-
-def _cheapest(widths: Sequence[int], lost: Sequence[float], saves: Callable[[int], float]) -> list[tuple[float, int]]:
-    """Of numbers of channels that may be gone those that save most for what is lost, and what is lost for each unit
-    that they save beyond those before: it rises (the lower convex hull of what is lost over what is saved).
-    """
-
-    def rate(before: tuple[float, float, int], saved: float, lost: float) -> float:
-        return (lost - before[1]) / (saved - before[0])
-
-    hull: list[tuple[float, float, int]] = [(0.0, 0.0, 0)]
-    rates: list[float] = []
-    for gone in widths:
-        saved = saves(gone)
-        if saved <= hull[-1][0]:
-            continue
-        while rates and rate(hull[-1], saved, lost[gone]) < rates[-1] - _EVEN * abs(rates[-1]):
-            hull.pop()
-            rates.pop()
-        rates.append(max([rate(hull[-1], saved, lost[gone]), *rates[-1:]]))
-        hull.append((saved, lost[gone], gone))
-    return [(rate, gone) for rate, (_, _, gone) in zip(rates, hull[1:], strict=True)]
+    start = 0
+    for kept in range((size - 1) // unit * unit, least - 1, -unit):
+        end = size - kept
+        importance = float(ascending[start:end].mean())
+        yield ((end / size, importance) if scope == "layer" else (importance, end / size)), end
+        start = end
 
 
 def left(kind: str, graph: fx.GraphModule, order: Order, macs: Mapping[str, int]) -> list[float]:

@@ -24,8 +24,9 @@ DepGraph's code also weighs the scores of a group by BatchNorm and reports the b
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -38,16 +39,21 @@ from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import images_of
 from tersor.core.stopwatch import Stopwatch
 from tersor.core.target import Target
-from tersor.graph.branches import branches
-from tersor.graph.budget import fast_enough, small_enough
+from tersor.graph.branches import Branch, branches, missed
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, copied, remove
 from tersor.graph.importance import FOR_THE_COST, FunctionPath, Importance, importances
-from tersor.graph.latencies import saved_latency
 from tersor.graph.statistics import Moments, fit, in_unit_of, moments_of_batches, with_statistics
 from tersor.graph.takeover import fitted, take_over
 from tersor.graph.widths import Order, Scope, left, ordered, prices, removable
 from tersor.measure import Costs, costs
+
+_PROBES = 7
+_CLOSE = 0.02
+"""Fractions of a latency that differ by less are not told apart."""
+
+_MISCOUNTED = 0.005
+"""Of a fraction that stays; more is not rounding."""
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -76,13 +82,13 @@ class ChannelPruning:
     )
     round_to: Annotated[int, Field(ge=1, description="channels that stay are a multiple of it")] = 8
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always stays")] = 0.1
-    branches: Annotated[bool, Field(description="residual branches may go whole, below the floor")] = False
-    price: Annotated[
-        Literal["macs", "parameters", "channels", "latency"] | None,
-        Field(description="of `obs`, `global`: what losses are weighed against; that of the target if none is given"),
-    ] = None
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels stay")] = ()
-    importance_images: Annotated[int, Field(ge=1, description="images for `importance: taylor` and `obs`")] = 256
+    branches: Annotated[
+        int, Field(ge=0, description="residual branches that go whole before: those least missed for what they cost")
+    ] = 0
+    importance_images: Annotated[
+        int, Field(ge=1, description="images for `importance: taylor` and `obs`, and for `branches`")
+    ] = 256
     estimation_images: Annotated[
         int, Field(ge=1, description="images for what channels gave, and BatchNorm's statistics")
     ] = 1024
@@ -105,35 +111,32 @@ class ChannelPruning:
                 channels cannot be followed, `keep_latency` without a stopwatch.
         """
         kind, keep = self._target()
-        price = self._price(kind)
         first = next(iter(data), None) if data is not None else None
         if first is None or data is None:
             raise InputError("channel_pruning needs images to run the network on; none were given. Pass data=...")
-        timed = "latency" in (kind, price)
-        if timed and stopwatch is None:
+        if kind == "latency" and stopwatch is None:
             raise InputError(
-                "a latency is measured, and nothing was given to measure with. Pass attach(..., "
-                "stopwatch=tersor.export.stopwatch.RuntimeStopwatch()), or write keep_macs, and no price: latency."
+                "keep_latency is measured, and nothing was given to measure with. Pass attach(..., "
+                "stopwatch=tersor.export.stopwatch.RuntimeStopwatch()), or write keep_macs."
             )
         graph, example = capture(model), images_of(first)[:1]
         if keep == 1:
             return Attachment(graph)
-        ratio = stopwatch.against(graph, example, target or Target()) if timed and stopwatch is not None else None
+        before = copied(graph)
+        gone = self._take_branches(kind, graph, example, data)
         groups, whole = removable(graph, example, self.exclude, "channel_pruning")
-        order = self._order(price, graph, groups, whole, example, data, ratio)
-        blocks, found = _enough(kind, graph, order, example, keep, ratio)
-        if found > keep:
-            raise InputError(
-                f"keep_{kind}: {keep:g} cannot be met: {found:.3f} stay when all goes that may. Write more than that, "
-                "or a lower `floor` or `round_to`."
-            )
-        notes = _told(order, blocks)
-        if ratio is not None:
-            latency = found if kind == "latency" else ratio(order.without(graph, blocks))
-            macs = costs(order.without(graph, blocks), example).macs / costs(graph, example).macs
-            notes.append(f"{latency:.3f} of the latency at batch size 1 stays, as measured, and {macs:.3f} of the MACs")
-        before, cuts = copied(graph), order.cuts(blocks)
+        order = self._order(kind, graph, groups, whole, example, data)
+        if stopwatch is not None and kind == "latency":
+            watched = stopwatch.against(before, example, target or Target())
+            blocks, notes = _fast_enough(before, graph, order, example, watched, keep)
+        else:
+            blocks, notes = _small_enough(kind, before, graph, order, example, keep)
+        kept = sum(len(group.slices) for group in order.groups) - sum(map(len, order.gone(blocks)))
+        notes.insert(0, f"{kept} of {sum(len(group.slices) for group in order.groups)} removable channels stay")
+        if gone:
+            notes.append(f"gone whole: the branches of {', '.join(branch.layers[0] for branch in gone)}")
         notes += [f"left whole: the channels of {root}, since {why}" for root, why in whole.items()]
+        cuts = order.cuts(blocks)
         remove(graph, cuts)
         return ChannelPruningAttachment(graph, before, cuts, data, self.estimation_images, tuple(notes))
 
@@ -149,25 +152,35 @@ class ChannelPruning:
             raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(given)}. Write one.")
         return next(iter(given.items()), ("macs", 0.5))
 
-    def _price(self, kind: str) -> str | None:
-        """What losses are weighed against, if anything."""
-        weighed = self.importance in FOR_THE_COST and self.scope == "global"
-        if self.price and not weighed:
+    def _take_branches(self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any]) -> list[Branch]:
+        """Those that went, in the order of the graph."""
+        if not self.branches:
+            return []
+        found = branches(graph, example)
+        if len(found) < self.branches:
             raise InputError(
-                f"price: {self.price} weighs what is lost by importance: {' or '.join(FOR_THE_COST)} in scope: global; "
-                f"given importance: {self.importance}, scope: {self.scope}. Write these, or no price."
+                f"branches: {self.branches} residual branches are to go, and {type(graph).__name__} has {len(found)}"
+                + (f", from {found[0].layers[0]} to {found[-1].layers[0]}" if found else "")
+                + ". Write fewer."
             )
-        return self.price or (kind if weighed else None)
+        spent = {layer.name: layer for layer in costs(graph, example).layers}
+        rates: dict[Branch, float] = {}
+        for branch, change in zip(found, missed(graph, found, data, self.importance_images), strict=True):
+            there = [spent[name] for name in branch.layers if name in spent]
+            price = sum(layer.parameters if kind == "parameters" else layer.macs for layer in there)
+            rates[branch] = change / max(price, 1)
+        least = set(sorted(found, key=rates.__getitem__)[: self.branches])
+        remove(graph, [branch.cut for branch in least])
+        return [branch for branch in found if branch in least]
 
     def _order(
         self,
-        price: str | None,
+        kind: str,
         graph: fx.GraphModule,
         groups: list[Group],
         whole: dict[str, str],
         example: Tensor,
         data: Iterable[Any],
-        ratio: Callable[[nn.Module], float] | None,
     ) -> Order:
         """In which order channels go; groups of which the importance says nothing are added to `whole`."""
         scores = importances(self.importance, graph, groups, data=data, images=self.importance_images, seed=self.seed)
@@ -182,55 +195,90 @@ class ChannelPruning:
                 f"importance: {self.importance} says nothing of any channel of this network. Write another."
             )
         chosen, found = zip(*told, strict=True)
-        how: dict[str, Any] = {"round_to": self.round_to, "floor": self.floor}
-        how["branches"] = branches(graph, chosen, example) if self.branches else {}
-        if price == "latency" and ratio is not None:
-            macs = prices("macs", graph, chosen, _macs(costs(graph, example)))
-            how["saves"] = saved_latency(graph, chosen, example, ratio, macs=macs, **how)
-        elif price is not None:
-            each = prices(price, graph, chosen, _macs(costs(graph, example)))
-            how["saves"] = lambda number, gone: max(each[number], 1e-9) * gone
-        return ordered(chosen, found, scope=self.scope, **how)
+        each = None
+        if self.importance in FOR_THE_COST and self.scope == "global":
+            each = prices("macs" if kind == "latency" else kind, graph, chosen, _macs(costs(graph, example)))
+        return ordered(chosen, found, scope=self.scope, round_to=self.round_to, floor=self.floor, prices=each)
 
 
-def _enough(
-    kind: str,
-    graph: fx.GraphModule,
-    order: Order,
-    example: Tensor,
-    keep: float,
-    ratio: Callable[[nn.Module], float] | None,
-) -> tuple[int, float]:
-    """The blocks without which at most `keep` of a cost stays, if any will do, and what stays."""
-    spent = costs(graph, example)
-    if kind == "latency" and ratio is not None:
-        stays = left("macs", graph, order, _macs(spent))
-        return fast_enough(stays, lambda blocks: ratio(order.without(graph, blocks)), keep)
-    stays = left(kind, graph, order, _macs(spent))
+def _small_enough(
+    kind: str, before: fx.GraphModule, graph: fx.GraphModule, order: Order, example: Tensor, keep: float
+) -> tuple[int, list[str]]:
+    """The fewest blocks without which at most `keep` of what it was `before` stays, and what to say of it.
+
+    What layers cost is counted from their widths. That misses what is computed between them, as in attention; where it
+    is off, the network without the blocks is asked.
+    """
+    spent, now = costs(before, example), costs(graph, example)
+    share = {"macs": now.macs / spent.macs, "parameters": now.parameters / spent.parameters}.get(kind, 1.0)
+    stays = [share * each for each in left(kind, graph, order, _macs(now))]
 
     def really(blocks: int) -> float:
         if kind == "channels":
             return stays[blocks]
-        after = costs(order.without(graph, blocks), example)
+        after = costs(_without(graph, order, blocks), example)
         return after.macs / spent.macs if kind == "macs" else after.parameters / spent.parameters
 
-    return small_enough(stays, really, keep)
+    numbers = range(len(stays))
+    blocks = min(bisect_left(numbers, x=True, key=lambda number: stays[number] <= keep), numbers[-1])
+    if abs(really(blocks) - stays[blocks]) > _MISCOUNTED:
+        blocks = min(bisect_left(numbers, x=True, key=lambda number: really(number) <= keep), numbers[-1])
+    found = really(blocks)
+    if found > keep:
+        raise _unmet(kind, keep, found)
+    return blocks, []
+
+
+def _fast_enough(
+    before: fx.GraphModule,
+    graph: fx.GraphModule,
+    order: Order,
+    example: Tensor,
+    ratio: Callable[[nn.Module], float],
+    keep: float,
+) -> tuple[int, list[str]]:
+    """The blocks without which `ratio` is at most `keep`, and nearly that; what to say of it.
+
+    Bisection on the fraction of the MACs that stays, in which a latency is more even than in blocks.
+    """
+    now = costs(graph, example)
+    share = now.macs / costs(before, example).macs
+    stays = [share * each for each in left("macs", graph, order, _macs(now))]
+    slow, fast, found = 0, len(order.blocks), 0.0
+    for _ in range(_PROBES):
+        middle = (stays[slow] + stays[fast]) / 2
+        blocks = min(bisect_left(range(len(stays)), -middle, key=lambda number: -stays[number]), fast - 1)
+        if blocks <= slow:
+            break
+        measured = ratio(_without(graph, order, blocks))
+        if measured > keep:
+            slow = blocks
+            continue
+        fast, found = blocks, measured
+        if measured > keep - _CLOSE:
+            break
+    if not found:
+        found = ratio(_without(graph, order, fast))
+    if found > keep:
+        raise _unmet("latency", keep, found)
+    return fast, [f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[fast]:.3f} of the MACs"]
 
 
 def _macs(spent: Costs) -> dict[str, int]:
     return {layer.name: layer.macs for layer in spent.layers}
 
 
-def _told(order: Order, blocks: int) -> list[str]:
-    """What stays, and which branches do not."""
-    gone = order.gone(blocks)
-    total = sum(len(group.slices) for group in order.groups)
-    notes = [f"{total - sum(map(len, gone))} of {total} removable channels stay"]
-    pairs = zip(order.groups, gone, strict=True)
-    roots = [group.root for group, each in pairs if len(each) == len(group.slices)]
-    if roots:
-        notes.append(f"gone whole, with the branch that they are in: the channels of {', '.join(roots)}")
-    return notes
+def _without(graph: fx.GraphModule, order: Order, blocks: int) -> fx.GraphModule:
+    network = copied(graph)
+    remove(network, order.cuts(blocks))
+    return network
+
+
+def _unmet(kind: str, keep: float, found: float) -> InputError:
+    return InputError(
+        f"keep_{kind}: {keep:g} cannot be met: {found:.3f} stay when all goes that may. Write more than that, or a "
+        "lower `floor` or `round_to`."
+    )
 
 
 class ChannelPruningAttachment(Attachment):
