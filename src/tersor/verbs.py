@@ -59,6 +59,7 @@ def prune(
     keep_latency: float | None = None,
     importance: str = "magnitude",
     scope: str = "layer",
+    branches: int = 0,
     round_to: int = 8,
     runtime: Runtime = "onnxruntime",
 ) -> nn.Module:
@@ -71,6 +72,7 @@ def prune(
         keep_latency: in its place, of the latency as measured here, at batch size 1 in `runtime`; it takes a minute.
         importance: which channels go first; `taylor` needs batches with labels.
         scope: `layer`, the same fraction everywhere, or `global`, the least important anywhere (best with `obs`).
+        branches: residual branches that go whole before, those least missed.
         round_to: channels that stay are a multiple of it.
         runtime: where latency is measured.
 
@@ -78,7 +80,7 @@ def prune(
         InputError: no channel can be removed, or not as many; an image is not as the network wants it.
     """
     options = {"keep_macs": keep_macs, "keep_latency": keep_latency, "importance": importance, "scope": scope}
-    method = _made(ChannelPruning, **options, round_to=round_to)
+    method = _made(ChannelPruning, **options, branches=branches, round_to=round_to)
     target, data = _made(Target, runtime=runtime), [example] if isinstance(example, Tensor) else example
     attached = method.attach(_copy(model), data=data, target=target, stopwatch=RuntimeStopwatch())
     list(attached.begin())
@@ -216,8 +218,7 @@ def compare(
 
 
 def _arrays(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Array]:
-    for images, _ in batches:
-        yield np.ascontiguousarray(images.numpy())
+    return (np.ascontiguousarray(images.numpy()) for images, _ in batches)
 
 
 def _all_labels(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Array | None:
@@ -228,9 +229,8 @@ def _all_labels(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Array | None
 def _labels(batch: Any) -> Tensor | None:
     if isinstance(batch, Batch):
         return batch.labels
-    if isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[1], Tensor):
-        return batch[1]
-    return None
+    second = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    return second if isinstance(second, Tensor) else None
 
 
 def _made(kind: Callable[..., _T], **parameters: Any) -> _T:

@@ -1,34 +1,32 @@
-"""Residual branches that go whole: what is left computes what the network computes with them silent."""
+"""Residual branches that go whole: what is left computes what the network computes without adding them."""
 
 import pytest
 import torch
 from torch import fx, nn
 
-from tersor.graph.branches import branches
+from tersor.core.errors import InputError
+from tersor.graph.branches import branches, missed
 from tersor.graph.capture import capture
-from tersor.graph.channels import Cut, copied, coupled_channels, remove
+from tersor.graph.channels import copied, coupled_channels, merged, remove
 from tersor.graph.structure import rebuild, structure
 from tersor.zoo import build
 
-IMAGES = torch.rand(2, 3, 32, 32)
+IMAGES = torch.rand(4, 3, 32, 32)
 
 
-class Silent(fx.Interpreter):
-    """Runs a network; of some sums one side alone."""
+class Otherwise(fx.Interpreter):
+    """Runs a network; some sums give something else."""
 
-    def __init__(self, graph, cuts):
+    def __init__(self, graph, gives):
         super().__init__(graph)
-        self.gives = {cut.layer: int(cut.axis.removeprefix("gives=")) for cut in cuts}
+        self.gives = gives
 
     def run_node(self, n):
-        return self.env[n.args[self.gives[n.name]]] if n.name in self.gives else super().run_node(n)
+        return self.gives[n](*[self.env[each] for each in n.args]) if n in self.gives else super().run_node(n)
 
 
-def found(model, images=IMAGES):
-    torch.manual_seed(0)
-    graph = capture(model.eval())
-    groups, _ = coupled_channels(graph, images[:1])
-    return graph, groups, branches(graph, groups, images[:1])
+def captured(model):
+    return capture(model.eval())
 
 
 def timm(name, **options):
@@ -51,73 +49,98 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_without_a_branch_a_network_gives_what_it_gave_without_adding_it(name):
     make, count = NETWORKS[name]
-    graph, groups, cuts = found(make())
-    assert len(cuts) == count
-    some = [cuts[number] for number in list(cuts)[::2]]
+    torch.manual_seed(0)
+    graph = captured(make())
+    found = branches(graph, IMAGES[:1])
+    assert len(found) == count
+    some = found[::2]
     with torch.no_grad():
-        expected = Silent(graph, some).run(IMAGES)
+        expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.stays] for each in some}).run(
+            IMAGES
+        )
         assert not torch.equal(expected, graph(IMAGES))
         cut = copied(graph)
-        remove(cut, some)
+        remove(cut, [each.cut for each in some])
         assert torch.equal(cut(IMAGES), expected)
-        gone = {groups[number].root for number in list(cuts)[::2]}
-        assert not gone & {name for name, _ in cut.named_modules()}
+        there = {name for name, _ in cut.named_modules()}
+        assert there.isdisjoint(name for each in some for name in each.layers)
+        assert there.issuperset(name for each in found[1::2] for name in each.layers)
         again = rebuild(make(), structure(cut)).eval()
         again.load_state_dict(cut.state_dict())
         assert torch.equal(again(IMAGES), expected)
-    assert sum(each.numel() for each in cut.parameters()) < 0.9 * sum(each.numel() for each in graph.parameters())
-
-
-def test_channels_go_with_branches_at_once():
-    graph, groups, cuts = found(build("resnet20", 10))
-    stream = next(group for group in groups if group.root == "conv1")
-    some = [*stream.cuts([0, 5]), *cuts.values()]
-    remove(graph, some)
-    assert [name for name, layer in graph.named_modules() if isinstance(layer, nn.Conv2d)] == ["conv1"]
-    assert graph(IMAGES).shape == (2, 10)
+    groups, _ = coupled_channels(cut, IMAGES[:1])
+    remove(cut, merged(each for group in groups for each in group.cuts([0])))
+    assert cut(IMAGES).shape == (4, 10), "channels go from what is left"
 
 
 class Shared(nn.Module):
-    """Sums whose sides are read elsewhere, or are of another size."""
+    """Sums whose sides are read elsewhere, are larger than what stays, learn nothing, share their layers."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second, self.twice = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
-        self.pooled, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.pooled = nn.Conv2d(3, 3, 1)
         self.head = nn.Linear(3, 4)
 
     def forward(self, x):
         inner = self.second(self.first(x))
         x = x + inner
-        x = x.mean((2, 3), keepdim=True) + self.last(self.pooled(x))
-        x = x + self.last(self.twice(x).relu())
+        x = x.mean((2, 3), keepdim=True) + self.pooled(x)
+        x = x + self.twice(x).relu()
+        x = x + self.twice(x).relu()
+        x = x + x.relu()
         return self.head((x * inner).mean((2, 3)))
 
 
 def test_what_others_read_or_is_larger_than_what_stays_does_not_go():
-    assert found(Shared())[2] == {}
+    assert branches(captured(Shared()), IMAGES[:1]) == []
 
 
-def test_what_is_added_to_itself_has_no_branch():
-    class Doubled(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x) + super().forward(x)
+class Nested(nn.Module):
+    """A sum within a side of a sum; both change what they are given, in place."""
 
-    assert found(Doubled(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3)))[2] == {}
+    def __init__(self):
+        super().__init__()
+        self.outer, self.inner, self.back = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(3, 5)
+
+    def forward(self, x):
+        y = self.relu(self.outer(x))
+        y += self.back(self.relu(self.inner(y)))
+        x = x + y
+        return self.head(self.relu(x).mean((2, 3)))
 
 
-def test_the_smaller_of_two_branches_goes_with_a_group():
-    class Nested(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.back = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
-            self.head = nn.Linear(3, 2)
+def test_of_branches_in_each_other_the_smaller_one_goes():
+    graph = captured(Nested())
+    (branch,) = branches(graph, IMAGES[:1])
+    assert branch.layers == ("inner", "back")
+    remove(graph, [branch.cut])
+    layers = dict(graph.named_modules())
+    expected = layers["head"]((IMAGES + layers["outer"](IMAGES).relu()).relu().mean((2, 3)))
+    torch.testing.assert_close(graph(IMAGES), expected)
 
-        def forward(self, x):
-            flat = x.relu()
-            return self.head((x + (flat + self.back(self.inner(flat)))).mean((2, 3)))
 
-    graph, _, cuts = found(Nested())
-    assert list(cuts.values()) == [Cut("add", "gives=0", ())]
-    remove(graph, list(cuts.values()))
-    torch.testing.assert_close(graph(IMAGES), graph.get_submodule("head")((IMAGES + IMAGES.relu()).mean((2, 3))))
+@pytest.mark.parametrize("make", [lambda: build("resnet20", 10), Nested])
+def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make):
+    torch.manual_seed(0)
+    graph = captured(make())
+    found = branches(graph, IMAGES[:1])
+    before = {key: value.clone() for key, value in graph.state_dict().items()}
+    told = missed(graph, found, [IMAGES[:3], IMAGES[3:]], 4)
+    assert all(torch.equal(before[key], value) for key, value in graph.state_dict().items())
+    with torch.no_grad():
+        for branch, change in zip(found, told, strict=True):
+            sides = {branch.total: lambda *sides, each=branch: sides[each.stays] + sides[1 - each.stays].mean(0)}
+            other = Otherwise(graph, sides).run(IMAGES.clone()) - graph(IMAGES.clone())
+            expected = (other - other.mean(1, keepdim=True)).square().sum(1).mean() / 2
+            assert change == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_what_cannot_be_told_is_said():
+    graph = captured(build("resnet20", 10))
+    found = branches(graph, IMAGES[:1])
+    with pytest.raises(InputError, match="none were given"):
+        missed(graph, found, [], 4)
+    with pytest.raises(InputError, match=r"not finite.* branches: 0"):
+        missed(graph, found, [IMAGES / 0], 4)

@@ -236,3 +236,53 @@ def test_what_is_left_trains_also_when_it_was_trained_before(model):
     result.model.train()(IMAGES).square().mean().backward()
     optimizer.step()
     assert not torch.equal(result.model.get_submodule("layer1.0.conv1").weight, before)
+
+
+def test_branches_go_whole_before_channels_do(model):
+    before = costs(model, IMAGES[:1])
+    weak = model.layer2[1]
+    weak.bn2.weight.data *= 1e-3
+    kept = attached(copy.deepcopy(model), keep_macs=0.8, exclude=STREAM)
+    result = attached(model, keep_macs=0.8, branches=1, exclude=STREAM)
+    layers = dict(result.model.named_modules())
+    assert "layer2.1.conv1" not in layers
+    assert "gone whole: the branches of layer2.1.conv1" in result.notes
+    assert 0.7 < costs(result.model, IMAGES[:1]).macs / before.macs <= 0.8, "of the network with them"
+    assert layers["layer1.0.conv1"].out_channels >= kept.model.get_submodule("layer1.0.conv1").out_channels
+    assert sum(each.out_channels for each in convolutions(result)) > sum(
+        each.out_channels for each in convolutions(kept)
+    )
+    list(result.begin())
+    assert result.model(IMAGES).isfinite().all()
+
+
+def convolutions(result):
+    """Of all blocks but the one that goes above."""
+    layers = result.model.named_modules()
+    return [each for name, each in layers if isinstance(each, nn.Conv2d) and not name.startswith("layer2.1.")]
+
+
+@pytest.mark.parametrize(("kind", "gone"), [("macs", "layer1.1.conv1"), ("parameters", "layer3.1.conv1")])
+def test_of_branches_that_are_missed_alike_those_go_that_cost_most(model, kind, gone, monkeypatch):
+    monkeypatch.setattr("tersor.methods.channel_pruning.missed", lambda _graph, found, *_: [1.0] * len(found))
+    model.layer1[1].conv1 = nn.Conv2d(16, 16, 5, padding=2, bias=False)  # more MACs than any other
+    result = attached(model, **{f"keep_{kind}": 0.9}, branches=1, exclude=STREAM)
+    assert f"gone whole: the branches of {gone}" in result.notes
+
+
+def test_a_latency_is_one_of_the_network_with_its_branches(model):
+    watch = Curve(lambda macs: macs)
+    before = costs(model, IMAGES[:1]).macs
+    result = attached(copy.deepcopy(model), keep_latency=0.6, branches=2, stopwatch=watch)
+    assert 0.56 < costs(result.model, IMAGES[:1]).macs / before <= 0.6
+    with pytest.raises(InputError, match=r"keep_macs: 0\.1 cannot be met: 0\.[12]\d\d stay"):
+        attached(model, keep_macs=0.1, branches=2, floor=0.5)
+
+
+def test_more_branches_than_there_are_is_told(model):
+    with pytest.raises(
+        InputError, match=r"branches: 10 .* CifarResNet has 9, from layer1\.0\.conv1 to layer3\.2\.conv1"
+    ):
+        attached(model, branches=10)
+    with pytest.raises(InputError, match="and Sequential has 0"):
+        ChannelPruning(branches=1).attach(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), data=[IMAGES])

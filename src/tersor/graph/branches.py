@@ -13,6 +13,7 @@ branch by itself, with its mean over images in its place:
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,9 @@ def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
         graph: a captured network; it comes back as it was.
         example: one image (1, C, H, W).
     """
+    example = example[:1].to(next(graph.parameters()).device)
     with evaluating(graph), torch.no_grad():
-        shapes = record(graph, example.to(next(graph.parameters()).device))
+        shapes = record(graph, torch.cat([example, example]))  # of one image values may be as large as parameters
     found = [
         Branch(node, stays, layers)
         for node in graph.graph.nodes
@@ -92,7 +94,7 @@ def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], 
         images: how many of them are looked at.
 
     Raises:
-        InputError: the network gives no tensor of logits, or a batch is not of images.
+        InputError: there is no image, the network gives no tensor of logits, or something is not finite.
     """
     with evaluating(graph), torch.no_grad():
         batches = list(first_images(data, images, next(graph.parameters()).device))
@@ -101,6 +103,8 @@ def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], 
             for branch, live in _met(graph, found, some):
                 sums[branch] += live[branch.value].sum(0, keepdim=True)
         count = sum(map(len, batches))
+        if not count:
+            raise InputError("what the answers miss is seen on images; none were given. Pass data=...")
         changes = dict.fromkeys(found, 0.0)
         for some in batches:
             answers = centred(_logits(graph(some.clone())))
@@ -108,6 +112,11 @@ def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], 
                 kept = live[branch.total.args[branch.stays]]
                 changed = _onwards(graph, branch.total, {**live, branch.total: kept + sums[branch] / count})
                 changes[branch] += float((centred(_logits(changed)) - answers).square().sum()) / 2
+    if not all(map(math.isfinite, changes.values())):
+        raise InputError(
+            "what the answers miss without a branch is not finite. Give images, and a network, without NaN and "
+            "infinity, or write branches: 0."
+        )
     return [change / count for change in changes.values()]
 
 

@@ -71,10 +71,12 @@ def _leave_out(graph: fx.GraphModule, total: fx.Node, stays: int) -> None:
 
 
 def _forget(graph: fx.GraphModule, name: str) -> None:
-    """A layer or a parameter, if no node reads it any more."""
-    if all(node.target != name for node in graph.graph.nodes if node.op in ("call_module", "get_attr")):
-        owner, _, last = name.rpartition(".")
-        delattr(graph.get_submodule(owner), last)
+    """A layer, parameter or buffer, if no node reads it any more; modes stay."""
+    path, _, last = name.rpartition(".")
+    owner = graph.get_submodule(path)
+    read = any(node.target == name for node in graph.graph.nodes if node.op in ("call_module", "get_attr"))
+    if not read and isinstance(getattr(owner, last), nn.Module | Tensor):
+        delattr(owner, last)
 
 
 def _kept(size: int, gone: Iterable[int]) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from tersor.core.errors import InputError
 from tersor.core.parametrization import FakeQuantize, Mask, RunningLargest, shown_by
 from tersor.core.selection import matching
-from tersor.graph.channels import Cut, Group, coupled_channels, merged
+from tersor.graph.channels import Cut, Group, copied, coupled_channels, merged, remove
 
 Scope = Literal["layer", "global"]
 
@@ -51,6 +51,12 @@ class Order:
         """What goes with the first `blocks`."""
         pairs = zip(self.groups, self.gone(blocks), strict=True)
         return merged(cut for group, gone in pairs for cut in group.cuts(gone))
+
+    def without(self, graph: fx.GraphModule, blocks: int) -> fx.GraphModule:
+        """A copy of `graph`, whose groups these are, without the first `blocks`."""
+        network = copied(graph)
+        remove(network, self.cuts(blocks))
+        return network
 
 
 def removable(
