@@ -41,6 +41,8 @@ def test_prune_goes_by_labels_and_by_a_latency(model, loader, monkeypatch):
     widths = {name: layer.out_channels for name, layer in model.named_modules() if isinstance(layer, torch.nn.Conv2d)}
     pruned = tersor.prune(model, IMAGES, importance="obs", scope="global")
     assert len({pruned.get_submodule(name).out_channels / width for name, width in widths.items()}) > 2
+    layers = {name for name, _ in tersor.prune(model, IMAGES, branches=2).named_modules()}
+    assert sum(name not in layers for name in widths) == 2 * 2, "of two blocks both convolutions"
     with pytest.raises(InputError, match="no labels"):
         tersor.prune(model, IMAGES, importance="taylor")
 

@@ -52,11 +52,12 @@ class Branch:
         return Cut(self.total.name, f"gives={self.stays}", ())
 
     @property
-    def value(self) -> fx.Node:
-        """What is added."""
-        node = self.total.args[1 - self.stays]
-        assert isinstance(node, fx.Node)
-        return node
+    def sides(self) -> tuple[fx.Node, fx.Node]:
+        """What stays, and what it adds to it."""
+        stays, added = self.total.args[self.stays], self.total.args[1 - self.stays]
+        assert isinstance(stays, fx.Node)
+        assert isinstance(added, fx.Node)
+        return stays, added
 
 
 def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
@@ -101,7 +102,7 @@ def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], 
         sums: dict[Branch, Any] = dict.fromkeys(found, 0.0)
         for some in batches:
             for branch, live in _met(graph, found, some):
-                sums[branch] += live[branch.value].sum(0, keepdim=True)
+                sums[branch] += live[branch.sides[1]].sum(0, keepdim=True)
         count = sum(map(len, batches))
         if not count:
             raise InputError("what the answers miss is seen on images; none were given. Pass data=...")
@@ -109,8 +110,8 @@ def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], 
         for some in batches:
             answers = centred(_logits(graph(some.clone())))
             for branch, live in _met(graph, found, some):
-                kept = live[branch.total.args[branch.stays]]
-                changed = _onwards(graph, branch.total, {**live, branch.total: kept + sums[branch] / count})
+                total = live[branch.sides[0]] + sums[branch] / count
+                changed = _onwards(graph, branch.total, {**live, branch.total: total})
                 changes[branch] += float((centred(_logits(changed)) - answers).square().sum()) / 2
     if not all(map(math.isfinite, changes.values())):
         raise InputError(

@@ -127,8 +127,9 @@ class ChannelPruning:
         gone = self._take_branches(kind, graph, example, data)
         groups, whole = removable(graph, example, self.exclude, "channel_pruning")
         order = self._order(kind, graph, groups, whole, example, data)
-        timed = stopwatch is not None and kind == "latency"
-        ratio = stopwatch.against(before, example, target or Target()) if timed else None
+        ratio = None
+        if stopwatch is not None and kind == "latency":
+            ratio = stopwatch.against(before, example, target or Target())
         blocks, notes = _enough(kind, before, graph, order, example, keep, ratio)
         kept = sum(len(group.slices) for group in order.groups) - sum(map(len, order.gone(blocks)))
         notes.insert(0, f"{kept} of {sum(len(group.slices) for group in order.groups)} removable channels stay")
