@@ -3,7 +3,7 @@
 Of one inner layer after the other a half and three quarters of the channels go: what `obs` says is lost by them stands
 beside the KL divergence from the original, mean over 1,024 augmented training images. Then half of all MACs go from all
 inner layers, by each importance and scope. Channels are removed as a user removes them: filters fitted, BatchNorm's
-statistics moved. Of test images nothing is looked at.
+statistics moved; the last rows let residual branches go before. Of test images nothing is looked at.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,7 +37,12 @@ STREAM = ("*.conv2",)
 """What writes the residual stream, which stays whole."""
 
 GONE = (0.5, 0.75)
-WHOLE = (("magnitude", "layer"), ("magnitude", "global"), ("obs", "layer"), ("obs", "global"))
+WHOLE = (
+    ("magnitude", "layer", 0),
+    ("magnitude", "global", 0),
+    ("obs", "layer", 0),
+    *(("obs", "global", branches) for branches in range(4)),
+)
 KEEP = 0.502
 
 
@@ -100,15 +106,17 @@ def one_layer(number: int, gone: float) -> None:
     print(f"{group.root}, {gone:.0%}: {divergence:.4f}, said {told:.4f}", flush=True)
 
 
-def all_layers(importance: str, scope: str) -> None:
-    """The row of a removal of half of the MACs."""
-    identity = {"kind": "network", "importance": importance, "scope": scope}
+def all_layers(importance: str, scope: str, branches: int) -> None:
+    """The row of a removal of half of the MACs, that of so many branches among them."""
+    identity: dict[str, object] = {"kind": "network", "importance": importance, "scope": scope}
+    identity |= {"branches": branches} if branches else {}
     if rows.known(RESULT, identity):
         return
-    divergence, fewer = pruned(ChannelPruning(keep_macs=KEEP, importance=importance, scope=scope, exclude=STREAM))  # pyright: ignore[reportArgumentType]  # from a list of them
+    how: dict[str, Any] = {"importance": importance, "scope": scope, "branches": branches}
+    divergence, fewer = pruned(ChannelPruning(keep_macs=KEEP, exclude=STREAM, **how))
     numbers = {"divergence": divergence, "macs_ratio": fewer, "n": 1, "spread": rows.spread([divergence])}
     rows.add(RESULT, identity, numbers, [0])
-    print(f"{importance}, {scope}: {divergence:.3f} at {fewer:.2f} times fewer MACs", flush=True)
+    print(f"{importance}, {scope}, {branches} branches: {divergence:.3f} at {fewer:.2f} times fewer MACs", flush=True)
 
 
 def fit(logarithms: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -126,9 +134,11 @@ def show() -> None:
     if len(layers) > 1:
         correlation, slope = fit([(math.log(row["said"]), math.log(row["divergence"])) for row in layers])
         console.print(f"{len(layers)} prunings of a layer: logarithms correlate {correlation:.2f}, slope {slope:.2f}")
-    table = Table("importance", "scope", "KL divergence", "fewer MACs", title="all inner layers", title_justify="left")
+    heads = ("importance", "scope", "branches gone", "KL divergence", "fewer MACs")
+    table = Table(*heads, title="all inner layers", title_justify="left")
     for row in [row for row in found if row["kind"] == "network"]:
-        table.add_row(row["importance"], row["scope"], f"{row['divergence']:.3f}", f"{row['macs_ratio']:.2f}x")
+        numbers = f"{row['divergence']:.3f}", f"{row['macs_ratio']:.2f}x"
+        table.add_row(row["importance"], row["scope"], str(row.get("branches", 0)), *numbers)
     console.print(table)
 
 
@@ -139,8 +149,8 @@ def main() -> None:
     if not parser.parse_args().table:
         torch.set_num_threads(2)
         with rows.alone():
-            for importance, scope in WHOLE:
-                all_layers(importance, scope)
+            for importance, scope, branches in WHOLE:
+                all_layers(importance, scope, branches)
             for number in range(len(said()[0])):
                 for gone in GONE:
                     one_layer(number, gone)
