@@ -61,7 +61,8 @@ class Branch:
 
 
 def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
-    """Those with parameters in them, in the order of the graph; of such as lie in each other the smaller ones.
+    """Those with parameters in them, in the order of the graph; of a sum's two sides the one of more layers, of
+    branches that lie in each other the smaller ones.
 
     Args:
         graph: a captured network; it comes back as it was.
@@ -70,12 +71,12 @@ def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
     example = example[:1].to(next(graph.parameters()).device)
     with evaluating(graph), torch.no_grad():
         shapes = record(graph, torch.cat([example, example]))  # of one image values may be as large as parameters
-    found = [
-        Branch(node, stays, layers)
-        for node in graph.graph.nodes
-        for stays, branch in _sides(node)
-        if shapes[node.args[stays]] == shapes[node] and _learns(graph, layers := _layers(_for(branch)))
-    ]
+    found: list[Branch] = []
+    for node in graph.graph.nodes:
+        sides = [(_layers(_for(side)), stays) for stays, side in _sides(node) if shapes[side] == shapes[node]]
+        layers, stays = max(sides, default=((), 0), key=lambda side: len(side[0]))
+        if _learns(graph, layers) and shapes[node.args[stays]] == shapes[node]:
+            found.append(Branch(node, stays, layers))
     taken = set[str]()
     smallest: list[Branch] = []
     for each in sorted(found, key=lambda branch: len(branch.layers)):

@@ -124,9 +124,8 @@ def _look(graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: 
         with evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
             for some in first_images(data, max(images, _MOST_IMAGES), next(graph.parameters()).device):
                 given = some.clone().requires_grad_()
-                answers = centred(
-                    _logits(graph(given.clone()))
-                )  # of its own, where the network changes what it is given
+                own = given.clone()  # where the network changes what it is given
+                answers = centred(_logits(graph(own)))
                 sign = torch.randint(0, 2, answers.shape, generator=signs).to(answers) * 2 - 1
                 torch.autograd.grad((answers * sign).sum(), given, allow_unused=True)
                 count += len(some)
