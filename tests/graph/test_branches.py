@@ -39,7 +39,7 @@ def torchvision(name):
 
 NETWORKS = {
     "basic": (lambda: build("resnet20", 10), 9),
-    "bottleneck": (lambda: torchvision("resnet50"), 16),
+    "bottleneck, changed in place": (lambda: torchvision("resnet50"), 12),
     "inverted, with squeeze and excitation": (lambda: torchvision("efficientnet_b0"), 9),
     "inverted, depthwise": (lambda: torchvision("mobilenet_v2"), 10),
     "attention": (lambda: timm("vit_tiny_patch16_224", img_size=32, depth=2), 4),
@@ -121,8 +121,8 @@ def test_of_branches_in_each_other_the_smaller_one_goes():
     torch.testing.assert_close(graph(IMAGES), expected)
 
 
-@pytest.mark.parametrize("make", [lambda: build("resnet20", 10), Nested])
-def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make):
+@pytest.mark.parametrize(("make", "with_mean"), [(lambda: build("resnet20", 10), True), (Nested, False)])
+def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make, with_mean):
     torch.manual_seed(0)
     graph = captured(make())
     found = branches(graph, IMAGES[:1])
@@ -131,7 +131,9 @@ def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make):
     assert all(torch.equal(before[key], value) for key, value in graph.state_dict().items())
     with torch.no_grad():
         for branch, change in zip(found, told, strict=True):
-            sides = {branch.total: lambda *sides, each=branch: sides[each.stays] + sides[1 - each.stays].mean(0)}
+            sides = {
+                branch.total: lambda *sides, each=branch: sides[each.stays] + with_mean * sides[1 - each.stays].mean(0)
+            }
             other = Otherwise(graph, sides).run(IMAGES.clone()) - graph(IMAGES.clone())
             expected = (other - other.mean(1, keepdim=True)).square().sum(1).mean() / 2
             assert change == pytest.approx(float(expected), rel=1e-3)
@@ -140,7 +142,90 @@ def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make):
 def test_what_cannot_be_told_is_said():
     graph = captured(build("resnet20", 10))
     found = branches(graph, IMAGES[:1])
-    with pytest.raises(InputError, match="none were given"):
+    with pytest.raises(InputError, match="on 2 images at least; given 0"):
         missed(graph, found, [], 4)
     with pytest.raises(InputError, match=r"not finite.* branches: 0"):
         missed(graph, found, [IMAGES / 0], 4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "mobilenet_v2"])
+def test_what_is_left_trains_though_layers_change_what_they_read(name):
+    graph = captured(torchvision(name))
+    remove(graph, [each.cut for each in branches(graph, IMAGES[:1])])
+    graph.train()(IMAGES).square().mean().backward()
+    assert all(each.grad is not None for each in graph.parameters())
+
+
+class InPlace(nn.Module):
+    """A branch that changes what stays, and a sum of which both sides are changed later."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + self.second(torch.nn.functional.relu(x, inplace=True))
+        y = self.relu(x + self.third(x))
+        return torch.cat([x, y], 1).mean((2, 3))
+
+
+def test_what_others_read_is_not_changed_by_what_comes_behind_a_sum():
+    graph = captured(InPlace())
+    (branch,) = branches(graph, IMAGES[:1])
+    assert branch.layers == ("third",), "the other one changes what stays"
+    expected = Otherwise(graph, {branch.total: lambda *sides: sides[branch.stays].clone()}).run(IMAGES)
+    remove(graph, [branch.cut])
+    assert torch.equal(graph(IMAGES), expected)
+
+
+class Tied(nn.Module):
+    """Weights that others read, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = x + self.first(x)
+        x = x + torch.nn.functional.conv2d(self.second(x).relu(), self.first.weight, padding=1)
+        return torch.nn.functional.conv2d(x, self.first.weight, padding=1).mean((2, 3))
+
+
+def test_what_is_left_keeps_the_weights_that_it_reads():
+    graph = captured(Tied())
+    found = branches(graph, IMAGES[:1])
+    expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.stays] for each in found}).run(IMAGES)
+    remove(graph, [each.cut for each in found])
+    assert torch.equal(graph(IMAGES), expected)
+    assert set(graph.state_dict()) == {"first.weight", "first.bias"}
+
+
+def test_layers_that_are_learned_from_are_those_that_are_left():
+    graph = captured(build("resnet20", 10))
+    found = branches(graph, IMAGES[:1])
+    blocks = {path for path in graph.meta["layers"] if path.count(".") == 1 and path.startswith("layer")}
+    remove(graph, [each.cut for each in found])
+    nodes = {node.name for node in graph.graph.nodes}
+    assert blocks <= graph.meta["layers"].keys()
+    assert set(graph.meta["layers"].values()) <= nodes
+
+
+def test_of_tokens_the_mean_is_not_taken_where_batches_come_second():
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner, self.head = nn.BatchNorm2d(3), nn.Linear(3, 3), nn.Linear(3, 5)
+
+        def forward(self, x):
+            x = self.norm(x).flatten(2).permute(2, 0, 1)
+            x = x + self.inner(x)
+            return self.head(x.mean(0))
+
+    graph = captured(SequenceFirst())
+    (branch,) = branches(graph, IMAGES[:1])
+    (told,) = missed(graph, [branch], [IMAGES[:1], IMAGES[1:]], 4)
+    with torch.no_grad():
+        change = Otherwise(graph, {branch.total: lambda *sides: sides[branch.stays]}).run(IMAGES) - graph(IMAGES)
+    assert told == pytest.approx(float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4)

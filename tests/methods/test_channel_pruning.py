@@ -246,7 +246,7 @@ def test_branches_go_whole_before_channels_do(model):
     result = attached(model, keep_macs=0.8, branches=1, exclude=STREAM)
     layers = dict(result.model.named_modules())
     assert "layer2.1.conv1" not in layers
-    assert "gone whole: the branches of layer2.1.conv1" in result.notes
+    assert "gone whole: the branches from layer2.1.conv1 to layer2.1.bn2" in result.notes
     assert 0.7 < costs(result.model, IMAGES[:1]).macs / before.macs <= 0.8, "of the network with them"
     assert layers["layer1.0.conv1"].out_channels >= kept.model.get_submodule("layer1.0.conv1").out_channels
     assert sum(each.out_channels for each in convolutions(result)) > sum(
@@ -262,12 +262,12 @@ def convolutions(result):
     return [each for name, each in layers if isinstance(each, nn.Conv2d) and not name.startswith("layer2.1.")]
 
 
-@pytest.mark.parametrize(("kind", "gone"), [("macs", "layer1.1.conv1"), ("parameters", "layer3.1.conv1")])
+@pytest.mark.parametrize(("kind", "gone"), [("macs", "layer1.1"), ("parameters", "layer3.1")])
 def test_of_branches_that_are_missed_alike_those_go_that_cost_most(model, kind, gone, monkeypatch):
     monkeypatch.setattr("tersor.methods.channel_pruning.missed", lambda _graph, found, *_: [1.0] * len(found))
     model.layer1[1].conv1 = nn.Conv2d(16, 16, 5, padding=2, bias=False)  # more MACs than any other
     result = attached(model, **{f"keep_{kind}": 0.9}, branches=1, exclude=STREAM)
-    assert f"gone whole: the branches of {gone}" in result.notes
+    assert f"gone whole: the branches from {gone}.conv1 to {gone}.bn2" in result.notes
 
 
 def test_a_latency_is_one_of_the_network_with_its_branches(model):
@@ -280,9 +280,27 @@ def test_a_latency_is_one_of_the_network_with_its_branches(model):
 
 
 def test_more_branches_than_there_are_is_told(model):
-    with pytest.raises(
-        InputError, match=r"branches: 10 .* CifarResNet has 9, from layer1\.0\.conv1 to layer3\.2\.conv1"
-    ):
+    with pytest.raises(InputError, match=r"branches: 10 .* has 9 that can: layer1\.0\.conv1 to layer1\.0\.bn2 "):
         attached(model, branches=10)
-    with pytest.raises(InputError, match="and Sequential has 0"):
+    with pytest.raises(InputError, match="has none that can"):
         ChannelPruning(branches=1).attach(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), data=[IMAGES])
+
+
+def test_branches_alone_may_be_enough(model):
+    result = attached(model, keep_macs=0.95, branches=1, exclude=("*",))
+    assert len(result.notes) == 1
+    list(result.begin())
+    result = attached(build("resnet20", 10), keep_macs=1.0, branches=9)
+    assert [name for name, layer in result.model.named_modules() if isinstance(layer, nn.Conv2d)] == ["conv1"]
+
+
+def test_a_network_that_is_refused_is_as_it_was(model):
+    graph = capture(model)
+    before = {key: value.clone() for key, value in graph.state_dict().items()}
+    with pytest.raises(InputError, match="cannot be met"):
+        attached(graph, keep_macs=0.01, branches=3)
+    with pytest.raises(InputError, match=r"does not run on images \(4, 16, 16\)"):
+        ChannelPruning(branches=1).attach(graph, data=[torch.rand(8, 4, 16, 16)])
+    assert graph.state_dict().keys() == before.keys()
+    assert "cuts" not in graph.meta
+    assert all(torch.equal(before[key], value) for key, value in graph.state_dict().items())

@@ -5,10 +5,14 @@ single branches out of trained networks, which go on to work. What they cost goe
 channels still costs much: a block of ResNet-56 with half of its 32 inner channels takes 0.70 of the time in ONNX
 Runtime (AVX2), with a quarter of them 0.56.
 
-A branch is what is computed for one side of a sum alone, and is as large as the sum. What is missed is measured, each
-branch by itself, with its mean over images in its place:
+A branch is what is computed for one side of a sum alone, from what the other side is or is made of without learning.
+What is missed is measured, each branch by itself on images:
 
-    1/2 E sum_k (z'_k - mean z' - z_k + mean z)^2     z, z': logits with the branch, and with its mean
+    1/2 E sum_k (z'_k - mean z' - z_k + mean z)^2     z, z': logits with the branch, and without it
+
+Where a network has BatchNorm, which is told afterwards to give what it gave (`graph/statistics.py`), z' is taken with
+the branch's mean over images in its place. It takes about half as many runs of the network on the images as there are
+branches.
 """
 
 from __future__ import annotations
@@ -25,11 +29,14 @@ from torch import Tensor, fx
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.graph.calibration import first_images
-from tersor.graph.channels import Cut
-from tersor.graph.coupling.recording import computed, given, last_readers, mapped, record
+from tersor.graph.channels import Cut, copied, remove, run, twice
+from tersor.graph.coupling.recording import computed, given, last_readers, mapped
 from tersor.graph.readings import centred
+from tersor.graph.removal import alone
+from tersor.graph.statistics import with_statistics
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_METHODS = ("add", "add_")
 
 
 @dataclass(frozen=True)
@@ -59,31 +66,42 @@ class Branch:
         assert isinstance(added, fx.Node)
         return stays, added
 
+    def __str__(self) -> str:
+        return f"{self.layers[0]} to {self.layers[-1]}"
+
 
 def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
-    """Those with parameters in them, in the order of the graph; of a sum's two sides the one of more layers, of
-    branches that lie in each other the smaller ones.
+    """Those that learn and can go, in the order of the graph; of branches that lie in each other the smaller ones.
 
     Args:
         graph: a captured network; it comes back as it was.
-        example: one image (1, C, H, W).
+        example: images (N, C, H, W); the first is run.
+
+    Raises:
+        InputError: the network does not run on the images.
     """
-    example = example[:1].to(next(graph.parameters()).device)
+    example = twice(graph, example)
     with evaluating(graph), torch.no_grad():
-        shapes = record(graph, torch.cat([example, example]))  # of one image values may be as large as parameters
-    found: list[Branch] = []
-    for node in graph.graph.nodes:
-        sides = [(_layers(_for(side)), stays) for stays, side in _sides(node) if shapes[side] == shapes[node]]
-        layers, stays = max(sides, default=((), 0), key=lambda side: len(side[0]))
-        if _learns(graph, layers) and shapes[node.args[stays]] == shapes[node]:
-            found.append(Branch(node, stays, layers))
-    taken = set[str]()
-    smallest: list[Branch] = []
-    for each in sorted(found, key=lambda branch: len(branch.layers)):
-        if taken.isdisjoint((each.total.name, *each.layers)):
-            smallest.append(each)
-            taken |= {each.total.name, *each.layers}
-    return [each for each in found if each in smallest]
+        shapes = run(graph, example)
+        found = [
+            Branch(node, stays, _layers(inside))
+            for node in graph.graph.nodes
+            for stays, side, branch in _sides(node)
+            if shapes[side] == shapes[node]
+            and _learns(graph, inside := alone(branch))
+            and not _learns(graph, alone(side))
+            and _begins(side) & _read(inside)
+        ]
+        taken = set[str]()
+        smallest: list[Branch] = []
+        for each in sorted(found, key=lambda branch: len(branch.layers)):
+            if taken.isdisjoint((each.total.name, *each.layers)):
+                smallest.append(each)
+                taken |= {each.total.name, *each.layers}
+        chosen = [each for each in found if each in smallest]
+        if not chosen or _goes(graph, chosen, example):
+            return chosen
+        return [each for each in chosen if _goes(graph, [each], example)]
 
 
 def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], images: int) -> list[float]:
@@ -96,22 +114,24 @@ def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], 
         images: how many of them are looked at.
 
     Raises:
-        InputError: there is no image, the network gives no tensor of logits, or something is not finite.
+        InputError: there are no images, or one and a mean is to be seen, the network gives no tensor of logits, or
+            something is not finite.
     """
+    means = bool(with_statistics(graph))
     with evaluating(graph), torch.no_grad():
         batches = list(first_images(data, images, next(graph.parameters()).device))
-        sums: dict[Branch, Any] = dict.fromkeys(found, 0.0)
-        for some in batches:
-            for branch, live in _met(graph, found, some):
-                sums[branch] += live[branch.sides[1]].sum(0, keepdim=True)
         count = sum(map(len, batches))
-        if not count:
-            raise InputError("what the answers miss is seen on images; none were given. Pass data=...")
+        if count <= means:
+            raise InputError(
+                f"what the answers miss without a branch is seen on {1 + means} images at least; given {count}. "
+                "Pass more as data=..., or write branches: 0."
+            )
+        instead = _means(graph, found, batches) if means else {}
         changes = dict.fromkeys(found, 0.0)
         for some in batches:
             answers = centred(_logits(graph(some.clone())))
             for branch, live in _met(graph, found, some):
-                total = live[branch.sides[0]] + sums[branch] / count
+                total = live[branch.sides[0]] + instead.get(branch, 0)
                 changed = _onwards(graph, branch.total, {**live, branch.total: total})
                 changes[branch] += float((centred(_logits(changed)) - answers).square().sum()) / 2
     if not all(map(math.isfinite, changes.values())):
@@ -120,6 +140,22 @@ def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], 
             "infinity, or write branches: 0."
         )
     return [change / count for change in changes.values()]
+
+
+def _means(graph: fx.GraphModule, found: Sequence[Branch], batches: Sequence[Tensor]) -> dict[Branch, Tensor]:
+    """Of every branch its mean over images, (1, ...), where all images give values of one size."""
+    sums: dict[Branch, Tensor] = {}
+    uneven = set[Branch]()
+    for some in batches:
+        for branch, live in _met(graph, found, some):
+            value = live[branch.sides[1]]
+            each = value.sum(0, keepdim=True)
+            if len(value) == len(some) and (branch not in sums or sums[branch].shape == each.shape):
+                sums[branch] = sums.get(branch, 0) + each
+            else:
+                uneven.add(branch)
+    count = sum(map(len, batches))
+    return {branch: each / count for branch, each in sums.items() if branch not in uneven}
 
 
 def _logits(answers: Any) -> Tensor:
@@ -131,35 +167,62 @@ def _logits(answers: Any) -> Tensor:
     return answers
 
 
-def _sides(node: fx.Node) -> Iterator[tuple[int, fx.Node]]:
-    """Of a sum of two values: which one stays, and the other one."""
-    if node.target in _ADDITIONS and not node.kwargs and len(node.args) == 2:
+def _sides(node: fx.Node) -> Iterator[tuple[int, fx.Node, fx.Node]]:
+    """Of a sum of two values: number of the one that may stay, it, and the other one; and the other way round."""
+    adds = (node.op == "call_function" and node.target in _FUNCTIONS) or (
+        node.op == "call_method" and node.target in _METHODS
+    )
+    if adds and not node.kwargs and len(node.args) == 2:
         left, right = node.args
         if isinstance(left, fx.Node) and isinstance(right, fx.Node) and left is not right:
-            yield from ((1, left), (0, right))
+            yield from ((0, left, right), (1, right, left))
 
 
-def _for(branch: fx.Node) -> set[fx.Node]:
-    """What is computed for the one reader of `branch` alone, and it; nothing where it has more readers."""
-    alone: set[fx.Node] = set()
-    waiting = [branch] if len(branch.users) == 1 else []
-    while waiting:
-        node = waiting.pop()
-        alone.add(node)
-        read = [each for each in node.all_input_nodes if each.op != "placeholder" and each not in alone]
-        waiting += [each for each in read if set(each.users) <= alone]
-    return alone
+def _read(nodes: set[fx.Node]) -> set[fx.Node]:
+    """What these are computed from."""
+    return {each for node in nodes for each in node.all_input_nodes} - nodes
 
 
-def _layers(alone: set[fx.Node]) -> tuple[str, ...]:
+def _begins(side: fx.Node) -> set[fx.Node]:
+    """What a side is made of alone, or itself."""
+    inside = alone(side)
+    return _read(inside) if inside else {side}
+
+
+def _layers(inside: set[fx.Node]) -> tuple[str, ...]:
     """What is called in there, and nowhere else."""
-    called = [node for node in next(iter(alone)).graph.nodes if node.op == "call_module"] if alone else []
-    elsewhere = {node.target for node in called if node not in alone}
-    return tuple(str(node.target) for node in called if node in alone and node.target not in elsewhere)
+    called = [node for node in next(iter(inside)).graph.nodes if node.op == "call_module"]
+    elsewhere = {node.target for node in called if node not in inside}
+    return tuple(dict.fromkeys(str(each.target) for each in called if each in inside and each.target not in elsewhere))
 
 
-def _learns(graph: fx.GraphModule, layers: Sequence[str]) -> bool:
-    return any(True for name in layers for _ in graph.get_submodule(name).parameters())
+def _learns(graph: fx.GraphModule, inside: set[fx.Node]) -> bool:
+    """Whether a layer with parameters is called in there, and nowhere else."""
+    return bool(inside) and any(True for name in _layers(inside) for _ in graph.get_submodule(name).parameters())
+
+
+def _goes(graph: fx.GraphModule, found: Sequence[Branch], example: Tensor) -> bool:
+    """Whether the network without them gives what it gives when they are not added."""
+    last, values = last_readers(graph), dict[fx.Node, Any]()
+    stays = {branch.total: branch.sides[0] for branch in found}
+    for node in graph.graph.nodes:
+        if node in stays:
+            values[node] = values[stays[node]].clone()
+        else:
+            values[node] = given(node, example.clone()) if node.op == "placeholder" else computed(graph, node, values)
+        for read in last.get(node, ()):
+            del values[read]
+    cut = copied(graph)
+    try:
+        remove(cut, [branch.cut for branch in found])
+        answers = cut(example.clone())
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    expected, given_now = list[Tensor](), list[Tensor]()
+    mapped(values.popitem()[1], expected.append)  # the output, which nothing reads
+    mapped(answers, given_now.append)
+    pairs = zip(expected, given_now, strict=True)
+    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True) for one, other in pairs)
 
 
 def _met(graph: fx.GraphModule, found: Sequence[Branch], some: Tensor) -> Iterator[tuple[Branch, dict[fx.Node, Any]]]:

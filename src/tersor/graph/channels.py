@@ -28,7 +28,7 @@ from tersor.core.garbage import collecting_what_is_new
 from tersor.graph.coupling.groups import Cut, Unit
 from tersor.graph.coupling.layers import rule_of
 from tersor.graph.coupling.plan import Plan, copied
-from tersor.graph.coupling.recording import record
+from tersor.graph.coupling.recording import Recorded, record
 from tersor.graph.coupling.trial import Trial
 from tersor.graph.coupling.walk import Place, Walk, walked
 from tersor.graph.removal import merged, remove
@@ -74,15 +74,9 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
     Raises:
         InputError: the network does not run on the images.
     """
-    example = example[:1].to(next(graph.parameters()).device).expand(2, *[-1] * (example.ndim - 1)).contiguous()
+    example = twice(graph, example)
     with evaluating(graph), torch.no_grad(), collecting_what_is_new():
-        try:
-            recorded = record(graph, example)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            raise InputError(
-                f"{type(graph).__name__} does not run on images {tuple(example.shape[1:])}: "
-                f"{str(error).splitlines()[0]} Give images as the network wants them."
-            ) from error
+        recorded = run(graph, example)
         plan = Plan(example[:1])
         for inner in (False, True):
             walk = walked(graph, recorded, rule_of, inner=inner)
@@ -94,6 +88,26 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
         groups = [Group(each.root, tuple(each.units), walk.inner) for walk, found in plan.sides for each in found]
     free = {group.root for group in groups}
     return groups, {root: why for root, why in plan.whole.items() if root not in free}
+
+
+def twice(graph: fx.GraphModule, example: Tensor) -> Tensor:
+    """The first image, two times in a batch: of one image alone values may be as large as parameters."""
+    return example[:1].to(next(graph.parameters()).device).expand(2, *[-1] * (example.ndim - 1)).contiguous()
+
+
+def run(graph: fx.GraphModule, example: Tensor) -> Recorded:
+    """What every node gives.
+
+    Raises:
+        InputError: the network does not run on the images.
+    """
+    try:
+        return record(graph, example)
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        raise InputError(
+            f"{type(graph).__name__} does not run on images {tuple(example.shape[1:])}: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Give images as the network wants them."
+        ) from error
 
 
 def difference(graph: fx.GraphModule, cuts: Sequence[Cut], example: Tensor) -> str:

@@ -1,9 +1,12 @@
-"""Channels gone for real: from the tensors of layers, from parameters, from the arguments of nodes that count them."""
+"""Channels gone for real: from the tensors of layers, from parameters, from the arguments of nodes that count them; and
+branches, with all that is computed for them alone.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from tersor.graph.attention import Attention, windowed_attention
 from tersor.graph.coupling.groups import Cut
+
+_AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def merged(cuts: Iterable[Cut]) -> list[Cut]:
@@ -23,11 +28,12 @@ def merged(cuts: Iterable[Cut]) -> list[Cut]:
 
 
 def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
-    """Removes channels in place, every Parameter object the same, and adds it to the rounds in `graph.meta["cuts"]`.
+    """Removes channels and branches in place, every Parameter that stays the same object, and adds it to the rounds in
+    `graph.meta["cuts"]`.
 
     Args:
         graph: a captured network.
-        cuts: those that a group gives, `merged`.
+        cuts: those that groups give, `merged`, and those of branches.
     """
     modules = dict(graph.named_modules())
     tensors = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
@@ -57,25 +63,75 @@ def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
     graph.meta["cuts"] = [*graph.meta.get("cuts", []), round_]
 
 
-def _leave_out(graph: fx.GraphModule, total: fx.Node, stays: int) -> None:
-    """A sum gives its argument number `stays`: the other goes, with all that was computed for it alone."""
-    total.replace_all_uses_with(total.args[stays])  # pyright: ignore[reportArgumentType]  # a node
-    waiting = [total]
+def alone(value: fx.Node) -> set[fx.Node]:
+    """What is computed for the one reader of `value` alone, and it; nothing where it has more readers."""
+    found: set[fx.Node] = set()
+    waiting = [value] if sum(not _idle(reader) for reader in value.users) == 1 else []
     while waiting:
         node = waiting.pop()
-        read = node.all_input_nodes
-        graph.graph.erase_node(node)
+        found |= {node, *_idlers(node)}
+        read = [each for each in node.all_input_nodes if each.op != "placeholder" and each not in found]
+        waiting += [each for each in read if all(reader in found or _idle(reader) for reader in each.users)]
+    return found
+
+
+def _idlers(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads `node`, and is read by nothing."""
+    for reader in node.users:
+        if _idle(reader):
+            yield from (reader, *_idlers(reader))
+
+
+def _idle(node: fx.Node) -> bool:
+    """Whether a node looks at a size or takes a part, and nothing reads that."""
+    return node.target in (getattr, operator.getitem, "size", "dim") and all(map(_idle, node.users))
+
+
+def _leave_out(graph: fx.GraphModule, total: fx.Node, stays: int) -> None:
+    """A sum gives its argument number `stays`: the other goes, with all that was computed for it alone."""
+    if total not in set(graph.graph.nodes):  # it was computed for another one's
+        return
+    left, added = total.args[stays], total.args[1 - stays]
+    assert isinstance(left, fx.Node)
+    assert isinstance(added, fx.Node)
+    gone = {total, *alone(added)}
+    if any(_in_place(graph, reader) for reader in total.users):  # which may not change what others read, too
+        with graph.graph.inserting_before(total):
+            left = graph.graph.call_method("clone", (left,))
+    total.replace_all_uses_with(left)
+    for node in reversed([*graph.graph.nodes]):
+        if node in gone:
+            graph.graph.erase_node(node)
+    for node in gone:
         if node.op in ("call_module", "get_attr"):
             _forget(graph, str(node.target))
-        waiting += [each for each in read if not each.users and each.op != "placeholder" and each not in waiting]
+    names = {node.name for node in gone}
+    layers = {path: left.name if name == total.name else name for path, name in graph.meta.get("layers", {}).items()}
+    graph.meta["layers"] = {path: name for path, name in layers.items() if name not in names}
+
+
+def _in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it may change what it reads."""
+    if node.op == "call_module":
+        return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
+    if node.target in _AUGMENTED or node.kwargs.get("inplace") is True:
+        return True
+    if getattr(node.target, "__module__", "") == "torch.nn.functional":
+        return any(each is True for each in node.args)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_")
 
 
 def _forget(graph: fx.GraphModule, name: str) -> None:
-    """A layer, parameter or buffer, if no node reads it any more; modes stay."""
-    path, _, last = name.rpartition(".")
-    owner = graph.get_submodule(path)
-    read = any(node.target == name for node in graph.graph.nodes if node.op in ("call_module", "get_attr"))
-    if not read and isinstance(getattr(owner, last), nn.Module | Tensor):
+    """A layer, parameter or buffer, if no node reads it or what lies in it any more; modes stay."""
+    read = {str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")}
+    if any(each == name or each.startswith(f"{name}.") or name.startswith(f"{each}.") for each in read):
+        return
+    owner: Any = graph
+    *path, last = name.split(".")
+    for step in path:
+        owner = getattr(owner, step, None)  # which went before, with all in it
+    if isinstance(getattr(owner, last, None), nn.Module | Tensor):
         delattr(owner, last)
 
 

@@ -74,6 +74,25 @@ def removable(
         InputError: masks, grids or parametrizations of others lie on the network, a pattern matches nothing, no
             channel can be removed.
     """
+    refuse_what_lies_on(graph, method)
+    excluded = matching(exclude, [name for name, _ in graph.named_modules() if name]) if exclude else set[str]()
+    groups, whole = coupled_channels(graph, example)
+    chosen = [group for group in groups if not any(_writer(cut) in excluded for cut in group.slices[0])]
+    if not chosen:
+        reasons = "".join(f" {root}: {why}." for root, why in list(whole.items())[:_REASONS])
+        raise InputError(
+            f"no channel of {type(graph).__name__} can be removed.{reasons} Possible: weight_pruning, which masks"
+            + (", or a shorter `exclude`." if exclude else ".")
+        )
+    return chosen, whole
+
+
+def refuse_what_lies_on(graph: fx.GraphModule, method: str) -> None:
+    """Masks, grids and parametrizations of others: channels of weights under them cannot be cut.
+
+    Raises:
+        InputError: there is one.
+    """
     for name, module in graph.named_modules():
         strange = [each for each in shown_by(module) if not isinstance(each, Mask | FakeQuantize | RunningLargest)]
         if strange:
@@ -86,16 +105,6 @@ def removable(
                 f"{name or 'the network'} lies under a mask or a grid already, and channels are removed before. "
                 f"Write {method} in a stage before weight_pruning, ptq and qat."
             )
-    excluded = matching(exclude, [name for name, _ in graph.named_modules() if name]) if exclude else set[str]()
-    groups, whole = coupled_channels(graph, example)
-    chosen = [group for group in groups if not any(_writer(cut) in excluded for cut in group.slices[0])]
-    if not chosen:
-        reasons = "".join(f" {root}: {why}." for root, why in list(whole.items())[:_REASONS])
-        raise InputError(
-            f"no channel of {type(graph).__name__} can be removed.{reasons} Possible: weight_pruning, which masks"
-            + (", or a shorter `exclude`." if exclude else ".")
-        )
-    return chosen, whole
 
 
 def _writer(cut: Cut) -> str:

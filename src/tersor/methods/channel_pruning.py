@@ -53,7 +53,7 @@ from tersor.graph.channels import Cut, Group, copied, remove
 from tersor.graph.importance import FOR_THE_COST, FunctionPath, Importance, importances
 from tersor.graph.statistics import Moments, fit, in_unit_of, moments_of_batches, with_statistics
 from tersor.graph.takeover import fitted, take_over
-from tersor.graph.widths import Order, Scope, left, ordered, prices, removable
+from tersor.graph.widths import Order, Scope, left, ordered, prices, refuse_what_lies_on, removable
 from tersor.measure import Costs, costs
 
 
@@ -109,7 +109,8 @@ class ChannelPruning:
 
         Raises:
             InputError: two targets or one that cannot be met, no data, masks or grids on the network, a network whose
-                channels cannot be followed, `keep_latency` without a stopwatch.
+                channels cannot be followed, fewer branches than are to go or one image to tell them by, answers that
+                are no logits or not finite, `keep_latency` without a stopwatch. The network is as it was.
         """
         kind, keep = self._target()
         first = next(iter(data), None) if data is not None else None
@@ -121,23 +122,30 @@ class ChannelPruning:
                 "stopwatch=tersor.export.stopwatch.RuntimeStopwatch()), or write keep_macs."
             )
         graph, example = capture(model), images_of(first)[:1]
-        if keep == 1:
+        if keep == 1 and not self.branches:
             return Attachment(graph)
-        before = copied(graph)
-        gone = self._take_branches(kind, graph, example, data)
-        groups, whole = removable(graph, example, self.exclude, "channel_pruning")
-        order = self._order(kind, graph, groups, whole, example, data)
-        ratio = None
-        if stopwatch is not None and kind == "latency":
-            ratio = stopwatch.against(before, example, target or Target())
-        blocks, notes = _enough(kind, before, graph, order, example, keep, ratio)
-        kept = sum(len(group.slices) for group in order.groups) - sum(map(len, order.gone(blocks)))
-        notes.insert(0, f"{kept} of {sum(len(group.slices) for group in order.groups)} removable channels stay")
+        refuse_what_lies_on(graph, "channel_pruning")
+        before, left_over = copied(graph), copied(graph)
+        gone = self._least_missed(kind, before, example, data) if self.branches else []
+        notes = [f"gone whole: the branches from {', '.join(map(str, gone))}"] if gone else []
         if gone:
-            notes.append(f"gone whole: the branches of {', '.join(branch.layers[0] for branch in gone)}")
-        notes += [f"left whole: the channels of {root}, since {why}" for root, why in whole.items()]
-        cuts = order.cuts(blocks)
-        remove(graph, cuts)
+            remove(left_over, [branch.cut for branch in gone])
+        cuts: list[Cut] = []
+        if not gone or not _is_enough(kind, before, left_over, example, keep):
+            groups, whole = removable(left_over, example, self.exclude, "channel_pruning")
+            order = self._order(kind, left_over, groups, whole, example, data)
+            ratio = None
+            if stopwatch is not None and kind == "latency":
+                ratio = stopwatch.against(before, example, target or Target())
+            blocks, told = _enough(kind, before, left_over, order, example, keep, ratio)
+            total = sum(len(group.slices) for group in order.groups)
+            told.insert(0, f"{total - sum(map(len, order.gone(blocks)))} of {total} removable channels stay")
+            notes = [*told, *notes]
+            notes += [f"left whole: the channels of {root}, since {why}" for root, why in whole.items()]
+            cuts = order.cuts(blocks)
+        for each in ([branch.cut for branch in gone], cuts):
+            if each:
+                remove(graph, each)
         return ChannelPruningAttachment(graph, before, cuts, data, self.estimation_images, tuple(notes))
 
     def _target(self) -> tuple[str, float]:
@@ -152,25 +160,21 @@ class ChannelPruning:
             raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(given)}. Write one.")
         return next(iter(given.items()), ("macs", 0.5))
 
-    def _take_branches(self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any]) -> list[Branch]:
-        """Those that went, in the order of the graph."""
-        if not self.branches:
-            return []
+    def _least_missed(self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any]) -> list[Branch]:
+        """The branches that go, in the order of the graph."""
         found = branches(graph, example)
         if len(found) < self.branches:
+            there = f"{len(found)} that can: {found[0]} ... {found[-1]}" if found else "none that can"
             raise InputError(
-                f"branches: {self.branches} residual branches are to go, and {type(graph).__name__} has {len(found)}"
-                + (f", from {found[0].layers[0]} to {found[-1].layers[0]}" if found else "")
-                + ". Write fewer."
+                f"branches: {self.branches} residual branches are to go, and {type(graph).__name__} has {there}. "
+                "Write fewer."
             )
-        spent = {layer.name: layer for layer in costs(graph, example).layers}
-        rates: dict[Branch, float] = {}
+        spent, rates = costs(graph, example), dict[Branch, float]()
         for branch, change in zip(found, missed(graph, found, data, self.importance_images), strict=True):
-            there = [spent[name] for name in branch.layers if name in spent]
-            price = sum(layer.parameters if kind == "parameters" else layer.macs for layer in there)
-            rates[branch] = change / max(price, 1)
+            network = copied(graph)
+            remove(network, [branch.cut])
+            rates[branch] = change / max(1 - _fraction(kind, spent, network, example), 1e-9)
         least = set(sorted(found, key=rates.__getitem__)[: self.branches])
-        remove(graph, [branch.cut for branch in least])
         return [branch for branch in found if branch in least]
 
     def _order(
@@ -215,15 +219,14 @@ def _enough(
     Args:
         ratio: a network's latency as a fraction of that of `before`, if that is the cost.
     """
-    spent, now = costs(before, example), costs(graph, example)
-    share = {"channels": 1.0, "parameters": now.parameters / spent.parameters}.get(kind, now.macs / spent.macs)
-    stays = [share * each for each in left("macs" if ratio else kind, graph, order, _macs(now))]
+    spent = costs(before, example)
+    share = 1.0 if kind == "channels" else _fraction(kind, spent, graph, example)
+    stays = [share * each for each in left("macs" if ratio else kind, graph, order, _macs(costs(graph, example)))]
 
     def really(blocks: int) -> float:
         if kind == "channels":
             return stays[blocks]
-        after = costs(order.without(graph, blocks), example)
-        return after.macs / spent.macs if kind == "macs" else after.parameters / spent.parameters
+        return _fraction(kind, spent, order.without(graph, blocks), example)
 
     if ratio is not None:
         blocks, found = fast_enough(stays, lambda blocks: ratio(order.without(graph, blocks)), keep)
@@ -236,6 +239,17 @@ def _enough(
         )
     timed = f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[blocks]:.3f} of the MACs"
     return blocks, [timed] if ratio else []
+
+
+def _fraction(kind: str, spent: Costs, network: fx.GraphModule, example: Tensor) -> float:
+    """How much a network has of the parameters, or else of the MACs, that there were."""
+    now = costs(network, example)
+    return now.parameters / spent.parameters if kind == "parameters" else now.macs / spent.macs
+
+
+def _is_enough(kind: str, before: fx.GraphModule, after: fx.GraphModule, example: Tensor, keep: float) -> bool:
+    """Whether nothing more has to go."""
+    return kind in ("macs", "parameters") and _fraction(kind, costs(before, example), after, example) <= keep
 
 
 def _macs(spent: Costs) -> dict[str, int]:

@@ -18,7 +18,8 @@ class Cut(NamedTuple):
     Attributes:
         layer: a layer, a parameter or buffer by its path, or a node of the graph.
         axis: `out` (filters and what hands channels on) or `in` (columns that read) of a layer; of a parameter the
-            number of a dimension; `heads` of an attention; of a node `ARGUMENT=BEFORE`, which counts the places.
+            number of a dimension; `heads` of an attention; of a node `ARGUMENT=BEFORE`, which counts the places, or
+            `gives=ARGUMENT`, of a sum that is one of its arguments from then on.
         channels: the places, as they were numbered before any of the cuts that are made at once.
     """
 
