@@ -99,7 +99,7 @@ def test_min_and_max_of_every_value_that_is_quantized():
         second = model.bn2(model.conv2(first))
         last = F.relu(first + second)
     expected = {"x": x, "relu": first, "bn2": second, "relu_1": last, "mean": last.mean((2, 3))}
-    graph = calibrated(model, PTQ(activation_range="minmax"), data=batches).model
+    graph = calibrated(model, data=batches).model
     found = {name.removeprefix("quantizers."): q for name, q in quantizers(graph).items() if name.startswith("quant")}
     assert list(found) == list(expected)
     for name, values in expected.items():
@@ -186,7 +186,7 @@ def test_mse_weights_round_with_less_error():
 @pytest.mark.parametrize(
     ("left", "written"),
     [
-        ({}, {"weight_range": "minmax", "activation_range": "mse", "spread_correction": False}),
+        ({}, {"weight_range": "minmax", "activation_range": "minmax", "spread_correction": False}),
         ({"bits": 4}, {"weight_range": "mse", "activation_range": "mse", "spread_correction": True}),
         ({"activation_bits": 4}, {"weight_range": "minmax", "activation_range": "mse", "spread_correction": False}),
         ({"bits": 4, "spread_correction": False}, {"weight_range": "minmax", "activation_range": "mse"}),
@@ -413,12 +413,11 @@ def test_a_data_loader_calibrates():
 
 def test_only_so_many_images_are_looked_at():
     endless = (images(4, seed) for seed in iter(int, 1))
-    minmax = PTQ(calibration_images=10, activation_range="minmax")
-    attached = minmax.attach(Small().eval(), data=endless)
+    attached = PTQ(calibration_images=10).attach(Small().eval(), data=endless)
     progress = list(attached.begin())
     assert [step.done for step in progress] == [4, 8, 10]
     assert {step.total for step in progress} == {10}
-    expected = calibrated(method=minmax, data=[images(4, 0), images(4, 0), images(2, 0)])
+    expected = calibrated(data=[images(4, 0), images(4, 0), images(2, 0)])
     assert attached.model.get_submodule("quantizers.x").scale == expected.model.get_submodule("quantizers.x").scale
 
 
@@ -516,9 +515,9 @@ def test_empty_data(data):
 
 
 def test_data_that_can_be_read_only_once():
-    calibrated(method=PTQ(activation_range="minmax"), data=iter([images()]))  # one pass needs no more
+    calibrated(data=iter([images()]))  # one pass needs no more
     with pytest.raises(InputError, match="without a single image when it read it again; a DataLoader"):
-        calibrated(data=iter([images()]))
+        calibrated(method=PTQ(activation_range="mse"), data=iter([images()]))
 
 
 def test_a_pattern_that_matches_nothing():

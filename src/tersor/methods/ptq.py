@@ -14,10 +14,9 @@ flipped sign stays on the grid. First and last layer have 8 bits, their inputs t
 
 Around it: cross-layer equalisation and bias correction (Nagel et al., ICCV 2019: `graph/equalization.py`,
 `graph/bias_correction.py`), and `max_drop`, which leaves the layers in float that cost too much. What is left is chosen
-by `bench/ptq_defaults.py`: a range of activations has the smallest squared error; the largest values end one of weights
-at 8 bits; with fewer it has the smallest squared error too, and a BatchNorm takes over what rounding did to means and
-spreads. On a processor that adds 8-bit products in 16 bits (AVX2 without VNNI) weights of a channel are kept from
-saturating: `core/ranges.py`.
+by `bench/ptq_defaults.py`: at 8 bits the largest values end a range; with fewer, ranges have the smallest squared
+error, and a BatchNorm takes over what rounding did to means and spreads. On a processor that
+adds 8-bit products in 16 bits (AVX2 without VNNI) weights of a channel are kept from saturating: `core/ranges.py`.
 """
 
 from __future__ import annotations
@@ -79,7 +78,10 @@ class PTQ:
         WeightRange | None,
         Field(description="how a weight's range is set; if left: mse with spread_correction, else minmax"),
     ] = None
-    activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "mse"
+    activation_range: Annotated[
+        Range | None,
+        Field(description="how an activation's range is set; if left: minmax where all is of 8 bits, else mse"),
+    ] = None
     percentile: Percentile = 99.99
     equalize: Annotated[bool, Field(description="cross-layer equalisation before anything is rounded")] = False
     bias_correction: Annotated[bool, Field(description="what rounding adds to channels' means is taken away")] = False
@@ -145,6 +147,9 @@ class PTQAttachment(Attachment):
         left = method.bits < 8 and has_norms
         self._spreads = left if method.spread_correction is None else method.spread_correction
         self._weight_range: WeightRange = method.weight_range or ("mse" if self._spreads else "minmax")
+        self._activation_range: Range = method.activation_range or (
+            "mse" if min(method.bits, method.activation_bits) < 8 else "minmax"
+        )
 
     @property
     def told(self) -> dict[str, Any]:
@@ -164,11 +169,11 @@ class PTQAttachment(Attachment):
             return
         if method.equalize:
             equalize(graph)
-        passes = 1 if method.activation_range == "minmax" else 2
+        passes = 1 if self._activation_range == "minmax" else 2
         images = method.calibration_images
         histograms = yield from calibrate(self.quantizers, self.data, images=images, passes=passes, method="ptq")
         settle = self._correction() if method.bias_correction or self._spreads else _nothing
-        self.quantizers.set_activation_grids(histograms, method.activation_range, method.percentile)
+        self.quantizers.set_activation_grids(histograms, self._activation_range, method.percentile)
         for name in self.quantizers.layers:
             self.quantizers.set_weight_grid(name, self.target, self._weight_range, method.percentile)
         settle()
