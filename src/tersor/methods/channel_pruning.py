@@ -122,19 +122,22 @@ class ChannelPruning:
         if keep == 1 and not self.branches:
             return Attachment(graph)
         refuse_what_lies_on(graph, "channel_pruning")
-        before, left_over = copied(graph), copied(graph)
-        gone = self._least_missed(kind, before, example, data) if self.branches else []
+        spent = now = costs(graph, example)
+        before, left_over = copied(graph), graph
+        gone = self._least_missed(kind, graph, spent, example, data) if self.branches else []
         notes = [f"gone whole: the branches from {', '.join(map(str, gone))}"] if gone else []
-        if gone:
+        if gone:  # from a copy: what is refused below is as it was
+            left_over = copied(graph)
             remove(left_over, [branch.cut for branch in gone])
+            now = costs(left_over, example)
         cuts: list[Cut] = []
-        if not gone or not _is_enough(kind, before, left_over, example, keep):
+        if not gone or kind not in ("macs", "parameters") or _fraction(kind, spent, now) > keep:
             groups, whole = removable(left_over, example, self.exclude, "channel_pruning")
-            order = self._order(kind, left_over, groups, whole, example, data)
+            order = self._order(kind, left_over, now, groups, whole, data)
             ratio = None
             if stopwatch is not None and kind == "latency":
                 ratio = stopwatch.against(before, example, target or Target())
-            blocks, told = _enough(kind, before, left_over, order, example, keep, ratio)
+            blocks, told = _enough(kind, spent, now, left_over, order, example, keep, ratio)
             total = sum(len(group.slices) for group in order.groups)
             told.insert(0, f"{total - sum(map(len, order.gone(blocks)))} of {total} removable channels stay")
             notes = [*told, *notes]
@@ -157,7 +160,9 @@ class ChannelPruning:
             raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(given)}. Write one.")
         return next(iter(given.items()), ("macs", 0.5))
 
-    def _least_missed(self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any]) -> list[Branch]:
+    def _least_missed(
+        self, kind: str, graph: fx.GraphModule, spent: Costs, example: Tensor, data: Iterable[Any]
+    ) -> list[Branch]:
         """The branches that go, in the order of the graph."""
         found = branches(graph, example)
         if len(found) < self.branches:
@@ -166,11 +171,11 @@ class ChannelPruning:
                 f"branches: {self.branches} residual branches are to go, and {type(graph).__name__} has {there}. "
                 "Write fewer."
             )
-        spent, rates = costs(graph, example), dict[Branch, float]()
+        rates: dict[Branch, float] = {}
         for branch, change in zip(found, missed(graph, found, data, self.importance_images), strict=True):
             network = copied(graph)
             remove(network, [branch.cut])
-            rates[branch] = change / max(1 - _fraction(kind, spent, network, example), 1e-9)
+            rates[branch] = change / max(1 - _fraction(kind, spent, costs(network, example)), 1e-9)
         least = set(sorted(found, key=rates.__getitem__)[: self.branches])
         return [branch for branch in found if branch in least]
 
@@ -178,9 +183,9 @@ class ChannelPruning:
         self,
         kind: str,
         graph: fx.GraphModule,
+        spent: Costs,
         groups: list[Group],
         whole: dict[str, str],
-        example: Tensor,
         data: Iterable[Any],
     ) -> Order:
         """In which order channels go; groups of which the importance says nothing are added to `whole`."""
@@ -198,32 +203,33 @@ class ChannelPruning:
         chosen, found = zip(*told, strict=True)
         each = None
         if self.importance in FOR_THE_COST and self.scope == "global":
-            each = prices("macs" if kind == "latency" else kind, graph, chosen, _macs(costs(graph, example)))
+            each = prices("macs" if kind == "latency" else kind, graph, chosen, _macs(spent))
         return ordered(chosen, found, scope=self.scope, round_to=self.round_to, floor=self.floor, prices=each)
 
 
 def _enough(
     kind: str,
-    before: fx.GraphModule,
+    spent: Costs,
+    now: Costs,
     graph: fx.GraphModule,
     order: Order,
     example: Tensor,
     keep: float,
     ratio: Callable[[nn.Module], float] | None,
 ) -> tuple[int, list[str]]:
-    """The blocks without which at most `keep` of what `before` costs stays, and what to say of it.
+    """The blocks without which at most `keep` of what was `spent` stays, and what to say of it.
 
     Args:
-        ratio: a network's latency as a fraction of that of `before`, if that is the cost.
+        now: what `graph` costs, which has lost its branches.
+        ratio: a network's latency as a fraction of what it was, if that is the cost.
     """
-    spent = costs(before, example)
-    share = 1.0 if kind == "channels" else _fraction(kind, spent, graph, example)
-    stays = [share * each for each in left("macs" if ratio else kind, graph, order, _macs(costs(graph, example)))]
+    share = 1.0 if kind == "channels" else _fraction(kind, spent, now)
+    stays = [share * each for each in left("macs" if ratio else kind, graph, order, _macs(now))]
 
     def really(blocks: int) -> float:
         if kind == "channels":
             return stays[blocks]
-        return _fraction(kind, spent, order.without(graph, blocks), example)
+        return _fraction(kind, spent, costs(order.without(graph, blocks), example))
 
     if ratio is not None:
         blocks, found = fast_enough(stays, lambda blocks: ratio(order.without(graph, blocks)), keep)
@@ -234,19 +240,16 @@ def _enough(
             f"keep_{kind}: {keep:g} cannot be met: {found:.3f} stay when all goes that may. Write more than that, or a "
             "lower `floor` or `round_to`."
         )
-    timed = f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[blocks]:.3f} of the MACs"
-    return blocks, [timed] if ratio else []
+    if ratio is None:
+        return blocks, []
+    return blocks, [
+        f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[blocks]:.3f} of the MACs"
+    ]
 
 
-def _fraction(kind: str, spent: Costs, network: fx.GraphModule, example: Tensor) -> float:
-    """How much a network has of the parameters, or else of the MACs, that there were."""
-    now = costs(network, example)
+def _fraction(kind: str, spent: Costs, now: Costs) -> float:
+    """How much there is of the parameters, or else of the MACs, that there were."""
     return now.parameters / spent.parameters if kind == "parameters" else now.macs / spent.macs
-
-
-def _is_enough(kind: str, before: fx.GraphModule, after: fx.GraphModule, example: Tensor, keep: float) -> bool:
-    """Whether nothing more has to go."""
-    return kind in ("macs", "parameters") and _fraction(kind, costs(before, example), after, example) <= keep
 
 
 def _macs(spent: Costs) -> dict[str, int]:
