@@ -122,17 +122,17 @@ class ChannelPruning:
         if keep == 1 and not self.branches:
             return Attachment(graph)
         refuse_what_lies_on(graph, "channel_pruning")
-        spent = now = costs(graph, example)
         before, left_over = copied(graph), graph
-        gone = self._least_missed(kind, graph, spent, example, data) if self.branches else []
+        gone = self._least_missed(kind, graph, example, data) if self.branches else []
         notes = [f"gone whole: the branches from {', '.join(map(str, gone))}"] if gone else []
         if gone:  # from a copy: what is refused below is as it was
             left_over = copied(graph)
             remove(left_over, [branch.cut for branch in gone])
-            now = costs(left_over, example)
         cuts: list[Cut] = []
-        if not gone or kind not in ("macs", "parameters") or _fraction(kind, spent, now) > keep:
+        if not gone or not _is_enough(kind, graph, left_over, example, keep):
             groups, whole = removable(left_over, example, self.exclude, "channel_pruning")
+            spent = costs(graph, example)
+            now = costs(left_over, example) if gone else spent
             order = self._order(kind, left_over, now, groups, whole, data)
             ratio = None
             if stopwatch is not None and kind == "latency":
@@ -160,9 +160,7 @@ class ChannelPruning:
             raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(given)}. Write one.")
         return next(iter(given.items()), ("macs", 0.5))
 
-    def _least_missed(
-        self, kind: str, graph: fx.GraphModule, spent: Costs, example: Tensor, data: Iterable[Any]
-    ) -> list[Branch]:
+    def _least_missed(self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any]) -> list[Branch]:
         """The branches that go, in the order of the graph."""
         found = branches(graph, example)
         if len(found) < self.branches:
@@ -171,7 +169,7 @@ class ChannelPruning:
                 f"branches: {self.branches} residual branches are to go, and {type(graph).__name__} has {there}. "
                 "Write fewer."
             )
-        rates: dict[Branch, float] = {}
+        spent, rates = costs(graph, example), dict[Branch, float]()
         for branch, change in zip(found, missed(graph, found, data, self.importance_images), strict=True):
             network = copied(graph)
             remove(network, [branch.cut])
@@ -250,6 +248,12 @@ def _enough(
 def _fraction(kind: str, spent: Costs, now: Costs) -> float:
     """How much there is of the parameters, or else of the MACs, that there were."""
     return now.parameters / spent.parameters if kind == "parameters" else now.macs / spent.macs
+
+
+def _is_enough(kind: str, before: fx.GraphModule, after: fx.GraphModule, example: Tensor, keep: float) -> bool:
+    """Whether no channel has to go."""
+    counted = kind in ("macs", "parameters")
+    return counted and _fraction(kind, costs(before, example), costs(after, example)) <= keep
 
 
 def _macs(spent: Costs) -> dict[str, int]:
