@@ -128,8 +128,10 @@ class ChannelPruning:
         if gone:  # from a copy: what is refused below is as it was
             left_over = copied(graph)
             remove(left_over, [branch.cut for branch in gone])
-        cuts: list[Cut] = []
-        if not gone or not _is_enough(kind, graph, left_over, example, keep):
+        cuts, enough = list[Cut](), False
+        if gone and kind in ("macs", "parameters"):
+            enough = _fraction(kind, costs(graph, example), costs(left_over, example)) <= keep
+        if not enough:
             groups, whole = removable(left_over, example, self.exclude, "channel_pruning")
             spent = costs(graph, example)
             now = costs(left_over, example) if gone else spent
@@ -140,8 +142,11 @@ class ChannelPruning:
             blocks, told = _enough(kind, spent, now, left_over, order, example, keep, ratio)
             total = sum(len(group.slices) for group in order.groups)
             told.insert(0, f"{total - sum(map(len, order.gone(blocks)))} of {total} removable channels stay")
-            notes = [*told, *notes]
-            notes += [f"left whole: the channels of {root}, since {why}" for root, why in whole.items()]
+            notes = [
+                *told,
+                *notes,
+                *(f"left whole: the channels of {root}, since {why}" for root, why in whole.items()),
+            ]
             cuts = order.cuts(blocks)
         for each in ([branch.cut for branch in gone], cuts):
             if each:
@@ -248,12 +253,6 @@ def _enough(
 def _fraction(kind: str, spent: Costs, now: Costs) -> float:
     """How much there is of the parameters, or else of the MACs, that there were."""
     return now.parameters / spent.parameters if kind == "parameters" else now.macs / spent.macs
-
-
-def _is_enough(kind: str, before: fx.GraphModule, after: fx.GraphModule, example: Tensor, keep: float) -> bool:
-    """Whether no channel has to go."""
-    counted = kind in ("macs", "parameters")
-    return counted and _fraction(kind, costs(before, example), costs(after, example)) <= keep
 
 
 def _macs(spent: Costs) -> dict[str, int]:
