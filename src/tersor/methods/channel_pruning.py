@@ -18,8 +18,7 @@ here: copies of it are cut to a few fractions of its MACs, and timed in turns wi
 
 With `branches`, as many residual branches go whole before (`graph/branches.py`): those that the answers change least
 without, for each MAC (or parameter) that they cost. Half of a ResNet-56's MACs gone by `obs` and `global`, it takes
-1.05 of the time of one with half of every layer (ONNX Runtime, AVX2, batch 32), and 0.99 where two branches went
-before; the KL divergence from the original, before any training, is 0.217 and 0.223, of half of every layer 0.316.
+1.05 of the time of one with half of every layer (ONNX Runtime, AVX2, batch 32); where two branches went before, 0.99.
 
 What the removed channels gave is given by those that stay, by least squares (`graph/takeover.py`), and BatchNorm's
 statistics are moved so that it gives what it gave, by mean and spread on training images (`graph/statistics.py`).
@@ -136,9 +135,8 @@ class ChannelPruning:
             spent = costs(graph, example)
             now = costs(left_over, example) if gone else spent
             order = self._order(kind, left_over, now, groups, whole, data)
-            ratio = None
-            if stopwatch is not None and kind == "latency":
-                ratio = stopwatch.against(before, example, target or Target())
+            timed = stopwatch if kind == "latency" else None
+            ratio = timed.against(before, example, target or Target()) if timed else None
             blocks, told = _enough(kind, spent, now, left_over, order, example, keep, ratio)
             total = sum(len(group.slices) for group in order.groups)
             told.insert(0, f"{total - sum(map(len, order.gone(blocks)))} of {total} removable channels stay")
