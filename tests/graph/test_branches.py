@@ -74,17 +74,21 @@ def test_without_a_branch_a_network_gives_what_it_gave_without_adding_it(name):
 
 
 class Shared(nn.Module):
-    """Sums whose sides are read elsewhere, are larger than what stays, learn nothing, share their layers."""
+    """Sums whose sides are read elsewhere, are larger than what stays, learn nothing, share their layers, or of which
+    one does not come from the other.
+    """
 
     def __init__(self):
         super().__init__()
         self.first, self.second, self.twice = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
-        self.pooled = nn.Conv2d(3, 3, 1)
+        self.pooled, self.aside = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
         self.head = nn.Linear(3, 4)
 
-    def forward(self, x):
+    def forward(self, images):
+        x = images.relu()
         inner = self.second(self.first(x))
         x = x + inner
+        x = x * (x + self.aside(images.flip(3)))
         x = x.mean((2, 3), keepdim=True) + self.pooled(x)
         x = x + self.twice(x).relu()
         x = x + self.twice(x).relu()
@@ -121,7 +125,24 @@ def test_of_branches_in_each_other_the_smaller_one_goes():
     torch.testing.assert_close(graph(IMAGES), expected)
 
 
-@pytest.mark.parametrize(("make", "with_mean"), [(lambda: build("resnet20", 10), True), (Nested, False)])
+class Later(nn.Module):
+    """What stays is changed in place after the sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = x * 2 - 1
+        y = self.second(x + self.first(x))
+        y = y + self.third(y)
+        return (self.relu(x) * y).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "with_mean"), [(lambda: build("resnet20", 10), True), (Nested, False), (Later, False)]
+)
 def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make, with_mean):
     torch.manual_seed(0)
     graph = captured(make())
@@ -196,23 +217,29 @@ class Tied(nn.Module):
 def test_what_is_left_keeps_the_weights_that_it_reads():
     graph = captured(Tied())
     found = branches(graph, IMAGES[:1])
+    assert len(found) == 2
     expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.stays] for each in found}).run(IMAGES)
     remove(graph, [each.cut for each in found])
     assert torch.equal(graph(IMAGES), expected)
     assert set(graph.state_dict()) == {"first.weight", "first.bias"}
 
 
-def test_layers_that_are_learned_from_are_those_that_are_left():
-    graph = captured(build("resnet20", 10))
+@pytest.mark.parametrize(
+    ("make", "of"), [(lambda: build("resnet20", 10), "layer"), (NETWORKS["inverted, depthwise"][0], "features")]
+)
+def test_layers_that_are_learned_from_are_those_that_are_left(make, of):
+    graph = captured(make())
     found = branches(graph, IMAGES[:1])
-    blocks = {path for path in graph.meta["layers"] if path.count(".") == 1 and path.startswith("layer")}
+    blocks = {path for path in graph.meta["layers"] if path.count(".") == 1 and path.startswith(of)}
+    assert blocks
     remove(graph, [each.cut for each in found])
     nodes = {node.name for node in graph.graph.nodes}
     assert blocks <= graph.meta["layers"].keys()
     assert set(graph.meta["layers"].values()) <= nodes
 
 
-def test_of_tokens_the_mean_is_not_taken_where_batches_come_second():
+@pytest.mark.parametrize("images", [1, 2])
+def test_of_tokens_the_mean_is_not_taken_where_batches_come_second(images):
     class SequenceFirst(nn.Module):
         def __init__(self):
             super().__init__()
@@ -225,7 +252,7 @@ def test_of_tokens_the_mean_is_not_taken_where_batches_come_second():
 
     graph = captured(SequenceFirst())
     (branch,) = branches(graph, IMAGES[:1])
-    (told,) = missed(graph, [branch], [IMAGES[:1], IMAGES[1:]], 4)
+    (told,) = missed(graph, [branch], [IMAGES[:images], IMAGES[images:]], 4)
     with torch.no_grad():
         change = Otherwise(graph, {branch.total: lambda *sides: sides[branch.stays]}).run(IMAGES) - graph(IMAGES)
     assert told == pytest.approx(float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4)

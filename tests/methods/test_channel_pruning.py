@@ -274,7 +274,9 @@ def test_a_latency_is_one_of_the_network_with_its_branches(model):
     watch = Curve(lambda macs: macs)
     before = costs(model, IMAGES[:1]).macs
     result = attached(copy.deepcopy(model), keep_latency=0.6, branches=2, stopwatch=watch)
-    assert 0.56 < costs(result.model, IMAGES[:1]).macs / before <= 0.6
+    fraction = costs(result.model, IMAGES[:1]).macs / before
+    assert 0.56 < fraction <= 0.6
+    assert any(f"and {fraction:.3f} of the MACs" in note for note in result.notes)
     with pytest.raises(InputError, match=r"keep_macs: 0\.1 cannot be met: 0\.[12]\d\d stay"):
         attached(model, keep_macs=0.1, branches=2, floor=0.5)
 

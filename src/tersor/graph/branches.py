@@ -71,7 +71,7 @@ class Branch:
 
 
 def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
-    """Those that learn and can go, in the order of the graph; of branches that lie in each other the smaller ones.
+    """Those that learn and can go together, in the order of the graph; of such as lie in each other the smaller ones.
 
     Args:
         graph: a captured network; it comes back as it was.
@@ -101,7 +101,10 @@ def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
         chosen = [each for each in found if each in smallest]
         if not chosen or _goes(graph, chosen, example):
             return chosen
-        return [each for each in chosen if _goes(graph, [each], example)]
+        together: list[Branch] = []
+        for each in chosen:
+            together += [each] * _goes(graph, [*together, each], example)
+        return together
 
 
 def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], images: int) -> list[float]:
