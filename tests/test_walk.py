@@ -1,9 +1,12 @@
 """How networks and images go through a recipe."""
 
+from dataclasses import replace
+
 import torch
 
 from tersor.checkpoint import Checkpoints
 from tersor.core.watch import Unwatched
+from tersor.data import load
 from tersor.prepare import prepare
 from tersor.recipe import parse
 
@@ -47,3 +50,61 @@ def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
     recipe = parse(RECIPE.replace("SEED", "5"), "recipe.yaml")
     prepare(recipe, model=None, data=None, watch=Unwatched())
     assert torch.equal(torch.rand(3), expected)
+
+
+PRUNED = """\
+model: {name: resnet20, num_classes: 10}
+data: {name: digits, limit: 200}
+stages:
+  - name: prune
+    steps: 1
+    batch_size: 32
+    methods:
+      - channel_pruning: {keep_macs: 0.7, importance: obs, scope: global, branches: 1, round_to: 2}
+"""
+
+
+class Bars(Unwatched):
+    """Every bar, as it was drawn: its task, its total, how far it came."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def start(self, task, total):
+        self.drawn.append([task, total, 0])
+
+    def advance(self, items=1, **values):
+        assert items >= 0
+        self.drawn[-1][2] += items
+
+
+class Counted:
+    """Images that know how many of them were looked at."""
+
+    def __init__(self, images):
+        self.images, self.labels, self.size, self.looked_at = images, images.labels, images.size, set()
+
+    def __len__(self):
+        return len(self.images)
+
+    def take(self, index):
+        self.looked_at |= set(index.tolist())
+        return self.images.take(index)
+
+
+def test_attaching_shows_how_far_it_is_and_its_rehearsal_looks_at_few_images(tmp_path):
+    data = load(name="digits", limit=200)
+    counted, bars = Counted(data.train), Bars()
+    walk = prepare(parse(PRUNED, "recipe.yaml"), model=None, data=replace(data, train=counted), watch=bars)
+    rehearsed, bars.drawn = bars.drawn, []
+    assert len(counted.looked_at) <= 64 < len(counted)
+    walk.stages(bars, Checkpoints(tmp_path))
+    assert len(counted.looked_at) >= 3 * 64
+    of_attaching = ("runs without a branch", "images, what the answers hang on", "groups of channels")
+    for drawn, images in ((rehearsed, 64), (bars.drawn, 3 * 64)):
+        branches, seen, groups = drawn[: len(of_attaching)]
+        for (task, *_), what in zip((branches, seen, groups), of_attaching, strict=True):
+            assert task.startswith(f"prune: {what}")
+        assert branches[1:] == [9 * images // 64] * 2
+        assert seen[2] == images <= seen[1]
+        assert groups[1] == groups[2] > 1

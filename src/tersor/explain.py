@@ -35,7 +35,7 @@ def explain(recipe: Recipe, *, watch: Watch) -> Iterator[str]:
     for number, stage in enumerate(recipe.stages, 1):
         batches = walk.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
-        attachment = walk.attach(stage, steps)
+        attachment = walk.attach(stage, steps, watch)
         walk.model = attachment.model
         names = ", ".join(map(name_of, stage.methods)) or "no method"
         spent = costs(walk.model, example)

@@ -12,11 +12,16 @@ from tersor import zoo
 from tersor.core.errors import InputError
 from tersor.core.watch import Watch
 from tersor.data import Splits, load
+from tersor.data.cutting import generator
+from tersor.data.images import View
 from tersor.export.runtime import load_runtime
 from tersor.measured import ByMacs
 from tersor.recipe import Network, Recipe, Teacher
 from tersor.train import learning_rates, steps_per_epoch
 from tersor.walk import Walk
+
+_FEW = 64
+"""Images that a rehearsal looks at."""
 
 
 def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, watch: Watch) -> Walk:
@@ -54,13 +59,15 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
     if recipe.teacher == "original" and not walk.model_is_trained:
         raise InputError("teacher: original is the model as it came in, and that has no weights. Write model.weights.")
     _check_teacher(recipe)
-    _rehearse(walk)
+    _rehearse(walk, watch)
     return walk
 
 
-def _rehearse(walk: Walk) -> None:
-    """Attaches every stage to a copy: a pattern that matches nothing is told before an hour of training."""
-    rehearsal = replace(walk, model=copy.deepcopy(walk.model), stopwatch=ByMacs())
+def _rehearse(walk: Walk, watch: Watch) -> None:
+    """Attaches every stage to a copy, by few images: a pattern that matches nothing is told before an hour of it."""
+    train, draw = walk.data.train, generator(walk.recipe.seed)
+    few = View(train, torch.randperm(len(train), generator=draw)[:_FEW])
+    rehearsal = replace(walk, model=copy.deepcopy(walk.model), data=replace(walk.data, train=few), stopwatch=ByMacs())
     wanted = walk.recipe.teacher
     if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
         batches = walk.training_batches(wanted.training)
@@ -74,7 +81,7 @@ def _rehearse(walk: Walk) -> None:
         batches = walk.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
         learning_rates(batches, stage, steps)
-        rehearsal.model = rehearsal.attach(stage, steps=steps).model
+        rehearsal.model = rehearsal.attach(stage, steps, watch).model
 
 
 def _check_teacher(recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tersor.checkpoint import Checkpoints, UnitKeeper
 from tersor.core import processes
 from tersor.core.accuracy_curve import AccuracyCurve
-from tersor.core.attachment import Attachment
+from tersor.core.attachment import Attachment, Progress
 from tersor.core.device import precision_for
 from tersor.core.method import chain
 from tersor.core.stopwatch import Stopwatch
@@ -121,7 +121,7 @@ class Walk:
         processes.as_in_the_first(self.model)
         batches = self.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
-        attachment = self.attach(stage, steps)
+        attachment = self.attach(stage, steps, watch)
         said = attachment.notes
         for note in said:
             watch.say(f"{stage.name}: {note}")
@@ -201,7 +201,7 @@ class Walk:
                 networks[end.unit] = network.eval()
         return networks
 
-    def attach(self, stage: Stage, steps: int) -> Attachment:
+    def attach(self, stage: Stage, steps: int, watch: Watch) -> Attachment:
         """The stage's methods, laid on the model."""
         calibration = self.batches(self.data.train, _CALIBRATION_BATCH, shuffle=True, seed=self.recipe.seed)
         return chain(
@@ -212,6 +212,7 @@ class Walk:
             steps=steps,
             target=self.recipe.target,
             stopwatch=self.stopwatch,
+            tell=Bar(stage.name, watch),
         )
 
     def validate(self, network: nn.Module, name: str, watch: Watch) -> float | None:
@@ -244,16 +245,33 @@ def _save_end(
     checkpoints.save(unit, name, step=steps, done=True, tensors=tensors, structure=structure(network), told=told)
 
 
+class Bar:
+    """Draws what is told of work before the first step: a bar for each kind of it.
+
+    Args:
+        task: the stage's name.
+        watch: who draws.
+    """
+
+    def __init__(self, task: str, watch: Watch) -> None:
+        self._task, self._watch = task, watch
+        self._what, self._done = "", 0
+
+    def __call__(self, progress: Progress) -> None:
+        """Moves it."""
+        if progress.what != self._what:
+            self._watch.start(f"{self._task}: {progress.what}", progress.total)
+            self._what, self._done = progress.what, 0
+        self._watch.advance(progress.done - self._done)
+        self._done = progress.done
+
+
 def _begin(attachment: Attachment, task: str, watch: Watch, keeper: UnitKeeper) -> None:
     if keeper.before_the_first is not None:
         attachment.model.load_state_dict(keeper.before_the_first)
         watch.say(f"{task}: goes on where it was left")
-    what, done = "", 0
+    tell = Bar(task, watch)
     for progress in attachment.begin():
-        if progress.what != what:
-            watch.start(f"{task}: {progress.what}", progress.total)
-            what, done = progress.what, 0
-        watch.advance(progress.done - done)
-        done = progress.done
+        tell(progress)
         if progress.lasts:
             keeper.keep_before_the_first(attachment.model)

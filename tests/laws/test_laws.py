@@ -29,6 +29,7 @@ from tersor.core.method import chain
 from tersor.core.objective import Objective
 from tersor.core.parametrization import FakeQuantize, shown_by, strip, weight_mask
 from tersor.core.selection import weighted_layers
+from tersor.core.watch import Unwatched
 from tersor.data import load
 from tersor.export.bench import predictions
 from tersor.export.onnx import export
@@ -62,7 +63,7 @@ def attached(method, steps=STEPS, learned=None):
     for network in (walk.model, walk.teacher) if learned else ():
         network.load_state_dict(learned)
     walk.teacher.eval()
-    found = walk.attach(walk.recipe.stages[0], steps)
+    found = walk.attach(walk.recipe.stages[0], steps, Unwatched())
     return walk, found
 
 
@@ -291,7 +292,7 @@ def chained(first, second):
         except InputError as refusal:
             refusals.append(str(refusal))
             continue
-        found = walk.attach(walk.recipe.stages[0], STEPS)
+        found = walk.attach(walk.recipe.stages[0], STEPS, Unwatched())
         list(found.begin())
         stage = walk.recipe.stages[0]
         fit(found, walk.training_batches(stage), stage, steps=STEPS, teacher=walk.teacher, seed=3)

@@ -25,6 +25,14 @@ class Progress:
     lasts: bool = False
 
 
+Tell = Callable[[Progress], None]
+"""Who is told how far work is that no generator does."""
+
+
+def untold(_progress: Progress) -> None:
+    """Nobody asks."""
+
+
 class Handle:
     """Takes the hooks that `bind` placed away again; the parametrizations stay until `strip`."""
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
-from tersor.core.attachment import Attachment, Chain
+from tersor.core.attachment import Attachment, Chain, Tell, untold
 from tersor.core.errors import InputError
 from tersor.core.masked import KeptMasks, MaskedAttachment
 from tersor.core.parametrization import weight_mask
@@ -26,8 +26,9 @@ class Method(Protocol):
     """What every class in `methods/` is.
 
     Class variables may say more: `needs_teacher`, `needs_steps`; `needs_stopwatch`, that `attach` takes one of
-    `core/stopwatch.py` as well; `example`, parameters that show what it does on a small network; `off`, those at which
-    it changes nothing; `exempt`, the laws of `tests/laws` that it cannot keep, each with the reason.
+    `core/stopwatch.py` as well; `tells`, that it takes a `tell`, since attaching lasts; `example`, parameters that show
+    what it does on a small network; `off`, those at which it changes nothing; `exempt`, the laws of `tests/laws` that
+    it cannot keep, each with the reason.
     """
 
     def attach(
@@ -61,6 +62,7 @@ def chain(
     steps: int = 0,
     target: Target | None = None,
     stopwatch: Stopwatch | None = None,
+    tell: Tell = untold,
 ) -> Attachment:
     """Attaches `methods` one after the other, each on what the one before left, as one attachment. Under masks of
     earlier stages nothing moves.
@@ -69,8 +71,9 @@ def chain(
     with torch.random.fork_rng(devices=[]):
         for method in methods:
             before = {id(parameter): parameter.shape for parameter in model.parameters()}
-            timed: dict[str, Any] = {"stopwatch": stopwatch} if getattr(method, "needs_stopwatch", False) else {}
-            part = method.attach(model, data=data, teacher=teacher, steps=steps, target=target, **timed)
+            more: dict[str, Any] = {"stopwatch": stopwatch} if getattr(method, "needs_stopwatch", False) else {}
+            more |= {"tell": tell} if getattr(method, "tells", False) else {}
+            part = method.attach(model, data=data, teacher=teacher, steps=steps, target=target, **more)
             model = part.model
             if any(parameter.shape != before.get(id(parameter), parameter.shape) for parameter in model.parameters()):
                 _refuse_new_shapes(method, parts)

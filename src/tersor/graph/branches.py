@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tersor.core.attachment import Progress, Tell, untold
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.graph.calibration import first_images
@@ -107,7 +108,9 @@ def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
         return together
 
 
-def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], images: int) -> list[float]:
+def missed(
+    graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], images: int, tell: Tell = untold
+) -> list[float]:
     """Of every branch what the answers change by without it.
 
     Args:
@@ -115,6 +118,7 @@ def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], 
         found: by `branches`.
         data: batches of images (N, C, H, W).
         images: how many of them are looked at.
+        tell: how far it is.
 
     Raises:
         InputError: there are no images, or one and a mean is to be seen, the network gives no tensor of logits, or
@@ -130,13 +134,15 @@ def missed(graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], 
                 "Pass more as data=..., or write branches: 0."
             )
         instead = _means(graph, found, batches) if means else {}
-        changes = dict.fromkeys(found, 0.0)
+        changes, runs = dict.fromkeys(found, 0.0), 0
         for some in batches:
             answers = centred(_logits(graph(some.clone())))
             for branch, live in _met(graph, found, some):
                 total = live[branch.sides[0]] + instead.get(branch, 0)
                 changed = _onwards(graph, branch.total, {**live, branch.total: total})
                 changes[branch] += float((centred(_logits(changed)) - answers).square().sum()) / 2
+                runs += 1
+                tell(Progress("runs without a branch", runs, len(found) * len(batches)))
     if not all(map(math.isfinite, changes.values())):
         raise InputError(
             "what the answers miss without a branch is not finite. Give images, and a network, without NaN and "

@@ -33,6 +33,7 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from tersor.core.attachment import Tell, untold
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.core.function_path import call_with, import_function, is_function_path
@@ -184,6 +185,7 @@ def importances(
     data: Iterable[Any],
     images: int,
     seed: int,
+    tell: Tell = untold,
 ) -> list[Tensor | None]:
     """Of every group the importance (channels,) of its channels; None where this importance says nothing of it.
 
@@ -195,6 +197,7 @@ def importances(
         data: batches of images, with labels for `taylor`.
         images: that `taylor` and `obs` look at.
         seed: of `random`.
+        tell: how far `obs` is.
 
     Raises:
         InputError: there is no such importance, `taylor` has no labels, or the user's function gives something else.
@@ -208,7 +211,7 @@ def importances(
     if kind == "batchnorm":
         return [_of_norms(graph, group) for group in groups]
     if kind == "obs":
-        return losses(graph, groups, data, images)
+        return losses(graph, groups, data, images, tell)
     if kind == "taylor":
         follows = gradients(graph, data, images)
         return [_of_the_loss(graph, group, follows) for group in groups]

@@ -9,7 +9,7 @@ of the training (no augmentation, few of them) cancels. With mu' = m', u' = s' i
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,12 @@ class Moments:
 
     mean: Tensor
     spread: Tensor
+
+    def without(self, channels: Sequence[int]) -> Moments:
+        """Of the other channels."""
+        stays = torch.ones_like(self.mean, dtype=torch.bool)
+        stays[list(channels)] = False
+        return Moments(self.mean[stays], self.spread[stays])
 
 
 def unit(norm: Norm) -> Tensor:

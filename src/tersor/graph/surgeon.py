@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tersor.core.attachment import Progress, Tell, untold
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.graph.calibration import first_images
@@ -64,7 +65,9 @@ class _Seen:
         self.gradients = products if self.gradients is None else self.gradients + products
 
 
-def losses(graph: fx.GraphModule, groups: Sequence[Group], data: Iterable[Any], images: int) -> list[Tensor | None]:
+def losses(
+    graph: fx.GraphModule, groups: Sequence[Group], data: Iterable[Any], images: int, tell: Tell = untold
+) -> list[Tensor | None]:
     """Of every group what the answers lose by each of its channels, (channels,); None where no layer tells.
 
     Args:
@@ -72,20 +75,22 @@ def losses(graph: fx.GraphModule, groups: Sequence[Group], data: Iterable[Any], 
         groups: of its channels.
         data: batches of images (N, C, H, W).
         images: how many of them are looked at, at least.
+        tell: how far it is.
 
     Raises:
         InputError: there is no image, the network gives no logits, or something is not finite.
     """
     columns = [_columns(graph, group) for group in groups]
-    seen, count = _look(graph, {name for each in columns for name in each}, data, images)
+    seen, count = _look(graph, {name for each in columns for name in each}, data, images, tell)
     found: list[Tensor | None] = []
-    for group, places in zip(groups, columns, strict=True):
+    for number, (group, places) in enumerate(zip(groups, columns, strict=True), 1):
         readers = [
             _Reader(graph.get_submodule(name), seen[name], count, each)
             for name, each in places.items()
             if seen[name].gradients is not None  # it was called, and the answers hang on it
         ]
         found.append(_lost(readers, len(group.slices)) if readers else None)
+        tell(Progress("groups of channels, what is lost without each", number, len(groups)))
     if not all(each is None or each.isfinite().all() for each in found):
         raise InputError(
             "importance: obs found losses that are not finite. Give images, and a network, without NaN and infinity, "
@@ -110,9 +115,11 @@ def _columns(graph: fx.GraphModule, group: Group) -> dict[str, Tensor]:
     return made
 
 
-def _look(graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: int) -> tuple[dict[str, _Seen], int]:
+def _look(
+    graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: int, tell: Tell
+) -> tuple[dict[str, _Seen], int]:
     """Layer -> what was seen of it, and on how many images."""
-    seen, count = {name: _Seen() for name in layers}, 0
+    seen, count, most = {name: _Seen() for name in layers}, 0, max(images, _MOST_IMAGES)
     drawn, signs = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
 
     def watch(name: str, layer: nn.Module, given: tuple[Tensor, ...], gives: Tensor) -> None:
@@ -122,13 +129,14 @@ def _look(graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: 
     hooks = [graph.get_submodule(name).register_forward_hook(partial(watch, name)) for name in sorted(layers)]
     try:
         with evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
-            for some in first_images(data, max(images, _MOST_IMAGES), next(graph.parameters()).device):
+            for some in first_images(data, most, next(graph.parameters()).device):
                 given = some.clone().requires_grad_()
                 own = given.clone()  # where the network changes what it is given
                 answers = centred(_logits(graph(own)))
                 sign = torch.randint(0, 2, answers.shape, generator=signs).to(answers) * 2 - 1
                 torch.autograd.grad((answers * sign).sum(), given, allow_unused=True)
                 count += len(some)
+                tell(Progress("images, what the answers hang on", count, most))
                 if count >= images and all(each.read.enough for each in seen.values()):
                     break
     finally:

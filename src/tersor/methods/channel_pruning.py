@@ -31,12 +31,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
-from tersor.core.attachment import Attachment, Progress
+from tersor.core.attachment import Attachment, Progress, Tell, untold
 from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import images_of
@@ -47,7 +46,7 @@ from tersor.graph.budget import fast_enough, small_enough
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, copied, remove
 from tersor.graph.importance import FOR_THE_COST, FunctionPath, Importance, importances
-from tersor.graph.statistics import Moments, fit, in_unit_of, moments_of_batches, with_statistics
+from tersor.graph.statistics import fit, in_unit_of, moments_of_batches, with_statistics
 from tersor.graph.takeover import fitted, take_over
 from tersor.graph.widths import Order, Scope, left, ordered, prices, refuse_what_lies_on, removable
 from tersor.measure import Costs, costs
@@ -58,6 +57,7 @@ class ChannelPruning:
     """Removal of channels until a fraction of the MACs, parameters, channels or of the latency stays."""
 
     needs_stopwatch: ClassVar[bool] = True
+    tells: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"keep_macs": 0.7, "scope": "global", "round_to": 4}
     off: ClassVar[dict[str, Any]] = {"keep_macs": 1.0}
 
@@ -100,6 +100,7 @@ class ChannelPruning:
         steps: int = 0,
         target: Target | None = None,
         stopwatch: Stopwatch | None = None,
+        tell: Tell = untold,
     ) -> Attachment:
         """Captures the network and removes channels, every Parameter object the same; before an optimizer exists.
 
@@ -122,7 +123,7 @@ class ChannelPruning:
             return Attachment(graph)
         refuse_what_lies_on(graph, "channel_pruning")
         before, left_over = copied(graph), graph
-        gone = self._least_missed(kind, graph, example, data) if self.branches else []
+        gone = self._least_missed(kind, graph, example, data, tell) if self.branches else []
         notes = [f"gone whole: the branches from {', '.join(map(str, gone))}"] if gone else []
         if gone:  # from a copy: what is refused below is as it was
             left_over = copied(graph)
@@ -134,7 +135,10 @@ class ChannelPruning:
             groups, whole = removable(left_over, example, self.exclude, "channel_pruning")
             spent = costs(graph, example)
             now = costs(left_over, example) if gone else spent
-            order = self._order(kind, left_over, now, groups, whole, data)
+            scores = importances(
+                self.importance, left_over, groups, data=data, images=self.importance_images, seed=self.seed, tell=tell
+            )
+            order = self._order(kind, left_over, now, groups, whole, scores)
             timed = stopwatch if kind == "latency" else None
             ratio = timed.against(before, example, target or Target()) if timed else None
             blocks, told = _enough(kind, spent, now, left_over, order, example, keep, ratio)
@@ -163,7 +167,9 @@ class ChannelPruning:
             raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(given)}. Write one.")
         return next(iter(given.items()), ("macs", 0.5))
 
-    def _least_missed(self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any]) -> list[Branch]:
+    def _least_missed(
+        self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any], tell: Tell
+    ) -> list[Branch]:
         """The branches that go, in the order of the graph."""
         found = branches(graph, example)
         if len(found) < self.branches:
@@ -173,7 +179,8 @@ class ChannelPruning:
                 "Write fewer."
             )
         spent, rates = costs(graph, example), dict[Branch, float]()
-        for branch, change in zip(found, missed(graph, found, data, self.importance_images), strict=True):
+        changes = missed(graph, found, data, self.importance_images, tell)
+        for branch, change in zip(found, changes, strict=True):
             network = copied(graph)
             remove(network, [branch.cut])
             rates[branch] = change / max(1 - _fraction(kind, spent, costs(network, example)), 1e-9)
@@ -187,10 +194,9 @@ class ChannelPruning:
         spent: Costs,
         groups: list[Group],
         whole: dict[str, str],
-        data: Iterable[Any],
+        scores: Sequence[Tensor | None],
     ) -> Order:
         """In which order channels go; groups of which the importance says nothing are added to `whole`."""
-        scores = importances(self.importance, graph, groups, data=data, images=self.importance_images, seed=self.seed)
         told = [(group, each) for group, each in zip(groups, scores, strict=True) if each is not None]
         whole |= {
             group.root: f"importance: {self.importance} says nothing of them"
@@ -286,15 +292,9 @@ class ChannelPruningAttachment(Attachment):
         gone = {cut.layer: cut.channels for cut in self.cuts if cut.axis == "out"}
         seen = yield from moments_of_batches(before, self.data, self.images)
         norms = with_statistics(before)
-        wanted = {name: _staying(in_unit_of(seen[name], norm), gone.get(name, ())) for name, norm in norms.items()}
+        wanted = {name: in_unit_of(seen[name], norm).without(gone.get(name, ())) for name, norm in norms.items()}
         take_over(graph, (yield from fitted(before, self.cuts, self.data, self.images)))
         self.before = None
         found = yield from moments_of_batches(graph, self.data, self.images)
         for name, norm in with_statistics(graph).items():
             fit(norm, found[name], wanted[name], spreads=True)
-
-
-def _staying(moments: Moments, gone: Sequence[int]) -> Moments:
-    stays = torch.ones_like(moments.mean, dtype=torch.bool)
-    stays[list(gone)] = False
-    return Moments(moments.mean[stays], moments.spread[stays])
