@@ -212,7 +212,7 @@ class Walk:
             steps=steps,
             target=self.recipe.target,
             stopwatch=self.stopwatch,
-            tell=Bar(stage.name, watch),
+            tell=_Bar(stage.name, watch),
         )
 
     def validate(self, network: nn.Module, name: str, watch: Watch) -> float | None:
@@ -245,7 +245,7 @@ def _save_end(
     checkpoints.save(unit, name, step=steps, done=True, tensors=tensors, structure=structure(network), told=told)
 
 
-class Bar:
+class _Bar:
     """Draws what is told of work before the first step: a bar for each kind of it.
 
     Args:
@@ -270,7 +270,7 @@ def _begin(attachment: Attachment, task: str, watch: Watch, keeper: UnitKeeper) 
     if keeper.before_the_first is not None:
         attachment.model.load_state_dict(keeper.before_the_first)
         watch.say(f"{task}: goes on where it was left")
-    tell = Bar(task, watch)
+    tell = _Bar(task, watch)
     for progress in attachment.begin():
         tell(progress)
         if progress.lasts:
