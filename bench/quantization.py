@@ -7,7 +7,8 @@
     depthwise  torchvision's MobileNetV2, trained for 15 epochs, in 8 bits, answered by both runtimes
 
 Accuracy is on the test set, after the last step, computed in torch, and of what tersor makes also in ONNX Runtime from
-the exported file. What a row does not ask for is the method's default; defaults were chosen on validation images, never
+the exported file. Of the ladder newer rows also have the KL divergence from the network in float on the same images,
+which hangs less on which of them fall on the right side. What a row does not ask for is the method's default; defaults were chosen on validation images, never
 here.
 """
 
@@ -114,10 +115,15 @@ def _test() -> Batches:
 
 
 @torch.no_grad()
-def _right(model: nn.Module) -> float:
-    """Percent of the test set that it answers right in torch; what PT2E gives has no `eval`."""
-    hits = sum(int((model(batch.images.contiguous()).argmax(1) == batch.labels).sum()) for batch in _test())
-    return 100 * hits / len(cifar().test)
+def _answers(model: nn.Module) -> Tensor:
+    """Logits of the test set (10000, 10) in torch; what PT2E gives has no `eval`."""
+    return torch.cat([model(batch.images.contiguous()) for batch in _test()])
+
+
+@cache
+def _in_float() -> Tensor:
+    """Logarithms of the probabilities that the network gives as it came, (10000, 10)."""
+    return _answers(TRAINED["resnet20"].network()).log_softmax(1)
 
 
 def _by_runtime(model: nn.Module, runtime: Any = "onnxruntime") -> float:
@@ -146,8 +152,11 @@ def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
             pass
         model = attached.model.cpu()
     seconds = time.perf_counter() - begun
-    reached = _right(model)
-    numbers: dict[str, Any] = {"accuracy": reached, "seconds": seconds, "n": 1, "spread": rows.spread([reached])}
+    answers, before = _answers(model), _in_float()
+    reached = 100 * float((answers.argmax(1) == cifar().test.labels).double().mean())
+    divergence = float((before.exp() * (before - answers.log_softmax(1))).sum(1).mean())
+    numbers: dict[str, Any] = {"accuracy": reached, "divergence": divergence, "seconds": seconds}
+    numbers |= {"n": 1, "spread": rows.spread([reached])}
     if rung in PEERS:
         numbers["version"] = tables.version(rung.split(",")[0])
     else:
@@ -235,12 +244,15 @@ def _of(kind: str) -> Iterator[rows.Row]:
     return (row for row in rows.read(RESULT) if row["kind"] == kind)
 
 
-def _steps() -> Table:
-    """What each rung has gained on the one before, draw by draw of calibration images."""
+def _steps(number: str, digits: int) -> Table:
+    """By how much each rung's number is above that of the one before, draw by draw of calibration images."""
     heads = (f"W{bits}A{activation_bits}" for bits, activation_bits in WIDTHS)
-    table = Table("rung", *heads, title="Gained on the rung before: mean, its standard error, and how many draws")
+    title = f"{number} less that of the rung before: mean, its standard error over draws, and how many draws"
+    table = Table("rung", *heads, title=title)
     reached = {
-        (row["rung"], row["bits"], row["activation_bits"], row["seed"]): row["accuracy"] for row in _of("ladder")
+        (row["rung"], row["bits"], row["activation_bits"], row["seed"]): row[number]
+        for row in _of("ladder")
+        if number in row
     }
     drawn = sorted({row["seed"] for row in _of("ladder")})
     for before, rung in itertools.pairwise(RUNGS):
@@ -249,7 +261,9 @@ def _steps() -> Table:
             known = [seed for seed in drawn if {(before, *width, seed), (rung, *width, seed)} <= reached.keys()]
             gained = [reached[rung, *width, seed] - reached[before, *width, seed] for seed in known]
             error = statistics.stdev(gained) / math.sqrt(len(gained)) if len(gained) > 1 else math.nan
-            cells.append(f"{statistics.mean(gained):+.2f} +- {error:.2f}, {len(gained)}" if gained else "")
+            cells.append(
+                f"{statistics.mean(gained):+.{digits}f} +- {error:.{digits}f}, {len(gained)}" if gained else ""
+            )
         table.add_row(rung, *cells)
     return table
 
@@ -269,7 +283,8 @@ def show() -> None:
             )
         table.add_row(rung, *cells)
     Console(width=160).print(table)
-    Console(width=160).print(_steps())
+    Console(width=160).print(_steps("accuracy", 2))
+    Console(width=160).print(_steps("divergence", 4))
     table = Table("training", "accuracy", "minutes", "on", title=f"{EPOCHS} epochs")
     for row in _of("trained"):
         where = row["machine"]["gpu"] or row["machine"]["cpu"]
