@@ -8,8 +8,8 @@
 
 Accuracy is on the test set, after the last step, computed in torch, and of what tersor makes also in ONNX Runtime from
 the exported file. Of the ladder newer rows also have the KL divergence from the network in float on the same images,
-which hangs less on which of them fall on the right side. What a row does not ask for is the method's default; defaults were chosen on validation images, never
-here.
+which hangs less on which of them fall on the right side. What a row does not ask for is the method's default; defaults
+were chosen on validation images, never here.
 """
 
 from __future__ import annotations
