@@ -195,6 +195,33 @@ def test_it_goes_on_behind_what_lasts_with_the_same_bits(how):
     assert list(reconstruct(resumed, original, images(), how)) == [], "all is done"
 
 
+class Widening(nn.Module):
+    """With a shortcut that takes every other pixel and fills channels up with zeros, as a ResNet's for CIFAR."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 8, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + self.bn2(self.conv2(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def test_a_step_that_moved_values_share_is_learned_where_it_lies_and_stays():
+    quantizers, original = calibrated(Widening().eval())
+    (shared,) = {node.target for node in quantizers.graph.graph.nodes if node.kwargs.get("moved")}
+    step = quantizers.of_activation(shared).scale
+    found = [float(step)]
+    found += [float(step) for each in reconstruct(quantizers, original, images(), DROPPING) if each.lasts]
+    assert len(found) == 4, "one of each section behind the first one"
+    assert found[0] != found[1], "learned"
+    assert found[1:] == found[1:2] * 3, "what was fitted to it stays fitted, and a run that goes on sees the same"
+
+
 def test_masked_weights_stay_zero_and_where_they_were():
     model = Small().eval()
     mask = Mask(model.conv2.weight.shape)

@@ -13,13 +13,14 @@ from tersor.core.affine import Grid
 from tersor.core.errors import InputError
 from tersor.core.method import chain
 from tersor.core.objective import Batch
-from tersor.core.parametrization import FakeQuantize, MovingFakeQuantize, weight_mask
+from tersor.core.parametrization import FakeQuantize, MovingFakeQuantize, parametrized, weight_mask
 from tersor.core.target import Target
 from tersor.core.training import OptimizerOptions, Training
 from tersor.core.watch import Unwatched
 from tersor.export.onnx import export
 from tersor.export.runtime import open_session
 from tersor.graph.structure import rebuild, structure
+from tersor.methods.adaround import AdaRound
 from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.methods.weight_pruning import WeightPruning
@@ -110,6 +111,27 @@ def test_scales_follow_the_weights_after_every_step():
         for channel, each in zip(original.detach(), scale, strict=True):
             assert float(each) == pytest.approx(float(channel.abs().max()) / 7)
         assert all(len(channel.unique()) <= 15 for channel in layer.weight)
+
+
+@pytest.mark.parametrize(
+    "before", [PTQ(bits=3, weight_range="mse"), PTQ(bits=3, weight_range="mse", symmetric=False), AdaRound(bits=3)]
+)
+def test_grids_of_a_stage_before_that_clip_go_on_to_clip_the_same_share(before):
+    graph = attached(method=before).model
+    images = Loader(1, seed=5).batches[0].images
+    expected = graph.eval()(images)
+    found = QAT().attach(graph, steps=8, target=VNNI)
+    list(found.begin())
+    found.after_step(0, None)  # nothing has moved, so nothing changes
+    torch.testing.assert_close(found.model.eval()(images), expected, rtol=1e-4, atol=1e-5)
+    layer = found.model.get_submodule("conv2")
+    quantizer = layer.parametrizations.weight[0]
+    scale, share = quantizer.scale.clone(), quantizer.share.clone()
+    parametrized(layer).original.data *= 3
+    found.after_step(1, None)
+    torch.testing.assert_close(quantizer.scale, 3 * scale)
+    assert torch.equal(quantizer.share, share)
+    assert (share < 1).any() or isinstance(before, AdaRound), "whose weights end where its grid does"
 
 
 def test_ranges_are_running_means_of_what_each_batch_reaches():
@@ -220,7 +242,8 @@ def test_grids_of_a_stage_before_are_taken_as_they_lie_where_no_bits_are_given()
     (quantizer,) = layer.parametrizations.weight
     assert (quantizer.grid, quantizer.scale.ndim) == (Grid.full(3), 0)
     weight = layer.parametrizations.weight.original
-    assert float(quantizer.scale) == pytest.approx(float((weight.max() - weight.min()).detach()) / 7, rel=1e-4)
+    span = float(quantizer.share) * float((weight.max() - weight.min()).detach())
+    assert float(quantizer.scale) == pytest.approx(span / 7, rel=1e-4)
     assert not hasattr(found.model.get_submodule("conv1"), "parametrizations")
     assert {edge.grid.bits for edge in edges(found.model)} == {5, 8}
 

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.affine import Grid, affine_parameters
 from tersor.core.mask_log import MaskLog
+from tersor.core.ranges import weight_grid
 from tersor.core.rounding import FixedStep, rounds_here
 
 Gradient = Literal["kept", "all", "split"]
@@ -122,6 +123,29 @@ class MovingFakeQuantize(FakeQuantize):
         """Takes back what `get_extra_state` gave."""
         super().set_extra_state(state[:3])
         self.moves = bool(state[3])
+
+
+class FollowingFakeQuantize(FakeQuantize):
+    """One on a weight that trains: its grid spans the same share of the weight's range wherever that goes.
+
+    Args:
+        grid: the integers to round to.
+        channels: number of scales, along dimension 0; None for one scale for the whole weight.
+    """
+
+    share: Tensor
+
+    def __init__(self, grid: Grid, channels: int | None = None) -> None:
+        super().__init__(grid, channels)
+        self.register_buffer("share", torch.ones_like(self.scale))
+
+    def start(self, weight: Tensor) -> None:
+        """Finds the share that the grid, which was set, spans of `weight` (C, ...)."""
+        self.share.copy_(self.scale / weight_grid(weight, self.grid, per_channel=bool(self.scale.ndim))[0])
+
+    def follow(self, weight: Tensor) -> None:
+        """Sets the grid for `weight` (C, ...)."""
+        self.set_grid(*weight_grid(weight, self.grid, per_channel=bool(self.scale.ndim), share=self.share))
 
 
 class RunningLargest(nn.Module):

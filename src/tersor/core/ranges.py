@@ -128,6 +128,7 @@ def weight_grid(
     per_channel: bool = True,
     weight_range: WeightRange = "minmax",
     percentile: float = 99.99,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a weight (C, ...): (C,) each, or () where there is one grid for all channels.
 
@@ -137,6 +138,7 @@ def weight_grid(
         per_channel: whether each output channel has a grid.
         weight_range: how the range is set.
         percentile: of `weight_range: percentile`: percent of the values kept.
+        share: of that range, what the grid spans, (C,) or (); all of it if left.
     """
     flat = weight.detach().float()
     flat = flat.flatten(1) if per_channel else flat.reshape(1, -1)
@@ -147,6 +149,8 @@ def weight_grid(
         low, high = ordered[:, tail], ordered[:, last - tail]
     else:
         low, high = flat.aminmax(dim=1)
+    if share is not None:
+        low, high = low * share, high * share
     scale, zero_point = _spanning(low, high, grid)
     if weight_range == "mse":
         scale, zero_point = _least_squares(flat, low, high, grid)

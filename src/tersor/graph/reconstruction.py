@@ -185,7 +185,9 @@ class _Learning:
 
     def run(self, layers: list[str]) -> Iterator[int]:
         """Iterations that are done."""
-        names = {name for name, _ in between(self.quantizers.graph, self.part.begin, self.part.end).named_modules()}
+        nodes = between(self.quantizers.graph, self.part.begin, self.part.end).graph.nodes
+        # a step is learned in the part that it lies in; parts behind, which values on its grid are moved to, take it
+        names = {node.target for node in nodes if not node.kwargs.get("moved")}
         edges = [name for name in self.quantizers.activations if name in names and self.how.learn_steps]
         soft = {name: _SoftlyRounded(*self._layer(name)) for name in layers}
         steps = {name: _Dropping(self.quantizers.of_activation(name), self.how.drop, self.draw) for name in edges}

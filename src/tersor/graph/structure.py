@@ -16,7 +16,7 @@ from tersor.core.affine import Grid
 from tersor.core.errors import InputError
 from tersor.core.freezing import Freezable, Norm, freezable
 from tersor.core.learned_step import LearnedFakeQuantize
-from tersor.core.parametrization import FakeQuantize, Mask, MovingFakeQuantize, RunningLargest, shown_by
+from tersor.core.parametrization import FakeQuantize, FollowingFakeQuantize, Mask, MovingFakeQuantize, RunningLargest, shown_by
 from tersor.core.selection import weighted_layers
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.channels import Cut, remove
@@ -89,6 +89,8 @@ def _told(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, FakeQuantize):
         channels = len(module.scale) if module.scale.ndim else None
         told: dict[str, Any] = {"grid": [module.grid.minimum, module.grid.maximum], "channels": channels}
+        if isinstance(module, FollowingFakeQuantize):
+            told["follows"] = True
         if isinstance(module, LearnedFakeQuantize):
             told |= {"offset": module.offset is not None, "of_images": module.of_images}
         return told
@@ -103,6 +105,8 @@ def _made(told: dict[str, Any]) -> nn.Module:
     grid = Grid(*told["grid"])
     if "averaging" in told:
         return MovingFakeQuantize(grid, told["averaging"])
+    if "follows" in told:
+        return FollowingFakeQuantize(grid, told["channels"])
     if "offset" in told:
         return LearnedFakeQuantize(grid, told["channels"], offset=told["offset"], of_images=told["of_images"])
     return FakeQuantize(grid, told["channels"])

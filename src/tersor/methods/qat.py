@@ -9,7 +9,8 @@ Jacob et al., "Quantization and Training of Neural Networks for Efficient Intege
     gradient                     dL/dx = dL/dx_hat inside the range, 0 outside
 
 It starts from post-training quantization: from the grids of a stage before, or from ranges of its own that one pass
-over a few hundred images gives. The scales of the weights follow the weights after every step. At the end the ranges
+over a few hundred images gives. The scales of the weights follow the weights after every step; where the grids of a
+stage before clip, they go on to clip the same share, r_c <= 1 of max|w_c|. At the end the ranges
 stay as they are, and what was trained with is what is exported.
 
 The paper simulates the folding of BatchNorm with the batch's statistics, and leaves activations in float for the first
@@ -25,13 +26,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.freezing import FrozenAt
 from tersor.core.method import PLAIN_VALUES
-from tersor.core.parametrization import FakeQuantize, MovingFakeQuantize
+from tersor.core.parametrization import FakeQuantize, FollowingFakeQuantize, MovingFakeQuantize, shown_to
 from tersor.core.target import Target
 from tersor.graph.calibration import calibrate
 from tersor.graph.precision import ActivationBitsThatLie, BitsThatLie, CalibrationImages, EndsBits, Exclude, PerChannel
@@ -86,6 +87,8 @@ class QAT:
             target=target,
             method="qat",
         )
+        for name in quantizers.layers:
+            quantizers.replace_on_weight(name, _following(quantizers.of_weight(name)))
         for name in quantizers.activations:
             _let_move(quantizers.graph, name, self.averaging)
         return QATAttachment(self, quantizers, data, target, steps)
@@ -121,6 +124,8 @@ class QATAttachment(Attachment):
             for edge in filter(lambda each: each.ready, self._edges()):  # others belong to layers left in float
                 low, high = ((end - edge.zero_point) * edge.scale for end in (edge.grid.minimum, edge.grid.maximum))
                 edge.set_range(low, high)
+            for quantizer, weight in self._weights(self.quantizers.rounding).values():
+                quantizer.start(weight)
             return
         assert self.data is not None
         histograms = yield from calibrate(
@@ -148,12 +153,30 @@ class QATAttachment(Attachment):
             edge.moves = False
 
     def _follow_weights(self, quantizers: Quantizers) -> None:
+        for name, (quantizer, weight) in self._weights(quantizers).items():
+            quantizer.follow(weight)
+            quantizers.keep_from_saturating(name, self.target)
+
+    def _weights(self, quantizers: Quantizers) -> dict[str, tuple[FollowingFakeQuantize, Tensor]]:
+        """Of every layer the quantizer of its weight, and what that is shown."""
+        found: dict[str, tuple[FollowingFakeQuantize, Tensor]] = {}
         for name in quantizers.layers:
-            quantizers.set_weight_grid(name, self.target)
+            quantizer = quantizers.of_weight(name)
+            assert isinstance(quantizer, FollowingFakeQuantize)
+            found[name] = quantizer, shown_to(quantizers.graph.get_submodule(name), quantizer)
+        return found
 
     def _edges(self) -> list[MovingFakeQuantize]:
         edges = [self.quantizers.graph.get_submodule(name) for name in self.quantizers.activations]
         return [edge for edge in edges if isinstance(edge, MovingFakeQuantize)]
+
+
+def _following(still: FakeQuantize) -> FollowingFakeQuantize:
+    """One whose grid follows the weight, from where another's is."""
+    following = FollowingFakeQuantize(still.grid, len(still.scale) if still.scale.ndim else None)
+    if still.ready:
+        following.set_grid(still.scale, still.zero_point)
+    return following.to(still.scale.device)
 
 
 def _let_move(graph: fx.GraphModule, name: str, averaging: float) -> None:
