@@ -35,18 +35,17 @@ class QuantizeDequantize(nn.Module):
         super().__init__()
         self.register_buffer("scale", quantizer.scale.detach().clone())
         self.register_buffer("zero_point", quantizer.zero_point.to(torch.uint8))
-        ends = torch.tensor([quantizer.grid.minimum, quantizer.grid.maximum]) - quantizer.zero_point.cpu()
-        low, high = (ends * quantizer.scale.detach().cpu()).tolist()
-        self.ends = None if quantizer.grid == Grid.unsigned(8) else (low, high)
+        grid = quantizer.grid
+        self.ends = None if grid == Grid.unsigned(8) else (grid.minimum, grid.maximum)
 
     def forward(self, values: Tensor) -> Tensor:
         """`values` of any shape, float32."""
         grid = [self.scale, self.zero_point]
-        if self.ends is not None:  # the operator clips to 0..255 and nowhere else
-            values = values.clamp(*self.ends)
         quantized = torch.onnx.ops.symbolic(
             "QuantizeLinear", [values, *grid], dtype=torch.uint8, shape=values.shape, version=21
         )
+        if self.ends is not None:  # of the integers: before them it would keep the layer from computing in integers
+            quantized = quantized.clamp(*self.ends)
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", [quantized, *grid], dtype=torch.float32, shape=values.shape, version=21
         )

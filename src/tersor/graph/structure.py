@@ -16,7 +16,14 @@ from tersor.core.affine import Grid
 from tersor.core.errors import InputError
 from tersor.core.freezing import Freezable, Norm, freezable
 from tersor.core.learned_step import LearnedFakeQuantize
-from tersor.core.parametrization import FakeQuantize, FollowingFakeQuantize, Mask, MovingFakeQuantize, RunningLargest, shown_by
+from tersor.core.parametrization import (
+    FakeQuantize,
+    FollowingFakeQuantize,
+    Mask,
+    MovingFakeQuantize,
+    RunningLargest,
+    shown_by,
+)
 from tersor.core.selection import weighted_layers
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.channels import Cut, remove
