@@ -155,6 +155,22 @@ def test_a_file_that_is_none_of_ours(content, recipe, tmp_path):
     assert (tmp_path / "a.json").read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layer", "ghost", "costs of layers or bits that are not measured"),
+        ("bits", 7, "costs of layers or bits that are not measured"),
+        ("error", float("nan"), "or is damaged"),
+        ("error", -0.5, "or is damaged"),
+    ],
+)
+def test_a_file_whose_costs_were_changed(key, value, message, recipe, tmp_path):
+    cost = {"layer": "conv1", "bits": 2, "error": 0.5, "drop": None} | {key: value}
+    (tmp_path / "a.json").write_text(json.dumps({"measured_with": {}, "weights": {"conv1": 432}, "costs": [cost]}))
+    with pytest.raises(InputError, match=message):
+        measure(recipe, out=tmp_path / "a.json", watch=Unwatched())
+
+
 def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeypatch):
     seen = []
 

@@ -137,6 +137,8 @@ def _begun(out: Path, fresh: BitCosts) -> BitCosts:
         found = BitCosts.model_validate_json(out.read_bytes())
     except (ValidationError, OSError) as error:
         raise InputError(f"{out} is no file of `tersor sensitivity`, or is damaged. {remedy}") from error
+    if not all(cost.layer in found.weights and cost.bits in WIDTHS for cost in found.costs):
+        raise InputError(f"{out} has costs of layers or bits that are not measured, so it is damaged. {remedy}")
     for key in fresh.measured_with:
         before, now = found.measured_with.get(key), fresh.measured_with[key]
         if before != now:

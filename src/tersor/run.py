@@ -162,6 +162,7 @@ def _told_of_disagreement(percent: float, model: nn.Module) -> str:
     if not coarse:
         return f"the artifact gives {percent:.2f} % of torch's answers: do not ship it."
     return (
-        f"the artifact gives {percent:.2f} % of torch's answers. On so few bits a difference in the last digit moves "
-        "an activation by a whole step, and the layers behind it with it: the accuracy that counts is the runtime's."
+        f"the artifact gives {percent:.2f} % of torch's answers. On so few bits a bias, which lies in the file as a "
+        "whole number of products of two steps, moves an activation by a whole step where torch's does not, and the "
+        "layers behind it with it: the accuracy that counts is the runtime's."
     )

@@ -245,6 +245,7 @@ def test_fewer_bits_answer_alike_far_outside_the_calibrated_range_too(tmp_path, 
         difference = np.abs(found - expected)
         # the bias is rounded to the grid of the products, which is as coarse as the bits are few
         assert np.median(difference) < 0.1 * expected.std()
+    assert executed(path, tmp_path)["QLinearConv"] == 3, "clipped as integers, not before them"
     packed = Counter(t.data_type for t in onnx.load(path).graph.initializer if len(t.dims) > 1)
     assert packed == ({TensorProto.INT4: 2, TensorProto.INT8: 2} if bits[0] == 2 else {TensorProto.INT8: 4})
 

@@ -569,9 +569,18 @@ def test_values_that_are_not_finite():
     with pytest.raises(InputError, match="not finite at x"):
         calibrated(data=[broken])
     model = Small().eval()
-    model.bn1.bias.data[0] = torch.inf
-    with pytest.raises(InputError, match="not finite at relu"):
+    model.bn1.bias.data[0] = 1e38
+    model.conv2.weight.data *= 1e38
+    with pytest.raises(InputError, match="not finite at"):
         calibrated(model, PTQ(activation_range="mse"))
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "linear.bias", "bn2.running_var"])
+def test_weights_that_are_not_finite(name):
+    model = Small().eval()
+    model.state_dict()[name].view(-1)[1] = torch.nan if name == "linear.bias" else torch.inf
+    with pytest.raises(InputError, match=f"^{name} has values that are not finite"):
+        calibrated(model)
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,10 @@ def test_grids_of_other_bits_are_told():
         QAT(bits=6).attach(first.model, steps=4)
     with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with activation_bits: 4"):
         QAT(activation_bits=4).attach(first.model, steps=4)
+    with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with ends_bits: 4"):
+        QAT(ends_bits=4).attach(first.model, steps=4)
+    with pytest.raises(InputError, match="with per_channel: false, and the network lies on other grids"):
+        QAT(per_channel=False).attach(first.model, steps=4)
     with pytest.raises(InputError, match="Write `exclude` there"):
         QAT(bits=4, exclude=("conv1",)).attach(first.model, steps=4)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tersor.core.attachment import Progress
 from tersor.core.errors import InputError
+from tersor.core.freezing import Norm
 from tersor.core.objective import images_of
 from tersor.core.ranges import Histogram, Range, WeightRange
 from tersor.core.target import Target
@@ -36,6 +37,7 @@ def calibrate(
     Raises:
         InputError: the data holds no image, or cannot be read again; values are not finite.
     """
+    _refuse_weights_that_are_not_finite(quantizers.graph)
     histograms = {name: Histogram() for name in quantizers.activations}
     quantizers.graph.eval()
     done = 0
@@ -114,6 +116,20 @@ def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _refuse_weights_that_are_not_finite(model: nn.Module) -> None:
+    """Of the last layer's no activation would tell; an infinite variance silences a channel."""
+    statistics = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        if isinstance(module, Norm)
+        for key, value in module.named_buffers(recurse=False)
+    }
+    for name, value in {**dict(model.named_parameters()), **statistics}.items():
+        if not torch.isfinite(value).all():
+            told = name.replace("parametrizations.", "").removesuffix(".original")
+            raise InputError(f"{told} has values that are not finite. Possible: a network without NaN or infinity.")
 
 
 def _refuse_what_is_not_finite(histograms: dict[str, Histogram]) -> None:

@@ -19,6 +19,18 @@ BitsThatLie = Annotated[
 ActivationBitsThatLie = Annotated[
     int | None, Field(ge=2, le=BYTE, description="of an activation; 8 if left, or those of the stage before")
 ]
+EndsBitsThatLie = Annotated[
+    int | None,
+    Field(
+        ge=2,
+        le=BYTE,
+        description="of the first and last layer, and what enters them; 8 if left, or those of the stage before",
+    ),
+]
+PerChannelThatLie = Annotated[
+    bool | None,
+    Field(description="a grid for each output channel of a weight, or one; true if left, or as the stage before"),
+]
 EndsBits = Annotated[int, Field(ge=2, le=BYTE, description="of the first and last layer, and what enters them")]
 PerChannel = Annotated[bool, Field(description="a grid for each output channel of a weight, or one")]
 Percentile = Annotated[float, Field(gt=50, le=100, description="of a range of that name: percent of the values kept")]

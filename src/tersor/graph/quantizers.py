@@ -178,8 +178,8 @@ def lay_or_take_over(
     *,
     bits: int | None,
     activation_bits: int | None,
-    ends_bits: int,
-    per_channel: bool,
+    ends_bits: int | None,
+    per_channel: bool | None,
     exclude: Sequence[str],
     data: Iterable[Any] | None,
     target: Target,
@@ -191,8 +191,8 @@ def lay_or_take_over(
         model: the network.
         bits: of a weight; 8 if left, or those that lie.
         activation_bits: of an activation, likewise.
-        ends_bits: of the first and last layer, and what enters them, where quantizers are laid.
-        per_channel: whether each output channel of a weight has a grid, where they are laid.
+        ends_bits: of the first and last layer, and what enters them, likewise.
+        per_channel: whether each output channel of a weight has a grid; true if left, or as those that lie.
         exclude: patterns of layers that stay in float.
         data: images to calibrate with, where quantizers are laid.
         target: the runtime and processor that the network is made for.
@@ -208,7 +208,7 @@ def lay_or_take_over(
             raise InputError(
                 f"{method} needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
             )
-        precision = Precision(bits or 8, activation_bits or 8, ends_bits, per_channel)
+        precision = Precision(bits or 8, activation_bits or 8, ends_bits or 8, per_channel is not False)
         return lay(capture(model), precision, exclude=exclude, target=target, method=method)
     if exclude:
         raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
@@ -218,13 +218,25 @@ def lay_or_take_over(
     entering = set(map(quantizers.input_of, first_and_last))
     weights = {quantizers.of_weight(name).grid.bits for name in quantizers.layers if name not in first_and_last}
     others = {quantizers.of_activation(name).grid.bits for name in quantizers.activations if name not in entering}
-    for what, wanted, lying in (("bits", bits, weights), ("activation_bits", activation_bits, others)):
+    at_the_ends = {quantizers.of_weight(name).grid.bits for name in first_and_last & {*quantizers.layers}}
+    asked = (
+        ("bits", bits, weights),
+        ("activation_bits", activation_bits, others),
+        ("ends_bits", ends_bits, at_the_ends),
+    )
+    for what, wanted, lying in asked:
         if wanted is not None and lying - {wanted}:
             told = ", ".join(map(str, sorted(lying)))
             raise InputError(
                 f"the network lies on grids of {told} bits, and {method} is to train with {what}: {wanted}. Leave "
                 f"{what} out to train with those, or write the same in the stage before."
             )
+    kinds = {bool(quantizers.of_weight(name).scale.ndim) for name in quantizers.layers}
+    if per_channel is not None and kinds - {per_channel}:
+        raise InputError(
+            f"{method} is to train with per_channel: {str(per_channel).lower()}, and the network lies on other grids. "
+            "Leave per_channel out to train with those, or write the same in the stage before."
+        )
     return quantizers
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tersor.core.affine import Grid
@@ -38,7 +39,7 @@ class Cost:
 
     layer: str
     bits: int
-    error: float
+    error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     drop: float | None
 
 

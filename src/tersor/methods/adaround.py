@@ -47,7 +47,7 @@ class AdaRound:
     percentile: Percentile = 99.99
     iterations: Annotated[int, Field(ge=1, description="for each layer, of a batch of 32 images")] = 1000
     calibration_images: Annotated[int, Field(ge=32, description="images looked at, without labels")] = 512
-    seed: Annotated[int, Field(ge=0, description="of the batches that are drawn")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the batches that are drawn")] = 0
     exclude: Exclude = ()
 
     def attach(

@@ -61,7 +61,7 @@ class BRECQ:
         float, Field(ge=0, lt=1, description="share of the activations left in float meanwhile; QDrop has 0.5")
     ] = 0.0
     calibration_images: Annotated[int, Field(ge=32, description="images looked at, without labels")] = 512
-    seed: Annotated[int, Field(ge=0, description="of the batches that are drawn")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the batches that are drawn")] = 0
     exclude: Exclude = ()
 
     def attach(

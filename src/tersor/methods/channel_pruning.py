@@ -89,7 +89,7 @@ class ChannelPruning:
     estimation_images: Annotated[
         int, Field(ge=1, description="images for what channels gave, and BatchNorm's statistics")
     ] = 1024
-    seed: Annotated[int, Field(ge=0, description="of `importance: random`")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of `importance: random`")] = 0
 
     def attach(
         self,

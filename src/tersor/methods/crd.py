@@ -132,7 +132,7 @@ class CRD:
     width: Annotated[int, Field(ge=1, description="d: of what is compared")] = 128
     tau: Annotated[float, Field(gt=0, description="temperature of the similarity")] = 0.07
     momentum: Annotated[float, Field(ge=0, lt=1, description="of the memories")] = 0.5
-    seed: Annotated[int, Field(ge=0, description="of the weights, and of what is remembered at first")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the weights, and of what is remembered at first")] = 0
 
     def attach(
         self,

@@ -136,7 +136,7 @@ class FactorTransfer:
     batch_norm: Annotated[bool, Field(description="in paraphraser and translator")] = False
     paraphraser_epochs: Annotated[int, Field(ge=1, description="for which the paraphraser learns first")] = 6
     paraphraser_learning_rate: Annotated[float, Field(gt=0, description="of its SGD, with momentum 0.9")] = 0.1
-    seed: Annotated[int, Field(ge=0, description="of the weights of paraphraser and translator")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the weights of paraphraser and translator")] = 0
 
     def attach(
         self,

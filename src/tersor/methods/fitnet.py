@@ -72,7 +72,7 @@ class FitNet:
     loss_weight: Annotated[float, Field(ge=0, description="0 leaves the labels as they are")] = 10.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
     regressor: Annotated[bool, Field(description="false: as they are, where both have the same channels")] = True
-    seed: Annotated[int, Field(ge=0, description="of the regressors' weights")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the regressors' weights")] = 0
 
     def attach(
         self,

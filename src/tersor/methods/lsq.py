@@ -37,7 +37,14 @@ from tersor.core.method import PLAIN_VALUES
 from tersor.core.parametrization import FakeQuantize, shown_to
 from tersor.core.target import Target
 from tersor.graph.calibration import calibrate
-from tersor.graph.precision import ActivationBitsThatLie, BitsThatLie, CalibrationImages, EndsBits, Exclude, PerChannel
+from tersor.graph.precision import (
+    ActivationBitsThatLie,
+    BitsThatLie,
+    CalibrationImages,
+    EndsBitsThatLie,
+    Exclude,
+    PerChannelThatLie,
+)
 from tersor.graph.quantizers import Quantizers, lay_or_take_over, notes
 
 
@@ -58,8 +65,8 @@ class LSQ:
 
     bits: BitsThatLie = None
     activation_bits: ActivationBitsThatLie = None
-    ends_bits: EndsBits = 8
-    per_channel: PerChannel = True
+    ends_bits: EndsBitsThatLie = None
+    per_channel: PerChannelThatLie = None
     offset: Annotated[bool, Field(description="learn the activations' zero points too, as LSQ+ does")] = False
     freeze_norm_at: Annotated[
         float, Field(ge=0, le=1, description="fraction of the stage after which BatchNorm's statistics stay")

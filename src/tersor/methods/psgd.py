@@ -10,10 +10,11 @@ Kim, Yoo and Kwak, "Position-based Scaled Gradient for Model Quantization and Pr
 lambda stays as it is, as in the paper, so that s falls as weights come to their points, and they settle there. If it
 rose to keep the mean, the last weights on their way would be thrown about.
 
-The forward sees full precision, whatever is remembered of the ranges: afterwards `ptq` with as many bits rounds weights
-that lie near their points already. The bits have to be known in advance. Toward zero it is sparse training: one
-threshold (`weight_pruning`, one_shot) then removes what gathered there. The gradient is scaled around the optimizer's
-step: weight decay stays outside, and momentum gathers scaled gradients.
+The forward sees full precision, whatever is remembered of the ranges, but where a method behind it in the same stage
+rounds; afterwards `ptq` with as many bits rounds weights that lie near their points already. The bits have to be known
+in advance. Toward zero it is sparse training: one threshold (`weight_pruning`, one_shot) then removes what gathered
+there. The gradient is scaled around the optimizer's step: weight decay stays outside, and momentum gathers scaled
+gradients.
 
 `scale_by: constant` is the control: the same mean scale, whatever the position. What is left of the method's gain
 beside it is more than a larger learning rate.
@@ -21,10 +22,11 @@ beside it is more than a larger learning rate.
 The paper has s = lambda * (d + epsilon), its code no epsilon: a weight on its point does not move. So here. The code's
 lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence `mean_scale`. Its grid is
 one for a whole layer and over a running mean of the largest weight; `per_channel: false` and `range: running` are that.
-By default the grid is the one that `ptq` will lay with as many `ends_bits`. Of fewer than 4 bits, the first and the
-last layer aim at 8, as in the code, and as `ptq` has them by default at any width. The code also trains 2 bits without
-weight decay (write `optimizer: {weight_decay: 0}`), and aims the classifier's bias at a grid of its own. Here biases
-are free: they run in 32 bits.
+By default the grid is the one that `ptq` lays with as many `ends_bits` and `weight_range: minmax`; left to itself `ptq`
+clips below 8 bits, where a network has BatchNorm. Of fewer than 4 bits, the first and the last layer aim at 8, as in
+the code, and as `ptq` has them by default at any width. The code also trains 2 bits without weight decay (write
+`optimizer: {weight_decay: 0}`), and aims the classifier's bias at a grid of its own. Here biases are free: they run in
+32 bits.
 """
 
 from __future__ import annotations

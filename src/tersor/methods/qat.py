@@ -35,7 +35,14 @@ from tersor.core.method import PLAIN_VALUES
 from tersor.core.parametrization import FakeQuantize, FollowingFakeQuantize, MovingFakeQuantize, shown_to
 from tersor.core.target import Target
 from tersor.graph.calibration import calibrate
-from tersor.graph.precision import ActivationBitsThatLie, BitsThatLie, CalibrationImages, EndsBits, Exclude, PerChannel
+from tersor.graph.precision import (
+    ActivationBitsThatLie,
+    BitsThatLie,
+    CalibrationImages,
+    EndsBitsThatLie,
+    Exclude,
+    PerChannelThatLie,
+)
 from tersor.graph.quantizers import Quantizers, lay_or_take_over, notes
 
 
@@ -49,8 +56,8 @@ class QAT:
 
     bits: BitsThatLie = None
     activation_bits: ActivationBitsThatLie = None
-    ends_bits: EndsBits = 8
-    per_channel: PerChannel = True
+    ends_bits: EndsBitsThatLie = None
+    per_channel: PerChannelThatLie = None
     averaging: Annotated[float, Field(gt=0, le=1, description="what a batch weighs in a running range")] = 0.1
     freeze_ranges_at: Annotated[
         float, Field(gt=0, le=1, description="fraction of the stage after which ranges of activations stay")

@@ -211,7 +211,7 @@ class ReviewKD:
     loss_weight: Annotated[float, Field(ge=0, description="0 leaves the labels as they are")] = 1.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08
-    seed: Annotated[int, Field(ge=0, description="of the fusions' weights")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the fusions' weights")] = 0
 
     def attach(
         self,

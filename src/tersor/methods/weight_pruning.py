@@ -96,7 +96,7 @@ class WeightPruning:
         Field(description="patterns; all convolutions if left, or all fully connected layers where there are none"),
     ] = ()
     images: Annotated[int, Field(ge=1, description="of `importance: taylor`: how many are looked at")] = 512
-    seed: Annotated[int, Field(ge=0, description="of `importance: random`")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of `importance: random`")] = 0
 
     @property
     def needs_steps(self) -> bool:
