@@ -94,7 +94,11 @@ class PTQ:
     ] = None
     max_drop: Annotated[
         float | None,
-        Field(ge=0, description="points of accuracy; layers that cost more stay in float. All are rounded if left"),
+        Field(
+            ge=0,
+            description="points of accuracy on the images that it calibrates with, of which a network is surer than of "
+            "others; layers that cost more stay in float. All are rounded if left",
+        ),
     ] = None
     calibration_images: CalibrationImages = 512
     exclude: Exclude = ()
