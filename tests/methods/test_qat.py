@@ -134,6 +134,17 @@ def test_grids_of_a_stage_before_that_clip_go_on_to_clip_the_same_share(before):
     assert (share < 1).any() or isinstance(before, AdaRound), "whose weights end where its grid does"
 
 
+def test_a_channel_of_zeros_may_come_back_over_its_whole_range():
+    graph = attached(method=PTQ(bits=3, weight_range="mse")).model
+    parametrized(graph.get_submodule("conv2")).original.data[2] = 0  # as rounding leaves some
+    found = QAT().attach(graph, steps=8, target=VNNI)
+    list(found.begin())
+    layer = found.model.get_submodule("conv2")
+    parametrized(layer).original.data[2] = 0.5
+    found.after_step(0, None)
+    assert torch.allclose(layer.weight[2], torch.full_like(layer.weight[2], 0.5))
+
+
 def test_ranges_are_running_means_of_what_each_batch_reaches():
     found = attached(method=QAT(averaging=0.25))
     edge = edges(found.model)[0]  # on the images themselves: no step changes what it is shown

@@ -140,8 +140,10 @@ class FollowingFakeQuantize(FakeQuantize):
         self.register_buffer("share", torch.ones_like(self.scale))
 
     def start(self, weight: Tensor) -> None:
-        """Finds the share that the grid, which was set, spans of `weight` (C, ...)."""
-        self.share.copy_(self.scale / weight_grid(weight, self.grid, per_channel=bool(self.scale.ndim))[0])
+        """Finds the share that the grid, which was set, spans of `weight` (C, ...); of zeros alone it is all."""
+        whole = weight_grid(weight, self.grid, per_channel=bool(self.scale.ndim))[0]
+        some = weight.flatten(1).any(1) if self.scale.ndim else weight.any()
+        self.share.copy_(torch.where(some, self.scale / whole, 1.0))
 
     def follow(self, weight: Tensor) -> None:
         """Sets the grid for `weight` (C, ...)."""
