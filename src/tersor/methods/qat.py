@@ -9,9 +9,9 @@ Jacob et al., "Quantization and Training of Neural Networks for Efficient Intege
     gradient                     dL/dx = dL/dx_hat inside the range, 0 outside
 
 It starts from post-training quantization: from the grids of a stage before, or from ranges of its own that one pass
-over a few hundred images gives. The scales of the weights follow the weights after every step; where the grids of a
-stage before clip, they go on to clip the same share, r_c <= 1 of max|w_c|. At the end the ranges
-stay as they are, and what was trained with is what is exported.
+over a few hundred images gives. The scales of the weights follow the weights after every step, and the grids of a stage
+before go on to span the share of max|w_c| that they spanned there. At the end the ranges stay as they are, and what was
+trained with is what is exported.
 
 The paper simulates the folding of BatchNorm with the batch's statistics, and leaves activations in float for the first
 steps of a training from scratch. Here BatchNorm stays alive, since it folds into the scale of a channel and leaves the
