@@ -81,6 +81,9 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
         (lambda model, loader: tersor.quantize(model, loader, bits=0), "bits: .*given 0"),
         (lambda model, loader: tersor.quantize(model, loader, runtime="tflite"), "runtime: .*'tflite'"),
         (lambda _, loader: tersor.quantize("resnet20", loader), "is a str"),
+        (lambda model, _: tersor.quantize(model, [IMAGES[:, :1]]), r"does not run on images \(1, 16, 16\)"),
+        (lambda model, _: tersor.quantize(model, [IMAGES.double()]), r"images \(3, 16, 16\) of float64"),
+        (lambda model, _: tersor.prune(model, IMAGES * torch.nan), "hold NaN"),
         (lambda model, _: tersor.prune(model, IMAGES, keep_macs=0), "keep_macs: .*given 0"),
         (lambda model, loader: tersor.distill(model, build("resnet20", 7), loader), r"\(2, 10\).*\(2, 7\)"),
         (lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, temperature=0), "temperature: "),
@@ -93,7 +96,7 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
         (lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, torch.rand(16))]), "float32"),
         (
             lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES[:, :1], torch.arange(8))]),
-            r"student cannot be fed images of shape \(2, 1, 16, 16\)",
+            r"student does not run on images \(1, 16, 16\) of float32",
         ),
     ],
 )

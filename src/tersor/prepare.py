@@ -10,6 +10,7 @@ from torch import nn
 
 from tersor import zoo
 from tersor.core.errors import InputError
+from tersor.core.feeding import fed
 from tersor.core.watch import Watch
 from tersor.data import Splits, load
 from tersor.data.cutting import generator
@@ -130,11 +131,8 @@ def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Sp
 def _check_answers(walk: Walk, network: nn.Module, name: str) -> None:
     """One dry forward: the network takes these images and tells these classes apart."""
     images = next(iter(walk.batches(walk.data.test, 2))).images
-    try:
-        with torch.inference_mode():
-            logits = copy.deepcopy(network).eval()(images)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise InputError(f"{name} cannot be fed images of shape {tuple(images.shape)}: {error}") from error
+    with fed(name, images), torch.inference_mode():
+        logits = copy.deepcopy(network).eval()(images)
     classes = len(walk.data.classes)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] != classes:
         given = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
+from tersor.core.feeding import fed
 from tersor.core.objective import Batch, images_of
 from tersor.core.target import Runtime, Target
 from tersor.core.training import OptimizerOptions, Training
@@ -44,7 +45,7 @@ def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime:
         runtime: what will execute the result.
 
     Raises:
-        InputError: the network cannot be captured, or the batches hold no images.
+        InputError: the network cannot be captured, or does not run on the batches, or they hold no images.
     """
     attached = _made(PTQ, bits=bits).attach(_copy(model), data=loader, target=_made(Target, runtime=runtime))
     list(attached.begin())
@@ -253,11 +254,8 @@ def _classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> 
     """How many classes both tell apart, seen in one dry forward of two images."""
     answers: list[Tensor] = []
     for name, network in (("student", student), ("teacher", teacher)):
-        try:
-            with torch.inference_mode():
-                answers.append(_copy(network)(images.to(next(network.parameters()).device)))
-        except RuntimeError as error:
-            raise InputError(f"the {name} cannot be fed images of shape {tuple(images.shape)}: {error}") from error
+        with fed(f"the {name}", images), torch.inference_mode():
+            answers.append(_copy(network)(images.to(next(network.parameters()).device)))
     shapes = [tuple(answer.shape) for answer in answers]
     if shapes[0] != shapes[1] or len(shapes[0]) != 2:
         raise InputError(

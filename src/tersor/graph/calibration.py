@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tersor.core.attachment import Progress
 from tersor.core.errors import InputError
+from tersor.core.feeding import fed
 from tersor.core.freezing import Norm
 from tersor.core.objective import images_of
 from tersor.core.ranges import Histogram, Range, WeightRange
@@ -112,7 +113,8 @@ def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None
         for name, watch in watchers.items()
     ]
     try:
-        quantizers.graph(images)
+        with fed(type(quantizers.graph).__name__, images):
+            quantizers.graph(images)
     finally:
         for hook in hooks:
             hook.remove()

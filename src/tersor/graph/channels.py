@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
+from tersor.core.feeding import fed
 from tersor.core.garbage import collecting_what_is_new
 from tersor.graph.coupling.groups import Cut, Unit
 from tersor.graph.coupling.layers import rule_of
@@ -101,13 +101,8 @@ def run(graph: fx.GraphModule, example: Tensor) -> Recorded:
     Raises:
         InputError: the network does not run on the images.
     """
-    try:
+    with fed(type(graph).__name__, example):
         return record(graph, example)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-        raise InputError(
-            f"{type(graph).__name__} does not run on images {tuple(example.shape[1:])}: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Give images as the network wants them."
-        ) from error
 
 
 def difference(graph: fx.GraphModule, cuts: Sequence[Cut], example: Tensor) -> str:
