@@ -45,4 +45,5 @@ def explain(recipe: Recipe, *, watch: Watch) -> Iterator[str]:
             + (f" for the losses {', '.join(losses)}" if steps else "")
             + f"; then {spent.parameters:,} parameters, {spent.macs:,} MACs"
         )
+        yield from (f"{stage.name}: {note}" for note in attachment.notes)
     yield f"target: {recipe.target.runtime} on {recipe.target.cpu}, {recipe.target.input} input"

@@ -72,6 +72,9 @@ class Attachment:
         self.layers = tuple(layers)
         self.label_weight = label_weight
         self.notes = tuple(notes)
+        if layers:
+            pairs = ", ".join(f"{student} from {of_teacher}" for student, of_teacher in layers)
+            self.notes += (f"{', '.join(term.name for term in terms)} teaches {pairs} of the teacher.",)
 
     @property
     def told(self) -> dict[str, Any]:

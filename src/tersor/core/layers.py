@@ -4,12 +4,17 @@ Of a plain network a forward hook looks, for the length of one call. A captured 
 on: `layer3` was traced through, and may have lost channels and got quantizers since. There the tracer's memory
 (`graph.meta["layers"]`: path -> node) says which node of the graph it returned, and a second graph over the same
 modules gives that node too.
+
+A map is handed on as (N, C, H, W), also by a layer that gives (N, H, W, C), as Swin's do; which of the two it is, the
+sides of the images tell.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +25,10 @@ from tersor.core.evaluating import evaluating
 
 Given = tuple[Tensor, dict[str, Tensor]]
 """Logits, and what each layer gave, by its path."""
+
+_POOLS = nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d
+_OTHER_TOKENS = 5
+"""The most that lie before those of the patches: one for the class, a teacher's, or four registers."""
 
 
 class Layers:
@@ -55,7 +64,7 @@ class Layers:
             mirror.training = module.training
         logits, *given = self._view(images)
         count = len(self.paths)
-        return logits, self._checked(zip(self.paths, given[:count], given[count:], strict=True))
+        return logits, self._checked(zip(self.paths, given[:count], given[count:], strict=True), images)
 
     def _hooked(self, images: Tensor) -> Given:
         seen: dict[str, tuple[object, int]] = {}
@@ -77,9 +86,9 @@ class Layers:
         for path in self.paths:
             if path not in seen:
                 raise InputError(f"the layer {path} is not called by the network. Name another.")
-        return logits, self._checked((path, *seen[path]) for path in self.paths)
+        return logits, self._checked(((path, *seen[path]) for path in self.paths), images)
 
-    def _checked(self, given: Iterable[tuple[str, object, int]]) -> dict[str, Tensor]:
+    def _checked(self, given: Iterable[tuple[str, object, int]], images: Tensor) -> dict[str, Tensor]:
         """What each layer gave, if it still is what it was when the layer gave it."""
         found: dict[str, Tensor] = {}
         for path, value, version in given:
@@ -87,10 +96,10 @@ class Layers:
                 raise InputError(f"the layer {path} gives a {type(value).__name__}, not a tensor. Name another.")
             if _version(value) != version:
                 raise InputError(
-                    f"what the layer {path} gives is changed in place by the layer after it. Name that one, or build "
-                    "it with inplace=False."
+                    f"what the layer {path} gives is changed in place by what comes after it. Name the layer after "
+                    "it, or one before it, or build the network with inplace=False."
                 )
-            found[path] = value
+            found[path] = channels_first(value, images)
         return found
 
 
@@ -98,6 +107,19 @@ def _version(value: object) -> int:
     if not isinstance(value, Tensor) or value.is_inference():
         return 0
     return value._version  # pyright: ignore[reportPrivateUsage]
+
+
+def channels_first(value: Tensor, images: Tensor) -> Tensor:
+    """A map (N, H, W, C) as (N, C, H, W), its sides being to each other as those of the images; all else as it is."""
+    if value.ndim != 4 or _alike(value.shape[2:], images) or not _alike(value.shape[1:3], images):
+        return value
+    return value.permute(0, 3, 1, 2)
+
+
+def _alike(sides: Sequence[int], images: Tensor) -> bool:
+    """Whether these are to each other as the sides of the images, but for rounding."""
+    height, width = images.shape[-2:]
+    return abs(sides[0] * width - sides[1] * height) <= max(height, width)
 
 
 def _with_nodes(graph: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
@@ -124,7 +146,7 @@ def layer_paths(model: nn.Module) -> list[str]:
 
 
 def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tuple[str, ...]:
-    """The layers that each pattern (`layer3`, `layer?`) matches, in the order of the network.
+    """The layers that each pattern (`layer3`, `layer?`) matches: pattern by pattern, in the order of the network.
 
     Raises:
         InputError: a pattern matches none.
@@ -139,7 +161,7 @@ def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tup
             tops = ", ".join(path for path in known if "." not in path)
             raise InputError(f"{whose} has no layer '{pattern}'.{hint} Possible: {tops}, and what lies in them.")
         found += matched
-    return tuple(dict.fromkeys(found))
+    return tuple(found)
 
 
 @torch.no_grad()
@@ -154,8 +176,8 @@ def shapes_of(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[st
 def last_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     """The last part of the network at each resolution: `layer1`, `layer2`, `layer3` of a ResNet.
 
-    Parts are the network's children, or what lies in them where those give no two resolutions (`features.6`). What
-    gives no feature map of more than one pixel is passed over.
+    Parts are the network's children, or what lies in them where that tells more resolutions apart (`features.6`). Pools
+    are passed over, and what gives no feature map of more than one pixel, or one that is changed in place behind it.
 
     Raises:
         InputError: there is no such part.
@@ -169,9 +191,8 @@ def last_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
             if path.count(".") == depth and size is not None and size[0] * size[1] > 1:
                 of_size.pop(size, None)
                 of_size[size] = path
-        found = found or of_size
-        if len(of_size) > 1:
-            return tuple(of_size.values())
+        if len(of_size) > len(found):
+            found = of_size
     if not found:
         raise InputError(f"{type(model).__name__} has no part that gives a feature map. Name its layers.")
     return tuple(found.values())
@@ -179,30 +200,43 @@ def last_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
 
 @torch.no_grad()
 def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
-    """Shapes of those parts that are called and give a tensor, in the order of the calls."""
-    if isinstance(model, fx.GraphModule):
-        with evaluating(model):
-            _, *given = _with_nodes(model, paths).eval()(images.to(next(model.parameters()).device))
-        values = dict(zip(paths, given, strict=False))
-        return {path: value.shape for path, value in values.items() if isinstance(value, Tensor)}
-    seen: dict[str, torch.Size] = {}
+    """Shapes of those parts that are called and give a tensor which then stays, in the order of the calls."""
+    seen: dict[str, tuple[object, int]] = {}
 
     def keep(path: str, output: object) -> None:
-        if isinstance(output, Tensor):
-            seen.pop(path, None)
-            seen[path] = output.shape
+        seen.pop(path, None)
+        seen[path] = output, _version(output)
 
-    hooks = [
-        model.get_submodule(path).register_forward_hook(lambda _m, _i, output, path=path: keep(path, output))
-        for path in paths
-    ]
+    images = images.to(next(model.parameters()).device)
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    with evaluating(model):
+        if isinstance(model, fx.GraphModule):
+            _, *given = _with_nodes(model, paths).eval()(images)
+            count = len(paths)
+            seen = {path: pair for path, *pair in zip(paths, given[:count], given[count:], strict=True)}
+        else:
+            try:
+                for path in paths:
+                    look = partial(keep, path)
+                    hooks.append(model.get_submodule(path).register_forward_hook(lambda _m, _i, out, to=look: to(out)))
+                model(images)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+    stays = {path: value for path, (value, version) in seen.items() if _version(value) == version}
+    maps = {path: channels_first(value, images) for path, value in stays.items() if isinstance(value, Tensor)}
+    return {
+        path: value.shape
+        for path, value in maps.items()
+        if not _is_pool(model, path) and (value.ndim != 4 or _alike(value.shape[2:], images))
+    }
+
+
+def _is_pool(model: nn.Module, path: str) -> bool:
     try:
-        with evaluating(model):
-            model(images.to(next(model.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+        return isinstance(model.get_submodule(path), _POOLS)
+    except AttributeError:  # traced through
+        return False
 
 
 def map_size(shape: torch.Size) -> tuple[int, int] | None:
@@ -210,16 +244,16 @@ def map_size(shape: torch.Size) -> tuple[int, int] | None:
     if len(shape) == 4:
         return shape[2], shape[3]
     if len(shape) == 3:
-        side = int((shape[1]) ** 0.5)
-        return (side, side) if side * side in (shape[1], shape[1] - 1) else None
+        side = math.isqrt(shape[1])
+        return (side, side) if shape[1] - side * side <= (_OTHER_TOKENS if side > 2 else 1) else None
     return None
 
 
 def as_map(values: Tensor) -> Tensor:
-    """(N, C, H, W) as it is; tokens (N, L, C) as (N, C, side, side), without a class token before them."""
+    """(N, C, H, W) as it is; tokens (N, L, C) as (N, C, side, side), without those of no place before them."""
     if values.ndim != 3:
         return values
-    side = int(values.shape[1] ** 0.5)
+    side = math.isqrt(values.shape[1])
     tokens = values[:, values.shape[1] - side * side :]
     return tokens.transpose(1, 2).reshape(len(values), values.shape[2], side, side)
 

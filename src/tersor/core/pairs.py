@@ -122,8 +122,37 @@ def pairs_of(
                 )
     return [
         Pair(ours, theirs, shapes[ours], shapes_of_teacher[theirs])
-        for ours, theirs in zip(of_student, of_teacher, strict=True)
+        for ours, theirs in dict.fromkeys(zip(of_student, of_teacher, strict=True))
     ]
+
+
+def pair_of(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    layer: str,
+    teacher_layer: str,
+    data: Iterable[Any] | None,
+    *,
+    method: str,
+) -> Pair:
+    """The one pair that is meant; the last feature map of either network where nothing is written.
+
+    Raises:
+        InputError: as `pairs_of`; a pattern that matches several layers.
+    """
+    teacher = needed(teacher, method)
+    if teacher_layer and not layer:
+        raise InputError(f"{method} has teacher_layer and no layer. Write both, or neither.")
+    for whose, network, pattern in (("student", student, layer), ("teacher", teacher, teacher_layer or layer)):
+        found = matching_paths(network, [pattern], f"the {whose}") if pattern else ()
+        if len(found) > 1:
+            raise InputError(
+                f"{method} takes one layer, and '{pattern}' is {len(found)} of the {whose}: {', '.join(found)}. Write "
+                "one of them."
+            )
+    layers, of_teacher = ((name,) if name else () for name in (layer, teacher_layer))
+    (pair,) = pairs_of(student, teacher, layers, of_teacher, data, method=method, chosen=last)
+    return pair
 
 
 def _example(data: Iterable[Any] | None, method: str) -> Tensor:

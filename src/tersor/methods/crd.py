@@ -31,7 +31,7 @@ from tersor.core.errors import InputError
 from tersor.core.layers import as_map
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs
-from tersor.core.pairs import Pair, last, pairs_of
+from tersor.core.pairs import Pair, pair_of
 from tersor.core.seeded import seeded
 from tersor.core.target import Target
 
@@ -148,8 +148,7 @@ class CRD:
         Raises:
             InputError: no teacher, no data that knows how many images it holds, a layer that is not there.
         """
-        layers, of_teacher = [(name,) if name else () for name in (self.layer, self.teacher_layer)]
-        (pair,) = pairs_of(model, teacher, layers, of_teacher, data, method="crd", chosen=last)
+        pair = pair_of(model, teacher, self.layer, self.teacher_layer, data, method="crd")
         if not self.loss_weight:
             return Attachment(model)
         held = getattr(data, "images", getattr(data, "dataset", None))

@@ -36,12 +36,14 @@ from tersor.core.errors import InputError
 from tersor.core.layers import Layers, as_map, pooled
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs, images_of
-from tersor.core.pairs import Pair, last, pairs_of
+from tersor.core.pairs import Pair, pair_of
 from tersor.core.seeded import seeded
 from tersor.core.target import Target
 
 _SHOWN, _SHOWN_SIDE = 6, 8
 """Features that are shown, and at how many pixels a side at most."""
+_WORSE_THAN_NOTHING = 2.0
+"""Of the features' mean absolute value: an error that no paraphraser has which learns at all."""
 
 Reconstruction = Literal["absolute", "squared"]
 
@@ -152,8 +154,7 @@ class FactorTransfer:
         Raises:
             InputError: no teacher, no images, a layer that is not there or gives no feature map.
         """
-        layers, of_teacher = [(name,) if name else () for name in (self.layer, self.teacher_layer)]
-        (pair,) = pairs_of(model, teacher, layers, of_teacher, data, method="factor_transfer", chosen=last)
+        pair = pair_of(model, teacher, self.layer, self.teacher_layer, data, method="factor_transfer")
         if not self.loss_weight:
             return Attachment(model)
         assert teacher is not None
@@ -193,7 +194,7 @@ class FactorAttachment(Attachment):
         """Trains the paraphraser for its epochs; reports the batches.
 
         Raises:
-            InputError: the data cannot be read again for another epoch; the error is not finite.
+            InputError: the data cannot be read again for another epoch; what it learned is worse than nothing.
         """
         paraphraser, method = self.term.paraphraser, self.method
         paraphraser.requires_grad_(requires_grad=True).train()
@@ -220,18 +221,25 @@ class FactorAttachment(Attachment):
                     "factor_transfer was given data that cannot be read again. Pass a DataLoader or a list."
                 )
             self.term.errors[epoch] = torch.stack(errors).mean()
-        if not torch.isfinite(self.term.errors[-1]):
-            raise InputError(
-                "the paraphraser's error is not finite. Write a smaller paraphraser_learning_rate, or batch_norm: true."
-            )
         paraphraser.requires_grad_(requires_grad=False).eval()
         self._show()
 
     @torch.no_grad()
     def _show(self) -> None:
-        """Looks at a few features and at what the paraphraser makes of them."""
+        """Looks at a few features and at what the paraphraser makes of them.
+
+        Raises:
+            InputError: something worse than nothing.
+        """
         features = next(self._features())[:_SHOWN]
-        for place, values in enumerate((features, self.term.paraphraser(features))):
+        given = self.term.paraphraser(features)
+        lost = float((given - features).abs().mean() / features.abs().mean())
+        if not lost <= _WORSE_THAN_NOTHING:
+            raise InputError(
+                f"the paraphraser loses {lost:.3g} times what the teacher's features hold; one that gives nothing "
+                "loses 1. Write a smaller paraphraser_learning_rate, more paraphraser_epochs, or batch_norm: true."
+            )
+        for place, values in enumerate((features, given)):
             maps = self.term.maps[place, : len(features)]
             maps.copy_(F.adaptive_avg_pool2d(values.abs().mean(1), (maps.shape[1], maps.shape[2])))
 
@@ -246,4 +254,4 @@ class FactorAttachment(Attachment):
         for batch in self.data:
             with torch.no_grad():
                 _, given = layers(images_of(batch).to(device))
-            yield as_map(given[self.term.pair.teacher])
+            yield as_map(given[self.term.pair.teacher]).float()

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.attachment import Attachment
-from tersor.core.layers import as_map
+from tersor.core.layers import as_map, layer_paths
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, Outputs
 from tersor.core.pairs import Pair, pairs_of
@@ -230,6 +230,8 @@ class ReviewKD:
         pairs = pairs_of(model, teacher, self.layers, self.teacher_layers, data, method="reviewkd")
         if not self.loss_weight:
             return Attachment(model)
+        order = layer_paths(model)
+        pairs.sort(key=lambda pair: order.index(pair.student))  # late ones are fused into early ones
         with seeded(self.seed):
             term = ReviewTerm(pairs, self.loss_weight)
         paths = [pair.paths for pair in pairs]

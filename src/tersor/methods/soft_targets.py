@@ -12,7 +12,9 @@ implementations (Zagoruyko's attention-transfer, RepDistiller).
 
 `standardize` (Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024) brings each image's logits to
 mean 0 and deviation 1 before they are divided by T, so that a student need not repeat how large the teacher's are. Its
-authors take T = 2 and ten times the loss weight, which is not the standardization's doing.
+authors take T = 2 and ten times the loss weight, which is not the standardization's doing. They add 1e-7 to the
+deviation; a student whose last layer begins at zero, as torchvision's transformers do, then gets a gradient of 1e6.
+Here deviations count as 0.01 at least.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from tersor.core.objective import Batch, LossTerm, Outputs
 from tersor.core.pairs import needed
 from tersor.core.target import Target
 
-_NOTHING = 1e-7
+_LEAST_DEVIATION = 0.01
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """Logits (N, classes), each row with mean 0 and deviation 1."""
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + _NOTHING)
+    """Logits (N, classes), each row with mean 0 and deviation 1; less, where they hardly deviate."""
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=_LEAST_DEVIATION)
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
