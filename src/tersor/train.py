@@ -30,7 +30,7 @@ from tersor.core.accuracy_curve import AccuracyCurve
 from tersor.core.attachment import Attachment
 from tersor.core.batch_source import BatchSource, Group, groups
 from tersor.core.device import as_found, keep_freed_memory, layout_for, precision_for, set_layout
-from tersor.core.errors import InputError, NonFiniteLoss
+from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
 from tersor.core.loss_log import LossLog
 from tersor.core.objective import Batch, Objective
 from tersor.core.optimizer import optimizer_for
@@ -115,7 +115,7 @@ def fit(
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; with a keeper, after the step was ended and kept.
         InputError: there is no batch, nothing is asked of the network, or the warm-up is as long as the training.
-        NonFiniteLoss: a loss is infinite or NaN.
+        NonFiniteLoss, NonFiniteWeights: a loss is infinite or NaN, or what the last step leaves.
     """
     if not attachment.terms and not attachment.label_weight:
         raise InputError("nothing is asked of the network: label_weight is 0 and no method adds a loss.")
@@ -218,6 +218,8 @@ class _Loop:
                 self.watch.advance(1, **shown, **measured, learning_rate=rate)
                 if keeper:
                     self._keep(keeper, step + 1, asked(), mean, log)
+        if any_of(not all(bool(weight.isfinite().all()) for weight in self.model.parameters())):
+            raise NonFiniteWeights(task)
         if mean:
             mean.copy_to(self.model)
         as_in_the_first(self.model)  # the last batch has moved running statistics and ranges in each apart

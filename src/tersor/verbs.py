@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.core.feeding import fed
-from tersor.core.objective import Batch, images_of
+from tersor.core.objective import images_of
 from tersor.core.target import Runtime, Target
 from tersor.core.training import OptimizerOptions, Training
 from tersor.core.watch import Unwatched, Watch
@@ -27,6 +27,7 @@ from tersor.export.onnx import export as write_onnx
 from tersor.export.runtime import open_session
 from tersor.export.stopwatch import RuntimeStopwatch
 from tersor.graph.fused import fused
+from tersor.loader import Loader, given_labels
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
@@ -120,13 +121,16 @@ def distill(
         raise InputError("distill needs a loader with a length, such as a DataLoader over a data set.")
     if student is teacher:
         raise InputError("student and teacher are one network. Pass a copy of it as the teacher.")
-    if epochs < 1:
-        raise InputError(f"epochs is {epochs}. Write 1 or more.")
+    for network in (student, teacher):
+        _refuse_what_is_no_network(network)
+    if not isinstance(epochs, int) or epochs < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"epochs is {epochs}. Write a whole number, 1 or more.")
     if not len(loader):
         raise InputError("distill was given a loader without a single batch.")
     method = _made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
     few = images_of(next(iter(loader)))[:8].to(next(teacher.parameters()).device)
-    batches = _Loader(loader, _classes_of_both(student, teacher, few[:2]))
+    classes = _classes_of_both(student, teacher, few[:2])
+    batches = Loader(loader, classes if label_weight else None)
     training = Training(optimizer=_made(OptimizerOptions, learning_rate=learning_rate))
     attached = method.attach(student, teacher=teacher)
     steps = epochs * steps_per_epoch(batches, training)
@@ -194,7 +198,7 @@ def compare(
     Raises:
         InputError: a file or a batch cannot be used.
     """
-    batches = [(images_of(batch), _labels(batch)) for batch in loader]
+    batches = [(images_of(batch), given_labels(batch)) for batch in loader]
     if not batches:
         raise InputError("compare was given a loader without a single batch.")
     with TemporaryDirectory() as folder:
@@ -227,13 +231,6 @@ def _all_labels(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Array | None
     return torch.cat(found).numpy() if len(found) == len(batches) else None
 
 
-def _labels(batch: Any) -> Tensor | None:
-    if isinstance(batch, Batch):
-        return batch.labels
-    second = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
-    return second if isinstance(second, Tensor) else None
-
-
 def _made(kind: Callable[..., _T], **parameters: Any) -> _T:
     """A method or record of these parameters; what is wrong with them is told as to any user."""
     try:
@@ -245,54 +242,25 @@ def _made(kind: Callable[..., _T], **parameters: Any) -> _T:
 
 def _copy(model: nn.Module) -> nn.Module:
     """In eval mode; the network that was given stays as it is."""
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"the network is a {type(model).__name__}. Pass a torch.nn.Module.")
+    _refuse_what_is_no_network(model)
     return copy.deepcopy(model).eval()
+
+
+def _refuse_what_is_no_network(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the network is a {type(model).__name__}. Pass a torch.nn.Module.")
 
 
 def _classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> int:
     """How many classes both tell apart, seen in one dry forward of two images."""
-    answers: list[Tensor] = []
+    answers: list[Any] = []
     for name, network in (("student", student), ("teacher", teacher)):
         with fed(f"the {name}", images), torch.inference_mode():
             answers.append(_copy(network)(images.to(next(network.parameters()).device)))
-    shapes = [tuple(answer.shape) for answer in answers]
+    shapes = [tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}" for answer in answers]
     if shapes[0] != shapes[1] or len(shapes[0]) != 2:
         raise InputError(
-            f"to two images the student answers with {shapes[0]}, the teacher with {shapes[1]}. Both need to answer "
-            "with logits (2, classes) of the same classes."
+            f"to {len(images)} images the student answers with {shapes[0]}, the teacher with {shapes[1]}. Both need to "
+            f"answer with logits ({len(images)}, classes) of the same classes."
         )
-    return shapes[0][1]
-
-
-class _Loader:
-    """A user's loader as the loop takes it: batches that it makes anew for every epoch, in an order of its own."""
-
-    def __init__(self, loader: Iterable[Any], classes: int) -> None:
-        self.loader = loader
-        self.classes = classes
-
-    def __len__(self) -> int:
-        assert isinstance(self.loader, Sized)
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            labels = _labels(batch)
-            if labels is not None:
-                self._check(labels)
-            yield Batch(images_of(batch), labels)
-
-    def _check(self, labels: Tensor) -> None:
-        whole = not labels.is_floating_point() and labels.ndim == 1
-        if not whole or not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-            raise InputError(
-                f"the labels of a batch are of {labels.dtype}, of shape {tuple(labels.shape)}, from {labels.min()} to "
-                f"{labels.max()}. Possible: class numbers (N,), int64, from 0 to {self.classes - 1}."
-            )
-
-    def set_epoch(self, epoch: int) -> None:
-        """A sampler that heeds the epoch (of a distributed run) is told; any other draws its own order."""
-        tell = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
-        if callable(tell):
-            tell(epoch)
+    return answers[0].shape[1]

@@ -120,6 +120,11 @@ class Attachment:
         return Handle([hook.remove for hook in hooks])
 
 
+def without_loss(model: nn.Module, label_weight: float) -> Attachment:
+    """Of a method whose loss weighs nothing: the labels stay as they are, or weigh nothing either."""
+    return Attachment(model, label_weight=1.0 if label_weight else 0.0)
+
+
 class Chain(Attachment):
     """Several attachments as one: terms together, label weights multiplied, steps in the order of the methods."""
 

@@ -23,6 +23,16 @@ class NonFiniteLoss(InputError):  # noqa: N818 - what happened, not that it is a
         self.term = term
 
 
+class NonFiniteWeights(InputError):  # noqa: N818 - what happened, not that it is an error
+    """The last step of `task` has left weights that are infinite or NaN; no loss after it could tell."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(
+            f"{task}: the last step has left weights that are infinite or NaN. Try a smaller learning_rate, some "
+            "warmup_epochs, or clip_norm."
+        )
+
+
 def nearest(given: str, options: Iterable[str]) -> str | None:
     """The option that `given` was most likely meant to be, or None."""
     close = difflib.get_close_matches(given, list(options), n=1, cutoff=0.6)

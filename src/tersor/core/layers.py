@@ -213,7 +213,7 @@ def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str,
         if isinstance(model, fx.GraphModule):
             _, *given = _with_nodes(model, paths).eval()(images)
             count = len(paths)
-            seen = {path: pair for path, *pair in zip(paths, given[:count], given[count:], strict=True)}
+            seen = dict(zip(paths, zip(given[:count], given[count:], strict=True), strict=True))
         else:
             try:
                 for path in paths:

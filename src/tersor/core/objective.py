@@ -152,9 +152,18 @@ class Objective(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses of one batch by name, each a scalar in float32."""
+        """The losses of one batch by name, each a scalar in float32.
+
+        Raises:
+            InputError: the network does not answer with logits, or nothing is asked of it.
+        """
         with self.autocasting(batch):
             logits, given = self._ask_student(batch.images)
+        if not isinstance(logits, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"in training the network answers with a {type(logits).__name__}, not with logits (N, classes). Build "
+                "it without auxiliary heads (aux_logits=False)."
+            )
         teacher = None
         if len(self.terms) and self.teacher is not None:
             teacher = (self.answers or self.ask_teacher)(batch)
@@ -167,7 +176,8 @@ class Objective(nn.Module):
         for term in self.terms:
             assert isinstance(term, LossTerm)
             losses[term.name] = losses.get(term.name, 0) + term(batch, student, teacher)  # a method may come twice
-        assert losses, "an objective without labels and without terms asks nothing"
+        if not losses:
+            raise InputError("nothing is asked of the network: the images have no labels, and no method adds a loss.")
         return losses
 
     def ask_teacher(self, batch: Batch) -> Outputs:

@@ -25,7 +25,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment
+from tersor.core.attachment import Attachment, without_loss
 from tersor.core.layers import pooled
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs
@@ -110,6 +110,6 @@ class AttentionTransfer:
         """
         pairs = pairs_of(model, teacher, self.layers, self.teacher_layers, data, method="attention_transfer")
         if not self.loss_weight:
-            return Attachment(model)
+            return without_loss(model, self.label_weight)
         term = AttentionTerm(pairs, self.p, self.mode, self.loss_weight)
         return Attachment(model, [term], self.label_weight, layers=[pair.paths for pair in pairs])

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core import processes
-from tersor.core.attachment import Attachment
+from tersor.core.attachment import Attachment, without_loss
 from tersor.core.errors import InputError
 from tersor.core.layers import as_map
 from tersor.core.method import PLAIN_VALUES
@@ -150,7 +150,7 @@ class CRD:
         """
         pair = pair_of(model, teacher, self.layer, self.teacher_layer, data, method="crd")
         if not self.loss_weight:
-            return Attachment(model)
+            return without_loss(model, self.label_weight)
         held = getattr(data, "images", getattr(data, "dataset", None))
         if not isinstance(held, Sized):
             raise InputError("crd remembers every training image. Pass tersor.data.Batches, or a DataLoader.")

@@ -20,7 +20,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment
+from tersor.core.attachment import Attachment, without_loss
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs
 from tersor.core.pairs import needed
@@ -83,5 +83,5 @@ class DIST:
         """
         needed(teacher, "dist")
         if not self.beta and not self.gamma:
-            return Attachment(model)
+            return without_loss(model, self.label_weight)
         return Attachment(model, [CorrelationTerm(self)], self.label_weight)

@@ -24,7 +24,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment
+from tersor.core.attachment import Attachment, without_loss
 from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, Outputs
@@ -99,6 +99,6 @@ class DKD:
         """
         needed(teacher, "dkd")
         if not self.alpha and not self.beta:
-            return Attachment(model)
+            return without_loss(model, self.label_weight)
         rising = round(self.warmup * steps)
         return RisingAttachment(model, DecoupledTerm(self), steps=rising, label_weight=self.label_weight)

@@ -31,7 +31,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment, Progress
+from tersor.core.attachment import Attachment, Progress, without_loss
 from tersor.core.errors import InputError
 from tersor.core.layers import Layers, as_map, pooled
 from tersor.core.method import PLAIN_VALUES
@@ -156,7 +156,7 @@ class FactorTransfer:
         """
         pair = pair_of(model, teacher, self.layer, self.teacher_layer, data, method="factor_transfer")
         if not self.loss_weight:
-            return Attachment(model)
+            return without_loss(model, self.label_weight)
         assert teacher is not None
         assert data is not None
         with seeded(self.seed):

@@ -24,7 +24,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment
+from tersor.core.attachment import Attachment, without_loss
 from tersor.core.errors import InputError
 from tersor.core.layers import pooled
 from tersor.core.method import PLAIN_VALUES
@@ -91,7 +91,7 @@ class FitNet:
         """
         pairs = pairs_of(model, teacher, self.layers, self.teacher_layers, data, method="fitnet", chosen=last)
         if not self.loss_weight:
-            return Attachment(model)
+            return without_loss(model, self.label_weight)
         for pair in pairs:
             if not self.regressor and pair.student_channels != pair.teacher_channels:
                 raise InputError(

@@ -25,7 +25,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment
+from tersor.core.attachment import Attachment, without_loss
 from tersor.core.layers import as_map, layer_paths
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, Outputs
@@ -85,6 +85,14 @@ def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return loss / weights
 
 
+def _normalised(norm: nn.Module, values: Tensor) -> Tensor:
+    """BatchNorm of (N, C, H, W); of one value in each channel, by its running statistics."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    if values.numel() > values.shape[1]:
+        return norm(values)
+    return F.batch_norm(values, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
 class Fusion(nn.Module):
     """One layer's features and what comes from the later ones -> the teacher's channels, and what goes on.
 
@@ -134,17 +142,19 @@ class Fusion(nn.Module):
             return self._outward(F.conv2d(own, inward[:, :, None, None]) + theirs, size)
         convolution, norm = self.outward
         kernel = torch.einsum("omhw,mc->ochw", convolution.weight, inward)
-        return norm(F.conv2d(own, kernel, padding=1) + convolution(theirs)), None
+        return _normalised(norm, F.conv2d(own, kernel, padding=1) + convolution(theirs)), None
 
     def _outward(self, fused: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if fused.shape[2:] != size:
             fused = F.interpolate(fused, size, mode="nearest")
-        return self.outward(fused), fused
+        convolution, norm = self.outward
+        return _normalised(norm, convolution(fused)), fused
 
     def _inward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """W (width, C) and t (width,) of the 1x1 convolution with its BatchNorm: W x + t at every pixel x.
 
-        In training, mean and variance of what the convolution gives follow from mean and covariance of what it reads.
+        In training, mean and variance of what the convolution gives follow from mean and covariance of what it reads;
+        of a single pixel they are the running ones.
         """
         convolution, norm = self.inward
         assert isinstance(convolution, nn.Conv2d)
@@ -155,8 +165,8 @@ class Fusion(nn.Module):
         assert momentum is not None
         with torch.autocast(features.device.type, enabled=False):
             weight = convolution.weight.flatten(1)
-            if norm.training:
-                pixels = features.permute(0, 2, 3, 1).flatten(0, 2)
+            pixels = features.permute(0, 2, 3, 1).flatten(0, 2)
+            if norm.training and len(pixels) > 1:
                 middle, covariance = _Moments.apply(pixels)
                 now = weight @ middle, (weight @ covariance * weight).sum(1).clamp(min=0)
                 with torch.no_grad():
@@ -229,7 +239,7 @@ class ReviewKD:
         """
         pairs = pairs_of(model, teacher, self.layers, self.teacher_layers, data, method="reviewkd")
         if not self.loss_weight:
-            return Attachment(model)
+            return without_loss(model, self.label_weight)
         order = layer_paths(model)
         pairs.sort(key=lambda pair: order.index(pair.student))  # late ones are fused into early ones
         with seeded(self.seed):

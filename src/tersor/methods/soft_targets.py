@@ -27,7 +27,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment
+from tersor.core.attachment import Attachment, without_loss
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import Batch, LossTerm, Outputs
 from tersor.core.pairs import needed
@@ -103,7 +103,7 @@ class SoftTargets:
         """
         needed(teacher, "soft_targets")
         if not self.loss_weight:
-            return Attachment(model)
+            return without_loss(model, self.label_weight)
         return Attachment(
             model, [SoftTargetTerm(self.temperature, self.loss_weight, self.standardize)], self.label_weight
         )
