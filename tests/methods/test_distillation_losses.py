@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ seeds = st.integers(0, 2**31 - 1)
 
 def drawn(seed, *shapes):
     draw = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=draw) for shape in shapes]
+    return [torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in shapes]
 
 
 def softmax(row):
@@ -51,14 +50,14 @@ def test_attention(seed, p):
         difference = [x - y for x, y in zip(attention(ours), attention(theirs), strict=True)]
         squares += [value**2 for value in difference]
         norms.append(math.sqrt(sum(value**2 for value in difference)))
-    assert float(attention_loss(a, b, p)) == pytest.approx(sum(squares) / 40, rel=1e-4, abs=1e-7)
-    assert float(attention_loss(a, b, p, "paper")) == pytest.approx(sum(norms) / 2 / (2 * 20), rel=1e-4, abs=1e-6)
+    assert float(attention_loss(a, b, p)) == pytest.approx(sum(squares) / 40, rel=1e-5, abs=1e-9)
+    assert float(attention_loss(a, b, p, "paper")) == pytest.approx(sum(norms) / 2 / (2 * 20), rel=1e-5, abs=1e-9)
 
 
 def test_attention_of_a_network_to_itself_is_no_loss_whatever_its_size():
     (a,) = drawn(0, (2, 3, 4, 4))
     assert float(attention_loss(a, 7 * a, 2)) == pytest.approx(0, abs=1e-12)
-    assert torch.allclose(attention_map(a, 2).norm(dim=1), torch.ones(2))
+    assert attention_map(a, 2).norm(dim=1).tolist() == pytest.approx([1, 1])
 
 
 @given(seeds, st.sampled_from([1, 2]))
@@ -68,7 +67,7 @@ def test_factor(seed, p):
     for ours, theirs in zip(a.flatten(1).tolist(), b.flatten(1).tolist(), strict=True):
         lengths = [math.sqrt(sum(value**2 for value in each)) for each in (ours, theirs)]
         total += sum(abs(x / lengths[0] - y / lengths[1]) ** p for x, y in zip(ours, theirs, strict=True))
-    assert float(factor_loss(a, b, p)) == pytest.approx(total / 2 / 36 ** (1 - p / 2), rel=1e-4)
+    assert float(factor_loss(a, b, p)) == pytest.approx(total / 2 / 36 ** (1 - p / 2), rel=1e-5)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -95,8 +94,8 @@ def test_decoupled(seed, temperature):
         rest = [[value for place, value in enumerate(row) if place != label] for row in (p, q)]
         others += kl(softmax(rest[0]), softmax(rest[1]))
     found = decoupled(a, b, labels, temperature)
-    assert float(found[0]) == pytest.approx(temperature**2 * target / 3, rel=1e-3, abs=1e-5)
-    assert float(found[1]) == pytest.approx(temperature**2 * others / 3, rel=1e-3, abs=1e-5)
+    assert float(found[0]) == pytest.approx(temperature**2 * target / 3, rel=1e-5, abs=1e-9)
+    assert float(found[1]) == pytest.approx(temperature**2 * others / 3, rel=1e-5, abs=1e-9)
 
 
 @given(seeds)
@@ -105,7 +104,7 @@ def test_the_two_parts_make_the_ordinary_soft_targets(seed):
     label = torch.tensor([2])
     target, others = decoupled(a, b, label, 2.0)
     share = 1 - float((b / 2).softmax(1)[0, 2])
-    assert float(target + share * others) == pytest.approx(float(soft_target_loss(a, b, 2.0)), rel=1e-4, abs=1e-6)
+    assert float(target + share * others) == pytest.approx(float(soft_target_loss(a, b, 2.0)), rel=1e-5, abs=1e-9)
 
 
 def test_a_teacher_that_is_sure_gives_no_infinity():
@@ -123,7 +122,7 @@ def test_correlation(seed):
         along = sum((p - means[0]) * (q - means[1]) for p, q in zip(x, y, strict=True))
         lengths = [math.sqrt(sum((v - m) ** 2 for v in row)) for row, m in zip((x, y), means, strict=True)]
         total += 1 - along / (lengths[0] * lengths[1])
-    assert float(correlation_distance(a, b)) == pytest.approx(total / 4, rel=1e-4, abs=1e-5)
+    assert float(correlation_distance(a, b)) == pytest.approx(total / 4, rel=1e-5, abs=1e-9)
 
 
 def test_correlation_asks_for_the_order_not_for_the_values():
@@ -133,7 +132,7 @@ def test_correlation_asks_for_the_order_not_for_the_values():
 
 @given(seeds)
 def test_hierarchy(seed):
-    (a, b) = drawn(seed, (2, 3, 8, 8), (2, 3, 8, 8))
+    (a, b) = (values.float() for values in drawn(seed, (2, 3, 8, 8), (2, 3, 8, 8)))
 
     def pooled(values, level):
         step = 8 // level
@@ -153,31 +152,19 @@ def test_hierarchy(seed):
         ]
         total += weight * sum(squares) / len(squares)
         weights += weight
-    assert float(hierarchical_loss(a, b)) == pytest.approx(total / weights, rel=1e-4)
+    assert float(hierarchical_loss(a, b)) == pytest.approx(total / weights, rel=1e-5)
 
 
 @given(seeds)
 def test_contrast(seed):
     draw = torch.Generator().manual_seed(seed)
-    similar = torch.rand(3, 5, generator=draw) + 0.1
+    similar = torch.rand(3, 5, generator=draw, dtype=torch.float64) + 0.1
     total = 0.0
     for row in similar.tolist():
         m = 4 / 50
         total -= math.log(row[0] / (row[0] + m + 1e-7))
         total -= sum(math.log(m / (other + m + 1e-7)) for other in row[1:])
-    assert float(contrastive_loss(similar[:, 0].log(), similar[:, 1:].log(), 50)) == pytest.approx(total / 3, rel=1e-4)
-
-
-@given(seeds)
-def test_softened_targets_sum_to_one_keep_their_order_and_spread_with_temperature(seed):
-    (logits,) = drawn(seed, (4, 10))
-    entropies = []
-    for temperature in (1, 2, 4, 8, 16):
-        softened = (3 * logits / temperature).softmax(1)
-        assert torch.allclose(softened.sum(1), torch.ones(4), atol=1e-5)
-        assert torch.equal(softened.argsort(1), logits.argsort(1))
-        entropies.append(-(softened * softened.log()).sum(1))
-    assert all((after > before).all() for before, after in pairwise(entropies))
+    assert float(contrastive_loss(similar[:, 0].log(), similar[:, 1:].log(), 50)) == pytest.approx(total / 3, rel=1e-5)
 
 
 @given(seeds)
@@ -186,5 +173,5 @@ def test_standardized_logits(seed):
     for row, found in zip(logits.tolist(), standardized(logits).tolist(), strict=True):
         mean = sum(row) / 6
         deviation = math.sqrt(sum((value - mean) ** 2 for value in row) / 5)
-        assert found == pytest.approx([(value - mean) / deviation for value in row], rel=1e-4, abs=1e-5)
+        assert found == pytest.approx([(value - mean) / deviation for value in row], rel=1e-5, abs=1e-9)
     assert torch.allclose(standardized(logits), standardized(7 * logits + 3), atol=1e-5)

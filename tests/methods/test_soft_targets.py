@@ -53,8 +53,8 @@ def entropy(row):
 @given(logits, temperatures)
 def test_against_a_slow_second_writing(pair, temperature):
     student, teacher = pair
-    found = soft_target_loss(torch.tensor(student), torch.tensor(teacher), temperature)
-    assert found.item() == pytest.approx(slow_loss(student, teacher, temperature), rel=1e-3, abs=2e-4 * temperature**2)
+    found = soft_target_loss(*(torch.tensor(values, dtype=torch.float64) for values in pair), temperature)
+    assert found.item() == pytest.approx(slow_loss(student, teacher, temperature), rel=1e-5, abs=1e-10)
 
 
 @given(logits, temperatures)

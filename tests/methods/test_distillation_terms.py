@@ -1,0 +1,270 @@
+"""What every option of a method does to its loss: the term that `attach` makes against its formula.
+
+The formulas are those of `test_distillation_losses.py`; here pairs, pooling, weights and options are put together anew.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tersor.core.errors import InputError
+from tersor.core.layers import Layers
+from tersor.core.method import chain
+from tersor.core.objective import Batch, Objective, Outputs
+from tersor.core.pairs import pair_of, pairs_of
+from tersor.methods.attention_transfer import AttentionTransfer, attention_loss
+from tersor.methods.crd import CRD
+from tersor.methods.dist import DIST, correlation_distance
+from tersor.methods.dkd import DKD, decoupled
+from tersor.methods.factor_transfer import FactorTransfer, factor_loss
+from tersor.methods.fitnet import FitNet
+from tersor.methods.reviewkd import ReviewKD, hierarchical_loss
+from tersor.methods.soft_targets import SoftTargets, soft_target_loss, standardized
+from tersor.zoo import build
+
+
+class Loader:
+    """32 images of 16 x 16 in four batches, each with its place."""
+
+    def __init__(self, side=16):
+        draw = torch.Generator().manual_seed(1)
+        self.images = torch.randn(32, 3, side, side, generator=draw)
+        self.labels = torch.randint(0, 10, (32,), generator=draw)
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        for index in torch.arange(32).split(8):
+            yield Batch(self.images[index], self.labels[index], index)
+
+
+@pytest.fixture
+def networks():
+    """Maps of 16, 8, 4 pixels, and of 8, 4, 2, 1."""
+    torch.manual_seed(0)
+    return build("resnet20", 10), build("resnet18", 10).eval()
+
+
+def asked(method, networks, layers=()):
+    """What is attached, a batch, and what student and teacher give for it."""
+    student, teacher = networks
+    attached = method.attach(student, data=Loader(), teacher=teacher, steps=8)
+    batch = next(iter(Loader()))
+    paths = layers or attached.layers
+    with torch.no_grad():
+        ours, theirs = (
+            Outputs(*Layers(copy.deepcopy(network).eval(), [pair[place] for pair in paths])(batch.images))
+            for place, network in enumerate(networks)
+        )
+    return attached, batch, ours, theirs
+
+
+def brought_together(ours, theirs):
+    """Both maps as large as the smaller."""
+    side = min(ours.shape[2], theirs.shape[2])
+    return F.adaptive_avg_pool2d(ours, side), F.adaptive_avg_pool2d(theirs, side)
+
+
+def same(found, expected):
+    assert torch.as_tensor(found).item() == pytest.approx(torch.as_tensor(expected).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_soft_targets(networks, standardize):
+    method = SoftTargets(temperature=3, loss_weight=0.7, label_weight=0.2, standardize=standardize)
+    attached, batch, ours, theirs = asked(method, networks)
+    logits = [standardized(each.logits) if standardize else each.logits for each in (ours, theirs)]
+    same(attached.terms[0](batch, ours, theirs), 0.7 * soft_target_loss(*logits, 3))
+    assert attached.label_weight == 0.2
+
+
+@pytest.mark.parametrize("mode", ["code", "paper"])
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_attention(networks, p, mode):
+    method = AttentionTransfer(p=p, mode=mode, loss_weight=30, label_weight=0.2)
+    attached, batch, ours, theirs = asked(method, networks)
+    assert len(attached.layers) == 3
+    maps = [brought_together(ours.layers[a], theirs.layers[b]) for a, b in attached.layers]
+    assert len({ours.layers[a].shape[2] for a, _ in attached.layers}) == 3
+    same(attached.terms[0](batch, ours, theirs), 30 * sum(attention_loss(*both, p, mode) for both in maps))
+    assert attached.label_weight == 0.2
+
+
+@pytest.mark.parametrize(("layer", "teacher_layer"), [("layer3", "layer1"), ("layer1", "layer2")])
+@pytest.mark.parametrize("p", [1, 2])
+def test_factors(networks, p, layer, teacher_layer):
+    method = FactorTransfer(layer=layer, teacher_layer=teacher_layer, p=p, loss_weight=7, label_weight=0.2)
+    attached, batch, ours, theirs = asked(method, networks)
+    (term,) = attached.terms
+    factor = term.paraphraser.encoder(theirs.layers[teacher_layer])
+    side = min(ours.layers[layer].shape[2], factor.shape[2])
+    translated = term.translator(F.adaptive_avg_pool2d(ours.layers[layer], side))
+    expected = 7 * factor_loss(translated, F.adaptive_avg_pool2d(factor, side), p)
+    same(term(batch, ours, theirs), expected)
+    assert attached.label_weight == 0.2
+
+
+@pytest.mark.parametrize("reconstruction", ["absolute", "squared"])
+def test_the_paraphraser_goes_down_the_error_that_is_asked(networks, reconstruction):
+    method = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.01, reconstruction=reconstruction)
+    student, teacher = networks
+    batch = next(iter(Loader()))
+    attached = method.attach(student, data=[batch], teacher=teacher)
+    paraphraser = copy.deepcopy(attached.terms[0].paraphraser).requires_grad_()
+    with torch.no_grad():
+        features = Layers(teacher, [attached.layers[0][1]])(batch.images)[1][attached.layers[0][1]]
+    error = paraphraser(features) - features
+    (error.abs() if reconstruction == "absolute" else error.square()).mean().backward()
+    list(attached.begin())
+    for before, after in zip(paraphraser.parameters(), attached.terms[0].paraphraser.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.01 * (before.grad + 5e-4 * before), rtol=1e-4, atol=1e-7)
+
+
+def test_a_paraphraser_that_explodes_is_refused(networks):
+    student, teacher = networks
+    method = FactorTransfer(layer="layer1", paraphraser_epochs=1, paraphraser_learning_rate=100)
+    with pytest.raises(InputError, match="smaller paraphraser_learning_rate"):
+        list(method.attach(student, data=Loader(), teacher=teacher).begin())
+
+
+def test_decoupled(networks):
+    method = DKD(alpha=0.5, beta=3, temperature=2, label_weight=0.2, warmup=0.5)
+    attached, batch, ours, theirs = asked(method, networks)
+    target, others = decoupled(ours.logits, theirs.logits, batch.labels, 2)
+    same(attached.terms[0](batch, ours, theirs), 0.25 * (0.5 * target + 3 * others))
+    attached.after_step(0, None)
+    same(attached.terms[0](batch, ours, theirs), 0.5 * (0.5 * target + 3 * others))
+    assert attached.label_weight == 0.2
+
+
+def test_correlation(networks):
+    attached, batch, ours, theirs = asked(DIST(beta=0.5, gamma=3, temperature=2, label_weight=0.2), networks)
+    answers = [(each.logits / 2).softmax(1) for each in (ours, theirs)]
+    inter, intra = correlation_distance(*answers), correlation_distance(*(each.T for each in answers))
+    same(attached.terms[0](batch, ours, theirs), 4 * (0.5 * inter + 3 * intra))
+    assert attached.label_weight == 0.2
+
+
+def test_hints(networks):
+    method = FitNet(layers=("layer3", "layer1"), teacher_layers=("layer1", "layer2"), loss_weight=7, label_weight=0.2)
+    attached, batch, ours, theirs = asked(method, networks)
+    (term,) = attached.terms
+    expected = 0.0
+    for (a, b), regressor in zip(attached.layers, term.regressors, strict=True):
+        mine, target = brought_together(ours.layers[a], theirs.layers[b])
+        answers = torch.einsum("oc,nchw->nohw", regressor.weight[:, :, 0, 0], mine) + regressor.bias[:, None, None]
+        expected += (answers - target).square().mean()
+    same(term(batch, ours, theirs), 7 * expected)
+    assert attached.label_weight == 0.2
+
+
+def test_review(networks, monkeypatch):
+    attached, batch, ours, theirs = asked(ReviewKD(loss_weight=7, label_weight=0.2, warmup=0.5), networks)
+    reviewed = []
+    monkeypatch.setattr(
+        "tersor.methods.reviewkd.hierarchical_loss",
+        lambda *both: reviewed.append(hierarchical_loss(*both)) or reviewed[-1],
+    )
+    found = attached.terms[0](batch, ours, theirs)
+    assert len(reviewed) == 4
+    same(found, 0.25 * 7 * sum(reviewed))
+    assert attached.label_weight == 0.2
+
+
+def test_review_goes_from_late_layers_to_early_ones_however_they_are_written(networks):
+    there, back = (
+        asked(ReviewKD(layers=names, teacher_layers=names), networks)
+        for names in (("layer1", "layer2", "layer3"), ("layer3", "layer2", "layer1"))
+    )
+    assert there[0].layers == back[0].layers
+    same(there[0].terms[0](*there[1:]), back[0].terms[0](*back[1:]))
+
+
+def test_review_of_a_single_image(networks):
+    student, teacher = networks
+    attached = ReviewKD().attach(student, data=Loader(), teacher=teacher, steps=4)
+    objective = Objective(student, attached.terms, teacher, layers=attached.layers).train()
+    losses = objective(Batch(Loader().images[:1], Loader().labels[:1]))
+    torch.stack([*losses.values()]).sum().backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(bool(buffer.isfinite().all()) for buffer in attached.terms[0].buffers())
+
+
+def test_contrast(networks, monkeypatch):
+    method = CRD(negatives=6, width=16, tau=0.5, loss_weight=0.3, label_weight=0.2)
+    attached, batch, ours, theirs = asked(method, networks)
+    (term,) = attached.terms
+    drawn = torch.randint(32, (8, 6))
+    monkeypatch.setattr(torch, "randint", lambda *_args, **_kwargs: drawn)
+    total = 0.0
+    ((a, b),) = attached.layers
+    sides = (
+        (ours.layers[a], term.student_embedding, term.of_teacher),
+        (theirs.layers[b], term.teacher_embedding, term.of_student),
+    )
+    for features, embedding, memory in sides:
+        anchors = embedding(features.mean((2, 3)))
+        anchors = anchors / anchors.norm(dim=1, keepdim=True)
+        place = torch.cat([batch.index[:, None], drawn], 1)
+        h = torch.stack([(memory[row] @ anchor / 0.5).exp() for row, anchor in zip(place, anchors, strict=True)])
+        h = h / (h.mean() * 32)
+        m = 6 / 32
+        total -= ((h[:, 0] / (h[:, 0] + m)).log() + (m / (h[:, 1:] + m)).log().sum(1)).mean()
+    same(term(batch, ours, theirs), 0.3 * total)
+    assert attached.label_weight == 0.2
+
+
+METHODS = [
+    (SoftTargets, {"loss_weight": 0.0}),
+    (DKD, {"alpha": 0.0, "beta": 0.0}),
+    (DIST, {"beta": 0.0, "gamma": 0.0}),
+    (AttentionTransfer, {"loss_weight": 0.0}),
+    (FactorTransfer, {"loss_weight": 0.0}),
+    (FitNet, {"loss_weight": 0.0}),
+    (ReviewKD, {"loss_weight": 0.0}),
+    (CRD, {"loss_weight": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("method", "off"), METHODS)
+def test_without_its_loss_the_labels_are_as_they_were_or_are_not_asked_either(networks, method, off):
+    student, teacher = networks
+    given = {"data": Loader(), "teacher": teacher, "steps": 8}
+    assert method(**off).attach(student, **given).label_weight == 1
+    assert method(**off, label_weight=0).attach(student, **given).label_weight == 0
+
+
+def test_one_layer_may_learn_from_two_and_no_pair_counts_twice(networks):
+    pairs = pairs_of(*networks, ("layer3", "layer3"), ("layer2", "layer3"), Loader(), method="fitnet")
+    assert [pair.paths for pair in pairs] == [("layer3", "layer2"), ("layer3", "layer3")]
+    pairs = pairs_of(*networks, ("layer?", "layer3"), ("layer[123]", "layer3"), Loader(), method="fitnet")
+    assert [pair.student for pair in pairs] == ["layer1", "layer2", "layer3"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "teacher_layer", "message"),
+    [
+        ("layer?", "", r"takes one layer, and 'layer\?' is 3 of the student: layer1, layer2, layer3\. Write one"),
+        ("layer3", "layer?", r"'layer\?' is 4 of the teacher"),
+        ("", "layer3", r"has teacher_layer and no layer\."),
+        ("layer9", "", "the student has no layer 'layer9'"),
+    ],
+)
+def test_the_one_layer_of_a_method(networks, layer, teacher_layer, message):
+    with pytest.raises(InputError, match=message):
+        pair_of(*networks, layer, teacher_layer, Loader(), method="crd")
+
+
+def test_which_layers_teach_is_told(networks):
+    student, teacher = networks
+    methods = [FitNet(), SoftTargets(), AttentionTransfer(layers=("layer1",))]
+    attached = chain(methods, student, data=Loader(), teacher=teacher, steps=4)
+    assert attached.notes == (
+        "fitnet teaches layer3 from layer2 of the teacher.",
+        "attention_transfer teaches layer1 from layer1 of the teacher.",
+    )
