@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tersor.core.attachment import Attachment
-from tersor.core.errors import InputError, NonFiniteLoss
+from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
 from tersor.core.objective import Batch, LossTerm
 from tersor.core.training import LearningRateSchedule, OptimizerOptions, Training
 from tersor.train import fit, steps_per_epoch
@@ -349,6 +349,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(value, accumula
 def test_without_a_checkpoint_the_message_says_so():
     with pytest.raises(NonFiniteLoss, match="none was written"):
         fit(Attachment(linear(), [Breaks(1, float("nan"))]), Toy(), Training(), steps=1)
+
+
+def test_a_last_step_that_leaves_no_weights_is_told():
+    wild = OptimizerOptions(learning_rate=1e38, momentum=0, weight_decay=1e3)
+    with pytest.raises(NonFiniteWeights, match="toy: the last step has left weights"):
+        fit(Attachment(linear()), Toy(), Training(optimizer=wild, lr_schedule=STEADY), steps=1, task="toy")
 
 
 class Follows(LossTerm):

@@ -13,6 +13,18 @@ from tersor.measure import costs
 from tersor.zoo import build
 
 IMAGES = torch.rand(16, 3, 16, 16)
+LABELS = torch.arange(16) % 10
+
+
+class Answers(torch.nn.Module):
+    """A network that answers with a tuple."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return (self.network(images),)
 
 
 @pytest.fixture
@@ -94,6 +106,20 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
             "from 0 to 9",
         ),
         (lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, torch.rand(16))]), "float32"),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, LABELS > 5)]), "torch.bool"),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, LABELS[:3])]), r"shape \(3,\)"),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), [IMAGES]), "has no labels"),
+        (lambda model, loader: tersor.distill(Answers(model), build("resnet20", 10), loader), "with a tuple"),
+        (lambda model, loader: tersor.distill(model, None, loader), "is a NoneType"),
+        (lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, epochs=1.5), "whole number"),
+        (
+            lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, loss_weight=0, label_weight=0),
+            "nothing is asked",
+        ),
+        (
+            lambda model, loader: tersor.distill(model, build("resnet20", 7), loader, label_weight=0),
+            r"\(2, 10\).*\(2, 7\)",
+        ),
         (
             lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES[:, :1], torch.arange(8))]),
             r"student does not run on images \(1, 16, 16\) of float32",
@@ -104,6 +130,14 @@ def test_what_cannot_be_is_one_message(model, loader, call, words):
     with pytest.raises(InputError, match=words) as caught:
         call(model, loader)
     assert "pydantic" not in str(caught.value)
+
+
+def test_distill_takes_labels_of_any_integers_and_asks_for_none_that_it_does_not_need(model):
+    teacher, students = build("resnet20", 10).eval(), [copy.deepcopy(model) for _ in range(3)]
+    for student, labels in zip(students, (LABELS, LABELS.int(), LABELS.to(torch.uint8)), strict=True):
+        tersor.distill(student, teacher, [(IMAGES, labels)])
+        assert torch.equal(student.conv1.weight, students[0].conv1.weight)
+    tersor.distill(model, teacher, [(IMAGES, LABELS - 20)], label_weight=0)
 
 
 def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeypatch):

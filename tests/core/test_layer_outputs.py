@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.layers import Layers, as_map, last_maps, map_size, matching_paths, shapes_of
+from tersor.core.layers import Layers, as_map, channels_first, last_maps, map_size, matching_paths, shapes_of
 from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.methods.channel_pruning import ChannelPruning
@@ -128,6 +128,9 @@ def test_patterns():
         ("wrn_16_1", ("layer1", "layer2", "bn")),
         ("resnet18", ("relu", "layer1", "layer2", "layer3")),
         ("mobilenet_v2", ("features.1", "features.3", "features.6", "features.13")),
+        ("regnet_y_400mf", ("stem.2", "trunk_output.block1", "trunk_output.block2", "trunk_output.block3")),
+        # what norm5 gives is rectified in place; pools and what they leave of a map give none of their own
+        ("densenet121", ("features.relu0", "features.denseblock1", "features.denseblock2", "features.denseblock3")),
     ],
 )
 def test_the_last_layer_at_each_resolution(name, expected):
@@ -145,4 +148,43 @@ def test_tokens_are_maps_too():
     assert found.shape == (2, 6, 4, 4)
     assert torch.equal(found[0, :, 1, 2], tokens[0, 1 + 4 + 2])
     assert map_size(torch.Size([2, 6, 3])) is None
+    assert map_size(torch.Size([2, 16 + 5, 3])) == (4, 4)  # four registers beside the class
+    assert map_size(torch.Size([2, 16 + 6, 3])) is None
     assert map_size(torch.Size([2, 6])) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "expected"),
+    [
+        ((2, 16, 16, 96), (64, 64), (2, 96, 16, 16)),
+        ((2, 7, 7, 768), (224, 224), (2, 768, 7, 7)),
+        ((2, 5, 8, 24), (40, 64), (2, 24, 5, 8)),
+        ((2, 96, 16, 16), (64, 64), (2, 96, 16, 16)),
+        ((2, 16, 16, 16), (64, 64), (2, 16, 16, 16)),
+        ((2, 24, 5, 8), (40, 64), (2, 24, 5, 8)),
+        ((2, 512, 1, 1), (64, 64), (2, 512, 1, 1)),
+        ((2, 3, 50, 64), (64, 64), (2, 3, 50, 64)),
+        ((2, 50, 64), (64, 64), (2, 50, 64)),
+    ],
+)
+def test_channels_come_first(shape, sides, expected):
+    value = torch.randn(shape)
+    found = channels_first(value, torch.zeros(2, 3, *sides))
+    assert found.shape == expected
+    if shape != expected:
+        assert torch.equal(found[1, 5, 2, 3], value[1, 2, 3, 5])
+
+
+def test_the_maps_of_a_swin_transformer():
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    net = SwinTransformer([2, 2], 8, [1, 1], [1, 1], [2, 2], num_classes=10).eval()
+    pictures = torch.randn(2, 3, 32, 32)
+    seen = {}
+    net.features[1].register_forward_hook(lambda _m, _i, value: seen.update(raw=value))
+    for each in (net, capture(net)):
+        assert last_maps(each, pictures) == ("features.1", "features.3")
+        assert shapes_of(each, ["features.1"], pictures)["features.1"] == (2, 8, 16, 16)
+    _, given = Layers(net, ["features.1"])(pictures)
+    assert torch.equal(given["features.1"], seen["raw"].permute(0, 3, 1, 2))

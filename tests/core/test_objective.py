@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tersor.core.errors import InputError
 from tersor.core.objective import Batch, LossTerm, Objective
 
 
@@ -89,3 +90,23 @@ def test_autocast_runs_the_networks_low_and_gives_losses_in_float32(batch):
     assert seen == [torch.bfloat16]
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert model.weight.dtype == torch.float32
+
+
+def test_a_network_that_answers_with_more_in_training_is_told(batch):
+    class WithHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return (self.linear(x), self.linear(x)) if self.training else self.linear(x)
+
+    objective = Objective(WithHeads())
+    assert list(objective.eval()(batch)) == ["labels"]
+    with pytest.raises(InputError, match=r"in training the network answers with a tuple.*aux_logits=False"):
+        objective.train()(batch)
+
+
+def test_nothing_to_ask_is_told(batch):
+    with pytest.raises(InputError, match="the images have no labels, and no method adds a loss"):
+        Objective(network())(Batch(batch.images))

@@ -95,7 +95,7 @@ def test_attention(networks, p, mode):
     assert attached.label_weight == 0.2
 
 
-@pytest.mark.parametrize(("layer", "teacher_layer"), [("layer3", "layer1"), ("layer1", "layer2")])
+@pytest.mark.parametrize(("layer", "teacher_layer"), [("layer3", "relu"), ("layer1", "layer2")])
 @pytest.mark.parametrize("p", [1, 2])
 def test_factors(networks, p, layer, teacher_layer):
     method = FactorTransfer(layer=layer, teacher_layer=teacher_layer, p=p, loss_weight=7, label_weight=0.2)
@@ -151,7 +151,7 @@ def test_correlation(networks):
 
 
 def test_hints(networks):
-    method = FitNet(layers=("layer3", "layer1"), teacher_layers=("layer1", "layer2"), loss_weight=7, label_weight=0.2)
+    method = FitNet(layers=("layer3", "layer1"), teacher_layers=("relu", "layer2"), loss_weight=7, label_weight=0.2)
     attached, batch, ours, theirs = asked(method, networks)
     (term,) = attached.terms
     expected = 0.0
