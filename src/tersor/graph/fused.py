@@ -3,7 +3,7 @@
     convolution [+ BatchNorm] [+ another value] [+ ReLU]      one pass by oneDNN, in place of two to four
 
 On a CPU a convolution of a few channels takes less time than writing what it gives and reading it again: a ResNet-56
-answers in 0.56 of the time (`bench/distillation_costs.py`, bfloat16). `torch.compile` finds the same passes, but needs
+answers in 0.6 of the time (`bench/distillation_costs.py`, bfloat16). `torch.compile` finds the same passes, but needs
 a compiler on the machine and half a minute. What was asked for by a layer's path is still there; what lies within a
 pass is not.
 """
