@@ -71,6 +71,8 @@ def test_it_is_explained_and_takes_two_steps(path, tmp_path):
     assert explained.exit_code == 0, explained.output
     steps = {"at": "2,000", "dkd": "4,800", "ft": "1,640"}[path.stem.partition("-")[0]]
     assert explained.output.count(f"{steps} steps") == 2, explained.output
+    by_layers = not path.stem.startswith("dkd")
+    assert (" of the teacher." in " ".join(explained.output.split())) == by_layers, "which layers teach is told"
 
     walk, checkpoints = brief(path), Checkpoints(tmp_path)
     before = {name: value.clone() for name, value in walk.model.state_dict().items()}

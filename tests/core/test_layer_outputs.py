@@ -188,3 +188,29 @@ def test_the_maps_of_a_swin_transformer():
         assert shapes_of(each, ["features.1"], pictures)["features.1"] == (2, 8, 16, 16)
     _, given = Layers(net, ["features.1"])(pictures)
     assert torch.equal(given["features.1"], seen["raw"].permute(0, 3, 1, 2))
+
+
+class Odd(nn.Module):
+    """Parts that give no map to learn from: a pool's, one that is rectified in place, scores of attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.scores = nn.Softmax(-1)
+        self.linear = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.down(self.stem(x))
+        x = F.relu(self.norm(x), inplace=True)
+        pixels = x.flatten(2)
+        scores = self.scores(pixels.transpose(1, 2).unsqueeze(1) @ pixels.unsqueeze(1)[..., :3])
+        return self.linear(self.pool(x).flatten(1)) + scores.mean()
+
+
+def test_what_is_no_map_to_learn_from_is_passed_over():
+    pictures = torch.randn(2, 3, 16, 16)
+    for each in (Odd(), capture(Odd())):
+        assert last_maps(each, pictures) == ("stem", "down")

@@ -175,3 +175,12 @@ def test_standardized_logits(seed):
         deviation = math.sqrt(sum((value - mean) ** 2 for value in row) / 5)
         assert found == pytest.approx([(value - mean) / deviation for value in row], rel=1e-5, abs=1e-9)
     assert torch.allclose(standardized(logits), standardized(7 * logits + 3), atol=1e-5)
+
+
+def test_logits_that_are_all_equal_do_not_explode():
+    (teacher,) = drawn(0, (4, 10))
+    for deviation in (0.0, 1e-6):
+        student = (deviation * drawn(1, (4, 10))[0]).requires_grad_()
+        soft_target_loss(standardized(student), standardized(teacher), 2.0).backward()
+        assert student.grad.isfinite().all()
+        assert float(student.grad.abs().max()) < 100

@@ -268,3 +268,12 @@ def test_which_layers_teach_is_told(networks):
         "fitnet teaches layer3 from layer2 of the teacher.",
         "attention_transfer teaches layer1 from layer1 of the teacher.",
     )
+
+
+def test_a_paraphraser_reads_features_of_any_precision(networks):
+    student, teacher = networks
+    batch = Batch(Loader().images.double(), Loader().labels)
+    method = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.01)
+    attached = method.attach(student.double(), data=[batch], teacher=teacher.double())
+    list(attached.begin())
+    assert attached.terms[0].errors.isfinite().all()
