@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from loaders import Loader
 from torch import nn
 
 from tersor.core.errors import InputError
@@ -27,25 +28,6 @@ from tersor.methods.reviewkd import ReviewKD
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.train import fit
 from tersor.zoo import build
-
-
-class Loader:
-    """32 images of 16 x 16 in four batches, each with its place."""
-
-    def __init__(self, seed=1):
-        draw = torch.Generator().manual_seed(seed)
-        self.images = torch.randn(32, 3, 16, 16, generator=draw)
-        self.labels = torch.randint(0, 10, (32,), generator=draw)
-
-    def __len__(self):
-        return 4
-
-    def __iter__(self):
-        for index in torch.arange(32).split(8):
-            yield Batch(self.images[index], self.labels[index], index)
-
-    def set_epoch(self, epoch):
-        pass
 
 
 def networks(student="resnet20", teacher="resnet32"):

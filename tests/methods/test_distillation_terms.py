@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from loaders import Loader
 
 from tersor.core.errors import InputError
 from tersor.core.layers import Layers
@@ -25,22 +26,6 @@ from tersor.methods.fitnet import FitNet
 from tersor.methods.reviewkd import ReviewKD, hierarchical_loss
 from tersor.methods.soft_targets import SoftTargets, soft_target_loss, standardized
 from tersor.zoo import build
-
-
-class Loader:
-    """32 images of 16 x 16 in four batches, each with its place."""
-
-    def __init__(self, side=16):
-        draw = torch.Generator().manual_seed(1)
-        self.images = torch.randn(32, 3, side, side, generator=draw)
-        self.labels = torch.randint(0, 10, (32,), generator=draw)
-
-    def __len__(self):
-        return 4
-
-    def __iter__(self):
-        for index in torch.arange(32).split(8):
-            yield Batch(self.images[index], self.labels[index], index)
 
 
 @pytest.fixture
