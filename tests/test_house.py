@@ -56,6 +56,16 @@ def misplaced(importer, imported):
     return not (below or same_room or floor(importer) == floor(imported) == TOP)
 
 
+IMPORTS = {name_of(file): list(imports(ast.parse(file.read_text()))) for file in FILES}
+LIGHT = [
+    ("tersor", ["torch", "numpy", "pydantic"]),
+    *[(f"tersor.{name}", ["torch", "onnx"]) for name in ("core.errors", "core.training", "core.watch", "core.target")],
+    *[(f"tersor.{name}", ["torch", "onnx"]) for name in ("recipe", "methods", "cli")],
+    *[(f"tersor.export.{name}", ["torch", "onnx"]) for name in ("artifact", "bench", "footprint")],
+]
+"""Modules that start fast or run where torch is not installed, and what none of them may import."""
+
+
 @pytest.mark.parametrize(
     ("importer", "imported", "wrong"),
     [
@@ -74,47 +84,72 @@ def test_what_misplaced_means(importer, imported, wrong):
     assert misplaced(importer, imported) is wrong
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_point_down(file):
-    importer = name_of(file)
-    ours = [name for name in imports(ast.parse(file.read_text())) if name.split(".")[0] == "tersor"]
-    assert not [name for name in ours if name != "tersor" and misplaced(importer, name)]
+def test_imports_point_down():
+    wrong = [
+        f"{importer} imports {name}"
+        for importer, names in IMPORTS.items()
+        for name in names
+        if name.split(".")[0] == "tersor" and name != "tersor" and misplaced(importer, name)
+    ]
+    assert not wrong
 
 
-@pytest.mark.parametrize("file", sorted((SOURCE / "methods").glob("[!_]*.py")), ids=name_of)
-def test_a_method_knows_no_other_method(file):
-    own = name_of(file)
-    found = [name for name in imports(ast.parse(file.read_text())) if name.startswith("tersor.methods.")]
-    assert not [name for name in found if not name.startswith(f"{own}.")]
+def test_a_method_knows_no_other_method():
+    files = [name_of(file) for file in (SOURCE / "methods").glob("[!_]*.py")]
+    wrong = [
+        f"{own} imports {name}"
+        for own in files
+        for name in IMPORTS[own]
+        if name.startswith("tersor.methods.") and not name.startswith(f"{own}.")
+    ]
+    assert files
+    assert not wrong
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_quantization_and_pruning_are_our_own(file):
+def test_quantization_and_pruning_are_our_own():
     """The peers that we are measured against are for `bench/`."""
-    text = file.read_text()
-    names = list(imports(ast.parse(text)))
-    peers = ["nncf", "onnxruntime.quantization", "neural_compressor", "torchao", "torch_pruning"]
-    assert not [name for name in names if any(name == peer or name.startswith(f"{peer}.") for peer in peers)]
-    assert "onnxruntime.quantization" not in text
-    assert "quantize_static" not in text
+    peers = ("nncf", "onnxruntime.quantization", "neural_compressor", "torchao", "torch_pruning")
+    wrong = [
+        f"{importer} imports {name}"
+        for importer, names in IMPORTS.items()
+        for name in names
+        if any(name == peer or name.startswith(f"{peer}.") for peer in peers)
+    ]
+    assert not wrong
+    spelled = ("onnxruntime.quantization", "quantize_static")
+    assert not [file for file in FILES for each in spelled if each in file.read_text()]
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        *("tersor", "tersor.cli", "tersor.recipe", "tersor.methods"),
-        *("tersor.core.errors", "tersor.core.training", "tersor.core.watch", "tersor.core.target"),
-    ],
-)
-def test_no_torch_is_imported_by(module):
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_light_modules_import_no_torch():
+    """One process for all of them, the lightest first. `tersor --help` has to appear at once."""
+    code = f"""
+import importlib, sys
+for name, heavy in {LIGHT!r}:
+    importlib.import_module(name)
+    assert not sys.modules.keys() & set(heavy), name
+sys.argv = ["tersor", "--help"]
+try:
+    sys.modules["tersor.cli"].main()
+except SystemExit as ended:
+    assert not ended.code
+assert "torch" not in sys.modules, "--help"
+from tersor import methods, recipe
+recipe.parse("{{model: {{name: a}}, data: {{name: digits}}, stages: [{{name: s}}]}}", "a recipe without methods")
+methods.names()
+assert "torch" not in sys.modules, "names of methods"
+methods.get("soft_targets")
+assert "tersor.methods.ptq" not in sys.modules, "only the named file"
+from tersor.zoo import build
+build("resnet20")
+assert "torchvision" not in sys.modules, "our own networks"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_a_long_file_says_why(file):
-    lines = file.read_text().splitlines()
-    assert len(lines) <= 300 or "lines" in lines[0], f"{len(lines)} lines"
+def test_a_long_file_says_why():
+    for file in FILES:
+        lines = file.read_text().splitlines()
+        assert len(lines) <= 300 or "lines" in lines[0], f"{name_of(file)}: {len(lines)} lines"
 
 
 def test_names_say_what_lies_there():
