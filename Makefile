@@ -24,11 +24,9 @@ demo: $(USE)
 	$(BIN)/tersor run recipes/digits.yaml --out runs/demo
 
 test: $(DEV)
-	$(BIN)/python bench/rows.py wait
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: $(DEV)
-	$(BIN)/python bench/rows.py wait
 	$(BIN)/python -m pytest
 
 lint: $(DEV)

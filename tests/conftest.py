@@ -1,8 +1,22 @@
-"""Properties are searched without a deadline: how long one example takes says nothing on a busy machine."""
+"""How the tests share a machine: one thread in each of several workers, the longest files first, no deadline."""
 
 from __future__ import annotations
 
+import os
+
+import pytest
 from hypothesis import settings
 
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    # before torch is imported: where workers fill the cores, a second thread in each makes tiny operations ten times
+    # slower, as every one of them waits for a core to become free
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+# how long one example takes says nothing on a busy machine
 settings.register_profile("tersor", deadline=None)
 settings.load_profile("tersor")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: "/laws/" not in item.nodeid)
