@@ -33,6 +33,21 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().err == f"interrupted. To go on: tersor run {recipe} --set seed=3 --resume\n"
 
 
+def test_a_run_keeps_freed_memory(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr("tersor.core.device.keep_freed_memory", lambda: done.append("allocator"))
+
+    def run(*_given, **_options):
+        done.append("run")
+        raise InputError("far enough")
+
+    monkeypatch.setattr(importlib.import_module("tersor.run"), "run", run)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    assert tersor(monkeypatch, "run", recipe) == 2
+    assert done == ["allocator", "run"]
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"

@@ -152,6 +152,11 @@ def test_a_long_file_says_why():
         assert len(lines) <= 300 or "lines" in lines[0], f"{name_of(file)}: {len(lines)} lines"
 
 
+def test_only_the_command_line_sets_the_allocator():
+    users = [file for file in FILES if "tersor.core.device.keep_freed_memory" in imports(ast.parse(file.read_text()))]
+    assert users == [SOURCE / "cli.py"]
+
+
 def test_names_say_what_lies_there():
     vague = {"utils", "util", "helpers", "helper", "common", "misc", "base", "tools", "lib"}
     assert not [file for file in FILES if vague & {*file.relative_to(SOURCE).parts, file.stem}]

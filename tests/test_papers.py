@@ -20,6 +20,7 @@ from tersor.recipe import read
 from tersor.walk import Walk
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "papers"
+GIVEN = ["data.root=anywhere"]
 
 
 def stand_in(classes: int) -> type:
@@ -49,7 +50,7 @@ def cifar(monkeypatch):
 
 def brief(path: Path) -> Walk:
     """The recipe with two small steps of each training."""
-    recipe = read(path)
+    recipe = read(path, GIVEN)
     assert recipe.teacher is not None
     small = {"batch_size": 16}
     stages = tuple(stage.model_copy(update={"epochs": 0, "steps": 2, **small}) for stage in recipe.stages)
@@ -67,7 +68,7 @@ def brief(path: Path) -> Walk:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_it_is_explained_and_takes_two_steps(path, tmp_path):
-    explained = CliRunner().invoke(app, ["run", str(path), "--explain"])
+    explained = CliRunner().invoke(app, ["run", str(path), "--explain", "--set", *GIVEN])
     assert explained.exit_code == 0, explained.output
     steps = {"at": "2,000", "dkd": "4,800", "ft": "1,640"}[path.stem.partition("-")[0]]
     assert explained.output.count(f"{steps} steps") == 2, explained.output

@@ -1,16 +1,19 @@
 """What the documents show, runs: Python blocks, recipes, the method of CONTRIBUTING."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tersor.cli import main
 from tersor.core.objective import Batch, Objective
 from tersor.methods import get
-from tersor.recipe import parse, read, write
+from tersor.recipe import Network, parse, read, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,10 +46,36 @@ def test_the_recipes_of_the_documents_are_recipes(document):
         assert parse(block, document).stages
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def given(path):
+    """A value for each that a shipped recipe leaves to its user."""
+    yaml = YAML(typ="safe").load(path)
+    missing = [
+        (name, key) for name, part in yaml.items() if isinstance(part, dict) for key in part if part[key] == "???"
+    ]
+    return [f"{name}.{key}=given" for name, key in missing]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_recipes_are_recipes(path):
-    recipe = read(path)
+    recipe = read(path, given(path))
     assert parse(write(recipe), "written") == recipe
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_recipes_name_no_file(path):
+    recipe = read(path, given(path))
+    networks = [each for each in (recipe.model, recipe.teacher) if isinstance(each, Network)]
+    named = {recipe.data.folder, recipe.data.root, *(network.weights for network in networks)} - {None}
+    assert {str(file) for file in named} == ({"given"} if given(path) else set())
+
+
+def test_what_a_shipped_recipe_leaves_to_its_user_is_named_at_once(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tersor", "run", str(ROOT / "recipes/cifar10-resnet56.yaml")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    told = capfd.readouterr().err
+    assert "values are missing: model.weights, data.folder." in told
+    assert "--set model.weights=... --set data.folder=..." in told
 
 
 def test_the_method_of_contributing_is_one(tmp_path, monkeypatch):

@@ -231,6 +231,7 @@ def test_overrides(tmp_path: Path):
         ("=3", "write it as path=value"),
         ("a..b=3", "write it as path=value"),
         ("seed=[", "this is not YAML: "),
+        ("stages.0.epochs=???", "values are missing: stages.0.epochs. Write them in place of ???, or add "),
         ("model=", "model should be a mapping of the keys name, num_classes, weights, given nothing."),
     ],
 )

@@ -32,13 +32,14 @@ _INTERRUPTED = 130
 _SHOWN = 10
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, in YAML", show_default=False)]
+ChangedValues = Annotated[list[str] | None, typer.Option("--set", help="change a value: stages.0.epochs=3")]
 
 
 @app.command()
 def run(
     recipe: RecipeFile,
     out: Annotated[Path | None, typer.Option(help="folder to write; must not exist. runs/NAME by default")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="change a value: stages.0.epochs=3")] = None,
+    set_: ChangedValues = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="say what would happen, and train nothing")] = False,
 ) -> None:
@@ -54,9 +55,11 @@ def run(
                 console.print(line, highlight=False, markup=False)
             return
         from tersor.core import processes
+        from tersor.core.device import keep_freed_memory
         from tersor.run import run as walk
 
         out = out or Path("runs") / recipe.stem
+        keep_freed_memory()
         try:
             folder = walk(checked, out=out, resume=resume, watch=bars)
         except KeyboardInterrupt:
@@ -77,13 +80,14 @@ def sensitivity(
     out: Annotated[
         Path | None, typer.Option(help="file to write, and to go on with; NAME.sensitivity.json by default")
     ] = None,
+    set_: ChangedValues = None,
     images: Annotated[int | None, typer.Option(min=1, help="validation images to look at; all if left")] = None,
 ) -> None:
     """Measure what each layer costs on each number of bits, and draw it."""
     from tersor.bit_costs import measure
     from tersor.recipe import read
 
-    checked = read(recipe)
+    checked = read(recipe, set_ or [])
     out = out or Path(f"{recipe.stem}.sensitivity.json")
     with Bars(console) as bars:
         try:

@@ -21,7 +21,7 @@ from tersor.core.errors import InputError, nearest
 from tersor.core.target import Target
 from tersor.core.training import PLAIN, Training
 from tersor.recipe_errors import explain
-from tersor.recipe_text import Located, Location, dump, load, override, plain, shown
+from tersor.recipe_text import Located, Location, complete, dump, load, override, plain, shown
 
 Channels = tuple[float, float, float]
 Named = Annotated[str, Field(min_length=1)]
@@ -259,7 +259,7 @@ def _recipes_in(folder: Path) -> str:
 def _validated(tree: Located) -> Recipe:
     try:
         # strict: `epochs: true` is not 1. As JSON: there, strict pydantic takes a list for a tuple, text for a path
-        return Recipe.model_validate_json(json.dumps(plain(tree)), strict=True)
+        return Recipe.model_validate_json(json.dumps(plain(complete(tree))), strict=True)
     except ValidationError as error:
         raise explain(error, tree, _keys) from None
 

@@ -10,7 +10,7 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ Location = tuple[int | str, ...]
 """Keys and indices that lead to a value, as pydantic gives them."""
 
 _DEEPEST = 20
+_MISSING = "???"
+"""A value that the user of a recipe gives, as OmegaConf writes it."""
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {_TAG + kind for kind in ("str", "timestamp", "value", "merge")}  # the last three are YAML 1.1: text in 1.2
 
@@ -168,6 +170,32 @@ def _inside(node: Located, part: str, place: str, where: str) -> Located:
     if part not in indices:
         raise InputError(f"{place}: there is no '{part}' in {where}. Possible: {', '.join(indices) or 'none'}.")
     return node.value[int(part)]
+
+
+def complete(tree: Located) -> Located:
+    """The same tree, checked: no value is `???`, which a recipe writes where its user has to give one.
+
+    Raises:
+        InputError: some are; names all of them.
+    """
+    missing = dict(_missing(tree, ""))
+    if missing:
+        place = next(iter(missing.values()))
+        names, options = ", ".join(missing), " ".join(f"--set {path}=..." for path in missing)
+        raise InputError(
+            f"{place}: values are missing: {names}. Write them in place of {_MISSING}, or add to the command: {options}"
+        )
+    return tree
+
+
+def _missing(node: Located, path: str) -> Iterator[tuple[str, str]]:
+    """Path and place of each value that is missing."""
+    if isinstance(node.value, dict | list):
+        entries = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
+        for key, entry in entries:
+            yield from _missing(entry, f"{path}.{key}".lstrip("."))
+    elif node.value == _MISSING:
+        yield path, node.place
 
 
 def plain(tree: Located) -> Any:

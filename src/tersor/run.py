@@ -22,6 +22,7 @@ from tersor.export.evidence import gather
 from tersor.export.numbers import OF_STAGES, measure
 from tersor.export.onnx import export
 from tersor.export.report import draw
+from tersor.export.static_batch import batch_for, reason
 from tersor.export.stopwatch import RuntimeStopwatch
 from tersor.graph.quantizers import found
 from tersor.measured import MEASURED, Remembering
@@ -132,8 +133,11 @@ def _fill(
         files = [(original, folder / "original.onnx"), (walk.model, folder / "model.onnx"), *left.values()]
         watch.start("export", len(files))
         for network, path in files:
-            export(network, example, path, classes=data.classes, pixels=pixels)
+            batch = batch_for(network, recipe.target)
+            export(network, example, path, classes=data.classes, pixels=pixels, batch=batch)
             watch.advance()
+        if batch_for(walk.model, recipe.target) != recipe.target.batch:
+            watch.say(reason())
         numbers, answers = measure(
             original, walk.model, folder, test, recipe.target, seed=recipe.seed, watch=watch, stages=left
         )

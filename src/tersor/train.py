@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tersor.core.accuracy_curve import AccuracyCurve
 from tersor.core.attachment import Attachment
 from tersor.core.batch_source import BatchSource, Group, groups
-from tersor.core.device import as_found, keep_freed_memory, layout_for, precision_for, set_layout
+from tersor.core.device import as_found, layout_for, precision_for, set_layout
 from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
 from tersor.core.loss_log import LossLog
 from tersor.core.objective import Batch, Objective
@@ -129,8 +129,6 @@ def fit(
         kwargs_handlers=[of_several],
     )
     device = accelerator.device
-    if device.type == "cpu":
-        keep_freed_memory()
     objective = Objective(
         attachment.model,
         attachment.terms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from tersor.export.artifact import read_artifact
 from tersor.export.bench import BATCH_SIZES, Array, compressed_bytes, latency, predictions, size_bytes
 from tersor.export.onnx import export as write_onnx
 from tersor.export.runtime import open_session
+from tersor.export.static_batch import batch_for, reason
 from tersor.export.stopwatch import RuntimeStopwatch
 from tersor.graph.fused import fused
 from tersor.loader import Loader, given_labels
@@ -152,8 +154,9 @@ def export(
     runtime: Runtime = "onnxruntime",
     classes: Sequence[str] = (),
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+    batch: int | None = None,
 ) -> Path:
-    """Writes `model` as one ONNX file with a dynamic batch, and runs it once in `runtime`.
+    """Writes `model` as one ONNX file, and runs it once in `runtime`.
 
     Args:
         model: any network; one that `quantize` gave becomes an integer network.
@@ -162,6 +165,7 @@ def export(
         runtime: where it is tried.
         classes: names of the classes, for the file's metadata.
         pixels: mean and standard deviation; the file then takes uint8 pixels.
+        batch: images a batch; by default any number, or 1 with a warning where the installed OpenVINO would crash.
 
     Raises:
         InputError: the network cannot be converted, or the runtime is not installed or cannot run it.
@@ -171,8 +175,12 @@ def export(
         raise InputError(f"cannot write {path}. Possible: a file *.onnx in a folder that is there.")
     images_of(example)
     inputs = example[:1].numpy() if pixels is None else np.zeros(example[:1].shape, np.uint8)
+    target = _made(Target, runtime=runtime, batch=batch)
+    fixed = batch_for(model, target)
+    if fixed != batch:
+        warnings.warn(reason(), stacklevel=2)
     with TemporaryDirectory(dir=path.parent) as folder:  # what the runtime refuses is not left, nor written over a file
-        written = write_onnx(model, example, Path(folder) / path.name, classes=classes, pixels=pixels)
+        written = write_onnx(model, example, Path(folder) / path.name, classes=classes, pixels=pixels, batch=fixed)
         open_session(written, runtime).run(np.ascontiguousarray(inputs))
         written.replace(path)
     return path

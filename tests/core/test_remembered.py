@@ -1,7 +1,8 @@
 """What a teacher gives is asked once, and is the same as if it were asked every time."""
 
-import os
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -90,10 +91,18 @@ def test_places_and_layers_are_kept_apart():
 
 
 def test_too_little_memory_is_told_before_any_is_filled(monkeypatch):
-    monkeypatch.setattr(os, "sysconf", lambda _name: 10)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=10))
     given = Outputs(torch.zeros(2, 10), {"layer3": torch.zeros(2, 64, 8, 8)})
     with pytest.raises(InputError, match=r"for 1,000 images \(logits, layer3\).*Write cache: false"):
         Remembered(1000).add(Batch(torch.zeros(2, 3, 8, 8), index=torch.arange(2)), given)
+
+
+def test_memory_that_the_system_can_free_up_counts(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=10))
+    kept, logits = Remembered(1000), torch.randn(2, 10)
+    batch = Batch(torch.zeros(2, 3, 8, 8), index=torch.tensor([7, 999]))
+    kept.add(batch, Outputs(logits, {}))
+    assert kept(batch).logits.equal(logits)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
     """From now on this process keeps what it has freed for what it asks for next.
 
     Every step asks for the same blocks again. glibc gives the large ones back to the system in between, which then
-    clears them page by page.
+    clears them page by page. A setting of the whole process: it is the command line's to make.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt"):

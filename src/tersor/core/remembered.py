@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+import psutil
 import torch
 from torch import Tensor
 
@@ -46,12 +45,12 @@ class Remembered:
 
     def _empty(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         wanted = sum(value[0].numel() * value.element_size() for value in values.values()) * self._images
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if wanted > free:
+        available = psutil.virtual_memory().available  # what the system can free up counts
+        if wanted > available:
             layers = ", ".join(path for path in values if path)
             raise InputError(
                 f"what the teacher gives for {self._images:,} images (logits{', ' * bool(layers)}{layers}) takes "
-                f"{wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free. Write cache: false, or methods "
-                "that learn from fewer or later layers."
+                f"{wanted / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are available. Write cache: false, or "
+                "methods that learn from fewer or later layers."
             )
         return {path: torch.empty((self._images, *value.shape[1:])) for path, value in values.items()}

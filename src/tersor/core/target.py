@@ -39,3 +39,6 @@ class Target(BaseModel):
         Literal["normalized", "uint8"],
         Field(description="uint8: raw pixels 0..255, with mean and standard deviation inside the graph"),
     ] = "normalized"
+    batch: Annotated[int | None, Field(ge=1, description="images a batch, fixed in the file; any number if left")] = (
+        None
+    )

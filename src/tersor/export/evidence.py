@@ -25,6 +25,7 @@ from tersor.export.numbers import arrays, openvino_installed
 from tersor.export.profile import profile
 from tersor.export.pruned import masks, widths
 from tersor.export.runtime import Array
+from tersor.export.static_batch import batch_for
 from tersor.graph.capture import capture, layer_of, values_into
 
 PROFILED_BATCH_SIZES = (1, 32)
@@ -103,7 +104,8 @@ def _at_rest(network: nn.Module) -> nn.Module:
 def _profiles(original: nn.Module, model: nn.Module, folder: Path, image: Array, target: Target) -> dict[str, Any]:
     before, after = _layers_by_module(original), _layers_by_module(model)
     found: dict[str, Any] = {}
-    for size in PROFILED_BATCH_SIZES:
+    fixed = batch_for(model, target)
+    for size in PROFILED_BATCH_SIZES if fixed is None else (fixed,):
         batch = np.ascontiguousarray(np.repeat(image, size, axis=0))
         found[str(size)] = {
             "original": profile(folder / "original.onnx", target.runtime, batch, before, precision="float32"),

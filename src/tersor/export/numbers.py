@@ -176,6 +176,7 @@ def _entry(
     return {
         "runtime": contender.runtime,
         "precision": session.precision,
+        "batch": session.batch,
         "accuracy": agreement(answer, labels),
         "agreement": agreement(answer, torch.from_numpy(answers["original"])),
         "bytes": size_bytes(contender.path),

@@ -68,8 +68,9 @@ def export(
     *,
     classes: Sequence[str] = (),
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+    batch: int | None = None,
 ) -> Path:
-    """Writes `model` to `path` as one ONNX file with a dynamic batch, whole or not at all.
+    """Writes `model` to `path` as one ONNX file, whole or not at all.
 
     Args:
         model: any network; one that `ptq` or `qat` quantized becomes an integer network.
@@ -77,6 +78,7 @@ def export(
         path: file to write, `*.onnx`; an existing one is replaced.
         classes: names of the classes, kept in the file's metadata as JSON under `classes`.
         pixels: mean and standard deviation; the file then takes uint8 pixels (N, 3, H, W) and normalises them itself.
+        batch: images a batch; by default any number.
 
     Raises:
         InputError: the network cannot be converted, or `path` is not a file that can be written.
@@ -93,7 +95,8 @@ def export(
     if pixels is not None:
         network = Pixels(network, *pixels).eval()
         inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
-    proto = _convert(network, inputs.expand(2, *inputs.shape[1:]).contiguous())
+    images = inputs.expand(batch or 2, *inputs.shape[1:]).contiguous()
+    proto = _convert(network, images, dynamic=batch is None)
     pack(proto.graph)
     _tidy(proto)
     if classes:
@@ -109,8 +112,8 @@ def _averages_as_means(network: nn.Module) -> None:
             network.set_submodule(name, Average())
 
 
-def _convert(network: nn.Module, inputs: Tensor) -> onnx.ModelProto:
-    batch = torch.export.Dim("batch", min=1)
+def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> onnx.ModelProto:
+    batch = {0: torch.export.Dim("batch", min=1)} if dynamic else None
     try:
         # The exporter breaks attention up into matrix products. Captured by a fused kernel, whose answer lies in memory
         # in another order, a `reshape` behind it would have become a view that there cannot be.
@@ -122,7 +125,7 @@ def _convert(network: nn.Module, inputs: Tensor) -> onnx.ModelProto:
                 dynamo=True,
                 input_names=["images"],
                 output_names=["logits"],
-                dynamic_shapes=({0: batch},),
+                dynamic_shapes=(batch,),
                 opset_version=OPSET,
                 external_data=False,
                 verbose=False,

@@ -9,7 +9,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tersor.core.errors import InputError, unknown
 from tersor.core.target import Runtime, cpu_kind
+from tersor.export.pieces import in_pieces
 
 Array: TypeAlias = NDArray[Any]
 
@@ -47,6 +48,8 @@ class Session:
         input_dtype: what `run` takes.
         input_shape: (N, C, H, W); None where any size goes.
         infer: the runtime's own call, without a check.
+        batch: images that the file takes at once, or None for any number. Of another number of images it makes
+            several runs, the last one padded.
     """
 
     runtime: str
@@ -55,6 +58,7 @@ class Session:
     input_dtype: np.dtype[Any]
     input_shape: tuple[int | None, ...]
     infer: Callable[[Array], Array]
+    batch: int | None = None
 
     def run(self, array: Array) -> Array:
         """Logits (N, classes) of images (N, C, H, W).
@@ -104,7 +108,12 @@ def open_session(
     if not path.stat().st_size:
         raise InputError(f"{path} is empty.")
     opener = _open_onnxruntime if runtime == "onnxruntime" else _open_openvino
-    return opener(module, path, precision, threads or default_threads())
+    session = opener(module, path, precision, threads or default_threads())
+    match session.input_shape:
+        case (int(batch), *image):
+            return replace(session, batch=batch, input_shape=(None, *image), infer=in_pieces(session.infer, batch))
+        case _:
+            return session
 
 
 def load_runtime(runtime: str) -> Any:
@@ -236,11 +245,12 @@ def machine() -> dict[str, Any]:
         "instruction_sets": [wanted for wanted in _INSTRUCTION_SETS if wanted in flags],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in (*RUNTIMES, "torch")},
+        "versions": {package: installed_version(package) for package in (*RUNTIMES, "torch")},
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -14,6 +14,7 @@ from tersor.core.watch import Unwatched, Watch
 from tersor.export.bench import latency
 from tersor.export.onnx import export
 from tersor.export.runtime import Session, open_session
+from tersor.export.static_batch import batch_for
 
 
 class RuntimeStopwatch:
@@ -57,4 +58,5 @@ class RuntimeStopwatch:
 
 def _opened(network: nn.Module, example: Tensor, target: Target) -> Session:
     with TemporaryDirectory() as folder:
-        return open_session(export(network, example, Path(folder) / "network.onnx"), target.runtime)
+        path = export(network, example, Path(folder) / "network.onnx", batch=batch_for(network, target))
+        return open_session(path, target.runtime)
