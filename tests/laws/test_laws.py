@@ -5,6 +5,7 @@ A method that cannot keep a law says so in its class: `exempt = {law: reason}`, 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -193,10 +194,11 @@ def hooks_on(model):
 def test_strip(name, kind):
     """A plain copy answers as the model does, which still works; no hook is left behind."""
     kept(name, "strip")
-    walk, found = attached(made(name, kind))
-    next(
-        (progress for progress in found.begin() if progress.lasts), None
-    )  # the rest of a long work changes nothing here
+    method = made(name, kind)
+    if hasattr(method, "iterations"):  # how long rounding is learned changes nothing here
+        method = dataclasses.replace(method, iterations=2)
+    walk, found = attached(method)
+    next((progress for progress in found.begin() if progress.lasts), None)
     objective = Objective(
         found.model, found.terms, walk.teacher, layers=found.layers, label_weight=found.label_weight
     ).train()
