@@ -43,7 +43,7 @@ def _cudnn_rnn(images: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> i
     return 2 * prod(images[:-1]) * sum(prod(weight) for weight in weights if len(weight) > 1)
 
 
-def _bilinear(first: Shape, weight: Shape, second: Shape, *_: Any, **__: Any) -> int:
+def _bilinear(first: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     """Rows (n, i) times weight (o, i, j), and that times rows (n, j)."""
     outputs, _inputs, others = weight
     return 2 * first[0] * (prod(weight) + outputs * others)
@@ -89,7 +89,7 @@ def multiplies_uncounted(operator: OpOverload, *, with_weight: bool) -> bool:
     """
     if operator.namespace not in {"aten", "prim", "prims"}:
         return True
-    name = operator._overloadpacket.__name__
+    name = str(operator).split(".")[1]
     if _NOT_MULTIPLYING.search(name) or torch.Tag.pointwise in operator.tags or operator.is_view:
         return False
     return with_weight or _MULTIPLYING.search(name) is not None

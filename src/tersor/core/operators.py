@@ -6,7 +6,7 @@ captured graph, which layer it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -112,7 +112,7 @@ class _Recorder(TorchDispatchMode):
         self.node: fx.Node | None = None
         self.products: list[Product] = []
         self.uncounted: list[str] = []
-        self.origins = WeakTensorKeyDictionary()
+        self.origins: MutableMapping[Tensor, Operand] = WeakTensorKeyDictionary()
         for name, parameter in model.named_parameters():
             self.origins[parameter] = Operand(parameter=name)
 
@@ -196,7 +196,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def _only_moves(func: Any) -> bool:
     return isinstance(func, OpOverload) and (
-        func.is_view or torch.Tag.inplace_view in func.tags or func._overloadpacket.__name__ in {"clone", "_unsafe_view"}
+        func.is_view or torch.Tag.inplace_view in func.tags or str(func).split(".")[1] in {"clone", "_unsafe_view"}
     )
 
 
