@@ -132,9 +132,6 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.higher_order.cond:
-            with self:
-                return (args[1] if args[0] else args[2])(*args[3])
         if isinstance(func, HigherOrderOperator):
             return self._ran(func, func, args, kwargs, func(*args, **kwargs))
         if func._overloadpacket not in FORMULAS and func is not torch.ops.prim.device.default:

@@ -26,6 +26,7 @@ IMAGE_SHAPE = "image_shape"
 """In a captured network's `meta`: channels, height and width of the images that it was calibrated with."""
 
 _MOST_BITS = 8
+_MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
 _LISTED = 8
 _REASONS = 3
 
@@ -103,7 +104,7 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
     macs, left = 0, Counter[tuple[str, str, str]]()
     for product in ran.products:
         macs += product.macs
-        if not all(map(_on_grid, product.operands)):
+        if not _in_integers(model, product):
             name, kind, reason = _told(model, product)
             left[name, kind, reason if quantized else "the network is not quantized"] += product.macs
     operators = [FloatOperator(*told, spent, spent / macs if macs else 0.0) for told, spent in left.most_common()]
@@ -132,6 +133,12 @@ def _listed(members: Sequence[FloatOperator]) -> str:
     return ", ".join(shown)
 
 
+def _in_integers(model: nn.Module, product: Product) -> bool:
+    """Whether a runtime finds an operator of its own between grids: a layer, or a matrix product in the graph."""
+    known = has_own_forward(model.get_submodule(product.module)) or _function(product.node) in _MATRIX_PRODUCTS
+    return known and all(map(_on_grid, product.operands))
+
+
 def _on_grid(operand: Operand) -> bool:
     return operand.bits is not None and operand.bits <= _MOST_BITS
 
@@ -140,9 +147,11 @@ def _told(model: nn.Module, product: Product) -> tuple[str, str, str]:
     """Name, kind and reason of a product in float."""
     module = model.get_submodule(product.module)
     kind = parametrize.type_before_parametrizations(module).__name__
-    function = _function(product.node) if isinstance(module, fx.GraphModule) else None
+    function = _function(product.node)
     place = place_of(product.node) if function else product.module
     parameter = next((each.parameter for each in product.operands if each.parameter), None)
+    if all(map(_on_grid, product.operands)):
+        return place, function or kind, f"there is no operator in integers for {function or f'the code of {kind}'}"
     if parameter is None:
         both = sum(each.activation for each in product.operands) > 1
         reason = "both operands are activations, as in attention" if both else "it multiplies with a constant"

@@ -34,6 +34,9 @@ def entry(
         "load_ms": 9.0,
         "latency_ms": {"1": spread, "32": spread},
         "latency_runs_ms": {"1": runs, "32": runs},
+        "integer_macs_share": None,
+        "float_operators": [],
+        "uncounted_operators": [],
     }
 
 
