@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.functional import jacobian
 from torchvision.ops import deform_conv2d
 
+from tersor.core.multiplications import FORMULAS
 from tersor.core.operators import run_through
 
 
@@ -129,6 +130,12 @@ def test_recurrent_layers(kind, layers, directions, projected, batch_first):
     assert {product.module for product in run_through(nn.Sequential(network), images).products} == {"0"}
     with torch.inference_mode():
         assert counted(network, images) == recurrent(kind, 7, 6, 5, layers, directions, projected)
+
+
+def test_recurrent_layers_of_cudnn_are_one_operator():
+    weights = [torch.empty(20, 6), torch.empty(20, 5), torch.empty(20), torch.empty(20)] * 2
+    doubled = FORMULAS[torch.ops.aten._cudnn_rnn](torch.empty(7, 3, 6), weights, 4, None, out_val=None)
+    assert doubled == 2 * 3 * recurrent(nn.LSTM, 7, 6, 5, 1, 2, 0)
 
 
 @pytest.mark.parametrize(("cell", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])

@@ -229,6 +229,20 @@ def test_layers_that_a_user_or_a_limit_leaves_in_float():
     assert left == {"2": "its input is in float"}
 
 
+class Standardized(nn.Conv2d):
+    """Changes its weight where torch adds the padding."""
+
+    def _conv_forward(self, images, weight, bias):
+        return super()._conv_forward(images, weight / weight.std(), bias)
+
+
+def test_a_weight_that_is_changed_behind_its_grid_is_in_float():
+    attached = PTQ().attach(around(Standardized(8, 8, 1)), data=[IMAGES])
+    list(attached.begin())
+    (left,) = integer_coverage(attached.model, IMAGES).operators
+    assert (left.name, left.reason) == ("2", "it changes its weight after that was rounded")
+
+
 def test_a_network_that_is_not_quantized_is_in_float():
     covered = integer_coverage(around(nn.Conv2d(8, 8, 3)), IMAGES)
     assert covered.share == 0
@@ -238,7 +252,9 @@ def test_a_network_that_is_not_quantized_is_in_float():
 
 def test_operators_that_nobody_counts_are_noted():
     covered = planned(around(Multiplies(lambda x, _: torch.fft.irfft2(torch.fft.rfft2(x)), torch.zeros(1))))
+    assert covered.share == 1
     assert covered.notes == ("in float, and in no count of MACs: aten._fft_r2c in 2, aten._fft_c2r in 2",)
+    assert covered.warning == covered.notes[0], "nobody knows that it is next to nothing"
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,17 @@ class IntegerCoverage:
 
     @property
     def warning(self) -> str | None:
-        """One line where less than 95 % of the MACs are in integers."""
+        """One line where less than 95 % of the MACs are in integers, or nobody knows, since operators have no count."""
+        beside = f"in float, and in no count of MACs: {', '.join(self.uncounted)}" if self.uncounted else None
         if self.share >= ENOUGH:
-            return None
+            return beside
         shares = Counter[str]()
         for each in self.operators:
             shares[each.reason] += each.macs
         largest = [f"{reason} ({percent(macs / self.macs)})" for reason, macs in shares.most_common(_REASONS)]
         more = f", and {len(shares) - _REASONS} other reasons" if len(shares) > _REASONS else ""
-        return f"only {percent(self.share)} of the MACs are in integers. In float: {'; '.join(largest)}{more}."
+        said = f"only {percent(self.share)} of the MACs are in integers. In float: {'; '.join(largest)}{more}"
+        return f"{said}; {beside}" if beside else said
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -181,7 +183,9 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     quantizer = next((each for each in shown_by(module) if isinstance(each, FakeQuantize)), None)
     if quantizer is None:
         return "it was excluded"
-    return "its input is in float" if quantizer.ready else "rounding it would cost too much accuracy"
+    if not quantizer.ready:
+        return "rounding it would cost too much accuracy"
+    return "its input is in float" if _on_grid(product.operands[-1]) else "it changes its weight after that was rounded"
 
 
 def _function(node: fx.Node | None) -> str | None:

@@ -269,13 +269,14 @@ def _enough(
         blocks, found = fast_enough(stays, lambda blocks: ratio(order.without(graph, blocks)), keep)
     else:
         blocks, found = small_enough(stays, really, keep)
-    if ratio is None:
-        return blocks, found, []
-    return (
-        blocks,
-        found,
-        [f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[blocks]:.3f} of the MACs"],
-    )
+    told: list[str] = []
+    if ratio is not None:
+        told.append(
+            f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[blocks]:.3f} of the MACs"
+        )
+    if spent.uncounted and kind in ("macs", "latency"):
+        told.append(f"the MACs are without these, which have no count: {', '.join(spent.uncounted)}")
+    return blocks, found, told
 
 
 def _fraction(kind: str, spent: Costs, now: Costs) -> float:
