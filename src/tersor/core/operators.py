@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tersor.core.evaluating import evaluating
 from tersor.core.multiplications import FORMULAS, MULTIPLICANDS, multiplies_uncounted
 from tersor.core.parametrization import FakeQuantize
+from tersor.core.plain import has_plain_forward
 from tersor.core.selection import Layer
 
 
@@ -120,8 +121,8 @@ class _Recorder(TorchDispatchMode):
         return self.origins.get(tensor, Operand())
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...], *, name: str) -> None:
-        own = has_own_forward(module) and inputs and isinstance(inputs[0], Tensor)
-        self.running.append(_Running(name, self.origin(inputs[0]) if own else None))
+        plain = isinstance(module, Layer) and has_plain_forward(module) and inputs and isinstance(inputs[0], Tensor)
+        self.running.append(_Running(name, self.origin(inputs[0]) if plain else None))
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.running.pop()
@@ -184,11 +185,6 @@ def place_of(node: fx.Node | None) -> str:
     """The path of the module that a node of a captured graph was traced in; empty where none is known."""
     stack = node.meta.get("nn_module_stack") if node is not None else None
     return list(stack.values())[-1][0] if stack else ""
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether `module` is a convolution or fully connected layer with torch's own forward."""
-    return isinstance(module, Layer) and type(module).forward in {nn.Conv2d.forward, nn.Linear.forward}
 
 
 def _only_moves(func: Any) -> bool:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from tersor.core.operators import Operand, Product, has_own_forward, place_of, run_through
+from tersor.core.operators import Operand, Product, place_of, run_through
 from tersor.core.parametrization import FakeQuantize, shown_by
+from tersor.core.plain import has_plain_forward, is_hooked
 from tersor.core.selection import Layer
 
 ENOUGH = 0.95
@@ -137,7 +138,8 @@ def _listed(members: Sequence[FloatOperator]) -> str:
 
 def _in_integers(model: nn.Module, product: Product) -> bool:
     """Whether a runtime finds an operator of its own between grids: a layer, or a matrix product in the graph."""
-    known = has_own_forward(model.get_submodule(product.module)) or _function(product.node) in _MATRIX_PRODUCTS
+    module = model.get_submodule(product.module)
+    known = (isinstance(module, Layer) and has_plain_forward(module)) or _function(product.node) in _MATRIX_PRODUCTS
     return known and all(map(_on_grid, product.operands))
 
 
@@ -175,17 +177,15 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     if not isinstance(module, Layer):
         of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
         return f"{kind} is not supported" if of_torch else f"{kind} reads its weights itself"
-    if not has_own_forward(module):
+    if not has_plain_forward(module):
         return f"{kind} is a subclass with a forward of its own"
     around = model.get_submodule(product.parent)
     if not isinstance(around, fx.GraphModule):
         return f"it is called from within {type(around).__name__}, which is not traced"
     quantizer = next((each for each in shown_by(module) if isinstance(each, FakeQuantize)), None)
     if quantizer is None:
-        return "it was excluded"
-    if not quantizer.ready:
-        return "rounding it would cost too much accuracy"
-    return "its input is in float" if _on_grid(product.operands[-1]) else "it changes its weight after that was rounded"
+        return "forward hooks are registered on it" if is_hooked(module) else "it was excluded"
+    return "its input is in float" if quantizer.ready else "rounding it would cost too much accuracy"
 
 
 def _function(node: fx.Node | None) -> str | None:
