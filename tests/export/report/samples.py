@@ -29,14 +29,14 @@ def entry(
         "macs": macs,
         "bit_operations": macs * bits * bits,
         "sparsity": 0.0,
+        "integer_macs_share": None,
+        "float_operators": [],
+        "uncounted_operators": [],
         "masked": 0.0,
         "peak_memory_bytes": 20_000_000,
         "load_ms": 9.0,
         "latency_ms": {"1": spread, "32": spread},
         "latency_runs_ms": {"1": runs, "32": runs},
-        "integer_macs_share": None,
-        "float_operators": [],
-        "uncounted_operators": [],
     }
 
 
