@@ -88,7 +88,8 @@ def prune(
         runtime: where latency is measured.
 
     Raises:
-        InputError: no channel can be removed, or not as many; an image is not as the network wants it.
+        InputError: no channel can be removed, or not as many (the layers that stay are named); an image is not as the
+            network wants it.
     """
     options = {"keep_macs": keep_macs, "keep_latency": keep_latency, "importance": importance, "scope": scope}
     method = _made(ChannelPruning, **options, branches=branches, round_to=round_to)

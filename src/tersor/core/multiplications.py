@@ -72,11 +72,13 @@ MULTIPLICANDS = {
 """Operator -> which of its arguments are multiplied; the first two of every other one."""
 
 _MULTIPLYING = re.compile(
-    r"(^|_)(fft|linalg|cholesky|lu|cdist|pdist|grid_sampler|lstm|gru|rnn|attention|b?mm|mv|dot|matmul|linear|conv\w*)\d*(_|$)"
+    r"(^|_)(fft|linalg|cholesky|lu|cdist|pdist|grid_sampler|lstm|gru|rnn|attention|b?mm|mv|dot|matmul|linear|conv\w*)"
+    r"\d*(_|$)"
 )
 _NOT_MULTIPLYING = re.compile(
     r"norm|embedding|prelu|fused_(lstm|gru)_cell|^(linalg_(check|vector|cross|diagonal)\w*|upsample_\w*linear\w*)"
-    r"|^_?(cat|stack|copy_?|where|index\w*|gather|scatter\w*|masked\w*|put_?|take\w*|expand\w*|repeat\w*|roll|flip)$"
+    r"|^_?(cat|stack|copy_?|fill_?|where|index\w*|gather|\w*scatter\w*)$"
+    r"|^_?(masked\w*|put_?|take\w*|expand\w*|repeat\w*|roll|flip)$"
 )
 
 
