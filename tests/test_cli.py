@@ -90,6 +90,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
     assert numbers["artifact"]["bytes"] < numbers["original"]["bytes"] / 3
     assert numbers["artifact"]["bit_operations"] * 16 == numbers["original"]["bit_operations"]
     assert numbers["agreement_with_torch"] >= 99
+    assert (numbers["artifact"]["integer_macs_share"], numbers["artifact"]["float_operators"]) == (1.0, [])
     assert not list(tmp_path.glob("*.checkpoints"))
     assert not list(tmp_path.glob("*.partial*"))
     capfd.readouterr()
@@ -216,7 +217,14 @@ def test_explain_and_methods_train_nothing(tmp_path, weights, monkeypatch, capfd
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
     monkeypatch.chdir(tmp_path)
     assert tersor(monkeypatch, "run", "recipe.yaml", "--explain") == 0
-    assert "269,722 parameters" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "269,722 parameters" in told
+    assert "in float" not in told
+    excluding = ("--set", "stages.0.methods.0.ptq.exclude=[layer1]")
+    assert tersor(monkeypatch, "run", "recipe.yaml", "--explain", *excluding) == 0
+    told = " ".join(capfd.readouterr().out.split())
+    assert "in float, since it was excluded: layer1.0.conv1 (5.8 % of the MACs)" in told
+    assert "warning: only 65.1 % of the MACs are in integers" in told
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert tersor(monkeypatch, "methods", "ptq") == 0
     assert "activation_bits" in capfd.readouterr().out

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -108,6 +109,74 @@ def test_costs_as_published(name, size, macs, parameters):
     assert (measured.macs, measured.parameters) == (macs, parameters)
     assert measured.bit_operations == macs * 32 * 32
     assert sum(layer.macs for layer in measured.layers) == macs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "macs"),
+    [
+        ("resnet50", 224, 4_089_184_256),
+        ("vit_b_16", 224, 17_563_828_224),
+        ("densenet121", 224, 2_834_161_664),
+        ("efficientnet_b0", 224, 385_814_752),
+        ("googlenet", 224, 1_498_376_192),
+        ("convnext_tiny", 224, 4_455_531_264),
+        ("shufflenet_v2_x1_0", 224, 144_907_992),
+        ("regnet_y_400mf", 224, 401_842_848),
+        ("timm/cait_xxs24_224", 224, 2_523_475_200),
+        ("timm/xcit_nano_12_p16_224", 224, 550_952_448),
+        ("timm/levit_128s", 224, 304_660_832),
+        ("timm/mobilevit_s", 256, 2_000_831_488),
+        ("timm/halonet26t", 256, 3_172_810_752),
+        ("timm/volo_d1_224", 224, 6_918_741_504),
+        ("timm/hrnet_w18_small", 224, 1_601_508_352),
+    ],
+)
+def test_costs_are_what_torch_counts_where_it_can(name, size, macs):
+    """The figures of `torch.utils.flop_counter.FlopCounterMode`, with attention in parts."""
+    source, _, own = name.rpartition("/")
+    network = (
+        pytest.importorskip("timm").create_model(own) if source else getattr(torchvision.models, own)(weights=None)
+    )
+    measured = costs(network.eval(), torch.zeros(1, 3, size, size))
+    assert (measured.macs, measured.uncounted) == (macs, ())
+
+
+class Crnn(nn.Module):
+    """Convolutions whose columns an LSTM reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)
+        self.rnn, self.head = nn.LSTM(256, 64, batch_first=True, bidirectional=True), nn.Linear(128, 10)
+
+    def forward(self, images):
+        x = torch.relu(self.b(torch.relu(self.a(images)))).permute(0, 3, 1, 2).flatten(2)
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_an_lstm_is_a_layer_with_macs(captured):
+    model = Crnn()
+    measured = costs(fx.symbolic_trace(model) if captured else model, torch.randn(2, 3, 32, 32))
+    convolutions, head = {"a": 16 * 27 * 16 * 16, "b": 32 * 144 * 8 * 8}, {"head": 1280}
+    columns, gates, directions = 8, 4, 2
+    lstm = {"rnn": columns * directions * gates * 64 * (256 + 64)}
+    assert {layer.name: layer.macs for layer in measured.layers} == convolutions | lstm | head
+    (rnn,) = (layer for layer in measured.layers if layer.name == "rnn")
+    assert (rnn.kind, rnn.weight_shape) == ("LSTM", ())
+    assert rnn.parameters == directions * (gates * 64 * (256 + 64) + 2 * gates * 64)
+    assert measured.bit_operations == measured.macs * 32 * 32
+
+
+def test_what_multiplies_and_is_in_no_number_is_named():
+    class Spectrum(nn.Module):
+        def forward(self, images):
+            return torch.fft.rfft2(images).abs()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Spectrum())
+    assert costs(model, torch.randn(1, 3, 8, 8)).uncounted == ("aten._fft_r2c in 1",)
+    assert costs(model[0], torch.randn(1, 3, 8, 8)).uncounted == ()
 
 
 def test_attention_counts_although_the_cpu_fuses_it():

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 from tersor.core.errors import InputError
 
 if TYPE_CHECKING:
+    from tersor.graph.integers import integer_coverage
     from tersor.run import run
     from tersor.saved import load, save
     from tersor.verbs import compare, distill, export, prune, quantize
 
 __version__ = version("tersor")
-__all__ = ["InputError", "compare", "distill", "export", "load", "prune", "quantize", "run", "save"]
+__all__ = ["InputError", "compare", "distill", "export", "integer_coverage", "load", "prune", "quantize", "run", "save"]
 
 _VERBS = {
     "run": "tersor.run",
+    "integer_coverage": "tersor.graph.integers",
     **dict.fromkeys(("compare", "distill", "export", "prune", "quantize"), "tersor.verbs"),
     **dict.fromkeys(("load", "save"), "tersor.saved"),
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tersor.core.parametrization import FakeQuantize
 from tersor.core.watch import Watch
+from tersor.graph.integers import integer_coverage
 from tersor.measure import costs
 from tersor.methods import name_of
 from tersor.prepare import prepare
@@ -28,6 +30,8 @@ def explain(recipe: Recipe, *, watch: Watch) -> Iterator[str]:
             spent = costs(network, example)
             shapes = f"({size}) -> ({classes}), {len(spent.layers)} layers"
             yield f"{name}: {shapes}, {spent.parameters:,} parameters, {spent.macs:,} MACs"
+            if spent.uncounted:
+                yield f"{name}: in no count of MACs: {', '.join(spent.uncounted)}"
     wanted = recipe.teacher
     if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
         steps = wanted.epochs * steps_per_epoch(walk.training_batches(wanted.training), wanted.training)
@@ -46,4 +50,9 @@ def explain(recipe: Recipe, *, watch: Watch) -> Iterator[str]:
             + f"; then {spent.parameters:,} parameters, {spent.macs:,} MACs"
         )
         yield from (f"{stage.name}: {note}" for note in attachment.notes)
+        if any(isinstance(module, FakeQuantize) for module in walk.model.modules()):
+            covered = integer_coverage(walk.model, example, planned=True)
+            yield from (f"{stage.name}: {note}" for note in covered.notes)
+            if covered.warning:
+                yield f"warning: {covered.warning}"
     yield f"target: {recipe.target.runtime} on {recipe.target.cpu}, {recipe.target.input} input"

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
 
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.core.objective import Batch
-from tersor.core.parametrization import FakeQuantize, weight_mask, weight_quantizer
+from tersor.core.operators import run_through
+from tersor.core.parametrization import weight_mask, weight_quantizer
 from tersor.core.selection import prunable, weighted_layers
 
 FLOAT_BITS = 32
@@ -30,7 +28,7 @@ class LayerCosts:
         name: its path in the network; empty for products that the network computes outside any layer.
         kind: its class, `Conv2d`.
         weight_shape: empty where it has no single weight.
-        macs: multiplications that are added up: of convolutions, matrix products and attention.
+        macs: multiplications that are added up: of convolutions, matrix products, attention and recurrent layers.
         parameters: numbers that are learned.
         sparsity: zeros among the weights that are shown, as a fraction.
         masked: weights under a mask, as a fraction: zeros that no rounding made.
@@ -61,6 +59,8 @@ class Costs:
             layers where the network has no convolution.
         masked: those of the same weights that lie under a mask, as a fraction.
         layers: what has macs, or a weight that is prunable somewhere.
+        uncounted: operators that multiply and are in no number here, each with its place: `aten._fft_r2c in blocks.0`.
+            Elementwise operators, normalisation, pooling and resizing are not counted by convention.
     """
 
     parameters: int
@@ -69,6 +69,7 @@ class Costs:
     sparsity: float
     masked: float
     layers: tuple[LayerCosts, ...]
+    uncounted: tuple[str, ...] = ()
 
 
 def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
@@ -108,13 +109,17 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
         model: the network, plain or with masks and quantizers on it.
         example: images (N, C, H, W) as the network wants them; the first is run through the network.
     """
-    macs = _macs(model, example[:1])
-    activation_bits = _activation_bits(model)
+    ran = run_through(model, example[:1])
+    macs, activation_bits = Counter[str](), dict[str, int]()
+    for product in ran.products:
+        name = product.module
+        macs[name] += product.macs
+        activation_bits[name] = max(activation_bits.get(name, 0), product.operands[0].bits or FLOAT_BITS)
     weighted = weighted_layers(model)
     layers = tuple(
-        _layer_costs(name, module, macs[module], activation_bits.get(name, FLOAT_BITS))
+        _layer_costs(name, module, macs[name], activation_bits.get(name, FLOAT_BITS))
         for name, module in model.named_modules()
-        if macs[module] or name in weighted
+        if macs[name] or name in weighted
     )
     counted = [*prunable(model).values()] if weighted else []
     return Costs(
@@ -124,6 +129,7 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
         sparsity=_sparsity(layer.weight for layer in counted),
         masked=_sparsity(map(_mask, counted)),
         layers=layers,
+        uncounted=ran.uncounted,
     )
 
 
@@ -140,85 +146,6 @@ def _answers(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch
 def _device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _macs(model: nn.Module, example: Tensor) -> Counter[nn.Module]:
-    """Module -> macs of what it computes itself, not within a module that it calls.
-
-    FlopCounterMode's own table holds the sums of whole subtrees, along a hierarchy that a captured graph does not
-    call through, so the total is read whenever a module is entered or left.
-    """
-    own: Counter[nn.Module] = Counter()
-    running = [model]
-    counted = 0
-    counter = FlopCounterMode(display=False)
-
-    def charge() -> None:
-        nonlocal counted
-        total = counter.get_total_flops() // 2
-        own[running[-1]] += total - counted
-        counted = total
-
-    def enter(module: nn.Module, _inputs: object) -> None:
-        charge()
-        running.append(module)
-
-    def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
-        charge()
-        running.pop()
-
-    hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    hooks += [module.register_forward_hook(leave) for module in model.modules()]
-    try:
-        with evaluating(model), _attention_in_parts(), _frozen(model), counter:
-            model(example.to(_device(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return own
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Generator[None]:
-    """Nothing learns: where parameters could, the counter fails on what expands one without gradients, as CaiT does."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _attention_in_parts() -> Generator[None]:
-    """Attention computed as matrix products: the counter does not know the fused kernels of the CPU."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _activation_bits(model: nn.Module) -> dict[str, int]:
-    """Bits of the input by the layer's name, in a captured graph; the most where a layer is called several times."""
-    bits: dict[str, int] = {}
-    if isinstance(model, fx.GraphModule):
-        for node in model.graph.nodes:
-            if node.op == "call_module" and node.all_input_nodes:
-                name = str(node.target)
-                bits[name] = max(bits.get(name, 0), _bits_of(model, node.all_input_nodes[0]))
-    return bits
-
-
-def _bits_of(graph: fx.GraphModule, value: fx.Node) -> int:
-    """Bits of what a node gives."""
-    quantizer = graph.get_submodule(str(value.target)) if value.op == "call_module" else None
-    return quantizer.grid.bits if isinstance(quantizer, FakeQuantize) and quantizer.ready else FLOAT_BITS
 
 
 @torch.no_grad()

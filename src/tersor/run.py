@@ -19,6 +19,7 @@ from tersor.core.watch import Unwatched, Watch
 from tersor.data import Splits
 from tersor.export.artifact import MANIFEST, read_artifact, require_free, write_folder
 from tersor.export.evidence import gather
+from tersor.export.float_operators import float_operators
 from tersor.export.numbers import OF_STAGES, measure
 from tersor.export.onnx import export
 from tersor.export.report import draw
@@ -143,6 +144,10 @@ def _fill(
         )
     if numbers["agreement_with_torch"] < _AGREEMENT:
         watch.say(_told_of_disagreement(numbers["agreement_with_torch"], walk.model))
+    in_float, warning = float_operators(walk.model, example)
+    numbers["artifact"] |= in_float
+    if warning is not None:
+        watch.say(f"warning: {warning}")
     # the last stage left the artifact
     numbers["stages"][len(stages)] = {key: numbers["artifact"][key] for key in OF_STAGES}
     told = [{**stage, **numbers["stages"].get(number, {})} for number, stage in enumerate(stages, 1)]

@@ -1,4 +1,6 @@
 import copy
+import math
+import re
 
 import pytest
 import torch
@@ -204,6 +206,63 @@ def test_pruned_then_quantized(model):
     for _ in result.begin():
         pass
     assert result.model(IMAGES).isfinite().all()
+
+
+class Crnn(nn.Module):
+    """Convolutions whose columns a recurrent layer reads."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 1, 1)
+        self.rnn, self.head = kind(256, 32, batch_first=True), nn.Linear(32, 10)
+
+    def forward(self, images):
+        x = torch.relu(self.b(torch.relu(self.a(images)))).permute(0, 3, 1, 2).flatten(2)
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_fraction_is_of_all_macs_those_of_recurrent_layers_too(kind):
+    network = Crnn(kind).eval()
+    before = costs(network, IMAGES[:1])
+    inside = 8 * sum(weight.numel() for name, weight in network.rnn.named_parameters() if "weight" in name)
+    assert before.macs == 16 * 27 * 64 + 32 * 144 * 64 + inside + 320
+    after = costs(attached(network, keep_macs=0.8, round_to=2).model, IMAGES[:1])
+    assert 0.6 < after.macs / before.macs <= 0.8
+    assert after.layers[2] == before.layers[2]
+
+
+def test_a_fraction_that_is_not_reached_says_by_how_much_and_because_of_which_layers():
+    network = Crnn(nn.LSTM).eval()
+    spent = {layer.name: layer.macs for layer in costs(network, IMAGES[:1]).layers}
+    total = sum(spent.values())
+    left = (spent["rnn"] + spent["head"] + (spent["a"] + spent["b"]) / 4) / total
+    with pytest.raises(InputError) as caught:
+        attached(network, keep_macs=0.3, round_to=4)
+    told = str(caught.value)
+    assert f"keep_macs: 0.3 cannot be met: {left:.3f} stay when all goes that may, {left - 0.3:.3f} more" in told
+    assert f"What stays of all MACs: {spent['rnn'] / total:.3f} in rnn (no part of LSTM is removed), " in told
+    assert f"{spent['b'] / 4 / total:.3f} in b (its output channels stay, since they go into rnn (LSTM)" in told
+    assert f"{spent['a'] / 4 / total:.3f} in a (as narrow as `floor` and `round_to` allow)" in told
+    assert told.endswith(f"Write {math.ceil(1000 * left) / 1000:.3f} or more, or a lower `floor` or `round_to`.")
+
+
+def test_operators_without_a_count_are_said_to_be_left_out(model):
+    class Spectrum(nn.Module):
+        def forward(self, images):
+            return images + torch.fft.fft2(images).real
+
+    network = nn.Sequential(Spectrum(), model)
+    assert "the MACs are without these, which have no count: aten._fft_c2c in 0" in attached(network).notes
+
+
+def test_layers_that_are_excluded_or_alike_are_told_together(model):
+    with pytest.raises(InputError) as caught:
+        attached(model, keep_parameters=0.01, exclude=("layer2",), round_to=1, floor=0)
+    told = str(caught.value)
+    assert "What stays of all parameters: " in told
+    assert re.search(r"0\.\d+ in layer2\.\d\.conv\d, .*, \.\.\. \(\d+ in all\) \(it is excluded\)", told)
+    assert told.endswith(" or more.")
 
 
 def test_mistakes_are_told(model):

@@ -17,6 +17,7 @@ from tersor.core.freezing import Norm
 from tersor.core.objective import images_of
 from tersor.core.ranges import Histogram, Range, WeightRange
 from tersor.core.target import Target
+from tersor.graph.integers import IMAGE_SHAPE
 from tersor.graph.quantizers import Quantizers
 
 
@@ -47,6 +48,7 @@ def calibrate(
         for batch in first_images(data, images, next(quantizers.graph.parameters()).device):
             _observe(quantizers, {name: partial(look, histogram) for name, histogram in histograms.items()}, batch)
             done += len(batch)
+            quantizers.graph.meta[IMAGE_SHAPE] = tuple(batch.shape[1:])
             yield Progress("calibration", done, passes * images)
         if done == before:
             again = " when it read it again; a DataLoader or a list can be read twice" if number else ""

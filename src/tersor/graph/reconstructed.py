@@ -14,6 +14,7 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.graph.calibration import Ranges, first_images, set_ranges
 from tersor.graph.capture import capture
+from tersor.graph.integers import integer_coverage
 from tersor.graph.precision import Precision
 from tersor.graph.quantizers import lay, notes
 from tersor.graph.reconstruction import Reconstruction, reconstruct
@@ -70,3 +71,4 @@ class Reconstructed(Attachment):
         device = next(self.model.parameters()).device
         images = torch.cat([*first_images(self.data, self.ranges.images, device)])
         yield from reconstruct(self.quantizers, self._original.eval(), images, self.how)
+        self.notes += integer_coverage(self.model, images).notes

@@ -28,14 +28,15 @@ DepGraph's code also weighs the scores of a group by BatchNorm and reports the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
-from tersor.core.attachment import Attachment, Progress, Tell, untold
+from tersor.core.attachment import Attachment, Tell, untold
 from tersor.core.errors import InputError
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.objective import images_of
@@ -46,8 +47,8 @@ from tersor.graph.budget import fast_enough, small_enough
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, copied, remove
 from tersor.graph.importance import FOR_THE_COST, FunctionPath, Importance, importances
-from tersor.graph.statistics import fit, in_unit_of, moments_of_batches, with_statistics
-from tersor.graph.takeover import fitted, take_over
+from tersor.graph.removal_attachment import RemovalAttachment
+from tersor.graph.shortfall import shortfall
 from tersor.graph.widths import Order, Scope, left, ordered, prices, refuse_what_lies_on, removable
 from tersor.measure import Costs, costs
 
@@ -141,7 +142,9 @@ class ChannelPruning:
             order = self._order(kind, left_over, now, groups, whole, scores)
             timed = stopwatch if kind == "latency" else None
             ratio = timed.against(before, example, target or Target()) if timed else None
-            blocks, told = _enough(kind, spent, now, left_over, order, example, keep, ratio)
+            blocks, found, told = _enough(kind, spent, now, left_over, order, example, keep, ratio)
+            if found > keep:
+                raise self._unreached(kind, keep, found, spent, left_over, order, example, whole)
             total = sum(len(group.slices) for group in order.groups)
             told.insert(0, f"{total - sum(map(len, order.gone(blocks)))} of {total} removable channels stay")
             notes = [
@@ -153,7 +156,7 @@ class ChannelPruning:
         for each in ([branch.cut for branch in gone], cuts):
             if each:
                 remove(graph, each)
-        return ChannelPruningAttachment(graph, before, cuts, data, self.estimation_images, tuple(notes))
+        return RemovalAttachment(graph, before, cuts, data, self.estimation_images, tuple(notes))
 
     def _target(self) -> tuple[str, float]:
         kinds = {
@@ -213,6 +216,30 @@ class ChannelPruning:
             each = prices("macs" if kind == "latency" else kind, graph, chosen, _macs(spent))
         return ordered(chosen, found, scope=self.scope, round_to=self.round_to, floor=self.floor, prices=each)
 
+    def _unreached(
+        self,
+        kind: str,
+        keep: float,
+        found: float,
+        spent: Costs,
+        graph: fx.GraphModule,
+        order: Order,
+        example: Tensor,
+        whole: Mapping[str, str],
+    ) -> InputError:
+        """What to tell where `found` stays of what was `spent` once all channels of `graph` are gone that may go."""
+        layers = costs(order.without(graph, len(order.blocks)), example).layers
+        of = {each.name: each.parameters if kind == "parameters" else each.macs for each in layers}
+        what, total = ("parameters", spent.parameters) if kind == "parameters" else ("MACs", spent.macs)
+        shares = {name: cost / total for name, cost in of.items()}
+        held = shortfall(graph, shares, order.cuts(len(order.blocks)), whole, self.exclude)
+        finer = ", or a lower `floor` or `round_to`" if self.floor or self.round_to > 1 else ""
+        return InputError(
+            f"keep_{kind}: {keep:g} cannot be met: {found:.3f} stay when all goes that may, {found - keep:.3f} more "
+            f"than asked. What stays of all {what}: {held}. Write {math.ceil(1000 * found) / 1000:.3f} or "
+            f"more{finer}."
+        )
+
 
 def _enough(
     kind: str,
@@ -223,8 +250,8 @@ def _enough(
     example: Tensor,
     keep: float,
     ratio: Callable[[nn.Module], float] | None,
-) -> tuple[int, list[str]]:
-    """The blocks without which at most `keep` of what was `spent` stays, and what to say of it.
+) -> tuple[int, float, list[str]]:
+    """The blocks without which at most `keep` of what was `spent` stays, if any will do; what stays, what to say of it.
 
     Args:
         now: what `graph` costs, which has lost its branches.
@@ -242,16 +269,14 @@ def _enough(
         blocks, found = fast_enough(stays, lambda blocks: ratio(order.without(graph, blocks)), keep)
     else:
         blocks, found = small_enough(stays, really, keep)
-    if found > keep:
-        raise InputError(
-            f"keep_{kind}: {keep:g} cannot be met: {found:.3f} stay when all goes that may. Write more than that, or a "
-            "lower `floor` or `round_to`."
+    told: list[str] = []
+    if ratio is not None:
+        told.append(
+            f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[blocks]:.3f} of the MACs"
         )
-    if ratio is None:
-        return blocks, []
-    return blocks, [
-        f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[blocks]:.3f} of the MACs"
-    ]
+    if spent.uncounted and kind in ("macs", "latency"):
+        told.append(f"the MACs are without these, which have no count: {', '.join(spent.uncounted)}")
+    return blocks, found, told
 
 
 def _fraction(kind: str, spent: Costs, now: Costs) -> float:
@@ -261,40 +286,3 @@ def _fraction(kind: str, spent: Costs, now: Costs) -> float:
 
 def _macs(spent: Costs) -> dict[str, int]:
     return {layer.name: layer.macs for layer in spent.layers}
-
-
-class ChannelPruningAttachment(Attachment):
-    """A network that has lost channels; `begin` lets those that stay make up for them."""
-
-    holds_shapes = True
-
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        before: fx.GraphModule,
-        cuts: Sequence[Cut],
-        data: Iterable[Any],
-        images: int,
-        notes: Sequence[str],
-    ) -> None:
-        super().__init__(graph, notes=notes)
-        self.graph = graph
-        self.before: fx.GraphModule | None = before
-        self.cuts = cuts
-        self.data = data
-        self.images = images
-
-    def begin(self) -> Iterator[Progress]:
-        """Passes over the images: what the channels gave; then what reached every BatchNorm, with them and without."""
-        before, graph = self.before, self.graph
-        assert before is not None, "begun once"
-        graph.eval()
-        gone = {cut.layer: cut.channels for cut in self.cuts if cut.axis == "out"}
-        seen = yield from moments_of_batches(before, self.data, self.images)
-        norms = with_statistics(before)
-        wanted = {name: in_unit_of(seen[name], norm).without(gone.get(name, ())) for name, norm in norms.items()}
-        take_over(graph, (yield from fitted(before, self.cuts, self.data, self.images)))
-        self.before = None
-        found = yield from moments_of_batches(graph, self.data, self.images)
-        for name, norm in with_statistics(graph).items():
-            fit(norm, found[name], wanted[name], spreads=True)

@@ -37,6 +37,7 @@ from tersor.core.method import PLAIN_VALUES
 from tersor.core.parametrization import FakeQuantize, shown_to
 from tersor.core.target import Target
 from tersor.graph.calibration import calibrate
+from tersor.graph.integers import calibrated_coverage
 from tersor.graph.precision import (
     ActivationBitsThatLie,
     BitsThatLie,
@@ -145,6 +146,7 @@ class LSQAttachment(Attachment):
             weight = shown_to(self.quantizers.graph.get_submodule(name), quantizer)
             quantizer.set_grid(first_step(weight, quantizer.grid, per_channel=bool(quantizer.scale.ndim)))
             self.quantizers.keep_from_saturating(name, self.target)
+        self.notes += calibrated_coverage(self.model).notes
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Steps stay above zero, zero points follow their offsets."""

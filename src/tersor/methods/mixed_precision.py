@@ -40,6 +40,7 @@ from tersor.core.selection import weighted_layers
 from tersor.core.target import Target
 from tersor.graph.calibration import Ranges, first_images, set_ranges
 from tersor.graph.capture import capture
+from tersor.graph.integers import calibrated_coverage
 from tersor.graph.precision import CalibrationImages, Exclude, Percentile, PerChannel, Precision
 from tersor.graph.quantizers import Quantizers, ends, lay, notes
 from tersor.graph.sensitivity import sensitivity
@@ -193,7 +194,7 @@ class MixedPrecisionAttachment(Attachment):
             self.quantizers.of_weight(name).grid = Grid.signed(each)
         ranges = Ranges(method.weight_range, method.activation_range, method.percentile, method.calibration_images)
         yield from set_ranges(self.quantizers, images, ranges, target=self.target, method="mixed_precision")
-        self.notes = (self._said(), *notes(self.quantizers, self.target))
+        self.notes = (self._said(), *notes(self.quantizers, self.target), *calibrated_coverage(self.model).notes)
 
     def _errors(self, images: list[Tensor]) -> Generator[Progress, None, dict[str, dict[int, float]]]:
         """Layer -> bits -> error of the logits; of a layer without a choice nothing is measured."""

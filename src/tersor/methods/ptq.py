@@ -40,6 +40,7 @@ from tersor.graph.bias_correction import batch_of, correct, moments
 from tersor.graph.calibration import calibrate, first_images
 from tersor.graph.capture import capture
 from tersor.graph.equalization import equalize
+from tersor.graph.integers import calibrated_coverage
 from tersor.graph.precision import (
     ActivationBits,
     CalibrationImages,
@@ -192,6 +193,7 @@ class PTQAttachment(Attachment):
                 settle=settle,
             )
             self.notes += _said(self._kept)
+        self.notes += calibrated_coverage(graph).notes
 
     def _correction(self) -> Callable[[], None]:
         """Corrects biases for what rounds whenever it is called; nothing rounds yet."""

@@ -35,6 +35,7 @@ from tersor.core.method import PLAIN_VALUES
 from tersor.core.parametrization import FakeQuantize, FollowingFakeQuantize, MovingFakeQuantize, shown_to
 from tersor.core.target import Target
 from tersor.graph.calibration import calibrate
+from tersor.graph.integers import calibrated_coverage
 from tersor.graph.precision import (
     ActivationBitsThatLie,
     BitsThatLie,
@@ -141,6 +142,7 @@ class QATAttachment(Attachment):
         for edge, histogram in zip(self._edges(), histograms.values(), strict=True):
             edge.set_range(histogram.low, histogram.high)
         self._follow_weights(self.quantizers)
+        self.notes += calibrated_coverage(self.model).notes
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """The scales of the weights follow them."""

@@ -101,6 +101,30 @@ def test_untrusted_names_are_text(folder):
     Page(text)
 
 
+def test_what_stays_in_float_is_a_table_and_a_warning(folder):
+    assert "<h3>In float</h3>" not in drawn(folder)
+    numbers = numbers_of()
+    operator = {"name": "rnn", "kind": "LSTM", "reason": f"recurrent {SCRIPT}", "macs": 1_310_720, "share": 0.763}
+    numbers["artifact"] |= {
+        "integer_macs_share": 0.237,
+        "float_operators": [operator, {**operator, "name": "", "kind": "matmul", "share": 0.0001}],
+        "uncounted_operators": ["aten._fft_r2c in 2", SCRIPT],
+    }
+    (folder / "numbers.json").write_text(json.dumps(numbers))
+    text = drawn(folder)
+    assert "<h3>In float</h3>" in text
+    assert "Warning: only 23.7 % of the MACs are in integers." in text
+    cells = re.findall(r'<th scope="row">rnn</th>(.*?)</tr>', text)
+    reason = "recurrent &lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;"
+    assert cells == [f"<td>LSTM</td><td>1.31</td><td>76.3 %</td><td>{reason}</td>"]
+    assert "&lt;0.1 %" in text
+    assert "In no count of multiplications: aten._fft_r2c in 2" in text
+    assert "<script" not in text
+    numbers["artifact"]["integer_macs_share"] = 0.97
+    (folder / "numbers.json").write_text(json.dumps(numbers))
+    assert "<p>97.0 % of the MACs are in integers." in drawn(folder)
+
+
 def test_without_evidence_the_page_says_so(folder):
     (folder / "evidence.json").unlink()
     text = drawn(folder)

@@ -10,6 +10,7 @@ from typing import Any
 from tersor.export.report.charts import bar, columns, histogram
 from tersor.export.report.markup import Markup, number, table, tag
 from tersor.export.report.measured import Numbers, against, baselines, title
+from tersor.graph.integers import ENOUGH, percent
 from tersor.measure import FLOAT_BITS
 
 Evidence = Mapping[str, Any]
@@ -100,9 +101,28 @@ def layers(numbers: Numbers, evidence: Evidence) -> Markup:
             f" that its weights use. Bits of weights and activations; 32 is float.{other}",
         ),
         table(head, rows, caption="Layers"),
+        _in_float(numbers["artifact"]),
         _errors(evidence),
         _bits(numbers, evidence),
     )
+
+
+def _in_float(artifact: Mapping[str, Any]) -> Markup:
+    """Convolutions and matrix products that are not computed in integers, and what is in no count."""
+    parts: list[Markup] = []
+    share, operators = artifact["integer_macs_share"], artifact["float_operators"]
+    if operators:
+        warning = "Warning: only " if share < ENOUGH else ""
+        text = f"{warning}{percent(share)} of the MACs are in integers. The others, and why:"
+        rows = [
+            (each["name"] or "–", each["kind"], f"{each['macs'] / 1e6:.2f}", percent(each["share"]), each["reason"])
+            for each in operators
+        ]
+        head = ["operator", "kind", "million mult.", "share", "in float, since"]
+        parts += [tag("h3", "In float"), tag("p", text), table(head, rows, caption="In float")]
+    if artifact["uncounted_operators"]:
+        parts.append(tag("p", f"In no count of multiplications: {', '.join(artifact['uncounted_operators'])}."))
+    return tag("div", *parts) if parts else Markup("")
 
 
 def _errors(evidence: Evidence) -> Markup:
