@@ -79,6 +79,11 @@ def predictions(session: Session, arrays: Iterable[Array]) -> Array:
     Raises:
         InputError: the images do not fit the network, or it does not answer with logits (B, classes).
     """
+    if session.logits is None:
+        raise InputError(
+            f"the file has the outputs {', '.join(session.outputs)}, and it cannot be told which one is the logits. "
+            "Return them under the key 'logits', or the logits alone, and export again."
+        )
     answers: list[Array] = [np.empty(0, np.int64)]
     for array in arrays:
         logits = session.run(array)

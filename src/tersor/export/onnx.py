@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tersor.core.errors import InputError
 from tersor.core.parametrization import strip
 from tersor.export.deployed import deployed
+from tersor.export.outputs import output_names
 from tersor.export.packing import pack
 
 OPSET = 21
@@ -93,9 +94,10 @@ def export(
     if pixels is not None:
         network = Pixels(network, *pixels).eval()
         inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
-    proto = _convert(network, inputs.expand(2, *inputs.shape[1:]).contiguous())
+    program = _convert(network, inputs.expand(2, *inputs.shape[1:]).contiguous())
+    proto = program.model_proto
     pack(proto.graph)
-    _tidy(proto)
+    _tidy(proto, output_names(program))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
     onnx.checker.check_model(proto, full_check=True)
@@ -109,7 +111,7 @@ def _averages_as_means(network: nn.Module) -> None:
             network.set_submodule(name, Average())
 
 
-def _convert(network: nn.Module, inputs: Tensor) -> onnx.ModelProto:
+def _convert(network: nn.Module, inputs: Tensor) -> torch.onnx.ONNXProgram:
     batch = torch.export.Dim("batch", min=1)
     try:
         # The exporter breaks attention up into matrix products. Captured by a fused kernel, whose answer lies in memory
@@ -121,7 +123,6 @@ def _convert(network: nn.Module, inputs: Tensor) -> onnx.ModelProto:
                 (inputs,),
                 dynamo=True,
                 input_names=["images"],
-                output_names=["logits"],
                 dynamic_shapes=({0: batch},),
                 opset_version=OPSET,
                 external_data=False,
@@ -130,7 +131,7 @@ def _convert(network: nn.Module, inputs: Tensor) -> onnx.ModelProto:
     except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
         raise InputError(f"the network cannot be converted to ONNX: {_reason(error)}") from error
     assert program is not None
-    return program.model_proto
+    return program
 
 
 def _reason(error: BaseException) -> str:
@@ -141,7 +142,7 @@ def _reason(error: BaseException) -> str:
     return lines[0] if lines else repr(error)
 
 
-def _tidy(proto: onnx.ModelProto) -> None:
+def _tidy(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
     """Leaves only what a runtime reads, under short names: no stack traces, no paths, no shapes it can infer.
 
     Convolutions and matrix products keep the path of their module as the node's name: profiles then name layers.
@@ -154,13 +155,14 @@ def _tidy(proto: onnx.ModelProto) -> None:
     del graph.value_info[:]
     del graph.metadata_props[:]
     graph.name, graph.doc_string = "tersor", ""
-    short = {name: name for name in [value.name for value in [*graph.input, *graph.output]]}
+    short = {value.name: value.name for value in graph.input}
+    short |= {value.name: name for value, name in zip(graph.output, outputs, strict=True)}
 
     def rename(name: str) -> str:
         return short.setdefault(name, f"v{len(short)}") if name else name
 
     for value in [*graph.input, *graph.output]:
-        value.doc_string = ""
+        value.name, value.doc_string = short[value.name], ""
         del value.metadata_props[:]
     for initializer in graph.initializer:
         initializer.name, initializer.doc_string = rename(initializer.name), ""
