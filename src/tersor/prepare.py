@@ -44,15 +44,11 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
     splits = data or load(
         seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
     )
-    network, metadata = (
-        (model, {})
-        if model is not None
-        else (early if early is not None else _build(recipe.model, splits, recipe.seed))
-    )
+    _say_what_has_no_image(splits, watch)
+    network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)
     for path in masked_by_torch(network):
         watch.say(f"{path}: its mask of torch.nn.utils.prune is folded; training moves the weights that are zero now")
-    network = plain_copy(network, recipe.model.name if model is None else "model")
-    refuse_without_weights(network, recipe.model.name)
+    network = plain_copy(network, "model" if model else recipe.model.name)
     teacher, of_teacher = _teacher(recipe, network, splits)
     walk = Walk(
         recipe,
@@ -62,7 +58,18 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
         model_is_trained=model is not None or recipe.model.weights is not None,
         teacher_is_trained=not isinstance(recipe.teacher, Teacher) or recipe.teacher.weights is not None,
     )
-    _check_answers(walk, network, recipe.model.name)
+    for whose, of_file in ((recipe.model.name, metadata), ("the teacher", of_teacher)):
+        if "taken" in of_file:
+            watch.say(f"weights of {whose}: {of_file['taken']}")
+    _check_networks(walk, watch)
+    _rehearse(walk, watch)
+    return walk
+
+
+def _check_networks(walk: Walk, watch: Watch) -> None:
+    recipe, teacher = walk.recipe, walk.teacher
+    refuse_without_weights(walk.model, recipe.model.name)
+    _check_answers(walk, walk.model, recipe.model.name)
     if teacher is not None and recipe.teacher != "original":
         _check_answers(walk, teacher, "the teacher")
     if recipe.teacher == "original" and not walk.model_is_trained:
@@ -72,8 +79,6 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
         few = _few(walk, TEACHER_IMAGES)
         for doubt in doubts("the teacher", teacher, walk.batches(few, EVALUATION_BATCH)):
             watch.say(f"warning: {doubt}")
-    _rehearse(walk, watch)
-    return walk
 
 
 def _rehearse(walk: Walk, watch: Watch) -> None:
@@ -185,7 +190,7 @@ def _refuse_labels_from_one(data: Splits, whose: str) -> None:
         return
     last = int(labels.max())
     raise InputError(
-        f"the labels go from 1 to {last}; class 0 has no image, and the data counts as {last + 1} classes, {whose} as "
-        f"{last}. Classes are numbered from 0 to {last - 1}: subtract 1 from every label. If class 0 is meant to have "
-        f"no image, write num_classes: {last + 1}, and weights of such a network."
+        f"the labels go from 1 to {last}; class 0 has no image. The data counts as {last + 1} classes, and {whose} has "
+        f"{last}. Number the classes from 0 to {last - 1}: subtract 1 from every label. If class 0 is meant to have no "
+        f"image, write num_classes: {last + 1}, and weights of such a network."
     )

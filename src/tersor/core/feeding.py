@@ -37,6 +37,10 @@ def fed(name: str, images: Tensor) -> Generator[None]:
         told, advice = f" of {kind}: {reason}", "Give images as the network wants them."
         if found := _CHANNELS.search(reason):
             told, advice = "", f"It takes images (N, {found[1]}, H, W), and these are (N, {found[2]}, H, W)."
+            if images.shape[1] == 3:
+                advice += (
+                    " Those of a recipe are RGB; the verbs (tersor.quantize, ...) take a loader with any channels."
+                )
             if images.shape[3] == int(found[1]):
                 advice = "These have their channels last: give images.permute(0, 3, 1, 2)."
         raise InputError(f"{name} does not run on images {tuple(images.shape[1:])}{told}. {advice}") from error

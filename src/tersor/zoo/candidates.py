@@ -7,7 +7,7 @@ and Lightning put `module.`, `_orig_mod.` or `model.` before every key; weight_n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,9 @@ from tersor.zoo.folding import folded
 from tersor.zoo.mismatch import is_counter, mismatch
 
 Tensors = dict[str, Tensor]
+Place = tuple[str, str]
+"""The keys that lead to a dict of tensors, as Python writes them; and the prefix of the keys there."""
+
 _WRAPPERS = {"module", "_orig_mod"}
 _DEEPEST = 3
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -54,35 +57,45 @@ def chosen(path: str, found: Mapping[str, Tensors], model: nn.Module) -> tuple[T
         lambda tensors: folded(_without_wrappers(tensors), transposed),
     )
     for variant in variants:
-        fits: dict[str, Tensors] = {}
+        fits: dict[Place, Tensors] = {}
+        rest = dict[Place, int]()
         for place, tensors in found.items():
-            for prefix, placed in _placed(variant(tensors), expected):
+            plain = variant(tensors)
+            for prefix, placed in _placed(plain, expected):
                 shared = sum(key in placed and placed[key].shape == value.shape for key, value in expected.items())
                 closest = max(closest, (shared, placed), key=lambda each: each[0])
                 if mismatch(path, placed, expected) is None:
-                    fits[_shown(place, prefix)] = placed
+                    fits[place, prefix] = placed
+                    rest[place, prefix] = len(plain) - len(placed)
         different = _different(fits)
         if len(different) > 1:
-            raise InputError(
-                f"'{path}' holds several sets of weights of this network: {', '.join(different)}. Save the one that is "
-                "meant alone, such as torch.save({name: tensor} of it, 'weights.pt')."
-            )
+            raise _several(path, list(different))
         if different:
-            (place, tensors), alone = next(iter(different.items())), len(found) == 1
-            return tensors, "" if alone and len(tensors) == len(next(iter(found.values()))) else place
+            place, tensors = next(iter(different.items()))
+            return tensors, _shown(*place) if len(found) > 1 or rest[place] else ""
     error = mismatch(path, closest[1] or next(iter(found.values())), expected)
     assert error is not None
     raise error
 
 
+def _several(path: str, places: Sequence[Place]) -> InputError:
+    place, prefix = places[-1]
+    one = f"checkpoint{place}"
+    if prefix:
+        one = f"{{key: value for key, value in {one}.items() if key.startswith({prefix!r})}}"
+    return InputError(
+        f"'{path}' holds several sets of weights of this network: {', '.join(_shown(*each) for each in places)}. Save "
+        f"the one that is meant alone: checkpoint = torch.load('{path}'); torch.save({one}, 'weights.pt')."
+    )
+
+
 def _shown(place: str, prefix: str) -> str:
-    where = f"checkpoint{place}" if place else "the file itself"
-    return f"{where} under '{prefix}'" if prefix else where
+    return f"checkpoint{place}" + (f" under {prefix!r}" if prefix else "")
 
 
-def _different(fits: Mapping[str, Tensors]) -> dict[str, Tensors]:
+def _different(fits: Mapping[Place, Tensors]) -> dict[Place, Tensors]:
     """Those that are not equal to one before."""
-    kept: dict[str, Tensors] = {}
+    kept: dict[Place, Tensors] = {}
     for place, tensors in fits.items():
         if not any(_equal(tensors, other) for other in kept.values()):
             kept[place] = tensors

@@ -40,7 +40,10 @@ def folded(tensors: dict[str, Tensor], transposed: Iterable[str]) -> dict[str, T
     result = dict(tensors)
     for name, found in parts.items():
         rows = int(any(f".{name}".endswith(f".{key}") for key in transposed))
-        weight = _weight({part: value for part, (_, value) in found.items()}, rows)
+        try:
+            weight = _weight({part: value for part, (_, value) in found.items()}, rows)
+        except (RuntimeError, IndexError):  # their shapes do not fit: it only bears such names
+            continue
         if weight is not None:
             for key, _ in found.values():
                 del result[key]
@@ -55,7 +58,7 @@ def _weight(parts: dict[str, Tensor], rows: int) -> Tensor | None:
         assert direction is not None
         direction = direction.float()
         dims = [place for place in range(direction.ndim) if not size.ndim or size.shape[place] == 1]
-        return size * direction / direction.norm(dim=dims, keepdim=bool(size.ndim))
+        return size * direction / direction.square().sum(dims, keepdim=bool(size.ndim)).sqrt()
     if names == {"original", "mask"}:
         return parts["original"] * parts["mask"]
     if names in ({"original", "0._u", "v"}, {"original", "0._u", "0._v"}):
