@@ -1,13 +1,14 @@
-"""A user's own loader: what it gives is looked at before it is trained on."""
+"""A user's own loader: its batches are checked before they are trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 
+from tersor.core.batch_errors import wrong_labels
 from tersor.core.errors import InputError
 from tersor.core.objective import Batch, images_of
 
@@ -18,6 +19,48 @@ def given_labels(batch: Any) -> Tensor | None:
         return batch.labels
     second = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
     return second if isinstance(second, Tensor) else None
+
+
+def batches_of(given: Any, images: int | None = None) -> tuple[Iterable[Any], Tensor]:
+    """Batches that can be iterated more than once, and the images of the first: those of a generator are kept.
+
+    Args:
+        given: what a user passed as loader; one tensor (N, C, H, W) is one batch.
+        images: how many of a generator's are kept; None for all.
+
+    Raises:
+        InputError: it holds no batches, or not a single one.
+    """
+    if isinstance(given, Tensor):
+        given = [given]
+    if isinstance(given, tuple | list) and _is_a_batch(cast("list[Any]", given)):
+        raise InputError("a batch was given as the loader. Pass a list of batches: [(images, labels)].")
+    if isinstance(given, str | dict) or not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
+        raise InputError(
+            f"the loader is a {type(given).__name__}. Pass a DataLoader, or a list of batches (N, C, H, W)."
+        )
+    batches = iter(given)
+    first = next((batch for batch in batches if not isinstance(batch, Tensor) or len(batch)), None)
+    if first is None:
+        raise InputError("the loader holds no batch: without a single batch there are no images. Pass one that does.")
+    seen = images_of(first)
+    return (_kept(chain([first], batches), images) if batches is given else given), seen
+
+
+def _is_a_batch(given: list[Any]) -> bool:
+    """Whether this is images and their labels, where batches were asked for."""
+    return len(given) == 2 and all(isinstance(each, Tensor) for each in given) and given[0].ndim == 4 > given[1].ndim
+
+
+def _kept(batches: Iterable[Any], images: int | None) -> list[Any]:
+    kept: list[Any] = []
+    count = 0
+    for batch in batches:
+        kept.append(batch)
+        count += len(images_of(batch))
+        if images is not None and count >= images:
+            break
+    return kept
 
 
 class Loader:
@@ -31,6 +74,7 @@ class Loader:
     def __init__(self, loader: Iterable[Any], classes: int | None) -> None:
         self.loader = loader
         self.classes = classes
+        self._least: int | None = None
 
     def __len__(self) -> int:
         assert isinstance(self.loader, Sized)
@@ -38,8 +82,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
-            images, labels = images_of(batch), given_labels(batch)
-            yield Batch(images, None if self.classes is None else _checked(labels, len(images), self.classes))
+            images = images_of(batch)
+            if not images.is_floating_point():
+                raise InputError(f"a batch of the data is of {images.dtype}. Pass normalised images in floating point.")
+            yield Batch(images, None if self.classes is None else self._checked(given_labels(batch), len(images)))
 
     def set_epoch(self, epoch: int) -> None:
         """A sampler that heeds the epoch (of a distributed run) is told; any other draws its own order."""
@@ -47,15 +93,14 @@ class Loader:
         if callable(tell):
             tell(epoch)
 
-
-def _checked(labels: Tensor | None, images: int, classes: int) -> Tensor:
-    """Labels (N,) as int64."""
-    if labels is None:
-        raise InputError("a batch has no labels. Give batches (images, labels), or write label_weight=0.")
-    whole = not labels.is_floating_point() and labels.dtype != torch.bool and labels.shape == (images,)
-    if not whole or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise InputError(
-            f"the labels of a batch are of {labels.dtype}, of shape {tuple(labels.shape)}, from {labels.min()} to "
-            f"{labels.max()}. Possible: class numbers ({images},) from 0 to {classes - 1}."
-        )
-    return labels.long()
+    def _checked(self, labels: Tensor | None, images: int) -> Tensor:
+        """Labels (N,) as int64."""
+        if labels is None:
+            raise InputError("a batch has no labels. Give batches (images, labels), or write label_weight=0.")
+        error = wrong_labels(labels, images, self.classes, self._least)
+        if error is not None:
+            raise error
+        if images:
+            low = int(labels.min())
+            self._least = low if self._least is None else min(self._least, low)
+        return labels.long()

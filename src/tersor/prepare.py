@@ -10,7 +10,11 @@ from torch import nn
 
 from tersor import zoo
 from tersor.core.errors import InputError
-from tersor.core.feeding import fed
+from tersor.core.evaluating import evaluating
+from tersor.core.feeding import check_forward, described
+from tersor.core.plain_network import masked_by_torch, plain_copy, refuse_without_weights
+from tersor.core.teacher_check import IMAGES as TEACHER_IMAGES
+from tersor.core.teacher_check import doubts
 from tersor.core.watch import Watch
 from tersor.data import Splits, load
 from tersor.data.cutting import generator
@@ -19,7 +23,7 @@ from tersor.export.runtime import load_runtime
 from tersor.measured import ByMacs
 from tersor.recipe import Network, Recipe, Teacher
 from tersor.train import learning_rates, steps_per_epoch
-from tersor.walk import Walk
+from tersor.walk import EVALUATION_BATCH, Walk
 
 _FEW = 64
 """Images that a rehearsal looks at."""
@@ -40,11 +44,11 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
     splits = data or load(
         seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
     )
-    network, metadata = (
-        (copy.deepcopy(model), {})
-        if model is not None
-        else (early if early is not None else _build(recipe.model, splits, recipe.seed))
-    )
+    _say_what_has_no_image(splits, watch)
+    network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)
+    for path in masked_by_torch(network):
+        watch.say(f"{path}: its mask of torch.nn.utils.prune is folded; training moves the weights that are zero now")
+    network = plain_copy(network, "model" if model else recipe.model.name)
     teacher, of_teacher = _teacher(recipe, network, splits)
     walk = Walk(
         recipe,
@@ -54,21 +58,33 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
         model_is_trained=model is not None or recipe.model.weights is not None,
         teacher_is_trained=not isinstance(recipe.teacher, Teacher) or recipe.teacher.weights is not None,
     )
-    _check_answers(walk, network, recipe.model.name)
-    if teacher is not None:
-        _check_answers(walk, teacher, "the teacher")
-    if recipe.teacher == "original" and not walk.model_is_trained:
-        raise InputError("teacher: original is the model as it came in, and that has no weights. Write model.weights.")
-    _check_teacher(recipe)
+    for whose, of_file in ((recipe.model.name, metadata), ("the teacher", of_teacher)):
+        if "taken" in of_file:
+            watch.say(f"weights of {whose}: {of_file['taken']}")
+    _check_networks(walk, watch)
     _rehearse(walk, watch)
     return walk
 
 
+def _check_networks(walk: Walk, watch: Watch) -> None:
+    recipe, teacher = walk.recipe, walk.teacher
+    refuse_without_weights(walk.model, recipe.model.name)
+    _check_answers(walk, walk.model, recipe.model.name)
+    if teacher is not None and recipe.teacher != "original":
+        _check_answers(walk, teacher, "the teacher")
+    if recipe.teacher == "original" and not walk.model_is_trained:
+        raise InputError("teacher: original is the model as it came in, and that has no weights. Write model.weights.")
+    _check_teacher(recipe)
+    if teacher is not None and walk.teacher_is_trained:
+        few = _few(walk, TEACHER_IMAGES)
+        for doubt in doubts("the teacher", teacher, walk.batches(few, EVALUATION_BATCH)):
+            watch.say(f"warning: {doubt}")
+
+
 def _rehearse(walk: Walk, watch: Watch) -> None:
     """Attaches every stage to a copy, by few images: a pattern that matches nothing is told before an hour of it."""
-    train, draw = walk.data.train, generator(walk.recipe.seed)
-    few = View(train, torch.randperm(len(train), generator=draw)[:_FEW])
-    rehearsal = replace(walk, model=copy.deepcopy(walk.model), data=replace(walk.data, train=few), stopwatch=ByMacs())
+    data = replace(walk.data, train=_few(walk, _FEW))
+    rehearsal = replace(walk, model=copy.deepcopy(walk.model), data=data, stopwatch=ByMacs())
     wanted = walk.recipe.teacher
     if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
         batches = walk.training_batches(wanted.training)
@@ -85,6 +101,12 @@ def _rehearse(walk: Walk, watch: Watch) -> None:
         rehearsal.model = rehearsal.attach(stage, steps, watch).model
 
 
+def _few(walk: Walk, images: int) -> View:
+    """Some of the training images, the same ones for a seed."""
+    train, draw = walk.data.train, generator(walk.recipe.seed)
+    return View(train, torch.randperm(len(train), generator=draw)[:images])
+
+
 def _check_teacher(recipe: Recipe) -> None:
     teacher = recipe.teacher
     if isinstance(teacher, Teacher) and teacher.weights is None and not teacher.epochs:
@@ -95,6 +117,14 @@ def _check_teacher(recipe: Recipe) -> None:
         )
 
 
+def _say_what_has_no_image(splits: Splits, watch: Watch) -> None:
+    present = set(splits.train.labels.unique().tolist())
+    missing = [str(number) for number in range(len(splits.classes)) if number not in present]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        watch.say(f"warning: {len(missing)} of {len(splits.classes)} classes have no training image: {shown}")
+
+
 Built = tuple[nn.Module, dict[str, str]]
 
 
@@ -103,8 +133,15 @@ def _build(network: Network, splits: Splits | None, seed: int) -> Built:
     classes = network.num_classes or (len(splits.classes) if splits else None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = zoo.build(network.name, classes)
-    return built, zoo.load_weights(built, network.weights) if network.weights else {}
+        built = plain_copy(zoo.build(network.name, classes), network.name)
+    if not network.weights:
+        return built, {}
+    try:
+        return built, zoo.load_weights(built, network.weights)
+    except zoo.OtherClasses as error:
+        if splits and error.in_file == len(splits.classes) - 1:
+            _refuse_labels_from_one(splits, f"'{network.weights}'")
+        raise
 
 
 def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Module | None, dict[str, str]]:
@@ -112,7 +149,8 @@ def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Modul
         return None, {}
     if isinstance(recipe.teacher, str):
         return copy.deepcopy(model).eval(), {}
-    return _build(recipe.teacher, splits, recipe.seed)
+    built, metadata = _build(recipe.teacher, splits, recipe.seed)
+    return plain_copy(built, "the teacher"), metadata
 
 
 def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Splits:
@@ -131,12 +169,28 @@ def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Sp
 def _check_answers(walk: Walk, network: nn.Module, name: str) -> None:
     """One dry forward: the network takes these images and tells these classes apart."""
     images = next(iter(walk.batches(walk.data.test, 2))).images
-    with fed(name, images), torch.inference_mode():
-        logits = copy.deepcopy(network).eval()(images)
+    with evaluating(network):
+        logits = check_forward(name, network, images)
     classes = len(walk.data.classes)
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] != classes:
-        given = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise InputError(
-            f"{name} answers two images with {given}, and the data has {classes} classes: logits (2, {classes}) "
-            f"are needed. Write num_classes: {classes}, and weights of such a network."
-        )
+    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[1] == classes:
+        return
+    if isinstance(logits, torch.Tensor) and logits.shape == (2, classes - 1):
+        _refuse_labels_from_one(walk.data, name)
+    needed = f"logits (2, {classes}) are needed. "
+    if not isinstance(logits, torch.Tensor):
+        needed += "Write a function package.module:function that wraps the network and returns its logits alone."
+    else:
+        needed += f"Write num_classes: {classes}, and weights of such a network."
+    raise InputError(f"{name} returns for two images {described(logits)}, and the data has {classes} classes: {needed}")
+
+
+def _refuse_labels_from_one(data: Splits, whose: str) -> None:
+    labels = torch.cat([data.train.labels, data.test.labels])
+    if int(labels.min()) != 1:
+        return
+    last = int(labels.max())
+    raise InputError(
+        f"the labels go from 1 to {last}; class 0 has no image. The data counts as {last + 1} classes, and {whose} has "
+        f"{last}. Number the classes from 0 to {last - 1}: subtract 1 from every label. If class 0 is meant to have no "
+        f"image, write num_classes: {last + 1}, and weights of such a network."
+    )

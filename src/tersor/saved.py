@@ -9,7 +9,6 @@ A run's folder holds the same two, so that `load` reads it as well.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from tersor.core.errors import InputError
+from tersor.core.plain_network import plain_copy
 from tersor.export.artifact import read_folder, write_folder
 from tersor.graph.structure import rebuild, structure
 from tersor.zoo import load_weights
@@ -47,9 +47,8 @@ def save(model: nn.Module, folder: Path | str) -> Path:
     Raises:
         InputError: the folder exists or cannot be made, or on the network lies what no method of tersor laid.
     """
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"what to save is a {type(model).__name__}. Pass a torch.nn.Module.")
-    return write_folder(folder, lambda partial: write_files(model, partial))
+    plain = plain_copy(model, "what to save")
+    return write_folder(folder, lambda partial: write_files(plain, partial))
 
 
 def write_files(model: nn.Module, folder: Path) -> None:
@@ -69,8 +68,7 @@ def load(fresh: nn.Module, folder: Path | str) -> nn.Module:
     Raises:
         InputError: the folder is none, is damaged, or holds what was made of another network.
     """
-    if not isinstance(fresh, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"the fresh network is a {type(fresh).__name__}. Pass a torch.nn.Module.")
+    plain = plain_copy(fresh, "the fresh network")
     folder = Path(folder)
     files = read_folder(folder)
     missing = [name for name in (WEIGHTS, PLAN) if name not in files]
@@ -78,7 +76,7 @@ def load(fresh: nn.Module, folder: Path | str) -> nn.Module:
         raise InputError(
             f"{folder} holds no {' and no '.join(missing)}. Give a folder that tersor.save or a run wrote."
         )
-    model = _rebuilt(copy.deepcopy(fresh), json.loads(files[PLAN].read_text()), folder)
+    model = _rebuilt(plain, json.loads(files[PLAN].read_text()), folder)
     load_weights(model, files[WEIGHTS])
     return model.eval()
 

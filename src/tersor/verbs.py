@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict
@@ -11,15 +10,17 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.evaluating import evaluating
-from tersor.core.feeding import fed
+from tersor.core.feeding import check_forward
 from tersor.core.objective import images_of
+from tersor.core.plain_network import plain_copy
 from tersor.core.target import Runtime, Target
+from tersor.core.teacher_check import IMAGES as TEACHER_IMAGES
+from tersor.core.teacher_check import doubts
 from tersor.core.training import OptimizerOptions, Training
 from tersor.core.watch import Unwatched, Watch
 from tersor.export.artifact import read_artifact
@@ -30,11 +31,20 @@ from tersor.export.static_batch import batch_for, reason
 from tersor.export.stopwatch import RuntimeStopwatch
 from tersor.graph.fused import fused
 from tersor.graph.integers import calibrated_coverage
-from tersor.loader import Loader, given_labels
+from tersor.loader import Loader, batches_of, given_labels
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
 from tersor.train import fit, steps_per_epoch
+from tersor.verb_arguments import (
+    all_labels,
+    check_labels,
+    classes_of_both,
+    labelled,
+    student_of,
+    teacher_of,
+    to_compress,
+)
 
 _T = TypeVar("_T")
 
@@ -54,7 +64,9 @@ def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime:
     Raises:
         InputError: the network cannot be captured, or does not run on the batches, or they hold no images.
     """
-    attached = _made(PTQ, bits=bits).attach(_copy(model), data=loader, target=_made(Target, runtime=runtime))
+    method, target = _made(PTQ, bits=bits), _made(Target, runtime=runtime)
+    network, data = to_compress(model, loader, method.calibration_images)
+    attached = method.attach(network, data=data, target=target)
     list(attached.begin())
     warning = calibrated_coverage(attached.model).warning
     if warning is not None:
@@ -93,8 +105,11 @@ def prune(
     """
     options = {"keep_macs": keep_macs, "keep_latency": keep_latency, "importance": importance, "scope": scope}
     method = _made(ChannelPruning, **options, branches=branches, round_to=round_to)
-    target, data = _made(Target, runtime=runtime), [example] if isinstance(example, Tensor) else example
-    attached = method.attach(_copy(model), data=data, target=target, stopwatch=RuntimeStopwatch())
+    target = _made(Target, runtime=runtime)
+    network, data = to_compress(model, example, max(method.estimation_images, method.importance_images))
+    if method.importance == "taylor":
+        check_labels(network, data, method.importance_images)
+    attached = method.attach(network, data=data, target=target, stopwatch=RuntimeStopwatch())
     list(attached.begin())
     return attached.model
 
@@ -129,19 +144,19 @@ def distill(
     """
     if not isinstance(loader, Sized):
         raise InputError("distill needs a loader with a length, such as a DataLoader over a data set.")
+    student, teacher = student_of(student), teacher_of(teacher)
     if student is teacher:
         raise InputError("student and teacher are one network. Pass a copy of it as the teacher.")
-    for network in (student, teacher):
-        _refuse_what_is_no_network(network)
     if not isinstance(epochs, int) or epochs < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"epochs is {epochs}. Write a whole number, 1 or more.")
-    if not len(loader):
-        raise InputError("distill was given a loader without a single batch.")
     method = _made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
-    few = images_of(next(iter(loader)))[:8].to(next(teacher.parameters()).device)
-    classes = _classes_of_both(student, teacher, few[:2])
-    batches = Loader(loader, classes if label_weight else None)
     training = Training(optimizer=_made(OptimizerOptions, learning_rate=learning_rate))
+    loader, first = batches_of(loader)
+    few = first[:8].to(next(teacher.parameters()).device)
+    classes = classes_of_both(student, teacher, first)
+    batches = Loader(loader, classes if label_weight else None)
+    for doubt in doubts("the teacher", teacher, labelled(loader, classes, TEACHER_IMAGES)):
+        warnings.warn(doubt, CompressionWarning, stacklevel=2)
     attached = method.attach(student, teacher=teacher)
     steps = epochs * steps_per_epoch(batches, training)
     learning = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
@@ -181,14 +196,14 @@ def export(
     path = Path(path)
     if path.suffix != ".onnx" or not path.parent.is_dir():
         raise InputError(f"cannot write {path}. Possible: a file *.onnx in a folder that is there.")
-    images_of(example)
-    inputs = example[:1].numpy() if pixels is None else np.zeros(example[:1].shape, np.uint8)
-    target = _made(Target, runtime=runtime, batch=batch)
-    fixed = batch_for(model, target)
+    network, images = plain_copy(model), images_of(example).cpu().float()
+    check_forward("the network", network, images)
+    inputs = images[:1].numpy() if pixels is None else np.zeros(images[:1].shape, np.uint8)
+    fixed = batch_for(network, _made(Target, runtime=runtime, batch=batch))
     if fixed != batch:
-        warnings.warn(reason(), stacklevel=2)
+        warnings.warn(reason(), CompressionWarning, stacklevel=2)
     with TemporaryDirectory(dir=path.parent) as folder:  # what the runtime refuses is not left, nor written over a file
-        written = write_onnx(model, example, Path(folder) / path.name, classes=classes, pixels=pixels, batch=fixed)
+        written = write_onnx(network, images, Path(folder) / path.name, classes=classes, pixels=pixels, batch=fixed)
         open_session(written, runtime).run(np.ascontiguousarray(inputs))
         written.replace(path)
     return path
@@ -214,18 +229,21 @@ def compare(
     Raises:
         InputError: a file or a batch cannot be used.
     """
-    batches = [(images_of(batch), given_labels(batch)) for batch in loader]
-    if not batches:
-        raise InputError("compare was given a loader without a single batch.")
+    loader, _ = batches_of(loader)
+    batches = [(images_of(batch).detach().cpu(), given_labels(batch)) for batch in loader]
+    if not isinstance(original, str | Path):
+        original = plain_copy(original, "original")
+        check_forward("original", original, batches[0][0].float())
     with TemporaryDirectory() as folder:
         path = original if isinstance(original, str | Path) else Path(folder) / "original.onnx"
         if isinstance(original, nn.Module):
             write_onnx(original, batches[0][0], path)
         files = {"original": Path(path), "artifact": read_artifact(artifact).model}
         sessions = {name: open_session(file, runtime) for name, file in files.items()}
+        logits = sessions["original"].run(next(_arrays(batches))).shape[-1]
+        labels = all_labels(batches, max(2, logits))
         answers = {name: predictions(session, _arrays(batches)) for name, session in sessions.items()}
         timings = latency(sessions, next(_arrays(batches))[:1], seconds=seconds)
-        labels = _all_labels(batches)
         return {
             name: {
                 "accuracy": None if labels is None else 100 * float((answers[name] == labels).mean()),
@@ -242,11 +260,6 @@ def _arrays(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Array]:
     return (np.ascontiguousarray(images.numpy()) for images, _ in batches)
 
 
-def _all_labels(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Array | None:
-    found = [labels for _, labels in batches if labels is not None]
-    return torch.cat(found).numpy() if len(found) == len(batches) else None
-
-
 def _made(kind: Callable[..., _T], **parameters: Any) -> _T:
     """A method or record of these parameters; what is wrong with them is told as to any user."""
     try:
@@ -254,29 +267,3 @@ def _made(kind: Callable[..., _T], **parameters: Any) -> _T:
     except ValidationError as error:
         wrong = error.errors()[0]
         raise InputError(f"{wrong['loc'][0]}: {wrong['msg']}, given {wrong['input']!r}.") from None
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """In eval mode; the network that was given stays as it is."""
-    _refuse_what_is_no_network(model)
-    return copy.deepcopy(model).eval()
-
-
-def _refuse_what_is_no_network(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"the network is a {type(model).__name__}. Pass a torch.nn.Module.")
-
-
-def _classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> int:
-    """How many classes both tell apart, seen in one dry forward of two images."""
-    answers: list[Any] = []
-    for name, network in (("student", student), ("teacher", teacher)):
-        with fed(f"the {name}", images), torch.inference_mode():
-            answers.append(_copy(network)(images.to(next(network.parameters()).device)))
-    shapes = [tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}" for answer in answers]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
-        raise InputError(
-            f"to {len(images)} images the student answers with {shapes[0]}, the teacher with {shapes[1]}. Both need to "
-            f"answer with logits ({len(images)}, classes) of the same classes."
-        )
-    return answers[0].shape[1]

@@ -124,7 +124,7 @@ def write_files(folder: Path) -> dict[str, Path]:
     torch.save(small(), folder / "network.pt")
     torch.save({"state_dict": state, "args": argparse.Namespace(lr=1)}, folder / "args.pt")
     torch.save({"a": Evil()}, folder / "evil.pt")
-    torch.save({"epoch": 3, "net": state}, folder / "net.pt")
+    torch.save({"epoch": 3, "best": 0.5}, folder / "epoch.pt")
     torch.save({0: torch.ones(1)}, folder / "number.pt")
     torch.save([torch.ones(1)], folder / "list.pt")
     torch.save({}, folder / "nothing.pt")
@@ -156,7 +156,7 @@ def files(tmp_path_factory):
         ("args.pt", "a Python object (argparse.Namespace)"),
         ("evil.pt", "run code out of the file, so it is refused"),
         ("evil.pkl", "torch.save(model.state_dict(), 'weights.pt')"),
-        ("net.pt", "a dict with 'epoch': int, 'net': OrderedDict"),
+        ("epoch.pt", "a dict with 'epoch': int, 'best': float"),
         ("number.pt", "a dict with 0: Tensor"),
         ("list.pt", "a value of type list"),
         ("nothing.pt", "holds no tensors"),

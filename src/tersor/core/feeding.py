@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import inspect
+import re
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tersor.core.errors import InputError
+
+_CHANNELS = re.compile(r"expected input\[[\d, ]*\] to have (\d+) channels, but got (\d+) channels")
 
 
 @contextmanager
@@ -17,15 +23,89 @@ def fed(name: str, images: Tensor) -> Generator[None]:
     Raises:
         InputError: it does not: of other channels, another size, another precision; or they hold NaN or infinity.
     """
+    if images.is_meta:
+        raise InputError(f"images for {name} are on the meta device and have no values. Give images on the CPU.")
     if not images.isfinite().all():
         raise InputError(f"images for {name} hold NaN or infinity. Give finite ones.")
     try:
         yield
     except InputError:
         raise
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError, AttributeError) as error:
         kind = str(images.dtype).removeprefix("torch.")
+        reason = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
+        told, advice = f" of {kind}: {reason}", "Give images as the network wants them."
+        if found := _CHANNELS.search(reason):
+            told, advice = "", f"It takes images (N, {found[1]}, H, W), and these are (N, {found[2]}, H, W)."
+            if images.shape[1] == 3:
+                advice += (
+                    " Those of a recipe are RGB; the verbs (tersor.quantize, ...) take a loader with any channels."
+                )
+            if images.shape[3] == int(found[1]):
+                advice = "These have their channels last: give images.permute(0, 3, 1, 2)."
+        raise InputError(f"{name} does not run on images {tuple(images.shape[1:])}{told}. {advice}") from error
+
+
+@torch.no_grad()
+def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
+    """Runs the network, in eval, on two images and on one.
+
+    Args:
+        name: how an error calls the network.
+        network: in eval mode; its device is where the images go.
+        images: (N, C, H, W), of which the first two are used, or the first one twice.
+
+    Returns:
+        What it returns for the two.
+
+    Raises:
+        InputError: it does not run on them, needs another input, or a batch of one loses its first dimension.
+    """
+    required = _required_inputs(network)
+    if len(required) > 1:
         raise InputError(
-            f"{name} does not run on images {tuple(images.shape[1:])} of {kind}: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Give images as the network wants them."
-        ) from error
+            f"the forward of {name} needs {len(required)} inputs: {', '.join(required)}. Possible: one, the images. "
+            "Give the others a default, or wrap the network in a module that provides them."
+        )
+    if not images.is_floating_point():
+        raise InputError(f"images for {name} are of {images.dtype}. Pass normalised images in floating point.")
+    device = next((each.device for each in network.parameters()), images.device)
+    two = images[:2] if len(images) > 1 else images[:1].repeat(2, 1, 1, 1)
+    with fed(name, two):
+        two = two.to(device)
+        outputs = network(two)
+        of_one = network(two[:1])
+    for several, one in zip(tensors_in(outputs), tensors_in(of_one), strict=False):
+        if one.ndim < several.ndim and several.shape[:1] == (2,):
+            raise InputError(
+                f"{name} returns shape {tuple(several.shape)} for two images and {tuple(one.shape)} for one: its "
+                "forward squeezes the dimension of the batch. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
+            )
+    return outputs
+
+
+def _required_inputs(model: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in kinds]
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """The tensors that a network returned: a tensor, or what a tuple, list or dict holds."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        outputs = list(cast("Mapping[Any, Any]", outputs).values())
+    return [found for each in outputs for found in tensors_in(each)] if isinstance(outputs, list | tuple) else []
+
+
+def described(outputs: Any) -> str:
+    """What a network returned, in words: a shape, or the entries of a container."""
+    if isinstance(outputs, Tensor):
+        return f"shape {tuple(outputs.shape)}"
+    if isinstance(outputs, Mapping):
+        entries = cast("Mapping[Any, Any]", outputs).items()
+        return f"a {type(outputs).__name__} with {', '.join(f'{key} ({described(each)})' for key, each in entries)}"
+    if isinstance(outputs, list | tuple):
+        return f"a {type(outputs).__name__} of {', '.join(described(each) for each in outputs)}"
+    return f"a {type(outputs).__name__}"

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tersor.core.batch_errors import no_images
 from tersor.core.errors import InputError
 from tersor.core.layers import Layers
 
@@ -39,6 +40,8 @@ class Batch:
 def images_of(batch: Any) -> Tensor:
     """The images of a batch that a user's loader gave: a tensor, a `Batch`, or a tuple that begins with one.
 
+    Those in another floating point than float32 are converted to it, as every network is.
+
     Raises:
         InputError: there is no tensor (N, C, H, W) in it.
     """
@@ -46,11 +49,8 @@ def images_of(batch: Any) -> Tensor:
     if isinstance(first, list | tuple) and first:
         first = first[0]
     if not isinstance(first, Tensor) or first.ndim != 4:
-        what = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(batch).__name__
-        raise InputError(
-            f"a batch of the data is {what}. Possible: a tensor (N, C, H, W), a tuple or list that begins with one."
-        )
-    return first
+        raise no_images(batch)
+    return first.float() if first.is_floating_point() else first
 
 
 def labels_of(batch: Any) -> Tensor | None:

@@ -7,7 +7,7 @@ Parameter object is the same as before. An activation is shown through a module 
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -267,15 +267,17 @@ def weight_quantizer(module: nn.Module) -> FakeQuantize | None:
     return next((each for each in quantizers if each.ready), None)
 
 
-def strip(model: nn.Module) -> nn.Module:
+def strip(model: nn.Module, modules: Container[int] | None = None) -> nn.Module:
     """A plain copy of `model` whose weights are what the parametrizations showed; `model` stays as it is.
+
+    With `modules`, the `id` of some, only their weights are.
 
     A parametrized module under `deepcopy` shares its class with the original, so that removing the copy's
     parametrizations breaks the original. Hence the plain modules are built first and put in their place.
     """
     plain: dict[int, Any] = {}
     for module in reversed(list(model.modules())):  # children first
-        if parametrize.is_parametrized(module):
+        if parametrize.is_parametrized(module) and (modules is None or id(module) in modules):
             plain[id(module)] = _plain(module, plain)
     return copy.deepcopy(model, plain)
 

@@ -190,10 +190,11 @@ def _check_found(splits: Splits, image_size: int | None) -> None:
 
 def _check_labels(which: str, labels: Tensor, classes: int) -> None:
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise InputError(
-            f"{which} labels from {int(labels.min())} to {int(labels.max())} for {classes} classes. Number the classes "
-            f"from 0 to {classes - 1}."
-        )
+        low, high = int(labels.min()), int(labels.max())
+        advice = f"Number the classes from 0 to {classes - 1}"
+        if (low, high) == (1, classes):
+            advice += ": class 0 has no image, so subtract 1 from every label"
+        raise InputError(f"{which} labels from {low} to {high} for {classes} classes. {advice}.")
 
 
 def _channels(values: Sequence[float]) -> Channels:

@@ -141,8 +141,17 @@ def _labels(name: str, dataset: Any) -> Tensor:
     for attribute in ("targets", "labels"):
         listed = getattr(dataset, attribute, None)
         if listed is not None and len(listed) == len(dataset) and getattr(dataset, "target_transform", None) is None:
-            return torch.as_tensor(np.asarray(listed)).to(torch.int64)
+            return _class_numbers(f"{name}: {attribute}", np.asarray(listed))
     return torch.tensor([_item(name, dataset, number)[1] for number in range(len(dataset))])
+
+
+def _class_numbers(what: str, listed: NDArray[Any]) -> Tensor:
+    """The labels (N,) that a data set lists, as int64."""
+    if listed.ndim != 1 or listed.dtype.kind not in "iu":
+        told = f"{what} are of {listed.dtype}, of shape {listed.shape}"
+        advice = "Write argmax(1) of one-hot labels" if listed.ndim > 1 and listed.shape[-1] > 1 else "Convert them"
+        raise InputError(f"{told}. Give class numbers ({len(listed)},), whole numbers from 0 on. {advice}.")
+    return torch.from_numpy(listed.astype(np.int64))
 
 
 def _item(name: str, dataset: Any, number: int) -> tuple[object, int]:

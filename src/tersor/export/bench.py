@@ -74,11 +74,18 @@ class Timings:
 
 
 def predictions(session: Session, arrays: Iterable[Array]) -> Array:
-    """The class with the largest logit, (N,) int64, of all images of `arrays`, each (B, C, H, W).
+    """The class with the largest logit, (N,) int64, of all images of `arrays`, each (B, C, H, W); of a network with one
+    logit, class 1 where that is above 0.
 
     Raises:
-        InputError: the images do not fit the network, or it does not answer with logits (B, classes).
+        InputError: the images do not fit the network, or it does not answer with logits (B, classes), or which of its
+            outputs is the logits cannot be told, or whether one output is a logit or a probability.
     """
+    if session.logits is None:
+        raise InputError(
+            f"the file has the outputs {', '.join(session.outputs)}, and it cannot be told which one is the logits. "
+            "Return them under the key 'logits', or the logits alone, and export again."
+        )
     answers: list[Array] = [np.empty(0, np.int64)]
     for array in arrays:
         logits = session.run(array)
@@ -87,8 +94,18 @@ def predictions(session: Session, arrays: Iterable[Array]) -> Array:
                 f"a classifier answers {len(array)} images with logits ({len(array)}, classes); this network "
                 f"answered with shape {logits.shape}."
             )
-        answers.append(logits.argmax(axis=1))
+        answers.append(_of_one_logit(logits[:, 0]) if logits.shape[1] == 1 else logits.argmax(axis=1))
     return np.concatenate(answers)
+
+
+def _of_one_logit(logits: Array) -> Array:
+    """Class 1 where the only logit (N,) is above 0."""
+    if ((logits >= 0) & (logits <= 1)).all():
+        raise InputError(
+            "the network has one output for each image, all between 0 and 1: logits, or probabilities behind a "
+            "sigmoid? Export it with two logits, one for each class, or without the sigmoid."
+        )
+    return (logits > 0).astype(np.int64)
 
 
 def latency(

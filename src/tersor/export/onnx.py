@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tersor.core.errors import InputError
 from tersor.core.parametrization import strip
 from tersor.export.deployed import deployed
+from tersor.export.outputs import output_names
 from tersor.export.packing import pack
 
 OPSET = 21
@@ -96,9 +97,10 @@ def export(
         network = Pixels(network, *pixels).eval()
         inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
     images = inputs.expand(batch or 2, *inputs.shape[1:]).contiguous()
-    proto = _convert(network, images, dynamic=batch is None)
+    program = _convert(network, images, dynamic=batch is None)
+    proto = program.model_proto
     pack(proto.graph)
-    _tidy(proto)
+    _tidy(proto, output_names(program))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
     onnx.checker.check_model(proto, full_check=True)
@@ -112,7 +114,7 @@ def _averages_as_means(network: nn.Module) -> None:
             network.set_submodule(name, Average())
 
 
-def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> onnx.ModelProto:
+def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> torch.onnx.ONNXProgram:
     batch = {0: torch.export.Dim("batch", min=1)} if dynamic else None
     try:
         # The exporter breaks attention up into matrix products. Captured by a fused kernel, whose answer lies in memory
@@ -124,7 +126,6 @@ def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> onnx.Model
                 (inputs,),
                 dynamo=True,
                 input_names=["images"],
-                output_names=["logits"],
                 dynamic_shapes=(batch,),
                 opset_version=OPSET,
                 external_data=False,
@@ -133,7 +134,7 @@ def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> onnx.Model
     except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
         raise InputError(f"the network cannot be converted to ONNX: {_reason(error)}") from error
     assert program is not None
-    return program.model_proto
+    return program
 
 
 def _reason(error: BaseException) -> str:
@@ -144,7 +145,7 @@ def _reason(error: BaseException) -> str:
     return lines[0] if lines else repr(error)
 
 
-def _tidy(proto: onnx.ModelProto) -> None:
+def _tidy(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
     """Leaves only what a runtime reads, under short names: no stack traces, no paths, no shapes it can infer.
 
     Convolutions and matrix products keep the path of their module as the node's name: profiles then name layers.
@@ -157,13 +158,14 @@ def _tidy(proto: onnx.ModelProto) -> None:
     del graph.value_info[:]
     del graph.metadata_props[:]
     graph.name, graph.doc_string = "tersor", ""
-    short = {name: name for name in [value.name for value in [*graph.input, *graph.output]]}
+    short = {value.name: value.name for value in graph.input}
+    short |= {value.name: name for value, name in zip(graph.output, outputs, strict=True)}
 
     def rename(name: str) -> str:
         return short.setdefault(name, f"v{len(short)}") if name else name
 
     for value in [*graph.input, *graph.output]:
-        value.doc_string = ""
+        value.name, value.doc_string = short[value.name], ""
         del value.metadata_props[:]
     for initializer in graph.initializer:
         initializer.name, initializer.doc_string = rename(initializer.name), ""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tersor.core.errors import InputError, unknown
 from tersor.core.target import Runtime, cpu_kind
+from tersor.export.outputs import LOGITS, logits_place
 from tersor.export.pieces import in_pieces
 
 Array: TypeAlias = NDArray[Any]
@@ -47,7 +48,9 @@ class Session:
         threads: how many work on one batch.
         input_dtype: what `run` takes.
         input_shape: (N, C, H, W); None where any size goes.
-        infer: the runtime's own call, without a check.
+        infer: the runtime's own call, without a check: the logits, or the first output where `logits` is None.
+        outputs: names of all outputs of the file.
+        logits: the place of the logits among them, or None if it cannot be told.
         batch: images that the file takes at once, or None for any number. Of another number of images it makes
             several runs, the last one padded.
     """
@@ -58,6 +61,8 @@ class Session:
     input_dtype: np.dtype[Any]
     input_shape: tuple[int | None, ...]
     infer: Callable[[Array], Array]
+    outputs: tuple[str, ...] = (LOGITS,)
+    logits: int | None = 0
     batch: int | None = None
 
     def run(self, array: Array) -> Array:
@@ -152,9 +157,12 @@ def _open_onnxruntime(ort: Any, path: Path, precision: str | None, threads: int)
     if given.type not in _ONNX_TYPES:
         raise InputError(f"{path} takes {given.type}; images are {', '.join(_ONNX_TYPES)}.")
     shape = tuple(size if isinstance(size, int) else None for size in given.shape)
-    outputs = [model.get_outputs()[0].name]
-    infer: Callable[[Array], Array] = lambda array: model.run(outputs, {given.name: array})[0]  # noqa: E731
-    return Session("onnxruntime", "float32", threads, np.dtype(_ONNX_TYPES[given.type]), shape, infer)
+    names = tuple(each.name for each in model.get_outputs())
+    place = logits_place(names, [len(each.shape) if each.shape else None for each in model.get_outputs()])
+    wanted = [names[place or 0]]
+    infer: Callable[[Array], Array] = lambda array: model.run(wanted, {given.name: array})[0]  # noqa: E731
+    dtype = np.dtype(_ONNX_TYPES[given.type])
+    return Session("onnxruntime", "float32", threads, dtype, shape, infer, names, place)
 
 
 def onnxruntime_options(ort: Any, threads: int) -> Any:
@@ -209,9 +217,15 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
     shape = tuple(size.get_length() if size.is_static else None for size in given.get_partial_shape())
     executed: str = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     request = model.create_infer_request()
-    infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[0]  # noqa: E731
+    names = tuple(
+        LOGITS if LOGITS in each.get_names() else min(each.get_names(), default="") for each in network.outputs
+    )
+    ranks = [each.get_partial_shape().rank for each in network.outputs]
+    place = logits_place(names, [rank.get_length() if rank.is_static else None for rank in ranks])
+    chosen = place or 0
+    infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[chosen]  # noqa: E731
     dtype = np.dtype(given.get_element_type().to_dtype())
-    return Session("openvino", _OPENVINO_PRECISIONS.get(executed, executed), threads, dtype, shape, infer)
+    return Session("openvino", _OPENVINO_PRECISIONS.get(executed, executed), threads, dtype, shape, infer, names, place)
 
 
 def _require_one_input(path: Path, inputs: int, outputs: int) -> None:

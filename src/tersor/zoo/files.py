@@ -1,4 +1,4 @@
-"""A weights file -> its tensors by key, as they lie there, and its metadata. Nothing in a file is ever executed."""
+"""A weights file -> the sets of tensors in it, by key, and its metadata. Nothing in a file is ever executed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tersor.core.errors import InputError, nearest
+from tersor.zoo.candidates import state_dicts
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-_WRAPPER = "module."
-_HOLDERS = ("state_dict", "model")
 # what torch's reader raises on a damaged file depends on the byte that it meets: found by changing bytes at random
 _DAMAGE = (
     pickle.UnpicklingError,
@@ -34,8 +33,8 @@ _DAMAGE = (
 )
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by key, without a `module.` before every key, and metadata.
+def read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """Every set of tensors by key in a file, by the place where it lies; and metadata.
 
     Raises:
         InputError: the file is missing, corrupt, no weights file, or would have to run code.
@@ -43,13 +42,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     start = _first_bytes(path)
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
+        found = {"": tensors} if tensors else {}
     else:
-        tensors, metadata = _state_dict(path, _read_checkpoint(path, start)), {}
-    if not tensors:
+        found, metadata = _of_checkpoint(path, _read_checkpoint(path, start)), {}
+    if not found:
         raise InputError(f"'{path}' holds no tensors. Write a file with the weights of the network.")
-    if all(key.startswith(_WRAPPER) for key in tensors):
-        tensors = {key.removeprefix(_WRAPPER): value for key, value in tensors.items()}
-    return tensors, metadata
+    return found, metadata
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -104,17 +102,16 @@ def _refused(path: Path, what: str) -> InputError:
     )
 
 
-def _state_dict(path: Path, content: object) -> dict[str, Tensor]:
+def _of_checkpoint(path: Path, content: object) -> dict[str, dict[str, Tensor]]:
     if isinstance(content, Mapping):
         content = cast("Mapping[Any, Any]", content)
-        held = next((content[key] for key in _HOLDERS if isinstance(content.get(key), Mapping)), content)
-        wrong = {key: value for key, value in held.items() if not (isinstance(key, str) and isinstance(value, Tensor))}
-        if not wrong:
-            return dict(held)
-        found = f"a dict with {', '.join(f'{key!r}: {type(wrong[key]).__name__}' for key in list(wrong)[:5])}"
+        found = dict(state_dicts(content))
+        if found or not content:
+            return found
+        entries = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in list(content.items())[:5])
+        what = f"a dict with {entries}"
     else:
-        found = f"a value of type {type(content).__name__}"
+        what = f"a value of type {type(content).__name__}"
     raise InputError(
-        f"'{path}' holds no state_dict but {found}. "
-        "Possible: a dict of tensors by key, bare or under 'state_dict' or 'model'."
+        f"'{path}' holds no state_dict but {what}. Possible: a dict of tensors by key, bare or in a dict of others."
     )

@@ -14,6 +14,17 @@ from tersor.zoo.cifar import DEPTHS, CifarResNet
 _SHOWN = 4
 
 
+class OtherClasses(InputError):  # noqa: N818 - what differs, not that it is an error
+    """The file is of the same network, with `in_file` classes and not as many as the network has."""
+
+    def __init__(self, path: str, in_file: int, here: int) -> None:
+        super().__init__(
+            f"'{path}': the file has {in_file} classes, num_classes is {here}. "
+            f"Write num_classes: {in_file}, or give weights for {here} classes."
+        )
+        self.in_file = in_file
+
+
 def is_counter(key: str) -> bool:
     """Whether `key` is BatchNorm's count of batches, which old files lack."""
     return key.endswith("num_batches_tracked")
@@ -29,17 +40,17 @@ def mismatch(path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, An
     if not (missing or unexpected):
         classes = _classes(reshaped, tensors, expected)
         if classes is not None:
-            return InputError(
-                f"'{path}': the file has {classes[0]} classes, num_classes is {classes[1]}. "
-                f"Write num_classes: {classes[0]}, or give weights for {classes[1]} classes."
-            )
+            return OtherClasses(path, *classes)
     shapes = [f"{key} ({_shape(tensors[key])} in the file, {_shape(expected[key])} here)" for key in reshaped]
     parts = [
         f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}."
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if keys
     ]
-    return InputError(f"'{path}' holds the weights of another network. {' '.join(parts)}{_meant(tensors)}")
+    advice = _meant(tensors)
+    if any("parametrizations." in key for key in unexpected):
+        advice = " Before saving, call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+    return InputError(f"'{path}' holds the weights of another network. {' '.join(parts)}{advice}")
 
 
 def _classes(

@@ -6,6 +6,7 @@ from torch import nn
 
 from tersor.core.errors import InputError, unknown
 from tersor.core.function_path import call_with, import_function, is_function_path
+from tersor.core.plain_network import unwrapped
 from tersor.zoo.cifar import DEPTHS, CifarResNet
 from tersor.zoo.wide import FOURFOLD_RESNETS, WIDE_RESNETS, FourfoldResNet, WideResNet
 
@@ -56,7 +57,7 @@ def _from_function(path: str, options: dict[str, int]) -> nn.Module:
             f"'{path}' returned a value of type {type(model).__name__}. "
             "Write a function that returns a torch.nn.Module."
         )
-    return model
+    return unwrapped(model)
 
 
 def _from_torchvision(name: str, options: dict[str, int]) -> nn.Module:

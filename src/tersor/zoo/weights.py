@@ -17,8 +17,9 @@ from safetensors.torch import save
 from torch import nn
 
 from tersor.core.errors import InputError
+from tersor.zoo.candidates import chosen
 from tersor.zoo.files import read_tensors
-from tersor.zoo.mismatch import is_counter, mismatch
+from tersor.zoo.mismatch import is_counter
 
 Channels = tuple[float, float, float]
 
@@ -28,20 +29,20 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
 
     Args:
         model: the network; it is left untouched if anything is wrong.
-        path: a `.safetensors` file, or a PyTorch checkpoint: a state_dict, or a dict that holds one under
-            `state_dict` or `model`. A `module.` that DataParallel put before every key is taken away.
+        path: a `.safetensors` file, or a PyTorch checkpoint: a state_dict, or a dict that holds one, also under a
+            prefix (`module.`, `model.`), and with weights under weight_norm, spectral_norm or `torch.nn.utils.prune`.
 
     Returns:
-        The file's metadata; empty for a PyTorch checkpoint.
+        The file's metadata; and `taken`, the part of the file that was loaded, where it holds more than that.
 
     Raises:
-        InputError: the file is missing, corrupt, no weights file, refused, or made for another network.
+        InputError: the file is missing, corrupt, no weights file, refused, made for another network, or holds several
+            sets of weights of this one.
     """
-    tensors, metadata = read_tensors(Path(path))
+    found, metadata = read_tensors(Path(path))
     expected = model.state_dict()
-    error = mismatch(str(path), tensors, expected)
-    if error is not None:
-        raise error
+    tensors, taken = chosen(str(path), found, model)
+    metadata |= {"taken": taken} if taken else {}
     # files older than PyTorch 0.4.1 have no counters of batches
     counters = {key: value for key, value in expected.items() if is_counter(key)}
     model.load_state_dict({**counters, **tensors})

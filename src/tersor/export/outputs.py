@@ -1,0 +1,59 @@
+"""The names of a network's outputs in its ONNX file, and which of them are the logits. Needs no torch to choose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
+LOGITS = "logits"
+_TAKEN = re.compile(r"images|v\d+")
+"""Names that the file's input and inner values have."""
+
+
+def output_names(program: ONNXProgram) -> list[str]:
+    """A name for each output of the file: a lone one is `logits`, a dict's have their keys, a tuple's are `output_0`,
+    `output_1`; of containers in containers, the keys and places joined by a dot. None is no output.
+    """
+    from torch.export.graph_signature import ConstantArgument
+    from torch.utils import _pytree as pytree
+
+    exported = program.exported_program
+    assert exported is not None
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    found, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    specs = exported.graph_signature.output_specs[-spec.num_leaves :]
+    paths = [path for (path, _), each in zip(found, specs, strict=True) if not isinstance(each.arg, ConstantArgument)]
+    if len(paths) == 1:
+        return [_name(paths[0]) if any(isinstance(each, pytree.MappingKey) for each in paths[0]) else LOGITS]
+    return _unique([_name(path) for path in paths])
+
+
+def _name(path: Sequence[Any]) -> str:
+    parts = [str(getattr(each, "key", getattr(each, "idx", getattr(each, "name", each)))) for each in path]
+    name = ".".join(parts)
+    return f"output_{name}" if parts[0].isdecimal() or _TAKEN.fullmatch(name) else name
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names)]
+
+
+def logits_place(names: Sequence[str], ranks: Sequence[int | None]) -> int | None:
+    """Which output is the logits: the one named so, a lone one, the only one of shape (N, classes); None if it cannot
+    be told.
+
+    Args:
+        names: of the outputs, in their order.
+        ranks: number of dimensions of each; None where the file does not say.
+    """
+    if LOGITS in names:
+        return names.index(LOGITS)
+    if len(names) == 1:
+        return 0
+    flat = [place for place, rank in enumerate(ranks) if rank == 2]
+    return flat[0] if len(flat) == 1 and None not in ranks else None
