@@ -80,7 +80,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
         "report.html",
     } <= {path.name for path in out.iterdir()}
     numbers = json.loads((out / "numbers.json").read_text())
-    assert {"runtime", "machine", "seed", "date", "original", "bf16", "artifact"} <= set(numbers)
+    assert {"runtime", "machine", "seed", "date", "original", "candidates", "baseline", "artifact"} <= set(numbers)
     for entry in (numbers["original"], numbers["artifact"]):
         for key in ("parameters", "macs", "bit_operations", "peak_memory_bytes", "load_ms", "bytes"):
             assert entry[key] > 0, key
@@ -98,6 +98,14 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
     assert tersor(monkeypatch, "bench", out, out / "model.onnx", "--seconds", 0.1) == 0
     table = capfd.readouterr().out
     assert table.count("onnxruntime") == 9, "three files at three batch sizes"
+    assert table.count(" rounds, until ") == 3
+    assert set(numbers["speedup"]) == {"original", "baseline"}
+    for size in ("1", "32", "128"):
+        baseline = numbers["baseline"][size]
+        assert numbers["candidates"][baseline["runtime"]]["precision"] == baseline["precision"]
+        assert numbers["rounds"]["ended_by"][size] in {"interval", "time"}
+        for ratios in numbers["speedup"].values():
+            assert 0 < ratios[size]["low"] <= ratios[size]["value"] <= ratios[size]["high"]
     assert tersor(monkeypatch, "run", recipe, "--out", out) == 2
     assert "exists already" in capfd.readouterr().err
 

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -216,7 +217,8 @@ def compare(
         files = {"original": Path(path), "artifact": read_artifact(artifact).model}
         sessions = {name: open_session(file, runtime) for name, file in files.items()}
         answers = {name: predictions(session, _arrays(batches)) for name, session in sessions.items()}
-        timings = latency(sessions, next(_arrays(batches))[:1], seconds=seconds)
+        openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
+        timings = latency(openers, next(_arrays(batches))[:1], seconds=seconds)
         labels = _all_labels(batches)
         return {
             name: {
