@@ -70,9 +70,10 @@ def _compared(numbers: Numbers) -> str:
     else:
         named = ", ".join(f"{name} at batch {size}" for size, name in names.items())
     searched = " and ".join(RUNTIMES[runtime] for runtime in numbers["candidates"])
+    their = "its" if len(numbers["candidates"]) == 1 else "their"
     return (
         f"Original: original.onnx, {place(numbers['original'])}. Baseline: the same file where it is fastest without "
-        f"any change, of {searched} at their default precision: {named}. In brackets: 95 % intervals."
+        f"any change, of {searched} at {their} default precision: {named}. In brackets: 95 % intervals."
     )
 
 
