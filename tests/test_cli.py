@@ -11,6 +11,7 @@ from PIL import Image
 
 from tersor import cli, zoo
 from tersor.core.errors import InputError
+from tersor.export import bench
 
 RECIPE = """\
 model: {name: resnet20, weights: WEIGHTS}
@@ -65,7 +66,7 @@ def tersor(monkeypatch, *arguments: object) -> int:
 def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatch, capfd):
     module = importlib.import_module("tersor.run")
     monkeypatch.setattr(module, "measure", partial(module.measure, seconds=0.2))
-    monkeypatch.setattr("tersor.export.bench._FEWEST_GROUPS", 2)
+    monkeypatch.setattr(bench, "_FEWEST_GROUPS", 2)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)))
     out = tmp_path / "out"

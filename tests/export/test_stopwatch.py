@@ -6,6 +6,7 @@ from torch import nn
 
 from tersor.core.target import Target
 from tersor.core.watch import Unwatched
+from tersor.export import bench
 from tersor.export.stopwatch import RuntimeStopwatch
 
 IMAGE = torch.rand(1, 3, 64, 64)
@@ -28,7 +29,7 @@ class Heard(Unwatched):
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_more_work_takes_longer_and_is_told(runtime, monkeypatch):
     pytest.importorskip(runtime)
-    monkeypatch.setattr("tersor.export.bench._FEWEST_GROUPS", 2)
+    monkeypatch.setattr(bench, "_FEWEST_GROUPS", 2)
     heard = Heard()
     ratio = RuntimeStopwatch(heard, seconds=0.5).against(net(4), IMAGE, Target(runtime=runtime))
     less, more = ratio(net(0)), ratio(net(16))
