@@ -9,8 +9,8 @@ among several favours the one that was lucky, so the artifact's speedup over the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -100,8 +100,7 @@ def measure(
     }
     sessions = {name: contender.open() for name, contender in contenders.items()}
     candidates: dict[str, str] = {}
-    for runtime in installed_runtimes():
-        candidate = Contender(folder / "original.onnx", runtime, None, contenders["original"].costs)
+    for runtime, candidate in _candidates(contenders["original"]).items():
         session = candidate.open()
         candidates[runtime] = "original" if _alike(session, sessions["original"]) else runtime
         if candidates[runtime] == runtime:
@@ -120,13 +119,7 @@ def measure(
     watch.advance()
     watch.say("latency: every contender in turn, batch " + ", ".join(map(str, BATCH_SIZES)))
     pixels = next(arrays(test, target.input))[:1]
-    openers = {name: contender.open for name, contender in contenders.items()}
-
-    def compared(timings: Timings, size: int) -> list[Ratio]:
-        baseline = timings.fastest(candidates.values(), size)
-        return [timings.ratio(name, "artifact", size) for name in ("original", baseline)]
-
-    timings = latency(openers, pixels, ratios=compared, seconds=seconds)
+    timings = _timed(contenders, list(candidates.values()), pixels, seconds)
     labels = test.images.labels
     measured = {
         name: _entry(contenders[name], sessions[name], answers, name, labels, timings, pixels) for name in entries
@@ -161,6 +154,21 @@ def measure(
         "stages": of_stages,
     }
     return numbers, {name: answers[name] for name in entries}
+
+
+def _candidates(original: Contender) -> dict[str, Contender]:
+    """Its file in every installed runtime, in the precision that the runtime chooses."""
+    return {runtime: replace(original, runtime=runtime, precision=None) for runtime in installed_runtimes()}
+
+
+def _timed(contenders: Mapping[str, Contender], candidates: Sequence[str], image: Array, seconds: float) -> Timings:
+    """Latency of all, until it is known how the artifact compares with the original and the baseline."""
+
+    def wanted(timings: Timings, size: int) -> list[Ratio]:
+        references = ("original", timings.fastest(candidates, size))
+        return [timings.ratio(name, "artifact", size) for name in references]
+
+    return latency({name: each.open for name, each in contenders.items()}, image, ratios=wanted, seconds=seconds)
 
 
 def _alike(one: Session, other: Session) -> bool:
