@@ -21,6 +21,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,24 +272,32 @@ def report_latency(
 ) -> None:
     """Milliseconds of each, and tersor's against each, on one machine in one run."""
     what = {"model": SUBJECT.name, "runtime": runtime, "batch": batch, "versions": versions}
-    names = [*made, f"{OURS}, again", "fp32", "bf16"]
+    names = [*made, f"{OURS}, again", "fp32", tables.DEFAULT_PRECISION]
     identities = [{"kind": "ratio", "pair": f"{OURS} / {name}", **what} for name in names if name != OURS]
     if all(rows.known(RESULT, identity) for identity in identities):
         return
     with tempfile.TemporaryDirectory() as scratch:
         example = SUBJECT.calibration(0)[:1]
         original = export(SUBJECT.network(), example, Path(scratch) / "fp32.onnx")
-        sessions = {name: open_session(artifact(each, runtime), runtime) for name, each in made.items()}
-        sessions[f"{OURS}, again"] = open_session(artifact(made[OURS], runtime), runtime)
-        sessions["fp32"] = open_session(original, runtime, precision="float32")
-        sessions["bf16"] = open_session(original, runtime)
-        timings = latency(sessions, example.numpy(), [batch], rounds=60, seconds=seconds)
-    for name, session in sessions.items():
+        openers = {name: partial(open_session, artifact(each, runtime), runtime) for name, each in made.items()}
+        openers[f"{OURS}, again"] = openers[OURS]
+        openers["fp32"] = partial(open_session, original, runtime, precision="float32")
+        openers[tables.DEFAULT_PRECISION] = partial(open_session, original, runtime)
+        precisions = {name: opener().precision for name, opener in openers.items()}
+        others = [name for name in names if name != OURS]
+        timings = latency(
+            openers,
+            example.numpy(),
+            [batch],
+            ratios=lambda timed, size: [timed.ratio(OURS, name, size) for name in others],
+            seconds=seconds,
+        )
+    for name, precision in precisions.items():
         spread = asdict(timings.spread(name, batch))
         identity = {"kind": "milliseconds", "artifact": name, **what}
-        tables.add(RESULT, identity, "milliseconds", spread, {"precision": session.precision})
-    for name, identity in zip([name for name in names if name != OURS], identities, strict=True):
-        tables.add(RESULT, identity, "ratio", asdict(timings.paired_ratio(OURS, name, batch)), {})
+        tables.add(RESULT, identity, "milliseconds", spread, {"precision": precision})
+    for name, identity in zip(others, identities, strict=True):
+        tables.add_ratio(RESULT, identity, timings.ratio(OURS, name, batch), {})
     print(f"{runtime}, batch {batch}: timed", flush=True)
 
 
@@ -320,7 +329,7 @@ def show() -> None:
     for kind, key in (("ratio", "pair"), ("milliseconds", "artifact")):
         chosen = [row for row in found if row["kind"] == kind]
         if chosen:
-            console.print(tables.by_batch(f"{kind}, median (p10 to p90)", chosen, kind, key))
+            console.print(tables.by_batch(f"{kind} ({tables.what_spread(kind)})", chosen, kind, key))
 
 
 def main() -> None:

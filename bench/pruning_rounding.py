@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,28 +50,36 @@ def measure(subject: Subject, runtime: Runtime, keep: float, batch: int, seconds
     networks = {str(rounding): cut(subject, rounding, keep) for rounding in ROUNDINGS} | {"original": subject.network()}
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: export(each, example, Path(scratch) / f"{name}.onnx") for name, each in networks.items()}
-        sessions = {name: open_session(file, runtime) for name, file in files.items()}
-        timings = latency(sessions, example.numpy(), [batch], rounds=60, seconds=seconds)
+        openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
+        precisions = {name: opener().precision for name, opener in openers.items()}
+        timings = latency(
+            openers,
+            example.numpy(),
+            [batch],
+            ratios=lambda timed, size: [timed.ratio(str(each), "original", size) for each in ROUNDINGS],
+            seconds=seconds,
+        )
     spent = {name: costs(copy.deepcopy(each), example).macs for name, each in networks.items()}
     for rounding, identity in identities.items():
         name = str(rounding)
-        ratio = timings.paired_ratio(name, "original", batch)
+        ratio = timings.ratio(name, "original", batch)
         macs = spent[name] / spent["original"]
-        more = {"macs_ratio": macs, "latency_over_macs": ratio.median / macs, "precision": sessions[name].precision}
+        more = {"macs_ratio": macs, "latency_over_macs": ratio.value / macs, "precision": precisions[name]}
         more |= {"milliseconds": timings.spread(name, batch).median}
-        tables.add(RESULT, identity, "latency_ratio", asdict(ratio), more)
+        tables.add_ratio(RESULT, identity, ratio, more, "latency_ratio")
         print(
-            f"{subject.name} in {runtime}, multiples of {name}: {ratio.median:.3f} of the time, {macs:.3f} of the MACs"
+            f"{subject.name} in {runtime}, multiples of {name}: {ratio.value:.3f} of the time, {macs:.3f} of the MACs"
         )
 
 
 def show() -> None:
     """Prints the rows of this machine."""
     here = rows.machine()
-    heads = ("model", "runtime", "batch", "multiple of", "ms", "of the time (p10 to p90)", "of the MACs", "time / MACs")
+    heads = ("model", "runtime", "batch", "multiple of", "ms")
+    heads += ("of the time (95 % interval)", "of the MACs", "time / MACs")
     table = Table(*heads)
     for row in [row for row in rows.read(RESULT) if row["machine"] == here]:
-        low, high = row["spread"]["p10"], row["spread"]["p90"]
+        low, high = row["spread"].values()
         told = (row["model"], row["runtime"], str(row["batch"]), str(row["round_to"]), f"{row['milliseconds']:.2f}")
         ratio = f"{row['latency_ratio']:.3f} ({low:.3f} to {high:.3f})"
         table.add_row(*told, ratio, f"{row['macs_ratio']:.3f}", f"{row['latency_over_macs']:.2f}")

@@ -29,7 +29,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -266,15 +266,21 @@ def report_latency(folders: dict[str, Path], times: float, batch: int, seconds: 
             original = export(SUBJECT.network(), EXAMPLE, Path(scratch) / "original.onnx")
             files = {name: path / "model.onnx" for name, path in folders.items()}
             files |= {f"{OURS}, again": files[OURS], "original": original}
-            sessions = {name: open_session(file, runtime) for name, file in files.items()}
-            image = compress.SUBJECT.calibration(0)[:1].numpy()
-            timings = latency(sessions, image, [batch], rounds=60, seconds=seconds)
-        for name, session in sessions.items():
+            openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
+            precisions = {name: opener().precision for name, opener in openers.items()}
+            timings = latency(
+                openers,
+                compress.SUBJECT.calibration(0)[:1].numpy(),
+                [batch],
+                ratios=lambda timed, size: [timed.ratio(OURS, name, size) for name in others],  # noqa: B023
+                seconds=seconds,
+            )
+        for name, precision in precisions.items():
             identity = {"kind": "milliseconds", "artifact": name, **what}
             spread = asdict(timings.spread(name, batch))
-            tables.add(RESULT, identity, "milliseconds", spread, {"precision": session.precision})
+            tables.add(RESULT, identity, "milliseconds", spread, {"precision": precision})
         for name, identity in identities.items():
-            tables.add(RESULT, identity, "ratio", asdict(timings.paired_ratio(OURS, name, batch)), {})
+            tables.add_ratio(RESULT, identity, timings.ratio(OURS, name, batch), {})
         print(f"{runtime}, batch {batch}, {times} times fewer: timed", flush=True)
 
 

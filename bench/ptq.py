@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """The artifact, or what stands for it: FP32 in OpenVINO's own precision is the honest baseline `bf16`."""
-        return "bf16" if self.artifact == "fp32" and self.precision is None else self.artifact
+        """The artifact; FP32 in OpenVINO's own precision, which costs nothing, has a name of its own."""
+        return tables.DEFAULT_PRECISION if self.artifact == "fp32" and self.precision is None else self.artifact
 
 
 QUANTIZED = (
@@ -171,16 +171,22 @@ def report_latency(subject: Subject, runtime: str, batch: int, seconds: float, *
     identities = [{"kind": "ratio", "pair": " / ".join(pair), **what} for pair in pairs]
     if not again and all(rows.known(RESULT, identity) for identity in identities):
         return
-    sessions = {entrant.label: opened(subject, entrant) for entrant in entrants}
-    sessions[f"{ours}, again"] = opened(subject, Contender(ours, runtime))
-    example = subject.calibration(0)[:1].numpy()
-    timings = latency(sessions, example, [batch], rounds=60, seconds=seconds)
-    for label, session in sessions.items():
+    openers = {entrant.label: partial(opened, subject, entrant) for entrant in entrants}
+    openers[f"{ours}, again"] = partial(opened, subject, Contender(ours, runtime))
+    precisions = {label: opener().precision for label, opener in openers.items()}
+    timings = latency(
+        openers,
+        subject.calibration(0)[:1].numpy(),
+        [batch],
+        ratios=lambda timed, size: [timed.ratio(*pair, size) for pair in pairs],
+        seconds=seconds,
+    )
+    for label, precision in precisions.items():
         spread = asdict(timings.spread(label, batch))
         identity = {"kind": "milliseconds", "artifact": label, **what}
-        tables.add(RESULT, identity, "milliseconds", spread, {"precision": session.precision})
+        tables.add(RESULT, identity, "milliseconds", spread, {"precision": precision})
     for (first, second), identity in zip(pairs, identities, strict=True):
-        tables.add(RESULT, identity, "ratio", asdict(timings.paired_ratio(first, second, batch)), {})
+        tables.add_ratio(RESULT, identity, timings.ratio(first, second, batch), {})
     print(f"{subject.name} in {runtime}, batch {batch}: timed", flush=True)
 
 

@@ -216,20 +216,20 @@ def packed(batches: Sequence[int] = (1, 32, 128)) -> None:
             if all(rows.known(RESULT, {**what, "batch": batch}) for batch in batches):
                 continue
             files = {bits: _exported(subject.network(), bits, runtime, Path(made)) for bits in (4, 8)}
-            sessions = {str(bits): open_session(path, runtime) for bits, path in files.items()}
-            sessions["8, again"] = open_session(files[8], runtime)
-            timings = latency(sessions, subject.calibration(0)[:1].numpy(), batches)
+            openers = {str(bits): partial(open_session, path, runtime) for bits, path in files.items()}
+            openers["8, again"] = openers["8"]
+            timings = latency(openers, subject.calibration(0)[:1].numpy(), batches)
             for batch in batches:
-                ratio, noise = timings.paired_ratio("4", "8", batch), timings.paired_ratio("8, again", "8", batch)
+                ratio, noise = timings.ratio("4", "8", batch), timings.ratio("8, again", "8", batch)
                 numbers = {
                     "bytes": [size_bytes(files[bits]) for bits in (4, 8)],
-                    "ratio": ratio.median,
-                    "noise": [noise.p10, noise.median, noise.p90],
+                    "ratio": ratio.value,
+                    "noise": [noise.low, noise.value, noise.high],
                     "n": ratio.n,
-                    "spread": {"p10": ratio.p10, "p90": ratio.p90},
+                    "spread": {"low": ratio.low, "high": ratio.high},
                 }
                 rows.add(RESULT, {**what, "batch": batch}, numbers, [0])
-                print(f"4 bits / 8 bits, {runtime}, batch {batch}: {ratio.median:.3f}", flush=True)
+                print(f"4 bits / 8 bits, {runtime}, batch {batch}: {ratio.value:.3f}", flush=True)
 
 
 def _exported(model: nn.Module, bits: int, runtime: Any, made: Path) -> Path:
@@ -294,10 +294,10 @@ def show() -> None:
     for row in _of("depthwise"):
         table.add_row(row["runtime"], str(row["bits"]), f"{row['accuracy']:.2f}")
     Console(width=140).print(table)
-    table = Table("runtime", "batch", "bytes, 4 and 8 bits", "4 bits / 8 bits", "p10 to p90", "8 / 8", title="packed")
+    table = Table("runtime", "batch", "bytes, 4 and 8 bits", "4 bits / 8 bits", "interval", "8 / 8", title="packed")
     for row in _of("packed"):
-        spread, noise = row["spread"], f"{row['noise'][0]:.2f} to {row['noise'][2]:.2f}"
-        told = f"{row['ratio']:.3f}", f"{spread['p10']:.2f} to {spread['p90']:.2f}", noise
+        (low, high), noise = row["spread"].values(), f"{row['noise'][0]:.2f} to {row['noise'][2]:.2f}"
+        told = f"{row['ratio']:.3f}", f"{low:.2f} to {high:.2f}", noise
         table.add_row(row["runtime"], str(row["batch"]), " and ".join(map(str, row["bytes"])), *told)
     Console(width=140).print(table)
 

@@ -10,6 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 import rows
+from tersor.export.timings import Ratio
+
+DEFAULT_PRECISION = "fp32, default precision"
+"""The original's file in the precision that OpenVINO chooses, which costs nothing."""
 
 
 def versions() -> dict[str, str]:
@@ -30,6 +34,14 @@ def add(
     rows.add(result, identity, {what: spread["median"], **more, "n": spread["n"], "spread": tenths}, [0])
 
 
+def add_ratio(
+    result: str, identity: Mapping[str, Any], ratio: Ratio, more: Mapping[str, Any], what: str = "ratio"
+) -> None:
+    """Writes a row of a ratio with its 95 % interval; the images timed are those of seed 0."""
+    interval = {"low": ratio.low, "high": ratio.high}
+    rows.add(result, identity, {what: ratio.value, **more, "n": ratio.n, "spread": interval}, [0])
+
+
 def show(result: str, models: Iterable[str]) -> None:
     """Prints the rows of this machine and these versions: accuracy, ratios, milliseconds."""
     here = rows.machine()
@@ -43,7 +55,12 @@ def show(result: str, models: Iterable[str]) -> None:
         for kind, key in (("ratio", "pair"), ("milliseconds", "artifact")):
             chosen = [row for row in mine if row["kind"] == kind]
             if chosen:
-                console.print(by_batch(f"{model}: {kind}, median (p10 to p90)", chosen, kind, key))
+                console.print(by_batch(f"{model}: {kind} ({what_spread(kind)})", chosen, kind, key))
+
+
+def what_spread(kind: str) -> str:
+    """What the brackets behind a value are; in older rows those of a ratio are p10 and p90 too."""
+    return "95 % interval" if kind == "ratio" else "p10 to p90"
 
 
 def _accuracies(model: str, found: list[rows.Row]) -> Table:
@@ -72,6 +89,6 @@ def by_batch(title: str, found: list[rows.Row], what: str, key: str) -> Table:
 def _cell(row: rows.Row | None, what: str, best: float) -> str:
     if row is None:
         return ""
-    low, high = row["spread"]["p10"], row["spread"]["p90"]
+    low, high = row["spread"].values()
     text = f"{row[what]:.2f} ({low:.2f} to {high:.2f}) n {row['n']}"
     return f"[bold]{text}[/bold]" if what == "milliseconds" and row[what] == best else text

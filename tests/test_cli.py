@@ -11,6 +11,7 @@ from PIL import Image
 
 from tersor import cli, zoo
 from tersor.core.errors import InputError
+from tersor.export import bench
 
 RECIPE = """\
 model: {name: resnet20, weights: WEIGHTS}
@@ -65,6 +66,7 @@ def tersor(monkeypatch, *arguments: object) -> int:
 def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatch, capfd):
     module = importlib.import_module("tersor.run")
     monkeypatch.setattr(module, "measure", partial(module.measure, seconds=0.2))
+    monkeypatch.setattr(bench, "_FEWEST_GROUPS", 2)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)))
     out = tmp_path / "out"
@@ -80,7 +82,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
         "report.html",
     } <= {path.name for path in out.iterdir()}
     numbers = json.loads((out / "numbers.json").read_text())
-    assert {"runtime", "machine", "seed", "date", "original", "bf16", "artifact"} <= set(numbers)
+    assert {"runtime", "machine", "seed", "date", "original", "candidates", "baseline", "artifact"} <= set(numbers)
     for entry in (numbers["original"], numbers["artifact"]):
         for key in ("parameters", "macs", "bit_operations", "peak_memory_bytes", "load_ms", "bytes"):
             assert entry[key] > 0, key
@@ -99,6 +101,14 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
     assert tersor(monkeypatch, "bench", out, out / "model.onnx", "--seconds", 0.1) == 0
     table = capfd.readouterr().out
     assert table.count("onnxruntime") == 9, "three files at three batch sizes"
+    assert table.count(" rounds, until ") == 3
+    assert set(numbers["speedup"]) == {"original", "baseline"}
+    for size in ("1", "32", "128"):
+        baseline = numbers["baseline"][size]
+        assert numbers["candidates"][baseline["runtime"]]["precision"] == baseline["precision"]
+        assert numbers["rounds"]["ended_by"][size] in {"interval", "time"}
+        for ratios in numbers["speedup"].values():
+            assert 0 < ratios[size]["low"] <= ratios[size]["value"] <= ratios[size]["high"]
     assert tersor(monkeypatch, "run", recipe, "--out", out) == 2
     assert "exists already" in capfd.readouterr().err
 

@@ -121,11 +121,16 @@ def bench(
     """Time artifacts against each other, interleaved, in every runtime that is installed."""
     from tersor.evaluate import timed
 
-    table = Table("runtime", "batch", "median ms (p10 to p90)", "rounds")
-    table.add_column("file, MB", overflow="fold")
-    for row in timed(artifacts, seconds):
-        table.add_row(*row)
-    console.print(table)
+    for each in timed(artifacts, seconds):
+        title = f"batch {each.batch_size}: {each.rounds} rounds, until {_until(each.ended_by, seconds)}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("file", overflow="fold")
+        table.add_column("runtime", no_wrap=True)
+        for column in ("median ms (p10 to p90)", "against the original", "against the baseline"):
+            table.add_column(column)
+        for row in each.rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 @app.command()
@@ -177,28 +182,54 @@ def schema() -> None:
 
 
 def _table(numbers: dict[str, Any]) -> Table:
-    """Original, bf16 and artifact side by side, and how much less the artifact is than the original."""
-    entries = {name: numbers[name] for name in ("original", "bf16", "artifact") if numbers[name] is not None}
-    original, artifact = numbers["original"], numbers["artifact"]
-    table = Table(title=f"{numbers['machine']['cpu']}, {numbers['machine']['threads']} threads")
-    for column in ("", *entries, "original / artifact"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("runtime", *[entry["runtime"] for entry in entries.values()])
-    table.add_row("floats in", *[entry["precision"] for entry in entries.values()])
-    table.add_row("accuracy, %", *[f"{entry['accuracy']:.2f}" for entry in entries.values()])
-    table.add_row("answers kept, %", *[f"{entry['agreement']:.2f}" for entry in entries.values()])
+    """All entries side by side, and the artifact against the original and the baseline."""
+    from tersor.export.report.measured import entries, less_by
+    from tersor.export.report.verdict import difference, reference, same_place
+
+    columns, artifact = entries(numbers), numbers["artifact"]
+    title = f"{numbers['machine']['cpu']}, {numbers['machine']['threads']} threads"
+    table = Table(title=title, caption=f"In brackets: 95 % intervals. Rounds: {_ended(numbers)}.")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right", min_width=len("onnxruntime"))
+    for column in ("against the original", "against the baseline"):
+        table.add_column(column, justify="right")
+    table.add_row("runtime", *[entry["runtime"] for entry in columns.values()])
+    table.add_row("floats in", *[entry["precision"] for entry in columns.values()])
+    table.add_row("accuracy, %", *[f"{entry['accuracy']:.2f}" for entry in columns.values()])
+    table.add_row("answers kept, %", *[f"{entry['agreement']:.2f}" for entry in columns.values()])
     for label, key, unit in (
         ("MB", "bytes", 1e6),
         ("million MACs", "macs", 1e6),
         ("giga bit operations", "bit_operations", 1e9),
     ):
-        table.add_row(
-            label, *[f"{entry[key] / unit:.3f}" for entry in entries.values()], f"{original[key] / artifact[key]:.1f}x"
-        )
-    for size, ratio in numbers["speedup"].items():
-        medians = [f"{entry['latency_ms'][size]['median']:.2f}" for entry in entries.values()]
-        table.add_row(f"ms, batch {size}", *medians, f"{ratio['median']:.1f}x")
+        less = [less_by(reference(numbers, name, "1")[key], artifact[key]) for name in numbers["speedup"]]
+        table.add_row(label, *[f"{entry[key] / unit:.3f}" for entry in columns.values()], *less)
+    for size, baseline in numbers["baseline"].items():
+        medians = [
+            f"{entry['latency_ms'][size]['median']:.2f}"
+            + (" (baseline)" if entry is not artifact and same_place(entry, baseline) else "")
+            for entry in columns.values()
+        ]
+        table.add_row(f"ms, batch {size}", *medians, *[difference(of[size]) for of in numbers["speedup"].values()])
     return table
+
+
+def _ended(numbers: dict[str, Any]) -> str:
+    """Why there were no more rounds, by batch size."""
+    told = numbers["rounds"]
+    return ", ".join(
+        f"until {_until(reason, told['time_limit_seconds'])} at batch {size}"
+        for size, reason in told["ended_by"].items()
+    )
+
+
+def _until(ended_by: str, seconds: float) -> str:
+    """What ended the rounds of a batch size."""
+    from tersor.export.timings import NARROW
+
+    narrow = f"all intervals were narrower than {100 * NARROW:.0f} %"
+    return narrow if ended_by == "interval" else f"the time limit of {seconds:g} s"
 
 
 def _costliest(found: BitCosts) -> Table:

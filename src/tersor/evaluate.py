@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,7 +14,9 @@ from tersor.core.errors import InputError
 from tersor.core.watch import Watch
 from tersor.export.artifact import Artifact, read_artifact
 from tersor.export.bench import BATCH_SIZES, latency, predictions, size_bytes
-from tersor.export.runtime import RUNTIMES, Session, load_runtime, open_session
+from tersor.export.report.verdict import difference
+from tersor.export.runtime import Array, Session, installed_runtimes, open_session
+from tersor.export.timings import EndedBy, Ratio, Timings
 
 _BATCH = 500
 
@@ -104,41 +106,144 @@ def _source(artifact: Artifact, data: str | None) -> dict[str, Any]:
     return read(recipe).data.model_dump(exclude={"augment", "mean", "std"})
 
 
-def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[tuple[str, ...]]:
-    """Rows (runtime, batch, median and spread in ms, rounds, file and MB): all in one run, interleaved."""
-    files: dict[str, Path] = {}
+@dataclass(frozen=True)
+class _Contender:
+    """A file in a runtime; `precision` is None for the runtime's own choice, `executed` is what that is."""
+
+    name: str
+    path: Path
+    runtime: str
+    precision: Literal["float32"] | None
+    executed: str
+
+    @property
+    def key(self) -> str:
+        """Names it among all."""
+        return f"{self.name} in {self.runtime} in {self.precision or 'default'}"
+
+    def open(self) -> Session:
+        """Ready to run."""
+        return open_session(self.path, self.runtime, precision=self.precision)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """An original, the ways to run it that cost nothing, and what was made from it, each in every runtime."""
+
+    original: _Contender
+    candidates: Sequence[_Contender]
+    artifacts: Sequence[_Contender]
+
+    def contenders(self) -> list[_Contender]:
+        """All of them; a candidate may be the original itself."""
+        return list(dict.fromkeys((self.original, *self.candidates, *self.artifacts)))
+
+    def baseline(self, timings: Timings, size: int) -> _Contender:
+        """The fastest candidate at a batch size."""
+        key = timings.fastest([each.key for each in self.candidates], size)
+        return next(each for each in self.candidates if each.key == key)
+
+    def ratios(self, timings: Timings, size: int, artifact: _Contender) -> list[Ratio]:
+        """Of the original and of the baseline over an artifact."""
+        references = (self.original, self.baseline(timings, size))
+        return [timings.ratio(each.key, artifact.key, size) for each in references]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What `tersor bench` shows of a batch size.
+
+    Attributes:
+        batch_size, rounds, ended_by: as in `Timings`.
+        rows: file, runtime and precision, milliseconds, speed against the original and against the baseline.
+    """
+
+    batch_size: int
+    rounds: int
+    ended_by: EndedBy
+    rows: Sequence[tuple[str, ...]]
+
+
+def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
+    """Times every file in every runtime, all in one run, interleaved.
+
+    Of a folder, `original.onnx` in float32 in the recipe's runtime is the original; of ONNX files the first is. The
+    baseline is the fastest of the same file in every runtime at its default precision.
+
+    Args:
+        artifacts: folders of runs, or ONNX files.
+        seconds: for each batch size, as for `latency`.
+
+    Raises:
+        InputError: an artifact cannot be read, opened or timed.
+    """
+    groups: dict[tuple[tuple[int | None, ...], str], list[_Family]] = {}
+    bare: dict[tuple[tuple[int | None, ...], str], list[Path]] = {}
     for artifact in artifacts:
         found = read_artifact(artifact)
-        for name in ("original.onnx", "model.onnx"):
-            if name in found.files:
-                files[f"{artifact}/{name}"] = found.files[name]
-        if not found.path.is_dir():
-            files[str(artifact)] = found.model
-    sessions = {
-        (name, runtime): open_session(path, runtime) for name, path in files.items() for runtime in _installed()
-    }
-    groups: dict[tuple[Any, ...], dict[tuple[str, str], Session]] = {}
-    for key, session in sessions.items():
-        groups.setdefault((session.input_shape[1:], session.input_dtype), {})[key] = session
-    for (shape, dtype), group in groups.items():
+        if "original.onnx" in found.files:
+            runtime = _numbers(found).get("runtime", "onnxruntime")
+            names = {f"{artifact}/{name}": found.files[name] for name in ("original.onnx", "model.onnx")}
+            groups.setdefault(_images(found.model), []).append(_family(names, runtime))
+        else:
+            bare.setdefault(_images(found.model), []).append(found.model)
+    for images, paths in bare.items():
+        groups.setdefault(images, []).append(_family({str(path): path for path in paths}, "onnxruntime"))
+    for (shape, dtype), families in groups.items():
         if not all(isinstance(size, int) for size in shape):
-            raise InputError(f"{next(iter(group))[0]} takes images of any size. Export it for one size to time it.")
-        named = {" in ".join(key): session for key, session in group.items()}
-        timings = latency(named, np.zeros((1, *shape), dtype), seconds=seconds)
-        for name, runtime in group:
-            for size in BATCH_SIZES:
-                spread = timings.spread(f"{name} in {runtime}", size)
-                spent = f"{spread.median:.3f} ({spread.p10:.3f} to {spread.p90:.3f})"
-                megabytes = f"{size_bytes(files[name]) / 1e6:.3f}"
-                yield runtime, str(size), spent, str(spread.n), f"{name}, {megabytes}"
+            name = families[0].original.name
+            raise InputError(f"{name} takes images of any size. Export it for one size to time it.")
+        yield from _tables(families, np.zeros((1, *shape), dtype), seconds)  # type: ignore[arg-type]
 
 
-def _installed() -> list[str]:
-    found: list[str] = []
-    for runtime in RUNTIMES:
-        try:
-            load_runtime(runtime)
-        except InputError:
-            continue
-        found.append(runtime)
-    return found
+def _images(path: Path) -> tuple[tuple[int | None, ...], str]:
+    """Shape (C, H, W) and type of the images that a file takes."""
+    session = open_session(path, "onnxruntime")
+    return session.input_shape[1:], str(session.input_dtype)
+
+
+def _family(files: Mapping[str, Path], runtime: str) -> _Family:
+    """Of the first file, which is the original in `runtime`, and the others."""
+
+    def contender(name: str, each: str, precision: Literal["float32"] | None = None) -> _Contender:
+        executed = open_session(files[name], each, precision=precision).precision
+        return _Contender(name, files[name], each, precision, executed)
+
+    first, *others = files
+    installed, original = installed_runtimes(), contender(first, runtime, "float32")
+    candidates = [contender(first, each) for each in installed]
+    return _Family(
+        original,
+        [original if (each.runtime, each.executed) == (runtime, "float32") else each for each in candidates],
+        [contender(name, each) for name in others for each in installed],
+    )
+
+
+def _tables(families: Sequence[_Family], example: Array, seconds: float) -> Iterator[LatencyTable]:
+    def compared(timings: Timings, size: int) -> list[Ratio]:
+        return [
+            ratio
+            for family in families
+            for artifact in family.artifacts
+            for ratio in family.ratios(timings, size, artifact)
+        ]
+
+    openers = {each.key: each.open for family in families for each in family.contenders()}
+    timings = latency(openers, example, ratios=compared, seconds=seconds)
+    for size in BATCH_SIZES:
+        rows = [row for family in families for row in _rows(family, timings, size)]
+        rounds = timings.spread(families[0].original.key, size).n
+        yield LatencyTable(size, rounds, timings.ended_by[size], rows)
+
+
+def _rows(family: _Family, timings: Timings, size: int) -> Iterator[tuple[str, ...]]:
+    baseline = family.baseline(timings, size)
+    for each in family.contenders():
+        spread = timings.spread(each.key, size)
+        if each in family.artifacts:
+            compared = [difference(asdict(ratio)) for ratio in family.ratios(timings, size, each)]
+        else:
+            compared = ["original" if each == family.original else "", "baseline" if each == baseline else ""]
+        milliseconds = f"{spread.median:.3f}\n({spread.p10:.3f} to {spread.p90:.3f})"
+        file = f"{each.name}, {size_bytes(each.path) / 1e6:.3f} MB"
+        yield file, f"{each.runtime}\n{each.executed}", milliseconds, *compared

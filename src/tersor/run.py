@@ -149,12 +149,23 @@ def _fill(
     if warning is not None:
         watch.say(f"warning: {warning}")
     # the last stage left the artifact
-    numbers["stages"][len(stages)] = {key: numbers["artifact"][key] for key in OF_STAGES}
+    numbers["stages"][len(stages)] = {key: numbers["artifact"][key] for key in OF_STAGES} | {
+        "speedup": numbers["speedup"]["original"]
+    }
     told = [{**stage, **numbers["stages"].get(number, {})} for number, stage in enumerate(stages, 1)]
     numbers |= {"stages": told, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
     evidence = gather(
-        original, walk.model, walk.teacher, walk.untouched, folder, test, recipe.target, answers=answers, watch=watch
+        original,
+        walk.model,
+        walk.teacher,
+        walk.untouched,
+        folder,
+        test,
+        recipe.target,
+        answers=answers,
+        baseline=numbers["baseline"],
+        watch=watch,
     )
     (folder / "evidence.json").write_text(json.dumps(evidence))
     draw(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -243,7 +244,8 @@ def compare(
         logits = sessions["original"].run(next(_arrays(batches))).shape[-1]
         labels = all_labels(batches, max(2, logits))
         answers = {name: predictions(session, _arrays(batches)) for name, session in sessions.items()}
-        timings = latency(sessions, next(_arrays(batches))[:1], seconds=seconds)
+        openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
+        timings = latency(openers, next(_arrays(batches))[:1], seconds=seconds)
         return {
             name: {
                 "accuracy": None if labels is None else 100 * float((answers[name] == labels).mean()),

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from functools import partial
 from importlib.util import find_spec
+from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,8 +13,9 @@ import pytest
 
 from tersor.core.errors import InputError
 from tersor.export import bench
-from tersor.export.bench import Spread, Timings, compressed_bytes, footprint, latency, predictions, size_bytes
+from tersor.export.bench import compressed_bytes, footprint, latency, predictions, size_bytes
 from tersor.export.runtime import Session, open_session
+from tersor.export.timings import Ratio
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
@@ -36,55 +40,107 @@ def test_what_does_not_classify_is_refused(tiny):
         predictions(pretended(lambda array: array), [tiny.images])
 
 
-def test_latency_times_every_contender_at_every_size(tiny):
-    session = open_session(tiny.path, "onnxruntime")
-    again = open_session(tiny.path, "onnxruntime")
-    timings = latency({"one": session, "two": again}, tiny.images[:1], (1, 4), rounds=12)
-    for name in ("one", "two"):
+@pytest.fixture
+def clock(monkeypatch):
+    """Turns take what `clock.ms` says of a session's name, openings nothing; `clock.log` is what happened."""
+
+    class Clock:
+        def __init__(self):
+            self.log, self.ms, self.now = [], lambda _name: 1.0, 0.0
+
+        def opener(self, name):
+            def opened():
+                self.log.append(("open", name))
+                return dataclasses.replace(pretended(lambda array: array), runtime=name)
+
+            return opened
+
+        def turn(self, session, _batch, runs):
+            taken = self.ms(session.runtime)
+            self.log.append(("turn", session.runtime))
+            self.now += (1 + runs) * taken / 1000
+            return taken
+
+    clock = Clock()
+    monkeypatch.setattr(bench, "_turn", clock.turn)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_latency_times_every_contender_at_every_size(tiny, monkeypatch):
+    monkeypatch.setattr(bench, "_FEWEST_GROUPS", 2)
+    contenders = {name: partial(open_session, tiny.path, "onnxruntime") for name in ("one", "two")}
+    timings = latency(contenders, tiny.images[:1], (1, 4), seconds=0.01)
+    for name in contenders:
         for batch_size in (1, 4):
             spread = timings.spread(name, batch_size)
-            assert spread.n == 12
+            assert spread.n == sum(map(len, timings.groups[name][batch_size])) >= 2
             assert 0 < spread.p10 <= spread.median <= spread.p90
-    assert 0.2 < timings.paired_ratio("one", "two", 1).median < 5  # of microseconds, beside other tests
+            assert timings.ended_by[batch_size] in {"interval", "time"}
 
 
-def test_every_round_runs_everyone_and_the_order_changes(monkeypatch, tiny):
-    taken = []
-
-    def turn(session, batch, runs):
-        taken.append(session.runtime)
-        return 1.0
-
-    monkeypatch.setattr(bench, "_turn", turn)
+def test_every_round_runs_everyone_and_each_comes_first_equally_often(clock, tiny):
     names = ["a", "b", "c"]
-    sessions = {name: dataclasses.replace(pretended(lambda array: array), runtime=name) for name in names}
-    latency(sessions, tiny.images[:1], (1,), rounds=20)
-    rounds = [tuple(taken[place : place + 3]) for place in range(3, len(taken), 3)]  # the first three warm up
-    assert len(rounds) == 20
+    latency({name: clock.opener(name) for name in names}, tiny.images[:1], (1,))
+    turns = [name for what, name in clock.log if what == "turn"][3:]  # the first three warm up
+    rounds = [tuple(turns[place : place + 3]) for place in range(0, len(turns), 3)]
+    assert len(rounds) == 8 * 20
     assert all(sorted(order) == names for order in rounds)
-    assert len(set(rounds)) > 1
+    assert len(set(rounds)) > 2
+    for one, other in combinations(names, 2):
+        assert sum(order.index(one) < order.index(other) for order in rounds) == 80
 
 
-def test_time_that_is_up_ends_the_rounds_but_not_before_five(tiny):
-    session = open_session(tiny.path, "onnxruntime")
-    timings = latency({"one": session}, tiny.images[:1], (1,), rounds=1000, seconds=0)
-    assert timings.spread("one", 1).n == 5
+def test_every_group_opens_all_anew_and_each_is_opened_first_equally_often(clock, tiny):
+    timings = latency({name: clock.opener(name) for name in ("a", "b")}, tiny.images[:1], (1, 4))
+    opened = [name for what, name in clock.log if what == "open"]
+    assert len(opened) == 2 * 8, "both sizes share the sessions of a group"
+    assert opened[::2].count("a") == 4
+    assert [len(group) for group in timings.groups["a"][4]] == [20] * 8
+    between = clock.log.index(("open", "a"), 20), clock.log.index(("turn", "a"), 20)
+    assert between[1] < between[0], "the first group is timed before the second is opened"
+
+
+def test_rounds_end_when_every_interval_is_narrow(clock, tiny):
+    timings = latency({name: clock.opener(name) for name in ("a", "b")}, tiny.images[:1], (1,), seconds=1000)
+    assert timings.ended_by == {1: "interval"}
+    assert timings.ratio("a", "b", 1).groups == 8
+
+
+def test_time_that_is_up_ends_the_rounds_but_not_before_eight_groups(clock, tiny):
+    draw = np.random.default_rng(0)
+    clock.ms = lambda _name: float(draw.lognormal(0, 1))
+    contenders = {name: clock.opener(name) for name in ("a", "b")}
+    timings = latency(contenders, tiny.images[:1], (1,), seconds=0)
+    assert timings.ended_by == {1: "time"}
+    assert [len(group) for group in timings.groups["a"][1]] == [1] * 8
+    clock.now = 0
+    longer = latency(contenders, tiny.images[:1], (1,), seconds=2)
+    assert longer.ended_by == {1: "time"}
+    assert longer.ratio("a", "b", 1).groups > 8
+    assert 2 < clock.now < 2.5
+
+
+def test_only_the_ratios_that_are_wanted_have_to_be_narrow(clock, tiny):
+    draw = np.random.default_rng(0)
+    clock.ms = lambda name: float(draw.lognormal(0, 1)) if name == "noisy" else 1.0
+    contenders = {name: clock.opener(name) for name in ("a", "b", "noisy")}
+    wanted = lambda timings, size: [timings.ratio("a", "b", size)]  # noqa: E731
+    assert latency(contenders, tiny.images[:1], (1,), ratios=wanted, seconds=1).ended_by == {1: "interval"}
+    assert latency(contenders, tiny.images[:1], (1,), seconds=1).ended_by == {1: "time"}
+
+
+def test_a_size_that_ended_gets_no_more_rounds(clock, tiny, monkeypatch):
+    wanted = lambda timings, size: [timings.ratio("a", "b", size)] if size == 1 else [Ratio(1, 0, 9, 1, 1)]  # noqa: E731
+    contenders = {name: clock.opener(name) for name in ("a", "b")}
+    timings = latency(contenders, tiny.images[:1], (1, 4), ratios=wanted, seconds=2)
+    assert timings.ended_by == {1: "interval", 4: "time"}
+    assert len(timings.groups["a"][1]) == 8 < len(timings.groups["a"][4])
 
 
 def test_latency_refuses_an_example_of_another_size(tiny):
-    session = open_session(tiny.path, "onnxruntime")
     with pytest.raises(InputError, match=r"shape \(any, 3, 8, 8\)"):
-        latency({"one": session}, np.zeros((1, 3, 9, 9), np.float32), (1,))
-
-
-def test_ratios_pair_the_runs_of_a_round():
-    drifting = Timings({"slow": {1: [2.0, 20.0, 200.0]}, "fast": {1: [1.0, 10.0, 100.0]}})
-    assert drifting.paired_ratio("slow", "fast", 1) == Spread(2.0, 2.0, 2.0, 3)
-    assert drifting.paired_ratio("fast", "slow", 1).median == 0.5
-
-
-def test_a_spread_is_made_of_percentiles():
-    assert Spread.of([float(value) for value in range(101)]) == Spread(50.0, 10.0, 90.0, 101)
+        latency({"one": partial(open_session, tiny.path, "onnxruntime")}, np.zeros((1, 3, 9, 9), np.float32), (1,))
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])

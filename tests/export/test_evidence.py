@@ -19,6 +19,8 @@ from tersor.export.onnx import export
 from tersor.export.runtime import open_session
 from tersor.methods.ptq import PTQ
 
+BASELINE = {key: {"runtime": "onnxruntime", "precision": "float32"} for key in ("1", "32")}
+
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
@@ -47,7 +49,18 @@ def gathered(networks, teacher=None):
         entry: predictions(open_session(folder / file, "onnxruntime"), (batch.images.numpy() for batch in test))
         for entry, file in (("original", "original.onnx"), ("artifact", "model.onnx"))
     }
-    return gather(original, model, teacher, original, folder, test, Target(), answers=answers, watch=Unwatched())
+    return gather(
+        original,
+        model,
+        teacher,
+        original,
+        folder,
+        test,
+        Target(),
+        answers=answers,
+        baseline=BASELINE,
+        watch=Unwatched(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +106,8 @@ def test_the_profile_names_every_layer_of_either_file(evidence):
     for told in evidence["profile"].values():
         for file in ("original", "artifact"):
             assert set(told[file]["layers"]) == {"first", "second", "answer"}
-        assert told["bf16"] is None or "first" in told["bf16"]["layers"]
+        assert "first" in told["baseline"]["layers"]
+    assert evidence["profile"]["1"]["baseline"] == evidence["profile"]["1"]["original"], "nothing is profiled twice"
 
 
 def test_the_teacher_softens_where_there_is_one(networks, evidence):

@@ -7,6 +7,7 @@ import platform
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,8 +15,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from tersor.core.errors import InputError
+from tersor.export import runtime as runtime_module
 from tersor.export.profile import node_times
-from tersor.export.runtime import RUNTIMES, default_threads, machine, open_session
+from tersor.export.runtime import RUNTIMES, default_threads, installed_runtimes, machine, open_session
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 runtimes = pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
@@ -60,17 +62,56 @@ def test_an_openvino_file_is_read_with_its_weights(tiny):
         open_session(xml, "openvino")
 
 
+def executed(openvino, config, path):
+    """What the layers of the compiled network say of themselves, by name of the layer."""
+    compiled = openvino.Core().compile_model(path, "CPU", config)
+    layers = [layer.get_rt_info() for layer in compiled.get_runtime_model().get_ops()]
+    return {layer["runtimePrecision"] for layer in layers if layer["layerType"] in {"Convolution", "FullyConnected"}}
+
+
 @needs_openvino
-def test_the_precision_is_the_executed_one(tiny):
+@pytest.mark.parametrize("precision", [None, "float32"])
+def test_the_precision_is_the_executed_one(tiny, precision):
     openvino = pytest.importorskip("openvino")
-    has_units = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    session = open_session(tiny.path, "openvino", precision="bfloat16")
-    assert session.precision == ("bfloat16" if has_units else "float32")
+    session = open_session(tiny.path, "openvino", precision=precision)
+    layers = executed(openvino, {"INFERENCE_PRECISION_HINT": "f32"} if precision else {}, tiny.path)
+    assert layers == {{"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[session.precision]}
+    if precision:
+        assert session.precision == precision
+        np.testing.assert_allclose(session.run(tiny.images), tiny.logits, rtol=1e-4, atol=1e-5)
 
 
-def test_onnxruntime_has_no_bfloat16_of_its_own(tiny):
-    with pytest.raises(InputError, match="only openvino"):
-        open_session(tiny.path, "onnxruntime", precision="bfloat16")
+@needs_openvino
+@pytest.mark.parametrize(
+    ("products", "precision"),
+    [
+        ({"Convolution": "f32", "FullyConnected": "f32"}, "float32"),
+        ({"Convolution": "u8", "FullyConnected": "bf16"}, "bfloat16"),
+        ({"Convolution": "u8", "Softmax": "f32"}, "float16"),
+    ],
+    ids=["all in float", "one in float", "none in float"],
+)
+def test_the_precision_is_that_of_the_products_in_float(products, precision):
+    operators = [{"layerType": kind, "runtimePrecision": executed} for kind, executed in products.items()]
+    model = SimpleNamespace(
+        get_runtime_model=lambda: SimpleNamespace(
+            get_ops=lambda: [SimpleNamespace(get_rt_info=lambda each=each: each) for each in operators]
+        ),
+        get_property=lambda _name: SimpleNamespace(get_type_name=lambda: "f16"),
+    )
+    assert runtime_module._openvino_precision(model) == precision
+
+
+@runtimes
+def test_no_precision_but_float32_can_be_asked_for(tiny, runtime):
+    with pytest.raises(InputError, match=r"precision is 'bfloat16'\. Possible: 'float32'"):
+        open_session(tiny.path, runtime, precision="bfloat16")
+
+
+def test_what_is_installed_is_what_can_be_used(monkeypatch):
+    assert "onnxruntime" in installed_runtimes()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert installed_runtimes() == ["onnxruntime"]
 
 
 @runtimes
@@ -131,7 +172,7 @@ def test_paths_that_lead_nowhere_are_refused(tiny):
 def test_names_that_nobody_knows_are_refused(tiny):
     with pytest.raises(InputError, match="Did you mean 'onnxruntime'"):
         open_session(tiny.path, "onnx-runtime")
-    with pytest.raises(InputError, match="unknown precision 'int8'"):
+    with pytest.raises(InputError, match="precision is 'int8'"):
         open_session(tiny.path, "onnxruntime", precision="int8")
     with pytest.raises(InputError, match="at least 1; 0"):
         open_session(tiny.path, "onnxruntime", threads=0)

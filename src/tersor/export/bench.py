@@ -1,7 +1,8 @@
 """Answers, latency, size and memory of files in the runtimes that will serve them. Needs numpy, never torch.
 
 **Latency is interleaved.** A machine's speed drifts by more than two contenders differ. So every round gives each
-contender one turn, in a new order, and what is compared are the times of the same round (`paired_ratio`).
+contender one turn, in a new order, and what is compared are the times of the same round. After some rounds all files
+are opened anew: two sessions of one file differ for as long as they are open (see `timings.py`).
 
 **What disturbs whom.** Between two requests ONNX Runtime's threads spin for the next, on cores that another contender
 needs. ResNet-20, FP32 and int8, in both runtimes, four contenders interleaved against each alone in its process, median
@@ -23,8 +24,8 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,44 +34,15 @@ import numpy as np
 from tersor.core.errors import InputError
 from tersor.export.footprint import Footprint
 from tersor.export.runtime import Array, Session
+from tersor.export.timings import NARROW, EndedBy, Ratio, Timings
 
 BATCH_SIZES = (1, 32, 128)
 
-_FEWEST_ROUNDS = 5
+_FEWEST_GROUPS = 8
+_MOST_ROUNDS_A_GROUP = 20
+_GROUPS_IN_TIME = 12
 _LONGEST_TURN_MS = 10.0
 _MOST_RUNS_A_TURN = 5
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, 10th and 90th percentile of `n` values."""
-
-    median: float
-    p10: float
-    p90: float
-    n: int
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
-        p10, median, p90 = np.percentile(values, (10, 50, 90)).tolist()
-        return Spread(median, p10, p90, len(values))
-
-
-@dataclass(frozen=True)
-class Timings:
-    """`rounds[contender][batch size]`: milliseconds a batch, one value a round, in the order they were taken."""
-
-    rounds: Mapping[str, Mapping[int, Sequence[float]]]
-
-    def spread(self, contender: str, batch_size: int) -> Spread:
-        """Milliseconds a batch, over the rounds."""
-        return Spread.of(self.rounds[contender][batch_size])
-
-    def paired_ratio(self, contender: str, against: str, batch_size: int) -> Spread:
-        """Time of `contender` over time of `against` in the same round; under 1 where `contender` is faster."""
-        pairs = zip(self.rounds[contender][batch_size], self.rounds[against][batch_size], strict=True)
-        return Spread.of([ours / theirs for ours, theirs in pairs])
 
 
 def predictions(session: Session, arrays: Iterable[Array]) -> Array:
@@ -109,58 +81,101 @@ def _of_one_logit(logits: Array) -> Array:
 
 
 def latency(
-    contenders: Mapping[str, Session],
+    contenders: Mapping[str, Callable[[], Session]],
     example: Array,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
-    rounds: int = 60,
+    ratios: Callable[[Timings, int], Iterable[Ratio]] | None = None,
     seconds: float = 30.0,
 ) -> Timings:
-    """Times `contenders` against each other, interleaved.
+    """Times `contenders` against each other, interleaved, until their ratios are known well enough.
 
     Args:
-        contenders: sessions by name. Two of the same file show what the machine's noise is.
+        contenders: by name, a function that opens a session.
         example: one image (1, C, H, W), repeated to fill a batch.
         batch_sizes: images a batch.
-        rounds: turns of every contender at every batch size.
-        seconds: a batch size that has taken this long gets no more rounds, once it has had five.
+        ratios: from what was timed so far and a batch size, the ratios that are wanted; by default those of every
+            contender against the first. A batch size ends when all their intervals are narrower than 10 %.
+        seconds: or when it has taken this long, opening included, but not before eight groups of rounds.
 
     Raises:
-        InputError: a network does not take the example, or not a batch of that size.
+        InputError: a file cannot be opened, or a network does not take the example, or not a batch of that size.
     """
-    assert contenders, "somebody has to run"
+    assert contenders, "nothing to time"
     assert len(example) == 1, "one image"
-    assert rounds > 0, "at least once"
-    times: dict[str, dict[int, Sequence[float]]] = {name: {} for name in contenders}
-    for batch_size in batch_sizes:
-        batch = np.ascontiguousarray(np.repeat(example, batch_size, axis=0))
-        runs = _runs_a_turn(contenders.values(), batch)
-        taken: dict[str, list[float]] = {name: [] for name in contenders}
-        for order in _orders(list(contenders), rounds, seconds):
-            for name in order:
-                taken[name].append(_turn(contenders[name], batch, runs))
-        for name, values in taken.items():
-            times[name][batch_size] = values
-    return Timings(times)
-
-
-def _orders(names: list[str], rounds: int, seconds: float) -> Iterator[list[str]]:
-    """Who comes after whom, anew for every round, until the time is up."""
+    names = list(contenders)
+    ratios = ratios or (lambda timings, size: [timings.ratio(name, names[0], size) for name in names[1:]])
+    rounds = {size: _Rounds(np.repeat(example, size, axis=0), names, seconds) for size in batch_sizes}
+    timings = Timings({name: {size: each.groups[name] for size, each in rounds.items()} for name in names}, {})
     generator = np.random.default_rng(0)
-    end = time.perf_counter() + seconds
-    for done in range(rounds):
-        if done >= _FEWEST_ROUNDS and time.perf_counter() > end:
+    openings, turns = _orders(names, generator), _orders(names, generator)
+    while running := [each for each in rounds.values() if each.ended_by is None]:
+        start = time.perf_counter()
+        sessions = {name: contenders[name]() for name in next(openings)}
+        opening = time.perf_counter() - start
+        for each in running:
+            each.take(sessions, turns, opening / len(running))
+        sessions.clear()  # before the next ones are opened
+        for size, each in rounds.items():
+            each.end(partial(ratios, timings, size))
+    return replace(timings, ended_by={size: each.ended_by for size, each in rounds.items()})
+
+
+def _orders(names: Sequence[str], generator: np.random.Generator) -> Iterator[Sequence[str]]:
+    """Orders by chance, each followed by its reverse, so that of any two names each comes first equally often."""
+    while True:
+        order: list[str] = generator.permutation(np.array(names)).tolist()
+        yield order
+        yield order[::-1]
+
+
+class _Rounds:
+    """The rounds of one batch size, group by group.
+
+    Attributes:
+        groups: milliseconds by contender, group and round.
+        ended_by: why there are no more, once there are none.
+    """
+
+    def __init__(self, batch: Array, names: Sequence[str], seconds: float) -> None:
+        self.batch = np.ascontiguousarray(batch)
+        self.groups: dict[str, list[list[float]]] = {name: [] for name in names}
+        self.ended_by: EndedBy | None = None
+        self._seconds = seconds
+        self._spent = 0.0
+        self._runs = 0
+        self._rounds = 0
+
+    def take(self, sessions: Mapping[str, Session], orders: Iterable[Sequence[str]], opening: float) -> None:
+        """Takes one group of rounds with `sessions`, which took `opening` seconds to open."""
+        start = time.perf_counter()
+        for session in sessions.values():
+            session.run(self.batch)  # checks the batch, and warms up
+        if not self._rounds:
+            self._fit(sessions)
+        for taken in self.groups.values():
+            taken.append([])
+        for _, order in zip(range(self._rounds), orders, strict=False):
+            for name in order:
+                self.groups[name][-1].append(_turn(sessions[name], self.batch, self._runs))
+        self._spent += opening + time.perf_counter() - start
+
+    def _fit(self, sessions: Mapping[str, Session]) -> None:
+        """How many runs fit a turn, the same number for all, and how many rounds fit a group."""
+        warm = [_turn(session, self.batch, runs=2) for session in sessions.values()]
+        self._runs = int(np.clip(_LONGEST_TURN_MS / max(warm), 1, _MOST_RUNS_A_TURN))
+        milliseconds = sum(warm) * (1 + self._runs)
+        fitting = 1000 * self._seconds / _GROUPS_IN_TIME / milliseconds
+        self._rounds = int(np.clip(fitting, 1, _MOST_ROUNDS_A_GROUP))
+
+    def end(self, ratios: Callable[[], Iterable[Ratio]]) -> None:
+        """Decides whether there are more, by the ratios that are wanted."""
+        if self.ended_by or len(next(iter(self.groups.values()))) < _FEWEST_GROUPS:
             return
-        yield [names[place] for place in generator.permutation(len(names))]
-
-
-def _runs_a_turn(sessions: Iterable[Session], batch: Array) -> int:
-    """Warms every session up for this size, and says how many runs fit a turn: the same number for all."""
-    warm: list[float] = []
-    for session in sessions:
-        session.run(batch)  # checks the batch
-        warm.append(_turn(session, batch, runs=2))
-    return int(np.clip(_LONGEST_TURN_MS / max(warm), 1, _MOST_RUNS_A_TURN))
+        if all(ratio.width < NARROW for ratio in ratios()):
+            self.ended_by = "interval"
+        elif self._spent > self._seconds:
+            self.ended_by = "time"
 
 
 def _turn(session: Session, batch: Array, runs: int) -> float:

@@ -21,7 +21,7 @@ from tersor.data import Batches
 from tersor.export.answers import changed_answers, similar_classes, softened_targets
 from tersor.export.attention import attention_maps
 from tersor.export.layers import layer_table
-from tersor.export.numbers import arrays, openvino_installed
+from tersor.export.numbers import arrays
 from tersor.export.profile import profile
 from tersor.export.pruned import masks, widths
 from tersor.export.runtime import Array
@@ -44,6 +44,7 @@ def gather(
     target: Target,
     *,
     answers: Mapping[str, Array],
+    baseline: Mapping[str, Mapping[str, str]],
     watch: Watch,
 ) -> dict[str, Any]:
     """The content of `evidence.json`, in plain values.
@@ -57,11 +58,12 @@ def gather(
         test: the whole test set, in order.
         target: the runtime that answers and is profiled.
         answers: of `original` and `artifact` (N,) to the test images, in the runtime.
+        baseline: batch size -> `runtime` and `precision` of the baseline, as in `numbers.json`.
         watch: who looks on.
 
     Returns:
         `layers` (see `layer_table`), `widths` and `masks` (see there), `profile` (batch size -> `original`, `artifact`
-        and `bf16`, see `profile`), `targets` (`of` whom, `images`, see `softened_targets`, and `similar`, see
+        and `baseline`, see `profile`), `targets` (`of` whom, `images`, see `softened_targets`, and `similar`, see
         `similar_classes`), `attention` (see `attention_maps`), `answers` (see `changed_answers`), `looked_at`.
     """
     watch.start("evidence", 3)
@@ -82,7 +84,7 @@ def gather(
     seen = {"before": before, "after": model}
     attention = attention_maps(seen if teacher is None else {"teacher": teaches, **seen}, test, index)
     watch.advance()
-    profiles = _profiles(original, model, folder, next(arrays(test, target.input))[:1], target)
+    profiles = _profiles(original, model, folder, next(arrays(test, target.input))[:1], target, baseline)
     watch.advance()
     return {
         "looked_at": len(looked_at),
@@ -101,18 +103,26 @@ def _at_rest(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).cpu().float().eval()
 
 
-def _profiles(original: nn.Module, model: nn.Module, folder: Path, image: Array, target: Target) -> dict[str, Any]:
+def _profiles(
+    original: nn.Module,
+    model: nn.Module,
+    folder: Path,
+    image: Array,
+    target: Target,
+    baseline: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
     before, after = _layers_by_module(original), _layers_by_module(model)
     found: dict[str, Any] = {}
     fixed = batch_for(model, target)
     for size in PROFILED_BATCH_SIZES if fixed is None else (fixed,):
         batch = np.ascontiguousarray(np.repeat(image, size, axis=0))
+        untouched, fastest = folder / "original.onnx", baseline[str(size)]
+        in_float32 = profile(untouched, target.runtime, batch, before, precision="float32")
+        same = (fastest["runtime"], fastest["precision"]) == (target.runtime, "float32")
         found[str(size)] = {
-            "original": profile(folder / "original.onnx", target.runtime, batch, before, precision="float32"),
-            "artifact": profile(folder / "model.onnx", target.runtime, batch, after, precision="float32"),
-            "bf16": profile(folder / "original.onnx", "openvino", batch, before, precision="bfloat16")
-            if openvino_installed()
-            else None,
+            "original": in_float32,
+            "artifact": profile(folder / "model.onnx", target.runtime, batch, after),
+            "baseline": in_float32 if same else profile(untouched, fastest["runtime"], batch, before),
         }
     return found
 

@@ -1,14 +1,16 @@
 """What a network, its original and its artifact are worth, measured: `numbers.json`.
 
-Everything under `original`, `bf16` and `artifact` is of the file, in the runtime: accuracy over the whole test set,
-latency interleaved in one run. `bf16` is the original in OpenVINO's half-width floats, which cost nothing where the
-processor has them; where it has none, OpenVINO computes in float32, and `precision` says so.
+Everything under `original`, `candidates` and `artifact` is of the file, in the runtime: accuracy over the whole test
+set, latency interleaved in one run. `original` is float32 in the target runtime. `candidates` are what costs nothing:
+the original file in every installed runtime, in the precision that the runtime chooses. The fastest of them is the
+`baseline` of a batch size. It is chosen by its median from the rounds that the ratio to it is computed from: a choice
+among several favours the one that was lucky, so the artifact's speedup over the baseline is, if anything, too small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +19,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.core.watch import Watch
 from tersor.data import Batches
 from tersor.export.bench import (
     BATCH_SIZES,
     Array,
-    Timings,
     compressed_bytes,
     footprint,
     latency,
     predictions,
     size_bytes,
 )
-from tersor.export.runtime import Session, load_runtime, machine, open_session
-from tersor.measure import Costs, agreement, costs
+from tersor.export.runtime import Session, installed_runtimes, machine, open_session
+from tersor.export.timings import NARROW, Ratio, Timings
+from tersor.measure import FLOAT_BITS, Costs, agreement, costs
 from tersor.measure import predictions as torch_predictions
 
-_AGAIN = "original, again"
+_HALF_BITS = 16
+
 OF_STAGES = ("accuracy", "bytes", "compressed_bytes", "macs", "sparsity", "latency_ms")
 """What is told of a stage, under the names that it has in every entry."""
 
@@ -46,7 +48,7 @@ class Contender:
 
     path: Path
     runtime: str
-    precision: Literal["float32", "bfloat16"] | None
+    precision: Literal["float32"] | None
     costs: Costs
 
     def open(self) -> Session:
@@ -62,15 +64,6 @@ def arrays(batches: Batches, input_kind: str) -> Iterator[Array]:
     else:
         for index in torch.arange(len(batches.images)).split(batches.batch_size):
             yield batches.images.take(index).numpy()
-
-
-def openvino_installed() -> bool:
-    """Whether the original can be measured in OpenVINO's own precision."""
-    try:
-        load_runtime("openvino")
-    except InputError:
-        return False
-    return True
 
 
 def measure(
@@ -101,18 +94,22 @@ def measure(
         seconds: time for the latency of one batch size.
     """
     example = next(iter(test)).images[:1].contiguous()
-    costs_of_original = costs(original, example)
     contenders = {
-        "original": Contender(folder / "original.onnx", target.runtime, "float32", costs_of_original),
-        "artifact": Contender(folder / "model.onnx", target.runtime, "float32", costs(model, example)),
+        "original": Contender(folder / "original.onnx", target.runtime, "float32", costs(original, example)),
+        "artifact": Contender(folder / "model.onnx", target.runtime, None, costs(model, example)),
     }
-    if openvino_installed():
-        contenders["bf16"] = Contender(folder / "original.onnx", "openvino", "bfloat16", costs_of_original)
+    sessions = {name: contender.open() for name, contender in contenders.items()}
+    candidates: dict[str, str] = {}
+    for runtime, candidate in _candidates(contenders["original"]).items():
+        session = candidate.open()
+        candidates[runtime] = "original" if _alike(session, sessions["original"]) else runtime
+        if candidates[runtime] == runtime:
+            contenders[runtime], sessions[runtime] = candidate, session
     entries = list(contenders)
     left = {number: f"stage {number}" for number in stages or {}}
     for number, (network, path) in (stages or {}).items():
-        contenders[left[number]] = Contender(path, target.runtime, "float32", costs(network, example))
-    sessions = {name: contender.open() for name, contender in contenders.items()}
+        contenders[left[number]] = Contender(path, target.runtime, None, costs(network, example))
+        sessions[left[number]] = contenders[left[number]].open()
     watch.start("test set in the runtime", len(contenders) + 1)
     answers: dict[str, Array] = {}
     for name, session in sessions.items():
@@ -122,7 +119,7 @@ def measure(
     watch.advance()
     watch.say("latency: every contender in turn, batch " + ", ".join(map(str, BATCH_SIZES)))
     pixels = next(arrays(test, target.input))[:1]
-    timings = latency({**sessions, _AGAIN: contenders["original"].open()}, pixels, seconds=seconds)
+    timings = _timed(contenders, list(candidates.values()), pixels, seconds)
     labels = test.images.labels
     measured = {
         name: _entry(contenders[name], sessions[name], answers, name, labels, timings, pixels) for name in entries
@@ -130,6 +127,7 @@ def measure(
     of_stages = {
         number: _of_stage(contenders[name], answers[name], labels, timings, name) for number, name in left.items()
     }
+    fastest = {size: timings.fastest(candidates.values(), size) for size in BATCH_SIZES}
     numbers = {
         "runtime": target.runtime,
         "target": target.model_dump(),
@@ -137,15 +135,44 @@ def measure(
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "original": measured["original"],
-        "bf16": measured.get("bf16"),
+        "candidates": {runtime: measured[name] for runtime, name in candidates.items()},
+        "baseline": {
+            str(size): {key: measured[name][key] for key in ("runtime", "precision")} for size, name in fastest.items()
+        },
         "artifact": measured["artifact"],
         "agreement_with_torch": agreement(torch.from_numpy(answers["artifact"]), in_torch),
-        "speedup": _ratios(timings, "original", "artifact"),
-        "noise_floor": _ratios(timings, "original", _AGAIN),
+        "speedup": {
+            "original": _speedups(timings, dict.fromkeys(BATCH_SIZES, "original"), "artifact"),
+            "baseline": _speedups(timings, fastest, "artifact"),
+        },
+        "rounds": {
+            "time_limit_seconds": seconds,
+            "interval_width": NARROW,
+            "ended_by": {str(size): reason for size, reason in timings.ended_by.items()},
+        },
         "test_images": len(labels),
         "stages": of_stages,
     }
     return numbers, {name: answers[name] for name in entries}
+
+
+def _candidates(original: Contender) -> dict[str, Contender]:
+    """Its file in every installed runtime, in the precision that the runtime chooses."""
+    return {runtime: replace(original, runtime=runtime, precision=None) for runtime in installed_runtimes()}
+
+
+def _timed(contenders: Mapping[str, Contender], candidates: Sequence[str], image: Array, seconds: float) -> Timings:
+    """Latency of all, until it is known how the artifact compares with the original and the baseline."""
+
+    def wanted(timings: Timings, size: int) -> list[Ratio]:
+        references = ("original", timings.fastest(candidates, size))
+        return [timings.ratio(name, "artifact", size) for name in references]
+
+    return latency({name: each.open for name, each in contenders.items()}, image, ratios=wanted, seconds=seconds)
+
+
+def _alike(one: Session, other: Session) -> bool:
+    return (one.runtime, one.precision) == (other.runtime, other.precision)
 
 
 def _of_stage(
@@ -158,6 +185,7 @@ def _of_stage(
         "macs": contender.costs.macs,
         "sparsity": contender.costs.sparsity,
         "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},
+        "speedup": _speedups(timings, dict.fromkeys(BATCH_SIZES, "original"), name),
     }
 
 
@@ -172,7 +200,6 @@ def _entry(
 ) -> dict[str, Any]:
     answer = torch.from_numpy(answers[name])
     spent = footprint(contender.path, contender.runtime, example, precision=contender.precision)
-    bits = 16 * 16 if session.precision == "bfloat16" else None
     return {
         "runtime": contender.runtime,
         "precision": session.precision,
@@ -183,15 +210,22 @@ def _entry(
         "compressed_bytes": compressed_bytes(contender.path),
         "parameters": contender.costs.parameters,
         "macs": contender.costs.macs,
-        "bit_operations": contender.costs.macs * bits if bits else contender.costs.bit_operations,
+        "bit_operations": _bit_operations(contender.costs, session.precision),
         "sparsity": contender.costs.sparsity,
         "masked": contender.costs.masked,
         "peak_memory_bytes": spent.peak_memory_bytes,
         "load_ms": spent.load_ms,
         "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},
-        "latency_runs_ms": {str(size): timings.rounds[name][size] for size in BATCH_SIZES},
+        "latency_runs_ms": {str(size): timings.groups[name][size] for size in BATCH_SIZES},
     }
 
 
-def _ratios(timings: Timings, contender: str, against: str) -> dict[str, Any]:
-    return {str(size): asdict(timings.paired_ratio(contender, against, size)) for size in BATCH_SIZES}
+def _bit_operations(counted: Costs, precision: str) -> int:
+    """As counted from the network; of one without a quantized layer, in the floats that are executed."""
+    in_float = counted.bit_operations == counted.macs * FLOAT_BITS**2
+    return counted.macs * _HALF_BITS**2 if in_float and precision != "float32" else counted.bit_operations
+
+
+def _speedups(timings: Timings, slow: Mapping[int, str], fast: str) -> dict[str, Any]:
+    """By batch size: time of `slow` over time of `fast`, with its 95 % interval."""
+    return {str(size): asdict(timings.ratio(name, fast, size)) for size, name in slow.items()}

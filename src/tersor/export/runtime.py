@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,8 +30,8 @@ RUNTIMES: tuple[str, ...] = get_args(Runtime)
 _INSTALL = {"onnxruntime": "pip install onnxruntime", "openvino": "pip install 'tersor[openvino]'"}
 _SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".onnx", ".xml")}
 _ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
-_OPENVINO_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 _OPENVINO_PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+_OPENVINO_PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
 _INSTRUCTION_SETS = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve"),
@@ -43,8 +44,8 @@ class Session:
 
     Attributes:
         runtime: "onnxruntime" or "openvino".
-        precision: what layers that the file does not quantize really run in, as the runtime says: "float32",
-            "bfloat16" or "float16". It may be another than was asked for.
+        precision: in which layers that the file does not quantize are executed, as the runtime says: "float32",
+            "bfloat16" or "float16".
         threads: how many work on one batch.
         input_dtype: what `run` takes.
         input_shape: (N, C, H, W); None where any size goes.
@@ -91,9 +92,8 @@ def open_session(
     Args:
         path: an `.onnx` file, or OpenVINO's `.xml` with its `.bin` beside.
         runtime: one of `RUNTIMES`.
-        precision: "float32" or "bfloat16" for what the file does not quantize; None is the runtime's own choice:
-            OpenVINO takes bfloat16 where the CPU has units for it, and ONNX Runtime runs what the file says. Where
-            the CPU has none OpenVINO runs float32 instead: read `Session.precision`.
+        precision: "float32" for what the file does not quantize; by default the runtime chooses, and
+            `Session.precision` says what: OpenVINO bfloat16 where the CPU has units for it, ONNX Runtime float32.
         threads: threads that work on one batch; `default_threads()` by default.
 
     Raises:
@@ -102,8 +102,8 @@ def open_session(
     """
     path = Path(path)
     module = load_runtime(runtime)
-    if precision is not None and precision not in _OPENVINO_HINTS:
-        raise unknown("precision", precision, _OPENVINO_HINTS)
+    if precision not in {None, "float32"}:
+        raise InputError(f"precision is {precision!r}. Possible: 'float32', or None for what the runtime chooses.")
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1; {threads} was given.")
     if not path.is_file():
@@ -119,6 +119,18 @@ def open_session(
             return replace(session, batch=batch, input_shape=(None, *image), infer=in_pieces(session.infer, batch))
         case _:
             return session
+
+
+def installed_runtimes() -> list[str]:
+    """Those of `RUNTIMES` that can be used here."""
+    found: list[str] = []
+    for runtime in RUNTIMES:
+        try:
+            load_runtime(runtime)
+        except InputError:
+            continue
+        found.append(runtime)
+    return found
 
 
 def load_runtime(runtime: str) -> Any:
@@ -138,9 +150,7 @@ def load_runtime(runtime: str) -> Any:
     return module
 
 
-def _open_onnxruntime(ort: Any, path: Path, precision: str | None, threads: int) -> Session:
-    if precision == "bfloat16":
-        raise InputError("onnxruntime runs a file as it was written; only openvino has a bfloat16 of its own.")
+def _open_onnxruntime(ort: Any, path: Path, _precision: str | None, threads: int) -> Session:
     options = onnxruntime_options(ort, threads)
     failures = ort.capi.onnxruntime_pybind11_state
     refusals = (
@@ -183,8 +193,8 @@ def openvino_config(precision: str | None, threads: int) -> dict[str, Any]:
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
     }
-    if precision is not None:
-        config["INFERENCE_PRECISION_HINT"] = _OPENVINO_HINTS[precision]
+    if precision == "float32":
+        config["INFERENCE_PRECISION_HINT"] = "f32"
     return config
 
 
@@ -215,7 +225,6 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
         raise _unreadable(path, "openvino", error) from error
     given = network.inputs[0]
     shape = tuple(size.get_length() if size.is_static else None for size in given.get_partial_shape())
-    executed: str = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     request = model.create_infer_request()
     names = tuple(
         LOGITS if LOGITS in each.get_names() else min(each.get_names(), default="") for each in network.outputs
@@ -225,7 +234,21 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
     chosen = place or 0
     infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[chosen]  # noqa: E731
     dtype = np.dtype(given.get_element_type().to_dtype())
-    return Session("openvino", _OPENVINO_PRECISIONS.get(executed, executed), threads, dtype, shape, infer, names, place)
+    return Session("openvino", _openvino_precision(model), threads, dtype, shape, infer, names, place)
+
+
+def _openvino_precision(model: Any) -> str:
+    """The floats that most products of a compiled model are executed in; where none is in floats, the plugin's own."""
+    operators = [operator.get_rt_info() for operator in model.get_runtime_model().get_ops()]
+    executed = Counter(
+        info["runtimePrecision"]
+        for info in operators
+        if info["layerType"] in _OPENVINO_PRODUCTS and info["runtimePrecision"] in _OPENVINO_PRECISIONS
+    )
+    if executed:
+        return _OPENVINO_PRECISIONS[executed.most_common(1)[0][0]]
+    hint: str = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return _OPENVINO_PRECISIONS.get(hint, hint)
 
 
 def _require_one_input(path: Path, inputs: int, outputs: int) -> None:

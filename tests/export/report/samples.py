@@ -11,13 +11,13 @@ from tersor.core.positions import drawn, on_grid
 from tersor.export.answers import png
 
 PIXEL = png(torch.zeros(3, 1, 1, dtype=torch.uint8))
-FLOOR = {"median": 1.0, "p10": 0.97, "p90": 1.03, "n": 5}
+SIZES = ("1", "32")
 
 
 def entry(
     ms: float, *, runtime="onnxruntime", precision="float32", accuracy=90.0, size=4_000_000, bits=32, macs=10_000_000
 ):
-    runs = [ms * factor for factor in (0.99, 1.0, 1.01, 1.02, 1.0)]
+    runs = [[ms * factor for factor in group] for group in ((0.99, 1.0, 1.01), (1.02, 1.0))]
     spread = {"median": ms, "p10": 0.99 * ms, "p90": 1.02 * ms, "n": 5}
     return {
         "runtime": runtime,
@@ -35,9 +35,34 @@ def entry(
         "masked": 0.0,
         "peak_memory_bytes": 20_000_000,
         "load_ms": 9.0,
-        "latency_ms": {"1": spread, "32": spread},
-        "latency_runs_ms": {"1": runs, "32": runs},
+        "latency_ms": dict.fromkeys(SIZES, spread),
+        "latency_runs_ms": dict.fromkeys(SIZES, runs),
     }
+
+
+def ratio_of(value: float, around: float = 0.05):
+    """With an interval that is `around` the value, as a share of it."""
+    return {"value": value, "low": value * (1 - around), "high": value * (1 + around), "n": 5, "groups": 2}
+
+
+def speedups(original: float, baseline: float, around: float = 0.05):
+    """The same at every batch size."""
+    values = {"original": original, "baseline": baseline}
+    return {name: dict.fromkeys(SIZES, ratio_of(value, around)) for name, value in values.items()}
+
+
+def numbers_at(ms: float, **changes):
+    """The artifact takes `ms`, the original 4 ms in ONNX Runtime and 2 ms in OpenVINO, in bfloat16."""
+    told = {"artifact": entry(ms, size=1_000_000, bits=8), "speedup": speedups(4 / ms, 2 / ms)}
+    return numbers_of(**told | changes)
+
+
+def alone(ms: float, **changes):
+    """The same where ONNX Runtime alone is installed, so that the original is the baseline."""
+    same = entry(4.0)
+    baseline = {key: {"runtime": "onnxruntime", "precision": "float32"} for key in SIZES}
+    told = {"candidates": {"onnxruntime": same}, "baseline": baseline, "speedup": speedups(4 / ms, 4 / ms)}
+    return numbers_at(ms, **told | {"original": same} | changes)
 
 
 def numbers_of(**changes):
@@ -53,15 +78,20 @@ def numbers_of(**changes):
         "seed": 0,
         "date": "2026-11-24T08:00:00+00:00",
         "original": entry(4.0),
-        "bf16": entry(2.0, runtime="openvino", precision="bfloat16", accuracy=89.9),
+        "candidates": {
+            "onnxruntime": entry(4.0),
+            "openvino": entry(2.0, runtime="openvino", precision="bfloat16", accuracy=89.9),
+        },
+        "baseline": {key: {"runtime": "openvino", "precision": "bfloat16"} for key in SIZES},
         "artifact": entry(1.0, accuracy=89.6, size=1_000_000, bits=8, macs=5_000_000),
-        "noise_floor": {"1": FLOOR, "32": FLOOR},
+        "speedup": speedups(4.0, 2.0),
+        "rounds": {"time_limit_seconds": 10.0, "interval_width": 0.1, "ended_by": {"1": "interval", "32": "time"}},
         "test_images": 1000,
         "classes": ["cat", "dog"],
         "stages": [
             {"name": "distil", "methods": [{"soft_targets": {"temperature": 4}}], "steps": 100, "minutes": 3.0,
              "validation_accuracy": 90.5, "accuracy": 90.2, "bytes": 4_000_000, "macs": 10_000_000, "sparsity": 0.0,
-             "latency_ms": {"1": {"median": 3.5, "p10": 3.4, "p90": 3.6, "n": 5}},
+             "latency_ms": {"1": {"median": 3.5, "p10": 3.4, "p90": 3.6, "n": 5}}, "speedup": {"1": ratio_of(1.14)},
              "reconstruction": {"layer": "layer3", "errors": [0.9, 0.4], "before": [[[0.1, 0.7], [0.3, 0.2]]] * 6,
                                 "after": [[[0.1, 0.6], [0.3, 0.3]]] * 6}},
             {"name": "draw", "methods": [{"psgd": {"bits": 4}}], "steps": 10, "minutes": 0.2, "drawn": drawn_of()},
@@ -99,7 +129,7 @@ def evidence_of(**changes):
     size = {
         "original": profile_of(("Conv", 3.0), ("Add", 1.0)),
         "artifact": profile_of(("QLinearConv", 0.9), ("QuantizeLinear", 0.1)),
-        "bf16": profile_of(("Convolution", 2.0)),
+        "baseline": profile_of(("Convolution", 2.0)),
     }
     rows = [{"temperature": T, "entropy": 0.5, "probabilities": [0.75, 0.25]} for T in (1, 2, 4, 8, 16)]
     image = {"index": 7, "label": 0, "png": PIXEL}

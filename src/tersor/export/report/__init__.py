@@ -1,7 +1,7 @@
 """numbers.json and evidence.json -> report.html: one page, which loads nothing and runs no script.
 
-The picker of the baseline is a group of radio buttons, and the style sheet shows what belongs to the picked one. So the
-page's policy can forbid every script, every request and every style but its own.
+What the artifact is compared with is picked by radio buttons, and the style sheet shows what belongs to the picked one.
+So the page's policy can forbid every script, every request and every style but its own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 from tersor.core.errors import InputError
 from tersor.export.report.answered import answers, attention, similar, targets
 from tersor.export.report.inside import layers, time_spent, weights
+from tersor.export.report.latency import latencies
 from tersor.export.report.learned import drawn_weights, reconstructions
 from tersor.export.report.markup import Markup, join, tag
-from tersor.export.report.measured import figures, head, latencies, stages
+from tersor.export.report.measured import figures, head, stages
 from tersor.export.report.pruned import moved, pruned
 from tersor.export.report.verdict import verdict
 
@@ -86,7 +87,7 @@ def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
     )
     measured = [head(numbers, evidence), figures(numbers), stages(numbers), moved(numbers), latencies(numbers)]
     return template.substitute(
-        title=join([f"tersor: {verdict(numbers, 'original', evidence)}"]),
+        title=join([f"tersor: {verdict(numbers, evidence)}"]),
         policy=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         style=Markup(style),
         body=join([*measured, *inside, drawn_weights(numbers), reconstructions(numbers)]),

@@ -19,7 +19,7 @@ def dots(values: Sequence[float], longest: float, kind: str, label: str) -> Mark
     Args:
         values: milliseconds, in the order they were taken.
         longest: end of the axis.
-        kind: "original", "bf16" or "artifact", which has the colour.
+        kind: "original", "baseline" or "artifact", which has the colour.
         label: what is read out.
     """
     marks = [_run(place, value, longest) for place, value in enumerate(values)]

@@ -9,7 +9,8 @@ from typing import Any
 
 from tersor.export.report.charts import bar, columns, histogram
 from tersor.export.report.markup import Markup, number, table, tag
-from tersor.export.report.measured import Numbers, against, baselines, title
+from tersor.export.report.measured import against, references
+from tersor.export.report.verdict import Numbers, Reference, place, reference
 from tersor.graph.integers import ENOUGH, percent
 from tersor.measure import FLOAT_BITS
 
@@ -23,8 +24,7 @@ def time_spent(numbers: Numbers, evidence: Evidence) -> Markup:
     """Node profiles before and after, by operator and layer by layer."""
     compared = [
         against(each, *[_profiles(numbers, evidence, each, size) for size in evidence["profile"]])
-        for each in baselines(numbers)
-        if all(told[each] for told in evidence["profile"].values())
+        for each in references(numbers)
     ]
     return tag(
         "section",
@@ -38,16 +38,17 @@ def time_spent(numbers: Numbers, evidence: Evidence) -> Markup:
     )
 
 
-def _profiles(numbers: Numbers, evidence: Evidence, baseline: str, size: str) -> Markup:
+def _profiles(numbers: Numbers, evidence: Evidence, name: Reference, size: str) -> Markup:
     told = evidence["profile"][size]
-    before, after = told[baseline], told["artifact"]
+    before, after = told[name], told["artifact"]
+    title = f"{name}, {place(reference(numbers, name, size))}"
     largest = max(kind["ms"] for kind in [*before["kinds"], *after["kinds"]])
     lists = [
-        _operators(before, largest, baseline, f"{title(numbers, baseline)}: {number(before['ms'])} ms in nodes"),
+        _operators(before, largest, name, f"{title}: {number(before['ms'])} ms in nodes"),
         _operators(after, largest, "artifact", f"artifact: {number(after['ms'])} ms in nodes"),
     ]
     groups = [
-        (layer["name"], {baseline: before["layers"].get(layer["name"], 0.0)} | {
+        (layer["name"], {name: before["layers"].get(layer["name"], 0.0)} | {
             "artifact": after["layers"].get(layer["name"], 0.0)})
         if layer["original_shape"]
         else (layer["name"], {"artifact": after["layers"].get(layer["name"], 0.0)})

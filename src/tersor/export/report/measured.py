@@ -1,26 +1,21 @@
-"""What was measured from outside: the head of the page, the figures, the stages, the latency."""
+"""What was measured from outside: the head of the page, the figures, the stages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from tersor.export.report.charts import dots
 from tersor.export.report.markup import Markup, number, signed, table, tag
 from tersor.export.report.verdict import (
     RUNTIMES,
-    Baseline,
-    entry_name,
-    ratio_beyond_noise,
-    speedup,
+    Numbers,
+    Reference,
+    difference,
+    place,
+    reference,
+    same_place,
     verdict,
 )
-
-Numbers = Mapping[str, Any]
-
-_NAMES = ("original", "bf16", "artifact")
 
 _STAGE_HEAD = (
     *("stage", "methods", "accuracy, %", "MB", "ms, batch 1", "million mult.", "zeros, %"),
@@ -28,61 +23,89 @@ _STAGE_HEAD = (
 )
 
 
-def baselines(numbers: Numbers) -> list[Baseline]:
-    """What the artifact can be compared with."""
-    return ["original", "bf16"] if numbers["bf16"] else ["original"]
+def references(numbers: Numbers) -> list[Reference]:
+    """What the artifact can be compared with: the baseline too, where it is not the original at every batch size."""
+    only = all(same_place(baseline, numbers["original"]) for baseline in numbers["baseline"].values())
+    return ["original"] if only else ["original", "baseline"]
 
 
-def entries(numbers: Numbers) -> list[str]:
-    """What was measured."""
-    return [name for name in _NAMES if numbers[name]]
+def entries(numbers: Numbers) -> dict[str, Mapping[str, Any]]:
+    """What was measured, by its title: the original, it in other runtimes and precisions, the artifact."""
+    others = {
+        RUNTIMES[runtime]: entry
+        for runtime, entry in numbers["candidates"].items()
+        if not same_place(entry, numbers["original"])
+    }
+    return {"original": numbers["original"], **others, "artifact": numbers["artifact"]}
 
 
-def against(baseline: Baseline, *children: str, name: str = "div") -> Markup:
-    """Shown only while that baseline is picked."""
-    return tag(name, *children, class_=f"against-{baseline}")
+def against(name: Reference, *children: str, element: str = "div") -> Markup:
+    """Shown only while that reference is picked."""
+    return tag(element, *children, class_=f"against-{name}")
 
 
 def head(numbers: Numbers, evidence: Mapping[str, Any] | None) -> Markup:
-    """The verdict, what it was measured on, and the picker of the baseline."""
+    """The verdict, what it compares, what it was measured on, and the picker of the reference."""
     machine = numbers["machine"]
-    lines = [against(each, _capital(verdict(numbers, each, evidence)), name="h1") for each in baselines(numbers)]
+    sentence = verdict(numbers, evidence)
     where = (
         f"{machine['cpu']}, {machine['threads']} threads, {RUNTIMES[numbers['runtime']]} "
         f"{machine['versions'].get(numbers['runtime'])}. {numbers['test_images']:,} test images, seed "
         f"{numbers['seed']}, {numbers['date'][:10]}."
     )
-    return tag("header", *lines, tag("p", where, class_="where"), _picker(numbers))
+    return tag(
+        "header",
+        tag("h1", sentence[:1].upper() + sentence[1:]),
+        tag("p", _compared(numbers), class_="where"),
+        tag("p", where),
+        *_picker(numbers),
+    )
 
 
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
+def _compared(numbers: Numbers) -> str:
+    """Which file in which runtime the two references are, and what is in brackets."""
+    names = {size: place(entry) for size, entry in numbers["baseline"].items()}
+    if len(set(names.values())) == 1:
+        named = next(iter(names.values()))
+    else:
+        named = ", ".join(f"{name} at batch {size}" for size, name in names.items())
+    searched = " and ".join(RUNTIMES[runtime] for runtime in numbers["candidates"])
+    their = "its" if len(numbers["candidates"]) == 1 else "their"
+    return (
+        f"Original: original.onnx, {place(numbers['original'])}. Baseline: the same file where it is fastest without "
+        f"any change, of {searched} at {their} default precision: {named}. In brackets: 95 % intervals."
+    )
 
 
-def _picker(numbers: Numbers) -> Markup:
-    if len(baselines(numbers)) == 1:
-        return tag("p", "Compared with the original in float32. OpenVINO is not installed, so its bf16 is not beside.")
+def _picker(numbers: Numbers) -> list[Markup]:
+    names = references(numbers)
+    if len(names) == 1:
+        return []
     options = [
         tag(
             "label",
-            tag("input", type="radio", name="baseline", id=f"pick-{each}", checked="" if each == "original" else None),
-            tag("span", "the original in float32" if each == "original" else entry_name(numbers, each)),
+            tag("input", type="radio", name="reference", id=f"pick-{each}", checked="" if each == "original" else None),
+            tag("span", f"the {each}"),
         )
-        for each in baselines(numbers)
+        for each in names
     ]
-    return tag("fieldset", tag("legend", "Compare with"), *options, class_="picker")
+    return [tag("fieldset", tag("legend", "Compare with"), *options, class_="picker")]
 
 
 def figures(numbers: Numbers) -> Markup:
-    """Everything measured, side by side; in the last column the artifact against the baseline."""
-    names, artifact = entries(numbers), numbers["artifact"]
+    """Everything measured, side by side; in the last column the artifact against the reference."""
+    columns, artifact = entries(numbers), numbers["artifact"]
 
-    def row(what: str, shown: Callable[[Numbers], str], change: Callable[[Baseline], str] | None = None) -> list[str]:
-        changes = [against(each, change(each), name="span") for each in baselines(numbers)] if change else []
-        return [what, *[shown(numbers[name]) for name in names], tag("td", *changes)]
+    def row(what: str, shown: Callable[[Numbers], str], change: Callable[[Reference], str] | None = None) -> list[str]:
+        changes = [against(each, change(each), element="span") for each in references(numbers)] if change else []
+        return [what, *[shown(entry) for entry in columns.values()], tag("td", *changes)]
 
     def less(what: str, key: str, unit: float) -> list[str]:
-        return row(what, lambda of: number(of[key] / unit), lambda each: _less(numbers[each][key], artifact[key]))
+        return row(
+            what,
+            lambda of: number(of[key] / unit),
+            lambda each: less_by(reference(numbers, each, "1")[key], artifact[key]),
+        )
 
     rows = [
         row("file", lambda of: "model.onnx" if of is artifact else "original.onnx"),
@@ -91,12 +114,12 @@ def figures(numbers: Numbers) -> Markup:
         row(
             "accuracy, %",
             lambda of: f"{of['accuracy']:.2f}",
-            lambda each: signed(artifact["accuracy"] - numbers[each]["accuracy"], " points"),
+            lambda each: signed(artifact["accuracy"] - reference(numbers, each, "1")["accuracy"], " points"),
         ),
         row("answers kept, %", lambda of: f"{of['agreement']:.2f}"),
         less("MB", "bytes", 1e6),
         less("MB, deflated", "compressed_bytes", 1e6),
-        *[_latency_row(numbers, row, size) for size in numbers["noise_floor"]],
+        *[_latency_row(numbers, row, size) for size in numbers["baseline"]],
         less("million multiplications", "macs", 1e6),
         less("giga bit operations", "bit_operations", 1e9),
         row("zeros in the weights, %", lambda of: f"{100 * of['sparsity']:.1f}"),
@@ -104,9 +127,14 @@ def figures(numbers: Numbers) -> Markup:
         less("MB of memory", "peak_memory_bytes", 1e6),
         less("ms to load", "load_ms", 1),
     ]
-    heads = [tag("th", title(numbers, name), scope="col", class_=f"key {name}") for name in names]
+    heads = [tag("th", title, scope="col", class_=f"key {colour(title)}") for title in columns]
     every = table(["", *heads, "change"], rows, caption="Every figure")
     return tag("section", tag("h2", "In figures"), every, *_masked(artifact))
+
+
+def colour(title: str) -> str:
+    """The class of an entry."""
+    return title if title in {"original", "artifact"} else "baseline"
 
 
 def _masked(artifact: Numbers) -> list[Markup]:
@@ -124,27 +152,19 @@ def _masked(artifact: Numbers) -> list[Markup]:
     ]
 
 
-def title(numbers: Numbers, name: str) -> str:
-    """What an entry is called beside the others; "bf16" only where the processor has it."""
-    return "OpenVINO" if name == "bf16" and numbers["bf16"]["precision"] != "bfloat16" else name
-
-
 def _latency_row(numbers: Numbers, row: Callable[..., list[str]], size: str) -> list[str]:
-    return row(
-        f"ms, batch {size}",
-        lambda of: number(of["latency_ms"][size]["median"]),
-        lambda each: _faster(numbers, each, size),
-    )
+    baseline = numbers["baseline"][size]
+
+    def shown(of: Mapping[str, Any]) -> str:
+        median = number(of["latency_ms"][size]["median"])
+        is_baseline = of is not numbers["artifact"] and same_place(of, baseline)
+        return tag("td", median, tag("small", "baseline")) if is_baseline else median
+
+    return row(f"ms, batch {size}", shown, lambda each: difference(numbers["speedup"][each][size]))
 
 
-def _faster(numbers: Numbers, baseline: Baseline, size: str) -> str:
-    ratio = ratio_beyond_noise(numbers, baseline, "artifact", size)
-    if ratio is None:
-        return f"within the noise ({speedup(numbers, baseline, 'artifact', size):.2f}x)"
-    return f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
-
-
-def _less(before: float, after: float) -> str:
+def less_by(before: float, after: float) -> str:
+    """ "3.82x less"; nothing where one of the two is zero."""
     if not before or not after:
         return ""
     ratio = before / after
@@ -179,8 +199,9 @@ def stages(numbers: Numbers) -> Markup:
         tag("h2", "What each stage gave and cost"),
         tag(
             "p",
-            f"{number(minutes, 2)} minutes in all. Under each figure, the change against the row above; all on the "
-            "test set and in the runtime, but for the last column.",
+            f"{number(minutes, 2)} minutes in all. Under each figure, the change against the row above; under the "
+            "milliseconds, the speed against the original. All of it is of the test set in the runtime, except for the "
+            "last column.",
         ),
         table(
             _STAGE_HEAD,
@@ -192,19 +213,26 @@ def stages(numbers: Numbers) -> Markup:
 
 def _state(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[Markup]:
     """Accuracy, MB, ms, multiplications and sparsity, each with its change where both are known."""
-    measures: list[tuple[Callable[[Mapping[str, Any]], float | None], str, int]] = [
-        (lambda of: of.get("accuracy"), " points", 2),
-        (lambda of: _scaled(of.get("bytes"), 1e6), "", 3),
-        (lambda of: ((of.get("latency_ms") or {}).get("1") or {}).get("median"), "", 3),
-        (lambda of: _scaled(of.get("macs"), 1e6), "", 2),
-        (lambda of: _scaled(of.get("sparsity"), 0.01), "", 1),
-    ]
-    cells: list[Markup] = []
-    for read, unit, digits in measures:
-        value, was = read(now), read(before)
+
+    def cell(key: str, scale: float, unit: str, digits: int) -> Markup:
+        value, was = _scaled(now.get(key), scale), _scaled(before.get(key), scale)
         change = "" if value is None or was is None else signed(value - was, unit, digits)
-        cells.append(tag("td", "–" if value is None else f"{value:.{digits}f}", tag("small", change)))
-    return cells
+        return tag("td", "–" if value is None else f"{value:.{digits}f}", tag("small", change))
+
+    return [
+        cell("accuracy", 1, " points", 2),
+        cell("bytes", 1e6, "", 3),
+        _latency_cell(now),
+        cell("macs", 1e6, "", 2),
+        cell("sparsity", 0.01, "", 1),
+    ]
+
+
+def _latency_cell(now: Mapping[str, Any]) -> Markup:
+    if "latency_ms" not in now:
+        return tag("td", "–", tag("small"))
+    change = difference(now["speedup"]["1"]) if "speedup" in now else ""
+    return tag("td", f"{now['latency_ms']['1']['median']:.3f}", tag("small", change))
 
 
 def _scaled(value: float | None, unit: float) -> float | None:
@@ -220,41 +248,3 @@ def _method(entry: Any) -> str:
         for name, given in entry.items()
     ]
     return ", ".join(told)
-
-
-def latencies(numbers: Numbers) -> Markup:
-    """All runs as dots: one panel for each batch size, one line for each that was measured."""
-    machine = numbers["machine"]
-    panels = [_latency_panel(numbers, size) for size in numbers["noise_floor"]]
-    return tag(
-        "section",
-        tag("h2", "Latency, run by run"),
-        tag(
-            "p",
-            f"Each dot is one run on {machine['cpu']} with {machine['threads']} threads, {machine['system']}; the line "
-            "is the median. All took turns in one run. Squares at the right edge lie beyond it.",
-        ),
-        *panels,
-    )
-
-
-def _latency_panel(numbers: Numbers, size: str) -> Markup:
-    names = entries(numbers)
-    runs = {name: numbers[name]["latency_runs_ms"][size] for name in names}
-    longest = 1.15 * max(float(np.percentile(values, 95)) for values in runs.values())
-    lines: list[Markup] = []
-    for name in names:
-        spread = numbers[name]["latency_ms"][size]
-        label = (
-            f"{title(numbers, name)}, batch {size}: median {number(spread['median'])} ms, 10th to 90th percentile "
-            f"{number(spread['p10'])} to {number(spread['p90'])}, {spread['n']} runs"
-        )
-        lines += [
-            tag("div", title(numbers, name), class_=f"key {name}"),
-            dots(runs[name], longest, name, label),
-            tag("div", f"{number(spread['median'])} ms", tag("small", f"n = {spread['n']}"), class_="amount"),
-        ]
-    floor = numbers["noise_floor"][size]
-    noise = f"The original differs from itself by {floor['p10']:.2f} to {floor['p90']:.2f}x."
-    axis = tag("div", tag("span", "0"), tag("span", f"{number(longest)} ms"), class_="axis")
-    return tag("figure", tag("h3", f"Batch {size}"), tag("div", *lines, axis, class_="rows"), tag("figcaption", noise))

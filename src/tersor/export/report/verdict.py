@@ -1,12 +1,12 @@
-"""The first line of the report: whether it was worth it, and what to ship where it was not."""
+"""The first line of the report: how the artifact compares with the original and with the fastest that costs nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import median
 from typing import Any, Literal
 
-Baseline = Literal["original", "bf16"]
+Reference = Literal["original", "baseline"]
+Numbers = Mapping[str, Any]
 
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
@@ -18,65 +18,54 @@ _CONVERSIONS = {
 }
 
 
-def verdict(
-    numbers: Mapping[str, Any], baseline: Baseline = "original", evidence: Mapping[str, Any] | None = None
-) -> str:
-    """One sentence: speed at batch 1, size and points against the baseline; where it is not faster, why, and what to
-    ship instead: the fastest at batch 1 that loses at most one point.
+def verdict(numbers: Numbers, evidence: Mapping[str, Any] | None = None) -> str:
+    """Speed at batch 1 against the original and the baseline, size and points against the original.
 
-    A ratio within the noise floor (the original against itself, 10th to 90th percentile) is no gain and no loss.
+    Where the artifact is not faster than the baseline: why that may be, and what to ship, which is the fastest at batch
+    1 that loses at most one point.
 
     Args:
-        numbers: `numbers.json`; `bf16` is not None where it is the baseline.
-        baseline: what the artifact is compared with.
+        numbers: `numbers.json`.
         evidence: `evidence.json`, whose node profile may say why.
     """
-    before, after = numbers[baseline], numbers["artifact"]
-    against = f" than {entry_name(numbers, 'bf16')}" if baseline == "bf16" else ""
-    faster = ratio_beyond_noise(numbers, baseline, "artifact", "1")
-    facts = f"{size_change(before, after)}, {points_change(before['accuracy'], after['accuracy'])}"
-    if faster is not None and faster > 1:
-        return f"{faster:.1f}x faster{against} at batch 1, {facts}." if faster >= 1.05 else (
-            f"{100 * (faster - 1):.0f} % faster{against} at batch 1, {facts}."
-        )  # fmt: skip
-    how = "the same within the noise" if faster is None else f"{1 / faster:.1f}x slower"
-    if faster is not None and 1 / faster < 1.05:
-        how = f"{100 * (1 / faster - 1):.0f} % slower"
-    why = " and ".join(_reasons(numbers, baseline, evidence))
-    return (
-        f"not faster{against} on this CPU at batch 1 ({how}), because {why}; {_advice(numbers, baseline)} "
-        f"It is {facts}{_elsewhere(numbers, baseline)}."
-    )
+    before, after = numbers["original"], numbers["artifact"]
+    change = f"{size_change(before, after)}, {points_change(before['accuracy'], after['accuracy'])}"
+    lines = [f"{_speed(numbers)} at batch 1, {change}."]
+    if not _faster(numbers["speedup"]["baseline"]["1"]):
+        reasons = _reasons(numbers, evidence)
+        lines += [f"Possible reasons: {'; '.join(reasons)}."] if reasons else []
+        lines += [_advice(numbers), *_elsewhere(numbers)]
+    return " ".join(lines)
 
 
-def entry_name(numbers: Mapping[str, Any], entry: str) -> str:
-    """What an entry is: "OpenVINO's bf16"; where the processor has none, the precision that was run instead."""
-    if entry != "bf16":
-        return {"original": "the original", "artifact": "the artifact"}[entry]
-    precision = {"bfloat16": "bf16"}.get(numbers["bf16"]["precision"], numbers["bf16"]["precision"])
-    return f"{RUNTIMES[numbers['bf16']['runtime']]}'s {precision}"
+def difference(ratio: Mapping[str, float]) -> str:
+    """ "2.4x faster (2.1 to 2.7)", with the 95 % interval; "no measurable difference (0.97x to 1.02x)" around 1."""
+    if not _measurable(ratio):
+        return f"no measurable difference {_around_one(ratio)}"
+    value, low, high = ratio["value"], ratio["low"], ratio["high"]
+    if value < 1:
+        value, low, high = 1 / value, 1 / high, 1 / low
+    fewest = 1 if round(low, 1) < round(high, 1) else 2
+    digits = next((digits for digits in (fewest, 2, 3) if round(low, digits) > 1), 4)
+    word = "faster" if _faster(ratio) else "slower"
+    return f"{value:.{digits}f}x {word} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def file_and_runtime(numbers: Mapping[str, Any], entry: str) -> str:
-    """What to ship: "original.onnx in OpenVINO (bfloat16)"."""
-    file = "model.onnx" if entry == "artifact" else "original.onnx"
-    told = numbers[entry]
-    precision = f" ({told['precision']})" if entry == "bf16" else ""
-    return f"{file} in {RUNTIMES[told['runtime']]}{precision}"
+def reference(numbers: Numbers, name: Reference, size: str) -> Mapping[str, Any]:
+    """What the artifact is compared with at a batch size."""
+    if name == "original":
+        return numbers["original"]
+    return numbers["candidates"][numbers["baseline"][size]["runtime"]]
 
 
-def speedup(numbers: Mapping[str, Any], slow: str, fast: str, size: str) -> float:
-    """Median over the rounds of the time of `slow` over that of `fast`, both of the same round."""
-    pairs = zip(numbers[slow]["latency_runs_ms"][size], numbers[fast]["latency_runs_ms"][size], strict=True)
-    return median(theirs / ours for theirs, ours in pairs)
+def place(entry: Mapping[str, Any]) -> str:
+    """ "OpenVINO in bfloat16"."""
+    return f"{RUNTIMES[entry['runtime']]} in {entry['precision']}"
 
 
-def ratio_beyond_noise(numbers: Mapping[str, Any], slow: str, fast: str, size: str) -> float | None:
-    """`speedup`, or None where the original differs from itself as much."""
-    floor = numbers["noise_floor"][size]
-    edge = max(floor["p90"], 1 / floor["p10"], 1.0)
-    ratio = speedup(numbers, slow, fast, size)
-    return None if 1 / edge <= ratio <= edge else ratio
+def same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two entries are of the same runtime and precision."""
+    return (one["runtime"], one["precision"]) == (other["runtime"], other["precision"])
 
 
 def size_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -95,22 +84,54 @@ def points_change(before: float, after: float) -> str:
     return f"{abs(lost):.{1 if abs(lost) >= 0.1 else 2}f} points {'lost' if lost > 0 else 'gained'}"
 
 
-def _reasons(numbers: Mapping[str, Any], baseline: Baseline, evidence: Mapping[str, Any] | None) -> list[str]:
+def _measurable(ratio: Mapping[str, float]) -> bool:
+    return not ratio["low"] <= 1 <= ratio["high"]
+
+
+def _faster(ratio: Mapping[str, float]) -> bool:
+    return ratio["low"] > 1
+
+
+def _slower(ratio: Mapping[str, float]) -> bool:
+    return ratio["high"] < 1
+
+
+def _around_one(ratio: Mapping[str, float]) -> str:
+    return f"({ratio['low']:.2f}x to {ratio['high']:.2f}x)"
+
+
+def _speed(numbers: Numbers) -> str:
+    speedup = numbers["speedup"]
+    if same_place(numbers["baseline"]["1"], numbers["original"]):
+        return _than(speedup["original"]["1"], "the original, which is also the baseline,")
+    ratios = [speedup[name]["1"] for name in ("original", "baseline")]
+    alike = len({(_faster(ratio), _slower(ratio)) for ratio in ratios}) == 1
+    both = [_than(ratio, f"the {name}") for ratio, name in zip(ratios, ("original", "baseline"), strict=True)]
+    return (" and " if alike else ", but ").join(both)
+
+
+def _than(ratio: Mapping[str, float], name: str) -> str:
+    if _measurable(ratio):
+        return f"{difference(ratio)} than {name}"
+    return f"no measurable difference from {name} {_around_one(ratio)}"
+
+
+def _reasons(numbers: Numbers, evidence: Mapping[str, Any] | None) -> list[str]:
     """At most two, the most certain first."""
-    before, after = numbers[baseline], numbers["artifact"]
+    before, after = reference(numbers, "baseline", "1"), numbers["artifact"]
     quantized = after["bit_operations"] < after["macs"] * 32 * 32
     reasons: list[str] = []
     share = _converting_share(evidence)
     if share >= _TELLING_SHARE:
-        reasons.append(f"{100 * share:.0f} % of its node time goes into rounding and converting between layouts")
-    if baseline == "bf16" and before["precision"] == "bfloat16":
-        reasons.append("this CPU multiplies bfloat16 in units of its own")
+        reasons.append(f"{100 * share:.0f} % of its node time is spent on quantizing and on converting between layouts")
+    if before["precision"] == "bfloat16":
+        reasons.append("the baseline uses the bfloat16 units of this CPU")
     if after["macs"] > 0.95 * before["macs"]:
-        masked = ", zeros among them" if after["sparsity"] > 0.3 else ""
-        reasons.append(f"it still does all {after['macs'] / 1e6:.1f} million multiplications{masked}")
+        masked = ", zeros included" if after["sparsity"] > 0.3 else ""
+        reasons.append(f"the artifact still does all {after['macs'] / 1e6:.1f} million multiplications{masked}")
     if quantized and numbers["machine"]["cpu_kind"] == "avx2":
         reasons.append("this CPU has no instructions that add 8-bit products in 32 bits (VNNI)")
-    return reasons[:2] or ["what it saves does not show at one image"]
+    return reasons[:2]
 
 
 def _converting_share(evidence: Mapping[str, Any] | None) -> float:
@@ -120,20 +141,27 @@ def _converting_share(evidence: Mapping[str, Any] | None) -> float:
     return sum(kind["ms"] for kind in profile["kinds"] if kind["kind"] in _CONVERSIONS) / profile["ms"]
 
 
-def _advice(numbers: Mapping[str, Any], baseline: Baseline) -> str:
-    """What to ship. The artifact itself only where nothing within one point is faster and it is smaller."""
+def _advice(numbers: Numbers) -> str:
+    """What to ship where the artifact is not faster than the baseline."""
     enough = numbers["original"]["accuracy"] - _MOST_POINTS_LOST
-    entries = [name for name in ("original", "bf16") if numbers[name] and numbers[name]["accuracy"] >= enough]
-    fastest = min(entries, key=lambda name: numbers[name]["latency_ms"]["1"]["median"])
-    before, after = numbers[baseline], numbers["artifact"]
-    as_fast = ratio_beyond_noise(numbers, fastest, "artifact", "1")
-    if (as_fast is None or as_fast > 1) and after["accuracy"] >= enough and after["bytes"] * 1.05 < before["bytes"]:
-        return f"ship {file_and_runtime(numbers, 'artifact')} for its size alone."
-    return f"ship {file_and_runtime(numbers, fastest)} instead."
+    accurate = reference(numbers, "baseline", "1")["accuracy"] >= enough
+    name: Reference = "baseline" if accurate else "original"
+    untouched, artifact = reference(numbers, name, "1"), numbers["artifact"]
+    ratio = numbers["speedup"][name]["1"]
+    model = f"Ship model.onnx in {RUNTIMES[artifact['runtime']]}"
+    if artifact["accuracy"] >= enough and _faster(ratio):
+        return f"{model}: the baseline loses more than one point."
+    smaller = artifact["bytes"] * 1.05 < untouched["bytes"]
+    if artifact["accuracy"] >= enough and not _slower(ratio) and smaller:
+        return f"{model} for its size alone."
+    return f"Ship original.onnx in {RUNTIMES[untouched['runtime']]} ({untouched['precision']}) instead."
 
 
-def _elsewhere(numbers: Mapping[str, Any], baseline: Baseline) -> str:
-    """Where it is faster after all."""
-    gains = {size: ratio_beyond_noise(numbers, baseline, "artifact", size) for size in numbers["noise_floor"]}
-    told = [f"{gain:.1f}x faster at batch {size}" for size, gain in gains.items() if gain is not None and gain >= 1.05]
-    return f", and {' and '.join(told)}" if told else ""
+def _elsewhere(numbers: Numbers) -> list[str]:
+    """At which batch sizes it is faster than the baseline."""
+    found = [
+        f"{difference(ratio)} than the baseline at batch {size}"
+        for size, ratio in numbers["speedup"]["baseline"].items()
+        if _faster(ratio)
+    ]
+    return [f"It is {' and '.join(found)}."] if found else []

@@ -1,0 +1,139 @@
+"""Whether the 95 % interval of a latency ratio covers the true ratio, where that is known.
+
+Two experiments in each runtime, ten times each. A ResNet-20 in 8 bits is timed against itself: the true ratio is 1. A
+stack of convolutions is timed against the same stack twice in sequence: the true ratio is 2, less what a call costs in
+any case. That is measured with a network that only copies its input: `fixed` is its share of the time of the single
+stack, and the true ratio lies between 2 - `fixed` and 2. At least nine of ten intervals should cover it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import rows
+import tables
+from tersor.core.target import Target
+from tersor.export.bench import latency
+from tersor.export.onnx import export
+from tersor.export.runtime import Array, Session, installed_runtimes, open_session
+from tersor.export.timings import Ratio, Timings
+from tersor.methods.ptq import PTQ
+from tersor.zoo import build
+
+RESULT = "latency_intervals"
+STACK = (8, 64, 32, 56)
+"""Channels at the ends and inside, layers inside, pixels. Few channels at the ends keep small what a call costs."""
+TRUE = {"the same file twice": 1.0, "the network twice in sequence": 2.0}
+
+Openers = Mapping[str, Callable[[], Session]]
+
+
+def stack() -> nn.Module:
+    """Convolutions that give what they take, (N, 8, 56, 56)."""
+    ends, inside, layers, _ = STACK
+    inner = [each for _ in range(layers) for each in (nn.Conv2d(inside, inside, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(nn.Conv2d(ends, inside, 3, padding=1), *inner, nn.Conv2d(inside, ends, 3, padding=1))
+
+
+def same_file(runtime: Any, folder: Path) -> tuple[Openers, Array]:
+    """A ResNet-20 in 8 bits, twice, and an image."""
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 32, 32)
+    attached = PTQ().attach(build("resnet20", 10).eval(), data=[images], target=Target(runtime=runtime))
+    for _ in attached.begin():
+        pass
+    opener = partial(open_session, export(attached.model, images, folder / f"{runtime}.onnx"), runtime)
+    return {"slow": opener, "fast": opener}, images[:1].numpy()
+
+
+def twice(runtime: str, folder: Path) -> tuple[Openers, Array]:
+    """A stack twice and once, a network that copies its input, and an input."""
+    torch.manual_seed(0)
+    single, image = stack().eval(), torch.randn(1, STACK[0], STACK[-1], STACK[-1])
+    networks = {"slow": nn.Sequential(single, single), "fast": single, "fixed": nn.ReLU()}
+    files = {name: export(each.eval(), image, folder / f"{name}.onnx") for name, each in networks.items()}
+    return {name: partial(open_session, file, runtime) for name, file in files.items()}, image.numpy()
+
+
+def measure(experiment: str, runtime: str, repetitions: int, seconds: float) -> None:
+    """Writes the row of one experiment."""
+    identity = {"kind": experiment, "runtime": runtime, "versions": tables.versions()}
+    if rows.known(RESULT, identity | {"n": repetitions}):
+        return
+    prepare = same_file if TRUE[experiment] == 1 else twice
+    with tempfile.TemporaryDirectory() as folder:
+        openers, image = prepare(runtime, Path(folder))
+        timed = [_timed(openers, image, seconds) for _ in range(repetitions)]
+        precision = openers["fast"]().precision
+    ratios = [each.ratio("slow", "fast", 1) for each in timed]
+    covered = [ratio.low <= TRUE[experiment] <= ratio.high for ratio in ratios]
+    numbers: dict[str, Any] = {
+        "true": TRUE[experiment],
+        "covered": sum(covered),
+        "intervals": [[ratio.low, ratio.value, ratio.high] for ratio in ratios],
+        "rounds": [ratio.n for ratio in ratios],
+        "ended_by": [each.ended_by[1] for each in timed],
+        "milliseconds": timed[0].spread("fast", 1).median,
+        "precision": precision,
+        "n": repetitions,
+        "spread": rows.spread([ratio.value for ratio in ratios]),
+    }
+    if "fixed" in openers:
+        numbers["fixed"] = timed[0].spread("fixed", 1).median / numbers["milliseconds"]
+    rows.add(RESULT, identity, numbers, [0])
+    print(
+        f"{experiment} in {runtime}: {sum(covered)} of {repetitions} intervals cover {TRUE[experiment]:g}", flush=True
+    )
+
+
+def _timed(openers: Openers, image: Array, seconds: float) -> Timings:
+    def wanted(timings: Timings, size: int) -> list[Ratio]:
+        return [timings.ratio("slow", "fast", size)]
+
+    return latency(openers, image, [1], ratios=wanted, seconds=seconds)
+
+
+def show() -> None:
+    """Prints the rows of this machine."""
+    here = rows.machine()
+    table = Table("experiment", "runtime", "true", "covered", "ms", "fixed, %", "intervals")
+    for row in [row for row in rows.read(RESULT) if row["machine"] == here]:
+        intervals = "\n".join(
+            f"{value:.3f} ({low:.3f} to {high:.3f}), {rounds} rounds, {reason}"
+            for (low, value, high), rounds, reason in zip(row["intervals"], row["rounds"], row["ended_by"], strict=True)
+        )
+        fixed = f"{100 * row['fixed']:.2f}" if "fixed" in row else ""
+        place = f"{row['runtime']} ({row['precision']})"
+        covered = f"{row['covered']} of {row['n']}"
+        table.add_row(row["kind"], place, f"{row['true']:g}", covered, f"{row['milliseconds']:.2f}", fixed, intervals)
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    """Measures what is not in `bench/results/latency_intervals.json` yet, and prints all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=10, help="at most, for one interval")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        torch.set_num_threads(2)
+        with rows.alone():
+            for experiment in TRUE:
+                for runtime in installed_runtimes():
+                    measure(experiment, runtime, chosen.repetitions, chosen.seconds)
+    show()
+
+
+if __name__ == "__main__":
+    main()

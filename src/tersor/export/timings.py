@@ -1,0 +1,127 @@
+"""Milliseconds of interleaved rounds, and ratios of them with a 95 % interval. Needs numpy, never torch.
+
+**What an interval has to cover.** Rounds that follow each other are alike: the machine drifts, and something else may
+run for a second. And two sessions of the same file differ by a few percent for as long as they are open, because their
+memory lies in other places. More rounds of the same sessions make neither smaller. So rounds come in groups, every
+group opens all sessions anew, and the bootstrap draws whole groups.
+
+**How it is computed.** A ratio compares the times of one round. A group's value is the median of the logarithms of its
+ratios, the estimate is the mean over groups, and 10,000 bootstrap samples draw groups with replacement. Percentiles of
+so few groups are too narrow, so they are taken further out, as Hesterberg proposes ("What Teachers Should Know About
+the Bootstrap", 2015, section 3.2): at the level at which the interval of a normal mean has the width of Student's t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Groups: TypeAlias = Sequence[Sequence[float]]
+"""Milliseconds a batch, one value a round: `groups[group][round]`, in the order in which they were taken."""
+
+EndedBy: TypeAlias = Literal["interval", "time"]
+"""Why a batch size got no more rounds: every interval is narrow, or the time limit is reached."""
+
+NARROW = 0.1
+"""Rounds end when an interval is narrower than this share of its ratio."""
+
+_SAMPLES = 10_000
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the normal's, expanded (see `_quantile`)
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 10th and 90th percentile of `n` values."""
+
+    median: float
+    p10: float
+    p90: float
+    n: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        p10, median, p90 = np.percentile(values, (10, 50, 90)).tolist()
+        return Spread(median, p10, p90, len(values))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two times with its 95 % interval, from `n` rounds in `groups` groups."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    groups: int
+
+    @property
+    def width(self) -> float:
+        """Of the interval, as a share of the ratio."""
+        return (self.high - self.low) / self.value
+
+    @property
+    def measurable(self) -> bool:
+        """Whether the interval excludes 1."""
+        return self.low > 1 or self.high < 1
+
+    @staticmethod
+    def of(numerator: Groups, denominator: Groups) -> Ratio:
+        """Time over time, paired round by round. At least two groups."""
+        pairs = list(zip(numerator, denominator, strict=True))
+        assert len(pairs) > 1, "one group says nothing of how groups differ"
+        values = np.array([np.median(np.log(np.divide(*pair))) for pair in pairs])
+        low, high = _interval(values)
+        middle = float(values.mean())
+        return Ratio(math.exp(middle), math.exp(low), math.exp(high), sum(len(each) for each in numerator), len(pairs))
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean."""
+    count = len(values)
+    drawn = np.random.default_rng(0).integers(count, size=(_SAMPLES, count))
+    outside = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _quantile(count - 1))
+    low, high = np.quantile(values[drawn].mean(axis=1), (outside, 1 - outside)).tolist()
+    return low, high
+
+
+def _quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t; from 16 degrees of freedom on by its expansion, exact to 0.001."""
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    normal = NormalDist().inv_cdf(0.975)
+    first = (normal**3 + normal) / 4
+    second = (5 * normal**5 + 16 * normal**3 + 3 * normal) / 96
+    return normal + first / freedom + second / freedom**2
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What `latency` took.
+
+    Attributes:
+        groups: `groups[contender][batch size]`.
+        ended_by: of each batch size.
+    """
+
+    groups: Mapping[str, Mapping[int, Groups]]
+    ended_by: Mapping[int, EndedBy]
+
+    def spread(self, contender: str, batch_size: int) -> Spread:
+        """Milliseconds a batch, over the rounds."""
+        return Spread.of([value for group in self.groups[contender][batch_size] for value in group])
+
+    def ratio(self, contender: str, against: str, batch_size: int) -> Ratio:
+        """Time of `contender` over time of `against`: under 1 where `contender` is faster."""
+        return Ratio.of(self.groups[contender][batch_size], self.groups[against][batch_size])
+
+    def fastest(self, contenders: Iterable[str], batch_size: int) -> str:
+        """The contender with the smallest median."""
+        return min(contenders, key=lambda name: self.spread(name, batch_size).median)
