@@ -9,7 +9,8 @@
         structure.json                   what methods laid on the network
         tensors.safetensors              weights, buffers, the optimizer's state, random numbers
 
-Nothing is pickled. One whose bits have flipped is passed over, and the one before it is taken.
+Nothing is pickled. One whose bits have flipped is passed over, and the one before it is taken; so is one that holds
+what no run writes.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ import json
 import os
 import shutil
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tersor.core import processes
 from tersor.core.errors import InputError
+from tersor.core.json_file import LARGEST, read_json
 from tersor.core.snapshot import part
 
 CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
@@ -43,6 +46,16 @@ _UNFINISHED = f"*-{'[0-9]' * 7}-{_ANY_HASH}"
 _ENDED = f"*-{_END}-{_ANY_HASH}"
 _UNFINISHED_KEPT = 2
 _BEFORE, _NOTES = "before_the_first_step", "notes"
+_ANEW = "Remove the folder that it lies in, and begin anew."
+
+
+class _Clock(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    unit: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0)]
+    done: bool
+    told: dict[str, Any]
+    sha256: Annotated[dict[Literal["structure.json", "tensors.safetensors"], str], Field(min_length=2)]
 
 
 @dataclass(frozen=True)
@@ -63,13 +76,35 @@ class Checkpoint:
     done: bool
     told: dict[str, Any]
 
-    def structure(self) -> dict[str, Any]:
+    def structure(self) -> Any:
         """What methods laid on the network."""
-        return json.loads((self.path / STRUCTURE).read_text())
+        return read_json(self.path / STRUCTURE, _ANEW)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the work before the first step has found, a line each."""
+        notes = self.told.get(_NOTES, ())
+        return tuple(map(str, notes)) if isinstance(notes, list) else ()
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """What is told of the stages up to this one.
+
+        Raises:
+            ValueError: it is of another shape.
+        """
+        return TypeAdapter(list[dict[str, Any]]).validate_python(self.told.get("stages"), strict=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Values by name: of the network `model.`, and of what else a stage's end keeps `kept.`."""
-        return load_file(self.path / TENSORS)
+        """Values by name: of the network `model.`, and of what else a stage's end keeps `kept.`.
+
+        Raises:
+            InputError: the file is no safetensors file.
+        """
+        try:
+            return load_file(self.path / TENSORS)
+        except (SafetensorError, KeyError, OSError) as error:  # KeyError: a data type that torch does not have
+            raise InputError(f"{self.path / TENSORS} is damaged: {error}. {_ANEW}") from error
 
     def network(self) -> dict[str, Tensor]:
         """The network's `state_dict`."""
@@ -104,27 +139,39 @@ class Checkpoints:
         if processes.rank():  # of those that train together the first holds it
             yield
             return
+        lock = self._locked()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.folder} cannot be made: {error.strerror}.") from None
-        lock = FileLock(self.folder / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"another process is running into {self.folder}. Wait for it, or name another folder with --out."
-            ) from None
-        try:
-            if self._folders("*"):
-                self._check(recipe, resume=resume)
-            else:
-                (self.folder / _RECIPE).write_text(recipe)
+            try:
+                if self._folders("*"):
+                    self._check(recipe, resume=resume)
+                else:
+                    (self.folder / _RECIPE).write_text(recipe)
+            except OSError as error:
+                raise InputError(f"{self.folder} cannot be used: {error}.") from error
             yield
         finally:
             if not self._folders("*"):  # nothing was reached: nothing is left
                 shutil.rmtree(self.folder, ignore_errors=True)
             lock.release()
+
+    def _locked(self) -> BaseFileLock:
+        """The folder, made where it is not there, held by this process."""
+        above = [parent for parent in (self.folder, *self.folder.absolute().parents) if not parent.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / _LOCK)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another process is running into {self.folder}. Wait for it, or name another folder with --out."
+            ) from None
+        except (OSError, NotImplementedError) as error:  # the latter: a file system that has no locks
+            for folder in above:
+                with suppress(OSError):
+                    (folder / _LOCK).unlink(missing_ok=True)
+                    folder.rmdir()
+            raise InputError(f"{self.folder} cannot be used: {error}.") from error
+        return lock
 
     def _check(self, recipe: str, *, resume: bool) -> None:
         begun = self.folder / _RECIPE
@@ -133,7 +180,7 @@ class Checkpoints:
                 f"{self.folder} holds a run that has not ended. Write --resume to go on with it, remove it, or name "
                 "another folder with --out."
             )
-        before = begun.read_text().splitlines()
+        before = begun.read_text(errors="replace").splitlines()
         changed = [line.strip() for line in recipe.splitlines() if line not in before]
         if before != recipe.splitlines():
             raise InputError(
@@ -243,7 +290,7 @@ class UnitKeeper:
             self.before_the_first = found.network()
         elif found is not None:
             self.begun = found.step, found.tensors()
-            self.notes = tuple(found.told[_NOTES])
+            self.notes = found.notes
 
     @property
     def last(self) -> str | None:
@@ -265,14 +312,14 @@ class UnitKeeper:
 def _read(path: Path) -> Checkpoint | None:
     """The checkpoint, if every bit of it is as it was written."""
     try:
-        if not _digest(path / CLOCK).startswith(path.name[-_HASH:]):
+        if (path / CLOCK).stat().st_size > LARGEST or not _digest(path / CLOCK).startswith(path.name[-_HASH:]):
             return None
-        clock = json.loads((path / CLOCK).read_text())
-        if any(_digest(path / file) != digest for file, digest in clock["sha256"].items()):
+        clock = _Clock.model_validate_json((path / CLOCK).read_bytes())
+        if any(_digest(path / file) != digest for file, digest in clock.sha256.items()):
             return None
     except (OSError, ValueError):
         return None
-    return Checkpoint(path, clock["unit"], clock["step"], clock["done"], clock["told"])
+    return Checkpoint(path, clock.unit, clock.step, clock.done, clock.told)
 
 
 def _digest(path: Path) -> str:

@@ -24,6 +24,8 @@ from tersor.recipe_errors import explain
 from tersor.recipe_text import Located, Location, complete, dump, load, override, plain, shown
 
 Channels = tuple[float, float, float]
+_LARGEST = 128 * 2**10
+"""Bytes of a recipe; those that ship have a hundredth of it."""
 Named = Annotated[str, Field(min_length=1)]
 
 
@@ -238,7 +240,11 @@ def schema() -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as opened:
+            content = opened.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise InputError(f"{path} is larger than {_LARGEST >> 10} KiB, and a recipe is a page of YAML.")
+        return content.decode("utf-8-sig")
     except IsADirectoryError:
         raise InputError(f"{path} is a folder, and a recipe is a YAML file.{_recipes_in(path)}") from None
     except FileNotFoundError:
@@ -247,8 +253,10 @@ def _text(path: Path) -> str:
         raise InputError(f"there is no file {path}.{hint}{_recipes_in(path.parent)}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is no text: a recipe is a YAML file, in UTF-8.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    except (OSError, ValueError) as error:  # the latter: a name that no file has
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', error)}.") from None
 
 
 def _recipes_in(folder: Path) -> str:
