@@ -15,100 +15,31 @@ what no run writes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tersor.checkpoint_folder import CLOCK, HASH, NOTES, STRUCTURE, TENSORS, Checkpoint, digest, read
 from tersor.core import processes
 from tersor.core.errors import InputError
-from tersor.core.json_file import LARGEST, read_json
-from tersor.core.snapshot import part
 
-CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
 _RECIPE, _LOCK, _PARTIAL = "recipe.yaml", "lock", "partial"
-_HASH = 8
 _END = "end"
-_ANY_HASH = "?" * _HASH
+_ANY_HASH = "?" * HASH
 _UNFINISHED = f"*-{'[0-9]' * 7}-{_ANY_HASH}"
 _ENDED = f"*-{_END}-{_ANY_HASH}"
 _UNFINISHED_KEPT = 2
-_BEFORE, _NOTES = "before_the_first_step", "notes"
-_ANEW = "Remove the folder that it lies in, and begin anew."
-
-
-class _Clock(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    unit: Annotated[int, Field(ge=0)]
-    step: Annotated[int, Field(ge=0)]
-    done: bool
-    told: dict[str, Any]
-    sha256: Annotated[dict[Literal["structure.json", "tensors.safetensors"], str], Field(min_length=2)]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One that was found whole.
-
-    Attributes:
-        path: its folder.
-        unit: what is being trained: the teacher or a stage, by its place in the run.
-        step: optimizer steps that it has done.
-        done: whether it has ended.
-        told: what the run told of the unit, as plain values.
-    """
-
-    path: Path
-    unit: int
-    step: int
-    done: bool
-    told: dict[str, Any]
-
-    def structure(self) -> Any:
-        """What methods laid on the network."""
-        return read_json(self.path / STRUCTURE, _ANEW)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the work before the first step has found, a line each."""
-        notes = self.told.get(_NOTES, ())
-        return tuple(map(str, notes)) if isinstance(notes, list) else ()
-
-    @property
-    def stages(self) -> list[dict[str, Any]]:
-        """What is told of the stages up to this one.
-
-        Raises:
-            ValueError: it is of another shape.
-        """
-        return TypeAdapter(list[dict[str, Any]]).validate_python(self.told.get("stages"), strict=True)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Values by name: of the network `model.`, and of what else a stage's end keeps `kept.`.
-
-        Raises:
-            InputError: the file is no safetensors file.
-        """
-        try:
-            return load_file(self.path / TENSORS)
-        except (SafetensorError, KeyError, OSError) as error:  # KeyError: a data type that torch does not have
-            raise InputError(f"{self.path / TENSORS} is damaged: {error}. {_ANEW}") from error
-
-    def network(self) -> dict[str, Tensor]:
-        """The network's `state_dict`."""
-        return part(self.tensors(), "model")
+_BEFORE = "before_the_first_step"
 
 
 class Checkpoints:
@@ -216,10 +147,10 @@ class Checkpoints:
             save_file({key: value.contiguous().clone() for key, value in tensors.items()}, scratch / TENSORS)
             (scratch / STRUCTURE).write_text(json.dumps(structure))
             clock = {"unit": unit, "step": step, "done": done, "told": told}
-            clock["sha256"] = {file: _digest(scratch / file) for file in (STRUCTURE, TENSORS)}
+            clock["sha256"] = {file: digest(scratch / file) for file in (STRUCTURE, TENSORS)}
             (scratch / CLOCK).write_text(json.dumps(clock))
             place = _END if done else f"{step:07d}"
-            path = self.folder / f"{unit:02d}-{name}-{place}-{_digest(scratch / CLOCK)[:_HASH]}"
+            path = self.folder / f"{unit:02d}-{name}-{place}-{digest(scratch / CLOCK)[:HASH]}"
             for file in scratch.iterdir():
                 _to_disk(file)
             shutil.rmtree(path, ignore_errors=True)
@@ -247,12 +178,12 @@ class Checkpoints:
 
     def ends(self) -> list[Checkpoint]:
         """Those at the end of every unit that has ended, in order."""
-        found = [_read(path) for path in self._folders(_ENDED)]
+        found = [read(path) for path in self._folders(_ENDED)]
         return [each for each in found if each is not None]
 
     def _newest(self, names: str) -> Checkpoint | None:
         for path in reversed(self._folders(names)):
-            checkpoint = _read(path)
+            checkpoint = read(path)
             if checkpoint is not None:
                 self.last = str(path)
                 return checkpoint
@@ -306,25 +237,7 @@ class UnitKeeper:
     def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Takes the snapshot after `step` steps; of processes that train together the first writes it."""
         if not processes.rank():
-            self._keep(step=step, tensors=tensors, told={_NOTES: self.notes})
-
-
-def _read(path: Path) -> Checkpoint | None:
-    """The checkpoint, if every bit of it is as it was written."""
-    try:
-        if (path / CLOCK).stat().st_size > LARGEST or not _digest(path / CLOCK).startswith(path.name[-_HASH:]):
-            return None
-        clock = _Clock.model_validate_json((path / CLOCK).read_bytes())
-        if any(_digest(path / file) != digest for file, digest in clock.sha256.items()):
-            return None
-    except (OSError, ValueError):
-        return None
-    return Checkpoint(path, clock.unit, clock.step, clock.done, clock.told)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+            self._keep(step=step, tensors=tensors, told={NOTES: self.notes})
 
 
 def _to_disk(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The one loop: batches go through an Objective, and its losses move the weights.
+"""The one loop: batches go through an Objective, and its losses move the weights; lines past 300 guard its faults.
 
 accelerate prepares two things only, the Objective and the optimizer:
 
@@ -115,10 +115,9 @@ def fit(
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; with a keeper, after the step was ended and kept.
-        InputError: there is no batch, nothing is asked of the network, the warm-up is as long as the training, or
-            there is not enough memory.
+        InputError: there is no batch, no loss, nothing but warm-up, or too little memory.
         NonFiniteLoss, NonFiniteWeights: a loss is infinite or NaN, or what the last step leaves.
-        ProcessLost: another of the processes that train together has died.
+        ProcessLost: another process has died.
     """
     if not attachment.terms and not attachment.label_weight:
         raise InputError("nothing is asked of the network: label_weight is 0 and no method adds a loss.")
@@ -141,8 +140,8 @@ def fit(
         label_smoothing=training.label_smoothing,
         autocast=precision_for(device, training.precision),
     )
-    enough = enough_memory(smaller_batch(training.batch_size, training.accumulate))
-    with others_alive(), enough, as_found(objective), seeded(seed + accelerator.process_index, device):
+    remedy = smaller_batch(training.batch_size, training.accumulate)
+    with others_alive(), enough_memory(remedy), as_found(objective), seeded(seed + accelerator.process_index, device):
         loop = _Loop(accelerator, objective, training, watch or Unwatched(), keeper, curve)
         begun = keeper.begun if keeper else None
         handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
@@ -200,10 +199,10 @@ class _Loop:
         with fitting(keeper.last if keeper else None):
             if kept is not None:
                 restore(kept, self.plain, self.torch_optimizer, mean)
+                self.watch.advance(first)
                 if self.curve:
                     self.curve.go_on(part(kept, "curve"))
             log = LossLog(part(kept or {}, "log"))
-        self.watch.advance(first)
         shown: dict[str, float] = {}
         steps = groups(batches, self.training.accumulate, first)
         with stop_asked(keeper is not None) as asked:
