@@ -92,7 +92,7 @@ def read(path: Path) -> Checkpoint | None:
         if (path / CLOCK).stat().st_size > LARGEST or not digest(path / CLOCK).startswith(path.name[-HASH:]):
             return None
         clock = _Clock.model_validate_json((path / CLOCK).read_bytes())
-        if any(digest(path / file) != digest for file, digest in clock.sha256.items()):
+        if any(digest(path / file) != wanted for file, wanted in clock.sha256.items()):
             return None
     except (OSError, ValueError):
         return None
