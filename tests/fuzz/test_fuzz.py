@@ -60,7 +60,7 @@ def test_whole_files_are_read_and_payloads_are_refused(name, tmp_path, monkeypat
             kind(name).read(content, tmp_path / str(number))
         except InputError:
             refused += 1
-    assert refused == {"weights": 3, "image": 1}.get(name, 0), "pickles that would execute, a program in PostScript"
+    assert refused == {"weights": 4, "image": 1}.get(name, 0), "another network, payloads; a program"
     assert not Path(MARKER).exists()
 
 
