@@ -1,5 +1,8 @@
 import errno
+import hashlib
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from tersor import checkpoint
 from tersor.checkpoint import Checkpoints
 from tersor.core.errors import InputError
+from tersor.core.snapshot import fitting
 
 
 def save(checkpoints, unit, step, *, done=False):
@@ -90,3 +94,73 @@ def test_a_run_that_was_killed_while_it_began_begins_anew(checkpoints):
     with checkpoints.held("a: 1\n", resume=True):
         save(checkpoints, 1, 2)
     assert (checkpoints.folder / "recipe.yaml").read_text() == "a: 1\n"
+
+
+def rewritten(path, **changes):
+    """A checkpoint as somebody writes it who wants it to be read: whatever is in it, its hashes are right."""
+    clock = json.loads((path / "clock.json").read_text()) | changes
+    (path / "clock.json").write_text(json.dumps(clock))
+    name = f"{path.name[:-8]}{hashlib.sha256((path / 'clock.json').read_bytes()).hexdigest()[:8]}"
+    return path.rename(path.with_name(name))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1},
+        {"step": "4"},
+        {"step": 10**30},
+        {"told": []},
+        {"sha256": {}},
+        {"sha256": {"../../secret": "0"}},
+        {"sha256": []},
+        {"more": 1},
+    ],
+)
+def test_a_clock_of_another_shape_is_passed_over(checkpoints, changes):
+    save(checkpoints, 1, 2)
+    path = rewritten(save(checkpoints, 1, 4), **changes)
+    assert checkpoints.newest_within(1).step == 2
+    assert checkpoints.damaged == [path]
+
+
+@pytest.mark.parametrize("clock", ["", "[]", "[" * 100_000, "9" * 5000, "null", "\x00"])
+def test_a_clock_that_is_no_clock_is_passed_over(checkpoints, clock):
+    path = save(checkpoints, 1, 4)
+    (path / "clock.json").write_text(clock)
+    rewritten_name = hashlib.sha256(clock.encode()).hexdigest()[:8]
+    path = path.rename(path.with_name(path.name[:-8] + rewritten_name))
+    assert checkpoints.newest_within(1) is None
+    assert checkpoints.damaged == [path]
+
+
+@pytest.mark.parametrize("told", [{}, {"stages": 1}, {"stages": [1]}, {"stages": {"a": {}}}])
+def test_stages_of_another_shape_are_told(checkpoints, told):
+    checkpoints.save(1, "train", step=1, done=True, tensors={}, structure={}, told=told)
+    with pytest.raises(InputError, match="is not of this run"), fitting("01"):
+        _ = checkpoints.end_of(1).stages
+
+
+def test_tensors_whose_header_lies_are_told(checkpoints):
+    path = save(checkpoints, 1, 4)
+    content = (path / "tensors.safetensors").read_bytes().replace(b"[0,12]", b"[0,99]")
+    (path / "tensors.safetensors").write_bytes(content)
+    digests = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in ("structure.json",)}
+    rewritten(path, sha256=digests | {"tensors.safetensors": hashlib.sha256(content).hexdigest()})
+    with pytest.raises(InputError, match=r"tensors\.safetensors is damaged"):
+        checkpoints.newest_within(1).tensors()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("where", ["mkdir", "write_text"])
+def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path, monkeypatch, number, where):
+    def refused(path, *_given, **_options):
+        raise OSError(number, "refused", str(path))
+
+    checkpoints = Checkpoints(tmp_path / "runs" / "out.checkpoints")
+    monkeypatch.setattr(Path, where, refused)
+    words = r"out\.checkpoints cannot be used: .*refused"
+    with pytest.raises(InputError, match=words), checkpoints.held("recipe", resume=False):
+        raise AssertionError
+    monkeypatch.undo()
+    assert not checkpoints.folder.exists()

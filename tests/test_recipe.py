@@ -255,3 +255,51 @@ def test_schema_has_every_method_with_its_parameters():
     assert ptq["additionalProperties"] is False
     for reference in (part.split('"')[0] for part in json.dumps(document).split('"$ref": "#/$defs/')[1:]):
         assert reference in document["$defs"]
+
+
+def test_a_recipe_of_a_gigabyte_is_not_read(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    with path.open("wb") as opened:
+        opened.truncate(2**30)
+    with pytest.raises(InputError, match="larger than 128 KiB"):
+        read(path)
+
+
+def test_what_never_ends_is_not_read():
+    with pytest.raises(InputError, match="larger than 128 KiB"):
+        read("/dev/zero")
+
+
+@pytest.mark.parametrize("name", ["a\x00b.yaml", "a" * 5000])
+def test_a_name_that_no_file_has_is_told(name):
+    with pytest.raises(InputError, match=r"cannot be read|there is no file"):
+        read(name)
+
+
+def test_a_billion_aliases_are_not_followed():
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi")]  # noqa: B905
+    with pytest.raises(InputError, match=r"line 1: there are more than 20,000 values, with what aliases repeat"):
+        parse("\n".join(lines), "recipe.yaml")
+
+
+@pytest.mark.parametrize("text", ["[" * 2000, "- " * 60_000, "? " * 60_000, "a: " + "{a: " * 5000, "{" * 30])
+def test_deep_nesting_is_told(text):
+    with pytest.raises(InputError, match=r"nested too deeply|not YAML"):
+        parse(text, "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "number", ["0x" + "f" * 20_000, "9" * 4200, "9" * 20_000, "0b" + "1" * 65, "-9223372036854775809"]
+)
+def test_a_number_of_many_digits_is_told(number):
+    with pytest.raises(InputError, match=r"at most 63 bits|cannot be read as int"):
+        parse(f"seed: {number}", "recipe.yaml")
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [executed]", "!!python/name:os.mkdir", "!x {}"])
+def test_a_tag_makes_no_object(tag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError):
+        parse(f"seed: {tag}", "recipe.yaml")
+    assert not list(tmp_path.iterdir())

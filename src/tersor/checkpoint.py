@@ -9,71 +9,37 @@
         structure.json                   what methods laid on the network
         tensors.safetensors              weights, buffers, the optimizer's state, random numbers
 
-Nothing is pickled. One whose bits have flipped is passed over, and the one before it is taken.
+Nothing is pickled. One whose bits have flipped is passed over, and the one before it is taken; so is one that holds
+what no run writes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tersor.checkpoint_folder import CLOCK, HASH, NOTES, STRUCTURE, TENSORS, Checkpoint, digest, read
 from tersor.core import processes
 from tersor.core.errors import InputError
-from tersor.core.snapshot import part
 
-CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
 _RECIPE, _LOCK, _PARTIAL = "recipe.yaml", "lock", "partial"
-_HASH = 8
 _END = "end"
-_ANY_HASH = "?" * _HASH
+_ANY_HASH = "?" * HASH
 _UNFINISHED = f"*-{'[0-9]' * 7}-{_ANY_HASH}"
 _ENDED = f"*-{_END}-{_ANY_HASH}"
 _UNFINISHED_KEPT = 2
-_BEFORE, _NOTES = "before_the_first_step", "notes"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One that was found whole.
-
-    Attributes:
-        path: its folder.
-        unit: what is being trained: the teacher or a stage, by its place in the run.
-        step: optimizer steps that it has done.
-        done: whether it has ended.
-        told: what the run told of the unit, as plain values.
-    """
-
-    path: Path
-    unit: int
-    step: int
-    done: bool
-    told: dict[str, Any]
-
-    def structure(self) -> dict[str, Any]:
-        """What methods laid on the network."""
-        return json.loads((self.path / STRUCTURE).read_text())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Values by name: of the network `model.`, and of what else a stage's end keeps `kept.`."""
-        return load_file(self.path / TENSORS)
-
-    def network(self) -> dict[str, Tensor]:
-        """The network's `state_dict`."""
-        return part(self.tensors(), "model")
+_BEFORE = "before_the_first_step"
 
 
 class Checkpoints:
@@ -104,27 +70,39 @@ class Checkpoints:
         if processes.rank():  # of those that train together the first holds it
             yield
             return
+        lock = self._locked()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.folder} cannot be made: {error.strerror}.") from None
-        lock = FileLock(self.folder / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"another process is running into {self.folder}. Wait for it, or name another folder with --out."
-            ) from None
-        try:
-            if self._folders("*"):
-                self._check(recipe, resume=resume)
-            else:
-                (self.folder / _RECIPE).write_text(recipe)
+            try:
+                if self._folders("*"):
+                    self._check(recipe, resume=resume)
+                else:
+                    (self.folder / _RECIPE).write_text(recipe)
+            except OSError as error:
+                raise InputError(f"{self.folder} cannot be used: {error}.") from error
             yield
         finally:
             if not self._folders("*"):  # nothing was reached: nothing is left
                 shutil.rmtree(self.folder, ignore_errors=True)
             lock.release()
+
+    def _locked(self) -> BaseFileLock:
+        """The folder, made where it is not there, held by this process."""
+        above = [parent for parent in (self.folder, *self.folder.absolute().parents) if not parent.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / _LOCK)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another process is running into {self.folder}. Wait for it, or name another folder with --out."
+            ) from None
+        except (OSError, NotImplementedError) as error:  # the latter: a file system that has no locks
+            for folder in above:
+                with suppress(OSError):
+                    (folder / _LOCK).unlink(missing_ok=True)
+                    folder.rmdir()
+            raise InputError(f"{self.folder} cannot be used: {error}.") from error
+        return lock
 
     def _check(self, recipe: str, *, resume: bool) -> None:
         begun = self.folder / _RECIPE
@@ -133,7 +111,7 @@ class Checkpoints:
                 f"{self.folder} holds a run that has not ended. Write --resume to go on with it, remove it, or name "
                 "another folder with --out."
             )
-        before = begun.read_text().splitlines()
+        before = begun.read_text(errors="replace").splitlines()
         changed = [line.strip() for line in recipe.splitlines() if line not in before]
         if before != recipe.splitlines():
             raise InputError(
@@ -169,10 +147,10 @@ class Checkpoints:
             save_file({key: value.contiguous().clone() for key, value in tensors.items()}, scratch / TENSORS)
             (scratch / STRUCTURE).write_text(json.dumps(structure))
             clock = {"unit": unit, "step": step, "done": done, "told": told}
-            clock["sha256"] = {file: _digest(scratch / file) for file in (STRUCTURE, TENSORS)}
+            clock["sha256"] = {file: digest(scratch / file) for file in (STRUCTURE, TENSORS)}
             (scratch / CLOCK).write_text(json.dumps(clock))
             place = _END if done else f"{step:07d}"
-            path = self.folder / f"{unit:02d}-{name}-{place}-{_digest(scratch / CLOCK)[:_HASH]}"
+            path = self.folder / f"{unit:02d}-{name}-{place}-{digest(scratch / CLOCK)[:HASH]}"
             for file in scratch.iterdir():
                 _to_disk(file)
             shutil.rmtree(path, ignore_errors=True)
@@ -200,12 +178,12 @@ class Checkpoints:
 
     def ends(self) -> list[Checkpoint]:
         """Those at the end of every unit that has ended, in order."""
-        found = [_read(path) for path in self._folders(_ENDED)]
+        found = [read(path) for path in self._folders(_ENDED)]
         return [each for each in found if each is not None]
 
     def _newest(self, names: str) -> Checkpoint | None:
         for path in reversed(self._folders(names)):
-            checkpoint = _read(path)
+            checkpoint = read(path)
             if checkpoint is not None:
                 self.last = str(path)
                 return checkpoint
@@ -243,7 +221,7 @@ class UnitKeeper:
             self.before_the_first = found.network()
         elif found is not None:
             self.begun = found.step, found.tensors()
-            self.notes = tuple(found.told[_NOTES])
+            self.notes = found.notes
 
     @property
     def last(self) -> str | None:
@@ -259,25 +237,7 @@ class UnitKeeper:
     def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Takes the snapshot after `step` steps; of processes that train together the first writes it."""
         if not processes.rank():
-            self._keep(step=step, tensors=tensors, told={_NOTES: self.notes})
-
-
-def _read(path: Path) -> Checkpoint | None:
-    """The checkpoint, if every bit of it is as it was written."""
-    try:
-        if not _digest(path / CLOCK).startswith(path.name[-_HASH:]):
-            return None
-        clock = json.loads((path / CLOCK).read_text())
-        if any(_digest(path / file) != digest for file, digest in clock["sha256"].items()):
-            return None
-    except (OSError, ValueError):
-        return None
-    return Checkpoint(path, clock["unit"], clock["step"], clock["done"], clock["told"])
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+            self._keep(step=step, tensors=tensors, told={NOTES: self.notes})
 
 
 def _to_disk(path: Path) -> None:

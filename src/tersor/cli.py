@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, ProcessLost
+from tersor.core.resources import enough_memory
 from tersor.progress import Bars
 
 if TYPE_CHECKING:
@@ -254,13 +255,15 @@ def main() -> None:
     """Runs the command line; what a user did wrong is one message and exit code 2."""
     sys.path.append(str(Path.cwd()))  # last: `package.module:function` of the user's own folder shadows nothing
     try:
-        app()  # which ends with 130 where Ctrl-C was pressed
+        with enough_memory("Close other programs, or use fewer or smaller images."):
+            app()  # which ends with 130 where Ctrl-C was pressed
     except InputError as error:
-        _say(f"error: {error}", style="red")
+        # that another process has died only those that are left can say
+        _say(f"error: {error}", style="red", everyone=isinstance(error, ProcessLost))
         sys.exit(2)
 
 
-def _say(message: str, style: str | None = None) -> None:
-    """On the error stream; of several processes, the first alone."""
-    if os.environ.get("RANK", "0") == "0":
+def _say(message: str, style: str | None = None, *, everyone: bool = False) -> None:
+    """On the error stream; of several processes, the first alone, or all of them."""
+    if everyone or os.environ.get("RANK", "0") == "0":
         Console(stderr=True).print(message, style=style, highlight=False, markup=False, soft_wrap=True)

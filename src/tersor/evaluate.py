@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from tersor.core.errors import InputError
+from tersor.core.function_path import is_function_path
+from tersor.core.json_file import read_json
 from tersor.core.watch import Watch
 from tersor.export.artifact import Artifact, read_artifact
 from tersor.export.bench import BATCH_SIZES, latency, predictions, size_bytes
@@ -71,7 +73,10 @@ def _classes(model: Path) -> list[str] | None:
     import onnx  # here, because it takes longer to import than all the rest
 
     told = {entry.key: entry.value for entry in onnx.load(model, load_external_data=False).metadata_props}
-    return json.loads(told["classes"]) if "classes" in told else None
+    try:
+        return TypeAdapter(list[str]).validate_json(told["classes"]) if "classes" in told else None
+    except ValidationError as error:
+        raise InputError(f"{model} names its classes in a way that cannot be read. Export it again.") from error
 
 
 def _refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[str]) -> None:
@@ -90,9 +95,24 @@ def _refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[s
     )
 
 
+class _Told(BaseModel):
+    """What `numbers.json` says of how the network is run."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    runtime: str = "onnxruntime"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
 def _numbers(artifact: Artifact) -> dict[str, Any]:
     path = artifact.files.get("numbers.json")
-    return json.loads(path.read_text()) if path else {}
+    if path is None:
+        return {}
+    again = "Run its recipe.yaml again."
+    try:
+        return _Told.model_validate(read_json(path, again)).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise InputError(f"{path} is not what this version of tersor writes. {again}") from error
 
 
 def _source(artifact: Artifact, data: str | None) -> dict[str, Any]:
@@ -103,7 +123,13 @@ def _source(artifact: Artifact, data: str | None) -> dict[str, Any]:
         raise InputError(f"{artifact.path} says nothing of its data. Write --data with an image folder, or a name.")
     from tersor.recipe import read
 
-    return read(recipe).data.model_dump(exclude={"augment", "mean", "std"})
+    source = read(recipe).data
+    if source.name is not None and is_function_path(source.name):
+        raise InputError(
+            f"{artifact.path} takes its images from the function '{source.name}', and code that a folder names is not "
+            f"run. Write --data {source.name} if it is yours."
+        )
+    return source.model_dump(exclude={"augment", "mean", "std"})
 
 
 @dataclass(frozen=True)

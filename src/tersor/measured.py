@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tersor.core import processes
@@ -52,7 +53,10 @@ class Remembering:
         return ratio
 
     def _known(self) -> dict[str, float]:
-        return json.loads(self.file.read_text()) if self.file.is_file() else {}
+        try:
+            return TypeAdapter(dict[str, float]).validate_json(self.file.read_bytes())
+        except (FileNotFoundError, ValidationError):  # the latter: damaged, so it is measured anew
+            return {}
 
     def _write(self, known: dict[str, float]) -> None:
         partial = self.file.with_suffix(".partial")

@@ -17,10 +17,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
 from tersor import methods as registry
-from tersor.core.errors import InputError, nearest
+from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.core.training import PLAIN, Training
 from tersor.recipe_errors import explain
+from tersor.recipe_file import text_of
 from tersor.recipe_text import Located, Location, complete, dump, load, override, plain, shown
 
 Channels = tuple[float, float, float]
@@ -200,7 +201,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: there is no such recipe, or something in it cannot be; one line for each problem.
     """
-    tree = load(_text(Path(path)), str(path))
+    tree = load(text_of(Path(path)), str(path))
     for assignment in overrides:
         override(tree, assignment)
     return _validated(tree)
@@ -234,26 +235,6 @@ def schema() -> dict[str, Any]:
     own = {"type": "object", "patternProperties": {":": {}}, "additionalProperties": False, "minProperties": 1}
     definitions["Stage"]["properties"]["methods"]["items"] = {"anyOf": [*entries, own]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found["", "validation"], "$defs": definitions}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, and a recipe is a YAML file.{_recipes_in(path)}") from None
-    except FileNotFoundError:
-        meant = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
-        hint = f" Did you mean {path.parent / meant}?" if meant else ""
-        raise InputError(f"there is no file {path}.{hint}{_recipes_in(path.parent)}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no text: a recipe is a YAML file, in UTF-8.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-
-
-def _recipes_in(folder: Path) -> str:
-    files = sorted(file.name for file in folder.glob("*.y*ml"))
-    return f" Possible in {folder}: {', '.join(files) or 'none'}."
 
 
 def _validated(tree: Located) -> Recipe:

@@ -29,6 +29,8 @@ Location = tuple[int | str, ...]
 _DEEPEST = 20
 _MISSING = "???"
 """A value that the user of a recipe gives, as OmegaConf writes it."""
+_MOST = 20_000
+_BITS = 63
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {_TAG + kind for kind in ("str", "timestamp", "value", "merge")}  # the last three are YAML 1.1: text in 1.2
 
@@ -50,6 +52,7 @@ class _Reader:
         self.problems: list[str] = []
         self.yaml = YAML(typ="safe", pure=True)
         self.open: set[int] = set()
+        self.values = 0
 
     def read(self, text: str) -> Located:
         node = self.yaml.compose(text)
@@ -59,6 +62,9 @@ class _Reader:
         self.problems.append(f"{self.place(line)}: {message}")
 
     def convert(self, node: Node, line: int) -> Located:
+        self.values += 1
+        if self.values > _MOST:  # aliases of aliases: a few lines name more values than any memory holds
+            raise InputError(f"{self.place(line)}: there are more than {_MOST:,} values, with what aliases repeat.")
         if id(node) in self.open:
             self.complain(line, f"*{node.anchor} stands inside of what it names.")
             return Located(None, line, self.place(line))
@@ -98,6 +104,9 @@ class _Reader:
             value = self.yaml.constructor.construct_object(node)
         except (ValueError, YAMLError):
             self.complain(line, f"{shown(node.value)} cannot be read as {node.tag.removeprefix(_TAG)}.")
+            return None
+        if isinstance(value, int) and value.bit_length() > _BITS:
+            self.complain(line, f"a whole number should have at most {_BITS} bits, given one of {value.bit_length()}.")
             return None
         if isinstance(value, float) and not math.isfinite(value):
             self.complain(line, f"a number should be finite, given {node.value}.")

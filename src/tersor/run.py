@@ -15,6 +15,7 @@ from tersor import recipe as recipes
 from tersor.checkpoint import Checkpoints
 from tersor.core import processes
 from tersor.core.errors import InputError
+from tersor.core.resources import enough_memory, writable
 from tersor.core.watch import Unwatched, Watch
 from tersor.data import Splits
 from tersor.export.artifact import MANIFEST, read_artifact, require_free, write_folder
@@ -35,6 +36,7 @@ from tersor.walk import EVALUATION_BATCH, Walk
 _AGREEMENT = 99.0
 """Percent of torch's answers that the file should give in its runtime."""
 _BYTE = 8
+_MEMORY = "Close other programs, or use smaller images (data.image_size) or a smaller network."
 
 
 def run(
@@ -82,7 +84,7 @@ def run(
         watch.say(f"{out} is there already: nothing is left to do.")
         return out
     require_free(out)
-    with checkpoints.held(text, resume=resume):
+    with enough_memory(_MEMORY), writable(out), checkpoints.held(text, resume=resume):
         walk = prepare(recipe, model=model, data=data, watch=watch)
         if not (resume or processes.rank()):
             (checkpoints.folder / MEASURED).unlink(missing_ok=True)  # of a run that was killed before a checkpoint

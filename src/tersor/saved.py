@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from tersor.core.errors import InputError
+from tersor.core.json_file import read_json
 from tersor.core.plain_network import plain_copy
 from tersor.export.artifact import read_folder, write_folder
 from tersor.graph.structure import rebuild, structure
@@ -76,16 +76,9 @@ def load(fresh: nn.Module, folder: Path | str) -> nn.Module:
         raise InputError(
             f"{folder} holds no {' and no '.join(missing)}. Give a folder that tersor.save or a run wrote."
         )
-    model = _rebuilt(plain, json.loads(files[PLAN].read_text()), folder)
+    try:
+        model = rebuild(plain, read_json(files[PLAN], "Save the network again."))
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
     load_weights(model, files[WEIGHTS])
     return model.eval()
-
-
-def _rebuilt(fresh: nn.Module, plan: dict[str, Any], folder: Path) -> nn.Module:
-    try:
-        return rebuild(fresh, plan)
-    except (AttributeError, IndexError, KeyError, StopIteration, RuntimeError, TypeError, AssertionError) as error:
-        raise InputError(
-            f"{folder} was made of another network than this {type(fresh).__name__}: what was laid on it has no place "
-            f"here ({error}). Pass a new network of the same class and size."
-        ) from error

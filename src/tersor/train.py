@@ -1,4 +1,4 @@
-"""The one loop: batches go through an Objective, and its losses move the weights.
+"""The one loop: batches go through an Objective, and its losses move the weights; lines past 300 guard its faults.
 
 accelerate prepares two things only, the Objective and the optimizer:
 
@@ -34,12 +34,13 @@ from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
 from tersor.core.loss_log import LossLog
 from tersor.core.objective import Batch, Objective
 from tersor.core.optimizer import optimizer_for
-from tersor.core.processes import any_of, as_in_the_first, join
+from tersor.core.processes import any_of, as_in_the_first, join, others_alive
 from tersor.core.remembered import Remembered
+from tersor.core.resources import enough_memory, smaller_batch
 from tersor.core.running_mean import RunningMean
 from tersor.core.schedule import learning_rate_factor
 from tersor.core.seeded import seeded
-from tersor.core.snapshot import Keeper, part, restore, snapshot, stop_asked
+from tersor.core.snapshot import Keeper, fitting, part, restore, snapshot, stop_asked
 from tersor.core.training import Training
 from tersor.core.watch import Unwatched, Watch
 
@@ -114,8 +115,9 @@ def fit(
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; with a keeper, after the step was ended and kept.
-        InputError: there is no batch, nothing is asked of the network, or the warm-up is as long as the training.
+        InputError: there is no batch, no loss, nothing but warm-up, or too little memory.
         NonFiniteLoss, NonFiniteWeights: a loss is infinite or NaN, or what the last step leaves.
+        ProcessLost: another process has died.
     """
     if not attachment.terms and not attachment.label_weight:
         raise InputError("nothing is asked of the network: label_weight is 0 and no method adds a loss.")
@@ -138,7 +140,8 @@ def fit(
         label_smoothing=training.label_smoothing,
         autocast=precision_for(device, training.precision),
     )
-    with as_found(objective), seeded(seed + accelerator.process_index, device):
+    remedy = smaller_batch(training.batch_size, training.accumulate)
+    with others_alive(), enough_memory(remedy), as_found(objective), seeded(seed + accelerator.process_index, device):
         loop = _Loop(accelerator, objective, training, watch or Unwatched(), keeper, curve)
         begun = keeper.begun if keeper else None
         handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
@@ -193,12 +196,13 @@ class _Loop:
         self.watch.start(task, len(rates))
         mean = RunningMean(self.model, self.training.ema) if self.training.ema else None
         first, kept = keeper.begun if keeper and keeper.begun else (0, None)
-        if kept is not None:
-            restore(kept, self.plain, self.torch_optimizer, mean)
-            self.watch.advance(first)
-            if self.curve:
-                self.curve.go_on(part(kept, "curve"))
-        log = LossLog(part(kept or {}, "log"))
+        with fitting(keeper.last if keeper else None):
+            if kept is not None:
+                restore(kept, self.plain, self.torch_optimizer, mean)
+                self.watch.advance(first)
+                if self.curve:
+                    self.curve.go_on(part(kept, "curve"))
+            log = LossLog(part(kept or {}, "log"))
         shown: dict[str, float] = {}
         steps = groups(batches, self.training.accumulate, first)
         with stop_asked(keeper is not None) as asked:

@@ -15,6 +15,7 @@ from tersor.core.accuracy_curve import AccuracyCurve
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.device import precision_for
 from tersor.core.method import chain
+from tersor.core.snapshot import fitting
 from tersor.core.stopwatch import Stopwatch
 from tersor.core.training import Training
 from tersor.core.watch import Watch
@@ -72,7 +73,8 @@ class Walk:
             return
         ended = checkpoints.end_of(_TEACHER)
         if ended is not None:
-            self.teacher.load_state_dict(ended.network())
+            with fitting(str(ended.path)):
+                self.teacher.load_state_dict(ended.network())
             watch.say("teacher: as it was trained before")
             return
         batches = self.training_batches(wanted.training)
@@ -99,9 +101,10 @@ class Walk:
         end = next((end for end in map(checkpoints.end_of, numbers) if end is not None), None)
         latest = 0 if end is None else end.unit
         if end is not None:
-            self.model = rebuild(self.model, end.structure())
-            self.model.load_state_dict(end.network())
-            told = end.told["stages"]
+            with fitting(str(end.path)):
+                self.model = rebuild(self.model, end.structure())
+                self.model.load_state_dict(end.network())
+                told = end.stages
             watch.say(f"{self.recipe.stages[latest - 1].name}: as it ended before")
         for number, stage in enumerate(self.recipe.stages[latest:], latest + 1):
             found, kept = self._stage(number, stage, watch, checkpoints)
@@ -196,8 +199,9 @@ class Walk:
         networks: dict[int, nn.Module] = {}
         for end in checkpoints.ends():
             if end.unit != _TEACHER:
-                network = rebuild(copy.deepcopy(self.untouched), end.structure())
-                network.load_state_dict(end.network())
+                with fitting(str(end.path)):
+                    network = rebuild(copy.deepcopy(self.untouched), end.structure())
+                    network.load_state_dict(end.network())
                 networks[end.unit] = network.eval()
         return networks
 
@@ -268,7 +272,8 @@ class _Bar:
 
 def _begin(attachment: Attachment, task: str, watch: Watch, keeper: UnitKeeper) -> None:
     if keeper.before_the_first is not None:
-        attachment.model.load_state_dict(keeper.before_the_first)
+        with fitting(keeper.last):
+            attachment.model.load_state_dict(keeper.before_the_first)
         watch.say(f"{task}: goes on where it was left")
     tell = _Bar(task, watch)
     for progress in attachment.begin():

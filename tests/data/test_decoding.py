@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import warnings
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -106,3 +109,47 @@ def test_tensors():
 def test_other_things_are_refused(image):
     with pytest.raises(InputError, match=r"image 3 .*Give a PIL image or a uint8 tensor"):
         rgb(image, None, "image 3")
+
+
+def png_of(width, height, pixels=b""):
+    """A PNG whose header promises so many pixels."""
+
+    def chunk(kind, content):
+        return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+    head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0])
+    body = zlib.compress(pixels) if pixels else zlib.compress(bytes(100_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (2**31 - 1, 2**31 - 1), (1, 2**31 - 1)])
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, size, image_size):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_of(*size))
+    with pytest.raises(InputError, match=r"bomb\.png'.*(smaller|Replace)"):
+        read_file(str(path), image_size)
+
+
+def test_a_warning_of_a_bomb_that_is_an_error_is_one_message(tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(png_of(10_000, 10_000))
+    with warnings.catch_warnings(action="error"), pytest.raises(InputError, match=r"large\.png'.*smaller"):
+        read_file(str(path), None)
+
+
+@pytest.mark.parametrize(
+    "start", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"%PDF-1.7\n", b"8BPS", b"<svg/>"]
+)
+def test_a_program_that_is_named_like_an_image_is_not_executed(tmp_path, start, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", None)
+    path = tmp_path / "image.png"
+    path.write_bytes(start + b"(x) print showpage\n")
+    with pytest.raises(InputError, match=r"image\.png' is not an image of a kind that can be read"):
+        read_file(str(path), None)
+
+
+def test_a_phone_s_jpeg_with_several_pictures_is_read(tmp_path):
+    path = tmp_path / "phone.jpg"
+    Image.fromarray(SMOOTH).save(path, "MPO", save_all=True, append_images=[Image.fromarray(SMOOTH)])
+    assert read_file(str(path), None).shape == (20, 30, 3)

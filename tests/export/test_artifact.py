@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -236,3 +237,60 @@ def test_only_in_a_folder_a_file_is_written_anew(tmp_path):
         replace_file(tmp_path, "report.html", write_report("text"))
     with pytest.raises(InputError, match="is not an artifact's folder"):
         replace_file(tmp_path / "absent", "report.html", write_report("text"))
+
+
+def manifest_naming(out, name, **entry):
+    entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()} | entry
+    (out / "manifest.json").write_text(json.dumps({"tersor": "1", "files": {name: entry}}))
+
+
+def test_a_link_does_not_lead_out_of_the_folder(out, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (out / "link").symlink_to(tmp_path / "secret")
+    (out / "linked").symlink_to(tmp_path)
+    for name in ("link", "linked/secret"):
+        manifest_naming(out, name)
+        with pytest.raises(InputError, match="outside of the folder"):
+            read_artifact(out)
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\x00b", "a\nb", "a" * 5000, "..\\secret", "\ud800"])
+def test_a_name_that_no_file_has_is_refused(out, name):
+    manifest_naming(out, name)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        read_artifact(out)
+
+
+@pytest.mark.parametrize("entry", [{"bytes": -1}, {"bytes": "6"}, {"bytes": 10**30}, {"bytes": 6.5}, {"sha256": 1}])
+def test_an_entry_of_another_type_is_refused(out, entry):
+    manifest_naming(out, "model.onnx", **entry)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        read_artifact(out)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "9" * 5000, " " * 2**22 + "{}", "\ud800".encode(errors="surrogatepass")]
+)
+def test_a_manifest_that_is_no_page_of_json_is_refused(out, text):
+    (out / "manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        read_artifact(out)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_or_read_only_disk_is_told_and_nothing_is_left(tmp_path, number):
+    def fails(folder: Path) -> None:
+        fill(folder)
+        raise OSError(number, os.strerror(number), str(folder / "model.onnx"))
+
+    with pytest.raises(InputError, match=rf"out could not be written: .*{os.strerror(number)}.*--resume"):
+        write_folder(tmp_path / "runs" / "out", fails)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_somebody_else_cannot_open_is_not_told_as_ours(tmp_path):
+    def fails(_: Path) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "their_weights.bin")
+
+    with pytest.raises(FileNotFoundError):
+        write_folder(tmp_path / "out", fails)

@@ -55,3 +55,72 @@ def test_a_strange_parametrization_is_told():
     parametrize.register_parametrization(model.conv1, "weight", nn.Identity())
     with pytest.raises(InputError, match="Identity"):
         structure(model)
+
+
+def laid(methods):
+    attached = chain(methods, build("resnet20", 10).eval(), data=[IMAGES])
+    list(attached.begin())
+    return json.loads(json.dumps(structure(attached.model)))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return laid([ChannelPruning(keep_macs=0.8), WeightPruning(sparsity=0.7), PTQ()])
+
+
+def changed(plan, key, change):
+    plan = json.loads(json.dumps(plan))
+    change(plan[key])
+    return plan
+
+
+CODE = 'quantizers.x") or getattr(__import__("os"), "mkdir")("tersor_was_executed") or ("'
+
+
+def test_a_name_in_a_plan_is_not_executed(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    strange = changed(plan, "edges", lambda edges: edges[0].__setitem__(1, CODE))
+    with pytest.raises(InputError, match=r"damaged: edges\.0\.1"):
+        rebuild(build("resnet20", 10), strange)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("weights", lambda weights: weights["conv1"][0].update(mask=[2**40])),
+        ("weights", lambda weights: weights["conv1"][0].update(mask=[2**30, 2**30, 1, 1])),
+        ("weights", lambda weights: weights["conv1"][0].update(mask=[-1, 3, 3, 3])),
+        ("weights", lambda weights: weights["conv1"][0].update(gradient="exec")),
+        ("weights", lambda weights: weights["conv1"][1].update(channels=2**30)),
+        ("weights", lambda weights: weights["conv1"][1].update(channels=True)),
+        ("weights", lambda weights: weights["conv1"][1].update(grid=[1, -1])),
+        ("weights", lambda weights: weights["conv1"][1].update(grid=[-(10**30), 1])),
+        ("weights", lambda weights: weights["conv1"].extend(weights["conv1"][:1] * 100)),
+        ("weights", lambda weights: weights.update(nowhere=weights["conv1"])),
+        ("edges", lambda edges: edges[0][2].update(channels=2**30)),
+        ("edges", lambda edges: edges[0][2].update(averaging=float("nan"), channels=None)),
+        ("edges", lambda edges: edges.append(["nowhere", "quantizers.nowhere", edges[0][2]])),
+        ("edges", lambda edges: edges[0].append(None)),
+        ("cuts", lambda cuts: cuts[0][0].__setitem__(2, [10**9])),
+        ("cuts", lambda cuts: cuts[0][0].__setitem__(2, [-1])),
+        ("cuts", lambda cuts: cuts[0].append(["conv1", "target=5", [0]])),
+        ("cuts", lambda cuts: cuts[0].append(["conv1", "pin name=5", [0]])),
+        ("cuts", lambda cuts: cuts[0].append(["conv1", "gives=9", [0]])),
+        ("freezable", lambda names: names.append("conv1")),
+    ],
+)
+def test_a_plan_of_another_shape_is_refused(plan, key, change):
+    with pytest.raises(InputError, match=r"damaged|another network"):
+        rebuild(build("resnet20", 10), changed(plan, key, change))
+
+
+@pytest.mark.parametrize("strange", [None, [], {}, "plan", 1e308, {"captured": True}, [[[]]]])
+def test_what_is_no_plan_is_refused(strange):
+    with pytest.raises(InputError, match="damaged"):
+        rebuild(build("resnet20", 10), strange)
+
+
+def test_a_key_that_nobody_knows_is_refused(plan):
+    with pytest.raises(InputError, match="extra"):
+        rebuild(build("resnet20", 10), plan | {"extra": 1})

@@ -37,6 +37,10 @@ class NonFiniteWeights(InputError):  # noqa: N818 - what happened, not that it i
         )
 
 
+class ProcessLost(InputError):  # noqa: N818 - what happened, not that it is an error
+    """Another of the processes that train together has died, or cannot be reached."""
+
+
 def nearest(given: str, options: Iterable[str]) -> str | None:
     """The option that `given` was most likely meant to be, or None."""
     close = difflib.get_close_matches(given, list(options), n=1, cutoff=0.6)

@@ -6,6 +6,9 @@ processors, by a group of gloo's own that waits as long as the first process mea
 
 from __future__ import annotations
 
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 
@@ -15,7 +18,10 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
+from tersor.core.errors import ProcessLost
+
 _LONGEST = timedelta(days=2)
+_LOST = re.compile(r"gloo|connection (?:closed|reset|refused)|broken pipe|NCCL", re.IGNORECASE)
 
 
 def join() -> bool:
@@ -45,10 +51,32 @@ def _group() -> dist.ProcessGroup:
     return made
 
 
+@contextmanager
+def others_alive() -> Generator[None]:
+    """While something is exchanged with the other processes.
+
+    Where one dies, its connections close, and gloo or NCCL raise in the others at once.
+
+    Raises:
+        ProcessLost: one of them is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if count() == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            raise
+        raise ProcessLost(
+            f"another of the {count()} processes that train together has died or cannot be reached, so process "
+            f"{rank()} ends. Its own message tells why. To go on from the last checkpoint, start all of them again "
+            "with --resume."
+        ) from error
+
+
 def barrier() -> None:
     """Waits until all have come here."""
     if count() > 1:
-        dist.barrier(_group())
+        with others_alive():
+            dist.barrier(_group())
 
 
 @torch.no_grad()
@@ -59,7 +87,8 @@ def as_in_the_first(module: nn.Module) -> None:
     state = module.state_dict()
     for name, value in state.items():
         whole = value.cpu().contiguous()
-        dist.broadcast(whole, src=0, group=_group())
+        with others_alive():
+            dist.broadcast(whole, src=0, group=_group())
         state[name] = whole
     module.load_state_dict(state)
 
@@ -69,7 +98,8 @@ def any_of(here: bool) -> bool:
     if count() == 1:
         return here
     flag = torch.tensor(int(here))
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=_group())
+    with others_alive():
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_group())
     return bool(flag)
 
 
@@ -79,5 +109,6 @@ def gathered(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     here = tensor.cpu().contiguous()
     everyone = [torch.empty_like(here) for _ in range(count())]
-    dist.all_gather(everyone, here, group=_group())
+    with others_alive():
+        dist.all_gather(everyone, here, group=_group())
     return [each.to(tensor.device) for each in everyone]

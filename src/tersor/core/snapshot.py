@@ -40,6 +40,24 @@ class Keeper(Protocol):
 
 
 @contextmanager
+def fitting(checkpoint: str | None) -> Generator[None]:
+    """While values of a checkpoint are taken back, which may be a stranger's, or of another version.
+
+    Raises:
+        InputError: they do not fit what they are taken back into.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the checkpoint {checkpoint} is not of this run: {str(error)[:300]}. Remove the folder that it lies in, "
+            "and begin anew."
+        ) from error
+
+
+@contextmanager
 def stop_asked(heeded: bool) -> Generator[Callable[[], bool]]:
     """Whether Ctrl-C was pressed, to be asked between two steps; pressed twice, it interrupts at once.
 
@@ -115,7 +133,9 @@ def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> N
     for name, value in tensors.items():
         index, _, key = name.partition(".")
         parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
+        if value.ndim and value.shape != parameter.shape:
+            raise ValueError(f"{key} of parameter {index} has another shape than the parameter")
+        if value.ndim:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         states.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})

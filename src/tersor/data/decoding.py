@@ -12,6 +12,9 @@ from tersor.core.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
+# Pillow would open more by its content whatever the name is: PostScript, for one, which it lets Ghostscript execute
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+
 
 def read_file(path: str, image_size: int | None) -> NDArray[np.uint8]:
     """The pixels of an image file; of a film, the first frame. EXIF rotation is left alone, as in torchvision.
@@ -24,7 +27,7 @@ def read_file(path: str, image_size: int | None) -> NDArray[np.uint8]:
         InputError: no such file, not an image, truncated, or of more than 8 bits a channel.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if image_size is not None:
                 # a JPEG decodes at a half, a quarter or an eighth of its size, which is faster by about as much;
                 # from four times the wanted size on, no pixel differs by more than a level or two
@@ -32,10 +35,13 @@ def read_file(path: str, image_size: int | None) -> NDArray[np.uint8]:
             image.load()
     except UnidentifiedImageError as error:
         raise InputError(f"'{path}' is not an image of a kind that can be read. Replace or remove it.") from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"'{path}': {error} Make it smaller or remove it.") from error
-    except (OSError, SyntaxError, ValueError) as error:  # by format, what Pillow raises for broken files
-        raise InputError(f"'{path}' cannot be decoded: {error}. Replace or remove it.") from error
+    except MemoryError as error:
+        raise InputError(f"'{path}' takes more memory than there is. Make it smaller or remove it.") from error
+    except Exception as error:  # by format and byte, Pillow raises about anything for broken files
+        reason = str(error)[:200] or type(error).__name__
+        raise InputError(f"'{path}' cannot be decoded: {reason}. Replace or remove it.") from error
     return rgb(image, image_size, f"'{path}'")
 
 
@@ -58,7 +64,10 @@ def rgb(image: object, image_size: int | None, name: str) -> NDArray[np.uint8]:
     if image.mode.startswith(("I", "F")):
         raise InputError(f"{name} has more than 8 bits a channel (Pillow mode '{image.mode}'). Convert it to 8.")
     if image.mode != "RGB":
-        image = image.convert("RGB")
+        try:
+            image = image.convert("RGB")
+        except ValueError as error:
+            raise InputError(f"{name} has Pillow's mode '{image.mode}', which does not become RGB: {error}.") from error
     if image_size is not None and image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)

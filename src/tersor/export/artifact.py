@@ -12,26 +12,36 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tersor.core.errors import InputError
+from tersor.core.resources import writable
+from tersor.export.external_data import refuse_outside
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 
+_LARGEST_MANIFEST = 2**22
+_LONGEST_NAME = 200
 _BARE = (".onnx", ".xml")
 
 
+_Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class _Entry(BaseModel):
-    bytes: int
+    model_config = ConfigDict(strict=True)
+    bytes: _Size
     sha256: str
 
 
 class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True)
     tersor: str
     files: Annotated[dict[str, _Entry], Field(min_length=1)]
 
@@ -77,25 +87,27 @@ def write_folder(out: Path | str, fill: Callable[[Path], None], partial: Path | 
         partial: where that folder is, on the same disk; what a process that was killed has left there is emptied.
 
     Raises:
-        InputError: `out` is not free, before `fill` is called or after.
+        InputError: `out` is not free, before `fill` is called or after, or could not be written.
     """
     out = Path(out)
     require_free(out)
     above = [parent for parent in out.absolute().parents if not parent.exists()]
     partial = partial or out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        _write_manifest(partial)
-        require_free(out)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in above:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise
+    with writable(out):
+        try:
+            partial.mkdir(parents=True)
+            fill(partial)
+            _write_manifest(partial)
+            require_free(out)
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in above:
+                with suppress(OSError):  # on a disk that is read-only by now, nothing can be taken away
+                    if parent.is_dir() and not any(parent.iterdir()):
+                        parent.rmdir()
+            raise
     return out
 
 
@@ -116,14 +128,15 @@ def replace_file(path: Path | str, name: str, write: Callable[[Path], object]) -
         raise InputError(f"{path} is not an artifact's folder. Give the folder that a run wrote.")
     manifest = _read_manifest(path)
     _refuse_damage(path, {other: entry for other, entry in manifest.files.items() if other != name})
-    write(path)
-    manifest.files[name] = _entry(path / name)
-    partial = path / f".{MANIFEST}.{os.getpid()}.partial"
-    try:
-        _dump(manifest, partial)
-        partial.replace(path / MANIFEST)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writable(path):
+        write(path)
+        manifest.files[name] = _entry(path / name)
+        partial = path / f".{MANIFEST}.{os.getpid()}.partial"
+        try:
+            _dump(manifest, partial)
+            partial.replace(path / MANIFEST)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_artifact(path: Path | str) -> Artifact:
@@ -136,12 +149,16 @@ def read_artifact(path: Path | str) -> Artifact:
     if path.is_file():
         if path.suffix not in _BARE:
             raise InputError(f"{path} is not a model: give an artifact's folder, or a file {' or '.join(_BARE)}.")
+        refuse_outside(path)
         return Artifact(path, path, {path.name: path})
     if not path.is_dir():
         raise InputError(f"there is no file or folder {path}.")
     files = read_folder(path)
     if MODEL not in files:
         raise InputError(f"{path} holds no {MODEL}, only {', '.join(files)}.")
+    for name, file in files.items():
+        if name.endswith(".onnx"):
+            refuse_outside(file)
     return Artifact(path, files[MODEL], files)
 
 
@@ -184,14 +201,25 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not file.is_file():
         raise InputError(f"{folder} is not an artifact: it holds no {MANIFEST}. Give the folder that a run wrote.")
     try:
-        manifest = _Manifest.model_validate_json(file.read_bytes())
+        with file.open("rb") as opened:
+            manifest = _Manifest.model_validate_json(opened.read(_LARGEST_MANIFEST))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
     except ValidationError as error:
         raise InputError(f"{file} is damaged: {error.errors()[0]['msg']}.") from error
     for name in manifest.files:
-        named = PurePosixPath(name)
-        if named.is_absolute() or ".." in named.parts:
-            raise InputError(f"{file} is damaged: it names {name!r}, which lies outside of the folder.")
+        if not _lies_in(folder, name):
+            raise InputError(f"{file} is damaged: it names {name[:60]!r}, which lies outside of the folder.")
     return manifest
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    named = PurePosixPath(name)
+    if not name.isprintable() or len(name) > _LONGEST_NAME or "\\" in name or not named.parts:
+        return False
+    # resolved, since a link in the folder may lead out of it
+    outside = named.is_absolute() or ".." in named.parts
+    return not outside and (folder / name).resolve().is_relative_to(folder.resolve())
 
 
 def _refuse_damage(folder: Path, entries: Mapping[str, _Entry]) -> None:

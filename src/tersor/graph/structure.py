@@ -2,13 +2,16 @@
 and which BatchNorms can be frozen.
 
 `rebuild(fresh, structure(model))` has the shapes and keys of `model`, where `fresh` is a new network of its class; the
-`state_dict` brings the values. No data is needed, no number is drawn, nothing is executed.
+`state_dict` brings the values. No data is needed, no number is drawn, nothing is executed: a plan may come from a
+stranger, so its shape is checked before anything is built, and its sizes against the network.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
@@ -28,6 +31,99 @@ from tersor.core.selection import weighted_layers
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.channels import Cut, remove
 from tersor.graph.placement import show
+
+_STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
+"""What graphs and modules raise where a plan of another network is laid on them."""
+
+_Place = Annotated[int, Field(ge=0, lt=2**31)]
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+_Bound = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+# names become code when a graph is recompiled, so they are nothing but names
+_Quantizer = Annotated[str, Field(pattern=r"^quantizers\.[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
+_Axis = Annotated[
+    str,
+    Field(
+        pattern=r"^(out|in|heads|[0-9]{1,2}|gives=[01]|sections=[0-9]{1,9}(,[0-9]{1,9})*|(scale|windowed)=[0-9]{1,9}"
+        r"|(pin )?(args|kwargs)(\.[A-Za-z0-9_]+)+=[0-9]{1,9})$",
+        max_length=2000,
+    ),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Mask(_Strict):
+    mask: Annotated[list[_Size], Field(min_length=1, max_length=8)]
+    gradient: Literal["kept", "all", "split"]
+    logged: bool
+
+    def made(self) -> nn.Module:
+        return Mask(self.mask, self.gradient, logged=self.logged)
+
+
+class _Largest(_Strict):
+    largest: _Size | None
+
+    def made(self) -> nn.Module:
+        return RunningLargest(self.largest)
+
+
+class _OnGrid(_Strict):
+    grid: Annotated[list[_Bound], Field(min_length=2, max_length=2)]
+    channels: _Size | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> _OnGrid:
+        if self.grid[0] >= self.grid[1]:
+            raise ValueError(f"a grid from {self.grid[0]} to {self.grid[1]}")
+        return self
+
+    def made(self) -> nn.Module:
+        return FakeQuantize(Grid(*self.grid), self.channels)
+
+
+class _Moving(_OnGrid):
+    averaging: Annotated[float, Field(ge=0, le=1)]
+
+    def made(self) -> nn.Module:
+        return MovingFakeQuantize(Grid(*self.grid), self.averaging)
+
+
+class _Following(_OnGrid):
+    follows: Literal[True]
+
+    def made(self) -> nn.Module:
+        return FollowingFakeQuantize(Grid(*self.grid), self.channels)
+
+
+class _Learned(_OnGrid):
+    offset: bool
+    of_images: bool
+
+    def made(self) -> nn.Module:
+        given = {"offset": self.offset, "of_images": self.of_images}
+        return LearnedFakeQuantize(Grid(*self.grid), self.channels, **given)
+
+
+_Laid: TypeAlias = _Mask | _Largest | _Moving | _Following | _Learned | _OnGrid
+
+
+class _Plan(_Strict):
+    """What `structure` gives."""
+
+    captured: bool
+    cuts: list[list[tuple[str, _Axis, list[_Place]]]]
+    freezable: list[str]
+    edges: list[tuple[str, _Quantizer, _Laid]]
+    weights: dict[str, Annotated[list[_Laid], Field(max_length=8)]]
+
+    @model_validator(mode="after")
+    def _on_a_graph(self) -> _Plan:
+        if not self.captured and (self.cuts or self.edges):
+            raise ValueError("cuts and quantized activations of a network that was not captured")
+        return self
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
@@ -52,36 +148,79 @@ def structure(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def rebuild(fresh: nn.Module, found: dict[str, Any]) -> nn.Module:
+def rebuild(fresh: nn.Module, found: Any) -> nn.Module:
     """A network of the shapes and keys that `structure` told.
 
     Args:
         fresh: a new network of the same class, which is changed.
-        found: what `structure` gave.
+        found: what `structure` gave, or what came back of it from a file.
+
+    Raises:
+        InputError: it is no plan, or one of another network.
     """
-    model = capture(fresh) if found["captured"] else fresh
+    try:
+        # as JSON: there, strict pydantic takes a list for a tuple
+        plan = _Plan.model_validate_json(json.dumps(found))
+    except RecursionError:
+        raise InputError("the plan of what was laid on the network is damaged: it is nested too deeply.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "all of it"
+        raise InputError(
+            f"the plan of what was laid on the network is damaged: {place[:100]}: {first['msg']}."
+        ) from None
+    try:
+        return _built(fresh, plan)
+    except _STRANGE as error:
+        if isinstance(error, InputError):
+            raise
+        raise _of_another(fresh, str(error)) from error
+
+
+def _of_another(fresh: nn.Module, why: str) -> InputError:
+    return InputError(
+        f"the plan was made of another network than this {type(fresh).__name__}: what was laid on it has no place here "
+        f"({why[:300]}). Pass a new network of the same class and size."
+    )
+
+
+def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
+    model = capture(fresh) if plan.captured else fresh
     if isinstance(model, fx.GraphModule):
-        for cuts in found["cuts"]:
+        for cuts in plan.cuts:
             remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in cuts])
-        _lay_edges(model, found["edges"])
-    for name in found["freezable"]:
+        _lay_edges(model, plan.edges)
+    for name in plan.freezable:
         norm = model.get_submodule(name)
-        assert isinstance(norm, Norm)
+        assert isinstance(norm, Norm), f"{name} is no BatchNorm"
         model.set_submodule(name, freezable(norm))
-    for name, told in found["weights"].items():
+    for name, told in plan.weights.items():
         layer = model.get_submodule(name)
+        shape = list(cast("nn.Linear", layer).weight.shape)
         for each in told:
-            parametrize.register_parametrization(layer, "weight", _made(each))
+            _require_fit(each, shape, name)
+            parametrize.register_parametrization(layer, "weight", each.made())
     return model
 
 
-def _lay_edges(graph: fx.GraphModule, edges: list[list[Any]]) -> None:
+def _require_fit(laid: _Laid, shape: list[int], name: str) -> None:
+    """Sizes are those of the weight that lies there, so that a file cannot ask for more memory than the network."""
+    if isinstance(laid, _Mask):
+        fits = laid.mask == shape
+    else:
+        fits = (laid.largest if isinstance(laid, _Largest) else laid.channels) in (None, shape[0])
+    assert fits, f"{name} has a weight of shape {'x'.join(map(str, shape))}"
+
+
+def _lay_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Laid]]) -> None:
     if edges:
         graph.add_submodule("quantizers", nn.Module())
-    for value, target, told in edges:
+    for value, target, laid in edges:
+        assert isinstance(laid, _OnGrid), f"what lies on {value} is no grid"
+        assert laid.channels is None, f"{value} has a grid for each channel"
         moved = hasattr(graph.get_submodule("quantizers"), target.removeprefix("quantizers."))
         if not moved:
-            graph.add_submodule(target, _made(told))
+            graph.add_submodule(target, laid.made())
         show(graph, next(node for node in graph.graph.nodes if node.name == value), target, moved=moved)
     graph.recompile()
 
@@ -102,18 +241,3 @@ def _told(module: nn.Module) -> dict[str, Any]:
             told |= {"offset": module.offset is not None, "of_images": module.of_images}
         return told
     raise InputError(f"a weight lies under a {type(module).__name__}, which no checkpoint of tersor can hold.")
-
-
-def _made(told: dict[str, Any]) -> nn.Module:
-    if "mask" in told:
-        return Mask(told["mask"], told["gradient"], logged=told["logged"])
-    if "largest" in told:
-        return RunningLargest(told["largest"])
-    grid = Grid(*told["grid"])
-    if "averaging" in told:
-        return MovingFakeQuantize(grid, told["averaging"])
-    if "follows" in told:
-        return FollowingFakeQuantize(grid, told["channels"])
-    if "offset" in told:
-        return LearnedFakeQuantize(grid, told["channels"], offset=told["offset"], of_images=told["of_images"])
-    return FakeQuantize(grid, told["channels"])

@@ -29,6 +29,7 @@ _DAMAGE = (
     AssertionError,
     RuntimeError,
     OverflowError,
+    OSError,
     struct.error,
 )
 
@@ -70,7 +71,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, *_DAMAGE) as error:
         raise InputError(f"'{path}' is corrupt, cut off, or no safetensors file: {error}.") from error
 
 

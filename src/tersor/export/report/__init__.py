@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, cast
 
 from tersor.core.errors import InputError
+from tersor.core.json_file import read_json
 from tersor.export.report.answered import answers, attention, similar, targets
 from tersor.export.report.inside import layers, time_spent, weights
 from tersor.export.report.latency import latencies
@@ -42,15 +42,15 @@ def draw(folder: Path) -> Path:
         raise InputError(f"{folder} holds no numbers.json, so there is nothing to report. Give the folder of a run.")
     try:
         page = _page(numbers, _read(folder / "evidence.json"))
-    except (KeyError, TypeError, IndexError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise InputError(
-            f"numbers.json or evidence.json of {folder} is not what this version of tersor writes: {error!r}. "
-            "Run its recipe.yaml again."
+            f"numbers.json or evidence.json of {folder} is not what this version of tersor writes: "
+            f"{repr(error)[:200]}. Run its recipe.yaml again."
         ) from error
     path = folder / REPORT
     partial = folder / f".{REPORT}.{os.getpid()}.partial"
     try:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_bytes(page.encode("utf-8", "replace"))  # a file's name may be no Unicode, and name a class
         partial.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}.") from error
@@ -62,10 +62,10 @@ def draw(folder: Path) -> Path:
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}. Run its recipe.yaml again.") from error
+    found = read_json(path, "Run its recipe.yaml again.")
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged: it holds no JSON object. Run its recipe.yaml again.")
+    return cast("dict[str, Any]", found)
 
 
 def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:

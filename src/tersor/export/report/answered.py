@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tersor.export.report.charts import columns
-from tersor.export.report.markup import Markup, signed, table, tag
+from tersor.export.report.markup import Markup, picture, signed, table, tag
 from tersor.export.report.measured import Numbers
 
 Evidence = Mapping[str, Any]
@@ -81,7 +81,7 @@ def attention(numbers: Numbers, evidence: Evidence) -> Markup:
         label = class_name(numbers, image["label"])
         for name in names:
             cells = [
-                tag("td", tag("img", src=found, alt=f"{name}, {layer}", title=f"{name}, {layer}"))
+                tag("td", picture(found, alt=f"{name}, {layer}", title=f"{name}, {layer}"))
                 for found, layer in zip(image["maps"][name], told["layers"][name], strict=True)
             ]
             first = tag("td", _image(image, label)) if name == names[0] else tag("td", "")
@@ -118,7 +118,7 @@ def _target(numbers: Numbers, image: Mapping[str, Any]) -> Markup:
 
 
 def _image(image: Mapping[str, Any], label: str) -> Markup:
-    return tag("img", src=image["png"], alt=f"test image {image['index']}, labelled {label}")
+    return picture(image["png"], alt=f"test image {image['index']}, labelled {label}")
 
 
 def answers(numbers: Numbers, evidence: Evidence) -> Markup:

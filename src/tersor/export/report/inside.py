@@ -144,6 +144,8 @@ def _bits(numbers: Numbers, evidence: Evidence) -> Markup:
         groups[layer["weight_bits"], layer["activation_bits"]].append(layer)
     rows: list[list[str]] = []
     for (weight, activation), members in sorted(groups.items(), reverse=True):
+        if not 0 <= weight <= FLOAT_BITS:
+            raise ValueError(f"a weight of {weight} bits")
         macs, used = sum(each["macs"] for each in members), [each["levels"] for each in members if each["levels"]]
         rows.append(
             [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
+_PNG = "data:image/png;base64,"
+
 
 class Markup(str):
     """Text that is HTML already."""
@@ -33,9 +35,20 @@ def join(children: Iterable[str]) -> Markup:
     return Markup("".join(child if isinstance(child, Markup) else html.escape(child) for child in children))
 
 
+def picture(source: str, **attributes: object) -> Markup:
+    """A PNG that lies in the page itself.
+
+    Raises:
+        ValueError: the source is anything else; a page loads nothing.
+    """
+    if not source.startswith(_PNG):
+        raise ValueError(f"a picture from {source[:40]!r}")
+    return tag("img", src=source, **attributes)
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, caption: str, class_: str | None = None) -> Markup:
     """A table in a box of its own that scrolls sideways; the first cell of a row is its head."""
-    titles = tag("tr", *[cell if cell.startswith("<th") else tag("th", cell, scope="col") for cell in head])
+    titles = tag("tr", *[cell if isinstance(cell, Markup) else tag("th", cell, scope="col") for cell in head])
     lines = [
         [cell if isinstance(cell, Markup) and cell.startswith("<t") else tag("td", cell) for cell in row]
         for row in rows
