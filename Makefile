@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint. The first one to run makes .venv; a stamp inside says what it holds.
+# make demo | test | test-all | test-lowest | wheel | audit | lint. The first one to run makes .venv; a stamp inside says what it holds.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -17,17 +17,45 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 USE := .venv/.installed
 DEV := .venv/.installed-dev
 
-.PHONY: demo test test-all lint
+LOWEST := .venv-lowest
+WHEEL := .venv-wheel
+SUPPLY := .venv-supply
+UV := $(SUPPLY)/bin/uv
+QUICK := -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+.PHONY: demo test test-all test-lowest wheel audit lint
 
 demo: $(USE)
 	rm -rf runs/demo runs/demo.checkpoints
 	$(BIN)/tersor run recipes/digits.yaml --out runs/demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(BIN)/python $(QUICK)
 
 test-all: $(DEV)
 	$(BIN)/python -m pytest
+	$(MAKE) test-lowest wheel
+
+# the quick tests with the oldest releases that pyproject.toml allows
+test-lowest: $(SUPPLY)/.installed
+	$(UV) venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	$(UV) pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	$(LOWEST)/bin/python $(QUICK)
+
+# the wheel, tried in an environment that holds nothing else, from another folder; beside it a bill of materials
+wheel: $(SUPPLY)/.installed
+	rm -rf dist build
+	$(UV) build --quiet --wheel --out-dir dist --python $(BIN)/python
+	$(UV) venv --quiet --clear --python $(BIN)/python $(WHEEL)
+	$(UV) pip install --quiet --python $(WHEEL)/bin/python dist/*.whl
+	cd $(WHEEL) && env -u PYTHONPATH bin/python -P ../tests/wheel_smoke.py
+	$(SUPPLY)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
+		--output-reproducible --output-file dist/tersor.cdx.json $(WHEEL)/bin/python
+
+# known vulnerabilities of what is installed; needs the database on the internet, and fails without it
+audit: $(DEV) $(SUPPLY)/.installed
+	$(UV) pip freeze --quiet --exclude-editable --python $(BIN)/python > $(SUPPLY)/installed.txt
+	$(SUPPLY)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(SUPPLY)/installed.txt
 
 lint: $(DEV)
 	$(BIN)/ruff check
@@ -36,6 +64,11 @@ lint: $(DEV)
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
+
+$(SUPPLY)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9' 'pip-audit>=2.9' 'cyclonedx-bom>=7'
+	touch $@
 
 # dev holds all that demo needs, so its stamp is both
 $(DEV): pyproject.toml | $(BIN)/python

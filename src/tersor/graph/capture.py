@@ -137,6 +137,16 @@ class Tracer(fx.Tracer):
         return graph
 
 
+class _Captured(fx.GraphModule):
+    """Copies keep which buffers are not saved; before torch 2.14 those of a GraphModule forget it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied = super().__deepcopy__(memo)
+        for path, module in self.named_modules():
+            copied.get_submodule(path)._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        return copied
+
+
 def capture(model: nn.Module) -> fx.GraphModule:
     """The graph of `model`, as a module that trains, loads and saves like it.
 
@@ -150,7 +160,7 @@ def capture(model: nn.Module) -> fx.GraphModule:
     with _without_constants(model):
         with _modes_restored(model):
             graph, returned = _trace(model)
-        captured = fx.GraphModule(model, graph, class_name=type(model).__name__)
+        captured = _Captured(model, graph, class_name=type(model).__name__)
     captured.meta["layers"] = {path: node.name for path, node in returned.items()}
     for key in captured.state_dict().keys() - model.state_dict().keys():
         path, _, name = key.rpartition(".")
