@@ -1,0 +1,35 @@
+"""Whether a module computes what torch's class of it computes, and nothing else.
+
+A rewrite (folding, fusing, equalising, correcting, exporting) puts a formula in the place of a call. `isinstance` says
+only what a module is derived from: a subclass may have a forward of its own (timm's `BatchNormAct2d` has an activation
+in it), and an instance may have hooks.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+_METHODS = ("forward", "__call__", "_conv_forward")
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of `module` is the forward of torch's own class, over tensors that are plain attributes.
+
+    Parametrizations (`torch.nn.utils.parametrize`) may lie on it: they change a tensor, not what is computed with it.
+    """
+    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+    known = _torch_class(kind)
+    between = kind.__mro__[: kind.__mro__.index(known)]
+    return (
+        all(getattr(kind, name, None) is getattr(known, name, None) for name in _METHODS)
+        and not any(name in vars(each) for name in _TENSORS for each in between)
+        and not any(name in vars(module) for name in _METHODS)
+        and not any(vars(module)[hooks] for hooks in _HOOKS)
+    )
+
+
+def _torch_class(kind: type[nn.Module]) -> type:
+    return next(each for each in kind.__mro__ if each.__module__.startswith("torch.nn."))
