@@ -26,6 +26,7 @@ from tersor.export.bench import BATCH_SIZES, Array, compressed_bytes, latency, p
 from tersor.export.onnx import export as write_onnx
 from tersor.export.runtime import open_session
 from tersor.export.stopwatch import RuntimeStopwatch
+from tersor.export.verification import verify
 from tersor.graph.fused import fused
 from tersor.loader import Loader, given_labels
 from tersor.methods.channel_pruning import ChannelPruning
@@ -153,7 +154,9 @@ def export(
     classes: Sequence[str] = (),
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Path:
-    """Writes `model` as one ONNX file with a dynamic batch, and runs it once in `runtime`.
+    """Writes `model` as one ONNX file with a dynamic batch, and compares it in `runtime` with torch on `example`.
+
+    A `CompressionWarning` says that the outputs differ by more than is usual.
 
     Args:
         model: any network; one that `quantize` gave becomes an integer network.
@@ -164,16 +167,16 @@ def export(
         pixels: mean and standard deviation; the file then takes uint8 pixels.
 
     Raises:
-        InputError: the network cannot be converted, or the runtime is not installed or cannot run it.
+        InputError: the network cannot be converted, the runtime is not installed or cannot run it, or the outputs
+            differ by more than rounding explains; then no file is left.
     """
     path = Path(path)
     if path.suffix != ".onnx" or not path.parent.is_dir():
         raise InputError(f"cannot write {path}. Possible: a file *.onnx in a folder that is there.")
     images_of(example)
-    inputs = example[:1].numpy() if pixels is None else np.zeros(example[:1].shape, np.uint8)
     with TemporaryDirectory(dir=path.parent) as folder:  # what the runtime refuses is not left, nor written over a file
         written = write_onnx(model, example, Path(folder) / path.name, classes=classes, pixels=pixels)
-        open_session(written, runtime).run(np.ascontiguousarray(inputs))
+        verify(open_session(written, runtime), model, example, pixels)
         written.replace(path)
     return path
 

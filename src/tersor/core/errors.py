@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Something a user gave cannot be used. The command line prints it and exits with 2, without a traceback."""
 
 
+class CompressionWarning(UserWarning):
+    """The result is usable, and not what its user expects: part of it stays uncompressed, or its outputs differ."""
+
+
 class NonFiniteLoss(InputError):  # noqa: N818 - what happened, not that it is an error
     """A loss became infinite or NaN, at `step` (from 1), in the term named `term`. That step moved no weight."""
 

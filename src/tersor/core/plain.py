@@ -16,7 +16,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of `module` is the forward of torch's own class, over tensors that are plain attributes.
+    """Whether a call of `module` is torch's own forward, and nothing else: no hook is called around it."""
+    return has_plain_forward(module) and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks are called around its forward, which may change what goes in or out."""
+    return any(vars(module)[hooks] for hooks in _HOOKS)
+
+
+def has_plain_forward(module: nn.Module) -> bool:
+    """Whether its forward is that of torch's own class, over tensors that are plain attributes.
 
     Parametrizations (`torch.nn.utils.parametrize`) may lie on it: they change a tensor, not what is computed with it.
     """
@@ -27,7 +37,6 @@ def is_plain(module: nn.Module) -> bool:
         all(getattr(kind, name, None) is getattr(known, name, None) for name in _METHODS)
         and not any(name in vars(each) for name in _TENSORS for each in between)
         and not any(name in vars(module) for name in _METHODS)
-        and not any(vars(module)[hooks] for hooks in _HOOKS)
     )
 
 

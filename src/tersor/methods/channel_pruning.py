@@ -45,6 +45,7 @@ from tersor.graph.branches import Branch, branches, missed
 from tersor.graph.budget import fast_enough, small_enough
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, copied, remove
+from tersor.graph.comparison import FEW, require_same
 from tersor.graph.importance import FOR_THE_COST, FunctionPath, Importance, importances
 from tersor.graph.statistics import fit, in_unit_of, moments_of_batches, with_statistics
 from tersor.graph.takeover import fitted, take_over
@@ -150,6 +151,8 @@ class ChannelPruning:
                 *(f"left whole: the channels of {root}, since {why}" for root, why in whole.items()),
             ]
             cuts = order.cuts(blocks)
+        if model is not graph:
+            require_same(graph, model, images_of(first)[:FEW].to(next(graph.parameters()).device))
         for each in ([branch.cut for branch in gone], cuts):
             if each:
                 remove(graph, each)
