@@ -46,6 +46,7 @@ from tersor.graph.branches import Branch, branches, missed
 from tersor.graph.budget import fast_enough, small_enough
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, copied, remove
+from tersor.graph.comparison import FEW, require_same
 from tersor.graph.importance import FOR_THE_COST, FunctionPath, Importance, importances
 from tersor.graph.removal_attachment import RemovalAttachment
 from tersor.graph.shortfall import shortfall
@@ -119,7 +120,7 @@ class ChannelPruning:
                 "keep_latency is measured, and nothing was given to measure with. Pass attach(..., "
                 "stopwatch=tersor.export.stopwatch.RuntimeStopwatch()), or write keep_macs."
             )
-        graph, example = capture(model), images_of(first)[:1]
+        graph, example = _captured(model, images_of(first)), images_of(first)[:1]
         if keep == 1 and not self.branches:
             return Attachment(graph)
         refuse_what_lies_on(graph, "channel_pruning")
@@ -239,6 +240,14 @@ class ChannelPruning:
             f"than asked. What stays of all {what}: {held}. Write {math.ceil(1000 * found) / 1000:.3f} or "
             f"more{finer}."
         )
+
+
+def _captured(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """The graph of `model`, compared with it on a few images."""
+    graph = capture(model)
+    if model is not graph:
+        require_same(graph, model, images[:FEW].to(next(graph.parameters()).device))
+    return graph
 
 
 def _enough(
