@@ -1,4 +1,4 @@
-"""The one loop: batches go through an Objective, and its losses move the weights; lines past 300 guard its faults.
+"""The one loop: batches go through an Objective, and its losses move the weights.
 
 accelerate prepares two things only, the Objective and the optimizer:
 
@@ -9,8 +9,7 @@ accelerate prepares two things only, the Objective and the optimizer:
   over processes, and weights that have not moved.
 * Accumulation is ours, over the batches of one epoch: the last step of an epoch takes what is left, and its gradient
   is the mean over those. accelerate's counter knows no epoch of batches that it has not prepared.
-* The learning rate is set before every step from a pure function. A scheduler prepared by accelerate steps once for
-  each process.
+* The learning rate is set before every step by a pure function. accelerate's scheduler steps once for each process.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from onnx import TensorProto, helper
 
 from tersor.core.errors import InputError
 from tersor.export import runtime as runtime_module
+from tersor.export.machine import default_threads, machine
 from tersor.export.profile import node_times
-from tersor.export.runtime import RUNTIMES, default_threads, installed_runtimes, machine, open_session
+from tersor.export.runtime import RUNTIMES, installed_runtimes, open_session
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 runtimes = pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])

@@ -277,12 +277,10 @@ def weight_quantizer(module: nn.Module) -> FakeQuantize | None:
 
 
 def strip(model: nn.Module, modules: Container[int] | None = None) -> nn.Module:
-    """A plain copy of `model` whose weights are what the parametrizations showed; `model` stays as it is.
+    """A plain copy of `model` whose weights are what the parametrizations showed: all, or those of `modules`, by `id`.
 
-    With `modules`, the `id` of some, only their weights are.
-
-    A parametrized module under `deepcopy` shares its class with the original, so that removing the copy's
-    parametrizations breaks the original. Hence the plain modules are built first and put in their place.
+    A parametrized module under `deepcopy` shares its class with the original, and removing the copy's parametrizations
+    would break the original. So the plain modules are built first and put in their place.
     """
     plain: dict[int, Any] = {}
     for module in reversed(list(model.modules())):  # children first
@@ -298,6 +296,5 @@ def _plain(module: nn.Module, copies: dict[int, Any]) -> nn.Module:
     children = {name: child for name, child in vars(module)["_modules"].items() if name != "parametrizations"}
     result.__dict__.update(copy.deepcopy({**vars(module), "_modules": children}, copies))
     for name in shown:
-        tensor = cast("Tensor", getattr(module, name)).detach().clone()
-        result.register_parameter(name, nn.Parameter(tensor))
+        result.register_parameter(name, nn.Parameter(cast("Tensor", getattr(module, name)).detach().clone()))
     return result

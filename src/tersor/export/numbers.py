@@ -31,7 +31,8 @@ from tersor.export.bench import (
     predictions,
     size_bytes,
 )
-from tersor.export.runtime import Session, installed_runtimes, machine, open_session
+from tersor.export.machine import machine
+from tersor.export.runtime import Session, installed_runtimes, open_session
 from tersor.export.timings import NARROW, Ratio, Timings
 from tersor.measure import FLOAT_BITS, Costs, agreement, costs
 from tersor.measure import predictions as torch_predictions

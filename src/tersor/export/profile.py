@@ -21,14 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from tersor.export.runtime import (
-    Array,
-    default_threads,
-    load_runtime,
-    onnxruntime_options,
-    openvino_compiled,
-    openvino_config,
-)
+from tersor.export.machine import default_threads
+from tersor.export.runtime import Array, load_runtime, onnxruntime_options, openvino_compiled, openvino_config
 
 _WARMING = 3
 _RUNS = 20

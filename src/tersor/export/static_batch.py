@@ -10,7 +10,7 @@ from torch import nn
 
 from tersor.core.device import cpu_flags
 from tersor.core.target import Target
-from tersor.export.runtime import installed_version
+from tersor.export.machine import installed_version
 from tersor.graph.quantizers import found
 
 _FIRST_AFFECTED, _FIRST_FIXED = (2026, 1), (2026, 4)
