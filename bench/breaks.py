@@ -228,14 +228,15 @@ def broken(tree: Path, wanted: Break) -> Generator[None]:
 
 
 def mirrors(tree: Path, file: str) -> list[str]:
-    """Test files for a module: the one of its name first, then those that import it, the most devoted first."""
+    """Test files for a module: those of its name first, then those that import it, most mentions first."""
     module = Path(file).relative_to("src").with_suffix("")
-    own = tree / "tests" / module.relative_to("tersor").parent / f"test_{module.name}.py"
+    beside = tree / "tests" / module.relative_to("tersor").parent
+    own = [beside / f"test_{name}.py" for name in (module.name, module.name.partition("_")[0])]
     dotted = ".".join(module.parts)
     known = {path: path.read_text() for path in sorted((tree / "tests").rglob("test_*.py"))}
     users = [path for path, text in known.items() if re.search(rf"\b{re.escape(dotted)}\b", text)]
     users.sort(key=lambda path: -known[path].count(module.name))
-    return [str(path.relative_to(tree)) for path in dict.fromkeys([own] * own.exists() + users)][:_MIRRORS]
+    return [str(path.relative_to(tree)) for path in dict.fromkeys([*own, *users]) if path.exists()][:_MIRRORS]
 
 
 def first_failure(tree: Path, arguments: Sequence[str], limit_s: float) -> str | None:
