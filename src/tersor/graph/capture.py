@@ -152,8 +152,11 @@ class _Captured(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied = super().__deepcopy__(memo)
-        for path, module in self.named_modules():
-            copied.get_submodule(path)._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        originals = dict(self.named_modules())
+        for path, module in copied.named_modules():  # fewer than the originals where `strip` copies
+            if path in originals:
+                unsaved = originals[path]._non_persistent_buffers_set
+                module._non_persistent_buffers_set |= unsaved & module._buffers.keys()
         return copied
 
 

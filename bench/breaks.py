@@ -1,0 +1,326 @@
+"""Breaks on purpose: does `make test` notice one wrong line?
+
+`choose` draws single-line breaks from src/ and writes them to bench/breaks.json: a comparison turned around, + for -,
+a `not` left out, a constant moved by one, `min` for `max`, a statement or a returned value left out. A break is found
+again by the text of its line, so that it can be tried on any commit that still has the line.
+
+`run` tries each on a commit: first the tests that mirror the broken module, then all of `make test`. A test that fails
+without the break as well does not count. Rows go to bench/results/breaks.json one by one; those done are skipped.
+
+    python bench/breaks.py choose --commits 5e5b625 HEAD
+    python bench/breaks.py run --commit 5e5b625
+    python bench/breaks.py run
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import rows
+
+RESULT = "breaks"
+CHOSEN = rows.ROOT / "bench" / "breaks.json"
+SEED = 0
+GROUPS = {
+    "core": (5, r"core/"),
+    "graph": (6, r"graph/"),
+    "methods": (6, r"methods/"),
+    "export": (3, r"export/(?!report/)"),
+    "report": (2, r"export/report/"),
+    "data": (2, r"data/"),
+    "zoo": (1, r"zoo/"),
+    "train": (1, r"train\.py"),
+    "recipe": (2, r"recipe\w*\.py"),
+    "verbs": (2, r"(verbs|walk|prepare|saved|checkpoint|measure)\.py"),
+}
+"""How many breaks of each group of files, by their path under src/tersor/."""
+
+_FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+_SWAPPED: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+}
+_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "amin": "amax", "amax": "amin"}
+_SILENT = re.compile(r"\b(say|advance|start|print|warn|simplefilter|Field|InputError|unknown|cast|perf_counter)\(")
+_ELSEWHERE = re.compile(r"_NOTHING|eps|cuda|mps|darwin|Darwin|windows|arm64|platform|TYPE_CHECKING|stacklevel")
+"""Lines that no test on this machine can run, whose effect is a message, or that only keep a divisor above 0."""
+
+_MIRRORS = 8
+_TOO_LONG_S = {"mirror": 1800, "whole": 7200}
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-rfE"]
+WHOLE = ["-n", "2", "--dist", "loadfile"]
+
+
+@dataclass(frozen=True)
+class Break:
+    """One line of `file`, without its indentation, and what stands there instead."""
+
+    file: str
+    before: str
+    after: str
+    kind: str
+
+
+def mutations(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Kind and new text of each break of one node."""
+    match node:
+        case ast.Compare(left, [operator], [right]) if type(operator) in _FLIPPED:
+            yield "comparison", _text(ast.Compare(left, [_FLIPPED[type(operator)]()], [right]))
+        case ast.BinOp(left, operator, right) if type(operator) in _SWAPPED:
+            yield "arithmetic", _text(ast.BinOp(left, _SWAPPED[type(operator)](), right))
+        case ast.BoolOp(operator, values):
+            yield "and, or", _text(ast.BoolOp(ast.Or() if isinstance(operator, ast.And) else ast.And(), values))
+        case ast.UnaryOp(ast.Not(), operand):
+            yield "not", _text(operand)
+        case ast.Constant(bool() as value):
+            yield "constant", str(not value)
+        case ast.Constant(int() | float() as value):
+            yield "constant", str(value + 1)
+        case ast.Name(name) if name in _NAMES:
+            yield "extreme", _NAMES[name]
+        case ast.Return(ast.expr()):
+            yield "return", "return None"
+        case ast.Expr(ast.Call()) | ast.AugAssign():
+            yield "statement", "pass"
+        case _:
+            pass
+
+
+def _text(node: ast.expr) -> str:
+    return f"({ast.unparse(ast.fix_missing_locations(node))})"
+
+
+def breaks_of(file: str, source: str) -> Iterator[Break]:
+    """Every break of the functions in one file, of lines whose text stands there once."""
+    lines = source.splitlines()
+    stripped = [line.strip() for line in lines]
+    tree = ast.parse(source)
+    skipped = {id(inner) for node in ast.walk(tree) for outer in _not_executed(node) for inner in ast.walk(outer)}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {id(node): node for function in functions for part in function.body for node in ast.walk(part)}
+    for node in inside.values():
+        if id(node) in skipped or getattr(node, "lineno", 0) != getattr(node, "end_lineno", 1):
+            continue
+        line = lines[node.lineno - 1]  # type: ignore[attr-defined]
+        if stripped.count(line.strip()) > 1 or _SILENT.search(line) or _ELSEWHERE.search(line):
+            continue
+        start, end = (len(line.encode()[:place].decode()) for place in (node.col_offset, node.end_col_offset))  # type: ignore[attr-defined]
+        for kind, text in mutations(node):
+            after = line[:start] + text + line[end:]
+            broken = "\n".join([*lines[: node.lineno - 1], after, *lines[node.lineno :]])  # type: ignore[attr-defined]
+            if after != line and _compiles(broken):
+                yield Break(file, line.strip(), after.strip(), kind)
+
+
+def _not_executed(node: ast.AST) -> Iterator[ast.AST]:
+    """Parts of a node that are messages, types or checks of ourselves."""
+    match node:
+        case ast.Raise() | ast.Assert() | ast.JoinedStr():
+            yield node
+        case ast.FunctionDef():
+            yield from [node.args, *node.decorator_list, *([node.returns] if node.returns else [])]
+            if any(isinstance(each, ast.Name) and each.id == "overload" for each in node.decorator_list):
+                yield node
+        case ast.AnnAssign():
+            yield node.annotation
+        case ast.ClassDef() if any("Protocol" in ast.unparse(base) for base in node.bases):
+            yield node
+        case _:
+            pass
+
+
+def _compiles(source: str) -> bool:
+    try:
+        compile(source, "broken", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def choose(commits: Sequence[str], seed: int) -> list[Break]:
+    """Breaks that can be applied to each of the commits, spread over `GROUPS`, no two in one file where that is so."""
+    possible: list[set[Break]] = []
+    for commit in commits:
+        files = _git("ls-tree", "-r", "--name-only", commit, "src/tersor").splitlines()
+        sources = {file: _git("show", f"{commit}:{file}") for file in files if file.endswith(".py")}
+        possible.append({each for file, source in sources.items() for each in breaks_of(file, source)})
+    candidates = sorted(set.intersection(*possible), key=lambda each: (each.file, each.before, each.after))
+    generator = random.Random(seed)  # noqa: S311 - a draw, no secret
+    chosen: list[Break] = []
+    for number, pattern in GROUPS.values():
+        group = [each for each in candidates if re.match(rf"src/tersor/{pattern}", each.file)]
+        for _ in range(number):
+            files, kinds = ([getattr(each, key) for each in chosen] for key in ("file", "kind"))
+            rarest = min((files.count(each.file), kinds.count(each.kind)) for each in group)
+            chosen.append(
+                generator.choice([each for each in group if (files.count(each.file), kinds.count(each.kind)) == rarest])
+            )
+    return chosen
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(rows.ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@contextmanager
+def checked_out(commit: str) -> Generator[Path]:
+    """The commit in a folder of its own, `../shared` beside it as beside this checkout."""
+    folder = Path(tempfile.mkdtemp(prefix="tersor-breaks-"))
+    tree, shared = folder / "tree", rows.ROOT.parent / "shared"
+    _git("worktree", "add", "--detach", str(tree), commit)
+    if shared.exists():
+        (folder / "shared").symlink_to(shared.resolve())
+    try:
+        yield tree
+    finally:
+        _git("worktree", "remove", "--force", str(tree))
+        shutil.rmtree(folder)
+
+
+def place(tree: Path, wanted: Break) -> int | None:
+    """The number of the line that is broken, from 1; None where the commit has no such line, or several."""
+    path = tree / wanted.file
+    lines = [line.strip() for line in path.read_text().splitlines()] if path.exists() else []
+    return lines.index(wanted.before) + 1 if lines.count(wanted.before) == 1 else None
+
+
+@contextmanager
+def broken(tree: Path, wanted: Break) -> Generator[None]:
+    """While the line is the broken one."""
+    path, number = tree / wanted.file, place(tree, wanted)
+    assert number is not None
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    lines[number - 1] = lines[number - 1].replace(wanted.before, wanted.after)
+    path.write_text("".join(lines))
+    try:
+        yield
+    finally:
+        path.write_text(whole)
+
+
+def mirrors(tree: Path, file: str) -> list[str]:
+    """Test files for a module: those of its name first, then those that import it, most mentions first."""
+    module = Path(file).relative_to("src").with_suffix("")
+    beside = tree / "tests" / module.relative_to("tersor").parent
+    own = [beside / f"test_{name}.py" for name in (module.name, module.name.partition("_")[0])]
+    dotted = ".".join(module.parts)
+    known = {path: path.read_text() for path in sorted((tree / "tests").rglob("test_*.py"))}
+    users = [path for path, text in known.items() if re.search(rf"\b{re.escape(dotted)}\b", text)]
+    users.sort(key=lambda path: -known[path].count(module.name))
+    return [str(path.relative_to(tree)) for path in dict.fromkeys([*own, *users]) if path.exists()][:_MIRRORS]
+
+
+def first_failure(tree: Path, arguments: Sequence[str], limit_s: float) -> str | None:
+    """The first test that fails, "no end within ..." or "collection"; None where all pass."""
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            [*PYTEST, *arguments],
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end within {limit_s:.0f} s"
+    if done.returncode in {0, 5}:  # 5: no test that is not slow
+        return None
+    told = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return told[1] if told else "collection"
+
+
+def caught_by(tree: Path, wanted: Break, *, whole: bool) -> str | None:
+    """The test that fails with the break and passes without, or None."""
+    phases = {"mirror": mirrors(tree, wanted.file), "whole": WHOLE}
+    for phase, arguments in phases.items():
+        if not arguments or (phase == "whole" and not whole):
+            continue
+        failing_anyway: list[str] = []
+        while True:
+            ignored = [f"--deselect={test}" for test in failing_anyway]
+            with broken(tree, wanted):
+                failure = first_failure(tree, [*arguments, *ignored], _TOO_LONG_S[phase])
+            if failure is None:
+                break
+            if "::" not in failure or first_failure(tree, [failure], _TOO_LONG_S["mirror"]) is None:
+                return failure
+            failing_anyway.append(failure)
+    return None
+
+
+def run(commit: str, *, whole: bool, only: Sequence[int]) -> None:
+    """Tries every break that has no row yet, and prints how many were caught."""
+    chosen = [Break(**each) for each in json.loads(CHOSEN.read_text())]
+    revision = _git("rev-parse", "--short=12", commit).strip()
+    with rows.alone(), checked_out(revision) as tree:
+        for number in only or range(len(chosen)):
+            wanted = chosen[number]
+            identity = {"tested": revision, **asdict(wanted)}
+            if rows.known(RESULT, identity, anywhere=True):
+                continue
+            line, start = place(tree, wanted), time.monotonic()
+            by = caught_by(tree, wanted, whole=whole) if line else None
+            seconds = round(time.monotonic() - start, 1)
+            where = f"{number}: {wanted.file}:{line} {wanted.before!r} -> {wanted.after!r}"
+            print(f"{where}: {by or ('not caught' if line else 'no such line')}, {seconds:.0f} s", flush=True)
+            if by or whole or not line:
+                caught = None if line is None else by is not None
+                numbers = {"line": line, "caught": caught, "by": by, "seconds": seconds, "n": 1, "spread": None}
+                rows.add(RESULT, identity, numbers, [SEED])
+    found = [row["caught"] for row in rows.read(RESULT) if row["tested"] == revision]
+    print(f"{revision}: {found.count(True)} of {len(chosen)} caught, {found.count(None)} without such a line")
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    choosing = commands.add_parser("choose", help="draw breaks, and write bench/breaks.json")
+    choosing.add_argument("--commits", nargs="+", default=["HEAD"], help="each has the lines")
+    running = commands.add_parser("run", help="try the breaks on a commit")
+    running.add_argument("--commit", default="HEAD")
+    running.add_argument("--mirrors-only", action="store_true", help="no row for what the mirroring tests let pass")
+    running.add_argument("--only", nargs="+", type=int, default=[], metavar="N", help="numbers of breaks, from 0")
+    given = parser.parse_args()
+    if given.command == "choose":
+        chosen = choose(given.commits, SEED)
+        CHOSEN.write_text(json.dumps([asdict(each) for each in chosen], indent=1) + "\n")
+        for number, each in enumerate(chosen):
+            print(f"{number:2} {each.kind:10} {each.file}: {each.before}  ->  {each.after}")
+    else:
+        run(given.commit, whole=not given.mirrors_only, only=given.only)
+
+
+if __name__ == "__main__":
+    main()
