@@ -166,6 +166,17 @@ def scaled(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return values * weight
 
 
+@torch.library.custom_op("tersor_tests::scale_", mutates_args=("values",))
+def scale_(values: torch.Tensor) -> None:
+    values.mul_(2)
+
+
+def scaled_in_place(images):
+    values = images.clone()
+    torch.ops.tersor_tests.scale_(values)
+    return values
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "operator"),
     [
@@ -183,6 +194,7 @@ def scaled(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             "torchvision.deform_conv2d",
         ),
         (lambda x: torch.ops.tersor_tests.scaled(x, torch.ones(4)), (1, 4), "tersor_tests.scaled"),
+        (scaled_in_place, (1, 4), "tersor_tests.scale_"),
     ],
 )
 def test_what_multiplies_and_is_not_counted_is_named_with_its_place(function, shape, operator):

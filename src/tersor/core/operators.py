@@ -144,13 +144,14 @@ class _Recorder(TorchDispatchMode):
 
     def _ran(self, packet: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Notes what ran and what its results come from; returns `output`."""
-        inputs = [self.origin(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        inputs = [self.origin(each) for each in given]
         results = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
         activation = any(each.activation for each in inputs)
         parameter = next((each.parameter for each in inputs if each.parameter), None)
         if packet in FORMULAS:
             self._count(packet, args, FORMULAS[packet](*args, **kwargs, out_val=output) // 2)
-        elif any(each.is_floating_point() or each.is_complex() for each in results) and inputs:
+        elif any(each.is_floating_point() or each.is_complex() for each in given):
             with_weight = activation and parameter is not None
             if not isinstance(func, OpOverload) or multiplies_uncounted(func, with_weight=with_weight):
                 self.uncounted.append(f"{packet} in {place_of(self.node) or self.running[-1].name or 'the network'}")

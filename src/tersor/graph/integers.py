@@ -118,7 +118,8 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
 def calibrated_coverage(graph: nn.Module) -> IntegerCoverage:
     """The same of a captured network that `calibrate` has just seen: the shape of its images suffices."""
     assert isinstance(graph, fx.GraphModule)
-    return integer_coverage(graph, torch.zeros(1, *graph.meta[IMAGE_SHAPE]))
+    kind = next(graph.parameters()).dtype
+    return integer_coverage(graph, torch.zeros(1, *graph.meta[IMAGE_SHAPE], dtype=kind))
 
 
 def percent(share: float) -> str:
