@@ -197,6 +197,8 @@ def export(
     path = Path(path)
     if path.suffix != ".onnx" or not path.parent.is_dir():
         raise InputError(f"cannot write {path}. Possible: a file *.onnx in a folder that is there.")
+    if not isinstance(example, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"the example is of type {type(example).__name__}. Pass images, a tensor (N, C, H, W).")
     network, images = plain_copy(model), images_of(example).cpu().float()
     check_forward("the network", network, images)
     inputs = images[:1].numpy() if pixels is None else np.zeros(images[:1].shape, np.uint8)
@@ -231,7 +233,7 @@ def compare(
         InputError: a file or a batch cannot be used.
     """
     loader, _ = batches_of(loader)
-    batches = [(images_of(batch).detach().cpu(), given_labels(batch)) for batch in loader]
+    batches = [(images_of(batch).detach().cpu(), given_labels(batch)) for batch in loader if len(images_of(batch))]
     if not isinstance(original, str | Path):
         original = plain_copy(original, "original")
         check_forward("original", original, batches[0][0].float())
