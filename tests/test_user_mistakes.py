@@ -178,6 +178,10 @@ REFUSED = {
     "no weights": (lambda: nn.Sequential(nn.Flatten()), "no parameters"),
     "no layers": (lambda: nn.Sequential(), "no parameters"),
     "two inputs": (NeedsMask, "needs 2 inputs: images, mask"),
+    "squeeze, then flatten": (
+        lambda: Around(lambda self, x: self.inner[-1](self.inner[:-2](x).squeeze().flatten(1))),
+        "runs on two images, and not on one: .*squeezes",
+    ),
     "squeeze": (lambda: Around(squeezing), r"\(2, 10\) for two images and \(10,\) for one"),
 }
 
@@ -207,6 +211,12 @@ def test_it_is_one_message_in_every_verb(kind, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_outputs_that_no_file_can_hold(tmp_path):
+    network = Around(lambda self, images: (self.inner(images), 3))
+    with pytest.raises(InputError, match=r"returns a tuple of shape \(2, 10\), a int\. Possible: tensors"):
+        tersor.export(network, IMAGES, tmp_path / "n.onnx")
+
+
 def test_a_student_that_cannot_learn_in_place():
     with pytest.raises(InputError, match=r"frozen\. Call student.requires_grad_\(True\)"):
         student_of(small().requires_grad_(requires_grad=False))
@@ -222,7 +232,7 @@ LOADERS = {
     "none": (None, "of type NoneType"),
     "a batch": ((IMAGES, LABELS), r"Pass a list of batches: \[\(images, labels\)\]"),
     "single images": ([(IMAGES[0], 1)], r"a single image.*DataLoader"),
-    "dicts": ([{"image": IMAGES}], r"is a dict.*'image'.*\[\(batch"),
+    "dicts": ([{"image": IMAGES}], r"of type dict.*'image'.*\[\(batch"),
     "numpy": ([(IMAGES.numpy(), LABELS)], r"torch.from_numpy"),
     "uint8": ([IMAGES.to(torch.uint8)], "torch.uint8"),
     "channels last": ([IMAGES.permute(0, 2, 3, 1)], r"permute\(0, 3, 1, 2\)"),

@@ -35,7 +35,7 @@ def no_images(batch: Any) -> InputError:
         advice = "Give the data set a transform, such as torchvision.transforms.ToTensor() and Normalize."
     else:
         advice = ""
-    return InputError(f"a batch of the data is a {kind}. {_POSSIBLE} {advice}".rstrip())
+    return InputError(f"a batch of the data is of type {kind}. {_POSSIBLE} {advice}".rstrip())
 
 
 def wrong_labels(labels: Tensor, images: int, classes: int | None, least: int | None = None) -> InputError | None:
