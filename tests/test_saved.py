@@ -87,6 +87,13 @@ def test_another_network_is_told(folder, other):
         tersor.load(build(*other), folder[0])
 
 
+class Doubled(nn.Module):
+    """A parametrization of a user's own."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
 def test_mistakes_are_told(folder, tmp_path):
     path, model = folder
     with pytest.raises(InputError, match="exists already"):
@@ -97,7 +104,9 @@ def test_mistakes_are_told(folder, tmp_path):
         tersor.load("resnet20", path)
     with pytest.raises(InputError, match=r"no manifest.json"):
         tersor.load(build("resnet20", 10), tmp_path / "nowhere")
-    model.register_module("strange", nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    strange = nn.Linear(2, 2)
+    nn.utils.parametrize.register_parametrization(strange, "weight", Doubled())
+    model.register_module("strange", strange)
     try:
         with pytest.raises(InputError, match="no checkpoint of tersor can hold"):
             tersor.save(model, tmp_path / "new")

@@ -14,10 +14,16 @@ from tersor.core.objective import Batch, images_of
 
 
 def given_labels(batch: Any) -> Tensor | None:
-    """What lies where labels should, unchecked."""
+    """What lies where labels should, unchecked.
+
+    Raises:
+        InputError: it is a numpy array.
+    """
     if isinstance(batch, Batch):
         return batch.labels
-    second = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    second = cast("Any", batch[1]) if isinstance(batch, list | tuple) and len(cast("list[Any]", batch)) > 1 else None
+    if type(second).__module__ == "numpy":
+        raise InputError("the labels of a batch are a numpy array. Write torch.from_numpy(labels).")
     return second if isinstance(second, Tensor) else None
 
 
@@ -37,13 +43,17 @@ def batches_of(given: Any, images: int | None = None) -> tuple[Iterable[Any], Te
         raise InputError("a batch was given as the loader. Pass a list of batches: [(images, labels)].")
     if isinstance(given, str | dict) or not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
         raise InputError(
-            f"the loader is a {type(given).__name__}. Pass a DataLoader, or a list of batches (N, C, H, W)."
+            f"the loader is of type {type(given).__name__}. Pass a DataLoader, or a list of batches (N, C, H, W)."
         )
     batches = iter(given)
-    first = next((batch for batch in batches if not isinstance(batch, Tensor) or len(batch)), None)
+    first = next(batches, None)
     if first is None:
-        raise InputError("the loader holds no batch: without a single batch there are no images. Pass one that does.")
+        raise InputError("the loader is empty. Pass a DataLoader, or a list, with batches of images (N, C, H, W).")
     seen = images_of(first)
+    if not len(seen):
+        raise InputError(
+            f"the first batch is empty: it has no image (shape {tuple(seen.shape)}). Leave empty ones out."
+        )
     return (_kept(chain([first], batches), images) if batches is given else given), seen
 
 
@@ -83,6 +93,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
             images = images_of(batch)
+            if not len(images):
+                raise InputError("a batch of the data is empty. Leave empty ones out.")
             if not images.is_floating_point():
                 raise InputError(f"a batch of the data is of {images.dtype}. Pass normalised images in floating point.")
             yield Batch(images, None if self.classes is None else self._checked(given_labels(batch), len(images)))
@@ -100,7 +112,6 @@ class Loader:
         error = wrong_labels(labels, images, self.classes, self._least)
         if error is not None:
             raise error
-        if images:
-            low = int(labels.min())
-            self._least = low if self._least is None else min(self._least, low)
+        low = int(labels.min())
+        self._least = low if self._least is None else min(self._least, low)
         return labels.long()

@@ -192,5 +192,5 @@ def _refuse_labels_from_one(data: Splits, whose: str) -> None:
     raise InputError(
         f"the labels go from 1 to {last}; class 0 has no image. The data counts as {last + 1} classes, and {whose} has "
         f"{last}. Number the classes from 0 to {last - 1}: subtract 1 from every label. If class 0 is meant to have no "
-        f"image, write num_classes: {last + 1}, and weights of such a network."
+        f"image, the network needs {last + 1} logits, and weights for them."
     )

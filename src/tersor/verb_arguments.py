@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tersor.core.batch_errors import wrong_labels
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
-from tersor.core.feeding import check_forward, described
+from tersor.core.feeding import check_forward, described, only_tensors
 from tersor.core.objective import Batch, images_of
 from tersor.core.plain_network import plain_copy, refuse_what_is_no_network, refuse_without_weights, unwrapped
 from tersor.loader import batches_of, given_labels
@@ -32,6 +32,19 @@ def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, 
     batches, first = batches_of(loader, images)
     check_forward(type(network).__name__, network, first)
     return network, batches
+
+
+def to_export(model: nn.Module, images: Tensor, name: str) -> nn.Module:
+    """A plain copy of the network, which returns tensors for the images.
+
+    Raises:
+        InputError: this is no network, does not run on the images, or returns something else.
+    """
+    network = plain_copy(model, name)
+    outputs = check_forward(name, network, images)
+    if not only_tensors(outputs):
+        raise InputError(f"{name} returns {described(outputs)}. Possible: tensors, also in tuples, lists and dicts.")
+    return network
 
 
 def student_of(model: nn.Module) -> nn.Module:

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.evaluating import evaluating
-from tersor.core.feeding import check_forward
 from tersor.core.objective import images_of
-from tersor.core.plain_network import plain_copy
 from tersor.core.target import Runtime, Target
 from tersor.core.teacher_check import IMAGES as TEACHER_IMAGES
 from tersor.core.teacher_check import doubts
@@ -46,6 +44,7 @@ from tersor.verb_arguments import (
     student_of,
     teacher_of,
     to_compress,
+    to_export,
 )
 
 _T = TypeVar("_T")
@@ -201,8 +200,10 @@ def export(
     path = Path(path)
     if path.suffix != ".onnx" or not path.parent.is_dir():
         raise InputError(f"cannot write {path}. Possible: a file *.onnx in a folder that is there.")
-    network, images = plain_copy(model), images_of(example).cpu().float()
-    check_forward("the network", network, images)
+    if not isinstance(example, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"the example is of type {type(example).__name__}. Pass images, a tensor (N, C, H, W).")
+    images = images_of(example).cpu().float()
+    network = to_export(model, images, "the network")
     fixed = batch_for(network, _made(Target, runtime=runtime, batch=batch))
     if fixed != batch:
         warnings.warn(reason(), CompressionWarning, stacklevel=2)
@@ -234,19 +235,17 @@ def compare(
         InputError: a file or a batch cannot be used.
     """
     loader, _ = batches_of(loader)
-    batches = [(images_of(batch).detach().cpu(), given_labels(batch)) for batch in loader]
+    batches = [(images_of(batch).detach().cpu(), given_labels(batch)) for batch in loader if len(images_of(batch))]
     if not isinstance(original, str | Path):
-        original = plain_copy(original, "original")
-        check_forward("original", original, batches[0][0].float())
+        original = to_export(original, batches[0][0].float(), "original")
     with TemporaryDirectory() as folder:
         path = original if isinstance(original, str | Path) else Path(folder) / "original.onnx"
         if isinstance(original, nn.Module):
             write_onnx(original, batches[0][0], path)
         files = {"original": Path(path), "artifact": read_artifact(artifact).model}
         sessions = {name: open_session(file, runtime) for name, file in files.items()}
-        logits = sessions["original"].run(next(_arrays(batches))).shape[-1]
-        labels = all_labels(batches, max(2, logits))
         answers = {name: predictions(session, _arrays(batches)) for name, session in sessions.items()}
+        labels = all_labels(batches, max(2, sessions["original"].run(next(_arrays(batches))).shape[1]))
         openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
         timings = latency(openers, next(_arrays(batches))[:1], seconds=seconds)
         return {

@@ -18,12 +18,9 @@ Two = namedtuple("Two", ["scores", "features"])
 IMAGES = torch.randn(6, 3, 8, 8)
 LABELS = torch.arange(6)
 KINDS = {
-    "plain": (lambda each: each.logits, ["logits"]),
     "one": (lambda each: (each.logits,), ["logits"]),
-    "one of a dict": (lambda each: {"out": each.logits}, ["out"]),
     "tuple": (lambda each: (each.maps, each.logits), ["output_0", "output_1"]),
     "none": (lambda each: (each.logits, None, each.maps), ["output_0", "output_2"]),
-    "dict": (lambda each: {"embedding": each.embedding, "logits": each.logits}, ["embedding", "logits"]),
     "inner": (
         lambda each: {"logits": each.logits, "maps": [each.maps, each.embedding]},
         ["logits", "maps.0", "maps.1"],

@@ -548,12 +548,12 @@ def test_quantized_already():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"image": images()}, "a batch of the data is dict"),
-        ("images", "a batch of the data is str"),
+        ({"image": images()}, "a batch of the data is of type dict"),
+        ("images", "a batch of the data is of type str"),
         (images()[0], r"a tensor of shape \(3, 8, 8\)"),
-        ([], "a batch of the data is list"),
+        ([], "a batch of the data is of type list"),
         ((torch.zeros(4), images()), r"a tensor of shape \(4,\)"),
-        (images().numpy(), "a batch of the data is ndarray"),
+        (images().numpy(), "a batch of the data is of type ndarray"),
         (images().to(torch.uint8), r"of torch\.uint8.*floating point"),
     ],
     ids=["dict", "text", "one image", "empty list", "labels first", "numpy", "pixels"],

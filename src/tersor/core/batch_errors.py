@@ -14,7 +14,9 @@ _POSSIBLE = "Possible: a tensor (N, C, H, W), or a tuple or list that begins wit
 
 def no_images(batch: Any) -> InputError:
     """An error for a batch that does not begin with images (N, C, H, W)."""
-    first: Any = cast("Any", batch[0]) if isinstance(batch, list | tuple) and batch else batch
+    first: Any = batch
+    while isinstance(first, list | tuple) and first:
+        first = cast("list[Any]", first)[0]
     if isinstance(first, Tensor):
         what = f"a tensor of shape {tuple(first.shape)}"
         if first.ndim == 3:
@@ -33,7 +35,7 @@ def no_images(batch: Any) -> InputError:
         advice = "Give the data set a transform, such as torchvision.transforms.ToTensor() and Normalize."
     else:
         advice = ""
-    return InputError(f"a batch of the data is a {kind}. {_POSSIBLE} {advice}".rstrip())
+    return InputError(f"a batch of the data is of type {kind}. {_POSSIBLE} {advice}".rstrip())
 
 
 def wrong_labels(labels: Tensor, images: int, classes: int | None, least: int | None = None) -> InputError | None:

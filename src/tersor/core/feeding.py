@@ -16,6 +16,10 @@ from tersor.core.errors import InputError
 _CHANNELS = re.compile(r"expected input\[[\d, ]*\] to have (\d+) channels, but got (\d+) channels")
 
 
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError, AttributeError)
+_SQUEEZED = "its forward squeezes the dimension of the batch. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
+
+
 @contextmanager
 def fed(name: str, images: Tensor) -> Generator[None]:
     """While the network called `name` runs on `images` (N, C, H, W) for the first time.
@@ -31,9 +35,9 @@ def fed(name: str, images: Tensor) -> Generator[None]:
         yield
     except InputError:
         raise
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError, AttributeError) as error:
+    except _FAILURES as error:
         kind = str(images.dtype).removeprefix("torch.")
-        reason = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
+        reason = _reason(error)
         told, advice = f" of {kind}: {reason}", "Give images as the network wants them."
         if found := _CHANNELS.search(reason):
             told, advice = "", f"It takes images (N, {found[1]}, H, W), and these are (N, {found[2]}, H, W)."
@@ -74,14 +78,21 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
     with fed(name, two):
         two = two.to(device)
         outputs = network(two)
+    try:
         of_one = network(two[:1])
+    except _FAILURES as error:
+        raise InputError(
+            f"{name} runs on two images, and not on one: {_reason(error)}. It has to take any number; maybe {_SQUEEZED}"
+        ) from error
     for several, one in zip(tensors_in(outputs), tensors_in(of_one), strict=False):
         if one.ndim < several.ndim and several.shape[:1] == (2,):
-            raise InputError(
-                f"{name} returns shape {tuple(several.shape)} for two images and {tuple(one.shape)} for one: its "
-                "forward squeezes the dimension of the batch. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
-            )
+            shapes = f"shape {tuple(several.shape)} for two images and {tuple(one.shape)} for one"
+            raise InputError(f"{name} returns {shapes}: {_SQUEEZED}")
     return outputs
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0].rstrip(".")
 
 
 def _required_inputs(model: nn.Module) -> list[str]:
@@ -97,6 +108,15 @@ def tensors_in(outputs: Any) -> list[Tensor]:
     if isinstance(outputs, Mapping):
         outputs = list(cast("Mapping[Any, Any]", outputs).values())
     return [found for each in outputs for found in tensors_in(each)] if isinstance(outputs, list | tuple) else []
+
+
+def only_tensors(outputs: Any) -> bool:
+    """Whether a network returned tensors, and containers of tensors and of None, and nothing else."""
+    if isinstance(outputs, Mapping):
+        outputs = list(cast("Mapping[Any, Any]", outputs).values())
+    if isinstance(outputs, list | tuple):
+        return all(only_tensors(each) for each in cast("list[Any]", outputs))
+    return outputs is None or isinstance(outputs, Tensor)
 
 
 def described(outputs: Any) -> str:

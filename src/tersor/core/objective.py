@@ -50,7 +50,9 @@ def images_of(batch: Any) -> Tensor:
         first = first[0]
     if not isinstance(first, Tensor) or first.ndim != 4:
         raise no_images(batch)
-    return first.float() if first.is_floating_point() else first
+    if first.is_meta:
+        raise InputError("a batch of the data is on the meta device and has no values. Give images on the CPU.")
+    return first.detach().float() if first.is_floating_point() else first
 
 
 def labels_of(batch: Any) -> Tensor | None:

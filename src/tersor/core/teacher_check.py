@@ -17,7 +17,7 @@ IMAGES = 256
 _NEAR = 1e-3
 _FEWEST = 20
 _OF_A_CLASS = 3
-_MOVED_IMAGES = 10
+_MOVED_IMAGES = 8
 _BY_CHANCE = 0.01
 
 
@@ -74,7 +74,7 @@ def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
     predicted = logits.argmax(1)
     right = int((predicted == labels).sum())
     seen = f"{name}: {100 * right / images:.1f} % of {images} labelled images are predicted as their label"
-    moved = _moved(predicted, labels)
+    moved = _moved(predicted, labels, classes)
     if moved:
         shown = ", ".join(f"label {label} as class {number}" for label, number in list(moved.items())[:4])
         more = f" and {len(moved) - 4} more" if len(moved) > 4 else ""
@@ -90,13 +90,14 @@ def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
     return ""
 
 
-def _moved(predicted: Tensor, labels: Tensor) -> dict[int, int]:
+def _moved(predicted: Tensor, labels: Tensor, classes: int) -> dict[int, int]:
     """Label -> the class that most of its images are predicted as, where that is another, and no other label's."""
     mapped: dict[int, int] = {}
     for label in labels.unique().tolist():
         of_label = predicted[labels == label]
-        number, count = (int(each) for each in (of_label.mode().values, (of_label == of_label.mode().values).sum()))
-        if len(of_label) >= _OF_A_CLASS and 2 * count > len(of_label):
+        number = int(of_label.mode().values)
+        count, images = int((of_label == number).sum()), len(of_label)
+        if images >= _OF_A_CLASS and 2 * count > images and _at_least(count, images, 1 / classes) < _BY_CHANCE:
             mapped[label] = number
     targets = list(mapped.values())
     moved = {label: number for label, number in mapped.items() if number != label and targets.count(number) == 1}

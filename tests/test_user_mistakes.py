@@ -1,0 +1,314 @@
+"""What a user can do wrong, or has: each kind works in every verb, or gets one true message that says what to do."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import utils
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
+
+import tersor
+from tersor.core.errors import CompressionWarning, InputError
+from tersor.core.plain_network import plain_copy, unwrapped
+from tersor.export.bench import predictions
+from tersor.export.runtime import Session
+from tersor.loader import batches_of
+from tersor.verb_arguments import student_of
+
+torch.manual_seed(0)
+IMAGES = torch.randn(40, 3, 8, 8)
+LABELS = torch.arange(40) % 10
+
+
+def small(channels=3, classes=10, *behind):
+    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), *pool, nn.Linear(8, classes), *behind)
+
+
+class Around(nn.Module):
+    """A network whose forward is `run(self, images)`, with what `more` names as attributes."""
+
+    def __init__(self, run, **more):
+        super().__init__()
+        self.inner, self.run = small(), run
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def forward(self, images):
+        return self.run(self, images)
+
+
+class NeedsMask(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = small()
+
+    def forward(self, images, mask):
+        return self.inner(images) * mask
+
+
+def keeping(network, images):
+    network.last = network.inner(images)
+    network.all = [network.last]
+    return network.last
+
+
+def squeezing(network, images):
+    head, body = network.inner[-1], network.inner[:-2]
+    return head(body(images).squeeze())
+
+
+def with_norm(norm):
+    network = small()
+    for place in (0, 4):
+        norm(network[place])
+    network(IMAGES)
+    return network
+
+
+def kept_map():
+    network = Around(keeping)
+    network(IMAGES)
+    return network
+
+
+def parts_wrapped(network):
+    network[0] = nn.DataParallel(network[0])
+    network[4] = torch.compile(network[4])
+    return network
+
+
+def pruned_by_torch(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+    prune.random_unstructured(layer, "weight", 0.1)
+
+
+WRAPPED = {
+    "DataParallel": nn.DataParallel,
+    "torch.compile": torch.compile,
+    "AveragedModel": AveragedModel,
+    "one in the other": lambda network: nn.DataParallel(torch.compile(AveragedModel(network))),
+    "parts": parts_wrapped,
+}
+WORKS = {
+    "weight_norm": lambda: with_norm(utils.weight_norm),
+    "weight_norm of all": lambda: with_norm(lambda layer: utils.weight_norm(layer, dim=None)),
+    "weight_norm, new": lambda: with_norm(utils.parametrizations.weight_norm),
+    "spectral_norm": lambda: with_norm(utils.spectral_norm),
+    "spectral_norm, new": lambda: with_norm(utils.parametrizations.spectral_norm),
+    "prune": lambda: with_norm(pruned_by_torch),
+    "no leaf": kept_map,
+    "half": lambda: small().half(),
+    "bfloat16": lambda: small().bfloat16(),
+    "double": lambda: small().double(),
+    "frozen": lambda: small().requires_grad_(False),
+    "frozen norm": lambda: nn.Sequential(nn.BatchNorm2d(3).eval(), small()).train(),
+    "grey": lambda: small(1),
+    "four channels": lambda: small(4),
+    "one logit": lambda: small(3, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrappers_are_taken_off_a_copy(kind):
+    network = small()
+    with torch.no_grad():
+        wanted = network(IMAGES)
+    wrapped = WRAPPED[kind](network)
+    keys = list(wrapped.state_dict())
+    plain = plain_copy(wrapped)
+    torch.testing.assert_close(plain(IMAGES), wanted)
+    assert list(plain.state_dict()) == list(small().state_dict())
+    assert list(wrapped.state_dict()) == keys
+    quantized = tersor.quantize(wrapped, [IMAGES])
+    assert (quantized(IMAGES) - wanted).abs().max() < 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", WORKS)
+def test_it_works_and_is_left_as_it_was(kind):
+    network = WORKS[kind]()
+    images = {"grey": IMAGES[:, :1], "four channels": IMAGES[:, [0, 1, 2, 0]]}.get(kind, IMAGES)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    modes = [module.training for module in network.modules()]
+    plain = plain_copy(network)
+    assert list(before) == list(network.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert modes == [module.training for module in network.modules()]
+    assert {each.dtype for each in plain.parameters()} == {torch.float32}
+    assert not any("_orig" in key or "parametrizations" in key or key.endswith("_v") for key in plain.state_dict())
+    with torch.no_grad():
+        wanted = network.eval()(images.to(next(network.parameters()).dtype)).float()
+        low = kind in ("half", "bfloat16")
+        torch.testing.assert_close(plain(images), wanted, atol=0.05 if low else 1e-5, rtol=0.05 if low else 1e-5)
+    if kind in ("weight_norm", "prune", "half", "no leaf", "grey", "one logit"):
+        tersor.quantize(network, [images])
+        pruned = tersor.prune(network, images, round_to=2)
+        assert sum(each.numel() for each in pruned.parameters()) < sum(each.numel() for each in plain.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_verb_unwraps(tmp_path):
+    for wrap in (nn.DataParallel, AveragedModel):
+        network = small()
+        student = wrap(small())
+        assert tersor.distill(student, wrap(small()), [(IMAGES, LABELS)]) is unwrapped(student)
+        folder = tersor.save(wrap(network), tmp_path / wrap.__name__)
+        torch.testing.assert_close(tersor.load(wrap(small()), folder)(IMAGES), network(IMAGES))
+    path = tersor.export(nn.DataParallel(network), IMAGES, tmp_path / "n.onnx")
+    found = tersor.compare(AveragedModel(network), path, [(IMAGES, LABELS)], seconds=0.01)
+    assert found["artifact"]["agreement"] == 100
+
+
+REFUSED = {
+    "class": (lambda: NeedsMask, r"is the class NeedsMask\. Pass an instance"),
+    "path": (lambda: "w.pt", r"not a path.*load_weights\(network, 'w.pt'\)"),
+    "state_dict": (lambda: small().state_dict(), "load_state_dict"),
+    "none": (lambda: None, "is a NoneType"),
+    "meta": (lambda: small().to("meta"), "0.weight .*meta device"),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), "0.weight .*no shape yet"),
+    "NaN": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).apply(spoil), "0.weight .*not finite"),
+    "TorchScript": (lambda: torch.jit.trace(small(), IMAGES[:1]), "TorchScript"),
+    "lock": (lambda: Around(lambda self, x: self.inner(x), lock=threading.Lock()), r"because of lock \(lock\)"),
+    "no weights": (lambda: nn.Sequential(nn.Flatten()), "no parameters"),
+    "no layers": (lambda: nn.Sequential(), "no parameters"),
+    "two inputs": (NeedsMask, "needs 2 inputs: images, mask"),
+    "squeeze, then flatten": (
+        lambda: Around(lambda self, x: self.inner[-1](self.inner[:-2](x).squeeze().flatten(1))),
+        "runs on two images, and not on one: .*squeezes",
+    ),
+    "squeeze": (lambda: Around(squeezing), r"\(2, 10\) for two images and \(10,\) for one"),
+}
+
+
+def spoil(module):
+    if isinstance(module, nn.Conv2d):
+        module.weight.data[0] = torch.nan
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_it_is_one_message_in_every_verb(kind, tmp_path):
+    make, words = REFUSED[kind]
+    loader = [(IMAGES, LABELS)]
+    calls = [
+        lambda: tersor.quantize(make(), loader),
+        lambda: tersor.prune(make(), IMAGES),
+        lambda: tersor.distill(small(), make(), loader),
+        lambda: tersor.distill(make(), small(), loader),
+        lambda: tersor.export(make(), IMAGES, tmp_path / "n.onnx"),
+    ]
+    calls = calls[:2] + calls[4:] if kind == "lock" else calls[: 4 if kind.startswith("no ") else 5]
+    for call in calls:
+        with pytest.raises(InputError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_no_file_can_hold(tmp_path):
+    network = Around(lambda self, images: (self.inner(images), 3))
+    with pytest.raises(InputError, match=r"returns a tuple of shape \(2, 10\), a int\. Possible: tensors"):
+        tersor.export(network, IMAGES, tmp_path / "n.onnx")
+
+
+def test_a_student_that_cannot_learn_in_place():
+    with pytest.raises(InputError, match=r"frozen\. Call student.requires_grad_\(True\)"):
+        student_of(small().requires_grad_(requires_grad=False))
+    with pytest.raises(InputError, match=r"torch.float16.*student.float\(\)"):
+        student_of(small().half())
+    with pytest.raises(InputError, match="one logit"):
+        tersor.distill(small(3, 1), small(3, 1), [(IMAGES, LABELS)])
+
+
+LOADERS = {
+    "empty": ([], "loader is empty"),
+    "empty batch": ([(IMAGES[:0], LABELS[:0])], "it has no image"),
+    "none": (None, "of type NoneType"),
+    "a batch": ((IMAGES, LABELS), r"Pass a list of batches: \[\(images, labels\)\]"),
+    "single images": ([(IMAGES[0], 1)], r"a single image.*DataLoader"),
+    "dicts": ([{"image": IMAGES}], r"of type dict.*'image'.*\[\(batch"),
+    "numpy": ([(IMAGES.numpy(), LABELS)], r"torch.from_numpy"),
+    "uint8": ([IMAGES.to(torch.uint8)], "torch.uint8"),
+    "channels last": ([IMAGES.permute(0, 2, 3, 1)], r"permute\(0, 3, 1, 2\)"),
+    "grey": ([IMAGES[:, :1]], r"takes images \(N, 3, H, W\)"),
+    "meta": ([IMAGES.to("meta")], "meta device"),
+    "NaN": ([IMAGES * torch.nan], "NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_loader_of_something_else(kind):
+    loader, words = LOADERS[kind]
+    for verb in (tersor.quantize, tersor.prune):
+        with pytest.raises(InputError, match=words):
+            verb(small(), loader)
+
+
+def test_a_generator_is_kept_as_far_as_it_is_needed_and_other_precisions_are_converted():
+    batches = iter([IMAGES[:16], IMAGES[16:32], IMAGES[32:]])
+    kept, first = batches_of(batches, 20)
+    assert [len(each) for each in kept] == [16, 16]
+    assert first is not None
+    assert next(batches).shape[0] == 8
+    quantized = [tersor.quantize(network, given) for network, given in _same_twice()]
+    assert torch.equal(quantized[0](IMAGES), quantized[1](IMAGES))
+
+
+def _same_twice():
+    network = small()
+    return [(network, [IMAGES, IMAGES]), (network, (each.double() for each in [IMAGES, IMAGES]))]
+
+
+LABELLED = {
+    "from 1": (LABELS + 1, "from 1 to 10; .* 10 classes, and no image had label 0.*labels - 1"),
+    "below 0": (LABELS - 1, "from -1 to 8.*no label"),
+    "too high": (LABELS + 3, "from 3 to 12"),
+    "floats": (LABELS.float(), r"labels.long\(\)"),
+    "one-hot": (torch.eye(10)[LABELS], r"labels.argmax\(1\)"),
+    "(N, 1)": (LABELS[:, None], r"labels.squeeze\(1\)"),
+    "too few": (LABELS[:5], r"of shape \(5,\)"),
+    "numpy": (LABELS.numpy(), "torch.from_numpy"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", LABELLED)
+def test_labels_that_are_no_class_numbers(kind, artifact):
+    labels, words = LABELLED[kind]
+    loader = [(IMAGES, labels)]
+    calls = [
+        lambda: tersor.distill(small(), small(), loader),
+        lambda: tersor.prune(small(), loader, importance="taylor"),
+        lambda: tersor.compare(artifact, artifact, loader, seconds=0.01),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=words):
+            call()
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return tersor.export(small(), IMAGES, tmp_path_factory.mktemp("artifact") / "n.onnx")
+
+
+def test_one_logit_is_a_class_above_zero_unless_it_may_be_a_probability():
+    session = Session(
+        "onnxruntime", "float32", 1, IMAGES.numpy().dtype, (None, 3, 8, 8), lambda array: array[:, 0, 0, :1]
+    )
+    expected = (IMAGES[:, 0, 0, 0] > 0).long()
+    assert predictions(session, [IMAGES.numpy()]).tolist() == expected.tolist()
+    with pytest.raises(InputError, match="logits, or probabilities behind a sigmoid"):
+        predictions(session, [IMAGES.sigmoid().numpy()])
+
+
+def test_distill_warns_of_its_teacher_and_trains():
+    with pytest.warns(CompressionWarning, match="sum to 1.000"):
+        tersor.distill(small(), small(3, 10, nn.Softmax(1)), [(IMAGES, LABELS)], label_weight=0)
+    with pytest.warns(CompressionWarning, match=r"% of 40 labelled images .* by chance \(10.0 % for 10 classes\)"):
+        tersor.distill(small(), small(), [(IMAGES, LABELS)])
