@@ -129,7 +129,15 @@ def _weight_seeds() -> list[bytes]:
         for name in source.namelist():
             target.writestr(name, payload if name.endswith("data.pkl") else source.read(name))
     other = save(nn.Linear(4, 3).state_dict())
-    return [save(state), other, whole.getvalue(), old.getvalue(), payload, pickle.dumps(_Payload()), smuggled.getvalue()]
+    return [
+        save(state),
+        other,
+        whole.getvalue(),
+        old.getvalue(),
+        payload,
+        pickle.dumps(_Payload()),
+        smuggled.getvalue(),
+    ]
 
 
 def _weights_changed(content: bytes, draw: Random) -> bytes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import killed_child
 from safetensors.torch import load_file
 
 from tersor.export.artifact import read_artifact
@@ -49,77 +50,8 @@ def build(num_classes):
     return nn.Sequential(*conv(3, 16), *conv(16, 16), nn.Dropout(0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(16, num_classes))
 """
-_CHILD = """\
-import errno, os, resource, sys, time
-from pathlib import Path
-from tersor import checkpoint, walk
-from tersor.core.errors import InputError
-from tersor.export.footprint import Footprint
-import tersor.run
-module = sys.modules["tersor.run"]
-out, fault = Path(sys.argv[2]), sys.argv[4:]
-for room in ("numbers", "evidence"):  # the second runtime adds time, and nothing to go on with
-    sys.modules[f"tersor.export.{room}"].openvino_installed = lambda: False
-walk.Walk.left_by_stages = lambda *_given: {}  # nor do files of every stage
-nothing = Footprint(peak_memory_bytes=0, load_ms=0.0)
-sys.modules["tersor.export.numbers"].footprint = lambda *_given, **_options: nothing  # nor fresh processes
-measure = module.measure
-module.measure = lambda *given, **options: measure(*given, **options, seconds=0.02)
-
-phases = open(sys.argv[3], "a", buffering=1)
-inside = ["other"]
-def enter(phase):
-    inside.append(phase)
-    phases.write(f"{time.monotonic()} {phase}\\n")
-def marked(phase, owner, name):
-    function = getattr(owner, name)
-    def call(*given, **options):
-        enter(inside[-1] if phase == "training" and inside[-1] == "teacher" else phase)
-        try:
-            return function(*given, **options)
-        finally:
-            inside.pop()
-            enter(inside.pop())
-    setattr(owner, name, call)
-marked("teacher", walk.Walk, "train_teacher")
-marked("before the first step", walk.Walk, "attach")
-marked("before the first step", walk, "_begin")
-marked("training", walk, "fit")
-marked("checkpoint", checkpoint.Checkpoints, "save")
-marked("export", module, "export")
-marked("measuring", module, "measure")
-marked("measuring", module, "gather")
-marked("writing", module, "write_folder")
-
-writes = 0
-def refuse(path):
-    global writes
-    if not str(path).startswith((f"{out}.", f"{out.parent}/.{out.name}.", f"{out}/")) and str(path) != str(out):
-        return
-    writes += 1
-    if fault and fault[0] != "EFBIG" and writes > int(fault[1]):
-        number = getattr(errno, fault[0])
-        raise OSError(number, os.strerror(number), str(path))
-def watch(event, given):
-    made = event == "open" and isinstance(given[0], (str, os.PathLike)) and given[2] & (os.O_WRONLY | os.O_RDWR)
-    removed = event in ("os.remove", "os.rmdir")  # which a full disk allows, and a read-only one does not
-    if made or event in ("os.mkdir", "os.rename") or removed and fault[:1] == ["EROFS"]:
-        refuse(given[0])
-save_file = checkpoint.save_file
-def saved(tensors, path):  # its own file is written beside Python's
-    refuse(path)
-    save_file(tensors, path)
-checkpoint.save_file = saved
-sys.addaudithook(watch)
-if fault[:1] == ["EFBIG"]:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault[1]), resource.RLIM_INFINITY))
-try:
-    module.run(Path(sys.argv[1]), out=out, resume=True)
-except InputError as error:
-    sys.stderr.write(f"error: {error}\\n")
-    sys.exit(2)
-sys.stdout.write(f"writes {writes}\\n")
-"""
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["killed_child"])
 
 
 @dataclass(frozen=True)
@@ -138,19 +70,38 @@ def prepare(folder: Path, steps: int) -> None:
     (folder / "tiny.py").write_text(NETWORK)
 
 
-def start(folder: Path, out: Path, *fault: object) -> subprocess.Popen[str]:
-    """A run into `out`, or one that goes on. A `fault` is EROFS or ENOSPC and the writes before it, or EFBIG and the
-    bytes that a file may have.
+def start(folder: Path, out: Path, *fault: object) -> Any:
+    """A run into `out`, or one that goes on, in a process of its own.
+
+    It is forked from one that has imported torch and run nothing of ours, which saves most of its time.
+
+    Args:
+        folder: has the recipe.
+        out: what is written.
+        fault: EROFS or ENOSPC and the writes before it, or EFBIG and the bytes that a file may have.
     """
-    command = [sys.executable, "-c", _CHILD, folder / "recipe.yaml", out, _phases(out), *map(str, fault)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, text=True)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the process that is forked finds its modules
+    try:
+        child = _FORKS.Process(target=killed_child.run, args=(folder, out, *fault))
+        child.start()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        os.environ.update({} if before is None else {"PYTHONPATH": before})
+    return child
 
 
 def finish(folder: Path, out: Path) -> str:
     """Goes on to the end."""
-    told, errors = (child := start(folder, out)).communicate(timeout=LONGEST)
-    assert child.returncode == 0, errors
-    return told
+    child = start(folder, out)
+    child.join(LONGEST)
+    assert child.exitcode == 0, errors_of(out)
+    return out.with_name(f"{out.name}.out").read_text()
+
+
+def errors_of(out: Path) -> str:
+    """The error stream of the last process that ran into `out`."""
+    return out.with_name(f"{out.name}.err").read_text()
 
 
 def whole(folder: Path, name: str = "whole") -> Whole:
@@ -168,10 +119,10 @@ def kill(folder: Path, out: Path, phase: str, seconds: float) -> str:
     """Kills a run when it has been in a phase for so long; the phase that it was in then, "ended" where it was none."""
     _phases(out).unlink(missing_ok=True)
     child = start(folder, out)
-    while child.poll() is None and _seconds(_phases(out), until=time.monotonic()).get(phase, -1.0) < seconds:
+    while child.is_alive() and _seconds(_phases(out), until=time.monotonic()).get(phase, -1.0) < seconds:
         time.sleep(0.001)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
+    child.kill()
+    child.join()
     marks = _phases(out).read_text().splitlines() if _phases(out).exists() else []
     return "ended" if out.exists() and not _checkpoints(out).exists() else _phase(marks)
 
@@ -191,15 +142,17 @@ def require_same(folder: Path, expected: Whole, out: Path) -> None:
     shutil.rmtree(out)
 
 
-def require_nothing_half_written(out: Path, child: subprocess.Popen[str]) -> None:
+def require_nothing_half_written(out: Path, child: Any) -> None:
     """It ended with one message and exit code 2, and beside what it goes on from lies nothing."""
-    _, errors = child.communicate(timeout=LONGEST)
-    assert child.returncode == 2, errors[-3000:]
-    assert errors.startswith("error: "), errors
-    assert errors.count("\n") == 1, errors
+    child.join(LONGEST)
+    errors = errors_of(out)
+    assert child.exitcode == 2, errors[-3000:]
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, errors
+    assert "Traceback" not in errors, errors
     assert not out.exists()
-    mine = [path.name for path in out.parent.iterdir() if path.name.startswith((out.name, f".{out.name}"))]
-    assert set(mine) <= {_checkpoints(out).name, _phases(out).name}, mine
+    mine = {path.name for path in out.parent.iterdir() if path.name.startswith((out.name, f".{out.name}"))}
+    assert mine <= {f"{out.name}.{suffix}" for suffix in ("checkpoints", "phases", "out", "err")}, mine
 
 
 def fault_of(expected: Whole, draw: random.Random) -> tuple[str, int]:
@@ -212,7 +165,8 @@ def remove(out: Path) -> None:
     """All that a run into `out` has left."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(_checkpoints(out), ignore_errors=True)
-    _phases(out).unlink(missing_ok=True)
+    for suffix in ("phases", "out", "err"):
+        out.with_name(f"{out.name}.{suffix}").unlink(missing_ok=True)
 
 
 def told(out: Path) -> list[dict[str, Any]]:
@@ -250,4 +204,3 @@ def _seconds(file: Path, until: float | None = None) -> dict[str, float]:
 
 def _phase(marks: list[str]) -> str:
     return marks[-1].split(" ", 1)[1] if marks else "start"
-
