@@ -1,0 +1,206 @@
+"""A tiny run in a process of its own, which is killed, or whose disk refuses, and which goes on in a fresh one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import killed_child
+from safetensors.torch import load_file
+
+from tersor.export.artifact import read_artifact
+
+PHASES = ("teacher", "before the first step", "training", "checkpoint", "export", "measuring", "writing")
+EPOCH = 8  # steps
+LONGEST = 600  # seconds of a run on a busy machine
+RECIPE = """\
+model: {name: "tiny:build"}
+teacher: {name: "tiny:build", epochs: 3, training: {batch_size: 32}}
+data: {name: digits, limit: 128, augment: flip}
+checkpoint_every: 1
+stages:
+  - {name: cut, methods: [{channel_pruning: {keep_macs: 0.6, round_to: 4, estimation_images: 64}}]}
+  - name: train
+    steps: STEPS
+    batch_size: 16
+    validate_every: 1
+    ema: 0.9
+    optimizer: {name: adamw, learning_rate: 0.001}
+    methods:
+      - {weight_pruning: {sparsity: 0.8, sparsity_schedule: cubic, every: 8}}
+      - {qat: {calibration_images: 32}}
+      - soft_targets
+      - {factor_transfer: {paraphraser_epochs: 2, paraphraser_learning_rate: 0.01}}
+"""
+NETWORK = """\
+from torch import nn
+
+def build(num_classes):
+    def conv(width, into):
+        return nn.Conv2d(width, into, 3, padding=1, bias=False), nn.BatchNorm2d(into), nn.ReLU()
+    return nn.Sequential(*conv(3, 16), *conv(16, 16), nn.Dropout(0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(16, num_classes))
+"""
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["killed_child"])
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a run that nothing stopped has left, and how long each of its phases took."""
+
+    out: Path
+    seconds: Mapping[str, float]
+    writes: int
+    largest: int
+
+
+def prepare(folder: Path, steps: int) -> None:
+    """The recipe and the network, in a folder that is there."""
+    (folder / "recipe.yaml").write_text(RECIPE.replace("STEPS", str(steps)))
+    (folder / "tiny.py").write_text(NETWORK)
+
+
+def start(folder: Path, out: Path, *fault: object) -> Any:
+    """A run into `out`, or one that goes on, in a process of its own.
+
+    It is forked from one that has imported torch and run nothing of ours, which saves most of its time.
+
+    Args:
+        folder: has the recipe.
+        out: what is written.
+        fault: EROFS or ENOSPC and the writes before it, or EFBIG and the bytes that a file may have.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the process that is forked finds its modules
+    try:
+        child = _FORKS.Process(target=killed_child.run, args=(folder, out, *fault))
+        child.start()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        os.environ.update({} if before is None else {"PYTHONPATH": before})
+    return child
+
+
+def finish(folder: Path, out: Path) -> str:
+    """Goes on to the end."""
+    child = start(folder, out)
+    child.join(LONGEST)
+    assert child.exitcode == 0, errors_of(out)
+    return out.with_name(f"{out.name}.out").read_text()
+
+
+def errors_of(out: Path) -> str:
+    """The error stream of the last process that ran into `out`."""
+    return out.with_name(f"{out.name}.err").read_text()
+
+
+def whole(folder: Path, name: str = "whole") -> Whole:
+    """Runs to the end, unless that was done before."""
+    out, told = folder / name, folder / f"{name}.told"
+    if not told.exists():
+        shutil.rmtree(out, ignore_errors=True)
+        _phases(out).unlink(missing_ok=True)
+        told.write_text(finish(folder, out))
+    largest = max(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return Whole(out, _seconds(_phases(out)), int(told.read_text().split()[-1]), largest)
+
+
+def kill(folder: Path, out: Path, phase: str, seconds: float) -> str:
+    """Kills a run when it has been in a phase for so long; the phase that it was in then, "ended" where it was none."""
+    _phases(out).unlink(missing_ok=True)
+    child = start(folder, out)
+    while child.is_alive() and _seconds(_phases(out), until=time.monotonic()).get(phase, -1.0) < seconds:
+        time.sleep(0.001)
+    child.kill()
+    child.join()
+    marks = _phases(out).read_text().splitlines() if _phases(out).exists() else []
+    return "ended" if out.exists() and not _checkpoints(out).exists() else _phase(marks)
+
+
+def require_same(folder: Path, expected: Whole, out: Path) -> None:
+    """The run into `out` has left what the whole one has, bit for bit; it is taken away then."""
+    finish(folder, out)
+    for name in ("model.safetensors", "model.onnx", "original.onnx", "structure.json", "recipe.yaml"):
+        assert (read_artifact(out).files[name]).read_bytes() == (expected.out / name).read_bytes(), name
+    ours, theirs = _weights(out), _weights(expected.out)
+    assert ours.keys() == theirs.keys()
+    for stage, tensors in ours.items():
+        assert tensors.keys() == theirs[stage].keys()
+        assert all(value.equal(theirs[stage][key]) for key, value in tensors.items()), stage
+    assert told(out) == told(expected.out)
+    assert not _checkpoints(out).exists()
+    shutil.rmtree(out)
+
+
+def require_nothing_half_written(out: Path, child: Any) -> None:
+    """It ended with one message and exit code 2, and beside what it goes on from lies nothing."""
+    child.join(LONGEST)
+    errors = errors_of(out)
+    assert child.exitcode == 2, errors[-3000:]
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, errors
+    assert "Traceback" not in errors, errors
+    assert not out.exists()
+    mine = {path.name for path in out.parent.iterdir() if path.name.startswith((out.name, f".{out.name}"))}
+    assert mine <= {f"{out.name}.{suffix}" for suffix in ("checkpoints", "phases", "out", "err")}, mine
+
+
+def fault_of(expected: Whole, draw: random.Random) -> tuple[str, int]:
+    """A disk that is full or read-only from a random write on, or full in the middle of a file."""
+    kind = draw.choice(("ENOSPC", "EROFS", "EFBIG"))
+    return kind, draw.randrange(expected.largest if kind == "EFBIG" else expected.writes)
+
+
+def remove(out: Path) -> None:
+    """All that a run into `out` has left."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(_checkpoints(out), ignore_errors=True)
+    for suffix in ("phases", "out", "err"):
+        out.with_name(f"{out.name}.{suffix}").unlink(missing_ok=True)
+
+
+def told(out: Path) -> list[dict[str, Any]]:
+    """What the last stage's end tells of all stages, but for the clock."""
+    *_, end = sorted((out / "checkpoints").iterdir())
+    stages = json.loads((end / "clock.json").read_text())["told"]["stages"]
+    return [{key: stage[key] for key in stage if key not in {"minutes", "training_seconds"}} for stage in stages]
+
+
+def _weights(out: Path) -> dict[str, dict[str, Any]]:
+    """Tensors of every stage's end, by stage."""
+    return {
+        path.name.rsplit("-", 1)[0]: load_file(path / "tensors.safetensors")
+        for path in sorted((out / "checkpoints").iterdir())
+    }
+
+
+def _phases(out: Path) -> Path:
+    return out.with_name(f"{out.name}.phases")
+
+
+def _checkpoints(out: Path) -> Path:
+    return out.with_name(f"{out.name}.checkpoints")
+
+
+def _seconds(file: Path, until: float | None = None) -> dict[str, float]:
+    """How long a process was in each phase."""
+    marks = [line.split(" ", 1) for line in file.read_text().splitlines()] if file.exists() else []
+    ends = [float(time_) for time_, _ in marks[1:]] + [until or float(marks[-1][0])] * bool(marks)
+    found: dict[str, float] = {}
+    for (begun, phase), end in zip(marks, ends, strict=True):
+        found[phase] = found.get(phase, 0.0) + end - float(begun)
+    return found
+
+
+def _phase(marks: list[str]) -> str:
+    return marks[-1].split(" ", 1)[1] if marks else "start"

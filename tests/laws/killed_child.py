@@ -1,0 +1,128 @@
+"""What `killed.py` starts: a run that says in which phase it is, and whose disk may refuse.
+
+Imported by the process that all are forked from, so that what takes long to import is there already.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import onnxruntime  # noqa: F401
+import onnxscript  # noqa: F401
+import sklearn.datasets  # noqa: F401
+import torch
+import torch.onnx._internal.exporter._core
+
+import tersor.run  # noqa: F401
+from tersor import checkpoint, walk
+from tersor.core.errors import InputError
+from tersor.export.footprint import Footprint
+from tersor.export.onnx import export
+
+torch.set_num_threads(1)  # sums come in one order, and no thread is there when it forks
+with tempfile.TemporaryDirectory() as _folder:  # torch imports most of its exporter when it exports
+    export(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval(), torch.zeros(1, 3, 1, 1), Path(_folder) / "a.onnx")
+
+
+def run(folder: Path, out: Path, *fault: Any) -> None:
+    """Goes on with the run into `out`; see `killed.start`."""
+    os.chdir(folder)
+    sys.path.append(str(folder))
+    for stream, suffix in ((1, "out"), (2, "err")):
+        os.dup2(os.open(out.with_name(f"{out.name}.{suffix}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    module = sys.modules["tersor.run"]
+    _leave_out(module)
+    _mark_phases(module, out.with_name(f"{out.name}.phases"))
+    writes = _Writes(out, *fault)
+    sys.addaudithook(writes.watch)
+    if fault[:1] == ("EFBIG",):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault[1], resource.RLIM_INFINITY))
+    try:
+        module.run(folder / "recipe.yaml", out=out, resume=True)
+    except InputError as error:
+        os.write(2, f"error: {error}\n".encode())
+        sys.exit(2)
+    os.write(1, f"writes {writes.count}\n".encode())
+
+
+def _leave_out(module: Any) -> None:
+    """What adds time, and nothing to go on with: the second runtime, files of every stage, processes of measuring."""
+    sys.modules["tersor.export.numbers"].installed_runtimes = lambda: ["onnxruntime"]
+    sys.modules["tersor.export.bench"]._FEWEST_GROUPS = 2
+    walk.Walk.left_by_stages = lambda *_given: {}
+    nothing = Footprint(peak_memory_bytes=0, load_ms=0.0)
+    sys.modules["tersor.export.numbers"].footprint = lambda *_given, **_options: nothing
+    measure = module.measure
+    module.measure = lambda *given, **options: measure(*given, **options, seconds=0.02)
+
+
+def _mark_phases(module: Any, file: Path) -> None:
+    phases = file.open("a", buffering=1)
+    inside = ["other"]
+
+    def enter(phase: str) -> None:
+        inside.append(phase)
+        phases.write(f"{time.monotonic()} {phase}\n")
+
+    def marked(phase: str, owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*given: Any, **options: Any) -> Any:
+            enter("teacher" if phase == "training" and inside[-1] == "teacher" else phase)
+            try:
+                return function(*given, **options)
+            finally:
+                inside.pop()
+                enter(inside.pop())
+
+        setattr(owner, name, call)
+
+    marked("teacher", walk.Walk, "train_teacher")
+    marked("before the first step", walk.Walk, "attach")
+    marked("before the first step", walk, "_begin")
+    marked("training", walk, "fit")
+    marked("checkpoint", checkpoint.Checkpoints, "save")
+    marked("export", module, "export")
+    marked("measuring", module, "measure")
+    marked("measuring", module, "gather")
+    marked("writing", module, "write_folder")
+
+
+class _Writes:
+    """Counts what is written for `out`, and refuses from some write on: all that Python opens, makes, renames; of the
+    writers that are no Python, the one of checkpoints.
+    """
+
+    def __init__(self, out: Path, kind: str = "", after: int = 0) -> None:
+        self.count = 0
+        self._out, self._kind, self._after = out, kind, after
+        save_file = checkpoint.save_file
+
+        def saved(tensors: Any, path: Path) -> None:
+            self._write(path)
+            save_file(tensors, path)
+
+        checkpoint.save_file = saved
+
+    def watch(self, event: str, given: tuple[Any, ...]) -> None:
+        """An audit hook."""
+        opened = event == "open" and isinstance(given[0], str | os.PathLike) and given[2] & (os.O_WRONLY | os.O_RDWR)
+        removed = event in ("os.remove", "os.rmdir")  # which a full disk allows, and a read-only one does not
+        if opened or event in ("os.mkdir", "os.rename") or (removed and self._kind == "EROFS"):
+            self._write(given[0])
+
+    def _write(self, path: Any) -> None:
+        name = str(self._out)
+        if not str(path).startswith((f"{name}.checkpoints", f"{name}/", f"{self._out.parent}/.{self._out.name}.")):
+            return
+        self.count += 1
+        if self._kind in ("ENOSPC", "EROFS") and self.count > self._after:
+            number = getattr(errno, self._kind)
+            raise OSError(number, os.strerror(number), str(path))
