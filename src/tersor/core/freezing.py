@@ -6,16 +6,20 @@ also when a run goes on. One of these stays in eval once it is frozen, and its `
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
-class _Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+class Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+    """Comes first among the bases of `freezable_class`; the forward is that of the class behind."""
+
     frozen = False
 
-    def train(self, mode: bool = True) -> _Freezable:
+    def train(self, mode: bool = True) -> Freezable:
         """Training mode, unless it is frozen; gamma and beta learn on either way."""
         return super().train(mode and not self.frozen)
 
@@ -34,22 +38,18 @@ class _Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPriv
         self.train(self.training)
 
 
-class FreezableBatchNorm1d(_Freezable, nn.BatchNorm1d):
-    """Of (N, C) or (N, C, L)."""
-
-
-class FreezableBatchNorm2d(_Freezable, nn.BatchNorm2d):
-    """Of (N, C, H, W)."""
-
-
-Freezable = FreezableBatchNorm1d | FreezableBatchNorm2d
+@cache
+def freezable_class(kind: type[Norm]) -> type[Freezable]:
+    """A class that computes what `kind` computes, also where that has a forward of its own, and can be frozen."""
+    return type(f"Freezable{kind.__name__}", (Freezable, kind), {})
 
 
 def freezable(norm: Norm) -> Freezable:
-    """One in the place of `norm`: the same Parameter objects, the same buffers."""
+    """One in the place of `norm`: the same forward, the same Parameter objects, the same buffers."""
     if isinstance(norm, Freezable):
         return norm
-    made = (FreezableBatchNorm1d if isinstance(norm, nn.BatchNorm1d) else FreezableBatchNorm2d)(norm.num_features)
+    kind = freezable_class(type(norm))
+    made = kind.__new__(kind)
     made.__dict__.update(vars(norm))
     return made
 

@@ -10,6 +10,8 @@ GoogLeNet and Inception) is traced as in eval: these heads are not part of what 
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -19,8 +21,12 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
+from tersor.core.freezing import Norm
+from tersor.graph.split_norms import split_norms
 
 _UNTRACEABLE = (TraceError, TypeError, ValueError, RuntimeError, AttributeError)
+_CONTAINERS = (list, dict, OrderedDict, set)
+_NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
 
 
 class _BranchesOnModeError(Exception):
@@ -52,6 +58,8 @@ class Tracer(fx.Tracer):
             return True
         if isinstance(m, nn.Sequential | nn.ModuleList):
             return False
+        if isinstance(m, Norm):  # also one with parts: it is split, or stays whole
+            return True
         childless = next(m.children(), None) is None
         own_tensors = any(True for _ in m.parameters(recurse=False)) or any(True for _ in m.buffers(recurse=False))
         torch_layer = type(m).__module__.startswith("torch.nn.")
@@ -147,11 +155,13 @@ def capture(model: nn.Module) -> fx.GraphModule:
     """
     if isinstance(model, fx.GraphModule):
         return model
-    with _without_constants(model):
+    _refuse_what_is_lost(model)
+    with _as_found(model):
         with _modes_restored(model):
             graph, returned = _trace(model)
         captured = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    captured.meta["layers"] = {path: node.name for path, node in returned.items()}
+    split = split_norms(captured)
+    captured.meta["layers"] = {path: split.get(node.name, node.name) for path, node in returned.items()}
     for key in captured.state_dict().keys() - model.state_dict().keys():
         path, _, name = key.rpartition(".")
         owner = captured.get_submodule(path)
@@ -187,14 +197,44 @@ def _modes_restored(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def _without_constants(model: nn.Module) -> Generator[None]:
-    """Takes away the attributes under which tracing keeps the tensors that the forward makes anew each time."""
-    before = set(vars(model))
+def _as_found(model: nn.Module) -> Generator[None]:
+    """Puts back every attribute that the forwards set while they were traced, and what they put into lists and dicts.
+
+    A forward that keeps what it computed (`self.attention = weights`) would keep a node of the graph; tracing itself
+    keeps the tensors that a forward makes anew each time.
+    """
+    found = [(vars(module), dict(vars(module))) for module in model.modules()]
+    held = [(value, copy.copy(value)) for _, before in found for value in before.values() if type(value) in _CONTAINERS]
     try:
         yield
     finally:
-        for name in set(vars(model)) - before:
-            delattr(model, name)
+        for attributes, before in found:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)
+        for value, before in held:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(before)
+
+
+def _refuse_what_is_lost(model: nn.Module) -> None:
+    """What tracing passes over in silence, and names that a captured graph has itself.
+
+    Raises:
+        InputError: a forward of the instance or hooks on the outermost module; a part that bears such a name.
+    """
+    kind = type(model).__name__
+    if "forward" in vars(model) or any(vars(model)[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+        raise InputError(
+            f"the graph of {kind} cannot be captured: a forward was set on the instance, or forward hooks are "
+            "registered on it, and the graph would not have them. Write the forward in a class; remove the hooks."
+        )
+    names = {name for part in ("_modules", "_parameters", "_buffers") for name in vars(model)[part]}
+    if taken := sorted(names & _NAMES_OF_A_GRAPH):
+        raise InputError(
+            f"{kind} has a part named '{taken[0]}', which a captured graph has itself. Give it another name, such as "
+            f"'{taken[0]}_'."
+        )
 
 
 def layer_of(node: fx.Node) -> nn.Module | None:

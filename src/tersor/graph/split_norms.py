@@ -1,0 +1,99 @@
+"""A BatchNorm with an activation inside -> a BatchNorm and an activation, each a node of its own.
+
+timm builds EfficientNet, MobileNet, RegNet and others of `BatchNormAct2d`: a subclass of BatchNorm that calls its
+children `drop` and `act` behind the normalisation. As one node it can be neither folded nor fused. It is split where
+that is shown to compute the same: the outputs on drawn values, and the running statistics after a step, are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersor.core.freezing import Norm
+from tersor.core.plain import is_plain
+
+_PLAIN: tuple[type[Norm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_POSITIONS = {nn.BatchNorm1d: (9,), nn.BatchNorm3d: (2, 3, 3)}
+_SPREAD = 4.0  # of the drawn values: a ReLU6 clips some of them
+_CLOSE = 1e-5
+_FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def split_norms(graph: fx.GraphModule) -> dict[str, str]:
+    """Splits the BatchNorms of `graph` that can be; name of a node that was split -> name of its last part."""
+    split: dict[str, str] = {}
+    for node in list(graph.graph.nodes):
+        norm = graph.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(norm, Norm) or is_plain(norm) or len(node.args) != 1 or node.kwargs:
+            continue
+        plain = _plain_part(norm)
+        if plain is not None:
+            graph.set_submodule(node.target, plain)
+            split[node.name] = _call_children(graph, node, plain)
+    if split:
+        graph.recompile()
+    return split
+
+
+def _plain_part(norm: Norm) -> Norm | None:
+    """torch's BatchNorm over the same tensors and children, where `norm` is that and then its children in a row."""
+    kind = next(each for each in type(norm).__mro__ if each in _PLAIN)
+    plain = kind.__new__(kind)
+    plain.__dict__.update(vars(norm))
+    own_mode = type(norm).train is not nn.Module.train or type(norm).eval is not nn.Module.eval
+    if own_mode or not is_plain(plain) or norm.running_mean is None:
+        return None
+    try:
+        return plain if _computes_the_same(norm, plain) else None
+    except _FAILURES:  # it takes other inputs, or more of them
+        return None
+
+
+@torch.no_grad()
+def _computes_the_same(norm: Norm, plain: Norm) -> bool:
+    """In eval, and in a step of training, after which the running statistics are compared too."""
+    kind = next(each for each in type(norm).__mro__ if each in _PLAIN)
+    shape = (4, norm.num_features, *_POSITIONS.get(kind, (3, 3)))
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * _SPREAD
+    assert norm.running_mean is not None
+    drawn = drawn.to(norm.running_mean)
+    whole, parts = copy.deepcopy(norm), copy.deepcopy(plain)
+    for mode in (True, False):
+        outputs: list[Tensor] = []
+        for module in (whole, parts):
+            module.train(mode)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                found = module(drawn.clone())
+                outputs.append(found if module is whole else _behind(parts, found))
+        if not _all_close(*outputs):
+            return False
+    return all(_all_close(each, parts.get_buffer(name)) for name, each in whole.named_buffers())
+
+
+def _behind(norm: Norm, values: Tensor) -> Tensor:
+    for _, child in _children(norm):
+        values = child(values)
+    return values
+
+
+def _children(norm: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in norm.named_children() if type(child) is not nn.Identity]
+
+
+def _all_close(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=_CLOSE, atol=_CLOSE)
+
+
+def _call_children(graph: fx.GraphModule, node: fx.Node, plain: Norm) -> str:
+    """Calls the children behind `node` in the graph; the name of the last node."""
+    last = node
+    for name, _ in _children(plain):
+        with graph.graph.inserting_after(last):
+            following = graph.graph.call_module(f"{node.target}.{name}", (last,))
+        last.replace_all_uses_with(following, delete_user_cb=lambda user, following=following: user is not following)
+        last = following
+    return last.name
