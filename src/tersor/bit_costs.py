@@ -71,7 +71,14 @@ def measure(recipe: Recipe, *, out: Path, images: int | None = None, watch: Watc
     walk = prepare(recipe, model=None, data=None, watch=watch)
     shown = _some(walk.data.validation, images, recipe.seed)
     layers = weighted_layers(walk.model)
-    quantizers = lay(capture(walk.model), Precision(), exclude=(), target=recipe.target, method="sensitivity")
+    quantizers = lay(
+        capture(walk.model),
+        Precision(),
+        exclude=(),
+        target=recipe.target,
+        method="sensitivity",
+        original=walk.model,
+    )
     weights = {name: layers[name].weight.numel() for name in quantizers.layers}
     found = _begun(out, BitCosts(measured_with=_measured_with(recipe, len(shown)), weights=weights, costs=[]))
     known = {(cost.layer, cost.bits) for cost in found.costs}

@@ -28,6 +28,7 @@ from tersor.export.onnx import export as write_onnx
 from tersor.export.runtime import open_session
 from tersor.export.static_batch import batch_for, reason
 from tersor.export.stopwatch import RuntimeStopwatch
+from tersor.export.verification import verify
 from tersor.graph.fused import fused
 from tersor.graph.integers import calibrated_coverage
 from tersor.loader import Loader, given_labels
@@ -164,7 +165,9 @@ def export(
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
     batch: int | None = None,
 ) -> Path:
-    """Writes `model` as one ONNX file, and runs it once in `runtime`.
+    """Writes `model` as one ONNX file, and compares it in `runtime` with torch on `example`.
+
+    A `CompressionWarning` says that the outputs differ by more than is usual.
 
     Args:
         model: any network; one that `quantize` gave becomes an integer network.
@@ -176,20 +179,20 @@ def export(
         batch: images a batch; by default any number, or 1 with a warning where the installed OpenVINO would crash.
 
     Raises:
-        InputError: the network cannot be converted, or the runtime is not installed or cannot run it.
+        InputError: the network cannot be converted, the runtime is not installed or cannot run it, or the outputs
+            differ by more than rounding explains; then no file is left.
     """
     path = Path(path)
     if path.suffix != ".onnx" or not path.parent.is_dir():
         raise InputError(f"cannot write {path}. Possible: a file *.onnx in a folder that is there.")
     images_of(example)
-    inputs = example[:1].numpy() if pixels is None else np.zeros(example[:1].shape, np.uint8)
     target = _made(Target, runtime=runtime, batch=batch)
     fixed = batch_for(model, target)
     if fixed != batch:
         warnings.warn(reason(), stacklevel=2)
     with TemporaryDirectory(dir=path.parent) as folder:  # what the runtime refuses is not left, nor written over a file
         written = write_onnx(model, example, Path(folder) / path.name, classes=classes, pixels=pixels, batch=fixed)
-        open_session(written, runtime).run(np.ascontiguousarray(inputs))
+        verify(open_session(written, runtime), model, example, pixels)
         written.replace(path)
     return path
 

@@ -219,16 +219,25 @@ class Mask(nn.Module):
 def showing_dense(model: nn.Module) -> Generator[None]:
     """Masks of `model` show the weight as it is, and nothing is rounded: neither weights nor activations."""
     masks = [each for each in model.modules() if isinstance(each, Mask)]
-    rounding = [each for each in model.modules() if isinstance(each, FakeQuantize) and each.ready]
     for mask in masks:
         mask.dense = True
+    try:
+        with quantizers_disabled(model):
+            yield
+    finally:
+        for mask in masks:
+            mask.dense = False
+
+
+@contextmanager
+def quantizers_disabled(model: nn.Module) -> Generator[None]:
+    """Nothing is rounded in `model`: neither weights nor activations. Masks stay."""
+    rounding = [each for each in model.modules() if isinstance(each, FakeQuantize) and each.ready]
     for quantizer in rounding:
         quantizer.ready = False
     try:
         yield
     finally:
-        for mask in masks:
-            mask.dense = False
         for quantizer in rounding:
             quantizer.ready = True
 

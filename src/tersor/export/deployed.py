@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Container
 from typing import cast
 
 import torch
@@ -16,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tersor.core.affine import Grid
+from tersor.core.freezing import Norm
 from tersor.core.parametrization import FakeQuantize, strip, weight_quantizer
+from tersor.core.plain import is_plain
 from tersor.core.selection import Layer
-from tersor.graph.capture import layer_of, sole_user, values_into
+from tersor.graph.capture import layer_of, values_into
+from tersor.graph.norms import norm_behind, plain_norm
 from tersor.graph.placement import is_nothing_in_eval
 
 _LARGEST_BIAS = 2**30  # the products that are added to it need the rest of 32 bits
@@ -136,28 +140,36 @@ def deployed(model: fx.GraphModule) -> nn.Module:
         if isinstance(module, FakeQuantize):
             modules[name] = QuantizeDequantize(module) if module.ready else nn.Identity()
             node.kwargs = {}
-        elif isinstance(module, Layer) and weight_quantizer(module) is not None:
+        elif isinstance(module, Layer) and is_plain(module) and weight_quantizer(module) is not None:
             alone = calls[name] == 1  # a layer that is called twice has no one norm and no one input
-            norm_node = _norm_behind(node) if alone else None
+            norm_node = norm_behind(node) if alone else None
             if norm_node is not None:
                 folded.append(norm_node)
-            norm = layer_of(norm_node) if norm_node is not None else None
-            assert norm is None or isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
+            norm = plain_norm(norm_node)
             input_scale = _input_scale(node) if alone else None
             modules[name] = _integer_layer(module, plain.get_submodule(name), norm, input_scale)
     for node in folded:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
+    _keep_what_is_read(plain, graph, modules)
     for name, module in modules.items():
         plain.set_submodule(name, module)
     return fx.GraphModule(plain, graph, class_name=type(model).__name__)
 
 
-def _norm_behind(node: fx.Node) -> fx.Node | None:
-    """The BatchNorm that alone reads `node`, if it has statistics to fold."""
-    user = sole_user(node)
-    norm = layer_of(user) if user is not None else None
-    return user if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) and norm.running_mean is not None else None
+def _keep_what_is_read(plain: nn.Module, graph: fx.Graph, replaced: Container[str]) -> None:
+    """Tensors of replaced layers that the forward itself reads stay as they were: in float, of the same shape.
+
+    A forward may read a weight's values (a shared one), or only its dtype (`x.to(self.conv.weight.dtype)`).
+    """
+    for node in graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and owner in replaced:
+            kept = f"read_{owner.replace('.', '_')}_{name}"
+            while hasattr(plain, kept):
+                kept += "_"
+            plain.register_buffer(kept, getattr(plain.get_submodule(owner), name).detach().clone())
+            node.target = kept
 
 
 def _input_scale(node: fx.Node) -> Tensor | None:
@@ -169,9 +181,7 @@ def _input_scale(node: fx.Node) -> Tensor | None:
 
 
 @torch.no_grad()
-def _integer_layer(
-    layer: Layer, plain: nn.Module, norm: nn.BatchNorm2d | nn.BatchNorm1d | None, input_scale: Tensor | None
-) -> nn.Module:
+def _integer_layer(layer: Layer, plain: nn.Module, norm: Norm | None, input_scale: Tensor | None) -> nn.Module:
     """The layer's integers, with `norm` folded into scale, sign and bias: the integers' sizes do not change."""
     quantizer = weight_quantizer(layer)
     assert quantizer is not None
@@ -220,12 +230,12 @@ def _fitting_scale(integers: Tensor, scale: Tensor, bias: Tensor | None, input_s
     return torch.where(scale > _NOTHING, scale, torch.ones_like(scale))
 
 
-def _folded(norm: nn.BatchNorm2d | nn.BatchNorm1d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _folded(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """What `norm` multiplies each channel by, and the bias that it leaves."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.affine:
+    if isinstance(norm.weight, Tensor):
         factor = factor * norm.weight
     centred = -norm.running_mean if bias is None else bias - norm.running_mean
-    return factor, centred * factor + (norm.bias if norm.affine else 0)
+    return factor, centred * factor + (norm.bias if isinstance(norm.bias, Tensor) else 0)

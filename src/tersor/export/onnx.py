@@ -23,9 +23,11 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tersor.core.errors import InputError
+from tersor.core.feeding import fed
 from tersor.core.parametrization import strip
 from tersor.export.deployed import deployed
 from tersor.export.packing import pack
+from tersor.graph.norms import record_ranks
 
 OPSET = 21
 _FIRST_IR_VERSION_OF_OPSET_21 = 10
@@ -88,6 +90,10 @@ def export(
         raise InputError(f"cannot write {path}: an ONNX file is named *.onnx.")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
+    if isinstance(model, fx.GraphModule):
+        few = example[:2].to(next(model.parameters()))
+        with fed(type(model).__name__, few):
+            record_ranks(model, few)
     network = deployed(model) if isinstance(model, fx.GraphModule) else strip(model)
     network = network.cpu().float().eval()
     _averages_as_means(network)

@@ -23,8 +23,9 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.freezing import Norm
+from tersor.core.plain import has_plain_forward
 from tersor.core.selection import Layer
-from tersor.graph.capture import layer_of, sole_user
+from tersor.graph.capture import layer_of, parameter_reads, sole_user
 from tersor.graph.placement import quantizable
 from tersor.graph.statistics import Moments, fit, in_unit_of
 
@@ -101,17 +102,18 @@ def _run(graph: fx.GraphModule, images: Tensor, names: list[str], hook: Callable
 
 
 def _correctable(graph: fx.GraphModule) -> dict[str, Norm | None]:
-    """Layers that are called once and have a BatchNorm behind them, or a bias that is added last."""
+    """Layers that are called once and have a BatchNorm behind them, or a bias of their own that is added last."""
     known, calls = quantizable(graph), [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    reads = parameter_reads(graph)
     found: dict[str, Norm | None] = {}
     for node in graph.graph.nodes:
         layer, user = layer_of(node), sole_user(node)
         if not isinstance(layer, Layer) or calls.count(str(node.target)) > 1:
             continue
         norm = layer_of(user) if user is not None and calls.count(str(user.target)) == 1 else None
-        if isinstance(norm, Norm) and norm.running_mean is not None:
+        if isinstance(norm, Norm) and norm.running_mean is not None and has_plain_forward(norm):
             found[str(node.target)] = norm
-        elif layer.bias is not None and node.target in known:
+        elif layer.bias is not None and node.target in known and reads[id(layer.bias)] == 1:
             found[str(node.target)] = None
     return found
 

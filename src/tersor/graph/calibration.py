@@ -17,7 +17,9 @@ from tersor.core.freezing import Norm
 from tersor.core.objective import images_of
 from tersor.core.ranges import Histogram, Range, WeightRange
 from tersor.core.target import Target
+from tersor.graph.comparison import FEW, require_same
 from tersor.graph.integers import IMAGE_SHAPE
+from tersor.graph.norms import record_ranks
 from tersor.graph.quantizers import Quantizers
 
 
@@ -37,7 +39,8 @@ def calibrate(
         A histogram for each of the activations.
 
     Raises:
-        InputError: the data holds no image, or cannot be read again; values are not finite.
+        InputError: the data holds no image, or cannot be read again; values are not finite; the captured network
+            computes something else than the original.
     """
     _refuse_weights_that_are_not_finite(quantizers.graph)
     histograms = {name: Histogram() for name in quantizers.activations}
@@ -47,6 +50,8 @@ def calibrate(
         before = done
         for batch in first_images(data, images, next(quantizers.graph.parameters()).device):
             _observe(quantizers, {name: partial(look, histogram) for name, histogram in histograms.items()}, batch)
+            if not done:
+                _compare(quantizers, batch[:FEW])
             done += len(batch)
             quantizers.graph.meta[IMAGE_SHAPE] = tuple(batch.shape[1:])
             yield Progress("calibration", done, passes * images)
@@ -120,6 +125,13 @@ def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _compare(quantizers: Quantizers, images: Tensor) -> None:
+    """The captured network with quantizers that do not round yet, with the original; and what folding needs to know."""
+    if quantizers.original is not None and not quantizers.ready:
+        require_same(quantizers.graph, quantizers.original, images)
+    record_ranks(quantizers.graph, images)
 
 
 def _refuse_weights_that_are_not_finite(model: nn.Module) -> None:

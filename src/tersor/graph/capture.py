@@ -11,7 +11,8 @@ GoogLeNet and Inception) is traced as in eval: these heads are not part of what 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+import operator
+from collections import Counter, OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -22,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.core.freezing import Norm
+from tersor.core.plain import is_hooked
 from tersor.graph.split_norms import split_norms
 
 _UNTRACEABLE = (TraceError, TypeError, ValueError, RuntimeError, AttributeError)
@@ -224,7 +226,7 @@ def _refuse_what_is_lost(model: nn.Module) -> None:
         InputError: a forward of the instance or hooks on the outermost module; a part that bears such a name.
     """
     kind = type(model).__name__
-    if "forward" in vars(model) or any(vars(model)[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+    if "forward" in vars(model) or is_hooked(model):
         raise InputError(
             f"the graph of {kind} cannot be captured: a forward was set on the instance, or forward hooks are "
             "registered on it, and the graph would not have them. Write the forward in a class; remove the hooks."
@@ -253,6 +255,18 @@ def values_into(node: fx.Node) -> list[fx.Node]:
 
 def _is_mode(node: fx.Node) -> bool:
     return node.op == "get_attr" and f".{node.target}".endswith(".training")
+
+
+def parameter_reads(graph: fx.GraphModule) -> Counter[int]:
+    """How many nodes read each Parameter, by its id: a layer may be called twice, or share its weight with another."""
+    found: Counter[int] = Counter()
+    for node in graph.graph.nodes:
+        module = layer_of(node)
+        if module is not None:
+            found.update(map(id, module.parameters()))
+        elif node.op == "get_attr":
+            found[id(operator.attrgetter(node.target)(graph))] += 1
+    return found
 
 
 def sole_user(node: fx.Node) -> fx.Node | None:

@@ -13,8 +13,6 @@ between them are left alone. Nor are high biases absorbed by the next layer, whi
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,9 +23,11 @@ from torch.nn.utils import parametrize
 
 from tersor.core.freezing import Norm
 from tersor.core.parametrization import FakeQuantize, parametrized
+from tersor.core.plain import is_plain
 from tersor.core.ranges import channel_maxima
 from tersor.core.selection import Layer
-from tersor.graph.capture import layer_of, sole_user
+from tersor.graph.capture import layer_of, parameter_reads, sole_user
+from tersor.graph.norms import norm_behind, plain_norm
 from tersor.graph.placement import is_nothing_in_eval, quantizable
 
 _ROUNDS = 100
@@ -59,35 +59,22 @@ def equalize(graph: fx.GraphModule) -> int:
 
 
 def _pairs(graph: fx.GraphModule) -> Iterator[_Pair]:
-    known, reads = quantizable(graph), _reads(graph)
+    known, reads = quantizable(graph), parameter_reads(graph)
     for node in graph.graph.nodes:
-        first, norm, behind = layer_of(node), None, sole_user(node)
-        if behind is not None and isinstance(layer_of(behind), Norm):
-            norm, behind = layer_of(behind), sole_user(behind)
+        first, norm, behind = layer_of(node), norm_behind(node), sole_user(node)
+        if norm is not None:
+            behind = sole_user(norm)
         while behind is not None and _scales_with_its_input(behind):
             behind = sole_user(behind)
         if behind is None or not {node.target, behind.target} <= known:
             continue
-        second = layer_of(behind)
+        second, norm = layer_of(behind), plain_norm(norm)
         assert isinstance(first, Layer)
         assert isinstance(second, Layer)
         if any(reads[id(each)] > 1 for part in (first, norm, second) if part is not None for each in part.parameters()):
             continue
-        assert norm is None or isinstance(norm, Norm)
-        if _reads_channels(first, second) and _divides(norm, len(first.weight)):
+        if _reads_channels(first, second) and _divides(norm):
             yield _Pair(first, norm, second)
-
-
-def _reads(graph: fx.GraphModule) -> Counter[int]:
-    """How many nodes read each Parameter, by its id: a layer may be called twice, or share its weight with another."""
-    found: Counter[int] = Counter()
-    for node in graph.graph.nodes:
-        module = layer_of(node)
-        if module is not None:
-            found.update(map(id, module.parameters()))
-        elif node.op == "get_attr":
-            found[id(operator.attrgetter(node.target)(graph))] += 1
-    return found
 
 
 def _scales_with_its_input(node: fx.Node) -> bool:
@@ -95,12 +82,12 @@ def _scales_with_its_input(node: fx.Node) -> bool:
     module = layer_of(node)
     if module is not None:
         shows = isinstance(module, FakeQuantize) and not module.ready
-        return shows or isinstance(module, nn.ReLU) or is_nothing_in_eval(node)
+        return shows or (isinstance(module, nn.ReLU) and is_plain(module)) or is_nothing_in_eval(node)
     return is_nothing_in_eval(node) or node.target in {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 
 
-def _divides(norm: Norm | None, channels: int) -> bool:
-    return norm is None or (norm.affine and norm.running_var is not None and norm.num_features == channels)
+def _divides(norm: Norm | None) -> bool:
+    return norm is None or (isinstance(norm.weight, Tensor) and isinstance(norm.bias, Tensor))
 
 
 def _reads_channels(first: Layer, second: Layer) -> bool:

@@ -23,7 +23,9 @@ from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.core.layers import Layers
 from tersor.core.parametrization import strip
+from tersor.core.plain import is_plain
 from tersor.graph.capture import capture, layer_of, sole_user, values_into
+from tersor.graph.norms import plain_norm
 
 _ADDITIONS = {operator.add, torch.add, "add"}
 _IN_PLACE = {operator.iadd, "add_"}
@@ -137,7 +139,7 @@ def rewritten(model: nn.Module, paths: tuple[str, ...]) -> fx.GraphModule:
     asked = {returned[path] for path in paths}
     for place, node in enumerate(list(captured.graph.nodes)):
         convolution = layer_of(node)
-        if type(convolution) is nn.Conv2d and _with_zeros(convolution) and node.args:
+        if isinstance(convolution, nn.Conv2d) and is_plain(convolution) and _with_zeros(convolution) and node.args:
             _fuse(captured, node, convolution, f"fused_{place}", asked)
     captured.delete_all_unused_submodules()
     captured.recompile()
@@ -154,8 +156,8 @@ def _fuse(captured: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, name:
     bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias
     chain, other, rectified = [node], None, False
     following = _following(chain, asked)
-    norm = following and layer_of(following)
-    if following is not None and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+    norm = plain_norm(following)
+    if following is not None and norm is not None:
         of_norm: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         weight, bias = fuse_conv_bn_weights(weight, bias, *of_norm)
         chain.append(following)
@@ -163,7 +165,7 @@ def _fuse(captured: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, name:
     if following is not None and (other := _added(following, chain[-1])) is not None:
         chain.append(following)
         following = _following(chain, asked)
-    if following is not None and (_calls(following, _RELUS) or type(layer_of(following)) is nn.ReLU):
+    if following is not None and (_calls(following, _RELUS) or _is_relu(layer_of(following))):
         chain.append(following)
         rectified = True
     captured.add_module(name, FusedConvolution(convolution, weight, bias, rectified=rectified))
@@ -187,6 +189,10 @@ def _following(chain: list[fx.Node], asked: set[str]) -> fx.Node | None:
 def _calls(node: fx.Node, functions: set[Any]) -> bool:
     """Whether a node calls one of these functions or methods; a module may have any of their names."""
     return node.op in ("call_function", "call_method") and node.target in functions
+
+
+def _is_relu(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.ReLU) and is_plain(module)
 
 
 def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:

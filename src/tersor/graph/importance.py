@@ -36,6 +36,7 @@ from torch.func import functional_call
 from tersor.core.attachment import Tell, untold
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
+from tersor.core.freezing import Norm
 from tersor.core.function_path import call_with, import_function, is_function_path
 from tersor.core.objective import images_of, labels_of
 from tersor.graph.channels import Group
@@ -116,7 +117,7 @@ def _weight(graph: fx.GraphModule, name: str) -> tuple[nn.Parameter | None, int]
     for step in name.split("."):
         module = getattr(module, step, None)
     weight = module if name.endswith("weight") else None
-    if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d):
+    if isinstance(module, nn.Conv2d | nn.Linear | Norm):
         weight = module.weight
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     return (weight, groups) if isinstance(weight, nn.Parameter) else (None, 1)

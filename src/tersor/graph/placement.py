@@ -24,13 +24,14 @@ from torch import fx, nn
 from tersor.core.affine import Grid
 from tersor.core.errors import InputError
 from tersor.core.parametrization import FakeQuantize
+from tersor.core.plain import is_plain
 from tersor.core.selection import Layer
 from tersor.core.target import Runtime
 from tersor.graph.capture import layer_of, sole_user, values_into
+from tersor.graph.norms import likely_norm_behind
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _ACTIVATION_FUNCTIONS = {F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, "relu", "relu_"}
-_NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 _JOINS = {
     operator.add,
     operator.iadd,
@@ -53,6 +54,7 @@ _MOVER_MODULES = (nn.Flatten, nn.MaxPool2d, nn.ZeroPad2d)
 _SPLITTERS = {torch.chunk, torch.split, "chunk", "split"}
 _NOTHING_IN_EVAL = {F.dropout, F.dropout2d}
 _NOTHING_IN_EVAL_MODULES = (nn.Dropout, nn.Dropout2d, nn.Identity)
+_ANY_MODULE = nn.Module()
 
 
 def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Runtime) -> list[str]:
@@ -76,7 +78,7 @@ def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Run
     names: list[str] = []
     graph.add_submodule("quantizers", nn.Module())
     for value, source in values.items():
-        name = f"quantizers.{source.name}"
+        name = _name(source)
         if value is source:
             graph.add_submodule(name, FakeQuantize(grid))
             names.append(name)
@@ -87,7 +89,17 @@ def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Run
 
 def edges(graph: fx.GraphModule, layers: Iterable[str], runtime: Runtime) -> set[str]:
     """The names of the modules that `place` would insert in `graph`, which stays as it is, for these `layers`."""
-    return {f"quantizers.{source.name}" for source in _values_to_quantize(graph, set(layers), runtime).values()}
+    return {_name(source) for source in _values_to_quantize(graph, set(layers), runtime).values()}
+
+
+def _name(source: fx.Node) -> str:
+    """Of the quantizer behind `source`: that of the node, unless it is an attribute of any module (`to`, `type`)."""
+    name, others = source.name, {node.name for node in source.graph.nodes}
+    while hasattr(_ANY_MODULE, name):
+        name += "_"
+        while name in others:
+            name += "_"
+    return f"quantizers.{name}"
 
 
 def show(graph: fx.GraphModule, value: fx.Node, name: str, *, moved: bool) -> None:
@@ -140,14 +152,15 @@ def _let_the_sum_fuse(addition: fx.Node, quantized: dict[fx.Node, fx.Node]) -> N
 
 
 def _before_norm(node: fx.Node) -> fx.Node:
-    return node.all_input_nodes[0] if isinstance(layer_of(node), _NORMS) else node
+    before = node.all_input_nodes[0] if node.all_input_nodes else node
+    return before if likely_norm_behind(before) is node else node
 
 
 def fused_end(node: fx.Node) -> fx.Node:
     """The last node of what a runtime fuses into the operator `node`: its BatchNorm, its activation."""
-    user = sole_user(node)
-    if isinstance(layer_of(node), Layer) and user is not None and isinstance(layer_of(user), _NORMS):
-        node, user = user, sole_user(user)
+    user, norm = sole_user(node), likely_norm_behind(node)
+    if norm is not None:
+        node, user = norm, sole_user(norm)
     if user is not None and _is_activation(user):
         return user
     return node
@@ -166,12 +179,17 @@ def quantizable(graph: fx.GraphModule) -> set[str]:
     A layer inside a leaf (attention) is read by its parent, and a subclass may do anything with its weight.
     """
     called = {cast("str", node.target): layer_of(node) for node in graph.graph.nodes if node.op == "call_module"}
-    own = {nn.Conv2d.forward, nn.Linear.forward}
-    return {name for name, layer in called.items() if isinstance(layer, Layer) and type(layer).forward in own}
+    return {name for name, layer in called.items() if isinstance(layer, Layer) and is_plain(layer)}
 
 
 def _called(node: fx.Node) -> Any:
     return node.target if node.op in {"call_function", "call_method"} else None
+
+
+def _is_a(node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether `node` calls a module of one of these kinds, which computes what torch's own does."""
+    module = layer_of(node)
+    return isinstance(module, kinds) and is_plain(module)
 
 
 def _is_layer(node: fx.Node, layers: set[str]) -> bool:
@@ -179,7 +197,7 @@ def _is_layer(node: fx.Node, layers: set[str]) -> bool:
 
 
 def _is_activation(node: fx.Node) -> bool:
-    return _called(node) in _ACTIVATION_FUNCTIONS or isinstance(layer_of(node), _ACTIVATIONS)
+    return _called(node) in _ACTIVATION_FUNCTIONS or _is_a(node, _ACTIVATIONS)
 
 
 def _is_addition(node: fx.Node) -> bool:
@@ -188,7 +206,7 @@ def _is_addition(node: fx.Node) -> bool:
 
 def _joins(node: fx.Node) -> bool:
     """Whether `node` is an addition, product, concatenation or average of tensors, which runtimes have in integers."""
-    if _called(node) in _AVERAGES or isinstance(layer_of(node), _AVERAGE_MODULES):
+    if _called(node) in _AVERAGES or _is_a(node, _AVERAGE_MODULES):
         return True
     return _called(node) in _JOINS and (len(node.all_input_nodes) > 1 or _called(node) in {torch.cat, torch.concat})
 
@@ -200,7 +218,10 @@ def _hands_on(node: fx.Node) -> bool:
 
 def is_nothing_in_eval(node: fx.Node) -> bool:
     """Whether `node` gives its input in eval: no operator for a runtime, and no more on the grid in training."""
-    return _called(node) in _NOTHING_IN_EVAL or isinstance(layer_of(node), _NOTHING_IN_EVAL_MODULES)
+    if _called(node) in _NOTHING_IN_EVAL:  # unless it drops in eval too, which is its default
+        given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+        return given.get("training", True) is not True
+    return _is_a(node, _NOTHING_IN_EVAL_MODULES)
 
 
 def entering(node: fx.Node) -> fx.Node:
@@ -218,7 +239,7 @@ def _is_mover(node: fx.Node) -> bool:
     if _called(node) is operator.getitem:
         # a number takes one of several results, and what gave them is known to be a tensor only after a split
         return not isinstance(node.args[1], int) or _called(node.all_input_nodes[0]) in _SPLITTERS
-    return _called(node) in _MOVERS or isinstance(layer_of(node), _MOVER_MODULES)
+    return _called(node) in _MOVERS or _is_a(node, _MOVER_MODULES)
 
 
 def _pads_with_values_of_the_grid(node: fx.Node) -> bool:

@@ -35,11 +35,13 @@ class Quantizers:
         graph: the network.
         layers: names of those whose weight is on a grid.
         activations: names of the modules on its edges.
+        original: the network that was captured, with which it is compared; None where that was compared before.
     """
 
     graph: fx.GraphModule
     layers: tuple[str, ...]
     activations: tuple[str, ...]
+    original: nn.Module | None = None
 
     def of_weight(self, name: str) -> FakeQuantize:
         """The quantizer on the weight of a layer."""
@@ -137,7 +139,13 @@ def found(model: nn.Module) -> Quantizers | None:
 
 
 def lay(
-    graph: fx.GraphModule, precision: Precision, *, exclude: Sequence[str], target: Target, method: str
+    graph: fx.GraphModule,
+    precision: Precision,
+    *,
+    exclude: Sequence[str],
+    target: Target,
+    method: str,
+    original: nn.Module | None = None,
 ) -> Quantizers:
     """Lays quantizers that do not round yet: on the weights of layers, and where the runtime wants them on edges.
 
@@ -147,6 +155,7 @@ def lay(
         exclude: patterns of layers that stay in float.
         target: the runtime and processor that the network is made for.
         method: how errors call who asks.
+        original: the network that was captured; calibration compares the outputs.
 
     Raises:
         InputError: a pattern that matches nothing, no layer left, a grid already there.
@@ -164,7 +173,7 @@ def lay(
     activations = place(graph, layers, precision.activation(end=False), target.runtime)
     for name, layer in layers.items():
         _lay_on_weight(layer, precision.weight(end=name in first_and_last), per_channel=precision.per_channel)
-    quantizers = Quantizers(graph, tuple(layers), tuple(activations))
+    quantizers = Quantizers(graph, tuple(layers), tuple(activations), None if original is graph else original)
     for name in map(quantizers.input_of, first_and_last & layers.keys()):
         if name is not None:
             quantizers.of_activation(name).grid = precision.activation(end=True)
@@ -209,7 +218,7 @@ def lay_or_take_over(
                 f"{method} needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
             )
         precision = Precision(bits or 8, activation_bits or 8, ends_bits or 8, per_channel is not False)
-        return lay(capture(model), precision, exclude=exclude, target=target, method=method)
+        return lay(capture(model), precision, exclude=exclude, target=target, method=method, original=model)
     if exclude:
         raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
     if any(isinstance(each, LearnedFakeQuantize) or getattr(each, "moves", False) for each in quantizers.all()):

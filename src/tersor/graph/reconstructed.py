@@ -54,7 +54,9 @@ class Reconstructed(Attachment):
                 f"{method} needs images to look at; none were given. Pass data=..., a few hundred suffice."
             )
         self.target = target or Target()
-        self.quantizers = lay(capture(model), precision, exclude=exclude, target=self.target, method=method)
+        self.quantizers = lay(
+            capture(model), precision, exclude=exclude, target=self.target, method=method, original=model
+        )
         super().__init__(self.quantizers.graph, notes=notes(self.quantizers, self.target))
         self.data, self.ranges, self.how, self.method = data, ranges, how, method
         self._original = copy.deepcopy(self.quantizers.graph)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.freezing import Norm
-from tersor.core.plain import is_plain
+from tersor.core.plain import has_plain_forward, is_hooked, is_plain
 
 _PLAIN: tuple[type[Norm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _POSITIONS = {nn.BatchNorm1d: (9,), nn.BatchNorm3d: (2, 3, 3)}
@@ -27,7 +27,13 @@ def split_norms(graph: fx.GraphModule) -> dict[str, str]:
     split: dict[str, str] = {}
     for node in list(graph.graph.nodes):
         norm = graph.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(norm, Norm) or is_plain(norm) or len(node.args) != 1 or node.kwargs:
+        if (
+            not isinstance(norm, Norm)
+            or has_plain_forward(norm)
+            or is_hooked(norm)
+            or len(node.args) != 1
+            or node.kwargs
+        ):
             continue
         plain = _plain_part(norm)
         if plain is not None:

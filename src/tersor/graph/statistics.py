@@ -20,6 +20,7 @@ from tersor.core.attachment import Progress
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.core.freezing import Norm
+from tersor.core.plain import has_plain_forward
 from tersor.graph.calibration import first_images
 
 _NOTHING = 1e-6
@@ -65,11 +66,12 @@ def fit(norm: Norm, found: Moments, wanted: Moments, *, spreads: bool) -> None:
 
 
 def with_statistics(graph: fx.GraphModule) -> dict[str, Norm]:
-    """The BatchNorms that have running statistics."""
+    """The BatchNorms that have running statistics, and torch's own forward, which moves them."""
     return {
         name: module
         for name, module in graph.named_modules()
         if isinstance(module, Norm) and module.track_running_stats
+        if module.running_mean is not None and has_plain_forward(module)
     }
 
 

@@ -32,9 +32,10 @@ from torch import Tensor, fx, nn
 from tersor.core.attachment import Progress
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
+from tersor.core.freezing import Norm
 from tersor.graph.calibration import first_images
-from tersor.graph.capture import layer_of, sole_user
 from tersor.graph.channels import Cut
+from tersor.graph.norms import norm_behind, plain_norm
 from tersor.graph.readings import ReadMoments, read, reads_whole, with_ridge
 
 
@@ -126,8 +127,6 @@ def take_over(graph: fx.GraphModule, fits: Mapping[str, Fit]) -> None:
             norm.running_mean -= fit.bias
 
 
-def _norm_behind(graph: fx.GraphModule, name: str) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
+def _norm_behind(graph: fx.GraphModule, name: str) -> Norm | None:
     node = next((node for node in graph.graph.nodes if node.op == "call_module" and node.target == name), None)
-    behind = sole_user(node) if node is not None else None
-    norm = layer_of(behind) if behind is not None else None
-    return norm if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else None
+    return plain_norm(norm_behind(node)) if node is not None else None

@@ -46,6 +46,7 @@ from tersor.graph.branches import Branch, branches, missed
 from tersor.graph.budget import fast_enough, small_enough
 from tersor.graph.capture import capture
 from tersor.graph.channels import Cut, Group, copied, remove
+from tersor.graph.comparison import FEW, require_same
 from tersor.graph.importance import FOR_THE_COST, FunctionPath, Importance, importances
 from tersor.graph.removal_attachment import RemovalAttachment
 from tersor.graph.shortfall import shortfall
@@ -153,6 +154,8 @@ class ChannelPruning:
                 *(f"left whole: the channels of {root}, since {why}" for root, why in whole.items()),
             ]
             cuts = order.cuts(blocks)
+        if model is not graph:
+            require_same(graph, model, images_of(first)[:FEW].to(next(graph.parameters()).device))
         for each in ([branch.cut for branch in gone], cuts):
             if each:
                 remove(graph, each)

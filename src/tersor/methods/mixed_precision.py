@@ -139,7 +139,9 @@ class MixedPrecision:
             )
         target = target or Target()
         precision = Precision(max(self.widths), self.activation_bits, self.ends_bits or 8, self.per_channel)
-        quantizers = lay(capture(model), precision, exclude=self.exclude, target=target, method="mixed_precision")
+        quantizers = lay(
+            capture(model), precision, exclude=self.exclude, target=target, method="mixed_precision", original=model
+        )
         attachment = MixedPrecisionAttachment(self, quantizers, data, target)
         self._refuse_what_cannot_be_met(attachment.options, attachment.sizes)
         return attachment

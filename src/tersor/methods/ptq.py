@@ -32,6 +32,7 @@ from torch import fx, nn
 
 from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
+from tersor.core.feeding import fed
 from tersor.core.freezing import Norm
 from tersor.core.method import PLAIN_VALUES
 from tersor.core.ranges import Range, WeightRange
@@ -39,8 +40,10 @@ from tersor.core.target import Target
 from tersor.graph.bias_correction import batch_of, correct, moments
 from tersor.graph.calibration import calibrate, first_images
 from tersor.graph.capture import capture
+from tersor.graph.comparison import few_images, undone_unless_same
 from tersor.graph.equalization import equalize
 from tersor.graph.integers import calibrated_coverage
+from tersor.graph.norms import record_ranks
 from tersor.graph.precision import (
     ActivationBits,
     CalibrationImages,
@@ -126,7 +129,7 @@ class PTQ:
         graph = capture(model)
         bare = None if self.max_drop is None else fx.GraphModule(graph, copy.deepcopy(graph.graph))
         precision = Precision(self.bits, self.activation_bits, self.ends_bits, self.per_channel, self.symmetric)
-        quantizers = lay(graph, precision, exclude=self.exclude, target=target, method="ptq")
+        quantizers = lay(graph, precision, exclude=self.exclude, target=target, method="ptq", original=model)
         return PTQAttachment(self, quantizers, data, target, bare)
 
 
@@ -173,7 +176,7 @@ class PTQAttachment(Attachment):
         if self.quantizers.ready or self._kept is not None:
             return
         if method.equalize:
-            equalize(graph)
+            self._equalize(graph)
         passes = 1 if self._activation_range == "minmax" else 2
         images = method.calibration_images
         histograms = yield from calibrate(self.quantizers, self.data, images=images, passes=passes, method="ptq")
@@ -194,6 +197,14 @@ class PTQAttachment(Attachment):
             )
             self.notes += _said(self._kept)
         self.notes += calibrated_coverage(graph).notes
+
+    def _equalize(self, graph: fx.GraphModule) -> None:
+        """Compares what the network computes before and after, on a few images."""
+        few, self.data = few_images(self.data, next(graph.parameters()).device)
+        with fed(type(graph).__name__, few):
+            record_ranks(graph, few)
+            undone = undone_unless_same(graph, few, partial(equalize, graph), "cross-layer equalisation")
+        self.notes += () if undone is None else (undone,)
 
     def _correction(self) -> Callable[[], None]:
         """Corrects biases for what rounds whenever it is called; nothing rounds yet."""

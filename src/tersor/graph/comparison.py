@@ -1,0 +1,110 @@
+"""A rewrite is compared: a network's outputs on a few images before it and after.
+
+Capturing, splitting, freezing, equalising and inserting quantizers that do not round yet leave the outputs as they are,
+but for the order in which float32 sums are added up. Each of them goes by the types and shapes of modules, which may say
+less than is true. Where the outputs move, the rewrite is undone and named, or refused where it cannot be undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tersor.core.errors import InputError
+from tersor.core.evaluating import evaluating
+from tersor.core.objective import images_of
+
+FEW = 4
+TOLERANCE = 1e-3
+"""How far an output may lie from what it was, of the largest absolute value of that output."""
+
+
+def few_images(data: Iterable[Any], device: torch.device) -> tuple[Tensor, Iterable[Any]]:
+    """The first images of `data` (N, C, H, W), and the data to read from now on: an iterator is read only once.
+
+    Raises:
+        InputError: there is no batch.
+    """
+    batches = iter(data)
+    first = next(batches, None)
+    if first is None:
+        raise InputError("data without a single image was given. Pass batches (N, C, H, W).")
+    rest = chain([first], batches) if batches is data else data
+    return images_of(first)[:FEW].to(device), rest
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """All floating-point tensors that `model` returns in eval for `images` (N, C, H, W), whatever holds them.
+
+    What it draws at random, it draws from the same seed each time.
+    """
+    with evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(0)
+        leaves: list[Any] = tree_leaves(model(images))
+    return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def difference(after: list[Tensor], before: list[Tensor]) -> float:
+    """The largest difference of two lists of outputs, each relative to the largest absolute value `before`.
+
+    Infinite where their number or shapes differ, or where one has NaN or infinity that the other has not.
+    """
+    if [each.shape for each in after] != [each.shape for each in before]:
+        return float("inf")
+    return max((_relative(*each) for each in zip(after, before, strict=True)), default=0.0)
+
+
+def _relative(after: Tensor, before: Tensor) -> float:
+    same = (after == before) | (after.isnan() & before.isnan())
+    apart = (after - before).abs()[~same]
+    if not apart.numel():
+        return 0.0
+    if not apart.isfinite().all():
+        return float("inf")
+    return float(apart.max() / before[before.isfinite()].abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def require_same(after: nn.Module, before: nn.Module, images: Tensor) -> None:
+    """Refuses a captured network that computes something else on `images` (N, C, H, W) than the one before.
+
+    Raises:
+        InputError: the outputs differ by more than rounding explains.
+    """
+    found = difference(outputs_of(after, images), outputs_of(before, images))
+    if not found <= TOLERANCE:
+        kind = type(before).__name__
+        raise InputError(
+            f"the captured graph of {kind} computes something else than {kind}: on {len(images)} images the outputs "
+            f"differ by {found:.2g} of their largest value, and {TOLERANCE:g} is allowed. Possible: a forward that "
+            "depends on its input alone, not on Python values that change between two calls."
+        )
+
+
+@torch.no_grad()
+def undone_unless_same(model: nn.Module, images: Tensor, rewrite: Callable[[], object], what: str) -> str | None:
+    """Rewrites the tensors of `model` in place; takes that back where its outputs on `images` (N, C, H, W) move.
+
+    Args:
+        model: the network.
+        images: a few of the calibration images.
+        rewrite: changes parameters and buffers of `model`, not its structure.
+        what: how the remark calls the rewrite.
+
+    Returns:
+        A remark for the user if it was undone, else None.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    kept, before = [each.clone() for each in tensors], outputs_of(model, images)
+    rewrite()
+    found = difference(outputs_of(model, images), before)
+    if found <= TOLERANCE:
+        return None
+    for tensor, value in zip(tensors, kept, strict=True):
+        tensor.copy_(value)
+    return f"{what} is undone: it moved the outputs by {found:.2g} of their largest value, and {TOLERANCE:g} is allowed"
