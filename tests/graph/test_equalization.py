@@ -16,6 +16,7 @@ from tersor.core.affine import Grid
 from tersor.core.parametrization import FakeQuantize, Mask
 from tersor.graph.capture import capture
 from tersor.graph.equalization import equalize
+from tersor.graph.norms import record_ranks
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dfq.json").read_text())
 
@@ -88,6 +89,13 @@ def images(seed=5):
     return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
+def captured(model, x):
+    """With the ranks of what fully connected layers give."""
+    graph = capture(model)
+    record_ranks(graph, x)
+    return graph
+
+
 def ranges(first, norm, second):
     """r1 and r2 of the paper for each channel, in plain numbers."""
     made = [max(map(abs, row)) for row in first.weight.flatten(1).tolist()]
@@ -107,7 +115,7 @@ def same_after(model, pairs, x=None):
     """Equalised: so many pairs, and the same answers of a network that has changed, or has not."""
     x = images() if x is None else x
     before, state = model(x), copy.deepcopy(model.state_dict())
-    assert equalize(capture(model)) == pairs
+    assert equalize(captured(model, x)) == pairs
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, state[key])]
     assert bool(changed) == bool(pairs)
@@ -136,7 +144,7 @@ def test_as_the_paper_writes_it(chain):
         for tensor in (first.weight, first.bias) if norm is None else (norm.weight, norm.bias):
             tensor.data[channel] /= s
         second.weight.data[:, channel] *= s
-    equalize(capture(model))
+    equalize(captured(model, images()))
     for found, expected in zip(parts(model, places), (first, norm, second), strict=True):
         for one, other in zip(found.parameters(), expected.parameters(), strict=True) if found is not None else ():
             torch.testing.assert_close(one, other)

@@ -7,11 +7,17 @@ also when a run goes on. One of these stays in eval once it is frozen, and its `
 from __future__ import annotations
 
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+
+def gamma_and_beta(norm: Norm) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """Factor and shift of each channel, (C,); each may be missing."""
+    return cast("nn.Parameter | None", norm.weight), cast("nn.Parameter | None", norm.bias)
 
 
 class Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]

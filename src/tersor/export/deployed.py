@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tersor.core.affine import Grid
-from tersor.core.freezing import Norm
+from tersor.core.freezing import Norm, gamma_and_beta
 from tersor.core.parametrization import FakeQuantize, strip, weight_quantizer
 from tersor.core.plain import is_plain
 from tersor.core.selection import Layer
@@ -235,7 +235,8 @@ def _folded(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var + norm.eps)
-    if isinstance(norm.weight, Tensor):
-        factor = factor * norm.weight
+    gamma, beta = gamma_and_beta(norm)
+    if gamma is not None:
+        factor = factor * gamma
     centred = -norm.running_mean if bias is None else bias - norm.running_mean
-    return factor, centred * factor + (norm.bias if isinstance(norm.bias, Tensor) else 0)
+    return factor, centred * factor + (0 if beta is None else beta)

@@ -1,8 +1,8 @@
 """A rewrite is compared: a network's outputs on a few images before it and after.
 
-Capturing, splitting, freezing, equalising and inserting quantizers that do not round yet leave the outputs as they are,
-but for the order in which float32 sums are added up. Each of them goes by the types and shapes of modules, which may say
-less than is true. Where the outputs move, the rewrite is undone and named, or refused where it cannot be undone.
+Capturing, splitting, freezing, equalising and inserting quantizers that do not round yet leave the outputs as they
+are, but for the order in which float32 sums are added up. Each of them goes by the types and shapes of modules, which
+may say less than is true. Where the outputs move, the rewrite is undone and named, or it is refused.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from tersor.core.freezing import Norm
+from tersor.core.freezing import Norm, gamma_and_beta
 from tersor.core.parametrization import FakeQuantize, parametrized
 from tersor.core.plain import is_plain
 from tersor.core.ranges import channel_maxima
@@ -87,7 +87,7 @@ def _scales_with_its_input(node: fx.Node) -> bool:
 
 
 def _divides(norm: Norm | None) -> bool:
-    return norm is None or (isinstance(norm.weight, Tensor) and isinstance(norm.bias, Tensor))
+    return norm is None or all(each is not None for each in gamma_and_beta(norm))
 
 
 def _reads_channels(first: Layer, second: Layer) -> bool:

@@ -47,7 +47,7 @@ def split_norms(graph: fx.GraphModule) -> dict[str, str]:
 def _plain_part(norm: Norm) -> Norm | None:
     """torch's BatchNorm over the same tensors and children, where `norm` is that and then its children in a row."""
     kind = next(each for each in type(norm).__mro__ if each in _PLAIN)
-    plain = kind.__new__(kind)
+    plain: Norm = object.__new__(kind)
     plain.__dict__.update(vars(norm))
     own_mode = type(norm).train is not nn.Module.train or type(norm).eval is not nn.Module.eval
     if own_mode or not is_plain(plain) or norm.running_mean is None:

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from tersor.core.errors import InputError
+from tersor.graph import quantizers
+from tersor.graph.comparison import FEW, difference, few_images, outputs_of, require_same, undone_unless_same
+from tersor.methods.ptq import PTQ
+from tersor.methods.qat import QAT
+
+IMAGES = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images):
+        maps = self.conv(images)
+        return {"maps": maps, "parts": (maps.mean((2, 3)), None, maps.argmax(1))}
+
+
+def chain():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten()
+    ).eval()
+
+
+def test_outputs_of_any_structure_in_eval():
+    model = nn.Sequential(Several()).train()
+    assert [tuple(each.shape) for each in outputs_of(model, IMAGES)] == [(8, 4, 4, 4), (8, 4)]
+    assert model.training
+
+
+def test_drawn_numbers_are_the_same_and_the_callers_are_left():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
+    model.register_forward_hook(lambda _, __, given: given + torch.rand_like(given))
+    state = torch.get_rng_state()
+    assert difference(outputs_of(model, IMAGES), outputs_of(model, IMAGES)) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ([4.0, -2.0], 0.0),
+        ([4.0, -1.0], 0.25),
+        ([4.0, float("nan")], float("inf")),
+        ([4.0], float("inf")),
+    ],
+)
+def test_difference_by_hand(after, expected):
+    assert difference([torch.tensor(after)], [torch.tensor([4.0, -2.0])]) == expected
+
+
+def test_nan_in_the_same_place_is_the_same_and_zeros_are_compared():
+    nan = torch.tensor([1.0, float("nan"), float("inf")])
+    assert difference([nan], [nan.clone()]) == 0
+    assert difference([torch.ones(2)], [torch.zeros(2)]) > 1
+    assert difference([], [torch.zeros(2)]) == float("inf")
+
+
+def test_a_rewrite_that_moves_outputs_is_undone_and_named():
+    model = chain()
+    before = copy.deepcopy(model.state_dict())
+    said = undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1.1), "the rewrite")
+    assert said is not None
+    assert said.startswith("the rewrite is undone: it moved the outputs by")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1 + 1e-6), "the rewrite") is None
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_an_iterator_is_read_once():
+    few, rest = few_images(iter([IMAGES, IMAGES + 1]), torch.device("cpu"))
+    assert torch.equal(few, IMAGES[:FEW])
+    assert [each.mean() for each in rest] == [each.mean() for each in (IMAGES, IMAGES + 1)]
+    batches = [IMAGES]
+    assert few_images(batches, torch.device("cpu"))[1] is batches
+    with pytest.raises(InputError, match="without a single image"):
+        few_images([], torch.device("cpu"))
+
+
+def test_require_same():
+    model, other = chain(), chain()
+    require_same(other, model, IMAGES)
+    other[3].bias.data[0] += 1
+    with pytest.raises(InputError, match="Sequential computes something else than Sequential: on 8 images"):
+        require_same(other, model, IMAGES)
+
+
+class Counts(nn.Module):
+    """Python that changes between two calls, which a graph does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head, self.calls = nn.Conv2d(3, 6, 3), nn.Linear(6, 4), 0
+
+    def forward(self, images):
+        self.calls += 1
+        return self.head(self.conv(images).mean((2, 3)) * self.calls)
+
+
+@pytest.mark.parametrize("verb", ["quantize", "prune"])
+def test_a_graph_that_computes_something_else_is_refused(verb):
+    torch.manual_seed(0)
+    model = Counts().eval()
+    model(IMAGES), model(IMAGES)
+    call = {"quantize": lambda: tersor.quantize(model, [IMAGES]), "prune": lambda: tersor.prune(model, [IMAGES], round_to=1)}
+    with pytest.raises(InputError, match="the captured graph of Counts computes something else"):
+        call[verb]()
+
+
+@pytest.mark.parametrize("method", [PTQ(), QAT()])
+def test_quantizers_that_change_something_before_they_round_are_refused(method, monkeypatch):
+    place = quantizers.place
+
+    def broken(graph, *rest):
+        graph.get_submodule("3").bias.data[0] += 1
+        graph.set_submodule("3", copy.deepcopy(graph.get_submodule("3")))
+        graph.get_submodule("3").bias.data[0] += 1
+        return place(graph, *rest)
+
+    monkeypatch.setattr(quantizers, "place", broken)
+    attached = method.attach(chain(), data=[IMAGES], steps=2)
+    with pytest.raises(InputError, match="computes something else"):
+        list(attached.begin())
+
+
+def test_equalisation_that_is_not_exact_is_undone_and_named(monkeypatch):
+    model = chain()
+    state = copy.deepcopy(model.state_dict())
+
+    def wrong(graph):
+        graph.get_submodule("1").weight.div_(2)
+        return 1
+
+    monkeypatch.setattr("tersor.methods.ptq.equalize", wrong)
+    attached = PTQ(equalize=True).attach(model, data=iter([IMAGES]))
+    list(attached.begin())
+    assert any(note.startswith("cross-layer equalisation is undone") for note in attached.notes)
+    assert torch.equal(attached.model.get_submodule("1").weight, state["1.weight"])
+
+
+def test_equalisation_that_is_exact_stays():
+    model = chain()
+    before = model[1].weight.detach().clone()
+    attached = PTQ(equalize=True).attach(model, data=iter([IMAGES]))
+    list(attached.begin())
+    assert not any("undone" in note for note in attached.notes)
+    assert not torch.equal(model[1].weight, before)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.graph.capture import capture
+from tersor.graph.norms import likely_norm_behind, norm_behind, record_ranks
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Tokens(nn.Module):
+    """(N, 8, 8) -> (N, 8, 8): as many features as tokens, so that shapes of tensors tell nothing."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), norm
+
+    def forward(self, images):
+        return self.norm(self.linear(images[:, 0]))
+
+
+def vectors(norm, features=5):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, features), norm)
+
+
+def maps(norm):
+    return nn.Sequential(nn.Conv2d(3, 5, 1), norm)
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, values):
+        return super().forward(values) + 1
+
+
+FOUND = {
+    "maps": lambda: maps(nn.BatchNorm2d(5)),
+    "maps, of several processes": lambda: maps(nn.SyncBatchNorm(5)),
+    "not affine": lambda: maps(nn.BatchNorm2d(5, affine=False)),
+    "vectors": lambda: vectors(nn.BatchNorm1d(5)),
+    "vectors, of several processes": lambda: vectors(nn.SyncBatchNorm(5)),
+}
+NOT_FOUND = {
+    "tokens": lambda: Tokens(nn.BatchNorm1d(8)),
+    "tokens, of several processes": lambda: Tokens(nn.SyncBatchNorm(8)),
+    "a forward of its own": lambda: maps(Shifted(5)),
+    "no statistics": lambda: maps(nn.BatchNorm2d(5, track_running_stats=False)),
+    "groups": lambda: maps(nn.GroupNorm(1, 5)),
+}
+
+
+def nodes(graph):
+    return [
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_module" and isinstance(graph.get_submodule(node.target), nn.Conv2d | nn.Linear)
+    ]
+
+
+@pytest.mark.parametrize("kind", FOUND | NOT_FOUND)
+def test_which_norm_normalises_the_channels(kind):
+    graph = capture((FOUND | NOT_FOUND)[kind]().eval())
+    record_ranks(graph, IMAGES)
+    (node,) = nodes(graph)
+    assert (norm_behind(node) is not None) == (kind in FOUND)
+
+
+def test_of_unknown_rank_a_norm_is_likely_at_most():
+    graph = capture(vectors(nn.BatchNorm1d(5)).eval())
+    (node,) = nodes(graph)
+    assert norm_behind(node) is None
+    assert likely_norm_behind(node) is not None
+
+
+def test_recording_leaves_nothing_and_a_copy_of_the_graph_knows():
+    graph = capture(vectors(nn.BatchNorm1d(5)))
+    before = copy.deepcopy(graph.state_dict())
+    record_ranks(graph, IMAGES)
+    assert all(torch.equal(value, before[key]) for key, value in graph.state_dict().items())
+    assert graph.training
+    assert not any(module._forward_hooks for module in graph.modules())
+    copied = copy.deepcopy(graph.graph)
+    copied.owning_module = graph
+    (node,) = [node for node in copied.nodes if node.target == "1"]
+    assert norm_behind(node) is not None
+
+
+def test_a_layer_with_two_norms_and_two_layers_with_one():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.one, self.other = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            a, b = self.a(x), self.b(x)
+            return self.one(a) + self.other(a) + self.one(b)
+
+    first, second = nodes(capture(Two().eval()))
+    assert norm_behind(first) is None
+    assert norm_behind(second).target == "one"
