@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import shutil
 import warnings
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import nn
 import tersor
 from tersor import verbs
 from tersor.core.errors import CompressionWarning, InputError
+from tersor.core.parametrization import quantizers_disabled
 from tersor.export.onnx import export as write
 from tersor.export.runtime import Session, open_session
 from tersor.export.verification import verify
@@ -76,14 +79,20 @@ def test_of_a_network_in_float(factor, precision, expected):
     assert verified(session(in_torch(model, factor), precision=precision), model)[0] == expected
 
 
-def test_the_yardstick_is_what_quantization_does():
-    model = network()
-    quantized = tersor.quantize(model, [IMAGES], bits=2)
+def moved_by_quantization(model):
+    """What torch gives for the first 16 images, and the share of it by which quantization moves it."""
     with torch.no_grad():
-        moved = float((quantized(IMAGES[:16]) - model(IMAGES[:16])).norm() / quantized(IMAGES[:16]).norm())
+        of_torch = model(IMAGES[:16])
+        with quantizers_disabled(model):
+            return of_torch, float((model(IMAGES[:16]) - of_torch).norm() / of_torch.norm())
+
+
+def test_the_yardstick_is_what_quantization_does():
+    model = tersor.quantize(network(), [IMAGES], bits=2)
+    _, moved = moved_by_quantization(model)
     assert moved > 0.02
     for times, expected in ((1.9, "nothing"), (2.1, "warned"), (5.1, "refused")):
-        said, told = verified(session(in_torch(quantized, 1 + times * moved)), quantized)
+        said, told = verified(session(in_torch(model, 1 + times * moved)), model)
         assert said == expected
         assert said == "nothing" or f"quantization moves them by {100 * moved:.3g} %" in told
 
@@ -115,44 +124,44 @@ def test_pixels_are_whole_numbers_on_both_sides():
     assert seen[0].dtype == np.uint8
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Of a network of two bits."""
+    quantized = tersor.quantize(network(), [IMAGES], bits=2)
+    return quantized, write(quantized, IMAGES, tmp_path_factory.mktemp("verification") / "model.onnx")
+
+
+def test_a_right_file_of_few_bits_is_no_false_alarm(file):
+    quantized, path = file
+    assert verified(open_session(path, "onnxruntime"), quantized)[0] == "nothing"
+
+
 @pytest.fixture
-def changed(monkeypatch):
-    """Files are written from networks whose bias was moved: `changed(by)`."""
+def moved_by(file, monkeypatch):
+    """A network whose last bias is not that in the file which the verb writes, by so many times what 2 bits do."""
 
-    def by(much):
-        def wrong(model, example, path, **options):
-            model[7].bias.data += much
-            written = write(model, example, path, **options)
-            model[7].bias.data -= much
-            return written
-
-        monkeypatch.setattr(verbs, "write_onnx", wrong)
+    def by(times):
+        quantized, path = file
+        monkeypatch.setattr(verbs, "write_onnx", lambda _model, _example, to, **_: shutil.copy(path, to))
+        moved = copy.deepcopy(quantized)
+        of_torch, share = moved_by_quantization(moved)
+        moved.get_submodule("7").bias.data += times * share * of_torch.square().mean().sqrt()
+        return moved
 
     return by
 
 
-def test_the_verb_refuses_a_wrong_file_and_leaves_that_of_before(changed, tmp_path):
-    model = network()
+def test_the_verb_refuses_a_wrong_file_and_leaves_that_of_before(moved_by, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"of before")
-    changed(1.0)
     with pytest.raises(InputError, match="Rounding does not explain that"):
-        tersor.export(model, IMAGES, path)
+        tersor.export(moved_by(20), IMAGES, path)
     assert path.read_bytes() == b"of before"
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_the_verb_warns_and_leaves_a_file_that_is_off(changed, tmp_path):
-    model = network()
-    changed(0.002)
+def test_the_verb_warns_and_leaves_a_file_that_is_off(moved_by, tmp_path):
     with pytest.warns(CompressionWarning, match=r"16 example images .* differ from torch's by") as found:
-        tersor.export(model, IMAGES, tmp_path / "model.onnx")
+        tersor.export(moved_by(3.5), IMAGES, tmp_path / "model.onnx")
     assert Path(found[0].filename) == Path(__file__)
     assert (tmp_path / "model.onnx").stat().st_size
-
-
-@pytest.mark.parametrize("bits", [2, 3, 8])
-def test_a_right_file_of_few_bits_is_no_false_alarm(bits, tmp_path):
-    quantized = tersor.quantize(network(), [IMAGES], bits=bits)
-    opened = open_session(write(quantized, IMAGES, tmp_path / "model.onnx"), "onnxruntime")
-    assert verified(opened, quantized)[0] == "nothing"
