@@ -293,3 +293,85 @@ def test_nodes_tell_who_reads_them():
     assert [value.name for value in values_into(nodes["dropout"])] == ["add_1"], "without the mode"
     assert sole_user(nodes["conv"]) is nodes["mul"]
     assert sole_user(nodes["training"]) is None
+
+
+class Remembers(nn.Module):
+    """Its forwards keep what they computed: as attributes, in a list, in a dict, as a buffer made when first called."""
+
+    def __init__(self, *, fails):
+        super().__init__()
+        self.conv, self.inner, self.fails = nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1)), fails
+        self.seen, self.by_name, self.last = [], {}, None
+
+    def forward(self, x):
+        x = self.inner(self.conv(x))
+        self.last = x
+        self.inner.attention = x
+        self.seen.append(x)
+        self.by_name["x"] = x
+        if "grid" not in self._buffers:
+            self.register_buffer("grid", torch.linspace(0, 1, 8))
+        x = x + self.grid + torch.ones(8)
+        return x if self.fails is None else self.fails(x)
+
+
+def as_it_is(model):
+    """All that modules hold; of containers, a copy."""
+    return [
+        (
+            module,
+            {key: copy.copy(value) if isinstance(value, list | dict) else value for key, value in vars(module).items()},
+        )
+        for module in model.modules()
+    ]
+
+
+def branches(x):
+    return x if x.sum() > 0 else -x
+
+
+def raises(_):
+    raise ValueError("of its own")
+
+
+@pytest.mark.parametrize("fails", [None, branches, raises])
+def test_capture_leaves_nothing_in_the_network(fails):
+    model = Remembers(fails=fails)
+    before = as_it_is(model)
+    if fails is None:
+        graph = capture(model)
+    else:
+        with pytest.raises(InputError):
+            capture(model)
+    for (module, expected), (found, now) in zip(before, as_it_is(model), strict=True):
+        assert module is found
+        assert now == expected
+    if fails is None:
+        images = torch.randn(2, 3, 8, 8)
+        assert torch.equal(graph(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "recompile", "to_folder"])
+@pytest.mark.parametrize("kind", ["module", "parameter"])
+def test_a_part_named_like_the_graphs_own_is_refused(name, kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    setattr(model, name, nn.ReLU() if kind == "module" else nn.Parameter(torch.zeros(1)))
+    with pytest.raises(InputError, match=f"Sequential has a part named '{name}', which a captured graph has itself"):
+        capture(model)
+    outer = nn.Sequential(model)
+    assert torch.equal(capture(outer)(torch.ones(1, 3, 2, 2)), outer(torch.ones(1, 3, 2, 2)))
+
+
+@pytest.mark.parametrize("what", ["forward", "hook", "pre-hook"])
+def test_what_the_outermost_module_would_lose_is_refused(what):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    if what == "forward":
+        model.forward = lambda x: model[0](x) + 1
+    elif what == "hook":
+        model.register_forward_hook(lambda _, __, found: found + 1)
+    else:
+        model.register_forward_pre_hook(lambda _, given: (given[0] + 1,))
+    with pytest.raises(InputError, match="a forward was set on the instance, or forward hooks"):
+        capture(model)
+    outer = nn.Sequential(model).eval()
+    assert torch.equal(capture(outer)(torch.ones(1, 3, 2, 2)), outer(torch.ones(1, 3, 2, 2)))

@@ -10,7 +10,8 @@ from tersor.core.errors import InputError
 from tersor.core.parametrization import FakeQuantize
 from tersor.core.selection import weighted_layers
 from tersor.graph.capture import capture, layer_of
-from tersor.graph.placement import is_nothing_in_eval, place, quantizable, source_of
+from tersor.graph.placement import edges, is_nothing_in_eval, place, quantizable, source_of
+from tersor.graph.structure import rebuild, structure
 from tersor.zoo import build
 
 BYTES = Grid.unsigned(8)
@@ -259,3 +260,43 @@ def test_a_name_that_is_taken_is_an_error():
 
     with pytest.raises(InputError, match="named 'quantizers'"):
         placed(Taken())
+
+
+class Always(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+class Plus(nn.Identity):
+    def forward(self, x):
+        return x + 1
+
+
+class Casts(nn.Module):
+    """Nodes named `to` and `to_`."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.conv(self.to_(x.to(torch.float32)))
+
+
+def test_no_quantizer_is_named_like_an_attribute_of_a_module():
+    graph = capture(Casts().eval())
+    expected = ["quantizers.to__", "quantizers.to_"]
+    assert edges(graph, ["to_", "conv"], "onnxruntime") == set(expected)
+    assert place(graph, ["to_", "conv"], Grid.unsigned(8), "onnxruntime") == expected
+    fresh = rebuild(Casts().eval(), structure(graph))
+    assert [str(node.target) for node in fresh.graph.nodes] == [str(node.target) for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize(
+    ("module", "handed_on"),
+    [(nn.Dropout(), True), (Always(), False), (nn.Identity(), True), (Plus(), False)],
+    ids=["Dropout", "drops in eval", "Identity", "adds"],
+)
+def test_what_is_nothing_in_eval(module, handed_on):
+    node = next(node for node in capture(nn.Sequential(module)).graph.nodes if node.op not in ("placeholder", "output"))
+    assert is_nothing_in_eval(node) == handed_on

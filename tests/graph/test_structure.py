@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -11,6 +12,7 @@ from tersor.core.target import Target
 from tersor.graph.structure import rebuild, structure
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
+from tersor.methods.qat import QAT
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.zoo import build
 
@@ -35,6 +37,39 @@ def test_a_fresh_network_takes_the_state(laid, runtime):
     assert (missing, unexpected) == ([], [])
     assert torch.equal(again(IMAGES), attached.model(IMAGES))
     assert structure(again) == found
+
+
+class Own(nn.BatchNorm2d):
+    def forward(self, values):
+        return 2 * super().forward(values)
+
+
+def with_other_norms():
+    """One that is split, one with a forward of its own, one of several processes."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        BatchNormAct2d(4),
+        nn.Conv2d(4, 4, 3),
+        Own(4),
+        nn.Conv2d(4, 4, 3),
+        nn.SyncBatchNorm(4),
+    ]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def test_norms_of_other_classes_are_frozen_and_rebuilt():
+    attached = QAT(freeze_norm_at=0.5).attach(with_other_norms(), data=[IMAGES], steps=2)
+    list(attached.begin())
+    attached.model.train()
+    attached.after_step(0, torch.optim.SGD(attached.model.parameters()))
+    attached.finish()
+    found = structure(attached.model)
+    assert found["freezable"] == ["1", "3", "5"]
+    again = rebuild(with_other_norms(), json.loads(json.dumps(found)))
+    again.load_state_dict(attached.model.state_dict())
+    assert not any(again.train().get_submodule(name).training for name in found["freezable"])
+    assert torch.equal(again.eval()(IMAGES), attached.model.eval()(IMAGES))
 
 
 def test_rounds_of_cuts_are_replayed_one_after_the_other():
