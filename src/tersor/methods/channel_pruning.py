@@ -154,8 +154,7 @@ class ChannelPruning:
                 *(f"left whole: the channels of {root}, since {why}" for root, why in whole.items()),
             ]
             cuts = order.cuts(blocks)
-        if model is not graph:
-            require_same(graph, model, images_of(first)[:FEW].to(next(graph.parameters()).device))
+        require_same(graph, model, images_of(first)[:FEW].to(next(graph.parameters()).device))
         for each in ([branch.cut for branch in gone], cuts):
             if each:
                 remove(graph, each)
