@@ -1,4 +1,4 @@
-"""A run that is killed at a random moment, or whose disk refuses, and that goes on in a fresh process: the same bits."""
+"""A run that is killed, or whose disk refuses, and that goes on in a fresh process ends with the same bits."""
 
 import random
 import sys

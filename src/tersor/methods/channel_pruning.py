@@ -154,6 +154,7 @@ class ChannelPruning:
                 *(f"left whole: the channels of {root}, since {why}" for root, why in whole.items()),
             ]
             cuts = order.cuts(blocks)
+        require_same(graph, model, images_of(first)[:FEW].to(next(graph.parameters()).device))
         for each in ([branch.cut for branch in gone], cuts):
             if each:
                 remove(graph, each)
@@ -245,8 +246,7 @@ class ChannelPruning:
 def _captured(model: nn.Module, images: Tensor) -> fx.GraphModule:
     """The graph of `model`, compared with it on a few images."""
     graph = capture(model)
-    if model is not graph:
-        require_same(graph, model, images[:FEW].to(next(graph.parameters()).device))
+    require_same(graph, model, images[:FEW].to(next(graph.parameters()).device))
     return graph
 
 
