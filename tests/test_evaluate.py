@@ -6,10 +6,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tersor import evaluate as module
 from tersor.core.errors import InputError
 from tersor.core.watch import Unwatched
 from tersor.evaluate import evaluate
+from tersor.export.bench import BATCH_SIZES
 from tersor.export.onnx import export
+from tersor.export.timings import Timings
 
 
 def network(classes: int) -> nn.Module:
@@ -44,3 +47,50 @@ def test_other_classes_are_refused(images, tmp_path, classes, words):
 def test_the_same_classes_are_not(images, tmp_path):
     export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
     assert evaluate(tmp_path / "model.onnx", str(images), None, watch=Unwatched()).images == 6
+
+
+def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        export(network(2), torch.rand(1, 3, 8, 8), tmp_path / f"{name}.onnx")
+    one, two = (str(tmp_path / f"{name}.onnx") for name in ("one", "two"))
+    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
+
+    def latency(contenders, example, *, ratios, seconds):
+        assert example.shape == (1, 3, 8, 8)
+        ms = {name: 2.0 if "one" in name else 1.0 for name in contenders}
+        groups = {
+            name: {size: [[value], [1.01 * value], [0.99 * value]] for size in BATCH_SIZES}
+            for name, value in ms.items()
+        }
+        timings = Timings(groups, dict.fromkeys(BATCH_SIZES, "interval"))
+        assert [round(ratio.value, 6) for ratio in ratios(timings, 1)] == [2, 2], "original and baseline"
+        return timings
+
+    monkeypatch.setattr(module, "latency", latency)
+    tables = list(module.timed([tmp_path / "one.onnx", tmp_path / "two.onnx"], 1.0))
+    assert [(each.batch_size, each.rounds, each.ended_by) for each in tables] == [
+        (size, 3, "interval") for size in BATCH_SIZES
+    ]
+    for each in tables:
+        (file, place, milliseconds, *compared), (other, _, _, *difference) = each.rows
+        assert (file.split(",")[0], other.split(",")[0]) == (one, two)
+        assert (place, milliseconds.split("\n")[0]) == ("onnxruntime\nfloat32", "2.000")
+        assert compared == ["original", "baseline"]
+        assert difference == ["2.00x faster (2.00 to 2.00)"] * 2
+
+
+def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
+    for size in (8, 16):
+        export(network(2), torch.rand(1, 3, size, size), tmp_path / f"{size}.onnx")
+    shapes = []
+
+    def latency(contenders, example, **_options):
+        shapes.append((example.shape, [name.rpartition("/")[2].split(".")[0] for name in contenders]))
+        return Timings({name: {size: [[1.0], [1.0]] for size in BATCH_SIZES} for name in contenders},
+                       dict.fromkeys(BATCH_SIZES, "time"))  # fmt: skip
+
+    monkeypatch.setattr(module, "latency", latency)
+    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
+    tables = list(module.timed([tmp_path / "8.onnx", tmp_path / "16.onnx"], 1.0))
+    assert shapes == [((1, 3, 8, 8), ["8"]), ((1, 3, 16, 16), ["16"])]
+    assert len(tables) == 6

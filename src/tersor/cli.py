@@ -185,17 +185,14 @@ def schema() -> None:
 def _table(numbers: dict[str, Any]) -> Table:
     """All entries side by side, and the artifact against the original and the baseline."""
     from tersor.export.report.measured import entries, less_by
-    from tersor.export.report.verdict import difference, reference, same_place
+    from tersor.export.report.verdict import RUNTIMES, difference, reference, same_place
 
     columns, artifact = entries(numbers), numbers["artifact"]
     title = f"{numbers['machine']['cpu']}, {numbers['machine']['threads']} threads"
     table = Table(title=title, caption=f"In brackets: 95 % intervals. Rounds: {_ended(numbers)}.")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right", min_width=len("onnxruntime"))
-    for column in ("against the original", "against the baseline"):
-        table.add_column(column, justify="right")
-    table.add_row("runtime", *[entry["runtime"] for entry in columns.values()])
+    for column in ("", *columns, "against the original", "against the baseline"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("runtime", *[RUNTIMES[entry["runtime"]] for entry in columns.values()])
     table.add_row("floats in", *[entry["precision"] for entry in columns.values()])
     table.add_row("accuracy, %", *[f"{entry['accuracy']:.2f}" for entry in columns.values()])
     table.add_row("answers kept, %", *[f"{entry['agreement']:.2f}" for entry in columns.values()])
@@ -209,7 +206,7 @@ def _table(numbers: dict[str, Any]) -> Table:
     for size, baseline in numbers["baseline"].items():
         medians = [
             f"{entry['latency_ms'][size]['median']:.2f}"
-            + (" (baseline)" if entry is not artifact and same_place(entry, baseline) else "")
+            + ("\nbaseline" if entry is not artifact and same_place(entry, baseline) else "")
             for entry in columns.values()
         ]
         table.add_row(f"ms, batch {size}", *medians, *[difference(of[size]) for of in numbers["speedup"].values()])
@@ -218,10 +215,11 @@ def _table(numbers: dict[str, Any]) -> Table:
 
 def _ended(numbers: dict[str, Any]) -> str:
     """Why there were no more rounds, by batch size."""
+    from tersor.export.report.verdict import by_batch_size
+
     told = numbers["rounds"]
-    return ", ".join(
-        f"until {_until(reason, told['time_limit_seconds'])} at batch {size}"
-        for size, reason in told["ended_by"].items()
+    return by_batch_size(
+        {size: f"until {_until(reason, told['time_limit_seconds'])}" for size, reason in told["ended_by"].items()}
     )
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from samples import alone, entry, evidence_of, numbers_at, numbers_of, profile_of, ratio_of, speedups
 
-from tersor.export.report.verdict import difference, points_change, reference, size_change, verdict
+from tersor.export.report.verdict import by_batch_size, difference, points_change, reference, size_change, verdict
 
 BF16 = {"runtime": "openvino", "precision": "bfloat16"}
 
@@ -128,6 +128,14 @@ def test_larger_batches_are_told_where_it_is_faster():
     numbers = numbers_at(8.0)
     numbers["speedup"]["baseline"]["32"] = ratio_of(4.0)
     assert verdict(numbers).endswith(" It is 4.0x faster (3.8 to 4.2) than the baseline at batch 32.")
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [({"1": "a", "32": "a"}, "a"), ({"1": "a", "32": "b", "128": "b"}, "a at batch 1, b at batch 32 and 128")],
+)
+def test_batch_sizes_of_the_same_are_told_together(told, line):
+    assert by_batch_size(told) == line
 
 
 @pytest.mark.parametrize(

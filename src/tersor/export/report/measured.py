@@ -10,6 +10,7 @@ from tersor.export.report.verdict import (
     RUNTIMES,
     Numbers,
     Reference,
+    by_batch_size,
     difference,
     place,
     reference,
@@ -64,11 +65,7 @@ def head(numbers: Numbers, evidence: Mapping[str, Any] | None) -> Markup:
 
 def _compared(numbers: Numbers) -> str:
     """Which file in which runtime the two references are, and what is in brackets."""
-    names = {size: place(entry) for size, entry in numbers["baseline"].items()}
-    if len(set(names.values())) == 1:
-        named = next(iter(names.values()))
-    else:
-        named = ", ".join(f"{name} at batch {size}" for size, name in names.items())
+    named = by_batch_size({size: place(entry) for size, entry in numbers["baseline"].items()})
     searched = " and ".join(RUNTIMES[runtime] for runtime in numbers["candidates"])
     their = "its" if len(numbers["candidates"]) == 1 else "their"
     return (

@@ -63,6 +63,16 @@ def place(entry: Mapping[str, Any]) -> str:
     return f"{RUNTIMES[entry['runtime']]} in {entry['precision']}"
 
 
+def by_batch_size(told: Mapping[str, str]) -> str:
+    """Batch size -> text, in one line: "a at batch 1, b at batch 32 and 128"; the text alone where all are the same."""
+    sizes: dict[str, list[str]] = {}
+    for size, text in told.items():
+        sizes.setdefault(text, []).append(size)
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    return ", ".join(f"{text} at batch {' and '.join(each)}" for text, each in sizes.items())
+
+
 def same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two entries are of the same runtime and precision."""
     return (one["runtime"], one["precision"]) == (other["runtime"], other["precision"])
