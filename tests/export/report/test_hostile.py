@@ -92,10 +92,11 @@ def test_every_text_is_text(folder, ordinary):
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_keys_are_text_too(folder, ordinary, hostile):
     numbers, evidence = numbers_of(), evidence_of()
-    for entry in ("original", "bf16", "artifact"):
+    for entry in (numbers["original"], *numbers["candidates"].values(), numbers["artifact"]):
         for key in ("latency_ms", "latency_runs_ms"):
-            numbers[entry][key][hostile] = numbers[entry][key]["1"]
-    numbers["noise_floor"][hostile] = numbers["noise_floor"]["1"]
+            entry[key][hostile] = entry[key]["1"]
+    for by_size in (numbers["baseline"], numbers["rounds"]["ended_by"], *numbers["speedup"].values()):
+        by_size[hostile] = by_size["1"]
     numbers["stages"][0]["methods"] = [{hostile: {hostile: hostile}}, hostile]
     evidence["profile"][hostile] = evidence["profile"]["1"]
     evidence["attention"]["layers"] = {hostile: [hostile]}
