@@ -10,8 +10,8 @@ from tersor import evaluate as module
 from tersor.core.errors import InputError
 from tersor.core.watch import Unwatched
 from tersor.evaluate import evaluate
-from tersor.export.bench import BATCH_SIZES
 from tersor.export.artifact import write_folder
+from tersor.export.bench import BATCH_SIZES
 from tersor.export.onnx import export
 from tersor.export.timings import Timings
 

@@ -57,6 +57,14 @@ def texts(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from texts(value[key])
 
 
+def of_batch_sizes(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in it whose keys are batch sizes."""
+    if isinstance(value, dict) and "1" in value:
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from of_batch_sizes(each)
+
+
 @pytest.fixture
 def ordinary(folder) -> Page:
     return page_of(folder, numbers_of(), evidence_of())
@@ -92,12 +100,9 @@ def test_every_text_is_text(folder, ordinary):
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_keys_are_text_too(folder, ordinary, hostile):
     numbers, evidence = numbers_of(), evidence_of()
-    for entry in ("original", "bf16", "artifact"):
-        for key in ("latency_ms", "latency_runs_ms"):
-            numbers[entry][key][hostile] = numbers[entry][key]["1"]
-    numbers["noise_floor"][hostile] = numbers["noise_floor"]["1"]
+    for by_batch_size in [*of_batch_sizes(numbers), *of_batch_sizes(evidence)]:
+        by_batch_size[hostile] = by_batch_size["1"]
     numbers["stages"][0]["methods"] = [{hostile: {hostile: hostile}}, hostile]
-    evidence["profile"][hostile] = evidence["profile"]["1"]
     evidence["attention"]["layers"] = {hostile: [hostile]}
     evidence["attention"]["images"][0]["maps"] = {hostile: [evidence["attention"]["images"][0]["png"]]}
     page = page_of(folder, numbers, evidence)
