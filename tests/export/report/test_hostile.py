@@ -133,3 +133,12 @@ def test_another_shape_is_one_message(folder, name, text):
     with pytest.raises(InputError, match="damaged"):
         draw(folder)
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("key", ["profile", "targets", "attention", "answers", "layers"])
+@pytest.mark.parametrize("empty", [{}, [], None, 0, "", [None], {"1": None}])
+def test_an_evidence_without_a_part_is_a_page_or_one_message(folder, key, empty):
+    try:
+        page_of(folder, numbers_of(), evidence_of() | {key: empty})
+    except InputError as error:
+        assert "Run its recipe.yaml again" in str(error)  # noqa: PT017
