@@ -10,6 +10,7 @@ from tersor import evaluate as module
 from tersor.core.errors import InputError
 from tersor.core.watch import Unwatched
 from tersor.evaluate import evaluate
+from tersor.export.artifact import write_folder
 from tersor.export.bench import BATCH_SIZES
 from tersor.export.onnx import export
 from tersor.export.timings import Timings
@@ -94,3 +95,29 @@ def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
     tables = list(module.timed([tmp_path / "8.onnx", tmp_path / "16.onnx"], 1.0))
     assert shapes == [((1, 3, 8, 8), ["8"]), ((1, 3, 16, 16), ["16"])]
     assert len(tables) == 6
+
+
+def folder_saying(tmp_path, *, recipe, numbers):
+    def fill(folder):
+        export(network(2), torch.rand(1, 3, 8, 8), folder / "model.onnx", classes=("cat", "dog"))
+        (folder / "recipe.yaml").write_text(recipe)
+        (folder / "numbers.json").write_text(numbers)
+
+    return write_folder(tmp_path / "out", fill)
+
+
+def test_code_that_a_folder_names_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strange.py").write_text("import os\nos.mkdir('executed')\ndef data(): ...\n")
+    recipe = "{model: {name: resnet20}, data: {name: 'strange:data'}, stages: [{name: a}]}"
+    with pytest.raises(InputError, match=r"code that a folder names is not run\. Write"):
+        evaluate(folder_saying(tmp_path, recipe=recipe, numbers="{}"), None, None, watch=Unwatched())
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("numbers", ["[]", "{", '{"mean": 1}', '{"std": [1, 2, NaN]}', '{"runtime": {}}', "[" * 99_999])
+def test_numbers_of_another_shape_are_told(images, tmp_path, numbers):
+    folder = folder_saying(tmp_path, recipe="", numbers=numbers)
+    with pytest.raises(InputError, match=r"numbers\.json is (damaged|not what this version)"):
+        evaluate(folder, str(images), None, watch=Unwatched())

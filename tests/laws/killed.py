@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import killed_child
 from safetensors.torch import load_file
 
 from tersor.export.artifact import read_artifact
@@ -83,12 +82,18 @@ def start(folder: Path, out: Path, *fault: object) -> Any:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the process that is forked finds its modules
     try:
-        child = _FORKS.Process(target=killed_child.run, args=(folder, out, *fault))
+        child = _FORKS.Process(target=_run, args=(folder, out, *fault))
         child.start()
     finally:
         os.environ.pop("PYTHONPATH")
         os.environ.update({} if before is None else {"PYTHONPATH": before})
     return child
+
+
+def _run(*given: Any) -> None:
+    import killed_child  # here, so that it is not imported by the process of the tests
+
+    killed_child.run(*given)
 
 
 def finish(folder: Path, out: Path) -> str:

@@ -18,7 +18,6 @@ import onnxruntime  # noqa: F401
 import onnxscript  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import torch
-import torch.onnx._internal.exporter._core
 from torch import nn
 
 import tersor.run  # noqa: F401

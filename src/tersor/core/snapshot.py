@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from tersor.core.errors import InputError
 from tersor.core.objective import Objective
 from tersor.core.processes import count, gathered, rank
 from tersor.core.running_mean import RunningMean
+
+_OF_ADAMW, _OF_SGD = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
 
 
 class Keeper(Protocol):
@@ -133,9 +135,12 @@ def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> N
     for name, value in tensors.items():
         index, _, key = name.partition(".")
         parameter = parameters[int(index)]
-        if value.ndim and value.shape != parameter.shape:
-            raise ValueError(f"{key} of parameter {index} has another shape than the parameter")
-        if value.ndim:
+        if value.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        elif value.ndim:
+            raise ValueError(f"{key} of parameter {index} has another shape than the parameter")
         states.setdefault(int(index), {})[key] = value
+    kept = _OF_ADAMW if isinstance(optimizer, AdamW) else _OF_SGD
+    if any(set(state) != kept for state in states.values()):
+        raise ValueError("the optimizer's state is that of another one")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})

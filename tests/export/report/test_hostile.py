@@ -57,6 +57,14 @@ def texts(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from texts(value[key])
 
 
+def of_batch_sizes(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in it whose keys are batch sizes."""
+    if isinstance(value, dict) and "1" in value:
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from of_batch_sizes(each)
+
+
 @pytest.fixture
 def ordinary(folder) -> Page:
     return page_of(folder, numbers_of(), evidence_of())
@@ -92,13 +100,9 @@ def test_every_text_is_text(folder, ordinary):
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_keys_are_text_too(folder, ordinary, hostile):
     numbers, evidence = numbers_of(), evidence_of()
-    for entry in (numbers["original"], *numbers["candidates"].values(), numbers["artifact"]):
-        for key in ("latency_ms", "latency_runs_ms"):
-            entry[key][hostile] = entry[key]["1"]
-    for by_size in (numbers["baseline"], numbers["rounds"]["ended_by"], *numbers["speedup"].values()):
-        by_size[hostile] = by_size["1"]
+    for by_batch_size in [*of_batch_sizes(numbers), *of_batch_sizes(evidence)]:
+        by_batch_size[hostile] = by_batch_size["1"]
     numbers["stages"][0]["methods"] = [{hostile: {hostile: hostile}}, hostile]
-    evidence["profile"][hostile] = evidence["profile"]["1"]
     evidence["attention"]["layers"] = {hostile: [hostile]}
     evidence["attention"]["images"][0]["maps"] = {hostile: [evidence["attention"]["images"][0]["png"]]}
     page = page_of(folder, numbers, evidence)
@@ -129,3 +133,12 @@ def test_another_shape_is_one_message(folder, name, text):
     with pytest.raises(InputError, match="damaged"):
         draw(folder)
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("key", ["profile", "targets", "attention", "answers", "layers"])
+@pytest.mark.parametrize("empty", [{}, [], None, 0, "", [None], {"1": None}])
+def test_an_evidence_without_a_part_is_a_page_or_one_message(folder, key, empty):
+    try:
+        page_of(folder, numbers_of(), evidence_of() | {key: empty})
+    except InputError as error:
+        assert "Run its recipe.yaml again" in str(error)  # noqa: PT017

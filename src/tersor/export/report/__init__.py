@@ -42,7 +42,7 @@ def draw(folder: Path) -> Path:
         raise InputError(f"{folder} holds no numbers.json, so there is nothing to report. Give the folder of a run.")
     try:
         page = _page(numbers, _read(folder / "evidence.json"))
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         raise InputError(
             f"numbers.json or evidence.json of {folder} is not what this version of tersor writes: "
             f"{repr(error)[:200]}. Run its recipe.yaml again."
