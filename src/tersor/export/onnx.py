@@ -9,6 +9,7 @@ converts, and what it writes about this machine (stack traces with paths) is tak
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -91,6 +92,7 @@ def export(
         raise InputError(f"cannot write {path}: an ONNX file is named *.onnx.")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
+    model = in_float32(model)
     if isinstance(model, fx.GraphModule):
         few = example[:2].to(next(model.parameters()))
         with fed(type(model).__name__, few):
@@ -112,6 +114,13 @@ def export(
     onnx.checker.check_model(proto, full_check=True)
     _write(proto, path)
     return path
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """`model` itself, or a copy where it has parameters of another precision: a quantizer gives float32."""
+    if all(each.dtype == torch.float32 for each in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()
 
 
 def _averages_as_means(network: nn.Module) -> None:
