@@ -9,7 +9,6 @@ converts, and what it writes about this machine (stack traces with paths) is tak
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import warnings
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tersor.core.errors import InputError
 from tersor.core.feeding import fed
-from tersor.core.parametrization import strip
+from tersor.core.parametrization import in_float32, strip
 from tersor.export.deployed import deployed
 from tersor.export.outputs import output_names
 from tersor.export.packing import pack
@@ -114,13 +113,6 @@ def export(
     onnx.checker.check_model(proto, full_check=True)
     _write(proto, path)
     return path
-
-
-def in_float32(model: nn.Module) -> nn.Module:
-    """`model` itself, or a copy where it has parameters of another precision: a quantizer gives float32."""
-    if all(each.dtype == torch.float32 for each in model.parameters()):
-        return model
-    return copy.deepcopy(model).float()
 
 
 def _averages_as_means(network: nn.Module) -> None:

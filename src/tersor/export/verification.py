@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.errors import CompressionWarning, InputError
-from tersor.core.parametrization import quantizers_disabled
-from tersor.export.onnx import in_float32
+from tersor.core.parametrization import in_float32, quantizers_disabled
 from tersor.export.runtime import Array, Session
 from tersor.graph.comparison import outputs_of
 
