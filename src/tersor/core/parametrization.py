@@ -276,6 +276,13 @@ def weight_quantizer(module: nn.Module) -> FakeQuantize | None:
     return next((each for each in quantizers if each.ready), None)
 
 
+def in_float32(model: nn.Module) -> nn.Module:
+    """`model` itself, or a copy where it has parameters of another precision: a quantizer gives float32."""
+    if all(each.dtype == torch.float32 for each in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()
+
+
 def strip(model: nn.Module, modules: Container[int] | None = None) -> nn.Module:
     """A plain copy of `model` whose weights are what the parametrizations showed: all, or those of `modules`, by `id`.
 

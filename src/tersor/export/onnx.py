@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tersor.core.errors import InputError
 from tersor.core.feeding import fed
-from tersor.core.parametrization import strip
+from tersor.core.parametrization import in_float32, strip
 from tersor.export.deployed import deployed
 from tersor.export.outputs import output_names
 from tersor.export.packing import pack
@@ -91,6 +91,7 @@ def export(
         raise InputError(f"cannot write {path}: an ONNX file is named *.onnx.")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
+    model = in_float32(model)
     if isinstance(model, fx.GraphModule):
         few = example[:2].to(next(model.parameters()))
         with fed(type(model).__name__, few):

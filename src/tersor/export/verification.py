@@ -6,8 +6,9 @@ quantization is the yardstick, whatever the bits and however small the network:
 
     apart = ||file - torch|| / ||torch||,   moved = ||torch - torch without quantizers|| / ||torch||
 
-A difference beyond `_WARNED` times `moved` is a warning. Beyond `_REFUSED` times `moved` no rounding explains it, and
-the file is refused. Where little or nothing is quantized, `_IN_FLOAT` holds; a runtime may compute in bfloat16 what the
+Over ten timm networks with random weights, in one runtime or the other, apart / moved was 0.1 to 1.2. A difference
+beyond `_WARNED` times `moved` is a warning. Beyond `_REFUSED` times `moved` no rounding explains it, and the file is
+refused. Where little or nothing is quantized, `_IN_FLOAT` holds; a runtime may compute in bfloat16 what the
 file does not quantize (OpenVINO).
 """
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.errors import CompressionWarning, InputError
-from tersor.core.parametrization import quantizers_disabled
+from tersor.core.parametrization import in_float32, quantizers_disabled
 from tersor.export.runtime import Array, Session
 from tersor.graph.comparison import outputs_of
 
@@ -49,6 +50,7 @@ def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalis
         CompressionWarning: they differ by more than is usual.
     """
     inputs, images = _of_both(example[:_IMAGES].cpu().float(), pixels)
+    model = in_float32(model)
     images = images.to(next(model.parameters(), images))
     of_file = torch.from_numpy(session.run(np.ascontiguousarray(inputs)))
     if not of_file.is_floating_point():

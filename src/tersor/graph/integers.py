@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.operators import Operand, Product, place_of, run_through
-from tersor.core.parametrization import FakeQuantize, shown_by
+from tersor.core.parametrization import FakeQuantize, in_float32, shown_by
 from tersor.core.plain import has_plain_forward, is_hooked
 from tersor.core.selection import Layer
 
@@ -118,8 +118,7 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
 def calibrated_coverage(graph: nn.Module) -> IntegerCoverage:
     """The same of a captured network that `calibrate` has just seen: the shape of its images suffices."""
     assert isinstance(graph, fx.GraphModule)
-    kind = next(graph.parameters()).dtype
-    return integer_coverage(graph, torch.zeros(1, *graph.meta[IMAGE_SHAPE], dtype=kind))
+    return integer_coverage(in_float32(graph), torch.zeros(1, *graph.meta[IMAGE_SHAPE]))
 
 
 def percent(share: float) -> str:
