@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -266,10 +267,15 @@ def test_packed_weights_answer_as_if_they_lay_in_bytes(on_affine_grids, tmp_path
     graph, x = quantize(Small(), images(), runtime, bits=4, ends_bits=4), images().numpy()
     if affine:
         on_affine_grids(graph, 4, per_tensor=False)
-    path = export(graph, images(), tmp_path / "packed.onnx")
-    assert sum(t.data_type == TensorProto.INT4 for t in onnx.load(path).graph.initializer) == 4
-    monkeypatch.setattr(sys.modules["tersor.export.onnx"], "pack", lambda _: None)
-    bytewise = export(graph, images(), tmp_path / "bytewise.onnx")
+    pack, unpacked = sys.modules["tersor.export.onnx"].pack, []
+    monkeypatch.setattr(
+        sys.modules["tersor.export.onnx"], "pack", lambda graph: (unpacked.append(copy.deepcopy(graph)), pack(graph))
+    )
+    path, bytewise = export(graph, images(), tmp_path / "packed.onnx"), tmp_path / "bytewise.onnx"
+    proto = onnx.load(path)
+    assert sum(t.data_type == TensorProto.INT4 for t in proto.graph.initializer) == 4
+    proto.graph.CopyFrom(unpacked[0])
+    onnx.save(proto, bytewise)
     np.testing.assert_array_equal(run(path, x, runtime), run(bytewise, x, runtime))
     if runtime == "openvino":
         kernels = computed_by_openvino(path, x)
