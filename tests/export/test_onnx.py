@@ -20,6 +20,7 @@ import torchvision
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
+import tersor
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.export.onnx import export
@@ -399,7 +400,7 @@ def test_networks_of_another_precision_are_exported_in_float32(tmp_path, dtype):
     expected = answers(quantize(model, images()), images())
     torch.manual_seed(0)
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).to(dtype)
-    path = export(quantize(other, images().to(dtype)), images().to(dtype), tmp_path / "m.onnx")
+    path = export(tersor.quantize(other, [images().to(dtype)]), images().to(dtype), tmp_path / "m.onnx")
     assert np.abs(run(path, images().numpy()) - expected).max() < 0.2 * expected.std()
 
 

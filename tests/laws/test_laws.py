@@ -314,8 +314,8 @@ def learned():
 
 @pytest.fixture(scope="module")
 def exported():
-    """The structures of networks that were exported."""
-    return set()
+    """Structure of a network that was exported -> the method that left it."""
+    return {}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -331,8 +331,8 @@ def test_export(name, tmp_path, learned, exported):
     walk, model = trained(made(name, "example"), learned, **gently)
     left = json.dumps(structure(model))
     if left in exported:
-        return
-    exported.add(left)
+        pytest.skip(f"{exported[left]} leaves the same structure, and was exported")
+    exported[left] = name
     with torch.no_grad():  # BatchNorm's statistics are those of the network before six steps have cut it
         for batch in walk.batches(load(name="digits").train, 32, shuffle=True):
             model.train()(batch.images)
