@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,10 +72,17 @@ def _shape(tensor: Tensor) -> str:
 def _meant(tensors: Mapping[str, Tensor]) -> str:
     """The CIFAR ResNet that the file was made for, in words; empty if it is none of them."""
     found = {key for key in tensors if not is_counter(key)}
+    if "linear.weight" not in found:
+        return ""
     for depth in DEPTHS:
-        with torch.device("meta"):
-            keys = {key for key in CifarResNet(depth).state_dict() if not is_counter(key)}
-        if found == keys:
+        if found == _keys(depth):
             classes = len(tensors["linear.weight"])
             return f" The file fits resnet{depth} with num_classes: {classes}."
     return ""
+
+
+@cache
+def _keys(depth: int) -> set[str]:
+    """Of the CIFAR ResNet of a depth; to build all of them takes seconds."""
+    with torch.device("meta"):
+        return {key for key in CifarResNet(depth).state_dict() if not is_counter(key)}
