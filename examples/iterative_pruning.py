@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tersor.core.parametrization import strip
+from tersor.core.strip import strip
 from tersor.data import Batches, load
 from tersor.measure import accuracy, costs
 from tersor.methods.weight_pruning import WeightPruning

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from tersor.core.affine import Grid, affine_parameters, symmetric_scale
-from tersor.core.parametrization import FakeQuantize, shown_by, strip, weight_quantizer
+from tersor.core.parametrization import FakeQuantize, shown_by, weight_quantizer
+from tersor.core.strip import strip
 
 
 def draw(seed, *shape):

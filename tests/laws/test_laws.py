@@ -25,8 +25,9 @@ from tersor.core.affine import Grid
 from tersor.core.errors import InputError
 from tersor.core.method import chain
 from tersor.core.objective import Objective
-from tersor.core.parametrization import FakeQuantize, shown_by, strip, weight_mask
+from tersor.core.parametrization import FakeQuantize, shown_by, weight_mask
 from tersor.core.selection import weighted_layers
+from tersor.core.strip import strip
 from tersor.core.watch import Unwatched
 from tersor.data import load
 from tersor.export.bench import predictions

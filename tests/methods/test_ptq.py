@@ -13,8 +13,9 @@ from torch.nn.utils import parametrize
 from tersor.core.affine import Grid, affine_parameters
 from tersor.core.errors import InputError
 from tersor.core.objective import Batch
-from tersor.core.parametrization import FakeQuantize, strip, weight_quantizer
+from tersor.core.parametrization import FakeQuantize, weight_quantizer
 from tersor.core.ranges import Histogram
+from tersor.core.strip import strip
 from tersor.core.target import Target
 from tersor.export.onnx import export
 from tersor.methods.ptq import PTQ

@@ -7,7 +7,8 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.core.method import chain
-from tersor.core.parametrization import strip, weight_mask
+from tersor.core.parametrization import weight_mask
+from tersor.core.strip import strip
 from tersor.measure import costs
 from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning

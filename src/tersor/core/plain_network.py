@@ -21,7 +21,8 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from tersor.core.errors import InputError
-from tersor.core.parametrization import parametrized, strip
+from tersor.core.parametrization import parametrized
+from tersor.core.strip import strip
 
 _UNCOPIED = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, PicklingError)
 

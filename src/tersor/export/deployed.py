@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 
 from tersor.core.affine import Grid
 from tersor.core.freezing import Norm, gamma_and_beta
-from tersor.core.parametrization import FakeQuantize, strip, weight_quantizer
+from tersor.core.parametrization import FakeQuantize, weight_quantizer
 from tersor.core.plain import is_plain
 from tersor.core.selection import Layer
+from tersor.core.strip import strip
 from tersor.graph.capture import layer_of, values_into
 from tersor.graph.norms import norm_behind, plain_norm
 from tersor.graph.placement import is_nothing_in_eval

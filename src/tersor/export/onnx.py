@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tersor.core.errors import InputError
 from tersor.core.feeding import fed
-from tersor.core.parametrization import in_float32, strip
+from tersor.core.parametrization import in_float32
+from tersor.core.strip import strip
 from tersor.export.deployed import deployed
 from tersor.export.outputs import output_names
 from tersor.export.packing import pack

@@ -22,8 +22,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tersor.core.errors import InputError
 from tersor.core.evaluating import evaluating
 from tersor.core.layers import Layers
-from tersor.core.parametrization import strip
 from tersor.core.plain import is_plain
+from tersor.core.strip import strip
 from tersor.graph.capture import capture, layer_of, sole_user, values_into
 from tersor.graph.norms import plain_norm
 
