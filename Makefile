@@ -21,7 +21,9 @@ LOWEST := .venv-lowest
 WHEEL := .venv-wheel
 SUPPLY := .venv-supply
 UV := $(SUPPLY)/bin/uv
-QUICK := -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+# the tests of a file share what they make, so they stay in one worker; tests/conftest.py puts the longest files first
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+QUICK := $(PYTEST) -m 'not slow'
 
 .PHONY: demo test test-all test-lowest wheel audit lint
 
@@ -33,7 +35,8 @@ test: $(DEV)
 	$(BIN)/python $(QUICK)
 
 test-all: $(DEV)
-	$(BIN)/python -m pytest
+	$(INSTALL) -e '.[fuzz]'
+	$(BIN)/python $(PYTEST)
 	$(MAKE) test-lowest wheel
 
 # the quick tests with the oldest releases that pyproject.toml allows

@@ -167,9 +167,8 @@ def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tup
 @torch.no_grad()
 def shapes_of(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
     """What the layers give for `images`, seen in one dry forward in eval mode."""
-    device = next((parameter.device for parameter in model.parameters()), images.device)
     with evaluating(model):
-        _, given = Layers(model, paths)(images.to(device))
+        _, given = Layers(model, paths)(images.to(next(model.parameters(), images)))
     return {path: value.shape for path, value in given.items()}
 
 
@@ -207,7 +206,7 @@ def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str,
         seen.pop(path, None)
         seen[path] = output, _version(output)
 
-    images = images.to(next(model.parameters()).device)
+    images = images.to(next(model.parameters()))
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     with evaluating(model):
         if isinstance(model, fx.GraphModule):

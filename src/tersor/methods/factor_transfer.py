@@ -250,8 +250,8 @@ class FactorAttachment(Attachment):
     def _features(self) -> Iterator[Tensor]:
         """The teacher's, batch by batch, (N, C, H, W)."""
         layers = Layers(self.teacher.eval(), [self.term.pair.teacher])
-        device = next(self.teacher.parameters()).device
+        parameter = next(self.teacher.parameters())
         for batch in self.data:
             with torch.no_grad():
-                _, given = layers(images_of(batch).to(device))
+                _, given = layers(images_of(batch).to(parameter))
             yield as_map(given[self.term.pair.teacher]).float()
