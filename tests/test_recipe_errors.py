@@ -87,7 +87,7 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
         (
             "{runtime: openvino}",
             "openvino",
-            "line 5: target should be a mapping of the keys runtime, cpu, input, given",
+            "line 5: target should be a mapping of the keys runtime, cpu, input, batch, given",
         ),
         ("name: resnet20, ", "", "line 2: model lacks the key 'name'. Possible: name, num_classes, weights."),
         ("folder", "name: digits, folder", "line 4: data has one of `folder` and `name`, given folder and name."),
