@@ -287,7 +287,7 @@ def test_packed_weights_answer_as_if_they_lay_in_bytes(on_affine_grids, tmp_path
 
 
 @runtimes
-@pytest.mark.parametrize("per_tensor", [False, True], ids=["channel", "tensor"])
+@pytest.mark.parametrize("per_tensor", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["channel", "tensor"])
 @pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("kind", ["small", "perceptron"])
 def test_affine_weights_answer_like_torch(on_affine_grids, tmp_path, runtime, per_tensor, bits, kind):
@@ -404,7 +404,9 @@ def test_networks_of_another_precision_are_exported_in_float32(tmp_path, dtype):
     assert np.abs(run(path, images().numpy()) - expected).max() < 0.2 * expected.std()
 
 
-@pytest.mark.parametrize("size", [1, (1, 1), [1, 1]], ids=str)
+@pytest.mark.parametrize(
+    "size", [1, *[pytest.param(each, marks=pytest.mark.slow) for each in [(1, 1), [1, 1]]]], ids=str
+)
 def test_an_average_where_channels_lie_last_is_one_operator(tmp_path, size):
     class ChannelsLast(nn.Module):
         def __init__(self):
@@ -427,7 +429,7 @@ def test_layers_left_out_stay_in_float(tmp_path):
     assert dtypes[8, 4, 3, 3] == dtypes[12, 8, 3, 3] == np.int8
 
 
-@pytest.mark.parametrize(("bits", "size"), [(8, 320_000), (4, 160_000)])
+@pytest.mark.parametrize(("bits", "size"), [(8, 320_000), pytest.param(4, 160_000, marks=pytest.mark.slow)])
 def test_a_quantized_residual_network_is_all_integers(tmp_path, bits, size):
     torch.manual_seed(0)
     x = images(8, 32)

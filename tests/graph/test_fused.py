@@ -62,7 +62,15 @@ def test_a_layer_that_is_asked_for_ends_a_pass():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5", "googlenet", "vit_b_16"]
+    "name",
+    [
+        "resnet18",
+        "mobilenet_v2",
+        "densenet121",
+        "shufflenet_v2_x0_5",
+        "googlenet",
+        pytest.param("vit_b_16", marks=pytest.mark.slow),
+    ],
 )
 def test_what_torchvision_has_answers_the_same(name):
     torch.manual_seed(0)

@@ -154,7 +154,8 @@ def _processes(out: Path) -> None:
     processes.join()
     here = processes.rank()
     given = {name: recipe(made(name, "example"), seed=here) for name in registry.names()}
-    shorter = ["data.limit=320", "teacher.epochs=2", "stages.0.epochs=2", "stages.1.epochs=1", f"seed={here}"]
+    shorter = ["data.limit=192", "teacher.epochs=1", "stages.0.epochs=1", "stages.1.epochs=1", f"seed={here}"]
+    shorter += [f"{training}.lr_schedule.warmup_epochs=0" for training in ("teacher.training", "stages.0")]
     given[DEMO.stem] = read(DEMO, shorter)
     for name, each in given.items():
         notes = Notes(STEPS if name != DEMO.stem else 0)
