@@ -312,3 +312,102 @@ def test_distill_warns_of_its_teacher_and_trains():
         tersor.distill(small(), small(3, 10, nn.Softmax(1)), [(IMAGES, LABELS)], label_weight=0)
     with pytest.warns(CompressionWarning, match=r"% of 40 labelled images .* by chance \(10.0 % for 10 classes\)"):
         tersor.distill(small(), small(), [(IMAGES, LABELS)])
+
+
+def in_place(network, images):
+    images -= 0.5
+    return network.inner(images)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("verb", ["quantize", "prune", "export"])
+def test_images_are_left_as_they_were_where_a_forward_works_in_place(verb, tmp_path):
+    images = IMAGES.clone()
+    if verb == "export":
+        tersor.export(Around(in_place).eval(), images, tmp_path / "m.onnx")
+    else:
+        getattr(tersor, verb)(Around(in_place).eval(), [images])
+    assert torch.equal(images, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda net, x: net.inner[2:](net.inner[:2](x)), "a slice of a Sequential is a new module"),
+        (lambda net, x: net.inner(nn.ReLU()(x)), "modules made in __init__"),
+        (lambda net, x: net.named["class"](x), "named by a Python keyword"),
+    ],
+)
+def test_what_cannot_be_captured_is_one_message(run, message):
+    network = Around(run, named=nn.ModuleDict({"class": small()})).eval()
+    for verb in (tersor.quantize, tersor.prune):
+        with pytest.raises(InputError, match=message):
+            verb(network, [IMAGES])
+
+
+class OptionalMask(Around):
+    def forward(self, images, mask=None):
+        return self.inner(images if mask is None else images * mask)
+
+
+def test_a_captured_graph_that_does_not_run_is_not_blamed_on_the_images():
+    for verb in (tersor.quantize, tersor.prune):
+        with pytest.raises(InputError, match=r"captured graph of OptionalMask does not run.*no optional inputs"):
+            verb(OptionalMask(None).eval(), [IMAGES])
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda net, x: net.inner(x) if len(x) == 1 else 2 * net.inner(x), "On several images they agree"),
+        (lambda net, x: net.inner(nn.functional.dropout(x, 0.5)), "draws random numbers also in eval"),
+    ],
+)
+def test_a_file_that_cannot_be_right_is_refused(run, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        tersor.export(Around(run).eval(), IMAGES, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": "abcdefghij"}, "Pass a list of names"),
+        ({"classes": ["a"] * 10}, "each of them once"),
+        ({"pixels": ([0.5] * 3, [-1.0] * 3)}, "the second above 0"),
+        ({"pixels": [0.5] * 3}, "two lists of 3 numbers"),
+        ({"pixels": ([127.0] * 3, [60.0] * 3)}, "not in 0 to 255"),
+    ],
+)
+def test_metadata_that_cannot_be_right(options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        tersor.export(small().eval(), IMAGES, tmp_path / "m.onnx", **options)
+
+
+def test_classes_are_as_many_as_logits_and_paths_can_be_written(tmp_path):
+    network = small().eval()
+    with pytest.raises(InputError, match="1 classes are named, and the network has 10 logits"):
+        tersor.export(network, IMAGES, tmp_path / "m.onnx", classes=["a"])
+    for path in (None, "m\0.onnx", tmp_path / f"{'a' * 300}.onnx", tmp_path / "absent" / "m.onnx"):
+        with pytest.raises(InputError, match=r"cannot write|type NoneType"):
+            tersor.export(network, IMAGES, path)
+
+
+def test_a_student_that_shares_a_layer_with_its_teacher():
+    student, teacher = small(), small()
+    student[0] = teacher[0]
+    with pytest.raises(InputError, match=r"share 0\.weight, 0\.bias"):
+        tersor.distill(student, teacher, [(IMAGES, LABELS)])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_last_batch_of_one_image_under_batchnorm():
+    student = nn.Sequential(*small()[:-1], nn.BatchNorm1d(8), nn.Linear(8, 10))
+    with pytest.raises(InputError, match=r"a batch has 1 image\. Leave a short last batch out"):
+        tersor.distill(student, small(), [(IMAGES, LABELS), (IMAGES[:1], LABELS[:1])])
+
+
+def test_coverage_of_something_else():
+    for model, example in ((small(), None), (small(), IMAGES[0]), (small(), IMAGES[:0]), ("net", IMAGES)):
+        with pytest.raises(InputError):
+            tersor.integer_coverage(model, example)

@@ -122,6 +122,9 @@ def bench(
     """Time artifacts against each other, interleaved, in every runtime that is installed."""
     from tersor.evaluate import timed
 
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"--seconds is {seconds}. Write a number above 0.")
+
     for each in timed(artifacts, seconds):
         title = f"batch {each.batch_size}: {each.rounds} rounds, until {_until(each.ended_by, seconds)}"
         table = Table(title=title, title_justify="left")

@@ -55,7 +55,7 @@ class DataSource(BaseModel):
     folder: Annotated[Path | None, Field(description="train/ and test/ with one folder of images a class")] = None
     name: Annotated[Named | None, Field(description="digits, a set of torchvision, or package.module:function")] = None
     root: Annotated[Path | None, Field(description="folder that holds a torchvision set")] = None
-    image_size: Annotated[int | None, Field(ge=1, description="pixels a side; as they are if left")] = None
+    image_size: Annotated[int | None, Field(ge=1, le=8192, description="pixels a side; as they are if left")] = None
     augment: Annotated[Literal["none", "flip", "crop_flip"], Field(description="of the training images")] = "none"
     validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images that is held out")] = (
         0.1

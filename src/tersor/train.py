@@ -2,11 +2,9 @@
 
 accelerate prepares two things only, the Objective and the optimizer:
 
-* The Objective autocasts itself (`mixed_precision="no"`): an Accelerator's precision is a property of the process,
-  and a second one with another precision raises.
+* The Objective autocasts itself (`mixed_precision="no"`): all Accelerators of a process have to share one precision.
 * The hooks of an Attachment bind to torch's own optimizer, inside accelerate's wrapper, which has none. Its `step` is
-  called once for all accumulated batches, after clipping: `before_step` finds the gradient of the whole step, averaged
-  over processes, and weights that have not moved.
+  called once for all accumulated batches, after clipping: `before_step` finds the averaged gradient of the whole step.
 * Accumulation is ours, over the batches of one epoch: the last step of an epoch takes what is left, and its gradient
   is the mean over those. accelerate's counter knows no epoch of batches that it has not prepared.
 * The learning rate is set before every step by a pure function. accelerate's scheduler steps once for each process.
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 from tersor.core.accuracy_curve import AccuracyCurve
 from tersor.core.attachment import Attachment
+from tersor.core.batch_errors import single_images_refused
 from tersor.core.batch_source import BatchSource, Group, groups
 from tersor.core.device import as_found, layout_for, precision_for, set_layout
 from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
@@ -254,7 +253,8 @@ class _Loop:
         """Leaves the gradient of the mean over the group's batches in the parameters; the mean losses by name."""
         means: dict[str, Tensor] = {}
         for place, batch in enumerate(group.batches, 1):
-            with self.accelerator.no_sync(self.objective) if place < group.size else nullcontext():
+            waits = self.accelerator.no_sync(self.objective) if place < group.size else nullcontext()
+            with waits, single_images_refused(len(batch.images)):
                 losses: dict[str, Tensor] = self.objective(self._placed(batch))
                 self.accelerator.backward(torch.stack([*losses.values()]).sum() / group.size)
             for name, loss in losses.items():

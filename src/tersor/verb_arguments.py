@@ -1,11 +1,13 @@
-"""Networks and loaders that were passed to a verb, checked against each other before any work is done."""
+"""What was passed to a verb: networks, loaders, paths, names, checked against each other before any work is done."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from tersor.core.evaluating import evaluating
 from tersor.core.feeding import check_forward, described, only_tensors
 from tersor.core.objective import Batch, images_of
 from tersor.core.plain_network import plain_copy, refuse_what_is_no_network, refuse_without_weights, unwrapped
+from tersor.export.runtime import Session
 from tersor.loader import batches_of, given_labels
 
 
@@ -152,3 +155,102 @@ def all_labels(batches: Sequence[tuple[Tensor, Tensor | None]], classes: int) ->
             least = min(int(labels.min()), int(labels.min()) if least is None else least)
         found.append(labels.cpu())
     return torch.cat(found).numpy() if found else np.empty(0, np.int64)
+
+
+def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises:
+    InputError: student and teacher are one network, or share a parameter: training would change the teacher.
+    """
+    if student is teacher:
+        raise InputError("student and teacher are one network. Pass a copy of it as the teacher.")
+    of_teacher = {id(each) for each in teacher.parameters()}
+    shared = [name for name, each in student.named_parameters() if id(each) in of_teacher]
+    if shared:
+        raise InputError(
+            f"student and teacher share {', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}, and training "
+            "would change the teacher. Pass copy.deepcopy(teacher)."
+        )
+
+
+def onnx_path(path: object) -> Path:
+    """Where to write a file.
+
+    Raises:
+        InputError: it is no path of an ONNX file in a folder that exists.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"the path is of type {type(path).__name__}. Pass the path of a file *.onnx.")
+    path = Path(cast("str", path))
+    if "\0" in str(path) or path.suffix != ".onnx" or not path.parent.is_dir():
+        raise InputError(f"cannot write {str(path)!r}. Possible: a file *.onnx in a folder that exists.")
+    return path
+
+
+def example_of(example: object) -> Tensor:
+    """Images (N, C, H, W) of which there is at least one.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(example, Tensor):
+        raise InputError(f"the example is of type {type(example).__name__}. Pass images, a tensor (N, C, H, W).")
+    images = images_of(example)
+    if not len(images):
+        raise InputError("the example holds no image. Pass at least one.")
+    return images
+
+
+def check_metadata(classes: object, pixels: object, channels: int) -> None:
+    """Checks what a file will say about its classes, and how it normalises pixels.
+
+    Raises:
+        InputError: names of classes that are no distinct texts; a mean and deviation that are not for pixels in [0, 1].
+    """
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise InputError(f"classes is {classes!r}. Pass a list of names, in the order of the logits.")
+    names = list(cast("Sequence[object]", classes))
+    if not all(isinstance(each, str) for each in names) or len(set(names)) < len(names):
+        raise InputError("classes are the names of the classes, in the order of the logits: texts, each of them once.")
+    if pixels is None:
+        return
+    try:
+        mean, deviation = (torch.tensor(each, dtype=torch.float64) for each in cast("Sequence[Any]", pixels))
+    except (TypeError, ValueError, RuntimeError):
+        mean = deviation = torch.tensor(float("nan"))
+    if not mean.shape == deviation.shape == (channels,) or not (deviation > 0).all() or not mean.isfinite().all():
+        raise InputError(
+            f"pixels is {pixels!r}. Pass mean and standard deviation: two lists of {channels} numbers, the second "
+            "above 0."
+        )
+    if (mean.abs() > 2).any() or (deviation > 2).any():
+        raise InputError(
+            f"pixels is {pixels!r}. Pass mean and standard deviation of pixels in [0, 1], not in 0 to 255."
+        )
+
+
+def check_classes(session: Session, classes: Sequence[str]) -> None:
+    """Raises:
+    InputError: the file has another number of logits than there are classes.
+    """
+    if not classes:
+        return
+    shape = [size or 1 for size in session.input_shape]
+    logits = session.run(np.zeros([1, *shape[1:]], session.input_dtype))
+    if logits.ndim == 2 and logits.shape[1] != len(classes):
+        raise InputError(f"{len(classes)} classes are named, and the network has {logits.shape[1]} logits. Name each.")
+
+
+def check_same_logits(sessions: Mapping[str, Session], images: NDArray[Any]) -> None:
+    """Raises:
+    InputError: two files return another number of logits, or one of them NaN.
+    """
+    logits = {name: session.run(images) for name, session in sessions.items()}
+    shapes = {name: each.shape[1:] for name, each in logits.items()}
+    if len(set(shapes.values())) > 1:
+        told = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+        raise InputError(
+            f"the files return another number of logits for an image: {told}. Compare files of one network."
+        )
+    for name, each in logits.items():
+        if np.isnan(each).any():
+            raise InputError(f"{name} returns NaN for the first images. Its predictions mean nothing.")

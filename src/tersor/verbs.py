@@ -38,9 +38,15 @@ from tersor.methods.soft_targets import SoftTargets
 from tersor.train import fit, steps_per_epoch
 from tersor.verb_arguments import (
     all_labels,
+    check_classes,
     check_labels,
+    check_metadata,
+    check_same_logits,
     classes_of_both,
+    example_of,
     labelled,
+    onnx_path,
+    refuse_shared_weights,
     student_of,
     teacher_of,
     to_compress,
@@ -146,8 +152,7 @@ def distill(
     if not isinstance(loader, Sized):
         raise InputError("distill needs a loader with a length, such as a DataLoader over a data set.")
     student, teacher = student_of(student), teacher_of(teacher)
-    if student is teacher:
-        raise InputError("student and teacher are one network. Pass a copy of it as the teacher.")
+    refuse_shared_weights(student, teacher)
     if not isinstance(epochs, int) or epochs < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"epochs is {epochs}. Write a whole number, 1 or more.")
     method = _made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
@@ -197,20 +202,22 @@ def export(
         InputError: the network cannot be converted, the runtime is not installed or cannot run it, or the outputs
             differ by more than rounding explains; then no file is left.
     """
-    path = Path(path)
-    if path.suffix != ".onnx" or not path.parent.is_dir():
-        raise InputError(f"cannot write {path}. Possible: a file *.onnx in a folder that is there.")
-    if not isinstance(example, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"the example is of type {type(example).__name__}. Pass images, a tensor (N, C, H, W).")
-    images = images_of(example).cpu().float()
+    path = onnx_path(path)
+    images = example_of(example).cpu().float()
+    check_metadata(classes, pixels, images.shape[1])
     network = to_export(model, images, "the network")
     fixed = batch_for(network, _made(Target, runtime=runtime, batch=batch))
     if fixed != batch:
         warnings.warn(reason(), CompressionWarning, stacklevel=2)
-    with TemporaryDirectory(dir=path.parent) as folder:  # what the runtime refuses is not left, nor written over a file
-        written = write_onnx(network, images, Path(folder) / path.name, classes=classes, pixels=pixels, batch=fixed)
-        verify(open_session(written, runtime), network, images, pixels)
-        written.replace(path)
+    try:  # what the runtime refuses is not left, nor written over a file
+        with TemporaryDirectory(dir=path.parent) as folder:
+            written = write_onnx(network, images, Path(folder) / path.name, classes=classes, pixels=pixels, batch=fixed)
+            session = open_session(written, runtime)
+            check_classes(session, classes)
+            verify(session, network, images, pixels)
+            written.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}.") from error
     return path
 
 
@@ -234,6 +241,10 @@ def compare(
     Raises:
         InputError: a file or a batch cannot be used.
     """
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"seconds is {seconds}. Write a number above 0.")
+    if not isinstance(artifact, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"the artifact is a {type(artifact).__name__}. Export it, and pass the path of its file.")
     loader, _ = batches_of(loader)
     batches = [(images_of(batch).detach().cpu(), given_labels(batch)) for batch in loader if len(images_of(batch))]
     if not isinstance(original, str | Path):
@@ -244,6 +255,7 @@ def compare(
             write_onnx(original, batches[0][0], path)
         files = {"original": Path(path), "artifact": read_artifact(artifact).model}
         sessions = {name: open_session(file, runtime) for name, file in files.items()}
+        check_same_logits(sessions, next(_arrays(batches))[:2])
         answers = {name: predictions(session, _arrays(batches)) for name, session in sessions.items()}
         labels = all_labels(batches, max(2, sessions["original"].run(next(_arrays(batches))).shape[1]))
         openers = {name: partial(open_session, file, runtime) for name, file in files.items()}

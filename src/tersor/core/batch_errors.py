@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 
+_ONE_VALUE = "Expected more than 1 value per channel"
 _POSSIBLE = "Possible: a tensor (N, C, H, W), or a tuple or list that begins with one."
 
 
@@ -71,3 +74,21 @@ def wrong_labels(labels: Tensor, images: int, classes: int | None, least: int | 
     if classes is not None and high >= classes:
         return InputError(f"{of}, from {low} to {high}. Possible: {numbers}, for {classes} classes of the network.")
     return None
+
+
+@contextmanager
+def single_images_refused(images: int) -> Generator[None]:
+    """While a network trains on a batch of so many images.
+
+    Raises:
+        InputError: BatchNorm finds a single value for a channel, which has no variance.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if _ONE_VALUE not in str(error):
+            raise
+        raise InputError(
+            f"BatchNorm needs more than one value for each channel, and a batch has {images} image"
+            f"{'s' * (images > 1)}. Leave a short last batch out (drop_last=True), or write another batch size."
+        ) from error

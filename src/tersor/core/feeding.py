@@ -20,9 +20,15 @@ _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, Ke
 _SQUEEZED = "its forward squeezes the dimension of the batch. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
 
 
+_CAPTURED = (
+    "The network itself may run: a captured graph follows no optional inputs, no counters and no branches on what the "
+    "input is. Possible: a forward of one tensor, without them."
+)
+
+
 @contextmanager
-def fed(name: str, images: Tensor) -> Generator[None]:
-    """While the network called `name` runs on `images` (N, C, H, W) for the first time.
+def fed(name: str, images: Tensor, *, captured: bool = False) -> Generator[None]:
+    """While the network called `name`, or its captured graph, runs on `images` (N, C, H, W) for the first time.
 
     Raises:
         InputError: it does not: of other channels, another size, another precision; or they hold NaN or infinity.
@@ -47,6 +53,8 @@ def fed(name: str, images: Tensor) -> Generator[None]:
                 )
             if images.shape[3] == int(found[1]):
                 advice = "These have their channels last: give images.permute(0, 3, 1, 2)."
+        elif captured:
+            name, advice = f"the captured graph of {name}", _CAPTURED
         raise InputError(f"{name} does not run on images {tuple(images.shape[1:])}{told}. {advice}") from error
 
 
@@ -77,9 +85,9 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
     two = images[:2] if len(images) > 1 else images[:1].repeat(2, 1, 1, 1)
     with fed(name, two):
         two = two.to(device)
-        outputs = network(two)
+        outputs = network(two.clone())  # a forward may change its input in place
     try:
-        of_one = network(two[:1])
+        of_one = network(two[:1].clone())
     except _FAILURES as error:
         raise InputError(
             f"{name} runs on two images, and not on one: {_reason(error)}. It has to take any number; maybe {_SQUEEZED}"

@@ -40,7 +40,8 @@ class Batch:
 def images_of(batch: Any) -> Tensor:
     """The images of a batch that a user's loader gave: a tensor, a `Batch`, or a tuple that begins with one.
 
-    Those in another floating point than float32 are converted to it, as every network is.
+    They are a copy, since a forward may change its input in place. Those in another floating point than float32 are
+    converted to it, as every network is.
 
     Raises:
         InputError: there is no tensor (N, C, H, W) in it.
@@ -52,7 +53,7 @@ def images_of(batch: Any) -> Tensor:
         raise no_images(batch)
     if first.is_meta:
         raise InputError("a batch of the data is on the meta device and has no values. Give images on the CPU.")
-    return first.detach().float() if first.is_floating_point() else first
+    return first.detach().to(torch.float32 if first.is_floating_point() else first.dtype, copy=True)
 
 
 def labels_of(batch: Any) -> Tensor | None:

@@ -84,8 +84,8 @@ def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
         )
     if _at_least(right, images, 1 / classes) > _BY_CHANCE:
         return (
-            f"{seen}, no more than by chance ({100 / classes:.1f} % for {classes} classes). Check its weights, and "
-            "that mean, std and image size are those that it was trained with."
+            f"{seen}, not measurably more than by chance ({100 / classes:.1f} % for {classes} classes). Check its "
+            "weights, and that mean, std and image size are those that it was trained with."
         )
     return ""
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from tersor.core.errors import InputError
 from tersor.export.machine import default_threads
 from tersor.export.runtime import Array, load_runtime, onnxruntime_options, openvino_compiled, openvino_config
 
@@ -135,7 +136,7 @@ def _onnxruntime(ort: Any, path: Path, batch: Array, _precision: str | None, run
         name = session.get_inputs()[0].name
         for _ in range(runs):
             session.run(None, {name: batch})
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = _events(Path(session.end_profiling()))
     nodes: list[NodeTime] = []
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(_TIME_ENDS):
@@ -144,6 +145,16 @@ def _onnxruntime(ort: Any, path: Path, batch: Array, _precision: str | None, run
         elif event["name"] == "model_run":
             yield nodes
             nodes = []
+
+
+def _events(path: Path) -> list[Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"onnxruntime could not write all of its profile to {path.parent.parent}. Make room there, then go on with "
+            "--resume."
+        ) from error
 
 
 def _openvino(ov: Any, path: Path, batch: Array, precision: str | None, runs: int) -> Iterator[list[NodeTime]]:

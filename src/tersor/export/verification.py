@@ -35,7 +35,7 @@ Normalisation = tuple[Sequence[float], Sequence[float]]
 
 
 def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalisation | None = None) -> None:
-    """Compares the logits of a file, or its first output, with torch's, on the first images of `example`.
+    """Compares the logits of a file, or its first output, with torch's, on the first images of `example`, and on one.
 
     Args:
         session: the file, opened in the runtime that will serve it.
@@ -49,8 +49,17 @@ def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalis
     Warns:
         CompressionWarning: they differ by more than is usual.
     """
-    inputs, images = _of_both(example[:_IMAGES].cpu().float(), pixels)
     model = in_float32(model)
+    images = example[:_IMAGES].cpu().float()
+    _compare(session, model, images, pixels, several=True)
+    if len(images) > 1:
+        _compare(session, model, images[:1], pixels, several=False)
+
+
+def _compare(
+    session: Session, model: nn.Module, example: Tensor, pixels: Normalisation | None, *, several: bool
+) -> None:
+    inputs, images = _of_both(example, pixels)
     images = images.to(next(model.parameters(), images))
     of_file = torch.from_numpy(session.run(np.ascontiguousarray(inputs)))
     if not of_file.is_floating_point():
@@ -72,15 +81,27 @@ def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalis
     if apart <= warned:
         return
     found = (
-        f"on {len(images)} example images the outputs of the file in {session.runtime} differ from torch's by "
-        f"{100 * apart:.3g} %; quantization moves them by {100 * moved:.3g} %"
+        f"on {len(images)} example image{'s' * (len(images) > 1)} the outputs of the file in {session.runtime} differ "
+        f"from torch's by {100 * apart:.3g} %; quantization moves them by {100 * moved:.3g} %"
     )
+    again = outputs_of(model, images, seed=1)[place].cpu()
+    if not torch.equal(again, of_torch):
+        apart = 100 * _apart(again, of_torch)
+        raise InputError(
+            f"the forward draws random numbers also in eval: two runs in torch differ by {apart:.3g} %. "
+            "Possible: dropout as a module, or F.dropout(x, training=self.training)."
+        )
     if not apart <= refused:
         raise InputError(
-            f"{found}. Rounding does not explain that, so the file is not kept. Possible: another runtime; leaving "
-            "the layers at fault in float (`exclude`)."
+            f"{found}. Rounding does not explain that, so the file is not kept. "
+            + (
+                "Possible: another runtime; leaving the layers at fault in float (`exclude`)."
+                if several
+                else "On several images they agree. Possible: a forward that does not depend on the number of images."
+            )
         )
-    warnings.warn(f"{found}. Compare the accuracy of both.", CompressionWarning, stacklevel=3)
+    if several:
+        warnings.warn(f"{found}. Compare the accuracy of both.", CompressionWarning, stacklevel=4)
 
 
 def _of_both(images: Tensor, pixels: Normalisation | None) -> tuple[Array, Tensor]:

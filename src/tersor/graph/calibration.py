@@ -120,7 +120,7 @@ def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None
         for name, watch in watchers.items()
     ]
     try:
-        with fed(type(quantizers.graph).__name__, images):
+        with fed(type(quantizers.graph).__name__, images, captured=True):
             quantizers.graph(images)
     finally:
         for hook in hooks:

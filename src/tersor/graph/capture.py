@@ -26,7 +26,7 @@ from tersor.core.freezing import Norm
 from tersor.core.plain import is_hooked
 from tersor.graph.split_norms import split_norms
 
-_UNTRACEABLE = (TraceError, TypeError, ValueError, RuntimeError, AttributeError)
+_UNTRACEABLE = (TraceError, TypeError, ValueError, RuntimeError, AttributeError, NameError, SyntaxError)
 _CONTAINERS = (list, dict, OrderedDict, set)
 _NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
 
@@ -174,7 +174,7 @@ def capture(model: nn.Module) -> fx.GraphModule:
     with _as_found(model):
         with _modes_restored(model):
             graph, returned = _trace(model)
-        captured = _Captured(model, graph, class_name=type(model).__name__)
+        captured = _compiled(model, graph)
     split = split_norms(captured)
     captured.meta["layers"] = {path: split.get(node.name, node.name) for path, node in returned.items()}
     for key in captured.state_dict().keys() - model.state_dict().keys():
@@ -195,10 +195,22 @@ def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, fx.Node]]:
         except _BranchesOnModeError as branch:
             leaves.add(type(branch.module))
         except _UNTRACEABLE as error:
-            raise InputError(
-                f"the graph of {type(model).__name__} cannot be captured: {error} "
-                "Possible: a forward without branches on the values of tensors (torch.fx traces it)."
-            ) from error
+            advice = "a forward without branches on the values of tensors (torch.fx traces it)."
+            if isinstance(error, NameError):
+                advice = "modules made in __init__, each under a name; a slice of a Sequential is a new module."
+            told = f"the graph of {type(model).__name__} cannot be captured: {str(error).rstrip('. ')}"
+            raise InputError(f"{told}. Possible: {advice}") from error
+
+
+def _compiled(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    try:
+        return _Captured(model, graph, class_name=type(model).__name__)
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        raise InputError(
+            f"the graph of {type(model).__name__} cannot be captured: a part of it is named by a Python keyword "
+            f"({line}). Give that part another name."
+        ) from error
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def run(graph: fx.GraphModule, example: Tensor) -> Recorded:
     Raises:
         InputError: the network does not run on the images.
     """
-    with fed(type(graph).__name__, example):
+    with fed(type(graph).__name__, example, captured=True):
         return record(graph, example)
 
 

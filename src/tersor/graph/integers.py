@@ -15,9 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from tersor.core.errors import InputError
+from tersor.core.feeding import fed
+from tersor.core.objective import images_of
 from tersor.core.operators import Operand, Product, place_of, run_through
 from tersor.core.parametrization import FakeQuantize, in_float32, shown_by
 from tersor.core.plain import has_plain_forward, is_hooked
+from tersor.core.plain_network import refuse_what_is_no_network
 from tersor.core.selection import Layer
 
 ENOUGH = 0.95
@@ -101,8 +105,16 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
         model: the network, as `tersor.quantize` gives it; it stays as it is.
         example: images (N, C, H, W) as the network wants them; the first is run.
         planned: whether quantizers that are not calibrated yet count as if they were.
+
+    Raises:
+        InputError: this is no network, or it does not run on the example.
     """
-    ran = run_through(model, example[:1], planned=planned)
+    refuse_what_is_no_network(model)
+    images = images_of(example)[:1]
+    if not len(images):
+        raise InputError("the example holds no image. Pass at least one.")
+    with fed("the network", images):
+        ran = run_through(model, images, planned=planned)
     quantized = any(isinstance(module, FakeQuantize) for module in model.modules())
     macs, left = 0, Counter[tuple[str, str, str]]()
     for product in ran.products:

@@ -27,7 +27,7 @@ def shortfall(
     Args:
         graph: the network before anything goes.
         shares: layer -> what is left of it when all goes that may, as a fraction of the network as it was.
-        cuts: what goes.
+        cuts: of one channel of every group that may go.
         whole: root of a group of channels that stays -> why.
         exclude: patterns of layers whose channels stay.
     """

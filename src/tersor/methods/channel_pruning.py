@@ -233,7 +233,8 @@ class ChannelPruning:
         of = {each.name: each.parameters if kind == "parameters" else each.macs for each in layers}
         what, total = ("parameters", spent.parameters) if kind == "parameters" else ("MACs", spent.macs)
         shares = {name: cost / total for name, cost in of.items()}
-        held = shortfall(graph, shares, order.cuts(len(order.blocks)), whole, self.exclude)
+        cuts = [cut for group in order.groups for cut in group.slices[0]]
+        held = shortfall(graph, shares, cuts, whole, self.exclude)
         finer = ", or a lower `floor` or `round_to`" if self.floor or self.round_to > 1 else ""
         return InputError(
             f"keep_{kind}: {keep:g} cannot be met: {found:.3f} stay when all goes that may, {found - keep:.3f} more "

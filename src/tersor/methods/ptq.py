@@ -201,7 +201,7 @@ class PTQAttachment(Attachment):
     def _equalize(self, graph: fx.GraphModule) -> None:
         """Compares what the network computes before and after, on a few images."""
         few, self.data = few_images(self.data, next(graph.parameters()).device)
-        with fed(type(graph).__name__, few):
+        with fed(type(graph).__name__, few, captured=True):
             record_ranks(graph, few)
             undone = undone_unless_same(graph, few, partial(equalize, graph), "cross-layer equalisation")
         self.notes += () if undone is None else (undone,)

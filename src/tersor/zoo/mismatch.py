@@ -48,7 +48,7 @@ def mismatch(path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, An
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if keys
     ]
-    advice = _meant(tensors)
+    advice = _meant(tensors) if missing or unexpected else ""
     if any("parametrizations." in key for key in unexpected):
         advice = " Before saving, call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
     return InputError(f"'{path}' holds the weights of another network. {' '.join(parts)}{advice}")

@@ -42,6 +42,11 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     found, metadata = read_tensors(Path(path))
     expected = model.state_dict()
     tensors, taken = chosen(str(path), found, model)
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta:
+            raise InputError(f"'{path}': {key} is a sparse tensor, or one without values. Save dense weights.")
+        if value.is_complex() or (expected[key].is_floating_point() and not value.is_floating_point()):
+            raise InputError(f"'{path}': {key} is of {value.dtype}, and the network has {expected[key].dtype} there.")
     metadata |= {"taken": taken} if taken else {}
     # files older than PyTorch 0.4.1 have no counters of batches
     counters = {key: value for key, value in expected.items() if is_counter(key)}
