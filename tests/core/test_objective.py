@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.objective import Batch, LossTerm, Objective
+from tersor.core.objective import Batch, LossTerm, Objective, labels_of
 
 
 class Mean(LossTerm):
@@ -110,3 +110,10 @@ def test_a_network_that_answers_with_more_in_training_is_told(batch):
 def test_nothing_to_ask_is_told(batch):
     with pytest.raises(InputError, match="the images have no labels, and no method adds a loss"):
         Objective(network())(Batch(batch.images))
+
+
+def test_a_batch_of_images_alone_has_no_labels():
+    images = torch.randn(4, 3, 2, 2)
+    for batch in (images, (images,), [images]):
+        assert labels_of(batch) is None
+    assert labels_of((images, torch.arange(4))).tolist() == [0, 1, 2, 3]
