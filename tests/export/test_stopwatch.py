@@ -29,7 +29,7 @@ class Heard(Unwatched):
         self.lines.append(line)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_the_ratio_is_that_of_the_times_and_is_said(runtime, monkeypatch):
     """On a clock that a run moves on by the bytes of its file."""
     pytest.importorskip(runtime)
