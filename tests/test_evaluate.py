@@ -77,7 +77,7 @@ def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
         assert (file.split(",")[0], other.split(",")[0]) == (one, two)
         assert (place, milliseconds.split("\n")[0]) == ("onnxruntime\nfloat32", "2.000")
         assert compared == ["original", "baseline"]
-        assert difference == ["2.00x faster (2.00 to 2.00)"] * 2
+        assert difference == ["2.00x faster (1.99 to 2.01)"] * 2
 
 
 def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):

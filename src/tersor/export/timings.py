@@ -9,6 +9,8 @@ group opens all sessions anew, and the bootstrap draws whole groups.
 ratios, the estimate is the mean over groups, and 10,000 bootstrap samples draw groups with replacement. Percentiles of
 so few groups are too narrow, so they are taken further out, as Hesterberg proposes ("What Teachers Should Know About
 the Bootstrap", 2015, section 3.2): at the level at which the interval of a normal mean has the width of Student's t.
+Each end then moves out by the resolution of such a measurement: on a quiet machine the bootstrap alone gave 0.3 % to
+either side, and two of ten comparisons of a file with itself missed 1 by 0.1 and 0.2 %.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ EndedBy: TypeAlias = Literal["interval", "time"]
 
 NARROW = 0.1
 """Rounds end when an interval is narrower than this share of its ratio."""
+
+RESOLUTION = 0.005
+"""How far apart, as a share of the ratio, two measurements of the same file may be without any group showing it."""
 
 _SAMPLES = 10_000
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the normal's, expanded (see `_quantile`)
@@ -80,6 +85,7 @@ class Ratio:
         values = np.array([np.median(np.log(np.divide(*pair))) for pair in pairs])
         low, high = _interval(values)
         middle = float(values.mean())
+        low, high = low - RESOLUTION, high + RESOLUTION
         return Ratio(math.exp(middle), math.exp(low), math.exp(high), sum(len(each) for each in numerator), len(pairs))
 
 
