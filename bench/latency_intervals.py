@@ -2,9 +2,9 @@
 
 Three experiments in each runtime, ten times each. A ResNet-20 in 8 bits is timed against itself: the true ratio is 1. A
 stack of convolutions is timed against two inferences of the same stack in sequence: the true ratio is 2. It is also
-timed against a file that holds the stack twice: the true ratio is near 2, and not known better. A call costs something in
-any case (`fixed` is the share of a network that only copies its input), and a runtime may lay out two copies in memory
-otherwise than one. At least nine of ten intervals should cover the true ratio of the first two.
+timed against a file that holds the stack twice: the true ratio is near 2, and not known better. A call costs something
+in any case (`fixed` is the share of a network that only copies its input), and a runtime may lay out two copies in
+memory otherwise than one. At least nine of ten intervals should cover the true ratio of the first two.
 """
 
 from __future__ import annotations
