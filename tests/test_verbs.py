@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tersor
@@ -157,3 +158,15 @@ def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeyp
         tersor.export(model, IMAGES, tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_bytes() == b"of before"
+
+
+def test_agreement_is_the_share_of_equal_predictions(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(40, 3, 8, 8)
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval() for _ in range(2)]
+    path = tersor.export(networks[1], images, tmp_path / "other.onnx")
+    with torch.no_grad():
+        same = (networks[0](images).argmax(1) == networks[1](images).argmax(1)).double().mean().item()
+    found = tersor.compare(networks[0], path, [images], seconds=0.01)
+    assert 0 < same < 1
+    assert found["artifact"]["agreement"] == pytest.approx(100 * same)

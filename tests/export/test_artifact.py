@@ -294,3 +294,18 @@ def test_what_somebody_else_cannot_open_is_not_told_as_ours(tmp_path):
 
     with pytest.raises(FileNotFoundError):
         write_folder(tmp_path / "out", fails)
+
+
+def test_a_manifest_that_cannot_be_replaced_leaves_nothing_beside(tmp_path, monkeypatch):
+    out = write_folder(tmp_path / "out", lambda folder: (folder / "report.html").write_text("first"))
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name == "manifest.json"}
+
+    def refuse(_path, _target):
+        raise OSError(errno.EIO, "input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refuse)
+        with pytest.raises((OSError, InputError)):
+            replace_file(out, "report.html", write_report("second"))
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "report.html"}
+    assert (out / "manifest.json").read_bytes() == before["manifest.json"]

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tersor.export.profile import layer_of_node, node_times, profile
+from tersor.export.profile import NodeTime, _onnxruntime, layer_of_node, node_times, profile
 
 LAYERS = {"mix": "mix", "norm": "mix", "answer": "answer"}
 
@@ -86,3 +90,34 @@ def test_no_file_is_left_behind(named, tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
     node_times(named.path, "onnxruntime", named.images, runs=1)
     assert sorted(tmp_path.iterdir()) == before
+
+
+class FakeRuntime:
+    """ONNX Runtime whose profile says that one convolution took 1,500 microseconds in each run."""
+
+    class SessionOptions:
+        def add_session_config_entry(self, *_entry):
+            pass
+
+    class GraphOptimizationLevel:
+        ORT_ENABLE_ALL = 99
+
+    class InferenceSession:
+        def __init__(self, _path, options, providers):
+            self.file, self.runs = Path(f"{options.profile_file_prefix}.json"), 0
+
+        def get_inputs(self):
+            return [SimpleNamespace(name="images")]
+
+        def run(self, *_given):
+            self.runs += 1
+
+        def end_profiling(self):
+            node = {"cat": "Node", "name": "conv1_kernel_time", "dur": 1500, "args": {"op_name": "Conv"}}
+            self.file.write_text(json.dumps([node, {"name": "model_run"}] * self.runs))
+            return str(self.file)
+
+
+def test_times_of_onnxruntime_are_in_milliseconds():
+    runs = list(_onnxruntime(FakeRuntime, Path("m.onnx"), np.zeros((1, 3, 8, 8), np.float32), None, 2))
+    assert runs == [[NodeTime("conv1", "Conv", 1.5)]] * 2

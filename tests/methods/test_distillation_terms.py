@@ -262,3 +262,9 @@ def test_a_paraphraser_reads_features_of_any_precision(networks):
     attached = method.attach(student.double(), data=[batch], teacher=teacher.double())
     list(attached.begin())
     assert attached.terms[0].errors.isfinite().all()
+
+
+@pytest.mark.parametrize("weights", [{"beta": 1.0, "gamma": 0.0}, {"beta": 0.0, "gamma": 1.0}])
+def test_either_of_the_two_correlations_is_a_loss(networks, weights):
+    student, teacher = networks
+    assert len(DIST(**weights).attach(student, teacher=teacher).terms) == 1

@@ -74,15 +74,16 @@ def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
     predicted = logits.argmax(1)
     right = int((predicted == labels).sum())
     seen = f"{name}: {100 * right / images:.1f} % of {images} labelled images are predicted as their label"
-    moved = _moved(predicted, labels, classes)
-    if moved:
+    moved, by_chance = _moved(predicted, labels, classes), _at_least(right, images, 1 / classes) > _BY_CHANCE
+    in_moved = sum(int((labels == label).sum()) for label in moved)
+    if moved and (not by_chance or 2 * in_moved >= images):  # a network by chance has a favourite class or two as well
         shown = ", ".join(f"label {label} as class {number}" for label, number in list(moved.items())[:4])
         more = f" and {len(moved) - 4} more" if len(moved) > 4 else ""
         return (
             f"{seen}, and {len(moved)} classes consistently as another one: {shown}{more}. Its classes are probably in "
             "another order than those of the data: compare the lists of classes."
         )
-    if _at_least(right, images, 1 / classes) > _BY_CHANCE:
+    if by_chance:
         return (
             f"{seen}, not measurably more than by chance ({100 / classes:.1f} % for {classes} classes). Check its "
             "weights, and that mean, std and image size are those that it was trained with."
