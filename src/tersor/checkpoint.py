@@ -9,8 +9,8 @@
         structure.json                   what methods laid on the network
         tensors.safetensors              weights, buffers, the optimizer's state, random numbers
 
-Nothing is pickled. One whose bits have flipped is passed over, and the one before it is taken; so is one that holds
-what no run writes.
+Nothing is pickled. A checkpoint is skipped if its bits have changed or if it holds something that no run writes. The
+checkpoint before it is used instead.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Checkpoints:
 
     Attributes:
         last: the newest whole one that this process wrote or went on from.
-        damaged: what was passed over.
+        damaged: checkpoints that were skipped.
     """
 
     def __init__(self, folder: Path) -> None:

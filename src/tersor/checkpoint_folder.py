@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """What is told of the stages up to this one.
+        """The records of all stages up to this one.
 
         Raises:
             ValueError: it is of another shape.

@@ -16,8 +16,8 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.core.watch import Unwatched
 from tersor.export import static_batch
+from tersor.export.batch_padding import in_batches_of
 from tersor.export.bench import latency, predictions
-from tersor.export.pieces import in_pieces
 from tersor.export.runtime import open_session
 from tersor.export.static_batch import batch_for, crashes_on_dynamic_batches
 from tersor.recipe import parse
@@ -131,9 +131,9 @@ def test_pieces_are_padded_and_cut():
         seen.append(images[:, 0].tolist())
         return images * 10
 
-    assert in_pieces(infer, 2)(np.array([[1], [2], [3]])).tolist() == [[10], [20], [30]]
+    assert in_batches_of(infer, 2)(np.array([[1], [2], [3]])).tolist() == [[10], [20], [30]]
     assert seen == [[1, 2], [3, 3]]
-    assert in_pieces(lambda images: images.sum(), 2)(np.ones((3, 1))) == 2, "no row for each image: as it is"
+    assert in_batches_of(lambda images: images.sum(), 2)(np.ones((3, 1))) == 2, "no row for each image: as it is"
 
 
 @pytest.mark.slow

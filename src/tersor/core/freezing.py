@@ -51,7 +51,7 @@ def freezable_class(kind: type[Norm]) -> type[Freezable]:
 
 
 def freezable(norm: Norm) -> Freezable:
-    """One in the place of `norm`: the same forward, the same Parameter objects, the same buffers."""
+    """A BatchNorm that can be frozen, with the forward, the Parameter objects and the buffers of `norm`."""
     if isinstance(norm, Freezable):
         return norm
     kind = freezable_class(type(norm))

@@ -1,7 +1,7 @@
 """How many multiplications an operator of torch costs, where torch.utils.flop_counter has no formula for it.
 
-By convention neither counted nor named: elementwise operators, normalisation, pooling, resizing, embeddings. What
-multiplies in another way, and has no formula here or in torch, is told apart by `multiplies_uncounted`.
+Elementwise operators, normalisation, pooling, resizing and embeddings are not counted, by convention. Other operators
+that multiply and have no formula, here or in torch, are found by `multiplies_uncounted`, and named.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Operand:
     Attributes:
         activation: whether it depends on the images.
         parameter: name of the Parameter that it is, or is computed from; None for activations and other constants.
-        bits: of the grid that it lies on; None in float.
+        bits: bit width of its quantization grid; None if it is not quantized.
     """
 
     activation: bool = False

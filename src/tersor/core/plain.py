@@ -1,8 +1,8 @@
 """Whether a module computes what torch's class of it computes, and nothing else.
 
-A rewrite (folding, fusing, equalising, correcting, exporting) puts a formula in the place of a call. `isinstance` says
-only what a module is derived from: a subclass may have a forward of its own (timm's `BatchNormAct2d` has an activation
-in it), and an instance may have hooks.
+Folding, fusing, equalising, correcting and exporting replace the call of a module by a formula. `isinstance` does not
+show that the formula holds: a subclass may define its own forward (timm's `BatchNormAct2d` contains an activation), and
+an instance may have hooks.
 """
 
 from __future__ import annotations

@@ -66,6 +66,6 @@ def writable(out: Path) -> Generator[None]:
         if error.errno not in _REFUSED and not of_out:
             raise
         raise InputError(
-            f"{out} could not be written: {error}. Nothing is left half-written. Make room, or name another folder; "
-            "a run goes on with --resume."
+            f"{out} could not be written: {error}. Nothing is left half-written. Make room, or name another folder. "
+            "A run can be continued with --resume."
         ) from error

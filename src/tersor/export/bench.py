@@ -50,8 +50,8 @@ def predictions(session: Session, arrays: Iterable[Array]) -> Array:
     logit, class 1 where that is above 0.
 
     Raises:
-        InputError: the images do not fit the network, or it does not answer with logits (B, classes), or which of its
-            outputs is the logits cannot be told, or whether one output is a logit or a probability.
+        InputError: the images do not fit the network, its output is not logits (B, classes), several outputs could be
+            the logits, or a single output could be a logit or a probability.
     """
     if session.logits is None:
         raise InputError(

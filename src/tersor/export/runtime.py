@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from tersor.core.errors import InputError, unknown
 from tersor.core.target import Runtime
+from tersor.export.batch_padding import in_batches_of
 from tersor.export.machine import default_threads
 from tersor.export.outputs import LOGITS, logits_place
-from tersor.export.pieces import in_pieces
 
 Array: TypeAlias = NDArray[Any]
 
@@ -108,7 +108,7 @@ def open_session(
     session = opener(module, path, precision, threads or default_threads())
     match session.input_shape:
         case (int(batch), *image):
-            return replace(session, batch=batch, input_shape=(None, *image), infer=in_pieces(session.infer, batch))
+            return replace(session, batch=batch, input_shape=(None, *image), infer=in_batches_of(session.infer, batch))
         case _:
             return session
 

@@ -9,19 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def in_pieces(infer: Callable[[NDArray[Any]], NDArray[Any]], size: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Runs any number of images (N, C, H, W) through `infer`, which takes `size`; the last piece is padded."""
+def in_batches_of(infer: Callable[[NDArray[Any]], NDArray[Any]], size: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Runs any number of images (N, C, H, W) through `infer`, which takes `size` at once; the last batch is padded."""
 
-    def infer_pieces(images: NDArray[Any]) -> NDArray[Any]:
+    def infer_batches(images: NDArray[Any]) -> NDArray[Any]:
         if len(images) == size:
             return infer(images)
         outputs: list[NDArray[Any]] = []
         for start in range(0, len(images), size):
-            piece = images[start : start + size]
-            output = infer(np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), axis=0)]))
+            batch = images[start : start + size]
+            output = infer(np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)]))
             if output.shape[:1] != (size,):
                 return output  # not a row for each image, which the caller refuses
-            outputs.append(output[: len(piece)])
+            outputs.append(output[: len(batch)])
         return np.concatenate(outputs)
 
-    return infer_pieces
+    return infer_batches
