@@ -246,7 +246,7 @@ def compare(
     if not isinstance(artifact, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"the artifact is a {type(artifact).__name__}. Export it, and pass the path of its file.")
     loader, _ = batches_of(loader)
-    batches = [(images_of(batch).detach().cpu(), given_labels(batch)) for batch in loader if len(images_of(batch))]
+    batches = [(images.cpu(), given_labels(batch)) for batch in loader if len(images := images_of(batch))]
     if not isinstance(original, str | Path):
         original = to_export(original, batches[0][0].float(), "original")
     with TemporaryDirectory() as folder:

@@ -72,11 +72,6 @@ class Ratio:
         """Of the interval, as a share of the ratio."""
         return (self.high - self.low) / self.value
 
-    @property
-    def measurable(self) -> bool:
-        """Whether the interval excludes 1."""
-        return self.low > 1 or self.high < 1
-
     @staticmethod
     def of(numerator: Groups, denominator: Groups) -> Ratio:
         """Time over time, paired round by round. At least two groups."""
