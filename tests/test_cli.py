@@ -248,3 +248,9 @@ def test_the_schema_of_recipes_knows_every_method(monkeypatch, capfd):
     assert json.loads(told)["$defs"]["Stage"]
     assert "calibration_images" in told
     assert "temperature" in told
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf"])
+def test_a_time_that_is_none(seconds, monkeypatch, capfd):
+    assert tersor(monkeypatch, "bench", "m.onnx", "--seconds", seconds) == 2
+    assert "Write a number above 0" in capfd.readouterr().err

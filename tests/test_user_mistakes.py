@@ -412,3 +412,8 @@ def test_coverage_of_something_else():
     for model, example in ((small(), None), (small(), IMAGES[0]), (small(), IMAGES[:0]), ("net", IMAGES)):
         with pytest.raises(InputError):
             tersor.integer_coverage(model, example)
+
+
+def test_rounding_that_keeps_all_channels_is_named_as_the_cause():
+    with pytest.raises(InputError, match=r"as narrow as `floor` and `round_to` allow"):
+        tersor.prune(small().eval(), IMAGES, round_to=1000)

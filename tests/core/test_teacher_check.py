@@ -6,10 +6,11 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tersor.core.objective import Batch
-from tersor.core.teacher_check import doubts
+from tersor.core.teacher_check import _accuracy, doubts
 
 torch.manual_seed(0)
 IMAGES = torch.randn(40, 3, 8, 8)
@@ -60,3 +61,13 @@ def test_images_without_labels_are_looked_at_for_probabilities_alone():
     assert doubts("t", Fixed(-GOOD), [Batch(IMAGES)]) == []
     assert len(doubts("t", Fixed(GOOD.softmax(1)), [Batch(IMAGES, LABELS - 20)])) == 1
     assert doubts("t", Fixed(GOOD), []) == []
+
+
+def test_two_favourite_classes_of_a_network_by_chance_are_no_other_order():
+    labels = torch.arange(60) % 10
+    predicted = torch.zeros(60, dtype=torch.int64)
+    predicted[labels == 1], predicted[labels == 8] = 5, 7
+    told = _accuracy("the teacher", F.one_hot(predicted, 10).float(), labels)
+    assert "not measurably more than by chance" in told
+    moved = _accuracy("the teacher", F.one_hot((labels + 1) % 10, 10).float(), labels)
+    assert "another order" in moved

@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tersor.export.profile import NodeTime, _onnxruntime, layer_of_node, node_times, profile
+from tersor.core.errors import InputError
+from tersor.export.profile import NodeTime, _events, _onnxruntime, layer_of_node, node_times, profile
 
 LAYERS = {"mix": "mix", "norm": "mix", "answer": "answer"}
 
@@ -121,3 +122,9 @@ class FakeRuntime:
 def test_times_of_onnxruntime_are_in_milliseconds():
     runs = list(_onnxruntime(FakeRuntime, Path("m.onnx"), np.zeros((1, 3, 8, 8), np.float32), None, 2))
     assert runs == [[NodeTime("conv1", "Conv", 1.5)]] * 2
+
+
+def test_a_profile_that_was_written_in_part_is_one_message(tmp_path):
+    (tmp_path / "nodes.json").write_text('[{"cat": "Node", "na')
+    with pytest.raises(InputError, match="could not write all of its profile"):
+        _events(tmp_path / "nodes.json")

@@ -254,3 +254,19 @@ def test_normalization_that_is_no_three_numbers(mean, std, said):
     metadata = {"normalize_mean": mean} | ({} if std is None else {"normalize_std": std})
     with pytest.raises(InputError, match=said):
         normalization(metadata)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_of_another_kind_of_number_are_refused(tmp_path, dtype):
+    network = torch.nn.Linear(3, 2)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    torch.save({**before, "weight": torch.ones(2, 3).to(dtype)}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"weight is of torch\.\w+, and the network has torch\.float32 there"):
+        load_weights(network, tmp_path / "w.pt")
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_sparse_weights_are_refused(tmp_path):
+    torch.save({"weight": torch.eye(2).to_sparse(), "bias": torch.zeros(2)}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="weight is a sparse tensor"):
+        load_weights(torch.nn.Linear(2, 2), tmp_path / "w.pt")
