@@ -34,7 +34,7 @@ import rows
 
 RESULT = "breaks"
 CHOSEN = rows.ROOT / "bench" / "breaks.json"
-SEED = 0
+SEED = 1
 GROUPS = {
     "core": (5, r"core/"),
     "graph": (6, r"graph/"),
