@@ -18,11 +18,11 @@ from torch import nn
 import rows
 import tables
 from images import SHARED
-from tersor.export.bench import BATCH_SIZES, latency
-from tersor.export.onnx import export
-from tersor.export.runtime import installed_runtimes, open_session
-from tersor.export.timings import Ratio, Timings
-from tersor.zoo import build, load_weights
+from tersor.deploy.onnx import export
+from tersor.evaluation.latency import BATCH_SIZES, measure_latency
+from tersor.evaluation.session import installed_runtimes, open_session
+from tersor.evaluation.timings import Ratio, Timings
+from tersor.models import build, load_weights
 
 RESULT = "baseline"
 WEIGHTS = SHARED / "models" / "resnet20-cifar10-jpeg.safetensors"
@@ -61,7 +61,7 @@ def measure(seconds: float) -> None:
             baseline = timings.fastest(candidates, size)
             return [timings.ratio(name, baseline, size) for name in openers if name != baseline]
 
-        timings = latency(openers, image.numpy(), ratios=wanted, seconds=seconds)
+        timings = measure_latency(openers, image.numpy(), ratios=wanted, seconds=seconds)
     for size, identity in zip(BATCH_SIZES, identities, strict=True):
         for name, precision in precisions.items():
             of_one = {"kind": "milliseconds", "artifact": name, "runtime": name.split(",")[0], "batch": size, **what}

@@ -36,16 +36,15 @@ RESULT = "breaks"
 CHOSEN = rows.ROOT / "bench" / "breaks.json"
 SEED = 1
 GROUPS = {
-    "core": (5, r"core/"),
-    "graph": (6, r"graph/"),
+    "graph and models": (4, r"(graph|models)/"),
+    "quantization": (4, r"quantization/"),
+    "pruning": (5, r"pruning/"),
     "methods": (6, r"methods/"),
-    "export": (3, r"export/(?!report/)"),
-    "report": (2, r"export/report/"),
-    "data": (2, r"data/"),
-    "zoo": (1, r"zoo/"),
-    "train": (1, r"train\.py"),
-    "recipe": (2, r"recipe\w*\.py"),
-    "verbs": (2, r"(verbs|walk|prepare|saved|checkpoint|measure)\.py"),
+    "training": (3, r"training/"),
+    "deploy and evaluation": (3, r"(deploy|evaluation)/"),
+    "data and core": (3, r"(data|core)/"),
+    "report": (1, r"report/"),
+    "recipes, runs and verbs": (1, r"(recipe|pipeline|checkpoint|api)"),
 }
 """How many breaks of each group of files, by their path under src/tersor/."""
 

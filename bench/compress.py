@@ -36,21 +36,21 @@ import rows
 import tables
 from images import MEAN, SHARED, STD, TRAINED, cifar, folder, normalised
 from tersor import recipe as recipes
-from tersor.checkpoint import Checkpoints
-from tersor.core.attachment import Attachment
-from tersor.core.method import chain
+from tersor.checkpoint.store import Checkpoints
+from tersor.checkpoint.structure import rebuild
 from tersor.core.target import Runtime, Target
 from tersor.data import Batches
-from tersor.export.bench import latency, predictions, size_bytes
-from tersor.export.onnx import export
-from tersor.export.runtime import open_session
-from tersor.graph.structure import rebuild
-from tersor.measure import accuracy, costs
+from tersor.deploy.onnx import export
+from tersor.evaluation.costs import accuracy, costs
+from tersor.evaluation.latency import measure_latency, predictions, size_bytes
+from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
+from tersor.pipeline.run import run
 from tersor.recipe import Recipe, Stage
-from tersor.run import run
-from tersor.train import Fitted, fit
+from tersor.training.attachment import Attachment
+from tersor.training.loop import Fitted, fit
+from tersor.training.method import chain
 
 RESULT = "compress"
 OURS = "tersor"
@@ -285,7 +285,7 @@ def report_latency(
         openers[tables.DEFAULT_PRECISION] = partial(open_session, original, runtime)
         precisions = {name: opener().precision for name, opener in openers.items()}
         others = [name for name in names if name != OURS]
-        timings = latency(
+        timings = measure_latency(
             openers,
             example.numpy(),
             [batch],

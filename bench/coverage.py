@@ -113,11 +113,11 @@ def ours(name: str) -> dict[str, Any]:
     """What `channel_pruning` makes of it."""
     import torch
 
-    from tersor.export.onnx import export
+    from tersor.deploy.onnx import export
+    from tersor.evaluation.costs import costs
     from tersor.graph.capture import capture
-    from tersor.graph.channels import Cut, difference
-    from tersor.measure import costs
     from tersor.methods.channel_pruning import ChannelPruning
+    from tersor.pruning.channel_groups import Cut, difference
 
     model = network(name)
     inputs = images(name, model)
@@ -161,7 +161,7 @@ def theirs(name: str) -> dict[str, Any]:
     import torch_pruning
     from torch import nn
 
-    from tersor.measure import costs
+    from tersor.evaluation.costs import costs
 
     model = network(name)
     inputs = images(name, model)

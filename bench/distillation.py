@@ -32,10 +32,10 @@ from torch import Tensor, nn
 import rows
 import training
 from images import MEAN, STD, TRAINED, cifar, folder
-from tersor.core.layers import Layers
 from tersor.data import Batches
+from tersor.graph.feature_extraction import Layers
+from tersor.pipeline.stages import Walk
 from tersor.recipe import Recipe
-from tersor.walk import Walk
 
 RESULT = "distillation"
 IMAGES, EPOCHS, CHOOSING_EPOCHS, COMPOSED_EPOCHS, LONG = 10_000, 20, 5, 5, 60

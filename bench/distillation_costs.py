@@ -24,10 +24,11 @@ import rows
 from images import MEAN, STD, TRAINED, cifar
 from tersor import methods as registry
 from tersor.core.device import keep_freed_memory, precision_for, set_layout
-from tersor.core.objective import Batch, Objective
 from tersor.data import Batches
-from tersor.graph.fused import fused
-from tersor.zoo import build
+from tersor.data.batch import Batch
+from tersor.graph.fused_inference import fused
+from tersor.models import build
+from tersor.training.objective import Objective
 
 RESULT = "distillation_costs"
 BATCH, ROUNDS, WARM_ROUNDS = 128, 20, 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rows
 from tersor.data import Batches, Images, Splits, load
-from tersor.zoo import build, load_weights
+from tersor.models import build, load_weights
 
 SHARED = rows.ROOT.parent / "shared"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

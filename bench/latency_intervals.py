@@ -25,12 +25,12 @@ from torch import nn
 import rows
 import tables
 from tersor.core.target import Target
-from tersor.export.bench import latency
-from tersor.export.onnx import export
-from tersor.export.runtime import Array, Session, installed_runtimes, open_session
-from tersor.export.timings import Ratio, Timings
+from tersor.deploy.onnx import export
+from tersor.evaluation.latency import measure_latency
+from tersor.evaluation.session import Array, Session, installed_runtimes, open_session
+from tersor.evaluation.timings import Ratio, Timings
 from tersor.methods.ptq import PTQ
-from tersor.zoo import build
+from tersor.models import build
 
 RESULT = "latency_intervals"
 STACK = (8, 64, 32, 56)
@@ -120,7 +120,7 @@ def _timed(openers: Openers, image: Array, seconds: float) -> Timings:
     def wanted(timings: Timings, size: int) -> list[Ratio]:
         return [timings.ratio("slow", "fast", size)]
 
-    return latency(openers, image, [1], ratios=wanted, seconds=seconds)
+    return measure_latency(openers, image, [1], ratios=wanted, seconds=seconds)
 
 
 def show() -> None:

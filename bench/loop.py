@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import rows
-from tersor.core.attachment import Attachment
 from tersor.core.device import precision_for
-from tersor.core.training import Training
-from tersor.core.watch import Unwatched
+from tersor.core.progress import Unwatched
 from tersor.data.batches import Batches
-from tersor.data.images import Pixels
-from tersor.train import fit
-from tersor.zoo import build
+from tersor.data.image_sets import Pixels
+from tersor.models import build
+from tersor.training.attachment import Attachment
+from tersor.training.loop import fit
+from tersor.training.options import Training
 
 SEED = 0
 WARM_BLOCKS = 2

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor.zoo.cifar import CifarResNet
+from tersor.models.cifar_resnet import CifarResNet
 
 os.environ.setdefault("NNCF_CI", "1")  # before its import: no telemetry
 

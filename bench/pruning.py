@@ -27,7 +27,7 @@ from torch import nn
 import rows
 import training
 from images import cifar
-from tersor.core.selection import prunable
+from tersor.graph.layer_selection import prunable
 
 RESULT = "pruning"
 IMAGES, EPOCHS, RATE, WEIGHT_DECAY = 20_000, 10, 0.05, 1e-4

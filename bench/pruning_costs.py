@@ -30,16 +30,17 @@ from torch import nn
 import rows
 from images import MEAN, STD, TRAINED, cifar
 from tersor.core.device import keep_freed_memory, precision_for, set_layout
-from tersor.core.masking import masks
-from tersor.core.objective import Batch, Objective
-from tersor.core.selection import prunable
 from tersor.data import Batches
+from tersor.data.batch import Batch
 from tersor.graph.capture import capture
-from tersor.graph.channels import coupled_channels, merged, remove
+from tersor.graph.layer_selection import prunable
 from tersor.methods.dcil import DCIL
 from tersor.methods.dpf import DPF
 from tersor.methods.rigl import RigL
 from tersor.methods.weight_pruning import WeightPruning
+from tersor.pruning.channel_groups import coupled_channels, merged, remove
+from tersor.pruning.topk import masks
+from tersor.training.objective import Objective
 
 RESULT = "pruning_costs"
 BATCH, EVERY, ROUNDS, WARM_ROUNDS = 128, 16, 12, 1

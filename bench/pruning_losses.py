@@ -23,12 +23,12 @@ from torch import Tensor, fx, nn
 import rows
 from images import MEAN, STD, TRAINED, cifar
 from tersor.data import Batches
+from tersor.evaluation.costs import costs
 from tersor.graph.capture import capture
-from tersor.graph.channels import Group
-from tersor.graph.importance import importances
-from tersor.graph.widths import removable
-from tersor.measure import costs
 from tersor.methods.channel_pruning import ChannelPruning
+from tersor.pruning.channel_groups import Group
+from tersor.pruning.channel_importance import importances
+from tersor.pruning.channel_selection import removable
 
 RESULT = "pruning_losses"
 SUBJECT = TRAINED["resnet56"]

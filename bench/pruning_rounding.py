@@ -22,10 +22,10 @@ import rows
 import tables
 from images import IMAGENET, TRAINED, Subject
 from tersor.core.target import Runtime
-from tersor.export.bench import latency
-from tersor.export.onnx import export
-from tersor.export.runtime import open_session
-from tersor.measure import costs
+from tersor.deploy.onnx import export
+from tersor.evaluation.costs import costs
+from tersor.evaluation.latency import measure_latency
+from tersor.evaluation.session import open_session
 from tersor.methods.channel_pruning import ChannelPruning
 
 RESULT = "pruning_rounding"
@@ -52,7 +52,7 @@ def measure(subject: Subject, runtime: Runtime, keep: float, batch: int, seconds
         files = {name: export(each, example, Path(scratch) / f"{name}.onnx") for name, each in networks.items()}
         openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
         precisions = {name: opener().precision for name, opener in openers.items()}
-        timings = latency(
+        timings = measure_latency(
             openers,
             example.numpy(),
             [batch],

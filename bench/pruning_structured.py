@@ -42,16 +42,16 @@ import rows
 import tables
 from compress import RUNTIMES, SUBJECT
 from images import MEAN, STD, cifar, folder
-from tersor.core.attachment import Attachment
-from tersor.core.method import Method, chain
-from tersor.core.training import Training
 from tersor.data import Batches
-from tersor.export.bench import latency
-from tersor.export.onnx import export
-from tersor.export.runtime import open_session
-from tersor.measure import accuracy, costs
+from tersor.deploy.onnx import export
+from tersor.evaluation.costs import accuracy, costs
+from tersor.evaluation.latency import measure_latency
+from tersor.evaluation.session import open_session
 from tersor.methods.channel_pruning import ChannelPruning
-from tersor.train import fit, steps_per_epoch
+from tersor.training.attachment import Attachment
+from tersor.training.loop import fit, steps_per_epoch
+from tersor.training.method import Method, chain
+from tersor.training.options import Training
 
 RESULT = "pruning_structured"
 OURS = "tersor, taught"
@@ -268,7 +268,7 @@ def report_latency(folders: dict[str, Path], times: float, batch: int, seconds: 
             files |= {f"{OURS}, again": files[OURS], "original": original}
             openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
             precisions = {name: opener().precision for name, opener in openers.items()}
-            timings = latency(
+            timings = measure_latency(
                 openers,
                 compress.SUBJECT.calibration(0)[:1].numpy(),
                 [batch],

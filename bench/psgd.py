@@ -25,15 +25,15 @@ from torch import nn
 import rows
 import training
 from images import MEAN, STD, cifar
-from tersor.core.affine import Grid, to_integers
-from tersor.core.method import Method
-from tersor.core.ranges import weight_grid
-from tersor.core.selection import weighted_layers
 from tersor.core.target import Target
 from tersor.data import Batches, Images
-from tersor.measure import accuracy
+from tersor.evaluation.costs import accuracy
+from tersor.graph.layer_selection import weighted_layers
 from tersor.methods.adaround import AdaRound
 from tersor.methods.weight_pruning import WeightPruning
+from tersor.quantization.grid import Grid, to_integers
+from tersor.quantization.observers import weight_grid
+from tersor.training.method import Method
 
 RESULT = "psgd"
 SEEDS, EPOCHS, RATE = (0, 1, 2), 5, 0.01

@@ -27,9 +27,9 @@ import rows
 import tables
 from images import IMAGENET, TRAINED, Subject, cifar, normalised
 from tersor.core.target import Target
-from tersor.export.bench import latency, predictions, size_bytes
-from tersor.export.onnx import export
-from tersor.export.runtime import Array, Session, open_session
+from tersor.deploy.onnx import export
+from tersor.evaluation.latency import measure_latency, predictions, size_bytes
+from tersor.evaluation.session import Array, Session, open_session
 from tersor.methods.ptq import PTQ
 
 RESULT = "ptq"
@@ -174,7 +174,7 @@ def report_latency(subject: Subject, runtime: str, batch: int, seconds: float, *
     openers = {entrant.label: partial(opened, subject, entrant) for entrant in entrants}
     openers[f"{ours}, again"] = partial(opened, subject, Contender(ours, runtime))
     precisions = {label: opener().precision for label, opener in openers.items()}
-    timings = latency(
+    timings = measure_latency(
         openers,
         subject.calibration(0)[:1].numpy(),
         [batch],

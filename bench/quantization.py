@@ -36,15 +36,15 @@ import rows
 import tables
 import training
 from images import MEAN, STD, TRAINED, cifar, normalised
-from tersor.core.method import Method
 from tersor.core.target import Target
 from tersor.data import Batches
-from tersor.export.bench import latency, predictions, size_bytes
-from tersor.export.onnx import export
-from tersor.export.runtime import open_session
+from tersor.deploy.onnx import export
+from tersor.evaluation.latency import measure_latency, predictions, size_bytes
+from tersor.evaluation.session import open_session
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
 from tersor.methods.ptq import PTQ
+from tersor.training.method import Method
 
 RESULT = "quantization"
 SEEDS = (0, 1, 2)
@@ -218,7 +218,7 @@ def packed(batches: Sequence[int] = (1, 32, 128)) -> None:
             files = {bits: _exported(subject.network(), bits, runtime, Path(made)) for bits in (4, 8)}
             openers = {str(bits): partial(open_session, path, runtime) for bits, path in files.items()}
             openers["8, again"] = openers["8"]
-            timings = latency(openers, subject.calibration(0)[:1].numpy(), batches)
+            timings = measure_latency(openers, subject.calibration(0)[:1].numpy(), batches)
             for batch in batches:
                 ratio, noise = timings.ratio("4", "8", batch), timings.ratio("8, again", "8", batch)
                 numbers = {

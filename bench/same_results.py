@@ -22,9 +22,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 import rows
 from breaks import checked_out
-from ruamel.yaml import YAML
 
 RESULT = "same_results"
 STEPS = 20

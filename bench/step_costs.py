@@ -29,8 +29,9 @@ import rows
 from images import MEAN, STD, TRAINED, cifar
 from tersor import methods as registry
 from tersor.core.device import keep_freed_memory, precision_for, set_layout
-from tersor.core.objective import Batch, Objective
 from tersor.data import Batches
+from tersor.data.batch import Batch
+from tersor.training.objective import Objective
 
 RESULT = "step_costs"
 BATCH, ROUNDS, WARM_ROUNDS, STEPS = 128, 32, 3, 1000

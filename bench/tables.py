@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rows
-from tersor.export.timings import Ratio
+from tersor.evaluation.timings import Ratio
 
 DEFAULT_PRECISION = "fp32, default precision"
 """The original's file in the precision that OpenVINO chooses, which costs nothing."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from images import SHARED, cifar, folder
-from tersor.checkpoint import Checkpoints
-from tersor.core.watch import Unwatched
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.progress import Unwatched
 from tersor.data import Splits
-from tersor.measure import accuracy
-from tersor.prepare import prepare
+from tersor.evaluation.costs import accuracy
+from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import EVALUATION_BATCH, Walk
 from tersor.recipe import Recipe, write
-from tersor.walk import EVALUATION_BATCH, Walk
 
 Numbers = dict[str, Any]
 

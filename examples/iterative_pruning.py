@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tersor.core.strip import strip
 from tersor.data import Batches, load
-from tersor.measure import accuracy, costs
+from tersor.evaluation.costs import accuracy, costs
+from tersor.graph.strip import strip
 from tersor.methods.weight_pruning import WeightPruning
-from tersor.zoo import build
+from tersor.models import build
 
 
 def main(epochs: int = 4, sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tersor.core.objective import Objective
 from tersor.data import Batches, load
-from tersor.measure import accuracy
+from tersor.evaluation.costs import accuracy
 from tersor.methods.soft_targets import SoftTargets
-from tersor.zoo import build
+from tersor.models import build
+from tersor.training.objective import Objective
 
 
 def epoch_of(objective: Objective, batches: Batches, optimizer: torch.optim.Optimizer) -> None:

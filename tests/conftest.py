@@ -12,6 +12,9 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     # slower, as every one of them waits for a core to become free
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# imported after the threads are set, since it imports torch
+pytest_plugins = ["onnx_files"]
+
 # how long one example takes says nothing on a busy machine
 settings.register_profile("tersor", deadline=None)
 settings.load_profile("tersor")

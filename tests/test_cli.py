@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tersor import cli, zoo
+from tersor import cli, models
 from tersor.core.errors import InputError
-from tersor.export import bench
+from tersor.evaluation import latency
 
 RECIPE = """\
 model: {name: resnet20, weights: WEIGHTS}
@@ -27,7 +27,7 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("tersor.run"), "run", pressed)
+    monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "run", pressed)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     assert tersor(monkeypatch, "run", recipe, "--set", "seed=3") == 130
@@ -42,7 +42,7 @@ def test_a_run_keeps_freed_memory(tmp_path, monkeypatch):
         done.append("run")
         raise InputError("far enough")
 
-    monkeypatch.setattr(importlib.import_module("tersor.run"), "run", run)
+    monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "run", run)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     assert tersor(monkeypatch, "run", recipe) == 2
@@ -52,7 +52,7 @@ def test_a_run_keeps_freed_memory(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
-    zoo.save_weights(zoo.build("resnet20", 10), path)
+    models.save_weights(models.build("resnet20", 10), path)
     return path
 
 
@@ -64,9 +64,9 @@ def tersor(monkeypatch, *arguments: object) -> int:
 
 
 def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatch, capfd):
-    module = importlib.import_module("tersor.run")
+    module = importlib.import_module("tersor.pipeline.run")
     monkeypatch.setattr(module, "measure", partial(module.measure, seconds=0.2))
-    monkeypatch.setattr(bench, "_FEWEST_GROUPS", 2)
+    monkeypatch.setattr(latency, "_FEWEST_GROUPS", 2)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)))
     out = tmp_path / "out"
@@ -99,7 +99,9 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
     assert tersor(monkeypatch, "eval", out) == 0
     assert f"{numbers['artifact']['accuracy']:.2f} %" in capfd.readouterr().out
     # the run above had every runtime
-    monkeypatch.setattr(importlib.import_module("tersor.evaluate"), "installed_runtimes", lambda: ["onnxruntime"])
+    monkeypatch.setattr(
+        importlib.import_module("tersor.pipeline.evaluate"), "installed_runtimes", lambda: ["onnxruntime"]
+    )
     assert tersor(monkeypatch, "bench", out, out / "model.onnx", "--seconds", 0.1) == 0
     table = capfd.readouterr().out
     assert table.count("onnxruntime") == 9, "three files at three batch sizes"
@@ -117,7 +119,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
 
 def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path, weights, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tersor.bit_costs.WIDTHS", (2, 4))
+    monkeypatch.setattr("tersor.pipeline.sensitivity_analysis.WIDTHS", (2, 4))
     (tmp_path / "mine.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "mine.sensitivity.json", "mine.sensitivity.svg"}
@@ -140,7 +142,7 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tersor.bit_costs.measure", pressed)
+    monkeypatch.setattr("tersor.pipeline.sensitivity_analysis.measure", pressed)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
@@ -176,7 +178,7 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
 def test_what_cannot_be_used_is_one_message(change, message, tmp_path, weights, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corrupt.safetensors").write_bytes(weights.read_bytes()[:1000])
-    zoo.save_weights(zoo.build("resnet32", 10), tmp_path / "other.safetensors")
+    models.save_weights(models.build("resnet32", 10), tmp_path / "other.safetensors")
     text = RECIPE.replace(*change).replace("WEIGHTS", str(weights))
     text = text.replace("OTHER", "other.safetensors").replace("CORRUPT", "corrupt.safetensors")
     (tmp_path / "recipe.yaml").write_text(text)
@@ -219,7 +221,7 @@ def test_a_runtime_that_is_not_installed(tmp_path, weights, monkeypatch, capfd):
     def absent(name: str) -> None:
         raise InputError(f"the runtime {name} is not installed. Write pip install 'tersor[openvino]'.")
 
-    monkeypatch.setattr("tersor.prepare.load_runtime", absent)
+    monkeypatch.setattr("tersor.pipeline.setup.load_runtime", absent)
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
     assert tersor(monkeypatch, "run", tmp_path / "recipe.yaml", "--out", tmp_path / "out") == 2
     assert "not installed" in capfd.readouterr().err

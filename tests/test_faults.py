@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from tersor import checkpoint, cli
-from tersor.core.objective import Objective
+from tersor import cli
+from tersor.checkpoint.store import store
+from tersor.training.objective import Objective
 
 RECIPE = """\
 model: {name: "faulty:Network"}
@@ -90,7 +91,7 @@ def test_no_memory_left_names_the_batch_size_and_goes_on_with_resume(tersor, tmp
     steps = []
     forward = Objective.forward
     monkeypatch.setattr(Objective, "forward", lambda *given: steps.append(0) or forward(*given))
-    monkeypatch.setattr(importlib.import_module("tersor.run"), "_fill", lambda folder, *_: full(folder))
+    monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_: full(folder))
     code, errors = tersor("--resume")
     assert len(steps) == 2, "the other two were done before"
     assert code == 2
@@ -109,7 +110,7 @@ def test_no_memory_left_before_the_first_step_is_told(tersor, tmp_path, monkeypa
     def fails(*_given, **_options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
-    monkeypatch.setattr("tersor.walk.chain", fails)
+    monkeypatch.setattr("tersor.pipeline.stages.chain", fails)
     code, errors = tersor()
     assert code == 2
     assert "not enough memory" in one_message(errors)
@@ -118,7 +119,7 @@ def test_no_memory_left_before_the_first_step_is_told(tersor, tmp_path, monkeypa
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_refuses_a_checkpoint_keeps_the_one_before(tersor, tmp_path, monkeypatch, number):
-    write, calls = checkpoint.save_file, []
+    write, calls = store.save_file, []
 
     def refuses(tensors, path):
         calls.append(path)
@@ -126,7 +127,7 @@ def test_a_disk_that_refuses_a_checkpoint_keeps_the_one_before(tersor, tmp_path,
             raise OSError(number, os.strerror(number), str(path))
         write(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", refuses)
+    monkeypatch.setattr(store, "save_file", refuses)
     code, errors = tersor()
     assert code == 2
     assert os.strerror(number) in one_message(errors)
@@ -145,6 +146,6 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tersor, tmp_p
     steps = []
     forward = Objective.forward
     monkeypatch.setattr(Objective, "forward", lambda *given: steps.append(0) or forward(*given))
-    monkeypatch.setattr(importlib.import_module("tersor.run"), "_fill", lambda folder, *_: full(folder))
+    monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_: full(folder))
     tersor("--resume")
     assert len(steps) == 2, "the third is done again"

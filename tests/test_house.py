@@ -11,16 +11,28 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersor"
 FILES = sorted(SOURCE.rglob("*.py"))
-FLOORS = {
-    "core": 0,
-    **dict.fromkeys(("data", "zoo", "graph", "train", "measure"), 1),
-    "methods": 2,
-    "export": 3,
-    "cli": 5,
-    "__main__": 6,
-}
-TOP = 4
-"""Of every other file at the root: recipe, run, and what serves them."""
+FLOORS = [
+    ("__main__", "cli", "progress_bars"),
+    ("api",),
+    ("pipeline",),
+    ("report",),
+    ("recipe", "checkpoint"),
+    ("methods",),
+    ("training",),
+    ("evaluation",),
+    ("deploy",),
+    ("pruning",),
+    ("quantization",),
+    ("pruning.mask", "pruning.mask_log"),
+    ("models",),
+    ("graph",),
+    ("data",),
+    ("core",),
+]
+"""From the top down. A module may import what is below it, and its own folder; `docs/architecture.md` shows this list.
+
+The part of a folder that is named with a dot has a floor of its own.
+"""
 
 
 def name_of(file):
@@ -28,13 +40,14 @@ def name_of(file):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room(module):
-    """`core` of `tersor.core.affine`; empty for the package itself."""
-    return module.partition(".")[2].partition(".")[0]
-
-
 def floor(module):
-    return FLOORS.get(room(module), TOP)
+    """The number of its floor, from the ground up, and the entry of `FLOORS` that it belongs to."""
+    path = module.removeprefix("tersor.")
+    entries = {entry: len(FLOORS) - place for place, row in enumerate(FLOORS) for entry in row}
+    own = [entry for entry in entries if path == entry or path.startswith(f"{entry}.")]
+    assert own, f"{module} has no floor"
+    longest = max(own, key=len)
+    return entries[longest], longest
 
 
 def imports(tree):
@@ -49,19 +62,21 @@ def imports(tree):
 
 def misplaced(importer, imported):
     """Whether `importer` may not know `imported`."""
-    if importer == "tersor":  # the front door opens any room, but only when it is knocked at
+    if importer == "tersor":  # loads each verb when it is first used
         return False
-    below = floor(imported) < floor(importer)
-    same_room = room(imported) == room(importer)
-    return not (below or same_room or floor(importer) == floor(imported) == TOP)
+    (own, own_entry), (other, other_entry) = floor(importer), floor(imported)
+    same_folder = own_entry.split(".")[0] == other_entry.split(".")[0]
+    return not (other < own or (other == own and (same_folder or own_entry in FLOORS[0])))
 
 
 IMPORTS = {name_of(file): list(imports(ast.parse(file.read_text()))) for file in FILES}
 LIGHT = [
     ("tersor", ["torch", "numpy", "pydantic"]),
-    *[(f"tersor.{name}", ["torch", "onnx"]) for name in ("core.errors", "core.training", "core.watch", "core.target")],
+    *[(f"tersor.core.{name}", ["torch", "onnx"]) for name in ("errors", "progress", "target")],
+    ("tersor.training.options", ["torch", "onnx"]),
     *[(f"tersor.{name}", ["torch", "onnx"]) for name in ("recipe", "methods", "cli")],
-    *[(f"tersor.export.{name}", ["torch", "onnx"]) for name in ("artifact", "bench", "footprint")],
+    ("tersor.checkpoint.artifact", ["torch", "onnx"]),
+    *[(f"tersor.evaluation.{name}", ["torch", "onnx"]) for name in ("latency", "process_footprint")],
 ]
 """Modules that start fast or run where torch is not installed, and what none of them may import."""
 
@@ -69,15 +84,17 @@ LIGHT = [
 @pytest.mark.parametrize(
     ("importer", "imported", "wrong"),
     [
-        ("tersor.core.affine", "tersor.core.errors", False),
-        ("tersor.core.affine", "tersor.graph.capture", True),
+        ("tersor.quantization.grid", "tersor.core.errors", False),
+        ("tersor.graph.capture", "tersor.quantization.grid", True),
+        ("tersor.quantization.reconstruction", "tersor.pruning.mask.Mask", False),
+        ("tersor.quantization.reconstruction", "tersor.pruning.channel_groups", True),
         ("tersor.graph.capture", "tersor.core.errors", False),
-        ("tersor.graph.capture", "tersor.zoo.build", True),
-        ("tersor.methods.ptq", "tersor.train.fit", False),
-        ("tersor.methods.ptq", "tersor.export.onnx", True),
-        ("tersor.run", "tersor.recipe.Recipe", False),
+        ("tersor.graph.capture", "tersor.models.build", True),
+        ("tersor.methods.ptq", "tersor.training.loop.fit", False),
+        ("tersor.methods.ptq", "tersor.checkpoint.store", True),
+        ("tersor.pipeline.run", "tersor.recipe.Recipe", False),
         ("tersor.recipe", "tersor.cli.main", True),
-        ("tersor.cli", "tersor.run.run", False),
+        ("tersor.cli", "tersor.pipeline.run.run", False),
     ],
 )
 def test_what_misplaced_means(importer, imported, wrong):
@@ -139,7 +156,7 @@ methods.names()
 assert "torch" not in sys.modules, "names of methods"
 methods.get("soft_targets")
 assert "tersor.methods.ptq" not in sys.modules, "only the named file"
-from tersor.zoo import build
+from tersor.models import build
 build("resnet20")
 assert "torchvision" not in sys.modules, "our own networks"
 """

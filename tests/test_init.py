@@ -7,7 +7,7 @@ import pytest
 
 import tersor
 
-FIRST = ["tersor.export.onnx", "tersor.run", "tersor.verbs", None]
+FIRST = ["tersor.deploy.onnx", "tersor.pipeline.run", "tersor.api", None]
 
 
 def test_verbs_are_functions_whatever_was_imported_first():

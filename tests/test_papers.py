@@ -11,13 +11,13 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from tersor.checkpoint import Checkpoints
+from tersor.checkpoint.store import Checkpoints
 from tersor.cli import app
-from tersor.core.watch import Unwatched
-from tersor.data.images import View
-from tersor.prepare import prepare
+from tersor.core.progress import Unwatched
+from tersor.data.image_sets import View
+from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import Walk
 from tersor.recipe import read
-from tersor.walk import Walk
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "papers"
 GIVEN = ["data.root=anywhere"]

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tersor.cli import main
-from tersor.core.objective import Batch, Objective
+from tersor.data.batch import Batch
 from tersor.methods import get
 from tersor.recipe import Network, parse, read, write
+from tersor.training.objective import Objective
 
 ROOT = Path(__file__).parents[1]
 

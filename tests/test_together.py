@@ -8,16 +8,16 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
-from tersor.checkpoint import Checkpoints
-from tersor.core.parametrization import weight_mask
-from tersor.core.watch import Unwatched
-from tersor.export.bench import predictions
-from tersor.export.onnx import export
-from tersor.export.runtime import open_session
-from tersor.measure import costs
-from tersor.prepare import prepare
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.progress import Unwatched
+from tersor.deploy.onnx import export
+from tersor.evaluation.costs import costs
+from tersor.evaluation.latency import predictions
+from tersor.evaluation.session import open_session
+from tersor.models import build
+from tersor.pipeline.setup import prepare
+from tersor.pruning.mask import weight_mask
 from tersor.recipe import read
-from tersor.zoo import build
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10-resnet56-sparse.yaml"
 

@@ -13,11 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 
 import tersor
 from tersor.core.errors import CompressionWarning, InputError
-from tersor.core.plain_network import plain_copy, unwrapped
-from tersor.export.bench import predictions
-from tersor.export.runtime import Session
-from tersor.loader import batches_of
-from tersor.verb_arguments import student_of
+from tersor.data.loader import batches_of
+from tersor.evaluation.latency import predictions
+from tersor.evaluation.session import Session
+from tersor.graph.plain_network import plain_copy, unwrapped
+from tersor.pipeline.arguments import student_of
 
 torch.manual_seed(0)
 IMAGES = torch.randn(40, 3, 8, 8)

@@ -34,19 +34,19 @@ def main() -> None:
     installed = Path(package.__file__).parent
     assert installed.is_relative_to(sys.prefix), f"{installed} is not in {sys.prefix}"
     assert not installed.is_relative_to(CHECKOUT / "src"), installed
-    files = {file.name for file in resources.files("tersor.export.report").iterdir()}
+    files = {file.name for file in resources.files("tersor.report.page").iterdir()}
     assert {"page.html", "style.css"} <= files, files
     assert resources.files("tersor").joinpath("py.typed").is_file()
     assert "Usage" in tersor("--help")
     assert "soft_targets" in tersor("methods")
 
-    from tersor import zoo
+    from tersor import models
 
     folder = Path(tempfile.mkdtemp())
     os.chdir(folder)
-    network, images = zoo.build("resnet20", 10).eval(), torch.rand(8, 3, 16, 16)
+    network, images = models.build("resnet20", 10).eval(), torch.rand(8, 3, 16, 16)
     package.export(package.quantize(network, [images]), images, "model.onnx")
-    zoo.save_weights(network, folder / "weights.safetensors")
+    models.save_weights(network, folder / "weights.safetensors")
     Path("recipe.yaml").write_text(RECIPE)
     tersor("run", "recipe.yaml", "--out", "run")
     assert json.loads(Path("run/numbers.json").read_text())["artifact"]["bytes"] > 0

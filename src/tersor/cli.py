@@ -15,10 +15,10 @@ from rich.table import Table
 
 from tersor.core.errors import InputError, ProcessLost
 from tersor.core.resources import enough_memory
-from tersor.progress import Bars
+from tersor.progress_bars import Bars
 
 if TYPE_CHECKING:
-    from tersor.bit_costs import BitCosts
+    from tersor.pipeline.sensitivity_analysis import BitCosts
 
 app = typer.Typer(
     name="tersor",
@@ -50,24 +50,24 @@ def run(
     checked = read(recipe, set_ or [])
     with Bars(console) as bars:
         if explain:
-            from tersor.explain import explain as lines
+            from tersor.pipeline.dry_run import explain as lines
 
             for line in lines(checked, watch=bars):
                 console.print(line, highlight=False, markup=False)
             return
-        from tersor.core import processes
+        from tersor.core import distributed
         from tersor.core.device import keep_freed_memory
-        from tersor.run import run as walk
+        from tersor.pipeline.run import run as walk
 
         out = out or Path("runs") / recipe.stem
         keep_freed_memory()
         try:
             folder = walk(checked, out=out, resume=resume, watch=bars)
         except KeyboardInterrupt:
-            how = "the same command" if processes.count() > 1 else f"tersor {shlex.join(sys.argv[1:])}"
+            how = "the same command" if distributed.count() > 1 else f"tersor {shlex.join(sys.argv[1:])}"
             _say(f"interrupted. To go on: {how}{'' if resume else ' --resume'}")
             raise typer.Exit(_INTERRUPTED) from None
-    if processes.rank():
+    if distributed.rank():
         return
     numbers = json.loads((folder / "numbers.json").read_text())
     console.print(f"{folder / 'report.html'} tells what came of it", highlight=False)
@@ -85,7 +85,7 @@ def sensitivity(
     images: Annotated[int | None, typer.Option(min=1, help="validation images to look at; all if left")] = None,
 ) -> None:
     """Measure what each layer costs on each number of bits, and draw it."""
-    from tersor.bit_costs import measure
+    from tersor.pipeline.sensitivity_analysis import measure
     from tersor.recipe import read
 
     checked = read(recipe, set_ or [])
@@ -107,7 +107,7 @@ def evaluate(
     runtime: Annotated[str | None, typer.Option(help="onnxruntime or openvino; the recipe's if left")] = None,
 ) -> None:
     """Run an artifact over a test set, in its runtime."""
-    from tersor.evaluate import evaluate as measured
+    from tersor.pipeline.evaluate import evaluate as measured
 
     with Bars(console) as bars:
         found = measured(artifact, data, runtime, watch=bars)
@@ -120,7 +120,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="for each batch size")] = 20.0,
 ) -> None:
     """Time artifacts against each other, interleaved, in every runtime that is installed."""
-    from tersor.evaluate import timed
+    from tersor.pipeline.evaluate import timed
 
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds is {seconds}. Write a number above 0.")
@@ -142,8 +142,8 @@ def report(
     folder: Annotated[Path, typer.Argument(help="the folder of a run", show_default=False)],
 ) -> None:
     """Draw report.html again, from the numbers and the evidence in the folder."""
-    from tersor.export.artifact import replace_file
-    from tersor.export.report import REPORT, draw
+    from tersor.checkpoint.artifact import replace_file
+    from tersor.report.page import REPORT, draw
 
     replace_file(folder, REPORT, draw)
     console.print(f"written: {folder / REPORT}", highlight=False)
@@ -187,8 +187,8 @@ def schema() -> None:
 
 def _table(numbers: dict[str, Any]) -> Table:
     """All entries side by side, and the artifact against the original and the baseline."""
-    from tersor.export.report.measured import entries, less_by
-    from tersor.export.report.verdict import RUNTIMES, difference, reference, same_place
+    from tersor.report.summary import entries, less_by
+    from tersor.report.verdict import RUNTIMES, difference, reference, same_place
 
     columns, artifact = entries(numbers), numbers["artifact"]
     title = f"{numbers['machine']['cpu']}, {numbers['machine']['threads']} threads"
@@ -218,7 +218,7 @@ def _table(numbers: dict[str, Any]) -> Table:
 
 def _ended(numbers: dict[str, Any]) -> str:
     """Why there were no more rounds, by batch size."""
-    from tersor.export.report.verdict import by_batch_size
+    from tersor.report.verdict import by_batch_size
 
     told = numbers["rounds"]
     return by_batch_size(
@@ -228,7 +228,7 @@ def _ended(numbers: dict[str, Any]) -> str:
 
 def _until(ended_by: str, seconds: float) -> str:
     """What ended the rounds of a batch size."""
-    from tersor.export.timings import NARROW
+    from tersor.evaluation.timings import NARROW
 
     narrow = f"all intervals were narrower than {100 * NARROW:.0f} %"
     return narrow if ended_by == "interval" else f"the time limit of {seconds:g} s"
@@ -236,7 +236,7 @@ def _until(ended_by: str, seconds: float) -> str:
 
 def _costliest(found: BitCosts) -> Table:
     """The layers whose error is largest, and what they cost on each width."""
-    from tersor.export.report.markup import number
+    from tersor.report.templates import number
 
     widths = sorted({cost.bits for cost in found.costs})
     costs = {(cost.layer, cost.bits): cost for cost in found.costs}

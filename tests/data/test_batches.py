@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tersor.core.errors import InputError
 from tersor.data import Batches
-from tersor.data.images import Decoded, Pixels
+from tersor.data.image_sets import Decoded, Pixels
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tersor.core.errors import InputError
 from tersor.data import Splits, load, loading
-from tersor.data.images import Pixels
+from tersor.data.image_sets import Pixels
 
 
 def everything(images) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["tersor.recipe", "tersor.graph.structure", "tersor.export.report"]):
+with atheris.instrument_imports(include=["tersor.recipe", "tersor.checkpoint.structure", "tersor.report.page"]):
     from kinds import kind
 
 from tersor.core.errors import InputError

@@ -27,20 +27,20 @@ from torch import nn
 
 import tersor
 from tersor import recipe as recipes
-from tersor.checkpoint import Checkpoints
-from tersor.checkpoint_folder import CLOCK, STRUCTURE, TENSORS
-from tersor.core.method import chain
-from tersor.core.watch import Unwatched
+from tersor.checkpoint.checkpoint_folder import CLOCK, STRUCTURE, TENSORS
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.progress import Unwatched
 from tersor.data.decoding import read_file
-from tersor.export.report import draw
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
-from tersor.prepare import prepare
+from tersor.models import load_weights
+from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import Walk
 from tersor.recipe import parse
-from tersor.recipe_text import load, plain
-from tersor.walk import Walk
-from tersor.zoo import load_weights
+from tersor.recipe.yaml import load, plain
+from tersor.report.page import draw
+from tersor.training.method import chain
 
 ROOT = Path(__file__).parents[2]
 _BETWEEN = b"\n--- part ---\n"

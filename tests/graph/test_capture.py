@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture, sole_user, values_into
-from tersor.zoo import build
+from tersor.models import build
 
 NETWORKS = {
     "resnet20": (32, {}),

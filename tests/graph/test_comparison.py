@@ -8,10 +8,10 @@ from torch import nn
 
 import tersor
 from tersor.core.errors import InputError
-from tersor.graph import quantizers
 from tersor.graph.comparison import FEW, difference, few_images, outputs_of, require_same, undone_unless_same
 from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
+from tersor.quantization import quantizers
 
 IMAGES = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 

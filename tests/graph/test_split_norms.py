@@ -9,7 +9,7 @@ from timm.layers import BatchNormAct2d
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
-from tersor.core.freezing import make_freezable
+from tersor.graph.batchnorm import make_freezable
 from tersor.graph.capture import capture
 
 

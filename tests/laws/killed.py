@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from tersor.export.artifact import read_artifact
+from tersor.checkpoint.artifact import read_artifact
 
 PHASES = ("teacher", "before the first step", "training", "checkpoint", "export", "measuring", "writing")
 EPOCH = 8  # steps

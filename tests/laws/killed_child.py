@@ -20,11 +20,12 @@ import sklearn.datasets  # noqa: F401
 import torch
 from torch import nn
 
-import tersor.run  # noqa: F401
-from tersor import checkpoint, walk
+import tersor.pipeline.run  # noqa: F401
+from tersor.checkpoint.store import store
 from tersor.core.errors import InputError
-from tersor.export.footprint import Footprint
-from tersor.export.onnx import export
+from tersor.deploy.onnx import export
+from tersor.evaluation.process_footprint import Footprint
+from tersor.pipeline import stages
 
 torch.set_num_threads(1)  # sums come in one order, and no thread is there when it forks
 with tempfile.TemporaryDirectory() as _folder:  # torch imports most of its exporter when it exports
@@ -37,7 +38,7 @@ def run(folder: Path, out: Path, *fault: Any) -> None:
     sys.path.append(str(folder))
     for stream, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(out.with_name(f"{out.name}.{suffix}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    module = sys.modules["tersor.run"]
+    module = sys.modules["tersor.pipeline.run"]
     _leave_out(module)
     _mark_phases(module, out.with_name(f"{out.name}.phases"))
     writes = _Writes(out, *fault)
@@ -54,11 +55,11 @@ def run(folder: Path, out: Path, *fault: Any) -> None:
 
 def _leave_out(module: Any) -> None:
     """What adds time, and nothing to go on with: the second runtime, files of every stage, processes of measuring."""
-    sys.modules["tersor.export.numbers"].installed_runtimes = lambda: ["onnxruntime"]
-    sys.modules["tersor.export.bench"]._FEWEST_GROUPS = 2
-    walk.Walk.left_by_stages = lambda *_given: {}
+    sys.modules["tersor.evaluation.results"].installed_runtimes = lambda: ["onnxruntime"]
+    sys.modules["tersor.evaluation.latency"]._FEWEST_GROUPS = 2
+    stages.Walk.left_by_stages = lambda *_given: {}
     nothing = Footprint(peak_memory_bytes=0, load_ms=0.0)
-    sys.modules["tersor.export.numbers"].footprint = lambda *_given, **_options: nothing
+    sys.modules["tersor.evaluation.results"].footprint = lambda *_given, **_options: nothing
     measure = module.measure
     module.measure = lambda *given, **options: measure(*given, **options, seconds=0.02)
 
@@ -84,11 +85,11 @@ def _mark_phases(module: Any, file: Path) -> None:
 
         setattr(owner, name, call)
 
-    marked("teacher", walk.Walk, "train_teacher")
-    marked("before the first step", walk.Walk, "attach")
-    marked("before the first step", walk, "_begin")
-    marked("training", walk, "fit")
-    marked("checkpoint", checkpoint.Checkpoints, "save")
+    marked("teacher", stages.Walk, "train_teacher")
+    marked("before the first step", stages.Walk, "attach")
+    marked("before the first step", stages, "_begin")
+    marked("training", stages, "fit")
+    marked("checkpoint", store.Checkpoints, "save")
     marked("export", module, "export")
     marked("measuring", module, "measure")
     marked("measuring", module, "gather")
@@ -103,13 +104,13 @@ class _Writes:
     def __init__(self, out: Path, kind: str = "", after: int = 0) -> None:
         self.count = 0
         self._out, self._kind, self._after = out, kind, after
-        save_file = checkpoint.save_file
+        save_file = store.save_file
 
         def saved(tensors: Any, path: Path) -> None:
             self._write(path)
             save_file(tensors, path)
 
-        checkpoint.save_file = saved
+        store.save_file = saved
 
     def watch(self, event: str, given: tuple[Any, ...]) -> None:
         """An audit hook."""

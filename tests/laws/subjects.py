@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tersor import methods as registry
-from tersor.checkpoint import Checkpoints
-from tersor.core import processes
-from tersor.core.method import Method
-from tersor.core.watch import Unwatched, Watch
+from tersor.checkpoint.store import Checkpoints
+from tersor.core import distributed
+from tersor.core.progress import Unwatched, Watch
 from tersor.data import load
-from tersor.prepare import prepare
+from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import Walk
 from tersor.recipe import Recipe, Stage, parse, read
-from tersor.walk import Walk
+from tersor.training.method import Method
 
 DEMO = Path(__file__).parents[2] / "recipes" / "digits.yaml"
 STEPS = 6
@@ -151,8 +151,8 @@ def _resume(folder: Path) -> None:
 
 
 def _processes(out: Path) -> None:
-    processes.join()
-    here = processes.rank()
+    distributed.join()
+    here = distributed.rank()
     given = {name: recipe(made(name, "example"), seed=here) for name in registry.names()}
     shorter = ["data.limit=192", "teacher.epochs=1", "stages.0.epochs=1", "stages.1.epochs=1", f"seed={here}"]
     shorter += [f"{training}.lr_schedule.warmup_epochs=0" for training in ("teacher.training", "stages.0")]

@@ -21,21 +21,23 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tersor import methods as registry
-from tersor.core.affine import Grid
+from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
-from tersor.core.method import chain
-from tersor.core.objective import Objective
-from tersor.core.parametrization import FakeQuantize, shown_by, weight_mask
-from tersor.core.selection import weighted_layers
-from tersor.core.strip import strip
-from tersor.core.watch import Unwatched
+from tersor.core.progress import Unwatched
 from tersor.data import load
-from tersor.export.bench import predictions
-from tersor.export.onnx import export
-from tersor.export.runtime import open_session
-from tersor.graph.structure import rebuild, structure
+from tersor.deploy.onnx import export
+from tersor.evaluation.latency import predictions
+from tersor.evaluation.session import open_session
+from tersor.graph.layer_selection import weighted_layers
+from tersor.graph.parametrization import shown_by
+from tersor.graph.strip import strip
+from tersor.pruning.mask import weight_mask
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.grid import Grid
 from tersor.recipe import parse, write
-from tersor.train import fit
+from tersor.training.loop import fit
+from tersor.training.method import chain
+from tersor.training.objective import Objective
 
 NAMES = registry.names()
 KINDS = ("defaults", "example")

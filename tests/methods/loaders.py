@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tersor.core.objective import Batch
+from tersor.data.batch import Batch
 
 
 class Loader:

@@ -8,14 +8,14 @@ from pydantic import ValidationError
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.method import chain
+from tersor.evaluation.costs import costs
+from tersor.graph.batchnorm_statistics import moments_of_batches
 from tersor.graph.capture import capture
-from tersor.graph.statistics import moments_of_batches
-from tersor.measure import costs
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
-from tersor.zoo import build
+from tersor.models import build
+from tersor.training.method import chain
 
 IMAGES = torch.rand(8, 3, 16, 16)
 STREAM = ("*.conv2",)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor.core.objective import Batch, Outputs
-from tersor.core.pairs import Pair
+from tersor.data.batch import Batch
 from tersor.methods.crd import CRD, ContrastTerm
+from tersor.training.layer_pairs import Pair
+from tersor.training.objective import Outputs
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "crd.json").read_text())
 

@@ -10,17 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
-from tersor.core.method import chain
-from tersor.core.objective import Batch, Objective, Outputs
-from tersor.core.parametrization import FakeQuantize, showing_dense, weight_mask
-from tersor.core.training import Training
+from tersor.data.batch import Batch
 from tersor.graph.capture import capture
 from tersor.methods.dcil import DCIL, mutual_loss
 from tersor.methods.qat import QAT
 from tersor.methods.soft_targets import SoftTargets
-from tersor.train import fit
+from tersor.pruning.dense_path import masks_and_quantizers_disabled
+from tersor.pruning.mask import weight_mask
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.training.attachment import Attachment
+from tersor.training.loop import fit
+from tersor.training.method import chain
+from tersor.training.objective import Objective, Outputs
+from tersor.training.options import Training
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dcil.json").read_text())
 OF_THE_CODE = {"bn1": "bn1", "block.bn1": "block.bn1", "block.bn2": "block.bn2", "linear": "fc"}
@@ -195,7 +198,7 @@ def test_both_learn_from_each_other_after_a_while(mutual):
     seen = []
     for step in range(6):
         losses = objective(BATCH)
-        with torch.no_grad(), showing_dense(attached.model):
+        with torch.no_grad(), masks_and_quantizers_disabled(attached.model):
             dense = objective.terms[0].own.dense(attached.model, BATCH.images)
         seen.append(float(losses["dcil"].detach() - F.cross_entropy(dense, BATCH.labels)))
         attached.after_step(step, torch.optim.SGD(objective.parameters(), lr=0.1))
@@ -250,7 +253,7 @@ def test_the_dense_path_sees_no_grid():
     quantizers = [each for each in model.modules() if isinstance(each, FakeQuantize)]
     assert all(each.ready for each in quantizers)
     conv = model.get_submodule("block.conv1")
-    with showing_dense(model):
+    with masks_and_quantizers_disabled(model):
         assert torch.equal(conv.weight, conv.parametrizations.weight.original)
     assert all(each.ready for each in quantizers)
     assert len(conv.weight[0].unique()) <= 4

@@ -11,12 +11,9 @@ from loaders import Loader
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.layers import Layers
-from tersor.core.method import chain
-from tersor.core.objective import Batch, Objective, Outputs
-from tersor.core.pairs import pairs_of
 from tersor.core.target import Target
-from tersor.core.training import OptimizerOptions, Training
+from tersor.data.batch import Batch
+from tersor.graph.feature_extraction import Layers
 from tersor.methods.attention_transfer import AttentionTransfer
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.crd import CRD
@@ -26,8 +23,12 @@ from tersor.methods.fitnet import FitNet
 from tersor.methods.qat import QAT
 from tersor.methods.reviewkd import ReviewKD
 from tersor.methods.weight_pruning import WeightPruning
-from tersor.train import fit
-from tersor.zoo import build
+from tersor.models import build
+from tersor.training.layer_pairs import pairs_of
+from tersor.training.loop import fit
+from tersor.training.method import chain
+from tersor.training.objective import Objective, Outputs
+from tersor.training.options import OptimizerOptions, Training
 
 
 def networks(student="resnet20", teacher="resnet32"):

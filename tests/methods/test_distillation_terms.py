@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from loaders import Loader
 
 from tersor.core.errors import InputError
-from tersor.core.layers import Layers
-from tersor.core.method import chain
-from tersor.core.objective import Batch, Objective, Outputs
-from tersor.core.pairs import pair_of, pairs_of
+from tersor.data.batch import Batch
+from tersor.graph.feature_extraction import Layers
 from tersor.methods.attention_transfer import AttentionTransfer, attention_loss
 from tersor.methods.crd import CRD
 from tersor.methods.dist import DIST, correlation_distance
@@ -25,7 +23,10 @@ from tersor.methods.factor_transfer import FactorTransfer, factor_loss
 from tersor.methods.fitnet import FitNet
 from tersor.methods.reviewkd import ReviewKD, hierarchical_loss
 from tersor.methods.soft_targets import SoftTargets, soft_target_loss, standardized
-from tersor.zoo import build
+from tersor.models import build
+from tersor.training.layer_pairs import pair_of, pairs_of
+from tersor.training.method import chain
+from tersor.training.objective import Objective, Outputs
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.masked import dense_of, mask_of
 from tersor.methods.dpf import DPF
+from tersor.training.mask_attachment import dense_of, mask_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dpf.json").read_text())
 IMAGES, LABELS = torch.tensor(GOLDEN["images"]), torch.tensor(GOLDEN["labels"])

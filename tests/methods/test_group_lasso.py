@@ -8,12 +8,12 @@ import torch_pruning as tp
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.method import chain
 from tersor.graph.capture import capture
-from tersor.graph.channels import coupled_channels
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.group_lasso import GroupLasso, pull
 from tersor.methods.weight_pruning import WeightPruning
+from tersor.pruning.channel_groups import coupled_channels
+from tersor.training.method import chain
 
 IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

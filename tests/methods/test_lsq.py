@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from test_qat import VNNI, Loader, Small, norms
 
-from tersor.core.affine import Grid
 from tersor.core.errors import InputError
-from tersor.core.learned_step import LearnedFakeQuantize
-from tersor.core.parametrization import FakeQuantize
-from tersor.core.ranges import Histogram
 from tersor.core.target import Target
-from tersor.core.training import OptimizerOptions, Training
-from tersor.export.onnx import export
-from tersor.export.runtime import open_session
+from tersor.deploy.onnx import export
+from tersor.evaluation.session import open_session
 from tersor.methods.lsq import LSQ, first_step
 from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
-from tersor.train import fit
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.grid import Grid
+from tersor.quantization.learned_step import LearnedFakeQuantize
+from tersor.quantization.observers import Histogram
+from tersor.training.loop import fit
+from tersor.training.options import OptimizerOptions, Training
 
 
 def attached(method=None, model=None, steps=8):

@@ -9,23 +9,23 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from tersor.core.affine import Grid
+from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
-from tersor.core.method import chain
-from tersor.core.parametrization import weight_quantizer
 from tersor.core.target import Target
-from tersor.export.bench import predictions
-from tersor.export.onnx import export
-from tersor.export.runtime import open_session
+from tersor.deploy.onnx import export
+from tersor.evaluation.latency import predictions
+from tersor.evaluation.session import open_session
 from tersor.graph.capture import capture
-from tersor.graph.precision import Precision
-from tersor.graph.quantizers import lay
-from tersor.graph.sensitivity import sensitivity
-from tersor.graph.structure import rebuild, structure
 from tersor.methods.lsq import LSQ
 from tersor.methods.mixed_precision import MixedPrecision, assign
 from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
+from tersor.quantization.fake_quantize import weight_quantizer
+from tersor.quantization.grid import Grid
+from tersor.quantization.precision import Precision
+from tersor.quantization.quantizers import lay
+from tersor.quantization.sensitivity import sensitivity
+from tersor.training.method import chain
 
 VNNI = Target(cpu="vnni")
 SIZES = {"conv1": 216, "conv2": 288, "conv3": 576, "linear": 40}

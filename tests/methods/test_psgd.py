@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tersor.core.affine import Grid
 from tersor.core.errors import InputError
-from tersor.core.parametrization import FakeQuantize, RunningLargest, shown_by
+from tersor.graph.parametrization import shown_by
 from tersor.methods.psgd import PSGD, distance
+from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
+from tersor.quantization.grid import Grid
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "psgd.json").read_text())
 

@@ -10,16 +10,16 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tersor.core.affine import Grid, affine_parameters
 from tersor.core.errors import InputError
-from tersor.core.objective import Batch
-from tersor.core.parametrization import FakeQuantize, weight_quantizer
-from tersor.core.ranges import Histogram
-from tersor.core.strip import strip
 from tersor.core.target import Target
-from tersor.export.onnx import export
+from tersor.data.batch import Batch
+from tersor.deploy.onnx import export
+from tersor.graph.strip import strip
 from tersor.methods.ptq import PTQ
-from tersor.zoo import build
+from tersor.models import build
+from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
+from tersor.quantization.grid import Grid, affine_parameters
+from tersor.quantization.observers import Histogram
 
 VNNI = Target(cpu="vnni")
 AVX2 = Target(cpu="avx2")

@@ -9,22 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tersor.core.affine import Grid
+from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
-from tersor.core.method import chain
-from tersor.core.objective import Batch
-from tersor.core.parametrization import FakeQuantize, MovingFakeQuantize, parametrized, weight_mask
+from tersor.core.progress import Unwatched
 from tersor.core.target import Target
-from tersor.core.training import OptimizerOptions, Training
-from tersor.core.watch import Unwatched
-from tersor.export.onnx import export
-from tersor.export.runtime import open_session
-from tersor.graph.structure import rebuild, structure
+from tersor.data.batch import Batch
+from tersor.deploy.onnx import export
+from tersor.evaluation.session import open_session
+from tersor.graph.parametrization import parametrized
 from tersor.methods.adaround import AdaRound
 from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.methods.weight_pruning import WeightPruning
-from tersor.train import fit
+from tersor.pruning.mask import weight_mask
+from tersor.quantization.fake_quantize import FakeQuantize, MovingFakeQuantize
+from tersor.quantization.grid import Grid
+from tersor.training.loop import fit
+from tersor.training.method import chain
+from tersor.training.options import OptimizerOptions, Training
 
 VNNI = Target(cpu="vnni")
 

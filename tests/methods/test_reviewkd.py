@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tersor.core.objective import Batch, Outputs
-from tersor.core.pairs import Pair
+from tersor.data.batch import Batch
 from tersor.methods.reviewkd import Fusion, ReviewTerm
+from tersor.training.layer_pairs import Pair
+from tersor.training.objective import Outputs
 
 BATCH = Batch(torch.zeros(1, 3, 1, 1))
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.masked import dense_of, mask_of
 from tersor.methods.rigl import RigL, layer_counts
+from tersor.training.mask_attachment import dense_of, mask_of
 
 DRAW = torch.Generator().manual_seed(1)
 IMAGES, LABELS = torch.randn(16, 3, 6, 6, generator=DRAW), torch.arange(16) % 3

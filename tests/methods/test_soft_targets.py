@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.objective import Batch, Objective, Outputs
+from tersor.data.batch import Batch
 from tersor.methods.soft_targets import SoftTargets, SoftTargetTerm, soft_target_loss
+from tersor.training.objective import Objective, Outputs
 
 logits = st.integers(1, 4).flatmap(
     lambda rows: st.integers(2, 6).flatmap(

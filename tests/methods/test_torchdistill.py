@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tersor.core.objective import Batch, Outputs
+from tersor.data.batch import Batch
 from tersor.methods.attention_transfer import attention_loss
 from tersor.methods.crd import contrastive_loss
 from tersor.methods.dist import DIST, CorrelationTerm
 from tersor.methods.factor_transfer import factor_loss
 from tersor.methods.reviewkd import hierarchical_loss
 from tersor.methods.soft_targets import soft_target_loss, standardized
+from tersor.training.objective import Outputs
 
 theirs = pytest.importorskip("torchdistill.losses.mid_level")
 

@@ -6,13 +6,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.method import chain
-from tersor.core.parametrization import weight_mask
-from tersor.core.strip import strip
-from tersor.measure import costs
+from tersor.evaluation.costs import costs
+from tersor.graph.strip import strip
 from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
-from tersor.zoo import build
+from tersor.models import build
+from tersor.pruning.mask import weight_mask
+from tersor.training.method import chain
 
 IMAGES = torch.rand(4, 3, 16, 16)
 

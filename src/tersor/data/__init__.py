@@ -1,7 +1,7 @@
 """Labelled images: where they come from, how they are split, and how they become batches."""
 
 from tersor.data.batches import Batches
-from tersor.data.images import Images
+from tersor.data.image_sets import Images
 from tersor.data.loading import load
 from tersor.data.splits import Splits
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tersor.core.errors import InputError, unknown
-from tersor.core.objective import Batch
 from tersor.data.augmentation import AUGMENTATIONS, Augmentation, augmented
-from tersor.data.cutting import generator
-from tersor.data.images import Images, Pixels
+from tersor.data.batch import Batch
+from tersor.data.image_sets import Images, Pixels
+from tersor.data.stratified import generator
 
 _ORDER, _AUGMENTATION = 0, 1  # the streams of random numbers of an epoch
 

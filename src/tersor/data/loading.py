@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.data.cutting import generator, stratified
-from tersor.data.folder import from_folder
-from tersor.data.images import CHUNK, Images, View, bytes_in_memory, in_memory
-from tersor.data.named import from_name
+from tersor.data.datasets import from_name
+from tersor.data.image_folder import from_folder
+from tersor.data.image_sets import CHUNK, Images, View, bytes_in_memory, in_memory
 from tersor.data.splits import Channels, Splits
+from tersor.data.stratified import generator, stratified
 
 MEMORY = 2 * 2**30
 """Bytes of pixels up to which a data set is decoded once and held in memory."""

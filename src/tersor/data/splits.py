@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tersor.data.images import Images
+from tersor.data.image_sets import Images
 
 Channels = tuple[float, float, float]
 

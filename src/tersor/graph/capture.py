@@ -22,8 +22,8 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
-from tersor.core.freezing import Norm
-from tersor.core.plain import is_hooked
+from tersor.graph.batchnorm import Norm
+from tersor.graph.plain_modules import is_hooked
 from tersor.graph.split_norms import split_norms
 
 _UNTRACEABLE = (TraceError, TypeError, ValueError, RuntimeError, AttributeError, NameError, SyntaxError)

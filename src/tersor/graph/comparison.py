@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tersor.core.errors import InputError
-from tersor.core.evaluating import evaluating
-from tersor.core.feeding import fed
-from tersor.core.objective import images_of
+from tersor.data.batch import images_of
+from tersor.graph.eval_mode import evaluating
+from tersor.graph.feeding import fed
 
 FEW = 4
 TOLERANCE = 1e-3

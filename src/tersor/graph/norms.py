@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from tersor.core.evaluating import evaluating
-from tersor.core.freezing import Norm
-from tersor.core.plain import is_plain
-from tersor.core.selection import Layer
+from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture, layer_of, sole_user
+from tersor.graph.eval_mode import evaluating
+from tersor.graph.layer_selection import Layer
+from tersor.graph.plain_modules import is_plain
 
 _RANK = "rank"  # under this key in a node's meta: dimensions of its output
 

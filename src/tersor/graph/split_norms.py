@@ -12,8 +12,8 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
-from tersor.core.freezing import Norm
-from tersor.core.plain import has_plain_forward, is_hooked, is_plain
+from tersor.graph.batchnorm import Norm
+from tersor.graph.plain_modules import has_plain_forward, is_hooked, is_plain
 
 _PLAIN: tuple[type[Norm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _POSITIONS = {nn.BatchNorm1d: (9,), nn.BatchNorm3d: (2, 3, 3)}

@@ -11,7 +11,7 @@ from pydantic.dataclasses import is_pydantic_dataclass
 from tersor.core.errors import InputError, unknown
 
 if TYPE_CHECKING:  # it imports torch, and the list of names should not wait for that
-    from tersor.core.method import Method
+    from tersor.training.method import Method
 
 _ALSO_CALLED = {
     "soft_targets": ("kd", "kl", "hinton", "distillation", "knowledge_distillation", "distil", "distill"),
@@ -91,7 +91,7 @@ def _of_the_user(name: str) -> type[Method]:
         possible = ", ".join(key for key, value in vars(module).items() if _is_method(value)) or "none"
         raise InputError(
             f"method '{name}': '{attribute}' is no method. Possible: {possible}. A method is a class with `attach`, "
-            "made by @pydantic.dataclasses.dataclass(frozen=True, config=tersor.core.method.PLAIN_VALUES)."
+            "made by @pydantic.dataclasses.dataclass(frozen=True, config=tersor.training.method.PLAIN_VALUES)."
         )
     return cast("type[Method]", found)
 

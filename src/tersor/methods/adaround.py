@@ -6,7 +6,7 @@ Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", IC
     loss          of each layer   |f(W x) - f(W_hat x_hat)|^2 + lambda sum(1 - |2 h(v) - 1|^beta)
 
 f is the layer's BatchNorm and activation, x its input in float, x_hat what reaches it from layers that are rounded
-already: a few hundred images, no labels. `graph/reconstruction.py` has the formulas.
+already: a few hundred images, no labels. `quantization/reconstruction.py` has the formulas.
 
 The paper folds BatchNorm first; here it stays behind the layer, which gives every channel the same choice. It learns
 for 10,000 iterations; here 1,000 of ten times the rate are the default. Activations are rounded when all weights are.
@@ -21,14 +21,22 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from tersor.core.attachment import Attachment
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.ranges import Range, WeightRange
 from tersor.core.target import Target
-from tersor.graph.calibration import Ranges
-from tersor.graph.precision import ActivationBits, EndsBits, Exclude, Percentile, PerChannel, Precision, WeightBits
-from tersor.graph.reconstructed import Reconstructed
-from tersor.graph.reconstruction import Reconstruction
+from tersor.quantization.calibration import Ranges
+from tersor.quantization.observers import Range, WeightRange
+from tersor.quantization.precision import (
+    ActivationBits,
+    EndsBits,
+    Exclude,
+    Percentile,
+    PerChannel,
+    Precision,
+    WeightBits,
+)
+from tersor.quantization.reconstruction import Reconstruction
+from tersor.training.attachment import Attachment
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.reconstruction_attachment import Reconstructed
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)

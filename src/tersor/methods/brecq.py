@@ -10,7 +10,7 @@ Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reco
 
 A block is what lies between two places of the graph where one value carries everything: a residual block, or a layer in
 a row. x is its input in float, x_hat what reaches it from blocks that are rounded already: a few hundred images, no
-labels. `graph/reconstruction.py` has the formulas.
+labels. `quantization/reconstruction.py` has the formulas.
 
 The steps of the activations are learned beside the rounding of the weights, on rounded activations, as in QDrop; with
 a `drop` so large a share of them, and of the block's input, is left in float in every iteration: QDrop has 0.5. BRECQ's
@@ -32,14 +32,22 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from tersor.core.attachment import Attachment
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.ranges import Range, WeightRange
 from tersor.core.target import Target
-from tersor.graph.calibration import Ranges
-from tersor.graph.precision import ActivationBits, EndsBits, Exclude, Percentile, PerChannel, Precision, WeightBits
-from tersor.graph.reconstructed import Reconstructed
-from tersor.graph.reconstruction import Reconstruction
+from tersor.quantization.calibration import Ranges
+from tersor.quantization.observers import Range, WeightRange
+from tersor.quantization.precision import (
+    ActivationBits,
+    EndsBits,
+    Exclude,
+    Percentile,
+    PerChannel,
+    Precision,
+    WeightBits,
+)
+from tersor.quantization.reconstruction import Reconstruction
+from tersor.training.attachment import Attachment
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.reconstruction_attachment import Reconstructed
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)

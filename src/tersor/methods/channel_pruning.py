@@ -6,22 +6,24 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
     I_c = mean over the layers of the group of ||W[c]||_2^2 / mean_c ||W[c]||_2^2      W: (C_out, C_in, ...)
     W[c]  the rows that write channel c, the columns that read it
 
-This is `magnitude`; `graph/importance.py` has the formulas and papers of the others, and takes a function of yours.
-Channels go in blocks, so that a multiple of `round_to` stays: runtimes compute ragged widths slowly (a ResNet-18 with
-47 % of its channels gone took 17.6 ms in ONNX Runtime unrounded, 6.7 ms with 50 % gone and rounded to 8;
+This is `magnitude`; `pruning/channel_importance.py` has the formulas and papers of the others, and takes a function of
+yours. Channels go in blocks, so that a multiple of `round_to` stays: runtimes compute ragged widths slowly (a ResNet-18
+with 47 % of its channels gone took 17.6 ms in ONNX Runtime unrounded, 6.7 ms with 50 % gone and rounded to 8;
 bench/pruning_rounding.py measures 1, 4, 8 and 16). One after the other the block goes that is next: of the group that
 has lost the smallest fraction (scope `layer`), or of lowest importance (`global`; `obs` by what it saves), until the
 network is at least as small as asked. No group falls below `floor`.
 
 `keep_latency` is a fraction of the latency, at batch size 1 in the target's runtime, that the network had when it came
-here: copies of it are cut to a few fractions of its MACs, and timed in turns with it (`core/stopwatch.py`).
+here: copies of it are cut to a few fractions of its MACs, and timed in turns with it (`latency_protocol.py`).
 
-With `branches`, as many residual branches go whole before (`graph/branches.py`): those that the answers change least
-without, for each MAC (or parameter) that they cost. Half of a ResNet-56's MACs gone by `obs` and `global`, it takes
-1.05 of the time of one with half of every layer (ONNX Runtime, AVX2, batch 32); where two branches went before, 0.99.
+With `branches`, as many residual branches go whole before (`pruning/residual_branches.py`): those that the answers
+change least without, for each MAC (or parameter) that they cost. Half of a ResNet-56's MACs gone by `obs` and `global`,
+it takes 1.05 of the time of one with half of every layer (ONNX Runtime, AVX2, batch 32); where two branches went
+before, 0.99.
 
-What the removed channels gave is given by those that stay, by least squares (`graph/takeover.py`), and BatchNorm's
-statistics are moved so that it gives what it gave, by mean and spread on training images (`graph/statistics.py`).
+What the removed channels gave is given by those that stay, by least squares (`pruning/least_squares.py`), and
+BatchNorm's statistics are moved so that it gives what it gave, by mean and spread on training images
+(`graph/batchnorm_statistics.py`).
 
 DepGraph's code also weighs the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
 """
@@ -36,22 +38,23 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
-from tersor.core.attachment import Attachment, Tell, untold
 from tersor.core.errors import InputError
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import images_of
-from tersor.core.stopwatch import Stopwatch
+from tersor.core.progress import Tell, untold
 from tersor.core.target import Target
-from tersor.graph.branches import Branch, branches, missed
-from tersor.graph.budget import fast_enough, small_enough
+from tersor.data.batch import images_of
+from tersor.evaluation.costs import Costs, costs
+from tersor.evaluation.latency_protocol import Stopwatch
 from tersor.graph.capture import capture
-from tersor.graph.channels import Cut, Group, copied, remove
 from tersor.graph.comparison import FEW, require_same
-from tersor.graph.importance import FOR_THE_COST, FunctionPath, Importance, importances
-from tersor.graph.removal_attachment import RemovalAttachment
-from tersor.graph.shortfall import shortfall
-from tersor.graph.widths import Order, Scope, left, ordered, prices, refuse_what_lies_on, removable
-from tersor.measure import Costs, costs
+from tersor.pruning.budget import fast_enough, small_enough
+from tersor.pruning.channel_groups import Cut, Group, copied, remove
+from tersor.pruning.channel_importance import FOR_THE_COST, FunctionPath, Importance, importances
+from tersor.pruning.channel_selection import Order, Scope, left, ordered, prices, refuse_what_lies_on, removable
+from tersor.pruning.residual_branches import Branch, branches, missed
+from tersor.pruning.shortfall import shortfall
+from tersor.training.attachment import Attachment
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.removal_attachment import RemovalAttachment
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -118,7 +121,7 @@ class ChannelPruning:
         if kind == "latency" and stopwatch is None:
             raise InputError(
                 "keep_latency is measured, and nothing was given to measure with. Pass attach(..., "
-                "stopwatch=tersor.export.stopwatch.RuntimeStopwatch()), or write keep_macs."
+                "stopwatch=tersor.evaluation.latency_ratio.RuntimeStopwatch()), or write keep_macs."
             )
         graph, example = _captured(model, images_of(first)), images_of(first)[:1]
         if keep == 1 and not self.branches:

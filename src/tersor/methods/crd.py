@@ -25,15 +25,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core import processes
-from tersor.core.attachment import Attachment, without_loss
+from tersor.core import distributed
 from tersor.core.errors import InputError
-from tersor.core.layers import as_map
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import Batch, LossTerm, Outputs
-from tersor.core.pairs import Pair, pair_of
 from tersor.core.seeded import seeded
 from tersor.core.target import Target
+from tersor.data.batch import Batch
+from tersor.graph.feature_extraction import as_map
+from tersor.training.attachment import Attachment, without_loss
+from tersor.training.layer_pairs import Pair, pair_of
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.objective import LossTerm, Outputs
 
 
 def contrastive_loss(right: Tensor, others: Tensor, images: int) -> Tensor:
@@ -110,7 +111,7 @@ class ContrastTerm(LossTerm):
 
     @torch.no_grad()
     def _remember(self, memory: Tensor, index: Tensor, values: Tensor) -> None:
-        index, values = (torch.cat(processes.gathered(tensor.detach())) for tensor in (index, values))
+        index, values = (torch.cat(distributed.gathered(tensor.detach())) for tensor in (index, values))
         momentum = self.method.momentum
         memory[index] = F.normalize(momentum * memory[index] + (1 - momentum) * values, dim=1)
 

@@ -34,14 +34,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
-from tersor.core.masked import DynamicMasks, check_floor, check_steps, lay_masks
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import Batch, LossTerm, Outputs
-from tersor.core.second_path import OwnParts
-from tersor.core.selection import Layer, prunable
 from tersor.core.target import Target
+from tersor.data.batch import Batch
+from tersor.graph.layer_selection import Layer, prunable
+from tersor.pruning.dense_path import OwnParts
+from tersor.training.attachment import Attachment
+from tersor.training.mask_attachment import DynamicMasks, check_floor, check_steps, lay_masks
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.objective import LossTerm, Outputs
 
 _TEMPERATURE = 2.0
 

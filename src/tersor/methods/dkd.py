@@ -24,13 +24,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment, without_loss
 from tersor.core.errors import InputError
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import Batch, Outputs
-from tersor.core.pairs import needed
-from tersor.core.rising import RisingAttachment, RisingTerm
 from tersor.core.target import Target
+from tersor.data.batch import Batch
+from tersor.training.attachment import Attachment, without_loss
+from tersor.training.layer_pairs import needed
+from tersor.training.loss_warmup import RisingAttachment, RisingTerm
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.objective import Outputs
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -26,11 +26,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from tersor.core.attachment import Attachment
-from tersor.core.masked import DynamicMasks, check_floor, check_steps, lay_masks
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.selection import prunable
 from tersor.core.target import Target
+from tersor.graph.layer_selection import prunable
+from tersor.training.attachment import Attachment
+from tersor.training.mask_attachment import DynamicMasks, check_floor, check_steps, lay_masks
+from tersor.training.method import PLAIN_VALUES
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)

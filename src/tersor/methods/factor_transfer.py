@@ -31,14 +31,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment, Progress, without_loss
 from tersor.core.errors import InputError
-from tersor.core.layers import Layers, as_map, pooled
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import Batch, LossTerm, Outputs, images_of
-from tersor.core.pairs import Pair, pair_of
+from tersor.core.progress import Progress
 from tersor.core.seeded import seeded
 from tersor.core.target import Target
+from tersor.data.batch import Batch, images_of
+from tersor.graph.feature_extraction import Layers, as_map, pooled
+from tersor.training.attachment import Attachment, without_loss
+from tersor.training.layer_pairs import Pair, pair_of
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.objective import LossTerm, Outputs
 
 _SHOWN, _SHOWN_SIDE = 6, 8
 """Features that are shown, and at how many pixels a side at most."""

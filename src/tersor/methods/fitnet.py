@@ -24,14 +24,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment, without_loss
 from tersor.core.errors import InputError
-from tersor.core.layers import pooled
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import Batch, LossTerm, Outputs
-from tersor.core.pairs import Pair, last, pairs_of
 from tersor.core.seeded import seeded
 from tersor.core.target import Target
+from tersor.data.batch import Batch
+from tersor.graph.feature_extraction import pooled
+from tersor.training.attachment import Attachment, without_loss
+from tersor.training.layer_pairs import Pair, last, pairs_of
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.objective import LossTerm, Outputs
 
 
 class HintTerm(LossTerm):

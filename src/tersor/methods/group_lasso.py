@@ -27,14 +27,14 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import images_of
 from tersor.core.target import Target
+from tersor.data.batch import images_of
 from tersor.graph.capture import capture
-from tersor.graph.importance import Part, norms, parts
-from tersor.graph.widths import removable
+from tersor.pruning.channel_importance import Part, norms, parts
+from tersor.pruning.channel_selection import removable
+from tersor.training.attachment import Attachment
+from tersor.training.method import PLAIN_VALUES
 
 
 def pull(importance: Tensor, alpha: float) -> Tensor:

@@ -29,16 +29,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.affine import Grid
-from tersor.core.attachment import Attachment, Progress
-from tersor.core.freezing import FrozenAt
-from tersor.core.learned_step import LearnedFakeQuantize
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.parametrization import FakeQuantize, shown_to
+from tersor.core.progress import Progress
 from tersor.core.target import Target
-from tersor.graph.calibration import calibrate
-from tersor.graph.integers import calibrated_coverage
-from tersor.graph.precision import (
+from tersor.graph.batchnorm import FrozenAt
+from tersor.graph.parametrization import shown_to
+from tersor.quantization.calibration import calibrate
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.grid import Grid
+from tersor.quantization.integer_coverage import calibrated_coverage
+from tersor.quantization.learned_step import LearnedFakeQuantize
+from tersor.quantization.precision import (
     ActivationBitsThatLie,
     BitsThatLie,
     CalibrationImages,
@@ -46,7 +46,9 @@ from tersor.graph.precision import (
     Exclude,
     PerChannelThatLie,
 )
-from tersor.graph.quantizers import Quantizers, lay_or_take_over, notes
+from tersor.quantization.quantizers import Quantizers, lay_or_take_over, notes
+from tersor.training.attachment import Attachment
+from tersor.training.method import PLAIN_VALUES
 
 
 def first_step(weight: Tensor, grid: Grid, *, per_channel: bool = True) -> Tensor:

@@ -31,19 +31,21 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.affine import Grid
-from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.ranges import Range, WeightRange
-from tersor.core.selection import weighted_layers
+from tersor.core.progress import Progress
 from tersor.core.target import Target
-from tersor.graph.calibration import Ranges, first_images, set_ranges
 from tersor.graph.capture import capture
-from tersor.graph.integers import calibrated_coverage
-from tersor.graph.precision import CalibrationImages, Exclude, Percentile, PerChannel, Precision
-from tersor.graph.quantizers import Quantizers, ends, lay, notes
-from tersor.graph.sensitivity import sensitivity
+from tersor.graph.feeding import first_images
+from tersor.graph.layer_selection import weighted_layers
+from tersor.quantization.calibration import Ranges, set_ranges
+from tersor.quantization.grid import Grid
+from tersor.quantization.integer_coverage import calibrated_coverage
+from tersor.quantization.observers import Range, WeightRange
+from tersor.quantization.precision import CalibrationImages, Exclude, Percentile, PerChannel, Precision
+from tersor.quantization.quantizers import Quantizers, ends, lay, notes
+from tersor.quantization.sensitivity import sensitivity
+from tersor.training.attachment import Attachment
+from tersor.training.method import PLAIN_VALUES
 
 _CELLS = 2**18
 """Steps that the budget is spent in, at most: memory, and time for each layer and width."""

@@ -41,15 +41,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from tersor.core.affine import Grid
-from tersor.core.attachment import Attachment
 from tersor.core.errors import InputError
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.parametrization import FakeQuantize, RunningLargest, parametrized, shown_by
-from tersor.core.positions import Laid, around_zero, drawn, on_grid
-from tersor.core.ranges import channel_maxima
-from tersor.core.selection import Layer, matching, weighted_layers
 from tersor.core.target import Target
+from tersor.graph.layer_selection import Layer, matching, weighted_layers
+from tersor.graph.parametrization import parametrized, shown_by
+from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
+from tersor.quantization.grid import Grid
+from tersor.quantization.grid_distance import Laid, around_zero, drawn, on_grid
+from tersor.quantization.observers import channel_maxima
+from tersor.training.attachment import Attachment
+from tersor.training.method import PLAIN_VALUES
 
 _ENDS_BITS = 8
 
@@ -137,7 +138,7 @@ class PSGDAttachment(Attachment):
     @property
     def told(self) -> dict[str, Any]:
         """`mean_distance` of all weights to their points, as large as weights are; and `drawn`: to which `target`,
-        `scale_by` what, and what came of it (see `tersor.core.positions.drawn`).
+        `scale_by` what, and what came of it (see `tersor.quantization.grid_distance.drawn`).
         """
         now = {name: _original(layer).detach() for name, layer in self.drawn.items()}
         # a method that was laid later may have removed channels: then nobody knows which weight was which

@@ -12,11 +12,11 @@ a residual network only then. BatchNorm stays alive: folding it multiplies a cha
 as they are (a negative gamma flips their sign), so export folds exactly. The paper's grid keeps -128; without it a
 flipped sign stays on the grid. First and last layer have 8 bits, their inputs too, as in every later paper.
 
-Around it: cross-layer equalisation and bias correction (Nagel et al., ICCV 2019: `graph/equalization.py`,
-`graph/bias_correction.py`), and `max_drop`, which leaves the layers in float that cost too much. What is left is chosen
-by `bench/ptq_defaults.py`: at 8 bits the largest values end a range; with fewer, ranges have the smallest squared
-error, and a BatchNorm takes over what rounding did to means and spreads. On a processor that
-adds 8-bit products in 16 bits (AVX2 without VNNI) weights of a channel are kept from saturating: `core/ranges.py`.
+Around it: cross-layer equalisation and bias correction (Nagel et al., ICCV 2019: `quantization/equalization.py`,
+`quantization/bias_correction.py`), and `max_drop`, which leaves the layers in float that cost too much. What is left is
+chosen by `bench/ptq_defaults.py`: at 8 bits the largest values end a range; with fewer, ranges have the smallest
+squared error, and a BatchNorm takes over what rounding did to means and spreads. On a processor that adds 8-bit
+products in 16 bits (AVX2 without VNNI) weights of a channel are kept from saturating: `quantization/observers.py`.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
-from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
-from tersor.core.feeding import fed
-from tersor.core.freezing import Norm
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.ranges import Range, WeightRange
+from tersor.core.progress import Progress
 from tersor.core.target import Target
-from tersor.graph.bias_correction import batch_of, correct, moments
-from tersor.graph.calibration import calibrate, first_images
+from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
-from tersor.graph.equalization import equalize
-from tersor.graph.integers import calibrated_coverage
+from tersor.graph.feeding import fed, first_images
 from tersor.graph.norms import record_ranks
-from tersor.graph.precision import (
+from tersor.quantization.accuracy_control import Kept, keep_in_float
+from tersor.quantization.bias_correction import batch_of, correct, moments
+from tersor.quantization.calibration import calibrate
+from tersor.quantization.equalization import equalize
+from tersor.quantization.integer_coverage import calibrated_coverage
+from tersor.quantization.observers import Range, WeightRange
+from tersor.quantization.precision import (
     ActivationBits,
     CalibrationImages,
     EndsBits,
@@ -54,8 +54,9 @@ from tersor.graph.precision import (
     Precision,
     WeightBits,
 )
-from tersor.graph.quantizers import Quantizers, lay, notes
-from tersor.graph.tolerance import Kept, keep_in_float
+from tersor.quantization.quantizers import Quantizers, lay, notes
+from tersor.training.attachment import Attachment
+from tersor.training.method import PLAIN_VALUES
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)

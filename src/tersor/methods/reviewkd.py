@@ -25,14 +25,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment, without_loss
-from tersor.core.layers import as_map, layer_paths
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import Batch, Outputs
-from tersor.core.pairs import Pair, pairs_of
-from tersor.core.rising import RisingAttachment, RisingTerm
 from tersor.core.seeded import seeded
 from tersor.core.target import Target
+from tersor.data.batch import Batch
+from tersor.graph.feature_extraction import as_map, layer_paths
+from tersor.training.attachment import Attachment, without_loss
+from tersor.training.layer_pairs import Pair, pairs_of
+from tersor.training.loss_warmup import RisingAttachment, RisingTerm
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.objective import Outputs
 
 _MOST_CHANNELS = 512
 _LEVELS = (4, 2, 1)

@@ -29,13 +29,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.attachment import Attachment, Progress
-from tersor.core.masked import MaskedAttachment, check_steps, dense_of, lay_masks, mask_of
-from tersor.core.masking import best_of
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.schedule import interpolate
-from tersor.core.selection import Layer, prunable
+from tersor.core.progress import Progress
 from tersor.core.target import Target
+from tersor.graph.layer_selection import Layer, prunable
+from tersor.pruning.topk import best_of
+from tersor.training.attachment import Attachment
+from tersor.training.mask_attachment import MaskedAttachment, check_steps, dense_of, lay_masks, mask_of
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.schedule import interpolate
 
 Distribution = Literal["erk", "uniform"]
 

@@ -27,11 +27,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.attachment import Attachment, without_loss
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.objective import Batch, LossTerm, Outputs
-from tersor.core.pairs import needed
 from tersor.core.target import Target
+from tersor.data.batch import Batch
+from tersor.training.attachment import Attachment, without_loss
+from tersor.training.layer_pairs import needed
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.objective import LossTerm, Outputs
 
 _LEAST_DEVIATION = 0.01
 

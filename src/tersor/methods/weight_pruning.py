@@ -9,10 +9,10 @@ Gupta, "To prune, or not to prune", 2017 (arXiv 1710.01878: sparsity that rises 
                         masked before, t_end a fraction of the stage
     a function          s_t = s_0 + (s - s_0) * f(t / t_end)
 
-Four values say how: which go first (`importance`, see `tersor.core.importance`), each layer or all together (`scope`),
-what is masked as a whole (`granularity`), and when (`sparsity_schedule`). Two of them may be a function of your own:
-an importance takes `weight` (C_out, C_in, ...), `name` and `layer`, as far as it names them, and gives scores; a
-schedule takes the progress from 0 to 1 and gives the fraction of the way.
+Four values say how: which go first (`importance`, see `tersor.pruning.weight_importance`), each layer or all together
+(`scope`), what is masked as a whole (`granularity`), and when (`sparsity_schedule`). Two of them may be a function of
+your own: an importance takes `weight` (C_out, C_in, ...), `name` and `layer`, as far as it names them, and gives
+scores; a schedule takes the progress from 0 to 1 and gives the fraction of the way.
 
 What is masked gets no gradient and does not move, by momentum or weight decay neither, and it stays masked: the masks
 are nested. Where masks of an earlier stage lie across what this one masks as a whole (other units, N:M, layers that
@@ -35,11 +35,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.attachment import Attachment, Progress
 from tersor.core.errors import InputError
-from tersor.core.freezing import Norm
-from tersor.core.function_path import import_function, is_function_path, named
-from tersor.core.importance import (
+from tersor.core.import_path import import_function, is_function_path, named
+from tersor.core.progress import Progress
+from tersor.core.target import Target
+from tersor.graph.batchnorm import Norm
+from tersor.graph.layer_selection import Layer, prunable
+from tersor.graph.norms import norms_behind
+from tersor.pruning.topk import Scope, known_granularity, masks, pattern, pattern_mask, unit_scores
+from tersor.pruning.weight_importance import (
     IMPORTANCES,
     OF_FILTERS,
     drawn,
@@ -49,13 +53,10 @@ from tersor.core.importance import (
     of_function,
     root_mean_squares,
 )
-from tersor.core.masked import MaskedAttachment, check_floor, dense_of, lay_masks, mask_of
-from tersor.core.masking import Scope, known_granularity, masks, pattern, pattern_mask, unit_scores
-from tersor.core.method import PLAIN_VALUES
-from tersor.core.schedule import curve
-from tersor.core.selection import Layer, prunable
-from tersor.core.target import Target
-from tersor.graph.norms import norms_behind
+from tersor.training.attachment import Attachment
+from tersor.training.mask_attachment import MaskedAttachment, check_floor, dense_of, lay_masks, mask_of
+from tersor.training.method import PLAIN_VALUES
+from tersor.training.schedule import curve
 
 _SCHEDULES = ("one_shot", "linear", "cubic")
 

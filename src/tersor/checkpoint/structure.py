@@ -1,0 +1,238 @@
+"""What methods have laid on a network, as plain values: cuts, grids on edges, masks and grids on weights,
+and which BatchNorms can be frozen.
+
+`rebuild(fresh, structure(model))` has the shapes and keys of `model`, where `fresh` is a new network of its class; the
+`state_dict` brings the values. No data is needed, no number is drawn, nothing is executed: a plan may come from a
+stranger, so its shape is checked before anything is built, and its sizes against the network.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeAlias, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from tersor.core.errors import InputError
+from tersor.graph.batchnorm import Freezable, Norm, freezable
+from tersor.graph.capture import capture, layer_of
+from tersor.graph.layer_selection import weighted_layers
+from tersor.graph.parametrization import shown_by
+from tersor.pruning.channel_groups import Cut, remove
+from tersor.pruning.mask import Mask
+from tersor.quantization.fake_quantize import FakeQuantize, FollowingFakeQuantize, MovingFakeQuantize, RunningLargest
+from tersor.quantization.grid import Grid
+from tersor.quantization.learned_step import LearnedFakeQuantize
+from tersor.quantization.qdq_placement import show
+
+_STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
+"""What graphs and modules raise where a plan of another network is laid on them."""
+
+_Place = Annotated[int, Field(ge=0, lt=2**31)]
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+_Bound = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+# names become code when a graph is recompiled, so they are nothing but names
+_Quantizer = Annotated[str, Field(pattern=r"^quantizers\.[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
+_Axis = Annotated[
+    str,
+    Field(
+        pattern=r"^(out|in|heads|[0-9]{1,2}|gives=[01]|sections=[0-9]{1,9}(,[0-9]{1,9})*|(scale|windowed)=[0-9]{1,9}"
+        r"|(pin )?(args|kwargs)(\.[A-Za-z0-9_]+)+=[0-9]{1,9})$",
+        max_length=2000,
+    ),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Mask(_Strict):
+    mask: Annotated[list[_Size], Field(min_length=1, max_length=8)]
+    gradient: Literal["kept", "all", "split"]
+    logged: bool
+
+    def made(self) -> nn.Module:
+        return Mask(self.mask, self.gradient, logged=self.logged)
+
+
+class _Largest(_Strict):
+    largest: _Size | None
+
+    def made(self) -> nn.Module:
+        return RunningLargest(self.largest)
+
+
+class _OnGrid(_Strict):
+    grid: Annotated[list[_Bound], Field(min_length=2, max_length=2)]
+    channels: _Size | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> _OnGrid:
+        if self.grid[0] >= self.grid[1]:
+            raise ValueError(f"a grid from {self.grid[0]} to {self.grid[1]}")
+        return self
+
+    def made(self) -> nn.Module:
+        return FakeQuantize(Grid(*self.grid), self.channels)
+
+
+class _Moving(_OnGrid):
+    averaging: Annotated[float, Field(ge=0, le=1)]
+
+    def made(self) -> nn.Module:
+        return MovingFakeQuantize(Grid(*self.grid), self.averaging)
+
+
+class _Following(_OnGrid):
+    follows: Literal[True]
+
+    def made(self) -> nn.Module:
+        return FollowingFakeQuantize(Grid(*self.grid), self.channels)
+
+
+class _Learned(_OnGrid):
+    offset: bool
+    of_images: bool
+
+    def made(self) -> nn.Module:
+        given = {"offset": self.offset, "of_images": self.of_images}
+        return LearnedFakeQuantize(Grid(*self.grid), self.channels, **given)
+
+
+_Laid: TypeAlias = _Mask | _Largest | _Moving | _Following | _Learned | _OnGrid
+
+
+class _Plan(_Strict):
+    """What `structure` gives."""
+
+    captured: bool
+    cuts: list[list[tuple[str, _Axis, list[_Place]]]]
+    freezable: list[str]
+    edges: list[tuple[str, _Quantizer, _Laid]]
+    weights: dict[str, Annotated[list[_Laid], Field(max_length=8)]]
+
+    @model_validator(mode="after")
+    def _on_a_graph(self) -> _Plan:
+        if not self.captured and (self.cuts or self.edges):
+            raise ValueError("cuts and quantized activations of a network that was not captured")
+        return self
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """Plain values, which JSON keeps.
+
+    Raises:
+        InputError: a weight lies under a parametrization that is not ours.
+    """
+    edges: list[list[Any]] = []
+    if isinstance(model, fx.GraphModule):
+        for node in model.graph.nodes:
+            module = layer_of(node)
+            if isinstance(module, FakeQuantize):
+                edges.append([node.all_input_nodes[0].name, str(node.target), _told(module)])
+    layers = {name: [_told(each) for each in shown_by(layer)] for name, layer in weighted_layers(model).items()}
+    return {
+        "captured": isinstance(model, fx.GraphModule),
+        "cuts": list(model.meta.get("cuts", [])) if isinstance(model, fx.GraphModule) else [],
+        "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
+        "edges": edges,
+        "weights": {name: told for name, told in layers.items() if told},
+    }
+
+
+def rebuild(fresh: nn.Module, found: Any) -> nn.Module:
+    """A network of the shapes and keys that `structure` told.
+
+    Args:
+        fresh: a new network of the same class, which is changed.
+        found: what `structure` gave, or what came back of it from a file.
+
+    Raises:
+        InputError: it is no plan, or one of another network.
+    """
+    try:
+        # as JSON: there, strict pydantic takes a list for a tuple
+        plan = _Plan.model_validate_json(json.dumps(found))
+    except RecursionError:
+        raise InputError("the plan of what was laid on the network is damaged: it is nested too deeply.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "all of it"
+        raise InputError(
+            f"the plan of what was laid on the network is damaged: {place[:100]}: {first['msg']}."
+        ) from None
+    try:
+        return _built(fresh, plan)
+    except _STRANGE as error:
+        if isinstance(error, InputError):
+            raise
+        raise _of_another(fresh, str(error)) from error
+
+
+def _of_another(fresh: nn.Module, why: str) -> InputError:
+    return InputError(
+        f"the plan was made of another network than this {type(fresh).__name__}: what was laid on it has no place here "
+        f"({why[:300]}). Pass a new network of the same class and size."
+    )
+
+
+def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
+    model = capture(fresh) if plan.captured else fresh
+    if isinstance(model, fx.GraphModule):
+        for cuts in plan.cuts:
+            remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in cuts])
+        _lay_edges(model, plan.edges)
+    for name in plan.freezable:
+        norm = model.get_submodule(name)
+        assert isinstance(norm, Norm), f"{name} is no BatchNorm"
+        model.set_submodule(name, freezable(norm))
+    for name, told in plan.weights.items():
+        layer = model.get_submodule(name)
+        shape = list(cast("nn.Linear", layer).weight.shape)
+        for each in told:
+            _require_fit(each, shape, name)
+            parametrize.register_parametrization(layer, "weight", each.made())
+    return model
+
+
+def _require_fit(laid: _Laid, shape: list[int], name: str) -> None:
+    """Sizes are those of the weight that lies there, so that a file cannot ask for more memory than the network."""
+    if isinstance(laid, _Mask):
+        fits = laid.mask == shape
+    else:
+        fits = (laid.largest if isinstance(laid, _Largest) else laid.channels) in (None, shape[0])
+    assert fits, f"{name} has a weight of shape {'x'.join(map(str, shape))}"
+
+
+def _lay_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Laid]]) -> None:
+    if edges:
+        graph.add_submodule("quantizers", nn.Module())
+    for value, target, laid in edges:
+        assert isinstance(laid, _OnGrid), f"what lies on {value} is no grid"
+        assert laid.channels is None, f"{value} has a grid for each channel"
+        moved = hasattr(graph.get_submodule("quantizers"), target.removeprefix("quantizers."))
+        if not moved:
+            graph.add_submodule(target, laid.made())
+        show(graph, next(node for node in graph.graph.nodes if node.name == value), target, moved=moved)
+    graph.recompile()
+
+
+def _told(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, Mask):
+        return {"mask": list(module.mask.shape), "gradient": module.gradient, "logged": module.log is not None}
+    if isinstance(module, RunningLargest):
+        return {"largest": len(module.largest) if module.largest.ndim else None}
+    if isinstance(module, MovingFakeQuantize):
+        return {"grid": [module.grid.minimum, module.grid.maximum], "averaging": module.averaging}
+    if isinstance(module, FakeQuantize):
+        channels = len(module.scale) if module.scale.ndim else None
+        told: dict[str, Any] = {"grid": [module.grid.minimum, module.grid.maximum], "channels": channels}
+        if isinstance(module, FollowingFakeQuantize):
+            told["follows"] = True
+        if isinstance(module, LearnedFakeQuantize):
+            told |= {"offset": module.offset is not None, "of_images": module.of_images}
+        return told
+    raise InputError(f"a weight lies under a {type(module).__name__}, which no checkpoint of tersor can hold.")

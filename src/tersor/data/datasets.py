@@ -1,0 +1,168 @@
+"""Data sets by name: the bundled digits, torchvision's, and what a user's function returns."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from tersor.core.errors import InputError, unknown
+from tersor.core.import_path import call_with, import_function, is_function_path
+from tersor.data.decoding import rgb
+from tersor.data.image_sets import THREADS, Decoded, View
+from tersor.data.splits import Splits
+from tersor.data.stratified import generator, stratified
+
+_TRAIN: dict[str, Any] = {"train": True}
+_TEST: dict[str, Any] = {"train": False}
+TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "CIFAR10": (_TRAIN, _TEST),
+    "CIFAR100": (_TRAIN, _TEST),
+    "FashionMNIST": (_TRAIN, _TEST),
+    "ImageNet": ({"split": "train"}, {"split": "val"}),
+    "KMNIST": (_TRAIN, _TEST),
+    "MNIST": (_TRAIN, _TEST),
+    "STL10": ({"split": "train"}, {"split": "test"}),
+    "SVHN": ({"split": "train"}, {"split": "test"}),
+    "USPS": (_TRAIN, _TEST),
+}
+"""Class -> what to call it with for the training and for the test set: those that tell their labels unread."""
+
+DIGITS_TEST_SHARE = 0.2
+_DIGITS_TEST_SEED = 0
+
+
+def from_name(name: str, root: Path | None, image_size: int | None) -> Splits:
+    """`digits`, one of `TORCHVISION` (in any case), or `package.module:function`.
+
+    Raises:
+        InputError: no such name, the set is not under `root`, or the function returned something else.
+    """
+    if is_function_path(name):
+        return _from_function(name, root, image_size)
+    by_name = {known.lower(): known for known in TORCHVISION}
+    if name.lower() in by_name:
+        return _from_torchvision(by_name[name.lower()], root, image_size)
+    if name.lower() != "digits":
+        raise unknown("data name", name.lower(), ["digits", *by_name, "package.module:function"])
+    if root is not None:
+        raise InputError("the digits are bundled and have no root. Leave root out.")
+    return _digits(image_size)
+
+
+def _digits(image_size: int | None) -> Splits:
+    """1,797 handwritten digits of 8x8 pixels; a fifth, always the same, is the test set."""
+    from sklearn.datasets import load_digits  # here, because it takes a second
+
+    data = cast("Any", load_digits())
+    gray: NDArray[np.uint8] = np.round(data.images * (255 / 16)).astype(np.uint8)
+    labels = torch.from_numpy(data.target).to(torch.int64)
+    everything = Decoded(labels, lambda number: rgb(Image.fromarray(gray[number]), image_size, "a digit"))
+    count = round(DIGITS_TEST_SHARE * len(labels))
+    test, train = stratified(labels, count, generator(_DIGITS_TEST_SEED))
+    classes = tuple(str(digit) for digit in range(10))
+    return Splits(View(everything, train), View(everything, torch.arange(0)), View(everything, test), classes)
+
+
+def _from_torchvision(name: str, root: Path | None, image_size: int | None) -> Splits:
+    from torchvision import datasets  # here, because it takes a second
+
+    if root is None:
+        raise InputError(f"data '{name}' needs root, the folder that torchvision's files of it lie in.")
+    make = cast("Callable[..., Any]", getattr(datasets, name))
+    try:
+        train, test = (make(root=str(root), **options) for options in TORCHVISION[name])
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"'{name}' does not lie in '{root}'. {_how_to_get(name, root)} ({error})") from error
+    return _from_pair(name, train, test, image_size, THREADS)
+
+
+def _how_to_get(name: str, root: Path) -> str:
+    if name == "ImageNet":
+        return "Put ILSVRC2012_devkit_t12.tar.gz, _img_train.tar and _img_val.tar there: they need an account."
+    calls = (
+        f"{name}({str(root)!r}, {', '.join(f'{key}={value!r}' for key, value in options.items())}, download=True)"
+        for options in TORCHVISION[name]
+    )
+    return f'Get it with: python -c "from torchvision.datasets import {name}; {"; ".join(calls)}"'
+
+
+def _from_function(path: str, root: Path | None, image_size: int | None) -> Splits:
+    made = call_with(path, import_function(path), **({} if root is None else {"root": str(root)}))
+    if isinstance(made, Splits):
+        return made
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        raise InputError(
+            f"'{path}' returned {_described(made)}. Return a tersor.data.Splits, or a pair (train, test) of torch "
+            "Datasets of (PIL image or uint8 tensor, class number)."
+        )
+    # somebody's data set may not bear several threads
+    return _from_pair(path, made[0], made[1], image_size, threads=1)
+
+
+def _described(made: object) -> str:
+    return f"{len(made)} things" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
+
+
+def _from_pair(name: str, train: Any, test: Any, image_size: int | None, threads: int) -> Splits:
+    sets = [
+        _from_dataset(f"{name}, {which} set", dataset, image_size, threads)
+        for which, dataset in (("training", train), ("test", test))
+    ]
+    count = 1 + int(max(images.labels.max() for images in sets))
+    given = getattr(train, "classes", None) or range(count)
+    classes = tuple(", ".join(each) if isinstance(each, tuple) else str(each) for each in given)
+    return Splits(sets[0], View(sets[0], torch.arange(0)), sets[1], classes)
+
+
+def _from_dataset(name: str, dataset: Any, image_size: int | None, threads: int) -> Decoded:
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+        raise InputError(f"{name}: it is a {type(dataset).__name__}, or empty. Give a torch Dataset with a length.")
+    labels = _labels(name, dataset)
+
+    def read(number: int) -> NDArray[np.uint8]:
+        image, label = _item(name, dataset, number)
+        if label != labels[number]:
+            raise InputError(f"{name}: image {number} has label {label}, but {int(labels[number])} when asked before.")
+        return rgb(image, image_size, f"{name}: image {number}")
+
+    return Decoded(labels, read, threads)
+
+
+def _labels(name: str, dataset: Any) -> Tensor:
+    """The labels as the data set lists them, as torchvision's do; if it does not, every image has to be asked."""
+    for attribute in ("targets", "labels"):
+        listed = getattr(dataset, attribute, None)
+        if listed is not None and len(listed) == len(dataset) and getattr(dataset, "target_transform", None) is None:
+            return _class_numbers(f"{name}: {attribute}", np.asarray(listed))
+    return torch.tensor([_item(name, dataset, number)[1] for number in range(len(dataset))])
+
+
+def _class_numbers(what: str, listed: NDArray[Any]) -> Tensor:
+    """The labels (N,) that a data set lists, as int64."""
+    if listed.ndim != 1 or listed.dtype.kind not in "iu":
+        told = f"{what} are of {listed.dtype}, of shape {listed.shape}"
+        advice = "Write argmax(1) of one-hot labels" if listed.ndim > 1 and listed.shape[-1] > 1 else "Convert them"
+        raise InputError(f"{told}. Give class numbers ({len(listed)},), whole numbers from 0 on. {advice}.")
+    return torch.from_numpy(listed.astype(np.int64))
+
+
+def _item(name: str, dataset: Any, number: int) -> tuple[object, int]:
+    item = dataset[number]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise InputError(
+            f"{name}: item {number} is {_described(item)}. Give (PIL image or uint8 tensor, class number)."
+        )
+    try:
+        return item[0], operator.index(item[1])
+    except TypeError as error:
+        raise InputError(
+            f"{name}: the label of item {number} is a {type(item[1]).__name__}. Give a class number, an int from 0 on."
+        ) from error

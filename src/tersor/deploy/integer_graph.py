@@ -1,0 +1,243 @@
+"""A captured, quantized network -> the same network as a runtime should see it: integers, Q/DQ, BatchNorm folded.
+
+Weights w = s (q - z) on an affine grid lie as q - z wherever that fits into a byte, as it does up to 7 bits: then they
+are symmetric ones for the runtime. With a zero point that is not zero OpenVINO computes the layer in float, and ONNX
+Runtime before 1.27 refuses it at the first batch unless all channels share one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Container
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tersor.graph.batchnorm import Norm, gamma_and_beta
+from tersor.graph.capture import layer_of, values_into
+from tersor.graph.layer_selection import Layer
+from tersor.graph.norms import norm_behind, plain_norm
+from tersor.graph.plain_modules import is_plain
+from tersor.graph.strip import strip
+from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
+from tersor.quantization.grid import Grid
+from tersor.quantization.qdq_placement import is_nothing_in_eval
+
+_LARGEST_BIAS = 2**30  # the products that are added to it need the rest of 32 bits
+_NOTHING = 1e-20
+
+
+class QuantizeDequantize(nn.Module):
+    """An activation rounded to its grid, as the two operators that runtimes fuse."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: FakeQuantize) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale.detach().clone())
+        self.register_buffer("zero_point", quantizer.zero_point.to(torch.uint8))
+        grid = quantizer.grid
+        self.ends = None if grid == Grid.unsigned(8) else (grid.minimum, grid.maximum)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values` of any shape, float32."""
+        grid = [self.scale, self.zero_point]
+        quantized = torch.onnx.ops.symbolic(
+            "QuantizeLinear", [values, *grid], dtype=torch.uint8, shape=values.shape, version=21
+        )
+        if self.ends is not None:  # of the integers: before them it would keep the layer from computing in integers
+            quantized = quantized.clamp(*self.ends)
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", [quantized, *grid], dtype=torch.float32, shape=values.shape, version=21
+        )
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or fully connected layer whose weight lies as int8, and whose bias as int32.
+
+    Args:
+        layer: the plain layer, BatchNorm not folded.
+        weight: integers (C_out, ...), int8.
+        scale: of the weight, (C_out,).
+        zero_point: of the weight, (C_out,) int8; None where it is zero.
+        bias: (C_out,) in float, or None.
+        input_scale: scale of the activations that come in, a scalar; None where they come in float.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
+    bias_scale: Tensor | None
+
+    def __init__(
+        self,
+        layer: Layer,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        input_scale: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.layer = copy.copy(layer)
+        # only its settings are used; the tensors are the buffers below
+        self.layer._parameters = {"weight": None, "bias": None}
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        if zero_point is None and isinstance(layer, nn.Linear):
+            # ONNX Runtime computes a matrix product in integers only if its weight has a zero point, be it zero
+            zero_point = torch.zeros_like(weight[:, 0])
+        self.register_buffer("zero_point", zero_point)
+        bias_scale = None
+        if bias is not None and input_scale is not None:
+            bias_scale = scale * input_scale
+            bias = torch.round(bias / bias_scale).to(torch.int32)
+        self.register_buffer("bias", bias)
+        self.register_buffer("bias_scale", bias_scale)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the layer gives for `inputs`, from its integers."""
+        weight = _dequantize(self.weight, self.scale, self.zero_point)
+        bias = self.bias
+        if bias is not None and self.bias_scale is not None:
+            bias = _dequantize(bias, self.bias_scale)
+        if isinstance(self.layer, nn.Conv2d):
+            return self.layer._conv_forward(inputs, weight, bias)  # pyright: ignore[reportPrivateUsage]  # with its padding mode
+        return F.linear(inputs, weight, bias)
+
+
+def _dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Integers (C, ...) times their channel's scale (C,), as one operator of the file."""
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear",
+        [integers, scale] if zero_point is None else [integers, scale, zero_point],
+        attrs={"axis": 0},
+        dtype=torch.float32,
+        shape=integers.shape,
+        version=21,
+    )
+
+
+def deployed(model: fx.GraphModule) -> nn.Module:
+    """A copy of `model` for conversion; `model` stays as it is. It traces, but computes only as ONNX."""
+    if not any(isinstance(module, FakeQuantize) and module.ready for module in model.modules()):
+        return strip(model)
+    plain = strip(model)
+    graph = copy.deepcopy(model.graph)
+    graph.owning_module = model
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    modules: dict[str, nn.Module] = {}
+    folded: list[fx.Node] = []
+    for node in graph.nodes:
+        module = layer_of(node)
+        if module is None:
+            continue
+        name = cast("str", node.target)
+        if isinstance(module, FakeQuantize):
+            modules[name] = QuantizeDequantize(module) if module.ready else nn.Identity()
+            node.kwargs = {}
+        elif isinstance(module, Layer) and is_plain(module) and weight_quantizer(module) is not None:
+            alone = calls[name] == 1  # a layer that is called twice has no one norm and no one input
+            norm_node = norm_behind(node) if alone else None
+            if norm_node is not None:
+                folded.append(norm_node)
+            norm = plain_norm(norm_node)
+            input_scale = _input_scale(node) if alone else None
+            modules[name] = _integer_layer(module, plain.get_submodule(name), norm, input_scale)
+    for node in folded:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        graph.erase_node(node)
+    _keep_what_is_read(plain, graph, modules)
+    for name, module in modules.items():
+        plain.set_submodule(name, module)
+    return fx.GraphModule(plain, graph, class_name=type(model).__name__)
+
+
+def _keep_what_is_read(plain: nn.Module, graph: fx.Graph, replaced: Container[str]) -> None:
+    """Tensors of replaced layers that the forward itself reads stay as they were: in float, of the same shape.
+
+    A forward may read a weight's values (a shared one), or only its dtype (`x.to(self.conv.weight.dtype)`).
+    """
+    for node in graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and owner in replaced:
+            kept = f"read_{owner.replace('.', '_')}_{name}"
+            while hasattr(plain, kept):
+                kept += "_"
+            plain.register_buffer(kept, getattr(plain.get_submodule(owner), name).detach().clone())
+            node.target = kept
+
+
+def _input_scale(node: fx.Node) -> Tensor | None:
+    value = values_into(node)[0]
+    while is_nothing_in_eval(value):
+        value = values_into(value)[0]
+    quantizer = layer_of(value)
+    return quantizer.scale.detach() if isinstance(quantizer, FakeQuantize) and quantizer.ready else None
+
+
+@torch.no_grad()
+def _integer_layer(layer: Layer, plain: nn.Module, norm: Norm | None, input_scale: Tensor | None) -> nn.Module:
+    """The layer's integers, with `norm` folded into scale, sign and bias: the integers' sizes do not change."""
+    quantizer = weight_quantizer(layer)
+    assert quantizer is not None
+    assert isinstance(plain, Layer)
+    shape = (-1, *[1] * (layer.weight.ndim - 1))
+    scale = quantizer.scale.detach().expand(layer.weight.shape[0])
+    zero_point = quantizer.zero_point.expand_as(scale)
+    integers = torch.round(layer.weight / scale.reshape(shape))
+    bias = layer.bias
+    if norm is not None:
+        factor, bias = _folded(norm, bias)
+        integers = integers * torch.sign(factor).reshape(shape)
+        zero_point = torch.where(factor < 0, -1 - zero_point, zero_point)  # -(q - z) = (-1 - q) - (-1 - z)
+        scale = scale * factor.abs()
+    if bias is not None and not bias.any():
+        bias = None  # its scales would lie in the file for nothing
+    fitting = _fitting_scale(integers, scale, bias, input_scale)
+    integers = torch.round(integers * (scale / fitting).reshape(shape))
+    stored, zero_point = _as_bytes(integers, zero_point)
+    return IntegerLayer(plain, stored, fitting, zero_point, bias, input_scale)
+
+
+def _as_bytes(integers: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Integers q - z (C, ...) as int8 and None, or as q and z (C,) where they do not fit; `zero_point` is z."""
+    if _fits_int8(integers):
+        return integers.to(torch.int8), None
+    stored = integers + zero_point.reshape(-1, *[1] * (integers.ndim - 1))
+    assert _fits_int8(stored)
+    return stored.to(torch.int8), zero_point.to(torch.int8)
+
+
+def _fits_int8(integers: Tensor) -> bool:
+    return bool(integers.min() >= -128 and integers.max() <= 127)
+
+
+def _fitting_scale(integers: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
+    """`scale` (C,), but for channels that BatchNorm or training has switched off.
+
+    Where all `integers` are zero the bias alone chooses, so that it loses nothing. Where it would not fit beside
+    weights next to nothing, these get coarser. A channel of nothing gets 1.
+    """
+    silent = integers.flatten(1).eq(0).all(1)
+    scale = torch.where(silent, torch.zeros_like(scale), scale)
+    if bias is not None and input_scale is not None:
+        scale = torch.maximum(scale, bias.abs() / (_LARGEST_BIAS * input_scale))
+    return torch.where(scale > _NOTHING, scale, torch.ones_like(scale))
+
+
+def _folded(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `norm` multiplies each channel by, and the bias that it leaves."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = torch.rsqrt(norm.running_var + norm.eps)
+    gamma, beta = gamma_and_beta(norm)
+    if gamma is not None:
+        factor = factor * gamma
+    centred = -norm.running_mean if bias is None else bias - norm.running_mean
+    return factor, centred * factor + (0 if beta is None else beta)

@@ -1,0 +1,211 @@
+"""A network with parametrizations -> one ONNX file with Q/DQ, whose weights lie on disk as integers.
+
+The fake quantizers of training do not export with a dynamic batch, and leave weights as float32 behind a
+QuantizeLinear. So the graph is rebuilt first: every activation quantizer becomes QuantizeLinear + DequantizeLinear,
+every quantized layer an int8 buffer behind a DequantizeLinear with an int32 bias on the grid of its products (what a
+runtime needs to stay in integers), with its BatchNorm folded into scale and bias. Then `torch.onnx.export` only
+converts, and what it writes about this machine (stack traces with paths) is taken out again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import onnx
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tersor.core.errors import InputError
+from tersor.deploy.int4_packing import pack
+from tersor.deploy.integer_graph import deployed
+from tersor.deploy.outputs import output_names
+from tersor.graph.feeding import fed
+from tersor.graph.norms import record_ranks
+from tersor.graph.parametrization import in_float32
+from tersor.graph.strip import strip
+
+OPSET = 21
+_FIRST_IR_VERSION_OF_OPSET_21 = 10
+
+
+class Average(nn.Module):
+    """The average over all pixels, as a mean.
+
+    torch's own lays its result out anew where channels lie last (Swin), which becomes a dozen operators on indices:
+    in a network with such, OpenVINO 2026.4 gives every channel of the first convolution the first channel's bias.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, 1, 1)."""
+        return values.mean((-2, -1), keepdim=True)
+
+
+class Pixels(nn.Module):
+    """Takes raw uint8 pixels (N, 3, H, W) and shows the network what it was trained on: (pixel / 255 - mean) / std."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        deviation = torch.tensor(std).reshape(1, -1, 1, 1)
+        self.register_buffer("factor", 1 / (255 * deviation))
+        self.register_buffer("offset", torch.tensor(mean).reshape(1, -1, 1, 1) / deviation)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) uint8 -> logits (N, classes)."""
+        return self.network(pixels.float() * self.factor - self.offset)
+
+
+def export(
+    model: nn.Module,
+    example: Tensor,
+    path: Path | str,
+    *,
+    classes: Sequence[str] = (),
+    pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+    batch: int | None = None,
+) -> Path:
+    """Writes `model` to `path` as one ONNX file, whole or not at all.
+
+    Args:
+        model: any network; one that `ptq` or `qat` quantized becomes an integer network.
+        example: images (N, C, H, W) float32 of the size to export for, normalised as for `model`.
+        path: file to write, `*.onnx`; an existing one is replaced.
+        classes: names of the classes, kept in the file's metadata as JSON under `classes`.
+        pixels: mean and standard deviation; the file then takes uint8 pixels (N, 3, H, W) and normalises them itself.
+        batch: images a batch; by default any number.
+
+    Raises:
+        InputError: the network cannot be converted, or `path` is not a file that can be written.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx" and not path.is_dir():
+        raise InputError(f"cannot write {path}: an ONNX file is named *.onnx.")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
+    model = in_float32(model)
+    if isinstance(model, fx.GraphModule):
+        few = example[:2].to(next(model.parameters()))
+        with fed(type(model).__name__, few):
+            record_ranks(model, few)
+    network = deployed(model) if isinstance(model, fx.GraphModule) else strip(model)
+    network = network.cpu().float().eval()
+    _averages_as_means(network)
+    inputs = example[:1].cpu().float()
+    if pixels is not None:
+        network = Pixels(network, *pixels).eval()
+        inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
+    images = inputs.expand(batch or 2, *inputs.shape[1:]).contiguous()
+    program = _convert(network, images, dynamic=batch is None)
+    proto = program.model_proto
+    pack(proto.graph)
+    _tidy(proto, output_names(program))
+    if classes:
+        proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
+    onnx.checker.check_model(proto, full_check=True)
+    _write(proto, path)
+    return path
+
+
+def _averages_as_means(network: nn.Module) -> None:
+    for name, module in list(network.named_modules()):
+        if name and isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1]):
+            network.set_submodule(name, Average())
+
+
+def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> torch.onnx.ONNXProgram:
+    batch = {0: torch.export.Dim("batch", min=1)} if dynamic else None
+    try:
+        # The exporter breaks attention up into matrix products. Captured by a fused kernel, whose answer lies in memory
+        # in another order, a `reshape` behind it would have become a view that there cannot be.
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("ignore")  # the exporter warns of its own internals; the file is checked below
+            program = torch.onnx.export(
+                network,
+                (inputs,),
+                dynamo=True,
+                input_names=["images"],
+                dynamic_shapes=(batch,),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
+        raise InputError(f"the network cannot be converted to ONNX: {_reason(error)}") from error
+    assert program is not None
+    return program
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at first; the exporter wraps it in advice on how to report its own bugs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
+
+
+def _tidy(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
+    """Leaves only what a runtime reads, under short names: no stack traces, no paths, no shapes it can infer.
+
+    Convolutions and matrix products keep the path of their module as the node's name: profiles then name layers.
+    """
+    graph = proto.graph
+    proto.producer_name, proto.producer_version, proto.doc_string = "tersor", "", ""
+    proto.ir_version = max(_FIRST_IR_VERSION_OF_OPSET_21, min(proto.ir_version, _FIRST_IR_VERSION_OF_OPSET_21))
+    del proto.metadata_props[:]
+    del proto.functions[:]
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    graph.name, graph.doc_string = "tersor", ""
+    short = {value.name: value.name for value in graph.input}
+    short |= {value.name: name for value, name in zip(graph.output, outputs, strict=True)}
+
+    def rename(name: str) -> str:
+        return short.setdefault(name, f"v{len(short)}") if name else name
+
+    for value in [*graph.input, *graph.output]:
+        value.name, value.doc_string = short[value.name], ""
+        del value.metadata_props[:]
+    for initializer in graph.initializer:
+        initializer.name, initializer.doc_string = rename(initializer.name), ""
+        del initializer.metadata_props[:]
+    paths: Counter[str] = Counter()
+    for node in graph.node:
+        node.name = _module_path(node) if node.op_type in {"Conv", "Gemm", "MatMul"} else ""
+        paths[node.name] += 1
+        if node.name and paths[node.name] > 1:  # attention has several products; runtimes refuse a name given twice
+            node.name += f".{paths[node.name]}"
+        node.doc_string = ""
+        del node.metadata_props[:]
+        node.input[:] = [rename(name) for name in node.input]
+        node.output[:] = [rename(name) for name in node.output]
+
+
+def _module_path(node: onnx.NodeProto) -> str:
+    """The path of the module that gave the node, without the wrapper of the pixels."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            scopes = cast("list[str]", json.loads(entry.value.replace("'", '"')))
+            paths = [scope for scope in scopes if scope]
+            return paths[-2].removeprefix("network.") if len(paths) > 1 else ""
+    return ""
+
+
+def _write(proto: onnx.ModelProto, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(proto.SerializeToString())
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)

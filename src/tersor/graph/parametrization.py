@@ -1,0 +1,44 @@
+"""Parametrizations of a weight: the Parameter stays, `module.weight` shows what they make of it.
+
+A weight carries its parametrizations through `torch.nn.utils.parametrize`. The Parameter object is the same as before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def shown_by(module: nn.Module, name: str = "weight") -> Iterator[nn.Module]:
+    """The parametrizations of one parameter of `module`, in the order in which they apply."""
+    if parametrize.is_parametrized(module, name):
+        yield from parametrized(module, name)
+
+
+def parametrized(module: nn.Module, name: str = "weight") -> parametrize.ParametrizationList:
+    """The parametrizations of one parameter of `module`, which has some; `.original` is the Parameter."""
+    return cast("parametrize.ParametrizationList", cast("nn.ModuleDict", module.parametrizations)[name])
+
+
+def shown_to(module: nn.Module, parametrization: nn.Module, name: str = "weight") -> Tensor:
+    """What one of the parametrizations of a parameter of `module` is given: the Parameter as those before show it."""
+    chain = parametrized(module, name)
+    value = chain.original
+    assert isinstance(value, Tensor)
+    for each in chain:
+        if each is parametrization:
+            return value.detach()
+        value = each(value)
+    raise AssertionError(f"{parametrization} does not lie on {name}")
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """`model` itself, or a copy where it has parameters of another precision: a quantizer gives float32."""
+    if all(each.dtype == torch.float32 for each in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()

@@ -1,0 +1,170 @@
+"""A user's network as a plain one: without the wrappers of training, and with what torch keeps on its weights folded.
+
+DataParallel, DistributedDataParallel, `torch.compile` and AveragedModel wrap a network or a part of it. weight_norm,
+spectral_norm and `torch.nn.utils.prune` compute a weight anew in every forward; in eval that weight is a constant, so
+that folding it is exact. All of it happens on a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pickle import PicklingError
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+from tersor.core.errors import InputError
+from tersor.graph.parametrization import parametrized
+from tersor.graph.strip import strip
+
+_UNCOPIED = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, PicklingError)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, the same object, out of as many wrappers as there are."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
+            model = cast("nn.Module", model.module)
+        elif type(model).__name__ == "OptimizedModule":  # of torch.compile; to import its class takes seconds
+            model = cast("nn.Module", model._orig_mod)
+        else:
+            return model
+
+
+def plain_copy(model: nn.Module, name: str = "the network") -> nn.Module:
+    """A copy of the network in eval, in float32, without wrappers and without what torch keeps on its weights.
+
+    Args:
+        model: a user's network; it stays as it is.
+        name: how an error calls it.
+
+    Raises:
+        InputError: it is no network with weights that can be computed with, or cannot be copied.
+    """
+    refuse_what_is_no_network(model, name)
+    plain = _copied(unwrapped(model), name).eval()
+    _unwrap_parts(plain)
+    plain = _folded(plain)
+    for module in plain.modules():  # accelerate hides the forward behind one in another precision
+        if "_original_forward" in vars(module):
+            del module._original_forward, module.forward
+    if any(each.is_floating_point() and each.dtype != torch.float32 for each in plain.state_dict().values()):
+        plain = plain.float()
+    return plain
+
+
+def refuse_what_is_no_network(model: object, name: str = "the network") -> None:
+    """Raises:
+    InputError: this is no network, or one without weights that can be computed with.
+    """
+    if isinstance(model, type):
+        raise InputError(f"{name} is the class {model.__name__}. Pass an instance: {model.__name__}(...).")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} is a {type(model).__name__}. Pass a torch.nn.Module{_how_to_get_one(model)}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{name} is a TorchScript program. Pass the torch.nn.Module that it was made from.")
+    named = list(model.named_parameters())
+    for key, each in named:
+        if isinstance(each, nn.parameter.UninitializedParameter):
+            raise InputError(f"{key} of {name} has no shape yet. Run the network on one batch before.")
+        if each.is_meta:
+            raise InputError(f"{key} of {name} is on the meta device and has no values. Load its weights before.")
+        if not each.isfinite().all():
+            shown = key.replace("parametrizations.", "").removesuffix(".original")
+            raise InputError(f"{shown} of {name} has values that are not finite (NaN or infinity). Load other weights.")
+
+
+def refuse_without_weights(model: nn.Module, name: str = "the network") -> None:
+    """Raises:
+    InputError: there is no parameter in it.
+    """
+    if next(model.parameters(), None) is None:
+        raise InputError(f"{name} has no parameters: a {type(model).__name__} without layers that have weights.")
+
+
+def masked_by_torch(model: nn.Module) -> list[str]:
+    """The layers under a mask of `torch.nn.utils.prune`."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if any(isinstance(hook, prune.BasePruningMethod) for hook in _hooks(module))
+    ]
+
+
+def _how_to_get_one(given: object) -> str:
+    if isinstance(given, dict):
+        return ": build the network, and call its load_state_dict with this dict"
+    if isinstance(given, str) or hasattr(given, "__fspath__"):
+        return f", not a path: build the network, then tersor.models.load_weights(network, '{given}')"
+    return ""
+
+
+def _copied(model: nn.Module, name: str) -> nn.Module:
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in _computed(model)}
+    try:
+        return copy.deepcopy(model, memo)
+    except _UNCOPIED as error:
+        culprit = next(_uncopied(model), "an attribute")
+        reason = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
+        raise InputError(
+            f"{name} cannot be copied, because of {culprit}: {reason}. Take it off the network."
+        ) from error
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors kept in the modules that a computation gave, which deepcopy refuses: a stored feature map, a weight."""
+    for module in model.modules():
+        for value in vars(module).values():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            yield from (each for each in held if isinstance(each, Tensor) and not each.is_leaf)
+
+
+def _uncopied(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_modules", "_parameters"):
+                continue
+            try:
+                copy.deepcopy(value)
+            except _UNCOPIED:
+                yield f"{path}.{key} ({type(value).__name__})".lstrip(".")
+
+
+def _unwrap_parts(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if (inner := unwrapped(child)) is not child:
+                setattr(module, name, inner)
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for hook in _hooks(module):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)  # pyright: ignore[reportPrivateUsage]
+    of_torch = {
+        id(module) for module in model.modules() if parametrize.is_parametrized(module) and _is_of_torch(module)
+    }
+    return strip(model, of_torch) if of_torch else model
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    return list(vars(module)["_forward_pre_hooks"].values())
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    names = cast("nn.ModuleDict", module.parametrizations)
+    return all(
+        type(each).__module__.startswith("torch.nn.utils") for name in names for each in parametrized(module, name)
+    )

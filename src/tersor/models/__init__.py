@@ -1,0 +1,7 @@
+"""Networks by name, and the files that hold their weights."""
+
+from tersor.models.registry import build, names
+from tersor.models.weights import load_weights, normalization, save_weights
+from tersor.models.weights_mismatch import OtherClasses
+
+__all__ = ["OtherClasses", "build", "load_weights", "names", "normalization", "save_weights"]

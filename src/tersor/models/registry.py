@@ -1,0 +1,69 @@
+"""Name -> network, with random weights. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tersor.core.errors import InputError, unknown
+from tersor.core.import_path import call_with, import_function, is_function_path
+from tersor.graph.plain_network import unwrapped
+from tersor.models.cifar_resnet import DEPTHS, CifarResNet
+from tersor.models.wide_resnet import FOURFOLD_RESNETS, WIDE_RESNETS, FourfoldResNet, WideResNet
+
+CIFAR_RESNETS = {f"resnet{depth}": depth for depth in DEPTHS}
+_WITH_AUXILIARY_HEADS = {"googlenet", "inception_v3"}
+
+
+def names() -> list[str]:
+    """Every network that `build` knows by name: those for CIFAR, then torchvision's classification networks."""
+    from torchvision import models  # takes seconds to import, and most runs need none of it
+
+    return [*CIFAR_RESNETS, *FOURFOLD_RESNETS, *WIDE_RESNETS, *models.list_models(module=models)]
+
+
+def build(name: str, num_classes: int | None = None) -> nn.Module:
+    """A network with random weights.
+
+    Args:
+        name: `resnet20`, 32, 44, 56, 110, `resnet8x4`, `wrn_16_2` and such for CIFAR; a torchvision network
+            (`resnet18`, `mobilenet_v2`); or `package.module:function`, which is called with `num_classes` if it
+            accepts that and returns a network.
+        num_classes: number of logits; None for the network's own (10 for CIFAR, 1000 in torchvision).
+
+    Raises:
+        InputError: no such name, or the function cannot be imported or returns something else.
+    """
+    if num_classes is not None and num_classes < 1:
+        raise InputError(f"num_classes is {num_classes}. Write a number of 1 or more.")
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    if is_function_path(name):
+        return _from_function(name, options)
+    if name in CIFAR_RESNETS:
+        return CifarResNet(CIFAR_RESNETS[name], **options)
+    if name in FOURFOLD_RESNETS:
+        return FourfoldResNet(FOURFOLD_RESNETS[name], **options)
+    if name in WIDE_RESNETS:
+        return WideResNet(*WIDE_RESNETS[name], **options)
+    known = names()
+    if name not in known:
+        raise unknown("model", name, known)
+    return _from_torchvision(name, options)
+
+
+def _from_function(path: str, options: dict[str, int]) -> nn.Module:
+    model = call_with(path, import_function(path), **options)
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"'{path}' returned a value of type {type(model).__name__}. "
+            "Write a function that returns a torch.nn.Module."
+        )
+    return unwrapped(model)
+
+
+def _from_torchvision(name: str, options: dict[str, int]) -> nn.Module:
+    from torchvision import models
+
+    if name in _WITH_AUXILIARY_HEADS:
+        # the heads answer beside the logits while training, and are thrown away after it
+        return models.get_model(name, weights=None, aux_logits=False, init_weights=True, **options)
+    return models.get_model(name, weights=None, **options)

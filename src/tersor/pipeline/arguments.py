@@ -1,0 +1,256 @@
+"""What was passed to a verb: networks, loaders, paths, names, checked against each other before any work is done."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tersor.core.errors import InputError
+from tersor.data.batch import Batch, images_of
+from tersor.data.batch_errors import wrong_labels
+from tersor.data.loader import batches_of, given_labels
+from tersor.evaluation.session import Session
+from tersor.graph.eval_mode import evaluating
+from tersor.graph.feeding import check_forward, described, only_tensors
+from tersor.graph.plain_network import plain_copy, refuse_what_is_no_network, refuse_without_weights, unwrapped
+
+
+def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, Iterable[Any]]:
+    """A plain copy of the network, and the batches that it runs on, up to `images` images if they come only once.
+
+    Raises:
+        InputError: this is no network with weights, or it does not run on the images.
+    """
+    network = plain_copy(model)
+    refuse_without_weights(network)
+    batches, first = batches_of(loader, images)
+    check_forward(type(network).__name__, network, first)
+    return network, batches
+
+
+def to_export(model: nn.Module, images: Tensor, name: str) -> nn.Module:
+    """A plain copy of the network, which returns tensors for the images.
+
+    Raises:
+        InputError: this is no network, does not run on the images, or returns something else.
+    """
+    network = plain_copy(model, name)
+    outputs = check_forward(name, network, images)
+    if not only_tensors(outputs):
+        raise InputError(f"{name} returns {described(outputs)}. Possible: tensors, also in tuples, lists and dicts.")
+    return network
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The student itself, out of its wrappers.
+
+    Raises:
+        InputError: it is no network that can be trained in float32.
+    """
+    refuse_what_is_no_network(model, "the student")
+    student = unwrapped(model)
+    refuse_without_weights(student, "the student")
+    if not any(each.requires_grad for each in student.parameters()):
+        raise InputError("every parameter of the student is frozen. Call student.requires_grad_(True) before.")
+    other = {each.dtype for each in student.parameters() if each.is_floating_point()} - {torch.float32}
+    if other:
+        raise InputError(
+            f"the student has weights of {other.pop()}, and is trained in place. Call student.float() before."
+        )
+    return student
+
+
+def teacher_of(model: nn.Module) -> nn.Module:
+    """The teacher itself, out of its wrappers; a copy in float32 where it has another precision.
+
+    Raises:
+        InputError: it is no network with weights.
+    """
+    refuse_what_is_no_network(model, "the teacher")
+    teacher = unwrapped(model)
+    refuse_without_weights(teacher, "the teacher")
+    if any(each.is_floating_point() and each.dtype != torch.float32 for each in teacher.state_dict().values()):
+        return copy.deepcopy(teacher).float()
+    return teacher
+
+
+def classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> int:
+    """How many classes both tell apart, by one dry forward of two images.
+
+    Raises:
+        InputError: one does not run on the images, or they do not return logits of the same classes.
+    """
+    outputs: list[Any] = []
+    for name, network in (("the student", student), ("the teacher", teacher)):
+        with evaluating(network):
+            outputs.append(check_forward(name, network, images))
+    shapes = [each.shape if isinstance(each, Tensor) else () for each in outputs]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        raise InputError(
+            f"for two images the student returns {described(outputs[0])}, the teacher {described(outputs[1])}. Both "
+            "need to return logits (2, classes), one tensor, of the same classes."
+        )
+    if shapes[0][1] < 2:
+        raise InputError(
+            "student and teacher return one logit for each image, which holds no distribution over classes to learn "
+            "from. Give both two logits, one for each class."
+        )
+    return int(shapes[0][1])
+
+
+def labelled(batches: Iterable[Any], classes: int, most: int) -> Iterator[Batch]:
+    """The first `most` batches; with labels where they are class numbers."""
+    for batch in islice(batches, most):
+        images, labels = images_of(batch), given_labels(batch)
+        usable = labels is not None and wrong_labels(labels, len(images), classes) is None
+        yield Batch(images, labels.long() if labels is not None and usable else None)
+
+
+def check_labels(network: nn.Module, batches: Iterable[Any], images: int) -> None:
+    """Looks at the labels of the first `images` images.
+
+    Raises:
+        InputError: they are no class numbers of the network, or it does not return logits.
+    """
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    left = images
+    for batch in batches:
+        seen.append((images_of(batch), given_labels(batch)))
+        left -= len(seen[-1][0])
+        if left <= 0:
+            break
+    outputs = check_forward("the network", network, seen[0][0])
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise InputError(
+            f"for two images the network returns {described(outputs)}; the loss of the labels needs logits (2, "
+            "classes). Write importance='magnitude', or return the logits alone, one for each class."
+        )
+    all_labels(seen, outputs.shape[1])
+
+
+def all_labels(batches: Sequence[tuple[Tensor, Tensor | None]], classes: int) -> NDArray[Any] | None:
+    """The labels (N,) of all batches; None if one batch has none.
+
+    Raises:
+        InputError: they are no numbers of these classes.
+    """
+    found: list[Tensor] = []
+    least: int | None = None
+    for images, labels in batches:
+        if labels is None:
+            return None
+        error = wrong_labels(labels, len(images), classes, least)
+        if error is not None:
+            raise error
+        if len(labels):
+            least = min(int(labels.min()), int(labels.min()) if least is None else least)
+        found.append(labels.cpu())
+    return torch.cat(found).numpy() if found else np.empty(0, np.int64)
+
+
+def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises:
+    InputError: student and teacher are one network, or share a parameter: training would change the teacher.
+    """
+    if student is teacher:
+        raise InputError("student and teacher are one network. Pass a copy of it as the teacher.")
+    of_teacher = {id(each) for each in teacher.parameters()}
+    shared = [name for name, each in student.named_parameters() if id(each) in of_teacher]
+    if shared:
+        raise InputError(
+            f"student and teacher share {', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}, and training "
+            "would change the teacher. Pass copy.deepcopy(teacher)."
+        )
+
+
+def onnx_path(path: object) -> Path:
+    """Where to write a file.
+
+    Raises:
+        InputError: it is no path of an ONNX file in a folder that exists.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"the path is of type {type(path).__name__}. Pass the path of a file *.onnx.")
+    path = Path(cast("str", path))
+    if "\0" in str(path) or path.suffix != ".onnx" or not path.parent.is_dir():
+        raise InputError(f"cannot write {str(path)!r}. Possible: a file *.onnx in a folder that exists.")
+    return path
+
+
+def example_of(example: object) -> Tensor:
+    """Images (N, C, H, W) of which there is at least one.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(example, Tensor):
+        raise InputError(f"the example is of type {type(example).__name__}. Pass images, a tensor (N, C, H, W).")
+    images = images_of(example)
+    if not len(images):
+        raise InputError("the example holds no image. Pass at least one.")
+    return images
+
+
+def check_metadata(classes: object, pixels: object, channels: int) -> None:
+    """Checks what a file will say about its classes, and how it normalises pixels.
+
+    Raises:
+        InputError: names of classes that are no distinct texts; a mean and deviation that are not for pixels in [0, 1].
+    """
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise InputError(f"classes is {classes!r}. Pass a list of names, in the order of the logits.")
+    names = list(cast("Sequence[object]", classes))
+    if not all(isinstance(each, str) for each in names) or len(set(names)) < len(names):
+        raise InputError("classes are the names of the classes, in the order of the logits: texts, each of them once.")
+    if pixels is None:
+        return
+    try:
+        mean, deviation = (torch.tensor(each, dtype=torch.float64) for each in cast("Sequence[Any]", pixels))
+    except (TypeError, ValueError, RuntimeError):
+        mean = deviation = torch.tensor(float("nan"))
+    if not mean.shape == deviation.shape == (channels,) or not (deviation > 0).all() or not mean.isfinite().all():
+        raise InputError(
+            f"pixels is {pixels!r}. Pass mean and standard deviation: two lists of {channels} numbers, the second "
+            "above 0."
+        )
+    if (mean.abs() > 2).any() or (deviation > 2).any():
+        raise InputError(
+            f"pixels is {pixels!r}. Pass mean and standard deviation of pixels in [0, 1], not in 0 to 255."
+        )
+
+
+def check_classes(session: Session, classes: Sequence[str]) -> None:
+    """Raises:
+    InputError: the file has another number of logits than there are classes.
+    """
+    if not classes:
+        return
+    shape = [size or 1 for size in session.input_shape]
+    logits = session.run(np.zeros([1, *shape[1:]], session.input_dtype))
+    if logits.ndim == 2 and logits.shape[1] != len(classes):
+        raise InputError(f"{len(classes)} classes are named, and the network has {logits.shape[1]} logits. Name each.")
+
+
+def check_same_logits(sessions: Mapping[str, Session], images: NDArray[Any]) -> None:
+    """Raises:
+    InputError: two files return another number of logits, or one of them NaN.
+    """
+    logits = {name: session.run(images) for name, session in sessions.items()}
+    shapes = {name: each.shape[1:] for name, each in logits.items()}
+    if len(set(shapes.values())) > 1:
+        told = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+        raise InputError(
+            f"the files return another number of logits for an image: {told}. Compare files of one network."
+        )
+    for name, each in logits.items():
+        if np.isnan(each).any():
+            raise InputError(f"{name} returns NaN for the first images. Its predictions mean nothing.")

@@ -1,0 +1,190 @@
+"""A recipe, walked through to one folder with the evidence."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from tersor import recipe as recipes
+from tersor.checkpoint.artifact import MANIFEST, read_artifact, require_free, write_folder
+from tersor.checkpoint.model_folder import write_files
+from tersor.checkpoint.store import Checkpoints
+from tersor.core import distributed
+from tersor.core.errors import InputError
+from tersor.core.progress import Unwatched, Watch
+from tersor.core.resources import enough_memory, writable
+from tersor.data import Splits
+from tersor.deploy.float_operators import float_operators
+from tersor.deploy.onnx import export
+from tersor.deploy.static_batch import batch_for, reason
+from tersor.evaluation.latency_ratio import RuntimeStopwatch
+from tersor.evaluation.results import OF_STAGES, measure
+from tersor.pipeline.latency_cache import MEASURED, Remembering
+from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import EVALUATION_BATCH, Walk
+from tersor.quantization.quantizers import found
+from tersor.recipe import Recipe
+from tersor.report.analysis.evidence import gather
+from tersor.report.page import draw
+
+_AGREEMENT = 99.0
+"""Percent of torch's answers that the file should give in its runtime."""
+_BYTE = 8
+_MEMORY = "Close other programs, or use smaller images (data.image_size) or a smaller network."
+
+
+def run(
+    recipe: Recipe | Path | str,
+    *,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    out: Path | str | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+) -> Path:
+    """Compresses a network as the recipe says, and writes one folder: model, original, recipe, numbers, manifest.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        model: a trained network in place of the one that the recipe names; it stays as it is.
+        data: images in place of the recipe's.
+        out: the folder to write; `runs/<name of the recipe>` by default. It must not exist.
+        resume: go on with the run into `out` that has not ended, with the same `model` and `data`; from the beginning
+            where there is none.
+        watch: who looks on.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: something that was given cannot be used.
+    """
+    distributed.join()
+    watch = watch if watch and not distributed.rank() else Unwatched()
+    if not isinstance(model, nn.Module | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"model is a {type(model).__name__}. Pass a torch.nn.Module, or name one in the recipe.")
+    if not isinstance(data, Splits | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"data is a {type(data).__name__}. Pass tersor.data.Splits, which tersor.data.load gives.")
+    if not isinstance(recipe, Recipe | Path | str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"recipe is a {type(recipe).__name__}. Pass a path, or what tersor.recipe.parse gives.")
+    name = "recipe" if isinstance(recipe, Recipe) else Path(recipe).stem
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
+    out = Path(out) if out is not None else Path("runs") / name
+    checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoints"))
+    text = recipes.write(recipe)
+    if resume and _ended(out, text):
+        if not distributed.rank():
+            checkpoints.remove()  # the run may have been killed between its last two moves
+        watch.say(f"{out} is there already: nothing is left to do.")
+        return out
+    require_free(out)
+    with enough_memory(_MEMORY), writable(out), checkpoints.held(text, resume=resume):
+        walk = prepare(recipe, model=model, data=data, watch=watch)
+        if not (resume or distributed.rank()):
+            (checkpoints.folder / MEASURED).unlink(missing_ok=True)  # of a run that was killed before a checkpoint
+        walk.stopwatch = Remembering(RuntimeStopwatch(watch), checkpoints.folder / MEASURED)
+        walk.train_teacher(watch, checkpoints)
+        original = copy.deepcopy(walk.original)
+        stages = walk.stages(watch, checkpoints)
+        for path in dict.fromkeys(checkpoints.damaged):
+            watch.say(f"{path} is damaged, and was passed over.")
+        if not distributed.rank():
+            write_folder(
+                out,
+                lambda folder: _fill(folder, walk, original, stages, checkpoints, watch),
+                partial=checkpoints.scratch,
+            )
+            checkpoints.remove()
+    distributed.barrier()
+    return out
+
+
+def _ended(out: Path, recipe: str) -> bool:
+    """Whether `out` is what a run of `recipe` leaves."""
+    if not (out / MANIFEST).is_file():
+        return False
+    written = read_artifact(out).files.get("recipe.yaml")
+    return written is not None and written.read_text() == recipe
+
+
+def _fill(
+    folder: Path,
+    walk: Walk,
+    original: nn.Module,
+    stages: list[dict[str, Any]],
+    checkpoints: Checkpoints,
+    watch: Watch,
+) -> None:
+    recipe, data = walk.recipe, walk.data
+    assert data.mean is not None
+    assert data.std is not None
+    test = walk.batches(data.test, EVALUATION_BATCH)
+    example = next(iter(test)).images[:1]
+    pixels = (data.mean, data.std) if recipe.target.input == "uint8" else None
+    with TemporaryDirectory() as scratch:
+        left = {
+            number: (network, Path(scratch) / f"{number}.onnx")
+            for number, network in walk.left_by_stages(checkpoints).items()
+            if number < len(stages)
+        }
+        files = [(original, folder / "original.onnx"), (walk.model, folder / "model.onnx"), *left.values()]
+        watch.start("export", len(files))
+        for network, path in files:
+            batch = batch_for(network, recipe.target)
+            export(network, example, path, classes=data.classes, pixels=pixels, batch=batch)
+            watch.advance()
+        if batch_for(walk.model, recipe.target) != recipe.target.batch:
+            watch.say(reason())
+        numbers, answers = measure(
+            original, walk.model, folder, test, recipe.target, seed=recipe.seed, watch=watch, stages=left
+        )
+    if numbers["agreement_with_torch"] < _AGREEMENT:
+        watch.say(_told_of_disagreement(numbers["agreement_with_torch"], walk.model))
+    in_float, warning = float_operators(walk.model, example)
+    numbers["artifact"] |= in_float
+    if warning is not None:
+        watch.say(f"warning: {warning}")
+    # the last stage left the artifact
+    numbers["stages"][len(stages)] = {key: numbers["artifact"][key] for key in OF_STAGES} | {
+        "speedup": numbers["speedup"]["original"]
+    }
+    told = [{**stage, **numbers["stages"].get(number, {})} for number, stage in enumerate(stages, 1)]
+    numbers |= {"stages": told, "mean": data.mean, "std": data.std, "classes": data.classes}
+    (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
+    evidence = gather(
+        original,
+        walk.model,
+        walk.teacher,
+        walk.untouched,
+        folder,
+        test,
+        recipe.target,
+        answers=answers,
+        baseline=numbers["baseline"],
+        watch=watch,
+    )
+    (folder / "evidence.json").write_text(json.dumps(evidence))
+    draw(folder)
+    (folder / "recipe.yaml").write_text(recipes.write(recipe))
+    write_files(walk.model, folder)
+    (folder / "checkpoints").mkdir()
+    for each in checkpoints.ends():  # copied: until the folder is written they are what a run goes on from
+        shutil.copytree(each.path, folder / "checkpoints" / each.path.name)
+
+
+def _told_of_disagreement(percent: float, model: nn.Module) -> str:
+    laid = found(model)
+    coarse = laid is not None and any(laid.of_activation(name).grid.bits < _BYTE for name in laid.activations)
+    if not coarse:
+        return f"the artifact gives {percent:.2f} % of torch's answers: do not ship it."
+    return (
+        f"the artifact gives {percent:.2f} % of torch's answers. On so few bits a bias, which lies in the file as a "
+        "whole number of products of two steps, moves an activation by a whole step where torch's does not, and the "
+        "layers behind it with it: the accuracy that counts is the runtime's."
+    )

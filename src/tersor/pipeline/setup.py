@@ -1,0 +1,196 @@
+"""Networks and images of a recipe, checked against each other before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from tersor import models
+from tersor.core.errors import InputError
+from tersor.core.progress import Watch
+from tersor.data import Splits, load
+from tersor.data.image_sets import View
+from tersor.data.stratified import generator
+from tersor.evaluation.session import load_runtime
+from tersor.graph.eval_mode import evaluating
+from tersor.graph.feeding import check_forward, described
+from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_without_weights
+from tersor.pipeline.latency_cache import ByMacs
+from tersor.pipeline.stages import EVALUATION_BATCH, Walk
+from tersor.recipe import Network, Recipe, Teacher
+from tersor.training.loop import learning_rates, steps_per_epoch
+from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
+from tersor.training.teacher_check import doubts
+
+_FEW = 64
+"""Images that a rehearsal looks at."""
+
+
+def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, watch: Watch) -> Walk:
+    """Networks and images of a recipe, checked against each other; nothing is trained.
+
+    Raises:
+        InputError: a file, a network or the data cannot be used, or they do not fit together.
+    """
+    load_runtime(recipe.target.runtime)
+    for network in (recipe.model, recipe.teacher):
+        if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
+            raise InputError(f"there is no weights file {network.weights}. Paths are relative to the working folder.")
+    early = _build(recipe.model, None, recipe.seed) if model is None and recipe.model.num_classes else None
+    watch.say("reading the images")
+    splits = data or load(
+        seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
+    )
+    _say_what_has_no_image(splits, watch)
+    network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)
+    for path in masked_by_torch(network):
+        watch.say(f"{path}: its mask of torch.nn.utils.prune is folded; training moves the weights that are zero now")
+    network = plain_copy(network, "model" if model else recipe.model.name)
+    teacher, of_teacher = _teacher(recipe, network, splits)
+    walk = Walk(
+        recipe,
+        network,
+        teacher,
+        _normalised(splits, recipe, metadata, of_teacher),
+        model_is_trained=model is not None or recipe.model.weights is not None,
+        teacher_is_trained=not isinstance(recipe.teacher, Teacher) or recipe.teacher.weights is not None,
+    )
+    for whose, of_file in ((recipe.model.name, metadata), ("the teacher", of_teacher)):
+        if "taken" in of_file:
+            watch.say(f"weights of {whose}: {of_file['taken']}")
+    _check_networks(walk, watch)
+    _rehearse(walk, watch)
+    return walk
+
+
+def _check_networks(walk: Walk, watch: Watch) -> None:
+    recipe, teacher = walk.recipe, walk.teacher
+    refuse_without_weights(walk.model, recipe.model.name)
+    _check_answers(walk, walk.model, recipe.model.name)
+    if teacher is not None and recipe.teacher != "original":
+        _check_answers(walk, teacher, "the teacher")
+    if recipe.teacher == "original" and not walk.model_is_trained:
+        raise InputError("teacher: original is the model as it came in, and that has no weights. Write model.weights.")
+    _check_teacher(recipe)
+    if teacher is not None and walk.teacher_is_trained:
+        few = _few(walk, TEACHER_IMAGES)
+        for doubt in doubts("the teacher", teacher, walk.batches(few, EVALUATION_BATCH)):
+            watch.say(f"warning: {doubt}")
+
+
+def _rehearse(walk: Walk, watch: Watch) -> None:
+    """Attaches every stage to a copy, by few images: a pattern that matches nothing is told before an hour of it."""
+    data = replace(walk.data, train=_few(walk, _FEW))
+    rehearsal = replace(walk, model=copy.deepcopy(walk.model), data=data, stopwatch=ByMacs())
+    wanted = walk.recipe.teacher
+    if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
+        batches = walk.training_batches(wanted.training)
+        learning_rates(batches, wanted.training, wanted.epochs * steps_per_epoch(batches, wanted.training))
+    for stage in walk.recipe.stages:
+        if stage.validate_every and not len(walk.data.validation):
+            raise InputError(
+                f"stage '{stage.name}' has validate_every, and there are no validation images. Write data.validation, "
+                "the fraction of the training images that is held out, or leave validate_every out."
+            )
+        batches = walk.training_batches(stage)
+        steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
+        learning_rates(batches, stage, steps)
+        rehearsal.model = rehearsal.attach(stage, steps, watch).model
+
+
+def _few(walk: Walk, images: int) -> View:
+    """Some of the training images, the same ones for a seed."""
+    train, draw = walk.data.train, generator(walk.recipe.seed)
+    return View(train, torch.randperm(len(train), generator=draw)[:images])
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    teacher = recipe.teacher
+    if isinstance(teacher, Teacher) and teacher.weights is None and not teacher.epochs:
+        raise InputError("the teacher has learned nothing. Write teacher.weights, or teacher.epochs to train it first.")
+    if isinstance(teacher, Teacher) and teacher.weights is not None and teacher.epochs:
+        raise InputError(
+            "the teacher has weights and epochs. Write one of them: with epochs it is trained from scratch."
+        )
+
+
+def _say_what_has_no_image(splits: Splits, watch: Watch) -> None:
+    present = set(splits.train.labels.unique().tolist())
+    missing = [str(number) for number in range(len(splits.classes)) if number not in present]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        watch.say(f"warning: {len(missing)} of {len(splits.classes)} classes have no training image: {shown}")
+
+
+Built = tuple[nn.Module, dict[str, str]]
+
+
+def _build(network: Network, splits: Splits | None, seed: int) -> Built:
+    """The network; what it begins with, where it has no weights, is drawn from `seed` alone."""
+    classes = network.num_classes or (len(splits.classes) if splits else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = plain_copy(models.build(network.name, classes), network.name)
+    if not network.weights:
+        return built, {}
+    try:
+        return built, models.load_weights(built, network.weights)
+    except models.OtherClasses as error:
+        if splits and error.in_file == len(splits.classes) - 1:
+            _refuse_labels_from_one(splits, f"'{network.weights}'")
+        raise
+
+
+def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Module | None, dict[str, str]]:
+    if recipe.teacher is None:
+        return None, {}
+    if isinstance(recipe.teacher, str):
+        return copy.deepcopy(model).eval(), {}
+    built, metadata = _build(recipe.teacher, splits, recipe.seed)
+    return plain_copy(built, "the teacher"), metadata
+
+
+def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Splits:
+    """The images with mean and standard deviation as given, else as in the weights files, else their own."""
+    if recipe.data.mean is not None:
+        return splits
+    told = list(dict.fromkeys(found for found in map(models.normalization, metadata) if found is not None))
+    if len(told) > 1:
+        raise InputError(
+            f"model and teacher were trained with different mean and standard deviation: {told[0]} and {told[1]}. "
+            "Both see the same images; write data.mean and data.std if that is meant."
+        )
+    return replace(splits, mean=told[0][0], std=told[0][1]) if told else splits
+
+
+def _check_answers(walk: Walk, network: nn.Module, name: str) -> None:
+    """One dry forward: the network takes these images and tells these classes apart."""
+    images = next(iter(walk.batches(walk.data.test, 2))).images
+    with evaluating(network):
+        logits = check_forward(name, network, images)
+    classes = len(walk.data.classes)
+    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[1] == classes:
+        return
+    if isinstance(logits, torch.Tensor) and logits.shape == (2, classes - 1):
+        _refuse_labels_from_one(walk.data, name)
+    needed = f"logits (2, {classes}) are needed. "
+    if not isinstance(logits, torch.Tensor):
+        needed += "Write a function package.module:function that wraps the network and returns its logits alone."
+    else:
+        needed += f"Write num_classes: {classes}, and weights of such a network."
+    raise InputError(f"{name} returns for two images {described(logits)}, and the data has {classes} classes: {needed}")
+
+
+def _refuse_labels_from_one(data: Splits, whose: str) -> None:
+    labels = torch.cat([data.train.labels, data.test.labels])
+    if int(labels.min()) != 1:
+        return
+    last = int(labels.max())
+    raise InputError(
+        f"the labels go from 1 to {last}; class 0 has no image. The data counts as {last + 1} classes, and {whose} has "
+        f"{last}. Number the classes from 0 to {last - 1}: subtract 1 from every label. If class 0 is meant to have no "
+        f"image, the network needs {last + 1} logits, and weights for them."
+    )

@@ -1,0 +1,193 @@
+"""Values -> the range that a grid should span.
+
+`minmax` clips nothing. `percentile` clips a share of the values on each side. `mse` takes, among ranges shrunk from
+minmax, the one with the smallest mean squared rounding error (as in "Post training 4-bit quantization", Banner et
+al. 2019, and the MSE search of every later toolkit). `entropy` takes the one whose rounded values are distributed most
+like the values (Migacz, "8-bit inference with TensorRT", GTC 2017: the least Kullback-Leibler divergence). Activations
+are judged on a histogram, weights directly.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tersor.quantization.grid import Grid, affine_parameters, symmetric_scale, to_integers
+
+SHRINK = torch.linspace(1.0, 0.1, 91)
+"""Fractions of the full range that a search tries."""
+
+WeightRange = Literal["minmax", "percentile", "mse"]
+Range = Literal["minmax", "percentile", "mse", "entropy"]
+
+
+class Histogram:
+    """Counts of values between their smallest and largest, filled in two passes: `widen` all, then `count` all."""
+
+    def __init__(self, bins: int = 2048) -> None:
+        self.low = torch.tensor(0.0)
+        self.high = torch.tensor(0.0)
+        self.counts = torch.zeros(bins, dtype=torch.float64)
+
+    def widen(self, values: Tensor) -> None:
+        """Makes room for `values` (any shape); zero is always inside."""
+        low, high = torch.aminmax(values.detach().float())
+        self.low, self.high = torch.minimum(self.low, low.cpu()), torch.maximum(self.high, high.cpu())
+
+    def count(self, values: Tensor) -> None:
+        """Counts `values`, which `widen` has seen before."""
+        flat = values.detach().float().flatten().cpu()
+        span = (self.high - self.low).clamp(min=torch.finfo(torch.float32).tiny)
+        bins = self.counts.numel()
+        places = ((flat - self.low) / span * bins).clamp_(0, bins - 1).to(torch.int64)  # bins / span may be infinite
+        self.counts += torch.bincount(places, minlength=bins)
+
+    @property
+    def centres(self) -> Tensor:
+        """The middle of every bin (bins,)."""
+        bins = self.counts.numel()
+        return self.low + (torch.arange(bins) + 0.5) * ((self.high - self.low) / bins)
+
+    def percentile(self, percent: float) -> tuple[Tensor, Tensor]:
+        """The range that keeps the middle `percent` of the values."""
+        cumulative = self.counts.cumsum(0) / self.counts.sum().clamp(min=1)
+        tail = (100 - percent) / 200
+        edges = torch.tensor([tail, 1 - tail], dtype=cumulative.dtype)
+        low, high = torch.searchsorted(cumulative, edges).clamp(max=self.counts.numel() - 1)
+        return self.centres[low].clamp(max=0), self.centres[high].clamp(min=0)
+
+    def least_squares(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The shrunk range whose rounding error, weighted by the counts, is smallest."""
+        best, chosen = torch.tensor(torch.inf, dtype=torch.float64), (self.low, self.high)
+        for shrink in SHRINK:
+            scale, zero_point = affine_parameters(self.low * shrink, self.high * shrink, grid)
+            shown = (to_integers(self.centres, scale, zero_point, grid) - zero_point) * scale
+            error = (self.counts * (shown - self.centres).square()).sum()
+            if error < best:
+                best, chosen = error, (self.low * shrink, self.high * shrink)
+        return chosen
+
+    def least_divergence(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The shrunk range in which the values, rounded, are distributed most like the values clipped to it.
+
+        The divergence is that of the clipped values from the rounded ones, each level's share spread over the bins of
+        it that hold any value.
+        """
+        best, chosen = torch.tensor(torch.inf, dtype=torch.float64), (self.low, self.high)
+        for shrink in SHRINK:
+            low, high = self.low * shrink, self.high * shrink
+            scale, zero_point = affine_parameters(low, high, grid)
+            levels = (to_integers(self.centres, scale, zero_point, grid) - grid.minimum).to(torch.int64)
+            inside = (self.centres >= low) & (self.centres <= high)
+            clipped = torch.where(inside, self.counts, torch.zeros_like(self.counts))
+            first, last = inside.nonzero()[0], inside.nonzero()[-1]
+            clipped[first] += self.counts[self.centres < low].sum()
+            clipped[last] += self.counts[self.centres > high].sum()
+            held = (inside & (self.counts > 0)).double()
+            size = grid.maximum - grid.minimum + 1
+            shares = torch.bincount(levels, self.counts * inside, size) / torch.bincount(levels, held, size).clamp(
+                min=1
+            )
+            spread = shares[levels] * held
+            error = _divergence(clipped, spread)
+            if error < best:
+                best, chosen = error, (low, high)
+        return chosen
+
+    def range(self, kind: Range, grid: Grid, percentile: float) -> tuple[Tensor, Tensor]:
+        """The range that `kind` gives; `percentile` percent of the values are kept by the one of that name."""
+        match kind:
+            case "minmax":
+                return self.low, self.high
+            case "percentile":
+                return self.percentile(percentile)
+            case "mse":
+                return self.least_squares(grid)
+            case "entropy":
+                return self.least_divergence(grid)
+
+
+def _divergence(found: Tensor, shown: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of two histograms (bins,), which need not sum to 1; what `shown` lacks costs much."""
+    p, q = found / found.sum().clamp(min=1), shown / shown.sum().clamp(min=1)
+    some = p > 0
+    return (p[some] * (p[some] / q[some].clamp(min=1e-9)).log()).sum()
+
+
+def channel_maxima(weight: Tensor) -> Tensor:
+    """The largest absolute value of each output channel: (C, ...) -> (C,)."""
+    return weight.detach().float().abs().flatten(1).amax(1)
+
+
+def weight_grid(
+    weight: Tensor,
+    grid: Grid,
+    *,
+    per_channel: bool = True,
+    weight_range: WeightRange = "minmax",
+    percentile: float = 99.99,
+    share: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a weight (C, ...): (C,) each, or () where there is one grid for all channels.
+
+    Args:
+        weight: as its quantizer is shown it.
+        grid: its integers; where they are not symmetric, zero has a point of its own.
+        per_channel: whether each output channel has a grid.
+        weight_range: how the range is set.
+        percentile: of `weight_range: percentile`: percent of the values kept.
+        share: of that range, what the grid spans, (C,) or (); all of it if left.
+    """
+    flat = weight.detach().float()
+    flat = flat.flatten(1) if per_channel else flat.reshape(1, -1)
+    if weight_range == "percentile":
+        ordered = flat.sort(1).values
+        last = ordered.shape[1] - 1
+        tail = round((100 - percentile) / 200 * last)
+        low, high = ordered[:, tail], ordered[:, last - tail]
+    else:
+        low, high = flat.aminmax(dim=1)
+    if share is not None:
+        low, high = low * share, high * share
+    scale, zero_point = _spanning(low, high, grid)
+    if weight_range == "mse":
+        scale, zero_point = _least_squares(flat, low, high, grid)
+    return (scale, zero_point) if per_channel else (scale[0], zero_point[0])
+
+
+def _spanning(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    if not grid.symmetric:
+        return affine_parameters(low, high, grid)
+    scale = symmetric_scale(torch.maximum(low.abs(), high.abs()), grid)
+    return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+
+def _least_squares(flat: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """For each row of (R, n) the shrunk range with the smallest squared rounding error."""
+    least = torch.full_like(low, torch.inf)
+    scale, zero_point = _spanning(low, high, grid)
+    for shrink in SHRINK:
+        tried, zero = _spanning(low * shrink, high * shrink, grid)
+        shown = (to_integers(flat, tried[:, None], zero[:, None], grid) - zero[:, None]) * tried[:, None]
+        error = (shown - flat).square().sum(1)
+        scale, zero_point = torch.where(error < least, tried, scale), torch.where(error < least, zero, zero_point)
+        least = torch.minimum(error, least)
+    return scale, zero_point
+
+
+def without_saturation(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Widens `scale`, (C,) or (), until no two integers of a channel of `weight` (C, ...) exceed 128 together.
+
+    The integers are those that a runtime multiplies: less the zero point, where the grid has one.
+
+    AVX2 multiplies unsigned by signed bytes and adds two products in 16 bits: 255 * 128 still fits into 32767. The
+    usual remedy, half the range for all weights, costs every channel a bit; this one only those that need it.
+    """
+    reach = grid.maximum if grid.symmetric else grid.maximum - grid.minimum
+    if reach <= 64:
+        return scale
+    largest = weight.detach().float().abs().flatten(1)
+    pair = largest.topk(min(2, largest.shape[1]), dim=1).values.sum(1)
+    return torch.maximum(scale, (pair if scale.ndim else pair.max()) / 127)

@@ -1,0 +1,267 @@
+"""Quantizers on a captured network: how finely they round, where they lie, and the grids of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from tersor.core.errors import InputError
+from tersor.core.target import Target
+from tersor.graph.capture import capture, layer_of
+from tersor.graph.layer_selection import Layer, weighted_layers, without
+from tersor.graph.parametrization import parametrized, shown_by, shown_to
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.grid import Grid, affine_parameters
+from tersor.quantization.learned_step import LearnedFakeQuantize
+from tersor.quantization.observers import Histogram, Range, WeightRange, weight_grid, without_saturation
+from tersor.quantization.precision import Precision
+from tersor.quantization.qdq_placement import entering, place, quantizable
+
+SATURATION = (
+    "the processor adds 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened where two "
+    "of its weights would saturate there; write target: {cpu: vnni} for one that adds in 32 bits"
+)
+
+
+@dataclass(frozen=True)
+class Quantizers:
+    """What lies on a captured network.
+
+    Attributes:
+        graph: the network.
+        layers: names of those whose weight is on a grid.
+        activations: names of the modules on its edges.
+        original: the network that was captured, with which it is compared; None where that was compared before.
+    """
+
+    graph: fx.GraphModule
+    layers: tuple[str, ...]
+    activations: tuple[str, ...]
+    original: nn.Module | None = None
+
+    def of_weight(self, name: str) -> FakeQuantize:
+        """The quantizer on the weight of a layer."""
+        return next(each for each in shown_by(self.graph.get_submodule(name)) if isinstance(each, FakeQuantize))
+
+    def of_activation(self, name: str) -> FakeQuantize:
+        """The quantizer on an edge."""
+        quantizer = self.graph.get_submodule(name)
+        assert isinstance(quantizer, FakeQuantize)
+        return quantizer
+
+    def replace_on_weight(self, name: str, quantizer: FakeQuantize) -> None:
+        """Puts another quantizer in the place of the one on the weight of a layer."""
+        chain = parametrized(self.graph.get_submodule(name))
+        chain[list(chain).index(self.of_weight(name))] = quantizer
+
+    def all(self) -> tuple[FakeQuantize, ...]:
+        """Those of the weights, and those of the activations."""
+        return (*map(self.of_weight, self.layers), *map(self.of_activation, self.activations))
+
+    @property
+    def ready(self) -> bool:
+        """Whether they round; layers that are left in float do not."""
+        return any(each.ready for each in self.all())
+
+    @property
+    def rounding(self) -> Quantizers:
+        """Those that round; the others belong to layers that stay in float."""
+        layers = tuple(name for name in self.layers if self.of_weight(name).ready)
+        return Quantizers(
+            self.graph, layers, tuple(name for name in self.activations if self.of_activation(name).ready)
+        )
+
+    def set_weight_grid(
+        self, name: str, target: Target, weight_range: WeightRange = "minmax", percentile: float = 99.99
+    ) -> None:
+        """Fits scale and zero point of a layer to the weight that its quantizer is shown."""
+        quantizer = self.of_weight(name)
+        grid, per_channel = quantizer.grid, bool(quantizer.scale.ndim)
+        weight = shown_to(self.graph.get_submodule(name), quantizer)
+        scale, zero_point = weight_grid(
+            weight, grid, per_channel=per_channel, weight_range=weight_range, percentile=percentile
+        )
+        quantizer.set_grid(scale, zero_point)
+        self.keep_from_saturating(name, target)
+
+    @torch.no_grad()
+    def keep_from_saturating(self, name: str, target: Target) -> None:
+        """Widens the scale of a layer's weight as far as the processor needs it."""
+        if target.cpu == "avx2":
+            quantizer = self.of_weight(name)
+            weight = shown_to(self.graph.get_submodule(name), quantizer)
+            quantizer.scale.copy_(without_saturation(weight, quantizer.scale, quantizer.grid))
+
+    def set_activation_grids(
+        self, histograms: Mapping[str, Histogram], activation_range: Range = "minmax", percentile: float = 99.99
+    ) -> None:
+        """Fits scale and zero point of every activation to what was seen of it."""
+        for name in self.activations:
+            quantizer = self.of_activation(name)
+            low, high = histograms[name].range(activation_range, quantizer.grid, percentile)
+            quantizer.set_grid(*affine_parameters(low, high, quantizer.grid))
+
+    @torch.no_grad()
+    def lies_on_its_grid(self, name: str) -> bool:
+        """Whether rounding the weight of a layer changes nothing."""
+        quantizer = self.of_weight(name)
+        weight = shown_to(self.graph.get_submodule(name), quantizer)
+        return quantizer.ready and torch.equal(quantizer(weight), weight)
+
+    def input_of(self, name: str) -> str | None:
+        """The activation that enters a layer, if it has a quantizer."""
+        node = next(node for node in self.graph.graph.nodes if node.op == "call_module" and node.target == name)
+        value = entering(node)
+        return str(value.target) if isinstance(layer_of(value), FakeQuantize) else None
+
+
+def found(model: nn.Module) -> Quantizers | None:
+    """What lies on a captured network already; None where no grid does.
+
+    Where some round and some do not, these belong to layers that stay in float, and are left out.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return None
+    edges = dict.fromkeys(str(node.target) for node in model.graph.nodes if isinstance(layer_of(node), FakeQuantize))
+    layers = [
+        name
+        for name, layer in weighted_layers(model).items()
+        if any(isinstance(each, FakeQuantize) for each in shown_by(layer))
+    ]
+    all_of_them = Quantizers(model, tuple(layers), tuple(edges))
+    if not all_of_them.ready:
+        return all_of_them if edges or layers else None
+    return all_of_them.rounding
+
+
+def lay(
+    graph: fx.GraphModule,
+    precision: Precision,
+    *,
+    exclude: Sequence[str],
+    target: Target,
+    method: str,
+    original: nn.Module | None = None,
+) -> Quantizers:
+    """Lays quantizers that do not round yet: on the weights of layers, and where the runtime wants them on edges.
+
+    Args:
+        graph: a captured network without grids; it is changed.
+        precision: how finely it is to be rounded.
+        exclude: patterns of layers that stay in float.
+        target: the runtime and processor that the network is made for.
+        method: how errors call who asks.
+        original: the network that was captured; calibration compares the outputs.
+
+    Raises:
+        InputError: a pattern that matches nothing, no layer left, a grid already there.
+    """
+    if any(isinstance(module, FakeQuantize) for module in graph.modules()):
+        raise InputError(
+            "the network is quantized already. Possible: one of ptq, adaround, brecq and mixed_precision, and then "
+            "qat or lsq."
+        )
+    known = quantizable(graph)
+    layers = {name: layer for name, layer in without(weighted_layers(graph), exclude).items() if name in known}
+    if not layers:
+        raise InputError(f"{method} found no convolution or fully connected layer to quantize.")
+    first_and_last = ends(graph)
+    activations = place(graph, layers, precision.activation(end=False), target.runtime)
+    for name, layer in layers.items():
+        _lay_on_weight(layer, precision.weight(end=name in first_and_last), per_channel=precision.per_channel)
+    quantizers = Quantizers(graph, tuple(layers), tuple(activations), None if original is graph else original)
+    for name in map(quantizers.input_of, first_and_last & layers.keys()):
+        if name is not None:
+            quantizers.of_activation(name).grid = precision.activation(end=True)
+    for name in activations:
+        graph.get_submodule(name).to(next(graph.parameters()).device)
+    return quantizers
+
+
+def lay_or_take_over(
+    model: nn.Module,
+    *,
+    bits: int | None,
+    activation_bits: int | None,
+    ends_bits: int | None,
+    per_channel: bool | None,
+    exclude: Sequence[str],
+    data: Iterable[Any] | None,
+    target: Target,
+    method: str,
+) -> Quantizers:
+    """For a method that trains: the quantizers that a stage before has laid, or new ones on a captured network.
+
+    Args:
+        model: the network.
+        bits: of a weight; 8 if left, or those that lie.
+        activation_bits: of an activation, likewise.
+        ends_bits: of the first and last layer, and what enters them, likewise.
+        per_channel: whether each output channel of a weight has a grid; true if left, or as those that lie.
+        exclude: patterns of layers that stay in float.
+        data: images to calibrate with, where quantizers are laid.
+        target: the runtime and processor that the network is made for.
+        method: how errors call who asks.
+
+    Raises:
+        InputError: no data, a pattern that matches nothing, no layer left, grids of other bits, or that are trained
+            by another method already.
+    """
+    quantizers = found(model)
+    if quantizers is None:
+        if data is None:
+            raise InputError(
+                f"{method} needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
+            )
+        precision = Precision(bits or 8, activation_bits or 8, ends_bits or 8, per_channel is not False)
+        return lay(capture(model), precision, exclude=exclude, target=target, method=method, original=model)
+    if exclude:
+        raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
+    if any(isinstance(each, LearnedFakeQuantize) or getattr(each, "moves", False) for each in quantizers.all()):
+        raise InputError("the network's grids are trained already in this stage. Possible: qat or lsq, one of them.")
+    first_and_last = ends(quantizers.graph)
+    entering = set(map(quantizers.input_of, first_and_last))
+    weights = {quantizers.of_weight(name).grid.bits for name in quantizers.layers if name not in first_and_last}
+    others = {quantizers.of_activation(name).grid.bits for name in quantizers.activations if name not in entering}
+    at_the_ends = {quantizers.of_weight(name).grid.bits for name in first_and_last & {*quantizers.layers}}
+    asked = (
+        ("bits", bits, weights),
+        ("activation_bits", activation_bits, others),
+        ("ends_bits", ends_bits, at_the_ends),
+    )
+    for what, wanted, lying in asked:
+        if wanted is not None and lying - {wanted}:
+            told = ", ".join(map(str, sorted(lying)))
+            raise InputError(
+                f"the network lies on grids of {told} bits, and {method} is to train with {what}: {wanted}. Leave "
+                f"{what} out to train with those, or write the same in the stage before."
+            )
+    kinds = {bool(quantizers.of_weight(name).scale.ndim) for name in quantizers.layers}
+    if per_channel is not None and kinds - {per_channel}:
+        raise InputError(
+            f"{method} is to train with per_channel: {str(per_channel).lower()}, and the network lies on other grids. "
+            "Leave per_channel out to train with those, or write the same in the stage before."
+        )
+    return quantizers
+
+
+def notes(quantizers: Quantizers, target: Target) -> tuple[str, ...]:
+    """What a user should know of the grids that were laid."""
+    wide = any(quantizers.of_weight(name).grid.maximum > 64 for name in quantizers.layers)
+    return (SATURATION,) if target.cpu == "avx2" and wide else ()
+
+
+def ends(graph: fx.GraphModule) -> set[str]:
+    """The names of the layers that are called first and last."""
+    called = [str(node.target) for node in graph.graph.nodes if isinstance(layer_of(node), Layer)]
+    return {called[0], called[-1]}
+
+
+def _lay_on_weight(layer: Layer, grid: Grid, *, per_channel: bool) -> None:
+    quantizer = FakeQuantize(grid, channels=layer.weight.shape[0] if per_channel else None)
+    parametrize.register_parametrization(layer, "weight", quantizer.to(layer.weight.device))

@@ -1,0 +1,281 @@
+"""A recipe: what is compressed, on which data, for which runtime and in which stages. Checked before any tensor.
+
+recipe = read("recipe.yaml", ["stages.0.epochs=3"])
+parse(write(recipe), "the same again") == recipe
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails
+
+from tersor import methods as registry
+from tersor.core.errors import InputError
+from tersor.core.target import Target
+from tersor.recipe.recipe_file import text_of
+from tersor.recipe.validation_errors import explain
+from tersor.recipe.yaml import Located, Location, complete, dump, load, override, plain, shown
+from tersor.training.options import PLAIN, Training
+
+Channels = tuple[float, float, float]
+Named = Annotated[str, Field(min_length=1)]
+
+
+class Network(BaseModel):
+    """A network and where its weights lie."""
+
+    model_config = PLAIN
+    name: Annotated[Named, Field(description="resnet20, a model of torchvision, or package.module:function")]
+    num_classes: Annotated[int | None, Field(ge=1, description="classes it tells apart; those of the data if left")] = (
+        None
+    )
+    weights: Annotated[
+        Path | None, Field(description="safetensors or a checkpoint of tensors; random weights if left")
+    ] = None
+
+
+class Teacher(Network):
+    """The network to learn from. One without weights is trained first, on the labels alone."""
+
+    epochs: Annotated[int, Field(ge=0, description="to train it for, before the first stage")] = 0
+    training: Annotated[Training, Field(description="how; as in a stage")] = Training()
+
+
+class DataSource(BaseModel):
+    """The images: a `folder`, or a data set by its `name`."""
+
+    model_config = PLAIN
+    folder: Annotated[Path | None, Field(description="train/ and test/ with one folder of images a class")] = None
+    name: Annotated[Named | None, Field(description="digits, a set of torchvision, or package.module:function")] = None
+    root: Annotated[Path | None, Field(description="folder that holds a torchvision set")] = None
+    image_size: Annotated[int | None, Field(ge=1, le=8192, description="pixels a side; as they are if left")] = None
+    augment: Annotated[Literal["none", "flip", "crop_flip"], Field(description="of the training images")] = "none"
+    validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images that is held out")] = (
+        0.1
+    )
+    limit: Annotated[int | None, Field(ge=1, description="train on this many images only")] = None
+    mean: Annotated[Channels | None, Field(description="of red, green, blue, in 0..1; of the weights file if left")] = (
+        None
+    )
+    std: Annotated[
+        tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None,
+        Field(description="of red, green, blue, in 0..1; of the weights file if left"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [key for key in ("folder", "name") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise InputError(f"data has one of `folder` and `name`, given {' and '.join(given) or 'neither'}.")
+        if (self.mean is None) != (self.std is None):
+            raise InputError("data has `mean` and `std` together or not at all, given one of them.")
+        return self
+
+
+def _method(entry: Any) -> Any:
+    """`soft_targets` or `{soft_targets: {temperature: 4}}` -> the method; an instance stays."""
+    if hasattr(entry, "attach"):
+        return entry
+    if isinstance(entry, str):
+        entry = {entry: None}
+    if not isinstance(entry, dict):
+        possible = ", ".join(registry.names())
+        raise InputError(f"a method is a name, or a name with parameters, given {shown(entry)}. Possible: {possible}.")
+    name, *more = entry or [""]
+    if more:
+        raise InputError(
+            f"a method is one key with its parameters inside, given the keys {', '.join(entry)}. "
+            f"Write - {name}: {{{more[0]}: ...}}, or each method after a dash of its own."
+        )
+    cls: Any = registry.get(name)
+    adapter = TypeAdapter[dict[str, Any]](dict[str, cls])  # pyright: ignore[reportInvalidTypeForm]
+    parameters = {} if entry[name] is None else entry[name]
+    return adapter.validate_json(json.dumps({name: parameters}), strict=True)[name]
+
+
+def _entry(method: Any) -> Any:
+    """The inverse of `_method`."""
+    parameters = TypeAdapter(type(method)).dump_python(method, mode="json", exclude_defaults=True)
+    return {registry.name_of(method): parameters} if parameters else registry.name_of(method)
+
+
+class Stage(Training):
+    """One leg of the way: methods that are attached together, and for how long the network trains with them."""
+
+    name: Annotated[Named, Field(max_length=64, description="letters, digits, - and _")]
+    epochs: Annotated[int, Field(ge=0, description="rounds through the training images")] = 0
+    steps: Annotated[int, Field(ge=0, description="optimizer steps, in place of epochs")] = 0
+    methods: Annotated[
+        tuple[Annotated[Any, BeforeValidator(_method), PlainSerializer(_entry)], ...],
+        Field(description="names, or a name with its parameters: {soft_targets: {temperature: 4}}"),
+    ] = ()
+    cache: Annotated[bool, Field(description="ask the teacher once about each image, where none is augmented")] = False
+    validate_every: Annotated[
+        int | None, Field(ge=1, description="epochs between two looks at the validation images; at its end if left")
+    ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems: list[tuple[Location, str]] = []
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            problems.append((("name",), f"a stage's name has letters, digits, - and _, given {self.name!r}."))
+        if self.epochs and self.steps:
+            problems.append((("steps",), f"a stage has epochs or steps, given {self.epochs} and {self.steps}."))
+        if self.validate_every and not self.epochs and not self.steps:
+            message = (
+                f"validate_every looks on while a network trains, and stage '{self.name}' has 0 steps. Leave it out."
+            )
+            problems.append((("validate_every",), message))
+        names = [registry.name_of(method) for method in self.methods]
+        for index, method in enumerate(self.methods):
+            if names[index] in names[:index]:
+                problems.append((("methods", index), f"stage '{self.name}' has the method '{names[index]}' twice."))
+            if getattr(method, "needs_steps", False) and not self.epochs and not self.steps:
+                message = f"'{names[index]}' works while a network trains, and stage '{self.name}' has 0 steps."
+                problems.append((("methods", index), f"{message} Write epochs: ... or steps: ... in that stage."))
+        _raise(problems)
+        return self
+
+
+class Recipe(BaseModel):
+    """What is done to a network, from where it comes in to what it is made for."""
+
+    model_config = PLAIN
+    model: Annotated[Network, Field(description="the network that is compressed")]
+    teacher: Annotated[
+        Teacher | Literal["original"] | None,
+        Field(description="the network to learn from; original: the model as it came in"),
+    ] = None
+    data: DataSource
+    target: Annotated[Target, Field(default_factory=Target)]
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of everything that is drawn")] = 0
+    checkpoint_every: Annotated[int, Field(ge=1, description="steps between two checkpoints within a stage")] = 200
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="one after the other")]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems: list[tuple[Location, str]] = []
+        seen: dict[str, str] = {}
+        for index, stage in enumerate(self.stages):
+            first = seen.setdefault(stage.name.casefold(), stage.name)  # file names, which may not heed the case
+            if first is not stage.name:
+                problems.append((("stages", index, "name"), f"a stage '{first}' is there already. Write another name."))
+            if stage.cache and (self.teacher is None or self.data.augment != "none"):
+                why = "there is no teacher" if self.teacher is None else f"data.augment is {self.data.augment}"
+                message = f"a cache keeps what the teacher gives for images that never change, and {why}. Leave it out"
+                hint = "." if self.teacher is None else ", or write data.augment: none."
+                problems.append((("stages", index, "cache"), message + hint))
+            for place, method in enumerate(stage.methods):
+                if getattr(method, "needs_teacher", False) and self.teacher is None:
+                    message = f"'{registry.name_of(method)}' learns from a teacher, and the recipe has none."
+                    hint = "Write teacher: {name: ..., weights: ...}, or teacher: original for the model as it came in."
+                    problems.append((("stages", index, "methods", place), f"{message} {hint}"))
+        _raise(problems)
+        return self
+
+
+def _raise(problems: list[tuple[Location, str]]) -> None:
+    """Raises several problems of a model at once, each at its own place."""
+    if problems:
+        details = [
+            InitErrorDetails(type="value_error", loc=where, input=None, ctx={"error": InputError(message)})
+            for where, message in problems
+        ]
+        raise ValidationError.from_exception_data("recipe", details)
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file. Paths in it are relative to the folder that one works in, not to the file.
+
+    Args:
+        path: a YAML file.
+        overrides: `path=value` each, such as `stages.0.epochs=3`.
+
+    Raises:
+        InputError: there is no such recipe, or something in it cannot be; one line for each problem.
+    """
+    tree = load(text_of(Path(path)), str(path))
+    for assignment in overrides:
+        override(tree, assignment)
+    return _validated(tree)
+
+
+def parse(text: str, name: str) -> Recipe:
+    """The recipe of a YAML text, which errors call `name`.
+
+    Raises:
+        InputError: something in it cannot be; one line for each problem.
+    """
+    return _validated(load(text, name))
+
+
+def write(recipe: Recipe) -> str:
+    """YAML of what differs from the defaults; `parse` gives the same recipe again."""
+    return dump(recipe.model_dump(mode="json", exclude_defaults=True))
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe, with every method and its parameters, for editors. Imports all methods."""
+    adapters: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(registry.get(name)) for name in registry.names()}
+    inputs = [(name, "validation", adapter) for name, adapter in adapters.items()]
+    found, shared = TypeAdapter.json_schemas([("", "validation", TypeAdapter(Recipe)), *inputs])  # pyright: ignore[reportArgumentType]
+    definitions = shared["$defs"]
+    entries: list[dict[str, Any]] = [{"enum": list(adapters)}, {"type": "string", "pattern": ":"}]
+    for name in adapters:
+        parameters = {"anyOf": [found[name, "validation"], {"type": "null"}]}
+        entry = {"type": "object", "properties": {name: parameters}, "required": [name], "additionalProperties": False}
+        entries.append(entry)
+    own = {"type": "object", "patternProperties": {":": {}}, "additionalProperties": False, "minProperties": 1}
+    definitions["Stage"]["properties"]["methods"]["items"] = {"anyOf": [*entries, own]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found["", "validation"], "$defs": definitions}
+
+
+def _validated(tree: Located) -> Recipe:
+    try:
+        # strict: `epochs: true` is not 1. As JSON: there, strict pydantic takes a list for a tuple, text for a path
+        return Recipe.model_validate_json(json.dumps(plain(complete(tree))), strict=True)
+    except ValidationError as error:
+        raise explain(error, tree, _keys) from None
+
+
+def _keys(location: Location) -> list[str]:
+    """The keys that are possible in the mapping at `location`."""
+    records: list[Any] = [Recipe]
+    for part in location:
+        fields = {key: field for record in records for key, field in _fields(record).items()}
+        if part in fields:
+            records = list(_records(fields[str(part)].annotation))
+        elif isinstance(part, str) and not records:  # below `methods`, the name of one
+            records = [registry.get(part)]
+    return [key for record in records for key in _fields(record)]
+
+
+def _fields(record: Any) -> dict[str, FieldInfo]:
+    return record.__pydantic_fields__
+
+
+def _records(annotation: Any) -> Iterator[Any]:
+    """The models that a type is made of: `Network` of `Network | None`."""
+    if hasattr(annotation, "__pydantic_fields__"):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _records(argument)
+
+
+def parameters(method: Any) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of every parameter of a method's class."""
+    for name, field in method.__pydantic_fields__.items():
+        kind = field.annotation
+        yield (
+            name,
+            getattr(kind, "__name__", str(kind).replace("typing.", "")),
+            str(field.default),
+            field.description or "",
+        )

@@ -1,0 +1,112 @@
+"""What pydantic found wrong with a recipe, in lines to act on: where, what was given, what is possible."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from tersor.core.errors import InputError, nearest, unknown
+from tersor.recipe.yaml import Located, Location, shown
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "path_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
+"""What pydantic's kinds of error ask for, in the words of a recipe."""
+
+_MAPPING = ("model_type", "dataclass_type")
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+@dataclass
+class _Problem:
+    node: Located
+    path: str
+    message: str = ""
+    wanted: tuple[str, ...] = ()  # several where a value may be of several types: one problem of theirs
+    branch: bool = False  # one type of several did not fit, and another may have come further
+
+    def __str__(self) -> str:
+        if self.message:
+            return f"{self.node.place}: {self.message}{'' if self.message.endswith('.') else '.'}"
+        value, wanted = self.node.value, " or ".join(self.wanted)
+        meant = nearest(value, re.findall(r"'([^']*)'", wanted)) if isinstance(value, str) else None
+        hint = f" Did you mean '{meant}'?" if meant else ""
+        if "text" in self.wanted and isinstance(value, int | float):
+            hint = " In quotes it is text."
+        return f"{self.node.place}: {self.path} should be {wanted}, given {shown(value)}.{hint}"
+
+
+def explain(error: ValidationError, tree: Located, keys: Callable[[Location], Iterable[str]]) -> InputError:
+    """What pydantic found wrong, one line for each problem, with its place in the text.
+
+    Args:
+        error: of a validation of `plain(tree)`.
+        tree: what `load` gave.
+        keys: the keys that are possible in the mapping at a location.
+    """
+    problems: list[_Problem] = []
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail.get("ctx", {})["min_length"]:
+            continue  # pydantic counts the good entries alone, and the bad ones have lines of their own
+        problem = _problem(detail, tree, keys)
+        same = [p for p in problems if p.node is problem.node and p.wanted and problem.wanted]
+        if same:
+            same[0].wanted += tuple(wish for wish in problem.wanted if wish not in same[0].wanted)
+        else:
+            problems.append(problem)
+    kept = [p for p in problems if not p.branch or not any(other.path.startswith(f"{p.path}.") for other in problems)]
+    return InputError("\n".join(str(problem) for problem in sorted(kept, key=lambda p: p.node.line)))
+
+
+def _problem(detail: Any, tree: Located, keys: Callable[[Location], Iterable[str]]) -> _Problem:
+    kind, location, context = detail["type"], detail["loc"], detail.get("ctx", {})
+    node, path, branch = _find(tree, location)
+    if kind in _UNKNOWN_KEY:
+        return _Problem(node, path, str(unknown("key", location[-1], keys(location[:-1]))))
+    if kind == "missing" and isinstance(location[-1], str):
+        message = f"{path or 'the recipe'} lacks the key '{location[-1]}'. Possible: {', '.join(keys(location[:-1]))}."
+        return _Problem(node, f"{path}.{location[-1]}".lstrip("."), message)
+    if kind == "missing":
+        return _Problem(node, path, wanted=("a longer list",))
+    if kind == "value_error":
+        return _Problem(node, path, str(context["error"]))
+    wanted = str(_WANTED.get(kind) or detail["msg"].removeprefix("Input should be ")).format(**context)
+    if kind in _MAPPING:
+        wanted = f"a mapping of the keys {', '.join(keys(location))}"
+    return _Problem(node, path or "a recipe", wanted=(wanted,), branch=branch)
+
+
+def _find(tree: Located, location: Location) -> tuple[Located, str, bool]:
+    """The value at `location`, its path, and whether pydantic's location ends in a name that the text does not have."""
+    node, path, beside = tree, [], False
+    for part in location:
+        entries = _entries(node)
+        if part in entries:
+            node = entries[part]
+            path.append(str(part))
+            beside = False
+        else:  # pydantic also names the type that it tried, where there are several
+            beside = True
+    return node, ".".join(path), beside
+
+
+def _entries(node: Located) -> dict[Any, Located]:
+    if isinstance(node.value, list):
+        return dict(enumerate(node.value))
+    return node.value if isinstance(node.value, dict) else {}

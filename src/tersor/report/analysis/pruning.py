@@ -1,0 +1,46 @@
+"""What pruning left of a network: the masks of a few filters, and how wide each layer is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.graph.layer_selection import weighted_layers
+from tersor.pruning.mask import weight_mask
+
+_LAYERS, _FILTERS, _CHANNELS = 6, 8, 16
+
+
+def masks(model: nn.Module) -> list[dict[str, Any]]:
+    """Of up to six layers that have a mask, from the first to the last: the masks of the first filters.
+
+    Each has its `name`, the `shape` of its weight (C_out, C_in, ...), the fraction `masked` and `filters`: of up
+    to 8 filters up to 16 input channels, and of each of these the kernel, row by row, as text of 1 (kept) and 0.
+    """
+    found = {name: weight_mask(layer) for name, layer in weighted_layers(model).items()}
+    masked = [(name, mask.mask) for name, mask in found.items() if mask is not None]
+    chosen = torch.linspace(0, len(masked) - 1, min(_LAYERS, len(masked))).round().long().tolist()
+    return [_told(*masked[at]) for at in chosen]
+
+
+def _told(name: str, mask: Tensor) -> dict[str, Any]:
+    first = mask[:_FILTERS, :_CHANNELS]
+    kernels = first.reshape(*first.shape[:2], -1).int().tolist()
+    return {
+        "name": name,
+        "shape": list(mask.shape),
+        "masked": 1 - int(mask.sum()) / mask.numel(),
+        "filters": [["".join(map(str, kernel)) for kernel in channels] for channels in kernels],
+    }
+
+
+def widths(before: nn.Module, after: nn.Module) -> list[dict[str, Any]]:
+    """Output channels `before` and `after` of each layer that both networks have under one `name`, in order."""
+    originals = weighted_layers(before)
+    return [
+        {"name": name, "before": len(originals[name].weight), "after": len(layer.weight)}
+        for name, layer in weighted_layers(after).items()
+        if name in originals
+    ]

@@ -1,0 +1,155 @@
+"""What an attached method asks of the training loop, and how several are chained into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tersor.core.progress import Progress
+from tersor.training.objective import LossTerm
+
+
+class Handle:
+    """Takes the hooks that `bind` placed away again; the parametrizations stay until `strip`."""
+
+    def __init__(self, removers: Sequence[Callable[[], None]]) -> None:
+        self._removers = list(removers)
+
+    def remove(self) -> None:
+        """Leaves no hook behind. Calling it twice does no harm."""
+        while self._removers:
+            self._removers.pop()()
+
+
+class Attachment:
+    """A method that was laid on a model. The base class asks nothing; a method overrides what it needs.
+
+    Attributes:
+        model: train this one from now on: the same object, or its captured graph over the same Parameters.
+        terms: losses that the method adds.
+        layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
+        label_weight: factor on the weight of the labels' own loss.
+        notes: what its user should know of what was laid, and of what `begin` found, a line each.
+        holds_shapes: whether it goes by the shapes that the weights had when it was attached.
+    """
+
+    holds_shapes = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Sequence[LossTerm] = (),
+        label_weight: float = 1.0,
+        notes: Sequence[str] = (),
+        layers: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.model = model
+        self.terms = tuple(terms)
+        self.layers = tuple(layers)
+        self.label_weight = label_weight
+        self.notes = tuple(notes)
+        if layers:
+            pairs = ", ".join(f"{student} from {of_teacher}" for student, of_teacher in layers)
+            self.notes += (f"{', '.join(term.name for term in terms)} teaches {pairs} of the teacher.",)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What was found on the way, in plain values, for the stage's entry in `numbers.json`. Nothing by default."""
+        return {}
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What a run keeps beside the network at the stage's end: that has learned, and is thrown away otherwise."""
+        return {}
+
+    def begin(self) -> Iterator[Progress]:
+        """Costly work before the first step: calibration, reconstruction. Nothing by default."""
+        yield from ()
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Gradients are there, weights have not moved yet."""
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Weights have moved."""
+
+    def finish(self) -> None:
+        """Freezes what was in motion."""
+
+    def bind(self, optimizer: Optimizer, start: int = 0) -> Handle:
+        """Calls `before_step` and `after_step` around every step of `optimizer`, in a user's own loop.
+
+        Args:
+            optimizer: built over `self.model`'s parameters.
+            start: number of the first step; more than 0 when a run goes on.
+        """
+        step = start
+
+        def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            self.before_step(step, optimizer)
+
+        def after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            nonlocal step
+            self.after_step(step, optimizer)
+            step += 1
+
+        hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+        return Handle([hook.remove for hook in hooks])
+
+
+def without_loss(model: nn.Module, label_weight: float) -> Attachment:
+    """Of a method whose loss weighs nothing: the labels stay as they are, or weigh nothing either."""
+    return Attachment(model, label_weight=1.0 if label_weight else 0.0)
+
+
+class Chain(Attachment):
+    """Several attachments as one: terms together, label weights multiplied, steps in the order of the methods."""
+
+    def __init__(self, model: nn.Module, parts: Sequence[Attachment]) -> None:
+        label_weight = 1.0
+        for part in parts:
+            label_weight *= part.label_weight
+        terms = [term for part in parts for term in part.terms]
+        super().__init__(model, terms, label_weight, layers=[pair for part in parts for pair in part.layers])
+        self.parts = tuple(parts)
+        self.notes = self._all_notes()
+
+    def _all_notes(self) -> tuple[str, ...]:
+        return tuple(note for part in self.parts for note in part.notes)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What all parts have found; lists of the same name as one."""
+        found: dict[str, Any] = {}
+        for part in self.parts:
+            for name, value in part.told.items():
+                found[name] = found[name] + value if name in found and isinstance(value, list) else value
+        return found
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What all parts keep, by the place of the part and the name there."""
+        return {f"{place}.{name}": value for place, part in enumerate(self.parts) for name, value in part.kept.items()}
+
+    def begin(self) -> Iterator[Progress]:
+        """The work of each part, one after the other."""
+        for part in self.parts:
+            yield from part.begin()
+        self.notes = self._all_notes()
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Every part's, in order."""
+        for part in self.parts:
+            part.before_step(step, optimizer)
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Every part's, in order."""
+        for part in self.parts:
+            part.after_step(step, optimizer)
+
+    def finish(self) -> None:
+        """Every part's, in order."""
+        for part in self.parts:
+            part.finish()

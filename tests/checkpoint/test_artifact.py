@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tersor.checkpoint.artifact import read_artifact, replace_file, require_free, write_folder
+from tersor.core.errors import InputError
+
+CONTENTS = {"model.onnx": b"network", "original.onnx": b"large network", "checkpoints/last.bin": b"\x00\x01"}
+
+
+def fill(folder: Path) -> None:
+    for name, contents in CONTENTS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(contents)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "out", fill)
+
+
+def test_a_folder_is_read_as_it_was_written(out):
+    artifact = read_artifact(out)
+    assert artifact.model == out / "model.onnx"
+    assert {name: file.read_bytes() for name, file in artifact.files.items()} == CONTENTS
+    assert names(out.parent) == ["out"], "no temporary folder stays"
+
+
+def test_the_manifest_tells_bytes_and_hash(out):
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["tersor"]
+    assert manifest["files"] == {
+        name: {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
+        for name, contents in CONTENTS.items()
+    }
+
+
+def test_others_may_read_the_folder_as_any_other(out):
+    ordinary = out.with_name("ordinary")
+    ordinary.mkdir()
+    assert out.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_a_folder_appears_whole(tmp_path):
+    out = tmp_path / "out"
+
+    def watched(folder: Path) -> None:
+        assert folder.parent == out.parent, "a rename stays on one file system"
+        fill(folder)
+        assert not out.exists()
+
+    write_folder(out, watched)
+    assert out.is_dir()
+
+
+def test_folders_above_are_made(tmp_path):
+    out = write_folder(tmp_path / "runs" / "today" / "out", fill)
+    assert read_artifact(out).model.read_bytes() == b"network"
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, OSError])
+def test_a_failure_leaves_nothing(tmp_path, failure):
+    def fails(folder: Path) -> None:
+        fill(folder)
+        raise failure
+
+    with pytest.raises(failure):
+        write_folder(tmp_path / "runs" / "out", fails)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_keeps_what_others_put_beside(tmp_path):
+    def fails(folder: Path) -> None:
+        (folder.parent / "mine.txt").write_text("mine")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_folder(tmp_path / "runs" / "out", fails)
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("taken", ["folder", "file", "broken link"])
+def test_what_exists_is_not_written_over(tmp_path, taken):
+    out = tmp_path / "out"
+    if taken == "folder":
+        out.mkdir()
+    elif taken == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    before = names(tmp_path)
+
+    def never(_: Path) -> None:
+        raise AssertionError
+
+    with pytest.raises(InputError, match="exists already"):
+        write_folder(out, never)
+    assert names(tmp_path) == before
+
+
+def test_what_came_to_be_meanwhile_is_not_written_over(tmp_path):
+    out = tmp_path / "out"
+
+    def slow(folder: Path) -> None:
+        fill(folder)
+        out.mkdir()
+
+    with pytest.raises(InputError, match="exists already"):
+        write_folder(out, slow)
+    assert names(tmp_path) == ["out"]
+    assert not list(out.iterdir())
+
+
+def test_a_place_below_a_file_is_not_free(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="is not a folder"):
+        require_free(tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_may_not_be_written_to_is_not_free(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(InputError, match="may not be written"):
+            require_free(tmp_path / "out")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_flipped_bit_is_found(out, name):
+    contents = bytearray((out / name).read_bytes())
+    contents[-1] ^= 1
+    (out / name).write_bytes(contents)
+    with pytest.raises(InputError, match=f"is damaged: {name} was changed"):
+        read_artifact(out)
+
+
+def test_every_damaged_file_is_named(out):
+    (out / "model.onnx").write_bytes(b"net")
+    (out / "original.onnx").unlink()
+    with pytest.raises(InputError, match=r"model\.onnx has 3 bytes instead of 7, original\.onnx is missing"):
+        read_artifact(out)
+
+
+def test_a_file_that_was_added_does_no_harm(out):
+    (out / "notes.txt").write_text("served since May")
+    assert "notes.txt" not in read_artifact(out).files
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"tersor": "1", "files": {}}', '{"tersor": "1", "files": {"a": 1}}'])
+def test_a_damaged_manifest_is_refused(out, text):
+    (out / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        read_artifact(out)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
+def test_a_manifest_does_not_lead_out_of_its_folder(out, name):
+    manifest = {"tersor": "1", "files": {name: {"bytes": 1, "sha256": "0"}}}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="outside of the folder"):
+        read_artifact(out)
+
+
+def test_a_folder_without_a_network_is_refused(tmp_path):
+    out = write_folder(tmp_path / "out", lambda folder: (folder / "a.txt").write_text("a") and None)
+    with pytest.raises(InputError, match=r"holds no model\.onnx, only a\.txt"):
+        read_artifact(out)
+
+
+def test_a_bare_file_is_an_artifact(tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"network")
+    artifact = read_artifact(path)
+    assert artifact.model == path
+    assert artifact.files == {"net.onnx": path}
+
+
+def test_what_is_no_artifact_is_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no file or folder"):
+        read_artifact(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"holds no manifest\.json"):
+        read_artifact(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(b"weights")
+    with pytest.raises(InputError, match="is not a model"):
+        read_artifact(tmp_path / "weights.safetensors")
+
+
+def write_report(text: str):
+    return lambda folder: (folder / "report.html").write_text(text)
+
+
+def test_a_file_that_is_written_anew_is_in_the_manifest(out):
+    replace_file(out, "report.html", write_report("first"))
+    assert "report.html" in read_artifact(out).files
+    replace_file(out, "report.html", write_report("second"))
+    assert read_artifact(out).files["report.html"].read_text() == "second"
+    assert {name: (out / name).read_bytes() for name in CONTENTS} == CONTENTS
+    assert names(out) == ["checkpoints", "manifest.json", "model.onnx", "original.onnx", "report.html"]
+
+
+def test_a_damaged_file_may_be_written_anew_but_nothing_from_others_that_are(out):
+    replace_file(out, "report.html", write_report("first"))
+    (out / "report.html").write_text("broken")
+    replace_file(out, "report.html", write_report("second"))
+    read_artifact(out)
+    (out / "original.onnx").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"original\.onnx has 6 bytes"):
+        replace_file(out, "report.html", write_report("third"))
+    assert (out / "report.html").read_text() == "second"
+
+
+def test_where_writing_fails_the_manifest_stays(out):
+    before = (out / "manifest.json").read_bytes()
+
+    def fails(_: Path) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        replace_file(out, "report.html", fails)
+    assert (out / "manifest.json").read_bytes() == before
+
+
+def test_only_in_a_folder_a_file_is_written_anew(tmp_path):
+    with pytest.raises(InputError, match=r"holds no manifest\.json"):
+        replace_file(tmp_path, "report.html", write_report("text"))
+    with pytest.raises(InputError, match="is not an artifact's folder"):
+        replace_file(tmp_path / "absent", "report.html", write_report("text"))
+
+
+def manifest_naming(out, name, **entry):
+    entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()} | entry
+    (out / "manifest.json").write_text(json.dumps({"tersor": "1", "files": {name: entry}}))
+
+
+def test_a_link_does_not_lead_out_of_the_folder(out, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (out / "link").symlink_to(tmp_path / "secret")
+    (out / "linked").symlink_to(tmp_path)
+    for name in ("link", "linked/secret"):
+        manifest_naming(out, name)
+        with pytest.raises(InputError, match="outside of the folder"):
+            read_artifact(out)
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\x00b", "a\nb", "a" * 5000, "..\\secret", "\ud800"])
+def test_a_name_that_no_file_has_is_refused(out, name):
+    manifest_naming(out, name)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        read_artifact(out)
+
+
+@pytest.mark.parametrize("entry", [{"bytes": -1}, {"bytes": "6"}, {"bytes": 10**30}, {"bytes": 6.5}, {"sha256": 1}])
+def test_an_entry_of_another_type_is_refused(out, entry):
+    manifest_naming(out, "model.onnx", **entry)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        read_artifact(out)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "9" * 5000, " " * 2**22 + "{}", "\ud800".encode(errors="surrogatepass")]
+)
+def test_a_manifest_that_is_no_page_of_json_is_refused(out, text):
+    (out / "manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        read_artifact(out)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_or_read_only_disk_is_told_and_nothing_is_left(tmp_path, number):
+    def fails(folder: Path) -> None:
+        fill(folder)
+        raise OSError(number, os.strerror(number), str(folder / "model.onnx"))
+
+    with pytest.raises(InputError, match=rf"out could not be written: .*{os.strerror(number)}.*--resume"):
+        write_folder(tmp_path / "runs" / "out", fails)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_somebody_else_cannot_open_is_not_told_as_ours(tmp_path):
+    def fails(_: Path) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "their_weights.bin")
+
+    with pytest.raises(FileNotFoundError):
+        write_folder(tmp_path / "out", fails)
+
+
+def test_a_manifest_that_cannot_be_replaced_leaves_nothing_beside(tmp_path, monkeypatch):
+    out = write_folder(tmp_path / "out", lambda folder: (folder / "report.html").write_text("first"))
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name == "manifest.json"}
+
+    def refuse(_path, _target):
+        raise OSError(errno.EIO, "input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refuse)
+        with pytest.raises((OSError, InputError)):
+            replace_file(out, "report.html", write_report("second"))
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "report.html"}
+    assert (out / "manifest.json").read_bytes() == before["manifest.json"]

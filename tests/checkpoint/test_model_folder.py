@@ -1,0 +1,121 @@
+"""A network comes back from weights and a plan, or one message says why not."""
+
+import json
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from tersor.checkpoint.store import model_folder
+from tersor.core.errors import InputError
+from tersor.methods.channel_pruning import ChannelPruning
+from tersor.methods.ptq import PTQ
+from tersor.methods.weight_pruning import WeightPruning
+from tersor.models import build
+from tersor.training.method import chain
+
+IMAGES = torch.rand(8, 3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A network that was cut, masked and quantized, in a folder; and the network."""
+    torch.manual_seed(0)
+    methods = [ChannelPruning(keep_macs=0.6), WeightPruning(sparsity=0.5), PTQ()]
+    attached = chain(methods, build("resnet20", 10).eval(), data=[IMAGES])
+    list(attached.begin())
+    path = tersor.save(attached.model, tmp_path_factory.mktemp("saved") / "mine")
+    return path, attached.model
+
+
+def test_what_was_saved_is_loaded_into_a_copy(folder):
+    path, model = folder
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "model.safetensors", "structure.json"]
+    fresh = build("resnet20", 10)
+    before = {key: value.clone() for key, value in fresh.state_dict().items()}
+    again = tersor.load(fresh, path)
+    assert torch.equal(again(IMAGES), model(IMAGES))
+    assert not again.training
+    assert all(torch.equal(before[key], value) for key, value in fresh.state_dict().items())
+    assert fresh.state_dict().keys() == before.keys()
+
+
+def test_a_plain_network_is_saved_too(tmp_path):
+    model = build("resnet20", 10).eval()
+    again = tersor.load(build("resnet20", 10), tersor.save(model, tmp_path / "plain"))
+    assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+def test_the_example_in_the_docstring_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = textwrap.dedent(model_folder.save.__doc__.split("neither, whole or not at all.")[1].split("    Args:")[0])
+    exec(example, {})
+    assert (tmp_path / "pruned" / "structure.json").is_file()
+
+
+def flip(path, name):
+    file = path / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda path: flip(path, "model.safetensors"), "model.safetensors was changed"),
+        (lambda path: flip(path, "structure.json"), "structure.json was changed"),
+        (lambda path: (path / "structure.json").unlink(), "structure.json is missing"),
+        (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    ],
+)
+def test_damage_is_told(folder, tmp_path, harm, words):
+    path = tersor.save(folder[1], tmp_path / "mine")
+    harm(path)
+    with pytest.raises(InputError, match=words):
+        tersor.load(build("resnet20", 10), path)
+
+
+@pytest.mark.parametrize(
+    "other", [("resnet20", 7), ("resnet32", 10), ("squeezenet1_1", 10), ("mobilenet_v3_small", 10)]
+)
+def test_another_network_is_told(folder, other):
+    with pytest.raises(InputError, match=r"another network|num_classes"):
+        tersor.load(build(*other), folder[0])
+
+
+class Doubled(nn.Module):
+    """A parametrization of a user's own."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_mistakes_are_told(folder, tmp_path):
+    path, model = folder
+    with pytest.raises(InputError, match="exists already"):
+        tersor.save(model, path)
+    with pytest.raises(InputError, match="is a str"):
+        tersor.save("resnet20", tmp_path / "new")
+    with pytest.raises(InputError, match="is a str"):
+        tersor.load("resnet20", path)
+    with pytest.raises(InputError, match=r"no manifest.json"):
+        tersor.load(build("resnet20", 10), tmp_path / "nowhere")
+    strange = nn.Linear(2, 2)
+    nn.utils.parametrize.register_parametrization(strange, "weight", Doubled())
+    model.register_module("strange", strange)
+    try:
+        with pytest.raises(InputError, match="no checkpoint of tersor can hold"):
+            tersor.save(model, tmp_path / "new")
+    finally:
+        del model.strange
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_in_the_folder_is_code(folder):
+    path, _ = folder
+    assert json.loads((path / "structure.json").read_text())["cuts"]
+    assert (path / "model.safetensors").read_bytes()[8:9] == b"{"

@@ -1,0 +1,166 @@
+import errno
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tersor.checkpoint import store
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.errors import InputError
+from tersor.training.snapshot import fitting
+
+
+def save(checkpoints, unit, step, *, done=False):
+    tensors = {"a": torch.full((3,), float(step))}
+    return checkpoints.save(unit, "train", step=step, done=done, tensors=tensors, structure={"cuts": []}, told={})
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path / "out.checkpoints")
+
+
+def test_the_newest_is_found_again(checkpoints):
+    save(checkpoints, 1, 4, done=True)
+    for step in (2, 4, 6):
+        save(checkpoints, 2, step)
+    again = Checkpoints(checkpoints.folder)
+    newest = again.newest_within(2)
+    assert newest.step == 6
+    assert newest.tensors()["a"].tolist() == [6, 6, 6]
+    assert newest.structure() == {"cuts": []}
+    assert again.end_of(1).step == 4
+    assert again.end_of(2) is None
+    assert [each.step for each in again.ends()] == [4]
+    assert len(list(checkpoints.folder.glob("02-*"))) == 2, "of the unfinished ones, two stay"
+
+
+@pytest.mark.parametrize("file", ["clock.json", "structure.json", "tensors.safetensors"])
+def test_a_flipped_bit_costs_the_last_steps_only(checkpoints, file):
+    save(checkpoints, 1, 2)
+    path = save(checkpoints, 1, 4)
+    content = bytearray((path / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / file).write_bytes(content)
+    assert checkpoints.newest_within(1).step == 2
+    assert checkpoints.damaged == [path]
+
+
+def test_a_full_disk_leaves_the_ones_before(checkpoints, monkeypatch):
+    first = save(checkpoints, 1, 2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(InputError, match=f"No space left.*{re.escape(str(first))}.*--resume"):
+        save(checkpoints, 1, 4)
+    assert checkpoints.newest_within(1).path == first
+    assert not checkpoints.scratch.exists()
+
+
+def test_two_runs_into_one_folder_are_refused(checkpoints):
+    other = Checkpoints(checkpoints.folder)
+    with checkpoints.held("recipe", resume=False):
+        save(checkpoints, 1, 2)
+        with pytest.raises(InputError, match="another process"), other.held("recipe", resume=True):
+            pass
+    with other.held("recipe", resume=True):
+        assert other.newest_within(1).step == 2
+
+
+def test_what_has_not_ended_is_not_written_over(checkpoints):
+    with checkpoints.held("a: 1\n", resume=False):
+        save(checkpoints, 1, 2)
+    with pytest.raises(InputError, match="--resume"), checkpoints.held("a: 1\n", resume=False):
+        pass
+    with pytest.raises(InputError, match="another recipe: a: 2"), checkpoints.held("a: 2\n", resume=True):
+        pass
+    assert checkpoints.newest_within(1).step == 2
+
+
+def test_nothing_is_left_where_nothing_was_reached(checkpoints):
+    with pytest.raises(ValueError, match="early"), checkpoints.held("a: 1\n", resume=True):
+        raise ValueError("early")
+    assert not checkpoints.folder.exists()
+
+
+def test_a_run_that_was_killed_while_it_began_begins_anew(checkpoints):
+    checkpoints.folder.mkdir()
+    (checkpoints.folder / "recipe.yaml").write_text("a: ")
+    with checkpoints.held("a: 1\n", resume=True):
+        save(checkpoints, 1, 2)
+    assert (checkpoints.folder / "recipe.yaml").read_text() == "a: 1\n"
+
+
+def rewritten(path, **changes):
+    """A checkpoint as somebody writes it who wants it to be read: whatever is in it, its hashes are right."""
+    clock = json.loads((path / "clock.json").read_text()) | changes
+    (path / "clock.json").write_text(json.dumps(clock))
+    name = f"{path.name[:-8]}{hashlib.sha256((path / 'clock.json').read_bytes()).hexdigest()[:8]}"
+    return path.rename(path.with_name(name))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1},
+        {"step": "4"},
+        {"step": 10**30},
+        {"told": []},
+        {"sha256": {}},
+        {"sha256": {"../../secret": "0"}},
+        {"sha256": []},
+        {"more": 1},
+    ],
+)
+def test_a_clock_of_another_shape_is_passed_over(checkpoints, changes):
+    save(checkpoints, 1, 2)
+    path = rewritten(save(checkpoints, 1, 4), **changes)
+    assert checkpoints.newest_within(1).step == 2
+    assert checkpoints.damaged == [path]
+
+
+@pytest.mark.parametrize("clock", ["", "[]", "[" * 100_000, "9" * 5000, "null", "\x00"])
+def test_a_clock_that_is_no_clock_is_passed_over(checkpoints, clock):
+    path = save(checkpoints, 1, 4)
+    (path / "clock.json").write_text(clock)
+    rewritten_name = hashlib.sha256(clock.encode()).hexdigest()[:8]
+    path = path.rename(path.with_name(path.name[:-8] + rewritten_name))
+    assert checkpoints.newest_within(1) is None
+    assert checkpoints.damaged == [path]
+
+
+@pytest.mark.parametrize("told", [{}, {"stages": 1}, {"stages": [1]}, {"stages": {"a": {}}}])
+def test_stages_of_another_shape_are_told(checkpoints, told):
+    checkpoints.save(1, "train", step=1, done=True, tensors={}, structure={}, told=told)
+    with pytest.raises(InputError, match="is not of this run"), fitting("01"):
+        _ = checkpoints.end_of(1).stages
+
+
+def test_tensors_whose_header_lies_are_told(checkpoints):
+    path = save(checkpoints, 1, 4)
+    content = (path / "tensors.safetensors").read_bytes().replace(b"[0,12]", b"[0,99]")
+    (path / "tensors.safetensors").write_bytes(content)
+    digests = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in ("structure.json",)}
+    rewritten(path, sha256=digests | {"tensors.safetensors": hashlib.sha256(content).hexdigest()})
+    with pytest.raises(InputError, match=r"tensors\.safetensors is damaged"):
+        checkpoints.newest_within(1).tensors()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("where", ["mkdir", "write_text"])
+def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path, monkeypatch, number, where):
+    def refused(path, *_given, **_options):
+        raise OSError(number, "refused", str(path))
+
+    checkpoints = Checkpoints(tmp_path / "runs" / "out.checkpoints")
+    monkeypatch.setattr(Path, where, refused)
+    words = r"out\.checkpoints cannot be used: .*refused"
+    with pytest.raises(InputError, match=words), checkpoints.held("recipe", resume=False):
+        raise AssertionError
+    monkeypatch.undo()
+    assert not checkpoints.folder.exists()

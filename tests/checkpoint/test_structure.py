@@ -1,0 +1,161 @@
+import json
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tersor.checkpoint.structure import rebuild, structure
+from tersor.core.errors import InputError
+from tersor.core.target import Target
+from tersor.methods.channel_pruning import ChannelPruning
+from tersor.methods.ptq import PTQ
+from tersor.methods.qat import QAT
+from tersor.methods.weight_pruning import WeightPruning
+from tersor.models import build
+from tersor.training.method import chain
+
+IMAGES = torch.rand(4, 3, 16, 16)
+LAID = {
+    "nothing": [],
+    "masks": [WeightPruning()],
+    "grids": [PTQ(exclude=("linear",))],
+    "all": [ChannelPruning(keep_macs=0.6), WeightPruning(sparsity=0.7), PTQ(bits=4)],
+}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("laid", LAID)
+def test_a_fresh_network_takes_the_state(laid, runtime):
+    attached = chain(LAID[laid], build("resnet20", 10).eval(), data=[IMAGES], target=Target(runtime=runtime))
+    for _ in attached.begin():
+        pass
+    found = structure(attached.model)
+    again = rebuild(build("resnet20", 10).eval(), json.loads(json.dumps(found)))
+    missing, unexpected = again.load_state_dict(attached.model.state_dict(), strict=False)
+    assert (missing, unexpected) == ([], [])
+    assert torch.equal(again(IMAGES), attached.model(IMAGES))
+    assert structure(again) == found
+
+
+class Own(nn.BatchNorm2d):
+    def forward(self, values):
+        return 2 * super().forward(values)
+
+
+def with_other_norms():
+    """One that is split, one with a forward of its own, one of several processes."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        BatchNormAct2d(4),
+        nn.Conv2d(4, 4, 3),
+        Own(4),
+        nn.Conv2d(4, 4, 3),
+        nn.SyncBatchNorm(4),
+    ]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def test_norms_of_other_classes_are_frozen_and_rebuilt():
+    attached = QAT(freeze_norm_at=0.5).attach(with_other_norms(), data=[IMAGES], steps=2)
+    list(attached.begin())
+    attached.model.train()
+    attached.after_step(0, torch.optim.SGD(attached.model.parameters()))
+    attached.finish()
+    found = structure(attached.model)
+    assert found["freezable"] == ["1", "3", "5"]
+    again = rebuild(with_other_norms(), json.loads(json.dumps(found)))
+    again.load_state_dict(attached.model.state_dict())
+    assert not any(again.train().get_submodule(name).training for name in found["freezable"])
+    assert torch.equal(again.eval()(IMAGES), attached.model.eval()(IMAGES))
+
+
+def test_rounds_of_cuts_are_replayed_one_after_the_other():
+    model = build("resnet20", 10).eval()
+    for method in (ChannelPruning(keep_macs=0.8), ChannelPruning(keep_macs=0.7, scope="global", round_to=2)):
+        attached = method.attach(model, data=[IMAGES])
+        list(attached.begin())
+        model = attached.model
+    found = structure(model)
+    assert len(found["cuts"]) == 2
+    again = rebuild(build("resnet20", 10).eval(), json.loads(json.dumps(found)))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(IMAGES), model.eval()(IMAGES))
+
+
+def test_a_strange_parametrization_is_told():
+    model = build("resnet20", 10)
+    parametrize.register_parametrization(model.conv1, "weight", nn.Identity())
+    with pytest.raises(InputError, match="Identity"):
+        structure(model)
+
+
+def laid(methods):
+    attached = chain(methods, build("resnet20", 10).eval(), data=[IMAGES])
+    list(attached.begin())
+    return json.loads(json.dumps(structure(attached.model)))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return laid([ChannelPruning(keep_macs=0.8), WeightPruning(sparsity=0.7), PTQ()])
+
+
+def changed(plan, key, change):
+    plan = json.loads(json.dumps(plan))
+    change(plan[key])
+    return plan
+
+
+CODE = 'quantizers.x") or getattr(__import__("os"), "mkdir")("tersor_was_executed") or ("'
+
+
+def test_a_name_in_a_plan_is_not_executed(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    strange = changed(plan, "edges", lambda edges: edges[0].__setitem__(1, CODE))
+    with pytest.raises(InputError, match=r"damaged: edges\.0\.1"):
+        rebuild(build("resnet20", 10), strange)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("weights", lambda weights: weights["conv1"][0].update(mask=[2**40])),
+        ("weights", lambda weights: weights["conv1"][0].update(mask=[2**30, 2**30, 1, 1])),
+        ("weights", lambda weights: weights["conv1"][0].update(mask=[-1, 3, 3, 3])),
+        ("weights", lambda weights: weights["conv1"][0].update(gradient="exec")),
+        ("weights", lambda weights: weights["conv1"][1].update(channels=2**30)),
+        ("weights", lambda weights: weights["conv1"][1].update(channels=True)),
+        ("weights", lambda weights: weights["conv1"][1].update(grid=[1, -1])),
+        ("weights", lambda weights: weights["conv1"][1].update(grid=[-(10**30), 1])),
+        ("weights", lambda weights: weights["conv1"].extend(weights["conv1"][:1] * 100)),
+        ("weights", lambda weights: weights.update(nowhere=weights["conv1"])),
+        ("edges", lambda edges: edges[0][2].update(channels=2**30)),
+        ("edges", lambda edges: edges[0][2].update(averaging=float("nan"), channels=None)),
+        ("edges", lambda edges: edges.append(["nowhere", "quantizers.nowhere", edges[0][2]])),
+        ("edges", lambda edges: edges[0].append(None)),
+        ("cuts", lambda cuts: cuts[0][0].__setitem__(2, [10**9])),
+        ("cuts", lambda cuts: cuts[0][0].__setitem__(2, [-1])),
+        ("cuts", lambda cuts: cuts[0].append(["conv1", "target=5", [0]])),
+        ("cuts", lambda cuts: cuts[0].append(["conv1", "pin name=5", [0]])),
+        ("cuts", lambda cuts: cuts[0].append(["conv1", "gives=9", [0]])),
+        ("freezable", lambda names: names.append("conv1")),
+    ],
+)
+def test_a_plan_of_another_shape_is_refused(plan, key, change):
+    with pytest.raises(InputError, match=r"damaged|another network"):
+        rebuild(build("resnet20", 10), changed(plan, key, change))
+
+
+@pytest.mark.parametrize("strange", [None, [], {}, "plan", 1e308, {"captured": True}, [[[]]]])
+def test_what_is_no_plan_is_refused(strange):
+    with pytest.raises(InputError, match="damaged"):
+        rebuild(build("resnet20", 10), strange)
+
+
+def test_a_key_that_nobody_knows_is_refused(plan):
+    with pytest.raises(InputError, match="extra"):
+        rebuild(build("resnet20", 10), plan | {"extra": 1})

@@ -1,0 +1,112 @@
+"""Two processes train together, and one dies: the other ends at once, with one message."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tersor.core import distributed
+from tersor.core.errors import ProcessLost
+
+CHILD = textwrap.dedent("""
+    import os, signal, sys
+    import torch
+    from torch import nn
+    from tersor import cli
+    from tersor.core import distributed
+    from tersor.training.attachment import Attachment
+    from tersor.training.objective import Batch
+    from tersor.training.options import Training
+    from tersor.training.loop import fit
+
+    class Batches(list):
+        def set_epoch(self, epoch):
+            pass
+
+    class Dying(Attachment):
+        def before_step(self, step, optimizer):
+            if step == 5:
+                die()
+
+    def die():
+        if distributed.rank() == int(os.environ["DIES"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def train():
+        distributed.join()
+        batch = Batch(torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.long), torch.arange(4))
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        if os.environ["WHERE"] == "training":
+            fit(Dying(model), Batches([batch] * 10), Training(batch_size=4), steps=1000)
+        distributed.barrier()
+        die()
+        distributed.barrier()
+
+    cli.app = train
+    cli.main()
+""")
+
+
+def pair(where, dies):
+    """Two processes of which one kills itself: exit code and error stream of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told = {"WHERE": where, "DIES": str(dies), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD],
+            env={**os.environ, **shared, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [child.communicate(timeout=240)[1] for child in both]  # two days is what the others wait for the first
+    finally:
+        for child in both:
+            child.kill()
+    return [(child.returncode, error) for child, error in zip(both, errors, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["training", "waiting"])
+@pytest.mark.parametrize("dies", [0, 1])
+def test_the_one_that_is_left_ends_with_one_message(where, dies):
+    found = pair(where, dies)
+    assert found[dies][0] == -signal.SIGKILL
+    code, errors = found[1 - dies]
+    mine = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2, errors[-3000:]
+    assert len(mine) == 1, errors
+    assert f"so process {1 - dies} ends" in mine[0]
+    assert "--resume" in mine[0]
+    assert "Traceback" not in errors
+
+
+def test_alone_an_error_of_the_same_words_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="gloo") as told, distributed.others_alive():
+        raise RuntimeError("gloo: connection closed by peer")
+    assert not isinstance(told.value, ProcessLost)
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4", True),
+        ("Connection reset by peer", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_beside_others_it_says_that_one_is_gone(monkeypatch, words, lost):
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    with pytest.raises(ProcessLost if lost else RuntimeError) as told, distributed.others_alive():
+        raise RuntimeError(words)
+    assert isinstance(told.value, ProcessLost) == lost

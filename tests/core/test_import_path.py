@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tersor.core.errors import InputError
+from tersor.core.import_path import call_with, import_function, is_function_path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    modules = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def test_a_function_in_the_current_folder_is_found(here):
+    (here / "our_nets_a.py").write_text("def build(num_classes):\n    return num_classes + 1\n")
+    assert is_function_path("our_nets_a:build")
+    assert import_function("our_nets_a:build")(4) == 5
+
+
+def test_a_file_here_never_stands_in_for_an_installed_package(here):
+    (here / "safetensors.py").write_text("def save():\n    raise AssertionError\n")
+    assert not str(sys.modules.get("safetensors", "")).startswith(str(here))
+    assert import_function("safetensors.torch:save").__module__ == "safetensors.torch"
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (":build", "package.module:function"),
+        ("pack age:build", "package.module:function"),
+        ("no_such_module_anywhere:build", "no module 'no_such_module_anywhere'"),
+        ("json.nothing:loads", "no module 'json.nothing'"),
+        ("json:laods", "Did you mean 'loads'?"),
+        ("json:decoder", "of type module"),
+    ],
+)
+def test_what_is_wrong_with_a_path_is_said(path, said):
+    with pytest.raises(InputError) as caught:
+        import_function(path)
+    assert said in str(caught.value)
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import not_installed_here", "No module named 'not_installed_here'"),
+        ("from json import lodas", "cannot import name 'lodas'"),
+        ("def build(:", "SyntaxError"),
+    ],
+)
+def test_the_import_error_of_the_users_module_is_shown(here, text, said):
+    (here / "our_nets_b.py").write_text(text)
+    with pytest.raises(InputError, match="importing 'our_nets_b' failed") as caught:
+        import_function("our_nets_b:build")
+    assert said in str(caught.value)
+
+
+def test_what_the_users_module_raises_itself_keeps_its_traceback(here):
+    (here / "our_nets_c.py").write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        import_function("our_nets_c:build")
+
+
+def test_only_values_that_are_accepted_are_given():
+    assert call_with("x:f", lambda: "none", num_classes=3) == "none"
+    assert call_with("x:f", lambda num_classes=1: num_classes, num_classes=3) == 3
+    assert call_with("x:f", lambda **options: options, num_classes=3) == {"num_classes": 3}
+    with pytest.raises(InputError, match=r"missing a required argument: 'depth'.*num_classes"):
+        call_with("x:f", lambda depth: depth, num_classes=3)

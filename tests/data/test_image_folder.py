@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tersor.core.errors import InputError
+from tersor.data.image_folder import from_folder
+
+SHARED = Path(__file__).parents[2] / "../shared/data/cifar10-jpeg.tar.gz"
+
+
+def everything(images) -> torch.Tensor:
+    return images.take(torch.arange(len(images)))
+
+
+def test_train_and_test(two_classes):
+    splits = from_folder(two_classes, None)
+    assert splits.classes == ("cat", "dog")
+    assert splits.train.labels.tolist() == [0] * 8 + [1] * 8
+    assert splits.test.labels.tolist() == [0] * 2 + [1] * 2
+    assert len(splits.validation) == 0
+    assert splits.train.size == (4, 6)
+    pixels = everything(splits.test)
+    for place, path in enumerate(sorted((two_classes / "test").glob("*/*"))):
+        assert np.array_equal(pixels[place].permute(1, 2, 0), np.asarray(Image.open(path)))
+
+
+def test_val_is_the_test_set_where_there_is_no_other(two_classes):
+    (two_classes / "test").rename(two_classes / "val")
+    splits = from_folder(two_classes, None)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (16, 0, 4)
+
+
+def test_val_beside_test_is_for_validation(two_classes, draw_images):
+    draw_images("val/dog", 3)
+    splits = from_folder(two_classes, None)
+    assert splits.validation.labels.tolist() == [1, 1, 1]
+    assert len(splits.test) == 4
+
+
+def test_class_folders_alone_get_a_test_set(draw_images):
+    draw_images("cat", 20)
+    draw_images("dog", 10)
+    folder = draw_images("emu", 2)
+    splits, again = from_folder(folder, None), from_folder(folder, None)
+    assert torch.bincount(splits.test.labels).tolist() == [3, 2, 1]
+    assert torch.bincount(splits.train.labels).tolist() == [17, 8, 1]
+    assert torch.equal(everything(splits.test), everything(again.test))
+    whole = torch.cat([everything(splits.train), everything(splits.test)])
+    assert len(whole.flatten(1).unique(dim=0)) == 32
+
+
+def test_a_train_may_be_a_class(draw_images):
+    draw_images("bus", 5)
+    assert from_folder(draw_images("train", 5), None).classes == ("bus", "train")
+
+
+def test_deep_hidden_and_other_files(draw_images):
+    draw_images("cat/images/old", 3, suffix=".JPEG")
+    draw_images("cat", 3)
+    folder = draw_images("dog", 4)
+    (folder / "dog" / "._000.png").write_bytes(b"of another file system")
+    (folder / "dog" / "notes.txt").write_text("good dogs")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "LICENSE").write_text("do what you like")
+    splits = from_folder(folder, None)
+    assert splits.classes == ("cat", "dog")
+    assert len(splits.train) + len(splits.test) == 10
+
+
+def test_sizes_are_made_one_by_image_size(draw_images):
+    draw_images("cat", 3, size=(9, 5))
+    folder = draw_images("dog", 3, size=(6, 8))
+    assert everything(from_folder(folder, 4).train).shape[1:] == (3, 4, 4)
+    with pytest.raises(InputError, match=r"several sizes: 9x5 and 6x8 .*Give image_size"):
+        everything(from_folder(folder, None).train)
+
+
+def test_a_truncated_image_is_named(two_classes):
+    path = two_classes / "train" / "dog" / "003.png"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"dog.003\.png' cannot be decoded"):
+        everything(from_folder(two_classes, None).train)
+
+
+def _remove(*places):
+    def spoil(folder):
+        for place in places:
+            shutil.rmtree(folder / place)
+
+    return spoil
+
+
+def _empty(*places):
+    def spoil(folder):
+        for place in places:
+            shutil.rmtree(folder / place, ignore_errors=True)
+            (folder / place).mkdir(parents=True)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_remove("."), "does not exist"),
+        (_remove("train"), "holds test, but no 'train'"),
+        (_remove("test"), "neither 'test' nor 'val'"),
+        (_remove("train", "test"), "no class folders"),
+        (_empty("train"), "train' holds no class folders"),
+        (_empty("test"), "test' holds no class folders"),
+        (_empty("train/cat"), r"no image in class folder '.*cat'\."),
+        (_empty("test/dog"), r"no image in class folder '.*test.dog'"),
+        (_empty("train/dog", "train/cat", "train/emu"), r"cat' and 2 others \(dog, emu\)"),
+        (_remove("test/cat"), "lack 1 of the 2 classes: cat"),
+        (_remove("train/cat"), "classes that 'train' lacks: cat. Possible: dog"),
+    ],
+)
+def test_what_is_wrong_with_a_folder(two_classes, spoil, words):
+    spoil(two_classes)
+    with pytest.raises(InputError, match=words):
+        from_folder(two_classes, None)
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    archive = tmp_path / "images.tar.gz"
+    archive.write_bytes(b"")
+    with pytest.raises(InputError, match=r"is a file. Unpack it"):
+        from_folder(archive, None)
+
+
+def test_one_image_of_a_class(draw_images):
+    draw_images("cat", 4)
+    with pytest.raises(InputError, match="dog' holds a single image"):
+        from_folder(draw_images("dog", 1), None)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data/cifar10-jpeg.tar.gz beside the checkout")
+def test_real_photographs(tmp_path):
+    with tarfile.open(SHARED, "r|gz") as archive:
+        members = (member for member in archive if member.isdir() or member.name.endswith("00.jpg"))
+        archive.extractall(tmp_path, members, filter="data")
+    splits = from_folder(tmp_path / "cifar10-jpeg", None)
+    assert splits.classes[:3] == ("airplane", "automobile", "bird")
+    assert (len(splits.train), len(splits.test), splits.train.size) == (500, 100, (32, 32))
+    photographs = everything(splits.train).float()
+    neighbours = (photographs[..., 1:] - photographs[..., :-1]).abs().mean()
+    assert 2 < neighbours < 25  # noise would differ by 85

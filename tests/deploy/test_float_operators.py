@@ -1,0 +1,39 @@
+"""What `numbers.json` says of the part of an artifact that is not in integers."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import nn
+
+from tersor.deploy.float_operators import float_operators
+from tersor.methods.ptq import PTQ
+
+IMAGES = torch.rand(4, 3, 8, 8)
+
+
+def network():
+    torch.manual_seed(0)
+    ends = nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 1), nn.Flatten(), nn.Linear(512, 10)
+    return nn.Sequential(*ends).eval()
+
+
+def test_the_operators_in_float_are_plain_values_with_a_warning():
+    attached = PTQ().attach(network(), data=[IMAGES])
+    list(attached.begin())
+    entries, warning = float_operators(attached.model, IMAGES)
+    total = 3 * 8 * 64 + 8 * 8 * 64 + 512 * 10
+    expected = {"name": "2", "kind": "ConvTranspose2d", "reason": "ConvTranspose2d is not supported"}
+    assert entries["float_operators"] == [{**expected, "macs": 4096, "share": 4096 / total}]
+    assert entries["integer_macs_share"] == 1 - 4096 / total
+    assert entries["uncounted_operators"] == []
+    assert json.loads(json.dumps(entries)) == entries
+    assert warning is not None
+    assert "38.1 %" in warning
+
+
+def test_a_network_that_is_not_quantized_has_no_share():
+    entries, warning = float_operators(network(), IMAGES)
+    assert entries == {"integer_macs_share": None, "float_operators": [], "uncounted_operators": []}
+    assert warning is None

@@ -1,0 +1,73 @@
+"""Each output of a file bears the name that it has in the network, and the logits are found among them."""
+
+from collections import namedtuple
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from tersor.core.errors import InputError
+from tersor.deploy.onnx import export
+from tersor.deploy.outputs import logits_place
+from tersor.evaluation.session import open_session
+
+Given = namedtuple("Given", ["logits", "embedding", "maps"])
+Two = namedtuple("Two", ["scores", "features"])
+IMAGES = torch.randn(6, 3, 8, 8)
+LABELS = torch.arange(6)
+KINDS = {
+    "one": (lambda each: (each.logits,), ["logits"]),
+    "tuple": (lambda each: (each.maps, each.logits), ["output_0", "output_1"]),
+    "none": (lambda each: (each.logits, None, each.maps), ["output_0", "output_2"]),
+    "inner": (
+        lambda each: {"logits": each.logits, "maps": [each.maps, each.embedding]},
+        ["logits", "maps.0", "maps.1"],
+    ),
+    "fields": (lambda each: Two(each.logits, each.maps), ["scores", "features"]),
+    "taken": (lambda each: {"images": each.maps, "v1": each.logits}, ["output_images", "output_v1"]),
+}
+
+
+class Several(nn.Module):
+    """Returns what `give` takes of logits (N, 10), embedding (N, 4) and maps (N, 4, 6, 6)."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.stem, self.head, self.give = nn.Conv2d(3, 4, 3), nn.Linear(4, 10), give
+
+    def forward(self, images):
+        maps = torch.relu(self.stem(images))
+        embedding = maps.mean((2, 3))
+        return self.give(Given(self.head(embedding), embedding, maps))
+
+    def logits(self, images):
+        return self.head(torch.relu(self.stem(images)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_named_as_the_network_names_them_and_the_logits_are_found(kind, tmp_path):
+    torch.manual_seed(0)
+    give, names = KINDS[kind]
+    network = Several(give).eval()
+    path = export(network, IMAGES, tmp_path / "n.onnx")
+    session = onnxruntime.InferenceSession(path)
+    assert [each.name for each in session.get_outputs()] == names
+    found = open_session(path, "onnxruntime")
+    torch.testing.assert_close(torch.from_numpy(found.run(IMAGES.numpy())), network.logits(IMAGES).detach())
+
+
+def test_compare_refuses_outputs_of_which_several_may_be_the_logits(tmp_path):
+    network = Several(lambda each: (each.embedding, each.logits)).eval()
+    path = tersor.export(network, IMAGES, tmp_path / "n.onnx")
+    with pytest.raises(InputError, match="outputs output_0, output_1, and it cannot be told which"):
+        tersor.compare(network, path, [(IMAGES, LABELS)], seconds=0.01)
+
+
+def test_the_logits_are_chosen_by_name_then_alone_then_by_shape():
+    assert logits_place(["a", "logits"], [2, 2]) == 1
+    assert logits_place(["a"], [4]) == 0
+    assert logits_place(["a", "b"], [4, 2]) == 1
+    assert logits_place(["a", "b"], [2, 2]) is None
+    assert logits_place(["a", "b"], [None, 2]) is None

@@ -1,0 +1,122 @@
+"""What numbers.json holds, with times that are made up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+
+import pytest
+import torch
+from test_layers import Small
+
+from tersor.core.progress import Unwatched
+from tersor.core.target import Target
+from tersor.data import Batches
+from tersor.data.image_sets import Pixels
+from tersor.deploy.onnx import export
+from tersor.evaluation import results as module
+from tersor.evaluation.costs import Costs
+from tersor.evaluation.latency import BATCH_SIZES
+from tersor.evaluation.process_footprint import Footprint
+from tersor.evaluation.results import measure
+from tersor.evaluation.timings import NARROW, Timings
+
+MS = {
+    "original": (4, 4, 4),
+    "artifact": (2, 1, 1),
+    "openvino": (8, 3, 2),
+    "onnxruntime": (8, 3, 2),
+    "stage 1": (3, 3, 3),
+}
+"""Of each contender at batch 1, 32 and 128."""
+
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Measures a small network as its own artifact and as the first of two stages."""
+    torch.manual_seed(0)
+    model = Small().eval()
+    pixels = torch.randint(0, 256, (40, 8, 8, 3), dtype=torch.uint8)
+    test = Batches(Pixels(pixels, torch.arange(40) % 5), 20, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    original = export(model, next(iter(test)).images[:1], tmp_path / "original.onnx")
+    for name in ("model", "1"):
+        shutil.copy(original, tmp_path / f"{name}.onnx")
+    wanted = []
+
+    def latency(contenders, _example, *, ratios, seconds):
+        noise = (1.0, 1.01, 0.99)
+        groups = {
+            name: {size: [[ms * each] for each in noise] for size, ms in zip(BATCH_SIZES, MS[name], strict=True)}
+            for name in contenders
+        }
+        timings = Timings(groups, dict.fromkeys(BATCH_SIZES, "time"))
+        wanted.extend([ratio.value for ratio in ratios(timings, size)] for size in BATCH_SIZES)
+        return timings
+
+    monkeypatch.setattr(module, "latency", latency)
+    monkeypatch.setattr(module, "footprint", lambda *_given, **_options: Footprint(1, 1.0))
+
+    def measured(target, runtimes):
+        monkeypatch.setattr(module, "installed_runtimes", lambda: runtimes)
+        stages = {1: (model, tmp_path / "1.onnx")}
+        found, _ = measure(
+            model, model, tmp_path, test, Target(runtime=target), seed=0, watch=Unwatched(), stages=stages, seconds=7
+        )
+        assert json.loads(json.dumps(found))
+        return found, wanted
+
+    return measured
+
+
+@needs_openvino
+def test_the_baseline_is_the_fastest_candidate_of_a_batch_size(run):
+    found, wanted = run("onnxruntime", ["onnxruntime", "openvino"])
+    assert found["original"]["precision"] == "float32"
+    assert found["candidates"]["onnxruntime"] == found["original"], "it runs in float32 by itself"
+    openvino = found["candidates"]["openvino"]
+    assert openvino["runtime"] == "openvino"
+    named = {size: (told["runtime"], told["precision"]) for size, told in found["baseline"].items()}
+    assert named == {
+        "1": ("onnxruntime", "float32"),
+        "32": ("openvino", openvino["precision"]),
+        "128": ("openvino", openvino["precision"]),
+    }
+    speedup = {
+        name: [round(told[size]["value"], 6) for size in ("1", "32", "128")] for name, told in found["speedup"].items()
+    }
+    assert speedup == {"original": [2, 4, 4], "baseline": [2, 3, 2]}
+    assert wanted == [pytest.approx([2, 2]), pytest.approx([4, 3]), pytest.approx([4, 2])]
+
+
+def test_where_one_runtime_is_installed_the_original_is_the_baseline(run):
+    found, _ = run("onnxruntime", ["onnxruntime"])
+    assert found["candidates"] == {"onnxruntime": found["original"]}
+    assert found["baseline"] == {key: {"runtime": "onnxruntime", "precision": "float32"} for key in ("1", "32", "128")}
+    assert found["speedup"]["original"] == found["speedup"]["baseline"]
+    assert found["rounds"] == {
+        "time_limit_seconds": 7,
+        "interval_width": NARROW,
+        "ended_by": dict.fromkeys(("1", "32", "128"), "time"),
+    }
+    assert found["stages"][1]["speedup"]["1"]["value"] == pytest.approx(4 / 3)
+
+
+@needs_openvino
+def test_the_original_is_float32_also_where_openvino_chooses_another_precision(run):
+    found, _ = run("openvino", ["onnxruntime", "openvino"])
+    assert (found["original"]["runtime"], found["original"]["precision"]) == ("openvino", "float32")
+    own = found["candidates"]["openvino"]
+    assert (own == found["original"]) == (own["precision"] == "float32")
+    assert found["candidates"]["onnxruntime"]["runtime"] == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("bit_operations", "precision", "expected"),
+    [(10 * 32 * 32, "float32", 10 * 32 * 32), (10 * 32 * 32, "bfloat16", 10 * 16 * 16), (640, "bfloat16", 640)],
+)
+def test_bit_operations_are_of_the_floats_that_are_executed(bit_operations, precision, expected):
+    counted = Costs(parameters=1, macs=10, bit_operations=bit_operations, sparsity=0.0, masked=0.0, layers=())
+    assert module._bit_operations(counted, precision) == expected

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from tersor import api
+from tersor.core.errors import CompressionWarning, InputError
+from tersor.deploy.onnx import export as write
+from tersor.evaluation.session import Session, open_session
+from tersor.evaluation.verification import verify
+from tersor.quantization.fake_quantize import quantizers_disabled
+
+IMAGES = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    ).eval()
+
+
+def session(infer, *, precision="float32", dtype="float32"):
+    return Session("onnxruntime", precision, 1, np.dtype(dtype), (None, 3, 8, 8), infer)
+
+
+def in_torch(model, factor=1.0, shift=0.0):
+    """A file that gives what torch gives, times a factor."""
+
+    def infer(array):
+        with torch.no_grad():
+            return (model(torch.from_numpy(array)) * factor + shift).numpy()
+
+    return infer
+
+
+def verified(opened, model, **options):
+    """What is said: "nothing", "warned" or "refused"."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        try:
+            verify(opened, model, IMAGES, **options)
+        except InputError as error:
+            return "refused", str(error)
+    return ("warned", str(found[0].message)) if found else ("nothing", "")
+
+
+@pytest.mark.parametrize(
+    ("factor", "precision", "expected"),
+    [
+        (1.0, "float32", "nothing"),
+        (1.001, "float32", "nothing"),
+        (1.01, "float32", "warned"),
+        (1.05, "float32", "refused"),
+        (1.04, "bfloat16", "nothing"),
+        (1.1, "bfloat16", "warned"),
+        (1.3, "bfloat16", "refused"),
+        (float("nan"), "float32", "refused"),
+    ],
+)
+def test_of_a_network_in_float(factor, precision, expected):
+    model = network()
+    assert verified(session(in_torch(model, factor), precision=precision), model)[0] == expected
+
+
+def moved_by_quantization(model):
+    """What torch gives for the first 16 images, and the share of it by which quantization moves it."""
+    with torch.no_grad():
+        of_torch = model(IMAGES[:16])
+        with quantizers_disabled(model):
+            return of_torch, float((model(IMAGES[:16]) - of_torch).norm() / of_torch.norm())
+
+
+def test_the_yardstick_is_what_quantization_does():
+    model = tersor.quantize(network(), [IMAGES], bits=2)
+    _, moved = moved_by_quantization(model)
+    assert moved > 0.02
+    for times, expected in ((1.9, "nothing"), (2.1, "warned"), (5.1, "refused")):
+        said, told = verified(session(in_torch(model, 1 + times * moved)), model)
+        assert said == expected
+        assert said == "nothing" or f"quantization moves them by {100 * moved:.3g} %" in told
+
+
+def test_a_file_of_another_shape():
+    model = network()
+    said, told = verified(session(lambda array: in_torch(model)(array)[:, :5]), model)
+    assert said == "refused"
+    assert "gives (16, 5), and the network in torch (16, 10)" in told
+
+
+def test_pixels_are_whole_numbers_on_both_sides():
+    model = network()
+    mean, std = (torch.tensor(each).reshape(1, 3, 1, 1) for each in (MEAN, STD))
+    seen = []
+
+    def infer(array):
+        seen.append(array)
+        return in_torch(model)(((torch.from_numpy(array).float() / 255 - mean) / std).numpy())
+
+    assert verified(session(infer, dtype="uint8"), model, pixels=(MEAN, STD))[0] == "nothing"
+    assert seen[0].dtype == np.uint8
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Of a network of two bits."""
+    quantized = tersor.quantize(network(), [IMAGES], bits=2)
+    return quantized, write(quantized, IMAGES, tmp_path_factory.mktemp("verification") / "model.onnx")
+
+
+def test_a_right_file_of_few_bits_is_no_false_alarm(file):
+    quantized, path = file
+    assert verified(open_session(path, "onnxruntime"), quantized)[0] == "nothing"
+
+
+@pytest.fixture
+def moved_by(file, monkeypatch):
+    """A network whose last bias is not that in the file which the verb writes, by so many times what 2 bits do."""
+
+    def by(times):
+        quantized, path = file
+        monkeypatch.setattr(api, "write_onnx", lambda _model, _example, to, **_: shutil.copy(path, to))
+        moved = copy.deepcopy(quantized)
+        of_torch, share = moved_by_quantization(moved)
+        moved.get_submodule("7").bias.data += times * share * of_torch.square().mean().sqrt()
+        return moved
+
+    return by
+
+
+def test_the_verb_refuses_a_wrong_file_and_leaves_that_of_before(moved_by, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"of before")
+    with pytest.raises(InputError, match="Rounding does not explain that"):
+        tersor.export(moved_by(20), IMAGES, path)
+    assert path.read_bytes() == b"of before"
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_the_verb_warns_and_leaves_a_file_that_is_off(moved_by, tmp_path):
+    with pytest.warns(CompressionWarning, match=r"16 example images .* differ from torch's by") as found:
+        tersor.export(moved_by(3.5), IMAGES, tmp_path / "model.onnx")
+    assert Path(found[0].filename) == Path(__file__)
+    assert (tmp_path / "model.onnx").stat().st_size

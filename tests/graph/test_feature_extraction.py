@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.core.target import Target
+from tersor.graph.capture import capture
+from tersor.graph.feature_extraction import (
+    Layers,
+    as_map,
+    channels_first,
+    last_maps,
+    map_size,
+    matching_paths,
+    shapes_of,
+)
+from tersor.methods.channel_pruning import ChannelPruning
+from tersor.methods.qat import QAT
+from tersor.models import build
+
+
+class Net(nn.Module):
+    def __init__(self, inplace=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace)
+        self.stage = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.pool = nn.MaxPool2d(2)
+        self.last = nn.Conv2d(16, 24, 3, padding=1)
+        self.unused = nn.Identity()
+        self.linear = nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.stage(x) + x
+        return self.linear(F.dropout(self.last(self.pool(x)), 0.5, self.training).mean((2, 3)))
+
+
+def images(count=4):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_layers_of_a_plain_network_are_what_its_modules_give():
+    net = Net().eval()
+    logits, given = Layers(net, ["stage", "conv1"])(images())
+    assert torch.equal(logits, net(images()))
+    first = net.relu(net.bn1(net.conv1(images())))
+    assert torch.equal(given["stage"], net.stage(first))
+    assert torch.equal(given["conv1"], net.conv1(images()))
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_captured_network_gives_the_same_also_of_what_was_traced_through(training):
+    net = Net().train(training)
+    graph = capture(copy.deepcopy(net))
+    torch.manual_seed(3)
+    logits, given = Layers(net, ["stage", "last"])(images())
+    torch.manual_seed(3)
+    of_graph, from_graph = Layers(graph, ["stage", "last"])(images())
+    assert torch.equal(logits, of_graph)
+    assert all(torch.equal(given[path], from_graph[path]) for path in given)
+
+
+def test_the_mode_of_a_captured_network_is_followed():
+    graph = capture(Net().train())
+    ask = Layers(graph, ["stage"])
+    ask(images())
+    graph.eval()
+    assert torch.equal(ask(images())[0], graph(images()))  # without dropout, by running statistics
+
+
+def test_layers_survive_removal_and_grids():
+    graph = ChannelPruning(keep_macs=0.6, round_to=4).attach(Net().eval(), data=[images(32)]).model
+    kept = shapes_of(graph, ["stage", "stage.0", "last"], images())
+    assert kept["last"][1] == graph.get_submodule("last").out_channels
+    assert kept["stage.0"][1] == graph.get_submodule("stage.0").out_channels
+    attached = QAT().attach(graph, data=[images(32)], steps=1, target=Target(cpu="vnni"))
+    list(attached.begin())
+    logits, given = Layers(attached.model, ["stage", "last"])(images())
+    assert torch.equal(logits, attached.model(images()))
+    assert given["stage"].shape == kept["stage"]
+    sum(value.square().mean() for value in given.values()).backward()
+    assert attached.model.get_submodule("stage.0").parametrizations.weight.original.grad.abs().sum() > 0
+
+
+def test_a_value_that_is_overwritten_is_an_error():
+    with pytest.raises(InputError, match="bn1 gives is changed in place"):
+        Layers(Net(inplace=True), ["bn1"])(images())
+    with pytest.raises(InputError, match="bn1 gives is changed in place"):
+        Layers(capture(Net(inplace=True)), ["bn1"])(images())
+    assert "bn1" not in last_maps(capture(Net(inplace=True)), images())
+    with torch.inference_mode():
+        assert Layers(Net(), ["bn1"])(images())[1]["bn1"].shape == (4, 16, 8, 8)
+
+
+def test_a_layer_that_is_not_called():
+    with pytest.raises(InputError, match="unused is not called"):
+        Layers(Net(), ["unused"])(images())
+
+
+def test_a_layer_that_gives_no_tensor():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.linear = Twice(), nn.Linear(3 * 64, 10)
+
+        def forward(self, x):
+            return self.linear(self.twice(x)[0].flatten(1))
+
+    with pytest.raises(InputError, match="twice gives a tuple, not a tensor"):
+        Layers(Outer(), ["twice"])(images())
+
+
+def test_patterns():
+    net = build("resnet20", 10)
+    assert matching_paths(net, ["layer?"], "the student") == ("layer1", "layer2", "layer3")
+    assert matching_paths(capture(net), ["layer?"], "the student") == ("layer1", "layer2", "layer3")
+    with pytest.raises(InputError, match=r"the teacher has no layer 'layer4'\. Did you mean 'layer\d'\?"):
+        matching_paths(net, ["layer4"], "the teacher")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet20", ("layer1", "layer2", "layer3")),
+        ("wrn_16_1", ("layer1", "layer2", "bn")),
+        ("resnet18", ("relu", "layer1", "layer2", "layer3")),
+        ("mobilenet_v2", ("features.1", "features.3", "features.6", "features.13")),
+        ("regnet_y_400mf", ("stem.2", "trunk_output.block1", "trunk_output.block2", "trunk_output.block3")),
+        # what norm5 gives is rectified in place; pools and what they leave of a map give none of their own
+        ("densenet121", ("features.relu0", "features.denseblock1", "features.denseblock2", "features.denseblock3")),
+    ],
+)
+def test_the_last_layer_at_each_resolution(name, expected):
+    net = build(name, 10)
+    pictures = torch.randn(2, 3, 32, 32)
+    assert last_maps(net, pictures) == expected
+    assert last_maps(capture(net), pictures) == expected
+    assert net.training
+
+
+def test_tokens_are_maps_too():
+    tokens = torch.randn(2, 17, 6)  # a class token before 4 x 4
+    assert map_size(tokens.shape) == (4, 4)
+    found = as_map(tokens)
+    assert found.shape == (2, 6, 4, 4)
+    assert torch.equal(found[0, :, 1, 2], tokens[0, 1 + 4 + 2])
+    assert map_size(torch.Size([2, 6, 3])) is None
+    assert map_size(torch.Size([2, 16 + 5, 3])) == (4, 4)  # four registers beside the class
+    assert map_size(torch.Size([2, 16 + 6, 3])) is None
+    assert map_size(torch.Size([2, 6])) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "expected"),
+    [
+        ((2, 16, 16, 96), (64, 64), (2, 96, 16, 16)),
+        ((2, 7, 7, 768), (224, 224), (2, 768, 7, 7)),
+        ((2, 5, 8, 24), (40, 64), (2, 24, 5, 8)),
+        ((2, 96, 16, 16), (64, 64), (2, 96, 16, 16)),
+        ((2, 16, 16, 16), (64, 64), (2, 16, 16, 16)),
+        ((2, 24, 5, 8), (40, 64), (2, 24, 5, 8)),
+        ((2, 512, 1, 1), (64, 64), (2, 512, 1, 1)),
+        ((2, 3, 50, 64), (64, 64), (2, 3, 50, 64)),
+        ((2, 50, 64), (64, 64), (2, 50, 64)),
+    ],
+)
+def test_channels_come_first(shape, sides, expected):
+    value = torch.randn(shape)
+    found = channels_first(value, torch.zeros(2, 3, *sides))
+    assert found.shape == expected
+    if shape != expected:
+        assert torch.equal(found[1, 5, 2, 3], value[1, 2, 3, 5])
+
+
+def test_the_maps_of_a_swin_transformer():
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    net = SwinTransformer([2, 2], 8, [1, 1], [1, 1], [2, 2], num_classes=10).eval()
+    pictures = torch.randn(2, 3, 32, 32)
+    seen = {}
+    net.features[1].register_forward_hook(lambda _m, _i, value: seen.update(raw=value))
+    for each in (net, capture(net)):
+        assert last_maps(each, pictures) == ("features.1", "features.3")
+        assert shapes_of(each, ["features.1"], pictures)["features.1"] == (2, 8, 16, 16)
+    _, given = Layers(net, ["features.1"])(pictures)
+    assert torch.equal(given["features.1"], seen["raw"].permute(0, 3, 1, 2))
+
+
+class Odd(nn.Module):
+    """Parts that give no map to learn from: a pool's, one that is rectified in place, scores of attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.scores = nn.Softmax(-1)
+        self.linear = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.down(self.stem(x))
+        x = F.relu(self.norm(x), inplace=True)
+        pixels = x.flatten(2)
+        scores = self.scores(pixels.transpose(1, 2).unsqueeze(1) @ pixels.unsqueeze(1)[..., :3])
+        return self.linear(self.pool(x).flatten(1)) + scores.mean()
+
+
+def test_what_is_no_map_to_learn_from_is_passed_over():
+    pictures = torch.randn(2, 3, 16, 16)
+    for each in (Odd(), capture(Odd())):
+        assert last_maps(each, pictures) == ("stem", "down")

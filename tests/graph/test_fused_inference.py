@@ -1,0 +1,226 @@
+"""A teacher in fewer passes answers as it did."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from tersor.graph.feature_extraction import Layers
+from tersor.graph.fused_inference import FusedConvolution, fused, rewritten
+from tersor.models import build
+
+
+def settled(model):
+    """With statistics, scales and shifts that are not those of a new BatchNorm."""
+    draw = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low, high in (
+                (module.weight, -1.0, 1.5),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 2.0),
+            ):
+                values.data.uniform_(low, high, generator=draw)
+    return model.eval()
+
+
+def images(count=4, pixels=32, seed=1):
+    return torch.randn(count, 3, pixels, pixels, generator=torch.Generator().manual_seed(seed))
+
+
+def passes(model):
+    return sum(isinstance(module, FusedConvolution) for module in model.modules())
+
+
+def test_every_convolution_of_a_resnet_is_one_pass_and_its_layers_are_there():
+    model = settled(build("resnet20", 10))
+    before = copy.deepcopy(model.state_dict())
+    paths = ("layer1", "layer2.0", "layer3")
+    faster = fused(model, images(), paths)
+    assert isinstance(faster, fx.GraphModule)
+    assert passes(faster) == 19
+    called = [node.op for node in faster.graph.nodes if node.op == "call_module"]
+    assert len(called) == 19 + 1, "BatchNorm is no pass of its own any more"
+    for ours, theirs in zip(Layers(faster, paths)(images(seed=2)), Layers(model, paths)(images(seed=2)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_layer_that_is_asked_for_ends_a_pass():
+    model = settled(build("resnet20", 10))
+    path = "layer1.0.bn1"
+    faster = fused(model, images(), (path,))
+    assert passes(faster) == 19, "it is no reason to ask the network itself"
+    (_, ours), (_, theirs) = (Layers(each, (path,))(images(seed=2)) for each in (faster, model))
+    assert ours[path].min() < 0, "it lies before the ReLU"
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "mobilenet_v2",
+        "densenet121",
+        "shufflenet_v2_x0_5",
+        "googlenet",
+        pytest.param("vit_b_16", marks=pytest.mark.slow),
+    ],
+)
+def test_what_torchvision_has_answers_the_same(name):
+    torch.manual_seed(0)
+    model = settled(build(name, 10))
+    faster = fused(model, images(2, 224))
+    ours, theirs = faster(images(2, 224, seed=2)), model(images(2, 224, seed=2))
+    assert float((ours - theirs).detach().abs().max()) <= 1e-3 * float(theirs.detach().abs().max())
+    assert passes(faster) == sum(type(module) is nn.Conv2d for module in model.modules())
+
+
+class Sums(nn.Module):
+    """Two convolutions of the same images, what is made of their outputs, and a ReLU."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.add = add
+
+    def forward(self, x):
+        return F.relu(self.add(self.one(x), self.two(x))).mean((2, 3))
+
+
+def in_place(a, b):
+    b += a
+    return b
+
+
+def left(model):
+    """What is no pass, no input and no output."""
+    return [node.name for node in model.graph.nodes if node.op in ("call_function", "call_method")]
+
+
+@pytest.mark.parametrize(
+    ("add", "expected"),
+    [
+        (lambda a, b: a + b, ["mean"]),
+        (torch.add, ["mean"]),
+        (in_place, ["mean"]),
+        (lambda a, b: torch.add(a, b, alpha=3), ["add", "relu", "mean"]),
+        (lambda a, b: a + a + b, ["add", "mean"]),
+        (lambda a, b: a + 1.0 + b, ["add", "mean"]),
+        (lambda a, b: torch.cat([a, b + a], 1), ["cat", "relu", "mean"]),
+        (lambda a, b: a - b, ["sub", "relu", "mean"]),
+    ],
+)
+def test_an_addition_is_within_a_pass_where_it_is_the_only_reader(add, expected):
+    torch.manual_seed(0)
+    model = Sums(add).eval()
+    found = rewritten(model, ())
+    assert left(found) == expected
+    torch.testing.assert_close(found(images(seed=2)), model(images(seed=2)), rtol=1e-5, atol=1e-5)
+    assert isinstance(fused(model, images()), fx.GraphModule)
+
+
+class Named(nn.Module):
+    """Its modules have the names of functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU6()
+
+    def forward(self, x):
+        return self.relu(self.conv(x)).mean((2, 3))
+
+
+def test_a_module_called_relu_need_not_be_one():
+    model = Named().eval()
+    torch.testing.assert_close(fused(model, images())(100 * images()), model(100 * images()), rtol=1e-5, atol=1e-5)
+
+
+def test_elsewhere_than_on_a_processor_it_is_torchs_operators(monkeypatch):
+    model = settled(build("resnet20", 10))
+    faster = rewritten(model, ())
+    monkeypatch.setattr("tersor.graph.fused_inference._ON", "elsewhere")
+    torch.testing.assert_close(faster(images(seed=2)), model(images(seed=2)), rtol=1e-4, atol=1e-4)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) if x.sum() > 0 else self.conv(x).amax((2, 3))
+
+
+class Picky(nn.Module):
+    """Asks for a number of pixels that it knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) * {32: 1.0}[x.shape[-1]]
+
+
+class Apart(nn.Module):
+    """Leaves autocast for its head, which a graph forgets."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3))
+        with torch.autocast("cpu", enabled=False):
+            return self.head(x.float())
+
+
+@pytest.mark.parametrize("network", [Branching, Picky])
+def test_what_cannot_be_captured_stays_as_it_is(network):
+    model = network().eval()
+    assert fused(model, images()) is model
+
+
+def test_what_leaves_autocast_stays_as_it_is_where_there_is_one():
+    model = Apart().eval()
+    assert fused(model, images(), precision=torch.bfloat16) is model
+    assert fused(model, images()) is not model
+
+
+def test_what_somebody_looks_at_stays_as_it_is():
+    model = settled(build("resnet20", 10))
+    model.layer1[0].conv1.register_forward_hook(lambda *_: None)
+    assert fused(model, images()) is model
+
+
+def test_the_network_keeps_its_mode():
+    model = build("resnet20", 10).train()
+    fused(model, images())
+    assert all(module.training for module in model.modules())
+
+
+def test_what_would_answer_otherwise_stays_as_it_is(monkeypatch):
+    model = Named().eval()
+    monkeypatch.setattr("tersor.graph.fused_inference._calls", lambda node, _functions: node.name == "relu")
+    assert fused(model, 100 * images()) is model
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN has no bfloat16 convolutions for this processor, and the network stays as it is",
+)
+def test_in_bfloat16_it_is_no_farther_from_float32():
+    model = settled(build("resnet20", 10))
+    faster, given = fused(model, images(), precision=torch.bfloat16), images(16, seed=2)
+    assert passes(faster) == 19
+    with torch.no_grad():
+        exact = model(given)
+        with torch.autocast("cpu", torch.bfloat16):
+            errors = [float((each(given).float() - exact).abs().mean()) for each in (faster, model)]
+    assert 0 < errors[0] < 1.5 * errors[1], errors

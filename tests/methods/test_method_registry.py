@@ -1,0 +1,116 @@
+"""The folder is the registry."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import tersor.methods
+from tersor.core.errors import InputError
+from tersor.methods import get, name_of, names
+from tersor.methods.ptq import PTQ
+from tersor.methods.soft_targets import SoftTargets
+
+USERS = """
+import {needs}
+from pydantic.dataclasses import dataclass
+from tersor.training.method import PLAIN_VALUES
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class Mine:
+    rate: float = 0.5
+    def attach(self, model, **_): ...
+
+class Other: ...
+"""
+
+
+def test_names_are_the_files():
+    files = {path.stem for path in Path(tersor.methods.__file__).parent.glob("[!_]*.py")}
+    assert set(names()) == files
+    assert {"ptq", "soft_targets"} <= files
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_file_holds_one_method(name: str):
+    assert name_of(get(name)()) == name
+
+
+def test_a_name_gives_the_class():
+    assert get("ptq") is PTQ
+    assert get("soft_targets") is SoftTargets
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("kd", "soft_targets"),
+        ("knowledge-distillation", "soft_targets"),
+        ("KD", "soft_targets"),
+        ("SoftTargets", "soft_targets"),
+        ("Soft-Targets", "soft_targets"),
+        ("quantize", "ptq"),
+        ("PTQ", "ptq"),
+        ("ptk", "ptq"),
+    ],
+)
+def test_what_people_say_is_met_with_the_name(given: str, meant: str):
+    with pytest.raises(InputError) as caught:
+        get(given)
+    assert f"unknown method '{given}'. Did you mean '{meant}'?" in str(caught.value)
+    assert ", ".join(names()) in str(caught.value)
+
+
+def test_no_hint_to_a_method_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tersor.methods, "names", lambda: ("soft_targets",))
+    with pytest.raises(InputError, match=r"unknown method 'quantize'\. Possible: soft_targets\."):
+        get("quantize")
+
+
+def test_a_file_that_cannot_be_imported_shows_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken.py").write_text("import a_package_that_is_not_here")
+    monkeypatch.setattr(tersor.methods, "__path__", [*tersor.methods.__path__, str(tmp_path)])
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_here"):
+        get("broken")
+
+
+@pytest.fixture
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "users_own.py").write_text(USERS.format(needs="sys"))
+    (tmp_path / "users_broken.py").write_text(USERS.format(needs="a_package_that_is_not_here"))
+    yield
+    sys.modules.pop("users_own", None)
+
+
+@pytest.mark.usefixtures("users")
+def test_a_class_of_the_users_own():
+    cls = get("users_own:Mine")
+    assert name_of(cls(rate=0.25)) == "users_own:Mine"
+
+
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("users_own:Mien", "'Mien' is no method. Possible: Mine."),
+        ("users_own:Other", "'Other' is no method. Possible: Mine."),
+        ("users_own.x:Mine", "there is no module 'users_own.x'"),
+        ("nowhere.at.all:Mine", "there is no module 'nowhere'"),
+        (":Mine", "is no name. Write package.module:Class"),
+        ("..users_own:Mine", "is no name. Write package.module:Class"),
+        ("users_own:", "is no name. Write package.module:Class"),
+    ],
+)
+def test_a_class_that_is_not_there(name: str, expected: str):
+    with pytest.raises(InputError) as caught:
+        get(name)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.usefixtures("users")
+def test_a_users_file_that_cannot_be_imported_shows_its_own_error():
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_here"):
+        get("users_broken:Mine")

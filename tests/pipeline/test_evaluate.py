@@ -1,0 +1,123 @@
+"""An artifact that is there already, on images of the user's."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tersor.checkpoint.artifact import write_folder
+from tersor.core.errors import InputError
+from tersor.core.progress import Unwatched
+from tersor.deploy.onnx import export
+from tersor.evaluation.latency import BATCH_SIZES
+from tersor.evaluation.timings import Timings
+from tersor.pipeline import evaluate as module
+from tersor.pipeline.evaluate import evaluate
+
+
+def network(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)).eval()
+
+
+@pytest.fixture
+def images(tmp_path):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(np.full((8, 8, 3), 60 * number, np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("cat", "cow"), "lacks cow; the artifact knows no dog"),
+        (("cat", "cow", "dog"), r"lacks cow\. Give"),
+        (("dog", "cat"), "another order"),
+    ],
+)
+def test_other_classes_are_refused(images, tmp_path, classes, words):
+    export(network(len(classes)), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=classes)
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path / "model.onnx", str(images), None, watch=Unwatched())
+
+
+def test_the_same_classes_are_not(images, tmp_path):
+    export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
+    assert evaluate(tmp_path / "model.onnx", str(images), None, watch=Unwatched()).images == 6
+
+
+def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        export(network(2), torch.rand(1, 3, 8, 8), tmp_path / f"{name}.onnx")
+    one, two = (str(tmp_path / f"{name}.onnx") for name in ("one", "two"))
+    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
+
+    def latency(contenders, example, *, ratios, seconds):
+        assert example.shape == (1, 3, 8, 8)
+        ms = {name: 2.0 if "one" in name else 1.0 for name in contenders}
+        groups = {
+            name: {size: [[value], [1.01 * value], [0.99 * value]] for size in BATCH_SIZES}
+            for name, value in ms.items()
+        }
+        timings = Timings(groups, dict.fromkeys(BATCH_SIZES, "interval"))
+        assert [round(ratio.value, 6) for ratio in ratios(timings, 1)] == [2, 2], "original and baseline"
+        return timings
+
+    monkeypatch.setattr(module, "latency", latency)
+    tables = list(module.timed([tmp_path / "one.onnx", tmp_path / "two.onnx"], 1.0))
+    assert [(each.batch_size, each.rounds, each.ended_by) for each in tables] == [
+        (size, 3, "interval") for size in BATCH_SIZES
+    ]
+    for each in tables:
+        (file, place, milliseconds, *compared), (other, _, _, *difference) = each.rows
+        assert (file.split(",")[0], other.split(",")[0]) == (one, two)
+        assert (place, milliseconds.split("\n")[0]) == ("onnxruntime\nfloat32", "2.000")
+        assert compared == ["original", "baseline"]
+        assert difference == ["2.00x faster (1.99 to 2.01)"] * 2
+
+
+def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
+    for size in (8, 16):
+        export(network(2), torch.rand(1, 3, size, size), tmp_path / f"{size}.onnx")
+    shapes = []
+
+    def latency(contenders, example, **_options):
+        shapes.append((example.shape, [name.rpartition("/")[2].split(".")[0] for name in contenders]))
+        return Timings({name: {size: [[1.0], [1.0]] for size in BATCH_SIZES} for name in contenders},
+                       dict.fromkeys(BATCH_SIZES, "time"))  # fmt: skip
+
+    monkeypatch.setattr(module, "latency", latency)
+    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
+    tables = list(module.timed([tmp_path / "8.onnx", tmp_path / "16.onnx"], 1.0))
+    assert shapes == [((1, 3, 8, 8), ["8"]), ((1, 3, 16, 16), ["16"])]
+    assert len(tables) == 6
+
+
+def folder_saying(tmp_path, *, recipe, numbers):
+    def fill(folder):
+        export(network(2), torch.rand(1, 3, 8, 8), folder / "model.onnx", classes=("cat", "dog"))
+        (folder / "recipe.yaml").write_text(recipe)
+        (folder / "numbers.json").write_text(numbers)
+
+    return write_folder(tmp_path / "out", fill)
+
+
+def test_code_that_a_folder_names_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strange.py").write_text("import os\nos.mkdir('executed')\ndef data(): ...\n")
+    recipe = "{model: {name: resnet20}, data: {name: 'strange:data'}, stages: [{name: a}]}"
+    with pytest.raises(InputError, match=r"code that a folder names is not run\. Write"):
+        evaluate(folder_saying(tmp_path, recipe=recipe, numbers="{}"), None, None, watch=Unwatched())
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("numbers", ["[]", "{", '{"mean": 1}', '{"std": [1, 2, NaN]}', '{"runtime": {}}', "[" * 99_999])
+def test_numbers_of_another_shape_are_told(images, tmp_path, numbers):
+    folder = folder_saying(tmp_path, recipe="", numbers=numbers)
+    with pytest.raises(InputError, match=r"numbers\.json is (damaged|not what this version)"):
+        evaluate(folder, str(images), None, watch=Unwatched())

@@ -1,0 +1,128 @@
+"""A run that decides by what it measures decides the same when it goes on."""
+
+import json
+import random
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.checkpoint.model_folder import load
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.progress import Unwatched
+from tersor.core.target import Target
+from tersor.pipeline.latency_cache import MEASURED, ByMacs, Remembering
+from tersor.pipeline.run import run
+from tersor.pipeline.setup import prepare
+from tersor.recipe import parse
+
+IMAGE = torch.rand(1, 3, 8, 8)
+RECIPE = """\
+model: {name: "test_measured:build"}
+data: {name: digits, limit: 48}
+checkpoint_every: 2
+stages:
+  - name: cut
+    steps: 4
+    batch_size: 16
+    methods: [{channel_pruning: {keep_latency: 0.6, round_to: 2, estimation_images: 16}}]
+"""
+
+
+class Noisy:
+    """A machine on which nothing is ever as it was; it counts how often it was asked."""
+
+    def __init__(self, seed=0):
+        self.draw = random.Random(seed)
+        self.asked = 0
+
+    def against(self, original, example, target):
+        def ratio(_network):
+            self.asked += 1
+            return self.draw.uniform(0.3, 0.9)
+
+        return ratio
+
+
+def build(num_classes):
+    """A network whose inner channels can go in 15 steps."""
+    inner = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+
+
+def net(width):
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(36 * width, 2))
+
+
+def test_the_same_shapes_get_the_same_answer_in_another_process_too(tmp_path):
+    file, noisy = tmp_path / MEASURED, Noisy()
+    first = Remembering(noisy, file).against(net(8), IMAGE, Target())
+    answers = [first(net(4)), first(net(4)), first(net(5))]
+    assert answers[0] == answers[1] != answers[2]
+    assert noisy.asked == 2
+    again = Remembering(Noisy(seed=1), file).against(net(8), IMAGE, Target())
+    assert [again(net(4)), again(net(5))] == answers[1:]
+    others = [
+        Remembering(noisy, file).against(net(9), IMAGE, Target()),
+        Remembering(noisy, file).against(net(8), torch.rand(1, 3, 9, 8), Target()),
+        Remembering(noisy, file).against(net(8), IMAGE, Target(runtime="openvino")),
+    ]
+    assert not {other(net(4)) for other in others} & set(answers)
+    assert [path.name for path in tmp_path.iterdir()] == [MEASURED]
+
+
+def test_a_rehearsal_goes_by_the_macs():
+    ratio = ByMacs().against(net(8), IMAGE, Target())
+    assert ratio(net(4)) == pytest.approx(0.5)
+
+
+class Stops(Unwatched):
+    """Ends the process between the first checkpoint and the second."""
+
+    steps = 0
+
+    def advance(self, items=1, **shown):
+        self.steps += bool(shown)
+        if self.steps == 3:
+            raise KeyboardInterrupt
+
+
+def walked(folder, machine, watch=None):
+    walk = prepare(parse(RECIPE, "latency.yaml"), model=None, data=None, watch=Unwatched())
+    folder.mkdir(exist_ok=True)
+    walk.stopwatch = Remembering(machine, folder / MEASURED)
+    (told,) = walk.stages(watch or Unwatched(), Checkpoints(folder))
+    return walk.model.state_dict(), told["notes"]
+
+
+def test_a_stage_that_goes_on_keeps_the_channels_that_it_had(tmp_path):
+    whole, notes = walked(tmp_path / "whole", Noisy(seed=1))
+    with pytest.raises(KeyboardInterrupt):
+        walked(tmp_path / "stopped", Noisy(seed=1), Stops())
+    changed = Noisy(seed=2)
+    resumed, said = walked(tmp_path / "stopped", changed)
+    assert changed.asked == 0
+    assert said == notes
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+
+
+def test_without_its_memory_it_would_not(tmp_path):
+    widths = {
+        tuple(value.shape[0] for value in walked(tmp_path / str(seed), Noisy(seed))[0].values() if value.ndim)
+        for seed in (1, 2)
+    }
+    assert len(widths) == 2
+
+
+@pytest.mark.slow
+def test_a_run_measures_once_and_tells(tmp_path, monkeypatch):
+    noisy = Noisy(seed=1)
+    monkeypatch.setattr(sys.modules["tersor.pipeline.run"], "RuntimeStopwatch", lambda _watch: noisy)
+    folder = run(parse(RECIPE, "latency.yaml"), out=tmp_path / "out")
+    (told,) = json.loads((folder / "numbers.json").read_text())["stages"]
+    assert 0 < noisy.asked <= 8
+    assert any("of the latency at batch size 1" in note for note in told["notes"])
+    again = load(build(10), folder)
+    assert again(IMAGE.repeat(1, 1, 2, 2)).shape == (1, 10)

@@ -1,0 +1,110 @@
+"""How networks and images go through a recipe."""
+
+from dataclasses import replace
+
+import torch
+
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.progress import Unwatched
+from tersor.data import load
+from tersor.pipeline.setup import prepare
+from tersor.recipe import parse
+
+RECIPE = """\
+model: {name: resnet20}
+teacher: {name: resnet20, epochs: 1, training: {batch_size: 32}}
+data: {name: digits, limit: 64, augment: flip}
+seed: SEED
+stages:
+  - {name: distil, steps: 3, batch_size: 32, methods: [soft_targets]}
+  - {name: quantize, methods: [{ptq: {calibration_images: 32}}]}
+"""
+
+
+def walked(folder, seed: int, noise: int) -> dict[str, torch.Tensor]:
+    """What the recipe ends with in a process that has drawn `noise` numbers before."""
+    torch.rand(noise)
+    recipe = parse(RECIPE.replace("SEED", str(seed)), "recipe.yaml")
+    walk = prepare(recipe, model=None, data=None, watch=Unwatched())
+    checkpoints = Checkpoints(folder)
+    walk.train_teacher(Unwatched(), checkpoints)
+    walk.stages(Unwatched(), checkpoints)
+    return walk.model.state_dict()
+
+
+def test_same_seed_same_bits_and_another_seed_others(tmp_path):
+    first = walked(tmp_path / "a", seed=3, noise=1)
+    second = walked(tmp_path / "b", seed=3, noise=7)
+    other = walked(tmp_path / "c", seed=4, noise=1)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(
+        first["linear.parametrizations.weight.original"], other["linear.parametrizations.weight.original"]
+    )
+
+
+def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    recipe = parse(RECIPE.replace("SEED", "5"), "recipe.yaml")
+    prepare(recipe, model=None, data=None, watch=Unwatched())
+    assert torch.equal(torch.rand(3), expected)
+
+
+PRUNED = """\
+model: {name: resnet20, num_classes: 10}
+data: {name: digits, limit: 200}
+stages:
+  - name: prune
+    steps: 1
+    batch_size: 32
+    methods:
+      - channel_pruning: {keep_macs: 0.7, importance: obs, scope: global, branches: 1, round_to: 2}
+"""
+
+
+class Bars(Unwatched):
+    """Every bar, as it was drawn: its task, its total, how far it came."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def start(self, task, total):
+        self.drawn.append([task, total, 0])
+
+    def advance(self, items=1, **values):
+        assert items >= 0
+        self.drawn[-1][2] += items
+
+
+class Counted:
+    """Images that know how many of them were looked at."""
+
+    def __init__(self, images):
+        self.images, self.labels, self.size, self.looked_at = images, images.labels, images.size, set()
+
+    def __len__(self):
+        return len(self.images)
+
+    def take(self, index):
+        self.looked_at |= set(index.tolist())
+        return self.images.take(index)
+
+
+def test_attaching_shows_how_far_it_is_and_its_rehearsal_looks_at_few_images(tmp_path):
+    data = load(name="digits", limit=200)
+    counted, bars = Counted(data.train), Bars()
+    walk = prepare(parse(PRUNED, "recipe.yaml"), model=None, data=replace(data, train=counted), watch=bars)
+    rehearsed, bars.drawn = bars.drawn, []
+    assert len(counted.looked_at) <= 64 < len(counted)
+    walk.stages(bars, Checkpoints(tmp_path))
+    assert len(counted.looked_at) >= 3 * 64
+    of_attaching = ("runs without a branch", "images, what the answers hang on", "groups of channels")
+    for drawn, images in ((rehearsed, 64), (bars.drawn, 3 * 64)):
+        branches, seen, groups = drawn[: len(of_attaching)]
+        for (task, *_), what in zip((branches, seen, groups), of_attaching, strict=True):
+            assert task.startswith(f"prune: {what}")
+        assert branches[1:] == [9 * images // 64] * 2
+        assert seen[2] == images <= seen[1]
+        assert groups[1] == groups[2] > 1

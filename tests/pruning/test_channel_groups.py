@@ -1,0 +1,342 @@
+"""Removal equals masking: what is cut gives the answers of the network whose channels are zero."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.evaluation.costs import costs
+from tersor.graph.capture import capture
+from tersor.models import build
+from tersor.pruning.channel_groups import Cut, coupled_channels, merged, remove
+
+
+class OverSome(nn.Module):
+    """A layer norm that looks at some of its channels only, written slowly; the others are zero."""
+
+    def __init__(self, norm, gone):
+        super().__init__()
+        self.norm = norm
+        self.kept = [place for place in range(len(norm.weight)) if place not in gone]
+
+    def forward(self, x):
+        channels = 1 if type(self.norm) is not nn.LayerNorm else -1
+        x = x.movedim(channels, -1)
+        some = x[..., self.kept]
+        mean = some.mean(-1, keepdim=True)
+        variance = (some - mean).square().mean(-1, keepdim=True)
+        found = torch.zeros_like(x)
+        found[..., self.kept] = (some - mean) / (variance + self.norm.eps).sqrt() * self.norm.weight[self.kept]
+        found[..., self.kept] += self.norm.bias[self.kept]
+        return found.movedim(-1, channels)
+
+
+def masked(graph, cuts):
+    """The same network whose channels are zero: filters, biases and norms at 0, shapes as they were."""
+    network = copy.deepcopy(graph)
+    tensors = dict(network.named_parameters())
+    for cut in cuts:
+        places = list(cut.channels)
+        if cut.axis.isdecimal():
+            tensors[cut.layer].data.index_fill_(int(cut.axis), torch.tensor(places), 0)
+        if cut.axis not in {"out", "in"}:
+            continue
+        module = network.get_submodule(cut.layer)
+        for key, tensor in module.named_parameters():
+            if cut.axis == "out":
+                tensor.data[places] = 0
+            elif key == "weight" and getattr(module, "groups", 1) == 1:
+                tensor.data[:, places] = 0
+        if isinstance(module, nn.LayerNorm):
+            network.set_submodule(cut.layer, OverSome(module, set(places)))
+    return network
+
+
+def drawn(model):
+    """As it might have been trained: nothing is zero, nothing is one."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    for parameter in model.parameters():
+        if parameter.ndim < 2 or parameter.std() < 1e-3:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def check(model, images):
+    """Half of every group is removed, drawn at random; gives the graph and what stayed whole."""
+    graph = capture(drawn(model).eval())
+    with torch.no_grad():
+        before = graph(images)
+        groups, whole = coupled_channels(graph, images)
+        assert torch.equal(graph(images), before), "trying leaves no trace"
+    parameters = {key: id(parameter) for key, parameter in graph.named_parameters()}
+    draw = random.Random(1)
+    halves = [draw.sample(range(len(group.slices)), len(group.slices) // 2) for group in groups]
+    cuts = merged(cut for group, half in zip(groups, halves, strict=True) for cut in group.cuts(half))
+    fresh, spent = copy.deepcopy(graph), costs(graph, images).macs
+    expected = masked(graph, cuts)(images).detach()
+    remove(graph, cuts)
+    assert costs(graph, images).macs < spent / 1.9
+    assert {key: id(parameter) for key, parameter in graph.named_parameters()} == parameters
+    with torch.no_grad():
+        found = graph(images)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    [told] = json.loads(json.dumps(graph.meta["cuts"]))
+    remove(fresh, [Cut(layer, axis, tuple(at)) for layer, axis, at in told])
+    fresh.load_state_dict(graph.state_dict())
+    assert torch.equal(fresh(images), found)
+    graph.train()(images).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in graph.parameters())
+    return graph, whole
+
+
+class Dense(nn.Module):
+    """Concatenations, and a convolution by groups behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(16 + 8 * place) for place in range(3)])
+        self.layers = nn.ModuleList([nn.Conv2d(16 + 8 * place, 8, 3, padding=1) for place in range(3)])
+        self.wide = nn.Conv2d(40, 64, 1)
+        self.grouped = nn.Conv2d(64, 64, 3, padding=1, groups=16)
+        self.few = nn.Conv2d(64, 32, 3, padding=1, groups=2)
+        self.norm = nn.GroupNorm(16, 32)
+        self.squeeze = nn.Linear(32, 8)
+        self.excite = nn.Linear(8, 32)
+        self.head = nn.Linear(32 * 16, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = torch.cat([x, layer(F.relu(norm(x)))], dim=1)
+        x = self.norm(self.few(F.relu(self.grouped(F.relu(self.wide(x))))))
+        x = x * torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))[:, :, None, None]
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 4), 1))
+
+
+class Block(nn.Module):
+    """Attention in timm's way: one layer for query, key and value, heads by reshape."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.gamma = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x):
+        n, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        given = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+        x = x + self.gamma * self.proj(given)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class PlainViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 32))
+        self.places = nn.Parameter(torch.randn(1, 17, 32))
+        self.blocks = nn.Sequential(Block(32, 4), Block(32, 4))
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.places
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def vit():
+    return torchvision.models.VisionTransformer(16, 4, 2, 4, 32, 64, num_classes=10)
+
+
+def swin(block=None, merging=None):
+    options = {"block": block, "downsample_layer": merging} if block else {}
+    return torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [4, 4], [4, 4], num_classes=10, **options)
+
+
+def swin_v2():
+    return swin(
+        torchvision.models.swin_transformer.SwinTransformerBlockV2, torchvision.models.swin_transformer.PatchMergingV2
+    )
+
+
+TINY = {
+    "option A": (lambda: build("resnet20", 10), 16),
+    "shuffled": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10), 64),
+    "depthwise": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), 64),
+    "dense and grouped": (Dense, 16),
+    "fire": (lambda: torchvision.models.squeezenet1_1(num_classes=10), 64),
+    "torchvision's ViT": (vit, 16),
+    "timm's ViT": (PlainViT, 16),
+    "Swin": (swin, 32),
+    "Swin V2": (swin_v2, 32),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_cut_is_what_was_masked(name):
+    torch.manual_seed(0)
+    make, size = TINY[name]
+    check(make(), torch.randn(2, 3, size, size))
+
+
+@pytest.mark.parametrize("name", ["option A", "torchvision's ViT", "timm's ViT", "Swin", "Swin V2"])
+def test_every_group_goes_alone(name):
+    torch.manual_seed(0)
+    make, size = TINY[name]
+    images = torch.randn(2, 3, size, size)
+    graph = capture(drawn(make()).eval())
+    groups, _ = coupled_channels(graph, images)
+    for group in groups:
+        cuts = group.cuts(range(1, len(group.slices), 2))
+        cut = copy.deepcopy(graph)
+        remove(cut, cuts)
+        expected = masked(graph, cuts)(images)
+        assert (cut(images) - expected).abs().max() <= 1e-4 * expected.abs().max(), group.root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "maxvit_t", "mnasnet0_5"),
+        *("mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnext50_32x4d"),
+        *("shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32", "wide_resnet50_2"),
+        *("googlenet", "inception_v3"),
+    ],
+)
+def test_the_smallest_of_every_family(name):
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
+    check(torchvision.models.get_model(name, num_classes=10, **options), torch.randn(2, 3, 224, 224))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "vit_tiny_patch16_224",
+            "deit_tiny_patch16_224",
+            "swin_tiny_patch4_window7_224",
+            "convnext_atto",
+            "pit_ti_224",
+        ),
+        *("coat_lite_tiny", "pvt_v2_b0", "xcit_nano_12_p16_224", "mixer_s32_224", "poolformer_s12", "hrnet_w18_small"),
+    ],
+)
+def test_families_of_timm(name):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    graph = capture(drawn(timm.create_model(name, num_classes=10)).eval())
+    images = torch.randn(2, 3, 224, 224)
+    groups, _ = coupled_channels(graph, images)
+    spent = costs(graph, images).macs
+    remove(graph, merged(cut for group in groups for cut in group.cuts(range(len(group.slices) // 2))))
+    assert costs(graph, images).macs < spent / 1.9
+    graph.train()(images).square().mean().backward()
+
+
+def test_zeros_that_pad_channels_go_along():
+    torch.manual_seed(0)
+    graph, whole = check(build("resnet20", 10), torch.randn(2, 3, 16, 16))
+    assert whole == {"linear": "they are the answers"}
+    widths = [graph.get_submodule(name).out_channels for name in ("conv1", "layer2.0.conv2", "layer3.0.conv2")]
+    assert widths == [8, 16, 32]
+    amounts = [node.args[1][4:] for node in graph.graph.nodes if node.name.startswith("pad")]
+    assert [sum(amount) for amount in amounts] == [8, 16]
+
+
+def test_heads_and_places_of_every_head_are_groups():
+    torch.manual_seed(0)
+    graph = capture(PlainViT().eval())
+    groups, whole = coupled_channels(graph, torch.randn(1, 3, 16, 16))
+    found = sorted((group.root, len(group.slices), group.width, group.within) for group in groups)
+    blocks = [(f"blocks.{place}.{name}", *rest) for place in (0, 1) for name, *rest in (
+        ("qkv", 4, 24, False), ("qkv", 8, 1, True), ("up", 128, 1, False)
+    )]  # fmt: skip
+    assert found == sorted([("patches", 32, 1, False), *blocks])
+    assert set(whole) == {"head"}
+
+
+class Odd(nn.Module):
+    """One place of its channels is taken by number; others are summed by a maximum over all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 8, 3) for _ in range(3))
+        self.free = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        one = self.first(x)[:, 2].mean((1, 2))
+        most = self.second(x).amax(1).mean((1, 2))
+        sorted_ = torch.sort(self.third(x), dim=1).values.mean((1, 2, 3))
+        return self.head(self.free(x).mean((2, 3))) + (one + most + sorted_)[:, None]
+
+
+def test_what_stays_whole_is_said():
+    graph = capture(Odd().eval())
+    groups, whole = coupled_channels(graph, torch.randn(1, 3, 8, 8))
+    assert [group.root for group in groups] == ["free"]
+    assert {name: why for name, why in whole.items() if name != "head"} == {
+        "first": "getitem takes one of them by its number",
+        "second": "amax (amax) goes across them",
+        "third": "they go into sort (sort), for which there is no rule",
+    }
+
+
+def test_what_no_rule_foresaw_is_found_by_trying():
+    class Scaled(nn.Module):
+        """Divides by the number of its channels, which no rule reads."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head((x / x.shape[1]).mean((2, 3)))
+
+    graph = capture(Scaled().eval())
+    groups, whole = coupled_channels(graph, torch.randn(1, 3, 8, 8))
+    assert groups == []
+    assert "truediv gives other values" in whole["conv"]
+
+
+def test_images_that_do_not_fit_are_told():
+    graph = capture(vit().eval())
+    with pytest.raises(InputError, match=r"does not run on images \(3, 20, 20\)"):
+        coupled_channels(graph, torch.randn(1, 3, 20, 20))
+
+
+class Bare(nn.Module):
+    """Has no module in it, and counts its channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        return F.linear(F.relu(F.linear(x.flatten(1), self.first).reshape(-1, 8)), self.second)
+
+
+def test_a_network_without_modules_stays_as_it_was_while_removal_is_tried():
+    graph = capture(Bare().eval())
+    code = graph.code
+    groups, _ = coupled_channels(graph, torch.randn(2, 3, 2, 2))
+    assert [len(group.slices) for group in groups] == [8]
+    assert graph.code == code

@@ -1,0 +1,133 @@
+"""The order in which channels go, and what is left: counted step by step against the network itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.evaluation.costs import costs
+from tersor.graph.capture import capture
+from tersor.models import build
+from tersor.pruning.channel_groups import Cut, Group, coupled_channels, remove
+from tersor.pruning.channel_selection import left, ordered, prices, removable
+
+IMAGES = torch.rand(1, 3, 32, 32)
+
+
+def group(root, size, places=1):
+    return Group(root, tuple((Cut(root, "out", tuple(range(c * places, (c + 1) * places))),) for c in range(size)))
+
+
+def order_of(sizes, scores, **options):
+    groups = [group(f"layer{number}", size, options.pop("places", 1)) for number, size in enumerate(sizes)]
+    given = {"scope": "layer", "round_to": 1, "floor": 0.0, **options}
+    return ordered(groups, [torch.tensor(each) for each in scores], **given)
+
+
+def test_layers_take_turns():
+    order = order_of([2, 4], [[9.0, 8.0], [1.0, 4.0, 2.0, 3.0]])
+    assert order.blocks == [(1, 1), (1, 2), (0, 1), (1, 3)]
+    assert order.gone(3) == [[1], [0, 2]]
+    assert order.cuts(3) == [Cut("layer0", "out", (1,)), Cut("layer1", "out", (0, 2))]
+
+
+def test_the_least_important_go_first_anywhere():
+    order = order_of([2, 3], [[9.0, 8.0], [1.0, 4.0, 2.0]], scope="global")
+    assert order.blocks == [(1, 1), (1, 2), (0, 1)]
+
+
+def test_importances_are_compared_for_each_unit_of_the_price():
+    scores = [[3.0, 4.0, 9.0], [1.0, 2.0, 9.0]]
+    order = order_of([3, 3], scores, scope="global", prices=[10.0, 1.0])
+    assert order.blocks == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    free = order_of([3, 3], scores, scope="global", prices=[0.0, 1.0])
+    assert free.blocks == [(1, 1), (1, 2), (0, 1), (0, 2)], "what costs nothing saves nothing"
+
+
+@pytest.mark.parametrize("kind", ["macs", "parameters", "channels"])
+def test_a_price_is_what_the_network_costs_less(kind):
+    graph = capture(build("resnet20", 10).eval())
+    groups, _ = removable(graph, IMAGES, (), "channel_pruning")
+    found = prices(kind, graph, groups, {layer.name: layer.macs for layer in costs(graph, IMAGES).layers})
+    before = costs(graph, IMAGES)
+    for number in range(len(groups)):
+        cut = copy.deepcopy(graph)
+        remove(cut, groups[number].cuts([0]))
+        after = costs(cut, IMAGES)
+        saved = {"macs": before.macs - after.macs, "parameters": before.parameters - after.parameters, "channels": 1}
+        assert found[number] == pytest.approx(saved[kind], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "round_to", "floor", "kept"),
+    [(10, 4, 0.0, [8, 4]), (16, 8, 0.0, [8]), (16, 4, 0.6, [12]), (3, 8, 0.0, []), (5, 1, 0.5, [4, 3])],
+)
+def test_widths_are_round_and_have_a_floor(size, round_to, floor, kept):
+    order = order_of([size], [[*map(float, range(size))]], round_to=round_to, floor=floor)
+    assert [size - end for _, end in order.blocks] == kept
+
+
+def test_a_channel_of_many_places_is_round_by_itself():
+    assert [end for _, end in order_of([6], [[*map(float, range(6))]], places=64, round_to=8).blocks] == [1, 2, 3, 4, 5]
+    assert [end for _, end in order_of([6], [[*map(float, range(6))]], places=4, round_to=8).blocks] == [2, 4]
+
+
+class Mixed(nn.Module):
+    """A sum that couples, a depthwise convolution, columns for every pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.second, self.each = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 12, 3, groups=12)
+        self.third, self.head = nn.Conv2d(12, 9, 1, bias=False), nn.Linear(9 * 36, 4)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        return self.head(self.third(self.each(x + self.second(x)).relu()).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["macs", "parameters"])
+def test_what_is_left_is_what_the_network_says(kind):
+    torch.manual_seed(0)
+    graph, image = capture(Mixed().eval()), torch.rand(1, 3, 8, 8)
+    groups, _ = coupled_channels(graph, image)
+    order = ordered(groups, [torch.rand(len(each.slices)) for each in groups], scope="global", round_to=3, floor=0.1)
+    spent = costs(graph, image)
+    found = left(kind, graph, order, {layer.name: layer.macs for layer in spent.layers})
+    assert len(found) == len(order.blocks) + 1 == 6
+    assert found == sorted(found, reverse=True)
+    for blocks, fraction in enumerate(found):
+        network = copy.deepcopy(graph)
+        remove(network, order.cuts(blocks))
+        assert fraction == pytest.approx(getattr(costs(network, image), kind) / getattr(spent, kind), abs=1e-9)
+
+
+def test_channels_are_counted():
+    order = order_of([2, 4], [[9.0, 8.0], [1.0, 4.0, 2.0, 3.0]])
+    assert left("channels", capture(nn.Sequential()), order, {}) == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6])
+
+
+def test_thousands_of_blocks_walk_over_the_network_once(monkeypatch):
+    """2,500 blocks of 4 channels in 6 layers: a walk over the network for each would take minutes."""
+    graph = capture(nn.Sequential(*[nn.Linear(10_000, 1, bias=False) for _ in range(6)]))
+    slices = tuple(tuple(Cut(str(layer), "in", (c,)) for layer in range(6)) for c in range(10_000))
+    order = ordered([Group("0", slices)], [torch.rand(10_000)], scope="global", round_to=4, floor=0.0)
+    walks = []
+    named_modules = graph.named_modules
+    monkeypatch.setattr(
+        graph, "named_modules", lambda *given, **options: walks.append(1) or named_modules(*given, **options)
+    )
+    found = left("parameters", graph, order, {})
+    assert len(walks) < 10
+    assert found[-1] == pytest.approx(4 / 10_000)
+
+
+def test_what_cannot_go_is_told():
+    graph = capture(build("resnet20", 10).eval())
+    groups, whole = removable(graph, IMAGES, ["layer1"], "channel_pruning")
+    assert {group.root.split(".")[0] for group in groups} == {"layer2", "layer3"}
+    assert "linear" in whole
+    with pytest.raises(InputError, match="matches no layer"):
+        removable(graph, IMAGES, ["layr1"], "channel_pruning")

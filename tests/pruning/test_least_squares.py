@@ -1,0 +1,159 @@
+"""What removed channels gave is given by those that stay, as far as they can tell it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.graph.capture import capture
+from tersor.pruning.channel_groups import coupled_channels, merged, remove
+from tersor.pruning.least_squares import fitted, take_over
+
+IMAGES = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+"""So small that a layer behind a 3x3 convolution has at most 16 positions, and all of them are looked at."""
+
+
+def net(*behind, width=6):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), *behind).eval()
+
+
+def pooled(width):
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
+
+
+def cut(model, channels, *, made_up=True, images=IMAGES):
+    """Channels of the first convolution removed, and made up for or not."""
+    graph = capture(copy.deepcopy(model))
+    (group,) = [group for group in coupled_channels(graph, images)[0] if group.root == "0"]
+    cuts = merged(group.cuts(channels))
+    found = drained(fitted(graph, cuts, [images[:6], images[6:]], 16)) if made_up else {}
+    remove(graph, cuts)
+    take_over(graph, found)
+    return graph
+
+
+def drained(steps):
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def kill(model, channels):
+    """Factor 0, so that what is sent on is the constant max(beta, 0)."""
+    model[1].weight.data[list(channels)] = 0
+    model[1].bias.data[list(channels)] = torch.tensor([0.7, 1.3])
+    return model
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        pooled(6),
+        (nn.Conv2d(6, 5, 3), nn.ReLU(), *pooled(5)),
+        (nn.Conv2d(6, 5, 2, stride=2, dilation=2, bias=False), nn.BatchNorm2d(5), nn.ReLU(), *pooled(5)),
+        (nn.Flatten(), nn.Linear(6 * 16, 4)),
+    ],
+    ids=["linear", "bias", "batchnorm", "flattened"],
+)
+def test_a_dead_channel_goes_and_nothing_changes(behind):
+    model = kill(net(*behind), (1, 4))
+    assert torch.allclose(cut(model, [1, 4])(IMAGES), model(IMAGES), atol=1e-5)
+    assert not torch.allclose(cut(model, [1, 4], made_up=False)(IMAGES), model(IMAGES), atol=1e-2)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(6, 5, 3, padding="same", bias=False)])
+def test_no_filter_on_what_stays_comes_nearer(layer):
+    model = net(layer, *(() if layer.bias is not None else (nn.BatchNorm2d(5),)))
+    wanted, bare = model(IMAGES), cut(model, [0, 2], made_up=False)(IMAGES)
+    features = nn.functional.unfold(model[:3](IMAGES)[:, [1, 3, 4, 5]], 3, padding=1).movedim(1, -1).flatten(0, 1)
+    features = torch.cat([features, torch.ones(len(features), 1)], 1)
+    target = wanted.movedim(1, -1).flatten(0, -2)
+    least = (features @ torch.linalg.lstsq(features, target).solution - target).square().sum()
+    found = (cut(model, [0, 2])(IMAGES) - wanted).square().sum()
+    assert least <= found < 1.01 * least
+    by_means_alone = (bare - wanted).movedim(1, 0).flatten(1).var(1, correction=0).sum() * len(target)
+    assert found < 0.8 * by_means_alone
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 5, 3, stride=2, padding=1),
+        nn.Conv2d(6, 5, (3, 2), dilation=(1, 2), padding=(2, 0)),
+        nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect"),
+        nn.Linear(4, 5),
+    ],
+    ids=["stride", "dilation", "reflect", "linear"],
+)
+def test_of_too_few_positions_the_mean_is_given(layer):
+    torch.manual_seed(1)
+    if isinstance(layer, nn.Linear):
+        layer = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    model = net(*layer) if isinstance(layer, nn.Sequential) else net(layer)
+    images, gone = IMAGES[:2], [1, 4]
+    given = model[:3](images)
+    kept = given.clone()
+    kept[:, gone] = 0
+    lost = (model[3:](given) - model[3:](kept)).movedim(1, -1).flatten(0, -2).mean(0)
+    pruned, bare = cut(model, gone, images=images), cut(model, gone, made_up=False, images=images)
+    offset = (pruned(images) - bare(images)).movedim(1, -1).flatten(0, -2)
+    assert torch.allclose(offset, lost.expand_as(offset), atol=1e-5)
+
+
+def test_of_a_reader_that_loses_channels_itself_those_that_stay_get_theirs():
+    model = kill(net(nn.Conv2d(6, 5, 3), nn.ReLU(), *pooled(5)), (1, 4))
+    graph = capture(copy.deepcopy(model))
+    roots = {group.root: group for group in coupled_channels(graph, IMAGES)[0]}
+    cuts = merged([*roots["0"].cuts([1, 4]), *roots["3"].cuts([2])])
+    found = drained(fitted(graph, cuts, [IMAGES], 16))
+    assert {name: tuple(fit.weight.shape) for name, fit in found.items()} == {"3": (4, 4, 3, 3), "7": (4, 4)}
+    dead = copy.deepcopy(model)
+    dead[3].weight.data[2], dead[3].bias.data[2] = 0, 0
+    remove(graph, cuts)
+    take_over(graph, {"3": found["3"]})
+    assert torch.allclose(graph(IMAGES), dead(IMAGES), atol=1e-5)
+
+
+def test_looking_leaves_the_network_as_it_was():
+    model = capture(net(*pooled(6)).train())
+    (group,) = [group for group in coupled_channels(model, IMAGES)[0] if group.root == "0"]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    drained(fitted(model, group.cuts([0]), [IMAGES], 16))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(InputError, match="none were given"):
+        drained(fitted(model, group.cuts([0]), [], 16))
+
+
+class Shared(nn.Module):
+    """The same convolution at two resolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3)
+        self.shared = nn.Conv2d(6, 5, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.shared(x).mean((2, 3)) + self.shared(nn.functional.avg_pool2d(x, 2)).mean((2, 3))
+
+
+def test_a_layer_that_is_used_at_several_sizes_is_fitted_to_all_of_them():
+    torch.manual_seed(0)
+    graph = capture(Shared().eval())
+    (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]
+    fit = drained(fitted(graph, merged(group.cuts([1, 4])), [IMAGES[:6], IMAGES[6:]], 16))["shared"]
+    x = torch.relu(graph.first(IMAGES))
+    read = torch.cat([each.movedim(1, -1).flatten(0, -2) for each in (x, nn.functional.avg_pool2d(x, 2))])
+    given = read @ graph.shared.weight.flatten(1).T
+    made_up = read[:, [0, 2, 3, 5]] @ fit.weight.flatten(1).T + fit.bias
+    assert torch.allclose(made_up.mean(0), given.mean(0), atol=1e-5)
+    one = torch.ones(len(read), 1)
+    stays = torch.cat([read[:, [0, 2, 3, 5]], one], 1)
+    least = (stays @ torch.linalg.lstsq(stays, given).solution - given).square().sum()
+    assert (made_up - given).square().sum() < 1.01 * least

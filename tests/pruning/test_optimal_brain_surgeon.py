@@ -1,0 +1,275 @@
+"""What the answers lose without a channel: against what they really lose, on networks where the formula is exact."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.graph.capture import capture
+from tersor.pruning.channel_groups import coupled_channels, merged, remove
+from tersor.pruning.least_squares import fitted, take_over
+from tersor.pruning.optimal_brain_surgeon import losses
+
+IMAGES = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+DATA = IMAGES.split(16)
+"""What is looked at is all of them."""
+
+
+def net(width=6):
+    """The logits are what reads the channels, so that they are linear in it."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
+    return nn.Sequential(*layers).eval()
+
+
+def lost(model, data=DATA, images=64):
+    """The group of the first layer, and what is lost by its channels."""
+    graph = capture(copy.deepcopy(model))
+    (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
+    (found,) = losses(graph, [group], data, images)
+    return group, found
+
+
+@torch.no_grad()
+def measured(model, group, channels):
+    """Half of the mean squared change of the centred logits, the layer behind fitted."""
+    graph = capture(copy.deepcopy(model))
+    cuts, before = merged(group.cuts(channels)), graph(IMAGES)
+    steps = fitted(graph, cuts, DATA, len(IMAGES))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            fits = end.value
+            break
+    remove(graph, cuts)
+    take_over(graph, fits)
+    change = graph(IMAGES) - before
+    return float((change - change.mean(1, keepdim=True)).square().sum(1).mean()) / 2
+
+
+@pytest.fixture
+def even_signs(monkeypatch):
+    """Random signs whose mean product is the identity to the digit: images ask for one logit each, in turns."""
+
+    def drawn(_low, _high, shape, generator):
+        asked = nn.functional.one_hot(torch.arange(shape[0]) % shape[1], shape[1]) * shape[1] ** 0.5
+        return (asked + 1) / 2  # from 0 and 1 signs are made
+
+    monkeypatch.setattr(torch, "randint", drawn)
+
+
+@pytest.mark.usefixtures("even_signs")
+def test_what_is_lost_is_what_is_measured_for_the_first_and_behind_it():
+    model = net()
+    group, found = lost(model)
+    order = found.argsort().tolist()
+    alone = [measured(model, group, [channel]) for channel in range(6)]
+    assert order[0] == min(range(6), key=alone.__getitem__)
+    for gone in range(1, 6):
+        together = float(found[order[:gone]].sum())
+        assert together == pytest.approx(measured(model, group, order[:gone]), rel=0.01), gone
+
+
+def test_a_channel_that_another_can_stand_in_for_costs_nothing_and_then_that_one_costs():
+    model = net()
+    for tensor in (model[0].weight, model[0].bias):
+        tensor.data[4] = 2 * tensor.data[1]
+    _, found = lost(model)
+    assert sorted(found.argsort().tolist().index(channel) for channel in (1, 4))[0] == 0
+    assert float(found[[1, 4]].min()) < 0.02 * float(found[[1, 4]].max())
+
+
+@pytest.mark.usefixtures("even_signs")
+def test_what_costs_less_behind_another_is_not_taken_before_it():
+    """Two that nearly cancel each other: without the one, hardly anything is left of the other's weight."""
+    model = net()
+    model[0].weight.data[4] = model[0].weight.data[1] + 0.5 * model[0].weight.data[0]
+    model[0].bias.data[4] = model[0].bias.data[1]
+    model[-1].weight.data[:, 4] = -1.001 * model[-1].weight.data[:, 1]
+    group, found = lost(model)
+    order = found.argsort(stable=True).tolist()
+    assert set(order[:2]) == {1, 4}
+    assert float(found[order[0]]) == pytest.approx(measured(model, group, order[:1]), rel=0.1)
+
+
+def test_what_too_few_positions_cannot_tell_apart_counts_as_apart():
+    """Neither twin stands in for the other then."""
+    model = net()
+    for tensor in (model[0].weight, model[0].bias):
+        tensor.data[4] = tensor.data[1]
+    model[-1].weight.data[:, 4] = model[-1].weight.data[:, 1]
+    _, found = lost(model, [IMAGES[:4]], 4)
+    assert float(found[1]) == pytest.approx(float(found[4]), rel=1e-4)
+    assert float(found[1]) > 0
+
+
+def test_all_layers_that_read_a_channel_are_asked():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.left, self.right = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Conv2d(6, 4, 3)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return (self.left(x).relu() + self.right(x).relu()).mean((2, 3))
+
+    torch.manual_seed(0)
+    graph = capture(Forked().eval())
+    (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]
+    graph.left.weight.data[:, :3] = 0
+    graph.right.weight.data[:, 2:] = 0
+    (found,) = losses(graph, [group], DATA, len(IMAGES))
+    assert int(found.argmin()) == 2, "which neither reads"
+    assert float(found[2]) < 1e-30
+    assert float(found[[0, 1, 3, 4, 5]].min()) > 0
+
+
+def test_where_no_layer_reads_whole_nothing_is_said():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    graph = capture(model.eval())
+    groups = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
+    assert losses(graph, groups, DATA, 64) == [None] * len(groups)
+
+
+def test_the_network_comes_back_as_it_was():
+    model = net().train()
+    model.requires_grad_(requires_grad=False)
+    graph = capture(model)
+    (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
+    before = {name: tensor.clone() for name, tensor in graph.state_dict().items()}
+    (found,) = losses(graph, [group], DATA, 32)
+    assert float(found.sum()) > 0, "frozen weights lose no less"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in graph.state_dict().items())
+    assert graph.training
+    assert all(parameter.grad is None for parameter in graph.parameters())
+    assert not any(module._forward_hooks for module in graph.modules())
+
+
+@pytest.mark.parametrize("width", [6, 256])
+def test_of_twins_one_is_free(width):
+    """In a group so wide that several go at once, too."""
+    model = net(width)
+    for tensor in (model[0].weight, model[0].bias):
+        tensor.data[4] = tensor.data[1]
+    model[-1].weight.data[:, [1, 4]] = torch.tensor([[3.0, -3, 3, -3]]).T.expand(4, 2)
+    images = torch.randn(1024, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+    _, found = lost(model, images.split(256), 1024)
+    assert float(found[[1, 4]].max()) > 50 * float(found[[1, 4]].min())
+
+
+def test_a_mean_that_is_large_beside_the_spread_changes_nothing():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    model = nn.Sequential(*layers).eval()
+    images = torch.randn(64, 3, 9, 9, generator=torch.Generator().manual_seed(2))
+    _, near = lost(model, images.split(16))
+    model[0].bias.data += 300
+    model[1].bias.data -= 300 * model[1].weight.sum((1, 2, 3)).detach()
+    _, far = lost(model, images.split(16))
+    assert torch.allclose(near, far, rtol=0.02)
+
+
+def test_a_network_of_one_logit_loses_that_one():
+    model = net()
+    model[-1] = nn.Linear(6, 1)
+    _, found = lost(model)
+    assert float(found.min()) > 1e-12
+
+
+class Wrapped(nn.Module):
+    """Around a network: what is given goes through `before`, what it gives through `behind`."""
+
+    def __init__(self, inner, before=lambda x: x, behind=lambda x: x):
+        super().__init__()
+        self.inner, self.before, self.behind = inner, before, behind
+
+    def forward(self, x):
+        return self.behind(self.inner(self.before(x)))
+
+
+def lost_by(model, data=DATA):
+    graph = capture(model.eval())
+    groups, _ = coupled_channels(graph, IMAGES)
+    return losses(graph, groups, data, 64)
+
+
+def test_networks_that_change_what_they_are_given_and_images_made_for_inference():
+    expected = lost_by(Wrapped(net(), before=lambda x: x - 0.5))
+    with torch.inference_mode():
+        data = [images.clone() for images in DATA]
+    found = lost_by(Wrapped(net(), before=lambda x: x.sub_(0.5)), data)
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+    assert torch.equal(data[0], DATA[0])
+
+
+def test_gradients_are_there_where_the_caller_wants_none():
+    expected = lost_by(net())
+    graph = capture(net())
+    groups, _ = coupled_channels(graph, IMAGES)
+    with torch.inference_mode():
+        found = losses(graph, groups, DATA, 64)
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("width", "batches"), [(6, 1), (20, 3)])
+def test_more_images_are_looked_at_only_where_a_layer_needs_their_positions(width, batches):
+    """One position an image: 16 tell 6 numbers apart, and 40 are asked for 20."""
+    looked_at = []
+
+    def data():
+        for batch in DATA:
+            looked_at.append(batch)
+            yield batch
+
+    lost(net(width), data(), 16)
+    assert len(looked_at) == batches
+
+
+def test_what_the_answers_do_not_hang_on_is_not_asked():
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.first, self.second = net(), nn.Linear(5, 8), nn.Linear(8, 1)
+            self.register_buffer("table", torch.randn(2, 5))
+
+        def forward(self, x):
+            return self.inner(x) + self.second(self.first(self.table).relu()).mean()
+
+    graph = capture(Apart().eval())
+    groups, _ = coupled_channels(graph, IMAGES)
+    found = dict(zip([group.root for group in groups], losses(graph, groups, DATA, 64), strict=True))
+    assert found["first"] is None
+    assert found["inner.0"] is not None
+
+
+def test_attention_whose_last_layer_is_never_called():
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, 1, 4, 64, 128, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)
+    graph = capture(model.eval())
+    images = torch.randn(8, 3, 32, 32)
+    groups, _ = coupled_channels(graph, images)
+    assert any(each is not None and float(each.sum()) > 0 for each in losses(graph, groups, [images], 8))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "told"),
+    [
+        (Wrapped(net(), behind=lambda x: {"logits": x}), DATA, "gives a dict"),
+        (Wrapped(net(), behind=lambda x: x.detach()), DATA, "no image moves"),
+        (net(), [torch.full_like(IMAGES, torch.nan)], "not finite"),
+    ],
+)
+def test_what_cannot_be_asked(model, data, told):
+    with pytest.raises(InputError, match=told):
+        lost_by(model, data)
+
+
+def test_no_images():
+    with pytest.raises(InputError, match="needs images"):
+        lost(net(), [])

@@ -1,0 +1,258 @@
+"""Residual branches that go whole: what is left computes what the network computes without adding them."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+from tersor.checkpoint.structure import rebuild, structure
+from tersor.core.errors import InputError
+from tersor.graph.capture import capture
+from tersor.models import build
+from tersor.pruning.channel_groups import copied, coupled_channels, merged, remove
+from tersor.pruning.residual_branches import branches, missed
+
+IMAGES = torch.rand(4, 3, 32, 32)
+
+
+class Otherwise(fx.Interpreter):
+    """Runs a network; some sums give something else."""
+
+    def __init__(self, graph, gives):
+        super().__init__(graph)
+        self.gives = gives
+
+    def run_node(self, n):
+        return self.gives[n](*[self.env[each] for each in n.args]) if n in self.gives else super().run_node(n)
+
+
+def captured(model):
+    return capture(model.eval())
+
+
+def timm(name, **options):
+    return pytest.importorskip("timm").create_model(name, num_classes=10, **options)
+
+
+def torchvision(name):
+    return getattr(pytest.importorskip("torchvision").models, name)(num_classes=10)
+
+
+NETWORKS = {
+    "basic": (lambda: build("resnet20", 10), 9),
+    "bottleneck, changed in place": (lambda: torchvision("resnet50"), 12),
+    "inverted, with squeeze and excitation": (lambda: torchvision("efficientnet_b0"), 9),
+    "inverted, depthwise": (lambda: torchvision("mobilenet_v2"), 10),
+    "attention": (lambda: timm("vit_tiny_patch16_224", img_size=32, depth=2), 4),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_without_a_branch_a_network_gives_what_it_gave_without_adding_it(name):
+    make, count = NETWORKS[name]
+    torch.manual_seed(0)
+    graph = captured(make())
+    found = branches(graph, IMAGES[:1])
+    assert len(found) == count
+    some = found[::2]
+    with torch.no_grad():
+        expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.stays] for each in some}).run(
+            IMAGES
+        )
+        assert not torch.equal(expected, graph(IMAGES))
+        cut = copied(graph)
+        remove(cut, [each.cut for each in some])
+        assert torch.equal(cut(IMAGES), expected)
+        there = {name for name, _ in cut.named_modules()}
+        assert there.isdisjoint(name for each in some for name in each.layers)
+        assert there.issuperset(name for each in found[1::2] for name in each.layers)
+        again = rebuild(make(), structure(cut)).eval()
+        again.load_state_dict(cut.state_dict())
+        assert torch.equal(again(IMAGES), expected)
+    groups, _ = coupled_channels(cut, IMAGES[:1])
+    remove(cut, merged(each for group in groups for each in group.cuts([0])))
+    assert cut(IMAGES).shape == (4, 10), "channels go from what is left"
+
+
+class Shared(nn.Module):
+    """Sums whose sides are read elsewhere, are larger than what stays, learn nothing, share their layers, or of which
+    one does not come from the other.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.twice = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.pooled, self.aside = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, images):
+        x = images.relu()
+        inner = self.second(self.first(x))
+        x = x + inner
+        x = x * (x + self.aside(images.flip(3)))
+        x = x.mean((2, 3), keepdim=True) + self.pooled(x)
+        x = x + self.twice(x).relu()
+        x = x + self.twice(x).relu()
+        x = x + x.relu()
+        return self.head((x * inner).mean((2, 3)))
+
+
+def test_what_others_read_or_is_larger_than_what_stays_does_not_go():
+    assert branches(captured(Shared()), IMAGES[:1]) == []
+
+
+class Nested(nn.Module):
+    """A sum within a side of a sum; both change what they are given, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer, self.inner, self.back = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(3, 5)
+
+    def forward(self, x):
+        y = self.relu(self.outer(x))
+        y += self.back(self.relu(self.inner(y)))
+        x = x + y
+        return self.head(self.relu(x).mean((2, 3)))
+
+
+def test_of_branches_in_each_other_the_smaller_one_goes():
+    graph = captured(Nested())
+    (branch,) = branches(graph, IMAGES[:1])
+    assert branch.layers == ("inner", "back")
+    remove(graph, [branch.cut])
+    layers = dict(graph.named_modules())
+    expected = layers["head"]((IMAGES + layers["outer"](IMAGES).relu()).relu().mean((2, 3)))
+    torch.testing.assert_close(graph(IMAGES), expected)
+
+
+class Later(nn.Module):
+    """What stays is changed in place after the sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = x * 2 - 1
+        y = self.second(x + self.first(x))
+        y = y + self.third(y)
+        return (self.relu(x) * y).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "with_mean"), [(lambda: build("resnet20", 10), True), (Nested, False), (Later, False)]
+)
+def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make, with_mean):
+    torch.manual_seed(0)
+    graph = captured(make())
+    found = branches(graph, IMAGES[:1])
+    before = {key: value.clone() for key, value in graph.state_dict().items()}
+    told = missed(graph, found, [IMAGES[:3], IMAGES[3:]], 4)
+    assert all(torch.equal(before[key], value) for key, value in graph.state_dict().items())
+    with torch.no_grad():
+        for branch, change in zip(found, told, strict=True):
+            sides = {
+                branch.total: lambda *sides, each=branch: sides[each.stays] + with_mean * sides[1 - each.stays].mean(0)
+            }
+            other = Otherwise(graph, sides).run(IMAGES.clone()) - graph(IMAGES.clone())
+            expected = (other - other.mean(1, keepdim=True)).square().sum(1).mean() / 2
+            assert change == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_what_cannot_be_told_is_said():
+    graph = captured(build("resnet20", 10))
+    found = branches(graph, IMAGES[:1])
+    with pytest.raises(InputError, match="on 2 images at least; given 0"):
+        missed(graph, found, [], 4)
+    with pytest.raises(InputError, match=r"not finite.* branches: 0"):
+        missed(graph, found, [IMAGES / 0], 4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "mobilenet_v2"])
+def test_what_is_left_trains_though_layers_change_what_they_read(name):
+    graph = captured(torchvision(name))
+    remove(graph, [each.cut for each in branches(graph, IMAGES[:1])])
+    graph.train()(IMAGES).square().mean().backward()
+    assert all(each.grad is not None for each in graph.parameters())
+
+
+class InPlace(nn.Module):
+    """A branch that changes what stays, and a sum of which both sides are changed later."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + self.second(torch.nn.functional.relu(x, inplace=True))
+        y = self.relu(x + self.third(x))
+        return torch.cat([x, y], 1).mean((2, 3))
+
+
+def test_what_others_read_is_not_changed_by_what_comes_behind_a_sum():
+    graph = captured(InPlace())
+    (branch,) = branches(graph, IMAGES[:1])
+    assert branch.layers == ("third",), "the other one changes what stays"
+    expected = Otherwise(graph, {branch.total: lambda *sides: sides[branch.stays].clone()}).run(IMAGES)
+    remove(graph, [branch.cut])
+    assert torch.equal(graph(IMAGES), expected)
+
+
+class Tied(nn.Module):
+    """Weights that others read, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = x + self.first(x)
+        x = x + torch.nn.functional.conv2d(self.second(x).relu(), self.first.weight, padding=1)
+        return torch.nn.functional.conv2d(x, self.first.weight, padding=1).mean((2, 3))
+
+
+def test_what_is_left_keeps_the_weights_that_it_reads():
+    graph = captured(Tied())
+    found = branches(graph, IMAGES[:1])
+    assert len(found) == 2
+    expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.stays] for each in found}).run(IMAGES)
+    remove(graph, [each.cut for each in found])
+    assert torch.equal(graph(IMAGES), expected)
+    assert set(graph.state_dict()) == {"first.weight", "first.bias"}
+
+
+@pytest.mark.parametrize(
+    ("make", "of"), [(lambda: build("resnet20", 10), "layer"), (NETWORKS["inverted, depthwise"][0], "features")]
+)
+def test_layers_that_are_learned_from_are_those_that_are_left(make, of):
+    graph = captured(make())
+    found = branches(graph, IMAGES[:1])
+    blocks = {path for path in graph.meta["layers"] if path.count(".") == 1 and path.startswith(of)}
+    assert blocks
+    remove(graph, [each.cut for each in found])
+    nodes = {node.name for node in graph.graph.nodes}
+    assert blocks <= graph.meta["layers"].keys()
+    assert set(graph.meta["layers"].values()) <= nodes
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_of_tokens_the_mean_is_not_taken_where_batches_come_second(images):
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner, self.head = nn.BatchNorm2d(3), nn.Linear(3, 3), nn.Linear(3, 5)
+
+        def forward(self, x):
+            x = self.norm(x).flatten(2).permute(2, 0, 1)
+            x = x + self.inner(x)
+            return self.head(x.mean(0))
+
+    graph = captured(SequenceFirst())
+    (branch,) = branches(graph, IMAGES[:1])
+    (told,) = missed(graph, [branch], [IMAGES[:images], IMAGES[images:]], 4)
+    with torch.no_grad():
+        change = Otherwise(graph, {branch.total: lambda *sides: sides[branch.stays]}).run(IMAGES) - graph(IMAGES)
+    assert told == pytest.approx(float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4)

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tersor.checkpoint.structure import rebuild, structure
+from tersor.core.errors import InputError
+from tersor.core.target import Target
+from tersor.data.batch import Batch
+from tersor.deploy.onnx import export
+from tersor.methods.lsq import LSQ
+from tersor.methods.ptq import PTQ
+from tersor.methods.qat import QAT
+from tersor.quantization import accuracy_control
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.training.attachment import Chain
+
+OPTIONS = {"bits": 5, "max_drop": 5.0}
+
+
+class Sensitive(nn.Module):
+    """Layers with one `huge` weight in every channel, on whose grids all other weights become zeros.
+
+    It reads a channel of zeros, so that in float it changes nothing.
+    """
+
+    def __init__(self, huge=("conv2",)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2, self.conv3 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 5)
+        with torch.no_grad():
+            for layer in (self.conv1, self.conv2, self.conv3):
+                layer.weight[0] = 0
+                layer.bias.zero_()
+            for layer in map(self.get_submodule, huge):
+                layer.weight[:, 0, 1, 1] = 40
+            nn.init.normal_(self.linear.weight)
+            self.linear.bias.sub_(self(images()).mean(0))
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x))
+        x = x + F.relu(self.conv2(x)) * 4
+        return self.linear(F.relu(self.conv3(x)).mean((2, 3)))
+
+
+def images(count=120, seed=1):
+    """Images that differ in colour, so that the answers differ."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 1, 1, generator=draw) * 2 + torch.randn(count, 3, 8, 8, generator=draw)
+
+
+def answered(model, x):
+    with torch.no_grad():
+        return model(x).argmax(1)
+
+
+def tolerated(model=None, data=None, target=None, **options):
+    attached = PTQ(**{**OPTIONS, **options}).attach(
+        (model or Sensitive()).eval(), data=[images()] if data is None else data, target=target or Target(cpu="vnni")
+    )
+    list(attached.begin())
+    return attached
+
+
+def in_float(attached):
+    """Layers and activations that do not round."""
+    quantizers = attached.quantizers
+    return (
+        {name for name in quantizers.layers if not quantizers.of_weight(name).ready},
+        {
+            name.removeprefix("quantizers.")
+            for name in quantizers.activations
+            if not quantizers.of_activation(name).ready
+        },
+    )
+
+
+def measured(attached, x, labels=None):
+    """What `drop` means: points of accuracy, or percent of other answers, against the network as it was."""
+    exact, found = answered(Sensitive().eval(), x), answered(attached.model, x)
+    labels = exact if labels is None else labels
+    return 100 * ((exact == labels).float().mean() - (found == labels).float().mean()).item()
+
+
+def test_the_answers_differ():
+    """What follows says something only where a constant would not do."""
+    assert (answered(Sensitive().eval(), images()).bincount() > 0).sum() == 5
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_no_layer_is_left_where_the_drop_is_small_enough(bias_correction):
+    attached = tolerated(max_drop=100, bias_correction=bias_correction)
+    assert in_float(attached) == (set(), set())
+    assert attached.told["left_in_float"] == []
+    assert attached.told["drop"] == pytest.approx(measured(attached, images()))
+    assert attached.told["drop"] > 20
+    assert attached.notes == ()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias_correction": True}, {"equalize": True}, {"per_channel": False}], ids=str
+)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_exactly_the_sensitive_layer_is_found(runtime, options):
+    attached = tolerated(target=Target(runtime=runtime, cpu="vnni"), **options)
+    assert attached.told["left_in_float"] == ["conv2"]
+    assert in_float(attached) == ({"conv2"}, {"relu_1"}), "what the addition reads, which is in float then"
+    assert 0 <= attached.told["drop"] <= OPTIONS["max_drop"]
+    assert attached.told["drop"] == pytest.approx(measured(attached, images()))
+    assert [note for note in attached.notes if "in float" in note and "conv2" in note]
+    conv2 = attached.model.conv2
+    assert torch.equal(conv2.weight, conv2.parametrizations.weight.original)
+    assert len(attached.model.conv3.weight[1].unique()) < 32
+
+
+def test_two_in_a_row():
+    """In float alone, neither gains anything."""
+    attached = tolerated(Sensitive(("conv2", "conv3")))
+    assert sorted(attached.told["left_in_float"]) == ["conv2", "conv3"]
+
+
+def test_nothing_is_told_where_nothing_was_asked():
+    assert tolerated(max_drop=None).told == {}
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x, y: (x, y), Batch, lambda x, y: [x, y, "path"]], ids=["tuple", "Batch", "list"]
+)
+def test_with_labels_it_is_accuracy_that_drops(wrap):
+    x = images()
+    rounds = answered(tolerated(max_drop=None).model, x)
+    data = [wrap(*pair) for pair in zip(x.split(50), rounds.split(50), strict=True)]
+    attached = tolerated(data=data)  # the labels are what all of it rounded answers: in float it is worse
+    assert attached.told["left_in_float"] == []
+    assert attached.told["drop"] == pytest.approx(measured(attached, x, rounds))
+    assert attached.told["drop"] < -20
+
+
+def test_labels_of_some_batches_only_are_no_labels():
+    x = images()
+    wrong = torch.zeros(60, dtype=torch.int64)
+    attached = tolerated(data=[(x[:60], wrong), x[60:]])
+    assert attached.told["left_in_float"] == ["conv2"]
+    assert attached.told["drop"] == pytest.approx(measured(attached, x))
+
+
+def test_only_so_many_images_are_judged(monkeypatch):
+    monkeypatch.setattr(accuracy_control, "JUDGED", 100)
+    x = images()
+    labels = answered(Sensitive().eval(), x)
+    labels[100:] = 0
+    attached = tolerated(data=[(x[:0], labels[:0]), (x[:70], labels[:70]), (x[70:], labels[70:])], max_drop=60)
+    assert attached.told["drop"] == pytest.approx(measured(attached, x[:100], labels[:100]))
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_all_in_float_is_the_network_as_it_was(bias_correction):
+    attached = tolerated(bits=2, ends_bits=2, max_drop=0, bias_correction=bias_correction)
+    layers, activations = in_float(attached)
+    assert layers == set(attached.told["left_in_float"]) == set(attached.quantizers.layers)
+    assert len(activations) == len(attached.quantizers.activations)
+    assert attached.told["drop"] == 0
+    with torch.no_grad():
+        torch.testing.assert_close(attached.model(images()), Sensitive().eval()(images()), rtol=0, atol=1e-4)
+    state = copy.deepcopy(attached.model.state_dict())
+    assert list(attached.begin()) == [], "it has begun"
+    assert all(torch.equal(value, state[key]) for key, value in attached.model.state_dict().items())
+
+
+def test_progress_is_told():
+    attached = PTQ(**OPTIONS).attach(Sensitive().eval(), data=[images()], target=Target(cpu="vnni"))
+    told = [step for step in attached.begin() if step.what != "calibration"]
+    assert [(step.done, step.total) for step in told] == [(number, 4) for number in (1, 2, 3, 4)]
+
+
+def test_layers_are_judged_with_the_biases_that_they_had():
+    before = Sensitive().state_dict()
+    attached = PTQ(**OPTIONS, bias_correction=True).attach(Sensitive().eval(), data=[images()])
+    next(step for step in attached.begin() if step.what != "calibration")
+    for name in attached.quantizers.layers:
+        bias = attached.model.get_submodule(name).bias
+        torch.testing.assert_close(bias, before[f"{name}.bias"], rtol=0, atol=1e-5, check_stride=False)
+
+
+def test_data_that_can_be_read_only_once():
+    with pytest.raises(InputError, match=r"cannot be read again.*DataLoader"):
+        tolerated(data=iter([images()]), activation_range="minmax")  # which needs one pass
+
+
+def test_the_file_answers_as_the_network_does(tmp_path):
+    attached = tolerated(target=Target())  # of this processor, which may add products in 16 bits
+    path = export(attached.model.eval(), images()[:2], tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = images(seed=3)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    with torch.no_grad():
+        expected = attached.model(x)
+    assert (torch.from_numpy(np.array(found)) - expected).abs().max() < 0.02 * expected.std()
+
+
+def test_a_checkpoint_holds_what_rounds():
+    attached = tolerated()
+    again = rebuild(Sensitive(), json.loads(json.dumps(structure(attached.model)))).eval()
+    again.load_state_dict(attached.model.state_dict())
+    assert torch.equal(again(images()), attached.model(images()))
+    assert not again.conv2.parametrizations.weight[0].ready
+    assert not again.get_submodule("quantizers.relu_1").ready
+
+
+def trains(attached):
+    """One step of training, and how finely everything is seen after that."""
+    list(attached.begin())
+    attached.model.train()
+    optimizer = torch.optim.SGD(attached.model.parameters(), lr=1e-3)
+    handle = attached.bind(optimizer)
+    attached.model(images()).square().sum().backward()
+    optimizer.step()
+    handle.remove()
+    attached.finish()
+    return {name: each.ready for name, each in attached.model.named_modules() if isinstance(each, FakeQuantize)}
+
+
+@pytest.mark.parametrize("method", [QAT(), LSQ()], ids=["qat", "lsq"])
+def test_training_takes_over_the_layers_that_round(method):
+    attached = method.attach(tolerated().model, data=[images()], steps=1)
+    assert attached.quantizers.layers == ("conv1", "conv3", "linear")
+    ready = trains(attached)
+    assert [name for name, rounds in ready.items() if not rounds] == [
+        "conv2.parametrizations.weight.0",
+        "quantizers.relu_1",
+    ]
+
+
+@pytest.mark.parametrize("method", [QAT(), LSQ()], ids=["qat", "lsq"])
+def test_training_in_the_same_stage_too(method):
+    first = PTQ(**OPTIONS).attach(Sensitive().eval(), data=[images()], target=Target(cpu="vnni"))
+    second = method.attach(first.model, data=[images()], target=Target(cpu="vnni"), steps=1)
+    ready = trains(Chain(second.model, [first, second]))
+    assert [name for name, rounds in ready.items() if not rounds] == [
+        "conv2.parametrizations.weight.0",
+        "quantizers.relu_1",
+    ]

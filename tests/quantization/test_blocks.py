@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tersor.core.target import Target
+from tersor.graph.capture import capture
+from tersor.models import build
+from tersor.quantization.blocks import Section, between, layer_sections, sections
+from tersor.quantization.precision import Precision
+from tersor.quantization.quantizers import lay
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.conv3 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x * 2)))
+        x = F.relu(x + self.conv3(F.relu(self.conv2(x))))
+        return self.linear(x.mean((2, 3)))
+
+
+def test_a_block_is_what_lies_between_values_that_carry_everything():
+    found = sections(capture(Small().eval()))
+    assert found == [
+        Section("x", "relu", ("conv1",)),
+        Section("relu", "mean", ("conv2", "conv3")),
+        Section("mean", "linear", ("linear",)),
+    ]
+
+
+def test_its_layers_one_by_one_with_what_is_fused_into_them():
+    graph = capture(Small().eval())
+    first, second, _ = sections(graph)
+    assert layer_sections(graph, first) == [Section("mul", "relu", ("conv1",))]
+    assert layer_sections(graph, second) == [
+        Section("relu", "relu_1", ("conv2",)),
+        Section("relu_1", "conv3", ("conv3",)),
+    ]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    ("name", "layers"), [("resnet20", [1, *[2] * 9, 1]), ("shufflenet_v2_x0_5", [1, *[5, 3, 3, 3], 5, *[3] * 7, 5])]
+)
+def test_sections_one_behind_the_other_are_the_network(name, layers, quantized):
+    torch.manual_seed(0)
+    graph = capture(build(name, 10).eval())
+    if quantized:
+        lay(graph, Precision(), exclude=(), target=Target(), method="ptq")
+    found = sections(graph)
+    assert [len(section.layers) for section in found][: len(layers)] == layers
+    images = torch.randn(2, 3, 64, 64)
+    values = images
+    for section in found:
+        values = between(graph, section.begin, section.end)(values)
+    assert torch.equal(values, graph(images))
+    assert [name for section in found for name in section.layers] == [
+        str(node.target)
+        for node in graph.graph.nodes
+        if node.op == "call_module" and isinstance(graph.get_submodule(node.target), nn.Conv2d | nn.Linear)
+    ]
+
+
+def test_a_place_to_itself_and_another_module_in_the_place_of_one():
+    graph = capture(Small().eval())
+    values = torch.randn(2, 4, 6, 6)
+    assert torch.equal(between(graph, "relu", "relu")(values), values)
+    instead = between(graph, "relu", "conv3", {"conv2": nn.Identity()})
+    assert torch.equal(instead(values), graph.conv3(F.relu(values)))
+    assert torch.equal(between(graph, "relu", "conv3")(values), graph.conv3(F.relu(graph.conv2(values))))

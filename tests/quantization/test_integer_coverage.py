@@ -1,0 +1,314 @@
+"""What stays in float is listed, with reason and share: of the kinds that were reported, and of their relatives."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tersor
+from tersor.core.errors import CompressionWarning
+from tersor.methods.adaround import AdaRound
+from tersor.methods.lsq import LSQ
+from tersor.methods.mixed_precision import MixedPrecision
+from tersor.methods.ptq import PTQ
+from tersor.methods.qat import QAT
+from tersor.quantization.integer_coverage import integer_coverage
+
+IMAGES = torch.rand(4, 3, 8, 8)
+
+
+class SameConv(nn.Conv2d):
+    """Pads itself, as TensorFlow does."""
+
+    def forward(self, images):
+        return F.conv2d(F.pad(images, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
+
+
+class Standardized(nn.Conv2d):
+    """Changes its weight where torch adds the padding."""
+
+    def _conv_forward(self, images, weight, bias):
+        return super()._conv_forward(images, weight / weight.std(), bias)
+
+
+class Pool(nn.Module):
+    """CLIP's attention pool: layers whose weights a function reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos = nn.Parameter(torch.zeros(64, 1, 8))
+        self.q, self.k, self.v, self.c = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        x = x.flatten(2).permute(2, 0, 1) + self.pos
+        weights = {"q_proj_weight": self.q.weight, "k_proj_weight": self.k.weight, "v_proj_weight": self.v.weight}
+        biases = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        ends = None, None, False, 0, self.c.weight, self.c.bias
+        options = {"use_separate_proj_weight": True, "training": self.training, "need_weights": False}
+        return F.multi_head_attention_forward(x[:1], x, x, 8, 2, None, biases, *ends, **options, **weights)[0].squeeze(
+            0
+        )
+
+
+class Tokens(nn.Module):
+    """A layer on the places of a feature map (N, 64, 8); of several results the first counts."""
+
+    def __init__(self, layer, *, several=False):
+        super().__init__()
+        self.layer, self.several = layer, several
+
+    def forward(self, images):
+        found = self.layer(images.flatten(2).mT)
+        return (found[0] if self.several else found).mT.unflatten(2, (8, 8))
+
+
+class Itself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, tokens):
+        return self.attention(tokens, tokens, tokens)
+
+
+class Multiplies(nn.Module):
+    """A function of an activation and a tensor of its own."""
+
+    def __init__(self, function, tensor, *, learns=True):
+        super().__init__()
+        self.function = function
+        self.inner = nn.Identity()  # so that it is traced through
+        if learns:
+            self.weight = nn.Parameter(tensor)
+        else:
+            self.register_buffer("weight", tensor)
+
+    def forward(self, images):
+        return self.function(self.inner(images), self.weight)
+
+
+class Twice(nn.Module):
+    """Two inputs of one layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, tokens):
+        return self.layer(tokens, tokens)
+
+
+def around(middle):
+    torch.manual_seed(0)
+    ends = nn.Conv2d(3, 8, 1), nn.ReLU(), middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    return nn.Sequential(*ends).eval()
+
+
+def planned(network, **options):
+    """Of a network on which quantizers lie, not calibrated."""
+    return integer_coverage(PTQ(**options).attach(network, data=[IMAGES]).model, IMAGES, planned=True)
+
+
+ENDS = 3 * 8 * 64 + 8 * 10
+ATTENTION = "both operands are activations, as in attention"
+IN_FLOAT = {
+    "subclass": (SameConv(8, 8, 3), {"2": (8 * 8 * 9 * 64, "SameConv is a subclass with a forward of its own")}),
+    "subclass within": (
+        Standardized(8, 8, 1),
+        {"2": (64 * 64, "Standardized is a subclass with a forward of its own")},
+    ),
+    "function": (
+        Multiplies(lambda x, w: F.conv2d(x, w, padding=1), torch.randn(8, 8, 3, 3)),
+        {"2.weight": (8 * 8 * 9 * 64, "it is computed by a function (conv2d), and no layer is called")},
+    ),
+    "matrix product with a parameter": (
+        Multiplies(lambda x, w: x @ w, torch.randn(8, 8)),
+        {"2.weight": (8 * 8 * 8 * 8, "it is computed by a function (matmul), and no layer is called")},
+    ),
+    "product with a constant": (
+        Multiplies(torch.matmul, torch.randn(8, 8), learns=False),
+        {"2": (8 * 8 * 8 * 8, "it multiplies with a constant")},
+    ),
+    "einsum of grids": (
+        Multiplies(lambda x, _: torch.einsum("bchw,bchv->bcwv", x, x), torch.zeros(1)),
+        {"2": (8 * 8 * 8 * 8, "there is no operator in integers for einsum")},
+    ),
+    "product of activations": (
+        Multiplies(lambda x, _: x.sin() @ x.cos(), torch.zeros(1)),
+        {"2": (8 * 8 * 8 * 8, ATTENTION)},
+    ),
+    "transposed convolution": (nn.ConvTranspose2d(8, 8, 1), {"2": (64 * 64, "ConvTranspose2d is not supported")}),
+    "Conv1d": (
+        nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 8, 3, padding=1), nn.Unflatten(2, (8, 8))),
+        {"2.1": (3 * 64 * 64, "Conv1d is not supported")},
+    ),
+    "Bilinear": (Tokens(Twice(nn.Bilinear(8, 8, 8))), {"2.layer.layer": (64 * 576, "Bilinear is not supported")}),
+    "LSTM": (
+        Tokens(nn.LSTM(8, 8, batch_first=True), several=True),
+        {"2.layer": (64 * 4 * 128, "recurrent layers are not supported")},
+    ),
+    "GRU": (
+        Tokens(nn.GRU(8, 8, batch_first=True), several=True),
+        {"2.layer": (64 * 3 * 128, "recurrent layers are not supported")},
+    ),
+    "MultiheadAttention": (
+        Tokens(Itself(), several=True),
+        {
+            "2.layer.attention": (64 * 64 * 3, "MultiheadAttention reads its weights itself"),
+            "2.layer.attention.out_proj": (64 * 64, "MultiheadAttention reads its weights itself"),
+            "2.layer.attention ": (2 * 64 * 64 * 8, ATTENTION),
+        },
+    ),
+    "attention pool": (
+        Pool(),
+        {
+            f"2.{name}": (macs, "it is computed by a function (multi_head_attention_forward), and no layer is called")
+            for name, macs in {"q": 64, "k": 64 * 64, "v": 64 * 64, "c": 64}.items()
+        }
+        | {"2": (2 * 64 * 8, ATTENTION)},
+    ),
+    "a layer that is not traced": (
+        Tokens(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
+        {
+            f"2.layer.linear{number}": (
+                64 * 8 * 16,
+                "it is called from within TransformerEncoderLayer, which is not traced",
+            )
+            for number in (1, 2)
+        }
+        | {
+            "2.layer.self_attn": (64 * 64 * 3, "MultiheadAttention reads its weights itself"),
+            "2.layer.self_attn.out_proj": (64 * 64, "MultiheadAttention reads its weights itself"),
+            "2.layer.self_attn ": (2 * 64 * 64 * 8, ATTENTION),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", IN_FLOAT)
+def test_what_stays_in_float_is_listed_with_reason_and_share(kind):
+    middle, expected = copy.deepcopy(IN_FLOAT[kind])
+    if kind == "attention pool":
+        network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), middle, nn.Linear(8, 10)).eval()
+    else:
+        network = around(middle)
+    covered = planned(network)
+    found = {(each.name, each.macs, each.reason) for each in covered.operators}
+    assert found == {(name.rstrip(), macs, reason) for name, (macs, reason) in expected.items()}
+    in_float = sum(macs for macs, _ in expected.values())
+    assert covered.macs == in_float + ENDS
+    assert covered.share == pytest.approx(ENDS / covered.macs)
+    assert sum(each.share for each in covered.operators) == pytest.approx(1 - covered.share)
+    assert [each.macs for each in covered.operators] == sorted((each.macs for each in covered.operators), reverse=True)
+    assert covered.warning is not None
+    assert covered.warning.startswith("only ")
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+        nn.Sequential(nn.Dropout(), nn.Conv2d(8, 8, 3, padding="same", groups=4)),
+        nn.Sequential(*[nn.Conv2d(8, 8, 1)] * 2),
+        Tokens(nn.Linear(8, 8)),
+        Multiplies(lambda x, _: x.mT @ x, torch.zeros(1)),
+    ],
+)
+def test_a_layer_between_grids_is_in_integers(middle):
+    covered = planned(around(copy.deepcopy(middle)))
+    assert (covered.share, covered.operators, covered.warning, covered.notes) == (1.0, (), None, ())
+
+
+def test_layers_that_a_user_or_a_limit_leaves_in_float():
+    network = around(nn.Conv2d(8, 8, 3, padding=1))
+    (left,) = planned(copy.deepcopy(network), exclude=("2",)).operators
+    assert (left.name, left.kind, left.reason) == ("2", "Conv2d", "it was excluded")
+    attached = PTQ().attach(network, data=[IMAGES])
+    list(attached.begin())
+    for quantizer in (attached.quantizers.of_weight("2"), attached.quantizers.of_activation("quantizers._1")):
+        quantizer.ready = False
+    left = {each.name: each.reason for each in integer_coverage(attached.model, IMAGES).operators}
+    assert left == {"2": "rounding it would cost too much accuracy"}
+    attached.quantizers.of_weight("2").ready = True
+    left = {each.name: each.reason for each in integer_coverage(attached.model, IMAGES).operators}
+    assert left == {"2": "its input is in float"}
+
+
+def test_a_network_that_is_not_quantized_is_in_float():
+    covered = integer_coverage(around(nn.Conv2d(8, 8, 3)), IMAGES)
+    assert covered.share == 0
+    assert {each.reason for each in covered.operators} == {"the network is not quantized"}
+    assert integer_coverage(nn.Flatten(), IMAGES).share == 1
+
+
+def test_operators_that_nobody_counts_are_noted():
+    covered = planned(around(Multiplies(lambda x, _: torch.fft.irfft2(torch.fft.rfft2(x)), torch.zeros(1))))
+    assert covered.share == 1
+    assert covered.notes == ("in float, and in no count of MACs: aten._fft_r2c in 2, aten._fft_c2r in 2",)
+    assert covered.warning == covered.notes[0], "nobody knows that it is next to nothing"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PTQ(),
+        PTQ(activation_range="mse", calibration_images=4),
+        QAT(),
+        LSQ(),
+        MixedPrecision(average_bits=4, widths=(4,)),
+        AdaRound(iterations=1),
+    ],
+)
+def test_every_method_notes_it_once_it_has_begun(method):
+    network = around(SameConv(8, 8, 3))
+    attached = method.attach(network, data=[IMAGES], steps=4)
+    list(attached.begin())
+    found = [note for note in attached.notes if "float" in note or "integers" in note]
+    assert found == [
+        "4.2 % of the MACs are in integers",
+        "in float, since SameConv is a subclass with a forward of its own: 2 (95.8 % of the MACs)",
+    ]
+
+
+def test_batches_that_can_be_read_once_are_enough():
+    attached = PTQ().attach(around(SameConv(8, 8, 3)), data=iter([IMAGES]))
+    list(attached.begin())
+    assert any("SameConv" in note for note in attached.notes)
+
+
+def test_many_operators_of_one_reason_are_one_line():
+    covered = planned(around(nn.Sequential(*(SameConv(8, 8, 3) for _ in range(12)))))
+    assert len(covered.operators) == 12
+    (_, line) = covered.notes
+    assert line.count("% of the MACs") == 8
+    assert "and 4 more (33.2 %)" in line
+
+
+def test_quantize_warns_where_less_than_all_but_a_twentieth_is_in_integers():
+    network = around(SameConv(8, 8, 3))
+    with pytest.warns(CompressionWarning, match=r"only 4\.2 % of the MACs.*SameConv is a subclass.*\(95\.8 %\)"):
+        quantized = tersor.quantize(network, [IMAGES])
+    assert [each.name for each in tersor.integer_coverage(quantized, IMAGES).operators] == ["2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tersor.quantize(around(nn.Conv2d(8, 8, 3)), [IMAGES])
+
+
+def test_the_list_is_that_of_a_copy_and_of_what_was_saved(tmp_path):
+    network = around(SameConv(8, 8, 3))
+    with pytest.warns(CompressionWarning):
+        quantized = tersor.quantize(network, [IMAGES])
+    expected = tersor.integer_coverage(quantized, IMAGES)
+    again = tersor.load(around(SameConv(8, 8, 3)), tersor.save(quantized, tmp_path / "saved"))
+    for other in (copy.deepcopy(quantized), again):
+        assert tersor.integer_coverage(other, IMAGES) == expected
+    inside = tersor.integer_coverage(nn.Sequential(nn.Identity(), quantized), IMAGES)
+    assert [(each.name, each.reason) for each in inside.operators] == [
+        ("1.2", "SameConv is a subclass with a forward of its own")
+    ]

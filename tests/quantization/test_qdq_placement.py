@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tersor.checkpoint.structure import rebuild, structure
+from tersor.core.errors import InputError
+from tersor.graph.capture import capture, layer_of
+from tersor.graph.layer_selection import weighted_layers
+from tersor.models import build
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.grid import Grid
+from tersor.quantization.qdq_placement import edges, is_nothing_in_eval, place, quantizable, source_of
+
+BYTES = Grid.unsigned(8)
+
+
+def placed(model, runtime="onnxruntime", layers=None):
+    """The graph, and the values behind which a quantizer stands, as `value: quantizer`."""
+    graph = capture(model.eval())
+    names = place(graph, weighted_layers(graph) if layers is None else layers, BYTES, runtime)
+    behind = {
+        node.all_input_nodes[0].name: node.target.removeprefix("quantizers.")
+        for node in graph.graph.nodes
+        if isinstance(layer_of(node), FakeQuantize)
+    }
+    assert [name.removeprefix("quantizers.") for name in names] == list(dict.fromkeys(behind.values()))
+    return graph, behind
+
+
+class Residual(nn.Module):
+    """A block as most networks have it, with a shortcut that is a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.short, self.bn3 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)) + self.bn3(self.short(x)))
+        return self.linear(y.mean((2, 3)))
+
+
+def test_onnxruntime_wants_the_end_of_every_integer_operator():
+    _, behind = placed(Residual())
+    assert list(behind) == ["x", "relu", "bn2", "bn3", "relu_1", "mean"]
+
+
+def test_openvino_keeps_the_sum_that_it_fuses_in_float():
+    _, behind = placed(Residual(), "openvino")
+    assert list(behind) == ["x", "relu", "bn3", "relu_1", "mean"]
+
+
+def test_openvino_leaves_a_sum_of_values_that_others_read_quantized():
+    class Shared(Residual):
+        def forward(self, x):
+            y = self.bn1(self.conv1(x))
+            z = y + self.bn3(self.short(x)).sigmoid()
+            return y + self.conv2(z)
+
+    _, behind = placed(Shared(), "openvino")
+    assert "bn1" in behind, "the last addition reads it too"
+    assert "conv2" not in behind
+
+
+def test_layers_left_out_stay_in_float():
+    _, behind = placed(Residual(), layers={"conv1", "conv2"})
+    assert list(behind) == ["x", "relu", "bn2"]
+    _, behind = placed(Residual(), layers={"linear"})
+    assert list(behind) == ["mean"]
+
+
+def test_quantizers_show_values_as_they_are_until_they_are_ready():
+    model = build("resnet20", 10).eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = model(images)
+    graph, behind = placed(model)
+    assert torch.equal(graph(images), before)
+    assert not any(module.ready for module in graph.modules() if isinstance(module, FakeQuantize))
+    assert "linear" not in behind, "logits are not rounded"
+
+
+def test_a_shortcut_without_parameters_hands_its_grid_on():
+    _, behind = placed(build("resnet20", 10))
+    moved = {value: grid for value, grid in behind.items() if value.startswith(("getitem", "pad"))}
+    assert moved
+    assert set(moved.values()) <= {"layer1_2_relu_1", "relu_6", "relu_12", *behind.values()}
+    for value, grid in moved.items():
+        assert value != grid
+
+
+class Answers(nn.Module):
+    """The answer comes from a convolution, behind which values only move (SqueezeNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 1)
+
+    def forward(self, x):
+        return torch.flatten(F.dropout(self.conv(x), training=self.training), 1)
+
+
+def test_answers_are_not_rounded():
+    _, behind = placed(Answers())
+    assert list(behind) == ["x"]
+
+
+class Shuffle(nn.Module):
+    """Split, computed on one side, concatenated, shuffled (ShuffleNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.side = nn.Conv2d(2, 2, 1)
+        self.last = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        left, right = self.conv(x).chunk(2, dim=1)
+        y = torch.cat((left, self.side(right)), 1)
+        n, _, h, w = x.shape
+        y = y.view(n, 2, 2, h, w).transpose(1, 2).contiguous().view(n, 4, h, w)
+        return self.last(y).mean((2, 3))
+
+
+def test_splits_are_passed_through_and_their_parts_share_the_grid():
+    model = Shuffle()
+    images = torch.randn(2, 3, 4, 4)
+    graph, behind = placed(model)
+    assert "chunk" not in behind, "it gives a tuple"
+    assert behind["getitem"] == behind["getitem_1"] == "conv"
+    assert behind["view_1"] == "cat"
+    for module in graph.modules():
+        if isinstance(module, FakeQuantize):
+            module.set_grid(torch.tensor(0.05), torch.tensor(128))
+    assert graph(images).shape == (2, 5)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y, _ = self.attention(x, x, x, need_weights=False)
+        return self.linear(y)
+
+
+def test_one_of_several_results_is_a_value_of_its_own():
+    model = Attention()
+    graph, behind = placed(model)
+    assert list(behind) == ["getitem"]
+    graph.get_submodule("quantizers.getitem").set_grid(torch.tensor(0.05), torch.tensor(128))
+    assert graph(torch.randn(2, 3, 4)).shape == (2, 3, 4)
+
+
+def test_what_a_runtime_cannot_compute_in_integers_is_not_offered():
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Same(nn.Conv2d):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.same, self.linear = Own(3, 3, 1), Same(3, 4, 1), Attention()
+
+        def forward(self, x):
+            return self.linear(self.same(self.own(x)).flatten(2).transpose(1, 2))
+
+    graph = capture(Model())
+    assert {"own", "linear.attention.out_proj"} <= set(weighted_layers(graph))
+    assert quantizable(graph) == {"same", "linear.linear"}
+
+
+class Padded(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)
+        self.options = options
+
+    def forward(self, x):
+        return self.second(F.pad(self.first(x), (1, 1, 1, 1), **self.options)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "moves"),
+    [
+        ({}, True),
+        ({"value": 0.0}, True),
+        ({"mode": "reflect"}, True),
+        ({"mode": "replicate"}, True),
+        ({"value": 9.0}, False),
+        ({"mode": "constant", "value": -1.0}, False),
+    ],
+)
+def test_padding_hands_the_grid_on_if_it_adds_values_of_the_grid(options, moves):
+    _, behind = placed(Padded(**options))
+    assert behind["pad"] == ("first" if moves else "pad")
+
+
+class Dropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.drop, self.second = nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.second(self.drop(F.relu(self.first(x))))
+
+
+def test_dropout_is_looked_through_and_never_rounded():
+    graph, behind = placed(Dropped())
+    assert list(behind) == ["x", "relu"]
+    nodes = {node.name: node for node in graph.graph.nodes}
+    assert is_nothing_in_eval(nodes["drop"])
+    assert not is_nothing_in_eval(nodes["relu"])
+
+
+def test_source_of_follows_movers_to_what_computes():
+    nodes = {node.name: node for node in capture(Shuffle()).graph.nodes}
+    assert source_of(nodes["view_1"]) is nodes["cat"]
+    assert source_of(nodes["getitem"]) is nodes["conv"]
+    assert source_of(nodes["cat"]) is nodes["cat"]
+
+
+class Mixed(nn.Module):
+    """Additions that a runtime has in integers, and ones that it has not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x):
+        y = self.a(x) * self.scale + 1
+        return self.c(self.b(x).sigmoid() * y)
+
+
+def test_only_sums_of_quantized_tensors_are_integer_operators():
+    _, behind = placed(Mixed())
+    # `mul` (by a parameter), `add` (of a number) and `sigmoid` are computed in float; `c` reads what they give
+    assert list(behind) == ["x", "a", "b", "mul_1"]
+
+
+def test_a_name_that_is_taken_is_an_error():
+    class Taken(Answers):
+        def __init__(self):
+            super().__init__()
+            self.quantizers = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.quantizers(x)
+
+    with pytest.raises(InputError, match="named 'quantizers'"):
+        placed(Taken())
+
+
+class Always(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+class Plus(nn.Identity):
+    def forward(self, x):
+        return x + 1
+
+
+class Casts(nn.Module):
+    """Nodes named `to` and `to_`."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.conv(self.to_(x.to(torch.float32)))
+
+
+def test_no_quantizer_is_named_like_an_attribute_of_a_module():
+    graph = capture(Casts().eval())
+    expected = ["quantizers.to__", "quantizers.to_"]
+    assert edges(graph, ["to_", "conv"], "onnxruntime") == set(expected)
+    assert place(graph, ["to_", "conv"], Grid.unsigned(8), "onnxruntime") == expected
+    fresh = rebuild(Casts().eval(), structure(graph))
+    assert [str(node.target) for node in fresh.graph.nodes] == [str(node.target) for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize(
+    ("module", "handed_on"),
+    [(nn.Dropout(), True), (Always(), False), (nn.Identity(), True), (Plus(), False)],
+    ids=["Dropout", "drops in eval", "Identity", "adds"],
+)
+def test_what_is_nothing_in_eval(module, handed_on):
+    node = next(node for node in capture(nn.Sequential(module)).graph.nodes if node.op not in ("placeholder", "output"))
+    assert is_nothing_in_eval(node) == handed_on

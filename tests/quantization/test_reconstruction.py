@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tersor.core.target import Target
+from tersor.graph.capture import capture
+from tersor.graph.parametrization import parametrized
+from tersor.pruning.mask import Mask
+from tersor.quantization.calibration import Ranges, set_ranges
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.grid import Grid
+from tersor.quantization.precision import Precision
+from tersor.quantization.quantizers import lay
+from tersor.quantization.reconstruction import Reconstruction, _error, _SoftlyRounded, _undecided, reconstruct
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "brecq.json").read_text())
+VNNI = Target(cpu="vnni")
+LAYERS = Reconstruction(whole_sections=False, learn_steps=False, drop=0.0, iterations=60, seed=0)
+BLOCKS = Reconstruction(whole_sections=True, learn_steps=True, drop=0.0, iterations=60, seed=0)
+DROPPING = Reconstruction(whole_sections=True, learn_steps=True, drop=0.5, iterations=60, seed=0)
+ALL = pytest.mark.parametrize("how", [LAYERS, BLOCKS, DROPPING], ids=["layers", "blocks", "dropping"])
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(x + self.bn2(self.conv2(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def images(count=64, seed=1):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(model=None, bits=2, activation_bits=4):
+    """Quantizers with ranges on a network, and the network in float."""
+    graph = capture(model or Small().eval())
+    quantizers = lay(graph, Precision(bits, activation_bits, bits), exclude=(), target=VNNI, method="adaround")
+    original = copy.deepcopy(graph)
+    list(set_ranges(quantizers, [images()], Ranges("mse", "mse", 99.99, 64), target=VNNI, method="adaround"))
+    return quantizers, original
+
+
+def test_before_anything_is_learned_a_weight_is_where_it_was():
+    layer = nn.Conv2d(3, 4, 3)
+    quantizer = FakeQuantize(Grid.signed(4), 4)
+    parametrize.register_parametrization(layer, "weight", quantizer)
+    quantizer.set_grid(parametrized(layer).original.detach().abs().flatten(1).amax(1) / 7)
+    soft = _SoftlyRounded(layer, quantizer)
+    original = parametrized(layer).original.detach()
+    assert torch.allclose(soft.shown(soft.up()), original, atol=2e-3 * float(quantizer.scale.max()))
+    assert torch.allclose(soft.shown((soft.up() >= 0.5).float()), layer.weight, atol=1e-6)
+
+
+def test_weights_between_two_points_cost_by_the_papers_formula():
+    layer = nn.Linear(5, 3)
+    quantizer = FakeQuantize(Grid.signed(3), 3)
+    parametrize.register_parametrization(layer, "weight", quantizer)
+    quantizer.set_grid(torch.tensor([0.1, 0.2, 0.3]))
+    soft = _SoftlyRounded(layer, quantizer)
+    soft.logits.data = torch.linspace(-4, 4, 15).reshape(3, 5)
+    assert _undecided([soft], 0.1) == 0
+    for progress in (0.2, 0.5, 0.9):
+        beta = 20 - 18 * (progress - 0.2) / 0.8
+        expected = 0.0
+        for logit in soft.logits.flatten().tolist():
+            up = min(max(1.2 / (1 + math.exp(-logit)) - 0.1, 0.0), 1.0)
+            expected += 0.01 * (1 - abs(2 * up - 1) ** beta)
+        assert float(_undecided([soft], progress).detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def of_golden(case):
+    """Its layer, softly rounded on the grid of the authors' code, and what is written there, in tensors."""
+    told = {key: torch.tensor(value) for key, value in case.items() if isinstance(value, list)}
+    outputs, inputs, *kernel = told["weight"].shape
+    how, bias = case["convolution"], "bias" in told
+    layer = nn.Conv2d(inputs * how["groups"], outputs, kernel, bias=bias, **how) if how else nn.Linear(inputs, outputs)
+    layer.weight.data = told["weight"]
+    if bias:
+        layer.bias.data = told["bias"]
+    channels = len(told["scale"]) if len(told["scale"]) > 1 else None
+    quantizer = FakeQuantize(Grid.unsigned(case["bits"]), channels)
+    parametrize.register_parametrization(layer, "weight", quantizer)
+    quantizer.set_grid(*(told[key] if channels else told[key][0] for key in ("scale", "zero_point")))
+    return _SoftlyRounded(layer, quantizer), told
+
+
+BRECQ = pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
+
+
+@BRECQ
+def test_soft_and_hard_weights_are_those_of_brecqs_code(case):
+    soft, told = of_golden(case)
+    between = (told["weight"] / soft.scale - soft.floor - 0.5).abs() < 0.499  # ours begin off the points
+    assert between.float().mean() > 0.98
+    torch.testing.assert_close(soft.logits[between], told["alpha_at_start"][between], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(soft.shown(soft.up())[between], told["weight_at_start"][between], rtol=0, atol=1e-5)
+    soft.logits.data = told["alpha"]
+    torch.testing.assert_close(soft.shown(soft.up()), told["soft"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft.shown((soft.up() >= 0.5).float()), told["hard"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft(told["values"]), told["answers"], rtol=0, atol=1e-5)
+
+
+@BRECQ
+def test_the_loss_and_its_gradients_are_those_of_brecqs_code(case):
+    soft, told = of_golden(case)
+    soft.logits.data = told["alpha"]
+    for count, expected in case["losses"].items():
+        loss = _error(soft(told["values"]), told["target"]) + _undecided([soft], int(count) / GOLDEN["iterations"])
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+        if count in case["gradients"]:
+            (found,) = torch.autograd.grad(loss, soft.logits)
+            torch.testing.assert_close(found, torch.tensor(case["gradients"][count]), rtol=1e-4, atol=1e-6)
+
+
+@ALL
+def test_every_weight_ends_on_one_of_the_two_points_next_to_it(how):
+    quantizers, _ = calibrated()
+    before = {name: parametrized(quantizers.graph.get_submodule(name)).original.clone() for name in quantizers.layers}
+    original = copy.deepcopy(quantizers.graph)
+    for name in quantizers.layers:
+        original.get_submodule(name).parametrizations.weight[0].ready = False
+    for name in quantizers.activations:
+        original.get_submodule(name).ready = False
+    list(reconstruct(quantizers, original, images(), how))
+    moved = 0
+    for name in quantizers.layers:
+        layer = quantizers.graph.get_submodule(name)
+        quantizer = quantizers.of_weight(name)
+        assert quantizers.lies_on_its_grid(name)
+        scale = quantizer.scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+        steps = before[name].detach() / scale
+        found = (layer.weight / scale).round()
+        ends = quantizer.grid.minimum, quantizer.grid.maximum
+        down, up = (each.clamp(*ends) for each in (steps.floor(), steps.floor() + 1))
+        assert ((found == down) | (found == up)).all()
+        moved += int((found != steps.round().clamp(*ends)).sum())
+    assert moved > 20, "some are rounded to the point that is further away"
+
+
+@ALL
+def test_the_network_answers_more_as_before_than_with_the_nearest_points(how):
+    quantizers, original = calibrated()
+    fresh = images(256, seed=7)
+    truth = original(fresh).detach()
+
+    def error():
+        return float((quantizers.graph(fresh).detach() - truth).square().mean())
+
+    nearest = error()
+    list(reconstruct(quantizers, original, images(256), how))
+    assert error() < 0.4 * nearest
+
+
+def test_steps_of_activations_are_learned_where_asked():
+    for how, learns in ((LAYERS, False), (BLOCKS, True), (DROPPING, True)):
+        quantizers, original = calibrated()
+        before = {name: float(quantizers.of_activation(name).scale) for name in quantizers.activations}
+        list(reconstruct(quantizers, original, images(), how))
+        changed = [float(quantizers.of_activation(name).scale) != scale for name, scale in before.items()]
+        assert all(changed) if learns else not any(changed)
+        assert quantizers.ready
+
+
+@ALL
+def test_it_goes_on_behind_what_lasts_with_the_same_bits(how):
+    whole, original = calibrated()
+    told = list(reconstruct(whole, original, images(), how))
+    assert [each.done for each in told] == sorted(each.done for each in told)
+    assert told[-1].done == told[-1].total
+    stopped, original = calibrated()
+    for progress in reconstruct(stopped, original, images(), how):
+        if progress.lasts:
+            break
+    resumed, original = calibrated()
+    resumed.graph.load_state_dict(stopped.graph.state_dict())
+    rest = list(reconstruct(resumed, original, images(), how))
+    assert len(rest) < len(told)
+    expected = whole.graph.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in resumed.graph.state_dict().items())
+    assert list(reconstruct(resumed, original, images(), how)) == [], "all is done"
+
+
+class Widening(nn.Module):
+    """With a shortcut that takes every other pixel and fills channels up with zeros, as a ResNet's for CIFAR."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 8, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + self.bn2(self.conv2(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def test_a_step_that_moved_values_share_is_learned_where_it_lies_and_stays():
+    quantizers, original = calibrated(Widening().eval())
+    (shared,) = {node.target for node in quantizers.graph.graph.nodes if node.kwargs.get("moved")}
+    step = quantizers.of_activation(shared).scale
+    found = [float(step)]
+    found += [float(step) for each in reconstruct(quantizers, original, images(), DROPPING) if each.lasts]
+    assert len(found) == 4, "one of each section behind the first one"
+    assert found[0] != found[1], "learned"
+    assert found[1:] == found[1:2] * 3, "what was fitted to it stays fitted, and a run that goes on sees the same"
+
+
+def test_masked_weights_stay_zero_and_where_they_were():
+    model = Small().eval()
+    mask = Mask(model.conv2.weight.shape)
+    mask.mask[:, ::2] = False
+    parametrize.register_parametrization(model.conv2, "weight", mask)
+    before = parametrized(model.conv2).original.detach().clone()
+    quantizers, original = calibrated(model)
+    list(reconstruct(quantizers, original, images(), LAYERS))
+    layer = quantizers.graph.get_submodule("conv2")
+    assert (layer.weight[:, ::2] == 0).all()
+    assert torch.equal(parametrized(layer).original[:, ::2], before[:, ::2])
+    assert not torch.equal(parametrized(layer).original[:, 1::2], before[:, 1::2])
+
+
+def test_nothing_but_weights_and_steps_changes():
+    quantizers, original = calibrated()
+    before = {key: value.clone() for key, value in quantizers.graph.state_dict().items()}
+    list(reconstruct(quantizers, original, images(), DROPPING))
+    for key, value in quantizers.graph.state_dict().items():
+        if not key.endswith(("weight.original", "scale")):
+            assert torch.equal(value, before[key]), key
+    assert all(parameter.grad is None for parameter in quantizers.graph.parameters())

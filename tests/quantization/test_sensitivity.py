@@ -1,0 +1,120 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.core.target import Target
+from tersor.data.batch import Batch
+from tersor.graph.capture import capture
+from tersor.graph.parametrization import shown_to
+from tersor.methods.weight_pruning import WeightPruning
+from tersor.quantization.grid import Grid
+from tersor.quantization.observers import weight_grid
+from tersor.quantization.precision import Precision
+from tersor.quantization.quantizers import lay
+from tersor.quantization.sensitivity import sensitivity
+
+VNNI = Target(cpu="vnni")
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.linear(F.relu(x + self.conv2(x)).mean((2, 3)))
+
+
+def images(count=12, seed=1):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def laid(model=None, target=VNNI):
+    graph = capture(model or Small().eval())
+    return lay(graph, Precision(), exclude=(), target=target, method="test")
+
+
+@torch.no_grad()
+def slowly(model, name, bits, x):
+    """Logits of a copy whose weight was written over."""
+    rounded = copy.deepcopy(model)
+    weight = rounded.get_submodule(name).weight
+    scale, _ = weight_grid(weight, Grid.signed(bits), weight_range="mse")
+    for channel, step in zip(weight, scale, strict=True):
+        channel.copy_((channel / step).round().clamp(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) * step)
+    return rounded(x)
+
+
+def test_one_weight_is_rounded_and_all_else_in_float():
+    model = Small().eval()
+    plain, x = copy.deepcopy(model).requires_grad_(False), images()
+    labels = torch.arange(12) % 5
+    asked = [(name, bits) for name in ("linear", "conv1", "conv2") for bits in (2, 3, 8)]
+    data = [Batch(x[:7], labels[:7]), Batch(x[7:], labels[7:])]
+    found = list(sensitivity(laid(model), data, asked, target=VNNI))
+    assert [(cost.layer, cost.bits) for cost in found] == asked
+    before = plain(x)
+    for cost in found:
+        after = slowly(plain, cost.layer, cost.bits, x)
+        assert cost.error == pytest.approx(float((after - before).square().mean() / before.square().mean()), rel=1e-4)
+        right = [(logits.argmax(1) == labels).float().mean() for logits in (before, after)]
+        assert cost.drop == pytest.approx(100 * float(right[0] - right[1]), abs=1e-4)
+    assert {round(cost.drop) for cost in found} != {0}
+    assert found[0].error > found[1].error > found[2].error > 0
+
+
+def test_the_network_is_left_as_it_was_also_between_two_measurements():
+    quantizers = laid(Small())
+    graph = quantizers.graph
+    graph.bn1.eval()
+    modes = [module.training for module in graph.modules()]
+    frozen = copy.deepcopy(graph).eval()(images())
+    for _ in zip(range(2), sensitivity(quantizers, [images()], [("conv1", 2), ("conv2", 2)], target=VNNI), strict=True):
+        assert not quantizers.ready
+        assert [quantizers.of_weight(name).grid for name in quantizers.layers] == [Grid.signed(8)] * 3
+        assert [module.training for module in graph.modules()] == modes
+        assert torch.equal(graph.eval()(images()), frozen)
+        graph.train()
+        graph.bn1.eval()
+
+
+def test_images_without_labels_tell_no_drop():
+    (cost,) = sensitivity(laid(), [images()], [("conv1", 2)], target=VNNI)
+    assert cost.drop is None
+
+
+def test_what_a_mask_has_made_zero_stays_zero():
+    model = WeightPruning(sparsity=0.5).attach(Small().eval(), steps=0)
+    model.finish()
+    quantizers = laid(model.model)
+    shown = shown_to(quantizers.graph.conv1, quantizers.of_weight("conv1"))
+    (cost,) = sensitivity(quantizers, [images()], [("conv1", 2)], target=VNNI)
+    assert cost.error > 0
+    assert (quantizers.graph.conv1.weight[shown == 0] == 0).all()
+
+
+def test_a_processor_that_saturates_is_measured_with_its_grids():
+    errors = [
+        next(sensitivity(laid(target=target), [images()], [("conv1", 8)], target=target)).error
+        for target in (VNNI, Target(cpu="avx2"))
+    ]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("data", [[], [images(0)]])
+def test_no_image(data):
+    with pytest.raises(InputError, match="without a single image"):
+        next(sensitivity(laid(), data, [("conv1", 2)], target=VNNI))
+
+
+def test_values_that_are_not_finite():
+    with pytest.raises(InputError, match="not finite"):
+        next(sensitivity(laid(), [images() / 0], [("conv1", 2)], target=VNNI))

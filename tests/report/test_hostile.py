@@ -1,0 +1,144 @@
+"""Whatever numbers and evidence say, the page has the elements and attributes that it always has, and loads nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from samples import evidence_of, numbers_of
+
+from tersor.core.errors import InputError
+from tersor.report.page import draw
+
+HOSTILE = (
+    "</title></style></svg></td><script>alert(1)</script><img src=x onerror=alert(1)>",
+    '" onload="alert(1)" x=\'y',
+    "' onload='alert(1)",
+    "<th onclick=alert(1)>",
+    "<td><script>",
+    "\u2028\u2029\x00\ud800${style}$body]]>--><!--",
+    "javascript:alert(1)",
+)
+
+
+class Page(HTMLParser):
+    """Names of elements and of their attributes, and what the page loads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+        self.loaded: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found |= {(tag, "")} | {(tag, name) for name, _ in attrs}
+        self.loaded |= {value for name, value in attrs if name in {"src", "href", "action", "xlink:href"}}
+
+    def handle_comment(self, data):
+        self.found.add(("comment", ""))
+
+
+def page_of(folder, numbers, evidence) -> Page:
+    (folder / "numbers.json").write_text(json.dumps(numbers))
+    (folder / "evidence.json").write_text(json.dumps(evidence))
+    return Page(draw(folder).read_text(encoding="utf-8"))
+
+
+def texts(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every text in it: what holds it, and where."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        if isinstance(value[key], str):
+            yield value, key
+        elif isinstance(value[key], dict | list):
+            yield from texts(value[key])
+
+
+def of_batch_sizes(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in it whose keys are batch sizes."""
+    if isinstance(value, dict) and "1" in value:
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from of_batch_sizes(each)
+
+
+@pytest.fixture
+def ordinary(folder) -> Page:
+    return page_of(folder, numbers_of(), evidence_of())
+
+
+def test_every_text_is_text(folder, ordinary):
+    """One at a time, since some choose what is shown, and then there is no page; then all the others at once."""
+    whole = {"numbers": numbers_of(), "evidence": evidence_of()}
+    free: list[int] = []
+    for number in range(len(list(texts(whole)))):
+        changed = copy.deepcopy(whole)
+        holder, key = list(texts(changed))[number]
+        holder[key] = "".join(HOSTILE)
+        try:
+            page = page_of(folder, **changed)
+        except InputError:
+            continue
+        free.append(number)
+        assert page.found <= ordinary.found, (key, page.found - ordinary.found)
+        assert all(each.startswith("data:") for each in page.loaded), key
+    assert len(free) > 20
+    for hostile in HOSTILE:
+        changed = copy.deepcopy(whole)
+        places = list(texts(changed))
+        for number in free:
+            holder, key = places[number]
+            holder[key] = hostile
+        page = page_of(folder, **changed)
+        assert page.found <= ordinary.found, (hostile, page.found - ordinary.found)
+        assert all(each.startswith("data:") for each in page.loaded), hostile
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_keys_are_text_too(folder, ordinary, hostile):
+    numbers, evidence = numbers_of(), evidence_of()
+    for by_batch_size in [*of_batch_sizes(numbers), *of_batch_sizes(evidence)]:
+        by_batch_size[hostile] = by_batch_size["1"]
+    numbers["stages"][0]["methods"] = [{hostile: {hostile: hostile}}, hostile]
+    evidence["attention"]["layers"] = {hostile: [hostile]}
+    evidence["attention"]["images"][0]["maps"] = {hostile: [evidence["attention"]["images"][0]["png"]]}
+    page = page_of(folder, numbers, evidence)
+    assert page.found <= ordinary.found
+    assert all(each.startswith("data:") for each in page.loaded)
+
+
+@pytest.mark.parametrize("source", ["https://elsewhere/x.png", "javascript:alert(1)", "data:text/html,<p>", "//x", ""])
+def test_a_picture_lies_in_the_page(folder, source):
+    evidence = evidence_of()
+    evidence["answers"]["shown"][0]["png"] = source
+    with pytest.raises(InputError, match="is not what this version of tersor writes"):
+        page_of(folder, numbers_of(), evidence)
+
+
+@pytest.mark.parametrize("bits", [10**12, 2**60, -1, 33])
+def test_so_many_bits_are_not_computed_with(folder, bits):
+    evidence = evidence_of()
+    evidence["layers"][0]["weight_bits"] = bits
+    with pytest.raises(InputError, match="bits"):
+        page_of(folder, numbers_of(), evidence)
+
+
+@pytest.mark.parametrize("name", ["numbers.json", "evidence.json"])
+@pytest.mark.parametrize("text", ["[]", "null", '"text"', "1", "[" * 100_000, '{"seed": ' + "9" * 5000 + "}"])
+def test_another_shape_is_one_message(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(InputError, match="damaged"):
+        draw(folder)
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("key", ["profile", "targets", "attention", "answers", "layers"])
+@pytest.mark.parametrize("empty", [{}, [], None, 0, "", [None], {"1": None}])
+def test_an_evidence_without_a_part_is_a_page_or_one_message(folder, key, empty):
+    try:
+        page_of(folder, numbers_of(), evidence_of() | {key: empty})
+    except InputError as error:
+        assert "Run its recipe.yaml again" in str(error)  # noqa: PT017

@@ -1,0 +1,172 @@
+"""The verbs leave what they are given as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import tersor
+from tersor import api
+from tersor.core.errors import InputError
+from tersor.evaluation.costs import costs
+from tersor.models import build
+
+IMAGES = torch.rand(16, 3, 16, 16)
+LABELS = torch.arange(16) % 10
+
+
+class Answers(torch.nn.Module):
+    """A network that answers with a tuple."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return (self.network(images),)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build("resnet20", 10)
+
+
+@pytest.fixture
+def loader():
+    return DataLoader(TensorDataset(IMAGES, torch.randint(10, (16,))), 8)
+
+
+def test_prune_gives_a_smaller_network_and_leaves_the_one_given(model):
+    before = copy.deepcopy(model.state_dict())
+    pruned = tersor.prune(model, IMAGES, keep_macs=0.5)
+    assert costs(pruned, IMAGES[:1]).macs <= 0.5 * costs(model, IMAGES[:1]).macs
+    assert pruned(IMAGES).shape == (16, 10)
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_prune_goes_by_labels_and_by_a_latency(model, loader, monkeypatch):
+    pruned = tersor.prune(model, loader, importance="taylor")
+    assert costs(pruned, IMAGES[:1]).macs <= 0.5 * costs(model, IMAGES[:1]).macs
+    widths = {name: layer.out_channels for name, layer in model.named_modules() if isinstance(layer, torch.nn.Conv2d)}
+    pruned = tersor.prune(model, IMAGES, importance="obs", scope="global")
+    assert len({pruned.get_submodule(name).out_channels / width for name, width in widths.items()}) > 2
+    layers = {name for name, _ in tersor.prune(model, IMAGES, branches=2).named_modules()}
+    assert sum(name not in layers for name in widths) == 2 * 2, "of two blocks both convolutions"
+    with pytest.raises(InputError, match="no labels"):
+        tersor.prune(model, IMAGES, importance="taylor")
+
+    class Watch:
+        def against(self, original, example, target):
+            assert target.runtime == "openvino"
+            return lambda network: costs(network, example).macs / costs(original, example).macs
+
+    monkeypatch.setattr(api, "RuntimeStopwatch", Watch)
+    pruned = tersor.prune(model, IMAGES, keep_latency=0.7, runtime="openvino")
+    assert 0.6 < costs(pruned, IMAGES[:1]).macs / costs(model, IMAGES[:1]).macs <= 0.7
+
+
+def test_quantize_leaves_the_network_also_when_it_fails(model, loader):
+    keys = list(model.state_dict())
+    with pytest.raises(InputError, match="loader is empty"):
+        tersor.quantize(model, [])
+    quantized = tersor.quantize(model, loader)
+    assert list(model.state_dict()) == keys
+    assert list(quantized.state_dict()) != keys
+    assert model.training
+
+
+def test_distill_leaves_the_teacher_as_it_was(model, loader):
+    teacher = copy.deepcopy(model)
+    tersor.distill(model, teacher, loader)
+    assert teacher.training
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    with pytest.raises(InputError, match="one network"):
+        tersor.distill(model, model, loader)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model, loader: tersor.quantize(model, loader, bits=0), "bits: .*given 0"),
+        (lambda model, loader: tersor.quantize(model, loader, runtime="tflite"), "runtime: .*'tflite'"),
+        (lambda _, loader: tersor.quantize("resnet20", loader), "is a str"),
+        (lambda model, _: tersor.quantize(model, [IMAGES[:, :1]]), r"does not run on images \(1, 16, 16\)"),
+        (lambda model, _: tersor.prune(model, IMAGES * torch.nan), "hold NaN"),
+        (lambda model, _: tersor.prune(model, IMAGES, keep_macs=0), "keep_macs: .*given 0"),
+        (lambda model, loader: tersor.distill(model, build("resnet20", 7), loader), r"\(2, 10\).*\(2, 7\)"),
+        (lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, temperature=0), "temperature: "),
+        (lambda model, _: tersor.prune(model, IMAGES, keep_macs=0.5, keep_latency=0.5), "one target"),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), []), "loader is empty"),
+        (
+            lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, torch.full((16,), 10))]),
+            "from 0 to 9",
+        ),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, torch.rand(16))]), "float32"),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, LABELS > 5)]), "torch.bool"),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES, LABELS[:3])]), r"shape \(3,\)"),
+        (lambda model, _: tersor.distill(model, build("resnet20", 10), [IMAGES]), "has no labels"),
+        (
+            lambda model, loader: tersor.distill(Answers(model), build("resnet20", 10), loader),
+            "returns a tuple of shape",
+        ),
+        (lambda model, loader: tersor.distill(model, None, loader), "is a NoneType"),
+        (lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, epochs=1.5), "whole number"),
+        (
+            lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, loss_weight=0, label_weight=0),
+            "nothing is asked",
+        ),
+        (
+            lambda model, loader: tersor.distill(model, build("resnet20", 7), loader, label_weight=0),
+            r"\(2, 10\).*\(2, 7\)",
+        ),
+        (
+            lambda model, _: tersor.distill(model, build("resnet20", 10), [(IMAGES[:, :1], torch.arange(8))]),
+            r"student does not run on images \(1, 16, 16\)\. It takes images \(N, 3, H, W\)",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_message(model, loader, call, words):
+    with pytest.raises(InputError, match=words) as caught:
+        call(model, loader)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_distill_takes_labels_of_any_integers_and_asks_for_none_that_it_does_not_need(model):
+    teacher, students = build("resnet20", 10).eval(), [copy.deepcopy(model) for _ in range(3)]
+    for student, labels in zip(students, (LABELS, LABELS.int(), LABELS.to(torch.uint8)), strict=True):
+        tersor.distill(student, teacher, [(IMAGES, labels)])
+        assert torch.equal(student.conv1.weight, students[0].conv1.weight)
+    tersor.distill(model, teacher, [(IMAGES, LABELS - 20)], label_weight=0)
+
+
+def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeypatch):
+    (tmp_path / "model.onnx").write_bytes(b"of before")
+
+    def refuse(*_):
+        raise InputError("not installed")
+
+    with pytest.raises(InputError, match=r"a file \*\.onnx"):
+        tersor.export(model, IMAGES, tmp_path / "model.xml")
+    with pytest.raises(InputError, match=r"\(N, C, H, W\)"):
+        tersor.export(model, IMAGES[0], tmp_path / "model.onnx")
+    monkeypatch.setattr(api, "open_session", refuse)
+    with pytest.raises(InputError, match="not installed"):
+        tersor.export(model, IMAGES, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == b"of before"
+
+
+def test_agreement_is_the_share_of_equal_predictions(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(40, 3, 8, 8)
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval() for _ in range(2)]
+    path = tersor.export(networks[1], images, tmp_path / "other.onnx")
+    with torch.no_grad():
+        same = (networks[0](images).argmax(1) == networks[1](images).argmax(1)).double().mean().item()
+    found = tersor.compare(networks[0], path, [images], seconds=0.01)
+    assert 0 < same < 1
+    assert found["artifact"]["agreement"] == pytest.approx(100 * same)

@@ -1,0 +1,208 @@
+"""Accuracy while a network trains: what is measured, and that the training does not know of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import Hooked, Keeps, Recorder, Toy, linear
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.errors import InputError
+from tersor.core.progress import Unwatched
+from tersor.pipeline.setup import prepare
+from tersor.pruning.mask import Mask
+from tersor.quantization.fake_quantize import MovingFakeQuantize
+from tersor.quantization.grid import Grid
+from tersor.recipe import parse
+from tersor.training.accuracy_curve import AccuracyCurve
+from tersor.training.attachment import Attachment
+from tersor.training.loop import fit
+from tersor.training.options import Training
+
+EPOCH = 8  # steps, of Toy
+
+RECIPE = """\
+model: {name: resnet20}
+data: {name: digits, limit: 160}
+stages:
+  - name: prune
+    epochs: 2
+    batch_size: 32
+    validate_every: 1
+    methods: [{weight_pruning: {sparsity: 0.9}}]
+"""
+
+
+def all_that_moves():
+    """BatchNorm, dropout, a range that follows what it is shown, a mask."""
+    torch.manual_seed(3)
+    quantizer = MovingFakeQuantize(Grid.unsigned(8), 0.1)
+    quantizer.set_range(torch.tensor(0.0), torch.tensor(3.0))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), quantizer, nn.Dropout(0.3), nn.Flatten(), nn.Linear(16, 3)
+    )
+    mask = Mask(model[0].weight.shape)
+    mask.mask[1] = False
+    parametrize.register_parametrization(model[0], "weight", mask)
+    return model
+
+
+def right(model):
+    """Percent of right answers to images that nobody trains on, drawing numbers on the way."""
+    torch.rand(5)
+    assert not any(module.training for module in model.modules())
+    images = torch.randn(300, 3, 4, 4, generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        return 100 * (model(images).argmax(1) == images.flatten(1)[:, :3].argmax(1)).double().mean().item()
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_training_that_is_looked_at_ends_with_the_same_bits(ema):
+    ends = []
+    for curve in (None, AccuracyCurve(1, right)):
+        model = all_that_moves()
+        watch = Recorder()
+        fit(Attachment(model), Toy(shape=(3, 4, 4)), Training(ema=ema), steps=12, seed=5, curve=curve, watch=watch)
+        losses = [values["labels"] for values in watch.values]
+        ends.append({**model.state_dict(), "losses": torch.tensor(losses)})
+    assert len(curve.values) == 12
+    assert len(set(curve.values)) > 3
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_each_value_is_of_the_weights_after_its_epoch():
+    hooked = Hooked(linear())
+    curve = AccuracyCurve(EPOCH, lambda model: model.weight.double().sum().item())
+    fit(hooked, Toy(), Training(), steps=3 * EPOCH - 1, curve=curve)
+    assert curve.steps == [EPOCH, 2 * EPOCH]
+    assert curve.values == [hooked.after[step - 1][1].double().sum().item() for step in curve.steps]
+
+
+def test_where_weights_have_a_mean_it_is_the_mean_that_is_measured():
+    hooked = Hooked(linear())
+    curve = AccuracyCurve(5, lambda model: model.weight.double().sum().item())
+    fit(hooked, Toy(), Training(ema=0.9), steps=10, curve=curve)
+    assert curve.values[-1] == hooked.model.weight.double().sum().item(), "what the training leaves"
+    assert curve.values[-1] != hooked.after[-1][1].double().sum().item()
+
+
+@pytest.mark.parametrize("until", [2, EPOCH, EPOCH + 3])
+def test_the_curve_goes_on_where_the_training_was_stopped(until):
+    def run(keeper):
+        curve = AccuracyCurve(EPOCH, right)
+        fit(Attachment(all_that_moves()), Toy(shape=(3, 4, 4)), Training(), steps=20, keeper=keeper, curve=curve)
+        return curve.values
+
+    expected = run(None)
+    stopped = Keeps(until=until)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped)
+    assert len(expected) == 2
+    assert run(Keeps(begun=(until, stopped.kept[until]))) == expected
+
+
+def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_out(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("tersor.training.history.time.perf_counter", lambda: now)
+
+    def slow(_model):
+        nonlocal now
+        now += 100.0
+        return 50.0 + len(curve.values)
+
+    class Ticking(Toy):
+        def __iter__(self):
+            nonlocal now
+            for batch in super().__iter__():
+                now += 1.0
+                yield batch
+
+    watch, curve = Recorder(), AccuracyCurve(EPOCH, slow)
+    fitted = fit(Attachment(linear()), Ticking(), Training(), steps=2 * EPOCH, curve=curve, watch=watch)
+    assert "validation" not in watch.values[EPOCH - 2]
+    assert [watch.values[step]["validation"] for step in (EPOCH - 1, EPOCH, 2 * EPOCH - 1)] == [50, 50, 51]
+    assert 2 * EPOCH - 2 <= fitted.seconds <= 2 * EPOCH + 2
+
+
+def walked(text, folder):
+    walk = prepare(parse(text, "recipe.yaml"), model=None, data=None, watch=Unwatched())
+    (told,) = walk.stages(Unwatched(), Checkpoints(folder))
+    return walk, told
+
+
+def test_a_stage_tells_its_curve_of_the_network_under_its_masks(tmp_path):
+    walk, told = walked(RECIPE, tmp_path / "a")
+    assert len(told["validation_by_epoch"]) == 2
+    assert told["validated_at"] == [told["steps"] // 2, told["steps"]]
+    assert told["validation_by_epoch"][-1] == told["validation_accuracy"]
+    for module in walk.model.modules():
+        if isinstance(module, Mask):
+            module.mask.fill_(True)
+    assert walk.validate(walk.model, "without masks", Unwatched()) != told["validation_accuracy"]
+    _, unasked = walked(RECIPE.replace("    validate_every: 1\n", ""), tmp_path / "b")
+    assert "validation_by_epoch" not in unasked
+    assert unasked["validation_accuracy"] == told["validation_accuracy"]
+
+
+def test_looking_at_no_images_is_an_error_before_anything_is_trained():
+    given = parse(RECIPE.replace("limit: 160", "limit: 320, validation: 0"), "recipe.yaml")
+    with pytest.raises(InputError, match=r"'prune' has validate_every.*Write data\.validation"):
+        prepare(given, model=None, data=None, watch=Unwatched())
+
+
+def test_looking_on_where_nothing_trains_is_an_error():
+    with pytest.raises(InputError, match=r"line 7: .*stage 'prune' has 0 steps\. Leave it out"):
+        parse(RECIPE.replace("epochs: 2", "epochs: 0"), "recipe.yaml")
+
+
+SHARE = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from test_train import Attachment, Toy, Training, fit, linear
+from tersor.training.accuracy_curve import AccuracyCurve
+
+rank = int(sys.argv[1])
+
+class Share(Toy):
+    def __len__(self):
+        return super().__len__() // 2
+
+    def __iter__(self):
+        return (batch for number, batch in enumerate(super().__iter__()) if number % 2 == rank)
+
+def measure(model):
+    assert rank == 0, "the first alone measures"
+    return model.weight.double().sum().item()
+
+curve = AccuracyCurve(3, measure)
+fit(Attachment(linear()), Share(), Training(precision="float32"), steps=8, curve=curve)
+torch.save(torch.tensor(curve.values, dtype=torch.float64), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_of_several_processes_the_first_measures_and_all_know(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    script = SHARE.format(here=str(Path(__file__).parent))
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(tmp_path / str(rank))],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
+    assert len(first) == 2
+    assert torch.equal(first, second)

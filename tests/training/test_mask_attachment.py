@@ -1,0 +1,231 @@
+"""The gradient of a masked weight, to the bit; and what is told of masks that move."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tersor.checkpoint.structure import rebuild, structure
+from tersor.core.errors import InputError
+from tersor.methods.dcil import DCIL
+from tersor.methods.dpf import DPF
+from tersor.methods.weight_pruning import WeightPruning
+from tersor.pruning.dense_path import masks_and_quantizers_disabled
+from tersor.pruning.mask import Mask
+from tersor.pruning.mask_log import POINTS, MaskLog, stride
+from tersor.training.mask_attachment import DynamicMasks, MaskedAttachment, dense_of, lay_masks, mask_of
+from tersor.training.method import chain
+
+IMAGES, LABELS = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 3))
+
+
+def masked(gradient):
+    model = network()
+    layers = {"0": model[0], "2": model[2]}
+    lay_masks(layers, gradient, "a method")
+    for layer in layers.values():
+        mask_of(layer).mask.copy_(torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(2)) > 0.7)
+    return model, MaskedAttachment(model, layers)
+
+
+def shown_gradients(model):
+    """Of the weights that are seen, by a network that has nothing else."""
+    plain = network()
+    with torch.no_grad():
+        for place in (0, 2):
+            plain[place].weight.copy_(model[place].weight)
+    F.cross_entropy(plain(IMAGES), LABELS).backward()
+    return {place: plain[place].weight.grad for place in (0, 2)}
+
+
+@pytest.mark.parametrize("gradient", ["kept", "all", "split"])
+def test_what_is_shown_and_its_gradient(gradient):
+    model, _ = masked(gradient)
+    for place in (0, 2):
+        mask, dense = mask_of(model[place]).mask, dense_of(model[place])
+        assert torch.equal(model[place].weight, torch.where(mask, dense, torch.zeros(())))
+    F.cross_entropy(model(IMAGES), LABELS).backward()
+    for place, wanted in shown_gradients(model).items():
+        mask, found = mask_of(model[place]).mask, dense_of(model[place]).grad
+        assert wanted[~mask].abs().max() > 0
+        assert torch.equal(found, wanted if gradient == "all" else wanted * mask)
+
+
+@pytest.mark.parametrize("gradient", ["kept", "all", "split"])
+def test_the_dense_weight_and_its_gradient(gradient):
+    model, _ = masked(gradient)
+    factor = torch.randn(4, 3, 3, 3)
+    with masks_and_quantizers_disabled(model):
+        assert torch.equal(model[0].weight, dense_of(model[0]))
+        (model[0].weight * factor).sum().backward()
+    mask = mask_of(model[0]).mask
+    assert torch.equal(dense_of(model[0]).grad, factor * ~mask if gradient == "split" else factor)
+    assert torch.equal(model[0].weight[~mask], torch.zeros(int((~mask).sum())))
+
+
+def optimizers(model):
+    return {
+        "sgd": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+        "adamw": torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1),
+    }
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    F.cross_entropy(model(IMAGES), LABELS).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_kept_never_moves_a_masked_weight(name):
+    """Also one that momentum was gathered for before it was masked; the others move as if nothing held them."""
+    model, attached = masked("kept")
+    masks = {place: mask_of(model[place]).mask for place in (0, 2)}
+    later = {place: mask.clone() for place, mask in masks.items()}
+    optimizer = optimizers(model)[name]
+    attached.bind(optimizer)
+    for mask in masks.values():
+        mask.fill_(value=True)
+    for _ in range(2):
+        step(model, optimizer)
+    for place, mask in masks.items():
+        mask.copy_(later[place])
+    before = {place: dense_of(model[place]).detach().clone() for place in masks}
+    free = copy.deepcopy(model)
+    other = optimizers(free)[name]
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(free, other)
+    step(model, optimizer)
+    for place, mask in masks.items():
+        moved = dense_of(free[place])
+        assert torch.equal(dense_of(model[place])[mask], moved[mask])
+        assert not torch.equal(moved[~mask], before[place][~mask]), "without help, it moves"
+    for _ in range(3):
+        step(model, optimizer)
+    for place, mask in masks.items():
+        assert torch.equal(dense_of(model[place])[~mask], before[place][~mask])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_all_is_a_step_of_the_dense_weights(name):
+    """The gradient of what is shown moves all of w, and decay is on all of it."""
+    model, attached = masked("all")
+    optimizer = optimizers(model)[name]
+    attached.bind(optimizer)
+    twins = {place: nn.Parameter(dense_of(model[place]).detach().clone()) for place in (0, 2)}
+    same = optimizers(nn.ParameterList(twins.values()))[name]
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(IMAGES), LABELS).backward()
+        for place, twin in twins.items():
+            twin.grad = dense_of(model[place]).grad.clone()
+        optimizer.step()
+        same.step()
+        for place, twin in twins.items():
+            assert torch.equal(dense_of(model[place]), twin)
+
+
+@pytest.mark.parametrize("method", [WeightPruning(sparsity_schedule="linear"), DPF(), DCIL()], ids=type)
+def test_structure_holds_the_gradient_and_the_log(method):
+    attached = method.attach(network(), steps=10)
+    found = structure(attached.model)
+    again = rebuild(network(), found)
+    again.load_state_dict(attached.model.state_dict())
+    assert structure(again) == found
+    wanted = {WeightPruning: "kept", DPF: "all", DCIL: "split"}[type(method)]
+    assert [(mask_of(again[place]).gradient, mask_of(again[place]).log is None) for place in (0, 2)] == [
+        (wanted, False),
+        (wanted, True),
+    ]
+    attached.finish()
+    assert {each["gradient"] for told in structure(attached.model)["weights"].values() for each in told} == {"kept"}
+
+
+def test_what_is_told_of_moving_masks():
+    model = network()
+    layers = {"0": model[0], "2": model[2]}
+    lay_masks(layers, "all", "a method")
+    attached = DynamicMasks(model, layers, sparsity=0.5, every=2, end=0.5, floor=0.0, steps=12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    masks = [torch.cat([mask_of(layer).mask.flatten() for layer in layers.values()]).clone()]
+    for step in range(12):
+        if step == 9:
+            with torch.no_grad():
+                dense_of(model[0]).neg_().reciprocal_()
+        attached.before_step(step, optimizer)
+        attached.after_step(step, optimizer)
+        if step % 2:
+            masks.append(torch.cat([mask_of(layer).mask.flatten() for layer in layers.values()]).clone())
+    attached.finish()
+    [told] = attached.told["masks"]
+    assert told["steps"] == [2, 4, 6, 8, 10, 12]
+    size = len(masks[0])
+    assert told["sparsity"] == pytest.approx([int((~mask).sum()) / size for mask in masks[1:]], abs=1e-6)
+    assert told["sparsity"] == sorted(told["sparsity"])
+    assert told["sparsity"][2:] == [round(round(0.5 * size) / size, 6)] * 4
+    changed = [int((old != new).sum()) / size for old, new in itertools.pairwise(masks)]
+    assert told["changed"] == pytest.approx(changed, abs=1e-6)
+    assert told["changed"][3] == told["changed"][5] == 0
+    assert told["changed"][4] > 0.1, "masked weights came back"
+
+
+def test_a_log_of_a_long_stage_is_thinned():
+    log = MaskLog()
+    every = stride(5000)
+    for number in range(5000):
+        if number % every == 0:
+            log.add(number * 16, 0.5, 0.25)
+    log.add(80_000, 0.9, 0.0)
+    assert 150 < len(log.told["steps"]) <= POINTS
+    assert (log.told["steps"][0], log.told["steps"][-1]) == (0, 80_000)
+    assert log.told["sparsity"][-1] == 0.9
+    assert stride(POINTS - 2) == 1
+
+
+def test_one_stage_one_method_that_masks_a_layer():
+    with pytest.raises(InputError, match="masks 0, which a method before it"):
+        chain([DPF(), WeightPruning()], network(), steps=10)
+    apart = chain([DPF(layers=("0",)), WeightPruning(layers=("2",))], network(), steps=10)
+    assert [len(part.masked) for part in apart.parts] == [1, 1]
+    list(apart.begin())
+    assert [len(told["steps"]) for told in apart.told["masks"]] == [0, 1], "each tells of its own"
+    model = network()
+    chain([WeightPruning(sparsity=0.5)], model)
+    chain([DPF(sparsity=0.8)], model, steps=10)
+    assert [type(each) for each in model[0].parametrizations.weight] == [Mask]
+
+
+def test_what_is_masked_does_not_move_in_later_stages_either():
+    model = network()
+    first = chain([WeightPruning(sparsity=0.5)], model)
+    list(first.begin())
+    first.finish()
+    before = {place: (mask_of(model[place]).mask.clone(), dense_of(model[place]).clone()) for place in (0, 2)}
+    behind = chain([DPF(sparsity=0.6, layers=("2",))], model, steps=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    behind.bind(optimizer)
+    for _ in range(3):
+        model(IMAGES).square().mean().backward()
+        optimizer.step()
+    moved = {place: dense_of(model[place]) != weight for place, (_, weight) in before.items()}
+    assert not moved[0][~before[0][0]].any()
+    assert moved[0][before[0][0]].all()
+    assert moved[2][~before[2][0]].any(), "dpf moves what it masks"
+
+
+def test_masks_lie_under_grids():
+    model = network()
+    parametrize.register_parametrization(model[0], "weight", Mask(model[0].weight.shape))
+    lay_masks({"0": model[0]}, "split", "a method")
+    assert mask_of(model[0]).gradient == "split"

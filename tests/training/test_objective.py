@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.data.batch import Batch, labels_of
+from tersor.training.objective import LossTerm, Objective
+
+
+class Mean(LossTerm):
+    """The weighted mean of the student's logits, less the teacher's where there is one."""
+
+    def __init__(self, weight, name="mean"):
+        super().__init__()
+        self.weight = weight
+        self.name = name
+
+    def forward(self, batch, student, teacher):
+        logits = student.logits if teacher is None else student.logits - teacher.logits
+        return self.weight * logits.mean()
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def batch():
+    draw = torch.Generator().manual_seed(0)
+    return Batch(torch.randn(6, 4, generator=draw), torch.tensor([0, 1, 2, 0, 1, 2]))
+
+
+def test_labels_alone(batch):
+    model = network().eval()
+    objective = Objective(model, label_smoothing=0.1).eval()
+    losses = objective(batch)
+    expected = F.cross_entropy(model(batch.images), batch.labels, label_smoothing=0.1)
+    assert list(losses) == ["labels"]
+    assert torch.equal(losses["labels"], expected)
+
+
+def test_label_weight_zero_leaves_the_labels_alone(batch):
+    objective = Objective(network(), [Mean(2.0)], label_weight=0)
+    assert list(objective(batch)) == ["mean"]
+    unlabelled = Objective(network(), [Mean(2.0)])
+    assert list(unlabelled(Batch(batch.images))) == ["mean"]
+
+
+def test_label_weight_scales_the_labels(batch):
+    model = network().eval()
+    whole = Objective(model).eval()(batch)["labels"]
+    quarter = Objective(model, label_weight=0.25).eval()(batch)["labels"]
+    torch.testing.assert_close(quarter, whole / 4)
+
+
+def test_terms_of_one_name_are_added(batch):
+    model = network().eval()
+    twice = Objective(model, [Mean(1.0), Mean(2.0), Mean(1.0, "other")], label_weight=0).eval()(batch)
+    assert list(twice) == ["mean", "other"]
+    torch.testing.assert_close(twice["mean"], 3 * twice["other"])
+
+
+def test_the_teacher_stays_in_eval_and_gets_no_gradient(batch):
+    teacher = network()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    objective = Objective(network(), [Mean(1.0)], teacher).train()
+    assert objective.model.training
+    assert not any(module.training for module in teacher.modules())
+    sum(objective(batch).values()).backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in objective.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_teacher_that_no_term_asks_is_not_run(batch):
+    class Refuses(nn.Module):
+        def forward(self, images):
+            raise AssertionError
+
+    assert list(Objective(network(), teacher=Refuses())(batch)) == ["labels"]
+
+
+def test_autocast_runs_the_networks_low_and_gives_losses_in_float32(batch):
+    seen = []
+    model = nn.Linear(4, 3)
+    model.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    losses = Objective(model, [Mean(1.0)], autocast=torch.bfloat16)(batch)
+    assert seen == [torch.bfloat16]
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert model.weight.dtype == torch.float32
+
+
+def test_a_network_that_answers_with_more_in_training_is_told(batch):
+    class WithHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return (self.linear(x), self.linear(x)) if self.training else self.linear(x)
+
+    objective = Objective(WithHeads())
+    assert list(objective.eval()(batch)) == ["labels"]
+    with pytest.raises(InputError, match=r"in training the network answers with a tuple.*aux_logits=False"):
+        objective.train()(batch)
+
+
+def test_nothing_to_ask_is_told(batch):
+    with pytest.raises(InputError, match="the images have no labels, and no method adds a loss"):
+        Objective(network())(Batch(batch.images))
+
+
+def test_a_batch_of_images_alone_has_no_labels():
+    images = torch.randn(4, 3, 2, 2)
+    for batch in (images, (images,), [images]):
+        assert labels_of(batch) is None
+    assert labels_of((images, torch.arange(4))).tolist() == [0, 1, 2, 3]

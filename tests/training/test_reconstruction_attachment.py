@@ -1,0 +1,87 @@
+"""AdaRound and BRECQ as a recipe runs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.errors import InputError
+from tersor.core.progress import Unwatched
+from tersor.graph.layer_selection import weighted_layers
+from tersor.methods.adaround import AdaRound
+from tersor.methods.brecq import BRECQ
+from tersor.models import build
+from tersor.pipeline.setup import prepare
+from tersor.quantization.fake_quantize import weight_quantizer
+from tersor.recipe import parse
+
+METHODS = {
+    "adaround": 'adaround: {bits: 3, iterations: 50, calibration_images: 64, exclude: ["layer[23]*"]}',
+    "brecq": 'brecq: {bits: 3, activation_bits: 4, iterations: 50, calibration_images: 64, exclude: ["layer[23]*"]}',
+}
+RECIPE = """\
+model: {name: resnet20}
+data: {name: digits, limit: 128}
+stages:
+  - {name: learn, steps: 2, batch_size: 32}
+  - {name: quantize, methods: [{METHOD}]}
+"""
+
+
+class Stops(Unwatched):
+    """Presses Ctrl-C in the middle of the work before the first step."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def start(self, task, total):
+        self.counts = "reconstruction" in task
+
+    def advance(self, items=1, **shown):
+        self.left -= self.counts
+        if self.counts and self.left == 0:
+            raise KeyboardInterrupt
+
+
+def walked(method, folder, watch=None):
+    walk = prepare(
+        parse(RECIPE.replace("{METHOD}", f"{{{METHODS[method]}}}"), "r"), model=None, data=None, watch=Unwatched()
+    )
+    walk.stages(watch or Unwatched(), Checkpoints(folder))
+    return walk.model.state_dict()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(method, tmp_path):
+    expected = walked(method, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        walked(method, tmp_path / "stopped", Stops(4))
+    assert len(list((tmp_path / "stopped").glob("02-quantize-0000000-*"))) == 1
+    again = Said()
+    found = walked(method, tmp_path / "stopped", again)
+    assert "quantize: goes on where it was left" in again.lines
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+class Said(Unwatched):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("method", [AdaRound(bits=2, iterations=1), BRECQ(bits=2, iterations=1)])
+def test_first_and_last_layer_have_eight_bits(method):
+    data = [torch.randn(32, 3, 16, 16)]
+    attached = method.attach(build("resnet20", 10).eval(), data=data)
+    list(attached.begin())
+    bits = [weight_quantizer(layer).grid.bits for layer in weighted_layers(attached.model).values()]
+    assert bits == [8, *[2] * 18, 8]
+
+
+@pytest.mark.parametrize("method", [AdaRound(), BRECQ()])
+def test_without_images_it_says_what_to_pass(method):
+    with pytest.raises(InputError, match=r"needs images to look at; none were given. Pass data="):
+        method.attach(build("resnet20", 10))
