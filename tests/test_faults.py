@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tersor import cli
-from tersor.checkpoint.store import store
+from tersor.checkpoint import store
 from tersor.training.objective import Objective
 
 RECIPE = """\

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tersor
-from tersor.checkpoint.store import model_folder
+from tersor.checkpoint import model_folder
 from tersor.core.errors import InputError
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ

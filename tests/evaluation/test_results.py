@@ -8,7 +8,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from test_layers import Small
 
 from tersor.core.progress import Unwatched
 from tersor.core.target import Target
@@ -21,6 +20,7 @@ from tersor.evaluation.latency import BATCH_SIZES
 from tersor.evaluation.process_footprint import Footprint
 from tersor.evaluation.results import measure
 from tersor.evaluation.timings import NARROW, Timings
+from toy_networks import Small
 
 MS = {
     "original": (4, 4, 4),

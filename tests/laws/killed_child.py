@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import tersor.pipeline.run  # noqa: F401
-from tersor.checkpoint.store import store
+from tersor.checkpoint import store
 from tersor.core.errors import InputError
 from tersor.deploy.onnx import export
 from tersor.evaluation.process_footprint import Footprint

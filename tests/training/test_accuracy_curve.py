@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import Hooked, Keeps, Recorder, Toy, linear
+from test_loop import Hooked, Keeps, Recorder, Toy, linear
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -166,7 +166,7 @@ def test_looking_on_where_nothing_trains_is_an_error():
 SHARE = """
 import sys, torch
 sys.path.insert(0, {here!r})
-from test_train import Attachment, Toy, Training, fit, linear
+from test_loop import Attachment, Toy, Training, fit, linear
 from tersor.training.accuracy_curve import AccuracyCurve
 
 rank = int(sys.argv[1])

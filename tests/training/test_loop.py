@@ -439,7 +439,7 @@ def test_asking_nothing_is_an_error():
 SHARE = """
 import sys, torch
 sys.path.insert(0, {here!r})
-from test_train import Attachment, STEADY, PLAIN_SGD, Toy, Training, fit, linear, weights
+from test_loop import Attachment, STEADY, PLAIN_SGD, Toy, Training, fit, linear, weights
 
 rank = int(sys.argv[1])
 

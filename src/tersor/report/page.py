@@ -69,8 +69,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
-    style = files(__name__).joinpath("style.css").read_text(encoding="utf-8")
-    template = Template(files(__name__).joinpath("page.html").read_text(encoding="utf-8"))
+    style = files("tersor.report").joinpath("style.css").read_text(encoding="utf-8")
+    template = Template(files("tersor.report").joinpath("page.html").read_text(encoding="utf-8"))
     inside = (
         [
             time_spent(numbers, evidence),

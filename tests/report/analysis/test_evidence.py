@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from PIL import Image
-from test_layers import Small
 
 from tersor.core.progress import Unwatched
 from tersor.core.target import Target
@@ -18,6 +17,7 @@ from tersor.evaluation.latency import predictions
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
 from tersor.report.analysis.evidence import gather
+from toy_networks import Small
 
 BASELINE = {key: {"runtime": "onnxruntime", "precision": "float32"} for key in ("1", "32")}
 

@@ -7,7 +7,6 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from test_layers import Small
 from torch import nn
 
 from tersor.data.batch import Batch
@@ -22,6 +21,7 @@ from tersor.report.analysis.pruning import masks, widths
 from tersor.training.loop import fit
 from tersor.training.method import chain
 from tersor.training.options import OptimizerOptions, Training
+from toy_networks import Small
 
 SPARSITY = 0.75
 IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
