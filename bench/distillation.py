@@ -33,8 +33,8 @@ import rows
 import training
 from images import MEAN, STD, TRAINED, cifar, folder
 from tersor.data import Batches
-from tersor.graph.feature_extraction import Layers
-from tersor.pipeline.stages import Walk
+from tersor.graph.feature_extraction import FeatureExtractor
+from tersor.pipeline.stages import Experiment
 from tersor.recipe import Recipe
 
 RESULT = "distillation"
@@ -204,7 +204,7 @@ class Recorded(nn.Module):
             return opened.get_tensor("logits")
 
     def _record(self, images: Tensor, path: Path) -> None:
-        logits, given = Layers(self.teacher, self.layers)(images)
+        logits, given = FeatureExtractor(self.teacher, self.layers)(images)
         told = {name: value.permute(0, 2, 3, 1).contiguous().clone() for name, value in given.items()}
         self.kept.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
@@ -216,7 +216,7 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
     """Accuracy on both sets after the last epoch, seconds of training, and what the methods told."""
     kept = folder().parent / RESULT / f"teacher-{seed}"
 
-    def record(walk: Walk) -> None:
+    def record(walk: Experiment) -> None:
         assert walk.teacher is not None
         if epochs <= EPOCHS:  # what a longer training asks would not fit beside it
             walk.teacher = Recorded(walk.teacher, kept)

@@ -20,7 +20,7 @@ from torch import nn
 
 import rows
 from tersor.core.device import precision_for
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.data.batches import Batches
 from tersor.data.image_sets import Pixels
 from tersor.models import build
@@ -69,7 +69,7 @@ def bare_loop(model: nn.Module, batches: Batches, steps: int) -> Iterator[None]:
             yield
 
 
-class Interleaved(Unwatched):
+class Interleaved(NullProgress):
     """Looks on while tersor trains, and after each of its blocks holds it up for a block of every bare loop."""
 
     def __init__(self, others: dict[str, Iterator[None]], block: int) -> None:

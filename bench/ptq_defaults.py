@@ -48,9 +48,9 @@ FEW_BITS: tuple[dict[str, Any], ...] = tuple(
     }
     for bits, activation_bits in ((4, 8), (4, 4), (3, 8), (2, 8), (6, 8))
     for weights, values, corrections in (
-        ("minmax", "minmax", ({}, {"spread_correction": True}, {"equalize": True, "spread_correction": True})),
-        ("mse", "mse", ({}, {"spread_correction": True}, {"equalize": True, "spread_correction": True})),
-        ("mse", "minmax", ({"spread_correction": True},)),
+        ("minmax", "minmax", ({}, {"variance_correction": True}, {"equalize": True, "variance_correction": True})),
+        ("mse", "mse", ({}, {"variance_correction": True}, {"equalize": True, "variance_correction": True})),
+        ("mse", "minmax", ({"variance_correction": True},)),
     )
     for correction in corrections
 )
@@ -118,7 +118,7 @@ def show() -> None:
     for row in sorted(found, key=lambda row: (row["model"], row["runtime"], _bits(row), row["logit_error"])):
         activations = f"{row['activation_range']} {row.get('percentile', '')}"
         draws = " ".join(f"{error:.5f}" for error in row["logit_errors"])
-        also = ", ".join(key for key in ("equalize", "spread_correction") if key in row)
+        also = ", ".join(key for key in ("equalize", "variance_correction") if key in row)
         what = (row["model"], row["runtime"], _bits(row), activations, row["weight_range"], also)
         what = (*what, str(row["calibration_images"]))
         table.add_row(*what, f"{row['logit_error']:.5f}", draws, f"{row['agreement']:.2f}")

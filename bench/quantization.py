@@ -54,8 +54,8 @@ TRAINED_WIDTH, BESIDE = (2, 2), ("min-max", "+ spread correction", "adaround", "
 """Where training on the grid has a row and the ladder has none: its rungs there, of one draw."""
 EPOCHS = 4
 PARTS = ("packed", "ladder", "trained", "depthwise")
-MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax", "spread_correction": False}
-MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse", "spread_correction": False}
+MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax", "variance_correction": False}
+MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse", "variance_correction": False}
 CORRECTED: dict[str, Any] = {"equalize": True, "bias_correction": True}
 
 
@@ -70,7 +70,7 @@ LADDER: dict[str, Callable[[int, int], Method]] = {
     "mse": _ptq(**MSE),
     "+ equalisation, bias correction": _ptq(**MSE | CORRECTED),
     "ptq": _ptq(),
-    "+ spread correction": _ptq(**MSE | {"equalize": True, "spread_correction": True}),
+    "+ spread correction": _ptq(**MSE | {"equalize": True, "variance_correction": True}),
     "adaround": lambda bits, activation_bits: AdaRound(bits=bits, activation_bits=activation_bits),
     "brecq": lambda bits, activation_bits: BRECQ(bits=bits, activation_bits=activation_bits),
     "qdrop": lambda bits, activation_bits: BRECQ(bits=bits, activation_bits=activation_bits, drop=0.5),

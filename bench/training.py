@@ -10,11 +10,11 @@ from typing import Any
 
 from images import SHARED, cifar, folder
 from tersor.checkpoint.store import Checkpoints
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.data import Splits
 from tersor.evaluation.costs import accuracy
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import EVALUATION_BATCH, Walk
+from tersor.pipeline.stages import EVALUATION_BATCH, Experiment
 from tersor.recipe import Recipe, write
 
 Numbers = dict[str, Any]
@@ -47,8 +47,12 @@ def recipe(
 
 
 def walked(
-    given: Recipe, result: str, images: Splits | None = None, *, begun: Callable[[Walk], None] = lambda _walk: None
-) -> tuple[Walk, Numbers]:
+    given: Recipe,
+    result: str,
+    images: Splits | None = None,
+    *,
+    begun: Callable[[Experiment], None] = lambda _walk: None,
+) -> tuple[Experiment, Numbers]:
     """The walk through a recipe of one stage at its end, and what the stage told.
 
     Args:
@@ -57,14 +61,14 @@ def walked(
         images: all that there are if left.
         begun: is called with the walk before its first step.
     """
-    walk = prepare(given, model=None, data=images or cifar(), watch=Unwatched())
+    walk = prepare(given, model=None, data=images or cifar(), watch=NullProgress())
     begun(walk)
     kept = folder().parent / result / hashlib.sha256(write(given).encode()).hexdigest()[:16]
-    (told,) = walk.stages(Unwatched(), Checkpoints(kept))
+    (told,) = walk.stages(NullProgress(), Checkpoints(kept))
     shutil.rmtree(kept)
     return walk, told
 
 
-def accuracy_on_test(walk: Walk) -> float:
+def accuracy_on_test(walk: Experiment) -> float:
     """Percent of the 10,000 test images that the network answers right, computed in torch."""
     return accuracy(walk.model, walk.batches(walk.data.test, EVALUATION_BATCH))

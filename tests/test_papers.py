@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from tersor.checkpoint.store import Checkpoints
 from tersor.cli import app
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.data.image_sets import View
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import Walk
+from tersor.pipeline.stages import Experiment
 from tersor.recipe import read
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "papers"
@@ -48,7 +48,7 @@ def cifar(monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", stand_in(100))
 
 
-def brief(path: Path) -> Walk:
+def brief(path: Path) -> Experiment:
     """The recipe with two small steps of each training."""
     recipe = read(path, GIVEN)
     assert recipe.teacher is not None
@@ -57,7 +57,7 @@ def brief(path: Path) -> Walk:
     training = recipe.teacher.training.model_copy(update=small)
     teacher = recipe.teacher.model_copy(update={"epochs": 1, "training": training})
     given = recipe.model_copy(update={"stages": stages, "teacher": teacher})
-    walk = prepare(given, model=None, data=None, watch=Unwatched())
+    walk = prepare(given, model=None, data=None, watch=NullProgress())
     walk.data = replace(walk.data, train=View(walk.data.train, torch.arange(32)))
     assert walk.teacher is not None
     for module in walk.teacher.modules():
@@ -77,8 +77,8 @@ def test_it_is_explained_and_takes_two_steps(path, tmp_path):
 
     walk, checkpoints = brief(path), Checkpoints(tmp_path)
     before = {name: value.clone() for name, value in walk.model.state_dict().items()}
-    walk.train_teacher(Unwatched(), checkpoints)
-    (told,) = walk.stages(Unwatched(), checkpoints)
+    walk.train_teacher(NullProgress(), checkpoints)
+    (told,) = walk.stages(NullProgress(), checkpoints)
     assert told["steps"] == 2
     assert all(np.isfinite(value) for value in told["losses"].values())
     assert len(told["losses"]) == 2, "the labels' loss and the method's"

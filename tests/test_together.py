@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 
 from tersor.checkpoint.store import Checkpoints
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.deploy.onnx import export
 from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import predictions
@@ -30,8 +30,8 @@ def test_zeros_are_exact_in_the_file_and_it_runs(tmp_path):
     brief = [f"stages.{number}.steps={steps}" for number, steps in enumerate((2, 48, 4))]
     small = [f"stages.{number}.batch_size=16" for number in range(3)]
     recipe = read(RECIPE, [f"model={model}", "data={name: digits, limit: 256}", *brief, *small])
-    walk = prepare(recipe, model=None, data=None, watch=Unwatched())
-    walk.stages(Unwatched(), Checkpoints(tmp_path / "checkpoints"))
+    walk = prepare(recipe, model=None, data=None, watch=NullProgress())
+    walk.stages(NullProgress(), Checkpoints(tmp_path / "checkpoints"))
 
     images = next(iter(walk.batches(walk.data.test, 64))).images.contiguous()
     assert costs(walk.model, images).macs <= 0.502 * costs(original, images).macs

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import CompressionWarning, InputError
-from tersor.core.progress import Unwatched, Watch
+from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.target import Runtime, Target
 from tersor.data.batch import images_of
 from tersor.data.loader import Loader, batches_of, given_labels
@@ -131,7 +131,7 @@ def distill(
     loss_weight: float = 0.9,
     label_weight: float = 0.1,
     learning_rate: float = 0.05,
-    watch: Watch | None = None,
+    watch: ProgressReporter | None = None,
 ) -> nn.Module:
     """Trains `student` on the softened answers of `teacher`; the student comes back in eval.
 
@@ -168,7 +168,7 @@ def distill(
     learning = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     try:
         with evaluating(teacher):
-            fit(attached, batches, training, steps=steps, teacher=fused(teacher, few), watch=watch or Unwatched())
+            fit(attached, batches, training, steps=steps, teacher=fused(teacher, few), watch=watch or NullProgress())
     finally:
         for parameter in learning:
             parameter.requires_grad = True

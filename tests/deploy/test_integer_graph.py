@@ -70,7 +70,7 @@ def test_batch_norm_folds_exactly(on_affine_grids, gamma, beta, bias, bits, kind
         norm.bias.copy_(torch.tensor(beta))
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.01, 4)
-    graph = quantize(model, images(), bits=bits, ends_bits=bits)
+    graph = quantize(model, images(), bits=bits, first_last_bits=bits)
     if kind != "symmetric":
         on_affine_grids(graph, bits, per_tensor=kind == "tensor")
     x = graph.get_submodule("quantizers.x")(images())

@@ -265,7 +265,7 @@ def computed_by_openvino(path, x):
 @runtimes
 @pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
 def test_packed_weights_answer_as_if_they_lay_in_bytes(on_affine_grids, tmp_path, monkeypatch, runtime, affine):
-    graph, x = quantize(Small(), images(), runtime, bits=4, ends_bits=4), images().numpy()
+    graph, x = quantize(Small(), images(), runtime, bits=4, first_last_bits=4), images().numpy()
     if affine:
         on_affine_grids(graph, 4, per_tensor=False)
     pack, unpacked = sys.modules["tersor.deploy.onnx"].pack, []

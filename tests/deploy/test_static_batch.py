@@ -13,7 +13,7 @@ from torch import nn
 import tersor
 from tersor import models
 from tersor.core.errors import InputError
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.deploy import static_batch
 from tersor.deploy.static_batch import batch_for, crashes_on_dynamic_batches
@@ -43,7 +43,7 @@ def test_which_versions_crash_on_which_processors(version, flags, expected):
     assert crashes_on_dynamic_batches(version, flags) is expected
 
 
-class Heard(Unwatched):
+class Heard(NullProgress):
     def __init__(self):
         self.lines = []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.evaluation import latency, latency_ratio
 from tersor.evaluation.latency_ratio import RuntimeStopwatch
@@ -21,7 +21,7 @@ def net(layers):
     )
 
 
-class Heard(Unwatched):
+class Heard(NullProgress):
     def __init__(self):
         self.lines = []
 

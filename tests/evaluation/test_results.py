@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.data.image_sets import Pixels
@@ -63,7 +63,7 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "installed_runtimes", lambda: runtimes)
         stages = {1: (model, tmp_path / "1.onnx")}
         found, _ = measure(
-            model, model, tmp_path, test, Target(runtime=target), seed=0, watch=Unwatched(), stages=stages, seconds=7
+            model, model, tmp_path, test, Target(runtime=target), seed=0, watch=NullProgress(), stages=stages, seconds=7
         )
         assert json.loads(json.dumps(found))
         return found, wanted

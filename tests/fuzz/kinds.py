@@ -29,14 +29,14 @@ import tersor
 from tersor import recipe as recipes
 from tersor.checkpoint.checkpoint_folder import CLOCK, STRUCTURE, TENSORS
 from tersor.checkpoint.store import Checkpoints
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.data.decoding import read_file
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import load_weights
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import Walk
+from tersor.pipeline.stages import Experiment
 from tersor.recipe import parse
 from tersor.recipe.yaml import load, plain
 from tersor.report.page import draw
@@ -223,8 +223,8 @@ stages:
 
 
 @cache
-def _walk() -> Walk:
-    return prepare(parse(_RECIPE, "recipe.yaml"), model=None, data=None, watch=Unwatched())
+def _walk() -> Experiment:
+    return prepare(parse(_RECIPE, "recipe.yaml"), model=None, data=None, watch=NullProgress())
 
 
 _OF_CHECKPOINTS = (CLOCK, STRUCTURE, TENSORS)
@@ -243,7 +243,7 @@ def _checkpoint_seeds() -> list[bytes]:
             return path
 
         checkpoints.save = save_and_copy  # pyright: ignore[reportAttributeAccessIssue]
-        copy.deepcopy(_walk()).stages(Unwatched(), checkpoints)
+        copy.deepcopy(_walk()).stages(NullProgress(), checkpoints)
         names = [path for path in sorted(kept.iterdir()) if path.name.startswith(("01-first-end", "02-second-0000001"))]
         assert len(names) == 2
         return [
@@ -282,8 +282,8 @@ def _read_checkpoint(content: bytes, folder: Path) -> None:
     for file, of_file in zip(_OF_CHECKPOINTS, (clock, structure, tensors), strict=True):
         (path / file).write_bytes(of_file)
     walk, checkpoints = copy.deepcopy(_walk()), Checkpoints(folder / "out.checkpoints")
-    walk.stages(Unwatched(), checkpoints)
-    walk.left_by_stages(checkpoints)
+    walk.stages(NullProgress(), checkpoints)
+    walk.stage_models(checkpoints)
 
 
 # structure

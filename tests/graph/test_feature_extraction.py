@@ -11,10 +11,10 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.graph.feature_extraction import (
-    Layers,
+    FeatureExtractor,
     as_map,
     channels_first,
-    last_maps,
+    last_feature_maps,
     map_size,
     matching_paths,
     shapes_of,
@@ -47,7 +47,7 @@ def images(count=4):
 
 def test_layers_of_a_plain_network_are_what_its_modules_give():
     net = Net().eval()
-    logits, given = Layers(net, ["stage", "conv1"])(images())
+    logits, given = FeatureExtractor(net, ["stage", "conv1"])(images())
     assert torch.equal(logits, net(images()))
     first = net.relu(net.bn1(net.conv1(images())))
     assert torch.equal(given["stage"], net.stage(first))
@@ -60,16 +60,16 @@ def test_a_captured_network_gives_the_same_also_of_what_was_traced_through(train
     net = Net().train(training)
     graph = capture(copy.deepcopy(net))
     torch.manual_seed(3)
-    logits, given = Layers(net, ["stage", "last"])(images())
+    logits, given = FeatureExtractor(net, ["stage", "last"])(images())
     torch.manual_seed(3)
-    of_graph, from_graph = Layers(graph, ["stage", "last"])(images())
+    of_graph, from_graph = FeatureExtractor(graph, ["stage", "last"])(images())
     assert torch.equal(logits, of_graph)
     assert all(torch.equal(given[path], from_graph[path]) for path in given)
 
 
 def test_the_mode_of_a_captured_network_is_followed():
     graph = capture(Net().train())
-    ask = Layers(graph, ["stage"])
+    ask = FeatureExtractor(graph, ["stage"])
     ask(images())
     graph.eval()
     assert torch.equal(ask(images())[0], graph(images()))  # without dropout, by running statistics
@@ -82,7 +82,7 @@ def test_layers_survive_removal_and_grids():
     assert kept["stage.0"][1] == graph.get_submodule("stage.0").out_channels
     attached = QAT().attach(graph, data=[images(32)], steps=1, target=Target(cpu="vnni"))
     list(attached.begin())
-    logits, given = Layers(attached.model, ["stage", "last"])(images())
+    logits, given = FeatureExtractor(attached.model, ["stage", "last"])(images())
     assert torch.equal(logits, attached.model(images()))
     assert given["stage"].shape == kept["stage"]
     sum(value.square().mean() for value in given.values()).backward()
@@ -91,17 +91,17 @@ def test_layers_survive_removal_and_grids():
 
 def test_a_value_that_is_overwritten_is_an_error():
     with pytest.raises(InputError, match="bn1 gives is changed in place"):
-        Layers(Net(inplace=True), ["bn1"])(images())
+        FeatureExtractor(Net(inplace=True), ["bn1"])(images())
     with pytest.raises(InputError, match="bn1 gives is changed in place"):
-        Layers(capture(Net(inplace=True)), ["bn1"])(images())
-    assert "bn1" not in last_maps(capture(Net(inplace=True)), images())
+        FeatureExtractor(capture(Net(inplace=True)), ["bn1"])(images())
+    assert "bn1" not in last_feature_maps(capture(Net(inplace=True)), images())
     with torch.inference_mode():
-        assert Layers(Net(), ["bn1"])(images())[1]["bn1"].shape == (4, 16, 8, 8)
+        assert FeatureExtractor(Net(), ["bn1"])(images())[1]["bn1"].shape == (4, 16, 8, 8)
 
 
 def test_a_layer_that_is_not_called():
     with pytest.raises(InputError, match="unused is not called"):
-        Layers(Net(), ["unused"])(images())
+        FeatureExtractor(Net(), ["unused"])(images())
 
 
 def test_a_layer_that_gives_no_tensor():
@@ -118,7 +118,7 @@ def test_a_layer_that_gives_no_tensor():
             return self.linear(self.twice(x)[0].flatten(1))
 
     with pytest.raises(InputError, match="twice gives a tuple, not a tensor"):
-        Layers(Outer(), ["twice"])(images())
+        FeatureExtractor(Outer(), ["twice"])(images())
 
 
 def test_patterns():
@@ -144,8 +144,8 @@ def test_patterns():
 def test_the_last_layer_at_each_resolution(name, expected):
     net = build(name, 10)
     pictures = torch.randn(2, 3, 32, 32)
-    assert last_maps(net, pictures) == expected
-    assert last_maps(capture(net), pictures) == expected
+    assert last_feature_maps(net, pictures) == expected
+    assert last_feature_maps(capture(net), pictures) == expected
     assert net.training
 
 
@@ -192,9 +192,9 @@ def test_the_maps_of_a_swin_transformer():
     seen = {}
     net.features[1].register_forward_hook(lambda _m, _i, value: seen.update(raw=value))
     for each in (net, capture(net)):
-        assert last_maps(each, pictures) == ("features.1", "features.3")
+        assert last_feature_maps(each, pictures) == ("features.1", "features.3")
         assert shapes_of(each, ["features.1"], pictures)["features.1"] == (2, 8, 16, 16)
-    _, given = Layers(net, ["features.1"])(pictures)
+    _, given = FeatureExtractor(net, ["features.1"])(pictures)
     assert torch.equal(given["features.1"], seen["raw"].permute(0, 3, 1, 2))
 
 
@@ -221,4 +221,4 @@ class Odd(nn.Module):
 def test_what_is_no_map_to_learn_from_is_passed_over():
     pictures = torch.randn(2, 3, 16, 16)
     for each in (Odd(), capture(Odd())):
-        assert last_maps(each, pictures) == ("stem", "down")
+        assert last_feature_maps(each, pictures) == ("stem", "down")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tersor.graph.feature_extraction import Layers
+from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.graph.fused_inference import FusedConvolution, fused, rewritten
 from tersor.models import build
 
@@ -46,7 +46,9 @@ def test_every_convolution_of_a_resnet_is_one_pass_and_its_layers_are_there():
     assert passes(faster) == 19
     called = [node.op for node in faster.graph.nodes if node.op == "call_module"]
     assert len(called) == 19 + 1, "BatchNorm is no pass of its own any more"
-    for ours, theirs in zip(Layers(faster, paths)(images(seed=2)), Layers(model, paths)(images(seed=2)), strict=True):
+    for ours, theirs in zip(
+        FeatureExtractor(faster, paths)(images(seed=2)), FeatureExtractor(model, paths)(images(seed=2)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -56,7 +58,7 @@ def test_a_layer_that_is_asked_for_ends_a_pass():
     path = "layer1.0.bn1"
     faster = fused(model, images(), (path,))
     assert passes(faster) == 19, "it is no reason to ask the network itself"
-    (_, ours), (_, theirs) = (Layers(each, (path,))(images(seed=2)) for each in (faster, model))
+    (_, ours), (_, theirs) = (FeatureExtractor(each, (path,))(images(seed=2)) for each in (faster, model))
     assert ours[path].min() < 0, "it lies before the ReLU"
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 

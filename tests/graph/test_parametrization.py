@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from tersor.graph.parametrization import shown_by
+from tersor.graph.parametrization import parametrizations_of
 from tersor.graph.strip import strip
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid, affine_parameters, symmetric_scale
@@ -76,19 +76,19 @@ def test_everything_lies_in_the_state_dict():
     quantizer.set_grid(torch.tensor([0.1, 0.2, 0.3]))
     fresh = FakeQuantize(Grid.signed(8), channels=3)
     fresh.load_state_dict(quantizer.state_dict())
-    assert fresh.ready
+    assert fresh.enabled
     assert torch.equal(fresh.scale, quantizer.scale)
     fresh.load_state_dict(FakeQuantize(Grid.signed(8), channels=3).state_dict())
-    assert not fresh.ready
+    assert not fresh.enabled
 
 
 def test_weight_quantizer_is_the_one_that_rounds():
     layer = nn.Linear(3, 2)
     assert weight_quantizer(layer) is None
-    assert list(shown_by(layer)) == []
+    assert list(parametrizations_of(layer)) == []
     parametrize.register_parametrization(layer, "weight", FakeQuantize(Grid.signed(8), channels=2))
     assert weight_quantizer(layer) is None
-    assert len(list(shown_by(layer))) == 1
+    assert len(list(parametrizations_of(layer))) == 1
     layer.parametrizations.weight[0].set_grid(torch.ones(2))
     assert weight_quantizer(layer) is layer.parametrizations.weight[0]
     assert weight_quantizer(nn.ReLU()) is None
@@ -119,7 +119,7 @@ def test_the_plain_copy_shares_nothing(ready):
     model = network()
     for module in model.modules():
         if isinstance(module, FakeQuantize):
-            module.ready = ready  # one that is not shows the very tensor that it was given
+            module.enabled = ready  # one that is not shows the very tensor that it was given
     images = draw(1, 2, 3, 8, 8)
     before = model(images)
     plain = strip(model)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from tersor import methods as registry
 from tersor.checkpoint.store import Checkpoints
 from tersor.core import distributed
-from tersor.core.progress import Unwatched, Watch
+from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.data import load
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import Walk
+from tersor.pipeline.stages import Experiment
 from tersor.recipe import Recipe, Stage, parse, read
 from tersor.training.method import Method
 
@@ -74,23 +74,23 @@ def recipe(*methods: Method, seed: int = 0, **training: Any) -> Recipe:
     return plain.model_copy(update={"seed": seed, "stages": (stage,)})
 
 
-def walk_of(given: Recipe) -> Walk:
+def walk_of(given: Recipe) -> Experiment:
     """Its networks and images."""
-    return prepare(given, model=None, data=None, watch=Unwatched())
+    return prepare(given, model=None, data=None, watch=NullProgress())
 
 
-def walked(given: Recipe, folder: Path, watch: Watch | None = None) -> Walk:
+def walked(given: Recipe, folder: Path, watch: ProgressReporter | None = None) -> Experiment:
     """The recipe, to its last stage."""
     walk, checkpoints = walk_of(given), Checkpoints(folder)
-    watch = watch or Unwatched()
+    watch = watch or NullProgress()
     if isinstance(watch, Notes):
         watch.walk = walk
-    walk.train_teacher(Unwatched(), checkpoints)
+    walk.train_teacher(NullProgress(), checkpoints)
     walk.stages(watch, checkpoints)
     return walk
 
 
-class Notes(Unwatched):
+class Notes(NullProgress):
     """Notes what each process has after its last step, before the first one's is taken by all: weights, masks, scales.
 
     Running statistics and ranges are not among it: these follow the images of their own process from step to step.
@@ -98,7 +98,7 @@ class Notes(Unwatched):
 
     def __init__(self, steps: int) -> None:
         self.left = steps
-        self.walk: Walk | None = None
+        self.walk: Experiment | None = None
         self.noted: dict[str, Tensor] = {}
 
     def advance(self, amount: int = 1, **shown: float) -> None:
@@ -110,7 +110,7 @@ class Notes(Unwatched):
             self.noted = {key: state[key].clone() for key in state if not any(part in key for part in own)}
 
 
-class Stops(Unwatched):
+class Stops(NullProgress):
     """Ends the process's training in the middle of a stage, between two checkpoints."""
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ def _resume(folder: Path) -> None:
 
 
 def _processes(out: Path) -> None:
-    distributed.join()
+    distributed.init_process_group()
     here = distributed.rank()
     given = {name: recipe(made(name, "example"), seed=here) for name in registry.names()}
     shorter = ["data.limit=192", "teacher.epochs=1", "stages.0.epochs=1", "stages.1.epochs=1", f"seed={here}"]

@@ -23,13 +23,13 @@ from torch.nn.utils import parametrize
 from tersor import methods as registry
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.data import load
 from tersor.deploy.onnx import export
 from tersor.evaluation.latency import predictions
 from tersor.evaluation.session import open_session
 from tersor.graph.layer_selection import weighted_layers
-from tersor.graph.parametrization import shown_by
+from tersor.graph.parametrization import parametrizations_of
 from tersor.graph.strip import strip
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -64,7 +64,7 @@ def attached(method, steps=STEPS, learned=None):
     for network in (walk.model, walk.teacher) if learned else ():
         network.load_state_dict(learned)
     walk.teacher.eval()
-    found = walk.attach(walk.recipe.stages[0], steps, Unwatched())
+    found = walk.attach(walk.recipe.stages[0], steps, NullProgress())
     return walk, found
 
 
@@ -85,7 +85,9 @@ def same(first, second):
 def quantized(model):
     """Layers whose weight is on a grid, and how many edges are."""
     layers = weighted_layers(model)
-    on_grids = {name for name in layers if any(isinstance(each, FakeQuantize) for each in shown_by(layers[name]))}
+    on_grids = {
+        name for name in layers if any(isinstance(each, FakeQuantize) for each in parametrizations_of(layers[name]))
+    }
     edges = [name for name, each in model.named_modules() if isinstance(each, FakeQuantize) and "quantizers" in name]
     return on_grids, len(edges)
 
@@ -121,7 +123,7 @@ def check_what_is_shown(model):
         assert torch.isfinite(weight).all()
         if mask is not None:
             assert (weight[~mask.mask] == 0).all()
-        for grid in (each.grid for each in shown_by(layer) if isinstance(each, FakeQuantize)):
+        for grid in (each.grid for each in parametrizations_of(layer) if isinstance(each, FakeQuantize)):
             assert all(len(channel.unique()) <= 2**grid.bits for channel in weight)
 
 
@@ -201,7 +203,7 @@ def test_strip(name, kind):
     if hasattr(method, "iterations"):  # how long rounding is learned changes nothing here
         method = dataclasses.replace(method, iterations=2)
     walk, found = attached(method)
-    next((progress for progress in found.begin() if progress.lasts), None)
+    next((progress for progress in found.begin() if progress.resumable), None)
     objective = Objective(
         found.model, found.terms, walk.teacher, layers=found.layers, label_weight=found.label_weight
     ).train()
@@ -268,7 +270,7 @@ def chained(first, second):
         except InputError as refusal:
             refusals.append(str(refusal))
             continue
-        found = walk.attach(walk.recipe.stages[0], STEPS, Unwatched())
+        found = walk.attach(walk.recipe.stages[0], STEPS, NullProgress())
         list(found.begin())
         stage = walk.recipe.stages[0]
         fit(found, walk.training_batches(stage), stage, steps=STEPS, teacher=walk.teacher, seed=3)

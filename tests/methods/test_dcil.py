@@ -251,11 +251,11 @@ def test_the_dense_path_sees_no_grid():
     attached, _ = trained([DCIL(sparsity=0.7, every=2), QAT(bits=2)])
     model = attached.model
     quantizers = [each for each in model.modules() if isinstance(each, FakeQuantize)]
-    assert all(each.ready for each in quantizers)
+    assert all(each.enabled for each in quantizers)
     conv = model.get_submodule("block.conv1")
     with masks_and_quantizers_disabled(model):
         assert torch.equal(conv.weight, conv.parametrizations.weight.original)
-    assert all(each.ready for each in quantizers)
+    assert all(each.enabled for each in quantizers)
     assert len(conv.weight[0].unique()) <= 4
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import Batch
-from tersor.graph.feature_extraction import Layers
+from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.methods.attention_transfer import AttentionTransfer
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.crd import CRD
@@ -146,21 +146,21 @@ def test_the_paraphraser_learns_first_and_then_stays():
     student, teacher = networks()
     method = FactorTransfer(paraphraser_epochs=8, paraphraser_learning_rate=0.05, batch_norm=True)
     attached = method.attach(student, data=Loader(), teacher=teacher, steps=10)
-    assert np.isnan(attached.told["reconstruction"]["errors"]).all(), "it has learned nothing yet"
+    assert np.isnan(attached.metrics["reconstruction"]["errors"]).all(), "it has learned nothing yet"
     progress = list(attached.begin())
     assert [(each.done, each.total) for each in (progress[0], progress[-1])] == [(1, 32), (32, 32)]
     shorter = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.05, batch_norm=True)
     once = shorter.attach(student, data=Loader(), teacher=teacher, steps=10)
     list(once.begin())
-    told = attached.told["reconstruction"]
+    told = attached.metrics["reconstruction"]
     assert len(told["errors"]) == 8
-    assert told["errors"][-1] < once.told["reconstruction"]["errors"][-1]
+    assert told["errors"][-1] < once.metrics["reconstruction"]["errors"][-1]
     with torch.no_grad():
-        features = Layers(teacher, ["layer3"])(next(iter(Loader())).images)[1]["layer3"][:6]
+        features = FeatureExtractor(teacher, ["layer3"])(next(iter(Loader())).images)[1]["layer3"][:6]
         again = attached.terms[0].paraphraser(features)
     for when, values in (("before", features), ("after", again)):
         assert np.allclose(told[when], values.abs().mean(1), atol=1e-5), when
-    assert attached.kept["paraphraser.encoder.0.weight"].equal(attached.terms[0].paraphraser.encoder[0].weight)
+    assert attached.extra_state["paraphraser.encoder.0.weight"].equal(attached.terms[0].paraphraser.encoder[0].weight)
     term = attached.terms[0]
     before = copy.deepcopy(term.state_dict())
     fit(attached, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=4, teacher=teacher)

@@ -14,7 +14,7 @@ from loaders import Loader
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
-from tersor.graph.feature_extraction import Layers
+from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.methods.attention_transfer import AttentionTransfer, attention_loss
 from tersor.methods.crd import CRD
 from tersor.methods.dist import DIST, correlation_distance
@@ -44,7 +44,7 @@ def asked(method, networks, layers=()):
     paths = layers or attached.layers
     with torch.no_grad():
         ours, theirs = (
-            Outputs(*Layers(copy.deepcopy(network).eval(), [pair[place] for pair in paths])(batch.images))
+            Outputs(*FeatureExtractor(copy.deepcopy(network).eval(), [pair[place] for pair in paths])(batch.images))
             for place, network in enumerate(networks)
         )
     return attached, batch, ours, theirs
@@ -103,7 +103,7 @@ def test_the_paraphraser_goes_down_the_error_that_is_asked(networks, reconstruct
     attached = method.attach(student, data=[batch], teacher=teacher)
     paraphraser = copy.deepcopy(attached.terms[0].paraphraser).requires_grad_()
     with torch.no_grad():
-        features = Layers(teacher, [attached.layers[0][1]])(batch.images)[1][attached.layers[0][1]]
+        features = FeatureExtractor(teacher, [attached.layers[0][1]])(batch.images)[1][attached.layers[0][1]]
     error = paraphraser(features) - features
     (error.abs() if reconstruction == "absolute" else error.square()).mean().backward()
     list(attached.begin())

@@ -79,7 +79,7 @@ def test_the_ramp_is_cubic_and_then_fixed_while_masks_move_on():
     assert seen[2].all(), "no mask before the first"
     assert any(not torch.equal(mask, seen[20]) for mask in seen[21:]), "masks move after the ramp"
     assert any(bool((new & ~old).any()) for old, new in itertools.pairwise(seen)), "weights come back"
-    assert attached.told["masks"][0]["sparsity"][-1] == pytest.approx(0.8, abs=1 / size)
+    assert attached.metrics["masks"][0]["sparsity"][-1] == pytest.approx(0.8, abs=1 / size)
 
 
 def test_masks_are_the_largest_dense_weights_of_the_whole_network():

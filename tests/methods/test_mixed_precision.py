@@ -23,7 +23,7 @@ from tersor.methods.qat import QAT
 from tersor.quantization.fake_quantize import weight_quantizer
 from tersor.quantization.grid import Grid
 from tersor.quantization.precision import Precision
-from tersor.quantization.quantizers import lay
+from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.method import chain
 
@@ -121,7 +121,7 @@ def test_sizes_without_a_common_divisor_are_within_the_budget_and_nearly_the_bes
 def test_bits_are_those_that_cost_least_as_measured(average):
     method = MixedPrecision(average_bits=average)
     attached, progress = begun(method)
-    quantizers = lay(capture(Small().eval()), Precision(), exclude=(), target=VNNI, method="test")
+    quantizers = insert_quantizers(capture(Small().eval()), Precision(), exclude=(), target=VNNI, method="test")
     asked = [(name, bits) for name in SIZES for bits in method.widths]
     errors = {name: {} for name in SIZES}
     for cost in sensitivity(quantizers, [images()], asked, target=VNNI):
@@ -130,7 +130,7 @@ def test_bits_are_those_that_cost_least_as_measured(average):
     assert mean(found) <= average
     assert sum(errors[n][found[n]] for n in SIZES) == pytest.approx(best(errors, SIZES, average), abs=1e-12)
     assert len(set(found.values())) > 1
-    assert attached.told == {"bits": found, "average_bits": pytest.approx(mean(found))}
+    assert attached.metrics == {"bits": found, "average_bits": pytest.approx(mean(found))}
     assert attached.notes[0].startswith("bits of the weights: ")
     assert f"{mean(found):.2f} on average" in attached.notes[0]
     measured = [step for step in progress if step.what == "sensitivity"]
@@ -158,24 +158,24 @@ def test_a_mean_of_the_widest_is_ptq():
 
 
 def test_the_ends_may_have_bits_of_their_own_which_count():
-    method = MixedPrecision(average_bits=4.5, ends_bits=8)
+    method = MixedPrecision(average_bits=4.5, first_last_bits=8)
     attached, progress = begun(method)
     found = bits_of(attached.model)
     assert found["conv1"] == found["linear"] == 8
     assert mean(found) <= 4.5
     assert {step.total for step in progress if step.what == "sensitivity"} == {12}, "nothing to choose at the ends"
-    with pytest.raises(InputError, match=r"average_bits: 3 cannot be met.*3\.37 on average.*ends_bits"):
-        MixedPrecision(average_bits=3, ends_bits=8).attach(Small().eval(), data=[images()])
+    with pytest.raises(InputError, match=r"average_bits: 3 cannot be met.*3\.37 on average.*first_last_bits"):
+        MixedPrecision(average_bits=3, first_last_bits=8).attach(Small().eval(), data=[images()])
     with pytest.raises(InputError, match=r"average_bits: 3\.5 cannot be met.*4\.00 on average.*`widths`\.$"):
         MixedPrecision(average_bits=3.5, widths=(8, 4)).attach(Small().eval(), data=[images()])
 
 
 def test_layers_that_are_left_out_count_nowhere():
     attached, _ = begun(MixedPrecision(average_bits=3, exclude=("conv3",)))
-    assert set(attached.told["bits"]) == {"conv1", "conv2", "linear"}
+    assert set(attached.metrics["bits"]) == {"conv1", "conv2", "linear"}
     assert weight_quantizer(attached.model.conv3) is None
-    assert mean(attached.told["bits"]) == pytest.approx(attached.told["average_bits"])
-    assert attached.told["average_bits"] <= 3
+    assert mean(attached.metrics["bits"]) == pytest.approx(attached.metrics["average_bits"])
+    assert attached.metrics["average_bits"] <= 3
 
 
 def test_it_does_nothing_a_second_time_and_reads_its_images_once():
@@ -194,7 +194,7 @@ def test_a_checkpoint_holds_the_bits():
     assert torch.equal(again(images()), attached.model(images()))
     resumed = MixedPrecision(average_bits=3.5).attach(Small().eval(), data=[images()], target=VNNI)
     resumed.model.load_state_dict(attached.model.state_dict())
-    assert resumed.told == attached.told, "what a stage tells that went on from a checkpoint"
+    assert resumed.metrics == attached.metrics, "what a stage tells that went on from a checkpoint"
 
 
 @pytest.mark.parametrize("method", [QAT, LSQ])
@@ -221,7 +221,7 @@ def test_training_takes_the_bits_over(method, together):
     for name, bits in expected.items():
         assert all(len(channel.unique()) <= 2**bits - 1 for channel in attached.model.get_submodule(name).weight)
     if together:
-        assert attached.told["bits"] == expected
+        assert attached.metrics["bits"] == expected
 
 
 def test_training_with_other_bits_is_refused():
@@ -243,7 +243,7 @@ def test_the_file_answers_as_torch_does(tmp_path):
 def test_it_costs_less_than_the_same_bits_everywhere():
     model, x = Small().eval(), images()
     before = model(x).detach()
-    uniform = PTQ(bits=3, ends_bits=3, weight_range="mse").attach(copy.deepcopy(model), data=[x], target=VNNI)
+    uniform = PTQ(bits=3, first_last_bits=3, weight_range="mse").attach(copy.deepcopy(model), data=[x], target=VNNI)
     list(uniform.begin())
     mixed = begun(MixedPrecision(average_bits=3), copy.deepcopy(model))[0]
     errors = [float((each.model(x).detach() - before).square().mean()) for each in (mixed, uniform)]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
-from tersor.graph.parametrization import shown_by
+from tersor.graph.parametrization import parametrizations_of
 from tersor.methods.psgd import PSGD, distance
 from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
 from tersor.quantization.grid import Grid
@@ -114,7 +114,7 @@ def test_weights_gather_where_they_are_drawn_to(target):
         handle.remove()
         sizes = torch.cat([weight.detach().abs().flatten() for weight in weights(model)]).sort().values
         smaller_half = float(sizes[: len(sizes) // 2].sum() / sizes.sum())
-        ends[scale_by] = attached.told["mean_distance"] / float(sizes.mean()) if target == "grid" else smaller_half
+        ends[scale_by] = attached.metrics["mean_distance"] / float(sizes.mean()) if target == "grid" else smaller_half
     assert ends["distance"] < 0.97 * ends["constant"], ends
 
 
@@ -130,11 +130,11 @@ def test_what_is_told_of_the_way(options):
         gradients(model, step % 4)
         optimizer.step()
     handle.remove()
-    told = attached.told["drawn"]
+    told = attached.metrics["drawn"]
     assert told["target"] == options.get("target", "grid")
     assert [(each["name"], sum(each["before"])) for each in told["layers"]] == [("0", 162), ("2", 270), ("4", 320)]
     of_all = told["all"]
-    untrained = PSGD(**{**options, "range": "exact"}).attach(network(), steps=1).told["drawn"]["all"]
+    untrained = PSGD(**{**options, "range": "exact"}).attach(network(), steps=1).metrics["drawn"]["all"]
     assert untrained["moved"] == [0.0] * 10
     assert untrained["before"] == untrained["after"] == of_all["before"]
     before, after = of_all["distance"]
@@ -148,7 +148,7 @@ def test_where_channels_were_removed_since_nobody_knows_which_weight_was_which()
     attached = PSGD().attach(model, steps=1)
     for layer in (model[0], model[2], model[4]):
         layer.weight.data = layer.weight.data[:2]
-    assert attached.told.keys() == {"mean_distance"}
+    assert attached.metrics.keys() == {"mean_distance"}
 
 
 def test_a_weight_on_its_point_stays_and_a_bias_is_free():
@@ -173,7 +173,7 @@ def test_what_is_laid_shows_the_weight_as_it_is():
     PSGD(range="running").attach(model, steps=1)
     assert torch.equal(model(images), before)
     PSGD(range="running").attach(model, steps=1)
-    assert sum(isinstance(each, RunningLargest) for each in shown_by(model[0])) == 1
+    assert sum(isinstance(each, RunningLargest) for each in parametrizations_of(model[0])) == 1
     with pytest.raises(InputError, match="another kind of grid before"):
         PSGD(range="running", per_channel=False).attach(model, steps=1)
 

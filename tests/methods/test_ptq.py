@@ -69,7 +69,7 @@ def test_attaching_shows_the_network_as_it_was_over_the_same_parameters():
 
 
 def test_calibrated_weights_lie_on_their_grids():
-    graph = calibrated(method=PTQ(bits=4, ends_bits=4, weight_range="minmax")).model
+    graph = calibrated(method=PTQ(bits=4, first_last_bits=4, weight_range="minmax")).model
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
         for channel, original in zip(layer.weight, layer.parametrizations.weight.original, strict=True):
@@ -81,7 +81,7 @@ def test_calibrated_weights_lie_on_their_grids():
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 def test_activations_have_at_most_two_to_the_bits_levels(bits):
-    graph = calibrated(method=PTQ(activation_bits=bits, ends_bits=bits)).model
+    graph = calibrated(method=PTQ(activation_bits=bits, first_last_bits=bits)).model
     seen = {}
     for name, module in quantizers(graph).items():
         if name.startswith("quantizers"):
@@ -113,7 +113,7 @@ def test_min_and_max_of_every_value_that_is_quantized():
 def test_other_ranges_are_those_of_the_histogram(kind):
     batches = [images(6, seed) for seed in range(2)]
     graph = calibrated(
-        method=PTQ(activation_range=kind, percentile=95, activation_bits=4, ends_bits=4), data=batches
+        method=PTQ(activation_range=kind, percentile=95, activation_bits=4, first_last_bits=4), data=batches
     ).model
     histogram = Histogram()
     histogram.widen(torch.cat(batches))
@@ -187,10 +187,10 @@ def test_mse_weights_round_with_less_error():
 @pytest.mark.parametrize(
     ("left", "written"),
     [
-        ({}, {"weight_range": "minmax", "activation_range": "minmax", "spread_correction": False}),
-        ({"bits": 4}, {"weight_range": "mse", "activation_range": "mse", "spread_correction": True}),
-        ({"activation_bits": 4}, {"weight_range": "minmax", "activation_range": "mse", "spread_correction": False}),
-        ({"bits": 4, "spread_correction": False}, {"weight_range": "minmax", "activation_range": "mse"}),
+        ({}, {"weight_range": "minmax", "activation_range": "minmax", "variance_correction": False}),
+        ({"bits": 4}, {"weight_range": "mse", "activation_range": "mse", "variance_correction": True}),
+        ({"activation_bits": 4}, {"weight_range": "minmax", "activation_range": "mse", "variance_correction": False}),
+        ({"bits": 4, "variance_correction": False}, {"weight_range": "minmax", "activation_range": "mse"}),
     ],
 )
 def test_what_is_left_depends_on_the_bits(left, written):
@@ -206,13 +206,13 @@ def test_without_batch_norm_ranges_are_the_largest_values():
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
 
-    told = {"weight_range": "minmax", "spread_correction": False}
+    told = {"weight_range": "minmax", "variance_correction": False}
     found = [calibrated(plain(), PTQ(bits=4, **options)).model(images()) for options in ({}, told)]
     assert torch.equal(*found)
 
 
 def test_first_and_last_layer_have_bits_of_their_own():
-    found = quantizers(calibrated(method=PTQ(bits=3, activation_bits=4, ends_bits=6)).model)
+    found = quantizers(calibrated(method=PTQ(bits=3, activation_bits=4, first_last_bits=6)).model)
     bits = {
         name.split(".parametrizations")[0].removeprefix("quantizers."): each.grid.bits for name, each in found.items()
     }
@@ -220,7 +220,7 @@ def test_first_and_last_layer_have_bits_of_their_own():
 
 
 def test_one_grid_for_a_weight():
-    graph = calibrated(method=PTQ(bits=4, ends_bits=4, per_channel=False, weight_range="minmax")).model
+    graph = calibrated(method=PTQ(bits=4, first_last_bits=4, per_channel=False, weight_range="minmax")).model
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
         original = layer.parametrizations.weight.original
@@ -246,7 +246,7 @@ def test_affine_weights(weight_range, per_channel):
     for symmetric in (True, False):
         method = PTQ(
             bits=4,
-            ends_bits=4,
+            first_last_bits=4,
             symmetric=symmetric,
             weight_range=weight_range,
             percentile=99,
@@ -269,7 +269,7 @@ def test_affine_weights_of_eight_bits_are_symmetric():
 
 
 def test_a_percentile_of_a_channel_s_weights():
-    graph = calibrated(method=PTQ(bits=4, ends_bits=4, weight_range="percentile", percentile=80)).model
+    graph = calibrated(method=PTQ(bits=4, first_last_bits=4, weight_range="percentile", percentile=80)).model
     for layer in (graph.conv1, graph.conv2, graph.linear):
         for scale, channel in zip(
             weight_quantizer(layer).scale.tolist(), layer.parametrizations.weight.original, strict=True
@@ -299,8 +299,8 @@ def test_equalised_first():
     read = graph.get_submodule("2").parametrizations.weight.original.abs().amax((0, 2, 3))
     torch.testing.assert_close(made, read, rtol=0.01, atol=0)
     assert error < 1e-3
-    _, plain = found(per_channel=False, bits=4, ends_bits=4)
-    _, equalised = found(per_channel=False, bits=4, ends_bits=4, equalize=True)
+    _, plain = found(per_channel=False, bits=4, first_last_bits=4)
+    _, equalised = found(per_channel=False, bits=4, first_last_bits=4, equalize=True)
     assert equalised < plain / 4
 
 
@@ -312,7 +312,7 @@ def test_biases_are_corrected():
         with torch.no_grad():
             return (
                 (
-                    calibrated(model, PTQ(bits=3, spread_correction=False, **options)).model(images())
+                    calibrated(model, PTQ(bits=3, variance_correction=False, **options)).model(images())
                     - Small().eval()(images())
                 )
                 .mean(0)
@@ -338,7 +338,7 @@ def test_the_file_answers_as_the_network_does(options, tmp_path):
     model = one_sided()
     nn.init.uniform_(model.bn1.weight, -1.5, 1.5)  # folded, some grids are turned around
     nn.init.uniform_(model.bn2.weight, -1.5, 1.5)
-    graph = calibrated(model, PTQ(bits=4, ends_bits=4, **options)).model.eval()
+    graph = calibrated(model, PTQ(bits=4, first_last_bits=4, **options)).model.eval()
     path = export(graph, images()[:2], tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = images(64, seed=3)
@@ -458,7 +458,7 @@ def test_a_checkpoint_holds_the_calibration():
     assert list(fresh.begin()) == [], "it is ready: no image is needed"
     found = quantizers(fresh.model)
     for name, quantizer in quantizers(saved).items():
-        assert found[name].ready
+        assert found[name].enabled
         assert torch.equal(found[name].scale, quantizer.scale)
         assert torch.equal(found[name].zero_point, quantizer.zero_point)
     assert torch.equal(fresh.model(images()), saved(images()))
@@ -596,7 +596,7 @@ def test_weights_that_are_not_finite(name):
         {"calibration_images": 0},
         {"weight_range": "entropy"},
         {"max_drop": -1},
-        {"ends_bits": 9},
+        {"first_last_bits": 9},
         {"per_channel": "row"},
         {"activation_range": "max"},
         {"exclude": "conv1"},

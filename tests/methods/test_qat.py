@@ -11,7 +11,7 @@ from torch import nn
 
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.deploy.onnx import export
@@ -22,7 +22,7 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.mask import weight_mask
-from tersor.quantization.fake_quantize import FakeQuantize, MovingFakeQuantize
+from tersor.quantization.fake_quantize import EMAFakeQuantize, FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.training.loop import fit
 from tersor.training.method import chain
@@ -77,12 +77,12 @@ def trained(method=None, steps=8, model=None, rate=0.05):
 
 
 def edges(graph):
-    return [module for module in graph.modules() if isinstance(module, MovingFakeQuantize)]
+    return [module for module in graph.modules() if isinstance(module, EMAFakeQuantize)]
 
 
 def test_before_the_first_step_it_is_what_post_training_quantization_gives():
     ours = attached(method=QAT(bits=4)).model.eval()
-    theirs = PTQ(bits=4, weight_range="minmax", activation_range="minmax", spread_correction=False).attach(
+    theirs = PTQ(bits=4, weight_range="minmax", activation_range="minmax", variance_correction=False).attach(
         Small().eval(), data=Loader(), target=VNNI
     )
     list(theirs.begin())
@@ -105,7 +105,7 @@ def test_the_gradient_passes_straight_through_inside_the_range_and_not_outside()
 
 
 def test_scales_follow_the_weights_after_every_step():
-    graph = trained(QAT(bits=4, ends_bits=4))
+    graph = trained(QAT(bits=4, first_last_bits=4))
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
         original = layer.parametrizations.weight.original
@@ -229,7 +229,7 @@ def test_it_takes_over_the_grids_of_a_stage_before():
 def test_in_one_stage_with_ptq():
     found = chain([PTQ(bits=4), QAT(bits=4)], Small().eval(), data=Loader(), steps=4, target=VNNI)
     list(found.begin())
-    assert all(edge.ready and float(edge.high) > 0 for edge in edges(found.model))
+    assert all(edge.enabled and float(edge.high) > 0 for edge in edges(found.model))
 
 
 def test_grids_of_other_bits_are_told():
@@ -239,8 +239,8 @@ def test_grids_of_other_bits_are_told():
         QAT(bits=6).attach(first.model, steps=4)
     with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with activation_bits: 4"):
         QAT(activation_bits=4).attach(first.model, steps=4)
-    with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with ends_bits: 4"):
-        QAT(ends_bits=4).attach(first.model, steps=4)
+    with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with first_last_bits: 4"):
+        QAT(first_last_bits=4).attach(first.model, steps=4)
     with pytest.raises(InputError, match="with per_channel: false, and the network lies on other grids"):
         QAT(per_channel=False).attach(first.model, steps=4)
     with pytest.raises(InputError, match="Write `exclude` there"):
@@ -273,7 +273,7 @@ def test_statistics_stay_after_a_while_and_gamma_learns_on():
     found = attached(method=QAT(freeze_norm_at=0.5, freeze_ranges_at=0.75), steps=8)
     seen = []
 
-    class Looks(Unwatched):
+    class Looks(NullProgress):
         def advance(self, amount=1, **shown):
             norm, edge = norms(found.model)[0], edges(found.model)[0]
             seen.append((norm.running_mean.clone(), norm.weight.detach().clone(), float(edge.high)))
@@ -302,7 +302,7 @@ def test_without_images_it_says_what_to_pass():
 
 
 def test_zeros_of_a_mask_stay_zeros_on_the_grid():
-    methods = [WeightPruning(sparsity=0.8, sparsity_schedule="cubic", every=1), QAT(bits=4, ends_bits=4)]
+    methods = [WeightPruning(sparsity=0.8, sparsity_schedule="cubic", every=1), QAT(bits=4, first_last_bits=4)]
     found = chain(methods, Small().eval(), data=Loader(), steps=8, target=VNNI)
     list(found.begin())
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=8)
@@ -318,7 +318,7 @@ def test_zeros_of_a_mask_stay_zeros_on_the_grid():
 
 
 def test_weights_of_a_running_mean_lie_on_grids_of_their_own():
-    found = attached(method=QAT(bits=4, ends_bits=4))
+    found = attached(method=QAT(bits=4, first_last_bits=4))
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.1), ema=0.9), steps=8)
     found.finish()
     layer = found.model.get_submodule("conv1")
@@ -354,7 +354,7 @@ def test_what_was_trained_is_what_runs(tmp_path, runtime):
 
 
 def test_under_bfloat16_every_level_stays():
-    edge = MovingFakeQuantize(Grid.unsigned(8), 0.01)
+    edge = EMAFakeQuantize(Grid.unsigned(8), 0.01)
     edge.set_range(torch.tensor(0.0), torch.tensor(3.7))
     with torch.autocast("cpu", torch.bfloat16):
         shown = edge(torch.linspace(0, 3.7, 5000))

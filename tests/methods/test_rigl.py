@@ -91,7 +91,7 @@ def test_a_change_by_hand(name):
             assert all(each.flatten()[index] == 0 for each in memory(optimizer, dense_of(model[place])))
         assert all(bool(each.flatten()[list(stays)].any()) for each in memory(optimizer, dense_of(model[place])))
         grown += len(comes)
-    changed = attached.told["masks"][0]["changed"]
+    changed = attached.metrics["masks"][0]["changed"]
     assert changed[1] == pytest.approx(2 * grown / 288, abs=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_sizes_stay_and_masks_stand_still_after_the_end():
     assert sum(counts.pop()) == 288 - round(0.8 * 288)
     assert not torch.equal(masks[2], masks[18])
     assert all(torch.equal(mask, masks[20]) for mask in masks[20:])
-    assert attached.told["masks"][0]["steps"] == [0, 4, 8, 12, 16]
+    assert attached.metrics["masks"][0]["steps"] == [0, 4, 8, 12, 16]
 
 
 def test_it_begins_with_the_largest_of_each_layer():

@@ -251,7 +251,7 @@ def test_a_schedule_of_the_users(model):
     for step in range(10):
         attached.after_step(step, optimizer)
         assert attached.sparsity == pytest.approx(0.8 * ((step + 1) / 10) ** 3, abs=1e-3)
-    [told] = attached.told["masks"]
+    [told] = attached.metrics["masks"]
     assert told["steps"] == list(range(1, 11))
     assert sum(told["changed"]) == pytest.approx(0.8, abs=1e-3), "nested masks change once"
     with pytest.raises(InputError, match=r"gave 1\.5 at progress 0\.75\. Give a number from 0 to 1"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from tersor.checkpoint.model_folder import load
 from tersor.checkpoint.store import Checkpoints
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.pipeline.latency_cache import MEASURED, ByMacs, Remembering
 from tersor.pipeline.run import run
@@ -77,7 +77,7 @@ def test_a_rehearsal_goes_by_the_macs():
     assert ratio(net(4)) == pytest.approx(0.5)
 
 
-class Stops(Unwatched):
+class Stops(NullProgress):
     """Ends the process between the first checkpoint and the second."""
 
     steps = 0
@@ -89,10 +89,10 @@ class Stops(Unwatched):
 
 
 def walked(folder, machine, watch=None):
-    walk = prepare(parse(RECIPE, "latency.yaml"), model=None, data=None, watch=Unwatched())
+    walk = prepare(parse(RECIPE, "latency.yaml"), model=None, data=None, watch=NullProgress())
     folder.mkdir(exist_ok=True)
     walk.stopwatch = Remembering(machine, folder / MEASURED)
-    (told,) = walk.stages(watch or Unwatched(), Checkpoints(folder))
+    (told,) = walk.stages(watch or NullProgress(), Checkpoints(folder))
     return walk.model.state_dict(), told["notes"]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from tersor import models
 from tersor.core.errors import InputError
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.pipeline import sensitivity_analysis
 from tersor.pipeline.sensitivity_analysis import WIDTHS, measure
 from tersor.quantization.sensitivity import Cost
@@ -21,7 +21,7 @@ stages: [{name: quantize, methods: [{mixed_precision: {average_bits: 4}}]}]
 STOPPED_AFTER = 7
 
 
-class Watched(Unwatched):
+class Watched(NullProgress):
     def __init__(self, stop=False):
         self.said, self.total, self.done, self.stop = [], 0, 0, stop
 
@@ -78,7 +78,7 @@ def test_every_layer_on_every_width(recipe, tmp_path):
 
 
 def test_stopped_it_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
-    whole, _ = measure(recipe, out=tmp_path / "whole.json", images=30, watch=Unwatched())
+    whole, _ = measure(recipe, out=tmp_path / "whole.json", images=30, watch=NullProgress())
     out = tmp_path / "stopped.json"
     with pytest.raises(KeyboardInterrupt):
         measure(recipe, out=out, images=30, watch=Watched(stop=True))
@@ -92,7 +92,7 @@ def test_stopped_it_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     assert out.read_text() == (tmp_path / "whole.json").read_text()
     assert (tmp_path / "stopped.svg").read_text() == (tmp_path / "whole.svg").read_text()
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", lambda *_, **__: iter(()))
-    assert measure(recipe, out=out, images=30, watch=Unwatched())[0] == whole, "nothing is measured again"
+    assert measure(recipe, out=out, images=30, watch=NullProgress())[0] == whole, "nothing is measured again"
 
 
 def test_a_file_is_whole_whenever_it_is_stopped(recipe, tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_file_is_whole_whenever_it_is_stopped(recipe, tmp_path, monkeypatch):
     before = out.read_bytes()
     monkeypatch.setattr("pathlib.Path.write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        measure(recipe, out=out, images=20, watch=Unwatched())
+        measure(recipe, out=out, images=20, watch=NullProgress())
     assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
@@ -117,7 +117,7 @@ def begun(recipe, tmp_path, monkeypatch):
     """A file with one measurement in it; nothing more is measured."""
     only = Cost("conv1", 2, 0.5, 1.0)
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", lambda *_, **__: iter([only]))
-    measure(recipe, out=tmp_path / "a.json", images=50, watch=Unwatched())
+    measure(recipe, out=tmp_path / "a.json", images=50, watch=NullProgress())
     return tmp_path / "a.json"
 
 
@@ -137,7 +137,7 @@ def test_a_file_of_something_else_is_refused(begun, weights, change, images, mes
     before = begun.read_bytes()
     changed = parse(RECIPE.replace("WEIGHTS", str(weights)).replace(*change), "recipe.yaml")
     with pytest.raises(InputError, match=message) as refused:
-        measure(changed, out=begun, images=images, watch=Unwatched())
+        measure(changed, out=begun, images=images, watch=NullProgress())
     assert "--out" in str(refused.value)
     assert begun.read_bytes() == before
 
@@ -145,14 +145,14 @@ def test_a_file_of_something_else_is_refused(begun, weights, change, images, mes
 def test_what_does_not_matter_is_not_compared(begun, weights):
     text = RECIPE.replace("WEIGHTS", str(weights)).replace("average_bits: 4", "average_bits: 3")
     text = text.replace("name: digits", "name: digits, augment: flip")
-    assert measure(parse(text, "recipe.yaml"), out=begun, images=50, watch=Unwatched())[0].costs
+    assert measure(parse(text, "recipe.yaml"), out=begun, images=50, watch=NullProgress())[0].costs
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2]", b'{"costs": 3}', b"\xff\x00"])
 def test_a_file_that_is_none_of_ours(content, recipe, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json is no file of `tersor sensitivity`, or is damaged"):
-        measure(recipe, out=tmp_path / "a.json", watch=Unwatched())
+        measure(recipe, out=tmp_path / "a.json", watch=NullProgress())
     assert (tmp_path / "a.json").read_bytes() == content
 
 
@@ -169,7 +169,7 @@ def test_a_file_whose_costs_were_changed(key, value, message, recipe, tmp_path):
     cost = {"layer": "conv1", "bits": 2, "error": 0.5, "drop": None} | {key: value}
     (tmp_path / "a.json").write_text(json.dumps({"measured_with": {}, "weights": {"conv1": 432}, "costs": [cost]}))
     with pytest.raises(InputError, match=message):
-        measure(recipe, out=tmp_path / "a.json", watch=Unwatched())
+        measure(recipe, out=tmp_path / "a.json", watch=NullProgress())
 
 
 def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeyp
 
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", looked)
     for place, count in enumerate((50, 50, None, 10_000)):
-        measure(recipe, out=tmp_path / f"{place}.json", images=count, watch=Unwatched())
+        measure(recipe, out=tmp_path / f"{place}.json", images=count, watch=NullProgress())
     assert torch.bincount(seen[0]).tolist() == [5] * 10
     assert torch.equal(seen[0], seen[1])
     assert len(seen[2]) == len(seen[3]) > 100
@@ -200,5 +200,5 @@ def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeyp
 def test_what_cannot_be_measured(change, out, message, weights, tmp_path):
     recipe = parse(RECIPE.replace(*change).replace("WEIGHTS", str(weights)), "recipe.yaml")
     with pytest.raises(InputError, match=message):
-        measure(recipe, out=tmp_path / out, watch=Unwatched())
+        measure(recipe, out=tmp_path / out, watch=NullProgress())
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from tersor.checkpoint.store import Checkpoints
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.data import load
 from tersor.pipeline.setup import prepare
 from tersor.recipe import parse
@@ -25,10 +25,10 @@ def walked(folder, seed: int, noise: int) -> dict[str, torch.Tensor]:
     """What the recipe ends with in a process that has drawn `noise` numbers before."""
     torch.rand(noise)
     recipe = parse(RECIPE.replace("SEED", str(seed)), "recipe.yaml")
-    walk = prepare(recipe, model=None, data=None, watch=Unwatched())
+    walk = prepare(recipe, model=None, data=None, watch=NullProgress())
     checkpoints = Checkpoints(folder)
-    walk.train_teacher(Unwatched(), checkpoints)
-    walk.stages(Unwatched(), checkpoints)
+    walk.train_teacher(NullProgress(), checkpoints)
+    walk.stages(NullProgress(), checkpoints)
     return walk.model.state_dict()
 
 
@@ -48,7 +48,7 @@ def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
     expected = torch.rand(3)
     torch.manual_seed(0)
     recipe = parse(RECIPE.replace("SEED", "5"), "recipe.yaml")
-    prepare(recipe, model=None, data=None, watch=Unwatched())
+    prepare(recipe, model=None, data=None, watch=NullProgress())
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -64,7 +64,7 @@ stages:
 """
 
 
-class Bars(Unwatched):
+class Bars(NullProgress):
     """Every bar, as it was drawn: its task, its total, how far it came."""
 
     def __init__(self):

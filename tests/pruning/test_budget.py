@@ -2,21 +2,19 @@
 
 import pytest
 
-from tersor.pruning.budget import fast_enough, small_enough
+from tersor.pruning.budget import meet_cost, meet_latency
 
 
 def test_the_network_is_asked_where_the_count_is_off():
     counted = [1.0, 0.8, 0.6, 0.4, 0.2]
-    assert small_enough(counted, lambda blocks: counted[blocks], 0.6) == (2, 0.6)
-    assert small_enough(counted, lambda blocks: counted[blocks] + 0.1 * blocks, 0.6) == (4, pytest.approx(0.6))
-    assert small_enough(counted, lambda blocks: counted[blocks] + 0.5, 0.6) == (4, pytest.approx(0.7)), (
-        "as near as may be"
-    )
+    assert meet_cost(counted, lambda blocks: counted[blocks], 0.6) == (2, 0.6)
+    assert meet_cost(counted, lambda blocks: counted[blocks] + 0.1 * blocks, 0.6) == (4, pytest.approx(0.6))
+    assert meet_cost(counted, lambda blocks: counted[blocks] + 0.5, 0.6) == (4, pytest.approx(0.7)), "as near as may be"
 
 
 def test_a_latency_is_met_with_nearly_the_fewest_blocks():
     stays = [1 - block / 100 for block in range(101)]
-    blocks, found = fast_enough(stays, lambda blocks: 0.2 + 0.8 * stays[blocks], 0.5)
+    blocks, found = meet_latency(stays, lambda blocks: 0.2 + 0.8 * stays[blocks], 0.5)
     assert 0.48 < found <= 0.5
     assert found == pytest.approx(0.2 + 0.8 * stays[blocks])
-    assert fast_enough(stays, lambda _blocks: 0.9, 0.5) == (100, 0.9)
+    assert meet_latency(stays, lambda _blocks: 0.9, 0.5) == (100, 0.9)

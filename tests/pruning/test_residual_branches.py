@@ -9,7 +9,7 @@ from tersor.core.errors import InputError
 from tersor.graph.capture import capture
 from tersor.models import build
 from tersor.pruning.channel_groups import copied, coupled_channels, merged, remove
-from tersor.pruning.residual_branches import branches, missed
+from tersor.pruning.residual_branches import branches, removal_cost
 
 IMAGES = torch.rand(4, 3, 32, 32)
 
@@ -148,7 +148,7 @@ def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make, with_
     graph = captured(make())
     found = branches(graph, IMAGES[:1])
     before = {key: value.clone() for key, value in graph.state_dict().items()}
-    told = missed(graph, found, [IMAGES[:3], IMAGES[3:]], 4)
+    told = removal_cost(graph, found, [IMAGES[:3], IMAGES[3:]], 4)
     assert all(torch.equal(before[key], value) for key, value in graph.state_dict().items())
     with torch.no_grad():
         for branch, change in zip(found, told, strict=True):
@@ -164,9 +164,9 @@ def test_what_cannot_be_told_is_said():
     graph = captured(build("resnet20", 10))
     found = branches(graph, IMAGES[:1])
     with pytest.raises(InputError, match="on 2 images at least; given 0"):
-        missed(graph, found, [], 4)
+        removal_cost(graph, found, [], 4)
     with pytest.raises(InputError, match=r"not finite.* branches: 0"):
-        missed(graph, found, [IMAGES / 0], 4)
+        removal_cost(graph, found, [IMAGES / 0], 4)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "mobilenet_v2"])
@@ -252,7 +252,7 @@ def test_of_tokens_the_mean_is_not_taken_where_batches_come_second(images):
 
     graph = captured(SequenceFirst())
     (branch,) = branches(graph, IMAGES[:1])
-    (told,) = missed(graph, [branch], [IMAGES[:images], IMAGES[images:]], 4)
+    (told,) = removal_cost(graph, [branch], [IMAGES[:images], IMAGES[images:]], 4)
     with torch.no_grad():
         change = Otherwise(graph, {branch.total: lambda *sides: sides[branch.stays]}).run(IMAGES) - graph(IMAGES)
     assert told == pytest.approx(float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4)

@@ -75,11 +75,11 @@ def in_float(attached):
     """Layers and activations that do not round."""
     quantizers = attached.quantizers
     return (
-        {name for name in quantizers.layers if not quantizers.of_weight(name).ready},
+        {name for name in quantizers.layers if not quantizers.of_weight(name).enabled},
         {
             name.removeprefix("quantizers.")
             for name in quantizers.activations
-            if not quantizers.of_activation(name).ready
+            if not quantizers.of_activation(name).enabled
         },
     )
 
@@ -100,9 +100,9 @@ def test_the_answers_differ():
 def test_no_layer_is_left_where_the_drop_is_small_enough(bias_correction):
     attached = tolerated(max_drop=100, bias_correction=bias_correction)
     assert in_float(attached) == (set(), set())
-    assert attached.told["left_in_float"] == []
-    assert attached.told["drop"] == pytest.approx(measured(attached, images()))
-    assert attached.told["drop"] > 20
+    assert attached.metrics["left_in_float"] == []
+    assert attached.metrics["drop"] == pytest.approx(measured(attached, images()))
+    assert attached.metrics["drop"] > 20
     assert attached.notes == ()
 
 
@@ -112,10 +112,10 @@ def test_no_layer_is_left_where_the_drop_is_small_enough(bias_correction):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_exactly_the_sensitive_layer_is_found(runtime, options):
     attached = tolerated(target=Target(runtime=runtime, cpu="vnni"), **options)
-    assert attached.told["left_in_float"] == ["conv2"]
+    assert attached.metrics["left_in_float"] == ["conv2"]
     assert in_float(attached) == ({"conv2"}, {"relu_1"}), "what the addition reads, which is in float then"
-    assert 0 <= attached.told["drop"] <= OPTIONS["max_drop"]
-    assert attached.told["drop"] == pytest.approx(measured(attached, images()))
+    assert 0 <= attached.metrics["drop"] <= OPTIONS["max_drop"]
+    assert attached.metrics["drop"] == pytest.approx(measured(attached, images()))
     assert [note for note in attached.notes if "in float" in note and "conv2" in note]
     conv2 = attached.model.conv2
     assert torch.equal(conv2.weight, conv2.parametrizations.weight.original)
@@ -125,11 +125,11 @@ def test_exactly_the_sensitive_layer_is_found(runtime, options):
 def test_two_in_a_row():
     """In float alone, neither gains anything."""
     attached = tolerated(Sensitive(("conv2", "conv3")))
-    assert sorted(attached.told["left_in_float"]) == ["conv2", "conv3"]
+    assert sorted(attached.metrics["left_in_float"]) == ["conv2", "conv3"]
 
 
 def test_nothing_is_told_where_nothing_was_asked():
-    assert tolerated(max_drop=None).told == {}
+    assert tolerated(max_drop=None).metrics == {}
 
 
 @pytest.mark.parametrize(
@@ -140,17 +140,17 @@ def test_with_labels_it_is_accuracy_that_drops(wrap):
     rounds = answered(tolerated(max_drop=None).model, x)
     data = [wrap(*pair) for pair in zip(x.split(50), rounds.split(50), strict=True)]
     attached = tolerated(data=data)  # the labels are what all of it rounded answers: in float it is worse
-    assert attached.told["left_in_float"] == []
-    assert attached.told["drop"] == pytest.approx(measured(attached, x, rounds))
-    assert attached.told["drop"] < -20
+    assert attached.metrics["left_in_float"] == []
+    assert attached.metrics["drop"] == pytest.approx(measured(attached, x, rounds))
+    assert attached.metrics["drop"] < -20
 
 
 def test_labels_of_some_batches_only_are_no_labels():
     x = images()
     wrong = torch.zeros(60, dtype=torch.int64)
     attached = tolerated(data=[(x[:60], wrong), x[60:]])
-    assert attached.told["left_in_float"] == ["conv2"]
-    assert attached.told["drop"] == pytest.approx(measured(attached, x))
+    assert attached.metrics["left_in_float"] == ["conv2"]
+    assert attached.metrics["drop"] == pytest.approx(measured(attached, x))
 
 
 def test_only_so_many_images_are_judged(monkeypatch):
@@ -159,16 +159,16 @@ def test_only_so_many_images_are_judged(monkeypatch):
     labels = answered(Sensitive().eval(), x)
     labels[100:] = 0
     attached = tolerated(data=[(x[:0], labels[:0]), (x[:70], labels[:70]), (x[70:], labels[70:])], max_drop=60)
-    assert attached.told["drop"] == pytest.approx(measured(attached, x[:100], labels[:100]))
+    assert attached.metrics["drop"] == pytest.approx(measured(attached, x[:100], labels[:100]))
 
 
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_all_in_float_is_the_network_as_it_was(bias_correction):
-    attached = tolerated(bits=2, ends_bits=2, max_drop=0, bias_correction=bias_correction)
+    attached = tolerated(bits=2, first_last_bits=2, max_drop=0, bias_correction=bias_correction)
     layers, activations = in_float(attached)
-    assert layers == set(attached.told["left_in_float"]) == set(attached.quantizers.layers)
+    assert layers == set(attached.metrics["left_in_float"]) == set(attached.quantizers.layers)
     assert len(activations) == len(attached.quantizers.activations)
-    assert attached.told["drop"] == 0
+    assert attached.metrics["drop"] == 0
     with torch.no_grad():
         torch.testing.assert_close(attached.model(images()), Sensitive().eval()(images()), rtol=0, atol=1e-4)
     state = copy.deepcopy(attached.model.state_dict())
@@ -212,8 +212,8 @@ def test_a_checkpoint_holds_what_rounds():
     again = rebuild(Sensitive(), json.loads(json.dumps(structure(attached.model)))).eval()
     again.load_state_dict(attached.model.state_dict())
     assert torch.equal(again(images()), attached.model(images()))
-    assert not again.conv2.parametrizations.weight[0].ready
-    assert not again.get_submodule("quantizers.relu_1").ready
+    assert not again.conv2.parametrizations.weight[0].enabled
+    assert not again.get_submodule("quantizers.relu_1").enabled
 
 
 def trains(attached):
@@ -226,7 +226,7 @@ def trains(attached):
     optimizer.step()
     handle.remove()
     attached.finish()
-    return {name: each.ready for name, each in attached.model.named_modules() if isinstance(each, FakeQuantize)}
+    return {name: each.enabled for name, each in attached.model.named_modules() if isinstance(each, FakeQuantize)}
 
 
 @pytest.mark.parametrize("method", [QAT(), LSQ()], ids=["qat", "lsq"])

@@ -57,7 +57,7 @@ def images(count=48, seed=1):
 
 
 def rounded(model, bits=3, x=None):
-    attached = PTQ(bits=bits, ends_bits=bits, activation_bits=6, spread_correction=False).attach(
+    attached = PTQ(bits=bits, first_last_bits=bits, activation_bits=6, variance_correction=False).attach(
         model.eval(), data=[images() if x is None else x], target=Target(cpu="vnni")
     )
     list(attached.begin())
@@ -67,7 +67,7 @@ def rounded(model, bits=3, x=None):
 def rounding(graph, *, on):
     for each in graph.modules():
         if isinstance(each, FakeQuantize):
-            each.ready = on
+            each.enabled = on
 
 
 def channel_means(graph, x, names):
@@ -195,7 +195,7 @@ def test_a_residual_network_answers_more_like_in_float(options):
         exact = model(unseen)
         errors = []
         for corrects in (False, True):
-            attached = PTQ(bits=3, bias_correction=corrects, spread_correction=False, **options).attach(
+            attached = PTQ(bits=3, bias_correction=corrects, variance_correction=False, **options).attach(
                 copy.deepcopy(model), data=[images(64)], target=Target(cpu="vnni")
             )
             list(attached.begin())
@@ -267,4 +267,4 @@ def test_with_spreads_clipped_weights_of_three_bits_answer_more_as_in_float():
         list(found.begin())
         return float((found.model(x).detach() - truth).square().mean())
 
-    assert error(spread_correction=True) < 0.5 * error(bias_correction=True, spread_correction=False)
+    assert error(variance_correction=True) < 0.5 * error(bias_correction=True, variance_correction=False)

@@ -10,7 +10,7 @@ from tersor.graph.capture import capture
 from tersor.models import build
 from tersor.quantization.blocks import Section, between, layer_sections, sections
 from tersor.quantization.precision import Precision
-from tersor.quantization.quantizers import lay
+from tersor.quantization.quantizers import insert_quantizers
 
 
 class Small(nn.Module):
@@ -53,7 +53,7 @@ def test_sections_one_behind_the_other_are_the_network(name, layers, quantized):
     torch.manual_seed(0)
     graph = capture(build(name, 10).eval())
     if quantized:
-        lay(graph, Precision(), exclude=(), target=Target(), method="ptq")
+        insert_quantizers(graph, Precision(), exclude=(), target=Target(), method="ptq")
     found = sections(graph)
     assert [len(section.layers) for section in found][: len(layers)] == layers
     images = torch.randn(2, 3, 64, 64)

@@ -340,5 +340,5 @@ def test_masked_weights_stay_zeros_and_do_not_count(chain):
 @pytest.mark.parametrize(("ready", "pairs"), [(False, 1), (True, 0)])
 def test_through_a_quantizer_as_long_as_it_does_not_round(ready, pairs):
     quantizer = FakeQuantize(Grid.unsigned(8))
-    quantizer.ready = ready
+    quantizer.enabled = ready
     same_after(unequal(classified(conv(3, 4), nn.ReLU(), quantizer, conv(4, 5))), pairs)

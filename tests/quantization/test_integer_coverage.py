@@ -232,10 +232,10 @@ def test_layers_that_a_user_or_a_limit_leaves_in_float():
     attached = PTQ().attach(network, data=[IMAGES])
     list(attached.begin())
     for quantizer in (attached.quantizers.of_weight("2"), attached.quantizers.of_activation("quantizers._1")):
-        quantizer.ready = False
+        quantizer.enabled = False
     left = {each.name: each.reason for each in integer_coverage(attached.model, IMAGES).operators}
     assert left == {"2": "rounding it would cost too much accuracy"}
-    attached.quantizers.of_weight("2").ready = True
+    attached.quantizers.of_weight("2").enabled = True
     left = {each.name: each.reason for each in integer_coverage(attached.model, IMAGES).operators}
     assert left == {"2": "its input is in float"}
 

@@ -81,7 +81,7 @@ def test_quantizers_show_values_as_they_are_until_they_are_ready():
     before = model(images)
     graph, behind = placed(model)
     assert torch.equal(graph(images), before)
-    assert not any(module.ready for module in graph.modules() if isinstance(module, FakeQuantize))
+    assert not any(module.enabled for module in graph.modules() if isinstance(module, FakeQuantize))
     assert "linear" not in behind, "logits are not rounded"
 
 

@@ -19,7 +19,7 @@ from tersor.quantization.calibration import Ranges, set_ranges
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.quantization.precision import Precision
-from tersor.quantization.quantizers import lay
+from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.reconstruction import Reconstruction, _error, _SoftlyRounded, _undecided, reconstruct
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "brecq.json").read_text())
@@ -51,7 +51,9 @@ def images(count=64, seed=1):
 def calibrated(model=None, bits=2, activation_bits=4):
     """Quantizers with ranges on a network, and the network in float."""
     graph = capture(model or Small().eval())
-    quantizers = lay(graph, Precision(bits, activation_bits, bits), exclude=(), target=VNNI, method="adaround")
+    quantizers = insert_quantizers(
+        graph, Precision(bits, activation_bits, bits), exclude=(), target=VNNI, method="adaround"
+    )
     original = copy.deepcopy(graph)
     list(set_ranges(quantizers, [images()], Ranges("mse", "mse", 99.99, 64), target=VNNI, method="adaround"))
     return quantizers, original
@@ -135,9 +137,9 @@ def test_every_weight_ends_on_one_of_the_two_points_next_to_it(how):
     before = {name: parametrized(quantizers.graph.get_submodule(name)).original.clone() for name in quantizers.layers}
     original = copy.deepcopy(quantizers.graph)
     for name in quantizers.layers:
-        original.get_submodule(name).parametrizations.weight[0].ready = False
+        original.get_submodule(name).parametrizations.weight[0].enabled = False
     for name in quantizers.activations:
-        original.get_submodule(name).ready = False
+        original.get_submodule(name).enabled = False
     list(reconstruct(quantizers, original, images(), how))
     moved = 0
     for name in quantizers.layers:
@@ -175,7 +177,7 @@ def test_steps_of_activations_are_learned_where_asked():
         list(reconstruct(quantizers, original, images(), how))
         changed = [float(quantizers.of_activation(name).scale) != scale for name, scale in before.items()]
         assert all(changed) if learns else not any(changed)
-        assert quantizers.ready
+        assert quantizers.enabled
 
 
 @ALL
@@ -186,7 +188,7 @@ def test_it_goes_on_behind_what_lasts_with_the_same_bits(how):
     assert told[-1].done == told[-1].total
     stopped, original = calibrated()
     for progress in reconstruct(stopped, original, images(), how):
-        if progress.lasts:
+        if progress.resumable:
             break
     resumed, original = calibrated()
     resumed.graph.load_state_dict(stopped.graph.state_dict())
@@ -218,7 +220,7 @@ def test_a_step_that_moved_values_share_is_learned_where_it_lies_and_stays():
     (shared,) = {node.target for node in quantizers.graph.graph.nodes if node.kwargs.get("moved")}
     step = quantizers.of_activation(shared).scale
     found = [float(step)]
-    found += [float(step) for each in reconstruct(quantizers, original, images(), DROPPING) if each.lasts]
+    found += [float(step) for each in reconstruct(quantizers, original, images(), DROPPING) if each.resumable]
     assert len(found) == 4, "one of each section behind the first one"
     assert found[0] != found[1], "learned"
     assert found[1:] == found[1:2] * 3, "what was fitted to it stays fitted, and a run that goes on sees the same"

@@ -9,12 +9,12 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.graph.capture import capture
-from tersor.graph.parametrization import shown_to
+from tersor.graph.parametrization import parametrization_input
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.quantization.grid import Grid
 from tersor.quantization.observers import weight_grid
 from tersor.quantization.precision import Precision
-from tersor.quantization.quantizers import lay
+from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import sensitivity
 
 VNNI = Target(cpu="vnni")
@@ -39,7 +39,7 @@ def images(count=12, seed=1):
 
 def laid(model=None, target=VNNI):
     graph = capture(model or Small().eval())
-    return lay(graph, Precision(), exclude=(), target=target, method="test")
+    return insert_quantizers(graph, Precision(), exclude=(), target=target, method="test")
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def test_the_network_is_left_as_it_was_also_between_two_measurements():
     modes = [module.training for module in graph.modules()]
     frozen = copy.deepcopy(graph).eval()(images())
     for _ in zip(range(2), sensitivity(quantizers, [images()], [("conv1", 2), ("conv2", 2)], target=VNNI), strict=True):
-        assert not quantizers.ready
+        assert not quantizers.enabled
         assert [quantizers.of_weight(name).grid for name in quantizers.layers] == [Grid.signed(8)] * 3
         assert [module.training for module in graph.modules()] == modes
         assert torch.equal(graph.eval()(images()), frozen)
@@ -95,7 +95,7 @@ def test_what_a_mask_has_made_zero_stays_zero():
     model = WeightPruning(sparsity=0.5).attach(Small().eval(), steps=0)
     model.finish()
     quantizers = laid(model.model)
-    shown = shown_to(quantizers.graph.conv1, quantizers.of_weight("conv1"))
+    shown = parametrization_input(quantizers.graph.conv1, quantizers.of_weight("conv1"))
     (cost,) = sensitivity(quantizers, [images()], [("conv1", 2)], target=VNNI)
     assert cost.error > 0
     assert (quantizers.graph.conv1.weight[shown == 0] == 0).all()

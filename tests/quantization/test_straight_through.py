@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tersor.quantization.fake_quantize import FakeQuantize, MovingFakeQuantize
+from tersor.quantization.fake_quantize import EMAFakeQuantize, FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.quantization.learned_step import LearnedFakeQuantize
 
@@ -51,7 +51,7 @@ def test_every_integer_of_eight_bits_can_be_told_from_the_next(kind):
 
 
 def test_a_range_follows_values_in_bfloat16():
-    quantizer = MovingFakeQuantize(Grid.unsigned(8), 0.5).train()
+    quantizer = EMAFakeQuantize(Grid.unsigned(8), 0.5).train()
     quantizer.set_range(torch.tensor(0.0), torch.tensor(1.0))
     quantizer(torch.tensor([0.0, 3.0]).bfloat16())
     assert float(quantizer.high) == 2

@@ -16,10 +16,10 @@ from torch.nn.utils import parametrize
 
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.errors import InputError
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.pipeline.setup import prepare
 from tersor.pruning.mask import Mask
-from tersor.quantization.fake_quantize import MovingFakeQuantize
+from tersor.quantization.fake_quantize import EMAFakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.recipe import parse
 from tersor.training.accuracy_curve import AccuracyCurve
@@ -44,7 +44,7 @@ stages:
 def all_that_moves():
     """BatchNorm, dropout, a range that follows what it is shown, a mask."""
     torch.manual_seed(3)
-    quantizer = MovingFakeQuantize(Grid.unsigned(8), 0.1)
+    quantizer = EMAFakeQuantize(Grid.unsigned(8), 0.1)
     quantizer.set_range(torch.tensor(0.0), torch.tensor(3.0))
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), quantizer, nn.Dropout(0.3), nn.Flatten(), nn.Linear(16, 3)
@@ -106,7 +106,7 @@ def test_the_curve_goes_on_where_the_training_was_stopped(until):
     with pytest.raises(KeyboardInterrupt):
         run(stopped)
     assert len(expected) == 2
-    assert run(Keeps(begun=(until, stopped.kept[until]))) == expected
+    assert run(Keeps(resume_state=(until, stopped.kept[until]))) == expected
 
 
 def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_out(monkeypatch):
@@ -133,8 +133,8 @@ def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_o
 
 
 def walked(text, folder):
-    walk = prepare(parse(text, "recipe.yaml"), model=None, data=None, watch=Unwatched())
-    (told,) = walk.stages(Unwatched(), Checkpoints(folder))
+    walk = prepare(parse(text, "recipe.yaml"), model=None, data=None, watch=NullProgress())
+    (told,) = walk.stages(NullProgress(), Checkpoints(folder))
     return walk, told
 
 
@@ -146,7 +146,7 @@ def test_a_stage_tells_its_curve_of_the_network_under_its_masks(tmp_path):
     for module in walk.model.modules():
         if isinstance(module, Mask):
             module.mask.fill_(True)
-    assert walk.validate(walk.model, "without masks", Unwatched()) != told["validation_accuracy"]
+    assert walk.validate(walk.model, "without masks", NullProgress()) != told["validation_accuracy"]
     _, unasked = walked(RECIPE.replace("    validate_every: 1\n", ""), tmp_path / "b")
     assert "validation_by_epoch" not in unasked
     assert unasked["validation_accuracy"] == told["validation_accuracy"]
@@ -155,7 +155,7 @@ def test_a_stage_tells_its_curve_of_the_network_under_its_masks(tmp_path):
 def test_looking_at_no_images_is_an_error_before_anything_is_trained():
     given = parse(RECIPE.replace("limit: 160", "limit: 320, validation: 0"), "recipe.yaml")
     with pytest.raises(InputError, match=r"'prune' has validate_every.*Write data\.validation"):
-        prepare(given, model=None, data=None, watch=Unwatched())
+        prepare(given, model=None, data=None, watch=NullProgress())
 
 
 def test_looking_on_where_nothing_trains_is_an_error():

@@ -233,8 +233,8 @@ class Keeps:
     every = 1
     last = "stage-1/clock.json"
 
-    def __init__(self, begun=None, until=None):
-        self.begun, self.until, self.kept = begun, until, {}
+    def __init__(self, resume_state=None, until=None):
+        self.resume_state, self.until, self.kept = resume_state, until, {}
 
     def keep(self, step, tensors):
         self.kept[step] = tensors
@@ -276,7 +276,7 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(optimizer, accumulate, 
     stopped = Keeps(until=until)
     with pytest.raises(KeyboardInterrupt):
         run(stopped)
-    found = run(Keeps(begun=(until, stopped.kept[until])))
+    found = run(Keeps(resume_state=(until, stopped.kept[until])))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
@@ -286,12 +286,14 @@ def test_seconds_and_losses_of_an_epoch_outlive_the_process():
         fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=stopped)
     earlier = float(stopped.kept[6]["log.seconds"])
     stopped.kept[6]["log.seconds"] += 100
-    gone_on = fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(begun=(6, stopped.kept[6])))
+    gone_on = fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(resume_state=(6, stopped.kept[6])))
     whole = fit(Attachment(linear()), Toy(), Training(), steps=8)
     assert gone_on.earlier == pytest.approx(100 + earlier)
     assert 100 < gone_on.seconds < 110
     assert gone_on.losses == pytest.approx(whole.losses)
-    nothing_left = fit(Attachment(linear()), Toy(), Training(), steps=6, keeper=Keeps(begun=(6, stopped.kept[6])))
+    nothing_left = fit(
+        Attachment(linear()), Toy(), Training(), steps=6, keeper=Keeps(resume_state=(6, stopped.kept[6]))
+    )
     assert nothing_left.losses.keys() == whole.losses.keys()
 
 
@@ -301,7 +303,7 @@ def test_as_many_processes_go_on_as_began():
         fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=stopped)
     of_two = {**stopped.kept[2], "random.cpu1": stopped.kept[2]["random.cpu0"]}
     with pytest.raises(InputError, match=r"begun by 2 processes, and goes on with 1\. Start as many"):
-        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(begun=(2, of_two)))
+        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(resume_state=(2, of_two)))
 
 
 def test_ctrl_c_ends_the_step_and_keeps_it():

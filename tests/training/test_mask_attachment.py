@@ -168,7 +168,7 @@ def test_what_is_told_of_moving_masks():
         if step % 2:
             masks.append(torch.cat([mask_of(layer).mask.flatten() for layer in layers.values()]).clone())
     attached.finish()
-    [told] = attached.told["masks"]
+    [told] = attached.metrics["masks"]
     assert told["steps"] == [2, 4, 6, 8, 10, 12]
     size = len(masks[0])
     assert told["sparsity"] == pytest.approx([int((~mask).sum()) / size for mask in masks[1:]], abs=1e-6)

@@ -7,7 +7,7 @@ import torch
 
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.errors import InputError
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.graph.layer_selection import weighted_layers
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
@@ -29,7 +29,7 @@ stages:
 """
 
 
-class Stops(Unwatched):
+class Stops(NullProgress):
     """Presses Ctrl-C in the middle of the work before the first step."""
 
     def __init__(self, after):
@@ -46,9 +46,9 @@ class Stops(Unwatched):
 
 def walked(method, folder, watch=None):
     walk = prepare(
-        parse(RECIPE.replace("{METHOD}", f"{{{METHODS[method]}}}"), "r"), model=None, data=None, watch=Unwatched()
+        parse(RECIPE.replace("{METHOD}", f"{{{METHODS[method]}}}"), "r"), model=None, data=None, watch=NullProgress()
     )
-    walk.stages(watch or Unwatched(), Checkpoints(folder))
+    walk.stages(watch or NullProgress(), Checkpoints(folder))
     return walk.model.state_dict()
 
 
@@ -64,7 +64,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(method, tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
-class Said(Unwatched):
+class Said(NullProgress):
     def __init__(self):
         self.lines = []
 

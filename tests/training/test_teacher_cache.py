@@ -8,12 +8,12 @@ import torch
 
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.errors import InputError
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.data.batch import Batch
 from tersor.pipeline.setup import prepare
 from tersor.recipe import parse
 from tersor.training.objective import Objective, Outputs
-from tersor.training.teacher_cache import Remembered
+from tersor.training.teacher_cache import TeacherCache
 
 RECIPE = """\
 model: {name: resnet20}
@@ -30,7 +30,7 @@ stages:
 """
 
 
-class Stops(Unwatched):
+class Stops(NullProgress):
     """Ends the training in its fourth step, in the second epoch."""
 
     def __init__(self):
@@ -44,9 +44,9 @@ class Stops(Unwatched):
 
 def prepared(cache: str, folder):
     """The recipe with its teacher trained, and where its checkpoints lie."""
-    walk = prepare(parse(RECIPE.replace("CACHE", cache), "recipe.yaml"), model=None, data=None, watch=Unwatched())
+    walk = prepare(parse(RECIPE.replace("CACHE", cache), "recipe.yaml"), model=None, data=None, watch=NullProgress())
     checkpoints = Checkpoints(folder)
-    walk.train_teacher(Unwatched(), checkpoints)
+    walk.train_teacher(NullProgress(), checkpoints)
     return walk, checkpoints
 
 
@@ -54,7 +54,7 @@ def walked(cache: str, folder):
     """Losses of the last epoch, how many images the teacher has seen while the student learned, and the student."""
     walk, checkpoints = prepared(cache, folder)
     seen: list[int] = []
-    ask = Objective.ask_teacher
+    ask = Objective.teacher_forward
 
     def count(objective, batch):
         seen.append(len(batch.images))
@@ -62,7 +62,7 @@ def walked(cache: str, folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Objective, "ask_teacher", count)
-        (told,) = walk.stages(Unwatched(), checkpoints)
+        (told,) = walk.stages(NullProgress(), checkpoints)
     return told["losses"], sum(seen), walk.model.state_dict()
 
 
@@ -80,7 +80,7 @@ def test_a_student_learns_the_same_from_what_was_kept(tmp_path):
 
 
 def test_places_and_layers_are_kept_apart():
-    kept = Remembered(4)
+    kept = TeacherCache(4)
     logits, layer = torch.randn(4, 10), torch.randn(4, 2, 3, 3)
     for places in (torch.tensor([2, 0]), torch.tensor([1, 3])):
         kept.add(Batch(torch.zeros(2, 3, 8, 8), index=places), Outputs(logits[places], {"layer": layer[places]}))
@@ -95,12 +95,12 @@ def test_too_little_memory_is_told_before_any_is_filled(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=10))
     given = Outputs(torch.zeros(2, 10), {"layer3": torch.zeros(2, 64, 8, 8)})
     with pytest.raises(InputError, match=r"for 1,000 images \(logits, layer3\).*Write cache: false"):
-        Remembered(1000).add(Batch(torch.zeros(2, 3, 8, 8), index=torch.arange(2)), given)
+        TeacherCache(1000).add(Batch(torch.zeros(2, 3, 8, 8), index=torch.arange(2)), given)
 
 
 def test_memory_that_the_system_can_free_up_counts(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=10))
-    kept, logits = Remembered(1000), torch.randn(2, 10)
+    kept, logits = TeacherCache(1000), torch.randn(2, 10)
     batch = Batch(torch.zeros(2, 3, 8, 8), index=torch.tensor([7, 999]))
     kept.add(batch, Outputs(logits, {}))
     assert kept(batch).logits.equal(logits)

@@ -199,12 +199,12 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob(names) if path.is_dir() and path != self.scratch)
 
 
-class UnitKeeper:
+class StageCheckpointer:
     """Keeps the training of one unit of a run, and knows where it left off.
 
     Attributes:
         every: steps between two snapshots.
-        begun: steps that were done before, and the snapshot after them; None where there was none.
+        resume_state: steps that were done before, and the snapshot after them; None where there was none.
         before_the_first: the network's `state_dict`, where the work before the first step was left.
         notes: what that work found, a line each; kept with every snapshot.
     """
@@ -214,13 +214,13 @@ class UnitKeeper:
         self._checkpoints = checkpoints
         self._keep = partial(checkpoints.save, unit, name, done=False, structure=laid)
         found = checkpoints.newest_within(unit)
-        self.begun: tuple[int, Mapping[str, Tensor]] | None = None
-        self.before_the_first: Mapping[str, Tensor] | None = None
+        self.resume_state: tuple[int, Mapping[str, Tensor]] | None = None
+        self.setup_state: Mapping[str, Tensor] | None = None
         self.notes: tuple[str, ...] = ()
         if found is not None and found.told.get(_BEFORE):
-            self.before_the_first = found.network()
+            self.setup_state = found.network()
         elif found is not None:
-            self.begun = found.step, found.tensors()
+            self.resume_state = found.step, found.tensors()
             self.notes = found.notes
 
     @property

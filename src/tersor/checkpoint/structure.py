@@ -19,10 +19,10 @@ from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Freezable, Norm, freezable
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.layer_selection import weighted_layers
-from tersor.graph.parametrization import shown_by
+from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, remove
 from tersor.pruning.mask import Mask
-from tersor.quantization.fake_quantize import FakeQuantize, FollowingFakeQuantize, MovingFakeQuantize, RunningLargest
+from tersor.quantization.fake_quantize import EMAFakeQuantize, FakeQuantize, RunningLargest, WeightTrackingFakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.quantization.learned_step import LearnedFakeQuantize
 from tersor.quantization.qdq_placement import show
@@ -83,14 +83,14 @@ class _Moving(_OnGrid):
     averaging: Annotated[float, Field(ge=0, le=1)]
 
     def made(self) -> nn.Module:
-        return MovingFakeQuantize(Grid(*self.grid), self.averaging)
+        return EMAFakeQuantize(Grid(*self.grid), self.averaging)
 
 
 class _Following(_OnGrid):
     follows: Literal[True]
 
     def made(self) -> nn.Module:
-        return FollowingFakeQuantize(Grid(*self.grid), self.channels)
+        return WeightTrackingFakeQuantize(Grid(*self.grid), self.channels)
 
 
 class _Learned(_OnGrid):
@@ -133,7 +133,9 @@ def structure(model: nn.Module) -> dict[str, Any]:
             module = layer_of(node)
             if isinstance(module, FakeQuantize):
                 edges.append([node.all_input_nodes[0].name, str(node.target), _told(module)])
-    layers = {name: [_told(each) for each in shown_by(layer)] for name, layer in weighted_layers(model).items()}
+    layers = {
+        name: [_told(each) for each in parametrizations_of(layer)] for name, layer in weighted_layers(model).items()
+    }
     return {
         "captured": isinstance(model, fx.GraphModule),
         "cuts": list(model.meta.get("cuts", [])) if isinstance(model, fx.GraphModule) else [],
@@ -225,12 +227,12 @@ def _told(module: nn.Module) -> dict[str, Any]:
         return {"mask": list(module.mask.shape), "gradient": module.gradient, "logged": module.log is not None}
     if isinstance(module, RunningLargest):
         return {"largest": len(module.largest) if module.largest.ndim else None}
-    if isinstance(module, MovingFakeQuantize):
+    if isinstance(module, EMAFakeQuantize):
         return {"grid": [module.grid.minimum, module.grid.maximum], "averaging": module.averaging}
     if isinstance(module, FakeQuantize):
         channels = len(module.scale) if module.scale.ndim else None
         told: dict[str, Any] = {"grid": [module.grid.minimum, module.grid.maximum], "channels": channels}
-        if isinstance(module, FollowingFakeQuantize):
+        if isinstance(module, WeightTrackingFakeQuantize):
             told["follows"] = True
         if isinstance(module, LearnedFakeQuantize):
             told |= {"offset": module.offset is not None, "of_images": module.of_images}

@@ -70,7 +70,7 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def as_found(networks: nn.Module) -> Generator[None]:
+def restore_device_and_layout(networks: nn.Module) -> Generator[None]:
     """While `networks` are trained, elsewhere or in another layout; afterwards they are in eval, where and as they lay.
 
     Whoever goes on with them (calibration, export, safetensors) need not know.

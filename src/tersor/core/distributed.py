@@ -24,7 +24,7 @@ _LONGEST = timedelta(days=2)
 _LOST = re.compile(r"gloo|connection (?:closed|reset|refused)|broken pipe|NCCL", re.IGNORECASE)
 
 
-def join() -> bool:
+def init_process_group() -> bool:
     """Joins the processes that `accelerate launch` started, once; whether they train on processors.
 
     accelerate takes gloo for them only where it is told so: without, it would train each on its own.
@@ -80,7 +80,7 @@ def barrier() -> None:
 
 
 @torch.no_grad()
-def as_in_the_first(module: nn.Module) -> None:
+def broadcast_from_rank0(module: nn.Module) -> None:
     """Gives `module` the parameters, buffers and extra state that it has in the first process."""
     if count() == 1:
         return
@@ -93,7 +93,7 @@ def as_in_the_first(module: nn.Module) -> None:
     module.load_state_dict(state)
 
 
-def any_of(here: bool) -> bool:
+def any_rank(here: bool) -> bool:
     """Whether it is so in any process."""
     if count() == 1:
         return here
@@ -103,7 +103,7 @@ def any_of(here: bool) -> bool:
     return bool(flag)
 
 
-def gathered(tensor: Tensor) -> list[Tensor]:
+def all_gather(tensor: Tensor) -> list[Tensor]:
     """The tensor of every process, on this one's device; it has the same shape in all."""
     if count() == 1:
         return [tensor]

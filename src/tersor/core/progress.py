@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class Watch(Protocol):
+class ProgressReporter(Protocol):
     """Told of every long task; the command line draws it, a library caller need not care."""
 
     def start(self, task: str, total: int) -> None:
@@ -23,7 +23,7 @@ class Watch(Protocol):
         ...
 
 
-class Unwatched:
+class NullProgress:
     """Nobody looks on."""
 
     def start(self, task: str, total: int) -> None:
@@ -46,7 +46,7 @@ class Progress:
     what: str
     done: int
     total: int
-    lasts: bool = False
+    resumable: bool = False
 
 
 Tell = Callable[[Progress], None]

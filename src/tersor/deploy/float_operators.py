@@ -21,7 +21,7 @@ def float_operators(model: nn.Module, example: Tensor) -> tuple[dict[str, Any], 
         example: images (N, C, H, W); the first is run.
     """
     covered = integer_coverage(model, example)
-    quantized = any(isinstance(module, FakeQuantize) and module.ready for module in model.modules())
+    quantized = any(isinstance(module, FakeQuantize) and module.enabled for module in model.modules())
     entries = {
         "integer_macs_share": covered.share if quantized else None,
         "float_operators": [asdict(each) for each in covered.operators] if quantized else [],

@@ -125,7 +125,7 @@ def _dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None = Non
 
 def deployed(model: fx.GraphModule) -> nn.Module:
     """A copy of `model` for conversion; `model` stays as it is. It traces, but computes only as ONNX."""
-    if not any(isinstance(module, FakeQuantize) and module.ready for module in model.modules()):
+    if not any(isinstance(module, FakeQuantize) and module.enabled for module in model.modules()):
         return strip(model)
     plain = strip(model)
     graph = copy.deepcopy(model.graph)
@@ -139,7 +139,7 @@ def deployed(model: fx.GraphModule) -> nn.Module:
             continue
         name = cast("str", node.target)
         if isinstance(module, FakeQuantize):
-            modules[name] = QuantizeDequantize(module) if module.ready else nn.Identity()
+            modules[name] = QuantizeDequantize(module) if module.enabled else nn.Identity()
             node.kwargs = {}
         elif isinstance(module, Layer) and is_plain(module) and weight_quantizer(module) is not None:
             alone = calls[name] == 1  # a layer that is called twice has no one norm and no one input
@@ -178,7 +178,7 @@ def _input_scale(node: fx.Node) -> Tensor | None:
     while is_nothing_in_eval(value):
         value = values_into(value)[0]
     quantizer = layer_of(value)
-    return quantizer.scale.detach() if isinstance(quantizer, FakeQuantize) and quantizer.ready else None
+    return quantizer.scale.detach() if isinstance(quantizer, FakeQuantize) and quantizer.enabled else None
 
 
 @torch.no_grad()

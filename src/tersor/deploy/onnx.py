@@ -26,7 +26,7 @@ from tersor.core.errors import InputError
 from tersor.deploy.int4_packing import pack
 from tersor.deploy.integer_graph import deployed
 from tersor.deploy.outputs import output_names
-from tersor.graph.feeding import fed
+from tersor.graph.feeding import checked_forward
 from tersor.graph.norms import record_ranks
 from tersor.graph.parametrization import in_float32
 from tersor.graph.strip import strip
@@ -95,7 +95,7 @@ def export(
     model = in_float32(model)
     if isinstance(model, fx.GraphModule):
         few = example[:2].to(next(model.parameters()))
-        with fed(type(model).__name__, few):
+        with checked_forward(type(model).__name__, few):
             record_ranks(model, few)
     network = deployed(model) if isinstance(model, fx.GraphModule) else strip(model)
     network = network.cpu().float().eval()

@@ -11,7 +11,7 @@ from torch import nn
 from tersor.core.device import cpu_flags
 from tersor.core.machine import installed_version
 from tersor.core.target import Target
-from tersor.quantization.quantizers import found
+from tersor.quantization.quantizers import find_quantizers
 
 _FIRST_AFFECTED, _FIRST_FIXED = (2026, 1), (2026, 4)
 _AMX = "amx_int8"
@@ -27,7 +27,7 @@ def batch_for(model: nn.Module, target: Target) -> int | None:
     """Images a batch in the file of `model`: the target's, 1 where any number would crash, or None for any number."""
     if target.batch is not None or target.runtime != "openvino":
         return target.batch
-    laid, version = found(model), installed_version("openvino")
+    laid, version = find_quantizers(model), installed_version("openvino")
     integers = laid is not None and bool(laid.activations)
     return 1 if integers and version and crashes_on_dynamic_batches(version, cpu_flags()) else None
 

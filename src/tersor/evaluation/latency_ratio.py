@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from torch import Tensor, nn
 
-from tersor.core.progress import Unwatched, Watch
+from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.target import Target
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for
@@ -28,8 +28,8 @@ class RuntimeStopwatch:
         seconds: no more rounds after that, as for `measure_latency`.
     """
 
-    def __init__(self, watch: Watch | None = None, *, seconds: float = 4.0) -> None:
-        self.watch = watch or Unwatched()
+    def __init__(self, watch: ProgressReporter | None = None, *, seconds: float = 4.0) -> None:
+        self.watch = watch or NullProgress()
         self.seconds = seconds
 
     def against(self, original: nn.Module, example: Tensor, target: Target) -> Callable[[nn.Module], float]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from tersor.core.machine import machine
-from tersor.core.progress import Watch
+from tersor.core.progress import ProgressReporter
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.evaluation.costs import FLOAT_BITS, Costs, agreement, costs
@@ -75,7 +75,7 @@ def measure(
     target: Target,
     *,
     seed: int,
-    watch: Watch,
+    watch: ProgressReporter,
     stages: Mapping[int, tuple[nn.Module, Path]] | None = None,
     seconds: float = 10.0,
 ) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
 from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import fed
+from tersor.graph.feeding import checked_forward
 
 FEW = 4
 TOLERANCE = 1e-3
@@ -80,7 +80,7 @@ def require_same(after: nn.Module, before: nn.Module, images: Tensor) -> None:
     if after is before:
         return
     expected, kind = outputs_of(before, images), type(before).__name__
-    with fed(kind, images, captured=True):
+    with checked_forward(kind, images, captured=True):
         found = difference(outputs_of(after, images), expected)
     if not found <= TOLERANCE:
         raise InputError(

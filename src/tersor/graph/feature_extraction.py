@@ -31,7 +31,7 @@ _OTHER_TOKENS = 5
 """The most that lie before those of the patches: one for the class, a teacher's, or four registers."""
 
 
-class Layers:
+class FeatureExtractor:
     """Runs a network and keeps what some of its layers give.
 
     Args:
@@ -168,11 +168,11 @@ def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tup
 def shapes_of(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
     """What the layers give for `images`, seen in one dry forward in eval mode."""
     with evaluating(model):
-        _, given = Layers(model, paths)(images.to(next(model.parameters(), images)))
+        _, given = FeatureExtractor(model, paths)(images.to(next(model.parameters(), images)))
     return {path: value.shape for path, value in given.items()}
 
 
-def last_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
+def last_feature_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     """The last part of the network at each resolution: `layer1`, `layer2`, `layer3` of a ResNet.
 
     Parts are the network's children, or what lies in them where that tells more resolutions apart (`features.6`). Pools

@@ -28,7 +28,7 @@ _CAPTURED = (
 
 
 @contextmanager
-def fed(name: str, images: Tensor, *, captured: bool = False) -> Generator[None]:
+def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Generator[None]:
     """While the network called `name`, or its captured graph, runs on `images` (N, C, H, W) for the first time.
 
     Raises:
@@ -84,7 +84,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
         raise InputError(f"images for {name} are of {images.dtype}. Pass normalised images in floating point.")
     device = next((each.device for each in network.parameters()), images.device)
     two = images[:2] if len(images) > 1 else images[:1].repeat(2, 1, 1, 1)
-    with fed(name, two):
+    with checked_forward(name, two):
         two = two.to(device)
         outputs = network(two.clone())  # a forward may change its input in place
     try:

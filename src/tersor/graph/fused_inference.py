@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture, layer_of, sole_user, values_into
 from tersor.graph.eval_mode import evaluating
-from tersor.graph.feature_extraction import Layers
+from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.graph.norms import plain_norm
 from tersor.graph.plain_modules import is_plain
 from tersor.graph.strip import strip
@@ -113,7 +113,7 @@ def _is_looked_at(model: nn.Module) -> bool:
 
 
 def _everything(model: nn.Module, images: Tensor, paths: tuple[str, ...]) -> list[Tensor]:
-    logits, layers = Layers(model, paths)(images)
+    logits, layers = FeatureExtractor(model, paths)(images)
     return [logits, *layers.values()]
 
 

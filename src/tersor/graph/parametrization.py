@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
-def shown_by(module: nn.Module, name: str = "weight") -> Iterator[nn.Module]:
+def parametrizations_of(module: nn.Module, name: str = "weight") -> Iterator[nn.Module]:
     """The parametrizations of one parameter of `module`, in the order in which they apply."""
     if parametrize.is_parametrized(module, name):
         yield from parametrized(module, name)
@@ -25,7 +25,7 @@ def parametrized(module: nn.Module, name: str = "weight") -> parametrize.Paramet
     return cast("parametrize.ParametrizationList", cast("nn.ModuleDict", module.parametrizations)[name])
 
 
-def shown_to(module: nn.Module, parametrization: nn.Module, name: str = "weight") -> Tensor:
+def parametrization_input(module: nn.Module, parametrization: nn.Module, name: str = "weight") -> Tensor:
     """What one of the parametrizations of a parameter of `module` is given: the Parameter as those before show it."""
     chain = parametrized(module, name)
     value = chain.original

@@ -48,7 +48,7 @@ class AdaRound:
 
     bits: WeightBits = 4
     activation_bits: ActivationBits = 8
-    ends_bits: EndsBits = 8
+    first_last_bits: EndsBits = 8
     per_channel: PerChannel = True
     weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "mse"
     activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "mse"
@@ -74,7 +74,7 @@ class AdaRound:
         """
         return Reconstructed(
             model,
-            Precision(self.bits, self.activation_bits, self.ends_bits, self.per_channel),
+            Precision(self.bits, self.activation_bits, self.first_last_bits, self.per_channel),
             exclude=self.exclude,
             data=data,
             target=target,

@@ -46,11 +46,11 @@ from tersor.evaluation.costs import Costs, costs
 from tersor.evaluation.latency_protocol import Stopwatch
 from tersor.graph.capture import capture
 from tersor.graph.comparison import FEW, require_same
-from tersor.pruning.budget import fast_enough, small_enough
+from tersor.pruning.budget import meet_cost, meet_latency
 from tersor.pruning.channel_groups import Cut, Group, copied, remove
 from tersor.pruning.channel_importance import FOR_THE_COST, FunctionPath, Importance, importances
 from tersor.pruning.channel_selection import Order, Scope, left, ordered, prices, refuse_what_lies_on, removable
-from tersor.pruning.residual_branches import Branch, branches, missed
+from tersor.pruning.residual_branches import Branch, branches, removal_cost
 from tersor.pruning.shortfall import shortfall
 from tersor.training.attachment import Attachment
 from tersor.training.method import PLAIN_VALUES
@@ -186,7 +186,7 @@ class ChannelPruning:
                 "Write fewer."
             )
         spent, rates = costs(graph, example), dict[Branch, float]()
-        changes = missed(graph, found, data, self.importance_images, tell)
+        changes = removal_cost(graph, found, data, self.importance_images, tell)
         for branch, change in zip(found, changes, strict=True):
             network = copied(graph)
             remove(network, [branch.cut])
@@ -278,9 +278,9 @@ def _enough(
         return _fraction(kind, spent, costs(order.without(graph, blocks), example))
 
     if ratio is not None:
-        blocks, found = fast_enough(stays, lambda blocks: ratio(order.without(graph, blocks)), keep)
+        blocks, found = meet_latency(stays, lambda blocks: ratio(order.without(graph, blocks)), keep)
     else:
-        blocks, found = small_enough(stays, really, keep)
+        blocks, found = meet_cost(stays, really, keep)
     told: list[str] = []
     if ratio is not None:
         told.append(

@@ -111,7 +111,7 @@ class ContrastTerm(LossTerm):
 
     @torch.no_grad()
     def _remember(self, memory: Tensor, index: Tensor, values: Tensor) -> None:
-        index, values = (torch.cat(distributed.gathered(tensor.detach())) for tensor in (index, values))
+        index, values = (torch.cat(distributed.all_gather(tensor.detach())) for tensor in (index, values))
         momentum = self.method.momentum
         memory[index] = F.normalize(momentum * memory[index] + (1 - momentum) * values, dim=1)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
-from tersor.training.layer_pairs import needed
+from tersor.training.layer_pairs import require_teacher
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
@@ -82,7 +82,7 @@ class DIST:
         Raises:
             InputError: there is no teacher.
         """
-        needed(teacher, "dist")
+        require_teacher(teacher, "dist")
         if not self.beta and not self.gamma:
             return without_loss(model, self.label_weight)
         return Attachment(model, [CorrelationTerm(self)], self.label_weight)

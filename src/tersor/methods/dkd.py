@@ -28,8 +28,8 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
-from tersor.training.layer_pairs import needed
-from tersor.training.loss_warmup import RisingAttachment, RisingTerm
+from tersor.training.layer_pairs import require_teacher
+from tersor.training.loss_warmup import RisingAttachment, WarmupLossTerm
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import Outputs
 
@@ -51,7 +51,7 @@ def _right_and_others(logits: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return F.log_softmax(pair, 1), others - of_others[:, None]
 
 
-class DecoupledTerm(RisingTerm):
+class DecoupledTerm(WarmupLossTerm):
     """The weighted sum of both parts."""
 
     name = "dkd"
@@ -98,7 +98,7 @@ class DKD:
         Raises:
             InputError: there is no teacher.
         """
-        needed(teacher, "dkd")
+        require_teacher(teacher, "dkd")
         if not self.alpha and not self.beta:
             return without_loss(model, self.label_weight)
         rising = round(self.warmup * steps)

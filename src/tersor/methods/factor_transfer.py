@@ -36,7 +36,7 @@ from tersor.core.progress import Progress
 from tersor.core.seeded import seeded
 from tersor.core.target import Target
 from tersor.data.batch import Batch, images_of
-from tersor.graph.feature_extraction import Layers, as_map, pooled
+from tersor.graph.feature_extraction import FeatureExtractor, as_map, pooled
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.layer_pairs import Pair, pair_of
 from tersor.training.method import PLAIN_VALUES
@@ -179,7 +179,7 @@ class FactorAttachment(Attachment):
         self.data = data
 
     @property
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """`reconstruction`: the `layer`; `errors`, the mean absolute error in each epoch over the mean absolute
         feature; `before` and `after`, the mean over the channels of a few features, (6, H, W) each.
         """
@@ -188,7 +188,7 @@ class FactorAttachment(Attachment):
         return {"reconstruction": {"layer": self.term.pair.teacher, "errors": errors, "before": before, "after": after}}
 
     @property
-    def kept(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """Paraphraser and translator."""
         return self.term.state_dict()
 
@@ -251,7 +251,7 @@ class FactorAttachment(Attachment):
 
     def _features(self) -> Iterator[Tensor]:
         """The teacher's, batch by batch, (N, C, H, W)."""
-        layers = Layers(self.teacher.eval(), [self.term.pair.teacher])
+        layers = FeatureExtractor(self.teacher.eval(), [self.term.pair.teacher])
         parameter = next(self.teacher.parameters())
         for batch in self.data:
             with torch.no_grad():

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from tersor.core.progress import Progress
 from tersor.core.target import Target
 from tersor.graph.batchnorm import FrozenAt
-from tersor.graph.parametrization import shown_to
+from tersor.graph.parametrization import parametrization_input
 from tersor.quantization.calibration import calibrate
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
@@ -40,13 +40,13 @@ from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.learned_step import LearnedFakeQuantize
 from tersor.quantization.precision import (
     ActivationBitsThatLie,
-    BitsThatLie,
     CalibrationImages,
     EndsBitsThatLie,
     Exclude,
+    InheritedWeightBits,
     PerChannelThatLie,
 )
-from tersor.quantization.quantizers import Quantizers, lay_or_take_over, notes
+from tersor.quantization.quantizers import Quantizers, insert_or_reuse_quantizers, notes
 from tersor.training.attachment import Attachment
 from tersor.training.method import PLAIN_VALUES
 
@@ -66,9 +66,9 @@ class LSQ:
     example: ClassVar[dict[str, Any]] = {"bits": 3, "offset": True, "freeze_norm_at": 0.5}
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
-    bits: BitsThatLie = None
+    bits: InheritedWeightBits = None
     activation_bits: ActivationBitsThatLie = None
-    ends_bits: EndsBitsThatLie = None
+    first_last_bits: EndsBitsThatLie = None
     per_channel: PerChannelThatLie = None
     offset: Annotated[bool, Field(description="learn the activations' zero points too, as LSQ+ does")] = False
     freeze_norm_at: Annotated[
@@ -92,11 +92,11 @@ class LSQ:
             InputError: no data, a pattern of `exclude` that matches nothing, no layer left, grids of other bits.
         """
         target = target or Target()
-        quantizers = lay_or_take_over(
+        quantizers = insert_or_reuse_quantizers(
             model,
             bits=self.bits,
             activation_bits=self.activation_bits,
-            ends_bits=self.ends_bits,
+            first_last_bits=self.first_last_bits,
             per_channel=self.per_channel,
             exclude=self.exclude,
             data=data,
@@ -136,7 +136,7 @@ class LSQAttachment(Attachment):
             InputError: the data holds no image, or cannot be read twice.
         """
         self._norms.done(0)
-        if self.quantizers.ready:
+        if self.quantizers.enabled:
             return
         assert self.data is not None
         histograms = yield from calibrate(
@@ -145,9 +145,9 @@ class LSQAttachment(Attachment):
         self.quantizers.set_activation_grids(histograms, "mse")
         for name in self.quantizers.layers:
             quantizer = self.quantizers.of_weight(name)
-            weight = shown_to(self.quantizers.graph.get_submodule(name), quantizer)
+            weight = parametrization_input(self.quantizers.graph.get_submodule(name), quantizer)
             quantizer.set_grid(first_step(weight, quantizer.grid, per_channel=bool(quantizer.scale.ndim)))
-            self.quantizers.keep_from_saturating(name, self.target)
+            self.quantizers.limit_for_avx2_saturation(name, self.target)
         self.notes += calibrated_coverage(self.model).notes
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
@@ -155,7 +155,7 @@ class LSQAttachment(Attachment):
         for each in self._learning():
             each.follow()
         for name in self.quantizers.layers:
-            self.quantizers.keep_from_saturating(name, self.target)
+            self.quantizers.limit_for_avx2_saturation(name, self.target)
         self._norms.done(step + 1)
 
     def finish(self) -> None:
@@ -173,7 +173,7 @@ def _learned(still: FakeQuantize, *, offset: bool = False, of_images: bool = Fal
     """One whose step learns, from where another's is."""
     channels = len(still.scale) if still.scale.ndim else None
     learned = LearnedFakeQuantize(still.grid, channels, offset=offset, of_images=of_images).to(still.scale.device)
-    if still.ready:
+    if still.enabled:
         learned.set_grid(still.scale, still.zero_point)
     return learned
 
@@ -182,6 +182,6 @@ def _settled(learned: FakeQuantize) -> FakeQuantize:
     """One whose step stays as it was learned, if it rounds."""
     channels = len(learned.scale) if learned.scale.ndim else None
     still = FakeQuantize(learned.grid, channels).to(learned.scale.device)
-    if learned.ready:
+    if learned.enabled:
         still.set_grid(learned.scale.detach(), learned.zero_point)
     return still

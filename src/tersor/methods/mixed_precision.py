@@ -42,7 +42,7 @@ from tersor.quantization.grid import Grid
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.observers import Range, WeightRange
 from tersor.quantization.precision import CalibrationImages, Exclude, Percentile, PerChannel, Precision
-from tersor.quantization.quantizers import Quantizers, ends, lay, notes
+from tersor.quantization.quantizers import Quantizers, ends, insert_quantizers, notes
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.attachment import Attachment
 from tersor.training.method import PLAIN_VALUES
@@ -109,7 +109,7 @@ class MixedPrecision:
         8,
     )
     activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation; 8 for what enters the ends")] = 8
-    ends_bits: Annotated[
+    first_last_bits: Annotated[
         int | None,
         Field(ge=2, le=8, description="of the first and last layer, and what enters them; like the others if left"),
     ] = None
@@ -140,8 +140,8 @@ class MixedPrecision:
                 "mixed_precision needs images to measure on; none were given. Pass data=..., a few hundred suffice."
             )
         target = target or Target()
-        precision = Precision(max(self.widths), self.activation_bits, self.ends_bits or 8, self.per_channel)
-        quantizers = lay(
+        precision = Precision(max(self.widths), self.activation_bits, self.first_last_bits or 8, self.per_channel)
+        quantizers = insert_quantizers(
             capture(model), precision, exclude=self.exclude, target=target, method="mixed_precision", original=model
         )
         attachment = MixedPrecisionAttachment(self, quantizers, data, target)
@@ -154,7 +154,7 @@ class MixedPrecision:
             raise InputError(
                 f"average_bits: {self.average_bits:g} cannot be met: with the fewest bits that they may get, the "
                 f"layers have {least:.2f} on average. Write more than that, or fewer bits in `widths`"
-                + (", or leave out ends_bits." if self.ends_bits else ".")
+                + (", or leave out first_last_bits." if self.first_last_bits else ".")
             )
 
 
@@ -169,14 +169,16 @@ class MixedPrecisionAttachment(Attachment):
         self.target = target
         layers = weighted_layers(quantizers.graph)
         self.sizes = {name: layers[name].weight.numel() for name in quantizers.layers}
-        fixed = ends(quantizers.graph) if method.ends_bits else set[str]()
+        fixed = ends(quantizers.graph) if method.first_last_bits else set[str]()
         self.options = {
-            name: (method.ends_bits,) if method.ends_bits and name in fixed else tuple(sorted({*method.widths}))
+            name: (method.first_last_bits,)
+            if method.first_last_bits and name in fixed
+            else tuple(sorted({*method.widths}))
             for name in quantizers.layers
         }
 
     @property
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The `bits` of every layer's weight, and the `average_bits` that came of it."""
         bits = {name: self.quantizers.of_weight(name).grid.bits for name in self.quantizers.layers}
         spent = sum(self.sizes[name] * each for name, each in bits.items())
@@ -188,7 +190,7 @@ class MixedPrecisionAttachment(Attachment):
         Raises:
             InputError: the data holds no image; values are not finite.
         """
-        if self.quantizers.ready:
+        if self.quantizers.enabled:
             return
         method = self.method
         device = next(self.model.parameters()).device
@@ -218,7 +220,7 @@ class MixedPrecisionAttachment(Attachment):
         return errors
 
     def _said(self) -> str:
-        told = self.told
+        told = self.metrics
         layers = Counter(told["bits"].values())
         counted = ", ".join(f"{bits} for {layers[bits]}" for bits in sorted(layers))
         return f"bits of the weights: {counted} layers, {told['average_bits']:.2f} on average"

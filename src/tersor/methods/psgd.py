@@ -22,7 +22,7 @@ beside it is more than a larger learning rate.
 The paper has s = lambda * (d + epsilon), its code no epsilon: a weight on its point does not move. So here. The code's
 lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence `mean_scale`. Its grid is
 one for a whole layer and over a running mean of the largest weight; `per_channel: false` and `range: running` are that.
-By default the grid is the one that `ptq` lays with as many `ends_bits` and `weight_range: minmax`; left to itself `ptq`
+By default the grid is the one of `ptq` with the same `first_last_bits` and `weight_range: minmax`; by default `ptq`
 clips below 8 bits, where a network has BatchNorm. Of fewer than 4 bits, the first and the last layer aim at 8, as in
 the code, and as `ptq` has them by default at any width. The code also trains 2 bits without weight decay (write
 `optimizer: {weight_decay: 0}`), and aims the classifier's bias at a grid of its own. Here biases are free: they run in
@@ -44,7 +44,7 @@ from torch.optim import Optimizer
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.graph.layer_selection import Layer, matching, weighted_layers
-from tersor.graph.parametrization import parametrized, shown_by
+from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
 from tersor.quantization.grid import Grid
 from tersor.quantization.grid_distance import Laid, around_zero, drawn, on_grid
@@ -109,7 +109,7 @@ class PSGD:
         if not chosen:
             raise InputError(f"{type(model).__name__} has no convolution and no fully connected layer for psgd.")
         for name in chosen:
-            if any(isinstance(each, FakeQuantize) for each in shown_by(everything[name])):
+            if any(isinstance(each, FakeQuantize) for each in parametrizations_of(everything[name])):
                 raise InputError(f"the weight of {name} is on a grid already. Write psgd before ptq and qat.")
         ends = {next(iter(everything)), list(everything)[-1]} if self.bits < 4 else set[str]()
         aims = {name: Grid.signed(_ENDS_BITS if name in ends else self.bits) for name in everything if name in chosen}
@@ -136,7 +136,7 @@ class PSGDAttachment(Attachment):
         self._constant = method.mean_scale if method.strength is None else method.strength * mean
 
     @property
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """`mean_distance` of all weights to their points, as large as weights are; and `drawn`: to which `target`,
         `scale_by` what, and what came of it (see `tersor.quantization.grid_distance.drawn`).
         """
@@ -213,4 +213,4 @@ def _track(name: str, layer: Layer, per_channel: bool) -> None:
 
 
 def _tracker(layer: Layer) -> RunningLargest | None:
-    return next((each for each in shown_by(layer) if isinstance(each, RunningLargest)), None)
+    return next((each for each in parametrizations_of(layer) if isinstance(each, RunningLargest)), None)

@@ -36,7 +36,7 @@ from tersor.core.target import Target
 from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
-from tersor.graph.feeding import fed, first_images
+from tersor.graph.feeding import checked_forward, first_images
 from tersor.graph.norms import record_ranks
 from tersor.quantization.accuracy_control import Kept, keep_in_float
 from tersor.quantization.bias_correction import batch_of, correct, moments
@@ -54,7 +54,7 @@ from tersor.quantization.precision import (
     Precision,
     WeightBits,
 )
-from tersor.quantization.quantizers import Quantizers, lay, notes
+from tersor.quantization.quantizers import Quantizers, insert_quantizers, notes
 from tersor.training.attachment import Attachment
 from tersor.training.method import PLAIN_VALUES
 
@@ -68,20 +68,20 @@ class PTQ:
         "weight_range": "mse",
         "activation_range": "mse",
         "equalize": True,
-        "spread_correction": True,
+        "variance_correction": True,
     }
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
     bits: WeightBits = 8
     activation_bits: ActivationBits = 8
-    ends_bits: EndsBits = 8
+    first_last_bits: EndsBits = 8
     per_channel: PerChannel = True
     symmetric: Annotated[
         bool, Field(description="weights on a grid around zero; else those of fewer than 8 bits get a zero point")
     ] = True
     weight_range: Annotated[
         WeightRange | None,
-        Field(description="how a weight's range is set; if left: mse with spread_correction, else minmax"),
+        Field(description="how a weight's range is set; if left: mse with variance_correction, else minmax"),
     ] = None
     activation_range: Annotated[
         Range | None,
@@ -90,7 +90,7 @@ class PTQ:
     percentile: Percentile = 99.99
     equalize: Annotated[bool, Field(description="cross-layer equalisation before anything is rounded")] = False
     bias_correction: Annotated[bool, Field(description="what rounding adds to channels' means is taken away")] = False
-    spread_correction: Annotated[
+    variance_correction: Annotated[
         bool | None,
         Field(
             description="the same, and what it does to their spread, where a BatchNorm can take it over; if left: for "
@@ -129,8 +129,10 @@ class PTQ:
         target = target or Target()
         graph = capture(model)
         bare = None if self.max_drop is None else fx.GraphModule(graph, copy.deepcopy(graph.graph))
-        precision = Precision(self.bits, self.activation_bits, self.ends_bits, self.per_channel, self.symmetric)
-        quantizers = lay(graph, precision, exclude=self.exclude, target=target, method="ptq", original=model)
+        precision = Precision(self.bits, self.activation_bits, self.first_last_bits, self.per_channel, self.symmetric)
+        quantizers = insert_quantizers(
+            graph, precision, exclude=self.exclude, target=target, method="ptq", original=model
+        )
         return PTQAttachment(self, quantizers, data, target, bare)
 
 
@@ -154,14 +156,14 @@ class PTQAttachment(Attachment):
         self._kept: Kept | None = None
         has_norms = any(isinstance(each, Norm) for each in quantizers.graph.modules())
         left = method.bits < 8 and has_norms
-        self._spreads = left if method.spread_correction is None else method.spread_correction
+        self._spreads = left if method.variance_correction is None else method.variance_correction
         self._weight_range: WeightRange = method.weight_range or ("mse" if self._spreads else "minmax")
         self._activation_range: Range = method.activation_range or (
             "mse" if min(method.bits, method.activation_bits) < 8 else "minmax"
         )
 
     @property
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """With `max_drop`: the layers that were `left_in_float`, and the `drop` that is left."""
         return {} if self._kept is None else {"left_in_float": list(self._kept.layers), "drop": self._kept.drop}
 
@@ -174,7 +176,7 @@ class PTQAttachment(Attachment):
         """
         method, graph = self.method, self.model
         assert isinstance(graph, fx.GraphModule)
-        if self.quantizers.ready or self._kept is not None:
+        if self.quantizers.enabled or self._kept is not None:
             return
         if method.equalize:
             self._equalize(graph)
@@ -202,7 +204,7 @@ class PTQAttachment(Attachment):
     def _equalize(self, graph: fx.GraphModule) -> None:
         """Compares what the network computes before and after, on a few images."""
         few, self.data = few_images(self.data, next(graph.parameters()).device)
-        with fed(type(graph).__name__, few, captured=True):
+        with checked_forward(type(graph).__name__, few, captured=True):
             record_ranks(graph, few)
             undone = undone_unless_same(graph, few, partial(equalize, graph), "cross-layer equalisation")
         self.notes += () if undone is None else (undone,)

@@ -32,19 +32,19 @@ from torch.optim import Optimizer
 from tersor.core.progress import Progress
 from tersor.core.target import Target
 from tersor.graph.batchnorm import FrozenAt
-from tersor.graph.parametrization import shown_to
+from tersor.graph.parametrization import parametrization_input
 from tersor.quantization.calibration import calibrate
-from tersor.quantization.fake_quantize import FakeQuantize, FollowingFakeQuantize, MovingFakeQuantize
+from tersor.quantization.fake_quantize import EMAFakeQuantize, FakeQuantize, WeightTrackingFakeQuantize
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.precision import (
     ActivationBitsThatLie,
-    BitsThatLie,
     CalibrationImages,
     EndsBitsThatLie,
     Exclude,
+    InheritedWeightBits,
     PerChannelThatLie,
 )
-from tersor.quantization.quantizers import Quantizers, lay_or_take_over, notes
+from tersor.quantization.quantizers import Quantizers, insert_or_reuse_quantizers, notes
 from tersor.training.attachment import Attachment
 from tersor.training.method import PLAIN_VALUES
 
@@ -57,9 +57,9 @@ class QAT:
     example: ClassVar[dict[str, Any]] = {"bits": 4, "averaging": 0.3, "freeze_norm_at": 0.5, "freeze_ranges_at": 0.7}
     exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
 
-    bits: BitsThatLie = None
+    bits: InheritedWeightBits = None
     activation_bits: ActivationBitsThatLie = None
-    ends_bits: EndsBitsThatLie = None
+    first_last_bits: EndsBitsThatLie = None
     per_channel: PerChannelThatLie = None
     averaging: Annotated[float, Field(gt=0, le=1, description="what a batch weighs in a running range")] = 0.1
     freeze_ranges_at: Annotated[
@@ -86,11 +86,11 @@ class QAT:
             InputError: no data, a pattern of `exclude` that matches nothing, no layer left, grids of other bits.
         """
         target = target or Target()
-        quantizers = lay_or_take_over(
+        quantizers = insert_or_reuse_quantizers(
             model,
             bits=self.bits,
             activation_bits=self.activation_bits,
-            ends_bits=self.ends_bits,
+            first_last_bits=self.first_last_bits,
             per_channel=self.per_channel,
             exclude=self.exclude,
             data=data,
@@ -130,8 +130,8 @@ class QATAttachment(Attachment):
             InputError: the data holds no image.
         """
         self._freeze(0)
-        if self.quantizers.ready:
-            for edge in filter(lambda each: each.ready, self._edges()):  # others belong to layers left in float
+        if self.quantizers.enabled:
+            for edge in filter(lambda each: each.enabled, self._edges()):  # others belong to layers left in float
                 low, high = ((end - edge.zero_point) * edge.scale for end in (edge.grid.minimum, edge.grid.maximum))
                 edge.set_range(low, high)
             for quantizer, weight in self._weights(self.quantizers.rounding).values():
@@ -166,26 +166,26 @@ class QATAttachment(Attachment):
     def _follow_weights(self, quantizers: Quantizers) -> None:
         for name, (quantizer, weight) in self._weights(quantizers).items():
             quantizer.follow(weight)
-            quantizers.keep_from_saturating(name, self.target)
+            quantizers.limit_for_avx2_saturation(name, self.target)
 
-    def _weights(self, quantizers: Quantizers) -> dict[str, tuple[FollowingFakeQuantize, Tensor]]:
+    def _weights(self, quantizers: Quantizers) -> dict[str, tuple[WeightTrackingFakeQuantize, Tensor]]:
         """Of every layer the quantizer of its weight, and what that is shown."""
-        found: dict[str, tuple[FollowingFakeQuantize, Tensor]] = {}
+        found: dict[str, tuple[WeightTrackingFakeQuantize, Tensor]] = {}
         for name in quantizers.layers:
             quantizer = quantizers.of_weight(name)
-            assert isinstance(quantizer, FollowingFakeQuantize)
-            found[name] = quantizer, shown_to(quantizers.graph.get_submodule(name), quantizer)
+            assert isinstance(quantizer, WeightTrackingFakeQuantize)
+            found[name] = quantizer, parametrization_input(quantizers.graph.get_submodule(name), quantizer)
         return found
 
-    def _edges(self) -> list[MovingFakeQuantize]:
+    def _edges(self) -> list[EMAFakeQuantize]:
         edges = [self.quantizers.graph.get_submodule(name) for name in self.quantizers.activations]
-        return [edge for edge in edges if isinstance(edge, MovingFakeQuantize)]
+        return [edge for edge in edges if isinstance(edge, EMAFakeQuantize)]
 
 
-def _following(still: FakeQuantize) -> FollowingFakeQuantize:
+def _following(still: FakeQuantize) -> WeightTrackingFakeQuantize:
     """One whose grid follows the weight, from where another's is."""
-    following = FollowingFakeQuantize(still.grid, len(still.scale) if still.scale.ndim else None)
-    if still.ready:
+    following = WeightTrackingFakeQuantize(still.grid, len(still.scale) if still.scale.ndim else None)
+    if still.enabled:
         following.set_grid(still.scale, still.zero_point)
     return following.to(still.scale.device)
 
@@ -194,7 +194,7 @@ def _let_move(graph: fx.GraphModule, name: str, averaging: float) -> None:
     """Puts a quantizer whose range moves in the place of one whose range does not."""
     still = graph.get_submodule(name)
     assert isinstance(still, FakeQuantize)
-    moving = MovingFakeQuantize(still.grid, averaging).to(still.scale.device)
-    if still.ready:
+    moving = EMAFakeQuantize(still.grid, averaging).to(still.scale.device)
+    if still.enabled:
         moving.set_grid(still.scale, still.zero_point)
     graph.set_submodule(name, moving)

@@ -31,7 +31,7 @@ from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import as_map, layer_paths
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.layer_pairs import Pair, pairs_of
-from tersor.training.loss_warmup import RisingAttachment, RisingTerm
+from tersor.training.loss_warmup import RisingAttachment, WarmupLossTerm
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import Outputs
 
@@ -178,7 +178,7 @@ class Fusion(nn.Module):
             return weight * gain[:, None], norm.bias - mean * gain
 
 
-class ReviewTerm(RisingTerm):
+class ReviewTerm(WarmupLossTerm):
     """The weighted sum over the layers, and the pooled last one."""
 
     name = "reviewkd"

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
-from tersor.training.layer_pairs import needed
+from tersor.training.layer_pairs import require_teacher
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
@@ -102,7 +102,7 @@ class SoftTargets:
         Raises:
             InputError: there is no teacher.
         """
-        needed(teacher, "soft_targets")
+        require_teacher(teacher, "soft_targets")
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         return Attachment(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tersor.core.progress import Watch
+from tersor.core.progress import ProgressReporter
 from tersor.evaluation.costs import costs
 from tersor.methods import name_of
 from tersor.pipeline.setup import prepare
@@ -14,7 +14,7 @@ from tersor.recipe import Recipe, Teacher
 from tersor.training.loop import steps_per_epoch
 
 
-def explain(recipe: Recipe, *, watch: Watch) -> Iterator[str]:
+def explain(recipe: Recipe, *, watch: ProgressReporter) -> Iterator[str]:
     """What `run` would do, line by line, with shapes and costs; nothing is trained and nothing is written."""
     walk = prepare(recipe, model=None, data=None, watch=watch)
     example = next(iter(walk.batches(walk.data.test, 1))).images

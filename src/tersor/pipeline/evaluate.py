@@ -14,7 +14,7 @@ from tersor.checkpoint.artifact import Artifact, read_artifact
 from tersor.core.errors import InputError
 from tersor.core.files import read_json
 from tersor.core.import_path import is_function_path
-from tersor.core.progress import Watch
+from tersor.core.progress import ProgressReporter
 from tersor.evaluation.latency import BATCH_SIZES, measure_latency, predictions, size_bytes
 from tersor.evaluation.session import Array, Session, installed_runtimes, open_session
 from tersor.evaluation.timings import EndedBy, Ratio, Timings
@@ -33,7 +33,7 @@ class Evaluation:
     precision: str
 
 
-def evaluate(artifact: Path, data: str | None, runtime: str | None, *, watch: Watch) -> Evaluation:
+def evaluate(artifact: Path, data: str | None, runtime: str | None, *, watch: ProgressReporter) -> Evaluation:
     """Runs `artifact` over the test images of `data`.
 
     Args:

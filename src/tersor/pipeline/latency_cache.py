@@ -65,7 +65,7 @@ class Remembering:
 
 
 def _from_the_first(value: float) -> float:
-    return float(distributed.gathered(torch.tensor(value, dtype=torch.float64))[0])
+    return float(distributed.all_gather(torch.tensor(value, dtype=torch.float64))[0])
 
 
 def _shapes(network: nn.Module) -> list[list[object]]:

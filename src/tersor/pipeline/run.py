@@ -17,7 +17,7 @@ from tersor.checkpoint.model_folder import write_files
 from tersor.checkpoint.store import Checkpoints
 from tersor.core import distributed
 from tersor.core.errors import InputError
-from tersor.core.progress import Unwatched, Watch
+from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, writable
 from tersor.data import Splits
 from tersor.deploy.float_operators import float_operators
@@ -27,8 +27,8 @@ from tersor.evaluation.latency_ratio import RuntimeStopwatch
 from tersor.evaluation.results import OF_STAGES, measure
 from tersor.pipeline.latency_cache import MEASURED, Remembering
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import EVALUATION_BATCH, Walk
-from tersor.quantization.quantizers import found
+from tersor.pipeline.stages import EVALUATION_BATCH, Experiment
+from tersor.quantization.quantizers import find_quantizers
 from tersor.recipe import Recipe
 from tersor.report.analysis.evidence import gather
 from tersor.report.page import draw
@@ -46,7 +46,7 @@ def run(
     data: Splits | None = None,
     out: Path | str | None = None,
     resume: bool = False,
-    watch: Watch | None = None,
+    watch: ProgressReporter | None = None,
 ) -> Path:
     """Compresses a network as the recipe says, and writes one folder: model, original, recipe, numbers, manifest.
 
@@ -65,8 +65,8 @@ def run(
     Raises:
         InputError: something that was given cannot be used.
     """
-    distributed.join()
-    watch = watch if watch and not distributed.rank() else Unwatched()
+    distributed.init_process_group()
+    watch = watch if watch and not distributed.rank() else NullProgress()
     if not isinstance(model, nn.Module | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"model is a {type(model).__name__}. Pass a torch.nn.Module, or name one in the recipe.")
     if not isinstance(data, Splits | None):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -115,11 +115,11 @@ def _ended(out: Path, recipe: str) -> bool:
 
 def _fill(
     folder: Path,
-    walk: Walk,
+    walk: Experiment,
     original: nn.Module,
     stages: list[dict[str, Any]],
     checkpoints: Checkpoints,
-    watch: Watch,
+    watch: ProgressReporter,
 ) -> None:
     recipe, data = walk.recipe, walk.data
     assert data.mean is not None
@@ -130,7 +130,7 @@ def _fill(
     with TemporaryDirectory() as scratch:
         left = {
             number: (network, Path(scratch) / f"{number}.onnx")
-            for number, network in walk.left_by_stages(checkpoints).items()
+            for number, network in walk.stage_models(checkpoints).items()
             if number < len(stages)
         }
         files = [(original, folder / "original.onnx"), (walk.model, folder / "model.onnx"), *left.values()]
@@ -161,7 +161,7 @@ def _fill(
         original,
         walk.model,
         walk.teacher,
-        walk.untouched,
+        walk.initial_model,
         folder,
         test,
         recipe.target,
@@ -179,7 +179,7 @@ def _fill(
 
 
 def _told_of_disagreement(percent: float, model: nn.Module) -> str:
-    laid = found(model)
+    laid = find_quantizers(model)
     coarse = laid is not None and any(laid.of_activation(name).grid.bits < _BYTE for name in laid.activations)
     if not coarse:
         return f"the artifact gives {percent:.2f} % of torch's answers: do not ship it."

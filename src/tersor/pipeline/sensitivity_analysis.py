@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Watch
+from tersor.core.progress import ProgressReporter
 from tersor.data import Images
 from tersor.data.image_sets import View
 from tersor.data.stratified import generator, stratified
@@ -23,7 +23,7 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import EVALUATION_BATCH
 from tersor.quantization.precision import Precision
-from tersor.quantization.quantizers import lay
+from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import Cost, sensitivity
 from tersor.recipe import Recipe
 from tersor.report.sensitivity_map import draw
@@ -46,7 +46,7 @@ class BitCosts(BaseModel):
     costs: list[Cost]
 
 
-def measure(recipe: Recipe, *, out: Path, images: int | None = None, watch: Watch) -> tuple[BitCosts, Path]:
+def measure(recipe: Recipe, *, out: Path, images: int | None = None, watch: ProgressReporter) -> tuple[BitCosts, Path]:
     """Measures every layer on 2, 3, 4, 5, 6 and 8 bits, on the validation images, and draws a figure beside the file.
 
     Args:
@@ -71,7 +71,7 @@ def measure(recipe: Recipe, *, out: Path, images: int | None = None, watch: Watc
     walk = prepare(recipe, model=None, data=None, watch=watch)
     shown = _some(walk.data.validation, images, recipe.seed)
     layers = weighted_layers(walk.model)
-    quantizers = lay(
+    quantizers = insert_quantizers(
         capture(walk.model),
         Precision(),
         exclude=(),

@@ -10,7 +10,7 @@ from torch import nn
 
 from tersor import models
 from tersor.core.errors import InputError
-from tersor.core.progress import Watch
+from tersor.core.progress import ProgressReporter
 from tersor.data import Splits, load
 from tersor.data.image_sets import View
 from tersor.data.stratified import generator
@@ -19,7 +19,7 @@ from tersor.graph.eval_mode import evaluating
 from tersor.graph.feeding import check_forward, described
 from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_without_weights
 from tersor.pipeline.latency_cache import ByMacs
-from tersor.pipeline.stages import EVALUATION_BATCH, Walk
+from tersor.pipeline.stages import EVALUATION_BATCH, Experiment
 from tersor.recipe import Network, Recipe, Teacher
 from tersor.training.loop import learning_rates, steps_per_epoch
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
@@ -29,7 +29,7 @@ _FEW = 64
 """Images that a rehearsal looks at."""
 
 
-def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, watch: Watch) -> Walk:
+def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, watch: ProgressReporter) -> Experiment:
     """Networks and images of a recipe, checked against each other; nothing is trained.
 
     Raises:
@@ -50,7 +50,7 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
         watch.say(f"{path}: its mask of torch.nn.utils.prune is folded; training moves the weights that are zero now")
     network = plain_copy(network, "model" if model else recipe.model.name)
     teacher, of_teacher = _teacher(recipe, network, splits)
-    walk = Walk(
+    walk = Experiment(
         recipe,
         network,
         teacher,
@@ -66,7 +66,7 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
     return walk
 
 
-def _check_networks(walk: Walk, watch: Watch) -> None:
+def _check_networks(walk: Experiment, watch: ProgressReporter) -> None:
     recipe, teacher = walk.recipe, walk.teacher
     refuse_without_weights(walk.model, recipe.model.name)
     _check_answers(walk, walk.model, recipe.model.name)
@@ -81,7 +81,7 @@ def _check_networks(walk: Walk, watch: Watch) -> None:
             watch.say(f"warning: {doubt}")
 
 
-def _rehearse(walk: Walk, watch: Watch) -> None:
+def _rehearse(walk: Experiment, watch: ProgressReporter) -> None:
     """Attaches every stage to a copy, by few images: a pattern that matches nothing is told before an hour of it."""
     data = replace(walk.data, train=_few(walk, _FEW))
     rehearsal = replace(walk, model=copy.deepcopy(walk.model), data=data, stopwatch=ByMacs())
@@ -101,7 +101,7 @@ def _rehearse(walk: Walk, watch: Watch) -> None:
         rehearsal.model = rehearsal.attach(stage, steps, watch).model
 
 
-def _few(walk: Walk, images: int) -> View:
+def _few(walk: Experiment, images: int) -> View:
     """Some of the training images, the same ones for a seed."""
     train, draw = walk.data.train, generator(walk.recipe.seed)
     return View(train, torch.randperm(len(train), generator=draw)[:images])
@@ -117,7 +117,7 @@ def _check_teacher(recipe: Recipe) -> None:
         )
 
 
-def _say_what_has_no_image(splits: Splits, watch: Watch) -> None:
+def _say_what_has_no_image(splits: Splits, watch: ProgressReporter) -> None:
     present = set(splits.train.labels.unique().tolist())
     missing = [str(number) for number in range(len(splits.classes)) if number not in present]
     if missing:
@@ -166,7 +166,7 @@ def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Sp
     return replace(splits, mean=told[0][0], std=told[0][1]) if told else splits
 
 
-def _check_answers(walk: Walk, network: nn.Module, name: str) -> None:
+def _check_answers(walk: Experiment, network: nn.Module, name: str) -> None:
     """One dry forward: the network takes these images and tells these classes apart."""
     images = next(iter(walk.batches(walk.data.test, 2))).images
     with evaluating(network):

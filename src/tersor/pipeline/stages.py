@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tersor.checkpoint.store import Checkpoints, UnitKeeper
+from tersor.checkpoint.store import Checkpoints, StageCheckpointer
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core import distributed
 from tersor.core.device import precision_for
-from tersor.core.progress import Progress, Watch
+from tersor.core.progress import Progress, ProgressReporter
 from tersor.data import Batches, Images, Splits
 from tersor.evaluation.costs import accuracy
 from tersor.evaluation.latency_protocol import Stopwatch
@@ -35,7 +35,7 @@ _TEACHER = 0
 
 
 @dataclass
-class Walk:
+class Experiment:
     """Networks and images of a recipe, as far as they have come."""
 
     recipe: Recipe
@@ -47,7 +47,7 @@ class Walk:
     stopwatch: Stopwatch = field(default_factory=RuntimeStopwatch)
 
     def __post_init__(self) -> None:
-        self.untouched = copy.deepcopy(self.model)
+        self.initial_model = copy.deepcopy(self.model)
 
     @property
     def original(self) -> nn.Module:
@@ -66,7 +66,7 @@ class Walk:
         share = {"rank": distributed.rank(), "world": distributed.count()}
         return self.batches(self.data.train, training.batch_size, **options, **share)
 
-    def train_teacher(self, watch: Watch, checkpoints: Checkpoints) -> None:
+    def train_teacher(self, watch: ProgressReporter, checkpoints: Checkpoints) -> None:
         """Trains a teacher that came without weights, on the labels alone."""
         wanted = self.recipe.teacher
         if self.teacher is None or self.teacher_is_trained or not isinstance(wanted, Teacher):
@@ -79,7 +79,7 @@ class Walk:
             return
         batches = self.training_batches(wanted.training)
         steps = wanted.epochs * steps_per_epoch(batches, wanted.training)
-        keeper = UnitKeeper(checkpoints, _TEACHER, "teacher", self.recipe.checkpoint_every, {})
+        keeper = StageCheckpointer(checkpoints, _TEACHER, "teacher", self.recipe.checkpoint_every, {})
         attachment = Attachment(self.teacher)
         fit(
             attachment,
@@ -94,7 +94,7 @@ class Walk:
         self.validate(self.teacher, "teacher", watch)
         _save_end(checkpoints, _TEACHER, "teacher", steps, self.teacher, {}, {})
 
-    def stages(self, watch: Watch, checkpoints: Checkpoints) -> list[dict[str, Any]]:
+    def stages(self, watch: ProgressReporter, checkpoints: Checkpoints) -> list[dict[str, Any]]:
         """All stages, from where the checkpoints leave off; what each was, for `numbers.json`."""
         told: list[dict[str, Any]] = []
         numbers = range(len(self.recipe.stages), 0, -1)
@@ -113,7 +113,7 @@ class Walk:
         return told
 
     def _stage(
-        self, number: int, stage: Stage, watch: Watch, checkpoints: Checkpoints
+        self, number: int, stage: Stage, watch: ProgressReporter, checkpoints: Checkpoints
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Attaches, begins, trains, finishes: what is told of it, and what is kept.
 
@@ -121,20 +121,22 @@ class Walk:
         that goes on attaches again and takes its own weights back.
         """
         began = time.perf_counter()
-        distributed.as_in_the_first(self.model)
+        distributed.broadcast_from_rank0(self.model)
         batches = self.training_batches(stage)
         steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
         attachment = self.attach(stage, steps, watch)
         said = attachment.notes
         for note in said:
             watch.say(f"{stage.name}: {note}")
-        keeper = UnitKeeper(checkpoints, number, stage.name, self.recipe.checkpoint_every, structure(attachment.model))
-        if keeper.begun is None:
+        keeper = StageCheckpointer(
+            checkpoints, number, stage.name, self.recipe.checkpoint_every, structure(attachment.model)
+        )
+        if keeper.resume_state is None:
             _begin(attachment, stage.name, watch, keeper)
             for note in (note for note in attachment.notes if note not in said):
                 watch.say(f"{stage.name}: {note}")
             for module in (attachment.model, *attachment.terms):
-                distributed.as_in_the_first(module)
+                distributed.broadcast_from_rank0(module)
             keeper.notes = attachment.notes
         self.model = attachment.model
         told: dict[str, Any] = {"name": stage.name, "methods": stage.model_dump(mode="json")["methods"]}
@@ -144,10 +146,10 @@ class Walk:
             found, earlier = self._train(stage, attachment, batches, steps, watch, keeper)
             told |= found
         attachment.finish()
-        told |= attachment.told
+        told |= attachment.metrics
         told["minutes"] = (time.perf_counter() - began + earlier) / 60
         told["validation_accuracy"] = self.validate(self.model, stage.name, watch)
-        return told, attachment.kept
+        return told, attachment.extra_state
 
     def _train(
         self,
@@ -155,8 +157,8 @@ class Walk:
         attachment: Attachment,
         batches: Batches,
         steps: int,
-        watch: Watch,
-        keeper: UnitKeeper,
+        watch: ProgressReporter,
+        keeper: StageCheckpointer,
     ) -> tuple[dict[str, Any], float]:
         """What is told of the training, and the seconds that processes before this one took."""
         curve = self._curve(stage, batches)
@@ -194,18 +196,18 @@ class Walk:
         every = stage.validate_every * steps_per_epoch(batches, stage)
         return AccuracyCurve(every, lambda network: accuracy(network, validation))
 
-    def left_by_stages(self, checkpoints: Checkpoints) -> dict[int, nn.Module]:
+    def stage_models(self, checkpoints: Checkpoints) -> dict[int, nn.Module]:
         """Number of a stage -> the network as it left it, from the checkpoints at their ends."""
         networks: dict[int, nn.Module] = {}
         for end in checkpoints.ends():
             if end.unit != _TEACHER:
                 with fitting(str(end.path)):
-                    network = rebuild(copy.deepcopy(self.untouched), end.structure())
+                    network = rebuild(copy.deepcopy(self.initial_model), end.structure())
                     network.load_state_dict(end.network())
                 networks[end.unit] = network.eval()
         return networks
 
-    def attach(self, stage: Stage, steps: int, watch: Watch) -> Attachment:
+    def attach(self, stage: Stage, steps: int, watch: ProgressReporter) -> Attachment:
         """The stage's methods, laid on the model."""
         calibration = self.batches(self.data.train, _CALIBRATION_BATCH, shuffle=True, seed=self.recipe.seed)
         return chain(
@@ -219,7 +221,7 @@ class Walk:
             tell=_Bar(stage.name, watch),
         )
 
-    def validate(self, network: nn.Module, name: str, watch: Watch) -> float | None:
+    def validate(self, network: nn.Module, name: str, watch: ProgressReporter) -> float | None:
         """Percent of right answers on the images that no training has seen; None where none are held out, and in all
         processes but the first.
         """
@@ -257,7 +259,7 @@ class _Bar:
         watch: who draws.
     """
 
-    def __init__(self, task: str, watch: Watch) -> None:
+    def __init__(self, task: str, watch: ProgressReporter) -> None:
         self._task, self._watch = task, watch
         self._what, self._done = "", 0
 
@@ -270,13 +272,13 @@ class _Bar:
         self._done = progress.done
 
 
-def _begin(attachment: Attachment, task: str, watch: Watch, keeper: UnitKeeper) -> None:
-    if keeper.before_the_first is not None:
+def _begin(attachment: Attachment, task: str, watch: ProgressReporter, keeper: StageCheckpointer) -> None:
+    if keeper.setup_state is not None:
         with fitting(keeper.last):
-            attachment.model.load_state_dict(keeper.before_the_first)
+            attachment.model.load_state_dict(keeper.setup_state)
         watch.say(f"{task}: goes on where it was left")
     tell = _Bar(task, watch)
     for progress in attachment.begin():
         tell(progress)
-        if progress.lasts:
+        if progress.resumable:
             keeper.keep_before_the_first(attachment.model)

@@ -13,7 +13,7 @@ _CLOSE = 0.02
 """Fractions of a latency that differ by less are not told apart."""
 
 
-def small_enough(stays: Sequence[float], really: Callable[[int], float], keep: float) -> tuple[int, float]:
+def meet_cost(stays: Sequence[float], really: Callable[[int], float], keep: float) -> tuple[int, float]:
     """The fewest blocks without which at most `keep` stays, if any number will do, and what stays then.
 
     Args:
@@ -29,7 +29,7 @@ def small_enough(stays: Sequence[float], really: Callable[[int], float], keep: f
     return blocks, really(blocks)
 
 
-def fast_enough(stays: Sequence[float], ratio: Callable[[int], float], keep: float) -> tuple[int, float]:
+def meet_latency(stays: Sequence[float], ratio: Callable[[int], float], keep: float) -> tuple[int, float]:
     """Blocks without which `ratio` is at most `keep`, if any number will do, and nearly that; what it is then.
 
     Bisection on the fraction of the MACs that stays, in which a latency is more even than in blocks.

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, fx
 
 from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import fed
+from tersor.graph.feeding import checked_forward
 from tersor.pruning.channel_removal import merged, remove
 from tersor.pruning.dependency.groups import Cut, Unit
 from tersor.pruning.dependency.layer_rules import rule_of
-from tersor.pruning.dependency.propagation import Place, Walk, walked
+from tersor.pruning.dependency.propagation import ChannelPropagation, Place, walked
 from tersor.pruning.dependency.removal_check import Trial
 from tersor.pruning.dependency.search import Plan, copied
 from tersor.pruning.dependency.shape_recording import Recorded, record
@@ -101,7 +101,7 @@ def run(graph: fx.GraphModule, example: Tensor) -> Recorded:
     Raises:
         InputError: the network does not run on the images.
     """
-    with fed(type(graph).__name__, example, captured=True):
+    with checked_forward(type(graph).__name__, example, captured=True):
         return record(graph, example)
 
 
@@ -123,7 +123,7 @@ def difference(graph: fx.GraphModule, cuts: Sequence[Cut], example: Tensor) -> s
     return found[1] if found else ""
 
 
-def _gone(walk: Walk, places: dict[Place, set[int]]) -> set[int]:
+def _gone(walk: ChannelPropagation, places: dict[Place, set[int]]) -> set[int]:
     """Roots of the atoms that lie in `places` alone."""
     inside: set[int] = set()
     outside: set[int] = set()

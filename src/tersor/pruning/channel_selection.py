@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.graph.layer_selection import matching
-from tersor.graph.parametrization import shown_by
+from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, Group, copied, coupled_channels, merged, remove
 from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
@@ -96,7 +96,9 @@ def refuse_what_lies_on(graph: fx.GraphModule, method: str) -> None:
         InputError: there is one.
     """
     for name, module in graph.named_modules():
-        strange = [each for each in shown_by(module) if not isinstance(each, Mask | FakeQuantize | RunningLargest)]
+        strange = [
+            each for each in parametrizations_of(module) if not isinstance(each, Mask | FakeQuantize | RunningLargest)
+        ]
         if strange:
             raise InputError(
                 f"the weight of {name} lies under a {type(strange[0]).__name__}, and its channels cannot be cut. Call "

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tersor.graph.parametrization import shown_by
+from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.mask_log import MaskLog
 
 Gradient = Literal["kept", "all", "split"]
@@ -58,4 +58,4 @@ class Mask(nn.Module):
 
 def weight_mask(module: nn.Module) -> Mask | None:
     """The mask of the module's weight, if it has one."""
-    return next((each for each in shown_by(module) if isinstance(each, Mask)), None)
+    return next((each for each in parametrizations_of(module) if isinstance(each, Mask)), None)

@@ -108,7 +108,7 @@ def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
         return together
 
 
-def missed(
+def removal_cost(
     graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], images: int, tell: Tell = untold
 ) -> list[float]:
     """Of every branch what the answers change by without it.

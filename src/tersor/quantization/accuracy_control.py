@@ -87,9 +87,9 @@ class _Rounding:
     def set(self, layers: set[str]) -> None:
         needed = edges(self._bare, layers, self._target.runtime)
         for name in self.quantizers.layers:
-            self.quantizers.of_weight(name).ready = name in layers
+            self.quantizers.of_weight(name).enabled = name in layers
         for name in self.quantizers.activations:
-            self.quantizers.of_activation(name).ready = name in needed
+            self.quantizers.of_activation(name).enabled = name in needed
 
 
 def keep_in_float(

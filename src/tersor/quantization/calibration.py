@@ -15,7 +15,7 @@ from tersor.core.progress import Progress
 from tersor.core.target import Target
 from tersor.graph.batchnorm import Norm
 from tersor.graph.comparison import FEW, require_same
-from tersor.graph.feeding import fed, first_images
+from tersor.graph.feeding import checked_forward, first_images
 from tersor.graph.norms import record_ranks
 from tersor.quantization.integer_coverage import IMAGE_SHAPE
 from tersor.quantization.observers import Histogram, Range, WeightRange
@@ -101,7 +101,7 @@ def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None
         for name, watch in watchers.items()
     ]
     try:
-        with fed(type(quantizers.graph).__name__, images, captured=True):
+        with checked_forward(type(quantizers.graph).__name__, images, captured=True):
             quantizers.graph(images)
     finally:
         for hook in hooks:
@@ -110,7 +110,7 @@ def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None
 
 def _compare(quantizers: Quantizers, images: Tensor) -> None:
     """The captured network with quantizers that do not round yet, with the original; and what folding needs to know."""
-    if quantizers.original is not None and not quantizers.ready:
+    if quantizers.original is not None and not quantizers.enabled:
         require_same(quantizers.graph, quantizers.original, images)
     record_ranks(quantizers.graph, images)
 

@@ -82,7 +82,7 @@ def _scales_with_its_input(node: fx.Node) -> bool:
     """Whether `node` is a ReLU, or gives what it is given: a quantizer does as long as it does not round."""
     module = layer_of(node)
     if module is not None:
-        shows = isinstance(module, FakeQuantize) and not module.ready
+        shows = isinstance(module, FakeQuantize) and not module.enabled
         return shows or (isinstance(module, nn.ReLU) and is_plain(module)) or is_nothing_in_eval(node)
     return is_nothing_in_eval(node) or node.target in {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tersor.graph.parametrization import shown_by
+from tersor.graph.parametrization import parametrizations_of
 from tersor.quantization.grid import Grid, affine_parameters
 from tersor.quantization.observers import weight_grid
 from tersor.quantization.straight_through import FixedStep, rounds_here
@@ -31,7 +31,7 @@ class FakeQuantize(nn.Module):
     def __init__(self, grid: Grid, channels: int | None = None) -> None:
         super().__init__()
         self.grid = grid
-        self.ready = False
+        self.enabled = False
         shape = () if channels is None else (channels,)
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
@@ -41,14 +41,14 @@ class FakeQuantize(nn.Module):
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
-        self.ready = True
+        self.enabled = True
 
     def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
         """`values` of any shape; (channels, ...) where there is a scale for each channel.
 
         `moved` ones are those of another call, in another place or shape: here that changes nothing.
         """
-        if not self.ready:
+        if not self.enabled:
             return values
         if rounds_here(values, self.scale):
             return FixedStep.apply(values, self.scale, self.zero_point, self.grid)
@@ -63,19 +63,19 @@ class FakeQuantize(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Whether values are rounded, and to which integers, as a tensor, so that it lies in the `state_dict`."""
-        return torch.tensor([self.ready, self.grid.minimum, self.grid.maximum])
+        return torch.tensor([self.enabled, self.grid.minimum, self.grid.maximum])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes back what `get_extra_state` gave."""
         ready, minimum, maximum = state.tolist()
-        self.ready, self.grid = bool(ready), Grid(minimum, maximum)
+        self.enabled, self.grid = bool(ready), Grid(minimum, maximum)
 
     def extra_repr(self) -> str:
         """Bits and range of the grid."""
-        return f"{self.grid.minimum}..{self.grid.maximum}, channels={self.scale.numel()}, ready={self.ready}"
+        return f"{self.grid.minimum}..{self.grid.maximum}, channels={self.scale.numel()}, ready={self.enabled}"
 
 
-class MovingFakeQuantize(FakeQuantize):
+class EMAFakeQuantize(FakeQuantize):
     """One whose range follows what it is shown while the network trains: a running mean of minimum and maximum.
 
     Args:
@@ -101,7 +101,7 @@ class MovingFakeQuantize(FakeQuantize):
 
     def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
         """`values` of any shape; `moved` ones are those of another call, which has moved the range already."""
-        if self.training and self.moves and self.ready and not moved:
+        if self.training and self.moves and self.enabled and not moved:
             low, high = torch.aminmax(values.detach())
             self.set_range(self.low.lerp(low.float(), self.averaging), self.high.lerp(high.float(), self.averaging))
         return super().forward(values)
@@ -116,7 +116,7 @@ class MovingFakeQuantize(FakeQuantize):
         self.moves = bool(state[3])
 
 
-class FollowingFakeQuantize(FakeQuantize):
+class WeightTrackingFakeQuantize(FakeQuantize):
     """One on a weight that trains: its grid spans the same share of the weight's range wherever that goes.
 
     Args:
@@ -167,17 +167,17 @@ class RunningLargest(nn.Module):
 @contextmanager
 def quantizers_disabled(model: nn.Module) -> Generator[None]:
     """Nothing is rounded in `model`: neither weights nor activations. Masks stay."""
-    rounding = [each for each in model.modules() if isinstance(each, FakeQuantize) and each.ready]
+    rounding = [each for each in model.modules() if isinstance(each, FakeQuantize) and each.enabled]
     for quantizer in rounding:
-        quantizer.ready = False
+        quantizer.enabled = False
     try:
         yield
     finally:
         for quantizer in rounding:
-            quantizer.ready = True
+            quantizer.enabled = True
 
 
 def weight_quantizer(module: nn.Module) -> FakeQuantize | None:
     """The quantizer of the module's weight, if it has one that rounds already."""
-    quantizers = (each for each in shown_by(module) if isinstance(each, FakeQuantize))
-    return next((each for each in quantizers if each.ready), None)
+    quantizers = (each for each in parametrizations_of(module) if isinstance(each, FakeQuantize))
+    return next((each for each in quantizers if each.enabled), None)

@@ -17,9 +17,9 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
-from tersor.graph.feeding import fed
+from tersor.graph.feeding import checked_forward
 from tersor.graph.layer_selection import Layer
-from tersor.graph.parametrization import in_float32, shown_by
+from tersor.graph.parametrization import in_float32, parametrizations_of
 from tersor.graph.plain_modules import has_plain_forward, is_hooked
 from tersor.graph.plain_network import refuse_what_is_no_network
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -114,7 +114,7 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
     images = images_of(example)[:1]
     if not len(images):
         raise InputError("the example holds no image. Pass at least one.")
-    with fed("the network", images):
+    with checked_forward("the network", images):
         ran = run_through(model, images, planned=planned)
     quantized = any(isinstance(module, FakeQuantize) for module in model.modules())
     macs, left = 0, Counter[tuple[str, str, str]]()
@@ -195,10 +195,10 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     around = model.get_submodule(product.parent)
     if not isinstance(around, fx.GraphModule):
         return f"it is called from within {type(around).__name__}, which is not traced"
-    quantizer = next((each for each in shown_by(module) if isinstance(each, FakeQuantize)), None)
+    quantizer = next((each for each in parametrizations_of(module) if isinstance(each, FakeQuantize)), None)
     if quantizer is None:
         return "forward hooks are registered on it" if is_hooked(module) else "it was excluded"
-    return "its input is in float" if quantizer.ready else "rounding it would cost too much accuracy"
+    return "its input is in float" if quantizer.enabled else "rounding it would cost too much accuracy"
 
 
 def _function(node: fx.Node | None) -> str | None:

@@ -100,7 +100,7 @@ class LearnedFakeQuantize(FakeQuantize):
 
     def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
         """`values` of any shape; (channels, ...) where there is a step for each channel."""
-        if not self.ready:
+        if not self.enabled:
             return values
         shared = values[0].numel() if self.of_images else values.numel() // self.scale.numel()
         factor = (shared * self.grid.maximum) ** -0.5

@@ -126,7 +126,7 @@ class _Recorder(TorchDispatchMode):
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.running.pop()
-        if isinstance(module, FakeQuantize) and (module.ready or self.planned):
+        if isinstance(module, FakeQuantize) and (module.enabled or self.planned):
             self.origins[output] = replace(self.origin(inputs[0]), bits=module.grid.bits)
 
     def __torch_dispatch__(

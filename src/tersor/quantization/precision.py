@@ -13,7 +13,7 @@ BYTE = 8
 
 WeightBits = Annotated[int, Field(ge=2, le=BYTE, description="of a weight")]
 ActivationBits = Annotated[int, Field(ge=2, le=BYTE, description="of an activation")]
-BitsThatLie = Annotated[
+InheritedWeightBits = Annotated[
     int | None, Field(ge=2, le=BYTE, description="of a weight; 8 if left, or those of the stage before")
 ]
 ActivationBitsThatLie = Annotated[
@@ -45,7 +45,7 @@ class Precision:
     Attributes:
         bits: of a weight.
         activation_bits: of an activation.
-        ends_bits: of the first and the last layer's weight and input.
+        first_last_bits: of the first and the last layer's weight and input.
         per_channel: whether each output channel of a weight has a grid.
         symmetric: whether the weights' grids lie symmetrically around zero. Those of 8 bits always do: integers less
             their zero point would not fit into a byte, and with a zero point OpenVINO computes a layer in float.
@@ -53,15 +53,15 @@ class Precision:
 
     bits: int = BYTE
     activation_bits: int = BYTE
-    ends_bits: int = BYTE
+    first_last_bits: int = BYTE
     per_channel: bool = True
     symmetric: bool = True
 
     def weight(self, *, end: bool) -> Grid:
         """The grid of a weight, of the first and last layer (`end`) or of another."""
-        bits = self.ends_bits if end else self.bits
+        bits = self.first_last_bits if end else self.bits
         return Grid.signed(bits) if self.symmetric or bits == BYTE else Grid.full(bits)
 
     def activation(self, *, end: bool) -> Grid:
         """The grid of what enters the first and last layer (`end`), or of another activation."""
-        return Grid.unsigned(self.ends_bits if end else self.activation_bits)
+        return Grid.unsigned(self.first_last_bits if end else self.activation_bits)

@@ -14,7 +14,7 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.layer_selection import Layer, weighted_layers, without
-from tersor.graph.parametrization import parametrized, shown_by, shown_to
+from tersor.graph.parametrization import parametrization_input, parametrizations_of, parametrized
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid, affine_parameters
 from tersor.quantization.learned_step import LearnedFakeQuantize
@@ -46,7 +46,9 @@ class Quantizers:
 
     def of_weight(self, name: str) -> FakeQuantize:
         """The quantizer on the weight of a layer."""
-        return next(each for each in shown_by(self.graph.get_submodule(name)) if isinstance(each, FakeQuantize))
+        return next(
+            each for each in parametrizations_of(self.graph.get_submodule(name)) if isinstance(each, FakeQuantize)
+        )
 
     def of_activation(self, name: str) -> FakeQuantize:
         """The quantizer on an edge."""
@@ -64,16 +66,16 @@ class Quantizers:
         return (*map(self.of_weight, self.layers), *map(self.of_activation, self.activations))
 
     @property
-    def ready(self) -> bool:
+    def enabled(self) -> bool:
         """Whether they round; layers that are left in float do not."""
-        return any(each.ready for each in self.all())
+        return any(each.enabled for each in self.all())
 
     @property
     def rounding(self) -> Quantizers:
         """Those that round; the others belong to layers that stay in float."""
-        layers = tuple(name for name in self.layers if self.of_weight(name).ready)
+        layers = tuple(name for name in self.layers if self.of_weight(name).enabled)
         return Quantizers(
-            self.graph, layers, tuple(name for name in self.activations if self.of_activation(name).ready)
+            self.graph, layers, tuple(name for name in self.activations if self.of_activation(name).enabled)
         )
 
     def set_weight_grid(
@@ -82,19 +84,19 @@ class Quantizers:
         """Fits scale and zero point of a layer to the weight that its quantizer is shown."""
         quantizer = self.of_weight(name)
         grid, per_channel = quantizer.grid, bool(quantizer.scale.ndim)
-        weight = shown_to(self.graph.get_submodule(name), quantizer)
+        weight = parametrization_input(self.graph.get_submodule(name), quantizer)
         scale, zero_point = weight_grid(
             weight, grid, per_channel=per_channel, weight_range=weight_range, percentile=percentile
         )
         quantizer.set_grid(scale, zero_point)
-        self.keep_from_saturating(name, target)
+        self.limit_for_avx2_saturation(name, target)
 
     @torch.no_grad()
-    def keep_from_saturating(self, name: str, target: Target) -> None:
+    def limit_for_avx2_saturation(self, name: str, target: Target) -> None:
         """Widens the scale of a layer's weight as far as the processor needs it."""
         if target.cpu == "avx2":
             quantizer = self.of_weight(name)
-            weight = shown_to(self.graph.get_submodule(name), quantizer)
+            weight = parametrization_input(self.graph.get_submodule(name), quantizer)
             quantizer.scale.copy_(without_saturation(weight, quantizer.scale, quantizer.grid))
 
     def set_activation_grids(
@@ -110,8 +112,8 @@ class Quantizers:
     def lies_on_its_grid(self, name: str) -> bool:
         """Whether rounding the weight of a layer changes nothing."""
         quantizer = self.of_weight(name)
-        weight = shown_to(self.graph.get_submodule(name), quantizer)
-        return quantizer.ready and torch.equal(quantizer(weight), weight)
+        weight = parametrization_input(self.graph.get_submodule(name), quantizer)
+        return quantizer.enabled and torch.equal(quantizer(weight), weight)
 
     def input_of(self, name: str) -> str | None:
         """The activation that enters a layer, if it has a quantizer."""
@@ -120,7 +122,7 @@ class Quantizers:
         return str(value.target) if isinstance(layer_of(value), FakeQuantize) else None
 
 
-def found(model: nn.Module) -> Quantizers | None:
+def find_quantizers(model: nn.Module) -> Quantizers | None:
     """What lies on a captured network already; None where no grid does.
 
     Where some round and some do not, these belong to layers that stay in float, and are left out.
@@ -131,15 +133,15 @@ def found(model: nn.Module) -> Quantizers | None:
     layers = [
         name
         for name, layer in weighted_layers(model).items()
-        if any(isinstance(each, FakeQuantize) for each in shown_by(layer))
+        if any(isinstance(each, FakeQuantize) for each in parametrizations_of(layer))
     ]
     all_of_them = Quantizers(model, tuple(layers), tuple(edges))
-    if not all_of_them.ready:
+    if not all_of_them.enabled:
         return all_of_them if edges or layers else None
     return all_of_them.rounding
 
 
-def lay(
+def insert_quantizers(
     graph: fx.GraphModule,
     precision: Precision,
     *,
@@ -183,12 +185,12 @@ def lay(
     return quantizers
 
 
-def lay_or_take_over(
+def insert_or_reuse_quantizers(
     model: nn.Module,
     *,
     bits: int | None,
     activation_bits: int | None,
-    ends_bits: int | None,
+    first_last_bits: int | None,
     per_channel: bool | None,
     exclude: Sequence[str],
     data: Iterable[Any] | None,
@@ -201,7 +203,7 @@ def lay_or_take_over(
         model: the network.
         bits: of a weight; 8 if left, or those that lie.
         activation_bits: of an activation, likewise.
-        ends_bits: of the first and last layer, and what enters them, likewise.
+        first_last_bits: of the first and last layer, and what enters them, likewise.
         per_channel: whether each output channel of a weight has a grid; true if left, or as those that lie.
         exclude: patterns of layers that stay in float.
         data: images to calibrate with, where quantizers are laid.
@@ -212,14 +214,16 @@ def lay_or_take_over(
         InputError: no data, a pattern that matches nothing, no layer left, grids of other bits, or that are trained
             by another method already.
     """
-    quantizers = found(model)
+    quantizers = find_quantizers(model)
     if quantizers is None:
         if data is None:
             raise InputError(
                 f"{method} needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
             )
-        precision = Precision(bits or 8, activation_bits or 8, ends_bits or 8, per_channel is not False)
-        return lay(capture(model), precision, exclude=exclude, target=target, method=method, original=model)
+        precision = Precision(bits or 8, activation_bits or 8, first_last_bits or 8, per_channel is not False)
+        return insert_quantizers(
+            capture(model), precision, exclude=exclude, target=target, method=method, original=model
+        )
     if exclude:
         raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
     if any(isinstance(each, LearnedFakeQuantize) or getattr(each, "moves", False) for each in quantizers.all()):
@@ -232,7 +236,7 @@ def lay_or_take_over(
     asked = (
         ("bits", bits, weights),
         ("activation_bits", activation_bits, others),
-        ("ends_bits", ends_bits, at_the_ends),
+        ("first_last_bits", first_last_bits, at_the_ends),
     )
     for what, wanted, lying in asked:
         if wanted is not None and lying - {wanted}:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.progress import Progress
 from tersor.graph.layer_selection import Layer
-from tersor.graph.parametrization import parametrized, shown_to
+from tersor.graph.parametrization import parametrization_input, parametrized
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.blocks import Section, between, layer_sections, sections
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -68,7 +68,7 @@ class _SoftlyRounded(nn.Module):
     def __init__(self, layer: Layer, quantizer: FakeQuantize) -> None:
         super().__init__()
         self.layer = layer
-        weight = shown_to(layer, quantizer)
+        weight = parametrization_input(layer, quantizer)
         shape = (-1, *[1] * (weight.ndim - 1)) if quantizer.scale.ndim else ()
         self.scale = quantizer.scale.detach().reshape(shape)
         self.zero = quantizer.zero_point.detach().reshape(shape)
@@ -147,7 +147,7 @@ def reconstruct(
             learning = _Learning(quantizers, original, section, part, values, how, seed=how.seed + number)
             for done in learning.run(layers):
                 yield Progress("reconstruction", number * how.iterations + done, total)
-        yield Progress("reconstruction", (number + 1) * how.iterations, total, lasts=True)
+        yield Progress("reconstruction", (number + 1) * how.iterations, total, resumable=True)
 
 
 @dataclass(frozen=True)
@@ -254,14 +254,14 @@ def _undecided(soft: Iterable[_SoftlyRounded], progress: float) -> Tensor | floa
 @contextmanager
 def _activations_in_float(quantizers: Quantizers) -> Generator[None]:
     edges = [quantizers.of_activation(name) for name in quantizers.activations]
-    ready = [edge.ready for edge in edges]
+    ready = [edge.enabled for edge in edges]
     for edge in edges:
-        edge.ready = False
+        edge.enabled = False
     try:
         yield
     finally:
         for edge, was in zip(edges, ready, strict=True):
-            edge.ready = was
+            edge.enabled = was
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def sensitivity(
     Raises:
         InputError: the data holds no image; the network answers with numbers that are not finite.
     """
-    assert not quantizers.ready, "all else is in float"
+    assert not quantizers.enabled, "all else is in float"
     exact = list(_answers(quantizers, data))
     _refuse_what_cannot_be_compared([logits for logits, _ in exact])
     for layer, bits in asked:
@@ -84,7 +84,7 @@ def _rounded(quantizers: Quantizers, layer: str, bits: int) -> Generator[None]:
     try:
         yield
     finally:
-        quantizer.grid, quantizer.ready = before, False
+        quantizer.grid, quantizer.enabled = before, False
 
 
 def _answers(quantizers: Quantizers, data: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:

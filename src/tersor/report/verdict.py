@@ -156,15 +156,15 @@ def _advice(numbers: Numbers) -> str:
     enough = numbers["original"]["accuracy"] - _MOST_POINTS_LOST
     accurate = reference(numbers, "baseline", "1")["accuracy"] >= enough
     name: Reference = "baseline" if accurate else "original"
-    untouched, artifact = reference(numbers, name, "1"), numbers["artifact"]
+    initial_model, artifact = reference(numbers, name, "1"), numbers["artifact"]
     ratio = numbers["speedup"][name]["1"]
     model = f"Ship model.onnx in {RUNTIMES[artifact['runtime']]}"
     if artifact["accuracy"] >= enough and _faster(ratio):
         return f"{model}: the baseline loses more than one point."
-    smaller = artifact["bytes"] * 1.05 < untouched["bytes"]
+    smaller = artifact["bytes"] * 1.05 < initial_model["bytes"]
     if artifact["accuracy"] >= enough and not _slower(ratio) and smaller:
         return f"{model} for its size alone."
-    return f"Ship original.onnx in {RUNTIMES[untouched['runtime']]} ({untouched['precision']}) instead."
+    return f"Ship original.onnx in {RUNTIMES[initial_model['runtime']]} ({initial_model['precision']}) instead."
 
 
 def _elsewhere(numbers: Numbers) -> list[str]:

@@ -61,7 +61,7 @@ class AccuracyCurve:
             drawn = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
             with drawn, evaluating(model), mean.shown(model) if mean else nullcontext():
                 percent = self._measure(model)
-        first, *_ = distributed.gathered(torch.tensor(percent, dtype=torch.float64))
+        first, *_ = distributed.all_gather(torch.tensor(percent, dtype=torch.float64))
         self.values.append(first.item())
 
     def tensors(self) -> dict[str, Tensor]:

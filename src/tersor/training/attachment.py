@@ -56,12 +56,12 @@ class Attachment:
             self.notes += (f"{', '.join(term.name for term in terms)} teaches {pairs} of the teacher.",)
 
     @property
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """What was found on the way, in plain values, for the stage's entry in `numbers.json`. Nothing by default."""
         return {}
 
     @property
-    def kept(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """What a run keeps beside the network at the stage's end: that has learned, and is thrown away otherwise."""
         return {}
 
@@ -120,18 +120,22 @@ class Chain(Attachment):
         return tuple(note for part in self.parts for note in part.notes)
 
     @property
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """What all parts have found; lists of the same name as one."""
         found: dict[str, Any] = {}
         for part in self.parts:
-            for name, value in part.told.items():
+            for name, value in part.metrics.items():
                 found[name] = found[name] + value if name in found and isinstance(value, list) else value
         return found
 
     @property
-    def kept(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """What all parts keep, by the place of the part and the name there."""
-        return {f"{place}.{name}": value for place, part in enumerate(self.parts) for name, value in part.kept.items()}
+        return {
+            f"{place}.{name}": value
+            for place, part in enumerate(self.parts)
+            for name, value in part.extra_state.items()
+        }
 
     def begin(self) -> Iterator[Progress]:
         """The work of each part, one after the other."""

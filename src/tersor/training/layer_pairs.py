@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
-from tersor.graph.feature_extraction import last_maps, map_size, matching_paths, shapes_of
+from tersor.graph.feature_extraction import last_feature_maps, map_size, matching_paths, shapes_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _size(shape: torch.Size) -> tuple[int, int]:
     return size
 
 
-def needed(teacher: nn.Module | None, method: str) -> nn.Module:
+def require_teacher(teacher: nn.Module | None, method: str) -> nn.Module:
     """The teacher.
 
     Raises:
@@ -96,7 +96,7 @@ def pairs_of(
         InputError: no teacher, no images, a pattern that matches nothing, not as many of one network as of the other,
             a layer that gives no feature map.
     """
-    teacher = needed(teacher, method)
+    teacher = require_teacher(teacher, method)
     if teacher_layers and not layers:
         raise InputError(f"{method} has teacher_layers and no layers. Write both, or neither.")
     images = _example(data, method)
@@ -109,7 +109,7 @@ def pairs_of(
                 f"and {len(of_teacher)} of the teacher ({', '.join(of_teacher)}). Write as many of one as of the other."
             )
     else:
-        ours, theirs = last_maps(student, images), last_maps(teacher, images)
+        ours, theirs = last_feature_maps(student, images), last_feature_maps(teacher, images)
         count = min(len(ours), len(theirs))  # the last ones: a deeper network has more resolutions before them
         of_student, of_teacher = chosen(ours[-count:]), chosen(theirs[-count:])
     shapes, shapes_of_teacher = shapes_of(student, of_student, images), shapes_of(teacher, of_teacher, images)
@@ -140,7 +140,7 @@ def pair_of(
     Raises:
         InputError: as `pairs_of`; a pattern that matches several layers.
     """
-    teacher = needed(teacher, method)
+    teacher = require_teacher(teacher, method)
     if teacher_layer and not layer:
         raise InputError(f"{method} has teacher_layer and no layer. Write both, or neither.")
     for whose, network, pattern in (("student", student, layer), ("teacher", teacher, teacher_layer or layer)):

@@ -23,10 +23,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from tersor.core.device import as_found, layout_for, precision_for, set_layout
-from tersor.core.distributed import any_of, as_in_the_first, join, others_alive
+from tersor.core.device import layout_for, precision_for, restore_device_and_layout, set_layout
+from tersor.core.distributed import any_rank, broadcast_from_rank0, init_process_group, others_alive
 from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
-from tersor.core.progress import Unwatched, Watch
+from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, smaller_batch
 from tersor.core.seeded import seeded
 from tersor.data.batch import Batch
@@ -40,8 +40,8 @@ from tersor.training.objective import Objective
 from tersor.training.optimizer import optimizer_for
 from tersor.training.options import Training
 from tersor.training.schedule import learning_rate_factor
-from tersor.training.snapshot import Keeper, fitting, part, restore, snapshot, stop_asked
-from tersor.training.teacher_cache import Remembered
+from tersor.training.snapshot import Keeper, defer_sigint, fitting, part, restore, snapshot
+from tersor.training.teacher_cache import TeacherCache
 
 REPORT_EVERY = 20
 """Steps between two looks at the losses' values."""
@@ -87,7 +87,7 @@ def fit(
     *,
     steps: int,
     teacher: nn.Module | None = None,
-    watch: Watch | None = None,
+    watch: ProgressReporter | None = None,
     seed: int = 0,
     task: str = "train",
     keeper: Keeper | None = None,
@@ -124,7 +124,7 @@ def fit(
     # without labels nothing may ask the classifier: a term may look at layers alone
     of_several = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
     accelerator = Accelerator(
-        cpu=join(),
+        cpu=init_process_group(),
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[of_several],
@@ -140,9 +140,14 @@ def fit(
         autocast=precision_for(device, training.precision),
     )
     remedy = smaller_batch(training.batch_size, training.accumulate)
-    with others_alive(), enough_memory(remedy), as_found(objective), seeded(seed + accelerator.process_index, device):
-        loop = _Loop(accelerator, objective, training, watch or Unwatched(), keeper, curve)
-        begun = keeper.begun if keeper else None
+    with (
+        others_alive(),
+        enough_memory(remedy),
+        restore_device_and_layout(objective),
+        seeded(seed + accelerator.process_index, device),
+    ):
+        loop = _Loop(accelerator, objective, training, watch or NullProgress(), keeper, curve)
+        begun = keeper.resume_state if keeper else None
         handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
         try:
             if once is not None and attachment.terms:
@@ -160,7 +165,7 @@ class _Loop:
         accelerator: Accelerator,
         objective: Objective,
         training: Training,
-        watch: Watch,
+        watch: ProgressReporter,
         keeper: Keeper | None,
         curve: AccuracyCurve | None,
     ) -> None:
@@ -180,10 +185,10 @@ class _Loop:
     def remember(self, once: BatchSource, task: str) -> None:
         """Asks the teacher about all images. Also where a training goes on: the bits are the same, batch by batch."""
         self.watch.start(f"{task}: what the teacher gives", len(once))
-        kept: Remembered | None = None
+        kept: TeacherCache | None = None
         for batch in once:
-            kept = kept or Remembered(len(once) * len(batch.images))
-            kept.add(batch, self.plain.ask_teacher(self._placed(batch)))
+            kept = kept or TeacherCache(len(once) * len(batch.images))
+            kept.add(batch, self.plain.teacher_forward(self._placed(batch)))
             self.watch.advance()
         self.plain.answers = kept
 
@@ -194,7 +199,7 @@ class _Loop:
         self.watch.say(f"{task}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
         self.watch.start(task, len(rates))
         mean = RunningMean(self.model, self.training.ema) if self.training.ema else None
-        first, kept = keeper.begun if keeper and keeper.begun else (0, None)
+        first, kept = keeper.resume_state if keeper and keeper.resume_state else (0, None)
         with fitting(keeper.last if keeper else None):
             if kept is not None:
                 restore(kept, self.plain, self.torch_optimizer, mean)
@@ -204,7 +209,7 @@ class _Loop:
             log = LossLog(part(kept or {}, "log"))
         shown: dict[str, float] = {}
         steps = groups(batches, self.training.accumulate, first)
-        with stop_asked(keeper is not None) as asked:
+        with defer_sigint(keeper is not None) as asked:
             for step, (rate, group) in enumerate(zip(rates[first:], steps, strict=False), first):
                 losses = self._gradients(group)
                 values = torch.stack([*losses.values()])
@@ -219,12 +224,12 @@ class _Loop:
                 self.watch.advance(1, **shown, **measured, learning_rate=rate)
                 if keeper:
                     self._keep(keeper, step + 1, asked(), mean, log)
-        if any_of(not all(bool(weight.isfinite().all()) for weight in self.model.parameters())):
+        if any_rank(not all(bool(weight.isfinite().all()) for weight in self.model.parameters())):
             raise NonFiniteWeights(task)
         if mean:
             mean.copy_to(self.model)
-        as_in_the_first(self.model)  # the last batch has moved running statistics and ranges in each apart
-        as_in_the_first(self.plain.terms)
+        broadcast_from_rank0(self.model)  # the last batch has moved running statistics and ranges in each apart
+        broadcast_from_rank0(self.plain.terms)
         return Fitted(len(rates), log.seconds, log.earlier, log.means(), self.precision)
 
     def _measured(self, done: int, mean: RunningMean | None, log: LossLog) -> dict[str, float]:
@@ -241,7 +246,7 @@ class _Loop:
         Raises:
             KeyboardInterrupt: it was pressed.
         """
-        stop = any_of(asked)
+        stop = any_rank(asked)
         if stop or done % keeper.every == 0:
             told = {f"log.{name}": value for name, value in log.tensors().items()}
             if self.curve:
@@ -270,7 +275,7 @@ class _Loop:
 
     def _stop_unless_finite(self, names: Iterable[str], values: Tensor, step: int, rate: float) -> None:
         # Looked at after the backward pass was started: on a GPU the wait is then no longer than the pass.
-        if any_of(not bool(values.isfinite().all())):
+        if any_rank(not bool(values.isfinite().all())):
             told = zip(names, values.tolist(), strict=True)
             name, value = next((pair for pair in told if not math.isfinite(pair[1])), ("of another process", math.nan))
             last = self.keeper.last if self.keeper else None

@@ -12,7 +12,7 @@ from tersor.training.attachment import Attachment
 from tersor.training.objective import LossTerm
 
 
-class RisingTerm(LossTerm):
+class WarmupLossTerm(LossTerm):
     """One that multiplies its loss by `rise`, a buffer, so that a run that goes on has it."""
 
     rise: Tensor
@@ -36,7 +36,7 @@ class RisingAttachment(Attachment):
     def __init__(
         self,
         model: nn.Module,
-        term: RisingTerm,
+        term: WarmupLossTerm,
         *,
         steps: int,
         label_weight: float,

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from tersor.core.distributed import as_in_the_first
+from tersor.core.distributed import broadcast_from_rank0
 from tersor.core.errors import InputError
 from tersor.graph.layer_selection import Layer
-from tersor.graph.parametrization import parametrized, shown_by
+from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.pruning.mask import Gradient, Mask, weight_mask
 from tersor.pruning.mask_log import MaskLog, stride
 from tersor.pruning.topk import masks
@@ -55,7 +55,7 @@ def lay_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -> N
         InputError: a weight lies on a grid already.
     """
     for name, layer in layers.items():
-        if any(isinstance(each, FakeQuantize) for each in shown_by(layer)):
+        if any(isinstance(each, FakeQuantize) for each in parametrizations_of(layer)):
             raise InputError(
                 f"the weight of {name} is on a grid already, and masks lie under grids: zeros stay zeros only so. "
                 f"Write {method} before ptq and qat."
@@ -170,7 +170,7 @@ class MaskedAttachment(KeptMasks):
             mask_of(self.masked[name]).mask.copy_(mask)
         if number % self.stride == 0:
             self.log.add(step, self.sparsity, changed / self.total)
-        as_in_the_first(nn.ModuleList(mask_of(layer) for layer in self.masked.values()))
+        broadcast_from_rank0(nn.ModuleList(mask_of(layer) for layer in self.masked.values()))
 
     def finish(self) -> None:
         """Masks stand still from here on: what is masked gets no gradient any more."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
-from tersor.graph.feature_extraction import Layers
+from tersor.graph.feature_extraction import FeatureExtractor
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         pairs = list(layers)
-        self._ask_student = Layers(model, [path for path, _ in pairs])
-        self._ask = None if teacher is None else Layers(teacher, [path for _, path in pairs])
+        self._ask_student = FeatureExtractor(model, [path for path, _ in pairs])
+        self._ask = None if teacher is None else FeatureExtractor(teacher, [path for _, path in pairs])
         self.terms = nn.ModuleList(terms)
         self.teacher = teacher
         self.label_weight = label_weight
@@ -124,7 +124,7 @@ class Objective(nn.Module):
             )
         teacher = None
         if len(self.terms) and self.teacher is not None:
-            teacher = (self.answers or self.ask_teacher)(batch)
+            teacher = (self.answers or self.teacher_forward)(batch)
         student = Outputs(logits.float(), {path: value.float() for path, value in given.items()})
         losses: dict[str, Tensor] = {}
         if self.label_weight and batch.labels is not None:
@@ -138,7 +138,7 @@ class Objective(nn.Module):
             raise InputError("nothing is asked of the network: the images have no labels, and no method adds a loss.")
         return losses
 
-    def ask_teacher(self, batch: Batch) -> Outputs:
+    def teacher_forward(self, batch: Batch) -> Outputs:
         """What the teacher gives for the images of `batch`, in float32 and without a gradient."""
         assert self._ask is not None
         with torch.inference_mode(), self.autocasting(batch):

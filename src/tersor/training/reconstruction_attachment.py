@@ -17,7 +17,7 @@ from tersor.graph.feeding import first_images
 from tersor.quantization.calibration import Ranges, set_ranges
 from tersor.quantization.integer_coverage import integer_coverage
 from tersor.quantization.precision import Precision
-from tersor.quantization.quantizers import lay, notes
+from tersor.quantization.quantizers import insert_quantizers, notes
 from tersor.quantization.reconstruction import Reconstruction, reconstruct
 from tersor.training.attachment import Attachment
 
@@ -56,7 +56,7 @@ class Reconstructed(Attachment):
                 f"{method} needs images to look at; none were given. Pass data=..., a few hundred suffice."
             )
         self.target = target or Target()
-        self.quantizers = lay(
+        self.quantizers = insert_quantizers(
             capture(model), precision, exclude=exclude, target=self.target, method=method, original=model
         )
         super().__init__(self.quantizers.graph, notes=notes(self.quantizers, self.target))
@@ -70,7 +70,7 @@ class Reconstructed(Attachment):
             InputError: the data holds no image, or cannot be read again.
         """
         self.model.eval()
-        if not self.quantizers.ready:
+        if not self.quantizers.enabled:
             yield from set_ranges(self.quantizers, self.data, self.ranges, target=self.target, method=self.method)
         device = next(self.model.parameters()).device
         images = torch.cat([*first_images(self.data, self.ranges.images, device)])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from tersor.core.distributed import count, gathered, rank
+from tersor.core.distributed import all_gather, count, rank
 from tersor.core.errors import InputError
 from tersor.training.ema import RunningMean
 from tersor.training.objective import Objective
@@ -26,12 +26,12 @@ class Keeper(Protocol):
 
     Attributes:
         every: steps between two snapshots.
-        begun: steps that were done before, and the snapshot after them; None at the beginning.
+        resume_state: steps that were done before, and the snapshot after them; None at the beginning.
         last: what to call the newest snapshot, to be named where a loss is not finite.
     """
 
     every: int
-    begun: tuple[int, Mapping[str, Tensor]] | None
+    resume_state: tuple[int, Mapping[str, Tensor]] | None
 
     @property
     def last(self) -> str | None: ...
@@ -60,7 +60,7 @@ def fitting(checkpoint: str | None) -> Generator[None]:
 
 
 @contextmanager
-def stop_asked(heeded: bool) -> Generator[Callable[[], bool]]:
+def defer_sigint(heeded: bool) -> Generator[Callable[[], bool]]:
     """Whether Ctrl-C was pressed, to be asked between two steps; pressed twice, it interrupts at once.
 
     A step that is cut in two leaves half of the weights moved. Nothing changes where it is not `heeded`, or outside
@@ -95,9 +95,9 @@ def snapshot(objective: Objective, optimizer: Optimizer, mean: RunningMean | Non
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     if mean is not None:
         tensors |= {f"mean.{key}": value for key, value in mean.values.items()}
-    tensors |= {f"random.cpu{rank}": state for rank, state in enumerate(gathered(torch.get_rng_state()))}
+    tensors |= {f"random.cpu{rank}": state for rank, state in enumerate(all_gather(torch.get_rng_state()))}
     if torch.cuda.is_available():
-        states = gathered(torch.cuda.get_rng_state())
+        states = all_gather(torch.cuda.get_rng_state())
         tensors |= {f"random.cuda{rank}": state for rank, state in enumerate(states)}
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 

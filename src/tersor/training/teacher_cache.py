@@ -13,7 +13,7 @@ from tersor.training.objective import Outputs
 _LOGITS = ""
 
 
-class Remembered:
+class TeacherCache:
     """Outputs by an image's place in the data set, on the CPU.
 
     Args:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tersor.core.progress import Unwatched
+from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.data.image_sets import Pixels
@@ -59,7 +59,7 @@ def gathered(networks, teacher=None):
         Target(),
         answers=answers,
         baseline=BASELINE,
-        watch=Unwatched(),
+        watch=NullProgress(),
     )
 
 

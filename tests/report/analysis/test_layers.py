@@ -50,7 +50,7 @@ def test_a_float_network(original, images):
 
 
 def test_a_quantized_layer_uses_its_levels(original, images):
-    model = quantized(Small().eval(), images, bits=2, ends_bits=2)
+    model = quantized(Small().eval(), images, bits=2, first_last_bits=2)
     first, second, answer = layer_table(original, model, images)
     assert (first["weight_bits"], first["activation_bits"]) == (2, 2)
     assert first["levels"] == 3

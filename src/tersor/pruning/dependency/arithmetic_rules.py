@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tersor.pruning.dependency.propagation import Call, Rule, Walk
+from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule
 from tersor.pruning.dependency.shape_recording import Shape
 from tersor.pruning.dependency.shape_rules import matched
 from tersor.pruning.dependency.union_find import Ids, Labelled
 
 
-def elementwise(walk: Walk, call: Call) -> Any:
+def elementwise(walk: ChannelPropagation, call: Call) -> Any:
     """One value from one value each, or from those of several tensors that are broadcast."""
     gives = tuple(call.gives)
     tensors = call.tensors
@@ -23,7 +23,7 @@ def elementwise(walk: Walk, call: Call) -> Any:
     return Labelled(gives, tuple(atoms))
 
 
-def reduced(walk: Walk, call: Call) -> Any:
+def reduced(walk: ChannelPropagation, call: Call) -> Any:
     """sum, mean, max along dimensions. Of a sum any term may go; a mean or a maximum would become another."""
     given = call.args[0]
     dimensions = call.argument(1, "dim")
@@ -44,7 +44,7 @@ def reduced(walk: Walk, call: Call) -> Any:
     return kept(call.gives)
 
 
-def across(walk: Walk, call: Call) -> Any:
+def across(walk: ChannelPropagation, call: Call) -> Any:
     """softmax, normalize: values along a dimension depend on each other."""
     given = call.tensors[0]
     place = {"normalize": 2, "cumsum": 1}.get(call.name, 1)
@@ -58,7 +58,7 @@ def across(walk: Walk, call: Call) -> Any:
     return given
 
 
-def layer_norm(walk: Walk, call: Call) -> Any:
+def layer_norm(walk: ChannelPropagation, call: Call) -> Any:
     """F.layer_norm: over the last dimension only, with weight and bias of the same channels."""
     given, sizes = call.args[0], call.args[1] if len(call.args) > 1 else call.kwargs["normalized_shape"]
     ids = given.atoms[-1]
@@ -72,7 +72,7 @@ def layer_norm(walk: Walk, call: Call) -> Any:
     return Labelled(given.shape, (*given.atoms[:-1], ids))
 
 
-def matrix_product(walk: Walk, call: Call) -> Any:
+def matrix_product(walk: ChannelPropagation, call: Call) -> Any:
     """matmul, bmm: (..., m, k) x (..., k, n)."""
     first, second = call.args[0], call.args[1]
     if not (isinstance(first, Labelled) and isinstance(second, Labelled)):
@@ -85,7 +85,7 @@ def matrix_product(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), (*ahead, first.atoms[-2], second.atoms[-1]))
 
 
-def einsum(walk: Walk, call: Call) -> Any:
+def einsum(walk: ChannelPropagation, call: Call) -> Any:
     """The same letter, the same dimension."""
     if not isinstance(call.args[0], str) or "." in call.args[0]:
         return walk.keep(call)
@@ -98,7 +98,7 @@ def einsum(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), tuple(letters[letter] for letter in made))
 
 
-def attention(walk: Walk, call: Call) -> Any:
+def attention(walk: ChannelPropagation, call: Call) -> Any:
     """scaled_dot_product_attention: heads are those of all three, the width of query and key is summed over."""
     query, key, value = (call.argument(place, name) for place, name in enumerate(("query", "key", "value")))
     ahead = list(matched(walk, call, [Labelled(each.shape[:-2], each.atoms[:-2]) for each in (query, key, value)]))
@@ -114,7 +114,7 @@ def attention(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), (*ahead, query.atoms[-2], value.atoms[-1]))
 
 
-def linear(walk: Walk, call: Call) -> Any:
+def linear(walk: ChannelPropagation, call: Call) -> Any:
     """F.linear with weights that the graph reads by themselves."""
     given, weight, bias = call.args[0], call.argument(1, "weight"), call.argument(2, "bias")
     walk.atoms.match(given.atoms[-1], weight.atoms[1], f"{call.node.name} reads what cannot shrink")
@@ -124,7 +124,7 @@ def linear(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), (*given.atoms[:-1], made))
 
 
-def pooled(walk: Walk, call: Call) -> Any:
+def pooled(walk: ChannelPropagation, call: Call) -> Any:
     """Pooling and interpolation: channels by themselves, pixels stay."""
     given = call.args[0]
     for ids in given.atoms[2:]:

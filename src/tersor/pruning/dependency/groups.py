@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tersor.pruning.dependency.propagation import Place, Walk
+from tersor.pruning.dependency.propagation import ChannelPropagation, Place
 from tersor.pruning.dependency.union_find import Ids
 
 
@@ -42,7 +42,7 @@ class Sorted:
     units: list[Unit]
 
 
-def sort(walk: Walk) -> tuple[list[Sorted], dict[str, str]]:
+def sort(walk: ChannelPropagation) -> tuple[list[Sorted], dict[str, str]]:
     """Groups in the order of the graph, and root -> why its channels stay."""
     kept = walk.atoms.kept()
     learned = {name for name, _ in walk.graph.named_parameters()}
@@ -72,7 +72,7 @@ def sort(walk: Walk) -> tuple[list[Sorted], dict[str, str]]:
     return [group for group in groups.values() if len(group.units) > 1], whole
 
 
-def _lying(walk: Walk, atoms: list[Ids]) -> Iterator[tuple[int, Ids, list[int]]]:
+def _lying(walk: ChannelPropagation, atoms: list[Ids]) -> Iterator[tuple[int, Ids, list[int]]]:
     """Roots in the order in which they are met; in which of the lists of atoms each lies, and at which numbers."""
     if not atoms:
         return

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from tersor.pruning.dependency.arithmetic_rules import RULES as ARITHMETIC
 from tersor.pruning.dependency.arithmetic_rules import pooled
-from tersor.pruning.dependency.propagation import Call, Rule, Walk, fixed
+from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule, fixed
 from tersor.pruning.dependency.shape_rules import RULES as SHAPES
 from tersor.pruning.dependency.shape_rules import reshaped
 from tersor.pruning.dependency.slice_rules import RULES as PIECES
@@ -31,11 +31,11 @@ def rule_of(call: Call) -> Rule:
     return per_channel
 
 
-def _unknown(walk: Walk, call: Call) -> Any:
+def _unknown(walk: ChannelPropagation, call: Call) -> Any:
     return walk.keep(call)
 
 
-def convolution(walk: Walk, call: Call) -> Any:
+def convolution(walk: ChannelPropagation, call: Call) -> Any:
     """One that reads all channels, or reads them by groups, or hands each on by itself (depthwise)."""
     layer, given, name = call.module, call.args[0], str(call.node.target)
     assert isinstance(layer, _ConvNd)
@@ -56,7 +56,7 @@ def convolution(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), (given.atoms[0], made, *[None] * (len(call.gives) - 2)))
 
 
-def _grouped(walk: Walk, read: Ids | None, made: Ids | None, groups: int, name: str) -> Ids | None:
+def _grouped(walk: ChannelPropagation, read: Ids | None, made: Ids | None, groups: int, name: str) -> Ids | None:
     """Whole groups go where they are many, else the same number of each."""
     if read is None or made is None:
         walk.atoms.keep(read, f"{name} is grouped, and its other side cannot shrink")
@@ -71,7 +71,7 @@ def _grouped(walk: Walk, read: Ids | None, made: Ids | None, groups: int, name: 
     return made
 
 
-def fully_connected(walk: Walk, call: Call) -> Labelled:
+def fully_connected(walk: ChannelPropagation, call: Call) -> Labelled:
     """Over the last dimension."""
     layer, given, name = call.module, call.args[0], str(call.node.target)
     assert isinstance(layer, nn.Linear)
@@ -79,7 +79,7 @@ def fully_connected(walk: Walk, call: Call) -> Labelled:
     return Labelled(tuple(call.gives), (*given.atoms[:-1], walk.bound(name, "out", layer.out_features)))
 
 
-def per_channel(walk: Walk, call: Call) -> Any:
+def per_channel(walk: ChannelPropagation, call: Call) -> Any:
     """A layer that hands every channel on by itself: norms, scales, activations with a slope of their own."""
     layer, given = call.module, call.args[0] if call.args else None
     assert layer is not None
@@ -116,7 +116,7 @@ def _channel_axis(layer: nn.Module, given: Labelled, size: int) -> int | None:
     return (tracked or axes or [None])[0]
 
 
-def multihead(walk: Walk, call: Call) -> Any:
+def multihead(walk: ChannelPropagation, call: Call) -> Any:
     """nn.MultiheadAttention: heads (or places of every head) go from query, key and value at once."""
     layer, name = call.module, str(call.node.target)
     assert isinstance(layer, nn.MultiheadAttention)
@@ -144,7 +144,7 @@ def multihead(walk: Walk, call: Call) -> Any:
     return (Labelled(tuple(shape), (*[None] * (len(shape) - 1), made)), *map(fixed, rest))
 
 
-def pixel_shuffle(walk: Walk, call: Call) -> Any:
+def pixel_shuffle(walk: ChannelPropagation, call: Call) -> Any:
     """(N, C r r, H, W) -> (N, C, H r, W r): the r r places of a channel go together."""
     given, gives = call.args[0], tuple(call.gives)
     if given.atoms[1] is None:
@@ -153,7 +153,7 @@ def pixel_shuffle(walk: Walk, call: Call) -> Any:
     return Labelled(gives, (given.atoms[0], made, None, None))
 
 
-def _flattened(walk: Walk, call: Call) -> Any:
+def _flattened(walk: ChannelPropagation, call: Call) -> Any:
     atoms, *_ = reshaped(walk, call.node, call.args[0], tuple(call.gives))
     return Labelled(tuple(call.gives), tuple(atoms))
 

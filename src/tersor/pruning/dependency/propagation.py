@@ -46,11 +46,11 @@ class Call:
         return list(flat([*self.args, *self.kwargs.values()]))
 
 
-Rule = Callable[["Walk", Call], Any]
+Rule = Callable[["ChannelPropagation", Call], Any]
 
 
 @dataclass
-class Walk:
+class ChannelPropagation:
     """What is known of the graph so far.
 
     Attributes:
@@ -132,15 +132,17 @@ class Walk:
         return Labelled(tuple(found.shape), tuple(atoms))
 
 
-def walked(graph: fx.GraphModule, recorded: Recorded, rule_of: Callable[[Call], Rule], *, inner: bool) -> Walk:
+def walked(
+    graph: fx.GraphModule, recorded: Recorded, rule_of: Callable[[Call], Rule], *, inner: bool
+) -> ChannelPropagation:
     """The whole graph."""
-    walk = Walk(graph, recorded, inner)
+    walk = ChannelPropagation(graph, recorded, inner)
     for node in graph.graph.nodes:
         walk.values[node] = _value(walk, node, rule_of)
     return walk
 
 
-def _value(walk: Walk, node: fx.Node, rule_of: Callable[[Call], Rule]) -> Any:
+def _value(walk: ChannelPropagation, node: fx.Node, rule_of: Callable[[Call], Rule]) -> Any:
     gives = walk.recorded[node]
     if node.op == "placeholder":
         return fixed(gives)
@@ -163,7 +165,7 @@ def _value(walk: Walk, node: fx.Node, rule_of: Callable[[Call], Rule]) -> Any:
         return walk.keep(call, f"they go into {node.name} ({call.name}) in a way that its rule does not know: {error}")
 
 
-def _zeros(walk: Walk, call: Call) -> Labelled:
+def _zeros(walk: ChannelPropagation, call: Call) -> Labelled:
     """Of zeros that are made with sizes of their own, any may go: they pad channels."""
     first = 1 if call.name == "new_zeros" else 0
     nested = len(call.node.args) > first and isinstance(call.node.args[first], tuple | list)

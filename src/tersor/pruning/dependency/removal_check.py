@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from tersor.pruning.dependency.propagation import Walk, flat
+from tersor.pruning.dependency.propagation import ChannelPropagation, flat
 from tersor.pruning.dependency.shape_recording import computed, given, last_readers
 from tersor.pruning.dependency.union_find import Labelled
 
@@ -28,7 +28,7 @@ class Trial:
         sides: each a walk, and roots of the atoms that were removed.
     """
 
-    def __init__(self, sides: Sequence[tuple[Walk, set[int]]]) -> None:
+    def __init__(self, sides: Sequence[tuple[ChannelPropagation, set[int]]]) -> None:
         self.sides = sides
         self._stay = [walk.atoms.outside(gone) for walk, gone in sides]
         self.graph = sides[0][0].graph

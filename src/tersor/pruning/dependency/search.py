@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from tersor.pruning.channel_removal import merged, remove
 from tersor.pruning.dependency.groups import Cut, Sorted, Unit, sort
-from tersor.pruning.dependency.propagation import Walk
+from tersor.pruning.dependency.propagation import ChannelPropagation
 from tersor.pruning.dependency.removal_check import Trial
 
 
@@ -24,11 +24,11 @@ class Plan:
 
     def __init__(self, example: Tensor) -> None:
         self.example = example
-        self.sides: list[tuple[Walk, list[Sorted]]] = []
+        self.sides: list[tuple[ChannelPropagation, list[Sorted]]] = []
         self.whole: dict[str, str] = {}
         self._seen: list[list[set[Cut]]] = []
 
-    def add(self, walk: Walk) -> None:
+    def add(self, walk: ChannelPropagation) -> None:
         """Adds the groups of a walk that were not seen in an earlier one; those that fail are left out."""
         found, kept = sort(walk)
         groups = [each for each in found if not (walk.inner and _weights(each) in self._seen)]

@@ -9,14 +9,14 @@ import numpy as np
 from torch import fx
 
 from tersor.pruning.dependency.axes import blocks, order_of
-from tersor.pruning.dependency.propagation import Call, Rule, Walk
+from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule
 from tersor.pruning.dependency.split_axes import candidates
 from tersor.pruning.dependency.union_find import Ids, Labelled
 
 Atoms = list[Ids | None]
 
 
-def reshape(walk: Walk, call: Call) -> Labelled:
+def reshape(walk: ChannelPropagation, call: Call) -> Labelled:
     """view, reshape, flatten, unflatten, squeeze, unsqueeze: sizes on both sides that hold the same are matched."""
     given, gives = call.args[0], tuple(call.gives)
     atoms, mixed, parts = reshaped(walk, call.node, given, gives)
@@ -25,7 +25,9 @@ def reshape(walk: Walk, call: Call) -> Labelled:
     return Labelled(gives, tuple(atoms))
 
 
-def reshaped(walk: Walk, node: fx.Node, given: Labelled, gives: tuple[int, ...]) -> tuple[Atoms, set[int], set[int]]:
+def reshaped(
+    walk: ChannelPropagation, node: fx.Node, given: Labelled, gives: tuple[int, ...]
+) -> tuple[Atoms, set[int], set[int]]:
     """The atoms of the result, which of its dimensions hold several images too, and which are parts of channels."""
     atoms: Atoms = [None] * len(gives)
     mixed: set[int] = set()
@@ -57,7 +59,9 @@ def reshaped(walk: Walk, node: fx.Node, given: Labelled, gives: tuple[int, ...])
     return atoms, mixed, parts
 
 
-def split(walk: Walk, node: fx.Node, whole: Ids, gives: Sequence[int], made: Sequence[int]) -> tuple[int, Ids | None]:
+def split(
+    walk: ChannelPropagation, node: fx.Node, whole: Ids, gives: Sequence[int], made: Sequence[int]
+) -> tuple[int, Ids | None]:
     """One dimension becomes several: which of them can shrink, and its atoms."""
     parts = whole.reshape([gives[axis] for axis in made])
     for axis in range(len(made)):
@@ -71,7 +75,7 @@ def split(walk: Walk, node: fx.Node, whole: Ids, gives: Sequence[int], made: Seq
     return able[-1 if walk.inner else 0], walk.either(parts, able[0], able[-1])
 
 
-def _sizes(walk: Walk, call: Call, first: int, gives: Sequence[int], atoms: Atoms) -> None:
+def _sizes(walk: ChannelPropagation, call: Call, first: int, gives: Sequence[int], atoms: Atoms) -> None:
     """Sizes that are arguments: one by one, or as a list."""
     if call.name not in {"view", "reshape", "expand", "unflatten", "new_zeros", "zeros"}:
         return None
@@ -85,7 +89,7 @@ def _sizes(walk: Walk, call: Call, first: int, gives: Sequence[int], atoms: Atom
     return None
 
 
-def _pin(walk: Walk, call: Call, gives: Sequence[int], axes: set[int]) -> None:
+def _pin(walk: ChannelPropagation, call: Call, gives: Sequence[int], axes: set[int]) -> None:
     """Sizes that are computed from what may shrink by itself (embedding / heads) become numbers when it does."""
     if call.name not in {"view", "reshape"}:
         return
@@ -101,7 +105,7 @@ def _pin(walk: Walk, call: Call, gives: Sequence[int], axes: set[int]) -> None:
                 walk.literal(call, f"pin {path}", gives[axis], np.concatenate(sources))
 
 
-def _sources(walk: Walk, node: fx.Node) -> Iterator[Labelled]:
+def _sources(walk: ChannelPropagation, node: fx.Node) -> Iterator[Labelled]:
     """The tensors whose sizes a number was computed from."""
     value = walk.values[node]
     if isinstance(value, Labelled):
@@ -111,21 +115,21 @@ def _sources(walk: Walk, node: fx.Node) -> Iterator[Labelled]:
             yield from _sources(walk, read)
 
 
-def _unflattened(walk: Walk, call: Call, gives: Sequence[int], atoms: Atoms) -> None:
+def _unflattened(walk: ChannelPropagation, call: Call, gives: Sequence[int], atoms: Atoms) -> None:
     start = call.args[1] % len(call.args[0].shape)
     for place, size in enumerate(call.args[2]):
         if size != -1:
             walk.literal(call, f"args.2.{place}", gives[start + place], atoms[start + place])
 
 
-def permute(_: Walk, call: Call) -> Labelled:
+def permute(_: ChannelPropagation, call: Call) -> Labelled:
     """permute, transpose, swapaxes, movedim, t."""
     order = order_of(call)
     given = call.args[0]
     return Labelled(tuple(given.shape[axis] for axis in order), tuple(given.atoms[axis] for axis in order))
 
 
-def concatenation(walk: Walk, call: Call) -> Any:
+def concatenation(walk: ChannelPropagation, call: Call) -> Any:
     """cat: one behind the other along one dimension, the same along all others."""
     tensors = list(call.args[0])
     if not all(isinstance(each, Labelled) for each in tensors):
@@ -142,7 +146,7 @@ def concatenation(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), tuple(atoms))
 
 
-def stacked(walk: Walk, call: Call) -> Any:
+def stacked(walk: ChannelPropagation, call: Call) -> Any:
     """stack: beside each other along a new dimension, the same along all others."""
     tensors = list(call.args[0])
     if not all(isinstance(each, Labelled) for each in tensors):
@@ -152,13 +156,15 @@ def stacked(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), (*atoms[:dimension], None, *atoms[dimension:]))
 
 
-def _standing(walk: Walk, size: int) -> Ids:
+def _standing(walk: ChannelPropagation, size: int) -> Ids:
     ids = walk.atoms.new(size)
     walk.atoms.keep(ids, "they stand beside what cannot shrink")
     return ids
 
 
-def matched(walk: Walk, call: Call, tensors: Sequence[Labelled], skip: int | None = None) -> Iterator[Ids | None]:
+def matched(
+    walk: ChannelPropagation, call: Call, tensors: Sequence[Labelled], skip: int | None = None
+) -> Iterator[Ids | None]:
     """Dimension by dimension of tensors that are broadcast, last to last; a single place goes with everything."""
     rank = max(len(each.shape) for each in tensors)
     why = f"{call.node.name} ({call.name}) meets them with what cannot shrink"
@@ -174,7 +180,7 @@ def matched(walk: Walk, call: Call, tensors: Sequence[Labelled], skip: int | Non
         yield first
 
 
-def padding(walk: Walk, call: Call) -> Any:
+def padding(walk: ChannelPropagation, call: Call) -> Any:
     """pad: channels that are constant stand before and behind; they may go like any other."""
     given = call.args[0]
     amounts = list(call.args[1])
@@ -196,7 +202,7 @@ def padding(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), tuple(atoms))
 
 
-def expand(walk: Walk, call: Call) -> Labelled:
+def expand(walk: ChannelPropagation, call: Call) -> Labelled:
     """Single places are repeated; every other dimension stays."""
     given = call.args[0]
     gives = tuple(call.gives)
@@ -207,7 +213,7 @@ def expand(walk: Walk, call: Call) -> Labelled:
     return Labelled(gives, tuple(atoms))
 
 
-def repeat(_: Walk, call: Call) -> Labelled:
+def repeat(_: ChannelPropagation, call: Call) -> Labelled:
     """Dimensions one after the other, again and again."""
     given, gives = call.args[0], tuple(call.gives)
     atoms: Atoms = [*[None] * (len(gives) - len(given.shape)), *given.atoms]
@@ -215,7 +221,7 @@ def repeat(_: Walk, call: Call) -> Labelled:
     return Labelled(gives, tuple(tiles))
 
 
-def rolled(walk: Walk, call: Call) -> Any:
+def rolled(walk: ChannelPropagation, call: Call) -> Any:
     """roll, flip: along dimensions whose places all stay."""
     given = call.args[0]
     dimensions = call.argument(2 if call.name == "roll" else 1, "dims")
@@ -226,7 +232,7 @@ def rolled(walk: Walk, call: Call) -> Any:
     return given
 
 
-def interleaved(walk: Walk, call: Call) -> Any:
+def interleaved(walk: ChannelPropagation, call: Call) -> Any:
     """repeat_interleave: along a dimension whose places all stay."""
     given, dimension = call.args[0], call.argument(2, "dim")
     if dimension is None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from tersor.pruning.dependency.propagation import Call, Rule, Walk
+from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule
 from tersor.pruning.dependency.union_find import Ids, Labelled
 
 Atoms = list[Ids | None]
 
 
-def slicing(walk: Walk, call: Call) -> Any:
+def slicing(walk: ChannelPropagation, call: Call) -> Any:
     """values[...]: whole dimensions, slices, single places."""
     given, index = call.args
     if not isinstance(given, Labelled):
@@ -43,7 +43,7 @@ def slicing(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), tuple(atoms))
 
 
-def _sliced(walk: Walk, call: Call, ids: Ids | None, part: slice, where: str) -> Ids | None:
+def _sliced(walk: ChannelPropagation, call: Call, ids: Ids | None, part: slice, where: str) -> Ids | None:
     if ids is None or part == slice(None):
         return ids
     if part.step not in {None, 1}:
@@ -57,7 +57,7 @@ def _sliced(walk: Walk, call: Call, ids: Ids | None, part: slice, where: str) ->
     return ids[start:stop]
 
 
-def _by_tensor(walk: Walk, call: Call, given: Labelled, index: tuple[Any, ...]) -> Any:
+def _by_tensor(walk: ChannelPropagation, call: Call, given: Labelled, index: tuple[Any, ...]) -> Any:
     """table[numbers]: rows by number stay, what a row holds may shrink."""
     if len(index) != 1 or not isinstance(index[0], Labelled):
         return walk.keep(call)
@@ -65,7 +65,7 @@ def _by_tensor(walk: Walk, call: Call, given: Labelled, index: tuple[Any, ...]) 
     return Labelled(tuple(call.gives), (*[None] * len(index[0].shape), *given.atoms[1:]))
 
 
-def pieces(walk: Walk, call: Call) -> Any:
+def pieces(walk: ChannelPropagation, call: Call) -> Any:
     """chunk, split, tensor_split, unbind."""
     given = call.args[0]
     dimension = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % len(given.shape)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from tersor.pruning.dependency.axes import blocks, order_of
-from tersor.pruning.dependency.propagation import Call, Walk, called, fixed
+from tersor.pruning.dependency.propagation import Call, ChannelPropagation, called, fixed
 from tersor.pruning.dependency.shape_recording import Shape
 from tersor.pruning.dependency.union_find import Labelled
 
@@ -40,7 +40,7 @@ Axes = dict[int, int]
 """Dimension of the split -> where it lies in a later value."""
 
 
-def candidates(walk: Walk, node: fx.Node, made: Sequence[int]) -> list[int]:
+def candidates(walk: ChannelPropagation, node: fx.Node, made: Sequence[int]) -> list[int]:
     """Those of the dimensions `made` that can shrink, outer ones first."""
     barred: set[int] = {axis for axis in made if walk.recorded[node][axis] == 1}
     shuffled: set[int] = set()
@@ -51,7 +51,9 @@ def candidates(walk: Walk, node: fx.Node, made: Sequence[int]) -> list[int]:
     return able
 
 
-def _follow(walk: Walk, node: fx.Node, axes: Axes, barred: set[int], shuffled: set[int], depth: int) -> None:
+def _follow(
+    walk: ChannelPropagation, node: fx.Node, axes: Axes, barred: set[int], shuffled: set[int], depth: int
+) -> None:
     for user in node.users if depth else ():
         gives = walk.recorded[user]
         if user.op == "output" or (user.args and user.args[0] is not node and called(user) not in {"add", "mul"}):
@@ -64,7 +66,9 @@ def _follow(walk: Walk, node: fx.Node, axes: Axes, barred: set[int], shuffled: s
             _follow(walk, user, onward, barred, shuffled, depth - 1)
 
 
-def _onward(walk: Walk, call: Call, node: fx.Node, axes: Axes, barred: set[int], shuffled: set[int]) -> Axes:
+def _onward(
+    walk: ChannelPropagation, call: Call, node: fx.Node, axes: Axes, barred: set[int], shuffled: set[int]
+) -> Axes:
     """Where the dimensions lie behind one more node; what it makes of them is noted."""
     if call.name == "unbind":
         _bar(call, axes, barred, call.argument(1, "dim", 0))

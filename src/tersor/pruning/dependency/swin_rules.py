@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from tersor.pruning.dependency.propagation import Call, Rule, Walk
+from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule
 from tersor.pruning.dependency.union_find import Labelled
 
 
-def shifted_window_attention(walk: Walk, call: Call) -> Any:
+def shifted_window_attention(walk: ChannelPropagation, call: Call) -> Any:
     """Heads (or places of every head) go from query, key and value at once, and from the bias of their scores."""
     given, weight, projection, bias, _, heads = call.args[:6]
     why = f"{call.node.name} reads them beside what cannot shrink"
@@ -35,14 +35,14 @@ def shifted_window_attention(walk: Walk, call: Call) -> Any:
     return Labelled(tuple(call.gives), (*given.atoms[:-1], made))
 
 
-def patch_merging(_: Walk, call: Call) -> Labelled:
+def patch_merging(_: ChannelPropagation, call: Call) -> Labelled:
     """(N, H, W, C) -> (N, H / 2, W / 2, 4 C): four pixels beside each other."""
     given = call.args[0]
     last = given.atoms[-1]
     return Labelled(tuple(call.gives), (*given.atoms[:-1], None if last is None else np.tile(last, 4)))
 
 
-def relative_position_bias(walk: Walk, call: Call) -> Labelled:
+def relative_position_bias(walk: ChannelPropagation, call: Call) -> Labelled:
     """A table (places, heads) -> (1, heads, places, places)."""
     table = call.args[0]
     walk.atoms.keep(table.atoms[0], f"{call.node.name} takes rows by their number")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.data import Batches
-from tersor.graph.feature_extraction import Layers, as_map, last_maps
+from tersor.graph.feature_extraction import FeatureExtractor, as_map, last_feature_maps
 from tersor.report.analysis.predictions import png
 
 _IMAGES = 6
@@ -38,8 +38,8 @@ def attention_maps(networks: Mapping[str, nn.Module], test: Batches, index: Tens
     maps: dict[str, list[list[str]]] = {}
     for name, network in networks.items():
         try:
-            paths = last_maps(network, batch.images)
-            _, given = Layers(network, paths)(batch.images)
+            paths = last_feature_maps(network, batch.images)
+            _, given = FeatureExtractor(network, paths)(batch.images)
         except InputError:
             continue
         layers[name] = list(paths)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Watch
+from tersor.core.progress import ProgressReporter
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.deploy.static_batch import batch_for
@@ -45,7 +45,7 @@ def gather(
     *,
     answers: Mapping[str, Array],
     baseline: Mapping[str, Mapping[str, str]],
-    watch: Watch,
+    watch: ProgressReporter,
 ) -> dict[str, Any]:
     """The content of `evidence.json`, in plain values.
 
@@ -116,13 +116,13 @@ def _profiles(
     fixed = batch_for(model, target)
     for size in PROFILED_BATCH_SIZES if fixed is None else (fixed,):
         batch = np.ascontiguousarray(np.repeat(image, size, axis=0))
-        untouched, fastest = folder / "original.onnx", baseline[str(size)]
-        in_float32 = profile(untouched, target.runtime, batch, before, precision="float32")
+        initial_model, fastest = folder / "original.onnx", baseline[str(size)]
+        in_float32 = profile(initial_model, target.runtime, batch, before, precision="float32")
         same = (fastest["runtime"], fastest["precision"]) == (target.runtime, "float32")
         found[str(size)] = {
             "original": in_float32,
             "artifact": profile(folder / "model.onnx", target.runtime, batch, after),
-            "baseline": in_float32 if same else profile(untouched, fastest["runtime"], batch, before),
+            "baseline": in_float32 if same else profile(initial_model, fastest["runtime"], batch, before),
         }
     return found
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from tersor.evaluation.costs import costs
 from tersor.graph.capture import layer_of
 from tersor.graph.layer_selection import Layer, weighted_layers
-from tersor.graph.parametrization import parametrized, shown_by
+from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import to_integers
 from tersor.quantization.qdq_placement import entering
@@ -71,10 +71,10 @@ def layer_table(original: nn.Module, model: nn.Module, images: Tensor) -> list[d
 
 def _unrounded(layer: Layer) -> Tensor:
     """The weight under its masks, before it is rounded."""
-    if not any(True for _ in shown_by(layer)):
+    if not any(True for _ in parametrizations_of(layer)):
         return layer.weight
     weight = parametrized(layer).original
-    for parametrization in shown_by(layer):
+    for parametrization in parametrizations_of(layer):
         if not isinstance(parametrization, FakeQuantize):
             weight = parametrization(weight)
     return weight
@@ -130,7 +130,7 @@ def _input_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
         if not isinstance(layer_of(node), Layer):
             continue
         quantizer = layer_of(entering(node))
-        if isinstance(quantizer, FakeQuantize) and quantizer.ready:
+        if isinstance(quantizer, FakeQuantize) and quantizer.enabled:
             found[str(node.target)] = quantizer
     return found
 
