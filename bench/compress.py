@@ -49,6 +49,7 @@ from tersor.methods.soft_targets import SoftTargets
 from tersor.pipeline.run import run
 from tersor.recipe import Recipe, Stage
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.loop import Fitted, fit
 from tersor.training.method import chain
 
@@ -80,8 +81,8 @@ def pruned_by_tersor(seed: int, steps: int) -> Attachment:
     """The recipe's methods."""
     model = SUBJECT.network()
     calm = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=seed)
-    attached = chain(stage().methods, model, data=calm, teacher=copy.deepcopy(model), steps=steps)
-    list(attached.begin())
+    attached = chain(stage().methods, model, AttachContext(data=calm, teacher=copy.deepcopy(model), steps=steps))
+    attached.begin()
     return attached
 
 
@@ -118,7 +119,7 @@ def pruned_by_torch_pruning(_seed: int, _steps: int) -> Attachment:
 
 def distilled_resnet20(_seed: int, _steps: int) -> Attachment:
     """A smaller network in its place, which was trained before as the ResNet-56 was."""
-    return SoftTargets().attach(TRAINED["resnet20"].network(), teacher=SUBJECT.network())
+    return SoftTargets().attach(TRAINED["resnet20"].network(), AttachContext(teacher=SUBJECT.network()))
 
 
 @dataclass(frozen=True)
@@ -228,8 +229,10 @@ def _write_artifacts(contender: Contender, model: nn.Module, seed: int, made: Pa
         peers.nncf_post_training(float32, images, made / "openvino.xml")
         return
     for runtime in RUNTIMES:
-        attached = PTQ().attach(copy.deepcopy(model), data=images.split(50), target=Target(runtime=runtime))
-        list(attached.begin())
+        attached = PTQ().attach(
+            copy.deepcopy(model), AttachContext(data=images.split(50), target=Target(runtime=runtime))
+        )
+        attached.begin()
         export(attached.model, images, made / f"{runtime}.onnx")
 
 

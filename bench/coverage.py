@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import rows
+from tersor.training.context import AttachContext
 
 SEED = 0
 FEWER = 1.9
@@ -125,7 +126,7 @@ def ours(name: str) -> dict[str, Any]:
     before = costs(model, inputs).macs
     whole = capture(network(name))
     begun = time.perf_counter()
-    attached = ChannelPruning(keep_macs=KEEP).attach(model, data=[inputs])
+    attached = ChannelPruning(keep_macs=KEEP).attach(model, AttachContext(data=[inputs]))
     found["seconds"] = round(time.perf_counter() - begun, 2)
     pruned = attached.model.eval()
     found["fewer_macs"] = round(before / costs(pruned, inputs).macs, 3)

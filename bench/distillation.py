@@ -18,7 +18,7 @@ import hashlib
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import training
 from images import MEAN, STD, TRAINED, cifar, folder
 from tersor.data import Batches
 from tersor.graph.feature_extraction import FeatureExtractor
-from tersor.pipeline.stages import Experiment
+from tersor.pipeline.experiment import Experiment
 from tersor.recipe import Recipe
 
 RESULT = "distillation"
@@ -216,15 +216,16 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
     """Accuracy on both sets after the last epoch, seconds of training, and what the methods told."""
     kept = folder().parent / RESULT / f"teacher-{seed}"
 
-    def record(walk: Experiment) -> None:
-        assert walk.teacher is not None
-        if epochs <= EPOCHS:  # what a longer training asks would not fit beside it
-            walk.teacher = Recorded(walk.teacher, kept)
+    def record(experiment: Experiment) -> Experiment:
+        assert experiment.teacher is not None
+        if epochs > EPOCHS:  # the teacher outputs of a longer training would not fit on the disk
+            return experiment
+        return replace(experiment, teacher=Recorded(experiment.teacher, kept))
 
     given = recipe(contender, weights, seed, epochs)
-    walk, told = training.walked(given, RESULT, cifar(IMAGES), begun=record)
+    experiment, told = training.walked(given, RESULT, cifar(IMAGES), prepared=record)
     found = {
-        "accuracy": training.accuracy_on_test(walk),
+        "accuracy": training.accuracy_on_test(experiment),
         "validation_accuracy": told["validation_accuracy"],
         "seconds_without_teacher": told["training_seconds"],
         "steps": told["steps"],

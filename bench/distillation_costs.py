@@ -28,6 +28,7 @@ from tersor.data import Batches
 from tersor.data.batch import Batch
 from tersor.graph.fused_inference import fused
 from tersor.models import build
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
 
 RESULT = "distillation_costs"
@@ -77,7 +78,7 @@ def taught(name: str) -> tuple[Step, str]:
     calm = Batches(cifar().train, 64, mean=MEAN, std=STD)
     cls: Any = registry.get(name)
     # not begun: a frozen part need not be good
-    attached = cls().attach(network, data=calm, teacher=teacher, steps=1000)
+    attached = cls().attach(network, AttachContext(data=calm, teacher=teacher, steps=1000))
     layers = attached.layers
     few = next(iter(calm)).images[:8].contiguous()
     objective = Objective(

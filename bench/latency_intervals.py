@@ -31,6 +31,7 @@ from tersor.evaluation.session import Array, Session, installed_runtimes, open_s
 from tersor.evaluation.timings import Ratio, Timings
 from tersor.methods.ptq import PTQ
 from tersor.models import build
+from tersor.training.context import AttachContext
 
 RESULT = "latency_intervals"
 STACK = (8, 64, 32, 56)
@@ -51,9 +52,8 @@ def same_file(runtime: Any, folder: Path) -> tuple[Openers, Array]:
     """A ResNet-20 in 8 bits, twice, and an image."""
     torch.manual_seed(0)
     images = torch.randn(64, 3, 32, 32)
-    attached = PTQ().attach(build("resnet20", 10).eval(), data=[images], target=Target(runtime=runtime))
-    for _ in attached.begin():
-        pass
+    attached = PTQ().attach(build("resnet20", 10).eval(), AttachContext(data=[images], target=Target(runtime=runtime)))
+    attached.begin()
     opener = partial(open_session, export(attached.model, images, folder / f"{runtime}.onnx"), runtime)
     return {"slow": opener, "fast": opener}, images[:1].numpy()
 

@@ -109,9 +109,9 @@ def measure(name: str, batch_size: int, block: int, blocks: int) -> dict[str, li
     """Seconds of each block by loop, without the first few."""
     steps = block * (blocks + WARM_BLOCKS)
     others = {other: bare_loop(network(name), random_batches(batch_size), steps) for other in ("bare", "bare again")}
-    watch = Interleaved(others, block)
-    fit(Attachment(network(name)), random_batches(batch_size), Training(), steps=steps, watch=watch, seed=SEED)
-    return {loop: seconds[WARM_BLOCKS:] for loop, seconds in watch.seconds.items()}
+    progress = Interleaved(others, block)
+    fit(Attachment(network(name)), random_batches(batch_size), Training(), steps=steps, progress=progress, seed=SEED)
+    return {loop: seconds[WARM_BLOCKS:] for loop, seconds in progress.seconds.items()}
 
 
 def main() -> None:

@@ -114,13 +114,13 @@ def measure(contender: Contender, sparsity: float, seed: int) -> None:
     if rows.known(RESULT, identity, anywhere=True):
         return
     given = training.recipe(contender.stage(sparsity, seed), seed=seed)
-    walk, told = training.walked(given, RESULT, cifar(IMAGES))
-    found, weights = zeros(walk.model)
+    experiment, told = training.walked(given, RESULT, cifar(IMAGES))
+    found, weights = zeros(experiment.model)
     # a rule that gives each layer its share rounds in each
-    rounded = len(prunable(walk.model)) / 2 if contender.methods else 0
+    rounded = len(prunable(experiment.model)) / 2 if contender.methods else 0
     assert abs(found - sparsity * weights) <= rounded + 0.5, f"{found} of {weights} weights are zero, not {sparsity}"
     last = told["validation_by_epoch"][-LAST:]
-    reached = training.accuracy_on_test(walk)
+    reached = training.accuracy_on_test(experiment)
     numbers = {
         "accuracy": reached,
         "zeros": found,

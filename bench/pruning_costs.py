@@ -40,6 +40,7 @@ from tersor.methods.rigl import RigL
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.channel_groups import coupled_channels, merged, remove
 from tersor.pruning.topk import masks
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
 
 RESULT = "pruning_costs"
@@ -87,9 +88,8 @@ def plain() -> Step:
 
 def masked(name: str) -> Step:
     """The step of a method, with its hooks around it."""
-    attached = METHODS[name].attach(TRAINED["resnet20"].network(), steps=STEPS)
-    for _ in attached.begin():
-        pass
+    attached = METHODS[name].attach(TRAINED["resnet20"].network(), AttachContext(steps=STEPS))
+    attached.begin()
     objective = Objective(attached.model, attached.terms, label_weight=attached.label_weight, autocast=PRECISION)
     set_layout(objective.train(), torch.channels_last)
     optimizer = sgd(objective)

@@ -29,6 +29,7 @@ from tersor.methods.channel_pruning import ChannelPruning
 from tersor.pruning.channel_groups import Group
 from tersor.pruning.channel_importance import importances
 from tersor.pruning.channel_selection import removable
+from tersor.training.context import AttachContext
 
 RESULT = "pruning_losses"
 SUBJECT = TRAINED["resnet56"]
@@ -82,8 +83,8 @@ def said() -> tuple[list[Group], list[Tensor]]:
 
 def pruned(method: ChannelPruning) -> tuple[float, float]:
     """KL divergence of what is left from the original, and how many times fewer MACs it has."""
-    attached = method.attach(SUBJECT.network(), data=batches())
-    list(attached.begin())
+    attached = method.attach(SUBJECT.network(), AttachContext(data=batches()))
+    attached.begin()
     graph, before = original()
     after = answers(attached.model.eval())
     fewer = costs(graph, EXAMPLE).macs / costs(attached.model, EXAMPLE).macs

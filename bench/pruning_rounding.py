@@ -27,6 +27,7 @@ from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import measure_latency
 from tersor.evaluation.session import open_session
 from tersor.methods.channel_pruning import ChannelPruning
+from tersor.training.context import AttachContext
 
 RESULT = "pruning_rounding"
 ROUNDINGS = (1, 4, 8, 16)
@@ -37,7 +38,7 @@ SUBJECTS = TRAINED | IMAGENET
 def cut(subject: Subject, round_to: int, keep: float) -> nn.Module:
     """The network with `keep` of its MACs at most, by magnitude; no group below a twentieth, so that 16 can go far."""
     method = ChannelPruning(keep_macs=keep, round_to=round_to, scope="global", floor=0.05)
-    return method.attach(subject.network(), data=[subject.calibration(0)]).model.eval()
+    return method.attach(subject.network(), AttachContext(data=[subject.calibration(0)])).model.eval()
 
 
 def measure(subject: Subject, runtime: Runtime, keep: float, batch: int, seconds: float) -> None:

@@ -49,6 +49,7 @@ from tersor.evaluation.latency import measure_latency
 from tersor.evaluation.session import open_session
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.loop import fit, steps_per_epoch
 from tersor.training.method import Method, chain
 from tersor.training.options import Training
@@ -76,8 +77,8 @@ def methods(times: float) -> list[Method]:
 def attached(chosen: Sequence[Method], model: nn.Module, seed: int, steps: int) -> Attachment:
     """The methods, begun."""
     calm = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=seed)
-    found = chain(chosen, model, data=calm, teacher=SUBJECT.network(), steps=steps)
-    list(found.begin())
+    found = chain(chosen, model, AttachContext(data=calm, teacher=SUBJECT.network()), steps=steps)
+    found.begin()
     return found
 
 

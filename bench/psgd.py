@@ -33,6 +33,7 @@ from tersor.methods.adaround import AdaRound
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.quantization.grid import Grid, to_integers
 from tersor.quantization.observers import weight_grid
+from tersor.training.context import AttachContext
 from tersor.training.method import Method
 
 RESULT = "psgd"
@@ -60,9 +61,8 @@ def rounded(model: nn.Module, bits: int) -> nn.Module:
 def laid(model: nn.Module, method: Method) -> nn.Module:
     """A copy with a method that needs no training."""
     images = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=0)
-    attached = method.attach(copy.deepcopy(model), data=images, target=Target(cpu="vnni"))
-    for _ in attached.begin():
-        pass
+    attached = method.attach(copy.deepcopy(model), AttachContext(data=images, target=Target(cpu="vnni")))
+    attached.begin()
     return attached.model
 
 
@@ -84,8 +84,8 @@ def _batches(which: str) -> Batches:
 def trained(methods: list[Numbers], seed: int) -> tuple[nn.Module, Numbers]:
     """The network after the last epoch, and what its stage told."""
     stage = {"epochs": EPOCHS, "optimizer": {"learning_rate": RATE}, "methods": methods}
-    walk, told = training.walked(training.recipe(stage, seed=seed), RESULT)
-    return walk.model, told
+    experiment, told = training.walked(training.recipe(stage, seed=seed), RESULT)
+    return experiment.model, told
 
 
 def drawn(bits: int, scale: float, **other: str) -> list[Numbers]:

@@ -31,6 +31,7 @@ from tersor.deploy.onnx import export
 from tersor.evaluation.latency import measure_latency, predictions, size_bytes
 from tersor.evaluation.session import Array, Session, open_session
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 
 RESULT = "ptq"
 FOLDER = tempfile.TemporaryDirectory(prefix="tersor-ptq-")  # goes with the process
@@ -75,8 +76,8 @@ def made_by_tersor(subject: Subject, runtime: Any, images: Tensor, path: Path) -
     """As a user writes it."""
     model = subject.network()
     start = time.perf_counter()
-    attached = PTQ().attach(model, data=images.split(50), target=Target(runtime=runtime))
-    list(attached.begin())
+    attached = PTQ().attach(model, AttachContext(data=images.split(50), target=Target(runtime=runtime)))
+    attached.begin()
     calibrated = time.perf_counter()
     export(attached.model, images, path)
     return Made(path, calibrated - start, time.perf_counter() - start)

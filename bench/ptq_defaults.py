@@ -23,6 +23,7 @@ from images import MEAN, STD, TRAINED, Subject, cifar
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 
 RESULT = "ptq_defaults"
 SEEDS = (0, 1, 2)
@@ -78,8 +79,8 @@ def reference(subject: Subject, count: int) -> Tensor:
 def quantized(subject: Subject, runtime: Any, option: dict[str, Any], seed: int) -> nn.Module:
     """Calibrated with as many images as the option says, or the default."""
     images = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=seed)
-    attached = PTQ(**option).attach(subject.network(), data=images, target=Target(runtime=runtime))
-    list(attached.begin())
+    attached = PTQ(**option).attach(subject.network(), AttachContext(data=images, target=Target(runtime=runtime)))
+    attached.begin()
     return attached.model
 
 

@@ -44,6 +44,7 @@ from tersor.evaluation.session import open_session
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 from tersor.training.method import Method
 
 RESULT = "quantization"
@@ -147,9 +148,10 @@ def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
         model = PEERS[rung](network, drawn, bits, activation_bits)
     else:
         network.to("cuda" if torch.cuda.is_available() else "cpu")
-        attached = LADDER[rung](bits, activation_bits).attach(network, data=images, target=Target(cpu="vnni"))
-        for _ in attached.begin():
-            pass
+        attached = LADDER[rung](bits, activation_bits).attach(
+            network, AttachContext(data=images, target=Target(cpu="vnni"))
+        )
+        attached.begin()
         model = attached.model.cpu()
     seconds = time.perf_counter() - begun
     answers, before = _answers(model), _in_float()
@@ -178,8 +180,8 @@ def trained(name: str, *, again: bool) -> None:
     }
     teacher = "original" if any("soft_targets" in each for each in wanted["methods"]) else None
     given = training.recipe(stage, scratch=bool(wanted.get("scratch")), teacher=teacher)
-    walk, told = training.walked(given, RESULT)
-    reached = training.accuracy_on_test(walk)
+    experiment, told = training.walked(given, RESULT)
+    reached = training.accuracy_on_test(experiment)
     numbers = {"accuracy": reached, "minutes": told["minutes"], "precision": told["precision"], "n": 1}
     rows.add(RESULT, identity, {**numbers, "spread": rows.spread([reached])}, [0])
     print(f"{name}: {reached:.2f} %, {told['minutes']:.1f} minutes", flush=True)
@@ -192,14 +194,15 @@ def depthwise() -> None:
     if all(rows.known(RESULT, identity) for identity in wanted):
         return
     stage = {"epochs": 15, "optimizer": {"learning_rate": 0.05}}
-    walk, told = training.walked(training.recipe(stage, network="mobilenet_v2", scratch=True), RESULT)
+    experiment, told = training.walked(training.recipe(stage, network="mobilenet_v2", scratch=True), RESULT)
     images = next(iter(Batches(cifar().train, 512, mean=MEAN, std=STD, shuffle=True, seed=0))).images.contiguous()
     for identity in wanted:
-        network = copy.deepcopy(walk.model)
+        network = copy.deepcopy(experiment.model)
         if identity["bits"] == 8:
-            attached = PTQ().attach(network, data=images.split(64), target=Target(runtime=identity["runtime"]))
-            for _ in attached.begin():
-                pass
+            attached = PTQ().attach(
+                network, AttachContext(data=images.split(64), target=Target(runtime=identity["runtime"]))
+            )
+            attached.begin()
             network = attached.model
         reached = _by_runtime(network, identity["runtime"])
         numbers = {"accuracy": reached, "minutes": told["minutes"], "n": 1, "spread": rows.spread([reached])}
@@ -234,9 +237,8 @@ def packed(batches: Sequence[int] = (1, 32, 128)) -> None:
 
 def _exported(model: nn.Module, bits: int, runtime: Any, made: Path) -> Path:
     images = TRAINED["resnet56"].calibration(0)
-    attached = PTQ(bits=bits).attach(model, data=images.split(50), target=Target(runtime=runtime))
-    for _ in attached.begin():
-        pass
+    attached = PTQ(bits=bits).attach(model, AttachContext(data=images.split(50), target=Target(runtime=runtime)))
+    attached.begin()
     return export(attached.model, images, made / f"{runtime}-{bits}.onnx")
 
 

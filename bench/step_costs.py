@@ -31,6 +31,7 @@ from tersor import methods as registry
 from tersor.core.device import keep_freed_memory, precision_for, set_layout
 from tersor.data import Batches
 from tersor.data.batch import Batch
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
 
 RESULT = "step_costs"
@@ -72,9 +73,8 @@ def by_tersor(name: str) -> Step:
     """A step of a method with its defaults."""
     images = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=0)
     cls: Any = registry.get(name)
-    attached = cls().attach(network(), data=images, steps=STEPS)
-    for _ in attached.begin():
-        pass
+    attached = cls().attach(network(), AttachContext(data=images, steps=STEPS))
+    attached.begin()
     objective = Objective(attached.model, attached.terms, label_weight=attached.label_weight, autocast=PRECISION)
     set_layout(objective.train(), torch.channels_last)
     optimizer = sgd(objective)

@@ -10,6 +10,7 @@ from tersor.evaluation.costs import accuracy, costs
 from tersor.graph.strip import strip
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
+from tersor.training.context import AttachContext
 
 
 def main(epochs: int = 4, sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)) -> None:
@@ -22,9 +23,8 @@ def main(epochs: int = 4, sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)) -> N
     test = Batches(digits.test, 500, mean=digits.mean, std=digits.std)
     model = build("resnet20", 10)
     for sparsity in (0.0, *sparsities):
-        attached = WeightPruning(sparsity=sparsity, scope="global").attach(model)
-        for _ in attached.begin():  # masks what is smallest now; what was masked before stays
-            pass
+        attached = WeightPruning(sparsity=sparsity, scope="global").attach(model, AttachContext())
+        attached.begin()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
         for epoch in range(epochs):
             batches.set_epoch(epoch)

@@ -12,6 +12,7 @@ from torch import nn
 import tersor
 from tersor.data import Batches, load
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 
 
 def trained(batches: Batches, epochs: int) -> nn.Module:
@@ -45,9 +46,8 @@ def main(folder: Path, epochs: int = 10) -> None:
     example = next(iter(test)).images
     tersor.export(model, example, folder / "original.onnx")
 
-    attached = PTQ(bits=8).attach(model, data=batches)
-    for progress in attached.begin():
-        print(f"{progress.what}: {progress.done} of {progress.total} images")
+    attached = PTQ(bits=8).attach(model, AttachContext(data=batches))
+    attached.begin()  # calibrates
     attached.finish()
     tersor.export(attached.model, example, folder / "model.onnx", classes=digits.classes)
 

@@ -9,6 +9,7 @@ from tersor.data import Batches, load
 from tersor.evaluation.costs import accuracy
 from tersor.methods.soft_targets import SoftTargets
 from tersor.models import build
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
 
 
@@ -43,7 +44,7 @@ def main(epochs: int = 6, sizes: tuple[str, str] = ("resnet32", "resnet20")) -> 
     teacher = train(Objective(build(sizes[0], 10)), batches, epochs)
 
     student = build(sizes[1], 10)
-    attached = SoftTargets(temperature=4).attach(student, teacher=teacher)
+    attached = SoftTargets(temperature=4).attach(student, AttachContext(teacher=teacher))
     objective = Objective(student, attached.terms, teacher, label_weight=attached.label_weight)
     train(objective, batches, epochs)
 

@@ -16,7 +16,7 @@ from tersor.cli import app
 from tersor.core.progress import NullProgress
 from tersor.data.image_sets import View
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import Experiment
+from tersor.pipeline.stages import Experiment, run_stages, train_teacher
 from tersor.recipe import read
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "papers"
@@ -57,13 +57,14 @@ def brief(path: Path) -> Experiment:
     training = recipe.teacher.training.model_copy(update=small)
     teacher = recipe.teacher.model_copy(update={"epochs": 1, "training": training})
     given = recipe.model_copy(update={"stages": stages, "teacher": teacher})
-    walk = prepare(given, model=None, data=None, watch=NullProgress())
-    walk.data = replace(walk.data, train=View(walk.data.train, torch.arange(32)))
-    assert walk.teacher is not None
-    for module in walk.teacher.modules():
+    experiment = prepare(given, model=None, data=None, progress=NullProgress())
+    few = View(experiment.data.train, torch.arange(32))
+    experiment = replace(experiment, data=replace(experiment.data, train=few))
+    assert experiment.teacher is not None
+    for module in experiment.teacher.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # else two steps leave it with statistics that let 27 blocks overflow
-    return walk
+    return experiment
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -75,11 +76,11 @@ def test_it_is_explained_and_takes_two_steps(path, tmp_path):
     by_layers = not path.stem.startswith("dkd")
     assert (" of the teacher." in " ".join(explained.output.split())) == by_layers, "which layers teach is told"
 
-    walk, checkpoints = brief(path), Checkpoints(tmp_path)
-    before = {name: value.clone() for name, value in walk.model.state_dict().items()}
-    walk.train_teacher(NullProgress(), checkpoints)
-    (told,) = walk.stages(NullProgress(), checkpoints)
-    assert told["steps"] == 2
-    assert all(np.isfinite(value) for value in told["losses"].values())
-    assert len(told["losses"]) == 2, "the labels' loss and the method's"
-    assert not any(value.equal(before[name]) for name, value in walk.model.named_parameters())
+    experiment, checkpoints = brief(path), Checkpoints(tmp_path)
+    before = {name: value.clone() for name, value in experiment.model.state_dict().items()}
+    experiment = replace(experiment, teacher=train_teacher(experiment, checkpoints, NullProgress()))
+    model, (record,) = run_stages(experiment, checkpoints, NullProgress())
+    assert record.steps == 2
+    assert all(np.isfinite(value) for value in record.training["losses"].values())
+    assert len(record.training["losses"]) == 2, "the labels' loss and the method's"
+    assert not any(value.equal(before[name]) for name, value in model.named_parameters())

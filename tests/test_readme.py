@@ -14,6 +14,7 @@ from tersor.cli import main
 from tersor.data.batch import Batch
 from tersor.methods import get
 from tersor.recipe import Network, parse, read, write
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ def test_the_method_of_contributing_is_one(tmp_path, monkeypatch):
     (tmp_path / "logit_matching.py").write_text(blocks("CONTRIBUTING.md", "python")[0])
     monkeypatch.syspath_prepend(tmp_path)
     student, teacher = network(4), network(8)
-    attached = get("logit_matching:LogitMatching")(loss_weight=0.5).attach(student, teacher=teacher)
+    attached = get("logit_matching:LogitMatching")(loss_weight=0.5).attach(student, AttachContext(teacher=teacher))
     objective = Objective(student, attached.terms, teacher, label_weight=attached.label_weight).eval()
     images = torch.randn(5, 3, 8, 8)
     losses = objective(Batch(images, torch.arange(5)))

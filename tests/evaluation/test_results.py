@@ -63,7 +63,15 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "installed_runtimes", lambda: runtimes)
         stages = {1: (model, tmp_path / "1.onnx")}
         found, _ = measure(
-            model, model, tmp_path, test, Target(runtime=target), seed=0, watch=NullProgress(), stages=stages, seconds=7
+            model,
+            model,
+            tmp_path,
+            test,
+            Target(runtime=target),
+            seed=0,
+            progress=NullProgress(),
+            stages=stages,
+            seconds=7,
         )
         assert json.loads(json.dumps(found))
         return found, wanted
