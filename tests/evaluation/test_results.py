@@ -56,7 +56,7 @@ def run(tmp_path, monkeypatch):
         wanted.extend([ratio.value for ratio in ratios(timings, size)] for size in BATCH_SIZES)
         return timings
 
-    monkeypatch.setattr(module, "latency", latency)
+    monkeypatch.setattr(module, "measure_latency", latency)
     monkeypatch.setattr(module, "footprint", lambda *_given, **_options: Footprint(1, 1.0))
 
     def measured(target, runtimes):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from recorded_progress import RecordedProgress
+from recorded_progress import RecordedProgress, Task
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.core.target import Target
@@ -137,8 +137,7 @@ def test_bits_are_those_that_cost_least_as_measured(average):
     assert attached.metrics == {"bits": found, "average_bits": pytest.approx(mean(found))}
     assert attached.notes[0].startswith("bits of the weights: ")
     assert f"{mean(found):.2f} on average" in attached.notes[0]
-    measured = [step for step in progress if step.what == "sensitivity"]
-    assert [(step.done, step.total) for step in measured] == [(n, 24) for n in range(1, 25)]
+    assert [task for task in progress if task.name == "sensitivity"] == [Task("sensitivity", 24, [*range(1, 25)])]
 
 
 def test_weights_and_activations_lie_on_their_grids():
@@ -167,7 +166,7 @@ def test_the_ends_may_have_bits_of_their_own_which_count():
     found = bits_of(attached.model)
     assert found["conv1"] == found["linear"] == 8
     assert mean(found) <= 4.5
-    assert {step.total for step in progress if step.what == "sensitivity"} == {12}, "nothing to choose at the ends"
+    assert {task.total for task in progress if task.name == "sensitivity"} == {12}, "nothing to choose at the ends"
     with pytest.raises(InputError, match=r"average_bits: 3 cannot be met.*3\.37 on average.*first_last_bits"):
         MixedPrecision(average_bits=3, first_last_bits=8).attach(Small().eval(), AttachContext(data=[images()]))
     with pytest.raises(InputError, match=r"average_bits: 3\.5 cannot be met.*4\.00 on average.*`widths`\.$"):

@@ -228,7 +228,7 @@ def test_it_takes_over_the_grids_of_a_stage_before():
 
 
 def test_in_one_stage_with_ptq():
-    found = chain([PTQ(bits=4), QAT(bits=4)], Small().eval(), AttachContext(data=Loader()), steps=4, target=VNNI)
+    found = chain([PTQ(bits=4), QAT(bits=4)], Small().eval(), AttachContext(data=Loader(), steps=4, target=VNNI))
     found.begin()
     assert all(edge.enabled and float(edge.high) > 0 for edge in edges(found.model))
 
@@ -304,7 +304,7 @@ def test_without_images_it_says_what_to_pass():
 
 def test_zeros_of_a_mask_stay_zeros_on_the_grid():
     methods = [WeightPruning(sparsity=0.8, sparsity_schedule="cubic", every=1), QAT(bits=4, first_last_bits=4)]
-    found = chain(methods, Small().eval(), AttachContext(data=Loader()), steps=8, target=VNNI)
+    found = chain(methods, Small().eval(), AttachContext(data=Loader(), steps=8, target=VNNI))
     found.begin()
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=8)
     found.finish()

@@ -67,7 +67,7 @@ def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
         assert [round(ratio.value, 6) for ratio in ratios(timings, 1)] == [2, 2], "original and baseline"
         return timings
 
-    monkeypatch.setattr(module, "latency", latency)
+    monkeypatch.setattr(module, "measure_latency", latency)
     tables = list(module.timed([tmp_path / "one.onnx", tmp_path / "two.onnx"], 1.0))
     assert [(each.batch_size, each.rounds, each.ended_by) for each in tables] == [
         (size, 3, "interval") for size in BATCH_SIZES
@@ -90,7 +90,7 @@ def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
         return Timings({name: {size: [[1.0], [1.0]] for size in BATCH_SIZES} for name in contenders},
                        dict.fromkeys(BATCH_SIZES, "time"))  # fmt: skip
 
-    monkeypatch.setattr(module, "latency", latency)
+    monkeypatch.setattr(module, "measure_latency", latency)
     monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
     tables = list(module.timed([tmp_path / "8.onnx", tmp_path / "16.onnx"], 1.0))
     assert shapes == [((1, 3, 8, 8), ["8"]), ((1, 3, 16, 16), ["16"])]

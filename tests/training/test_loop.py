@@ -434,7 +434,7 @@ def test_a_warm_up_as_long_as_the_stage_is_an_error():
 
 
 def test_asking_nothing_is_an_error():
-    with pytest.raises(InputError, match="nothing is asked"):
+    with pytest.raises(InputError, match="no loss: label_weight is 0"):
         fit(Attachment(linear(), label_weight=0.0), Toy(), Training(), steps=1)
 
 

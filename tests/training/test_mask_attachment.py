@@ -200,7 +200,7 @@ def test_one_stage_one_method_that_masks_a_layer():
     apart = chain([DPF(layers=("0",)), WeightPruning(layers=("2",))], network(), AttachContext(steps=10))
     assert [len(part.masked) for part in apart.parts] == [1, 1]
     apart.begin()
-    assert [len(told["steps"]) for told in apart.told["masks"]] == [0, 1], "each tells of its own"
+    assert [len(told["steps"]) for told in apart.metrics["masks"]] == [0, 1], "each tells of its own"
     model = network()
     chain([WeightPruning(sparsity=0.5)], model, AttachContext())
     chain([DPF(sparsity=0.8)], model, AttachContext(steps=10))

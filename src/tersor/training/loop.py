@@ -94,32 +94,31 @@ def fit(
     once: BatchSource | None = None,
     curve: AccuracyCurve | None = None,
 ) -> Fitted:
-    """Trains `attachment.model` in place on the device that accelerate finds; it comes back in eval, where it was.
+    """Train `attachment.model` in place, on the device that accelerate selects, and return it to eval mode.
 
-    `attachment.begin` was run before, and `attachment.finish` is called afterwards, by the caller.
+    The caller runs `attachment.begin` before and `attachment.finish` afterwards.
 
     Args:
-        attachment: the model, its loss terms and its hooks, which are gone afterwards.
-        batches: this process's share of the images; all come to the same weights, masks and grids.
-        training: optimizer, schedule and the rest of a stage.
+        attachment: the model, its loss terms and its hooks, which are removed afterwards.
+        batches: this process's share of the images; all processes end with the same weights, masks and grids.
+        training: optimizer, schedule and the other options of a stage.
         steps: optimizer steps in total.
-        teacher: what the terms compare with; always in eval, and its parameters ask for no gradient any more.
-        progress: reports the progress.
-        seed: of the numbers that modules and methods draw (dropout); the order of the data has its own.
+        teacher: the network to learn from, in eval mode and without gradients.
+        progress: reports steps, losses and the learning rate.
+        seed: seed of random numbers in modules and methods (dropout); the order of the data has a seed of its own.
         task: its name in the progress.
-        keeper: where this training goes on from, and what keeps it every few steps and when Ctrl-C is pressed.
-        once: all images in their order, where they come as they are in every epoch: the teacher is asked about them
-            before the first step, and what it gives is kept.
-        curve: measures the network every few steps, and has its values afterwards.
+        keeper: holds the state to resume from, and saves the state every few steps and on Ctrl-C.
+        once: all images in order, for data without augmentation: the teacher's outputs are computed once and cached.
+        curve: measures validation accuracy every few steps.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; with a keeper, after the step was ended and kept.
-        InputError: there is no batch, no loss, nothing but warm-up, or too little memory.
-        NonFiniteLoss, NonFiniteWeights: a loss is infinite or NaN, or what the last step leaves.
+        KeyboardInterrupt: Ctrl-C; with a keeper, after the step was finished and saved.
+        InputError: no batch, no loss, a warm-up longer than the training, or too little memory.
+        NonFiniteLoss, NonFiniteWeights: a loss or a weight is infinite or NaN.
         ProcessLost: another process has died.
     """
     if not attachment.terms and not attachment.label_weight:
-        raise InputError("nothing is asked of the network: label_weight is 0 and no method adds a loss.")
+        raise InputError("no loss: label_weight is 0 and no method adds one.")
     rates = learning_rates(batches, training, steps)
     # without labels nothing may ask the classifier: a term may look at layers alone
     of_several = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
