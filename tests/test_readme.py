@@ -77,14 +77,23 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))],
-)
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_links_lead_to_files(document):
-    text = (ROOT / document).read_text()
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)
-    assert not [target for target in targets if not ((ROOT / document).parent / target).exists()]
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text())
+    assert not [target for target in targets if not (document.parent / target).exists()]
+
+
+def test_the_index_lists_every_decision():
+    folder = ROOT / "docs" / "decisions"
+    records = sorted(folder.glob("[0-9]*.md"))
+    assert re.findall(r"\]\((\d{4}-[^)]+)\)", (folder / "README.md").read_text()) == [path.name for path in records]
+    for number, path in enumerate(records, 1):
+        assert path.name.startswith(f"{number:04}-")
+        assert re.match(rf"# {number}\. .+\n\nDate: \d{{4}}-\d\d-\d\d\n\n## Context\n", path.read_text())
+        assert re.findall(r"^## (\w+)", path.read_text(), re.MULTILINE) == ["Context", "Decision", "Consequence"]
 
 
 def given(path):
