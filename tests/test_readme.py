@@ -13,10 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tersor.cli import main
-from tersor.data.batch import Batch
-from tersor.methods import get, names
+from tersor.methods import names
 from tersor.recipe import Network, parse, read, write
-from tersor.training.objective import Objective
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,7 +94,7 @@ def test_the_index_lists_every_decision():
         assert re.findall(r"^## (\w+)", path.read_text(), re.MULTILINE) == ["Context", "Decision", "Consequence"]
 
 
-def given(path):
+def overrides(path):
     """Return an override for every value that a shipped recipe leaves to its user."""
     yaml = YAML(typ="safe").load(path)
     missing = [
@@ -107,16 +105,16 @@ def given(path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_recipe_is_valid(path):
-    recipe = read(path, given(path))
+    recipe = read(path, overrides(path))
     assert parse(write(recipe), "written") == recipe
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_recipe_names_no_file_of_ours(path):
-    recipe = read(path, given(path))
+    recipe = read(path, overrides(path))
     networks = [each for each in (recipe.model, recipe.teacher) if isinstance(each, Network)]
     named = {recipe.data.folder, recipe.data.root, *(network.weights for network in networks)} - {None}
-    assert {str(file) for file in named} == ({"given"} if given(path) else set())
+    assert {str(file) for file in named} == ({"given"} if overrides(path) else set())
 
 
 def test_all_missing_values_of_a_recipe_are_reported_together(capfd, monkeypatch):
@@ -126,18 +124,3 @@ def test_all_missing_values_of_a_recipe_are_reported_together(capfd, monkeypatch
     message = capfd.readouterr().err
     assert "values are missing: model.weights, data.folder." in message
     assert "--set model.weights=... --set data.folder=..." in message
-
-
-def test_the_method_of_contributing_is_one(tmp_path, monkeypatch):
-    (tmp_path / "logit_matching.py").write_text(blocks("CONTRIBUTING.md", "python")[0])
-    monkeypatch.syspath_prepend(tmp_path)
-    student, teacher = network(4), network(8)
-    attached = get("logit_matching:LogitMatching")(loss_weight=0.5).attach(student, teacher=teacher)
-    objective = Objective(student, attached.terms, teacher, label_weight=attached.label_weight).eval()
-    images = torch.randn(5, 3, 8, 8)
-    losses = objective(Batch(images, torch.arange(5)))
-    expected = 0.5 * ((student(images) - teacher(images)) ** 2).mean()
-    assert torch.equal(losses["logit_matching"], expected)
-    assert set(losses) == {"labels", "logit_matching"}
-    losses["logit_matching"].backward()
-    assert student[0].weight.grad.abs().sum() > 0
