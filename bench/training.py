@@ -1,4 +1,4 @@
-"""What benchmarks that train have in common: one stage on CIFAR-10, walked through; interrupted, it goes on later."""
+"""Shared by benchmarks that train: one stage on CIFAR-10 that resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Numbers = dict[str, Any]
 
 
 def weights_of(network: str) -> Path:
-    """The file of a trained network."""
+    """Return the weights file of a trained network."""
     return SHARED / "models" / f"{network}-cifar10-jpeg.safetensors"
 
 
@@ -33,7 +33,7 @@ def recipe(
     teacher: str | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """One stage of training on augmented images, of a trained network or from `scratch`."""
+    """Return one stage of training on augmented images, from a trained network or from `scratch`."""
     weights = {} if scratch else {"weights": weights_of(network)}
     return Recipe.model_validate(
         {
@@ -53,13 +53,13 @@ def walked(
     *,
     begun: Callable[[Experiment], None] = lambda _walk: None,
 ) -> tuple[Experiment, Numbers]:
-    """The walk through a recipe of one stage at its end, and what the stage told.
+    """Run a recipe of one stage; return the experiment at its end and the stage's metrics.
 
     Args:
-        given: the recipe; interrupted, it goes on from its last checkpoint when it is given again.
-        result: the file of results that it is for.
-        images: all that there are if left.
-        begun: is called with the walk before its first step.
+        given: the recipe; after an interruption it continues from its last checkpoint.
+        result: the file of results that it belongs to.
+        images: all images by default.
+        begun: called with the experiment before the first step.
     """
     walk = prepare(given, model=None, data=images or cifar(), watch=NullProgress())
     begun(walk)
@@ -70,5 +70,5 @@ def walked(
 
 
 def accuracy_on_test(walk: Experiment) -> float:
-    """Percent of the 10,000 test images that the network answers right, computed in torch."""
+    """Return the test accuracy on 10,000 images in percent, computed in torch."""
     return accuracy(walk.model, walk.batches(walk.data.test, EVALUATION_BATCH))
