@@ -25,7 +25,7 @@ FOLDER = rows.ROOT / "docs" / "figures"
 FACTORS = {0.25: "factors, k = 0.25", 0.5: "factors, k = 0.5", 0.75: "factors, k = 0.75", 1.0: "factors, k = 1"}
 SOFT = {1.0: "soft targets, T = 1", 2.0: "soft targets, T = 2", 4.0: "soft targets", 8.0: "soft targets, T = 8",
         16.0: "soft targets, T = 16"}  # fmt: skip
-SWINGING = {"iterative": "kept", "dpf": "dpf", "dcil": "dcil"}
+SWINGING = {"iterative": "fixed masks", "dpf": "dpf", "dcil": "dcil"}
 """Contenders of bench/pruning.py, and how each treats masked weights."""
 BITS = (8, 4, 2)
 BATCH = 32
@@ -35,8 +35,8 @@ RATE = 0.02
 COLOURS = ("#0067a5", "#b44a00", "#00785a", "#8a5a93", "#c47f00", "#5d6268", "#a03060")
 RUNGS = {
     "min-max": "min-max",
-    "mse, of activations + equalisation, bias correction": "mse, equalisation, bias correction",
-    "ptq": "ptq as it comes",
+    "mse, of activations + equalisation, bias correction": "mse, equalization, bias correction",
+    "ptq": "ptq, defaults",
     "adaround": "adaround",
     "brecq": "brecq",
     "qdrop": "QDrop",
@@ -63,7 +63,7 @@ def found() -> Found:
 def panel(axes: Any, told: Found, names: Mapping[float, str], label: str) -> None:
     """Draw accuracy over one parameter, and the student alone."""
     alone = [row["accuracy"] for row in told["alone"].values()]
-    axes.axhspan(min(alone), max(alone), color="0.88", label=f"alone, {len(alone)} seeds")
+    axes.axhspan(min(alone), max(alone), color="0.88", label=f"student alone, {len(alone)} seeds")
     known = {at: told[name] for at, name in names.items() if name in told}
     axes.plot(list(known), [seeds[0]["accuracy"] for seeds in known.values()], "o-", color=COLOURS[0], label="seed 0")
     for at, seeds in known.items():
@@ -126,9 +126,9 @@ def on_grids(axes: Any, told: Sequence[rows.Row]) -> None:
         known = {bits: reached[f"{name}, W{bits}A{bits}"] for bits in BITS if f"{name}, W{bits}A{bits}" in reached}
         spanned(axes, [BITS.index(bits) for bits in known], [[value] for value in known.values()], colour, name)
     if "in float" in reached:
-        axes.axhline(reached["in float"], color="0.6", ls="--", label="in float, trained as long")
+        axes.axhline(reached["in float"], color="0.6", ls="--", label="float, trained as long")
     names = [f"W{bits}A{bits}" for bits in BITS]
-    axes.set(xticks=range(len(BITS)), xticklabels=names, ylabel="accuracy, %", title="trained on the grid")
+    axes.set(xticks=range(len(BITS)), xticklabels=names, ylabel="accuracy, %", title="quantization-aware training")
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -159,7 +159,7 @@ def swinging(above: Any, below: Any, told: Sequence[rows.Row]) -> None:
             at = [step * len(epochs) / mine[0]["steps"] for step in masks["steps"]]
             above.plot(at, [100 * value for value in masks["changed"]], color=colour, lw=1)
     above.set_yscale("symlog", linthresh=0.01)
-    above.set(ylabel="masks changed, %", ylim=(0, None), title=f"{100 * sparsity:g} % of the weights masked")
+    above.set(ylabel="changed masks, %", ylim=(0, None), title=f"{100 * sparsity:g} % of the weights masked")
     above.tick_params(labelbottom=False)
     below.set(xlabel="epoch", ylabel="validation accuracy, %")
     below.legend(frameon=False, fontsize=8)
@@ -186,17 +186,20 @@ def over_sparsity(axes: Any, told: Sequence[rows.Row]) -> None:
 def over_latency(axes: Any, told: Sequence[rows.Row]) -> None:
     """Draw accuracy over latency at one batch size, a mark for each row of the recipe's learning rate and runtime.
 
-    The latencies are those of the machine that timed last. Networks trained from scratch are left out: they are far
-    below.
+    The latencies come from the last machine that timed all contenders, and belong to removal by magnitude. Networks
+    trained from scratch are left out: they are far below.
     """
     timed = of_kind("pruning_structured", "milliseconds")
+    machine = [row["machine"] for row in timed if row["artifact"] == "resnet20, distilled"][-1]
     milliseconds = {
         (row["artifact"], row["times"], row["runtime"]): row["milliseconds"]
         for row in timed
-        if row["batch"] == BATCH and row["machine"] == timed[-1]["machine"]
+        if row["batch"] == BATCH and row["machine"] == machine
     }
     runtimes = dict(zip(dict.fromkeys(runtime for _, _, runtime in milliseconds), "os^", strict=False))
-    equal = [row for row in told if row.get("learning_rate") == RATE and "minutes" in row["budget"]]
+    equal = [
+        row for row in told if row.get("learning_rate") == RATE and "minutes" in row["budget"] and "removal" not in row
+    ]
     for contender, colour in zip(dict.fromkeys(row["contender"] for row in equal), COLOURS, strict=False):
         axes.plot([], [], "-", color=colour, lw=4, label=contender)
         for row in equal:
