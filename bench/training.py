@@ -1,4 +1,4 @@
-"""What benchmarks that train have in common: one stage on CIFAR-10, walked through; interrupted, it goes on later."""
+"""Shared by benchmarks that train: one stage on CIFAR-10 that resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Numbers = dict[str, Any]
 
 
 def weights_of(network: str) -> Path:
-    """The file of a trained network."""
+    """Return the weights file of a trained network."""
     return SHARED / "models" / f"{network}-cifar10-jpeg.safetensors"
 
 
@@ -36,7 +36,7 @@ def recipe(
     teacher: str | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """One stage of training on augmented images, of a trained network or from `scratch`."""
+    """Return one stage of training on augmented images, from a trained network or from `scratch`."""
     weights = {} if scratch else {"weights": weights_of(network)}
     return Recipe.model_validate(
         {
@@ -56,12 +56,12 @@ def walked(
     *,
     prepared: Callable[[Experiment], Experiment] = lambda experiment: experiment,
 ) -> tuple[Experiment, Numbers]:
-    """The experiment of a recipe of one stage with its compressed model, and the record of the stage.
+    """Run a recipe of one stage; return the experiment at its end and the stage's metrics.
 
     Args:
-        given: the recipe; interrupted, it goes on from its last checkpoint when it is given again.
-        result: the file of results that it is for.
-        images: all that there are if left.
+        given: the recipe; after an interruption it continues from its last checkpoint.
+        result: the file of results that it belongs to.
+        images: all images by default.
         prepared: changes the experiment before its first step.
     """
     experiment = prepared(prepare(given, model=None, data=images or cifar(), progress=NullProgress()))
@@ -72,5 +72,5 @@ def walked(
 
 
 def accuracy_on_test(experiment: Experiment) -> float:
-    """Percent of the 10,000 test images that the network answers right, computed in torch."""
+    """Return the test accuracy on 10,000 images in percent, computed in torch."""
     return accuracy(experiment.model, experiment.batches(experiment.data.test, EVALUATION_BATCH))

@@ -1,4 +1,4 @@
-"""The papers' full protocols, as recipes: they are explained, and take two steps of a training on stand-in images."""
+"""The recipes with the papers' full protocols: `--explain` works, and two training steps run on stand-in images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,11 @@ from tersor.pipeline.stages import Experiment, run_stages, train_teacher
 from tersor.recipe import read
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "papers"
-GIVEN = ["data.root=anywhere"]
+OVERRIDES = ["data.root=anywhere"]
 
 
 def stand_in(classes: int) -> type:
-    """A data set as torchvision's CIFAR sets are, of 1,280 images to train on."""
+    """Return a stand-in for torchvision's CIFAR data sets, with 1,280 training images."""
 
     class StandIn:
         def __init__(self, root: str, train: bool) -> None:
@@ -49,8 +49,8 @@ def cifar(monkeypatch):
 
 
 def brief(path: Path) -> Experiment:
-    """The recipe with two small steps of each training."""
-    recipe = read(path, GIVEN)
+    """Set up the recipe with two small training steps per stage."""
+    recipe = read(path, OVERRIDES)
     assert recipe.teacher is not None
     small = {"batch_size": 16}
     stages = tuple(stage.model_copy(update={"epochs": 0, "steps": 2, **small}) for stage in recipe.stages)
@@ -68,13 +68,13 @@ def brief(path: Path) -> Experiment:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_it_is_explained_and_takes_two_steps(path, tmp_path):
-    explained = CliRunner().invoke(app, ["run", str(path), "--explain", "--set", *GIVEN])
+def test_explain_works_and_two_steps_run(path, tmp_path):
+    explained = CliRunner().invoke(app, ["run", str(path), "--explain", "--set", *OVERRIDES])
     assert explained.exit_code == 0, explained.output
     steps = {"at": "2,000", "dkd": "4,800", "ft": "1,640"}[path.stem.partition("-")[0]]
     assert explained.output.count(f"{steps} steps") == 2, explained.output
     by_layers = not path.stem.startswith("dkd")
-    assert (" of the teacher." in " ".join(explained.output.split())) == by_layers, "which layers teach is told"
+    assert (" of the teacher." in " ".join(explained.output.split())) == by_layers, "notes name the layers"
 
     experiment, checkpoints = brief(path), Checkpoints(tmp_path)
     before = {name: value.clone() for name, value in experiment.model.state_dict().items()}
