@@ -1,6 +1,6 @@
-"""The folder that a run leaves: written whole or not at all, and read only where nothing in it was damaged.
+"""The folder of an artifact: written atomically, and verified when it is read.
 
-`manifest.json` tells the version of tersor and, of every other file, its bytes and SHA-256.
+`manifest.json` holds the version of tersor, and the size and SHA-256 of every other file.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ class _Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder whose files were verified, or a bare model file.
+    """A verified folder, or a single model file.
 
     Attributes:
-        path: as it was given.
-        model: the file to serve.
-        files: the verified files by their names in the folder ("original.onnx", "numbers.json"); of a bare file
-            itself alone.
+        path: the path of the folder or file.
+        model: the file to deploy.
+        files: the verified files by name ("original.onnx", "numbers.json"); for a single file, only itself.
     """
 
     path: Path
@@ -63,31 +62,31 @@ class Artifact:
 
 
 def require_free(out: Path | str) -> None:
-    """Nothing lies at `out` yet, and a folder can be made there. Ask before the work begins.
+    """Check that the folder `out` does not exist and can be created.
 
     Raises:
-        InputError: it exists, or its place cannot be written to.
+        InputError: it exists or cannot be created.
     """
     out = Path(out)
     if os.path.lexists(out):
-        raise InputError(f"{out} exists already, and is not written over. Name another folder, or remove it.")
+        raise InputError(f"{out} already exists and is not overwritten. Choose another folder, or remove it.")
     ground = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
     if not ground.is_dir():
-        raise InputError(f"{out} cannot be made: {ground} is not a folder.")
+        raise InputError(f"cannot create {out}: {ground} is not a folder.")
     if not os.access(ground, os.W_OK | os.X_OK):
-        raise InputError(f"{out} cannot be made: {ground} may not be written to.")
+        raise InputError(f"cannot create {out}: no write permission in {ground}.")
 
 
 def write_folder(out: Path | str, fill: Callable[[Path], None], partial: Path | None = None) -> Path:
-    """Makes the folder `out` with what `fill` writes and a manifest; if anything fails, nothing is left.
+    """Create the folder `out` with a manifest; if anything fails, nothing is left behind.
 
     Args:
-        out: must not exist; folders above it are made.
-        fill: is given an empty folder beside `out`, which becomes `out` by one rename when all is there.
-        partial: where that folder is, on the same disk; what a process that was killed has left there is emptied.
+        out: the folder; it must not exist. Parent folders are created.
+        fill: writes the files into an empty temporary folder, which is then renamed to `out`.
+        partial: the temporary folder, on the same disk; leftovers of a killed process are removed.
 
     Raises:
-        InputError: `out` is not free, before `fill` is called or after, or could not be written.
+        InputError: `out` exists, before or after `fill`, or cannot be written.
     """
     out = Path(out)
     require_free(out)
@@ -104,7 +103,7 @@ def write_folder(out: Path | str, fill: Callable[[Path], None], partial: Path | 
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             for parent in above:
-                with suppress(OSError):  # on a disk that is read-only by now, nothing can be taken away
+                with suppress(OSError):  # the disk may have become read-only
                     if parent.is_dir() and not any(parent.iterdir()):
                         parent.rmdir()
             raise
@@ -112,20 +111,19 @@ def write_folder(out: Path | str, fill: Callable[[Path], None], partial: Path | 
 
 
 def replace_file(path: Path | str, name: str, write: Callable[[Path], object]) -> None:
-    """Lets `write` write the file `name` of a folder anew, or for the first time, and tells the manifest of it.
+    """Replace or add the file `name` of a folder, and update the manifest.
 
     Args:
-        path: a folder that `write_folder` wrote; all of it but `name` is verified first, so that what is drawn from
-            the other files is drawn from what the run wrote.
-        name: of the file in the folder.
-        write: is given the folder.
+        path: a folder written by `write_folder`; all files but `name` are verified first.
+        name: the name of the file.
+        write: writes the file; it gets the folder.
 
     Raises:
-        InputError: `path` is no such folder, or other files are missing or damaged.
+        InputError: not such a folder, or other files are missing or damaged.
     """
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"{path} is not an artifact's folder. Give the folder that a run wrote.")
+        raise InputError(f"{path} is not the folder of an artifact. Pass a folder written by a run.")
     manifest = _read_manifest(path)
     _refuse_damage(path, {other: entry for other, entry in manifest.files.items() if other != name})
     with writable(path):
@@ -140,19 +138,19 @@ def replace_file(path: Path | str, name: str, write: Callable[[Path], object]) -
 
 
 def read_artifact(path: Path | str) -> Artifact:
-    """Finds the model in a folder that `write_folder` wrote, every file of it verified, or takes a bare model file.
+    """Verify a folder written by `write_folder` and find its model, or accept a single model file.
 
     Raises:
-        InputError: `path` is neither, or files are missing or damaged; says which.
+        InputError: neither of them, or files are missing or damaged; the message names them.
     """
     path = Path(path)
     if path.is_file():
         if path.suffix not in _BARE:
-            raise InputError(f"{path} is not a model: give an artifact's folder, or a file {' or '.join(_BARE)}.")
+            raise InputError(f"{path} is not a model. Pass the folder of an artifact, or a file {' or '.join(_BARE)}.")
         refuse_outside(path)
         return Artifact(path, path, {path.name: path})
     if not path.is_dir():
-        raise InputError(f"there is no file or folder {path}.")
+        raise InputError(f"file or folder {path} not found.")
     files = read_folder(path)
     if MODEL not in files:
         raise InputError(f"{path} holds no {MODEL}, only {', '.join(files)}.")
@@ -163,10 +161,10 @@ def read_artifact(path: Path | str) -> Artifact:
 
 
 def read_folder(path: Path) -> dict[str, Path]:
-    """The files of a folder that `write_folder` wrote, by their names in it, every one verified.
+    """The verified files of a folder written by `write_folder`, by name.
 
     Raises:
-        InputError: it is no such folder, or files are missing or damaged; says which.
+        InputError: not such a folder, or files are missing or damaged; the message names them.
     """
     manifest = _read_manifest(path)
     _refuse_damage(path, manifest.files)
@@ -184,7 +182,7 @@ def _write_manifest(folder: Path) -> None:
 def _entry(file: Path) -> _Entry:
     with file.open("r+b") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        os.fsync(opened.fileno())  # or a power cut leaves the rename without the contents
+        os.fsync(opened.fileno())  # without this, a power cut could keep the rename but lose the contents
     return _Entry(bytes=file.stat().st_size, sha256=digest)
 
 
@@ -199,7 +197,7 @@ def _dump(manifest: _Manifest, file: Path) -> None:
 def _read_manifest(folder: Path) -> _Manifest:
     file = folder / MANIFEST
     if not file.is_file():
-        raise InputError(f"{folder} is not an artifact: it holds no {MANIFEST}. Give the folder that a run wrote.")
+        raise InputError(f"{folder} is not an artifact: it holds no {MANIFEST}. Pass a folder written by a run.")
     try:
         with file.open("rb") as opened:
             manifest = _Manifest.model_validate_json(opened.read(_LARGEST_MANIFEST))
@@ -209,7 +207,7 @@ def _read_manifest(folder: Path) -> _Manifest:
         raise InputError(f"{file} is damaged: {error.errors()[0]['msg']}.") from error
     for name in manifest.files:
         if not _lies_in(folder, name):
-            raise InputError(f"{file} is damaged: it names {name[:60]!r}, which lies outside of the folder.")
+            raise InputError(f"{file} is damaged: it names {name[:60]!r}, outside the folder.")
     return manifest
 
 
@@ -217,7 +215,7 @@ def _lies_in(folder: Path, name: str) -> bool:
     named = PurePosixPath(name)
     if not name.isprintable() or len(name) > _LONGEST_NAME or "\\" in name or not named.parts:
         return False
-    # resolved, since a link in the folder may lead out of it
+    # resolved, because a link in the folder may point outside
     outside = named.is_absolute() or ".." in named.parts
     return not outside and (folder / name).resolve().is_relative_to(folder.resolve())
 
@@ -226,11 +224,11 @@ def _refuse_damage(folder: Path, entries: Mapping[str, _Entry]) -> None:
     wrong = {name: _damage(folder / name, entry) for name, entry in entries.items()}
     found = ", ".join(f"{name} {damage}" for name, damage in wrong.items() if damage)
     if found:
-        raise InputError(f"{folder} is damaged: {found}. Copy it anew, or run its recipe.yaml again.")
+        raise InputError(f"{folder} is damaged: {found}. Copy it again, or run its recipe.yaml again.")
 
 
 def _damage(file: Path, entry: _Entry) -> str:
-    """What is wrong with the file, or nothing."""
+    """How the file is damaged; empty if it is not."""
     if not file.is_file():
         return "is missing"
     size = file.stat().st_size

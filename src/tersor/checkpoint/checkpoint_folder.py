@@ -1,6 +1,4 @@
-"""One checkpoint: a folder that is read only where every bit of it is as it was written, and what is in it is as a run
-writes it.
-"""
+"""Read one checkpoint folder, verified by hashes and a strict schema."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from tersor.training.snapshot import part
 CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
 NOTES = "notes"
 HASH = 8
-_ANEW = "Remove the folder that it lies in, and begin anew."
+_ANEW = "Remove its folder and start the run again."
 
 
 class _Clock(BaseModel):
@@ -35,14 +33,14 @@ class _Clock(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was found whole.
+    """A verified checkpoint.
 
     Attributes:
         path: its folder.
-        unit: what is being trained: the teacher or a stage, by its place in the run.
-        step: optimizer steps that it has done.
-        done: whether it has ended.
-        told: what the run told of the unit, as plain values.
+        unit: 0 is the teacher; the stages are 1, 2, ...
+        step: completed optimizer steps.
+        done: whether the unit is finished.
+        told: the records of the run up to here, as JSON values.
     """
 
     path: Path
@@ -52,12 +50,12 @@ class Checkpoint:
     told: dict[str, Any]
 
     def structure(self) -> Any:
-        """What methods laid on the network."""
+        """Parametrizations, quantizers and removed channels, as JSON values."""
         return read_json(self.path / STRUCTURE, _ANEW)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the work before the first step has found, a line each."""
+        """Notes of the attachment."""
         notes = self.told.get(NOTES, ())
         return tuple(map(str, notes)) if isinstance(notes, list) else ()
 
@@ -71,14 +69,14 @@ class Checkpoint:
         return TypeAdapter(list[dict[str, Any]]).validate_python(self.told.get("stages"), strict=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Values by name: of the network `model.`, and of what else a stage's end keeps `kept.`.
+        """All tensors by name: `model.` is the network, `kept.` is the extra state of a finished stage.
 
         Raises:
-            InputError: the file is no safetensors file.
+            InputError: not a safetensors file.
         """
         try:
             return load_file(self.path / TENSORS)
-        except (SafetensorError, KeyError, OSError) as error:  # KeyError: a data type that torch does not have
+        except (SafetensorError, KeyError, OSError) as error:  # KeyError: an unknown data type
             raise InputError(f"{self.path / TENSORS} is damaged: {error}. {_ANEW}") from error
 
     def network(self) -> dict[str, Tensor]:
@@ -87,12 +85,12 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint | None:
-    """The checkpoint, if every bit of it is as it was written."""
+    """The checkpoint in a folder; None if it is damaged or malformed."""
     try:
         if (path / CLOCK).stat().st_size > LARGEST or not digest(path / CLOCK).startswith(path.name[-HASH:]):
             return None
         clock = _Clock.model_validate_json((path / CLOCK).read_bytes())
-        if any(digest(path / file) != wanted for file, wanted in clock.sha256.items()):
+        if any(digest(path / file) != expected for file, expected in clock.sha256.items()):
             return None
     except (OSError, ValueError):
         return None

@@ -1,10 +1,10 @@
-"""A network on disk, as its weights and the plan of what was laid on it: two files that no code is read from.
+"""Save and load a compressed network: its weights and its structure, two data files without code.
 
     FOLDER/model.safetensors     weights and buffers
-    FOLDER/structure.json        cuts, masks, grids: what `structure.py` rebuilds from a new network of the class
+    FOLDER/structure.json        removed channels, masks, quantizers; see `structure.py`
     FOLDER/manifest.json         SHA-256 of both
 
-A run's folder holds the same two, so that `load` reads it as well.
+The folder of a run holds the same files, so `load` reads it too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WEIGHTS, PLAN = "model.safetensors", "structure.json"
 
 
 def save(model: nn.Module, folder: Path | str) -> Path:
-    """Writes a network that was pruned, quantized or neither, whole or not at all.
+    """Save a network, compressed or not, atomically.
 
         import tersor, torch
         from tersor.models import build
@@ -38,35 +38,35 @@ def save(model: nn.Module, folder: Path | str) -> Path:
         assert torch.equal(again(images), pruned(images))
 
     Args:
-        model: the network; it stays as it is.
-        folder: must not exist.
+        model: the network; it is not changed.
+        folder: the folder to write; it must not exist.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: the folder exists or cannot be made, or on the network lies what no method of tersor laid.
+        InputError: the folder exists or cannot be created, or the network has parametrizations that are not tersor's.
     """
-    plain = plain_copy(model, "what to save")
+    plain = plain_copy(model, "the network")
     return write_folder(folder, lambda partial: write_files(plain, partial))
 
 
 def write_files(model: nn.Module, folder: Path) -> None:
-    """Writes the two files into a folder that is there."""
+    """Write the two files into an existing folder."""
     (folder / PLAN).write_text(json.dumps(structure(model)))
     save_weights(model, folder / WEIGHTS)
 
 
 def load(fresh: nn.Module, folder: Path | str) -> nn.Module:
-    """The network that `save`, or a run, left in a folder; in eval mode.
+    """Load the network that `save` or a run wrote; it is returned in eval mode.
 
     Args:
-        fresh: a new network of the class that was pruned or quantized; it stays as it is, and its weights do not
-            matter.
-        folder: that was written.
+        fresh: a new network of the same class and size as the one before compression. It is not changed, and its
+            weights do not matter.
+        folder: the folder to read.
 
     Raises:
-        InputError: the folder is none, is damaged, or holds what was made of another network.
+        InputError: not such a folder, damaged, or of another network.
     """
     plain = plain_copy(fresh, "the fresh network")
     folder = Path(folder)
@@ -74,7 +74,7 @@ def load(fresh: nn.Module, folder: Path | str) -> nn.Module:
     missing = [name for name in (WEIGHTS, PLAN) if name not in files]
     if missing:
         raise InputError(
-            f"{folder} holds no {' and no '.join(missing)}. Give a folder that tersor.save or a run wrote."
+            f"{folder} holds no {' and no '.join(missing)}. Pass a folder written by tersor.save or a run."
         )
     try:
         model = rebuild(plain, read_json(files[PLAN], "Save the network again."))

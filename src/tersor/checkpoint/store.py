@@ -1,16 +1,15 @@
-"""Checkpoints of a run: each a folder, written whole or not at all, and found by the hash in its name.
+"""Checkpoints of a run: folders that are written atomically and verified by the hash in their names.
 
     OUT.checkpoints/
-      recipe.yaml                        what is being run
-      lock                               held while a process runs; the system frees it when that dies
+      recipe.yaml                        the recipe of the run
+      lock                               held while a process runs; the operating system releases it
       01-distil-0000200-1a2b3c4d/        stage, step, and the first digits of the SHA-256 of clock.json
       01-distil-end-5e6f7a8b/            at the end of a stage
-        clock.json                       where in the run it is, and the SHA-256 of the other two
-        structure.json                   what methods laid on the network
-        tensors.safetensors              weights, buffers, the optimizer's state, random numbers
+        clock.json                       position in the run, and the SHA-256 of the other two files
+        structure.json                   parametrizations, quantizers and removed channels
+        tensors.safetensors              weights, buffers, optimizer state, random state
 
-Nothing is pickled. A checkpoint is skipped if its bits have changed or if it holds something that no run writes. The
-checkpoint before it is used instead.
+Nothing is pickled. A checkpoint that is damaged or malformed is skipped, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ _ANY_HASH = "?" * HASH
 _UNFINISHED = f"*-{'[0-9]' * 7}-{_ANY_HASH}"
 _ENDED = f"*-{_END}-{_ANY_HASH}"
 _UNFINISHED_KEPT = 2
-_BEFORE = "before_the_first_step"
+_SETUP = "setup"
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Attributes:
-        last: the newest whole one that this process wrote or went on from.
+        last: the newest checkpoint that this process wrote or resumed from.
         damaged: checkpoints that were skipped.
     """
 
@@ -57,17 +56,17 @@ class Checkpoints:
 
     @contextmanager
     def held(self, recipe: str, *, resume: bool) -> Generator[None]:
-        """While this process alone writes here.
+        """Hold the lock of the folder: only this process writes checkpoints.
 
         Args:
-            recipe: text of what is run.
-            resume: whether to go on from what is there.
+            recipe: the text of the recipe.
+            resume: whether to resume from existing checkpoints.
 
         Raises:
-            InputError: another process runs into this folder; something is there and `resume` is False, or it is of
+            InputError: another process uses the folder; checkpoints exist and `resume` is False, or they belong to
                 another recipe.
         """
-        if distributed.rank():  # of those that train together the first holds it
+        if distributed.rank():  # the first process holds the lock
             yield
             return
         lock = self._locked()
@@ -78,15 +77,15 @@ class Checkpoints:
                 else:
                     (self.folder / _RECIPE).write_text(recipe)
             except OSError as error:
-                raise InputError(f"{self.folder} cannot be used: {error}.") from error
+                raise InputError(f"cannot use {self.folder}: {error}.") from error
             yield
         finally:
-            if not self._folders("*"):  # nothing was reached: nothing is left
+            if not self._folders("*"):  # no checkpoint was written
                 shutil.rmtree(self.folder, ignore_errors=True)
             lock.release()
 
     def _locked(self) -> BaseFileLock:
-        """The folder, made where it is not there, held by this process."""
+        """Create the folder if needed and acquire its lock."""
         above = [parent for parent in (self.folder, *self.folder.absolute().parents) if not parent.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,34 +93,35 @@ class Checkpoints:
             lock.acquire(timeout=0)
         except Timeout:
             raise InputError(
-                f"another process is running into {self.folder}. Wait for it, or name another folder with --out."
+                f"another process is writing to {self.folder}. Wait for it, or choose another folder with --out."
             ) from None
-        except (OSError, NotImplementedError) as error:  # the latter: a file system that has no locks
+        except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
             for folder in above:
                 with suppress(OSError):
                     (folder / _LOCK).unlink(missing_ok=True)
                     folder.rmdir()
-            raise InputError(f"{self.folder} cannot be used: {error}.") from error
+            raise InputError(f"cannot use {self.folder}: {error}.") from error
         return lock
 
     def _check(self, recipe: str, *, resume: bool) -> None:
         begun = self.folder / _RECIPE
         if not resume:
             raise InputError(
-                f"{self.folder} holds a run that has not ended. Write --resume to go on with it, remove it, or name "
-                "another folder with --out."
+                f"{self.folder} holds an unfinished run. Add --resume to resume it, remove the folder, or choose "
+                "another one "
+                "with --out."
             )
         before = begun.read_text(errors="replace").splitlines()
         changed = [line.strip() for line in recipe.splitlines() if line not in before]
         if before != recipe.splitlines():
             raise InputError(
-                f"{self.folder} was begun with another recipe{': ' + changed[0] if changed else ''}. Go on with "
-                f"{begun}, or name another folder with --out."
+                f"{self.folder} belongs to another recipe{': ' + changed[0] if changed else ''}. Resume it with "
+                f"{begun}, or choose another folder with --out."
             )
 
     @property
     def scratch(self) -> Path:
-        """A place beside the checkpoints for what is being written; emptied when a run goes on."""
+        """Temporary folder beside the checkpoints; emptied on resume."""
         return self.folder / _PARTIAL
 
     def save(
@@ -135,10 +135,10 @@ class Checkpoints:
         structure: dict[str, Any],
         told: dict[str, Any],
     ) -> Path:
-        """Writes a checkpoint whole; of the unfinished ones the newest two stay.
+        """Write a checkpoint atomically; keep the newest two of unfinished units.
 
         Raises:
-            InputError: the disk is full or cannot be written to; the checkpoints before are as they were.
+            InputError: the disk is full or read-only; earlier checkpoints are unchanged.
         """
         scratch = self.scratch
         shutil.rmtree(scratch, ignore_errors=True)
@@ -159,8 +159,8 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(scratch, ignore_errors=True)
             raise InputError(
-                f"no checkpoint could be written to {self.folder}: {error}. The last whole one is "
-                f"{self.last or 'none'}. Make room, then go on with --resume."
+                f"cannot write a checkpoint to {self.folder}: {error}. The last checkpoint is "
+                f"{self.last or 'none'}. Free disk space, then resume with --resume."
             ) from error
         self.last = str(path)
         replaced = [old for old in self._folders(f"{unit:02d}-{name}-{place}-{_ANY_HASH}") if old != path]
@@ -169,15 +169,15 @@ class Checkpoints:
         return path
 
     def end_of(self, unit: int) -> Checkpoint | None:
-        """The one at the end of a unit."""
+        """The checkpoint at the end of a unit."""
         return self._newest(f"{unit:02d}-{_ENDED}")
 
     def newest_within(self, unit: int) -> Checkpoint | None:
-        """The last one of a unit that has not ended."""
+        """The newest checkpoint of an unfinished unit."""
         return self._newest(f"{unit:02d}-{_UNFINISHED}")
 
     def ends(self) -> list[Checkpoint]:
-        """Those at the end of every unit that has ended, in order."""
+        """The checkpoints at the end of each finished unit, in order."""
         found = [read(path) for path in self._folders(_ENDED)]
         return [each for each in found if each is not None]
 
@@ -191,7 +191,7 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """When all that they hold lies in the artifact."""
+        """Delete all checkpoints, after the artifact is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _folders(self, names: str) -> list[Path]:
@@ -200,13 +200,13 @@ class Checkpoints:
 
 
 class StageCheckpointer:
-    """Keeps the training of one unit of a run, and knows where it left off.
+    """Saves the state of one unit (the teacher or a stage), and holds the state to resume from.
 
     Attributes:
-        every: steps between two snapshots.
-        resume_state: steps that were done before, and the snapshot after them; None where there was none.
-        setup_state: the network's `state_dict`, where the work before the first step was left.
-        notes: what that work found, a line each; kept with every snapshot.
+        every: steps between checkpoints.
+        resume_state: number of completed steps, and the training state after them; None without a checkpoint.
+        setup_state: the network's `state_dict` if `Attachment.begin` was interrupted.
+        notes: notes of the attachment, stored with every checkpoint.
     """
 
     def __init__(self, checkpoints: Checkpoints, unit: int, name: str, every: int, laid: dict[str, Any]) -> None:
@@ -217,7 +217,7 @@ class StageCheckpointer:
         self.resume_state: tuple[int, Mapping[str, Tensor]] | None = None
         self.setup_state: Mapping[str, Tensor] | None = None
         self.notes: tuple[str, ...] = ()
-        if found is not None and found.told.get(_BEFORE):
+        if found is not None and found.told.get(_SETUP):
             self.setup_state = found.network()
         elif found is not None:
             self.resume_state = found.step, found.tensors()
@@ -229,19 +229,19 @@ class StageCheckpointer:
         return self._checkpoints.last
 
     def keep_setup(self, network: nn.Module) -> None:
-        """Takes the network as far as the work before the first step has come."""
+        """Save the network in the middle of `Attachment.begin`."""
         if not distributed.rank():
             tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
-            self._keep(step=0, tensors=tensors, told={_BEFORE: True})
+            self._keep(step=0, tensors=tensors, told={_SETUP: True})
 
     def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the snapshot after `step` steps; of processes that train together the first writes it."""
+        """Save the training state after `step` steps, in the first process."""
         if not distributed.rank():
             self._keep(step=step, tensors=tensors, told={NOTES: self.notes})
 
 
 def _to_disk(path: Path) -> None:
-    """Or a power cut leaves the rename without the contents."""
+    """Without this, a power cut could keep the rename but lose the contents."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -1,9 +1,8 @@
-"""What methods have laid on a network, as plain values: cuts, grids on edges, masks and grids on weights,
-and which BatchNorms can be frozen.
+"""The structure of a compressed network as JSON values: removed channels, masks, quantizers, frozen BatchNorm.
 
-`rebuild(fresh, structure(model))` has the shapes and keys of `model`, where `fresh` is a new network of its class; the
-`state_dict` brings the values. No data is needed, no number is drawn, nothing is executed: a plan may come from a
-stranger, so its shape is checked before anything is built, and its sizes against the network.
+`rebuild(fresh, structure(model))` has the shapes and keys of `model`, where `fresh` is a new network of the same class;
+the values come from a `state_dict`. Rebuilding needs no data and no random numbers and executes no code. A structure
+may come from an untrusted file, so its schema is checked first, and its sizes against the network.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from tersor.quantization.learned_step import LearnedFakeQuantize
 from tersor.quantization.qdq_placement import show
 
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
-"""What graphs and modules raise where a plan of another network is laid on them."""
+"""What graphs and modules raise for the structure of another network."""
 
 _Place = Annotated[int, Field(ge=0, lt=2**31)]
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Bound = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-# names become code when a graph is recompiled, so they are nothing but names
+# names become code when a graph is recompiled, so only identifiers are allowed
 _Quantizer = Annotated[str, Field(pattern=r"^quantizers\.[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
 _Axis = Annotated[
     str,
@@ -102,39 +101,40 @@ class _Learned(_OnGrid):
         return LearnedFakeQuantize(Grid(*self.grid), self.channels, **given)
 
 
-_Laid: TypeAlias = _Mask | _Largest | _Moving | _Following | _Learned | _OnGrid
+_Parametrization: TypeAlias = _Mask | _Largest | _Moving | _Following | _Learned | _OnGrid
 
 
 class _Plan(_Strict):
-    """What `structure` gives."""
+    """The JSON schema of `structure`."""
 
     captured: bool
     cuts: list[list[tuple[str, _Axis, list[_Place]]]]
     freezable: list[str]
-    edges: list[tuple[str, _Quantizer, _Laid]]
-    weights: dict[str, Annotated[list[_Laid], Field(max_length=8)]]
+    edges: list[tuple[str, _Quantizer, _Parametrization]]
+    weights: dict[str, Annotated[list[_Parametrization], Field(max_length=8)]]
 
     @model_validator(mode="after")
     def _on_a_graph(self) -> _Plan:
         if not self.captured and (self.cuts or self.edges):
-            raise ValueError("cuts and quantized activations of a network that was not captured")
+            raise ValueError("removed channels and quantized activations need a captured network")
         return self
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
-    """Plain values, which JSON keeps.
+    """The structure of a network as JSON values.
 
     Raises:
-        InputError: a weight lies under a parametrization that is not ours.
+        InputError: a weight has a parametrization that is not tersor's.
     """
     edges: list[list[Any]] = []
     if isinstance(model, fx.GraphModule):
         for node in model.graph.nodes:
             module = layer_of(node)
             if isinstance(module, FakeQuantize):
-                edges.append([node.all_input_nodes[0].name, str(node.target), _told(module)])
+                edges.append([node.all_input_nodes[0].name, str(node.target), _described(module)])
     layers = {
-        name: [_told(each) for each in parametrizations_of(layer)] for name, layer in weighted_layers(model).items()
+        name: [_described(each) for each in parametrizations_of(layer)]
+        for name, layer in weighted_layers(model).items()
     }
     return {
         "captured": isinstance(model, fx.GraphModule),
@@ -146,26 +146,24 @@ def structure(model: nn.Module) -> dict[str, Any]:
 
 
 def rebuild(fresh: nn.Module, found: Any) -> nn.Module:
-    """A network of the shapes and keys that `structure` told.
+    """Apply a structure to a new network.
 
     Args:
-        fresh: a new network of the same class, which is changed.
-        found: what `structure` gave, or what came back of it from a file.
+        fresh: a new network of the same class; it is changed.
+        found: the result of `structure`, possibly read from a file.
 
     Raises:
-        InputError: it is no plan, or one of another network.
+        InputError: not a structure, or of another network.
     """
     try:
         # as JSON: there, strict pydantic takes a list for a tuple
         plan = _Plan.model_validate_json(json.dumps(found))
     except RecursionError:
-        raise InputError("the plan of what was laid on the network is damaged: it is nested too deeply.") from None
+        raise InputError("structure.json is damaged: it is nested too deeply.") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "all of it"
-        raise InputError(
-            f"the plan of what was laid on the network is damaged: {place[:100]}: {first['msg']}."
-        ) from None
+        raise InputError(f"structure.json is damaged: {place[:100]}: {first['msg']}.") from None
     try:
         return _built(fresh, plan)
     except _STRANGE as error:
@@ -176,8 +174,9 @@ def rebuild(fresh: nn.Module, found: Any) -> nn.Module:
 
 def _of_another(fresh: nn.Module, why: str) -> InputError:
     return InputError(
-        f"the plan was made of another network than this {type(fresh).__name__}: what was laid on it has no place here "
-        f"({why[:300]}). Pass a new network of the same class and size."
+        f"structure.json belongs to another network than this {type(fresh).__name__} ({why[:300]}). Pass a new "
+        "network of "
+        "the same class and size."
     )
 
 
@@ -186,7 +185,7 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
     if isinstance(model, fx.GraphModule):
         for cuts in plan.cuts:
             remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in cuts])
-        _lay_edges(model, plan.edges)
+        _insert_edges(model, plan.edges)
     for name in plan.freezable:
         norm = model.get_submodule(name)
         assert isinstance(norm, Norm), f"{name} is no BatchNorm"
@@ -200,8 +199,8 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
     return model
 
 
-def _require_fit(laid: _Laid, shape: list[int], name: str) -> None:
-    """Sizes are those of the weight that lies there, so that a file cannot ask for more memory than the network."""
+def _require_fit(laid: _Parametrization, shape: list[int], name: str) -> None:
+    """Check sizes against the weight, so that a file cannot allocate more memory than the network."""
     if isinstance(laid, _Mask):
         fits = laid.mask == shape
     else:
@@ -209,11 +208,11 @@ def _require_fit(laid: _Laid, shape: list[int], name: str) -> None:
     assert fits, f"{name} has a weight of shape {'x'.join(map(str, shape))}"
 
 
-def _lay_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Laid]]) -> None:
+def _insert_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Parametrization]]) -> None:
     if edges:
         graph.add_submodule("quantizers", nn.Module())
     for value, target, laid in edges:
-        assert isinstance(laid, _OnGrid), f"what lies on {value} is no grid"
+        assert isinstance(laid, _OnGrid), f"{value} has no quantizer"
         assert laid.channels is None, f"{value} has a grid for each channel"
         moved = hasattr(graph.get_submodule("quantizers"), target.removeprefix("quantizers."))
         if not moved:
@@ -222,7 +221,7 @@ def _lay_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Laid]]) -> No
     graph.recompile()
 
 
-def _told(module: nn.Module) -> dict[str, Any]:
+def _described(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Mask):
         return {"mask": list(module.mask.shape), "gradient": module.gradient, "logged": module.log is not None}
     if isinstance(module, RunningLargest):
@@ -237,4 +236,4 @@ def _told(module: nn.Module) -> dict[str, Any]:
         if isinstance(module, LearnedFakeQuantize):
             told |= {"offset": module.offset is not None, "of_images": module.of_images}
         return told
-    raise InputError(f"a weight lies under a {type(module).__name__}, which no checkpoint of tersor can hold.")
+    raise InputError(f"a weight has the parametrization {type(module).__name__}, which tersor cannot save.")

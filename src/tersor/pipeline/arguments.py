@@ -1,4 +1,4 @@
-"""What was passed to a verb: networks, loaders, paths, names, checked against each other before any work is done."""
+"""Arguments of the Python functions: networks, loaders, paths and names, checked before any work starts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tersor.graph.plain_network import plain_copy, refuse_what_is_no_network, re
 
 
 def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, Iterable[Any]]:
-    """A plain copy of the network, and the batches that it runs on, up to `images` images if they come only once.
+    """A plain copy of the network, and its batches; of a one-shot iterator, up to `images` images are kept.
 
     Raises:
-        InputError: this is no network with weights, or it does not run on the images.
+        InputError: not a network with weights, or its forward pass fails on the images.
     """
     network = plain_copy(model)
     refuse_without_weights(network)
@@ -38,10 +38,10 @@ def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, 
 
 
 def to_export(model: nn.Module, images: Tensor, name: str) -> nn.Module:
-    """A plain copy of the network, which returns tensors for the images.
+    """A plain copy of a network whose outputs are tensors.
 
     Raises:
-        InputError: this is no network, does not run on the images, or returns something else.
+        InputError: not a network, its forward pass fails on the images, or its outputs are not tensors.
     """
     network = plain_copy(model, name)
     outputs = check_forward(name, network, images)
@@ -51,29 +51,29 @@ def to_export(model: nn.Module, images: Tensor, name: str) -> nn.Module:
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """The student itself, out of its wrappers.
+    """The student without wrappers such as DataParallel.
 
     Raises:
-        InputError: it is no network that can be trained in float32.
+        InputError: not a network that can be trained in float32.
     """
     refuse_what_is_no_network(model, "the student")
     student = unwrapped(model)
     refuse_without_weights(student, "the student")
     if not any(each.requires_grad for each in student.parameters()):
-        raise InputError("every parameter of the student is frozen. Call student.requires_grad_(True) before.")
+        raise InputError("every parameter of the student is frozen. Call student.requires_grad_(True) first.")
     other = {each.dtype for each in student.parameters() if each.is_floating_point()} - {torch.float32}
     if other:
         raise InputError(
-            f"the student has weights of {other.pop()}, and is trained in place. Call student.float() before."
+            f"the student has weights of {other.pop()}, and training needs float32. Call student.float() first."
         )
     return student
 
 
 def teacher_of(model: nn.Module) -> nn.Module:
-    """The teacher itself, out of its wrappers; a copy in float32 where it has another precision.
+    """The teacher without wrappers, as a float32 copy if it has another precision.
 
     Raises:
-        InputError: it is no network with weights.
+        InputError: not a network with weights.
     """
     refuse_what_is_no_network(model, "the teacher")
     teacher = unwrapped(model)
@@ -84,10 +84,10 @@ def teacher_of(model: nn.Module) -> nn.Module:
 
 
 def classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> int:
-    """How many classes both tell apart, by one dry forward of two images.
+    """Number of classes of student and teacher, from one forward pass on two images.
 
     Raises:
-        InputError: one does not run on the images, or they do not return logits of the same classes.
+        InputError: a forward pass fails, or the two do not return logits of the same shape.
     """
     outputs: list[Any] = []
     for name, network in (("the student", student), ("the teacher", teacher)):
@@ -97,18 +97,18 @@ def classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> i
     if shapes[0] != shapes[1] or len(shapes[0]) != 2:
         raise InputError(
             f"for two images the student returns {described(outputs[0])}, the teacher {described(outputs[1])}. Both "
-            "need to return logits (2, classes), one tensor, of the same classes."
+            "must return one tensor of logits (2, classes), with the same classes."
         )
     if shapes[0][1] < 2:
         raise InputError(
-            "student and teacher return one logit for each image, which holds no distribution over classes to learn "
-            "from. Give both two logits, one for each class."
+            "student and teacher return one logit for each image, and distillation needs a distribution over classes. "
+            "Give both networks two logits, one for each class."
         )
     return int(shapes[0][1])
 
 
 def labelled(batches: Iterable[Any], classes: int, most: int) -> Iterator[Batch]:
-    """The first `most` batches; with labels where they are class numbers."""
+    """The first `most` batches, with labels where those are class indices."""
     for batch in islice(batches, most):
         images, labels = images_of(batch), given_labels(batch)
         usable = labels is not None and wrong_labels(labels, len(images), classes) is None
@@ -116,10 +116,10 @@ def labelled(batches: Iterable[Any], classes: int, most: int) -> Iterator[Batch]
 
 
 def check_labels(network: nn.Module, batches: Iterable[Any], images: int) -> None:
-    """Looks at the labels of the first `images` images.
+    """Check the labels of the first `images` images.
 
     Raises:
-        InputError: they are no class numbers of the network, or it does not return logits.
+        InputError: they are not class indices of the network, or it does not return logits.
     """
     seen: list[tuple[Tensor, Tensor | None]] = []
     left = images
@@ -131,17 +131,17 @@ def check_labels(network: nn.Module, batches: Iterable[Any], images: int) -> Non
     outputs = check_forward("the network", network, seen[0][0])
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
         raise InputError(
-            f"for two images the network returns {described(outputs)}; the loss of the labels needs logits (2, "
-            "classes). Write importance='magnitude', or return the logits alone, one for each class."
+            f"for two images the network returns {described(outputs)}; the cross entropy needs logits (2, classes). "
+            "Write importance='magnitude', or return only the logits, one for each class."
         )
     all_labels(seen, outputs.shape[1])
 
 
 def all_labels(batches: Sequence[tuple[Tensor, Tensor | None]], classes: int) -> NDArray[Any] | None:
-    """The labels (N,) of all batches; None if one batch has none.
+    """The labels (N,) of all batches; None if a batch has no labels.
 
     Raises:
-        InputError: they are no numbers of these classes.
+        InputError: they are not indices of these classes.
     """
     found: list[Tensor] = []
     least: int | None = None
@@ -159,10 +159,10 @@ def all_labels(batches: Sequence[tuple[Tensor, Tensor | None]], classes: int) ->
 
 def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
     """Raises:
-    InputError: student and teacher are one network, or share a parameter: training would change the teacher.
+    InputError: student and teacher are the same network or share a parameter: training would change the teacher.
     """
     if student is teacher:
-        raise InputError("student and teacher are one network. Pass a copy of it as the teacher.")
+        raise InputError("student and teacher are the same network. Pass copy.deepcopy(model) as the teacher.")
     of_teacher = {id(each) for each in teacher.parameters()}
     shared = [name for name, each in student.named_parameters() if id(each) in of_teacher]
     if shared:
@@ -173,44 +173,44 @@ def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def onnx_path(path: object) -> Path:
-    """Where to write a file.
+    """The path of the ONNX file to write.
 
     Raises:
-        InputError: it is no path of an ONNX file in a folder that exists.
+        InputError: it is not a path `*.onnx` in an existing folder.
     """
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"the path is of type {type(path).__name__}. Pass the path of a file *.onnx.")
     path = Path(cast("str", path))
     if "\0" in str(path) or path.suffix != ".onnx" or not path.parent.is_dir():
-        raise InputError(f"cannot write {str(path)!r}. Possible: a file *.onnx in a folder that exists.")
+        raise InputError(f"cannot write {str(path)!r}. Possible: a file *.onnx in an existing folder.")
     return path
 
 
 def example_of(example: object) -> Tensor:
-    """Images (N, C, H, W) of which there is at least one.
+    """Images (N, C, H, W), at least one.
 
     Raises:
-        InputError: it is something else.
+        InputError: it is something else, or empty.
     """
     if not isinstance(example, Tensor):
         raise InputError(f"the example is of type {type(example).__name__}. Pass images, a tensor (N, C, H, W).")
     images = images_of(example)
     if not len(images):
-        raise InputError("the example holds no image. Pass at least one.")
+        raise InputError("the example has no images. Pass at least one.")
     return images
 
 
 def check_metadata(classes: object, pixels: object, channels: int) -> None:
-    """Checks what a file will say about its classes, and how it normalises pixels.
+    """Check class names and the normalization of uint8 pixels.
 
     Raises:
-        InputError: names of classes that are no distinct texts; a mean and deviation that are not for pixels in [0, 1].
+        InputError: class names are not distinct strings, or mean and deviation are not for pixels in [0, 1].
     """
     if isinstance(classes, str) or not isinstance(classes, Sequence):
         raise InputError(f"classes is {classes!r}. Pass a list of names, in the order of the logits.")
     names = list(cast("Sequence[object]", classes))
     if not all(isinstance(each, str) for each in names) or len(set(names)) < len(names):
-        raise InputError("classes are the names of the classes, in the order of the logits: texts, each of them once.")
+        raise InputError("classes must be distinct strings, in the order of the logits.")
     if pixels is None:
         return
     try:
@@ -230,27 +230,30 @@ def check_metadata(classes: object, pixels: object, channels: int) -> None:
 
 def check_classes(session: Session, classes: Sequence[str]) -> None:
     """Raises:
-    InputError: the file has another number of logits than there are classes.
+    InputError: the number of logits differs from the number of classes.
     """
     if not classes:
         return
     shape = [size or 1 for size in session.input_shape]
     logits = session.run(np.zeros([1, *shape[1:]], session.input_dtype))
     if logits.ndim == 2 and logits.shape[1] != len(classes):
-        raise InputError(f"{len(classes)} classes are named, and the network has {logits.shape[1]} logits. Name each.")
+        raise InputError(
+            f"{len(classes)} class names are given, and the network has {logits.shape[1]} logits. Give one name per "
+            "logit."
+        )
 
 
 def check_same_logits(sessions: Mapping[str, Session], images: NDArray[Any]) -> None:
     """Raises:
-    InputError: two files return another number of logits, or one of them NaN.
+    InputError: the files differ in the number of logits, or one returns NaN.
     """
     logits = {name: session.run(images) for name, session in sessions.items()}
     shapes = {name: each.shape[1:] for name, each in logits.items()}
     if len(set(shapes.values())) > 1:
         told = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
         raise InputError(
-            f"the files return another number of logits for an image: {told}. Compare files of one network."
+            f"the files differ in the number of logits per image: {told}. Compare files of the same network."
         )
     for name, each in logits.items():
         if np.isnan(each).any():
-            raise InputError(f"{name} returns NaN for the first images. Its predictions mean nothing.")
+            raise InputError(f"{name} returns NaN for the first images, so it has no valid predictions.")

@@ -1,4 +1,4 @@
-"""What a recipe would do, without doing it."""
+"""`tersor run --explain`: what a recipe would do, without training anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tersor.training.loop import steps_per_epoch
 
 
 def explain(recipe: Recipe, *, progress: ProgressReporter) -> Iterator[str]:
-    """What `run` would do, line by line, with shapes and costs; nothing is trained and nothing is written."""
+    """Describe what `run` would do, line by line, with shapes and costs."""
     experiment = prepare(recipe, model=None, data=None, progress=progress)
     example = next(iter(experiment.batches(experiment.data.test, 1))).images
     size = " x ".join(map(str, example.shape[1:]))
@@ -33,11 +33,11 @@ def explain(recipe: Recipe, *, progress: ProgressReporter) -> Iterator[str]:
             shapes = f"({size}) -> ({classes}), {len(spent.layers)} layers"
             yield f"{name}: {shapes}, {spent.parameters:,} parameters, {spent.macs:,} MACs"
             if spent.uncounted:
-                yield f"{name}: in no count of MACs: {', '.join(spent.uncounted)}"
+                yield f"{name}: operators not included in the MACs: {', '.join(spent.uncounted)}"
     wanted = recipe.teacher
     if isinstance(wanted, Teacher) and not experiment.teacher_is_trained:
         steps = wanted.epochs * steps_per_epoch(experiment.training_batches(wanted.training), wanted.training)
-        yield f"first the teacher is trained on the labels: {wanted.epochs} epochs, {steps:,} steps"
+        yield f"the teacher is trained first, on the labels: {wanted.epochs} epochs, {steps:,} steps"
     model = copy.deepcopy(experiment.model)
     for number, stage in enumerate(recipe.stages, 1):
         steps = experiment.steps_of(stage)

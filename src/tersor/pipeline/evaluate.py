@@ -1,4 +1,4 @@
-"""Artifacts that are there already: their accuracy on a test set, and their latency against each other."""
+"""Existing artifacts: accuracy on a test set (`tersor eval`) and interleaved latency (`tersor bench`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BATCH = 500
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Percent of the test images that were told right, and where."""
+    """Test accuracy in percent, and the runtime that it was measured in."""
 
     accuracy: float
     images: int
@@ -34,16 +34,16 @@ class Evaluation:
 
 
 def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress: ProgressReporter) -> Evaluation:
-    """Runs `artifact` over the test images of `data`.
+    """Measure the accuracy of `artifact` on the test images of `data`.
 
     Args:
         artifact: the folder of a run, or an ONNX file.
-        data: an image folder or the name of a data set; of the folder's recipe by default.
-        runtime: of the folder's recipe by default, else ONNX Runtime.
+        data: an image folder or the name of a data set; by default the data of the folder's recipe.
+        runtime: by default that of the folder's recipe, else ONNX Runtime.
         progress: reports the progress.
 
     Raises:
-        InputError: the artifact or the data cannot be used, or a bare file is given without data.
+        InputError: the artifact or the data cannot be used, or an ONNX file is given without data.
     """
     from tersor.data import Batches, load
     from tersor.evaluation.results import arrays
@@ -67,16 +67,16 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress:
 
 
 def _classes(model: Path) -> list[str] | None:
-    """What the file's metadata says that its answers mean, in their order."""
+    """Class names from the file's metadata, in the order of the logits."""
     if model.suffix != ".onnx":
         return None
-    import onnx  # here, because it takes longer to import than all the rest
+    import onnx  # slow to import
 
     told = {entry.key: entry.value for entry in onnx.load(model, load_external_data=False).metadata_props}
     try:
         return TypeAdapter(list[str]).validate_json(told["classes"]) if "classes" in told else None
     except ValidationError as error:
-        raise InputError(f"{model} names its classes in a way that cannot be read. Export it again.") from error
+        raise InputError(f"the class names in the metadata of {model} are damaged. Export it again.") from error
 
 
 def _refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[str]) -> None:
@@ -86,10 +86,10 @@ def _refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[s
         ", ".join(sorted(each)) for each in (set(of_artifact) - set(of_data), set(of_data) - set(of_artifact))
     )
     raise InputError(
-        "the data has other classes than the artifact: "
+        "the classes of the data differ from those of the artifact: "
         + "; ".join(
-            [f"it lacks {lacking}"] * bool(lacking) + [f"the artifact knows no {strange}"] * bool(strange)
-            or ["another order"]
+            [f"the data lacks {lacking}"] * bool(lacking) + [f"the artifact lacks {strange}"] * bool(strange)
+            or ["their order"]
         )
         + ". Give data with the same classes."
     )
@@ -120,21 +120,23 @@ def _source(artifact: Artifact, data: str | None) -> dict[str, Any]:
         return {"folder": data} if Path(data).is_dir() else {"name": data}
     recipe = artifact.files.get("recipe.yaml")
     if recipe is None:
-        raise InputError(f"{artifact.path} says nothing of its data. Write --data with an image folder, or a name.")
+        raise InputError(
+            f"{artifact.path} does not name its data. Write --data with an image folder or the name of a data set."
+        )
     from tersor.recipe import read
 
     source = read(recipe).data
     if source.name is not None and is_function_path(source.name):
         raise InputError(
-            f"{artifact.path} takes its images from the function '{source.name}', and code that a folder names is not "
-            f"run. Write --data {source.name} if it is yours."
+            f"the recipe in {artifact.path} loads images with the function '{source.name}'. Code named by a folder is "
+            f"never executed. If the function is yours, write --data {source.name}."
         )
     return source.model_dump(exclude={"augment", "mean", "std"})
 
 
 @dataclass(frozen=True)
 class _Contender:
-    """A file in a runtime; `precision` is None for the runtime's own choice, `executed` is what that is."""
+    """A file in a runtime. `precision` None: the runtime's default; `executed`: the precision it then uses."""
 
     name: str
     path: Path
@@ -144,24 +146,24 @@ class _Contender:
 
     @property
     def key(self) -> str:
-        """Names it among all."""
+        """Unique among all files."""
         return f"{self.name} in {self.runtime} in {self.precision or 'default'}"
 
     def open(self) -> Session:
-        """Ready to run."""
+        """Open a session."""
         return open_session(self.path, self.runtime, precision=self.precision)
 
 
 @dataclass(frozen=True)
 class _Family:
-    """An original, the ways to run it that cost nothing, and what was made from it, each in every runtime."""
+    """An original, its baseline candidates, and the artifacts made from it, each in every runtime."""
 
     original: _Contender
     candidates: Sequence[_Contender]
     artifacts: Sequence[_Contender]
 
     def contenders(self) -> list[_Contender]:
-        """All of them; a candidate may be the original itself."""
+        """All of them, each once: a candidate may be the original itself."""
         return list(dict.fromkeys((self.original, *self.candidates, *self.artifacts)))
 
     def baseline(self, timings: Timings, size: int) -> _Contender:
@@ -170,18 +172,18 @@ class _Family:
         return next(each for each in self.candidates if each.key == key)
 
     def ratios(self, timings: Timings, size: int, artifact: _Contender) -> list[Ratio]:
-        """Of the original and of the baseline over an artifact."""
+        """Speedups of an artifact over the original and over the baseline."""
         references = (self.original, self.baseline(timings, size))
         return [timings.ratio(each.key, artifact.key, size) for each in references]
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What `tersor bench` shows of a batch size.
+    """The table that `tersor bench` prints for a batch size.
 
     Attributes:
         batch_size, rounds, ended_by: as in `Timings`.
-        rows: file, runtime and precision, milliseconds, speed against the original and against the baseline.
+        rows: file, runtime and precision, milliseconds, speedup over the original and over the baseline.
     """
 
     batch_size: int
@@ -191,14 +193,14 @@ class LatencyTable:
 
 
 def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
-    """Times every file in every runtime, all in one run, interleaved.
+    """Time every file in every runtime, in interleaved rounds of one run.
 
-    Of a folder, `original.onnx` in float32 in the recipe's runtime is the original; of ONNX files the first is. The
-    baseline is the fastest of the same file in every runtime at its default precision.
+    In a folder, the original is `original.onnx` in float32 in the recipe's runtime; among ONNX files it is the first.
+    The baseline is the same file in the fastest runtime at its default precision.
 
     Args:
         artifacts: folders of runs, or ONNX files.
-        seconds: for each batch size, as for `measure_latency`.
+        seconds: time limit per batch size, as for `measure_latency`.
 
     Raises:
         InputError: an artifact cannot be read, opened or timed.
@@ -218,18 +220,18 @@ def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
     for (shape, dtype), families in groups.items():
         if not all(isinstance(size, int) for size in shape):
             name = families[0].original.name
-            raise InputError(f"{name} takes images of any size. Export it for one size to time it.")
+            raise InputError(f"{name} accepts images of any size. Export it for a fixed size to time it.")
         yield from _tables(families, np.zeros((1, *shape), dtype), seconds)  # type: ignore[arg-type]
 
 
 def _images(path: Path) -> tuple[tuple[int | None, ...], str]:
-    """Shape (C, H, W) and type of the images that a file takes."""
+    """Shape (C, H, W) and data type of a file's input."""
     session = open_session(path, "onnxruntime")
     return session.input_shape[1:], str(session.input_dtype)
 
 
 def _family(files: Mapping[str, Path], runtime: str) -> _Family:
-    """Of the first file, which is the original in `runtime`, and the others."""
+    """The first file is the original, in `runtime`; the others are artifacts."""
 
     def contender(name: str, each: str, precision: Literal["float32"] | None = None) -> _Contender:
         executed = open_session(files[name], each, precision=precision).precision

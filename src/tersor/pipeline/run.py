@@ -1,4 +1,4 @@
-"""A recipe, walked through to one folder with the evidence."""
+"""Run a recipe: stages, export, measurement and report, into one folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tersor.report.analysis.evidence import gather
 from tersor.report.page import draw
 
 _AGREEMENT = 99.0
-"""Percent of torch's answers that the file should give in its runtime."""
+"""Lowest acceptable agreement of the file's predictions with torch's, in percent."""
 _BYTE = 8
 _MEMORY = "Close other programs, or use smaller images (data.image_size) or a smaller network."
 
@@ -52,31 +52,34 @@ def run(
     resume: bool = False,
     progress: ProgressReporter | None = None,
 ) -> Path:
-    """Compresses a network as the recipe says, and writes one folder: model, original, recipe, numbers, manifest.
+    """Compress a network with a recipe and write one folder: model, original, report, numbers, recipe, checkpoints.
 
     Args:
         recipe: a recipe, or the path of one.
-        model: a trained network in place of the one that the recipe names; it stays as it is.
-        data: images in place of the recipe's.
-        out: the folder to write; `runs/<name of the recipe>` by default. It must not exist.
-        resume: go on with the run into `out` that has not ended, with the same `model` and `data`; from the beginning
-            where there is none.
+        model: a trained network, instead of the one in the recipe; it is not changed.
+        data: images, instead of those in the recipe.
+        out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.
+        resume: resume the interrupted run into `out`, with the same `model` and `data`; without one, start anew.
         progress: reports the progress.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: something that was given cannot be used.
+        InputError: an argument, the recipe, a network or the data cannot be used.
     """
     distributed.init_process_group()
     progress = progress if progress and not distributed.rank() else NullProgress()
     if not isinstance(model, nn.Module | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"model is a {type(model).__name__}. Pass a torch.nn.Module, or name one in the recipe.")
+        raise InputError(
+            f"model is a {type(model).__name__}. Pass a torch.nn.Module, or write the model in the recipe."
+        )
     if not isinstance(data, Splits | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"data is a {type(data).__name__}. Pass tersor.data.Splits, which tersor.data.load gives.")
+        raise InputError(f"data is a {type(data).__name__}. Pass the tersor.data.Splits returned by tersor.data.load.")
     if not isinstance(recipe, Recipe | Path | str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"recipe is a {type(recipe).__name__}. Pass a path, or what tersor.recipe.parse gives.")
+        raise InputError(
+            f"recipe is a {type(recipe).__name__}. Pass a path, or a Recipe returned by tersor.recipe.parse."
+        )
     name = "recipe" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     out = Path(out) if out is not None else Path("runs") / name
@@ -84,8 +87,8 @@ def run(
     text = recipes.write(recipe)
     if resume and _ended(out, text):
         if not distributed.rank():
-            checkpoints.remove()  # the run may have been killed between its last two moves
-        progress.say(f"{out} is there already: nothing is left to do.")
+            checkpoints.remove()  # the run may have been killed after it wrote the folder
+        progress.say(f"{out} exists: the run is complete.")
         return out
     require_free(out)
     with enough_memory(_MEMORY), writable(out), checkpoints.held(text, resume=resume):
@@ -100,7 +103,7 @@ def run(
         experiment = replace(experiment, teacher=train_teacher(experiment, checkpoints, progress))
         compressed, records = run_stages(experiment, checkpoints, progress)
         for path in dict.fromkeys(checkpoints.damaged):
-            progress.say(f"{path} is damaged, and was passed over.")
+            progress.say(f"{path} is damaged and was skipped.")
         if not distributed.rank():
             write_folder(
                 out,
@@ -113,7 +116,7 @@ def run(
 
 
 def _ended(out: Path, recipe: str) -> bool:
-    """Whether `out` is what a run of `recipe` leaves."""
+    """Whether `out` holds a complete run of `recipe`."""
     if not (out / MANIFEST).is_file():
         return False
     written = read_artifact(out).files.get("recipe.yaml")
@@ -152,12 +155,12 @@ def _fill(
             original, compressed, folder, test, recipe.target, seed=recipe.seed, progress=progress, stages=left
         )
     if numbers["agreement_with_torch"] < _AGREEMENT:
-        progress.say(_told_of_disagreement(numbers["agreement_with_torch"], compressed))
+        progress.say(_disagreement(numbers["agreement_with_torch"], compressed))
     in_float, warning = float_operators(compressed, example)
     numbers["artifact"] |= in_float
     if warning is not None:
         progress.say(f"warning: {warning}")
-    # the last stage left the artifact
+    # the artifact is the model after the last stage
     numbers["stages"][len(records)] = {key: numbers["artifact"][key] for key in OF_STAGES} | {
         "speedup": numbers["speedup"]["original"]
     }
@@ -181,7 +184,7 @@ def _fill(
     (folder / "recipe.yaml").write_text(recipes.write(recipe))
     write_files(compressed, folder)
     (folder / "checkpoints").mkdir()
-    for each in checkpoints.ends():  # copied: until the folder is written they are what a run goes on from
+    for each in checkpoints.ends():  # copied, not moved: a run that fails here resumes from them
         shutil.copytree(each.path, folder / "checkpoints" / each.path.name)
 
 
@@ -195,13 +198,14 @@ def flat(record: StageRecord) -> dict[str, Any]:
     )
 
 
-def _told_of_disagreement(percent: float, model: nn.Module) -> str:
+def _disagreement(percent: float, model: nn.Module) -> str:
     laid = find_quantizers(model)
     coarse = laid is not None and any(laid.of_activation(name).grid.bits < _BYTE for name in laid.activations)
     if not coarse:
-        return f"the artifact gives {percent:.2f} % of torch's answers: do not ship it."
+        return f"warning: only {percent:.2f} % of the artifact's predictions agree with torch's. Do not deploy it."
     return (
-        f"the artifact gives {percent:.2f} % of torch's answers. On so few bits a bias, which lies in the file as a "
-        "whole number of products of two steps, moves an activation by a whole step where torch's does not, and the "
-        "layers behind it with it: the accuracy that counts is the runtime's."
+        f"{percent:.2f} % of the artifact's predictions agree with torch's. With few bits, rounding biases to int32 "
+        "can "
+        "shift an activation by a whole quantization step, in this layer and the following ones. Trust the accuracy "
+        "measured in the runtime."
     )

@@ -1,4 +1,4 @@
-"""What each layer of a recipe's model costs on each width: measured into a file, which is gone on with.
+"""Sensitivity of each layer of a recipe's model to each bit width, measured into a resumable file.
 
 NAME.sensitivity.json     what was measured, with what, and how many weights a layer has
 NAME.sensitivity.svg      the same as a heat map
@@ -49,26 +49,26 @@ class BitCosts(BaseModel):
 def measure(
     recipe: Recipe, *, out: Path, images: int | None = None, progress: ProgressReporter
 ) -> tuple[BitCosts, Path]:
-    """Measures every layer on 2, 3, 4, 5, 6 and 8 bits, on the validation images, and draws a figure beside the file.
+    """Measure every layer at 2, 3, 4, 5, 6 and 8 bits on the validation images, and draw a figure beside the file.
 
     Args:
-        recipe: whose model, data and target are taken; its stages are not walked.
-        out: the file, written after each measurement; one that is there is gone on with.
-        images: how many of the validation images to look at, drawn in proportion to the classes; all if left.
+        recipe: its model, data and target are used; its stages are not run.
+        out: the file, written after each measurement; an existing file is resumed.
+        images: number of validation images, drawn in proportion to the classes; all by default.
         progress: reports the progress.
 
     Returns:
-        What the file holds, and the path of the figure.
+        The content of the file, and the path of the figure.
 
     Raises:
         InputError: the model has no weights, there are no validation images, `out` cannot be written or was measured
-            with something else; whatever `prepare` raises.
+            with other settings; whatever `prepare` raises.
     """
     _require_writable(out)
     if recipe.model.weights is None:
         raise InputError(
-            f"{recipe.model.name} comes without weights, and what rounding costs a network that has learned nothing "
-            "tells nothing. Write model.weights, the file of a trained one."
+            f"{recipe.model.name} has no weights. The sensitivity of an untrained network is meaningless. Write "
+            "model.weights, the weights file of a trained network."
         )
     experiment = prepare(recipe, model=None, data=None, progress=progress)
     shown = _some(experiment.data.validation, images, recipe.seed)
@@ -86,7 +86,7 @@ def measure(
     known = {(cost.layer, cost.bits) for cost in found.costs}
     asked = [(name, bits) for name in quantizers.layers for bits in WIDTHS if (name, bits) not in known]
     if known:
-        progress.say(f"{out}: {len(known)} measurements are there already, {len(asked)} are left")
+        progress.say(f"{out}: resuming after {len(known)} measurements, {len(asked)} left")
     progress.start("sensitivity", len(known) + len(asked))
     progress.advance(len(known))
     for cost in sensitivity(quantizers, experiment.batches(shown, EVALUATION_BATCH), asked, target=recipe.target):
@@ -94,7 +94,7 @@ def measure(
         _write(out, found.model_dump_json(indent=1) + "\n")
         progress.advance(error=cost.error)
     figure = out.with_suffix(".svg")
-    title = f"{recipe.model.name}: what one layer costs, rounded alone"
+    title = f"{recipe.model.name}: sensitivity of each layer, quantized alone"
     _write(figure, draw(found.costs, weights, title, _subtitle(len(shown))))
     return found, figure
 
@@ -105,16 +105,16 @@ def _subtitle(images: int) -> str:
 
 def _require_writable(out: Path) -> None:
     if out.suffix != ".json":
-        raise InputError(f"{out} is no name for what is written, which is JSON. Write --out NAME.json.")
+        raise InputError(f"{out} is not a JSON file name. Write --out NAME.json.")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():
-        raise InputError(f"cannot write {out}. Possible: a file in a folder that is there and may be written to.")
+        raise InputError(f"cannot write {out}. Possible: a file in an existing folder with write permission.")
 
 
 def _some(images: Images, count: int | None, seed: int) -> Images:
     if not len(images):
         raise InputError(
-            "there are no validation images to measure on: data.validation is 0. Write data: {validation: 0.1}, which "
-            "holds out a tenth of the training images."
+            "there are no validation images: data.validation is 0. Write data: {validation: 0.1}, which holds out a "
+            "tenth of the training images."
         )
     if count is None or count >= len(images):
         return images
@@ -138,27 +138,27 @@ def _measured_with(recipe: Recipe, images: int) -> dict[str, Any]:
 
 
 def _begun(out: Path, fresh: BitCosts) -> BitCosts:
-    """What `out` holds already, if it was measured with the same."""
+    """The measurements that `out` already holds, if its settings are the same."""
     if not out.exists():
         return fresh
     remedy = f"Name another file with --out, or remove {out}."
     try:
         found = BitCosts.model_validate_json(out.read_bytes())
     except (ValidationError, OSError) as error:
-        raise InputError(f"{out} is no file of `tersor sensitivity`, or is damaged. {remedy}") from error
+        raise InputError(f"{out} was not written by `tersor sensitivity`, or is damaged. {remedy}") from error
     if not all(cost.layer in found.weights and cost.bits in WIDTHS for cost in found.costs):
-        raise InputError(f"{out} has costs of layers or bits that are not measured, so it is damaged. {remedy}")
+        raise InputError(f"{out} is damaged: it has unknown layers or bit widths. {remedy}")
     for key in fresh.measured_with:
         before, now = found.measured_with.get(key), fresh.measured_with[key]
         if before != now:
-            raise InputError(f"{out} was measured with {key}: {before}, and this would be with {now}. {remedy}")
+            raise InputError(f"{out} was measured with {key}: {before}; the recipe has {now}. {remedy}")
     if found.weights != fresh.weights:
-        raise InputError(f"{out} was measured on other layers than the model has. {remedy}")
+        raise InputError(f"{out} was measured on a model with other layers. {remedy}")
     return found
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all: whoever stops this finds the file as it was, or as it will be."""
+    """Write atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Networks and images of a recipe, checked against each other before anything is trained."""
+"""From a recipe to an Experiment: load networks and data and check that they fit together, before any training."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
 from tersor.training.teacher_check import doubts
 
 _FEW = 64
-"""Images that a rehearsal looks at."""
+"""Images for the trial attachment of every stage."""
 
 
 def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, progress: ProgressReporter) -> Experiment:
-    """Networks and images of a recipe, checked against each other; nothing is trained.
+    """Load the networks and images of a recipe and check them against each other.
 
     Raises:
         InputError: a file, a network or the data cannot be used, or they do not fit together.
@@ -39,9 +39,9 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
     load_runtime(recipe.target.runtime)
     for network in (recipe.model, recipe.teacher):
         if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
-            raise InputError(f"there is no weights file {network.weights}. Paths are relative to the working folder.")
+            raise InputError(f"weights file {network.weights} not found. Paths are relative to the working directory.")
     early = _build(recipe.model, None, recipe.seed) if model is None and recipe.model.num_classes else None
-    progress.say("reading the images")
+    progress.say("reading images")
     splits = data or load(
         seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
     )
@@ -76,7 +76,9 @@ def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
     if teacher is not None and recipe.teacher != "original":
         _check_answers(experiment, teacher, "the teacher")
     if recipe.teacher == "original" and not experiment.model_is_trained:
-        raise InputError("teacher: original is the model as it came in, and that has no weights. Write model.weights.")
+        raise InputError(
+            "teacher: original means the model before compression, which has no weights. Write model.weights."
+        )
     _check_teacher(recipe)
     if teacher is not None and experiment.teacher_is_trained:
         few = _few(experiment, TEACHER_IMAGES)
@@ -85,7 +87,7 @@ def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
 
 
 def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
-    """Attaches every stage to a copy, by few images: a pattern that matches nothing is told before an hour of it."""
+    """Attach every stage to a copy with few images, so that a wrong parameter fails now and not after an hour."""
     data = replace(experiment.data, train=_few(experiment, _FEW))
     rehearsal = replace(experiment, data=data, latency=macs_ratio)
     model = copy.deepcopy(experiment.model)
@@ -97,14 +99,14 @@ def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
         if stage.validate_every and not len(experiment.data.validation):
             raise InputError(
                 f"stage '{stage.name}' has validate_every, and there are no validation images. Write data.validation, "
-                "the fraction of the training images that is held out, or leave validate_every out."
+                "the fraction of the training images to hold out, or remove validate_every."
             )
         learning_rates(experiment.training_batches(stage), stage, experiment.steps_of(stage))
         model = attach(rehearsal, stage, model, progress).model
 
 
 def _few(experiment: Experiment, images: int) -> View:
-    """Some of the training images, the same ones for a seed."""
+    """A random subset of the training images, fixed by the seed."""
     train, draw = experiment.data.train, generator(experiment.recipe.seed)
     return View(train, torch.randperm(len(train), generator=draw)[:images])
 
@@ -112,10 +114,10 @@ def _few(experiment: Experiment, images: int) -> View:
 def _check_teacher(recipe: Recipe) -> None:
     teacher = recipe.teacher
     if isinstance(teacher, Teacher) and teacher.weights is None and not teacher.epochs:
-        raise InputError("the teacher has learned nothing. Write teacher.weights, or teacher.epochs to train it first.")
+        raise InputError("the teacher is untrained. Write teacher.weights, or teacher.epochs to train it first.")
     if isinstance(teacher, Teacher) and teacher.weights is not None and teacher.epochs:
         raise InputError(
-            "the teacher has weights and epochs. Write one of them: with epochs it is trained from scratch."
+            "the teacher has both weights and epochs. Write one of them: with epochs it is trained from scratch."
         )
 
 
@@ -131,7 +133,7 @@ Built = tuple[nn.Module, dict[str, str]]
 
 
 def _build(network: Network, splits: Splits | None, seed: int) -> Built:
-    """The network; what it begins with, where it has no weights, is drawn from `seed` alone."""
+    """The network; without a weights file, its random weights depend on `seed` alone."""
     classes = network.num_classes or (len(splits.classes) if splits else None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -156,20 +158,20 @@ def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Modul
 
 
 def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Splits:
-    """The images with mean and standard deviation as given, else as in the weights files, else their own."""
+    """The images with mean and standard deviation from the recipe, else the weights files, else computed."""
     if recipe.data.mean is not None:
         return splits
     told = list(dict.fromkeys(found for found in map(models.normalization, metadata) if found is not None))
     if len(told) > 1:
         raise InputError(
             f"model and teacher were trained with different mean and standard deviation: {told[0]} and {told[1]}. "
-            "Both see the same images; write data.mean and data.std if that is meant."
+            "Both get the same images. Write data.mean and data.std to choose one normalization."
         )
     return replace(splits, mean=told[0][0], std=told[0][1]) if told else splits
 
 
 def _check_answers(experiment: Experiment, network: nn.Module, name: str) -> None:
-    """One dry forward: the network takes these images and tells these classes apart."""
+    """Check by one forward pass that the network accepts the images and returns logits of the classes."""
     images = next(iter(experiment.batches(experiment.data.test, 2))).images
     with evaluating(network):
         logits = check_forward(name, network, images)

@@ -1,4 +1,4 @@
-"""A recipe: what is compressed, on which data, for which runtime and in which stages. Checked before any tensor.
+"""The schema of a recipe: model, data, target runtime and stages, validated before torch is imported.
 
 recipe = read("recipe.yaml", ["stages.0.epochs=3"])
 parse(write(recipe), "the same again") == recipe
@@ -29,70 +29,72 @@ Named = Annotated[str, Field(min_length=1)]
 
 
 class Network(BaseModel):
-    """A network and where its weights lie."""
+    """A network and its weights file."""
 
     model_config = PLAIN
     name: Annotated[Named, Field(description="resnet20, a model of torchvision, or package.module:function")]
-    num_classes: Annotated[int | None, Field(ge=1, description="classes it tells apart; those of the data if left")] = (
-        None
-    )
+    num_classes: Annotated[int | None, Field(ge=1, description="number of classes; that of the data by default")] = None
     weights: Annotated[
-        Path | None, Field(description="safetensors or a checkpoint of tensors; random weights if left")
+        Path | None, Field(description="safetensors or a torch checkpoint; random weights by default")
     ] = None
 
 
 class Teacher(Network):
-    """The network to learn from. One without weights is trained first, on the labels alone."""
+    """The network to learn from. Without weights it is trained first, on the labels alone."""
 
-    epochs: Annotated[int, Field(ge=0, description="to train it for, before the first stage")] = 0
-    training: Annotated[Training, Field(description="how; as in a stage")] = Training()
+    epochs: Annotated[int, Field(ge=0, description="epochs of training before the first stage")] = 0
+    training: Annotated[Training, Field(description="training options, as in a stage")] = Training()
 
 
 class DataSource(BaseModel):
     """The images: a `folder`, or a data set by its `name`."""
 
     model_config = PLAIN
-    folder: Annotated[Path | None, Field(description="train/ and test/ with one folder of images a class")] = None
+    folder: Annotated[Path | None, Field(description="train/ and test/ with one folder of images per class")] = None
     name: Annotated[Named | None, Field(description="digits, a set of torchvision, or package.module:function")] = None
-    root: Annotated[Path | None, Field(description="folder that holds a torchvision set")] = None
-    image_size: Annotated[int | None, Field(ge=1, le=8192, description="pixels a side; as they are if left")] = None
-    augment: Annotated[Literal["none", "flip", "crop_flip"], Field(description="of the training images")] = "none"
-    validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images that is held out")] = (
-        0.1
-    )
-    limit: Annotated[int | None, Field(ge=1, description="train on this many images only")] = None
-    mean: Annotated[Channels | None, Field(description="of red, green, blue, in 0..1; of the weights file if left")] = (
-        None
-    )
+    root: Annotated[Path | None, Field(description="folder of a torchvision data set")] = None
+    image_size: Annotated[
+        int | None, Field(ge=1, le=8192, description="height and width in pixels; unchanged by default")
+    ] = None
+    augment: Annotated[
+        Literal["none", "flip", "crop_flip"], Field(description="augmentation of the training images")
+    ] = "none"
+    validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images to hold out")] = 0.1
+    limit: Annotated[int | None, Field(ge=1, description="number of training images; all by default")] = None
+    mean: Annotated[
+        Channels | None, Field(description="of red, green, blue, in 0..1; that of the weights file by default")
+    ] = None
     std: Annotated[
         tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None,
-        Field(description="of red, green, blue, in 0..1; of the weights file if left"),
+        Field(description="of red, green, blue, in 0..1; that of the weights file by default"),
     ] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = [key for key in ("folder", "name") if getattr(self, key) is not None]
         if len(given) != 1:
-            raise InputError(f"data has one of `folder` and `name`, given {' and '.join(given) or 'neither'}.")
+            raise InputError(f"data needs either `folder` or `name`, given {' and '.join(given) or 'neither'}.")
         if (self.mean is None) != (self.std is None):
-            raise InputError("data has `mean` and `std` together or not at all, given one of them.")
+            raise InputError("data needs `mean` and `std` together, given one of them.")
         return self
 
 
 def _method(entry: Any) -> Any:
-    """`soft_targets` or `{soft_targets: {temperature: 4}}` -> the method; an instance stays."""
+    """The method of `soft_targets` or `{soft_targets: {temperature: 4}}`; an instance is returned unchanged."""
     if hasattr(entry, "attach"):
         return entry
     if isinstance(entry, str):
         entry = {entry: None}
     if not isinstance(entry, dict):
         possible = ", ".join(registry.names())
-        raise InputError(f"a method is a name, or a name with parameters, given {shown(entry)}. Possible: {possible}.")
+        raise InputError(
+            f"a method must be a name, or a name with parameters, given {shown(entry)}. Possible: {possible}."
+        )
     name, *more = entry or [""]
     if more:
         raise InputError(
-            f"a method is one key with its parameters inside, given the keys {', '.join(entry)}. "
-            f"Write - {name}: {{{more[0]}: ...}}, or each method after a dash of its own."
+            f"a method must be one key with its parameters inside, given the keys {', '.join(entry)}. "
+            f"Write - {name}: {{{more[0]}: ...}}, or start each method with its own dash."
         )
     cls: Any = registry.get(name)
     adapter = TypeAdapter[dict[str, Any]](dict[str, cls])  # pyright: ignore[reportInvalidTypeForm]
@@ -107,82 +109,84 @@ def _entry(method: Any) -> Any:
 
 
 class Stage(Training):
-    """One leg of the way: methods that are attached together, and for how long the network trains with them."""
+    """A stage: methods that are attached together, and the training with them."""
 
     name: Annotated[Named, Field(max_length=64, description="letters, digits, - and _")]
-    epochs: Annotated[int, Field(ge=0, description="rounds through the training images")] = 0
-    steps: Annotated[int, Field(ge=0, description="optimizer steps, in place of epochs")] = 0
+    epochs: Annotated[int, Field(ge=0, description="epochs of training")] = 0
+    steps: Annotated[int, Field(ge=0, description="optimizer steps, instead of epochs")] = 0
     methods: Annotated[
         tuple[Annotated[Any, BeforeValidator(_method), PlainSerializer(_entry)], ...],
         Field(description="names, or a name with its parameters: {soft_targets: {temperature: 4}}"),
     ] = ()
-    cache: Annotated[bool, Field(description="ask the teacher once about each image, where none is augmented")] = False
+    cache: Annotated[bool, Field(description="cache the teacher outputs; needs data without augmentation")] = False
     validate_every: Annotated[
-        int | None, Field(ge=1, description="epochs between two looks at the validation images; at its end if left")
+        int | None, Field(ge=1, description="epochs between validations; only at the end by default")
     ] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems: list[tuple[Location, str]] = []
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            problems.append((("name",), f"a stage's name has letters, digits, - and _, given {self.name!r}."))
+            problems.append((("name",), f"a stage name may contain letters, digits, - and _, given {self.name!r}."))
         if self.epochs and self.steps:
-            problems.append((("steps",), f"a stage has epochs or steps, given {self.epochs} and {self.steps}."))
-        if self.validate_every and not self.epochs and not self.steps:
-            message = (
-                f"validate_every looks on while a network trains, and stage '{self.name}' has 0 steps. Leave it out."
+            problems.append(
+                (("steps",), f"a stage needs either epochs or steps, given {self.epochs} and {self.steps}.")
             )
+        if self.validate_every and not self.epochs and not self.steps:
+            message = f"validate_every needs training, and stage '{self.name}' has 0 steps. Remove it."
             problems.append((("validate_every",), message))
         names = [registry.name_of(method) for method in self.methods]
         for index, method in enumerate(self.methods):
             if names[index] in names[:index]:
-                problems.append((("methods", index), f"stage '{self.name}' has the method '{names[index]}' twice."))
+                problems.append((("methods", index), f"stage '{self.name}' lists the method '{names[index]}' twice."))
             if getattr(method, "needs_steps", False) and not self.epochs and not self.steps:
-                message = f"'{names[index]}' works while a network trains, and stage '{self.name}' has 0 steps."
+                message = f"'{names[index]}' needs training, and stage '{self.name}' has 0 steps."
                 problems.append((("methods", index), f"{message} Write epochs: ... or steps: ... in that stage."))
         _raise(problems)
         return self
 
 
 class Recipe(BaseModel):
-    """What is done to a network, from where it comes in to what it is made for."""
+    """Everything about one compression run."""
 
     model_config = PLAIN
-    model: Annotated[Network, Field(description="the network that is compressed")]
+    model: Annotated[Network, Field(description="the network to compress")]
     teacher: Annotated[
         Teacher | Literal["original"] | None,
-        Field(description="the network to learn from; original: the model as it came in"),
+        Field(description="the network to learn from; original: the model before compression"),
     ] = None
     data: DataSource
     target: Annotated[Target, Field(default_factory=Target)]
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of everything that is drawn")] = 0
-    checkpoint_every: Annotated[int, Field(ge=1, description="steps between two checkpoints within a stage")] = 200
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="one after the other")]
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="random seed")] = 0
+    checkpoint_every: Annotated[int, Field(ge=1, description="steps between checkpoints within a stage")] = 200
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="run one after the other")]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems: list[tuple[Location, str]] = []
         seen: dict[str, str] = {}
         for index, stage in enumerate(self.stages):
-            first = seen.setdefault(stage.name.casefold(), stage.name)  # file names, which may not heed the case
+            first = seen.setdefault(
+                stage.name.casefold(), stage.name
+            )  # stage names become file names, and file systems may ignore case
             if first is not stage.name:
-                problems.append((("stages", index, "name"), f"a stage '{first}' is there already. Write another name."))
+                problems.append((("stages", index, "name"), f"there is already a stage '{first}'. Write another name."))
             if stage.cache and (self.teacher is None or self.data.augment != "none"):
                 why = "there is no teacher" if self.teacher is None else f"data.augment is {self.data.augment}"
-                message = f"a cache keeps what the teacher gives for images that never change, and {why}. Leave it out"
+                message = f"cache stores the teacher outputs of unaugmented images, and {why}. Remove it"
                 hint = "." if self.teacher is None else ", or write data.augment: none."
                 problems.append((("stages", index, "cache"), message + hint))
             for place, method in enumerate(stage.methods):
                 if getattr(method, "needs_teacher", False) and self.teacher is None:
-                    message = f"'{registry.name_of(method)}' learns from a teacher, and the recipe has none."
-                    hint = "Write teacher: {name: ..., weights: ...}, or teacher: original for the model as it came in."
+                    message = f"'{registry.name_of(method)}' needs a teacher, and the recipe has none."
+                    hint = "Write teacher: {name: ..., weights: ...} or teacher: original (the model before compression)."
                     problems.append((("stages", index, "methods", place), f"{message} {hint}"))
         _raise(problems)
         return self
 
 
 def _raise(problems: list[tuple[Location, str]]) -> None:
-    """Raises several problems of a model at once, each at its own place."""
+    """Raise several problems of a model at once, each with its location."""
     if problems:
         details = [
             InitErrorDetails(type="value_error", loc=where, input=None, ctx={"error": InputError(message)})
@@ -192,14 +196,14 @@ def _raise(problems: list[tuple[Location, str]]) -> None:
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file. Paths in it are relative to the folder that one works in, not to the file.
+    """Read a recipe file. Paths in it are relative to the working directory.
 
     Args:
         path: a YAML file.
         overrides: `path=value` each, such as `stages.0.epochs=3`.
 
     Raises:
-        InputError: there is no such recipe, or something in it cannot be; one line for each problem.
+        InputError: the file cannot be read or is invalid; one line per problem.
     """
     tree = load(text_of(Path(path)), str(path))
     for assignment in overrides:
@@ -208,21 +212,21 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(text: str, name: str) -> Recipe:
-    """The recipe of a YAML text, which errors call `name`.
+    """Parse a recipe from YAML text; error messages call it `name`.
 
     Raises:
-        InputError: something in it cannot be; one line for each problem.
+        InputError: it is invalid; one line per problem.
     """
     return _validated(load(text, name))
 
 
 def write(recipe: Recipe) -> str:
-    """YAML of what differs from the defaults; `parse` gives the same recipe again."""
+    """YAML text of everything that differs from the defaults; `parse` returns the same recipe."""
     return dump(recipe.model_dump(mode="json", exclude_defaults=True))
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, with every method and its parameters, for editors. Imports all methods."""
+    """The JSON schema of a recipe, with every method and its parameters, for editors."""
     adapters: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(registry.get(name)) for name in registry.names()}
     inputs = [(name, "validation", adapter) for name, adapter in adapters.items()]
     found, shared = TypeAdapter.json_schemas([("", "validation", TypeAdapter(Recipe)), *inputs])  # pyright: ignore[reportArgumentType]
@@ -246,7 +250,7 @@ def _validated(tree: Located) -> Recipe:
 
 
 def _keys(location: Location) -> list[str]:
-    """The keys that are possible in the mapping at `location`."""
+    """The valid keys of the mapping at `location`."""
     records: list[Any] = [Recipe]
     for part in location:
         fields = {key: field for record in records for key, field in _fields(record).items()}
@@ -262,7 +266,7 @@ def _fields(record: Any) -> dict[str, FieldInfo]:
 
 
 def _records(annotation: Any) -> Iterator[Any]:
-    """The models that a type is made of: `Network` of `Network | None`."""
+    """The models in a type: `Network` in `Network | None`."""
     if hasattr(annotation, "__pydantic_fields__"):
         yield annotation
     for argument in get_args(annotation):
@@ -270,7 +274,7 @@ def _records(annotation: Any) -> Iterator[Any]:
 
 
 def parameters(method: Any) -> Iterator[tuple[str, str, str, str]]:
-    """Name, type, default and meaning of every parameter of a method's class."""
+    """Name, type, default and description of every parameter of a method class."""
     for name, field in method.__pydantic_fields__.items():
         kind = field.annotation
         yield (

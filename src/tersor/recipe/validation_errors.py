@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, in lines to act on: where, what was given, what is possible."""
+"""Validation errors of a recipe as messages: line, given value, possible values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WANTED = {
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
 }
-"""What pydantic's kinds of error ask for, in the words of a recipe."""
+"""Expected value by pydantic error type."""
 
 _MAPPING = ("model_type", "dataclass_type")
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
@@ -38,8 +38,8 @@ class _Problem:
     node: Located
     path: str
     message: str = ""
-    wanted: tuple[str, ...] = ()  # several where a value may be of several types: one problem of theirs
-    branch: bool = False  # one type of several did not fit, and another may have come further
+    wanted: tuple[str, ...] = ()  # several if the value may have several types
+    branch: bool = False  # one of several possible types did not match; another may have matched further
 
     def __str__(self) -> str:
         if self.message:
@@ -48,22 +48,22 @@ class _Problem:
         meant = nearest(value, re.findall(r"'([^']*)'", wanted)) if isinstance(value, str) else None
         hint = f" Did you mean '{meant}'?" if meant else ""
         if "text" in self.wanted and isinstance(value, int | float):
-            hint = " In quotes it is text."
+            hint = " Put it in quotes to make it text."
         return f"{self.node.place}: {self.path} should be {wanted}, given {shown(value)}.{hint}"
 
 
 def explain(error: ValidationError, tree: Located, keys: Callable[[Location], Iterable[str]]) -> InputError:
-    """What pydantic found wrong, one line for each problem, with its place in the text.
+    """One line for each problem that pydantic found, with its line in the file.
 
     Args:
-        error: of a validation of `plain(tree)`.
-        tree: what `load` gave.
-        keys: the keys that are possible in the mapping at a location.
+        error: from validating `plain(tree)`.
+        tree: the result of `load`.
+        keys: returns the valid keys of the mapping at a location.
     """
     problems: list[_Problem] = []
     for detail in error.errors(include_url=False):
         if detail["type"] == "too_short" and len(detail["input"]) >= detail.get("ctx", {})["min_length"]:
-            continue  # pydantic counts the good entries alone, and the bad ones have lines of their own
+            continue  # pydantic counts only the valid entries; the invalid ones are reported separately
         problem = _problem(detail, tree, keys)
         same = [p for p in problems if p.node is problem.node and p.wanted and problem.wanted]
         if same:
@@ -80,7 +80,7 @@ def _problem(detail: Any, tree: Located, keys: Callable[[Location], Iterable[str
     if kind in _UNKNOWN_KEY:
         return _Problem(node, path, str(unknown("key", location[-1], keys(location[:-1]))))
     if kind == "missing" and isinstance(location[-1], str):
-        message = f"{path or 'the recipe'} lacks the key '{location[-1]}'. Possible: {', '.join(keys(location[:-1]))}."
+        message = f"{path or 'the recipe'} has no key '{location[-1]}'. Possible: {', '.join(keys(location[:-1]))}."
         return _Problem(node, f"{path}.{location[-1]}".lstrip("."), message)
     if kind == "missing":
         return _Problem(node, path, wanted=("a longer list",))
@@ -93,7 +93,7 @@ def _problem(detail: Any, tree: Located, keys: Callable[[Location], Iterable[str
 
 
 def _find(tree: Located, location: Location) -> tuple[Located, str, bool]:
-    """The value at `location`, its path, and whether pydantic's location ends in a name that the text does not have."""
+    """The value at `location`, its path, and whether pydantic's location ends in a type name."""
     node, path, beside = tree, [], False
     for part in location:
         entries = _entries(node)
@@ -101,7 +101,7 @@ def _find(tree: Located, location: Location) -> tuple[Located, str, bool]:
             node = entries[part]
             path.append(str(part))
             beside = False
-        else:  # pydantic also names the type that it tried, where there are several
+        else:  # pydantic adds the name of the type that it tried
             beside = True
     return node, ".".join(path), beside
 
