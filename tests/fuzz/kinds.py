@@ -39,7 +39,7 @@ from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import Experiment
 from tersor.recipe import parse
 from tersor.recipe.yaml import load, plain
-from tersor.report.page import draw
+from tersor.report.page import write_report
 from tersor.training.method import chain
 
 ROOT = Path(__file__).parents[2]
@@ -347,7 +347,7 @@ class Page(HTMLParser):
 
 @cache
 def _numbers_seed() -> bytes:
-    sys.path.append(str(ROOT / "tests" / "export" / "report"))
+    sys.path.append(str(ROOT / "tests" / "report"))
     samples = importlib.import_module("samples")
     return json.dumps({"numbers": samples.numbers_of(), "evidence": samples.evidence_of()}).encode()
 
@@ -360,7 +360,7 @@ def _drawn(content: bytes, folder: Path) -> Page:
         parts = {"numbers": content, "evidence": content}
     for name, part in parts.items():
         (folder / f"{name}.json").write_bytes(part)
-    return Page(draw(folder).read_text(encoding="utf-8"))
+    return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
 @cache

@@ -117,12 +117,12 @@ def profile_of(*kinds: tuple[str, float]):
 
 
 def evidence_of(**changes):
-    histogram = {"unit": "steps", "low": -1.5, "width": 0.5, "before": [1, 2, 9, 8, 3, 1], "shown_width": 1.0,
-                 "shown": [3, 17, 4], "grid": [-1, 1], "step": [0.1, 0.2, 0.3]}  # fmt: skip
+    histogram = {"unit": "steps", "low": -1.5, "width": 0.5, "before": [1, 2, 9, 8, 3, 1], "after_width": 1.0,
+                 "after": [3, 17, 4], "grid": [-1, 1], "step": [0.1, 0.2, 0.3]}  # fmt: skip
     layer = {"name": "conv", "kind": "Conv2d", "original_shape": [4, 3, 1, 1], "shape": [2, 3, 1, 1], "macs": 100,
              "sparsity": 0.5, "zeros": 3, "masked": 0.25, "weight_bits": 2, "activation_bits": 8, "levels": 3,
              "clipped": 0.01, "error": 0.2, "histogram": histogram}  # fmt: skip
-    floats = {"unit": "value", "low": -1.0, "width": 0.5, "before": [], "shown_width": 0.5, "shown": [1, 2, 3, 4],
+    floats = {"unit": "value", "low": -1.0, "width": 0.5, "before": [], "after_width": 0.5, "after": [1, 2, 3, 4],
               "grid": None, "step": None}  # fmt: skip
     linear = {**layer, "name": "linear", "kind": "Linear", "original_shape": None, "shape": [2, 2], "weight_bits": 32,
               "activation_bits": 32, "levels": None, "clipped": None, "error": None, "histogram": floats}  # fmt: skip
@@ -134,26 +134,26 @@ def evidence_of(**changes):
     rows = [{"temperature": T, "entropy": 0.5, "probabilities": [0.75, 0.25]} for T in (1, 2, 4, 8, 16)]
     image = {"index": 7, "label": 0, "png": PIXEL}
     evidence = {
-        "looked_at": 256,
+        "observed_images": 256,
         "layers": [layer, linear],
         "widths": [{"name": "conv", "before": 4, "after": 2}, {"name": "linear", "before": 2, "after": 2}],
         "masks": [{"name": "conv", "shape": [2, 3, 1, 2], "masked": 0.25,
                    "filters": [["10", "01", "11"], ["00", "11", "01"]]}],
         "profile": {"1": size, "32": size},
-        "targets": {
-            "of": "teacher", "images": [{**image, "classes": [0, 1], "rows": rows}],
-            "similar": {"temperature": 4.0, "images": 1000, "rows": [[0, [0.7, 0.3]], [1, [0.2, 0.8]]]},
+        "soft_targets": {
+            "network": "teacher", "images": [{**image, "classes": [0, 1], "rows": rows}],
+            "class_similarity": {"temperature": 4.0, "images": 1000, "rows": [[0, [0.7, 0.3]], [1, [0.2, 0.8]]]},
         },
         "attention": {
             "layers": {"teacher": ["layer1", "layer2"], "after": ["features"]},
             "images": [{**image, "maps": {"teacher": [PIXEL, PIXEL], "after": [PIXEL]}}],
         },
-        "answers": {
+        "predictions": {
             "images": 1000, "agreement": 99.7, "lost": 1, "gained": 1, "other": 0,
             "classes": [{"class": 0, "images": 500, "before": 450, "after": 449},
                         {"class": 1, "images": 500, "before": 450, "after": 451}],
-            "moves": [[0, 1, 2]],
-            "shown": [{**image, "before": 0, "after": 1}],
+            "changes": [[0, 1, 2]],
+            "examples": [{**image, "before": 0, "after": 1}],
         },
     }  # fmt: skip
     return copy.deepcopy(evidence | changes)

@@ -30,8 +30,8 @@ from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import EVALUATION_BATCH, Experiment
 from tersor.quantization.quantizers import find_quantizers
 from tersor.recipe import Recipe
-from tersor.report.analysis.evidence import gather
-from tersor.report.page import draw
+from tersor.report.analysis.evidence import collect_evidence
+from tersor.report.page import write_report
 
 _AGREEMENT = 99.0
 """Percent of torch's answers that the file should give in its runtime."""
@@ -157,7 +157,7 @@ def _fill(
     told = [{**stage, **numbers["stages"].get(number, {})} for number, stage in enumerate(stages, 1)]
     numbers |= {"stages": told, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
-    evidence = gather(
+    evidence = collect_evidence(
         original,
         walk.model,
         walk.teacher,
@@ -165,12 +165,12 @@ def _fill(
         folder,
         test,
         recipe.target,
-        answers=answers,
+        predictions=answers,
         baseline=numbers["baseline"],
-        watch=watch,
+        progress=watch,
     )
     (folder / "evidence.json").write_text(json.dumps(evidence))
-    draw(folder)
+    write_report(folder)
     (folder / "recipe.yaml").write_text(recipes.write(recipe))
     write_files(walk.model, folder)
     (folder / "checkpoints").mkdir()

@@ -26,7 +26,7 @@ from tersor.quantization.precision import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import Cost, sensitivity
 from tersor.recipe import Recipe
-from tersor.report.sensitivity_map import draw
+from tersor.report.sensitivity_map import sensitivity_svg
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 _DIGITS = 16
@@ -93,7 +93,7 @@ def measure(recipe: Recipe, *, out: Path, images: int | None = None, watch: Prog
         watch.advance(error=cost.error)
     figure = out.with_suffix(".svg")
     title = f"{recipe.model.name}: what one layer costs, rounded alone"
-    _write(figure, draw(found.costs, weights, title, _subtitle(len(shown))))
+    _write(figure, sensitivity_svg(found.costs, weights, title, _subtitle(len(shown))))
     return found, figure
 
 

@@ -1,247 +1,196 @@
-"""What was measured from outside: the head of the page, the figures, the stages."""
+"""Values of the report's first sections: references, the table of results, the table of stages, latencies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from tersor.report.templates import Markup, number, signed, table, tag
+import numpy as np
+
+from tersor.report.templating import fixed, number, signed
 from tersor.report.verdict import (
     RUNTIMES,
     Numbers,
     Reference,
     by_batch_size,
-    difference,
-    place,
-    reference,
-    same_place,
-    verdict,
-)
-
-_STAGE_HEAD = (
-    *("stage", "methods", "accuracy, %", "MB", "ms, batch 1", "million mult.", "zeros, %"),
-    *("cost", "validation, %"),
+    describe_speedup,
+    reference_entry,
+    runtime_of,
+    same_runtime,
 )
 
 
 def references(numbers: Numbers) -> list[Reference]:
-    """What the artifact can be compared with: the baseline too, where it is not the original at every batch size."""
-    only = all(same_place(baseline, numbers["original"]) for baseline in numbers["baseline"].values())
-    return ["original"] if only else ["original", "baseline"]
+    """What the artifact can be compared with: also the baseline, unless it is the original at every batch size."""
+    same = all(same_runtime(baseline, numbers["original"]) for baseline in numbers["baseline"].values())
+    return ["original"] if same else ["original", "baseline"]
+
+
+def describe_baseline(numbers: Numbers) -> str:
+    """The runtimes that were tried, and the fastest of them at each batch size."""
+    tried = " and ".join(RUNTIMES[runtime] for runtime in numbers["candidates"])
+    their = "its" if len(numbers["candidates"]) == 1 else "their"
+    fastest = by_batch_size({size: runtime_of(entry) for size, entry in numbers["baseline"].items()})
+    return f"original.onnx in the fastest runtime of {tried} at {their} default precision: {fastest}"
 
 
 def entries(numbers: Numbers) -> dict[str, Mapping[str, Any]]:
-    """What was measured, by its title: the original, it in other runtimes and precisions, the artifact."""
+    """What was measured, by title: the original, the original in other runtimes and precisions, the artifact."""
     others = {
         RUNTIMES[runtime]: entry
         for runtime, entry in numbers["candidates"].items()
-        if not same_place(entry, numbers["original"])
+        if not same_runtime(entry, numbers["original"])
     }
     return {"original": numbers["original"], **others, "artifact": numbers["artifact"]}
 
 
-def against(name: Reference, *children: str, element: str = "div") -> Markup:
-    """Shown only while that reference is picked."""
-    return tag(element, *children, class_=f"against-{name}")
+def colours(numbers: Numbers) -> dict[str, str]:
+    """The CSS class of each entry."""
+    return {title: title if title in {"original", "artifact"} else "baseline" for title in entries(numbers)}
 
 
-def head(numbers: Numbers, evidence: Mapping[str, Any] | None) -> Markup:
-    """The verdict, what it compares, what it was measured on, and the picker of the reference."""
-    machine = numbers["machine"]
-    sentence = verdict(numbers, evidence)
-    where = (
-        f"{machine['cpu']}, {machine['threads']} threads, {RUNTIMES[numbers['runtime']]} "
-        f"{machine['versions'].get(numbers['runtime'])}. {numbers['test_images']:,} test images, seed "
-        f"{numbers['seed']}, {numbers['date'][:10]}."
-    )
-    return tag(
-        "header",
-        tag("h1", sentence[:1].upper() + sentence[1:]),
-        tag("p", _compared(numbers), class_="where"),
-        tag("p", where),
-        *_picker(numbers),
-    )
+@dataclass(frozen=True)
+class ResultRow:
+    """A row of the table of results.
+
+    Attributes:
+        title: the quantity and its unit.
+        cells: one value for each entry.
+        changes: reference -> the artifact against it; empty where there is no change to show.
+        baseline: index of the entry that is marked as the baseline.
+    """
+
+    title: str
+    cells: Sequence[str]
+    changes: Mapping[Reference, str] = field(default_factory=dict[Reference, str])
+    baseline: int | None = None
 
 
-def _compared(numbers: Numbers) -> str:
-    """Which file in which runtime the two references are, and what is in brackets."""
-    named = by_batch_size({size: place(entry) for size, entry in numbers["baseline"].items()})
-    searched = " and ".join(RUNTIMES[runtime] for runtime in numbers["candidates"])
-    their = "its" if len(numbers["candidates"]) == 1 else "their"
-    return (
-        f"Original: original.onnx, {place(numbers['original'])}. Baseline: the same file where it is fastest without "
-        f"any change, of {searched} at {their} default precision: {named}. In brackets: 95 % intervals."
-    )
+def results(numbers: Numbers) -> list[ResultRow]:
+    """Every measurement of every entry; the latency in one row for each batch size."""
+    measured, artifact = list(entries(numbers).values()), numbers["artifact"]
 
+    def row(
+        title: str, show: Callable[[Numbers], str], compare: Callable[[Numbers], str] | None = None
+    ) -> ResultRow:
+        compared = {name: reference_entry(numbers, name, "1") for name in references(numbers)}
+        changes = {name: compare(entry) for name, entry in compared.items()} if compare else {}
+        return ResultRow(title, [show(entry) for entry in measured], changes)
 
-def _picker(numbers: Numbers) -> list[Markup]:
-    names = references(numbers)
-    if len(names) == 1:
-        return []
-    options = [
-        tag(
-            "label",
-            tag("input", type="radio", name="reference", id=f"pick-{each}", checked="" if each == "original" else None),
-            tag("span", f"the {each}"),
-        )
-        for each in names
-    ]
-    return [tag("fieldset", tag("legend", "Compare with"), *options, class_="picker")]
+    def amount(title: str, key: str, unit: float) -> ResultRow:
+        return row(title, lambda of: number(of[key] / unit), lambda of: describe_reduction(of[key], artifact[key]))
 
-
-def figures(numbers: Numbers) -> Markup:
-    """Everything measured, side by side; in the last column the artifact against the reference."""
-    columns, artifact = entries(numbers), numbers["artifact"]
-
-    def row(what: str, shown: Callable[[Numbers], str], change: Callable[[Reference], str] | None = None) -> list[str]:
-        changes = [against(each, change(each), element="span") for each in references(numbers)] if change else []
-        return [what, *[shown(entry) for entry in columns.values()], tag("td", *changes)]
-
-    def less(what: str, key: str, unit: float) -> list[str]:
-        return row(
-            what,
-            lambda of: number(of[key] / unit),
-            lambda each: less_by(reference(numbers, each, "1")[key], artifact[key]),
-        )
-
-    rows = [
+    return [
         row("file", lambda of: "model.onnx" if of is artifact else "original.onnx"),
         row("runtime", lambda of: RUNTIMES[of["runtime"]]),
-        row("floats in", lambda of: of["precision"]),
+        row("float precision", lambda of: of["precision"]),
         row(
             "accuracy, %",
-            lambda of: f"{of['accuracy']:.2f}",
-            lambda each: signed(artifact["accuracy"] - reference(numbers, each, "1")["accuracy"], " points"),
+            lambda of: fixed(of["accuracy"], 2),
+            lambda of: signed(artifact["accuracy"] - of["accuracy"], " points"),
         ),
-        row("answers kept, %", lambda of: f"{of['agreement']:.2f}"),
-        less("MB", "bytes", 1e6),
-        less("MB, deflated", "compressed_bytes", 1e6),
-        *[_latency_row(numbers, row, size) for size in numbers["baseline"]],
-        less("million multiplications", "macs", 1e6),
-        less("giga bit operations", "bit_operations", 1e9),
-        row("zeros in the weights, %", lambda of: f"{100 * of['sparsity']:.1f}"),
-        *([row("of these under masks, %", lambda of: f"{100 * of['masked']:.1f}")] if artifact["masked"] else []),
-        less("MB of memory", "peak_memory_bytes", 1e6),
-        less("ms to load", "load_ms", 1),
-    ]
-    heads = [tag("th", title, scope="col", class_=f"key {colour(title)}") for title in columns]
-    every = table(["", *heads, "change"], rows, caption="Every figure")
-    return tag("section", tag("h2", "In figures"), every, *_masked(artifact))
-
-
-def colour(title: str) -> str:
-    """The class of an entry."""
-    return title if title in {"original", "artifact"} else "baseline"
-
-
-def _masked(artifact: Numbers) -> list[Markup]:
-    """What masked weights do not give, said where there are any."""
-    if not artifact["masked"]:
-        return []
-    return [
-        tag(
-            "p",
-            f"{100 * artifact['masked']:.1f} % of the prunable weights are masked, not removed: dense runtimes are not "
-            "faster for them, since they multiply zeros like any number. What masks save is room, once the file is "
-            f"deflated: {number(artifact['bytes'] / 1e6)} MB become {number(artifact['compressed_bytes'] / 1e6)}.",
-            class_="note",
-        )
+        row("prediction agreement, %", lambda of: fixed(of["agreement"], 2)),
+        amount("file size, MB", "bytes", 1e6),
+        amount("deflated file size, MB", "compressed_bytes", 1e6),
+        *[_latency_row(numbers, size) for size in numbers["baseline"]],
+        amount("MACs, million", "macs", 1e6),
+        amount("bit operations, billion", "bit_operations", 1e9),
+        row("weight sparsity, %", lambda of: fixed(100 * of["sparsity"], 1)),
+        *([row("masked weights, %", lambda of: fixed(100 * of["masked"], 1))] if artifact["masked"] else []),
+        amount("peak memory, MB", "peak_memory_bytes", 1e6),
+        amount("load time, ms", "load_ms", 1),
     ]
 
 
-def _latency_row(numbers: Numbers, row: Callable[..., list[str]], size: str) -> list[str]:
-    baseline = numbers["baseline"][size]
+def _latency_row(numbers: Numbers, size: str) -> ResultRow:
+    measured = list(entries(numbers).values())
+    baseline = [same_runtime(entry, numbers["baseline"][size]) for entry in measured[:-1]]
+    return ResultRow(
+        f"latency at batch {size}, ms",
+        [number(entry["latency_ms"][size]["median"]) for entry in measured],
+        {name: describe_speedup(numbers["speedup"][name][size]) for name in references(numbers)},
+        baseline.index(True) if True in baseline else None,
+    )
 
-    def shown(of: Mapping[str, Any]) -> str:
-        median = number(of["latency_ms"][size]["median"])
-        is_baseline = of is not numbers["artifact"] and same_place(of, baseline)
-        return tag("td", median, tag("small", "baseline")) if is_baseline else median
 
-    return row(f"ms, batch {size}", shown, lambda each: difference(numbers["speedup"][each][size]))
-
-
-def less_by(before: float, after: float) -> str:
-    """ "3.82x less"; nothing where one of the two is zero."""
+def describe_reduction(before: float, after: float) -> str:
+    """ "3.82x lower"; empty if either is zero."""
     if not before or not after:
         return ""
     ratio = before / after
     if 0.995 < ratio < 1.005:
-        return "the same"
-    return f"{ratio:.2f}x less" if ratio > 1 else f"{1 / ratio:.2f}x more"
+        return "unchanged"
+    return f"{ratio:.2f}x lower" if ratio > 1 else f"{1 / ratio:.2f}x higher"
 
 
-def stages(numbers: Numbers) -> Markup:
-    """What each stage gave and cost, against the row above."""
-    told = numbers.get("stages") or []
-    if not told:
-        return Markup("")
+@dataclass(frozen=True)
+class StageRow:
+    """A row of the table of stages; `cells` are values with their change, which is empty where it is unknown."""
+
+    name: str
+    methods: str
+    cells: Sequence[tuple[str, str]]
+    cost: str
+    validation: str
+
+
+def stage_rows(numbers: Numbers) -> list[StageRow]:
+    """The original and each stage, with the change against the row above; no rows if there were no stages."""
     before: Mapping[str, Any] = numbers["original"]
-    rows = [["original", "", *_state(before, {}), "", "–"]]
-    for stage in told:
-        methods = ", ".join(map(_method, stage["methods"])) or "labels alone" if "methods" in stage else "–"
-        validated = stage.get("validation_accuracy")
-        rows.append(
-            [
-                stage["name"],
-                methods,
-                *_state(stage, before),
-                f"{stage['steps']:,} steps, {number(stage['minutes'], 2)} min",
-                "–" if validated is None else f"{validated:.2f}",
-            ]
-        )
+    rows = [StageRow("original", "", _stage_cells(before, {}), "", "–")]
+    for stage in numbers.get("stages") or []:
+        methods = ", ".join(map(_method, stage["methods"])) or "labels only" if "methods" in stage else "–"
+        cost = f"{stage['steps']:,} steps, {number(stage['minutes'], 2)} min"
+        validation = fixed(stage.get("validation_accuracy"), 2)
+        rows.append(StageRow(stage["name"], methods, _stage_cells(stage, before), cost, validation))
         before = {**before, **{key: value for key, value in stage.items() if value is not None}}
-    minutes = sum(stage["minutes"] for stage in told)
-    return tag(
-        "section",
-        tag("h2", "What each stage gave and cost"),
-        tag(
-            "p",
-            f"{number(minutes, 2)} minutes in all. Under each figure, the change against the row above; under the "
-            "milliseconds, the speed against the original. All of it is of the test set in the runtime, except for the "
-            "last column.",
-        ),
-        table(
-            _STAGE_HEAD,
-            rows,
-            caption="Stages",
-        ),
-    )
+    return rows[1:] and rows
 
 
-def _state(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[Markup]:
-    """Accuracy, MB, ms, multiplications and sparsity, each with its change where both are known."""
+def _stage_cells(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def cell(key: str, unit: float, change_unit: str, digits: int) -> tuple[str, str]:
+        value, previous = (None if of.get(key) is None else of[key] / unit for of in (now, before))
+        change = "" if value is None or previous is None else signed(value - previous, change_unit, digits)
+        return fixed(value, digits), change
 
-    def cell(key: str, scale: float, unit: str, digits: int) -> Markup:
-        value, was = _scaled(now.get(key), scale), _scaled(before.get(key), scale)
-        change = "" if value is None or was is None else signed(value - was, unit, digits)
-        return tag("td", "–" if value is None else f"{value:.{digits}f}", tag("small", change))
-
+    latency = now["latency_ms"]["1"]["median"] if "latency_ms" in now else None
+    speedup = describe_speedup(now["speedup"]["1"]) if latency is not None and "speedup" in now else ""
     return [
         cell("accuracy", 1, " points", 2),
         cell("bytes", 1e6, "", 3),
-        _latency_cell(now),
+        (fixed(latency, 3), speedup),
         cell("macs", 1e6, "", 2),
         cell("sparsity", 0.01, "", 1),
     ]
-
-
-def _latency_cell(now: Mapping[str, Any]) -> Markup:
-    if "latency_ms" not in now:
-        return tag("td", "–", tag("small"))
-    change = difference(now["speedup"]["1"]) if "speedup" in now else ""
-    return tag("td", f"{now['latency_ms']['1']['median']:.3f}", tag("small", change))
-
-
-def _scaled(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit
 
 
 def _method(entry: Any) -> str:
     """A method as a recipe writes it: a name, or a name with its parameters."""
     if not isinstance(entry, Mapping):
         return str(entry)
-    told = [
-        f"{name} ({', '.join(f'{key} {value}' for key, value in (given or {}).items())})" if given else str(name)
-        for name, given in entry.items()
-    ]
-    return ", ".join(told)
+    return ", ".join(
+        f"{name} ({', '.join(f'{key} {value}' for key, value in parameters.items())})" if parameters else str(name)
+        for name, parameters in entry.items()
+    )
+
+
+@dataclass(frozen=True)
+class LatencyPanel:
+    """The measurements at one batch size: title -> milliseconds, and the end of their common axis."""
+
+    size: str
+    runs: Mapping[str, Sequence[float]]
+    end: float
+
+
+def latency_panels(numbers: Numbers) -> list[LatencyPanel]:
+    """One for each batch size; axes end 15 % after the largest 95th percentile."""
+    panels: list[LatencyPanel] = []
+    for size in numbers["baseline"]:
+        runs = {
+            title: [value for group in entry["latency_runs_ms"][size] for value in group]
+            for title, entry in entries(numbers).items()
+        }
+        panels.append(LatencyPanel(size, runs, 1.15 * max(float(np.percentile(run, 95)) for run in runs.values())))
+    return panels

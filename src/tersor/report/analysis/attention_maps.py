@@ -1,4 +1,4 @@
-"""Where networks look: attention maps of real images, layer by layer."""
+"""Attention maps of test images, by layer."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _SIDE = 48
 
 @torch.no_grad()
 def attention_maps(networks: Mapping[str, nn.Module], test: Batches, index: Tensor) -> dict[str, Any]:
-    """The mean over the channels of a layer's squared output, for some images, in the last layer at each resolution.
+    """Mean over the channels of a layer's squared output, for six images and the last layer at each resolution.
 
     Args:
         networks: by name, in eval mode, on the CPU.
-        test: images, normalised as the networks want them.
-        index: (N,) places in it to choose from.
+        test: images, normalised as the networks expect them.
+        index: (N,) indices of the images to choose from.
 
     Returns:
-        `layers`: network -> names of its layers; `images`: of each its number, label, PNG and `maps`: network -> a PNG
-        for each layer, from black (its least) to white (its most). A network without a feature map is left out.
+        `layers`: network -> names of its layers; `images`: index, label, PNG and `maps` of each, where maps are
+        network -> a PNG for each layer, from black (smallest) to white (largest). Networks without a feature map are
+        left out.
     """
     chosen = index[torch.linspace(0, len(index) - 1, min(_IMAGES, len(index))).round().long()]
     batch = test.take(chosen)
@@ -39,26 +40,26 @@ def attention_maps(networks: Mapping[str, nn.Module], test: Batches, index: Tens
     for name, network in networks.items():
         try:
             paths = last_feature_maps(network, batch.images)
-            _, given = FeatureExtractor(network, paths)(batch.images)
+            _, features = FeatureExtractor(network, paths)(batch.images)
         except InputError:
             continue
         layers[name] = list(paths)
-        maps[name] = [[_drawn(attention) for attention in as_map(given[path]).square().mean(1)] for path in paths]
+        maps[name] = [[_map_png(attention) for attention in as_map(features[path]).square().mean(1)] for path in paths]
     return {
         "layers": layers,
         "images": [
             {
-                "index": int(chosen[place]),
-                "label": int(batch.labels[place]),
-                "png": png(test.images.take(chosen[place : place + 1])[0]),
-                "maps": {name: [of_layer[place] for of_layer in found] for name, found in maps.items()},
+                "index": int(chosen[order]),
+                "label": int(batch.labels[order]),
+                "png": png(test.images.take(chosen[order : order + 1])[0]),
+                "maps": {name: [layer[order] for layer in by_layer] for name, by_layer in maps.items()},
             }
-            for place in range(len(chosen))
+            for order in range(len(chosen))
         ],
     }
 
 
-def _drawn(attention: Tensor) -> str:
+def _map_png(attention: Tensor) -> str:
     """(H, W) -> a data URI."""
     span = (attention.max() - attention.min()).clamp(min=1e-12)
     grey = (255 * (attention - attention.min()) / span).round().to(torch.uint8)
