@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 _KERNEL_GAP = 0.7
 """Space between two kernels of a mask, in weights."""
 
-Columns = Sequence[tuple[str, Mapping[str, float]]]
+Groups = Sequence[tuple[str, float | None | Mapping[str, float]]]
 
 
-def share_of(value: float, largest: float) -> str:
+def share(value: float, largest: float) -> str:
     """`value` in percent of `largest`, as an SVG length."""
     return f"{100 * value / largest if largest else 0:.2f}%"
 
@@ -25,24 +25,36 @@ class Column(NamedTuple):
     height: float
 
 
-def columns(groups: Columns, largest: float | None) -> Iterator[tuple[str, Mapping[str, float], float, list[Column]]]:
-    """Lay out grouped columns.
+def columns(
+    groups: Groups, kind: str, largest: float | None
+) -> Iterator[tuple[str, Mapping[str, float], float, list[Column]]]:
+    """Lay out groups of columns.
 
     Args:
-        groups: (name, kind -> value), from left to right.
+        groups: (name, value) or (name, kind -> value), from left to right.
+        kind: of values without one.
         largest: the value of a column of full height; the largest value by default.
 
     Yields:
-        name, values, left edge in percent, and one column for each value.
+        name, values by kind, left edge in percent, and one column for each value.
     """
-    top = largest or max((value for _, values in groups for value in values.values()), default=0.0) or 1.0
-    step = 100 / max(1, len(groups))
-    for index, (name, values) in enumerate(groups):
+    plain = [
+        (name, values if isinstance(values, Mapping) else {} if values is None else {kind: values})
+        for name, values in groups
+    ]
+    top = largest or max((value for _, values in plain for value in values.values()), default=0.0) or 1.0
+    step = 100 / max(1, len(plain))
+    for index, (name, values) in enumerate(plain):
         width = 0.84 * step / max(1, len(values))
         yield name, values, index * step, [
             Column(kind, index * step + order * width, 0.94 * width, 100 * value / top)
             for order, (kind, value) in enumerate(values.items())
         ]  # fmt: skip
+
+
+def histogram_span(histogram: Mapping[str, Any]) -> float:
+    """The length of the axis."""
+    return max(len(histogram["before"]) * histogram["width"], len(histogram["after"]) * histogram["after_width"])
 
 
 def histogram_paths(histogram: Mapping[str, Any], *, cut_zero: bool = True) -> tuple[str, str]:
@@ -54,7 +66,7 @@ def histogram_paths(histogram: Mapping[str, Any], *, cut_zero: bool = True) -> t
         cut_zero: do not scale to the bar at zero, which is often far higher than all others.
     """
     low, width, after_width = histogram["low"], histogram["width"], histogram["after_width"]
-    span = max(len(histogram["before"]) * width, len(histogram["after"]) * after_width)
+    span = histogram_span(histogram)
     before = [count / width for count in histogram["before"]]
     after = [count / after_width for count in histogram["after"]]
     zero = int(-low // after_width)

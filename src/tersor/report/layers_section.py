@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tersor.evaluation.costs import FLOAT_BITS
-from tersor.report.charts import Columns
+from tersor.report.charts import Groups
 from tersor.report.templating import number
 from tersor.report.verdict import Reference
 
@@ -17,29 +16,17 @@ Layers = Sequence[Mapping[str, Any]]
 _OPERATORS = 7
 
 
-class OperatorTime(NamedTuple):
-    """Nodes of one operator and their time; `share` of the time of all nodes."""
-
-    operator: str
-    nodes: int
-    ms: float
-    share: str
-
-
-def operator_times(profile: Mapping[str, Any]) -> list[OperatorTime]:
-    """The slowest operators, and the others in one row."""
-    times = [(each["kind"], each["nodes"], each["ms"]) for each in profile["kinds"][:_OPERATORS]]
-    rest = profile["kinds"][_OPERATORS:]
-    if rest:
-        times.append((f"{len(rest)} others", sum(each["nodes"] for each in rest), sum(each["ms"] for each in rest)))
-    return [OperatorTime(*each, _share(each[-1], profile["ms"])) for each in times]
+def operator_times(profile: Mapping[str, Any]) -> Iterator[tuple[str, int, float, str]]:
+    """Operator, nodes, milliseconds and share of the slowest operators, and of all others together."""
+    times = [(each["kind"], each["nodes"], each["ms"]) for each in profile["kinds"]]
+    rest = times[_OPERATORS:]
+    others = [(f"{len(rest)} others", sum(nodes for _, nodes, _ in rest), sum(ms for *_, ms in rest))] if rest else []
+    for operator, nodes, ms in times[:_OPERATORS] + others:
+        share = "<1 %" if 100 * ms < profile["ms"] else f"{100 * ms / profile['ms']:.0f} %"
+        yield operator, nodes, ms, share
 
 
-def _share(part: float, whole: float) -> str:
-    return "<1 %" if 100 * part < whole else f"{100 * part / whole:.0f} %"
-
-
-def layer_times(layers: Layers, profiles: Mapping[str, Any], reference: Reference) -> Columns:
+def layer_times(layers: Layers, profiles: Mapping[str, Any], reference: Reference) -> Groups:
     """Milliseconds of each layer; also of the reference, if it has the same layers."""
     return [
         (
@@ -53,52 +40,37 @@ def layer_times(layers: Layers, profiles: Mapping[str, Any], reference: Referenc
     ]
 
 
-def output_errors(layers: Layers) -> Columns:
-    """Output error of each layer in percent; no columns if no layer is quantized."""
-    if all(layer["error"] is None for layer in layers):
-        return []
+def output_errors(layers: Layers) -> Groups:
+    """Output error of each layer in percent; None for a layer that is not quantized."""
+    return [(layer["name"], None if layer["error"] is None else 100 * layer["error"]) for layer in layers]
+
+
+def sparsity(layers: Layers) -> Groups:
+    """Zeros of each layer in percent, and those under a mask if any layer has one."""
+    masked = any(layer["masked"] for layer in layers)
     return [
-        (layer["name"], {} if layer["error"] is None else {"artifact": 100 * layer["error"]}) for layer in layers
+        (layer["name"], {**({"masked": 100 * layer["masked"]} if masked else {}), "zeros": 100 * layer["sparsity"]})
+        for layer in layers
     ]
 
 
-class BitGroup(NamedTuple):
-    """Layers of the same bit widths together; `levels` are the most that one uses, None for floats."""
-
-    weight_bits: int
-    activation_bits: int
-    layers: int
-    weights: int
-    levels: int | None
-    bit_operations: float
-    float_bit_operations: float
+def narrowed(widths: Layers) -> int:
+    """How many layers lost channels."""
+    return sum(layer["after"] != layer["before"] for layer in widths)
 
 
-def bit_groups(layers: Layers) -> list[BitGroup]:
-    """Layers grouped by bit widths, the widest first.
+def bit_groups(layers: Layers) -> list[tuple[tuple[int, int], list[Mapping[str, Any]]]]:
+    """Layers grouped by the bits of weights and activations, the widest first.
 
     Raises:
         ValueError: a layer has a bit width that does not exist.
     """
     groups: defaultdict[tuple[int, int], list[Mapping[str, Any]]] = defaultdict(list)
     for layer in layers:
+        if not 0 <= layer["weight_bits"] <= FLOAT_BITS:
+            raise ValueError(f"a weight of {layer['weight_bits']} bits")
         groups[layer["weight_bits"], layer["activation_bits"]].append(layer)
-    rows: list[BitGroup] = []
-    for (weight, activation), members in sorted(groups.items(), reverse=True):
-        if not 0 <= weight <= FLOAT_BITS:
-            raise ValueError(f"a weight of {weight} bits")
-        macs, levels = sum(each["macs"] for each in members), [each["levels"] for each in members if each["levels"]]
-        weights = sum(math.prod(each["shape"]) for each in members)
-        operations = (macs * weight * activation, macs * FLOAT_BITS**2)
-        rows.append(BitGroup(weight, activation, len(members), weights, max(levels, default=None), *operations))
-    return rows
-
-
-def histogram_end(histogram: Mapping[str, Any]) -> float:
-    """The upper end of the axis."""
-    return histogram["low"] + max(
-        len(histogram[side]) * histogram[width] for side, width in (("before", "width"), ("after", "after_width"))
-    )
+    return sorted(groups.items(), key=lambda group: group[0], reverse=True)
 
 
 def describe_weights(layer: Mapping[str, Any]) -> str:
@@ -114,6 +86,4 @@ def describe_weights(layer: Mapping[str, Any]) -> str:
 
 def describe_fraction(fraction: float | None) -> str:
     """In percent, without the sign; a dash for None."""
-    if fraction is None:
-        return "–"
-    return "<0.01" if 0 < fraction < 1e-4 else number(100 * fraction, 2)
+    return "<0.01" if fraction and 0 < fraction < 1e-4 else number(None if fraction is None else 100 * fraction, 2)

@@ -21,9 +21,9 @@ from tersor.core.errors import InputError
 from tersor.core.files import read_json
 from tersor.evaluation.costs import FLOAT_BITS
 from tersor.quantization.integer_coverage import ENOUGH, percent
-from tersor.report import layers_section, predictions_section, pruning_section, summary, training_section
+from tersor.report import layers_section, predictions_section, summary, training_section
 from tersor.report.templating import environment
-from tersor.report.verdict import RUNTIMES, reference_entry, runtime_of, verdict
+from tersor.report.verdict import describe_speedup, reference_entry, runtime_of, same_runtime, verdict
 
 REPORT = "report.html"
 
@@ -73,6 +73,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _render(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
     style = files("tersor.report").joinpath("templates/style.css").read_text(encoding="utf-8")
+    class_name = partial(predictions_section.class_name, numbers)
     return environment().get_template("page.html").render(
         numbers=numbers,
         evidence=evidence,
@@ -83,13 +84,14 @@ def _render(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
         summary=summary,
         training=training_section,
         layers=layers_section,
-        pruning=pruning_section,
         predictions=predictions_section,
-        class_name=partial(predictions_section.class_name, numbers),
-        runtimes=RUNTIMES,
+        class_name=class_name,
+        class_names=lambda indices: [class_name(index) for index in indices],
+        describe_speedup=describe_speedup,
+        same_runtime=same_runtime,
         runtime_of=runtime_of,
         reference_entry=reference_entry,
-        percent=percent,
+        macs_percent=percent,
         float_bits=FLOAT_BITS,
         enough_in_integers=ENOUGH,
     )  # fmt: skip

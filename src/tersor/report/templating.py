@@ -5,23 +5,26 @@ Every value is escaped: names of layers, classes and stages are untrusted text.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tersor.report import charts
+from tersor.report.verdict import RUNTIMES
 
 _PNG = "data:image/png;base64,"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """`value` with `digits` significant digits and without an exponent; a dash for None.
+def number(value: float | None, digits: int = 3, unit: float = 1) -> str:
+    """`value / unit` with `digits` significant digits and without an exponent; a dash for None.
 
     >>> number(0.25446), number(1234.5), number(None), number(0.0)
     ('0.254', '1,234', '–', '0')
     """
     if value is None:
         return "–"
+    value = value / unit
     if value == 0:
         return "0"
     places = 0
@@ -36,9 +39,9 @@ def signed(value: float, unit: str = "", digits: int = 2) -> str:
     return f"±0{unit}" if not rounded else f"{'+' if rounded > 0 else '−'}{abs(rounded):.{digits}f}{unit}"
 
 
-def fixed(value: float | None, digits: int) -> str:
-    """`value` with `digits` decimal places; a dash for None."""
-    return "–" if value is None else f"{value:.{digits}f}"
+def fixed(value: float | None, digits: int, unit: float = 1) -> str:
+    """`value / unit` with `digits` decimal places; a dash for None."""
+    return "–" if value is None else f"{value / unit:.{digits}f}"
 
 
 def inline_png(source: str) -> str:
@@ -61,17 +64,16 @@ def environment() -> Environment:
         "number": number,
         "signed": signed,
         "fixed": fixed,
-        "inline_png": inline_png,
+        "percent": lambda fraction, digits: fixed(100 * fraction, digits),
         "thousands": "{:,}".format,
-        "minus": lambda value: str(value).replace("-", "−"),
-        "share_of": charts.share_of,
+        "minus": lambda text: text.replace("-", "−"),
+        "product": math.prod,
+        "inline_png": inline_png,
+        "runtime": RUNTIMES.__getitem__,
     }
     made.globals |= {
+        "charts": charts,
         "zip": zip,
-        "columns_of": charts.columns,
-        "histogram_paths": charts.histogram_paths,
-        "line_points": charts.line_points,
-        "mask_paths": charts.mask_paths,
-        "opacities": charts.opacities,
+        "numbered": lambda name, count: [f"{name} {number}" for number in range(1, count + 1)],
     }
     return made
