@@ -204,7 +204,9 @@ def _table(numbers: dict[str, Any]) -> Table:
         ("million MACs", "macs", 1e6),
         ("giga bit operations", "bit_operations", 1e9),
     ):
-        less = [describe_reduction(reference_entry(numbers, name, "1")[key], artifact[key]) for name in numbers["speedup"]]
+        less = [
+            describe_reduction(reference_entry(numbers, name, "1")[key], artifact[key]) for name in numbers["speedup"]
+        ]
         table.add_row(label, *[f"{entry[key] / unit:.3f}" for entry in columns.values()], *less)
     for size, baseline in numbers["baseline"].items():
         medians = [
@@ -212,7 +214,9 @@ def _table(numbers: dict[str, Any]) -> Table:
             + ("\nbaseline" if entry is not artifact and same_runtime(entry, baseline) else "")
             for entry in columns.values()
         ]
-        table.add_row(f"ms, batch {size}", *medians, *[describe_speedup(of[size]) for of in numbers["speedup"].values()])
+        table.add_row(
+            f"ms, batch {size}", *medians, *[describe_speedup(of[size]) for of in numbers["speedup"].values()]
+        )
     return table
 
 

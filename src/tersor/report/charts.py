@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 _KERNEL_GAP = 0.7
 """Space between two kernels of a mask, in weights."""
 
-Groups = Sequence[tuple[str, float | None | Mapping[str, float]]]
+Groups = Sequence[tuple[str, float | Mapping[str, float] | None]]
 
 
 def share(value: float, largest: float) -> str:

@@ -40,8 +40,9 @@ def write_report(folder: Path) -> Path:
     numbers = _read(folder / "numbers.json")
     if numbers is None:
         raise InputError(f"{folder} has no numbers.json, so there is nothing to report. Give the folder of a run.")
+    evidence = _read(folder / "evidence.json")
     try:
-        page = _render(numbers, _read(folder / "evidence.json"))
+        page = _render(numbers, evidence)
     except (
         *(ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError),
         TemplateError,

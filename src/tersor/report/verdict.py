@@ -34,24 +34,39 @@ def verdict(numbers: Numbers, evidence: Evidence | None = None) -> str:
     before, after = numbers["original"], numbers["artifact"]
     change = f"{size_change(before, after)}, {accuracy_change(before['accuracy'], after['accuracy'])}"
     sentences = [f"{_speedups(numbers)} at batch 1, {change}."]
-    if not _faster(numbers["speedup"]["baseline"]["1"]):
+    speedups = numbers["speedup"]["baseline"]
+    if _direction(speedups["1"]) <= 0:
         reasons = _reasons(numbers, evidence)
         sentences += [f"Possible reasons: {'; '.join(reasons)}."] if reasons else []
-        sentences += [_recommendation(numbers), *_larger_batches(numbers)]
+        sentences.append(_recommendation(numbers))
+        faster = [
+            f"{describe_speedup(ratio)} than the baseline at batch {size}"
+            for size, ratio in speedups.items()
+            if _direction(ratio) > 0
+        ]
+        sentences += [f"It is {' and '.join(faster)}."] if faster else []
     return " ".join(sentences)
 
 
-def describe_speedup(ratio: Mapping[str, float]) -> str:
-    """ "2.4x faster (2.1 to 2.7)", with the 95 % confidence interval; "no measurable difference" if that contains 1."""
-    if not _measurable(ratio):
-        return f"no measurable difference {_interval(ratio)}"
+def describe_speedup(ratio: Mapping[str, float], name: str = "") -> str:
+    """A speedup with its 95 % confidence interval, and what it is against, if that has a `name`.
+
+    "2.4x faster (2.1 to 2.7)", or "no measurable difference (0.97x to 1.02x)" if the interval contains 1.
+    """
     value, low, high = ratio["value"], ratio["low"], ratio["high"]
+    if not _direction(ratio):
+        return f"no measurable difference{name and f' from {name}'} ({low:.2f}x to {high:.2f}x)"
     if value < 1:
         value, low, high = 1 / value, 1 / high, 1 / low
     fewest = 1 if round(low, 1) < round(high, 1) else 2
     digits = next((digits for digits in (fewest, 2, 3) if round(low, digits) > 1), 4)
-    word = "faster" if _faster(ratio) else "slower"
-    return f"{value:.{digits}f}x {word} ({low:.{digits}f} to {high:.{digits}f})"
+    word = "faster" if _direction(ratio) > 0 else "slower"
+    return f"{value:.{digits}f}x {word} ({low:.{digits}f} to {high:.{digits}f}){name and f' than {name}'}"
+
+
+def _direction(ratio: Mapping[str, float]) -> int:
+    """1 for faster, -1 for slower, 0 if the confidence interval contains 1."""
+    return (ratio["low"] > 1) - (ratio["high"] < 1)
 
 
 def reference_entry(numbers: Numbers, name: Reference, size: str) -> Mapping[str, Any]:
@@ -97,36 +112,12 @@ def accuracy_change(before: float, after: float) -> str:
     return f"accuracy {abs(lost):.{1 if abs(lost) >= 0.1 else 2}f} points {'lower' if lost > 0 else 'higher'}"
 
 
-def _measurable(ratio: Mapping[str, float]) -> bool:
-    return not ratio["low"] <= 1 <= ratio["high"]
-
-
-def _faster(ratio: Mapping[str, float]) -> bool:
-    return ratio["low"] > 1
-
-
-def _slower(ratio: Mapping[str, float]) -> bool:
-    return ratio["high"] < 1
-
-
-def _interval(ratio: Mapping[str, float]) -> str:
-    return f"({ratio['low']:.2f}x to {ratio['high']:.2f}x)"
-
-
 def _speedups(numbers: Numbers) -> str:
-    speedup = numbers["speedup"]
+    original, baseline = (numbers["speedup"][name]["1"] for name in ("original", "baseline"))
     if same_runtime(numbers["baseline"]["1"], numbers["original"]):
-        return _compared(speedup["original"]["1"], "the original, which is also the baseline,")
-    ratios = [speedup[name]["1"] for name in ("original", "baseline")]
-    alike = len({(_faster(ratio), _slower(ratio)) for ratio in ratios}) == 1
-    both = [_compared(ratio, f"the {name}") for ratio, name in zip(ratios, ("original", "baseline"), strict=True)]
-    return (" and " if alike else ", but ").join(both)
-
-
-def _compared(ratio: Mapping[str, float], name: str) -> str:
-    if _measurable(ratio):
-        return f"{describe_speedup(ratio)} than {name}"
-    return f"no measurable difference from {name} {_interval(ratio)}"
+        return describe_speedup(original, "the original, which is also the baseline,")
+    both = describe_speedup(original, "the original"), describe_speedup(baseline, "the baseline")
+    return (" and " if _direction(original) == _direction(baseline) else ", but ").join(both)
 
 
 def _reasons(numbers: Numbers, evidence: Evidence | None) -> list[str]:
@@ -134,9 +125,11 @@ def _reasons(numbers: Numbers, evidence: Evidence | None) -> list[str]:
     before, after = reference_entry(numbers, "baseline", "1"), numbers["artifact"]
     quantized = after["bit_operations"] < after["macs"] * 32 * 32
     reasons: list[str] = []
-    share = _converting_share(evidence)
-    if share >= _CONVERSION_SHARE:
-        reasons.append(f"{100 * share:.0f} % of its node time is spent on quantization and layout conversion")
+    profile = ((evidence or {}).get("profile") or {}).get("1", {}).get("artifact")
+    if profile and profile["ms"]:
+        share = sum(kind["ms"] for kind in profile["kinds"] if kind["kind"] in _CONVERSIONS) / profile["ms"]
+        if share >= _CONVERSION_SHARE:
+            reasons.append(f"{100 * share:.0f} % of its node time is spent on quantization and layout conversion")
     if before["precision"] == "bfloat16":
         reasons.append("the baseline uses the bfloat16 instructions of this CPU")
     if after["macs"] > 0.95 * before["macs"]:
@@ -147,34 +140,17 @@ def _reasons(numbers: Numbers, evidence: Evidence | None) -> list[str]:
     return reasons[:2]
 
 
-def _converting_share(evidence: Evidence | None) -> float:
-    profile = ((evidence or {}).get("profile") or {}).get("1", {}).get("artifact")
-    if not profile or not profile["ms"]:
-        return 0.0
-    return sum(kind["ms"] for kind in profile["kinds"] if kind["kind"] in _CONVERSIONS) / profile["ms"]
-
-
 def _recommendation(numbers: Numbers) -> str:
     """Which file to ship if the artifact is not faster than the baseline."""
     sufficient = numbers["original"]["accuracy"] - _LARGEST_ACCURACY_LOSS
     accurate = reference_entry(numbers, "baseline", "1")["accuracy"] >= sufficient
     name: Reference = "baseline" if accurate else "original"
     alternative, artifact = reference_entry(numbers, name, "1"), numbers["artifact"]
-    ratio = numbers["speedup"][name]["1"]
-    model = f"Ship model.onnx in {RUNTIMES[artifact['runtime']]}"
-    if artifact["accuracy"] >= sufficient and _faster(ratio):
-        return f"{model}: the baseline loses more than one point of accuracy."
-    smaller = artifact["bytes"] * 1.05 < alternative["bytes"]
-    if artifact["accuracy"] >= sufficient and not _slower(ratio) and smaller:
-        return f"{model} only for its smaller size."
+    direction = _direction(numbers["speedup"][name]["1"])
+    if artifact["accuracy"] >= sufficient:
+        model = f"Ship model.onnx in {RUNTIMES[artifact['runtime']]}"
+        if direction > 0:
+            return f"{model}: the baseline loses more than one point of accuracy."
+        if direction == 0 and artifact["bytes"] * 1.05 < alternative["bytes"]:
+            return f"{model} only for its smaller size."
     return f"Ship original.onnx in {RUNTIMES[alternative['runtime']]} ({alternative['precision']}) instead."
-
-
-def _larger_batches(numbers: Numbers) -> list[str]:
-    """The batch sizes at which the artifact is faster than the baseline."""
-    faster = [
-        f"{describe_speedup(ratio)} than the baseline at batch {size}"
-        for size, ratio in numbers["speedup"]["baseline"].items()
-        if _faster(ratio)
-    ]
-    return [f"It is {' and '.join(faster)}."] if faster else []
