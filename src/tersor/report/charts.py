@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _KERNEL_GAP = 0.7
 """Space between two kernels of a mask, in weights."""
@@ -16,40 +16,17 @@ def share(value: float, largest: float) -> str:
     return f"{100 * value / largest if largest else 0:.2f}%"
 
 
-class Column(NamedTuple):
-    """A rectangle of a column chart, in percent of the chart; `kind` is its colour class."""
-
-    kind: str
-    x: float
-    width: float
-    height: float
-
-
-def columns(
-    groups: Groups, kind: str, largest: float | None
-) -> Iterator[tuple[str, Mapping[str, float], float, list[Column]]]:
-    """Lay out groups of columns.
-
-    Args:
-        groups: (name, value) or (name, kind -> value), from left to right.
-        kind: of values without one.
-        largest: the value of a column of full height; the largest value by default.
-
-    Yields:
-        name, values by kind, left edge in percent, and one column for each value.
-    """
-    plain = [
+def grouped(groups: Groups, kind: str) -> list[tuple[str, Mapping[str, float]]]:
+    """Groups with their values by kind; `kind` is that of values without one, None is no value."""
+    return [
         (name, values if isinstance(values, Mapping) else {} if values is None else {kind: values})
         for name, values in groups
     ]
-    top = largest or max((value for _, values in plain for value in values.values()), default=0.0) or 1.0
-    step = 100 / max(1, len(plain))
-    for index, (name, values) in enumerate(plain):
-        width = 0.84 * step / max(1, len(values))
-        yield name, values, index * step, [
-            Column(kind, index * step + order * width, 0.94 * width, 100 * value / top)
-            for order, (kind, value) in enumerate(values.items())
-        ]  # fmt: skip
+
+
+def largest_value(groups: Sequence[tuple[str, Mapping[str, float]]]) -> float:
+    """The largest value of all groups; 1 if there is none above 0."""
+    return max((value for _, values in groups for value in values.values()), default=0.0) or 1.0
 
 
 def histogram_span(histogram: Mapping[str, Any]) -> float:

@@ -21,9 +21,8 @@ from tersor.core.errors import InputError
 from tersor.core.files import read_json
 from tersor.evaluation.costs import FLOAT_BITS
 from tersor.quantization.integer_coverage import ENOUGH, percent
-from tersor.report import layers_section, predictions_section, summary, training_section
+from tersor.report import layers_section, predictions_section, summary, training_section, verdict
 from tersor.report.templating import environment
-from tersor.report.verdict import describe_speedup, reference_entry, runtime_of, same_runtime, verdict
 
 REPORT = "report.html"
 
@@ -80,7 +79,7 @@ def _render(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
         evidence=evidence,
         style=Markup(style),  # noqa: S704  # our own file
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        verdict=verdict(numbers, evidence),
+        verdict=verdict,
         references=summary.references(numbers),
         summary=summary,
         training=training_section,
@@ -88,10 +87,6 @@ def _render(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
         predictions=predictions_section,
         class_name=class_name,
         class_names=lambda indices: [class_name(index) for index in indices],
-        describe_speedup=describe_speedup,
-        same_runtime=same_runtime,
-        runtime_of=runtime_of,
-        reference_entry=reference_entry,
         macs_percent=percent,
         float_bits=FLOAT_BITS,
         enough_in_integers=ENOUGH,

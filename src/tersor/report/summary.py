@@ -60,7 +60,9 @@ def stages(numbers: Numbers) -> Iterator[tuple[Mapping[str, Any], Mapping[str, A
 
 def describe_methods(methods: Sequence[Any]) -> str:
     """Methods as a recipe writes them: names, or names with their parameters."""
-    every = chain.from_iterable(each.items() if isinstance(each, Mapping) else [(each, None)] for each in methods)
+    every: list[tuple[Any, Any]] = []
+    for each in methods:
+        every += each.items() if isinstance(each, Mapping) else [(each, None)]
     return ", ".join(
         f"{name} ({', '.join(f'{key} {value}' for key, value in parameters.items())})" if parameters else str(name)
         for name, parameters in every

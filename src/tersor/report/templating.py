@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -60,20 +61,25 @@ def environment() -> Environment:
     """Templates of `report/templates`, with autoescape; an undefined name is an error."""
     loader = PackageLoader("tersor.report")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {
-        "number": number,
-        "signed": signed,
-        "fixed": fixed,
-        "percent": lambda fraction, digits: fixed(100 * fraction, digits),
-        "thousands": "{:,}".format,
-        "minus": lambda text: text.replace("-", "−"),
-        "product": math.prod,
-        "inline_png": inline_png,
-        "runtime": RUNTIMES.__getitem__,
-    }
-    made.globals |= {
-        "charts": charts,
-        "zip": zip,
-        "numbered": lambda name, count: [f"{name} {number}" for number in range(1, count + 1)],
-    }
+    made.filters.update(_FILTERS)
+    made.globals.update(_GLOBALS)
     return made
+
+
+def _percent(fraction: float, digits: int) -> str:
+    return fixed(100 * fraction, digits)
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [f"{name} {index}" for index in range(1, count + 1)]
+
+
+_FILTERS: dict[str, Any] = {
+    "number": number, "signed": signed, "fixed": fixed, "percent": _percent, "minus": _minus,
+    "thousands": "{:,}".format, "product": math.prod, "inline_png": inline_png, "runtime": RUNTIMES.__getitem__,
+}  # fmt: skip
+_GLOBALS: dict[str, Any] = {"charts": charts, "zip": zip, "numbered": _numbered}
