@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tersor.core.errors import InputError
 from tersor.data import Batches
 from tersor.graph.feature_extraction import FeatureExtractor, as_map, last_feature_maps
-from tersor.report.analysis.predictions import png
+from tersor.report.analysis.predictions import evenly_spaced, image_entry, png
 
 _IMAGES = 6
 _SIDE = 48
@@ -32,15 +32,14 @@ def attention_maps(networks: Mapping[str, nn.Module], test: Batches, index: Tens
         network -> a PNG for each layer, from black (smallest) to white (largest). Networks without a feature map are
         left out.
     """
-    chosen = index[torch.linspace(0, len(index) - 1, min(_IMAGES, len(index))).round().long()]
-    batch = test.take(chosen)
-    assert batch.labels is not None
+    chosen = index[evenly_spaced(len(index), _IMAGES)]
+    images = test.take(chosen).images
     layers: dict[str, list[str]] = {}
     maps: dict[str, list[list[str]]] = {}
     for name, network in networks.items():
         try:
-            paths = last_feature_maps(network, batch.images)
-            _, features = FeatureExtractor(network, paths)(batch.images)
+            paths = last_feature_maps(network, images)
+            _, features = FeatureExtractor(network, paths)(images)
         except InputError:
             continue
         layers[name] = list(paths)
@@ -48,13 +47,9 @@ def attention_maps(networks: Mapping[str, nn.Module], test: Batches, index: Tens
     return {
         "layers": layers,
         "images": [
-            {
-                "index": int(chosen[order]),
-                "label": int(batch.labels[order]),
-                "png": png(test.images.take(chosen[order : order + 1])[0]),
-                "maps": {name: [layer[order] for layer in by_layer] for name, by_layer in maps.items()},
-            }
-            for order in range(len(chosen))
+            image_entry(test.images, index)
+            | {"maps": {name: [layer[order] for layer in by_layer] for name, by_layer in maps.items()}}
+            for order, index in enumerate(chosen.tolist())
         ],
     }
 

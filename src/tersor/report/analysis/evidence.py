@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from tersor.core.errors import InputError
@@ -26,7 +25,7 @@ from tersor.graph.capture import capture, layer_of, values_into
 from tersor.graph.layer_selection import Layer, weighted_layers
 from tersor.report.analysis.attention_maps import attention_maps
 from tersor.report.analysis.layers import layer_table
-from tersor.report.analysis.predictions import class_similarity, compare_predictions, soft_targets
+from tersor.report.analysis.predictions import class_similarity, compare_predictions, evenly_spaced, soft_targets
 from tersor.report.analysis.pruning import masks, widths
 
 PROFILED_BATCH_SIZES = (1, 32)
@@ -70,7 +69,7 @@ def collect_evidence(
     """
     progress.start("evidence", 3)
     # evenly over the whole set: image folders are sorted by class
-    index = torch.linspace(0, len(test.images) - 1, min(_OBSERVED_IMAGES, len(test.images))).round().long()
+    index = evenly_spaced(len(test.images), _OBSERVED_IMAGES)
     images = test.take(index).images
     compared = compare_predictions(test.images, predictions["original"], predictions["artifact"])
     progress.advance()

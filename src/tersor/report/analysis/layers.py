@@ -136,20 +136,21 @@ def _input_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
     return quantizers
 
 
-def _per_channel(value: Tensor, weight: Tensor) -> Tensor:
-    """A scale or zero point, shaped to broadcast against the weight (C_out, ...)."""
-    return value.detach().reshape(-1, *[1] * (weight.ndim - 1)) if value.ndim else value.detach()
+def _scale_and_zero_point(weight: Tensor, quantizer: FakeQuantize) -> tuple[Tensor, Tensor]:
+    """Shaped to broadcast against the weight (C_out, ...)."""
+    scale, zero_point = quantizer.scale.detach(), quantizer.zero_point.detach()
+    shape = (-1, *[1] * (weight.ndim - 1))
+    return scale.reshape(shape) if scale.ndim else scale, zero_point.reshape(shape) if zero_point.ndim else zero_point
 
 
 def _integers(weight: Tensor, quantizer: FakeQuantize) -> Tensor:
-    scale, zero_point = _per_channel(quantizer.scale, weight), _per_channel(quantizer.zero_point, weight)
-    return to_integers(weight, scale, zero_point, quantizer.grid)
+    return to_integers(weight, *_scale_and_zero_point(weight, quantizer), quantizer.grid)
 
 
 def _quantized_histogram(layer: Layer, quantizer: FakeQuantize) -> dict[str, Any]:
     """Weights before and after rounding, divided by the step size of their channel, so grid points are integers."""
     integers = _integers(layer.weight, quantizer).float()
-    scale, zero_point = _per_channel(quantizer.scale, layer.weight), _per_channel(quantizer.zero_point, layer.weight)
+    scale, zero_point = _scale_and_zero_point(layer.weight, quantizer)
     before = _unquantized(layer) / scale + zero_point
     low = math.floor(min(before.min().item(), integers.min().item()) + 0.5) - 0.5
     span = math.ceil(max(before.max().item(), integers.max().item()) - 0.5) + 0.5 - low

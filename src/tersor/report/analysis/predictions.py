@@ -60,9 +60,8 @@ def compare_predictions(images: Images, before: Array, after: Array) -> dict[str
         ],
         "changes": [[*pair, changes[pair]] for pair in sorted(changes, key=lambda each: (-changes[each], each))],
         "examples": [
-            {"index": index, "label": int(labels[index]), "before": int(before[index]), "after": int(after[index]),
-             "png": png(pixels)}
-            for index, pixels in zip(examples, images.take(torch.tensor(examples, dtype=torch.int64)), strict=True)
+            {**image_entry(images, index), "before": int(before[index]), "after": int(after[index])}
+            for index in examples
         ],
     }  # fmt: skip
 
@@ -94,32 +93,19 @@ def soft_targets(network: nn.Module, test: Batches, index: Tensor) -> list[dict[
         Index, label, PNG, `classes` (all, or the 12 likeliest) and `rows` of each image; a row has the
         `temperature`, the `probabilities` of these classes, and the `entropy` over all classes.
     """
-    batch = test.take(index)
-    assert batch.labels is not None
-    logits = network(batch.images).double()
+    logits = network(test.take(index).images).double()
     order = _entropy(logits.softmax(1)).argsort(stable=True)
-    chosen = order[torch.linspace(0, len(order) - 1, min(6, len(order))).round().long()].tolist()
+    count = logits.shape[1]
     targets: list[dict[str, Any]] = []
-    for row in chosen:
-        count = logits.shape[1]
+    for row in order[evenly_spaced(len(order), 6)].tolist():
         classes = list(range(count)) if count <= _CLASSES_SHOWN else logits[row].topk(_CLASSES_SHOWN).indices.tolist()
-        softened = {T: (logits[row] / T).softmax(0) for T in TEMPERATURES}
-        targets.append(
-            {
-                "index": int(index[row]),
-                "label": int(batch.labels[row]),
-                "png": png(test.images.take(index[row : row + 1])[0]),
-                "classes": classes,
-                "rows": [
-                    {
-                        "temperature": T,
-                        "entropy": round(_entropy(values).item(), 6),
-                        "probabilities": [round(value, 6) for value in values[classes].tolist()],
-                    }
-                    for T, values in softened.items()
-                ],
-            }
-        )
+        rows: list[dict[str, Any]] = []
+        for temperature in TEMPERATURES:
+            softened = (logits[row] / temperature).softmax(0)
+            probabilities = [round(value, 6) for value in softened[classes].tolist()]
+            entropy = round(_entropy(softened).item(), 6)
+            rows.append({"temperature": temperature, "entropy": entropy, "probabilities": probabilities})
+        targets.append({**image_entry(test.images, int(index[row])), "classes": classes, "rows": rows})
     return targets
 
 
@@ -136,7 +122,7 @@ def class_similarity(network: nn.Module, test: Batches, temperature: float = 4.0
         `temperature`, number of `images`, and `rows`: [class, [probability of each class]]; no rows if there are more
         than 20 classes.
     """
-    index = torch.linspace(0, len(test.images) - 1, min(_SIMILARITY_IMAGES, len(test.images))).round().long()
+    index = evenly_spaced(len(test.images), _SIMILARITY_IMAGES)
     batches = [test.take(part) for part in index.split(test.batch_size)]
     softened = torch.cat([(network(batch.images).double() / temperature).softmax(1) for batch in batches])
     labels = test.images.labels[index]
@@ -148,6 +134,16 @@ def class_similarity(network: nn.Module, test: Batches, temperature: float = 4.0
 def _entropy(probabilities: Tensor) -> Tensor:
     """Bits, over the last dimension."""
     return torch.special.entr(probabilities).sum(-1) / np.log(2)
+
+
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """Up to `most` indices below `count`, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
+
+
+def image_entry(images: Images, index: int) -> dict[str, Any]:
+    """Index, label and PNG of an image."""
+    return {"index": index, "label": int(images.labels[index]), "png": png(images.take(torch.tensor([index]))[0])}
 
 
 def png(pixels: Tensor) -> str:

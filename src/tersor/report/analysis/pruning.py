@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tersor.graph.layer_selection import weighted_layers
 from tersor.pruning.mask import weight_mask
+from tersor.report.analysis.predictions import evenly_spaced
 
 _LAYERS, _FILTERS, _CHANNELS = 6, 8, 16
 
@@ -21,8 +21,7 @@ def masks(model: nn.Module) -> list[dict[str, Any]]:
     """
     every = {name: weight_mask(layer) for name, layer in weighted_layers(model).items()}
     masked = [(name, mask.mask) for name, mask in every.items() if mask is not None]
-    chosen = torch.linspace(0, len(masked) - 1, min(_LAYERS, len(masked))).round().long().tolist()
-    return [_example(*masked[index]) for index in chosen]
+    return [_example(*masked[index]) for index in evenly_spaced(len(masked), _LAYERS).tolist()]
 
 
 def _example(name: str, mask: Tensor) -> dict[str, Any]:
