@@ -86,4 +86,6 @@ def describe_weights(layer: Mapping[str, Any]) -> str:
 
 def describe_fraction(fraction: float | None) -> str:
     """In percent, without the sign; a dash for None."""
-    return "<0.01" if fraction and 0 < fraction < 1e-4 else number(None if fraction is None else 100 * fraction, 2)
+    if fraction is None:
+        return "–"
+    return "<0.01" if 0 < fraction < 1e-4 else number(100 * fraction, 2)
