@@ -30,16 +30,16 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: set[tuple[str, str]] = set()
+        self.elements: set[tuple[str, str]] = set()
         self.loaded: set[str] = set()
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.found |= {(tag, "")} | {(tag, name) for name, _ in attrs}
+        self.elements |= {(tag, "")} | {(tag, name) for name, _ in attrs}
         self.loaded |= {value for name, value in attrs if name in {"src", "href", "action", "xlink:href"}}
 
     def handle_comment(self, data):
-        self.found.add(("comment", ""))
+        self.elements.add(("comment", ""))
 
 
 def page_of(folder, numbers, evidence) -> Page:
@@ -83,7 +83,7 @@ def test_text_is_escaped(folder, ordinary):
         except InputError:
             continue
         escaped.append(number)
-        assert page.found <= ordinary.found, (key, page.found - ordinary.found)
+        assert page.elements <= ordinary.elements, (key, page.elements - ordinary.elements)
         assert all(each.startswith("data:") for each in page.loaded), key
     assert len(escaped) > 20
     for hostile in HOSTILE:
@@ -93,7 +93,7 @@ def test_text_is_escaped(folder, ordinary):
             holder, key = places[number]
             holder[key] = hostile
         page = page_of(folder, **changed)
-        assert page.found <= ordinary.found, (hostile, page.found - ordinary.found)
+        assert page.elements <= ordinary.elements, (hostile, page.elements - ordinary.elements)
         assert all(each.startswith("data:") for each in page.loaded), hostile
 
 
@@ -106,7 +106,7 @@ def test_keys_are_escaped(folder, ordinary, hostile):
     evidence["attention"]["layers"] = {hostile: [hostile]}
     evidence["attention"]["images"][0]["maps"] = {hostile: [evidence["attention"]["images"][0]["png"]]}
     page = page_of(folder, numbers, evidence)
-    assert page.found <= ordinary.found
+    assert page.elements <= ordinary.elements
     assert all(each.startswith("data:") for each in page.loaded)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, chromium
-from samples import alone, drawn_of, evidence_of, numbers_of
+from samples import alone, evidence_of, numbers_of, positions_of
 
 from tersor import cli
 from tersor.checkpoint.artifact import read_artifact, write_folder
@@ -20,7 +20,7 @@ SCRIPT = "</script><script>alert(1)</script>"
 
 
 class Elements(HTMLParser):
-    """Elements with their attributes, and whether every element is closed in its turn."""
+    """Elements with their attributes; asserts that elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -99,20 +99,20 @@ def test_the_page_is_well_formed_and_loads_nothing(page):
     elements = Elements(text).elements
     names = {name for name, _ in elements}
     assert not names & {"script", "iframe", "object", "embed", "form"}
-    policy = next(found["content"] for _, found in elements if "http-equiv" in found)
+    policy = next(attributes["content"] for _, attributes in elements if "http-equiv" in attributes)
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
-    for name, found in elements:
-        assert not [key for key in found if key.startswith("on") or key == "style"], name
+    for name, attributes in elements:
+        assert not [key for key in attributes if key.startswith("on") or key == "style"], name
         for key in ("src", "href"):
-            assert found.get(key, "data:").startswith("data:"), name
+            assert attributes.get(key, "data:").startswith("data:"), name
     assert "http://" not in text
     assert "https://" not in text
 
 
 def test_images_and_drawings_have_names(page):
-    for name, found in Elements(page()).elements:
-        assert name != "img" or found["alt"]
-        assert name != "svg" or found["aria-label"]
+    for name, attributes in Elements(page()).elements:
+        assert name != "img" or attributes["alt"]
+        assert name != "svg" or attributes["aria-label"]
 
 
 def test_untrusted_names_are_escaped(page):
@@ -190,7 +190,7 @@ def test_weights_moved_toward_a_grid_are_shown_if_there_are_any(page):
     assert "initial distance 0.25 to 0.30 steps: moved: artifact 0.125" in text
     assert "conv, 3 bits" in text
     numbers = numbers_of()
-    numbers["stages"][1]["drawn"] = drawn_of(target="zero", scale_by="constant")
+    numbers["stages"][1]["drawn"] = positions_of(target="zero", scale_by="constant")
     text = page(numbers)
     assert "<h2>Weights moved toward zero</h2>" in text
     assert "This is the control" in text

@@ -50,8 +50,8 @@ def pruned(width=16, **options):
 
 
 def masks_of(model):
-    found = {name: weight_mask(module) for name, module in model.named_modules()}
-    return {name: mask.mask for name, mask in found.items() if mask is not None}
+    masks_by_name = {name: weight_mask(module) for name, module in model.named_modules()}
+    return {name: mask.mask for name, mask in masks_by_name.items() if mask is not None}
 
 
 @pytest.fixture(scope="module")
