@@ -1,5 +1,8 @@
 """`numbers.json` and `evidence.json` -> `report.html`: one page that loads nothing and runs no script.
 
+`templates/page.html` includes a template for each section. Sections take plain values from `numbers` and `evidence`,
+computed values from the functions of `summary.py` and `*_section.py`, and macros from `tables.html` and `charts.html`.
+
 Radio buttons select the reference that the artifact is compared with; the style sheet shows what belongs to it. So the
 page's security policy can forbid all scripts, requests and foreign styles.
 """
