@@ -34,8 +34,8 @@ def main() -> None:
     installed = Path(package.__file__).parent
     assert installed.is_relative_to(sys.prefix), f"{installed} is not in {sys.prefix}"
     assert not installed.is_relative_to(CHECKOUT / "src"), installed
-    files = {file.name for file in resources.files("tersor.report").iterdir()}
-    assert {"page.html", "style.css"} <= files, files
+    files = {file.name for file in resources.files("tersor.report").joinpath("templates").iterdir()}
+    assert {"page.html", "sensitivity_map.svg", "style.css"} <= files, files
     assert resources.files("tersor").joinpath("py.typed").is_file()
     assert "Usage" in tersor("--help")
     assert "soft_targets" in tersor("methods")

@@ -143,9 +143,9 @@ def report(
 ) -> None:
     """Draw report.html again, from the numbers and the evidence in the folder."""
     from tersor.checkpoint.artifact import replace_file
-    from tersor.report.page import REPORT, draw
+    from tersor.report.page import REPORT, write_report
 
-    replace_file(folder, REPORT, draw)
+    replace_file(folder, REPORT, write_report)
     console.print(f"written: {folder / REPORT}", highlight=False)
 
 
@@ -187,8 +187,8 @@ def schema() -> None:
 
 def _table(numbers: dict[str, Any]) -> Table:
     """All entries side by side, and the artifact against the original and the baseline."""
-    from tersor.report.summary import entries, less_by
-    from tersor.report.verdict import RUNTIMES, difference, reference, same_place
+    from tersor.report.summary import describe_reduction, entries
+    from tersor.report.verdict import RUNTIMES, describe_speedup, reference_entry, same_runtime
 
     columns, artifact = entries(numbers), numbers["artifact"]
     title = f"{numbers['machine']['cpu']}, {numbers['machine']['threads']} threads"
@@ -204,15 +204,19 @@ def _table(numbers: dict[str, Any]) -> Table:
         ("million MACs", "macs", 1e6),
         ("giga bit operations", "bit_operations", 1e9),
     ):
-        less = [less_by(reference(numbers, name, "1")[key], artifact[key]) for name in numbers["speedup"]]
+        less = [
+            describe_reduction(reference_entry(numbers, name, "1")[key], artifact[key]) for name in numbers["speedup"]
+        ]
         table.add_row(label, *[f"{entry[key] / unit:.3f}" for entry in columns.values()], *less)
     for size, baseline in numbers["baseline"].items():
         medians = [
             f"{entry['latency_ms'][size]['median']:.2f}"
-            + ("\nbaseline" if entry is not artifact and same_place(entry, baseline) else "")
+            + ("\nbaseline" if entry is not artifact and same_runtime(entry, baseline) else "")
             for entry in columns.values()
         ]
-        table.add_row(f"ms, batch {size}", *medians, *[difference(of[size]) for of in numbers["speedup"].values()])
+        table.add_row(
+            f"ms, batch {size}", *medians, *[describe_speedup(of[size]) for of in numbers["speedup"].values()]
+        )
     return table
 
 
@@ -236,7 +240,7 @@ def _until(ended_by: str, seconds: float) -> str:
 
 def _costliest(found: BitCosts) -> Table:
     """The layers whose error is largest, and what they cost on each width."""
-    from tersor.report.templates import number
+    from tersor.report.templating import number
 
     widths = sorted({cost.bits for cost in found.costs})
     costs = {(cost.layer, cost.bits): cost for cost in found.costs}

@@ -35,11 +35,12 @@ from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import load_weights
+from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import Experiment, run_stages, stage_models
+from tersor.pipeline.stages import run_stages, stage_models
 from tersor.recipe import parse
 from tersor.recipe.yaml import load, plain
-from tersor.report.page import draw
+from tersor.report.page import write_report
 from tersor.training.context import AttachContext
 from tersor.training.method import chain
 
@@ -348,7 +349,7 @@ class Page(HTMLParser):
 
 @cache
 def _numbers_seed() -> bytes:
-    sys.path.append(str(ROOT / "tests" / "export" / "report"))
+    sys.path.append(str(ROOT / "tests" / "report"))
     samples = importlib.import_module("samples")
     return json.dumps({"numbers": samples.numbers_of(), "evidence": samples.evidence_of()}).encode()
 
@@ -361,7 +362,7 @@ def _drawn(content: bytes, folder: Path) -> Page:
         parts = {"numbers": content, "evidence": content}
     for name, part in parts.items():
         (folder / f"{name}.json").write_bytes(part)
-    return Page(draw(folder).read_text(encoding="utf-8"))
+    return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
 @cache

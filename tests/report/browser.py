@@ -1,4 +1,4 @@
-"""Headless Chromium over its debugging pipe: pages as they are laid out, and what they complain of."""
+"""Headless Chromium over its debugging pipe: the layout of a page, and its errors."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class Browser:
     def next(self) -> dict:
         while b"\0" not in self.rest:
             read = os.read(self.read, 1 << 20)
-            assert read, "chromium went away"
+            assert read, "chromium exited"
             self.rest += read
         line, self.rest = self.rest.split(b"\0", 1)
-        told = json.loads(line)
-        if told.get("method") in {"Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"}:
-            self.complaints.append(json.dumps(told["params"]))
-        if told.get("method") == "Network.requestWillBeSent":
-            self.requests.append(told["params"]["request"]["url"])
-        self.last = told.get("method")
-        return told
+        message = json.loads(line)
+        if message.get("method") in {"Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"}:
+            self.complaints.append(json.dumps(message["params"]))
+        if message.get("method") == "Network.requestWillBeSent":
+            self.requests.append(message["params"]["request"]["url"])
+        self.last = message.get("method")
+        return message
 
     def open(self, page: Path, width: int, scheme: str) -> None:
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)

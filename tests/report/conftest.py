@@ -1,10 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from samples import evidence_of, numbers_of
+
+from tersor.report.page import write_report
+from tersor.report.templating import environment
+
+
+def one_line(markup: str) -> str:
+    """Markup without the line breaks of its template."""
+    return re.sub(r"\s*\n\s*", " ", re.sub(r"(^|>)\s*\n\s*(?=<|$)", r"\1", str(markup))).strip()
 
 
 @pytest.fixture
@@ -12,3 +22,23 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "numbers.json").write_text(json.dumps(numbers_of()))
     (tmp_path / "evidence.json").write_text(json.dumps(evidence_of()))
     return tmp_path
+
+
+@pytest.fixture
+def page(folder: Path) -> Callable[..., str]:
+    """The report of the folder, with other numbers or evidence if they are given."""
+
+    def render(numbers: dict | None = None, evidence: dict | None = None) -> str:
+        for name, content in (("numbers", numbers), ("evidence", evidence)):
+            if content is not None:
+                (folder / f"{name}.json").write_text(json.dumps(content))
+        return one_line(write_report(folder).read_text(encoding="utf-8"))
+
+    return render
+
+
+@pytest.fixture
+def chart() -> Callable[..., str]:
+    """A macro of `charts.html`, called by name."""
+    macros = environment().get_template("charts.html").module
+    return lambda name, *arguments, **options: one_line(getattr(macros, name)(*arguments, **options))

@@ -1,4 +1,4 @@
-"""Numbers and evidence as a run writes them, small and by hand."""
+"""Small examples of numbers.json and evidence.json, written by hand."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def entry(
 
 
 def ratio_of(value: float, around: float = 0.05):
-    """With an interval that is `around` the value, as a share of it."""
+    """A ratio with an interval of plus and minus `around`, a fraction of the value."""
     return {"value": value, "low": value * (1 - around), "high": value * (1 + around), "n": 5, "groups": 2}
 
 
 def speedups(original: float, baseline: float, around: float = 0.05):
-    """The same at every batch size."""
+    """Speedups, the same at every batch size."""
     values = {"original": original, "baseline": baseline}
     return {name: dict.fromkeys(SIZES, ratio_of(value, around)) for name, value in values.items()}
 
 
 def numbers_at(ms: float, **changes):
-    """The artifact takes `ms`, the original 4 ms in ONNX Runtime and 2 ms in OpenVINO, in bfloat16."""
-    told = {"artifact": entry(ms, size=1_000_000, bits=8), "speedup": speedups(4 / ms, 2 / ms)}
-    return numbers_of(**told | changes)
+    """Latencies: the artifact `ms`, the original 4 ms in ONNX Runtime and 2 ms in OpenVINO in bfloat16."""
+    defaults = {"artifact": entry(ms, size=1_000_000, bits=8), "speedup": speedups(4 / ms, 2 / ms)}
+    return numbers_of(**defaults | changes)
 
 
 def alone(ms: float, **changes):
-    """The same where ONNX Runtime alone is installed, so that the original is the baseline."""
+    """As `numbers_at`, with only ONNX Runtime installed, so that the original is the baseline."""
     same = entry(4.0)
     baseline = {key: {"runtime": "onnxruntime", "precision": "float32"} for key in SIZES}
-    told = {"candidates": {"onnxruntime": same}, "baseline": baseline, "speedup": speedups(4 / ms, 4 / ms)}
-    return numbers_at(ms, **told | {"original": same} | changes)
+    defaults = {"candidates": {"onnxruntime": same}, "baseline": baseline, "speedup": speedups(4 / ms, 4 / ms)}
+    return numbers_at(ms, **defaults | {"original": same} | changes)
 
 
 def numbers_of(**changes):
@@ -94,7 +94,7 @@ def numbers_of(**changes):
              "latency_ms": {"1": {"median": 3.5, "p10": 3.4, "p90": 3.6, "n": 5}}, "speedup": {"1": ratio_of(1.14)},
              "reconstruction": {"layer": "layer3", "errors": [0.9, 0.4], "before": [[[0.1, 0.7], [0.3, 0.2]]] * 6,
                                 "after": [[[0.1, 0.6], [0.3, 0.3]]] * 6}},
-            {"name": "draw", "methods": [{"psgd": {"bits": 4}}], "steps": 10, "minutes": 0.2, "drawn": drawn_of()},
+            {"name": "draw", "methods": [{"psgd": {"bits": 4}}], "steps": 10, "minutes": 0.2, "drawn": positions_of()},
             {"name": "mask", "methods": [{"weight_pruning": {"sparsity": 0.8}}], "steps": 40, "minutes": 0.4,
              "masks": [{"steps": [10, 20, 30], "sparsity": [0.5, 0.7, 0.8], "changed": [0.5, 0.25, 0.125]}],
              "validated_at": [20, 40], "validation_by_epoch": [60.0, 80.0]},
@@ -104,25 +104,25 @@ def numbers_of(**changes):
     return copy.deepcopy(numbers | changes)
 
 
-def drawn_of(**changes):
-    """What psgd tells: all weights begin at a quarter of a step from their point, and half of them reach it."""
+def positions_of(**changes):
+    """Of a psgd stage: all weights start a quarter of a step from their grid point, and half of them reach it."""
     before = on_grid(torch.tensor([[0.25, 1.25, -2.75, -0.25]]), torch.tensor(3.0), Grid.signed(3))
     after = on_grid(torch.tensor([[0.0, 1.0, -2.75, -0.25]]), torch.tensor(3.0), Grid.signed(3))
     return {"target": "grid", "scale_by": "distance", **drawn({"conv": before}, {"conv": after}), **changes}
 
 
 def profile_of(*kinds: tuple[str, float]):
-    told = [{"kind": kind, "nodes": 2, "ms": ms} for kind, ms in kinds]
-    return {"ms": sum(ms for _, ms in kinds), "kinds": told, "layers": {"conv": kinds[0][1]}}
+    operators = [{"kind": kind, "nodes": 2, "ms": ms} for kind, ms in kinds]
+    return {"ms": sum(ms for _, ms in kinds), "kinds": operators, "layers": {"conv": kinds[0][1]}}
 
 
 def evidence_of(**changes):
-    histogram = {"unit": "steps", "low": -1.5, "width": 0.5, "before": [1, 2, 9, 8, 3, 1], "shown_width": 1.0,
-                 "shown": [3, 17, 4], "grid": [-1, 1], "step": [0.1, 0.2, 0.3]}  # fmt: skip
+    histogram = {"unit": "steps", "low": -1.5, "width": 0.5, "before": [1, 2, 9, 8, 3, 1], "after_width": 1.0,
+                 "after": [3, 17, 4], "grid": [-1, 1], "step": [0.1, 0.2, 0.3]}  # fmt: skip
     layer = {"name": "conv", "kind": "Conv2d", "original_shape": [4, 3, 1, 1], "shape": [2, 3, 1, 1], "macs": 100,
              "sparsity": 0.5, "zeros": 3, "masked": 0.25, "weight_bits": 2, "activation_bits": 8, "levels": 3,
              "clipped": 0.01, "error": 0.2, "histogram": histogram}  # fmt: skip
-    floats = {"unit": "value", "low": -1.0, "width": 0.5, "before": [], "shown_width": 0.5, "shown": [1, 2, 3, 4],
+    floats = {"unit": "value", "low": -1.0, "width": 0.5, "before": [], "after_width": 0.5, "after": [1, 2, 3, 4],
               "grid": None, "step": None}  # fmt: skip
     linear = {**layer, "name": "linear", "kind": "Linear", "original_shape": None, "shape": [2, 2], "weight_bits": 32,
               "activation_bits": 32, "levels": None, "clipped": None, "error": None, "histogram": floats}  # fmt: skip
@@ -134,26 +134,26 @@ def evidence_of(**changes):
     rows = [{"temperature": T, "entropy": 0.5, "probabilities": [0.75, 0.25]} for T in (1, 2, 4, 8, 16)]
     image = {"index": 7, "label": 0, "png": PIXEL}
     evidence = {
-        "looked_at": 256,
+        "observed_images": 256,
         "layers": [layer, linear],
         "widths": [{"name": "conv", "before": 4, "after": 2}, {"name": "linear", "before": 2, "after": 2}],
         "masks": [{"name": "conv", "shape": [2, 3, 1, 2], "masked": 0.25,
                    "filters": [["10", "01", "11"], ["00", "11", "01"]]}],
         "profile": {"1": size, "32": size},
-        "targets": {
-            "of": "teacher", "images": [{**image, "classes": [0, 1], "rows": rows}],
-            "similar": {"temperature": 4.0, "images": 1000, "rows": [[0, [0.7, 0.3]], [1, [0.2, 0.8]]]},
+        "soft_targets": {
+            "network": "teacher", "images": [{**image, "classes": [0, 1], "rows": rows}],
+            "class_similarity": {"temperature": 4.0, "images": 1000, "rows": [[0, [0.7, 0.3]], [1, [0.2, 0.8]]]},
         },
         "attention": {
             "layers": {"teacher": ["layer1", "layer2"], "after": ["features"]},
             "images": [{**image, "maps": {"teacher": [PIXEL, PIXEL], "after": [PIXEL]}}],
         },
-        "answers": {
+        "predictions": {
             "images": 1000, "agreement": 99.7, "lost": 1, "gained": 1, "other": 0,
             "classes": [{"class": 0, "images": 500, "before": 450, "after": 449},
                         {"class": 1, "images": 500, "before": 450, "after": 451}],
-            "moves": [[0, 1, 2]],
-            "shown": [{**image, "before": 0, "after": 1}],
+            "changes": [[0, 1, 2]],
+            "examples": [{**image, "before": 0, "after": 1}],
         },
     }  # fmt: skip
     return copy.deepcopy(evidence | changes)

@@ -1,4 +1,4 @@
-"""Whatever numbers and evidence say, the page has the elements and attributes that it always has, and loads nothing."""
+"""Whatever numbers and evidence contain, the page has only its usual elements and attributes, and loads nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from samples import evidence_of, numbers_of
 
 from tersor.core.errors import InputError
-from tersor.report.page import draw
+from tersor.report.page import write_report
 
 HOSTILE = (
     "</title></style></svg></td><script>alert(1)</script><img src=x onerror=alert(1)>",
@@ -26,30 +26,30 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """Names of elements and of their attributes, and what the page loads."""
+    """Elements and their attributes, and what the page loads."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: set[tuple[str, str]] = set()
+        self.elements: set[tuple[str, str]] = set()
         self.loaded: set[str] = set()
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.found |= {(tag, "")} | {(tag, name) for name, _ in attrs}
+        self.elements |= {(tag, "")} | {(tag, name) for name, _ in attrs}
         self.loaded |= {value for name, value in attrs if name in {"src", "href", "action", "xlink:href"}}
 
     def handle_comment(self, data):
-        self.found.add(("comment", ""))
+        self.elements.add(("comment", ""))
 
 
 def page_of(folder, numbers, evidence) -> Page:
     (folder / "numbers.json").write_text(json.dumps(numbers))
     (folder / "evidence.json").write_text(json.dumps(evidence))
-    return Page(draw(folder).read_text(encoding="utf-8"))
+    return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
 def texts(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every text in it: what holds it, and where."""
+    """Every text in `value`, as its container and key."""
     for key in list(value) if isinstance(value, dict) else range(len(value)):
         if isinstance(value[key], str):
             yield value, key
@@ -58,7 +58,7 @@ def texts(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def of_batch_sizes(value: Any) -> Iterator[dict[str, Any]]:
-    """Every mapping in it whose keys are batch sizes."""
+    """Every mapping in `value` whose keys are batch sizes."""
     if isinstance(value, dict) and "1" in value:
         yield value
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -70,10 +70,10 @@ def ordinary(folder) -> Page:
     return page_of(folder, numbers_of(), evidence_of())
 
 
-def test_every_text_is_text(folder, ordinary):
-    """One at a time, since some choose what is shown, and then there is no page; then all the others at once."""
+def test_text_is_escaped(folder, ordinary):
+    """One at a time, because some select what is shown and then there is no page; then all others at once."""
     whole = {"numbers": numbers_of(), "evidence": evidence_of()}
-    free: list[int] = []
+    escaped: list[int] = []
     for number in range(len(list(texts(whole)))):
         changed = copy.deepcopy(whole)
         holder, key = list(texts(changed))[number]
@@ -82,23 +82,23 @@ def test_every_text_is_text(folder, ordinary):
             page = page_of(folder, **changed)
         except InputError:
             continue
-        free.append(number)
-        assert page.found <= ordinary.found, (key, page.found - ordinary.found)
+        escaped.append(number)
+        assert page.elements <= ordinary.elements, (key, page.elements - ordinary.elements)
         assert all(each.startswith("data:") for each in page.loaded), key
-    assert len(free) > 20
+    assert len(escaped) > 20
     for hostile in HOSTILE:
         changed = copy.deepcopy(whole)
         places = list(texts(changed))
-        for number in free:
+        for number in escaped:
             holder, key = places[number]
             holder[key] = hostile
         page = page_of(folder, **changed)
-        assert page.found <= ordinary.found, (hostile, page.found - ordinary.found)
+        assert page.elements <= ordinary.elements, (hostile, page.elements - ordinary.elements)
         assert all(each.startswith("data:") for each in page.loaded), hostile
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_keys_are_text_too(folder, ordinary, hostile):
+def test_keys_are_escaped(folder, ordinary, hostile):
     numbers, evidence = numbers_of(), evidence_of()
     for by_batch_size in [*of_batch_sizes(numbers), *of_batch_sizes(evidence)]:
         by_batch_size[hostile] = by_batch_size["1"]
@@ -106,38 +106,38 @@ def test_keys_are_text_too(folder, ordinary, hostile):
     evidence["attention"]["layers"] = {hostile: [hostile]}
     evidence["attention"]["images"][0]["maps"] = {hostile: [evidence["attention"]["images"][0]["png"]]}
     page = page_of(folder, numbers, evidence)
-    assert page.found <= ordinary.found
+    assert page.elements <= ordinary.elements
     assert all(each.startswith("data:") for each in page.loaded)
 
 
 @pytest.mark.parametrize("source", ["https://elsewhere/x.png", "javascript:alert(1)", "data:text/html,<p>", "//x", ""])
-def test_a_picture_lies_in_the_page(folder, source):
+def test_pictures_are_inline(folder, source):
     evidence = evidence_of()
-    evidence["answers"]["shown"][0]["png"] = source
+    evidence["predictions"]["examples"][0]["png"] = source
     with pytest.raises(InputError, match="is not what this version of tersor writes"):
         page_of(folder, numbers_of(), evidence)
 
 
 @pytest.mark.parametrize("bits", [10**12, 2**60, -1, 33])
-def test_so_many_bits_are_not_computed_with(folder, bits):
+def test_impossible_bit_widths_are_refused(folder, bits):
     evidence = evidence_of()
     evidence["layers"][0]["weight_bits"] = bits
-    with pytest.raises(InputError, match="bits"):
+    with pytest.raises(InputError, match=r"a weight of|an integer of 19 digits"):
         page_of(folder, numbers_of(), evidence)
 
 
 @pytest.mark.parametrize("name", ["numbers.json", "evidence.json"])
 @pytest.mark.parametrize("text", ["[]", "null", '"text"', "1", "[" * 100_000, '{"seed": ' + "9" * 5000 + "}"])
-def test_another_shape_is_one_message(folder, name, text):
+def test_another_json_type_is_one_message(folder, name, text):
     (folder / name).write_text(text)
     with pytest.raises(InputError, match="damaged"):
-        draw(folder)
+        write_report(folder)
     assert not (folder / "report.html").exists()
 
 
-@pytest.mark.parametrize("key", ["profile", "targets", "attention", "answers", "layers"])
+@pytest.mark.parametrize("key", ["profile", "soft_targets", "attention", "predictions", "layers"])
 @pytest.mark.parametrize("empty", [{}, [], None, 0, "", [None], {"1": None}])
-def test_an_evidence_without_a_part_is_a_page_or_one_message(folder, key, empty):
+def test_incomplete_evidence_is_a_page_or_one_message(folder, key, empty):
     try:
         page_of(folder, numbers_of(), evidence_of() | {key: empty})
     except InputError as error:

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, chromium
-from samples import alone, drawn_of, evidence_of, numbers_of
+from samples import alone, evidence_of, numbers_of, positions_of
 
 from tersor import cli
 from tersor.checkpoint.artifact import read_artifact, write_folder
 from tersor.core.errors import InputError
-from tersor.report.page import draw
+from tersor.report.page import write_report
 
 SCRIPT = "</script><script>alert(1)</script>"
 
 
-class Page(HTMLParser):
-    """Elements with their attributes, and whether every element is closed in its turn."""
+class Elements(HTMLParser):
+    """Elements with their attributes; asserts that elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -38,101 +38,96 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def drawn(folder) -> str:
-    return draw(folder).read_text(encoding="utf-8")
-
-
-def test_the_first_line_is_the_verdict_against_both(folder):
-    text = drawn(folder)
+def test_the_verdict_is_the_heading(page):
+    text = page()
     assert re.findall(r"<h1>(.*?)</h1>", text) == [
         (
             "4.0x faster (3.8 to 4.2) than the original and 2.0x faster (1.9 to 2.1) than the baseline at batch 1, "
-            "4.0x smaller, 0.4 points lost."
+            "4.0x smaller, accuracy 0.4 points lower."
         )
     ]
     assert "<title>tersor: 4.0x faster" in text
     assert (
-        "Original: original.onnx, ONNX Runtime in float32. Baseline: the same file where it is fastest without any "
-        "change, of ONNX Runtime and OpenVINO at their default precision: OpenVINO in bfloat16."
+        "Original: original.onnx, ONNX Runtime in float32. Baseline: original.onnx in the fastest runtime of "
+        "ONNX Runtime and OpenVINO at their default precision: OpenVINO in bfloat16."
     ) in text
 
 
-def test_a_baseline_for_each_batch_size_is_named(folder):
+def test_the_baseline_of_each_batch_size_is_named(page):
     numbers = numbers_of()
     numbers["baseline"]["32"] = {"runtime": "onnxruntime", "precision": "float32"}
-    (folder / "numbers.json").write_text(json.dumps(numbers))
-    assert "OpenVINO in bfloat16 at batch 1, ONNX Runtime in float32 at batch 32." in drawn(folder)
-    one, many = (re.search(rf'<th scope="row">ms, batch {size}</th>(.*?)</tr>', drawn(folder))[1] for size in (1, 32))
+    assert "OpenVINO in bfloat16 at batch 1, ONNX Runtime in float32 at batch 32." in page(numbers)
+    one, many = (
+        re.search(rf'<th scope="row">latency at batch {size}, ms</th>(.*?)</tr>', page())[1] for size in (1, 32)
+    )
     assert re.findall("<td>([^<]*)<small>baseline", one) == ["2.00"]
     assert re.findall("<td>([^<]*)<small>baseline", many) == ["4.00"]
 
 
-def test_ratios_of_latency_have_intervals(folder):
-    row = re.search(r'<th scope="row">ms, batch 1</th>(.*?)</tr>', drawn(folder))[1]
+def test_latency_ratios_have_confidence_intervals(page):
+    row = re.search(r'<th scope="row">latency at batch 1, ms</th>(.*?)</tr>', page())[1]
     assert '<span class="against-original">4.0x faster (3.8 to 4.2)</span>' in row
     assert '<span class="against-baseline">2.0x faster (1.9 to 2.1)</span>' in row
 
 
-def test_what_ended_the_rounds_is_told(folder):
-    text = drawn(folder)
+def test_the_reason_for_stopping_is_shown(page):
+    text = page()
     assert (
-        "5 rounds in 2 groups; every group opened all files again. They ended when every interval was narrower than "
-        "10 %."
+        "5 rounds in 2 groups; each group opened new sessions. Stopped when every confidence interval was narrower "
+        "than 10 %."
     ) in text
-    assert "They ended at the time limit of 10 s, before every interval was narrower than 10 %." in text
+    assert "Stopped at the time limit of 10 s, before every confidence interval was narrower than 10 %." in text
 
 
-def test_the_page_holds_what_was_asked(folder):
-    text = drawn(folder)
-    for title in ("In figures", "What each stage gave and cost", "Latency, round by round", "Where the time goes",
-                  "Layer by layer", "Weights on their grid", "Softened targets", "What it finds alike",
-                  "Where they look", "Answers that changed", "Weights drawn to their grid",
-                  "What comes back of a feature"):  # fmt: skip
+def test_the_page_has_all_sections(page):
+    text = page()
+    for title in ("Results", "Results by stage", "Latency measurements", "Time per operator and layer", "Layers",
+                  "Weight distributions", "Soft targets", "Class similarity", "Attention maps", "Changed predictions",
+                  "Weights moved toward the quantization grid", "Feature reconstruction"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text
     assert "Some CPU" in text
     assert "2 threads" in text
-    assert text.count("<circle") == 2 * 3 * 5, "every run of three contenders at two batch sizes"
+    assert text.count("<circle") == 2 * 3 * 5, "every run of three entries at two batch sizes"
     assert "soft_targets (temperature 4)" in text
     assert "out 2/4, in 3/3" in text
     assert "0.50 bits" in text
     assert "T = 16" in text
 
 
-def test_the_page_is_well_formed_and_loads_nothing(folder):
-    page = Page(drawn(folder))
-    names = {name for name, _ in page.elements}
+def test_the_page_is_well_formed_and_loads_nothing(page):
+    text = page()
+    elements = Elements(text).elements
+    names = {name for name, _ in elements}
     assert not names & {"script", "iframe", "object", "embed", "form"}
-    policy = next(found["content"] for _, found in page.elements if "http-equiv" in found)
+    policy = next(attributes["content"] for _, attributes in elements if "http-equiv" in attributes)
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
-    for name, found in page.elements:
-        assert not [key for key in found if key.startswith("on") or key == "style"], name
+    for name, attributes in elements:
+        assert not [key for key in attributes if key.startswith("on") or key == "style"], name
         for key in ("src", "href"):
-            assert found.get(key, "data:").startswith("data:"), name
-    assert "http://" not in drawn(folder)
-    assert "https://" not in drawn(folder)
+            assert attributes.get(key, "data:").startswith("data:"), name
+    assert "http://" not in text
+    assert "https://" not in text
 
 
-def test_images_and_drawings_have_names(folder):
-    for name, found in Page(drawn(folder)).elements:
-        assert name != "img" or found["alt"]
-        assert name != "svg" or found["aria-label"]
+def test_images_and_drawings_have_names(page):
+    for name, attributes in Elements(page()).elements:
+        assert name != "img" or attributes["alt"]
+        assert name != "svg" or attributes["aria-label"]
 
 
-def test_untrusted_names_are_text(folder):
+def test_untrusted_names_are_escaped(page):
     numbers, evidence = numbers_of(classes=[SCRIPT, f'"{SCRIPT}']), evidence_of()
     numbers["stages"][0]["name"] = numbers["machine"]["cpu"] = SCRIPT
     evidence["layers"][0]["name"] = evidence["profile"]["1"]["artifact"]["kinds"][0]["kind"] = SCRIPT
     evidence["masks"][0]["name"] = evidence["widths"][0]["name"] = numbers["stages"][2]["name"] = SCRIPT
-    (folder / "numbers.json").write_text(json.dumps(numbers))
-    (folder / "evidence.json").write_text(json.dumps(evidence))
-    text = drawn(folder)
+    text = page(numbers, evidence)
     assert "<script" not in text
     assert text.count("&lt;script&gt;") > 5
-    Page(text)
+    Elements(text)
 
 
-def test_what_stays_in_float_is_a_table_and_a_warning(folder):
-    assert "<h3>In float</h3>" not in drawn(folder)
+def test_float_operators_have_a_table_and_a_warning(page):
+    assert "<h3>Operators in float</h3>" not in page()
     numbers = numbers_of()
     operator = {"name": "rnn", "kind": "LSTM", "reason": f"recurrent {SCRIPT}", "macs": 1_310_720, "share": 0.763}
     numbers["artifact"] |= {
@@ -140,40 +135,37 @@ def test_what_stays_in_float_is_a_table_and_a_warning(folder):
         "float_operators": [operator, {**operator, "name": "", "kind": "matmul", "share": 0.0001}],
         "uncounted_operators": ["aten._fft_r2c in 2", SCRIPT],
     }
-    (folder / "numbers.json").write_text(json.dumps(numbers))
-    text = drawn(folder)
-    assert "<h3>In float</h3>" in text
-    assert "Warning: only 23.7 % of the MACs are in integers." in text
+    text = page(numbers)
+    assert "<h3>Operators in float</h3>" in text
+    assert "Warning: only 23.7 % of the MACs are computed in integers." in text
     cells = re.findall(r'<th scope="row">rnn</th>(.*?)</tr>', text)
     reason = "recurrent &lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;"
     assert cells == [f"<td>LSTM</td><td>1.31</td><td>76.3 %</td><td>{reason}</td>"]
     assert "&lt;0.1 %" in text
-    assert "In no count of multiplications: aten._fft_r2c in 2" in text
+    assert "Not included in any MAC count: aten._fft_r2c in 2" in text
     assert "<script" not in text
     numbers["artifact"]["integer_macs_share"] = 0.97
-    (folder / "numbers.json").write_text(json.dumps(numbers))
-    assert "<p>97.0 % of the MACs are in integers." in drawn(folder)
+    assert "<p>97.0 % of the MACs are computed in integers." in page(numbers)
 
 
-def test_without_evidence_the_page_says_so(folder):
+def test_without_evidence_the_page_says_so(folder, page):
     (folder / "evidence.json").unlink()
-    text = drawn(folder)
+    text = page()
     assert "There is no evidence.json" in text
-    assert "Layer by layer" not in text
-    assert "<h2>Latency, round by round</h2>" in text
+    assert "<h2>Layers</h2>" not in text
+    assert "<h2>Latency measurements</h2>" in text
 
 
-def test_where_the_original_is_the_baseline_there_is_nothing_to_pick(folder):
-    (folder / "numbers.json").write_text(json.dumps(alone(1.0)))
-    text = drawn(folder)
+def test_no_selector_if_the_original_is_the_baseline(page):
+    text = page(alone(1.0))
     assert "<fieldset" not in text
     assert '"against-baseline"' not in text
-    assert "without any change, of ONNX Runtime at its default precision: ONNX Runtime in float32." in text
+    assert "in the fastest runtime of ONNX Runtime at its default precision: ONNX Runtime in float32." in text
     assert text.count("<circle") == 2 * 2 * 5, "the original once"
 
 
-def test_a_stage_shows_what_is_known_of_it(folder):
-    rows = re.findall(r"<tr>(.*?)</tr>", drawn(folder))
+def test_a_stage_shows_its_known_values(page):
+    rows = re.findall(r"<tr>(.*?)</tr>", page())
     distil, quantize = (next(row for row in rows if f'scope="row">{name}<' in row) for name in ("distil", "quantize"))
     assert "90.20<small>+0.20 points</small>" in distil
     assert "3.500<small>1.1x faster (1.1 to 1.2)</small>" in distil
@@ -181,98 +173,94 @@ def test_a_stage_shows_what_is_known_of_it(folder):
     assert quantize.count("<td>–<small></small></td>") == 5
 
 
-def test_a_reconstruction_is_shown_where_a_stage_told_of_one(folder):
-    text = drawn(folder)
-    assert "at last: 40.0 %" in text
+def test_a_reconstruction_is_shown_if_there_is_one(page):
+    text = page()
+    assert "after the last epoch: 40.0 %" in text
     assert text.count('class="heatmap"') == 12
     numbers = numbers_of()
     del numbers["stages"][0]["reconstruction"]
-    (folder / "numbers.json").write_text(json.dumps(numbers))
-    assert "What comes back" not in drawn(folder)
+    assert "Feature reconstruction" not in page(numbers)
 
 
-def test_weights_that_were_drawn_are_shown_where_a_stage_told_of_them(folder):
-    text = drawn(folder)
+def test_weights_moved_toward_a_grid_are_shown_if_there_are_any(page):
+    text = page()
     assert "Stage draw, psgd" in text
     assert text.count("mean distance 0.250 steps before, 0.125 after") == 6, "of all and of a layer"
-    assert "what is far moves much" in text
-    assert "0.25 to 0.30 steps away: moved: artifact 0.125" in text
+    assert "weights far from a point move far" in text
+    assert "initial distance 0.25 to 0.30 steps: moved: artifact 0.125" in text
     assert "conv, 3 bits" in text
     numbers = numbers_of()
-    numbers["stages"][1]["drawn"] = drawn_of(target="zero", scale_by="constant")
-    (folder / "numbers.json").write_text(json.dumps(numbers))
-    text = drawn(folder)
-    assert "<h2>Weights drawn to zero</h2>" in text
+    numbers["stages"][1]["drawn"] = positions_of(target="zero", scale_by="constant")
+    text = page(numbers)
+    assert "<h2>Weights moved toward zero</h2>" in text
     assert "This is the control" in text
     assert "conv, 3 bits" not in text
     del numbers["stages"][1]["drawn"]
-    (folder / "numbers.json").write_text(json.dumps(numbers))
-    assert "Weights drawn" not in drawn(folder)
+    assert "Weights moved" not in page(numbers)
 
 
-def test_levels_and_bit_operations_of_layers_with_the_same_bits(folder):
+def test_levels_and_bit_operations_of_layers_with_the_same_bits(folder, page):
     evidence = evidence_of()
     evidence["layers"][0]["macs"] = 3_000_000
     (folder / "evidence.json").write_text(
         json.dumps(evidence | {"layers": [*evidence["layers"][:1] * 2, evidence["layers"][1]]})
     )
-    text = drawn(folder)
-    assert "10.2 giga in the original, 0.320 in the artifact" in text, "1e7 macs at 32 x 32, 5e6 at 8 x 8"
+    text = page()
+    assert "10.2 billion bit operations in the original, 0.320 billion in the artifact" in text, (
+        "1e7 macs at 32 x 32, 5e6 at 8 x 8"
+    )
     row = re.search(r'<th scope="row">2 / 8</th>(.*?)</tr>', text)[1]
     assert re.findall("<td>(.*?)</td>", row) == ["2", "12", "2<sup>2</sup> = 4", "3", "0.0960", "6.14"]
     row = re.search(r'<th scope="row">32 / 32</th>(.*?)</tr>', text)[1]
     assert "<td>2<sup>32</sup></td><td>–</td>" in row
 
 
-def test_the_error_of_each_layer_is_drawn_where_something_is_rounded(folder):
-    assert "<title>conv: artifact 20.0</title>" in drawn(folder)
+def test_output_errors_are_shown_if_a_layer_is_quantized(page):
+    assert "<title>conv: artifact 20.0</title>" in page()
     evidence = evidence_of()
     for layer in evidence["layers"]:
         layer["error"] = None
-    (folder / "evidence.json").write_text(json.dumps(evidence))
-    assert "Error of each layer" not in drawn(folder)
+    assert "Output error of each layer" not in page(evidence=evidence)
 
 
-def test_the_same_evidence_gives_the_same_page(folder):
-    assert drawn(folder) == drawn(folder)
+def test_the_same_evidence_gives_the_same_page(page):
+    assert page() == page()
 
 
-def test_many_classes_are_cut_to_those_that_changed_most(folder):
+def test_many_classes_are_reduced_to_those_with_the_largest_changes(page):
     evidence = evidence_of()
-    evidence["answers"]["classes"] = [
+    evidence["predictions"]["classes"] = [
         {"class": number, "images": 50, "before": 25, "after": number // 4} for number in range(200)
     ]
-    evidence["answers"]["moves"] = [[number, number + 1, 5] for number in range(60)]
-    (folder / "evidence.json").write_text(json.dumps(evidence))
-    text = drawn(folder)
-    assert "The 20 classes that changed most" in text
+    evidence["predictions"]["changes"] = [[number, number + 1, 5] for number in range(60)]
+    text = page(evidence=evidence)
+    assert "The 20 classes with the largest changes" in text
     assert 'scope="row">class 199<' in text
     assert 'scope="row">class 100<' not in text
     assert "The most frequent changes" in text
 
 
-def test_where_no_answer_changed_there_is_no_matrix(folder):
+def test_no_matrix_without_changed_predictions(page):
     evidence = evidence_of()
-    evidence["answers"] |= {"moves": [], "shown": [], "lost": 0, "gained": 0}
-    (folder / "evidence.json").write_text(json.dumps(evidence))
-    assert "From which answer" not in drawn(folder)
+    evidence["predictions"] |= {"changes": [], "examples": [], "lost": 0, "gained": 0}
+    assert "Changes by class" not in page(evidence=evidence)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{", "is damaged"), ('{"runtime": "onnxruntime"}', "is not what this version of tersor writes")],
 )
-def test_damaged_numbers_leave_the_page_as_it_was(folder, text, message):
-    before = drawn(folder)
+def test_damaged_numbers_do_not_change_the_page(folder, text, message):
+    before = write_report(folder).read_text(encoding="utf-8")
     (folder / "numbers.json").write_text(text)
     with pytest.raises(InputError, match=message):
-        draw(folder)
+        write_report(folder)
     assert (folder / "report.html").read_text(encoding="utf-8") == before
     assert sorted(path.name for path in folder.iterdir()) == ["evidence.json", "numbers.json", "report.html"]
 
 
-def test_a_page_that_cannot_be_written_leaves_the_one_before(folder, monkeypatch):
-    before = drawn(folder)
+def test_a_failed_write_does_not_change_the_page(folder, monkeypatch):
+    before = write_report(folder).read_text(encoding="utf-8")
     (folder / "evidence.json").unlink()
 
     def full(*_: object) -> None:
@@ -280,17 +268,17 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(folder, monkeypatch
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(InputError, match="No space left on device"):
-        draw(folder)
+        write_report(folder)
     assert (folder / "report.html").read_text(encoding="utf-8") == before
     assert sorted(path.name for path in folder.iterdir()) == ["numbers.json", "report.html"]
 
 
 def test_a_folder_without_numbers_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"holds no numbers\.json"):
-        draw(tmp_path)
+    with pytest.raises(InputError, match=r"has no numbers\.json"):
+        write_report(tmp_path)
 
 
-def test_the_command_draws_the_page_again(folder, tmp_path_factory, monkeypatch, capfd):
+def test_the_command_writes_the_page_again(folder, tmp_path_factory, monkeypatch, capfd):
     def command(path: Path) -> int:
         monkeypatch.setattr(sys, "argv", ["tersor", "report", str(path)])
         with pytest.raises(SystemExit) as stopped:
@@ -318,11 +306,11 @@ def test_in_chromium(folder):
     evidence = evidence_of()
     evidence["layers"][0]["name"] = "a_very_long_name." * 8
     (folder / "evidence.json").write_text(json.dumps(evidence))
-    page = draw(folder)
+    path = write_report(folder)
     with chromium() as browser:
         for width in (1280, 390):
             for scheme in ("light", "dark"):
-                browser.open(page, width, scheme)
+                browser.open(path, width, scheme)
                 assert browser.value("document.scrollingElement.scrollWidth") <= width, (width, scheme)
                 assert browser.value("document.images.length") == 6
                 assert browser.value("[...document.images].every(image => image.naturalWidth > 0)")
@@ -334,4 +322,4 @@ def test_in_chromium(folder):
         assert browser.value(shown.format("original")) == "none"
         assert browser.value(shown.format("baseline")) != "none"
         assert browser.complaints == []
-        assert {url for url in browser.requests if not url.startswith("data:")} == {page.as_uri()}
+        assert {url for url in browser.requests if not url.startswith("data:")} == {path.as_uri()}

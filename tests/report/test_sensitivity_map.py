@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tersor.quantization.sensitivity import Cost
-from tersor.report.sensitivity_map import draw
+from tersor.report.sensitivity_map import sensitivity_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 WEIGHTS = {"stem": 432, "stage.0.conv<1>": 9216, "head": 640}
@@ -14,8 +14,8 @@ ERRORS = {2: 0.5, 4: 0.02, 8: 1e-5}
 COSTS = [Cost(name, bits, error * size / 640, 0.25) for name, size in WEIGHTS.items() for bits, error in ERRORS.items()]
 
 
-def drawn(costs=COSTS, weights=None):
-    return ET.fromstring(draw(costs, weights or WEIGHTS, "resnet20 & co", "2,000 images"))
+def svg_of(costs=COSTS, weights=None):
+    return ET.fromstring(sensitivity_svg(costs, weights or WEIGHTS, "resnet20 & co", "2,000 images"))
 
 
 def texts(svg):
@@ -29,28 +29,28 @@ def luminance(colour):
 
 
 def test_every_layer_is_a_row_and_every_width_a_column():
-    found = texts(drawn())
-    assert found[:2] == ["resnet20 & co", "2,000 images"]
-    assert [text for text in found if text.endswith(" bits")] == ["2 bits", "4 bits", "8 bits"]
-    assert {"stem (432)", "stage.0.conv<1> (9,216)", "head (640)"} <= set(found)
-    cells = [[each.text for each in group] for group in drawn().iter(f"{SVG}g")]
+    labels = texts(svg_of())
+    assert labels[:2] == ["resnet20 & co", "2,000 images"]
+    assert [text for text in labels if text.endswith(" bits")] == ["2 bits", "4 bits", "8 bits"]
+    assert {"stem (432)", "stage.0.conv<1> (9,216)", "head (640)"} <= set(labels)
+    cells = [[each.text for each in group] for group in svg_of().iter(f"{SVG}g")]
     assert len(cells) == 9
-    assert cells[6] == ["head on 2 bits: error 50 %, 0.25 points of accuracy lost", None, "50"]
+    assert cells[6] == ["head at 2 bits: error 50 %, accuracy drop 0.25 points", None, "50"]
 
 
-def test_more_error_is_darker_and_what_is_written_on_it_can_be_read():
-    groups = {group[0].text.split(":")[0]: group for group in drawn().iter(f"{SVG}g")}
+def test_larger_errors_are_darker_and_their_text_is_readable():
+    groups = {group[0].text.split(":")[0]: group for group in svg_of().iter(f"{SVG}g")}
     for name in WEIGHTS:
-        shades = [luminance(groups[f"{name} on {bits} bits"][1].get("fill")) for bits in (2, 4, 8)]
+        shades = [luminance(groups[f"{name} at {bits} bits"][1].get("fill")) for bits in (2, 4, 8)]
         assert shades == sorted(shades)
     every = [Cost("a", 2, 10 ** (-place / 100), None) for place in range(500)]  # the whole scale
-    for group in (*groups.values(), *drawn(every, {"a": 1}).iter(f"{SVG}g")):
+    for group in (*groups.values(), *svg_of(every, {"a": 1}).iter(f"{SVG}g")):
         pair = sorted(luminance(group[place].get("fill")) for place in (1, 2))
         assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, group[0].text
 
 
-def test_nothing_lies_outside_and_nothing_is_loaded():
-    svg = drawn()
+def test_everything_is_inside_the_view_box_and_nothing_is_loaded():
+    svg = svg_of()
     _, _, wide, high = map(float, svg.get("viewBox").split())
     for rect in svg.iter(f"{SVG}rect"):
         if rect.get("width") != "100%":
@@ -59,10 +59,10 @@ def test_nothing_lies_outside_and_nothing_is_loaded():
     for text in svg.iter(f"{SVG}text"):
         assert float(text.get("x")) <= wide
         assert float(text.get("y")) <= high
-    assert not re.search(r"href|url\(|<script|<style", draw(COSTS, WEIGHTS, "a", "b"))
+    assert not re.search(r"href|url\(|<script|<style", sensitivity_svg(COSTS, WEIGHTS, "a", "b"))
 
 
 @pytest.mark.parametrize("error", [0.0, 0.3])
 def test_one_error_for_all(error):
-    assert "error 0 %" in draw([Cost("a", 2, 0.0, None)], {"a": 1}, "t", "s")
-    assert len(list(drawn([Cost("a", 2, error, None)], {"a": 1}).iter(f"{SVG}g"))) == 1
+    assert "error 0 %" in sensitivity_svg([Cost("a", 2, 0.0, None)], {"a": 1}, "t", "s")
+    assert len(list(svg_of([Cost("a", 2, error, None)], {"a": 1}).iter(f"{SVG}g"))) == 1

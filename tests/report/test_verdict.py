@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 from samples import alone, entry, evidence_of, numbers_at, numbers_of, profile_of, ratio_of, speedups
 
-from tersor.report.verdict import by_batch_size, difference, points_change, reference, size_change, verdict
+from tersor.report.verdict import (
+    accuracy_change,
+    by_batch_size,
+    describe_speedup,
+    reference_entry,
+    size_change,
+    verdict,
+)
 
 BF16 = {"runtime": "openvino", "precision": "bfloat16"}
 
@@ -11,21 +18,21 @@ BF16 = {"runtime": "openvino", "precision": "bfloat16"}
 def test_faster_than_both():
     assert verdict(numbers_of()) == (
         "4.0x faster (3.8 to 4.2) than the original and 2.0x faster (1.9 to 2.1) than the baseline at batch 1, "
-        "4.0x smaller, 0.4 points lost."
+        "4.0x smaller, accuracy 0.4 points lower."
     )
 
 
-def test_where_the_original_is_the_baseline_there_is_one_ratio():
+def test_one_ratio_if_the_original_is_the_baseline():
     assert verdict(alone(1.0)) == (
         "4.0x faster (3.8 to 4.2) than the original, which is also the baseline, at batch 1, 4.0x smaller, "
-        "no points lost."
+        "accuracy unchanged."
     )
 
 
-def test_faster_than_the_original_alone():
+def test_faster_than_the_original_only():
     assert verdict(numbers_at(3.0, artifact=entry(3.0, size=1_000_000, macs=5_000_000))) == (
         "1.3x faster (1.3 to 1.4) than the original, but 1.5x slower (1.4 to 1.6) than the baseline at batch 1, "
-        "4.0x smaller, no points lost. Possible reasons: the baseline uses the bfloat16 units of this CPU. "
+        "4.0x smaller, accuracy unchanged. Possible reasons: the baseline uses the bfloat16 instructions of this CPU. "
         "Ship original.onnx in OpenVINO (bfloat16) instead."
     )
 
@@ -33,22 +40,22 @@ def test_faster_than_the_original_alone():
 def test_slower_than_both():
     assert verdict(numbers_at(8.0)) == (
         "2.0x slower (1.9 to 2.1) than the original and 4.0x slower (3.8 to 4.2) than the baseline at batch 1, "
-        "4.0x smaller, no points lost. Possible reasons: the baseline uses the bfloat16 units of this CPU; the "
-        "artifact still does all 10.0 million multiplications. Ship original.onnx in OpenVINO (bfloat16) instead."
+        "4.0x smaller, accuracy unchanged. Possible reasons: the baseline uses the bfloat16 instructions of this CPU; "
+        "the artifact still computes all 10.0 million MACs. Ship original.onnx in OpenVINO (bfloat16) instead."
     )
 
 
-def test_no_difference_from_either():
+def test_no_measurable_difference_from_either():
     numbers = numbers_at(4.0, speedup=speedups(1.01, 0.98))
     assert verdict(numbers).startswith(
         "no measurable difference from the original (0.96x to 1.06x) and no measurable difference from the baseline "
         "(0.93x to 1.03x) at batch 1, 4.0x smaller"
     )
-    assert verdict(numbers).endswith("Ship model.onnx in ONNX Runtime for its size alone.")
+    assert verdict(numbers).endswith("Ship model.onnx in ONNX Runtime only for its smaller size.")
 
 
 @pytest.mark.parametrize(
-    ("ratio", "told"),
+    ("ratio", "expected"),
     [
         (ratio_of(2.4, 0.12), "2.4x faster (2.1 to 2.7)"),
         (ratio_of(1 / 2.4, 0.1), "2.4x slower (2.2 to 2.7)"),
@@ -61,94 +68,99 @@ def test_no_difference_from_either():
         ({"value": 1.0, "low": 1.0, "high": 1.0}, "no measurable difference (1.00x to 1.00x)"),
     ],
 )
-def test_a_difference_has_its_interval(ratio, told):
-    assert difference(ratio) == told
+def test_a_difference_has_its_interval(ratio, expected):
+    assert describe_speedup(ratio) == expected
 
 
-def test_the_baseline_is_that_of_the_batch_size():
+def test_the_baseline_depends_on_the_batch_size():
     numbers = numbers_of()
     numbers["baseline"]["32"] = {"runtime": "onnxruntime", "precision": "float32"}
-    assert reference(numbers, "baseline", "1") == numbers["candidates"]["openvino"]
-    assert reference(numbers, "baseline", "32") == numbers["candidates"]["onnxruntime"]
-    assert reference(numbers, "original", "32") == numbers["original"]
+    assert reference_entry(numbers, "baseline", "1") == numbers["candidates"]["openvino"]
+    assert reference_entry(numbers, "baseline", "32") == numbers["candidates"]["onnxruntime"]
+    assert reference_entry(numbers, "original", "32") == numbers["original"]
 
 
-def test_the_profile_says_why():
+def test_the_profile_gives_a_reason():
     profile = {"artifact": profile_of(("QLinearConv", 1.0), ("QuantizeLinear", 0.6), ("ReorderInput", 0.4))}
-    told = verdict(alone(8.0), evidence_of(profile={"1": profile}))
+    expected = verdict(alone(8.0), evidence_of(profile={"1": profile}))
     assert (
-        "Possible reasons: 50 % of its node time is spent on quantizing and on converting between layouts; the artifact"
-        in told
+        "Possible reasons: 50 % of its node time is spent on quantization and layout conversion; the artifact"
+        in expected
     )
     few = {"artifact": profile_of(("QLinearConv", 9.0), ("QuantizeLinear", 1.0))}
     assert "node time" not in verdict(alone(8.0), evidence_of(profile={"1": few}))
 
 
-def test_masked_weights_say_why():
+def test_masked_weights_are_a_reason():
     artifact = entry(8.0) | {"sparsity": 0.9}
-    assert "all 10.0 million multiplications, zeros included" in verdict(alone(8.0, artifact=artifact))
+    assert "all 10.0 million MACs, including those with zeros" in verdict(alone(8.0, artifact=artifact))
 
 
-@pytest.mark.parametrize(("kind", "bits", "told"), [("avx2", 8, True), ("vnni", 8, False), ("avx2", 32, False)])
-def test_a_processor_without_vnni_says_why(kind, bits, told):
+@pytest.mark.parametrize(("kind", "bits", "expected"), [("avx2", 8, True), ("vnni", 8, False), ("avx2", 32, False)])
+def test_a_cpu_without_vnni_is_a_reason(kind, bits, expected):
     numbers = alone(8.0, artifact=entry(8.0, bits=bits, macs=5_000_000))
     numbers["machine"]["cpu_kind"] = kind
-    assert ("(VNNI)" in verdict(numbers)) is told
+    assert ("(VNNI)" in verdict(numbers)) is expected
 
 
-def test_where_nothing_says_why_nothing_is_made_up():
-    told = verdict(alone(8.0, artifact=entry(8.0, macs=5_000_000)))
-    assert "reasons" not in told
-    assert told.endswith("Ship original.onnx in ONNX Runtime (float32) instead.")
+def test_without_a_reason_none_is_given():
+    expected = verdict(alone(8.0, artifact=entry(8.0, macs=5_000_000)))
+    assert "reasons" not in expected
+    assert expected.endswith("Ship original.onnx in ONNX Runtime (float32) instead.")
 
 
-def test_as_fast_but_not_small_is_not_shipped():
-    told = verdict(alone(4.0, artifact=entry(4.0)))
-    assert "Ship original.onnx in ONNX Runtime (float32) instead." in told
+def test_equally_fast_and_not_smaller_is_not_recommended():
+    expected = verdict(alone(4.0, artifact=entry(4.0)))
+    assert "Ship original.onnx in ONNX Runtime (float32) instead." in expected
 
 
-def test_as_fast_and_small_but_wrong_is_not_shipped():
-    told = verdict(alone(4.0, artifact=entry(4.0, accuracy=88.9, size=1_000_000)))
-    assert "Ship original.onnx in ONNX Runtime (float32) instead." in told
+def test_equally_fast_and_smaller_but_inaccurate_is_not_recommended():
+    expected = verdict(alone(4.0, artifact=entry(4.0, accuracy=88.9, size=1_000_000)))
+    assert "Ship original.onnx in ONNX Runtime (float32) instead." in expected
 
 
 @pytest.mark.parametrize(
-    ("ms", "told"),
+    ("ms", "expected"),
     [
         (8.0, "Ship original.onnx in ONNX Runtime (float32) instead."),
-        (3.0, "Ship model.onnx in ONNX Runtime: the baseline loses more than one point."),
+        (3.0, "Ship model.onnx in ONNX Runtime: the baseline loses more than one point of accuracy."),
     ],
 )
-def test_a_baseline_that_loses_more_than_a_point_is_not_advised(ms, told):
+def test_a_baseline_that_loses_more_than_a_point_is_not_recommended(ms, expected):
     candidates = {"onnxruntime": entry(4.0), "openvino": entry(1.0, accuracy=88.9, **BF16)}
-    assert verdict(numbers_at(ms, candidates=candidates, speedup=speedups(4 / ms, 1 / ms))).endswith(told)
+    assert verdict(numbers_at(ms, candidates=candidates, speedup=speedups(4 / ms, 1 / ms))).endswith(expected)
 
 
-def test_larger_batches_are_told_where_it_is_faster():
+def test_larger_batches_are_listed_if_faster():
     numbers = numbers_at(8.0)
     numbers["speedup"]["baseline"]["32"] = ratio_of(4.0)
     assert verdict(numbers).endswith(" It is 4.0x faster (3.8 to 4.2) than the baseline at batch 32.")
 
 
 @pytest.mark.parametrize(
-    ("told", "line"),
+    ("expected", "line"),
     [({"1": "a", "32": "a"}, "a"), ({"1": "a", "32": "b", "128": "b"}, "a at batch 1, b at batch 32 and 128")],
 )
-def test_batch_sizes_of_the_same_are_told_together(told, line):
-    assert by_batch_size(told) == line
+def test_batch_sizes_with_the_same_text_are_grouped(expected, line):
+    assert by_batch_size(expected) == line
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
-    [(400, 100, "4.0x smaller"), (100, 150, "1.5x larger"), (100, 97, "of the same size")],
+    ("before", "after", "expected"),
+    [(400, 100, "4.0x smaller"), (100, 150, "1.5x larger"), (100, 97, "same size")],
 )
-def test_size(before, after, told):
-    assert size_change({"bytes": before}, {"bytes": after}) == told
+def test_size(before, after, expected):
+    assert size_change({"bytes": before}, {"bytes": after}) == expected
 
 
 @pytest.mark.parametrize(
-    ("after", "told"),
-    [(89.6, "0.4 points lost"), (90.62, "0.6 points gained"), (89.96, "0.04 points lost"), (90.0, "no points lost")],
+    ("after", "expected"),
+    [
+        (89.6, "accuracy 0.4 points lower"),
+        (90.62, "accuracy 0.6 points higher"),
+        (89.96, "accuracy 0.04 points lower"),
+        (90.0, "accuracy unchanged"),
+    ],
 )
-def test_points(after, told):
-    assert points_change(90.0, after) == told
+def test_points(after, expected):
+    assert accuracy_change(90.0, after) == expected

@@ -18,7 +18,7 @@ from tersor.core.progress import ProgressReporter
 from tersor.evaluation.latency import BATCH_SIZES, measure_latency, predictions, size_bytes
 from tersor.evaluation.session import Array, Session, installed_runtimes, open_session
 from tersor.evaluation.timings import EndedBy, Ratio, Timings
-from tersor.report.verdict import difference
+from tersor.report.verdict import describe_speedup
 
 _BATCH = 500
 
@@ -269,7 +269,7 @@ def _rows(family: _Family, timings: Timings, size: int) -> Iterator[tuple[str, .
     for each in family.contenders():
         spread = timings.spread(each.key, size)
         if each in family.artifacts:
-            compared = [difference(asdict(ratio)) for ratio in family.ratios(timings, size, each)]
+            compared = [describe_speedup(asdict(ratio)) for ratio in family.ratios(timings, size, each)]
         else:
             compared = ["original" if each == family.original else "", "baseline" if each == baseline else ""]
         milliseconds = f"{spread.median:.3f}\n({spread.p10:.3f} to {spread.p90:.3f})"

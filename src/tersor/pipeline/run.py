@@ -34,8 +34,8 @@ from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import StageRecord, run_stages, stage_models, train_teacher
 from tersor.quantization.quantizers import find_quantizers
 from tersor.recipe import Recipe
-from tersor.report.analysis.evidence import gather
-from tersor.report.page import draw
+from tersor.report.analysis.evidence import collect_evidence
+from tersor.report.page import write_report
 
 _AGREEMENT = 99.0
 """Lowest acceptable agreement of the file's predictions with torch's, in percent."""
@@ -167,7 +167,7 @@ def _fill(
     told = [{**flat(record), **numbers["stages"].get(number, {})} for number, record in enumerate(records, 1)]
     numbers |= {"stages": told, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
-    evidence = gather(
+    evidence = collect_evidence(
         original,
         compressed,
         experiment.teacher,
@@ -175,12 +175,12 @@ def _fill(
         folder,
         test,
         recipe.target,
-        answers=answers,
+        predictions=answers,
         baseline=numbers["baseline"],
         progress=progress,
     )
     (folder / "evidence.json").write_text(json.dumps(evidence))
-    draw(folder)
+    write_report(folder)
     (folder / "recipe.yaml").write_text(recipes.write(recipe))
     write_files(compressed, folder)
     (folder / "checkpoints").mkdir()

@@ -26,7 +26,7 @@ from tersor.quantization.precision import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import Cost, sensitivity
 from tersor.recipe import Recipe
-from tersor.report.sensitivity_map import draw
+from tersor.report.sensitivity_map import sensitivity_svg
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 _DIGITS = 16
@@ -95,7 +95,7 @@ def measure(
         progress.advance(error=cost.error)
     figure = out.with_suffix(".svg")
     title = f"{recipe.model.name}: sensitivity of each layer, quantized alone"
-    _write(figure, draw(found.costs, weights, title, _subtitle(len(shown))))
+    _write(figure, sensitivity_svg(found.costs, weights, title, _subtitle(len(shown))))
     return found, figure
 
 

@@ -179,7 +179,7 @@ class Recipe(BaseModel):
             for place, method in enumerate(stage.methods):
                 if getattr(method, "needs_teacher", False) and self.teacher is None:
                     message = f"'{registry.name_of(method)}' needs a teacher, and the recipe has none."
-                    hint = "Write teacher: {name: ..., weights: ...} or teacher: original (the model before compression)."
+                    hint = "Write teacher: {name: ..., weights: ...} or teacher: original (the uncompressed model)."
                     problems.append((("stages", index, "methods", place), f"{message} {hint}"))
         _raise(problems)
         return self

@@ -1,7 +1,10 @@
-"""numbers.json and evidence.json -> report.html: one page, which loads nothing and runs no script.
+"""`numbers.json` and `evidence.json` -> `report.html`: one page that loads nothing and runs no script.
 
-What the artifact is compared with is picked by radio buttons, and the style sheet shows what belongs to the picked one.
-So the page's policy can forbid every script, every request and every style but its own.
+`templates/page.html` includes a template for each section. Sections take plain values from `numbers` and `evidence`,
+computed values from the functions of `summary.py` and `*_section.py`, and macros from `tables.html` and `charts.html`.
+
+Radio buttons select the reference that the artifact is compared with; the style sheet shows what belongs to it. So the
+page's security policy can forbid all scripts, requests and foreign styles.
 """
 
 from __future__ import annotations
@@ -9,27 +12,26 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any, cast
+
+from jinja2 import TemplateError
+from markupsafe import Markup
 
 from tersor.core.errors import InputError
 from tersor.core.files import read_json
-from tersor.report.latency_section import latencies
-from tersor.report.layers_section import layers, time_spent, weights
-from tersor.report.predictions_section import answers, attention, similar, targets
-from tersor.report.pruning_section import moved, pruned
-from tersor.report.summary import figures, head, stages
-from tersor.report.templates import Markup, join, tag
-from tersor.report.training_section import drawn_weights, reconstructions
-from tersor.report.verdict import verdict
+from tersor.evaluation.costs import FLOAT_BITS
+from tersor.quantization.integer_coverage import ENOUGH, percent
+from tersor.report import layers_section, predictions_section, summary, training_section, verdict
+from tersor.report.templating import environment
 
 REPORT = "report.html"
 
 
-def draw(folder: Path) -> Path:
-    """Writes `folder/report.html` from `numbers.json` and, where it is there, `evidence.json`; whole or not at all.
+def write_report(folder: Path) -> Path:
+    """Write `folder/report.html` from `numbers.json` and, if there is one, `evidence.json`; atomically.
 
     Returns:
         The page.
@@ -39,62 +41,56 @@ def draw(folder: Path) -> Path:
     """
     numbers = _read(folder / "numbers.json")
     if numbers is None:
-        raise InputError(f"{folder} holds no numbers.json, so there is nothing to report. Give the folder of a run.")
+        raise InputError(f"{folder} has no numbers.json, so there is nothing to report. Give the folder of a run.")
+    evidence = _read(folder / "evidence.json")
     try:
-        page = _page(numbers, _read(folder / "evidence.json"))
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        page = _render(numbers, evidence)
+    except (
+        *(ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError),
+        TemplateError,
+    ) as error:
         raise InputError(
             f"numbers.json or evidence.json of {folder} is not what this version of tersor writes: "
             f"{repr(error)[:200]}. Run its recipe.yaml again."
         ) from error
     path = folder / REPORT
-    partial = folder / f".{REPORT}.{os.getpid()}.partial"
+    partial_file = folder / f".{REPORT}.{os.getpid()}.partial"
     try:
-        partial.write_bytes(page.encode("utf-8", "replace"))  # a file's name may be no Unicode, and name a class
-        partial.replace(path)
+        partial_file.write_bytes(page.encode("utf-8", "replace"))  # class names from file names may not be Unicode
+        partial_file.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        partial_file.unlink(missing_ok=True)
     return path
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    found = read_json(path, "Run its recipe.yaml again.")
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged: it holds no JSON object. Run its recipe.yaml again.")
-    return cast("dict[str, Any]", found)
+    content = read_json(path, "Run its recipe.yaml again.")
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it is not a JSON object. Run its recipe.yaml again.")
+    return cast("dict[str, Any]", content)
 
 
-def _page(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
-    style = files("tersor.report").joinpath("style.css").read_text(encoding="utf-8")
-    template = Template(files("tersor.report").joinpath("page.html").read_text(encoding="utf-8"))
-    inside = (
-        [
-            time_spent(numbers, evidence),
-            layers(numbers, evidence),
-            pruned(evidence),
-            weights(evidence),
-            targets(numbers, evidence),
-            similar(numbers, evidence),
-            attention(numbers, evidence),
-            answers(numbers, evidence),
-        ]
-        if evidence
-        else [tag("section", tag("p", _WITHOUT_EVIDENCE))]
-    )
-    measured = [head(numbers, evidence), figures(numbers), stages(numbers), moved(numbers), latencies(numbers)]
-    return template.substitute(
-        title=join([f"tersor: {verdict(numbers, evidence)}"]),
-        policy=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        style=Markup(style),
-        body=join([*measured, *inside, drawn_weights(numbers), reconstructions(numbers)]),
-    )
-
-
-_WITHOUT_EVIDENCE = (
-    "There is no evidence.json beside numbers.json: without it there is no node profile, no table of the layers, no "
-    "histogram and no changed answer to show."
-)
+def _render(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
+    style = files("tersor.report").joinpath("templates/style.css").read_text(encoding="utf-8")
+    class_name = partial(predictions_section.class_name, numbers)
+    return environment().get_template("page.html").render(
+        numbers=numbers,
+        evidence=evidence,
+        style=Markup(style),  # noqa: S704  # our own file
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        verdict=verdict,
+        references=summary.references(numbers),
+        summary=summary,
+        training=training_section,
+        layers=layers_section,
+        predictions=predictions_section,
+        class_name=class_name,
+        class_names=lambda indices: [class_name(index) for index in indices],
+        macs_percent=percent,
+        float_bits=FLOAT_BITS,
+        enough_in_integers=ENOUGH,
+    )  # fmt: skip

@@ -16,7 +16,7 @@ from tersor.deploy.onnx import export
 from tersor.evaluation.latency import predictions
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
-from tersor.report.analysis.evidence import gather
+from tersor.report.analysis.evidence import collect_evidence
 from tersor.training.context import AttachContext
 from toy_networks import Small
 
@@ -25,7 +25,7 @@ BASELINE = {key: {"runtime": "onnxruntime", "precision": "float32"} for key in (
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    """A folder with a small network and the same in two bits, which changes its answers."""
+    """A folder with a small network and the same in two bits, which changes its predictions."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     original, model = Small().eval(), Small().eval()
@@ -44,13 +44,13 @@ def networks(tmp_path_factory):
     return folder, original, attached.model, test
 
 
-def gathered(networks, teacher=None):
+def collected(networks, teacher=None):
     folder, original, model, test = networks
-    answers = {
+    classes = {
         entry: predictions(open_session(folder / file, "onnxruntime"), (batch.images.numpy() for batch in test))
         for entry, file in (("original", "original.onnx"), ("artifact", "model.onnx"))
     }
-    return gather(
+    return collect_evidence(
         original,
         model,
         teacher,
@@ -58,7 +58,7 @@ def gathered(networks, teacher=None):
         folder,
         test,
         Target(),
-        answers=answers,
+        predictions=classes,
         baseline=BASELINE,
         progress=NullProgress(),
     )
@@ -66,74 +66,76 @@ def gathered(networks, teacher=None):
 
 @pytest.fixture(scope="module")
 def evidence(networks):
-    return gathered(networks)
+    return collected(networks)
 
 
 def test_it_is_plain_values(evidence):
     assert json.loads(json.dumps(evidence, allow_nan=False)) == evidence
-    assert set(evidence) == {"looked_at", "layers", "widths", "masks", "profile", "targets", "attention", "answers"}
-    assert evidence["looked_at"] == 256
+    assert set(evidence) == {
+        *("observed_images", "layers", "widths", "masks", "profile", "soft_targets", "attention", "predictions")
+    }
+    assert evidence["observed_images"] == 256
 
 
-def test_changed_answers_are_told(evidence):
-    told = evidence["answers"]
-    assert told["images"] == 300
-    assert told["agreement"] < 100, "two bits change something"
-    assert len(told["shown"]) == min(24, round(300 * (1 - told["agreement"] / 100)))
+def test_predictions_are_compared(evidence):
+    compared = evidence["predictions"]
+    assert compared["images"] == 300
+    assert compared["agreement"] < 100, "two bits change predictions"
+    assert len(compared["examples"]) == min(24, round(300 * (1 - compared["agreement"] / 100)))
 
 
-def test_the_classes_that_are_held_for_alike_are_means_of_softened_answers(networks, evidence):
-    told = evidence["targets"]["similar"]
+def test_class_similarity_is_the_mean_soft_prediction(networks, evidence):
+    similarity = evidence["soft_targets"]["class_similarity"]
     _, original, _, test = networks
     softened = torch.cat([(original(batch.images) / 4).softmax(1).detach() for batch in test])
-    assert told["images"] == 300
-    for label, row in told["rows"]:
+    assert similarity["images"] == 300
+    for label, row in similarity["rows"]:
         assert row == pytest.approx(softened[test.images.labels == label].mean(0).tolist(), abs=1e-4)
 
 
-def test_attention_is_drawn_for_each_network_and_resolution(evidence):
-    told = evidence["attention"]
-    assert list(told["layers"]) == ["before", "after"]
-    for image in told["images"]:
-        for name, layers in told["layers"].items():
+def test_attention_maps_of_each_network_and_resolution(evidence):
+    attention = evidence["attention"]
+    assert list(attention["layers"]) == ["before", "after"]
+    for image in attention["images"]:
+        for name, layers in attention["layers"].items():
             assert len(image["maps"][name]) == len(layers) > 0
-            drawn = Image.open(io.BytesIO(base64.b64decode(image["maps"][name][0].partition(",")[2]))).convert("L")
-            assert drawn.size == (48, 48)
-            assert drawn.getextrema() == (0, 255)
+            shown = Image.open(io.BytesIO(base64.b64decode(image["maps"][name][0].partition(",")[2]))).convert("L")
+            assert shown.size == (48, 48)
+            assert shown.getextrema() == (0, 255)
 
 
 def test_the_profile_names_every_layer_of_either_file(evidence):
     assert set(evidence["profile"]) == {"1", "32"}
-    for told in evidence["profile"].values():
+    for profiles in evidence["profile"].values():
         for file in ("original", "artifact"):
-            assert set(told[file]["layers"]) == {"first", "second", "answer"}
-        assert "first" in told["baseline"]["layers"]
+            assert set(profiles[file]["layers"]) == {"first", "second", "answer"}
+        assert "first" in profiles["baseline"]["layers"]
     assert evidence["profile"]["1"]["baseline"] == evidence["profile"]["1"]["original"], "nothing is profiled twice"
 
 
-def test_the_teacher_softens_where_there_is_one(networks, evidence):
-    assert evidence["targets"]["of"] == "original"
+def test_soft_targets_are_the_teachers_if_there_is_one(networks, evidence):
+    assert evidence["soft_targets"]["network"] == "original"
     teacher = Small()
     torch.nn.init.zeros_(teacher.answer.weight)
     torch.nn.init.zeros_(teacher.answer.bias)
-    told = gathered(networks, teacher=teacher)["targets"]
-    assert told["of"] == "teacher"
-    assert len(told["images"]) == 6
-    assert told["images"][0]["rows"][0]["probabilities"] == [0.2] * 5
+    targets = collected(networks, teacher=teacher)["soft_targets"]
+    assert targets["network"] == "teacher"
+    assert len(targets["images"]) == 6
+    assert targets["images"][0]["rows"][0]["probabilities"] == [0.2] * 5
 
 
-def test_all_but_timings_is_the_same_again(networks, evidence):
-    again = gathered(networks)
+def test_everything_but_timings_is_reproducible(networks, evidence):
+    again = collected(networks)
     assert {**again, "profile": None} == {**evidence, "profile": None}
 
 
-def test_the_networks_stay_as_they_were(networks):
+def test_the_networks_do_not_change(networks):
     _, original, model, _ = networks
     original.train()
     model.norm.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
-        gathered(networks)
+        collected(networks)
         assert original.training
         assert model.norm.training
     finally:

@@ -46,8 +46,8 @@ def test_a_float_network(original, images):
     assert first["levels"] is first["clipped"] is first["error"] is None
     histogram = first["histogram"]
     assert histogram["unit"] == "value"
-    assert histogram["before"] == histogram["shown"]
-    assert sum(histogram["shown"]) == 6 * 3 * 9
+    assert histogram["before"] == histogram["after"]
+    assert sum(histogram["after"]) == 6 * 3 * 9
 
 
 def test_a_quantized_layer_uses_its_levels(original, images):
@@ -61,7 +61,7 @@ def test_a_quantized_layer_uses_its_levels(original, images):
     assert histogram["grid"] == [-1, 1]
     assert histogram["low"] == -1.5
     integers = (model.second.weight / model.second.parametrizations.weight[0].scale.reshape(-1, 1, 1, 1)).round()
-    assert histogram["shown"] == [int((integers == level).sum()) for level in (-1, 0, 1)]
+    assert histogram["after"] == [int((integers == level).sum()) for level in (-1, 0, 1)]
     assert sum(histogram["before"]) == model.second.weight.numel()
     assert len(histogram["before"]) * histogram["width"] == 3
     scale = model.second.parametrizations.weight[0].scale
@@ -70,12 +70,12 @@ def test_a_quantized_layer_uses_its_levels(original, images):
 
 def test_eight_bits_share_bins(original, images):
     histogram = layer_table(original, quantized(Small().eval(), images, bits=8), images)[1]["histogram"]
-    assert histogram["width"] == histogram["shown_width"] == 2
-    assert sum(histogram["shown"]) == sum(histogram["before"]) == 6 * 4 * 9
-    assert len(histogram["shown"]) == len(histogram["before"]) <= 128
+    assert histogram["width"] == histogram["after_width"] == 2
+    assert sum(histogram["after"]) == sum(histogram["before"]) == 6 * 4 * 9
+    assert len(histogram["after"]) == len(histogram["before"]) <= 128
 
 
-def test_the_error_is_that_of_the_rounded_layer(original, images):
+def test_the_error_is_the_quantized_layers(original, images):
     model = quantized(original, images, bits=3)
     second = layer_table(original, model, images)[1]
     weights = model.second.parametrizations.weight
@@ -92,7 +92,7 @@ def test_the_error_is_that_of_the_rounded_layer(original, images):
     assert second["error"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_clipped_is_the_share_outside_of_the_grid(original, images):
+def test_clipped_is_the_fraction_outside_the_grid(original, images):
     model = quantized(original, images, bits=8)
     quantizer = model.get_submodule("quantizers.images")
     quantizer.set_grid(torch.tensor(0.01), torch.tensor(128))  # -1.28 to 1.27
@@ -103,7 +103,7 @@ def test_clipped_is_the_share_outside_of_the_grid(original, images):
     assert first["clipped"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_mask_stays_under_the_error(original, images):
+def test_a_mask_does_not_count_as_error(original, images):
     model = Small().eval()
     mask = Mask(model.second.weight.shape)
     mask.mask[:, :3] = False
@@ -114,15 +114,15 @@ def test_a_mask_stays_under_the_error(original, images):
     entry = layer_table(original, model, images)[1]
     assert entry["sparsity"] >= 0.5
     assert entry["zeros"] == round(entry["sparsity"] * model.second.weight.numel())
-    assert entry["error"] < 0.02, "of rounding alone"
+    assert entry["error"] < 0.02, "from rounding only"
 
 
-def test_channels_that_were_removed(original, images):
+def test_removed_channels(original, images):
     table = layer_table(original, Small(width=4).eval(), images)
     assert (table[1]["original_shape"], table[1]["shape"]) == ([4, 6, 3, 3], [4, 4, 3, 3])
 
 
-def test_another_network_is_not_compared_though_some_of_its_layers_bear_the_same_names(images):
+def test_another_architecture_is_not_compared_even_if_some_layer_names_match(images):
     other = Small().eval()
     other.third = nn.Linear(5, 5)
     table = layer_table(other, Small().eval(), images)
@@ -130,7 +130,7 @@ def test_another_network_is_not_compared_though_some_of_its_layers_bear_the_same
     assert all(entry["original_shape"] is None and entry["histogram"]["before"] == [] for entry in table)
 
 
-def test_looking_leaves_no_hook(original, images):
+def test_no_hook_remains(original, images):
     model = quantized(original, images, bits=4)
     layer_table(original, model, images)
     assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]

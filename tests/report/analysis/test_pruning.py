@@ -1,4 +1,4 @@
-"""Masks and widths as the report draws them; zeros that a mask makes, from training to the file."""
+"""Masks and widths in the report; zeros from masks, from training to the file."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def pruned(width=16, **options):
 
 
 def masks_of(model):
-    found = {name: weight_mask(module) for name, module in model.named_modules()}
-    return {name: mask.mask for name, mask in found.items() if mask is not None}
+    masks_by_name = {name: weight_mask(module) for name, module in model.named_modules()}
+    return {name: mask.mask for name, mask in masks_by_name.items() if mask is not None}
 
 
 @pytest.fixture(scope="module")
 def trained_on_grids():
-    """Masks, then a few steps on grids of 8 bits, which move every weight that is left."""
+    """Masks, then a few 8-bit quantized steps, which change every remaining weight."""
     model = pruned()
     before = {name: mask.clone() for name, mask in masks_of(model).items()}
     attached = chain([QAT(calibration_images=32)], model, AttachContext(data=[IMAGES[:32]]))
@@ -68,7 +68,7 @@ def trained_on_grids():
     return attached.model, before
 
 
-def test_the_zeros_of_the_file_are_those_of_the_masks(trained_on_grids, tmp_path):
+def test_the_file_has_the_zeros_of_the_masks(trained_on_grids, tmp_path):
     model, before = trained_on_grids
     assert {name: mask.tolist() for name, mask in masks_of(model).items()} == {
         name: mask.tolist() for name, mask in before.items()
@@ -84,7 +84,7 @@ def test_the_zeros_of_the_file_are_those_of_the_masks(trained_on_grids, tmp_path
         assert (kernel == 0).mean() < 0.05 + SPARSITY
 
 
-def test_zeros_of_masks_are_told_apart_from_zeros_of_rounding(trained_on_grids):
+def test_zeros_from_masks_are_distinguished_from_zeros_from_rounding(trained_on_grids):
     model, before = trained_on_grids
     by_name = {entry["name"]: entry for entry in layer_table(Small(16), model, IMAGES)}
     for name, mask in before.items():
@@ -106,7 +106,7 @@ def test_masked_weights_compress(tmp_path):
     assert compressed_bytes(sparse) < 0.5 * compressed_bytes(dense)
 
 
-def test_masks_are_told_kernel_by_kernel():
+def test_masks_are_listed_by_kernel():
     model = pruned(10)
     first, second = masks(model)
     assert (first["name"], first["shape"]) == ("first", [10, 3, 3, 3])
@@ -117,13 +117,13 @@ def test_masks_are_told_kernel_by_kernel():
     assert masks(Small()) == []
 
 
-def test_of_many_layers_six_are_shown_from_the_first_to_the_last():
+def test_of_many_layers_six_are_evenly_spaced():
     model = nn.Sequential(*[nn.Conv2d(2, 2, 1) for _ in range(11)])
     attached = WeightPruning(sparsity=0.5).attach(model, AttachContext())
     assert [each["name"] for each in masks(attached.model)] == ["0", "2", "4", "6", "8", "10"]
 
 
-def test_widths_are_of_the_layers_that_both_have():
+def test_widths_of_the_common_layers():
     original = Small(16).eval()
     cut = ChannelPruning(keep_channels=0.5, round_to=4).attach(Small(16).eval(), AttachContext(data=[IMAGES])).model
     assert len(cut.first.weight) < 16

@@ -1,5 +1,6 @@
-"""What only the live run has, gathered for the report: `evidence.json`. All of it but timings depends on nothing else
-than the networks, the files and the images.
+"""The content of `evidence.json`: what the report shows of the networks, which exist only during the run.
+
+Except for timings, it depends only on the networks, the files and the images.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from tersor.core.errors import InputError
@@ -25,16 +25,16 @@ from tersor.graph.capture import capture, layer_of, values_into
 from tersor.graph.layer_selection import Layer, weighted_layers
 from tersor.report.analysis.attention_maps import attention_maps
 from tersor.report.analysis.layers import layer_table
-from tersor.report.analysis.predictions import changed_answers, similar_classes, softened_targets
+from tersor.report.analysis.predictions import class_similarity, compare_predictions, evenly_spaced, soft_targets
 from tersor.report.analysis.pruning import masks, widths
 
 PROFILED_BATCH_SIZES = (1, 32)
 
-_LOOKED_AT = 256
-"""Images of the test set that layers are observed on, and that softened targets are chosen from."""
+_OBSERVED_IMAGES = 256
+"""Test images that layers are observed on, and that examples are chosen from."""
 
 
-def gather(
+def collect_evidence(
     original: nn.Module,
     model: nn.Module,
     teacher: nn.Module | None,
@@ -43,63 +43,64 @@ def gather(
     test: Batches,
     target: Target,
     *,
-    answers: Mapping[str, Array],
+    predictions: Mapping[str, Array],
     baseline: Mapping[str, Mapping[str, str]],
     progress: ProgressReporter,
 ) -> dict[str, Any]:
     """The content of `evidence.json`, in plain values.
 
     Args:
-        original: the network as it came in.
-        model: the compressed one, as torch has it, with masks and quantizers on it.
-        teacher: whose softened targets are shown; those of `original` where there is none.
-        before: the network before the first stage, whose attention and widths are shown beside.
-        folder: holds `original.onnx` and `model.onnx`.
+        original: the network before compression.
+        model: the compressed network in torch, with its masks and quantizers.
+        teacher: the network whose soft targets are shown; `original` if None.
+        before: the network before the first stage, for the comparison of attention and widths.
+        folder: contains `original.onnx` and `model.onnx`.
         test: the whole test set, in order.
-        target: the runtime that answers and is profiled.
-        answers: of `original` and `artifact` (N,) to the test images, in the runtime.
+        target: the runtime to profile.
+        predictions: `original` and `artifact` -> classes (N,) of the test images, predicted in the runtime.
         baseline: batch size -> `runtime` and `precision` of the baseline, as in `numbers.json`.
-        progress: reports the progress.
+        progress: receives the progress.
 
     Returns:
         `layers` (see `layer_table`), `widths` and `masks` (see there), `profile` (batch size -> `original`, `artifact`
-        and `baseline`, see `profile`), `targets` (`of` whom, `images`, see `softened_targets`, and `similar`, see
-        `similar_classes`), `attention` (see `attention_maps`), `answers` (see `changed_answers`), `looked_at`.
+        and `baseline`, see `profile`), `soft_targets` (name of the `network`, `images`, see `soft_targets`, and
+        `class_similarity`, see there), `attention` (see `attention_maps`), `predictions` (see `compare_predictions`),
+        and the number of `observed_images`.
     """
     progress.start("evidence", 3)
-    # over the whole set, which is sorted by class where it is a folder
-    index = torch.linspace(0, len(test.images) - 1, min(_LOOKED_AT, len(test.images))).round().long()
-    looked_at = test.take(index).images
-    changed = changed_answers(test.images, answers["original"], answers["artifact"])
+    # evenly over the whole set: image folders are sorted by class
+    index = evenly_spaced(len(test.images), _OBSERVED_IMAGES)
+    images = test.take(index).images
+    compared = compare_predictions(test.images, predictions["original"], predictions["artifact"])
     progress.advance()
-    original, model = _at_rest(original), _at_rest(model)
-    layers = layer_table(original, model, looked_at)
-    teaches = original if teacher is None else _at_rest(teacher)
+    original, model = _eval_copy(original), _eval_copy(model)
+    layers = layer_table(original, model, images)
+    source = original if teacher is None else _eval_copy(teacher)
     targets = {
-        "of": "original" if teacher is None else "teacher",
-        "images": softened_targets(teaches, test, index),
-        "similar": similar_classes(teaches, test),
+        "network": "original" if teacher is None else "teacher",
+        "images": soft_targets(source, test, index),
+        "class_similarity": class_similarity(source, test),
     }
-    before = _at_rest(before)
-    seen = {"before": before, "after": model}
-    attention = attention_maps(seen if teacher is None else {"teacher": teaches, **seen}, test, index)
+    before = _eval_copy(before)
+    networks = {"before": before, "after": model}
+    attention = attention_maps(networks if teacher is None else {"teacher": source, **networks}, test, index)
     progress.advance()
     profiles = _profiles(original, model, folder, next(arrays(test, target.input))[:1], target, baseline)
     progress.advance()
     return {
-        "looked_at": len(looked_at),
+        "observed_images": len(images),
         "layers": layers,
         "widths": widths(before, model),
         "masks": masks(model),
         "profile": profiles,
-        "targets": targets,
+        "soft_targets": targets,
         "attention": attention,
-        "answers": changed,
+        "predictions": compared,
     }
 
 
-def _at_rest(network: nn.Module) -> nn.Module:
-    """A copy in eval mode on the CPU: what is looked at stays as it was."""
+def _eval_copy(network: nn.Module) -> nn.Module:
+    """A copy in eval mode on the CPU, so that the network itself does not change."""
     return copy.deepcopy(network).cpu().float().eval()
 
 
@@ -112,27 +113,27 @@ def _profiles(
     baseline: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     before, after = _layers_by_module(original), _layers_by_module(model)
-    found: dict[str, Any] = {}
+    profiles: dict[str, Any] = {}
     fixed = batch_for(model, target)
     for size in PROFILED_BATCH_SIZES if fixed is None else (fixed,):
         batch = np.ascontiguousarray(np.repeat(image, size, axis=0))
-        initial_model, fastest = folder / "original.onnx", baseline[str(size)]
-        in_float32 = profile(initial_model, target.runtime, batch, before, precision="float32")
+        original_file, fastest = folder / "original.onnx", baseline[str(size)]
+        in_float32 = profile(original_file, target.runtime, batch, before, precision="float32")
         same = (fastest["runtime"], fastest["precision"]) == (target.runtime, "float32")
-        found[str(size)] = {
+        profiles[str(size)] = {
             "original": in_float32,
             "artifact": profile(folder / "model.onnx", target.runtime, batch, after),
-            "baseline": in_float32 if same else profile(initial_model, fastest["runtime"], batch, before),
+            "baseline": in_float32 if same else profile(original_file, fastest["runtime"], batch, before),
         }
-    return found
+    return profiles
 
 
 def _layers_by_module(network: nn.Module) -> dict[str, str]:
-    """Layers by their own path and by that of the BatchNorm behind, which names the two once they are folded."""
+    """Layers by their path and by the path of the BatchNorm after them, which names the two once they are folded."""
     names = {name: name for name in weighted_layers(network)}
     try:
         graph = capture(network)
-    except InputError:  # what cannot be captured can be exported; its folded layers then go unnamed
+    except InputError:  # some networks can be exported but not captured; their folded layers have no name
         return names
     for node in graph.graph.nodes:
         if isinstance(layer_of(node), nn.BatchNorm2d | nn.BatchNorm1d):

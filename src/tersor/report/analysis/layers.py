@@ -1,4 +1,4 @@
-"""What became of each layer: its shape, its grid, its zeros, what is clipped before it, and how far off it answers."""
+"""Layers of the compressed network: shapes, quantization grids, zeros, clipping and output errors."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _BINS = 128
 def layer_table(original: nn.Module, model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     """One entry for each convolution and fully connected layer of `model`, in plain values.
 
-    `original_shape` and the histogram's `before` of a float layer are the layer's of the same name in `original`, where
-    all layers of the two have the same names; else there is nothing to compare with, and they are None and empty.
-    `clipped` is the share of the values entering the layer that lie outside of its input's grid. `error` is
-    |y - y'| / |y| in the 2-norm over all images: y of the layer on values and weights before they are rounded (masks
-    stay), y' of the layer as it is. Both are None where nothing is rounded, or a layer is called by its parent alone.
+    `original_shape` and, for a float layer, the histogram's `before` are of the layer with the same name in
+    `original`. If the two networks do not have the same layer names, they are None and empty.
+    `clipped` is the fraction of the layer's input values outside the range of the input quantizer. `error` is
+    |y - y'| / |y| in the 2-norm over all images: y' is the layer's output, y its output with unquantized inputs and
+    weights (masks stay). Both are None if the layer is not quantized or is only called by its parent module.
 
     Args:
-        original: the network as it came in; both are on the CPU and in eval mode.
-        model: the compressed one.
-        images: (N, C, H, W), as `model` wants them.
+        original: the network before compression; both are on the CPU and in eval mode.
+        model: the compressed network.
+        images: (N, C, H, W), as `model` expects them.
     """
     originals, layers = weighted_layers(original), weighted_layers(model)
     if originals.keys() != layers.keys():
         originals = {}
-    clipped, errors = _observed(model, layers, images)
+    clipped, errors = _clipping_and_errors(model, layers, images)
     entries: list[dict[str, Any]] = []
     for cost in costs(model, images[:1]).layers:
         if cost.name not in layers:
@@ -63,14 +63,14 @@ def layer_table(original: nn.Module, model: nn.Module, images: Tensor) -> list[d
                 "levels": None if quantizer is None else len(_integers(weight, quantizer).unique()),
                 "clipped": clipped.get(cost.name),
                 "error": errors.get(cost.name),
-                "histogram": _on_grid(layer, quantizer) if quantizer else _in_float(weight, before),
+                "histogram": _quantized_histogram(layer, quantizer) if quantizer else _float_histogram(weight, before),
             }
         )
     return entries
 
 
-def _unrounded(layer: Layer) -> Tensor:
-    """The weight under its masks, before it is rounded."""
+def _unquantized(layer: Layer) -> Tensor:
+    """The masked weight before quantization."""
     if not any(True for _ in parametrizations_of(layer)):
         return layer.weight
     weight = parametrized(layer).original
@@ -80,31 +80,32 @@ def _unrounded(layer: Layer) -> Tensor:
     return weight
 
 
-def _observed(model: nn.Module, layers: dict[str, Layer], images: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    """Layer -> clipped share of its input, and layer -> relative error of its output, in one pass."""
+def _clipping_and_errors(
+    model: nn.Module, layers: dict[str, Layer], images: Tensor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Layer -> clipped fraction of its input, and layer -> relative error of its output, in one pass."""
     inputs = _input_quantizers(model)
     raw: dict[nn.Module, Tensor] = {}
     outside: defaultdict[nn.Module, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     squares: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
 
-    def enters(quantizer: nn.Module, values: tuple[Tensor, ...]) -> None:
+    def count_clipped(quantizer: nn.Module, values: tuple[Tensor, ...]) -> None:
         assert isinstance(quantizer, FakeQuantize)
         raw[quantizer] = values[0]
-        reached = torch.round(values[0] / quantizer.scale) + quantizer.zero_point
-        beyond = (reached < quantizer.grid.minimum) | (reached > quantizer.grid.maximum)
+        integers = torch.round(values[0] / quantizer.scale) + quantizer.zero_point
+        beyond = (integers < quantizer.grid.minimum) | (integers > quantizer.grid.maximum)
         outside[quantizer] += torch.tensor([beyond.sum(), beyond.numel()])
 
-    def leaves(layer: nn.Module, values: tuple[Tensor, ...], output: Tensor, *, name: str) -> None:
+    def add_squares(layer: nn.Module, values: tuple[Tensor, ...], output: Tensor, *, name: str) -> None:
         assert isinstance(layer, Layer)
-        given = raw.get(inputs[name], values[0]) if name in inputs else values[0]
-        # a grid that a reshape handed on was met before with another shape: then the input is rounded already
-        given = given if given.shape == values[0].shape else values[0]
-        exact = _apply(layer, given)
+        unquantized = raw.get(inputs[name], values[0]) if name in inputs else values[0]
+        # after a reshape the shapes differ: the input was quantized before it
+        exact = _apply(layer, unquantized if unquantized.shape == values[0].shape else values[0])
         squares[name] += torch.stack([(output - exact).double().square().sum(), exact.double().square().sum()])
 
     quantized = {name: layer for name, layer in layers.items() if weight_quantizer(layer) or name in inputs}
-    hooks = [quantizer.register_forward_pre_hook(enters) for quantizer in set(inputs.values())]
-    hooks += [layer.register_forward_hook(partial(leaves, name=name)) for name, layer in quantized.items()]
+    hooks = [quantizer.register_forward_pre_hook(count_clipped) for quantizer in set(inputs.values())]
+    hooks += [layer.register_forward_hook(partial(add_squares, name=name)) for name, layer in quantized.items()]
     try:
         for batch in images.split(64):
             model(batch)
@@ -117,74 +118,75 @@ def _observed(model: nn.Module, layers: dict[str, Layer], images: Tensor) -> tup
 
 
 def _apply(layer: Layer, values: Tensor) -> Tensor:
-    weight = _unrounded(layer)
+    weight = _unquantized(layer)
     if isinstance(layer, nn.Conv2d):
         return layer._conv_forward(values, weight, layer.bias)  # pyright: ignore[reportPrivateUsage]  # with its padding mode
     return F.linear(values, weight, layer.bias)
 
 
 def _input_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
-    """Layer -> the quantizer that its input passes, of a captured network."""
-    found: dict[str, FakeQuantize] = {}
+    """Layer -> the quantizer of its input, in a captured network."""
+    quantizers: dict[str, FakeQuantize] = {}
     for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
         if not isinstance(layer_of(node), Layer):
             continue
         quantizer = layer_of(entering(node))
         if isinstance(quantizer, FakeQuantize) and quantizer.enabled:
-            found[str(node.target)] = quantizer
-    return found
+            quantizers[str(node.target)] = quantizer
+    return quantizers
 
 
-def _of_channel(value: Tensor, weight: Tensor) -> Tensor:
-    """A scale or zero point, so that it broadcasts against the weight (C_out, ...)."""
-    return value.detach().reshape(-1, *[1] * (weight.ndim - 1)) if value.ndim else value.detach()
+def _scale_and_zero_point(weight: Tensor, quantizer: FakeQuantize) -> tuple[Tensor, Tensor]:
+    """Shaped to broadcast against the weight (C_out, ...)."""
+    scale, zero_point = quantizer.scale.detach(), quantizer.zero_point.detach()
+    shape = (-1, *[1] * (weight.ndim - 1))
+    return scale.reshape(shape) if scale.ndim else scale, zero_point.reshape(shape) if zero_point.ndim else zero_point
 
 
 def _integers(weight: Tensor, quantizer: FakeQuantize) -> Tensor:
-    scale, zero_point = _of_channel(quantizer.scale, weight), _of_channel(quantizer.zero_point, weight)
-    return to_integers(weight, scale, zero_point, quantizer.grid)
+    return to_integers(weight, *_scale_and_zero_point(weight, quantizer), quantizer.grid)
 
 
-def _on_grid(layer: Layer, quantizer: FakeQuantize) -> dict[str, Any]:
-    """Weights before and after rounding, each in steps of its channel: the grid lies on the whole numbers."""
+def _quantized_histogram(layer: Layer, quantizer: FakeQuantize) -> dict[str, Any]:
+    """Weights before and after rounding, divided by the step size of their channel, so grid points are integers."""
     integers = _integers(layer.weight, quantizer).float()
-    scale, zero_point = _of_channel(quantizer.scale, layer.weight), _of_channel(quantizer.zero_point, layer.weight)
-    before = _unrounded(layer) / scale + zero_point
+    scale, zero_point = _scale_and_zero_point(layer.weight, quantizer)
+    before = _unquantized(layer) / scale + zero_point
     low = math.floor(min(before.min().item(), integers.min().item()) + 0.5) - 0.5
     span = math.ceil(max(before.max().item(), integers.max().item()) - 0.5) + 0.5 - low
     width = 2.0 ** math.ceil(math.log2(span / _BINS))
-    shown_width = max(1.0, width)
+    after_width = max(1.0, width)
     steps = scale.flatten()
     return {
         "unit": "steps",
         "low": low,
         "width": width,
         "before": _counts(before, low, width, math.ceil(span / width)),
-        "shown_width": shown_width,
-        "shown": _counts(integers, low, shown_width, math.ceil(span / shown_width)),
+        "after_width": after_width,
+        "after": _counts(integers, low, after_width, math.ceil(span / after_width)),
         "grid": [quantizer.grid.minimum, quantizer.grid.maximum],
         "step": [steps.min().item(), steps.median().item(), steps.max().item()],
     }
 
 
-def _in_float(weight: Tensor, original: Layer | None) -> dict[str, Any]:
-    """The weights of the original, where there is one, and as they are shown, in values."""
+def _float_histogram(weight: Tensor, original: Layer | None) -> dict[str, Any]:
+    """Weights of the original layer, if there is one, and of the compressed layer."""
     both = [weight] if original is None else [original.weight.detach(), weight]
     low, high = min(each.min().item() for each in both), max(each.max().item() for each in both)
     width = (high - low) / _BINS or 1.0
-    counted = [_counts(each, low, width, _BINS) for each in both]
+    counts = [_counts(each, low, width, _BINS) for each in both]
     return {
         "unit": "value",
         "low": low,
         "width": width,
-        "before": counted[0] if original is not None else [],
-        "shown_width": width,
-        "shown": counted[-1],
+        "before": counts[0] if original is not None else [],
+        "after_width": width,
+        "after": counts[-1],
         "grid": None,
         "step": None,
     }
 
 
 def _counts(values: Tensor, low: float, width: float, bins: int) -> list[int]:
-    places = ((values.flatten().double() - low) / width).floor().long().clamp(0, bins - 1)
-    return torch.bincount(places, minlength=bins).tolist()
+    indices = ((values.flatten().double() - low) / width).floor().long().clamp(0, bins - 1)
+    return torch.bincount(indices, minlength=bins).tolist()
