@@ -15,7 +15,6 @@ from tersor.core.progress import NullProgress
 from tersor.data import Splits
 from tersor.evaluation.costs import accuracy
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
-from tersor.pipeline.run import flat
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages
 from tersor.recipe import Recipe, write
@@ -68,7 +67,7 @@ def walked(
     kept = folder().parent / result / hashlib.sha256(write(given).encode()).hexdigest()[:16]
     model, (record,) = run_stages(experiment, Checkpoints(kept), NullProgress())
     shutil.rmtree(kept)
-    return replace(experiment, model=model), flat(record)
+    return replace(experiment, model=model), record.model_dump(exclude_unset=True)
 
 
 def accuracy_on_test(experiment: Experiment) -> float:

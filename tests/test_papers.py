@@ -81,6 +81,6 @@ def test_explain_works_and_two_steps_run(path, tmp_path):
     experiment = replace(experiment, teacher=train_teacher(experiment, checkpoints, NullProgress()))
     model, (record,) = run_stages(experiment, checkpoints, NullProgress())
     assert record.steps == 2
-    assert all(np.isfinite(value) for value in record.training["losses"].values())
-    assert len(record.training["losses"]) == 2, "the labels' loss and the method's"
+    assert all(np.isfinite(value) for value in record.losses.values())
+    assert len(record.losses) == 2, "the labels' loss and the method's"
     assert not any(value.equal(before[name]) for name, value in model.named_parameters())

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from tersor.core.resources import enough_memory
 from tersor.progress_bars import Bars
 
 if TYPE_CHECKING:
+    from tersor.evaluation.results import Results
     from tersor.pipeline.sensitivity_analysis import BitCosts
 
 app = typer.Typer(
@@ -69,9 +70,11 @@ def run(
             raise typer.Exit(_INTERRUPTED) from None
     if distributed.rank():
         return
-    numbers = json.loads((folder / "numbers.json").read_text())
+    from tersor.evaluation.results import Results
+
+    results = Results.model_validate_json((folder / "numbers.json").read_bytes())
     console.print(f"{folder / 'report.html'} tells what came of it", highlight=False)
-    console.print(_table(numbers))
+    console.print(_table(results))
     console.print(f"written: {folder}", highlight=False)
 
 
@@ -185,48 +188,47 @@ def schema() -> None:
     sys.stdout.write(json.dumps(of_recipes(), indent=1) + "\n")
 
 
-def _table(numbers: dict[str, Any]) -> Table:
+def _table(results: Results) -> Table:
     """All entries side by side, and the artifact against the original and the baseline."""
     from tersor.report.summary import describe_reduction, entries
     from tersor.report.verdict import RUNTIMES, describe_speedup, reference_entry, same_runtime
 
-    columns, artifact = entries(numbers), numbers["artifact"]
-    title = f"{numbers['machine']['cpu']}, {numbers['machine']['threads']} threads"
-    table = Table(title=title, caption=f"In brackets: 95 % intervals. Rounds: {_ended(numbers)}.")
+    columns, artifact = entries(results), results.artifact
+    title = f"{results.machine.cpu}, {results.machine.threads} threads"
+    table = Table(title=title, caption=f"In brackets: 95 % intervals. Rounds: {_ended(results)}.")
     for column in ("", *columns, "against the original", "against the baseline"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("runtime", *[RUNTIMES[entry["runtime"]] for entry in columns.values()])
-    table.add_row("floats in", *[entry["precision"] for entry in columns.values()])
-    table.add_row("accuracy, %", *[f"{entry['accuracy']:.2f}" for entry in columns.values()])
-    table.add_row("answers kept, %", *[f"{entry['agreement']:.2f}" for entry in columns.values()])
+    table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
+    table.add_row("float precision", *[entry.precision for entry in columns.values()])
+    table.add_row("accuracy, %", *[f"{entry.accuracy:.2f}" for entry in columns.values()])
+    table.add_row("prediction agreement, %", *[f"{entry.agreement:.2f}" for entry in columns.values()])
     for label, key, unit in (
         ("MB", "bytes", 1e6),
         ("million MACs", "macs", 1e6),
         ("giga bit operations", "bit_operations", 1e9),
     ):
         less = [
-            describe_reduction(reference_entry(numbers, name, "1")[key], artifact[key]) for name in numbers["speedup"]
+            describe_reduction(getattr(reference_entry(results, name, "1"), key), getattr(artifact, key))
+            for name in results.speedup
         ]
-        table.add_row(label, *[f"{entry[key] / unit:.3f}" for entry in columns.values()], *less)
-    for size, baseline in numbers["baseline"].items():
+        table.add_row(label, *[f"{getattr(entry, key) / unit:.3f}" for entry in columns.values()], *less)
+    for size, baseline in results.baseline.items():
         medians = [
-            f"{entry['latency_ms'][size]['median']:.2f}"
+            f"{entry.latency_ms[size].median:.2f}"
             + ("\nbaseline" if entry is not artifact and same_runtime(entry, baseline) else "")
             for entry in columns.values()
         ]
-        table.add_row(
-            f"ms, batch {size}", *medians, *[describe_speedup(of[size]) for of in numbers["speedup"].values()]
-        )
+        table.add_row(f"ms, batch {size}", *medians, *[describe_speedup(of[size]) for of in results.speedup.values()])
     return table
 
 
-def _ended(numbers: dict[str, Any]) -> str:
+def _ended(results: Results) -> str:
     """Why there were no more rounds, by batch size."""
     from tersor.report.verdict import by_batch_size
 
-    told = numbers["rounds"]
+    rounds = results.rounds
     return by_batch_size(
-        {size: f"until {_until(reason, told['time_limit_seconds'])}" for size, reason in told["ended_by"].items()}
+        {size: f"until {_until(reason, rounds.time_limit_seconds)}" for size, reason in rounds.ended_by.items()}
     )
 
 

@@ -154,8 +154,7 @@ def told(folder: Path) -> dict[str, Any]:
     found = Checkpoints(folder).end_of(1)
     assert found is not None
     (stage,) = found.told["stages"]
-    stage["training"].pop("training_seconds")
-    return {key: value for key, value in stage.items() if key != "minutes"}
+    return {key: value for key, value in stage.items() if key not in {"minutes", "training_seconds"}}
 
 
 def _resume(folder: Path) -> None:

@@ -1,11 +1,13 @@
 """What a run says of an artifact that answers otherwise than torch."""
 
+import re
+
 import pytest
 import torch
 
 from tersor.methods.ptq import PTQ
 from tersor.models import build
-from tersor.pipeline.run import _told_of_disagreement
+from tersor.pipeline.run import _disagreement
 from tersor.training.context import AttachContext
 
 
@@ -15,7 +17,7 @@ def test_few_bits_may_answer_otherwise_and_eight_may_not(bits, harmless):
         build("resnet20", 10).eval(), AttachContext(data=[torch.randn(4, 3, 16, 16)])
     )
     attached.begin()
-    told = _told_of_disagreement(96.0, attached.model)
-    assert told.startswith("the artifact gives 96.00 % of torch's answers")
-    assert ("do not ship it" in told) != harmless
-    assert "do not ship it" in _told_of_disagreement(96.0, build("resnet20", 10))
+    told = _disagreement(96.0, attached.model)
+    assert re.search(r"96.00 % of the artifact's predictions agree with torch's", told)
+    assert ("Do not deploy it" in told) != harmless
+    assert "Do not deploy it" in _disagreement(96.0, build("resnet20", 10))

@@ -19,7 +19,6 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
 from tersor.evaluation.costs import accuracy
 from tersor.pipeline.experiment import EVALUATION_BATCH
-from tersor.pipeline.run import flat
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages
 from tersor.pruning.mask import Mask
@@ -141,7 +140,7 @@ def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_o
 def run_recipe(text, folder):
     experiment = prepare(parse(text, "recipe.yaml"), model=None, data=None, progress=NullProgress())
     model, (record,) = run_stages(experiment, Checkpoints(folder), NullProgress())
-    return experiment, model, flat(record)
+    return experiment, model, record.model_dump(exclude_unset=True)
 
 
 def test_a_stage_tells_its_curve_of_the_network_under_its_masks(tmp_path):

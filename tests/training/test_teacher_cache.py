@@ -67,7 +67,7 @@ def run_recipe(cache: str, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Objective, "teacher_forward", count)
         model, (record,) = run_stages(experiment, checkpoints, NullProgress())
-    return record.training["losses"], sum(seen), model.state_dict()
+    return record.losses, sum(seen), model.state_dict()
 
 
 def test_a_student_learns_the_same_from_what_was_kept(tmp_path):

@@ -1,4 +1,4 @@
-"""What of an artifact is not computed in integers, for `numbers.json`."""
+"""Operators of an artifact that are not computed in integers, for `numbers.json`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.integer_coverage import integer_coverage
 
 
-def float_operators(model: nn.Module, example: Tensor) -> tuple[dict[str, Any], str | None]:
-    """Entries of the artifact in `numbers.json`, and a warning where less than 95 % of the MACs are in integers.
+def float_operators(model: nn.Module, example: Tensor) -> dict[str, Any]:
+    """Fields of the artifact in `numbers.json`.
 
     `integer_macs_share`, from 0 to 1, is None and `float_operators` is empty for a network that is not quantized.
 
@@ -22,9 +22,8 @@ def float_operators(model: nn.Module, example: Tensor) -> tuple[dict[str, Any], 
     """
     covered = integer_coverage(model, example)
     quantized = any(isinstance(module, FakeQuantize) and module.enabled for module in model.modules())
-    entries = {
+    return {
         "integer_macs_share": covered.share if quantized else None,
         "float_operators": [asdict(each) for each in covered.operators] if quantized else [],
         "uncounted_operators": list(covered.uncounted),
     }
-    return entries, covered.warning if quantized else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress:
         InputError: the artifact or the data cannot be used, or an ONNX file is given without data.
     """
     from tersor.data import Batches, load
-    from tersor.evaluation.results import arrays
+    from tersor.evaluation.measurement import arrays
 
     found = read_artifact(artifact)
     numbers = _numbers(found)
@@ -269,7 +269,7 @@ def _rows(family: _Family, timings: Timings, size: int) -> Iterator[tuple[str, .
     for each in family.contenders():
         spread = timings.spread(each.key, size)
         if each in family.artifacts:
-            compared = [describe_speedup(asdict(ratio)) for ratio in family.ratios(timings, size, each)]
+            compared = [describe_speedup(ratio) for ratio in family.ratios(timings, size, each)]
         else:
             compared = ["original" if each == family.original else "", "baseline" if each == baseline else ""]
         milliseconds = f"{spread.median:.3f}\n({spread.p10:.3f} to {spread.p90:.3f})"

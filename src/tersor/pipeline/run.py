@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from torch import nn
 
@@ -22,16 +21,17 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, writable
 from tersor.data import Splits
-from tersor.deploy.float_operators import float_operators
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for, reason
 from tersor.evaluation.latency_ratio import latency_ratio
-from tersor.evaluation.results import OF_STAGES, measure
+from tersor.evaluation.measurement import measure
+from tersor.evaluation.results import StageRecord
 from tersor.pipeline import latency_cache
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.pipeline.latency_cache import CachedLatencyRatio
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import StageRecord, run_stages, stage_models, train_teacher
+from tersor.pipeline.stages import run_stages, stage_models, train_teacher
+from tersor.quantization.integer_coverage import integer_coverage
 from tersor.quantization.quantizers import find_quantizers
 from tersor.recipe import Recipe
 from tersor.report.analysis.evidence import collect_evidence
@@ -138,12 +138,12 @@ def _fill(
     example = next(iter(test)).images[:1]
     pixels = (data.mean, data.std) if recipe.target.input == "uint8" else None
     with TemporaryDirectory() as scratch:
-        left = {
+        stages = {
             number: (network, Path(scratch) / f"{number}.onnx")
             for number, network in stage_models(experiment, checkpoints).items()
             if number < len(records)
         }
-        files = [(original, folder / "original.onnx"), (compressed, folder / "model.onnx"), *left.values()]
+        files = [(original, folder / "original.onnx"), (compressed, folder / "model.onnx"), *stages.values()]
         progress.start("export", len(files))
         for network, path in files:
             batch = batch_for(network, recipe.target)
@@ -151,22 +151,27 @@ def _fill(
             progress.advance()
         if batch_for(compressed, recipe.target) != recipe.target.batch:
             progress.say(reason())
-        numbers, answers = measure(
-            original, compressed, folder, test, recipe.target, seed=recipe.seed, progress=progress, stages=left
+        results, predictions = measure(
+            original,
+            compressed,
+            folder,
+            test,
+            recipe.target,
+            seed=recipe.seed,
+            progress=progress,
+            records=records,
+            stages=stages,
+            mean=data.mean,
+            std=data.std,
+            classes=data.classes,
         )
-    if numbers["agreement_with_torch"] < _AGREEMENT:
-        progress.say(_disagreement(numbers["agreement_with_torch"], compressed))
-    in_float, warning = float_operators(compressed, example)
-    numbers["artifact"] |= in_float
-    if warning is not None:
+    assert results.agreement_with_torch is not None
+    if results.agreement_with_torch < _AGREEMENT:
+        progress.say(_disagreement(results.agreement_with_torch, compressed))
+    warning = integer_coverage(compressed, example).warning
+    if warning is not None and results.artifact.integer_macs_share is not None:
         progress.say(f"warning: {warning}")
-    # the artifact is the model after the last stage
-    numbers["stages"][len(records)] = {key: numbers["artifact"][key] for key in OF_STAGES} | {
-        "speedup": numbers["speedup"]["original"]
-    }
-    told = [{**flat(record), **numbers["stages"].get(number, {})} for number, record in enumerate(records, 1)]
-    numbers |= {"stages": told, "mean": data.mean, "std": data.std, "classes": data.classes}
-    (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
+    (folder / "numbers.json").write_text(results.to_json())
     evidence = collect_evidence(
         original,
         compressed,
@@ -175,8 +180,8 @@ def _fill(
         folder,
         test,
         recipe.target,
-        predictions=answers,
-        baseline=numbers["baseline"],
+        predictions=predictions,
+        baseline=results.baseline,
         progress=progress,
     )
     (folder / "evidence.json").write_text(json.dumps(evidence))
@@ -186,16 +191,6 @@ def _fill(
     (folder / "checkpoints").mkdir()
     for each in checkpoints.ends():  # copied, not moved: a run that fails here resumes from them
         shutil.copytree(each.path, folder / "checkpoints" / each.path.name)
-
-
-def flat(record: StageRecord) -> dict[str, Any]:
-    """The record as one level of JSON."""
-    fields = vars(record)
-    return (
-        {name: fields[name] for name in fields if name not in ("training", "metrics")}
-        | record.training
-        | record.metrics
-    )
 
 
 def _disagreement(percent: float, model: nn.Module) -> str:

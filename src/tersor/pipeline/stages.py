@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from tersor.core import distributed
 from tersor.core.device import precision_for
 from tersor.core.progress import ProgressReporter, StageProgress
 from tersor.evaluation.costs import accuracy
+from tersor.evaluation.results import StageRecord
 from tersor.graph.fused_inference import fused
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.recipe import Stage, Teacher
@@ -31,31 +32,6 @@ _CALIBRATION_BATCH = 64
 _EXAMPLE_IMAGES = 8
 _TEACHER = 0
 """Checkpoint unit of the teacher; the stages are units 1, 2, ..."""
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """What a stage did, for `numbers.json`.
-
-    Attributes:
-        name: the stage's name.
-        methods: its methods, as in the recipe.
-        steps: optimizer steps.
-        notes: one line for each thing that a user should know.
-        minutes: wall time, including that of earlier processes.
-        validation_accuracy: in percent; None without validation images.
-        training: losses, precision and accuracy curve of the training; empty without training steps.
-        metrics: what the methods measured.
-    """
-
-    name: str
-    methods: list[Any]
-    steps: int
-    notes: list[str]
-    minutes: float
-    validation_accuracy: float | None
-    training: dict[str, Any] = field(default_factory=dict[str, Any])
-    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -111,7 +87,7 @@ def run_stages(
         result = _run_stage(experiment, number, stage, model, checkpoints, progress)
         model = result.model
         records.append(result.record)
-        told = {"stages": [vars(record) for record in records]}
+        told = {"stages": [record.model_dump(exclude_unset=True) for record in records]}
         _save_end(checkpoints, number, stage.name, result.record.steps, model, told, result.extra_state)
     return model, records
 
@@ -176,8 +152,8 @@ def _run_stage(
         notes=list(keeper.notes),
         minutes=(time.perf_counter() - start + earlier_seconds) / 60,
         validation_accuracy=_validate(experiment, attachment.model, stage.name, progress),
-        training=training,
-        metrics=attachment.metrics,
+        **training,
+        **attachment.metrics,
     )
     return StageResult(attachment.model, record, attachment.extra_state)
 

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from tersor.core.errors import InputError
 from tersor.core.files import read_json
 from tersor.evaluation.costs import FLOAT_BITS
+from tersor.evaluation.results import Results
 from tersor.quantization.integer_coverage import ENOUGH, percent
 from tersor.report import layers_section, predictions_section, summary, training_section, verdict
 from tersor.report.templating import environment
@@ -39,11 +40,12 @@ def write_report(folder: Path) -> Path:
     Raises:
         InputError: there is no `numbers.json`, or one of the two is not what a run writes.
     """
-    numbers = _read(folder / "numbers.json")
-    if numbers is None:
+    path = folder / "numbers.json"
+    if not path.is_file():
         raise InputError(f"{folder} has no numbers.json, so there is nothing to report. Give the folder of a run.")
-    evidence = _read(folder / "evidence.json")
     try:
+        numbers = Results.model_validate(_read(path))
+        evidence = _read(folder / "evidence.json")
         page = _render(numbers, evidence)
     except (
         *(ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError),
@@ -74,7 +76,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return cast("dict[str, Any]", content)
 
 
-def _render(numbers: dict[str, Any], evidence: dict[str, Any] | None) -> str:
+def _render(numbers: Results, evidence: dict[str, Any] | None) -> str:
     style = files("tersor.report").joinpath("templates/style.css").read_text(encoding="utf-8")
     class_name = partial(predictions_section.class_name, numbers)
     return environment().get_template("page.html").render(

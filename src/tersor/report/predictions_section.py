@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tersor.report.verdict import Numbers
+from tersor.evaluation.results import Results
 
 _MATRIX_CLASSES = 20
 _ROWS = 20
@@ -14,9 +14,9 @@ Rows = list[tuple[str, list[tuple[str, int]]]]
 """Of a matrix: name of the class, and text and shade (0 to 4) of each cell."""
 
 
-def class_name(numbers: Numbers, index: int) -> str:
+def class_name(numbers: Results, index: int) -> str:
     """The name of a class, or its number if the data has no names."""
-    names = numbers.get("classes") or ()
+    names = numbers.classes
     return str(names[index]) if index < len(names) else f"class {index}"
 
 
@@ -26,7 +26,7 @@ def likeliest(probabilities: Sequence[float], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {probability:.3f}" for probability, name in pairs)
 
 
-def similarity_rows(numbers: Numbers, rows: Sequence[tuple[int, Sequence[float]]]) -> tuple[Rows, str]:
+def similarity_rows(numbers: Results, rows: Sequence[tuple[int, Sequence[float]]]) -> tuple[Rows, str]:
     """Mean soft prediction by class, in percent; the three largest wrong probabilities in words."""
     wrong = {(label, other): value for label, row in rows for other, value in enumerate(row) if other != label}
     most = max(wrong.values())
@@ -61,7 +61,7 @@ def most_changed(classes: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str
     return ordered[: _ROWS // 2] + ordered[-_ROWS // 2 :], f"The {_ROWS} classes with the largest changes"
 
 
-def change_rows(numbers: Numbers, changes: Sequence[Sequence[int]]) -> tuple[list[str], Rows] | None:
+def change_rows(numbers: Results, changes: Sequence[Sequence[int]]) -> tuple[list[str], Rows] | None:
     """Changed predictions from class to class, with the classes; None if there are too many for a matrix."""
     classes = sorted({index for before, after, _ in changes for index in (before, after)})
     if len(classes) > _MATRIX_CLASSES:

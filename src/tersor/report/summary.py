@@ -8,34 +8,35 @@ from typing import Any
 
 import numpy as np
 
-from tersor.report.verdict import RUNTIMES, Numbers, Reference, by_batch_size, runtime_of, same_runtime
+from tersor.evaluation.results import FileResults, Reference, Results
+from tersor.report.verdict import RUNTIMES, by_batch_size, runtime_of, same_runtime
 
 
-def references(numbers: Numbers) -> list[Reference]:
+def references(numbers: Results) -> list[Reference]:
     """What the artifact can be compared with: also the baseline, unless it is the original at every batch size."""
-    same = all(same_runtime(baseline, numbers["original"]) for baseline in numbers["baseline"].values())
+    same = all(same_runtime(baseline, numbers.original) for baseline in numbers.baseline.values())
     return ["original"] if same else ["original", "baseline"]
 
 
-def describe_baseline(numbers: Numbers) -> str:
+def describe_baseline(numbers: Results) -> str:
     """The runtimes that were tried, and the fastest of them at each batch size."""
-    tried = " and ".join(RUNTIMES[runtime] for runtime in numbers["candidates"])
-    their = "its" if len(numbers["candidates"]) == 1 else "their"
-    fastest = by_batch_size({size: runtime_of(entry) for size, entry in numbers["baseline"].items()})
+    tried = " and ".join(RUNTIMES[runtime] for runtime in numbers.candidates)
+    their = "its" if len(numbers.candidates) == 1 else "their"
+    fastest = by_batch_size({size: runtime_of(entry) for size, entry in numbers.baseline.items()})
     return f"original.onnx in the fastest runtime of {tried} at {their} default precision: {fastest}"
 
 
-def entries(numbers: Numbers) -> dict[str, Mapping[str, Any]]:
+def entries(numbers: Results) -> dict[str, FileResults]:
     """What was measured, by title: the original, the original in other runtimes and precisions, the artifact."""
     others = {
         RUNTIMES[runtime]: entry
-        for runtime, entry in numbers["candidates"].items()
-        if not same_runtime(entry, numbers["original"])
+        for runtime, entry in numbers.candidates.items()
+        if not same_runtime(entry, numbers.original)
     }
-    return {"original": numbers["original"], **others, "artifact": numbers["artifact"]}
+    return {"original": numbers.original, **others, "artifact": numbers.artifact}
 
 
-def colours(numbers: Numbers) -> dict[str, str]:
+def colours(numbers: Results) -> dict[str, str]:
     """The CSS class of each entry."""
     return {title: title if title in {"original", "artifact"} else "baseline" for title in entries(numbers)}
 
@@ -50,12 +51,13 @@ def describe_reduction(before: float, after: float) -> str:
     return f"{ratio:.2f}x lower" if ratio > 1 else f"{1 / ratio:.2f}x higher"
 
 
-def stages(numbers: Numbers) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def stages(numbers: Results) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """The original and each stage, with the last known values before it."""
-    before: Mapping[str, Any] = {}
-    for stage in ({"name": "original", **numbers["original"]}, *numbers["stages"]):
+    before: dict[str, Any] = {}
+    for record in (numbers.original, *numbers.stages):
+        stage = {"name": "original"} | {key: value for key, value in record if value is not None}
         yield stage, before
-        before = {**before, **{key: value for key, value in stage.items() if value is not None}}
+        before = before | stage
 
 
 def describe_methods(methods: Sequence[Any]) -> str:
@@ -69,7 +71,7 @@ def describe_methods(methods: Sequence[Any]) -> str:
     )
 
 
-def latency_runs(numbers: Numbers, size: str) -> tuple[dict[str, list[float]], float]:
+def latency_runs(numbers: Results, size: str) -> tuple[dict[str, list[float]], float]:
     """Milliseconds of each entry, and the end of their axis: 15 % after the largest 95th percentile."""
-    runs = {title: list(chain(*entry["latency_runs_ms"][size])) for title, entry in entries(numbers).items()}
+    runs = {title: list(chain(*entry.latency_runs_ms[size])) for title, entry in entries(numbers).items()}
     return runs, 1.15 * max(float(np.percentile(run, 95)) for run in runs.values())

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from tersor.evaluation.results import Results
 from tersor.report.charts import Groups
 from tersor.report.templating import number
-from tersor.report.verdict import Numbers
 
 Points = Sequence[tuple[int, float]]
 
@@ -25,17 +25,17 @@ class StageCurves(NamedTuple):
     accuracies: Points
 
 
-def curves(numbers: Numbers) -> Iterator[StageCurves]:
+def curves(numbers: Results) -> Iterator[StageCurves]:
     """Of the stages that updated masks or validated during training."""
-    for stage in numbers["stages"]:
+    for stage in numbers.stages:
         masks = [
             {kind: list(zip(log["steps"], log[kind], strict=True)) for kind in ("sparsity", "changed")}
-            for log in stage.get("masks", ())
+            for log in stage.metrics.get("masks", ())
             if log["steps"]
         ]
-        accuracies = list(zip(stage.get("validated_at", ()), stage.get("validation_by_epoch", ()), strict=True))
-        if stage["steps"] and (masks or accuracies):
-            yield StageCurves(stage["name"], stage["steps"], masks, accuracies)
+        accuracies = list(zip(stage.validated_at, stage.validation_by_epoch, strict=True))
+        if stage.steps and (masks or accuracies):
+            yield StageCurves(stage.name, stage.steps, masks, accuracies)
 
 
 def describe_spread(accuracies: Points) -> str:

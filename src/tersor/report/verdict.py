@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-Reference = Literal["original", "baseline"]
-Numbers = Mapping[str, Any]
+from tersor.evaluation.results import Execution, FileResults, Reference, Results, Speedup
+from tersor.evaluation.timings import Ratio
+
 Evidence = Mapping[str, Any]
 
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -21,7 +22,7 @@ _CONVERSIONS = {
 }
 
 
-def verdict(numbers: Numbers, evidence: Evidence | None = None) -> str:
+def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
     """Latency at batch 1 against the original and the baseline; size and accuracy against the original.
 
     If the artifact is not faster than the baseline, also possible reasons and which file to ship: the fastest at batch
@@ -31,10 +32,10 @@ def verdict(numbers: Numbers, evidence: Evidence | None = None) -> str:
         numbers: the content of `numbers.json`.
         evidence: the content of `evidence.json`, whose node profile may give a reason.
     """
-    before, after = numbers["original"], numbers["artifact"]
-    change = f"{size_change(before, after)}, {accuracy_change(before['accuracy'], after['accuracy'])}"
+    before, after = numbers.original, numbers.artifact
+    change = f"{size_change(before, after)}, {accuracy_change(before.accuracy, after.accuracy)}"
     sentences = [f"{_speedups(numbers)} at batch 1, {change}."]
-    speedups = numbers["speedup"]["baseline"]
+    speedups = numbers.speedup["baseline"]
     if _direction(speedups["1"]) <= 0:
         reasons = _reasons(numbers, evidence)
         sentences += [f"Possible reasons: {'; '.join(reasons)}."] if reasons else []
@@ -48,12 +49,12 @@ def verdict(numbers: Numbers, evidence: Evidence | None = None) -> str:
     return " ".join(sentences)
 
 
-def describe_speedup(ratio: Mapping[str, float], name: str = "") -> str:
+def describe_speedup(ratio: Speedup | Ratio, name: str = "") -> str:
     """A speedup with its 95 % confidence interval, and what it is against, if that has a `name`.
 
     "2.4x faster (2.1 to 2.7)", or "no measurable difference (0.97x to 1.02x)" if the interval contains 1.
     """
-    value, low, high = ratio["value"], ratio["low"], ratio["high"]
+    value, low, high = ratio.value, ratio.low, ratio.high
     if not _direction(ratio):
         return f"no measurable difference{name and f' from {name}'} ({low:.2f}x to {high:.2f}x)"
     if value < 1:
@@ -64,21 +65,21 @@ def describe_speedup(ratio: Mapping[str, float], name: str = "") -> str:
     return f"{value:.{digits}f}x {word} ({low:.{digits}f} to {high:.{digits}f}){name and f' than {name}'}"
 
 
-def _direction(ratio: Mapping[str, float]) -> int:
+def _direction(ratio: Speedup | Ratio) -> int:
     """1 for faster, -1 for slower, 0 if the confidence interval contains 1."""
-    return (ratio["low"] > 1) - (ratio["high"] < 1)
+    return (ratio.low > 1) - (ratio.high < 1)
 
 
-def reference_entry(numbers: Numbers, name: Reference, size: str) -> Mapping[str, Any]:
+def reference_entry(numbers: Results, name: Reference, size: str) -> FileResults:
     """What was measured of the original or the baseline at a batch size."""
     if name == "original":
-        return numbers["original"]
-    return numbers["candidates"][numbers["baseline"][size]["runtime"]]
+        return numbers.original
+    return numbers.candidates[numbers.baseline[size].runtime]
 
 
-def runtime_of(entry: Mapping[str, Any]) -> str:
+def runtime_of(entry: Execution) -> str:
     """ "OpenVINO in bfloat16"."""
-    return f"{RUNTIMES[entry['runtime']]} in {entry['precision']}"
+    return f"{RUNTIMES[entry.runtime]} in {entry.precision}"
 
 
 def by_batch_size(texts: Mapping[str, str]) -> str:
@@ -91,14 +92,14 @@ def by_batch_size(texts: Mapping[str, str]) -> str:
     return ", ".join(f"{text} at batch {' and '.join(each)}" for text, each in sizes.items())
 
 
-def same_runtime(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_runtime(one: Execution, other: Execution) -> bool:
     """Whether two entries have the same runtime and precision."""
-    return (one["runtime"], one["precision"]) == (other["runtime"], other["precision"])
+    return (one.runtime, one.precision) == (other.runtime, other.precision)
 
 
-def size_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def size_change(before: FileResults, after: FileResults) -> str:
     """ "4.2x smaller"; a difference below 5 % is "same size"."""
-    ratio = before["bytes"] / after["bytes"]
+    ratio = before.bytes / after.bytes
     if 1 / 1.05 < ratio < 1.05:
         return "same size"
     return f"{ratio:.1f}x smaller" if ratio > 1 else f"{1 / ratio:.1f}x larger"
@@ -112,45 +113,45 @@ def accuracy_change(before: float, after: float) -> str:
     return f"accuracy {abs(lost):.{1 if abs(lost) >= 0.1 else 2}f} points {'lower' if lost > 0 else 'higher'}"
 
 
-def _speedups(numbers: Numbers) -> str:
-    original, baseline = (numbers["speedup"][name]["1"] for name in ("original", "baseline"))
-    if same_runtime(numbers["baseline"]["1"], numbers["original"]):
+def _speedups(numbers: Results) -> str:
+    original, baseline = (numbers.speedup[name]["1"] for name in ("original", "baseline"))
+    if same_runtime(numbers.baseline["1"], numbers.original):
         return describe_speedup(original, "the original, which is also the baseline,")
     both = describe_speedup(original, "the original"), describe_speedup(baseline, "the baseline")
     return (" and " if _direction(original) == _direction(baseline) else ", but ").join(both)
 
 
-def _reasons(numbers: Numbers, evidence: Evidence | None) -> list[str]:
+def _reasons(numbers: Results, evidence: Evidence | None) -> list[str]:
     """At most two, the most certain first."""
-    before, after = reference_entry(numbers, "baseline", "1"), numbers["artifact"]
-    quantized = after["bit_operations"] < after["macs"] * 32 * 32
+    before, after = reference_entry(numbers, "baseline", "1"), numbers.artifact
+    quantized = after.bit_operations < after.macs * 32 * 32
     reasons: list[str] = []
     profile = ((evidence or {}).get("profile") or {}).get("1", {}).get("artifact")
     if profile and profile["ms"]:
         share = sum(kind["ms"] for kind in profile["kinds"] if kind["kind"] in _CONVERSIONS) / profile["ms"]
         if share >= _CONVERSION_SHARE:
             reasons.append(f"{100 * share:.0f} % of its node time is spent on quantization and layout conversion")
-    if before["precision"] == "bfloat16":
+    if before.precision == "bfloat16":
         reasons.append("the baseline uses the bfloat16 instructions of this CPU")
-    if after["macs"] > 0.95 * before["macs"]:
-        zeros = ", including those with zeros" if after["sparsity"] > 0.3 else ""
-        reasons.append(f"the artifact still computes all {after['macs'] / 1e6:.1f} million MACs{zeros}")
-    if quantized and numbers["machine"]["cpu_kind"] == "avx2":
+    if after.macs > 0.95 * before.macs:
+        zeros = ", including those with zeros" if after.sparsity > 0.3 else ""
+        reasons.append(f"the artifact still computes all {after.macs / 1e6:.1f} million MACs{zeros}")
+    if quantized and numbers.machine.cpu_kind == "avx2":
         reasons.append("this CPU has no 8-bit dot-product instructions (VNNI)")
     return reasons[:2]
 
 
-def _recommendation(numbers: Numbers) -> str:
+def _recommendation(numbers: Results) -> str:
     """Which file to ship if the artifact is not faster than the baseline."""
-    sufficient = numbers["original"]["accuracy"] - _LARGEST_ACCURACY_LOSS
-    accurate = reference_entry(numbers, "baseline", "1")["accuracy"] >= sufficient
+    sufficient = numbers.original.accuracy - _LARGEST_ACCURACY_LOSS
+    accurate = reference_entry(numbers, "baseline", "1").accuracy >= sufficient
     name: Reference = "baseline" if accurate else "original"
-    alternative, artifact = reference_entry(numbers, name, "1"), numbers["artifact"]
-    direction = _direction(numbers["speedup"][name]["1"])
-    if artifact["accuracy"] >= sufficient:
-        model = f"Ship model.onnx in {RUNTIMES[artifact['runtime']]}"
+    alternative, artifact = reference_entry(numbers, name, "1"), numbers.artifact
+    direction = _direction(numbers.speedup[name]["1"])
+    if artifact.accuracy >= sufficient:
+        model = f"Ship model.onnx in {RUNTIMES[artifact.runtime]}"
         if direction > 0:
             return f"{model}: the baseline loses more than one point of accuracy."
-        if direction == 0 and artifact["bytes"] * 1.05 < alternative["bytes"]:
+        if direction == 0 and artifact.bytes * 1.05 < alternative.bytes:
             return f"{model} only for its smaller size."
-    return f"Ship original.onnx in {RUNTIMES[alternative['runtime']]} ({alternative['precision']}) instead."
+    return f"Ship original.onnx in {RUNTIMES[alternative.runtime]} ({alternative.precision}) instead."

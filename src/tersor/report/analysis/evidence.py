@@ -18,8 +18,9 @@ from tersor.core.progress import ProgressReporter
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.deploy.static_batch import batch_for
+from tersor.evaluation.measurement import arrays
 from tersor.evaluation.node_profile import profile
-from tersor.evaluation.results import arrays
+from tersor.evaluation.results import Execution
 from tersor.evaluation.session import Array
 from tersor.graph.capture import capture, layer_of, values_into
 from tersor.graph.layer_selection import Layer, weighted_layers
@@ -44,7 +45,7 @@ def collect_evidence(
     target: Target,
     *,
     predictions: Mapping[str, Array],
-    baseline: Mapping[str, Mapping[str, str]],
+    baseline: Mapping[str, Execution],
     progress: ProgressReporter,
 ) -> dict[str, Any]:
     """The content of `evidence.json`, in plain values.
@@ -110,7 +111,7 @@ def _profiles(
     folder: Path,
     image: Array,
     target: Target,
-    baseline: Mapping[str, Mapping[str, str]],
+    baseline: Mapping[str, Execution],
 ) -> dict[str, Any]:
     before, after = _layers_by_module(original), _layers_by_module(model)
     profiles: dict[str, Any] = {}
@@ -119,11 +120,11 @@ def _profiles(
         batch = np.ascontiguousarray(np.repeat(image, size, axis=0))
         original_file, fastest = folder / "original.onnx", baseline[str(size)]
         in_float32 = profile(original_file, target.runtime, batch, before, precision="float32")
-        same = (fastest["runtime"], fastest["precision"]) == (target.runtime, "float32")
+        same = (fastest.runtime, fastest.precision) == (target.runtime, "float32")
         profiles[str(size)] = {
             "original": in_float32,
             "artifact": profile(folder / "model.onnx", target.runtime, batch, after),
-            "baseline": in_float32 if same else profile(original_file, fastest["runtime"], batch, before),
+            "baseline": in_float32 if same else profile(original_file, fastest.runtime, batch, before),
         }
     return profiles
 

@@ -17,8 +17,9 @@ from tersor.deploy.onnx import export
 from tersor.evaluation import results as module
 from tersor.evaluation.costs import Costs
 from tersor.evaluation.latency import BATCH_SIZES
+from tersor.evaluation.measurement import measure
 from tersor.evaluation.process_footprint import Footprint
-from tersor.evaluation.results import measure
+from tersor.evaluation.results import Results, StageRecord
 from tersor.evaluation.timings import NARROW, Timings
 from toy_networks import Small
 
@@ -30,6 +31,11 @@ MS = {
     "stage 1": (3, 3, 3),
 }
 """Of each contender at batch 1, 32 and 128."""
+
+RECORDS = [
+    StageRecord(name="first", methods=["ptq"], steps=0, minutes=0.1, bits={"first": 8}),
+    StageRecord(name="second", methods=[], steps=3, minutes=0.2),
+]
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
@@ -70,11 +76,12 @@ def run(tmp_path, monkeypatch):
             Target(runtime=target),
             seed=0,
             progress=NullProgress(),
+            records=RECORDS,
             stages=stages,
             seconds=7,
         )
-        assert json.loads(json.dumps(found))
-        return found, wanted
+        assert Results.model_validate_json(found.to_json()) == found
+        return json.loads(found.to_json()), wanted
 
     return measured
 
@@ -84,6 +91,10 @@ def test_the_baseline_is_the_fastest_candidate_of_a_batch_size(run):
     found, wanted = run("onnxruntime", ["onnxruntime", "openvino"])
     assert found["original"]["precision"] == "float32"
     assert found["candidates"]["onnxruntime"] == found["original"], "it runs in float32 by itself"
+    assert found["version"] == 1
+    assert [stage["name"] for stage in found["stages"]] == ["first", "second"]
+    assert found["stages"][0]["bits"] == {"first": 8}, "metrics of the methods"
+    assert found["stages"][1]["latency_ms"] == found["artifact"]["latency_ms"], "the last stage is the artifact"
     openvino = found["candidates"]["openvino"]
     assert openvino["runtime"] == "openvino"
     named = {size: (told["runtime"], told["precision"]) for size, told in found["baseline"].items()}
@@ -109,7 +120,7 @@ def test_where_one_runtime_is_installed_the_original_is_the_baseline(run):
         "interval_width": NARROW,
         "ended_by": dict.fromkeys(("1", "32", "128"), "time"),
     }
-    assert found["stages"][1]["speedup"]["1"]["value"] == pytest.approx(4 / 3)
+    assert found["stages"][0]["speedup"]["1"]["value"] == pytest.approx(4 / 3)
 
 
 @needs_openvino
