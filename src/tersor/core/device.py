@@ -83,3 +83,11 @@ def restore_device_and_layout(networks: nn.Module) -> Generator[None]:
         networks.zero_grad()
         networks.eval().to(device)
         set_layout(networks, torch.contiguous_format)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Generator[None]:
+    """Numbers are drawn from `seed`, on the CPU and on `device`, where a GPU is given."""
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

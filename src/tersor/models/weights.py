@@ -7,7 +7,6 @@ What a file says about itself (safetensors metadata) is text by name. tersor rea
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from tersor.core.errors import InputError
+from tersor.core.files import replacing
 from tersor.models.weights_candidates import chosen
 from tersor.models.weights_files import read_tensors
 from tersor.models.weights_mismatch import is_counter
@@ -76,12 +76,8 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
         for key, value in model.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_bytes(_in_one_order(save(tensors, dict(metadata or {}))))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        partial.write_bytes(_in_one_order(save(tensors, dict(metadata or {}))))
 
 
 def _in_one_order(file: bytes) -> bytes:

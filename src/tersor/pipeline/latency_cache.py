@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tersor.core import distributed
+from tersor.core.files import replacing
 from tersor.core.target import Target
 from tersor.evaluation.costs import costs
 from tersor.evaluation.latency_protocol import Stopwatch
@@ -59,9 +60,8 @@ class Remembering:
             return {}
 
     def _write(self, known: dict[str, float]) -> None:
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(known))
-        partial.replace(self.file)
+        with replacing(self.file) as partial:
+            partial.write_text(json.dumps(known))
 
 
 def _from_the_first(value: float) -> float:

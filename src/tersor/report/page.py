@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any, cast
 
 from tersor.core.errors import InputError
-from tersor.core.files import read_json
+from tersor.core.files import read_json, write_file
 from tersor.report.latency_section import latencies
 from tersor.report.layers_section import layers, time_spent, weights
 from tersor.report.predictions_section import answers, attention, similar, targets
@@ -48,14 +47,7 @@ def draw(folder: Path) -> Path:
             f"{repr(error)[:200]}. Run its recipe.yaml again."
         ) from error
     path = folder / REPORT
-    partial = folder / f".{REPORT}.{os.getpid()}.partial"
-    try:
-        partial.write_bytes(page.encode("utf-8", "replace"))  # a file's name may be no Unicode, and name a class
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, page.encode("utf-8", "replace"))  # class names come from file names, which may not be Unicode
     return path
 
 

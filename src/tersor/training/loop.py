@@ -23,12 +23,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from tersor.core.device import layout_for, precision_for, restore_device_and_layout, set_layout
+from tersor.core.device import layout_for, precision_for, restore_device_and_layout, seeded, set_layout
 from tersor.core.distributed import any_rank, broadcast_from_rank0, init_process_group, others_alive
 from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, smaller_batch
-from tersor.core.seeded import seeded
 from tersor.data.batch import Batch
 from tersor.data.batch_errors import single_images_refused
 from tersor.data.batch_source import BatchSource, Group, groups
