@@ -145,7 +145,7 @@ class Set(torch.utils.data.Dataset):
     def __getitem__(self, number): return image, 1
 def make(): return Set(), Set()
 """
-    with pytest.raises(InputError, match="image 1 has label 1, but 0"):
+    with pytest.raises(InputError, match="image 1 has label 1, but had label 0 before"):
         everything(own(code).train)
 
 
@@ -166,9 +166,9 @@ def make(): return made
     ("code", "words"),
     [
         ("def make(): return 3", "returned a int.*Return a tersor.data.Splits, or a pair"),
-        ("def make(): return [], [], []", "returned 3 things"),
-        ("def make(): return [], [(image, 0)]", "training set: it is a list, or empty"),
-        ("def make(): return [(image, 0)], iter([])", "test set: it is a list_iterator"),
+        ("def make(): return [], [], []", "returned a tuple of length 3"),
+        ("def make(): return [], [(image, 0)]", "training set: a list that is empty"),
+        ("def make(): return [(image, 0)], iter([])", "test set: a list_iterator that .* has no length"),
         ("def make(): return [(image, 0)], [image]", "test set: item 0 is a Tensor"),
         ("def make(): return [(image, 0.5)], [(image, 0)]", "label of item 0 is a float"),
         ("def make(): return [(image, torch.zeros(3))], [(image, 0)]", "label of item 0 is a Tensor"),

@@ -95,11 +95,11 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
     [
         ({}, "has neither"),
         ({"name": "digits", "folder": "."}, "not both"),
-        ({"folder": ".", "root": "."}, "root goes with a name"),
+        ({"folder": ".", "root": "."}, "root belongs to a data set by name"),
         ({"name": "digits", "validation": 1}, "validation is 1"),
         ({"name": "digits", "validation": -0.1}, "validation is -0.1"),
         ({"name": "digits", "validation": float("nan")}, "validation is nan"),
-        ({"name": "digits", "validation": 0.999}, "at most 1428 can go"),
+        ({"name": "digits", "validation": 0.999}, "at most 1428 are possible"),
         ({"name": "digits", "limit": 0}, "limit is 0"),
         ({"name": "digits", "limit": 9}, "limit 9 .*from 10 to 1294"),
         ({"name": "digits", "limit": 1295}, "limit 1295 .*1294 training images"),
