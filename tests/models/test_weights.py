@@ -154,7 +154,7 @@ def files(tmp_path_factory):
     [
         ("network.pt", "a Python object (torch.nn.modules.container.Sequential)"),
         ("args.pt", "a Python object (argparse.Namespace)"),
-        ("evil.pt", "run code out of the file, so it is refused"),
+        ("evil.pt", "is refused because reading it would run code"),
         ("evil.pkl", "torch.save(model.state_dict(), 'weights.pt')"),
         ("epoch.pt", "a dict with 'epoch': int, 'best': float"),
         ("number.pt", "a dict with 0: Tensor"),
@@ -162,13 +162,13 @@ def files(tmp_path_factory):
         ("nothing.pt", "holds no tensors"),
         ("empty.pt", "is empty"),
         ("empty.safetensors", "is empty"),
-        ("text.pt", "is no weights file"),
-        ("text.safetensors", "no safetensors file"),
-        ("cut.pt", "cut off"),
-        ("cut-legacy.pt", "cut off"),
-        ("half-legacy.pt", "cut off"),
-        ("cut.safetensors", "cut off"),
-        ("pickle.safetensors", "no safetensors file"),
+        ("text.pt", "is not a weights file"),
+        ("text.safetensors", "not a safetensors file"),
+        ("cut.pt", "is truncated"),
+        ("cut-legacy.pt", "is truncated"),
+        ("half-legacy.pt", "is truncated"),
+        ("cut.safetensors", "is truncated"),
+        ("pickle.safetensors", "not a safetensors file"),
         ("folder.pt", "cannot be read"),
     ],
 )
@@ -246,7 +246,7 @@ def test_normalization():
         ("0.5,0.5", "1,1,1", "normalize_mean"),
         ("0.5,0.5,x", "1,1,1", "normalize_mean"),
         ("0,0,0", "nan,1,1", "normalize_std"),
-        ("0,0,0", "1,0,1", "0 or less"),
+        ("0,0,0", "1,0,1", "Possible: numbers above 0"),
         ("0,0,0", None, "normalize_std"),
     ],
 )
@@ -261,7 +261,7 @@ def test_weights_of_another_kind_of_number_are_refused(tmp_path, dtype):
     network = torch.nn.Linear(3, 2)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     torch.save({**before, "weight": torch.ones(2, 3).to(dtype)}, tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"weight is of torch\.\w+, and the network has torch\.float32 there"):
+    with pytest.raises(InputError, match=r"weight is of torch\.\w+, but the network's is of torch\.float32"):
         load_weights(network, tmp_path / "w.pt")
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 

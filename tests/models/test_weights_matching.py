@@ -69,7 +69,7 @@ def orthogonal():
     [
         (
             {"state_dict": STATE, "state_dict_ema": OTHER},
-            r"\['state_dict'\], checkpoint\['state_dict_ema'\]\. Save the",
+            r"\['state_dict'\], checkpoint\['state_dict_ema'\]\. Save one",
         ),
         ({**below("student.", STATE), **below("teacher.", OTHER)}, r"under 'student\.', .*startswith\('teacher\.'\)"),
         ({**STATE, "criterion.weight": torch.ones(2)}, "1 unexpected: criterion.weight"),
