@@ -68,7 +68,7 @@ def pair(where, dies):
         for rank in range(2)
     ]
     try:
-        errors = [child.communicate(timeout=240)[1] for child in both]  # two days is what the others wait for the first
+        errors = [child.communicate(timeout=240)[1] for child in both]  # the timeout is two days
     finally:
         for child in both:
             child.kill()
