@@ -1,6 +1,6 @@
-"""The baseline of this processor: a ResNet-20's file in float32 and in the default precision of every runtime.
+"""Measure the baseline of this processor: a ResNet-20 in float32 and at the default precision of every runtime.
 
-All are timed in one interleaved run. What `tersor run` names as the baseline is the fastest at default precision.
+All files are timed in one interleaved run. The baseline, as `tersor run` names it, is the fastest at default precision.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLOAT32, DEFAULT = "float32", "default precision"
 
 
 def network() -> nn.Module:
-    """A ResNet-20, trained where its weights are there."""
+    """Return a ResNet-20, trained if its weights are available."""
     torch.manual_seed(0)
     model = build("resnet20", 10)
     if WEIGHTS.exists():
@@ -39,7 +39,7 @@ def network() -> nn.Module:
 
 
 def measure(seconds: float) -> None:
-    """Writes a row for each runtime, precision and batch size, and one for each baseline."""
+    """Write a row for each runtime, precision and batch size, and one for each baseline."""
     what = {"model": "resnet20", "versions": tables.versions()}
     identities = [{"kind": "baseline", "batch": size, **what} for size in BATCH_SIZES]
     if all(rows.known(RESULT, identity) for identity in identities):
@@ -81,7 +81,7 @@ def measure(seconds: float) -> None:
 
 
 def show() -> None:
-    """Prints the rows of this machine."""
+    """Print the rows of this machine."""
     here = rows.machine()
     found = [row for row in rows.read(RESULT) if row["machine"] == here]
     console = Console(width=150)
@@ -97,10 +97,10 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/baseline.json` yet, and prints all of it."""
+    """Measure what `bench/results/baseline.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30, help="at most, for a batch size")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--seconds", type=float, default=30, help="time limit per batch size")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         torch.set_num_threads(2)

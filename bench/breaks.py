@@ -1,11 +1,11 @@
-"""Breaks on purpose: does `make test` notice one wrong line?
+"""Introduce single-line bugs and check whether `make test` finds them.
 
-`choose` draws single-line breaks from src/ and writes them to bench/breaks.json: a comparison turned around, + for -,
-a `not` left out, a constant moved by one, `min` for `max`, a statement or a returned value left out. A break is found
-again by the text of its line, so that it can be tried on any commit that still has the line.
+`choose` draws single-line breaks from src/ and writes them to bench/breaks.json: a reversed comparison, + for -, a
+removed `not`, a constant changed by one, `min` for `max`, a removed statement or return value. A break is identified by
+the text of its line, so it can be tried on any commit that has the line.
 
-`run` tries each on a commit: first the tests that mirror the broken module, then all of `make test`. A test that fails
-without the break as well does not count. Rows go to bench/results/breaks.json one by one; those done are skipped.
+`run` tries each break on a commit: first the tests that mirror the broken module, then all of `make test`. A test that
+also fails without the break does not count. Rows go to bench/results/breaks.json one by one; existing rows are skipped.
 
     python bench/breaks.py choose --commits 5e5b625 HEAD
     python bench/breaks.py run --commit 5e5b625
@@ -46,7 +46,7 @@ GROUPS = {
     "report": (1, r"report/"),
     "recipes, runs and verbs": (1, r"(recipe|pipeline|checkpoint|api)"),
 }
-"""How many breaks of each group of files, by their path under src/tersor/."""
+"""The number of breaks in each group of files, selected by path under src/tersor/."""
 
 _FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.GtE,
@@ -69,7 +69,7 @@ _SWAPPED: dict[type[ast.operator], type[ast.operator]] = {
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "amin": "amax", "amax": "amin"}
 _SILENT = re.compile(r"\b(say|advance|start|print|warn|simplefilter|Field|InputError|unknown|cast|perf_counter)\(")
 _ELSEWHERE = re.compile(r"_NOTHING|eps|cuda|mps|darwin|Darwin|windows|arm64|platform|TYPE_CHECKING|stacklevel")
-"""Lines that no test on this machine can run, whose effect is a message, or that only keep a divisor above 0."""
+"""Lines that no test on this machine can run, that only affect a message, or that only keep a divisor above 0."""
 
 _MIRRORS = 8
 _TOO_LONG_S = {"mirror": 1800, "whole": 7200}
@@ -79,7 +79,7 @@ WHOLE = ["-n", "2", "--dist", "loadfile"]
 
 @dataclass(frozen=True)
 class Break:
-    """One line of `file`, without its indentation, and what stands there instead."""
+    """One line of `file`, without its indentation, and its replacement."""
 
     file: str
     before: str
@@ -88,7 +88,7 @@ class Break:
 
 
 def mutations(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Kind and new text of each break of one node."""
+    """Yield the kind and new text of each break of one node."""
     match node:
         case ast.Compare(left, [operator], [right]) if type(operator) in _FLIPPED:
             yield "comparison", _text(ast.Compare(left, [_FLIPPED[type(operator)]()], [right]))
@@ -117,7 +117,7 @@ def _text(node: ast.expr) -> str:
 
 
 def breaks_of(file: str, source: str) -> Iterator[Break]:
-    """Every break of the functions in one file, of lines whose text stands there once."""
+    """Yield every break of the functions in one file whose line occurs once."""
     lines = source.splitlines()
     stripped = [line.strip() for line in lines]
     tree = ast.parse(source)
@@ -139,7 +139,7 @@ def breaks_of(file: str, source: str) -> Iterator[Break]:
 
 
 def _not_executed(node: ast.AST) -> Iterator[ast.AST]:
-    """Parts of a node that are messages, types or checks of ourselves."""
+    """Yield the parts of a node that are messages, types or internal checks."""
     match node:
         case ast.Raise() | ast.Assert() | ast.JoinedStr():
             yield node
@@ -164,7 +164,7 @@ def _compiles(source: str) -> bool:
 
 
 def choose(commits: Sequence[str], seed: int) -> list[Break]:
-    """Breaks that can be applied to each of the commits, spread over `GROUPS`, no two in one file where that is so."""
+    """Return breaks that exist in every commit, spread over `GROUPS`, preferably no two in one file."""
     possible: list[set[Break]] = []
     for commit in commits:
         files = _git("ls-tree", "-r", "--name-only", commit, "src/tersor").splitlines()
@@ -191,7 +191,7 @@ def _git(*arguments: str) -> str:
 
 @contextmanager
 def checked_out(commit: str) -> Generator[Path]:
-    """The commit in a folder of its own, `../shared` beside it as beside this checkout."""
+    """Check out the commit in a temporary folder, with `../shared` beside it as in this checkout."""
     folder = Path(tempfile.mkdtemp(prefix="tersor-breaks-"))
     tree, shared = folder / "tree", rows.ROOT.parent / "shared"
     _git("worktree", "add", "--detach", str(tree), commit)
@@ -205,7 +205,7 @@ def checked_out(commit: str) -> Generator[Path]:
 
 
 def place(tree: Path, wanted: Break) -> int | None:
-    """The number of the line that is broken, from 1; None where the commit has no such line, or several."""
+    """Return the number of the line to break, from 1; None if the commit has no such line, or several."""
     path = tree / wanted.file
     lines = [line.strip() for line in path.read_text().splitlines()] if path.exists() else []
     return lines.index(wanted.before) + 1 if lines.count(wanted.before) == 1 else None
@@ -213,7 +213,7 @@ def place(tree: Path, wanted: Break) -> int | None:
 
 @contextmanager
 def broken(tree: Path, wanted: Break) -> Generator[None]:
-    """While the line is the broken one."""
+    """Replace the line by the broken one inside the context."""
     path, number = tree / wanted.file, place(tree, wanted)
     assert number is not None
     whole = path.read_text()
@@ -227,7 +227,7 @@ def broken(tree: Path, wanted: Break) -> Generator[None]:
 
 
 def mirrors(tree: Path, file: str) -> list[str]:
-    """Test files for a module: those of its name first, then those that import it, most mentions first."""
+    """Return the test files for a module: same name first, then those that import it, most mentions first."""
     module = Path(file).relative_to("src").with_suffix("")
     beside = tree / "tests" / module.relative_to("tersor").parent
     own = [beside / f"test_{name}.py" for name in (module.name, module.name.partition("_")[0])]
@@ -239,7 +239,7 @@ def mirrors(tree: Path, file: str) -> list[str]:
 
 
 def first_failure(tree: Path, arguments: Sequence[str], limit_s: float) -> str | None:
-    """The first test that fails, "no end within ..." or "collection"; None where all pass."""
+    """Return the first failing test, "no end within ..." or "collection"; None if all pass."""
     environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
@@ -253,14 +253,14 @@ def first_failure(tree: Path, arguments: Sequence[str], limit_s: float) -> str |
         )
     except subprocess.TimeoutExpired:
         return f"no end within {limit_s:.0f} s"
-    if done.returncode in {0, 5}:  # 5: no test that is not slow
+    if done.returncode in {0, 5}:  # 5: all tests are marked slow
         return None
     told = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return told[1] if told else "collection"
 
 
 def caught_by(tree: Path, wanted: Break, *, whole: bool) -> str | None:
-    """The test that fails with the break and passes without, or None."""
+    """Return the test that fails with the break and passes without it, or None."""
     phases = {"mirror": mirrors(tree, wanted.file), "whole": WHOLE}
     for phase, arguments in phases.items():
         if not arguments or (phase == "whole" and not whole):
@@ -279,7 +279,7 @@ def caught_by(tree: Path, wanted: Break, *, whole: bool) -> str | None:
 
 
 def run(commit: str, *, whole: bool, only: Sequence[int]) -> None:
-    """Tries every break that has no row yet, and prints how many were caught."""
+    """Try every break that has no row yet, and print how many were caught."""
     chosen = [Break(**each) for each in json.loads(CHOSEN.read_text())]
     revision = _git("rev-parse", "--short=12", commit).strip()
     with rows.alone(), checked_out(revision) as tree:
@@ -298,19 +298,21 @@ def run(commit: str, *, whole: bool, only: Sequence[int]) -> None:
                 numbers = {"line": line, "caught": caught, "by": by, "seconds": seconds, "n": 1, "spread": None}
                 rows.add(RESULT, identity, numbers, [SEED])
     found = [row["caught"] for row in rows.read(RESULT) if row["tested"] == revision]
-    print(f"{revision}: {found.count(True)} of {len(chosen)} caught, {found.count(None)} without such a line")
+    print(f"{revision}: {found.count(True)} of {len(chosen)} caught, {found.count(None)} without the line")
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     choosing = commands.add_parser("choose", help="draw breaks, and write bench/breaks.json")
-    choosing.add_argument("--commits", nargs="+", default=["HEAD"], help="each has the lines")
+    choosing.add_argument("--commits", nargs="+", default=["HEAD"], help="commits that must contain the lines")
     running = commands.add_parser("run", help="try the breaks on a commit")
     running.add_argument("--commit", default="HEAD")
-    running.add_argument("--mirrors-only", action="store_true", help="no row for what the mirroring tests let pass")
-    running.add_argument("--only", nargs="+", type=int, default=[], metavar="N", help="numbers of breaks, from 0")
+    running.add_argument(
+        "--mirrors-only", action="store_true", help="write no row for breaks that the mirroring tests miss"
+    )
+    running.add_argument("--only", nargs="+", type=int, default=[], metavar="N", help="indices of breaks, from 0")
     given = parser.parse_args()
     if given.command == "choose":
         chosen = choose(given.commits, SEED)

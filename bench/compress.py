@@ -1,15 +1,15 @@
-"""The main job side by side: a trained ResNet-56 with about half of its MACs, in 8 bits, after equal training.
+"""The main benchmark: a trained ResNet-56 with about half of its MACs and 8 bits, after equal training time.
 
-Everyone gets the same network, images, augmentation, optimizer, schedule and training time. That time is what the
-recipe's training takes: the seconds of a step are measured first, interleaved, and whoever has the cheaper step takes
-more of them. A contender counts only at the MACs that were asked. Latency is interleaved; a ratio compares times of the
-same round, below 1 tersor is faster.
+All contenders get the same network, images, augmentation, optimizer, schedule and training time. The training time is
+that of the recipe: the seconds per step are measured first, interleaved, and a contender with a cheaper step takes more
+steps. A contender counts only at the requested MACs. Latency is interleaved; a ratio compares times of the same round,
+and below 1 tersor is faster.
 
-    tersor                recipes/cifar10-resnet56.yaml: channels removed, the network as it came in teaches, PTQ
-    torch-pruning         its MagnitudePruner, kept to the inner channels by hand, fine-tuned on the labels, then
+    tersor                recipes/cifar10-resnet56.yaml: channels removed, the original as the teacher, PTQ
+    torch-pruning         its MagnitudePruner, restricted to the inner channels by hand, fine-tuned on the labels, then
                           ONNX Runtime's quantize_static and NNCF
-    original, trained on  nothing removed, the labels, PTQ: what the training alone is worth
-    resnet20, distilled   the trained ResNet-20 taught by the ResNet-56, PTQ: what a smaller network is worth
+    original, trained on  control: nothing removed, trained on the labels, PTQ; shows the effect of the training alone
+    resnet20, distilled   control: the trained ResNet-20 with the ResNet-56 as its teacher, PTQ
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from tersor.methods.soft_targets import SoftTargets
 from tersor.pipeline.run import run
 from tersor.recipe import Recipe, Stage
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.loop import Fitted, fit
 from tersor.training.method import chain
 
@@ -60,35 +61,33 @@ SUBJECT = TRAINED["resnet56"]
 
 
 def recipe(seed: int = 0) -> Recipe:
-    """What `tersor run` is given."""
+    """Return the recipe with its data, weights and seed."""
     weights = SHARED / "models" / "resnet56-cifar10-jpeg.safetensors"
     given = [f"data.folder={folder()}", f"model.weights={weights}", f"seed={seed}"]
     return recipes.read(rows.ROOT / "recipes" / "cifar10-resnet56.yaml", given)
 
 
 def stage() -> Stage:
-    """How the recipe trains, and what it removes."""
+    """Return the recipe's first stage: how it trains and what it removes."""
     return recipe().stages[0]
 
 
 def batches(seed: int, size: int = 128) -> Batches:
-    """As the recipe gives them."""
+    """Return shuffled and augmented training batches, as in the recipe."""
     return Batches(cifar().train, size, mean=MEAN, std=STD, shuffle=True, seed=seed, augment="crop_flip")
 
 
 def pruned_by_tersor(seed: int, steps: int) -> Attachment:
-    """The recipe's methods."""
+    """Attach the methods of the recipe's first stage and run `begin`."""
     model = SUBJECT.network()
     calm = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=seed)
-    attached = chain(stage().methods, model, data=calm, teacher=copy.deepcopy(model), steps=steps)
-    list(attached.begin())
+    attached = chain(stage().methods, model, AttachContext(data=calm, teacher=copy.deepcopy(model), steps=steps))
+    attached.begin()
     return attached
 
 
 def torch_pruned(ratio: float, round_to: int) -> nn.Module:
-    """What its MagnitudePruner leaves of the ResNet-56 without a `ratio` of the inner channels: with the residual
-    stream among them, the pruned network cannot run.
-    """
+    """Prune the ResNet-56 with torch-pruning's MagnitudePruner."""
     import torch_pruning
 
     model = SUBJECT.network()
@@ -112,25 +111,25 @@ def torch_pruned(ratio: float, round_to: int) -> nn.Module:
 
 
 def pruned_by_torch_pruning(_seed: int, _steps: int) -> Attachment:
-    """Half of the inner channels gone."""
+    """Remove half of the inner channels."""
     return Attachment(torch_pruned(0.5, 8))
 
 
 def distilled_resnet20(_seed: int, _steps: int) -> Attachment:
-    """A smaller network in its place, which was trained before as the ResNet-56 was."""
-    return SoftTargets().attach(TRAINED["resnet20"].network(), teacher=SUBJECT.network())
+    """Return the smaller network, trained beforehand like the ResNet-56."""
+    return SoftTargets().attach(TRAINED["resnet20"].network(), AttachContext(teacher=SUBJECT.network()))
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Who makes something of the ResNet-56.
+    """A way to compress the ResNet-56.
 
     Attributes:
-        name: how the rows call it.
-        begun: seed and steps -> what is trained.
-        taught: whether by the ResNet-56.
-        pruned: whether it has to reach the recipe's MACs.
-        by_peers: whether the peers' quantizers make the artifacts, not tersor's PTQ.
+        name: its name in the rows.
+        begun: function of seed and steps that returns what is trained.
+        taught: whether the ResNet-56 is the teacher.
+        pruned: whether it must reach the recipe's MACs.
+        by_peers: whether the peers' quantizers make the artifacts, instead of tersor's PTQ.
     """
 
     name: str
@@ -149,7 +148,7 @@ CONTENDERS = (
 
 
 def trained(contender: Contender, seed: int, steps: int) -> tuple[nn.Module, Fitted]:
-    """What is left of the network after `steps` of the recipe's training."""
+    """Return the network after `steps` of the recipe's training."""
     attached = contender.begun(seed, steps)
     teacher = SUBJECT.network() if contender.taught else None
     fitted = fit(attached, batches(seed), stage(), steps=steps, teacher=teacher, seed=seed)
@@ -158,7 +157,7 @@ def trained(contender: Contender, seed: int, steps: int) -> tuple[nn.Module, Fit
 
 
 def run_by_tersor(seed: int, out: Path) -> tuple[nn.Module, float, str]:
-    """The recipe, as `tersor run` walks through it: what its training left, its seconds and its precision."""
+    """Run the recipe as `tersor run` does; return the trained network, the seconds and the precision."""
     run(recipe(seed), data=cifar(), out=out)
     first = json.loads((out / "numbers.json").read_text())["stages"][0]
     end = Checkpoints(out / "checkpoints").end_of(1)
@@ -169,7 +168,7 @@ def run_by_tersor(seed: int, out: Path) -> tuple[nn.Module, float, str]:
 
 
 def pace() -> dict[str, float]:
-    """Seconds of a step of each, measured once on this machine."""
+    """Return the seconds per step of each contender, measured once on this machine."""
     identities = {each.name: {"kind": "pace", "contender": each.name, "model": SUBJECT.name} for each in CONTENDERS}
     if not all(rows.known(RESULT, identity) for identity in identities.values()):
         seconds: dict[str, list[float]] = {each.name: [] for each in CONTENDERS}
@@ -180,14 +179,14 @@ def pace() -> dict[str, float]:
             median = statistics.median(seconds[name])
             spread = rows.spread(seconds[name])
             rows.add(RESULT, identity, {"seconds_a_step": median, "n": PACE_ROUNDS, "spread": spread}, [0])
-            print(f"{name}: {median:.3f} s a step", flush=True)
+            print(f"{name}: {median:.3f} s per step", flush=True)
     here = rows.machine()
     found = {row["contender"]: row for row in rows.read(RESULT) if row["kind"] == "pace" and row["machine"] == here}
     return {name: found[name]["seconds_a_step"] for name in identities}
 
 
 def artifacts(contender: Contender, seed: int, steps: int) -> Path:
-    """A folder with an artifact for each runtime and what was seen while training; made if it is not there."""
+    """Return a folder with an artifact for each runtime and the training record; create it if it is missing."""
     made = folder().parent / "compress" / f"{contender.name.replace(', ', '-').replace(' ', '-')}-{seed}-{steps}"
     if made.exists():
         return made
@@ -228,18 +227,20 @@ def _write_artifacts(contender: Contender, model: nn.Module, seed: int, made: Pa
         peers.nncf_post_training(float32, images, made / "openvino.xml")
         return
     for runtime in RUNTIMES:
-        attached = PTQ().attach(copy.deepcopy(model), data=images.split(50), target=Target(runtime=runtime))
-        list(attached.begin())
+        attached = PTQ().attach(
+            copy.deepcopy(model), AttachContext(data=images.split(50), target=Target(runtime=runtime))
+        )
+        attached.begin()
         export(attached.model, images, made / f"{runtime}.onnx")
 
 
 def artifact(made: Path, runtime: Runtime) -> Path:
-    """The file of `runtime`."""
+    """Return the path of the file for `runtime`."""
     return next(made / f"{runtime}{suffix}" for suffix in (".onnx", ".xml") if (made / f"{runtime}{suffix}").exists())
 
 
 def report_accuracy(contender: Contender, made: Path, seed: int, versions: dict[str, str]) -> None:
-    """A row for each runtime: accuracy on all test images, points lost, bytes, MACs."""
+    """Write a row for each runtime: accuracy on all test images, points lost, bytes, MACs."""
     images, labels = normalised(cifar().test), cifar().test.labels.numpy()
     seen = json.loads((made / "seen.json").read_text())
     files: list[tuple[Runtime, Path, str]] = [(runtime, artifact(made, runtime), "int8") for runtime in RUNTIMES]
@@ -259,7 +260,7 @@ def report_accuracy(contender: Contender, made: Path, seed: int, versions: dict[
 
 
 def _original(runtime: Runtime, images: Sequence[Tensor], labels: Any) -> float:
-    """Percent of the ResNet-56 as it came in, float32."""
+    """Return the test accuracy of the original ResNet-56 in float32, in percent."""
     with tempfile.TemporaryDirectory() as scratch:
         path = export(SUBJECT.network(), images[0], Path(scratch) / "fp32.onnx")
         session = open_session(path, runtime, precision="float32")
@@ -270,7 +271,7 @@ def _original(runtime: Runtime, images: Sequence[Tensor], labels: Any) -> float:
 def report_latency(
     made: dict[str, Path], runtime: Runtime, batch: int, seconds: float, versions: dict[str, str]
 ) -> None:
-    """Milliseconds of each, and tersor's against each, on one machine in one run."""
+    """Write milliseconds for each artifact, and tersor's ratio to each, from one run on one machine."""
     what = {"model": SUBJECT.name, "runtime": runtime, "batch": batch, "versions": versions}
     names = [*made, f"{OURS}, again", "fp32", tables.DEFAULT_PRECISION]
     identities = [{"kind": "ratio", "pair": f"{OURS} / {name}", **what} for name in names if name != OURS]
@@ -302,7 +303,7 @@ def report_latency(
 
 
 def show() -> None:
-    """Prints the rows of this machine."""
+    """Print the rows of this machine."""
     here = rows.machine()
     found = [row for row in rows.read(RESULT) if row["machine"] == here]
     heads = (
@@ -333,11 +334,11 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/compress.json` yet, and prints all of it."""
+    """Measure what `bench/results/compress.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--seconds", type=float, default=20, help="at most, for a runtime and batch size")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--seconds", type=float, default=20, help="time limit per runtime and batch size")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         torch.set_num_threads(2)
@@ -347,7 +348,7 @@ def main() -> None:
 
 
 def measure(seeds: Sequence[int], seconds: float) -> None:
-    """Everyone's training, then everyone's artifacts side by side."""
+    """Train every contender, then compare all artifacts in one run."""
     versions = {**tables.versions(), "torch-pruning": tables.version("torch-pruning")}
     seconds_a_step = pace()
     ours = stage().steps

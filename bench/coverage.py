@@ -1,11 +1,11 @@
-"""Which networks lose half of their multiplications, and stay whole otherwise: torchvision's builders, timm's families.
+"""Count the networks of torchvision and timm that lose half of their MACs and still compute the same otherwise.
 
 For each network with random weights: `channel_pruning` to 0.52 of the MACs with its defaults; then a forward and a
-backward pass in training, the ONNX file in ONNX Runtime against torch, and what was cut against what was silenced, node
-by node. `reached` is all of that at 1.9 times fewer MACs. Beside it torch-pruning's MagnitudePruner with its defaults,
-at half of every layer's channels but the last.
+backward pass in training mode, the ONNX file in ONNX Runtime against torch, and the pruned network against the masked
+one, node by node. `reached` requires all of this at 1.9 times fewer MACs. torch-pruning's MagnitudePruner runs beside
+it with its defaults, at half of every layer's channels except the last layer's.
 
-Every network runs in a process of its own: that it crashes, takes too long or too much memory, is a row too.
+Every network runs in its own process: a crash, a timeout or a lack of memory is a row too.
 
     python bench/coverage.py [--only PATTERN] [--library torchvision|timm] [--seconds 600]
 """
@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import rows
+from tersor.training.context import AttachContext
 
 SEED = 0
 FEWER = 1.9
 KEEP = 0.52
 LARGEST = 1.5e9
-"""Bytes of weights."""
+"""The largest size of the weights, in bytes."""
 SIZES = {"vit": 224, "maxvit": 224, "inception": 128, "swin": 224, "swin_v2": 256, "googlenet": 64}
 SIDE = 64
 TIMM = [
@@ -52,7 +53,7 @@ TIMM = [
 
 
 def networks(library: str) -> list[str]:
-    """Names, smaller networks first where that is known."""
+    """Return the network names, smaller networks first if the size is known."""
     if library == "timm":
         return [f"timm/{name}" for name in TIMM]
     import torchvision
@@ -67,7 +68,7 @@ def networks(library: str) -> list[str]:
 
 
 def network(name: str) -> Any:
-    """The network with random weights, as it might have been trained: no factor is 0, no statistics are 0 and 1."""
+    """Build the network with random weights as if it were trained: no factor is 0, no statistics are 0 and 1."""
     import torch
     from torch import nn
 
@@ -93,7 +94,7 @@ def network(name: str) -> Any:
 
 
 def images(name: str, model: Any) -> Any:
-    """Two of the side that the network asks for; small ones where it takes any."""
+    """Return two images of the size that the network expects, or small ones if it accepts any."""
     import torch
 
     builder = name.partition("/")[2]
@@ -110,7 +111,7 @@ def images(name: str, model: Any) -> Any:
 
 
 def ours(name: str) -> dict[str, Any]:
-    """What `channel_pruning` makes of it."""
+    """Prune with `channel_pruning` and return what was measured."""
     import torch
 
     from tersor.deploy.onnx import export
@@ -125,7 +126,7 @@ def ours(name: str) -> dict[str, Any]:
     before = costs(model, inputs).macs
     whole = capture(network(name))
     begun = time.perf_counter()
-    attached = ChannelPruning(keep_macs=KEEP).attach(model, data=[inputs])
+    attached = ChannelPruning(keep_macs=KEEP).attach(model, AttachContext(data=[inputs]))
     found["seconds"] = round(time.perf_counter() - begun, 2)
     pruned = attached.model.eval()
     found["fewer_macs"] = round(before / costs(pruned, inputs).macs, 3)
@@ -156,7 +157,7 @@ def _distance(found: Any, expected: Any) -> Any:
 
 
 def theirs(name: str) -> dict[str, Any]:
-    """What torch-pruning makes of it."""
+    """Prune with torch-pruning and return what was measured."""
     import torch
     import torch_pruning
     from torch import nn
@@ -184,7 +185,7 @@ def theirs(name: str) -> dict[str, Any]:
 
 
 def apart(task: str, name: str, seconds: float) -> dict[str, Any]:
-    """In a process of its own; what went wrong is `failed`."""
+    """Run in a separate process; `failed` holds the error, if any."""
     try:
         done = subprocess.run(
             [sys.executable, __file__, "--task", task, "--only", name],
@@ -203,7 +204,7 @@ def apart(task: str, name: str, seconds: float) -> dict[str, Any]:
 
 
 def reached(found: dict[str, Any]) -> bool:
-    """All that is asked of a network."""
+    """Return whether one network passed every check."""
     return (
         "failed" not in found
         and found["fewer_macs"] >= FEWER
@@ -214,18 +215,18 @@ def reached(found: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    """One row for each network that has none."""
+    """Write one row for each network that has none."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", help="pattern of library/builder")
     parser.add_argument("--library", choices=["torchvision", "timm"], action="append")
-    parser.add_argument("--seconds", type=float, default=600, help="for each network and contender")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit per network and contender")
     parser.add_argument("--task", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
         warnings.simplefilter("ignore")
         print(json.dumps({"ours": ours, "theirs": theirs}[options.task](options.only)))
         return
-    rows.commit()  # now, before hours in which the checkout may change; no timing is compared, so others may run
+    rows.commit()  # read now: the checkout may change within hours; nothing is timed, so other benchmarks may run
     for library in options.library or ["torchvision", "timm"]:
         for name in networks(library):
             if fnmatchcase(name, options.only) and not rows.known("coverage", {"network": name}, anywhere=True):
@@ -233,7 +234,7 @@ def main() -> None:
 
 
 def measure(name: str, seconds: float) -> None:
-    """Runs both contenders on one network and writes its row."""
+    """Run both contenders on one network and write its row."""
     found = apart("ours", name, seconds)
     peer = apart("theirs", name, seconds)
     numbers = {"n": 1, "spread": None, "reached": reached(found), **found, "torch_pruning": peer}

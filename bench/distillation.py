@@ -1,14 +1,14 @@
-"""Distillation under one protocol: a ResNet-20 from scratch, taught by a trained ResNet-56, each method in turn.
+"""Compare distillation methods under one protocol: a ResNet-20 from scratch, a trained ResNet-56 as the teacher.
 
 10,000 training images, 20 epochs, the same augmentation, schedule and steps for every row. A loss weight is the best of
-three on the validation images, after 5 epochs with one seed, and is frozen then; the test set only reports, after the
-last epoch. A row that was interrupted goes on from its last checkpoint.
+three on the validation images after 5 epochs with one seed, and is then fixed. The test set is used once, after the
+last epoch. An interrupted row continues from its last checkpoint.
 
-A row counts on whichever machine it was trained: accuracy does not depend on it, but for the precision, which the row
-tells. All rows of a seed see the same batches, so the teacher is asked about each batch once, and its answers are kept
-beside the images (about 25 GB a seed) until the seed's last row.
+Rows from different machines are comparable: accuracy depends only on the precision, which the row names. All rows of a
+seed see the same batches, so the teacher runs once per batch, and its outputs are stored beside the images (about 25 GB
+per seed) until the seed's last row.
 
-And a trained ResNet-20 that is pruned and quantized while it learns, for 5 epochs, with and without a teacher.
+One more experiment prunes and quantizes a trained ResNet-20 during 5 epochs, with and without a teacher.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import hashlib
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import training
 from images import MEAN, STD, TRAINED, cifar, folder
 from tersor.data import Batches
 from tersor.graph.feature_extraction import FeatureExtractor
-from tersor.pipeline.stages import Experiment
+from tersor.pipeline.experiment import Experiment
 from tersor.recipe import Recipe
 
 RESULT = "distillation"
@@ -47,13 +47,13 @@ Parameters = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """A method, and how a loss weight enters it.
+    """A method and its loss weight.
 
     Attributes:
         method: its name.
-        parameters: but for the weight.
-        weights: three to choose from.
-        weighed: a weight -> parameters.
+        parameters: its parameters except the weight.
+        weights: three candidates.
+        weighed: function from a weight to parameters.
     """
 
     method: str
@@ -63,23 +63,23 @@ class Part:
 
     @property
     def identity(self) -> Parameters:
-        """What its choice of a weight is filed under."""
+        """Return the key under which the chosen weight is stored."""
         return {"kind": "weight", "method": self.method, "parameters": self.parameters}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What a row trains with.
+    """A way to train.
 
     Attributes:
-        name: how the rows call it.
+        name: its name in the rows.
         parts: methods that have a loss weight.
-        network: what learns.
-        seeds: a row for each.
-        chosen_as: the parts whose weights it takes, where they are not its own.
-        given: the parts' weights, where none is chosen.
-        laid: methods on a network that is trained already, from which it then goes on for a few epochs.
-        length: epochs of its training from scratch.
+        network: the student.
+        seeds: one row for each.
+        chosen_as: the parts whose weights it uses, if not its own.
+        given: the weights of the parts, if they are not chosen.
+        laid: methods attached to a trained network, which then trains for a few more epochs.
+        length: epochs of training from scratch.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Contender:
 
     @property
     def epochs(self) -> int:
-        """Of its training."""
+        """Return the number of epochs."""
         return COMPOSED_EPOCHS if self.laid else self.length
 
 
@@ -113,7 +113,7 @@ LAID = (
     {"weight_pruning": {"sparsity": 0.8, "sparsity_schedule": "cubic"}},
     {"qat": {"bits": 4, "activation_bits": 4}},
 )
-"""A trained ResNet-20 loses four fifths of its weights and gets grids of 4 bits while it learns."""
+"""A trained ResNet-20 loses four fifths of its weights and is quantized to 4 bits during training."""
 
 
 SEARCH = (
@@ -122,7 +122,7 @@ SEARCH = (
     Contender("alone, 60 epochs", seeds=ONE_SEED, length=LONG),
     Contender("crd, 60 epochs", (CRD,), seeds=ONE_SEED, chosen_as=(CRD,), length=LONG),
 )
-"""Why is crd hardly better than the student alone? Its authors' weight, their number of others, three times as long."""
+"""Why is crd hardly better than the student alone? The authors' weight, their negatives, three times as long."""
 
 
 def _at(part: Part, **parameters: Any) -> Part:
@@ -159,7 +159,7 @@ CONTENDERS = (
 
 
 def recipe(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> Recipe:
-    """One stage of training, from scratch or, with methods laid on it, of a trained network."""
+    """Return one stage of training: from scratch or, with methods attached, from a trained network."""
     methods = [*contender.laid] + [
         {part.method: {**part.parameters, **part.weighed(weight)}}
         for part, weight in zip(contender.parts, weights, strict=True)
@@ -175,10 +175,10 @@ def recipe(contender: Contender, weights: tuple[float, ...], seed: int, epochs: 
 
 
 class Recorded(nn.Module):
-    """A teacher that is asked once about every batch, whoever learns from it: the same seed gives the same batches.
+    """A teacher that runs once per batch for all students: the same seed gives the same batches.
 
-    Its layers stand beside it as modules that give what was kept, so that whoever asks for `layer3` finds it. Bits are
-    those that the teacher gives; so a row's seconds are those of a student alone.
+    Its layers are modules that return the stored outputs, so `layer3` can be found by name. The bits equal the
+    teacher's. The seconds of a row are therefore those of the student alone.
     """
 
     layers = ("layer1", "layer2", "layer3")
@@ -191,7 +191,7 @@ class Recorded(nn.Module):
             self.add_module(path, nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) -> logits (N, 10)."""
+        """Return logits (N, 10) for images (N, 3, H, W)."""
         digest = hashlib.blake2b(images.permute(0, 2, 3, 1).contiguous().numpy(), digest_size=16).hexdigest()
         path = self.kept / f"{digest}.safetensors"
         if not path.exists():
@@ -199,7 +199,7 @@ class Recorded(nn.Module):
         with safe_open(path, "pt") as opened:
             for name in self.layers:
                 layer = self.get_submodule(name)
-                if layer._forward_hooks:  # who looks at none need not wait for 15 MB
+                if layer._forward_hooks:  # avoids reading 15 MB that are not needed
                     layer(opened.get_tensor(name).permute(0, 3, 1, 2))
             return opened.get_tensor("logits")
 
@@ -213,18 +213,19 @@ class Recorded(nn.Module):
 
 
 def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs: int) -> dict[str, Any]:
-    """Accuracy on both sets after the last epoch, seconds of training, and what the methods told."""
+    """Return the accuracy on both sets after the last epoch, the training seconds, and the methods' metrics."""
     kept = folder().parent / RESULT / f"teacher-{seed}"
 
-    def record(walk: Experiment) -> None:
-        assert walk.teacher is not None
-        if epochs <= EPOCHS:  # what a longer training asks would not fit beside it
-            walk.teacher = Recorded(walk.teacher, kept)
+    def record(experiment: Experiment) -> Experiment:
+        assert experiment.teacher is not None
+        if epochs > EPOCHS:  # the teacher outputs of a longer training would not fit on the disk
+            return experiment
+        return replace(experiment, teacher=Recorded(experiment.teacher, kept))
 
     given = recipe(contender, weights, seed, epochs)
-    walk, told = training.walked(given, RESULT, cifar(IMAGES), begun=record)
+    experiment, told = training.walked(given, RESULT, cifar(IMAGES), prepared=record)
     found = {
-        "accuracy": training.accuracy_on_test(walk),
+        "accuracy": training.accuracy_on_test(experiment),
         "validation_accuracy": told["validation_accuracy"],
         "seconds_without_teacher": told["training_seconds"],
         "steps": told["steps"],
@@ -238,7 +239,7 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
 
 
 def chosen(part: Part) -> float:
-    """The loss weight of a part: the best of three on the validation images, from a row or measured now."""
+    """Return the loss weight of a part: the best of three on the validation images, from a row or measured now."""
     for weight in part.weights:
         identity = {**part.identity, "weight": weight, "epochs": CHOOSING_EPOCHS, "images": IMAGES}
         if rows.known(RESULT, identity, anywhere=True):
@@ -258,7 +259,7 @@ def chosen(part: Part) -> float:
 
 
 def likeness() -> None:
-    """Writes the row of what the teacher sees in the images of each class: its mean answer at T = 4."""
+    """Write the row of the teacher's mean prediction for the images of each class at T = 4."""
     identity = {"kind": "likeness", "teacher": "resnet56", "temperature": TEMPERATURE}
     if rows.known(RESULT, identity, anywhere=True):
         return
@@ -275,7 +276,7 @@ def _rows(kind: str) -> Iterator[rows.Row]:
 
 
 def measure(contender: Contender, seed: int) -> None:
-    """Writes the row of one seed, if it is not there."""
+    """Write the row of one seed, if it is missing."""
     identity = {"kind": "accuracy", "contender": contender.name, "seed": seed, "images": IMAGES}
     identity["epochs"] = contender.epochs
     if rows.known(RESULT, identity, anywhere=True):
@@ -287,7 +288,7 @@ def measure(contender: Contender, seed: int) -> None:
 
 
 def show() -> None:
-    """Prints the rows: mean and range over the seeds."""
+    """Print the rows: mean and range over the seeds."""
     found = list(_rows("accuracy"))
     table = Table(
         "contender", "accuracy", "least to most", "seeds", "weights", "minutes, no teacher", title="ResNet-56 teaches"
@@ -303,11 +304,11 @@ def show() -> None:
 
 
 def main() -> None:
-    """Trains what is not in `bench/results/distillation.json` yet, a seed of all before the next, and prints it."""
+    """Train what `bench/results/distillation.json` does not have yet, seed by seed, and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", help="names of contenders")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     given = parser.parse_args()
     if not given.table:
         with rows.alone():

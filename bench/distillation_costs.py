@@ -1,9 +1,9 @@
-"""What distillation costs: the seconds of a step against the bare sum of the student's step and the teacher's forward.
+"""Measure the cost of distillation: seconds of a step over the bare sum of student step and teacher forward pass.
 
 A ResNet-20 learns from a ResNet-56 by each method in turn, with its defaults, on batches of 128 augmented images.
-Student and teacher alone are written by hand, in the precision that the loop chooses on this machine; the teacher of a
-method answers in fewer passes, as in a stage. In every round each has one turn, in a new order; a ratio is of times of
-one round, and the median of all rounds counts. Beside it: the bare sum against another of its kind.
+Student and teacher alone are written by hand, in the precision that the loop chooses on this machine. A method's
+teacher is fused, as in a stage. In every round each contender runs once, in a new order. A ratio compares times of one
+round, and the median of all rounds counts. The bare sum is also compared with a second copy of itself.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tersor.data import Batches
 from tersor.data.batch import Batch
 from tersor.graph.fused_inference import fused
 from tersor.models import build
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
 
 RESULT = "distillation_costs"
@@ -41,19 +42,19 @@ Step = Callable[[Batch], None]
 
 
 def student() -> nn.Module:
-    """A ResNet-20 from scratch."""
+    """Return a ResNet-20 from scratch."""
     torch.manual_seed(0)
     return build("resnet20", 10)
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    """Over what learns in it."""
+    """Return an optimizer over everything trainable in it."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return torch.optim.SGD(learning, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 def bare() -> Step:
-    """The student's step on the labels, and the teacher's forward beside it."""
+    """Return the student's step on the labels followed by the teacher's forward pass."""
     network, teacher = student().train(), TRAINED["resnet56"].network()
     for each in (network, teacher):
         set_layout(each, torch.channels_last)
@@ -72,12 +73,12 @@ def bare() -> Step:
 
 
 def taught(name: str) -> tuple[Step, str]:
-    """One step of a method with its defaults, and whether it looks at logits or at layers."""
+    """Return one step of a method with its defaults, and whether it uses logits or layers."""
     network, teacher = student(), TRAINED["resnet56"].network()
     calm = Batches(cifar().train, 64, mean=MEAN, std=STD)
     cls: Any = registry.get(name)
-    # not begun: a frozen part need not be good
-    attached = cls().attach(network, data=calm, teacher=teacher, steps=1000)
+    # `begin` is skipped: a frozen part need not be trained to be timed
+    attached = cls().attach(network, AttachContext(data=calm, teacher=teacher, steps=1000))
     layers = attached.layers
     few = next(iter(calm)).images[:8].contiguous()
     objective = Objective(
@@ -101,7 +102,7 @@ def taught(name: str) -> tuple[Step, str]:
 
 
 def answering(fewer_passes: bool) -> Step:
-    """The teacher's forward alone."""
+    """Return the teacher's forward pass alone."""
     teacher = TRAINED["resnet56"].network()
     if fewer_passes:
         few = next(iter(Batches(cifar().train, 8, mean=MEAN, std=STD))).images.contiguous()
@@ -116,7 +117,7 @@ def answering(fewer_passes: bool) -> Step:
 
 
 def batches() -> Iterator[Batch]:
-    """Augmented images, without end."""
+    """Yield augmented images endlessly."""
     epoch = 0
     source = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=0, augment="crop_flip")
     while True:
@@ -127,7 +128,7 @@ def batches() -> Iterator[Batch]:
 
 
 def measure(names: list[str]) -> None:
-    """Writes a row for each method."""
+    """Write a row for each method."""
     keep_freed_memory()
     taught_by = {name: taught(name) for name in names}
     steps = {BARE: bare(), AGAIN: bare(), **{name: step for name, (step, _) in taught_by.items()}}
@@ -157,8 +158,8 @@ def _identity(name: str) -> dict[str, Any]:
 
 
 def show() -> None:
-    """Prints the rows of this machine beside their limits."""
-    table = Table("method", "looks at", "seconds a step", "over the bare sum", "p10 to p90", "limit")
+    """Print the rows of this machine and their limits."""
+    table = Table("method", "looks at", "seconds per step", "over the bare sum", "p10 to p90", "limit")
     for row in rows.read(RESULT):
         if row["machine"] == rows.machine():
             spread = f"{row['spread']['p10']:.3f} to {row['spread']['p90']:.3f}"
@@ -169,10 +170,10 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures all methods that need a teacher side by side, if they are not there, and prints them."""
+    """Measure all methods that need a teacher in one run, if rows are missing, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="measure also what is there")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--again", action="store_true", help="measure existing rows again")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         torch.set_num_threads(2)

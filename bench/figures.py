@@ -1,13 +1,12 @@
-"""Draws the figures of docs/lecture.md from rows: one file for each third of the lecture, of what has rows.
+"""Draw the figures of docs/lecture.md from rows: one file for each third of the lecture that has rows.
 
-    distillation.svg    accuracy over k and over T, with what chance alone does: the line is of one seed; the band
-                        around the student that learns alone, and the bars at k = 0.5 and T = 4, span all seeds
-    quantization.svg    accuracy over bits: the ladder of post-training quantization, and training on grids
-    pruning.svg         how much masks change and how accuracy swings, in one figure for masks that are kept, dpf and
-                        dcil; accuracy over sparsity; accuracy over latency
+    distillation.svg    accuracy over k and over T, with the variation between seeds: the line is one seed; the band of
+                        the student alone, and the bars at k = 0.5 and T = 4, span all seeds
+    quantization.svg    accuracy over bits: the steps of post-training quantization, and quantization-aware training
+    pruning.svg         change of masks and fluctuation of accuracy for fixed masks, dpf and dcil; accuracy over
+                        sparsity; accuracy over latency
 
-Elsewhere, where there are several seeds, a line is of their mean, and a band or bar spans them: what lies within such a
-span of something else is not told apart from it.
+With several seeds a line is their mean, and a band or bar spans them. Values within one span are not distinguishable.
 """
 
 from __future__ import annotations
@@ -26,35 +25,35 @@ FOLDER = rows.ROOT / "docs" / "figures"
 FACTORS = {0.25: "factors, k = 0.25", 0.5: "factors, k = 0.5", 0.75: "factors, k = 0.75", 1.0: "factors, k = 1"}
 SOFT = {1.0: "soft targets, T = 1", 2.0: "soft targets, T = 2", 4.0: "soft targets", 8.0: "soft targets, T = 8",
         16.0: "soft targets, T = 16"}  # fmt: skip
-SWINGING = {"iterative": "kept", "dpf": "dpf", "dcil": "dcil"}
-"""Contenders of bench/pruning.py, and what becomes of a masked weight in each."""
+SWINGING = {"iterative": "fixed masks", "dpf": "dpf", "dcil": "dcil"}
+"""Contenders of bench/pruning.py, and how each treats masked weights."""
 BITS = (8, 4, 2)
 BATCH = 32
-"""Images at once in what accuracy is drawn over."""
+"""Batch size of the latencies in the figure."""
 RATE = 0.02
 """The learning rate of the recipe that bench/pruning_structured.py trains with."""
 COLOURS = ("#0067a5", "#b44a00", "#00785a", "#8a5a93", "#c47f00", "#5d6268", "#a03060")
 RUNGS = {
     "min-max": "min-max",
-    "mse, of activations + equalisation, bias correction": "mse, equalisation, bias correction",
-    "ptq": "ptq as it comes",
+    "mse, of activations + equalisation, bias correction": "mse, equalization, bias correction",
+    "ptq": "ptq, defaults",
     "adaround": "adaround",
     "brecq": "brecq",
     "qdrop": "QDrop",
     "brevitas, GPTQ": "Brevitas, GPTQ",
 }
-"""The rungs that are drawn, and how they are called there."""
+"""The steps that are drawn, and their labels."""
 
 Found = dict[str, dict[int, rows.Row]]
 
 
 def of_kind(result: str, kind: str) -> list[rows.Row]:
-    """The rows of one kind."""
+    """Return the rows of one kind."""
     return [row for row in rows.read(result) if row["kind"] == kind]
 
 
 def found() -> Found:
-    """Rows of accuracy of distillation by contender and seed."""
+    """Return the accuracy rows of distillation by contender and seed."""
     told: Found = {}
     for row in of_kind("distillation", "accuracy"):
         told.setdefault(row["contender"], {})[row["seeds"][0]] = row
@@ -62,9 +61,9 @@ def found() -> Found:
 
 
 def panel(axes: Any, told: Found, names: Mapping[float, str], label: str) -> None:
-    """Accuracy over one parameter, beside the student alone."""
+    """Draw accuracy over one parameter, and the student alone."""
     alone = [row["accuracy"] for row in told["alone"].values()]
-    axes.axhspan(min(alone), max(alone), color="0.88", label=f"alone, {len(alone)} seeds")
+    axes.axhspan(min(alone), max(alone), color="0.88", label=f"student alone, {len(alone)} seeds")
     known = {at: told[name] for at, name in names.items() if name in told}
     axes.plot(list(known), [seeds[0]["accuracy"] for seeds in known.values()], "o-", color=COLOURS[0], label="seed 0")
     for at, seeds in known.items():
@@ -76,7 +75,7 @@ def panel(axes: Any, told: Found, names: Mapping[float, str], label: str) -> Non
 
 
 def errors(axes: Any, told: Found) -> None:
-    """What the paraphraser loses, over k."""
+    """Draw the paraphraser's reconstruction error over k."""
     known = {at: told[name][0]["reconstruction_error"] for at, name in FACTORS.items() if name in told}
     told_in_percent = [100 * value for value in known.values()]
     axes.plot(list(known), told_in_percent, "o-", color=COLOURS[3])
@@ -85,7 +84,7 @@ def errors(axes: Any, told: Found) -> None:
 
 
 def distillation() -> Any:
-    """Accuracy and reconstruction over k, accuracy over T; None where there are no rows of it."""
+    """Draw accuracy and reconstruction over k, and accuracy over T; return None if there are no rows."""
     told = found()
     if "alone" not in told:
         return None
@@ -99,7 +98,7 @@ def distillation() -> Any:
 
 
 def spanned(axes: Any, at: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:
-    """A line through the means, a bar over all values where there are several."""
+    """Draw a line through the means, and a bar over all values if there are several."""
     axes.plot(at, [mean(each) for each in values], "o-", color=colour, ms=4, label=label)
     for place, each in zip(at, values, strict=True):
         if len(each) > 1:
@@ -107,7 +106,7 @@ def spanned(axes: Any, at: Sequence[float], values: Sequence[Sequence[float]], c
 
 
 def ladder(axes: Any, told: Sequence[rows.Row]) -> None:
-    """Accuracy of rungs of post-training quantization over the bits of weights and activations."""
+    """Draw the accuracy of post-training quantization over the bits of weights and activations."""
     widths = list(dict.fromkeys((row["bits"], row["activation_bits"]) for row in told))
     for (rung, name), colour in zip(RUNGS.items(), COLOURS, strict=True):
         mine: dict[tuple[int, int], list[float]] = {}
@@ -121,20 +120,20 @@ def ladder(axes: Any, told: Sequence[rows.Row]) -> None:
 
 
 def on_grids(axes: Any, told: Sequence[rows.Row]) -> None:
-    """Accuracy of the trainings on grids over the bits of weights and activations."""
+    """Draw the accuracy of quantization-aware training over the bits of weights and activations."""
     reached = {row["contender"]: row["accuracy"] for row in told}
     for name, colour in zip(("qat", "lsq"), COLOURS, strict=False):
         known = {bits: reached[f"{name}, W{bits}A{bits}"] for bits in BITS if f"{name}, W{bits}A{bits}" in reached}
         spanned(axes, [BITS.index(bits) for bits in known], [[value] for value in known.values()], colour, name)
     if "in float" in reached:
-        axes.axhline(reached["in float"], color="0.6", ls="--", label="in float, trained as long")
+        axes.axhline(reached["in float"], color="0.6", ls="--", label="float, trained as long")
     names = [f"W{bits}A{bits}" for bits in BITS]
-    axes.set(xticks=range(len(BITS)), xticklabels=names, ylabel="accuracy, %", title="trained on the grid")
+    axes.set(xticks=range(len(BITS)), xticklabels=names, ylabel="accuracy, %", title="quantization-aware training")
     axes.legend(frameon=False, fontsize=8)
 
 
 def quantization() -> Any:
-    """Accuracy over bits; None where there are no rows of it."""
+    """Draw accuracy over bits; return None if there are no rows."""
     kinds = {"ladder": ladder, "trained": on_grids}
     drawn = [(draw, of_kind("quantization", kind)) for kind, draw in kinds.items() if of_kind("quantization", kind)]
     if not drawn:
@@ -146,28 +145,28 @@ def quantization() -> Any:
 
 
 def swinging(above: Any, below: Any, told: Sequence[rows.Row]) -> None:
-    """Above, the part of the masks that changes each time, of one seed; below, validation accuracy of every seed."""
+    """Draw the fraction of masks that changes, for one seed (above), and validation accuracy for every seed (below)."""
     sparsity, _ = Counter(row["sparsity"] for row in told if row["contender"] in SWINGING).most_common(1)[0]
     for (contender, name), colour in zip(SWINGING.items(), COLOURS, strict=False):
         mine = [row for row in told if row["contender"] == contender and row["sparsity"] == sparsity]
         if not mine:
             continue
         epochs = range(1, len(mine[0]["curve"]) + 1)
-        for row in mine:  # each by itself: a mean would hide how much one network swings
+        for row in mine:  # one line per seed: a mean would hide the fluctuation of a network
             below.plot(epochs, row["curve"], ".-", color=colour, lw=1, label=name if row is mine[0] else None)
         masks = mine[0]["masks"]
         if masks:
             at = [step * len(epochs) / mine[0]["steps"] for step in masks["steps"]]
             above.plot(at, [100 * value for value in masks["changed"]], color=colour, lw=1)
     above.set_yscale("symlog", linthresh=0.01)
-    above.set(ylabel="masks changed, %", ylim=(0, None), title=f"{100 * sparsity:g} % of the weights masked")
+    above.set(ylabel="changed masks, %", ylim=(0, None), title=f"{100 * sparsity:g} % of the weights masked")
     above.tick_params(labelbottom=False)
     below.set(xlabel="epoch", ylabel="validation accuracy, %")
     below.legend(frameon=False, fontsize=8)
 
 
 def over_sparsity(axes: Any, told: Sequence[rows.Row]) -> None:
-    """Accuracy over sparsity of what was measured at several, and of the dense network beside."""
+    """Draw accuracy over sparsity for contenders measured at several sparsities, and the dense network."""
     dense = [row["accuracy"] for row in told if not row["sparsity"]]
     if dense:
         axes.axhspan(min(dense), max(dense), color="0.88")
@@ -185,17 +184,22 @@ def over_sparsity(axes: Any, told: Sequence[rows.Row]) -> None:
 
 
 def over_latency(axes: Any, told: Sequence[rows.Row]) -> None:
-    """Accuracy over milliseconds at one batch size, one mark for each row of the recipe's learning rate and runtime;
-    milliseconds are of the machine that timed last. Not of what began from scratch, which is far below.
+    """Draw accuracy over latency at one batch size, a mark for each row of the recipe's learning rate and runtime.
+
+    The latencies come from the last machine that timed all contenders, and belong to removal by magnitude. Networks
+    trained from scratch are left out: they are far below.
     """
     timed = of_kind("pruning_structured", "milliseconds")
+    machine = [row["machine"] for row in timed if row["artifact"] == "resnet20, distilled"][-1]
     milliseconds = {
         (row["artifact"], row["times"], row["runtime"]): row["milliseconds"]
         for row in timed
-        if row["batch"] == BATCH and row["machine"] == timed[-1]["machine"]
+        if row["batch"] == BATCH and row["machine"] == machine
     }
     runtimes = dict(zip(dict.fromkeys(runtime for _, _, runtime in milliseconds), "os^", strict=False))
-    equal = [row for row in told if row.get("learning_rate") == RATE and "minutes" in row["budget"]]
+    equal = [
+        row for row in told if row.get("learning_rate") == RATE and "minutes" in row["budget"] and "removal" not in row
+    ]
     for contender, colour in zip(dict.fromkeys(row["contender"] for row in equal), COLOURS, strict=False):
         axes.plot([], [], "-", color=colour, lw=4, label=contender)
         for row in equal:
@@ -210,7 +214,7 @@ def over_latency(axes: Any, told: Sequence[rows.Row]) -> None:
 
 
 def pruning() -> Any:
-    """Masks that swing, accuracy over sparsity, accuracy over latency; None where there are no rows of it."""
+    """Draw fluctuating masks, accuracy over sparsity, accuracy over latency; return None if there are no rows."""
     masked, cut = of_kind("pruning", "accuracy"), of_kind("pruning_structured", "accuracy")
     drawn = [(over_sparsity, masked)] * bool(masked) + [(over_latency, cut)] * bool(cut)
     swings = any(row["contender"] in SWINGING for row in masked)
@@ -228,7 +232,7 @@ def pruning() -> Any:
 
 
 def main() -> None:
-    """Writes the figures."""
+    """Write the figures."""
     mpl.rcParams.update({"svg.hashsalt": "tersor", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
                          "axes.spines.right": False})  # fmt: skip
     FOLDER.mkdir(exist_ok=True)
@@ -239,7 +243,7 @@ def main() -> None:
             print(f"no rows for {path.name} yet")
             continue
         figure.savefig(path, metadata={"Date": None})
-        print(f"drawn: {path.relative_to(rows.ROOT)}")
+        print(f"written: {path.relative_to(rows.ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Files that somebody sent, changed at random: no traceback, no hang, nothing executed.
+"""Read randomly damaged files and check: no traceback, no hang, no code execution.
 
     python bench/fuzz.py [INPUTS] [KIND ...]
 
-INPUTS (10,000) in all over the six kinds of `tests/fuzz/kinds.py`. Every kind is read in a child process, so that a
-crash or a hang ends that alone; the driver goes on behind it. Input number n of a kind is the same in every run. What
-is found is printed, a count for each kind last; the exit code is 1 where anything was found.
+INPUTS (10,000) are spread over the six kinds of `tests/fuzz/kinds.py`. Every kind is read in a child process, so that a
+crash or a hang ends only the child; the driver continues after it. Input number n of a kind is the same in every run.
+The script prints its findings and a count for each kind; the exit code is 1 if there was any finding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HUNG = 1  # the exit code of faulthandler
 
 
 def _read(name: str, first: int, end: int) -> None:
-    """In the child: reads inputs `first` to `end`, a line for each that is not read or refused as it should be."""
+    """In the child: read inputs `first` to `end`, and print a line for each that is neither read nor refused."""
     sys.path[:0] = [str(FUZZ)]
     from kinds import kind
     from mutation import MARKER
@@ -36,7 +36,7 @@ def _read(name: str, first: int, end: int) -> None:
     from tersor.core.errors import InputError
 
     read = kind(name)
-    for content in read.seeds:  # what torch imports when it is first needed is no hang
+    for content in read.seeds:  # torch's imports on first use are not a hang
         with tempfile.TemporaryDirectory() as folder, suppress(InputError):
             read.read(read.mutate(content, random.Random(0)), Path(folder))  # noqa: S311
         with tempfile.TemporaryDirectory() as folder, suppress(InputError):
@@ -53,7 +53,7 @@ def _read(name: str, first: int, end: int) -> None:
                 read.read(content, Path(folder))
             except InputError:
                 refused += 1
-            except Exception as error:  # whatever it is, it would have been a traceback
+            except Exception as error:  # any other exception would have been a traceback
                 _tell(number, "traceback", f"{type(error).__name__}: {error}"[:300])
             finally:
                 faulthandler.cancel_dump_traceback_later()
@@ -69,7 +69,7 @@ def _tell(number: int, what: str, why: str) -> None:
 
 
 def fuzz(name: str, inputs: int) -> dict[str, int]:
-    """Reads so many inputs of a kind; how many were read, refused, and what went wrong."""
+    """Read so many inputs of a kind; return how many were read and refused, and what went wrong."""
     found = {"inputs": inputs, "refused": 0, "traceback": 0, "hang": 0, "crash": 0, "executed": 0}
     first = 0
     while first < inputs:
@@ -101,7 +101,7 @@ def fuzz(name: str, inputs: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Reads the arguments."""
+    """Read the command line."""
     if sys.argv[1:2] == ["--child"]:
         name, first, end = sys.argv[2:]
         _read(name, int(first), int(end))

@@ -1,4 +1,4 @@
-"""The networks that the benchmarks share: CIFAR ResNets, trained, with their images; ImageNet's, random weights."""
+"""Networks of the benchmarks: trained CIFAR ResNets with their images, and ImageNet networks with random weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Subject:
     """A network to compress.
 
     Attributes:
-        name: as the zoo calls it.
+        name: its name in the registry.
         pixels: height and width of its images.
-        trained: whether it has weights, and real images to be judged on.
+        trained: whether it has trained weights and real images.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Subject:
     trained: bool
 
     def network(self) -> nn.Module:
-        """A new copy, in eval mode."""
+        """Return a new copy in eval mode."""
         if self.trained:
             model = build(self.name, 10)
             load_weights(model, SHARED / "models" / f"{self.name}-cifar10-jpeg.safetensors")
@@ -45,7 +45,7 @@ class Subject:
         return model.eval()
 
     def calibration(self, seed: int) -> Tensor:
-        """300 training images (N, 3, 32, 32) drawn by `seed`; 64 of noise (N, 3, 224, 224) where it is not trained."""
+        """Return 300 training images (N, 3, 32, 32) drawn by `seed`; noise (64, 3, 224, 224) if untrained."""
         if not self.trained:
             return torch.randn(64, 3, self.pixels, self.pixels, generator=torch.Generator().manual_seed(seed))
         drawn = Batches(cifar().train, 300, mean=MEAN, std=STD, shuffle=True, seed=seed)
@@ -58,7 +58,7 @@ IMAGENET = {name: Subject(name, 224, trained=False) for name in ("resnet18", "mo
 
 @cache
 def folder() -> Path:
-    """CIFAR-10 as JPEG files, unpacked once into the cache."""
+    """Return the folder of CIFAR-10's JPEG files, unpacked once into the cache."""
     cache_home = os.environ.get("XDG_CACHE_HOME")
     root = (Path(cache_home) if cache_home else Path(tempfile.gettempdir())) / "tersor-bench"
     if not (root / "cifar10-jpeg").exists():
@@ -74,10 +74,10 @@ def folder() -> Path:
 
 @cache
 def cifar(limit: int | None = None) -> Splits:
-    """Of it 45,000 training images, or as few as `limit`, 5,000 to choose by, 10,000 to report."""
+    """Return the splits of CIFAR-10: 45,000 training images (or `limit`), 5,000 for validation, 10,000 for testing."""
     return load(folder=folder(), validation=0.1, seed=0, limit=limit, mean=MEAN, std=STD)
 
 
 def normalised(images: Images) -> list[Tensor]:
-    """All images in their order, (500, 3, H, W) float32 at a time."""
+    """Return all images in order, in batches (500, 3, H, W) of float32."""
     return [batch.images.contiguous() for batch in Batches(images, 500, mean=MEAN, std=STD)]

@@ -1,11 +1,12 @@
-"""Runs that are killed, or whose disk refuses, go on to the same bits.
+"""Check that killed runs, and runs whose disk fails, resume to the same bits.
 
     python bench/kills.py FOLDER [KILLS] [FAULTS]
 
-KILLS (50): SIGKILL at a random moment of a phase, every phase in turn, then on to the end in a fresh process, whose
-model.safetensors, model.onnx and checkpoints are those of a run that nothing stopped. FAULTS (20): a disk that is full,
-or read-only, from a random write on, or full in the middle of a file: exit code 2, one message, nothing half-written,
-and on to the same bits. FOLDER holds a row for each in rows.jsonl; started again, the driver goes on behind them.
+KILLS (50): send SIGKILL at a random moment of a phase, each phase in turn, then resume in a fresh process. Its
+model.safetensors, model.onnx and checkpoints must equal those of an uninterrupted run. FAULTS (20): the disk is full or
+read-only from a random write on, or full in the middle of a file. The run must exit with code 2 and one message, leave
+nothing half-written, and resume to the same bits. FOLDER/rows.jsonl has a row for each; a restarted driver continues
+there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STEPS = 16
 
 
 def main() -> None:
-    """Reads the arguments."""
+    """Read the command line and run what is missing."""
     folder = Path(sys.argv[1]).resolve()
     kills, faults = (int(sys.argv[place]) if sys.argv[place:] else count for place, count in ((2, 50), (3, 20)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def _kill(folder: Path, expected: killed.Whole, number: int) -> dict[str, Any]:
     phase = killed.PHASES[number % len(killed.PHASES)]
     draw, hit, misses = random.Random(f"kill {number}"), "ended", -1  # noqa: S311
     out = folder / f"killed{number}"
-    while hit != phase:  # a machine that is less busy than it was runs through a phase before its moment comes
+    while hit != phase:  # on a less busy machine a phase can end before the chosen moment
         misses += 1
         if hit != "ended":
             killed.require_same(folder, expected, out)

@@ -1,10 +1,13 @@
-"""Whether the 95 % interval of a latency ratio covers the true ratio, where that is known.
+"""Check whether the 95 % interval of a latency ratio covers the true ratio if it is known.
 
-Three experiments in each runtime, ten times each. A ResNet-20 in 8 bits is timed against itself: the true ratio is 1. A
-stack of convolutions is timed against two inferences of the same stack in sequence: the true ratio is 2. It is also
-timed against a file that holds the stack twice: the true ratio is near 2, and not known better. A call costs something
-in any case (`fixed` is the share of a network that only copies its input), and a runtime may lay out two copies in
-memory otherwise than one. At least nine of ten intervals should cover the true ratio of the first two.
+There are three experiments in each runtime, ten times each:
+
+- An 8-bit ResNet-20 against itself. The true ratio is 1.
+- A stack of convolutions against two inferences of the same stack in sequence. The true ratio is 2.
+- The stack against a file that contains it twice. The true ratio is near 2, but not known exactly: a call has a fixed
+  cost (`fixed` is the share of a network that only copies its input), and a runtime may lay out two copies differently.
+
+At least nine of ten intervals should cover the true ratio of the first two.
 """
 
 from __future__ import annotations
@@ -31,35 +34,35 @@ from tersor.evaluation.session import Array, Session, installed_runtimes, open_s
 from tersor.evaluation.timings import Ratio, Timings
 from tersor.methods.ptq import PTQ
 from tersor.models import build
+from tersor.training.context import AttachContext
 
 RESULT = "latency_intervals"
 STACK = (8, 64, 32, 56)
-"""Channels at the ends and inside, layers inside, pixels. Few channels at the ends keep small what a call costs."""
+"""Outer channels, inner channels, inner layers, pixels. Few outer channels keep the fixed cost of a call small."""
 TRUE = {"the same file twice": 1.0, "two inferences in sequence": 2.0, "a file that holds the network twice": 2.0}
 
 Openers = Mapping[str, Callable[[], Session]]
 
 
 def stack() -> nn.Module:
-    """Convolutions that give what they take, (N, 8, 56, 56)."""
+    """Return convolutions whose output has the shape of the input, (N, 8, 56, 56)."""
     ends, inside, layers, _ = STACK
     inner = [each for _ in range(layers) for each in (nn.Conv2d(inside, inside, 3, padding=1), nn.ReLU())]
     return nn.Sequential(nn.Conv2d(ends, inside, 3, padding=1), *inner, nn.Conv2d(inside, ends, 3, padding=1))
 
 
 def same_file(runtime: Any, folder: Path) -> tuple[Openers, Array]:
-    """A ResNet-20 in 8 bits, twice, and an image."""
+    """Return an 8-bit ResNet-20 twice, and an image."""
     torch.manual_seed(0)
     images = torch.randn(64, 3, 32, 32)
-    attached = PTQ().attach(build("resnet20", 10).eval(), data=[images], target=Target(runtime=runtime))
-    for _ in attached.begin():
-        pass
+    attached = PTQ().attach(build("resnet20", 10).eval(), AttachContext(data=[images], target=Target(runtime=runtime)))
+    attached.begin()
     opener = partial(open_session, export(attached.model, images, folder / f"{runtime}.onnx"), runtime)
     return {"slow": opener, "fast": opener}, images[:1].numpy()
 
 
 def two_inferences(runtime: str, folder: Path) -> tuple[Openers, Array]:
-    """A stack whose every run is two inferences, the stack, and an input."""
+    """Return a stack whose every run is two inferences, the stack, and an input."""
     torch.manual_seed(0)
     image = torch.randn(1, STACK[0], STACK[-1], STACK[-1])
     opener = partial(open_session, export(stack().eval(), image, folder / "single.onnx"), runtime)
@@ -77,7 +80,7 @@ def two_inferences(runtime: str, folder: Path) -> tuple[Openers, Array]:
 
 
 def twice(runtime: str, folder: Path) -> tuple[Openers, Array]:
-    """A stack twice and once, a network that copies its input, and an input."""
+    """Return the stack twice and once, a network that copies its input, and an input."""
     torch.manual_seed(0)
     single, image = stack().eval(), torch.randn(1, STACK[0], STACK[-1], STACK[-1])
     networks = {"slow": nn.Sequential(single, single), "fast": single, "fixed": nn.ReLU()}
@@ -86,7 +89,7 @@ def twice(runtime: str, folder: Path) -> tuple[Openers, Array]:
 
 
 def measure(experiment: str, runtime: str, repetitions: int, seconds: float) -> None:
-    """Writes the row of one experiment."""
+    """Write the row of one experiment."""
     identity = {"kind": experiment, "runtime": runtime, "versions": tables.versions()}
     if rows.known(RESULT, identity | {"n": repetitions}):
         return
@@ -124,7 +127,7 @@ def _timed(openers: Openers, image: Array, seconds: float) -> Timings:
 
 
 def show() -> None:
-    """Prints the rows of this machine."""
+    """Print the rows of this machine."""
     here = rows.machine()
     table = Table("experiment", "runtime", "true", "covered", "ms", "fixed, %", "intervals")
     for row in [row for row in rows.read(RESULT) if row["machine"] == here]:
@@ -140,11 +143,11 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/latency_intervals.json` yet, and prints all of it."""
+    """Measure what `bench/results/latency_intervals.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=10, help="at most, for one interval")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--seconds", type=float, default=10, help="time limit per interval")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         torch.set_num_threads(2)

@@ -1,8 +1,8 @@
-"""The throughput of tersor's loop against a bare one, written by hand: same network, images, precision and layout.
+"""Compare the throughput of tersor's training loop with that of a loop written by hand.
 
-Blocks of steps alternate in one run: tersor's, then the bare loop twice (two networks, in changing order). A ratio
-compares blocks that follow each other; bare against bare is the noise floor. Ratios are throughputs: above 1, the first
-is faster.
+Network, images, precision and layout are the same. Blocks of steps alternate in one run: tersor's, then the bare loop
+twice (two networks, in changing order). A ratio compares blocks that follow each other; bare against bare is the noise
+floor. Ratios are throughputs: above 1, the first is faster.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PRECISION = precision_for(DEVICE, "auto")
 
 
 def random_batches(batch_size: int, count: int = 20) -> Batches:
-    """Images of random pixels (3, 32, 32) of ten classes, augmented as CIFAR is."""
+    """Return batches of random pixels (3, 32, 32) in ten classes, augmented like CIFAR."""
     draw = torch.Generator().manual_seed(SEED)
     pixels = torch.randint(256, (count * batch_size, 32, 32, 3), dtype=torch.uint8, generator=draw)
     labels = torch.randint(10, (len(pixels),), generator=draw)
@@ -46,13 +46,13 @@ def random_batches(batch_size: int, count: int = 20) -> Batches:
 
 
 def network(name: str) -> nn.Module:
-    """The same weights at every call."""
+    """Return the network with the same weights at every call."""
     torch.manual_seed(SEED)
     return build(name, 10)
 
 
 def bare_loop(model: nn.Module, batches: Batches, steps: int) -> Iterator[None]:
-    """What one writes without a toolkit; a step for every `next`."""
+    """Train without a toolkit; one step for every `next`."""
     model = model.to(DEVICE).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -70,7 +70,7 @@ def bare_loop(model: nn.Module, batches: Batches, steps: int) -> Iterator[None]:
 
 
 class Interleaved(NullProgress):
-    """Looks on while tersor trains, and after each of its blocks holds it up for a block of every bare loop."""
+    """Interrupt tersor's training after each of its blocks for a block of every bare loop."""
 
     def __init__(self, others: dict[str, Iterator[None]], block: int) -> None:
         self.others = others
@@ -80,11 +80,11 @@ class Interleaved(NullProgress):
         self.begun = 0.0
 
     def start(self, task: str, total: int) -> None:
-        """The first block begins."""
+        """Start the first block."""
         self.begun = now()
 
     def advance(self, items: int = 1, **values: float) -> None:
-        """One step of tersor's is done."""
+        """Count one step of tersor's loop."""
         self.steps += items
         if self.steps % self.block:
             return
@@ -99,29 +99,29 @@ class Interleaved(NullProgress):
 
 
 def now() -> float:
-    """Seconds, when all that was started has ended."""
+    """Return the time after all started work has finished."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def measure(name: str, batch_size: int, block: int, blocks: int) -> dict[str, list[float]]:
-    """Seconds of each block by loop, without the first few."""
+    """Return the seconds of each block for each loop, without the first few."""
     steps = block * (blocks + WARM_BLOCKS)
     others = {other: bare_loop(network(name), random_batches(batch_size), steps) for other in ("bare", "bare again")}
-    watch = Interleaved(others, block)
-    fit(Attachment(network(name)), random_batches(batch_size), Training(), steps=steps, watch=watch, seed=SEED)
-    return {loop: seconds[WARM_BLOCKS:] for loop, seconds in watch.seconds.items()}
+    progress = Interleaved(others, block)
+    fit(Attachment(network(name)), random_batches(batch_size), Training(), steps=steps, progress=progress, seed=SEED)
+    return {loop: seconds[WARM_BLOCKS:] for loop, seconds in progress.seconds.items()}
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/loop.json` yet."""
+    """Measure what `bench/results/loop.json` does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet56"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--block", type=int, default=5, help="steps in a block")
     parser.add_argument("--blocks", type=int, default=20, help="blocks of each loop")
-    parser.add_argument("--again", action="store_true", help="measure also what is there")
+    parser.add_argument("--again", action="store_true", help="measure existing rows again")
     chosen = parser.parse_args()
     precision = "bfloat16" if PRECISION else "float32"
     with rows.alone():
@@ -129,7 +129,7 @@ def main() -> None:
             what = {"model": name, "batch": chosen.batch, "precision": precision, "block": chosen.block}
             identities = [{"pair": " / ".join(pair), **what, "blocks": chosen.blocks} for pair in PAIRS]
             if not chosen.again and all(rows.known("loop", identity) for identity in identities):
-                print(f"{name}: already there (--again measures it again)")
+                print(f"{name}: has a row (--again measures it again)")
                 continue
             seconds = measure(name, chosen.batch, chosen.block, chosen.blocks)
             for (ours, theirs), identity in zip(PAIRS, identities, strict=True):
@@ -137,7 +137,7 @@ def main() -> None:
 
 
 def report(identity: dict[str, Any], ours: list[float], theirs: list[float], images: int) -> None:
-    """Writes one row: the ratio of the throughputs, block by block."""
+    """Write one row: the ratio of the throughputs, block by block."""
     ratios = [other / own for own, other in zip(ours, theirs, strict=True)]
     numbers = {
         "throughput_ratio": statistics.median(ratios),

@@ -1,9 +1,9 @@
-"""What others make of the same network and the same images.
+"""Quantize and prune with other tools, from the same network and the same images.
 
-ONNX Runtime's quantizer and NNCF's take the FP32 ONNX file, with what their documentation recommends for a CPU: ONNX
-Runtime after its own preprocessing, with Q/DQ, a scale for each channel, uint8 activations and int8 weights; NNCF on
-the network as OpenVINO reads it. Of fewer bits than 8, torchao and Brevitas show in torch what no runtime computes.
-What is not named here is their default.
+ONNX Runtime's quantizer and NNCF get the FP32 ONNX file and the settings that their documentation recommends for a CPU:
+ONNX Runtime after its own preprocessing, with Q/DQ, per-channel scales, uint8 activations and int8 weights; NNCF on the
+network as OpenVINO reads it. Below 8 bits, torchao and Brevitas simulate in torch what no runtime computes. All other
+options keep their defaults.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from torch import Tensor, nn
 
 from tersor.models.cifar_resnet import CifarResNet
 
-os.environ.setdefault("NNCF_CI", "1")  # before its import: no telemetry
+os.environ.setdefault("NNCF_CI", "1")  # must be set before the import: disables telemetry
 
 
 def onnxruntime_static(float32: Path, images: Tensor, path: Path, *, reduce_range: bool = False) -> float:
-    """Writes `path` (.onnx) with `onnxruntime.quantization.quantize_static`.
+    """Write `path` (.onnx) with `onnxruntime.quantization.quantize_static`.
 
     Args:
         float32: the ONNX file of the network, one input.
-        images: to calibrate with, (N, C, H, W), normalised.
+        images: calibration images (N, C, H, W), normalized.
         path: the file to write.
-        reduce_range: weights of 7 bits, which ONNX Runtime advises where a CPU adds 8-bit products in 16 bits.
+        reduce_range: use 7-bit weights, which ONNX Runtime advises if a CPU adds 8-bit products in 16 bits.
 
     Returns:
-        Seconds, preprocessing included.
+        Seconds, including preprocessing.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -69,7 +69,7 @@ def onnxruntime_static(float32: Path, images: Tensor, path: Path, *, reduce_rang
 
 
 def nncf_post_training(float32: Path, images: Tensor, path: Path) -> float:
-    """Writes `path` (.xml, and its .bin) with `nncf.quantize`, image by image as its documentation does.
+    """Write `path` (.xml and its .bin) with `nncf.quantize`, image by image as in its documentation.
 
     Returns:
         Seconds.
@@ -86,15 +86,15 @@ def nncf_post_training(float32: Path, images: Tensor, path: Path) -> float:
 
 
 def torchao_post_training(network: nn.Module, images: Tensor, bits: int, activation_bits: int) -> nn.Module:
-    """What PT2E makes of a network with torchao's quantizer for x86; first and last layer in 8 bits.
+    """Quantize a network with PT2E and torchao's x86 quantizer; the first and last layer keep 8 bits.
 
-    Its quantizer knows 8 bits only: of fewer, the limits of the integers are changed, and nothing else.
+    The quantizer supports 8 bits only. For fewer bits the integer limits are changed, and nothing else.
 
     Args:
         network: a CIFAR ResNet.
-        images: to calibrate with, (N, C, H, W), normalised.
-        bits: of the weights.
-        activation_bits: of the activations.
+        images: calibration images (N, C, H, W), normalized.
+        bits: bits of the weights.
+        activation_bits: bits of the activations.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -117,11 +117,11 @@ def torchao_post_training(network: nn.Module, images: Tensor, bits: int, activat
 
 
 def torchao_training(network: nn.Module, images: Tensor) -> nn.Module:
-    """A network prepared for PT2E's quantization-aware training, with torchao's quantizer for x86, 8 bits.
+    """Prepare a network for PT2E's quantization-aware training with torchao's x86 quantizer, 8 bits.
 
     Args:
         network: in training mode.
-        images: a batch (N, C, H, W) as large as those that it will train on.
+        images: a batch (N, C, H, W) of the size used in training.
     """
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -132,10 +132,10 @@ def torchao_training(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 class _Pooled(CifarResNet):
-    """The same network, whose last mean Brevitas can rewrite: it stumbles over `x.mean(dim=(2, 3))`."""
+    """The same network with a final mean that Brevitas can rewrite; it fails on `x.mean(dim=(2, 3))`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) -> logits (N, num_classes)."""
+        """Return logits (N, num_classes) for images (N, 3, H, W)."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
@@ -143,17 +143,17 @@ class _Pooled(CifarResNet):
 def brevitas_post_training(
     network: nn.Module, images: Tensor, bits: int, activation_bits: int, *, gptq: bool
 ) -> nn.Module:
-    """What Brevitas makes of a ResNet-20: its ImageNet example, step by step; first and last layer in 8 bits.
+    """Quantize a ResNet-20 with Brevitas, following its ImageNet example; the first and last layer keep 8 bits.
 
-    BatchNorm folded, 20 rounds of equalisation, weights for each channel by squared error, activations at the input of
-    each layer (not of sums), GPTQ if asked for, bias correction.
+    BatchNorm is folded, followed by 20 rounds of equalization. Weights are per channel by squared error; activations
+    are quantized at the input of each layer (not at sums); then GPTQ if requested, and bias correction.
 
     Args:
         network: the ResNet-20.
-        images: to calibrate with, (N, C, H, W), normalised.
-        bits: of the weights.
-        activation_bits: of the activations.
-        gptq: whether roundings make up for each other.
+        images: calibration images (N, C, H, W), normalized.
+        bits: bits of the weights.
+        activation_bits: bits of the activations.
+        gptq: compensate rounding errors among the weights.
     """
     from brevitas.graph.quantize import preprocess_for_quantize
     from brevitas_examples.imagenet_classification.ptq import ptq_common
@@ -179,7 +179,7 @@ def brevitas_post_training(
 
     eight = laid(copy.deepcopy(folded), 8, 8)
     model = laid(folded, bits, activation_bits).eval()
-    model.linear = eight.linear  # its example knows the last layer by ImageNet's 1,000 classes
+    model.linear = eight.linear  # its example finds the last layer by ImageNet's 1,000 classes
     batches = [(batch, None) for batch in images.split(50)]
     with torch.no_grad():
         model(images[:50])  # sets scales

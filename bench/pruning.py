@@ -1,14 +1,14 @@
-"""Pruning: what a trained ResNet-20 keeps of its accuracy when most of its weights are masked.
+"""Measure the accuracy of a trained ResNet-20 when most of its weights are masked.
 
     accuracy   10 epochs on 20,000 training images, the same steps and schedule for every row: one-shot, iterative, dpf,
-               dcil whole and with each of its switches off, rigl; and the dense network, trained on as long
+               dcil complete and with each of its parts disabled, rigl; and the dense network, trained as long
 
-The masks are of the convolutions, global but for rigl's; the learning rate drops at half and at three quarters of the
-way, and what rises has risen by the second drop. Accuracy is on the test set after the last epoch, never the best; the
-curve is on the validation images after every epoch, with the mask applied, and its last three tell how much a network
-swings. A row counts only at its final sparsity: zeros are counted, and a wrong number of them is an error. Rows of one
-seed beside them look for the reason why dpf is not ahead of iterative: with a sparsity that has risen by half of the
-way, at a fifth of the learning rate, and trained for 40 epochs. A row that was interrupted goes on from its last
+The masks cover the convolutions, with a global threshold except for rigl. The learning rate drops at one half and at
+three quarters of the steps, and rising sparsities end by the second drop. Accuracy is on the test set after the last
+epoch, never the best epoch. The curve is on the validation images after every epoch, with the mask applied; its last
+three values show the fluctuation. A row counts only at its final sparsity: zeros are counted, and a wrong number is an
+error. Additional rows with one seed look for the reason why dpf is not ahead of iterative pruning: the final sparsity
+at half of the steps, a fifth of the learning rate, and 40 epochs. An interrupted row continues from its last
 checkpoint.
 """
 
@@ -34,21 +34,21 @@ IMAGES, EPOCHS, RATE, WEIGHT_DECAY = 20_000, 10, 0.05, 1e-4
 SEEDS = (0, 1, 2)
 SPARSITY, OTHERS = 0.95, (0.8, 0.9, 0.98)
 LAST = 3
-"""Epochs at the end whose mean and spread are told."""
+"""The last epochs whose mean and spread are reported."""
 
 Method = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What a row trains with.
+    """A way to train.
 
     Attributes:
-        name: how the rows call it.
-        methods: without the sparsity, which is given to each; a random mask is drawn by the row's seed.
+        name: its name in the rows.
+        methods: without the sparsity, which is passed to each; a random mask is drawn with the row's seed.
         others: whether it also has a row at each of the other sparsities, with one seed.
-        epochs: of training.
-        rate: the highest of learning.
+        epochs: epochs of training.
+        rate: the highest learning rate.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Contender:
     rate: float = RATE
 
     def stage(self, sparsity: float, seed: int) -> dict[str, Any]:
-        """Its training."""
+        """Return its stage."""
         drawn = {"importance": "random", "seed": seed}
         return {
             "epochs": self.epochs,
@@ -102,25 +102,25 @@ SEARCH = (
 
 
 def zeros(model: nn.Module) -> tuple[int, int]:
-    """Of the convolutions' weights, as they are shown in eval: how many are zero, and how many there are."""
+    """Return how many computed convolution weights are zero in eval mode, and how many there are."""
     weights = [layer.weight for layer in prunable(model.eval()).values()]
     return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
 
 
 def measure(contender: Contender, sparsity: float, seed: int) -> None:
-    """Writes the row of one contender, sparsity and seed, if it is not there."""
+    """Write the row of one contender, sparsity and seed, if it is missing."""
     identity = {"kind": "accuracy", "contender": contender.name, "sparsity": sparsity, "seed": seed}
     identity |= {"epochs": contender.epochs, "images": IMAGES}
     if rows.known(RESULT, identity, anywhere=True):
         return
     given = training.recipe(contender.stage(sparsity, seed), seed=seed)
-    walk, told = training.walked(given, RESULT, cifar(IMAGES))
-    found, weights = zeros(walk.model)
-    # a rule that gives each layer its share rounds in each
-    rounded = len(prunable(walk.model)) / 2 if contender.methods else 0
+    experiment, told = training.walked(given, RESULT, cifar(IMAGES))
+    found, weights = zeros(experiment.model)
+    # a rule per layer rounds in every layer
+    rounded = len(prunable(experiment.model)) / 2 if contender.methods else 0
     assert abs(found - sparsity * weights) <= rounded + 0.5, f"{found} of {weights} weights are zero, not {sparsity}"
     last = told["validation_by_epoch"][-LAST:]
-    reached = training.accuracy_on_test(walk)
+    reached = training.accuracy_on_test(experiment)
     numbers = {
         "accuracy": reached,
         "zeros": found,
@@ -139,7 +139,7 @@ def measure(contender: Contender, sparsity: float, seed: int) -> None:
 
 
 def wanted(seeds: list[int], only: list[str] | None) -> Iterator[tuple[Contender, float, int]]:
-    """Contender, sparsity and seed of every row: a seed of all before the next, what has one seed at the end."""
+    """Yield contender, sparsity and seed of every row, seed by seed; contenders with one seed come last."""
     chosen = [contender for contender in CONTENDERS if not only or contender.name in only]
     for seed in seeds:
         yield from ((contender, SPARSITY if contender.methods else 0.0, seed) for contender in chosen)
@@ -149,7 +149,7 @@ def wanted(seeds: list[int], only: list[str] | None) -> Iterator[tuple[Contender
 
 
 def show() -> None:
-    """Prints the rows: mean and range over the seeds."""
+    """Print the rows: mean and range over the seeds."""
     found = [row for row in rows.read(RESULT) if row["kind"] == "accuracy"]
     table = Table(
         *(
@@ -177,13 +177,13 @@ def show() -> None:
 
 
 def main() -> None:
-    """Trains what is not in `bench/results/pruning.json` yet, and prints all of it."""
+    """Train what `bench/results/pruning.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=[each.name for each in (*CONTENDERS, *SEARCH)], help="all by default"
+        "--only", nargs="+", choices=[each.name for each in (*CONTENDERS, *SEARCH)], help="default: all"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         with rows.alone():

@@ -1,13 +1,14 @@
-"""What masks that move cost: the seconds of a step against plain SGD's, and the memory that a global threshold takes.
+"""Measure the cost of dynamic masks: seconds of a step over plain SGD's, and the memory of a global threshold.
 
 A trained ResNet-20 is pruned to 95 % by each method in turn, on batches of 128 augmented images. Plain SGD is written
 by hand, without an Objective and without masks; both run in the precision that the loop chooses here. In every round
-each has one turn, in a new order; a round is 16 steps, as many as lie between two masks, so that every round has one. A
-ratio is of times of one round, and the median of all rounds counts. Beside it: plain SGD against another of its kind.
+each contender runs once, in a new order. A round has 16 steps, the interval between two masks, so every round contains
+one. A ratio compares times of one round, and the median of all rounds counts. Plain SGD is also compared with a second
+copy of itself.
 
-The memory is the most that is allocated beside the weights while the masks of a ResNet-56 are found. Planning is
-capture, groups and the removal of half of all channels of a DenseNet-121 at 64 and at 224 pixels; torch-pruning's
-MagnitudePruner does the same, in turns.
+The memory is the peak beyond the weights while the masks of a ResNet-56 are computed. Planning means capture, groups
+and removal of half of all channels of a DenseNet-121 at 64 and at 224 pixels; torch-pruning's MagnitudePruner does the
+same, in turns.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ from tersor.methods.rigl import RigL
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.channel_groups import coupled_channels, merged, remove
 from tersor.pruning.topk import masks
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
 
 RESULT = "pruning_costs"
 BATCH, EVERY, ROUNDS, WARM_ROUNDS = 128, 16, 12, 1
 SPARSITY, STEPS = 0.95, 100_000
-"""Of so long a stage that every round lies on its ramp; the start is where half is masked."""
+"""The length of the stage, so long that every round lies on its ramp; it starts where half is masked."""
 METHODS: dict[str, Any] = {
     "weight_pruning": WeightPruning(sparsity=SPARSITY, scope="global", sparsity_schedule="cubic", every=EVERY),
     "dpf": DPF(sparsity=SPARSITY, every=EVERY),
@@ -55,7 +57,7 @@ METHODS: dict[str, Any] = {
 LIMITS = {"dpf": 1.05, "dcil": 2.10, "memory": 2.0, "planning": 0.2}
 PLAIN, AGAIN, MEMORY, PLANNING = "sgd", "sgd, again", "memory", "planning"
 SIDES, PLANNED = (64, 224), 7
-"""Times that a DenseNet-121 is planned and cut, after one that is not counted."""
+"""How often a DenseNet-121 is planned and pruned, after one run that is not counted."""
 
 PRECISION = precision_for(torch.device("cpu"), "auto")
 _PRECISION = "bfloat16" if PRECISION else "float32"
@@ -64,13 +66,13 @@ Step = Callable[[Batch], None]
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    """Over what learns in it."""
+    """Return an optimizer over everything trainable in it."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return torch.optim.SGD(learning, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 def plain() -> Step:
-    """The network's step on the labels."""
+    """Return the network's step on the labels."""
     network = TRAINED["resnet20"].network().train()
     set_layout(network, torch.channels_last)
     optimizer = sgd(network)
@@ -86,10 +88,9 @@ def plain() -> Step:
 
 
 def masked(name: str) -> Step:
-    """The step of a method, with its hooks around it."""
-    attached = METHODS[name].attach(TRAINED["resnet20"].network(), steps=STEPS)
-    for _ in attached.begin():
-        pass
+    """Return the step of a method, with its hooks around it."""
+    attached = METHODS[name].attach(TRAINED["resnet20"].network(), AttachContext(steps=STEPS))
+    attached.begin()
     objective = Objective(attached.model, attached.terms, label_weight=attached.label_weight, autocast=PRECISION)
     set_layout(objective.train(), torch.channels_last)
     optimizer = sgd(objective)
@@ -104,7 +105,7 @@ def masked(name: str) -> Step:
 
 
 def batches() -> Iterator[Batch]:
-    """Augmented images, without end."""
+    """Yield augmented images endlessly."""
     epoch = 0
     source = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=0, augment="crop_flip")
     while True:
@@ -115,7 +116,7 @@ def batches() -> Iterator[Batch]:
 
 
 def measure_time(rounds: int) -> None:
-    """Writes a row for each method."""
+    """Write a row for each method."""
     keep_freed_memory()
     steps = {PLAIN: plain(), AGAIN: plain(), **{name: masked(name) for name in METHODS}}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -138,7 +139,7 @@ def measure_time(rounds: int) -> None:
 
 
 def allocated(work: Callable[[], object]) -> int:
-    """The most bytes that lie on the processor at once while it works, beyond those that lay there before."""
+    """Return the peak of allocated bytes while it works, beyond those allocated before."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
         found = work()
@@ -152,7 +153,7 @@ def allocated(work: Callable[[], object]) -> int:
 
 
 def measure_memory() -> None:
-    """Writes the row of a global threshold."""
+    """Write the row of a global threshold."""
     weights = {name: layer.weight.detach() for name, layer in prunable(TRAINED["resnet56"].network()).items()}
 
     def found() -> object:
@@ -167,21 +168,21 @@ def measure_memory() -> None:
 
 
 def planned(model: nn.Module, image: torch.Tensor) -> None:
-    """Half of the channels of every group go."""
+    """Capture, plan, and remove half of the channels of every group."""
     graph = capture(model)
     groups, _ = coupled_channels(graph, image)
     remove(graph, merged(cut for group in groups for cut in group.cuts(range(len(group.slices) // 2))))
 
 
 def planned_by_torch_pruning(model: nn.Module, image: torch.Tensor) -> None:
-    """Half of the channels of every layer but the last go."""
+    """Remove half of the channels of every layer except the last with torch-pruning."""
     importance = torch_pruning.importance.MagnitudeImportance(p=2)
     options = {"pruning_ratio": 0.5, "ignored_layers": [model.get_submodule("classifier")]}
     torch_pruning.pruner.MagnitudePruner(model, image, importance=importance, **options).step()
 
 
 def measure_planning(pixels: int) -> None:
-    """Writes the row of planning and cutting at one size of images."""
+    """Write the row of planning and pruning at one image size."""
     torch.manual_seed(0)
     model, image = torchvision.models.densenet121().eval(), torch.randn(1, 3, pixels, pixels)
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -200,7 +201,7 @@ def measure_planning(pixels: int) -> None:
 
 
 def show() -> None:
-    """Prints the rows of this machine beside their limits."""
+    """Print the rows of this machine and their limits."""
     over = "over plain SGD, the weights' bytes, torch-pruning"
     table = Table("what", "seconds", over, "p10 to p90", "limit")
     for row in rows.read(RESULT):
@@ -213,11 +214,11 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures all methods side by side, if they are not there, and prints them."""
+    """Measure all methods in one run, if rows are missing, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="measure also what is there")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of 16 steps of each")
+    parser.add_argument("--again", action="store_true", help="measure existing rows again")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of 16 steps for each contender")
     chosen = parser.parse_args()
     if not chosen.table:
         torch.set_num_threads(2)

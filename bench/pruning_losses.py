@@ -1,9 +1,9 @@
-"""Whether `importance: obs` knows what is lost: a trained ResNet-56 without channels, nothing trained.
+"""Compare the loss that `importance: obs` predicts with the measured one, on a trained ResNet-56 without training.
 
-Of one inner layer after the other a half and three quarters of the channels go: what `obs` says is lost by them stands
-beside the KL divergence from the original, mean over 1,024 augmented training images. Then half of all MACs go from all
-inner layers, by each importance and scope. Channels are removed as a user removes them: filters fitted, BatchNorm's
-statistics moved; the last rows let residual branches go before. Of test images nothing is looked at.
+One inner layer at a time loses a half or three quarters of its channels. The row holds the loss predicted by `obs` and
+the KL divergence from the original, the mean over 1,024 augmented training images. Then half of all MACs are removed
+from all inner layers, by each importance and scope. Channels are removed as for a user: filters refitted, BatchNorm
+statistics shifted. The last rows remove residual branches first. No test images are used.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from tersor.methods.channel_pruning import ChannelPruning
 from tersor.pruning.channel_groups import Group
 from tersor.pruning.channel_importance import importances
 from tersor.pruning.channel_selection import removable
+from tersor.training.context import AttachContext
 
 RESULT = "pruning_losses"
 SUBJECT = TRAINED["resnet56"]
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 STREAM = ("*.conv2",)
-"""What writes the residual stream, which stays whole."""
+"""The layers that write the residual stream, which keeps its width."""
 
 GONE = (0.5, 0.75)
 WHOLE = (
@@ -47,33 +48,33 @@ KEEP = 0.502
 
 
 def batches() -> Batches:
-    """What methods look at."""
+    """Return the training batches for the methods."""
     return Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=0)
 
 
 @cache
 def watched() -> tuple[Tensor, ...]:
-    """Augmented training images (256, 3, 32, 32) at a time."""
+    """Return four batches of augmented training images (256, 3, 32, 32)."""
     drawn = Batches(cifar().train, 256, mean=MEAN, std=STD, shuffle=True, seed=7, augment="crop_flip")
     return tuple(batch.images for batch, _ in zip(drawn, range(4), strict=False))
 
 
 @torch.inference_mode()
 def answers(model: nn.Module) -> Tensor:
-    """(1024, 10), logarithms of probabilities."""
+    """Return log-probabilities (1024, 10)."""
     return torch.cat([model(images).log_softmax(1) for images in watched()])
 
 
 @cache
 def original() -> tuple[fx.GraphModule, Tensor]:
-    """Captured, and its answers."""
+    """Return the captured original and its log-probabilities."""
     graph = capture(SUBJECT.network()).eval()
     return graph, answers(graph)
 
 
 @cache
 def said() -> tuple[list[Group], list[Tensor]]:
-    """The inner layers' groups, and what `obs` says of each, lowest first."""
+    """Return the groups of the inner layers, and the losses that `obs` predicts for each, in ascending order."""
     graph, _ = original()
     groups, _ = removable(graph, EXAMPLE, STREAM, "channel_pruning")
     found = importances("obs", graph, groups, data=batches(), images=ChannelPruning.importance_images, seed=0)
@@ -81,9 +82,9 @@ def said() -> tuple[list[Group], list[Tensor]]:
 
 
 def pruned(method: ChannelPruning) -> tuple[float, float]:
-    """KL divergence of what is left from the original, and how many times fewer MACs it has."""
-    attached = method.attach(SUBJECT.network(), data=batches())
-    list(attached.begin())
+    """Return the KL divergence of the pruned network from the original, and the factor by which MACs fell."""
+    attached = method.attach(SUBJECT.network(), AttachContext(data=batches()))
+    attached.begin()
     graph, before = original()
     after = answers(attached.model.eval())
     fewer = costs(graph, EXAMPLE).macs / costs(attached.model, EXAMPLE).macs
@@ -91,7 +92,7 @@ def pruned(method: ChannelPruning) -> tuple[float, float]:
 
 
 def one_layer(number: int, gone: float) -> None:
-    """The row of a layer."""
+    """Write the row of one layer."""
     groups, losses = said()
     group = groups[number]
     identity = {"kind": "layer", "layer": group.root, "gone": gone}
@@ -103,11 +104,11 @@ def one_layer(number: int, gone: float) -> None:
     told = float(losses[number][: round(gone * len(group.slices))].sum())
     numbers = {"divergence": divergence, "said": told, "n": 1, "spread": rows.spread([divergence])}
     rows.add(RESULT, identity, numbers, [0])
-    print(f"{group.root}, {gone:.0%}: {divergence:.4f}, said {told:.4f}", flush=True)
+    print(f"{group.root}, {gone:.0%}: {divergence:.4f}, predicted {told:.4f}", flush=True)
 
 
 def all_layers(importance: str, scope: str, branches: int) -> None:
-    """The row of a removal of half of the MACs, that of so many branches among them."""
+    """Write the row of a removal of half of the MACs, with `branches` residual branches removed first."""
     identity: dict[str, object] = {"kind": "network", "importance": importance, "scope": scope}
     identity |= {"branches": branches} if branches else {}
     if rows.known(RESULT, identity):
@@ -120,20 +121,22 @@ def all_layers(importance: str, scope: str, branches: int) -> None:
 
 
 def fit(logarithms: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Correlation and slope."""
+    """Return correlation and slope."""
     said, seen = zip(*logarithms, strict=True)
     return statistics.correlation(said, seen), statistics.linear_regression(said, seen).slope
 
 
 def show() -> None:
-    """Prints the rows of this machine."""
+    """Print the rows of this machine."""
     here = rows.machine()
     found = [row for row in rows.read(RESULT) if row["machine"] == here]
     layers = [row for row in found if row["kind"] == "layer"]
     console = Console(width=100)
     if len(layers) > 1:
         correlation, slope = fit([(math.log(row["said"]), math.log(row["divergence"])) for row in layers])
-        console.print(f"{len(layers)} prunings of a layer: logarithms correlate {correlation:.2f}, slope {slope:.2f}")
+        console.print(
+            f"{len(layers)} prunings of one layer: correlation of logarithms {correlation:.2f}, slope {slope:.2f}"
+        )
     heads = ("importance", "scope", "branches gone", "KL divergence", "fewer MACs")
     table = Table(*heads, title="all inner layers", title_justify="left")
     for row in [row for row in found if row["kind"] == "network"]:
@@ -143,9 +146,9 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/pruning_losses.json` yet, and prints all of it."""
+    """Measure what `bench/results/pruning_losses.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     if not parser.parse_args().table:
         torch.set_num_threads(2)
         with rows.alone():

@@ -1,8 +1,8 @@
-"""To what multiple of channels a pruned network is rounded: latency at equal MACs in both runtimes.
+"""Compare roundings of the channel count: latency at equal MACs in both runtimes.
 
-A network loses channels until a fraction of its MACs stays, with widths that are a multiple of 1, 4, 8 and 16; all are
-timed in turns with the original. A coarse rounding reaches the fraction less closely, so the row names the MACs really
-left, and what counts is the latency over them: `latency_ratio / macs_ratio`, 1 where what is cut is gained.
+A network loses channels until a fraction of its MACs remains, with widths that are a multiple of 1, 4, 8 and 16. All
+are timed in turns with the original. A coarse rounding meets the fraction less exactly, so the row names the actual
+MACs. The result is latency over MACs, `latency_ratio / macs_ratio`: 1 means that time falls as much as the MACs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import measure_latency
 from tersor.evaluation.session import open_session
 from tersor.methods.channel_pruning import ChannelPruning
+from tersor.training.context import AttachContext
 
 RESULT = "pruning_rounding"
 ROUNDINGS = (1, 4, 8, 16)
@@ -35,13 +36,13 @@ SUBJECTS = TRAINED | IMAGENET
 
 
 def cut(subject: Subject, round_to: int, keep: float) -> nn.Module:
-    """The network with `keep` of its MACs at most, by magnitude; no group below a twentieth, so that 16 can go far."""
+    """Return the network with at most `keep` of its MACs, by magnitude; a twentieth of each group stays."""
     method = ChannelPruning(keep_macs=keep, round_to=round_to, scope="global", floor=0.05)
-    return method.attach(subject.network(), data=[subject.calibration(0)]).model.eval()
+    return method.attach(subject.network(), AttachContext(data=[subject.calibration(0)])).model.eval()
 
 
 def measure(subject: Subject, runtime: Runtime, keep: float, batch: int, seconds: float) -> None:
-    """A row for each rounding, all timed in one run."""
+    """Write a row for each rounding, all timed in one run."""
     what = {"model": subject.name, "runtime": runtime, "keep_macs": keep, "batch": batch, "versions": tables.versions()}
     identities = {rounding: {"round_to": rounding, **what} for rounding in ROUNDINGS}
     if all(rows.known(RESULT, identity) for identity in identities.values()):
@@ -73,7 +74,7 @@ def measure(subject: Subject, runtime: Runtime, keep: float, batch: int, seconds
 
 
 def show() -> None:
-    """Prints the rows of this machine."""
+    """Print the rows of this machine."""
     here = rows.machine()
     heads = ("model", "runtime", "batch", "multiple of", "ms")
     heads += ("of the time (95 % interval)", "of the MACs", "time / MACs")
@@ -87,15 +88,15 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/pruning_rounding.json` yet, and prints all of it."""
+    """Measure what `bench/results/pruning_rounding.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet56"], choices=SUBJECTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument(
-        "--keep", type=float, default=0.6, help="fraction of the MACs; 16 can reach no less in a ResNet-56"
+        "--keep", type=float, default=0.6, help="fraction of the MACs; with multiples of 16 a ResNet-56 cannot go lower"
     )
-    parser.add_argument("--seconds", type=float, default=20, help="at most, for a runtime and batch size")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--seconds", type=float, default=20, help="time limit per runtime and batch size")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         torch.set_num_threads(2)

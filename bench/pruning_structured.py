@@ -1,23 +1,25 @@
-"""Channels removed from a trained ResNet-56: tersor, torch-pruning's own pruner and controls, at equal MACs.
+"""Remove channels from a trained ResNet-56: tersor, torch-pruning's pruner and controls, at equal MACs.
 
-Everyone gets the same network, images, augmentation, optimizer and schedule as `compress.py`, and the same minutes of
-training: the seconds of a step are measured first, interleaved, and whoever has the cheaper step takes more of them. A
-contender counts only where it has as many times fewer MACs as asked, to 2 %; the row names what it really has. The
-accuracy is that of float32 on all 10,000 test images after the last step, and never the best one on the way. Latency is
-that of the float network in both runtimes, interleaved in one run; below 1 tersor is faster. Rows of a learning rate of
-0.005 were made when it had been chosen on validation images; rows that name none are of the recipe's, and of tersor
-before it fitted the filters behind what it removes; rows that name no removal are by magnitude, the same fraction of
-every layer, and those by `obs, global` are without branches that go whole.
+All contenders get the same network, images, augmentation, optimizer and schedule as in `compress.py`, and the same
+minutes of training: the seconds per step are measured first, interleaved, and a contender with a cheaper step takes
+more steps. A contender counts only if its MACs fell by the requested factor, to 2 %; the row names the actual factor.
+The accuracy is float32 on all 10,000 test images after the last step, never the best on the way. Latency is that of the
+float network in both runtimes, interleaved in one run; below 1 tersor is faster.
 
-What was trained lies in a folder beside the images, named by its steps. So the steps that a machine can take in the
-minutes may be taken on a faster one, and the folder be brought back: the row says where it was trained.
+Older rows differ in three ways. Rows with a learning rate of 0.005 were made when it had been chosen on validation
+images. Rows that name no rate have the recipe's, and those of tersor were made before it refitted the filters after a
+removal. Rows that name no removal are by magnitude, the same fraction of every layer; those by `obs, global` remove no
+branches.
 
-    tersor, taught            half of the MACs by what is lost for each, the network as it came in teaches (the recipe)
-    tersor                    the same on the labels alone
-    torch-pruning             its MagnitudePruner, kept to the inner channels by hand, on the labels
-    torch-pruning, taught     the same under tersor's teacher
-    from scratch              the shape that tersor leaves, its weights drawn anew, on the labels
-    resnet20, distilled       the trained ResNet-20 taught by the ResNet-56
+Trained networks are stored in a folder beside the images, named by their steps. So the steps that a machine can take in
+the minutes may be taken on a faster one, and the folder copied back: the row says where it was trained.
+
+    tersor, taught            half of the MACs, by output error per MAC, the original as the teacher (the recipe)
+    tersor                    the same with labels only
+    torch-pruning             its MagnitudePruner, restricted to the inner channels by hand, labels only
+    torch-pruning, taught     the same with tersor's teacher
+    from scratch              the shape of tersor's result with new weights, labels only
+    resnet20, distilled       the trained ResNet-20 with the ResNet-56 as its teacher
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from tersor.evaluation.latency import measure_latency
 from tersor.evaluation.session import open_session
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.loop import fit, steps_per_epoch
 from tersor.training.method import Method, chain
 from tersor.training.options import Training
@@ -58,33 +61,37 @@ OURS = "tersor, taught"
 TIMES = (2.0, 2.6)
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 NEARLY = 1.02
-"""So many times the MACs that were asked still count: widths come in blocks."""
+"""The factor by which MACs may exceed the request and still count: widths come in blocks."""
 
 ROUND_TO = {2.0: 8, 2.6: 2}
-"""Channels that stay are a multiple of it. At 2.6 times fewer MACs and after 300 steps on the labels, networks with
-multiples of 8, 4 and 2 answer 88.2, 88.6 and 90.3 % of the validation images right: layers of 16 channels have little
-to choose from."""
+"""Channels are rounded to a multiple of it.
+
+At 2.6 times fewer MACs and after 300 steps with labels only, networks with multiples of 8, 4 and 2 classify 88.2, 88.6
+and 90.3 % of the validation images correctly: layers of 16 channels offer few choices.
+"""
 
 
 def methods(times: float) -> list[Method]:
-    """The recipe's, for so many times fewer MACs: removal, then what the teacher says."""
+    """Return the recipe's methods for that many times fewer MACs: removal, then the teacher's losses."""
     removal, *taught = compress.stage().methods
     assert isinstance(removal, ChannelPruning)
     return [dataclasses.replace(removal, keep_macs=1 / times, round_to=ROUND_TO[times]), *taught]
 
 
 def attached(chosen: Sequence[Method], model: nn.Module, seed: int, steps: int) -> Attachment:
-    """The methods, begun."""
+    """Attach the methods and run `begin`."""
     calm = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=seed)
-    found = chain(chosen, model, data=calm, teacher=SUBJECT.network(), steps=steps)
-    list(found.begin())
+    found = chain(chosen, model, AttachContext(data=calm, teacher=SUBJECT.network()), steps=steps)
+    found.begin()
     return found
 
 
 @cache
 def of_torch_pruning(times: float) -> tuple[float, int]:
-    """Ratio and rounding with which torch-pruning comes to the MACs: the coarsest rounding, for its latency, that comes
-    within 5 % of them, or else the nearest. Half of all inner channels, in multiples of 8, make it 1.98 times fewer.
+    """Return the ratio and rounding with which torch-pruning reaches the MACs.
+
+    The coarsest rounding within 5 % of them is used, for its latency, or else the nearest. Half of all inner channels,
+    in multiples of 8, give 1.98 times fewer.
     """
     wanted = costs(SUBJECT.network(), EXAMPLE).macs / times
     found: list[tuple[int, float, int]] = []
@@ -100,7 +107,7 @@ def of_torch_pruning(times: float) -> tuple[float, int]:
 
 
 def from_scratch(times: float, seed: int) -> nn.Module:
-    """tersor's shape; every layer draws its weights anew."""
+    """Return tersor's shape with new weights in every layer."""
     model = attached(methods(times)[:1], SUBJECT.network(), seed, 0).model
     torch.manual_seed(seed)
     for module in model.modules():
@@ -111,14 +118,14 @@ def from_scratch(times: float, seed: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Contender:
-    """Who makes something of the ResNet-56.
+    """A way to prune the ResNet-56.
 
     Attributes:
-        name: how the rows call it.
-        begun: times fewer MACs, seed and steps -> what is trained.
-        taught: whether by the ResNet-56.
-        learning_rate: the highest; None is the recipe's.
-        removal: whether tersor removes, by the importance and in the scope that the recipe says and the rows name.
+        name: its name in the rows.
+        begun: function of the factor, seed and steps that returns what is trained.
+        taught: whether the ResNet-56 is the teacher.
+        learning_rate: the highest rate; None is the recipe's.
+        removal: whether tersor removes channels, with the recipe's importance and scope, which the rows name.
     """
 
     name: str
@@ -128,7 +135,7 @@ class Contender:
     removal: bool = False
 
     def training(self) -> Training:
-        """As the recipe's stage."""
+        """Return the recipe's training options."""
         stage = compress.stage()
         if self.learning_rate is None:
             return stage
@@ -136,7 +143,7 @@ class Contender:
         return stage.model_copy(update={"optimizer": optimizer})
 
     def told(self) -> dict[str, str]:
-        """What identifies its rows beside the name."""
+        """Return what identifies its rows besides the name."""
         removal = methods(2.0)[0]
         assert isinstance(removal, ChannelPruning)
         return (
@@ -184,7 +191,7 @@ CONTENDERS = {
 
 
 def trained(contender: Contender, times: float, seed: int, steps: int) -> tuple[nn.Module, float]:
-    """What is left after so many steps, and the seconds that they took."""
+    """Return the network after so many steps, and the seconds they took."""
     begun = contender.begun(times, seed, steps)
     teacher = SUBJECT.network() if contender.taught else None
     fitted = fit(begun, compress.batches(seed), contender.training(), steps=steps, teacher=teacher, seed=seed)
@@ -193,7 +200,7 @@ def trained(contender: Contender, times: float, seed: int, steps: int) -> tuple[
 
 
 def pace(times: float) -> dict[str, float]:
-    """Seconds of a step of each, measured once on this machine."""
+    """Return the seconds per step of each contender, measured once on this machine."""
     identities = {name: {"kind": "pace", "contender": name, "times": times} for name in CONTENDERS}
     if not all(rows.known(RESULT, identity) for identity in identities.values()):
         seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
@@ -203,14 +210,14 @@ def pace(times: float) -> dict[str, float]:
         for name, identity in identities.items():
             numbers = {"seconds_a_step": statistics.median(seconds[name]), "n": compress.PACE_ROUNDS}
             rows.add(RESULT, identity, {**numbers, "spread": rows.spread(seconds[name])}, [0])
-            print(f"{name}, {times} times fewer: {numbers['seconds_a_step']:.3f} s a step", flush=True)
+            print(f"{name}, {times} times fewer: {numbers['seconds_a_step']:.3f} s per step", flush=True)
     here = rows.machine()
     found = [row for row in rows.read(RESULT) if row["kind"] == "pace" and row["machine"] == here]
     return {row["contender"]: row["seconds_a_step"] for row in found if row["times"] == times}
 
 
 def made(contender: Contender, times: float, seed: int, steps: int) -> Path:
-    """A folder with the float network as ONNX and what was seen while training; made if it is not there."""
+    """Return a folder with the float network as ONNX and the training record; create it if it is missing."""
     name = contender.name.replace(", ", "-").replace(" ", "-")
     rate = contender.training().optimizer.learning_rate
     removal = "".join(f"-{each.replace(', ', '-')}" for each in contender.told().values())
@@ -234,12 +241,12 @@ def made(contender: Contender, times: float, seed: int, steps: int) -> Path:
 
 @cache
 def accuracy_of_the_original() -> float:
-    """Percent of the test set."""
+    """Return the original's test accuracy in percent."""
     return accuracy(SUBJECT.network(), Batches(cifar().test, 500, mean=MEAN, std=STD))
 
 
 def report_accuracy(contender: Contender, times: float, seed: int, steps: int, budget: str) -> Path:
-    """The row of one training; the folder that it left."""
+    """Write the row of one training; return its folder."""
     path = made(contender, times, seed, steps)
     identity = {"kind": "accuracy", "contender": contender.name, "times": times, "budget": budget, "seed": seed}
     identity |= {"steps": steps, "learning_rate": contender.training().optimizer.learning_rate}
@@ -254,7 +261,7 @@ def report_accuracy(contender: Contender, times: float, seed: int, steps: int, b
 
 
 def report_latency(folders: dict[str, Path], times: float, batch: int, seconds: float) -> None:
-    """Milliseconds of each, and tersor's against each, in one interleaved run for each runtime."""
+    """Write milliseconds for each, and tersor's ratio to each, from one interleaved run per runtime."""
     for runtime in RUNTIMES:
         what = {"times": times, "runtime": runtime, "batch": batch, "versions": tables.versions()}
         what |= CONTENDERS[OURS].told()
@@ -285,7 +292,7 @@ def report_latency(folders: dict[str, Path], times: float, batch: int, seconds: 
 
 
 def measure(seeds: Sequence[int], minutes: float, epochs: int, seconds: float) -> None:
-    """Everyone at 2.0 and one seed at 2.6 for equal minutes; tersor, taught, for `epochs`; latency of all."""
+    """Train all at 2.0 and one seed at 2.6 for equal minutes, and tersor with its teacher for `epochs`; time all."""
     for times in TIMES:
         step, folders = pace(times), dict[str, Path]()
         for seed in seeds if times == TIMES[0] else seeds[:1]:
@@ -301,7 +308,7 @@ def measure(seeds: Sequence[int], minutes: float, epochs: int, seconds: float) -
 
 
 def show() -> None:
-    """Prints the rows of this machine."""
+    """Print the rows of this machine."""
     here = rows.machine()
     found = [row for row in rows.read(RESULT) if row["machine"] == here]
     heads = ("contender", "removal", "asked", "fewer MACs", "budget", "seed", "steps", "rate", "on", "right", "lost")
@@ -325,13 +332,15 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/pruning_structured.json` yet, and prints all of it."""
+    """Measure what `bench/results/pruning_structured.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--minutes", type=float, default=10, help="of training for everyone")
-    parser.add_argument("--epochs", type=int, default=20, help="of tersor, taught, beside; 0 leaves it out")
-    parser.add_argument("--seconds", type=float, default=20, help="at most, for a runtime and batch size")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--minutes", type=float, default=10, help="training time of every contender")
+    parser.add_argument(
+        "--epochs", type=int, default=20, help="epochs of the extra row of `tersor, taught`; 0 omits it"
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="time limit per runtime and batch size")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         torch.set_num_threads(2)

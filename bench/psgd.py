@@ -1,12 +1,13 @@
-"""PSGD: weights that a grid finds where they are. A trained ResNet-20 trains on by SGD, and by PSGD for a grid.
+"""Train a trained ResNet-20 further with SGD and with PSGD for a grid, then round its weights.
 
-5 epochs on all training images, equal steps and schedule for every row. Afterwards the weights are rounded on the
-fly, with one grid for a layer and its largest weight at the end, and nothing after: no calibration, no rounding that is
-learned. Activations stay in float. `constant` is the control: gradients as much larger, whatever the position. The mean
-scale is the best of three on the validation images at 4 bits, with one seed; the test set only reports.
+5 epochs on all training images, equal steps and schedule for every row. Afterwards the weights are rounded directly,
+with one grid per layer whose end is the largest weight, and without correction: no calibration, no learned rounding.
+Activations stay in float. `constant` is the control: gradients scaled as much on average, independently of the
+position. The mean scale is the best of three on the validation images at 4 bits, with one seed; the test set is used
+for reporting only.
 
-Beside it: `adaround` laid on what SGD and PSGD have trained, with one grid for a layer and activations of 8 bits; and
-PSGD towards zero, of whose weights nine tenths then go at once, by one threshold and without fine-tuning.
+In addition: `adaround` on the networks trained with SGD and PSGD, with one grid per layer and 8-bit activations; and
+PSGD towards zero, whose weights are then masked by nine tenths at once, with one threshold and without fine-tuning.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tersor.methods.adaround import AdaRound
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.quantization.grid import Grid, to_integers
 from tersor.quantization.observers import weight_grid
+from tersor.training.context import AttachContext
 from tersor.training.method import Method
 
 RESULT = "psgd"
@@ -46,7 +48,7 @@ Numbers = dict[str, Any]
 
 @torch.no_grad()
 def rounded(model: nn.Module, bits: int) -> nn.Module:
-    """A copy whose weights lie on one grid for each layer; below 4 bits first and last have 8, as in the paper."""
+    """Return a copy with one grid per layer; below 4 bits the first and last layer have 8, as in the paper."""
     copied = copy.deepcopy(model)
     layers = weighted_layers(copied)
     ends = {next(iter(layers)), list(layers)[-1]}
@@ -58,11 +60,10 @@ def rounded(model: nn.Module, bits: int) -> nn.Module:
 
 
 def laid(model: nn.Module, method: Method) -> nn.Module:
-    """A copy with a method that needs no training."""
+    """Return a copy with a method that needs no training."""
     images = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=0)
-    attached = method.attach(copy.deepcopy(model), data=images, target=Target(cpu="vnni"))
-    for _ in attached.begin():
-        pass
+    attached = method.attach(copy.deepcopy(model), AttachContext(data=images, target=Target(cpu="vnni")))
+    attached.begin()
     return attached.model
 
 
@@ -72,7 +73,7 @@ AFTERWARDS: dict[str, Method] = {
     "90 % pruned": WeightPruning(sparsity=0.9, scope="global"),
 }
 LAID = {"sgd": [*AFTERWARDS], "psgd, 4 bits": ["adaround at 4", "adaround at 3"], "psgd, zero": ["90 % pruned"]}
-"""What is laid on whose weights, with the first seed."""
+"""The methods that are attached after training, by contender; first seed only."""
 
 
 @cache
@@ -82,20 +83,20 @@ def _batches(which: str) -> Batches:
 
 
 def trained(methods: list[Numbers], seed: int) -> tuple[nn.Module, Numbers]:
-    """The network after the last epoch, and what its stage told."""
+    """Return the network after the last epoch, and the metrics of its stage."""
     stage = {"epochs": EPOCHS, "optimizer": {"learning_rate": RATE}, "methods": methods}
-    walk, told = training.walked(training.recipe(stage, seed=seed), RESULT)
-    return walk.model, told
+    experiment, told = training.walked(training.recipe(stage, seed=seed), RESULT)
+    return experiment.model, told
 
 
 def drawn(bits: int, scale: float, **other: str) -> list[Numbers]:
-    """PSGD for a grid of so many bits, or its control, or towards zero."""
+    """Return PSGD for a grid of so many bits, its control, or PSGD towards zero."""
     return [{"psgd": {"bits": bits, "per_channel": False, "mean_scale": scale, **other}}]
 
 
 @torch.no_grad()
 def measured(model: nn.Module, told: Numbers) -> Numbers:
-    """Accuracy in float and at every width; how many weights rounding makes zero, and how far it moves them."""
+    """Return the accuracy in float and at every width, the fraction rounded to zero, and the mean rounding distance."""
     layers = weighted_layers(model)
     total = sum(layer.weight.numel() for layer in layers.values())
     found: Numbers = {"float": accuracy(model, _batches("test")), "precision": told["precision"], "n": 1}
@@ -109,13 +110,13 @@ def measured(model: nn.Module, told: Numbers) -> Numbers:
 
 
 def laid_afterwards(name: str, model: nn.Module, seed: int) -> Numbers:
-    """Accuracy with what is laid on the weights of this contender."""
+    """Return the accuracy after each method that is attached to this contender's weights."""
     wanted = LAID.get(name, []) if seed == SEEDS[0] else []
     return {each: accuracy(laid(model, AFTERWARDS[each]), _batches("test")) for each in wanted}
 
 
 def chosen_scale() -> float:
-    """Of the mean scales the one whose network answers best on validation images at 4 bits."""
+    """Return the mean scale whose network is best on the validation images at 4 bits."""
     reached: dict[float, float] = {}
     for scale in SCALES:
         identity = {"kind": "scale", "bits": CHOSEN_AT, "mean_scale": scale, "epochs": EPOCHS}
@@ -133,7 +134,7 @@ def chosen_scale() -> float:
 
 
 def contenders(scale: float) -> dict[str, tuple[list[Numbers], tuple[int, ...]]]:
-    """Name -> methods, and seeds."""
+    """Return methods and seeds by name."""
     return {
         "sgd": ([], SEEDS),
         "psgd, 4 bits": (drawn(4, scale), SEEDS),
@@ -144,7 +145,7 @@ def contenders(scale: float) -> dict[str, tuple[list[Numbers], tuple[int, ...]]]
 
 
 def show() -> None:
-    """Prints the rows: the mean over the seeds."""
+    """Print the rows: the mean over the seeds."""
     table = Table("trained by", "float", *(f"{bits} bits" for bits in WIDTHS), "zeros at 4", "seeds", title="ResNet-20")
     found = [row for row in rows.read(RESULT) if row["kind"] == "accuracy"]
     for name in dict.fromkeys(row["contender"] for row in found):
@@ -161,9 +162,9 @@ def show() -> None:
 
 
 def main() -> None:
-    """Trains what is not in `bench/results/psgd.json` yet, and prints all of it."""
+    """Train what `bench/results/psgd.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     if not parser.parse_args().table:
         with rows.alone():
             scale = chosen_scale()

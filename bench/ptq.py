@@ -1,9 +1,9 @@
-"""Post-training quantization side by side with the peers: accuracy, size, time to make, latency, in one run.
+"""Compare post-training quantization with the peers: accuracy, size, time to make, latency, in one run.
 
-Every artifact is made from the same network and the same calibration images, ten draws of them, and answers all
-10,000 test images in the runtime that will serve it. Three draws do not tell a tenth of a percent: between two draws a
-network moves by more. Latency is that of the first draw, interleaved: a ratio compares times of the same round, below 1
-the first is faster; the same file against itself is the noise floor.
+Every artifact is made from the same network and the same calibration images, ten draws of them, and classifies all
+10,000 test images in the runtime it is made for. Three draws cannot resolve a tenth of a percent: draws differ by more.
+Latency is that of the first draw, interleaved: a ratio compares times of the same round, and below 1 the first is
+faster. The same file against itself is the noise floor.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from tersor.deploy.onnx import export
 from tersor.evaluation.latency import measure_latency, predictions, size_bytes
 from tersor.evaluation.session import Array, Session, open_session
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 
 RESULT = "ptq"
-FOLDER = tempfile.TemporaryDirectory(prefix="tersor-ptq-")  # goes with the process
+FOLDER = tempfile.TemporaryDirectory(prefix="tersor-ptq-")  # removed when the process ends
 
 
 @dataclass(frozen=True)
 class Made:
-    """A file, and the seconds that it took: to calibrate, and all in all from the network in torch."""
+    """A file and the seconds it took: for calibration, and in total from the network in torch."""
 
     path: Path
     calibration: float
@@ -47,7 +48,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Contender:
-    """An artifact in a runtime; `precision` is the one asked for what the file does not quantize."""
+    """An artifact in a runtime; `precision` is the one requested for operators that are not quantized."""
 
     artifact: str
     runtime: str
@@ -55,7 +56,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """The artifact; FP32 in OpenVINO's own precision, which costs nothing, has a name of its own."""
+        """Return the label; FP32 in OpenVINO's default precision, which costs nothing, has its own."""
         return tables.DEFAULT_PRECISION if self.artifact == "fp32" and self.precision is None else self.artifact
 
 
@@ -72,11 +73,11 @@ FLOAT = (
 
 
 def made_by_tersor(subject: Subject, runtime: Any, images: Tensor, path: Path) -> Made:
-    """As a user writes it."""
+    """Quantize as a user would."""
     model = subject.network()
     start = time.perf_counter()
-    attached = PTQ().attach(model, data=images.split(50), target=Target(runtime=runtime))
-    list(attached.begin())
+    attached = PTQ().attach(model, AttachContext(data=images.split(50), target=Target(runtime=runtime)))
+    attached.begin()
     calibrated = time.perf_counter()
     export(attached.model, images, path)
     return Made(path, calibrated - start, time.perf_counter() - start)
@@ -84,7 +85,7 @@ def made_by_tersor(subject: Subject, runtime: Any, images: Tensor, path: Path) -
 
 @cache
 def made(subject: Subject, artifact: str, seed: int) -> Made:
-    """Makes the artifact, once in this process."""
+    """Make the artifact, once in this process."""
     path = Path(FOLDER.name) / f"{subject.name}-{artifact.replace(', ', '-').replace(' ', '-')}-{seed}.onnx"
     images = subject.calibration(seed)
     if artifact == "fp32":
@@ -104,25 +105,25 @@ def made(subject: Subject, artifact: str, seed: int) -> Made:
 
 @cache
 def test_set() -> tuple[list[Array], Array]:
-    """Images (500, 3, 32, 32) at a time, and all labels."""
+    """Return batches of images (500, 3, 32, 32), and all labels."""
     images = cifar().test
     return [batch.numpy() for batch in normalised(images)], images.labels.numpy()
 
 
 @cache
 def answers(subject: Subject, contender: Contender, seed: int) -> tuple[Array, str]:
-    """Classes of all test images, and the precision that was executed."""
+    """Return the predicted classes of all test images, and the precision in use."""
     session = opened(subject, contender, seed)
     return predictions(session, test_set()[0]), session.precision
 
 
 def opened(subject: Subject, contender: Contender, seed: int = 0) -> Session:
-    """A new session."""
+    """Return a new session."""
     return open_session(made(subject, contender.artifact, seed).path, contender.runtime, precision=contender.precision)
 
 
 def report_accuracy(subject: Subject, contender: Contender, draws: int, *, again: bool) -> None:
-    """Writes the row of one artifact in one runtime, over as many draws of calibration images."""
+    """Write the row of one artifact in one runtime, over several draws of calibration images."""
     quantized = contender.artifact != "fp32"
     calibration = len(subject.calibration(0)) if quantized else 0
     identity = {
@@ -159,12 +160,13 @@ def report_accuracy(subject: Subject, contender: Contender, draws: int, *, again
 
 
 def report_latency(subject: Subject, runtime: str, batch: int, seconds: float, *, again: bool) -> None:
-    """Writes the rows of one runtime and batch size: milliseconds of each, and ours against each."""
+    """Write the rows of one runtime and batch size: milliseconds of each, and tersor's ratio to each."""
     ours = f"tersor for {runtime}"
     entrants = [
         contender
         for contender in (*FLOAT, *QUANTIZED)
-        if contender.runtime == runtime and contender.artifact != "quantize_static, 7 bits"  # other weights, same work
+        if contender.runtime == runtime
+        and contender.artifact != "quantize_static, 7 bits"  # different weights, same computation
     ]
     what = {"model": subject.name, "runtime": runtime, "batch": batch, "versions": tables.versions()}
     pairs = [(ours, entrant.label) for entrant in entrants if entrant.label != ours] + [(ours, f"{ours}, again")]
@@ -191,7 +193,7 @@ def report_latency(subject: Subject, runtime: str, batch: int, seconds: float, *
 
 
 def measure(subject: Subject, draws: int, batches: Sequence[int] | None, seconds: float, again: str | None) -> None:
-    """All that is asked of one network."""
+    """Measure everything for one network."""
     for contender in (*FLOAT, *QUANTIZED) if subject.trained else ():
         report_accuracy(subject, contender, draws, again=again == "all")
     for runtime in ("onnxruntime", "openvino"):
@@ -200,15 +202,15 @@ def measure(subject: Subject, draws: int, batches: Sequence[int] | None, seconds
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/ptq.json` yet, and prints all of it."""
+    """Measure what `bench/results/ptq.json` does not have yet, and print all of it."""
     known = TRAINED | IMAGENET
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(known), choices=list(known))
-    parser.add_argument("--draws", type=int, default=10, help="of calibration images; their seeds count from 0")
-    parser.add_argument("--batches", nargs="+", type=int, help="1 32 128 by default; 1 32 at 224 pixels")
-    parser.add_argument("--seconds", type=float, default=15, help="at most, for a network, runtime and batch size")
-    parser.add_argument("--again", choices=["all", "latency"], help="measure also what is there")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--draws", type=int, default=10, help="draws of calibration images; seeds from 0")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 32 128, or 1 32 at 224 pixels")
+    parser.add_argument("--seconds", type=float, default=15, help="time limit per network, runtime and batch size")
+    parser.add_argument("--again", choices=["all", "latency"], help="measure existing rows again")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         torch.set_num_threads(2)

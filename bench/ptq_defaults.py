@@ -1,8 +1,8 @@
-"""Which ranges PTQ should take by default: chosen on training images not calibrated with, never on test images.
+"""Choose the default ranges of PTQ on training images that were not used for calibration, never on test images.
 
 For each option, placement and draw of calibration images: the mean squared difference of the logits from FP32, relative
-to their mean square, and the percent of FP32's answers kept. Computed in torch, where a quantizer rounds as the runtime
-does. At few bits also what corrections do.
+to their mean square, and the prediction agreement with FP32 in percent. Computed in torch, where a quantizer rounds
+like the runtime. At few bits also the effect of corrections.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from images import MEAN, STD, TRAINED, Subject, cifar
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 
 RESULT = "ptq_defaults"
 SEEDS = (0, 1, 2)
@@ -58,33 +59,33 @@ FEW_BITS: tuple[dict[str, Any], ...] = tuple(
 
 @cache
 def held_out(count: int) -> tuple[Tensor, ...]:
-    """Training images that are set apart, (250, 3, 32, 32) at a time; the set is stratified, its order is not."""
+    """Return batches of held-out training images (250, 3, 32, 32). The set is stratified, its order is not."""
     drawn = Batches(cifar().validation, 250, mean=MEAN, std=STD, shuffle=True, seed=0)
     return tuple(batch.images for batch, _ in zip(drawn, range(count // 250), strict=False))
 
 
 @torch.inference_mode()
 def logits(model: nn.Module, count: int) -> Tensor:
-    """(count, 10)."""
+    """Return logits (count, 10)."""
     return torch.cat([model(images) for images in held_out(count)])
 
 
 @cache
 def reference(subject: Subject, count: int) -> Tensor:
-    """Logits of FP32."""
+    """Return the logits of FP32."""
     return logits(subject.network(), count)
 
 
 def quantized(subject: Subject, runtime: Any, option: dict[str, Any], seed: int) -> nn.Module:
-    """Calibrated with as many images as the option says, or the default."""
+    """Return the network calibrated with as many images as the option says, or the default."""
     images = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=seed)
-    attached = PTQ(**option).attach(subject.network(), data=images, target=Target(runtime=runtime))
-    list(attached.begin())
+    attached = PTQ(**option).attach(subject.network(), AttachContext(data=images, target=Target(runtime=runtime)))
+    attached.begin()
     return attached.model
 
 
 def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -> None:
-    """Writes one row."""
+    """Write one row."""
     filled = {key: getattr(PTQ(**option), key) for key in ("weight_range", "activation_range", "calibration_images")}
     told = {key: option[key] for key in option if key not in filled}
     identity = {"model": subject.name, "runtime": runtime, **filled, **told, "held_out_images": count}
@@ -110,7 +111,7 @@ def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -
 
 
 def show() -> None:
-    """Prints the rows, best first."""
+    """Print the rows, best first."""
     found = rows.read(RESULT)
     table = Table(
         "network", "placement", "bits", "activations", "weights", "and", "images", "error", "draws", "agreement"
@@ -130,11 +131,11 @@ def _bits(row: rows.Row) -> str:
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/ptq_defaults.json` yet, and prints all of it."""
+    """Measure what `bench/results/ptq_defaults.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(TRAINED), choices=list(TRAINED))
-    parser.add_argument("--only", choices=["eight bits", "few bits"], help="both by default")
-    parser.add_argument("--images", type=int, default=1000, help="that are judged, at most 5,000")
+    parser.add_argument("--only", choices=["eight bits", "few bits"], help="default: both")
+    parser.add_argument("--images", type=int, default=1000, help="images to evaluate, at most 5,000")
     chosen = parser.parse_args()
     with rows.alone():
         for option in OPTIONS if chosen.only != "few bits" else ():

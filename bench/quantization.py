@@ -1,14 +1,14 @@
-"""Fewer bits, rung by rung: what each way to quantize a trained ResNet-20 keeps of its accuracy.
+"""Measure the accuracy of a trained ResNet-20 at few bits, method by method.
 
     ladder     post-training quantization, from min-max to QDrop, at few bits: three draws of 512 calibration images;
-               beside it torchao (PT2E) and Brevitas, from the same images
-    trained    4 epochs on the grids: qat and lsq, beside ptq, at equal bits; and from scratch
-    packed     a ResNet-56 with weights of 4 bits beside one of 8: bytes, and latency in both runtimes
-    depthwise  torchvision's MobileNetV2, trained for 15 epochs, in 8 bits, answered by both runtimes
+               also torchao (PT2E) and Brevitas, with the same images
+    trained    quantization-aware training for 4 epochs: qat and lsq, also ptq, at equal bits; and from scratch
+    packed     a ResNet-56 with 4-bit weights and with 8-bit weights: bytes, and latency in both runtimes
+    depthwise  torchvision's MobileNetV2, trained for 15 epochs, in 8 bits, in both runtimes
 
-Accuracy is on the test set, after the last step, computed in torch, and of what tersor makes also in ONNX Runtime from
-the exported file. Of the ladder newer rows also have the KL divergence from the network in float on the same images,
-which hangs less on which of them fall on the right side. What a row does not ask for is the method's default; defaults
+Accuracy is on the test set after the last step, computed in torch, and for tersor also in ONNX Runtime from the
+exported file. Newer rows of the ladder also have the KL divergence from the float network on the same images, which
+depends less on which test images were drawn. A parameter that a row does not name has the method's default; defaults
 were chosen on validation images, never here.
 """
 
@@ -44,6 +44,7 @@ from tersor.evaluation.session import open_session
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 from tersor.training.method import Method
 
 RESULT = "quantization"
@@ -51,7 +52,7 @@ SEEDS = (0, 1, 2)
 WIDTHS = ((4, 8), (4, 4), (3, 8), (2, 8))
 """Bits of the weights and of the activations; the first and the last layer have 8."""
 TRAINED_WIDTH, BESIDE = (2, 2), ("min-max", "+ spread correction", "adaround", "qdrop")
-"""Where training on the grid has a row and the ladder has none: its rungs there, of one draw."""
+"""Widths of quantization-aware training that the ladder lacks: its methods there, with one draw."""
 EPOCHS = 4
 PARTS = ("packed", "ladder", "trained", "depthwise")
 MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax", "variance_correction": False}
@@ -85,7 +86,7 @@ RUNGS = (
     "brecq",
     "qdrop",
 )
-"""From the bottom of the ladder to its top; what else is in it stands beside."""
+"""The ladder from bottom to top; other entries are for comparison."""
 
 TRAINING: dict[str, dict[str, Any]] = {
     **{
@@ -116,18 +117,18 @@ def _test() -> Batches:
 
 @torch.no_grad()
 def _answers(model: nn.Module) -> Tensor:
-    """Logits of the test set (10000, 10) in torch; what PT2E gives has no `eval`."""
+    """Return the logits of the test set (10000, 10) in torch; networks of PT2E have no `eval`."""
     return torch.cat([model(batch.images.contiguous()) for batch in _test()])
 
 
 @cache
 def _in_float() -> Tensor:
-    """Logarithms of the probabilities that the network gives as it came, (10000, 10)."""
+    """Return the original network's log-probabilities (10000, 10)."""
     return _answers(TRAINED["resnet20"].network()).log_softmax(1)
 
 
 def _by_runtime(model: nn.Module, runtime: Any = "onnxruntime") -> float:
-    """Percent of the test set that the runtime answers right from the exported file."""
+    """Return the test accuracy of the exported file in the runtime, in percent."""
     images, labels = normalised(cifar().test), cifar().test.labels.numpy()
     with tempfile.TemporaryDirectory() as made:
         session = open_session(export(model, images[0], Path(made) / "model.onnx"), runtime)
@@ -135,7 +136,7 @@ def _by_runtime(model: nn.Module, runtime: Any = "onnxruntime") -> float:
 
 
 def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
-    """Writes the row of one rung, width and draw of calibration images."""
+    """Write the row of one method, width and draw of calibration images."""
     identity = {"kind": "ladder", "rung": rung, "bits": bits, "activation_bits": activation_bits, "seed": seed}
     if rows.known(RESULT, identity, anywhere=True):
         return
@@ -147,9 +148,10 @@ def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
         model = PEERS[rung](network, drawn, bits, activation_bits)
     else:
         network.to("cuda" if torch.cuda.is_available() else "cpu")
-        attached = LADDER[rung](bits, activation_bits).attach(network, data=images, target=Target(cpu="vnni"))
-        for _ in attached.begin():
-            pass
+        attached = LADDER[rung](bits, activation_bits).attach(
+            network, AttachContext(data=images, target=Target(cpu="vnni"))
+        )
+        attached.begin()
         model = attached.model.cpu()
     seconds = time.perf_counter() - begun
     answers, before = _answers(model), _in_float()
@@ -166,7 +168,7 @@ def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
 
 
 def trained(name: str, *, again: bool) -> None:
-    """Writes the row of one training; `again`: also where only another machine has one."""
+    """Write the row of one training; `again`: also if only another machine has one."""
     identity = {"kind": "trained", "contender": name, "epochs": EPOCHS}
     if rows.known(RESULT, identity, anywhere=not again):
         return
@@ -178,28 +180,29 @@ def trained(name: str, *, again: bool) -> None:
     }
     teacher = "original" if any("soft_targets" in each for each in wanted["methods"]) else None
     given = training.recipe(stage, scratch=bool(wanted.get("scratch")), teacher=teacher)
-    walk, told = training.walked(given, RESULT)
-    reached = training.accuracy_on_test(walk)
+    experiment, told = training.walked(given, RESULT)
+    reached = training.accuracy_on_test(experiment)
     numbers = {"accuracy": reached, "minutes": told["minutes"], "precision": told["precision"], "n": 1}
     rows.add(RESULT, identity, {**numbers, "spread": rows.spread([reached])}, [0])
     print(f"{name}: {reached:.2f} %, {told['minutes']:.1f} minutes", flush=True)
 
 
 def depthwise() -> None:
-    """Writes the rows of a MobileNetV2: in float, and in 8 bits, in each runtime."""
+    """Write the rows of a MobileNetV2: in float, and in 8 bits, in each runtime."""
     what = {"kind": "depthwise", "model": "mobilenet_v2", "epochs": 15}
     wanted = [{**what, "bits": bits, "runtime": runtime} for bits in (32, 8) for runtime in ("onnxruntime", "openvino")]
     if all(rows.known(RESULT, identity) for identity in wanted):
         return
     stage = {"epochs": 15, "optimizer": {"learning_rate": 0.05}}
-    walk, told = training.walked(training.recipe(stage, network="mobilenet_v2", scratch=True), RESULT)
+    experiment, told = training.walked(training.recipe(stage, network="mobilenet_v2", scratch=True), RESULT)
     images = next(iter(Batches(cifar().train, 512, mean=MEAN, std=STD, shuffle=True, seed=0))).images.contiguous()
     for identity in wanted:
-        network = copy.deepcopy(walk.model)
+        network = copy.deepcopy(experiment.model)
         if identity["bits"] == 8:
-            attached = PTQ().attach(network, data=images.split(64), target=Target(runtime=identity["runtime"]))
-            for _ in attached.begin():
-                pass
+            attached = PTQ().attach(
+                network, AttachContext(data=images.split(64), target=Target(runtime=identity["runtime"]))
+            )
+            attached.begin()
             network = attached.model
         reached = _by_runtime(network, identity["runtime"])
         numbers = {"accuracy": reached, "minutes": told["minutes"], "n": 1, "spread": rows.spread([reached])}
@@ -208,7 +211,7 @@ def depthwise() -> None:
 
 
 def packed(batches: Sequence[int] = (1, 32, 128)) -> None:
-    """Writes the rows of a ResNet-56 with weights of 4 bits beside one of 8."""
+    """Write the rows of a ResNet-56 with 4-bit weights compared with 8-bit weights."""
     subject = TRAINED["resnet56"]
     with tempfile.TemporaryDirectory() as made:
         for runtime in ("onnxruntime", "openvino"):
@@ -234,9 +237,8 @@ def packed(batches: Sequence[int] = (1, 32, 128)) -> None:
 
 def _exported(model: nn.Module, bits: int, runtime: Any, made: Path) -> Path:
     images = TRAINED["resnet56"].calibration(0)
-    attached = PTQ(bits=bits).attach(model, data=images.split(50), target=Target(runtime=runtime))
-    for _ in attached.begin():
-        pass
+    attached = PTQ(bits=bits).attach(model, AttachContext(data=images.split(50), target=Target(runtime=runtime)))
+    attached.begin()
     return export(attached.model, images, made / f"{runtime}-{bits}.onnx")
 
 
@@ -245,7 +247,7 @@ def _of(kind: str) -> Iterator[rows.Row]:
 
 
 def _steps(number: str, digits: int) -> Table:
-    """By how much each rung's number is above that of the one before, draw by draw of calibration images."""
+    """Return the gain of each step over the one before, by draw of calibration images."""
     heads = (f"W{bits}A{activation_bits}" for bits, activation_bits in WIDTHS)
     title = f"{number} less that of the rung before: mean, its standard error over draws, and how many draws"
     table = Table("rung", *heads, title=title)
@@ -269,14 +271,14 @@ def _steps(number: str, digits: int) -> Table:
 
 
 def show() -> None:
-    """Prints the rows."""
+    """Print the rows."""
     widths = (*WIDTHS, TRAINED_WIDTH)
     table = Table("rung", *(f"W{bits}A{activation_bits}" for bits, activation_bits in widths), title="ResNet-20, test")
     for rung in (*LADDER, *PEERS):
         cells: list[str] = []
         for width in widths:
             mine = [row for row in _of("ladder") if (row["bits"], row["activation_bits"]) == width]
-            # of draws that every rung has
+            # only draws that every method has
             reached = [row["accuracy"] for row in mine if row["rung"] == rung and row["seed"] in SEEDS]
             cells.append(
                 f"{statistics.mean(reached):.2f} ({min(reached):.2f} to {max(reached):.2f})" if reached else ""
@@ -303,16 +305,18 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures what is not in `bench/results/quantization.json` yet, and prints all of it."""
+    """Measure what `bench/results/quantization.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["ladder", "trained", "packed", "depthwise"], help="default: all")
+    parser.add_argument("--draws", type=int, default=len(SEEDS), help="draws of calibration images for the ladder")
     parser.add_argument(
-        "--only", nargs="+", choices=["ladder", "trained", "packed", "depthwise"], help="all by default"
+        "--again",
+        nargs="+",
+        default=[],
+        choices=list(TRAINING),
+        help="trainings to repeat although another machine has rows",
     )
-    parser.add_argument("--draws", type=int, default=len(SEEDS), help="of calibration images, for the ladder")
-    parser.add_argument(
-        "--again", nargs="+", default=[], choices=list(TRAINING), help="trainings that another machine has measured"
-    )
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     parts = chosen.only or PARTS
     if not chosen.table:

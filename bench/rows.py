@@ -1,7 +1,7 @@
-"""What every benchmark shares: rows of results, the machine they were measured on, and one benchmark at a time.
+"""Shared by all benchmarks: rows of results, the machine they come from, and one benchmark at a time.
 
-A file of results is a list of rows. A row says what was measured (its identity), the numbers with n and spread, and
-where they come from: command, commit, seeds, machine, date. `python bench/rows.py wait` returns when no benchmark runs.
+A file of results is a list of rows. A row names what was measured (its identity), the numbers with n and spread, and
+their origin: command, commit, seeds, machine, date. `python bench/rows.py wait` returns when no benchmark is running.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Row = dict[str, Any]
 
 
 _UNITS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-"""Of a processor, what its name does not tell and a timing depends on: what it multiplies small numbers with."""
+"""Instruction sets for low-precision products: timings depend on them, and the processor's name hides them."""
 
 
 def machine() -> Row:
-    """Processor, its units, usable cores, threads and versions that a timing depends on."""
-    import torch  # `wait` needs none of it
+    """Return the processor, its instruction sets, usable cores, threads, and versions that a timing depends on."""
+    import torch  # `wait` does not need torch
 
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
@@ -54,7 +54,7 @@ def machine() -> Row:
 
 @cache
 def commit() -> str:
-    """The commit that was checked out when the benchmark began; `+`: files under src/ or bench/ differed from it."""
+    """Return the commit at the start of the benchmark; `+` means that files under src/ or bench/ differed from it."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     changes = [*git, "status", "--porcelain", "--", "src", "bench", ":!bench/results"]
@@ -63,29 +63,29 @@ def commit() -> str:
 
 
 def command() -> str:
-    """What was typed, from the root of the checkout."""
+    """Return the command line, relative to the root of the checkout."""
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     return shlex.join(["python", str(script), *sys.argv[1:]])
 
 
 def read(name: str) -> list[Row]:
-    """The rows of `bench/results/NAME.json`."""
+    """Return the rows of `bench/results/NAME.json`."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else []
 
 
 def known(name: str, identity: Mapping[str, Any], *, anywhere: bool = False) -> bool:
-    """Whether a row of this identity was measured on such a machine, with these versions, or `anywhere`."""
+    """Return whether a row of this identity exists for such a machine and these versions, or `anywhere`."""
     return any(_same(row, identity, row["machine"] if anywhere else machine()) for row in read(name))
 
 
 def add(name: str, identity: Mapping[str, Any], numbers: Mapping[str, Any], seeds: Sequence[int]) -> None:
-    """Writes one row, in the place of an older one of the same identity and machine.
+    """Write one row, replacing an older one of the same identity and machine.
 
     Args:
         name: of the file of results.
         identity: what was measured; plain JSON values.
-        numbers: what came out, `n` and `spread` among it.
+        numbers: the results, including `n` and `spread`.
         seeds: of everything that was drawn.
     """
     assert {"n", "spread"} <= set(numbers), "a number without n and spread is no evidence"
@@ -112,7 +112,7 @@ def _same(row: Row, identity: Mapping[str, Any], here: Row) -> bool:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The values that 10 % lie below and 10 % above."""
+    """Return the 10th and the 90th percentile."""
     if len(values) < 2:
         return {"p10": values[0], "p90": values[0]}
     tenths = statistics.quantiles(values, n=10, method="inclusive")
@@ -121,9 +121,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 @contextmanager
 def alone() -> Generator[None]:
-    """Waits until no other benchmark of this user runs, and keeps others waiting until it is left."""
+    """Wait until no other benchmark of this user runs, and make others wait until the context ends."""
     with _locked():
-        commit()  # now, before hours in which the checkout may change
+        commit()  # read now: the checkout may change within hours
         yield
 
 
@@ -133,7 +133,7 @@ def _locked() -> Generator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print("waiting for the benchmark that runs", file=sys.stderr, flush=True)
+        print("waiting for another benchmark to finish", file=sys.stderr, flush=True)
         lock.acquire()
     try:
         yield

@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def shortened(text: str, name: str, images: Path) -> dict[str, Any]:
-    """A shipped recipe with 20 steps per stage, one epoch for a teacher, and the data and weights filled in."""
+    """Return a shipped recipe with 20 steps per stage, one epoch for a teacher, and the data and weights filled in."""
     recipe = YAML(typ="safe").load(text)
     for stage in recipe["stages"]:
         if stage.pop("epochs", None) or "steps" in stage:
@@ -58,12 +58,12 @@ def shortened(text: str, name: str, images: Path) -> dict[str, Any]:
 
 
 def digest(path: Path) -> str:
-    """The first 16 digits of a file's SHA-256."""
+    """Return the first 16 digits of a file's SHA-256."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What a run left behind."""
+    """Return the hashes and accuracies of a run."""
     numbers = json.loads((folder / "numbers.json").read_text())
     found = {"model.onnx": digest(folder / "model.onnx"), "original.onnx": digest(folder / "original.onnx")}
     weights = sorted(folder.glob("*.safetensors"))
@@ -74,7 +74,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def record(commit: str) -> None:
-    """Runs whatever has no row yet for the commit."""
+    """Run everything that has no row yet for the commit."""
     with rows.alone(), checked_out(commit) as tree, tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(SHARED / "data" / "cifar10-jpeg.tar.gz") as packed:
             packed.extractall(scratch, filter="data")
@@ -96,7 +96,7 @@ def record(commit: str) -> None:
 
 
 def compare(first: str, second: str) -> bool:
-    """Prints each recipe's results at both commits where they differ; whether none does."""
+    """Print each recipe's results at both commits if they differ; return whether none does."""
     found = {
         commit: {row["recipe"]: row for row in rows.read(RESULT) if row["tested"] == commit}
         for commit in (first, second)
@@ -117,10 +117,10 @@ def compare(first: str, second: str) -> bool:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["record", "compare"])
-    parser.add_argument("--commit", default="HEAD", help="compare: the earlier one, with HEAD")
+    parser.add_argument("--commit", default="HEAD", help="for compare: the earlier commit, compared with HEAD")
     given = parser.parse_args()
     first, head = (
         subprocess.run(

@@ -1,9 +1,9 @@
-"""What a method costs a step, over plain SGD in the same precision: a ResNet-20, batches of 128 augmented images.
+"""Measure the cost of a method's step over plain SGD in the same precision.
 
-In every round each contender has one turn, in a new order; a ratio is of times of one round, and the median of all
-rounds counts. Plain SGD is written by hand and stands there twice, which is the noise floor. Beside `qat` and `lsq`:
-torchao's quantization-aware training (PT2E, its quantizer for x86). And what a process of its own takes of memory at
-the peak, where a training of a few steps runs in it.
+A ResNet-20 trains on batches of 128 augmented images. In every round each contender runs once, in a new order; a ratio
+compares times of one round, and the median of all rounds counts. Plain SGD is written by hand and runs twice, which
+gives the noise floor. torchao's quantization-aware training (PT2E, its x86 quantizer) runs beside `qat` and `lsq`. The
+peak memory is that of a separate process in which a contender trains for a few steps.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tersor import methods as registry
 from tersor.core.device import keep_freed_memory, precision_for, set_layout
 from tersor.data import Batches
 from tersor.data.batch import Batch
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
 
 RESULT = "step_costs"
@@ -43,18 +44,18 @@ Step = Callable[[Batch], None]
 
 
 def network() -> nn.Module:
-    """A trained ResNet-20."""
+    """Return a trained ResNet-20."""
     return TRAINED["resnet20"].network()
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    """Over all that learns in it."""
+    """Return an optimizer over everything trainable in it."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return torch.optim.SGD(learning, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 def by_hand(model: nn.Module) -> Step:
-    """The loop that one writes without a toolkit."""
+    """Return the step of a loop written without a toolkit."""
     set_layout(model, torch.channels_last)
     optimizer = sgd(model)
 
@@ -69,12 +70,11 @@ def by_hand(model: nn.Module) -> Step:
 
 
 def by_tersor(name: str) -> Step:
-    """A step of a method with its defaults."""
+    """Return a step of a method with its defaults."""
     images = Batches(cifar().train, 64, mean=MEAN, std=STD, shuffle=True, seed=0)
     cls: Any = registry.get(name)
-    attached = cls().attach(network(), data=images, steps=STEPS)
-    for _ in attached.begin():
-        pass
+    attached = cls().attach(network(), AttachContext(data=images, steps=STEPS))
+    attached.begin()
     objective = Objective(attached.model, attached.terms, label_weight=attached.label_weight, autocast=PRECISION)
     set_layout(objective.train(), torch.channels_last)
     optimizer = sgd(objective)
@@ -89,7 +89,7 @@ def by_tersor(name: str) -> Step:
 
 
 def made(name: str) -> Step:
-    """A step of any contender."""
+    """Return a step of any contender."""
     if name in (BARE, AGAIN):
         return by_hand(network().train())
     if name == PEER:
@@ -98,7 +98,7 @@ def made(name: str) -> Step:
 
 
 def batches() -> Iterator[Batch]:
-    """Augmented images, without end."""
+    """Yield augmented images endlessly."""
     source = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=0, augment="crop_flip")
     for epoch in itertools.count():
         source.set_epoch(epoch)
@@ -108,7 +108,7 @@ def batches() -> Iterator[Batch]:
 
 
 def measure(names: list[str]) -> None:
-    """Writes a row for each."""
+    """Write a row for each contender."""
     keep_freed_memory()
     steps = {name: made(name) for name in (BARE, AGAIN, *names)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -125,7 +125,7 @@ def measure(names: list[str]) -> None:
         ratios = [own / other for own, other in zip(counted[name], counted[BARE], strict=True)]
         numbers = {
             "ratio": statistics.median(ratios),
-            # a method that works every few steps has its share in the mean
+            # a method that works every few steps contributes to the mean
             "ratio_of_sums": sum(counted[name]) / sum(counted[BARE]),
             "seconds": statistics.median(counted[name]),
             "megabytes": peak(name),
@@ -141,7 +141,7 @@ def _identity(name: str) -> dict[str, Any]:
 
 
 def peak(name: str) -> float:
-    """Megabytes of a process in which a contender has trained for a few steps, data and libraries included."""
+    """Return the megabytes of a process in which a contender trained for a few steps, data and libraries included."""
     command = [sys.executable, __file__, "--peak", name]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
@@ -150,14 +150,14 @@ def _print_peak(name: str) -> None:
     step = made(name)
     for batch, _ in zip(batches(), range(5), strict=False):
         step(batch)
-    # getrusage would tell the parent's peak, which the kernel counts to whom it starts
+    # getrusage would report the parent's peak, which a child inherits
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(int(line.split()[1]) / 1024)
 
 
 def show() -> None:
-    """Prints the rows of this machine beside their limits."""
-    table = Table("method", "seconds a step", "over plain SGD", "p10 to p90", "of all steps", "MB", "limit")
+    """Print the rows of this machine and their limits."""
+    table = Table("method", "seconds per step", "over plain SGD", "p10 to p90", "of all steps", "MB", "limit")
     for row in rows.read(RESULT):
         if row["machine"] == rows.machine():
             spread = f"{row['spread']['p10']:.3f} to {row['spread']['p90']:.3f}"
@@ -168,10 +168,10 @@ def show() -> None:
 
 
 def main() -> None:
-    """Measures all side by side, if they are not there, and prints them."""
+    """Measure all contenders in one run, if rows are missing, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="measure also what is there")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--again", action="store_true", help="measure existing rows again")
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(2)

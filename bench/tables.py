@@ -1,4 +1,4 @@
-"""Rows as tables to read, and what rows of timings have in common."""
+"""Print rows as tables, and write rows of timings."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import rows
 from tersor.evaluation.timings import Ratio
 
 DEFAULT_PRECISION = "fp32, default precision"
-"""The original's file in the precision that OpenVINO chooses, which costs nothing."""
+"""The original file at OpenVINO's default precision, which costs nothing."""
 
 
 def versions() -> dict[str, str]:
-    """Of what executes and of what quantizes."""
+    """Return the versions of the runtimes and quantizers."""
     return {package: version(package) for package in ("onnxruntime", "openvino", "nncf")}
 
 
 def version(package: str) -> str:
-    """Of an installed package."""
+    """Return the version of an installed package."""
     return importlib.metadata.version(package)
 
 
 def add(
     result: str, identity: Mapping[str, Any], what: str, spread: Mapping[str, float], more: Mapping[str, Any]
 ) -> None:
-    """Writes a row of a median with its tenths; the images timed are those of seed 0."""
+    """Write a row of a median with its 10th and 90th percentile; the images come from seed 0."""
     tenths = {"p10": spread["p10"], "p90": spread["p90"]}
     rows.add(result, identity, {what: spread["median"], **more, "n": spread["n"], "spread": tenths}, [0])
 
@@ -37,13 +37,13 @@ def add(
 def add_ratio(
     result: str, identity: Mapping[str, Any], ratio: Ratio, more: Mapping[str, Any], what: str = "ratio"
 ) -> None:
-    """Writes a row of a ratio with its 95 % interval; the images timed are those of seed 0."""
+    """Write a row of a ratio with its 95 % interval; the images come from seed 0."""
     interval = {"low": ratio.low, "high": ratio.high}
     rows.add(result, identity, {what: ratio.value, **more, "n": ratio.n, "spread": interval}, [0])
 
 
 def show(result: str, models: Iterable[str]) -> None:
-    """Prints the rows of this machine and these versions: accuracy, ratios, milliseconds."""
+    """Print the rows of this machine and these versions: accuracy, ratios, milliseconds."""
     here = rows.machine()
     found = [row for row in rows.read(result) if row["machine"] == here and row["versions"] == versions()]
     console = Console(width=150)
@@ -59,7 +59,7 @@ def show(result: str, models: Iterable[str]) -> None:
 
 
 def what_spread(kind: str) -> str:
-    """What the brackets behind a value are; in older rows those of a ratio are p10 and p90 too."""
+    """Return the meaning of the brackets after a value; in older rows those of a ratio are p10 and p90 too."""
     return "95 % interval" if kind == "ratio" else "p10 to p90"
 
 
@@ -75,7 +75,7 @@ def _accuracies(model: str, found: list[rows.Row]) -> Table:
 
 
 def by_batch(title: str, found: list[rows.Row], what: str, key: str) -> Table:
-    """One line for each contender, one column for each batch size; the fastest of a column of milliseconds is bold."""
+    """Return a table with a line for each contender and a column for each batch size; the fastest time is bold."""
     batches = sorted({row["batch"] for row in found})
     table = Table(key, "runtime", *(f"batch {batch}" for batch in batches), title=title, title_justify="left")
     best = {batch: min(row[what] for row in found if row["batch"] == batch) for batch in batches}

@@ -1,10 +1,11 @@
-"""What benchmarks that train have in common: one stage on CIFAR-10, walked through; interrupted, it goes on later."""
+"""Shared by benchmarks that train: one stage on CIFAR-10 that resumes after an interruption."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NullProgress
 from tersor.data import Splits
 from tersor.evaluation.costs import accuracy
+from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
+from tersor.pipeline.run import flat
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import EVALUATION_BATCH, Experiment
+from tersor.pipeline.stages import run_stages
 from tersor.recipe import Recipe, write
 
 Numbers = dict[str, Any]
 
 
 def weights_of(network: str) -> Path:
-    """The file of a trained network."""
+    """Return the weights file of a trained network."""
     return SHARED / "models" / f"{network}-cifar10-jpeg.safetensors"
 
 
@@ -33,7 +36,7 @@ def recipe(
     teacher: str | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Recipe:
-    """One stage of training on augmented images, of a trained network or from `scratch`."""
+    """Return one stage of training on augmented images, from a trained network or from `scratch`."""
     weights = {} if scratch else {"weights": weights_of(network)}
     return Recipe.model_validate(
         {
@@ -51,24 +54,23 @@ def walked(
     result: str,
     images: Splits | None = None,
     *,
-    begun: Callable[[Experiment], None] = lambda _walk: None,
+    prepared: Callable[[Experiment], Experiment] = lambda experiment: experiment,
 ) -> tuple[Experiment, Numbers]:
-    """The walk through a recipe of one stage at its end, and what the stage told.
+    """Run a recipe of one stage; return the experiment at its end and the stage's metrics.
 
     Args:
-        given: the recipe; interrupted, it goes on from its last checkpoint when it is given again.
-        result: the file of results that it is for.
-        images: all that there are if left.
-        begun: is called with the walk before its first step.
+        given: the recipe; after an interruption it continues from its last checkpoint.
+        result: the file of results that it belongs to.
+        images: all images by default.
+        prepared: changes the experiment before its first step.
     """
-    walk = prepare(given, model=None, data=images or cifar(), watch=NullProgress())
-    begun(walk)
+    experiment = prepared(prepare(given, model=None, data=images or cifar(), progress=NullProgress()))
     kept = folder().parent / result / hashlib.sha256(write(given).encode()).hexdigest()[:16]
-    (told,) = walk.stages(NullProgress(), Checkpoints(kept))
+    model, (record,) = run_stages(experiment, Checkpoints(kept), NullProgress())
     shutil.rmtree(kept)
-    return walk, told
+    return replace(experiment, model=model), flat(record)
 
 
-def accuracy_on_test(walk: Experiment) -> float:
-    """Percent of the 10,000 test images that the network answers right, computed in torch."""
-    return accuracy(walk.model, walk.batches(walk.data.test, EVALUATION_BATCH))
+def accuracy_on_test(experiment: Experiment) -> float:
+    """Return the test accuracy on 10,000 images in percent, computed in torch."""
+    return accuracy(experiment.model, experiment.batches(experiment.data.test, EVALUATION_BATCH))

@@ -1,4 +1,4 @@
-"""Iterative pruning in a loop of your own: mask, train on, mask more. It is no class, only a loop over sparsities."""
+"""Prune a network iteratively in your own loop: mask, train, mask more."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from tersor.evaluation.costs import accuracy, costs
 from tersor.graph.strip import strip
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
+from tersor.training.context import AttachContext
 
 
 def main(epochs: int = 4, sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)) -> None:
-    """Trains a network on the digits, then prunes it in rounds, each with training in between."""
+    """Train a network on the digits, then prune and fine-tune it at rising sparsities."""
     torch.manual_seed(0)
     digits = load(name="digits")
     assert digits.mean is not None
@@ -22,9 +23,8 @@ def main(epochs: int = 4, sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)) -> N
     test = Batches(digits.test, 500, mean=digits.mean, std=digits.std)
     model = build("resnet20", 10)
     for sparsity in (0.0, *sparsities):
-        attached = WeightPruning(sparsity=sparsity, scope="global").attach(model)
-        for _ in attached.begin():  # masks what is smallest now; what was masked before stays
-            pass
+        attached = WeightPruning(sparsity=sparsity, scope="global").attach(model, AttachContext())
+        attached.begin()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
         for epoch in range(epochs):
             batches.set_epoch(epoch)
@@ -33,7 +33,7 @@ def main(epochs: int = 4, sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)) -> N
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        slim = strip(model).eval()  # a plain network with zeros in it
+        slim = strip(model).eval()  # a plain network with zeros for the masked weights
         zeros = costs(slim, digits.test.take(torch.arange(1)).float()).sparsity
         print(f"{100 * zeros:.1f} % of the convolutions' weights are zero: {accuracy(slim, test):.2f} %")
 

@@ -1,4 +1,4 @@
-"""Post-training quantization of a network of your own, written as one ONNX file that needs no tersor to run."""
+"""Quantize a network of your own after training, and export it as one ONNX file that runs without tersor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import nn
 import tersor
 from tersor.data import Batches, load
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 
 
-def trained(batches: Batches, epochs: int) -> nn.Module:
-    """A small network, trained by hand: tersor has no part in it."""
+def train(batches: Batches, epochs: int) -> nn.Module:
+    """Return a small network trained with plain PyTorch."""
     network = nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Conv2d(16, 32, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
@@ -33,7 +34,7 @@ def trained(batches: Batches, epochs: int) -> nn.Module:
 
 
 def main(folder: Path, epochs: int = 10) -> None:
-    """Writes `original.onnx` and `model.onnx` into `folder`, and compares them in ONNX Runtime."""
+    """Write `original.onnx` and `model.onnx` to `folder`, and compare them in ONNX Runtime."""
     torch.manual_seed(0)
     digits = load(name="digits")
     assert digits.mean is not None
@@ -41,13 +42,12 @@ def main(folder: Path, epochs: int = 10) -> None:
     batches = Batches(digits.train, 32, mean=digits.mean, std=digits.std, shuffle=True)
     test = Batches(digits.test, 500, mean=digits.mean, std=digits.std)
 
-    model = trained(batches, epochs)
+    model = train(batches, epochs)
     example = next(iter(test)).images
     tersor.export(model, example, folder / "original.onnx")
 
-    attached = PTQ(bits=8).attach(model, data=batches)
-    for progress in attached.begin():
-        print(f"{progress.what}: {progress.done} of {progress.total} images")
+    attached = PTQ(bits=8).attach(model, AttachContext(data=batches))
+    attached.begin()  # calibrates
     attached.finish()
     tersor.export(attached.model, example, folder / "model.onnx", classes=digits.classes)
 

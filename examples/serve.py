@@ -1,4 +1,4 @@
-"""Serves the folder of a run without tersor and without torch: python examples/serve.py FOLDER IMAGE..."""
+"""Classify images with the folder of a run, without tersor or torch: python examples/serve.py FOLDER IMAGE..."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ session = onnxruntime.InferenceSession(folder / "model.onnx")
 numbers = json.loads((folder / "numbers.json").read_text())
 *_, height, width = session.get_inputs()[0].shape
 images = np.stack([Image.open(path).convert("RGB").resize((width, height)) for path in paths])
-if session.get_inputs()[0].type == "tensor(float)":  # else it takes pixels as they are
+if session.get_inputs()[0].type == "tensor(float)":  # else the network takes uint8 pixels
     images = ((images / 255 - numbers["mean"]) / numbers["std"]).astype(np.float32)
 images = images.transpose(0, 3, 1, 2)
 for path, logits in zip(paths, session.run(None, {"images": images})[0], strict=True):

@@ -1,4 +1,4 @@
-"""Soft targets in a loop of your own: the method adds its loss, everything else is plain PyTorch."""
+"""Distill with soft targets in your own training loop: the method adds its loss, the rest is plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from tersor.data import Batches, load
 from tersor.evaluation.costs import accuracy
 from tersor.methods.soft_targets import SoftTargets
 from tersor.models import build
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
 
 
-def epoch_of(objective: Objective, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
-    """One round through the images."""
+def train_epoch(objective: Objective, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
+    """Train for one epoch."""
     objective.train()  # the teacher inside stays in eval
     for batch in batches:
         losses = objective(batch)
@@ -23,16 +24,16 @@ def epoch_of(objective: Objective, batches: Batches, optimizer: torch.optim.Opti
 
 
 def train(objective: Objective, batches: Batches, epochs: int) -> nn.Module:
-    """The loop; `objective.model` comes back trained, in eval."""
+    """Train `objective.model` and return it in eval mode."""
     optimizer = torch.optim.SGD(objective.model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
     for epoch in range(epochs):
         batches.set_epoch(epoch)
-        epoch_of(objective, batches, optimizer)
+        train_epoch(objective, batches, optimizer)
     return objective.model.eval()
 
 
 def main(epochs: int = 6, sizes: tuple[str, str] = ("resnet32", "resnet20")) -> None:
-    """Trains a teacher on the digits, then a student on what the teacher answers."""
+    """Train a teacher on the digits, then distill it into a student."""
     torch.manual_seed(0)
     digits = load(name="digits")
     assert digits.mean is not None
@@ -43,7 +44,7 @@ def main(epochs: int = 6, sizes: tuple[str, str] = ("resnet32", "resnet20")) -> 
     teacher = train(Objective(build(sizes[0], 10)), batches, epochs)
 
     student = build(sizes[1], 10)
-    attached = SoftTargets(temperature=4).attach(student, teacher=teacher)
+    attached = SoftTargets(temperature=4).attach(student, AttachContext(teacher=teacher))
     objective = Objective(student, attached.terms, teacher, label_weight=attached.label_weight)
     train(objective, batches, epochs)
 

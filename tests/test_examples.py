@@ -1,4 +1,4 @@
-"""Every example runs, at a tiny size."""
+"""Every example runs at a small size."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ def example(name):
     return module
 
 
-def test_soft_targets_in_a_loop_of_ones_own(capsys):
+def test_soft_targets_in_your_own_loop(capsys):
     example("soft_targets_own_loop").main(epochs=1, sizes=("resnet20", "resnet20"))
     assert "student" in capsys.readouterr().out
 
@@ -33,7 +33,7 @@ def exported(tmp_path_factory):
     return folder
 
 
-def test_ptq_then_export_leaves_an_integer_network(exported):
+def test_ptq_then_export_writes_integer_weights(exported):
     import onnx
 
     def types(file):
@@ -45,7 +45,7 @@ def test_ptq_then_export_leaves_an_integer_network(exported):
 
 
 def with_pixels(exported, tmp_path, digits):
-    """A folder whose model takes pixels: it undoes what the exported one wants, and calls that."""
+    """Return a folder whose model takes uint8 pixels: it normalizes them and runs the exported network."""
     import onnx
 
     inner = onnx.load(exported / "model.onnx")
@@ -75,8 +75,8 @@ def test_serving_needs_neither_tersor_nor_torch(exported, tmp_path, kind):
     digits = load(name="digits")
     if kind == "uint8":
         exported = with_pixels(exported, tmp_path, digits)
-    told = {"mean": digits.mean, "std": digits.std, "classes": digits.classes}
-    (exported / "numbers.json").write_text(json.dumps(told))
+    numbers = {"mean": digits.mean, "std": digits.std, "classes": digits.classes}
+    (exported / "numbers.json").write_text(json.dumps(numbers))
     images = digits.test.take(torch.arange(40)).permute(0, 2, 3, 1).numpy()
     paths = [str(tmp_path / f"{number}.png") for number in range(len(images))]
     for path, pixels in zip(paths, images, strict=True):
@@ -92,9 +92,9 @@ def test_serving_needs_neither_tersor_nor_torch(exported, tmp_path, kind):
         check=False,
     )
     assert served.returncode == 0, served.stderr
-    answers = [line.split()[-1] for line in served.stdout.splitlines()]
-    right = [digits.classes[label] for label in digits.test.labels[:40]]
-    assert sum(map(str.__eq__, answers, right)) > 30  # chance: 4
+    predicted = [line.split()[-1] for line in served.stdout.splitlines()]
+    labels = [digits.classes[label] for label in digits.test.labels[:40]]
+    assert sum(map(str.__eq__, predicted, labels)) > 30  # chance: 4
 
 
 def test_iterative_pruning_ends_sparse(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,18 @@ def test_imports_point_down():
         if name.split(".")[0] == "tersor" and name != "tersor" and misplaced(importer, name)
     ]
     assert not wrong
+
+
+def test_the_architecture_page_lists_the_floors():
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text()
+    (listed,) = re.findall(r"^```floors\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [tuple(line.split(", ")) for line in listed.splitlines()] == FLOORS
+
+
+def test_the_architecture_page_lists_every_folder():
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text()
+    folders = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/ ", page, re.MULTILINE)) == folders
 
 
 def test_a_method_knows_no_other_method():

@@ -1,4 +1,4 @@
-"""The papers' full protocols, as recipes: they are explained, and take two steps of a training on stand-in images."""
+"""The recipes with the papers' full protocols: `--explain` works, and two training steps run on stand-in images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +16,15 @@ from tersor.cli import app
 from tersor.core.progress import NullProgress
 from tersor.data.image_sets import View
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import Experiment
+from tersor.pipeline.stages import Experiment, run_stages, train_teacher
 from tersor.recipe import read
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "papers"
-GIVEN = ["data.root=anywhere"]
+OVERRIDES = ["data.root=anywhere"]
 
 
 def stand_in(classes: int) -> type:
-    """A data set as torchvision's CIFAR sets are, of 1,280 images to train on."""
+    """Return a stand-in for torchvision's CIFAR data sets, with 1,280 training images."""
 
     class StandIn:
         def __init__(self, root: str, train: bool) -> None:
@@ -49,37 +49,38 @@ def cifar(monkeypatch):
 
 
 def brief(path: Path) -> Experiment:
-    """The recipe with two small steps of each training."""
-    recipe = read(path, GIVEN)
+    """Set up the recipe with two small training steps per stage."""
+    recipe = read(path, OVERRIDES)
     assert recipe.teacher is not None
     small = {"batch_size": 16}
     stages = tuple(stage.model_copy(update={"epochs": 0, "steps": 2, **small}) for stage in recipe.stages)
     training = recipe.teacher.training.model_copy(update=small)
     teacher = recipe.teacher.model_copy(update={"epochs": 1, "training": training})
     given = recipe.model_copy(update={"stages": stages, "teacher": teacher})
-    walk = prepare(given, model=None, data=None, watch=NullProgress())
-    walk.data = replace(walk.data, train=View(walk.data.train, torch.arange(32)))
-    assert walk.teacher is not None
-    for module in walk.teacher.modules():
+    experiment = prepare(given, model=None, data=None, progress=NullProgress())
+    few = View(experiment.data.train, torch.arange(32))
+    experiment = replace(experiment, data=replace(experiment.data, train=few))
+    assert experiment.teacher is not None
+    for module in experiment.teacher.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # else two steps leave it with statistics that let 27 blocks overflow
-    return walk
+    return experiment
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_it_is_explained_and_takes_two_steps(path, tmp_path):
-    explained = CliRunner().invoke(app, ["run", str(path), "--explain", "--set", *GIVEN])
+def test_explain_works_and_two_steps_run(path, tmp_path):
+    explained = CliRunner().invoke(app, ["run", str(path), "--explain", "--set", *OVERRIDES])
     assert explained.exit_code == 0, explained.output
     steps = {"at": "2,000", "dkd": "4,800", "ft": "1,640"}[path.stem.partition("-")[0]]
     assert explained.output.count(f"{steps} steps") == 2, explained.output
     by_layers = not path.stem.startswith("dkd")
-    assert (" of the teacher." in " ".join(explained.output.split())) == by_layers, "which layers teach is told"
+    assert (" of the teacher." in " ".join(explained.output.split())) == by_layers, "notes name the layers"
 
-    walk, checkpoints = brief(path), Checkpoints(tmp_path)
-    before = {name: value.clone() for name, value in walk.model.state_dict().items()}
-    walk.train_teacher(NullProgress(), checkpoints)
-    (told,) = walk.stages(NullProgress(), checkpoints)
-    assert told["steps"] == 2
-    assert all(np.isfinite(value) for value in told["losses"].values())
-    assert len(told["losses"]) == 2, "the labels' loss and the method's"
-    assert not any(value.equal(before[name]) for name, value in walk.model.named_parameters())
+    experiment, checkpoints = brief(path), Checkpoints(tmp_path)
+    before = {name: value.clone() for name, value in experiment.model.state_dict().items()}
+    experiment = replace(experiment, teacher=train_teacher(experiment, checkpoints, NullProgress()))
+    model, (record,) = run_stages(experiment, checkpoints, NullProgress())
+    assert record.steps == 2
+    assert all(np.isfinite(value) for value in record.training["losses"].values())
+    assert len(record.training["losses"]) == 2, "the labels' loss and the method's"
+    assert not any(value.equal(before[name]) for name, value in model.named_parameters())

@@ -1,6 +1,8 @@
-"""What the documents show, runs: Python blocks, recipes, the method of CONTRIBUTING."""
+"""The code in the documents runs: Python blocks, shell blocks, recipes."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,18 +13,17 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tersor.cli import main
-from tersor.data.batch import Batch
-from tersor.methods import get
+from tersor.methods import names
 from tersor.recipe import Network, parse, read, write
-from tersor.training.objective import Objective
 
 ROOT = Path(__file__).parents[1]
 
 
 def blocks(document, language):
-    found = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
-    assert found, f"{document} shows no {language}"
-    return found
+    text = (ROOT / document).read_text()
+    matches = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert matches, f"{document} has no {language} block"
+    return matches
 
 
 def network(width):
@@ -32,23 +33,69 @@ def network(width):
     )
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_python_in_the_readme_runs_as_pasted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    loader = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(10, (64,))), 32)
-    for block in blocks("README.md", "python"):
-        names = {"student": network(4), "teacher": network(8), "loader": loader}
-        exec(block, names)
+    (block,) = blocks("README.md", "python")
+    exec(block, {})
     assert (tmp_path / "model.onnx").is_file()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md"])
-def test_the_recipes_of_the_documents_are_recipes(document):
-    for block in blocks(document, "yaml"):
-        assert parse(block, document).stages
+@pytest.mark.slow
+def test_the_recipe_in_the_readme_runs_as_pasted(tmp_path):
+    block = blocks("README.md", "sh")[-1]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "runs" / "int8" / "model.onnx").is_file()
 
 
-def given(path):
-    """A value for each that a shipped recipe leaves to its user."""
+def test_the_recipe_in_the_readme_is_valid():
+    (text,) = re.findall(r"<<'END'\n(.*?)^END", blocks("README.md", "sh")[-1], re.MULTILINE | re.DOTALL)
+    assert parse(text, "README.md").stages
+
+
+def test_python_in_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loader = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(10, (64,))), 32)
+    for block in blocks("docs/guide.md", "python"):
+        exec(block, {"student": network(4), "teacher": network(8), "loader": loader})
+    assert (tmp_path / "model.onnx").is_file()
+
+
+def test_recipes_in_the_guide_are_valid():
+    for block in blocks("docs/guide.md", "yaml"):
+        assert parse(block, "docs/guide.md").stages
+
+
+def test_the_readme_lists_every_method():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(names())
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_links_lead_to_files(document):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text())
+    assert not [target for target in targets if not (document.parent / target).exists()]
+
+
+def test_the_index_lists_every_decision():
+    folder = ROOT / "docs" / "decisions"
+    records = sorted(folder.glob("[0-9]*.md"))
+    assert re.findall(r"\]\((\d{4}-[^)]+)\)", (folder / "README.md").read_text()) == [path.name for path in records]
+    for number, path in enumerate(records, 1):
+        assert path.name.startswith(f"{number:04}-")
+        assert re.match(rf"# {number}\. .+\n\nDate: \d{{4}}-\d\d-\d\d\n\n## Context\n", path.read_text())
+        assert re.findall(r"^## (\w+)", path.read_text(), re.MULTILINE) == ["Context", "Decision", "Consequence"]
+
+
+def overrides(path):
+    """Return an override for every value that a shipped recipe leaves to its user."""
     yaml = YAML(typ="safe").load(path)
     missing = [
         (name, key) for name, part in yaml.items() if isinstance(part, dict) for key in part if part[key] == "???"
@@ -57,38 +104,23 @@ def given(path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
-def test_the_shipped_recipes_are_recipes(path):
-    recipe = read(path, given(path))
+def test_a_shipped_recipe_is_valid(path):
+    recipe = read(path, overrides(path))
     assert parse(write(recipe), "written") == recipe
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
-def test_the_shipped_recipes_name_no_file(path):
-    recipe = read(path, given(path))
+def test_a_shipped_recipe_names_no_file_of_ours(path):
+    recipe = read(path, overrides(path))
     networks = [each for each in (recipe.model, recipe.teacher) if isinstance(each, Network)]
     named = {recipe.data.folder, recipe.data.root, *(network.weights for network in networks)} - {None}
-    assert {str(file) for file in named} == ({"given"} if given(path) else set())
+    assert {str(file) for file in named} == ({"given"} if overrides(path) else set())
 
 
-def test_what_a_shipped_recipe_leaves_to_its_user_is_named_at_once(capfd, monkeypatch):
+def test_all_missing_values_of_a_recipe_are_reported_together(capfd, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tersor", "run", str(ROOT / "recipes/cifar10-resnet56.yaml")])
     with pytest.raises(SystemExit, match="2"):
         main()
-    told = capfd.readouterr().err
-    assert "values are missing: model.weights, data.folder." in told
-    assert "--set model.weights=... --set data.folder=..." in told
-
-
-def test_the_method_of_contributing_is_one(tmp_path, monkeypatch):
-    (tmp_path / "logit_matching.py").write_text(blocks("CONTRIBUTING.md", "python")[0])
-    monkeypatch.syspath_prepend(tmp_path)
-    student, teacher = network(4), network(8)
-    attached = get("logit_matching:LogitMatching")(loss_weight=0.5).attach(student, teacher=teacher)
-    objective = Objective(student, attached.terms, teacher, label_weight=attached.label_weight).eval()
-    images = torch.randn(5, 3, 8, 8)
-    losses = objective(Batch(images, torch.arange(5)))
-    expected = 0.5 * ((student(images) - teacher(images)) ** 2).mean()
-    assert torch.equal(losses["logit_matching"], expected)
-    assert set(losses) == {"labels", "logit_matching"}
-    losses["logit_matching"].backward()
-    assert student[0].weight.grad.abs().sum() > 0
+    message = capfd.readouterr().err
+    assert "values are missing: model.weights, data.folder." in message
+    assert "--set model.weights=... --set data.folder=..." in message

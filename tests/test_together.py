@@ -16,6 +16,7 @@ from tersor.evaluation.latency import predictions
 from tersor.evaluation.session import open_session
 from tersor.models import build
 from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import run_stages
 from tersor.pruning.mask import weight_mask
 from tersor.recipe import read
 
@@ -30,16 +31,16 @@ def test_zeros_are_exact_in_the_file_and_it_runs(tmp_path):
     brief = [f"stages.{number}.steps={steps}" for number, steps in enumerate((2, 48, 4))]
     small = [f"stages.{number}.batch_size=16" for number in range(3)]
     recipe = read(RECIPE, [f"model={model}", "data={name: digits, limit: 256}", *brief, *small])
-    walk = prepare(recipe, model=None, data=None, watch=NullProgress())
-    walk.stages(NullProgress(), Checkpoints(tmp_path / "checkpoints"))
+    experiment = prepare(recipe, model=None, data=None, progress=NullProgress())
+    model, _ = run_stages(experiment, Checkpoints(tmp_path / "checkpoints"), NullProgress())
 
-    images = next(iter(walk.batches(walk.data.test, 64))).images.contiguous()
-    assert costs(walk.model, images).macs <= 0.502 * costs(original, images).macs
-    masks = {name: mask for name, layer in walk.model.named_modules() if (mask := weight_mask(layer)) is not None}
+    images = next(iter(experiment.batches(experiment.data.test, 64))).images.contiguous()
+    assert costs(model, images).macs <= 0.502 * costs(original, images).macs
+    masks = {name: mask for name, layer in model.named_modules() if (mask := weight_mask(layer)) is not None}
     weights = sum(mask.mask.numel() for mask in masks.values())
     assert abs(sum(int((~mask.mask).sum()) for mask in masks.values()) - 0.8 * weights) <= 0.5, "four fifths, exactly"
 
-    file = export(walk.model, images, tmp_path / "model.onnx")
+    file = export(model, images, tmp_path / "model.onnx")
     stored = {each.name: numpy_helper.to_array(each) for each in onnx.load(file).graph.initializer}
     kernels = [each for each in stored.values() if each.dtype == np.int8 and each.ndim == 4]
     assert len(kernels) == len(masks)
@@ -48,5 +49,5 @@ def test_zeros_are_exact_in_the_file_and_it_runs(tmp_path):
         assert kernel[mask.mask.numpy()].any()
     answers = predictions(open_session(file, "onnxruntime"), [images.numpy()])
     with torch.no_grad():
-        expected = walk.model(images).argmax(1).numpy()
+        expected = model(images).argmax(1).numpy()
     assert (np.asarray(answers) == expected).mean() >= 0.9

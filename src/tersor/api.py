@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import CompressionWarning, InputError
-from tersor.core.progress import NullProgress, ProgressReporter
+from tersor.core.progress import ProgressReporter
 from tersor.core.target import Runtime, Target
 from tersor.data.batch import images_of
 from tersor.data.loader import Loader, batches_of, unchecked_labels
 from tersor.deploy.onnx import export as write_onnx
 from tersor.deploy.static_batch import batch_for, reason
 from tersor.evaluation.latency import BATCH_SIZES, Array, compressed_bytes, measure_latency, predictions, size_bytes
-from tersor.evaluation.latency_ratio import RuntimeStopwatch
+from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.session import open_session
 from tersor.evaluation.verification import verify
 from tersor.graph.eval_mode import evaluating
@@ -48,6 +48,7 @@ from tersor.pipeline.arguments import (
     to_export,
 )
 from tersor.quantization.integer_coverage import calibrated_coverage
+from tersor.training.context import AttachContext
 from tersor.training.loop import fit, steps_per_epoch
 from tersor.training.options import OptimizerOptions, Training
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
@@ -73,8 +74,8 @@ def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime:
     """
     method, target = _made(PTQ, bits=bits), _made(Target, runtime=runtime)
     network, data = to_compress(model, loader, method.calibration_images)
-    attached = method.attach(network, data=data, target=target)
-    list(attached.begin())
+    attached = method.attach(network, AttachContext(data=data, target=target))
+    attached.begin()
     warning = calibrated_coverage(attached.model).warning
     if warning is not None:
         warnings.warn(warning, CompressionWarning, stacklevel=2)
@@ -116,8 +117,8 @@ def prune(
     network, data = to_compress(model, example, max(method.estimation_images, method.importance_images))
     if method.importance == "taylor":
         check_labels(network, data, method.importance_images)
-    attached = method.attach(network, data=data, target=target, stopwatch=RuntimeStopwatch())
-    list(attached.begin())
+    attached = method.attach(network, AttachContext(data=data, target=target, latency=latency_ratio))
+    attached.begin()
     return attached.model
 
 
@@ -131,7 +132,7 @@ def distill(
     loss_weight: float = 0.9,
     label_weight: float = 0.1,
     learning_rate: float = 0.05,
-    watch: ProgressReporter | None = None,
+    progress: ProgressReporter | None = None,
 ) -> nn.Module:
     """Trains `student` on the softened answers of `teacher`; the student comes back in eval.
 
@@ -144,7 +145,7 @@ def distill(
         loss_weight: of the soft targets.
         label_weight: of the labels' cross entropy.
         learning_rate: highest rate of SGD with momentum, which follows a cosine.
-        watch: who looks on.
+        progress: reports the progress.
 
     Raises:
         InputError: a batch is not as described, or a loss is not finite.
@@ -163,12 +164,19 @@ def distill(
     batches = Loader(loader, classes if label_weight else None)
     for doubt in doubts("the teacher", teacher, labelled(loader, classes, TEACHER_IMAGES)):
         warnings.warn(doubt, CompressionWarning, stacklevel=2)
-    attached = method.attach(student, teacher=teacher)
+    attached = method.attach(student, AttachContext(teacher=teacher))
     steps = epochs * steps_per_epoch(batches, training)
     learning = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     try:
         with evaluating(teacher):
-            fit(attached, batches, training, steps=steps, teacher=fused(teacher, few), watch=watch or NullProgress())
+            fit(
+                attached,
+                batches,
+                training,
+                steps=steps,
+                teacher=fused(teacher, few),
+                progress=progress,
+            )
     finally:
         for parameter in learning:
             parameter.requires_grad = True

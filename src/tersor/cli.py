@@ -52,7 +52,7 @@ def run(
         if explain:
             from tersor.pipeline.dry_run import explain as lines
 
-            for line in lines(checked, watch=bars):
+            for line in lines(checked, progress=bars):
                 console.print(line, highlight=False, markup=False)
             return
         from tersor.core import distributed
@@ -62,7 +62,7 @@ def run(
         out = out or Path("runs") / recipe.stem
         keep_freed_memory()
         try:
-            folder = walk(checked, out=out, resume=resume, watch=bars)
+            folder = walk(checked, out=out, resume=resume, progress=bars)
         except KeyboardInterrupt:
             how = "the same command" if distributed.count() > 1 else f"tersor {shlex.join(sys.argv[1:])}"
             _say(f"interrupted. To go on: {how}{'' if resume else ' --resume'}")
@@ -92,7 +92,7 @@ def sensitivity(
     out = out or Path(f"{recipe.stem}.sensitivity.json")
     with Bars(console) as bars:
         try:
-            found, figure = measure(checked, out=out, images=images, watch=bars)
+            found, figure = measure(checked, out=out, images=images, progress=bars)
         except KeyboardInterrupt:
             _say(f"interrupted. To go on: tersor {shlex.join(sys.argv[1:])}")
             raise typer.Exit(_INTERRUPTED) from None
@@ -110,7 +110,7 @@ def evaluate(
     from tersor.pipeline.evaluate import evaluate as measured
 
     with Bars(console) as bars:
-        found = measured(artifact, data, runtime, watch=bars)
+        found = measured(artifact, data, runtime, progress=bars)
     console.print(f"{found.accuracy:.2f} % of {found.images} test images, {found.runtime} in {found.precision}")
 
 

@@ -18,7 +18,7 @@ class _Rate(TextColumn):
 
 
 class Bars:
-    """A `Watch` that draws one bar for the task of the moment, above which its lines stay."""
+    """A `ProgressReporter` that draws one bar for the task of the moment, above which its lines stay."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(

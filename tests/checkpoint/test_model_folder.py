@@ -14,6 +14,7 @@ from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
+from tersor.training.context import AttachContext
 from tersor.training.method import chain
 
 IMAGES = torch.rand(8, 3, 16, 16)
@@ -24,8 +25,8 @@ def folder(tmp_path_factory):
     """A network that was cut, masked and quantized, in a folder; and the network."""
     torch.manual_seed(0)
     methods = [ChannelPruning(keep_macs=0.6), WeightPruning(sparsity=0.5), PTQ()]
-    attached = chain(methods, build("resnet20", 10).eval(), data=[IMAGES])
-    list(attached.begin())
+    attached = chain(methods, build("resnet20", 10).eval(), AttachContext(data=[IMAGES]))
+    attached.begin()
     path = tersor.save(attached.model, tmp_path_factory.mktemp("saved") / "mine")
     return path, attached.model
 

@@ -14,6 +14,7 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
+from tersor.training.context import AttachContext
 from tersor.training.method import chain
 
 IMAGES = torch.rand(4, 3, 16, 16)
@@ -28,9 +29,10 @@ LAID = {
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("laid", LAID)
 def test_a_fresh_network_takes_the_state(laid, runtime):
-    attached = chain(LAID[laid], build("resnet20", 10).eval(), data=[IMAGES], target=Target(runtime=runtime))
-    for _ in attached.begin():
-        pass
+    attached = chain(
+        LAID[laid], build("resnet20", 10).eval(), AttachContext(data=[IMAGES], target=Target(runtime=runtime))
+    )
+    attached.begin()
     found = structure(attached.model)
     again = rebuild(build("resnet20", 10).eval(), json.loads(json.dumps(found)))
     missing, unexpected = again.load_state_dict(attached.model.state_dict(), strict=False)
@@ -59,8 +61,8 @@ def with_other_norms():
 
 
 def test_norms_of_other_classes_are_frozen_and_rebuilt():
-    attached = QAT(freeze_norm_at=0.5).attach(with_other_norms(), data=[IMAGES], steps=2)
-    list(attached.begin())
+    attached = QAT(freeze_norm_at=0.5).attach(with_other_norms(), AttachContext(data=[IMAGES], steps=2))
+    attached.begin()
     attached.model.train()
     attached.after_step(0, torch.optim.SGD(attached.model.parameters()))
     attached.finish()
@@ -75,8 +77,8 @@ def test_norms_of_other_classes_are_frozen_and_rebuilt():
 def test_rounds_of_cuts_are_replayed_one_after_the_other():
     model = build("resnet20", 10).eval()
     for method in (ChannelPruning(keep_macs=0.8), ChannelPruning(keep_macs=0.7, scope="global", round_to=2)):
-        attached = method.attach(model, data=[IMAGES])
-        list(attached.begin())
+        attached = method.attach(model, AttachContext(data=[IMAGES]))
+        attached.begin()
         model = attached.model
     found = structure(model)
     assert len(found["cuts"]) == 2
@@ -93,8 +95,8 @@ def test_a_strange_parametrization_is_told():
 
 
 def laid(methods):
-    attached = chain(methods, build("resnet20", 10).eval(), data=[IMAGES])
-    list(attached.begin())
+    attached = chain(methods, build("resnet20", 10).eval(), AttachContext(data=[IMAGES]))
+    attached.begin()
     return json.loads(json.dumps(structure(attached.model)))
 
 

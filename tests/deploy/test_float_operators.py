@@ -9,6 +9,7 @@ from torch import nn
 
 from tersor.deploy.float_operators import float_operators
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 
 IMAGES = torch.rand(4, 3, 8, 8)
 
@@ -20,8 +21,8 @@ def network():
 
 
 def test_the_operators_in_float_are_plain_values_with_a_warning():
-    attached = PTQ().attach(network(), data=[IMAGES])
-    list(attached.begin())
+    attached = PTQ().attach(network(), AttachContext(data=[IMAGES]))
+    attached.begin()
     entries, warning = float_operators(attached.model, IMAGES)
     total = 3 * 8 * 64 + 8 * 8 * 64 + 512 * 10
     expected = {"name": "2", "kind": "ConvTranspose2d", "reason": "ConvTranspose2d is not supported"}

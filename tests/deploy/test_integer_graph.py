@@ -10,6 +10,7 @@ from torch import fx, nn
 from tersor.core.target import Target
 from tersor.deploy.integer_graph import IntegerLayer, QuantizeDequantize, deployed
 from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
 
 
 class Pair(nn.Module):
@@ -28,8 +29,8 @@ class Pair(nn.Module):
 
 
 def quantize(model, x, **options):
-    attached = PTQ(**options).attach(model.eval(), data=[x], target=Target(cpu="vnni"))
-    list(attached.begin())
+    attached = PTQ(**options).attach(model.eval(), AttachContext(data=[x], target=Target(cpu="vnni")))
+    attached.begin()
     return attached.model
 
 
@@ -240,7 +241,7 @@ def test_a_layer_left_out_stays_a_layer():
 def test_quantizers_that_are_not_ready_are_nothing():
     model = Pair(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     before = model(images())
-    graph = PTQ().attach(model, data=[images()]).model
+    graph = PTQ().attach(model, AttachContext(data=[images()])).model
     assert torch.equal(deployed(graph)(images()), before)
 
 

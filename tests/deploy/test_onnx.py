@@ -27,6 +27,7 @@ from tersor.deploy.onnx import export
 from tersor.evaluation.session import load_runtime, open_session, openvino_compiled, openvino_config
 from tersor.methods.ptq import PTQ
 from tersor.models import build
+from tersor.training.context import AttachContext
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 runtimes = pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
@@ -69,8 +70,8 @@ def images(count=32, size=8, seed=1):
 
 
 def quantize(model, x, runtime="onnxruntime", **options):
-    attached = PTQ(**options).attach(model.eval(), data=[x], target=Target(runtime=runtime))
-    list(attached.begin())
+    attached = PTQ(**options).attach(model.eval(), AttachContext(data=[x], target=Target(runtime=runtime)))
+    attached.begin()
     return attached.model.eval()
 
 

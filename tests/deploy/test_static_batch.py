@@ -150,7 +150,7 @@ def test_a_run_for_an_affected_runtime_writes_and_measures_a_static_batch(affect
         "recipe",
     )
     heard = Heard()
-    out = module.run(recipe, out=tmp_path / "out", watch=heard)
+    out = module.run(recipe, out=tmp_path / "out", progress=heard)
     assert (batch_in(out / "original.onnx"), batch_in(out / "model.onnx")) == (0, 1)
     assert sum("one image at a time" in line for line in heard.lines) == 1
     numbers = json.loads((out / "numbers.json").read_text())

@@ -9,7 +9,6 @@ from torch import nn
 from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.evaluation import latency, latency_ratio
-from tersor.evaluation.latency_ratio import RuntimeStopwatch
 from tersor.evaluation.session import open_session
 
 IMAGE = torch.rand(1, 3, 8, 8)
@@ -51,8 +50,10 @@ def test_the_ratio_is_that_of_the_times_and_is_said(runtime, monkeypatch):
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
     monkeypatch.setattr(latency, "_FEWEST_GROUPS", 2)
     heard = Heard()
-    ratio = RuntimeStopwatch(heard, seconds=0.5).against(net(2), IMAGE, Target(runtime=runtime))
-    less, more = ratio(net(0)), ratio(net(4))
+    less, more = (
+        latency_ratio.latency_ratio(net(width), net(2), IMAGE, Target(runtime=runtime), seconds=0.5, progress=heard)
+        for width in (0, 4)
+    )
     small, middle, large = sorted(set(sizes))
     assert less == pytest.approx(small / middle)
     assert more == pytest.approx(large / middle)

@@ -56,14 +56,22 @@ def run(tmp_path, monkeypatch):
         wanted.extend([ratio.value for ratio in ratios(timings, size)] for size in BATCH_SIZES)
         return timings
 
-    monkeypatch.setattr(module, "latency", latency)
+    monkeypatch.setattr(module, "measure_latency", latency)
     monkeypatch.setattr(module, "footprint", lambda *_given, **_options: Footprint(1, 1.0))
 
     def measured(target, runtimes):
         monkeypatch.setattr(module, "installed_runtimes", lambda: runtimes)
         stages = {1: (model, tmp_path / "1.onnx")}
         found, _ = measure(
-            model, model, tmp_path, test, Target(runtime=target), seed=0, watch=NullProgress(), stages=stages, seconds=7
+            model,
+            model,
+            tmp_path,
+            test,
+            Target(runtime=target),
+            seed=0,
+            progress=NullProgress(),
+            stages=stages,
+            seconds=7,
         )
         assert json.loads(json.dumps(found))
         return found, wanted

@@ -36,10 +36,11 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import load_weights
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import Experiment
+from tersor.pipeline.stages import Experiment, run_stages, stage_models
 from tersor.recipe import parse
 from tersor.recipe.yaml import load, plain
 from tersor.report.page import draw
+from tersor.training.context import AttachContext
 from tersor.training.method import chain
 
 ROOT = Path(__file__).parents[2]
@@ -224,7 +225,7 @@ stages:
 
 @cache
 def _walk() -> Experiment:
-    return prepare(parse(_RECIPE, "recipe.yaml"), model=None, data=None, watch=NullProgress())
+    return prepare(parse(_RECIPE, "recipe.yaml"), model=None, data=None, progress=NullProgress())
 
 
 _OF_CHECKPOINTS = (CLOCK, STRUCTURE, TENSORS)
@@ -281,9 +282,9 @@ def _read_checkpoint(content: bytes, folder: Path) -> None:
     path.mkdir(parents=True)
     for file, of_file in zip(_OF_CHECKPOINTS, (clock, structure, tensors), strict=True):
         (path / file).write_bytes(of_file)
-    walk, checkpoints = copy.deepcopy(_walk()), Checkpoints(folder / "out.checkpoints")
-    walk.stages(NullProgress(), checkpoints)
-    walk.stage_models(checkpoints)
+    experiment, checkpoints = copy.deepcopy(_walk()), Checkpoints(folder / "out.checkpoints")
+    run_stages(experiment, checkpoints, NullProgress())
+    stage_models(experiment, checkpoints)
 
 
 # structure
@@ -298,8 +299,8 @@ def _laid() -> bytes:
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         methods = [ChannelPruning(keep_macs=0.7, round_to=1), WeightPruning(sparsity=0.5), PTQ()]
-        attached = chain(methods, _tiny(), data=[_IMAGES])
-        list(attached.begin())
+        attached = chain(methods, _tiny(), AttachContext(data=[_IMAGES]))
+        attached.begin()
         path = tersor.save(attached.model, Path(folder) / "saved")
         return _BETWEEN.join(
             (path / name).read_bytes() for name in ("structure.json", "manifest.json", "model.safetensors")

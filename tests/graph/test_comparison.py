@@ -12,6 +12,7 @@ from tersor.graph.comparison import FEW, difference, few_images, outputs_of, req
 from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.quantization import quantizers
+from tersor.training.context import AttachContext
 
 IMAGES = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -129,9 +130,9 @@ def test_quantizers_that_change_something_before_they_round_are_refused(method, 
         return place(graph, *rest)
 
     monkeypatch.setattr(quantizers, "place", broken)
-    attached = method.attach(chain(), data=[IMAGES], steps=2)
+    attached = method.attach(chain(), AttachContext(data=[IMAGES], steps=2))
     with pytest.raises(InputError, match="computes something else"):
-        list(attached.begin())
+        attached.begin()
 
 
 def test_equalisation_that_is_not_exact_is_undone_and_named(monkeypatch):
@@ -143,8 +144,8 @@ def test_equalisation_that_is_not_exact_is_undone_and_named(monkeypatch):
         return 1
 
     monkeypatch.setattr("tersor.methods.ptq.equalize", wrong)
-    attached = PTQ(equalize=True).attach(model, data=iter([IMAGES]))
-    list(attached.begin())
+    attached = PTQ(equalize=True).attach(model, AttachContext(data=iter([IMAGES])))
+    attached.begin()
     assert any(note.startswith("cross-layer equalisation is undone") for note in attached.notes)
     assert torch.equal(attached.model.get_submodule("1").weight, state["1.weight"])
 
@@ -152,7 +153,7 @@ def test_equalisation_that_is_not_exact_is_undone_and_named(monkeypatch):
 def test_equalisation_that_is_exact_stays():
     model = chain()
     before = model[1].weight.detach().clone()
-    attached = PTQ(equalize=True).attach(model, data=iter([IMAGES]))
-    list(attached.begin())
+    attached = PTQ(equalize=True).attach(model, AttachContext(data=iter([IMAGES])))
+    attached.begin()
     assert not any("undone" in note for note in attached.notes)
     assert not torch.equal(model[1].weight, before)

@@ -22,6 +22,7 @@ from tersor.graph.feature_extraction import (
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.qat import QAT
 from tersor.models import build
+from tersor.training.context import AttachContext
 
 
 class Net(nn.Module):
@@ -76,12 +77,12 @@ def test_the_mode_of_a_captured_network_is_followed():
 
 
 def test_layers_survive_removal_and_grids():
-    graph = ChannelPruning(keep_macs=0.6, round_to=4).attach(Net().eval(), data=[images(32)]).model
+    graph = ChannelPruning(keep_macs=0.6, round_to=4).attach(Net().eval(), AttachContext(data=[images(32)])).model
     kept = shapes_of(graph, ["stage", "stage.0", "last"], images())
     assert kept["last"][1] == graph.get_submodule("last").out_channels
     assert kept["stage.0"][1] == graph.get_submodule("stage.0").out_channels
-    attached = QAT().attach(graph, data=[images(32)], steps=1, target=Target(cpu="vnni"))
-    list(attached.begin())
+    attached = QAT().attach(graph, AttachContext(data=[images(32)], steps=1, target=Target(cpu="vnni")))
+    attached.begin()
     logits, given = FeatureExtractor(attached.model, ["stage", "last"])(images())
     assert torch.equal(logits, attached.model(images()))
     assert given["stage"].shape == kept["stage"]

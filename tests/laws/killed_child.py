@@ -57,7 +57,7 @@ def _leave_out(module: Any) -> None:
     """What adds time, and nothing to go on with: the second runtime, files of every stage, processes of measuring."""
     sys.modules["tersor.evaluation.results"].installed_runtimes = lambda: ["onnxruntime"]
     sys.modules["tersor.evaluation.latency"]._FEWEST_GROUPS = 2
-    stages.Experiment.stage_models = lambda *_given: {}
+    module.stage_models = lambda *_given: {}
     nothing = Footprint(peak_memory_bytes=0, load_ms=0.0)
     sys.modules["tersor.evaluation.results"].footprint = lambda *_given, **_options: nothing
     measure = module.measure
@@ -85,8 +85,8 @@ def _mark_phases(module: Any, file: Path) -> None:
 
         setattr(owner, name, call)
 
-    marked("teacher", stages.Experiment, "train_teacher")
-    marked("before the first step", stages.Experiment, "attach")
+    marked("teacher", module, "train_teacher")
+    marked("before the first step", stages, "attach")
     marked("before the first step", stages, "_begin")
     marked("training", stages, "fit")
     marked("checkpoint", store.Checkpoints, "save")
@@ -112,7 +112,7 @@ class _Writes:
 
         store.save_file = saved
 
-    def watch(self, event: str, given: tuple[Any, ...]) -> None:
+    def progress(self, event: str, given: tuple[Any, ...]) -> None:
         """An audit hook."""
         opened = event == "open" and isinstance(given[0], str | os.PathLike) and given[2] & (os.O_WRONLY | os.O_RDWR)
         removed = event in ("os.remove", "os.rmdir")  # which a full disk allows, and a read-only one does not

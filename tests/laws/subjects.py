@@ -9,6 +9,7 @@ Named as a script it runs every method, or goes on with what was stopped:
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from tersor.checkpoint.store import Checkpoints
 from tersor.core import distributed
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.data import load
+from tersor.pipeline import stages
+from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import Experiment
 from tersor.recipe import Recipe, Stage, parse, read
+from tersor.training.attachment import Attachment
 from tersor.training.method import Method
 
 DEMO = Path(__file__).parents[2] / "recipes" / "digits.yaml"
@@ -74,20 +77,29 @@ def recipe(*methods: Method, seed: int = 0, **training: Any) -> Recipe:
     return plain.model_copy(update={"seed": seed, "stages": (stage,)})
 
 
-def walk_of(given: Recipe) -> Experiment:
+def experiment_of(given: Recipe) -> Experiment:
     """Its networks and images."""
-    return prepare(given, model=None, data=None, watch=NullProgress())
+    return prepare(given, model=None, data=None, progress=NullProgress())
 
 
-def walked(given: Recipe, folder: Path, watch: ProgressReporter | None = None) -> Experiment:
-    """The recipe, to its last stage."""
-    walk, checkpoints = walk_of(given), Checkpoints(folder)
-    watch = watch or NullProgress()
-    if isinstance(watch, Notes):
-        watch.walk = walk
-    walk.train_teacher(NullProgress(), checkpoints)
-    walk.stages(watch, checkpoints)
-    return walk
+def run_recipe(given: Recipe, folder: Path, progress: ProgressReporter | None = None) -> nn.Module:
+    """The model after the last stage of the recipe."""
+    experiment, checkpoints = experiment_of(given), Checkpoints(folder)
+    progress = progress or NullProgress()
+    experiment = replace(experiment, teacher=stages.train_teacher(experiment, checkpoints, NullProgress()))
+    attach = stages.attach
+
+    def attached(*arguments: Any, **options: Any) -> Attachment:
+        attachment = attach(*arguments, **options)
+        if isinstance(progress, Notes):
+            progress.model = attachment.model
+        return attachment
+
+    stages.attach = attached
+    try:
+        return stages.run_stages(experiment, checkpoints, progress)[0]
+    finally:
+        stages.attach = attach
 
 
 class Notes(NullProgress):
@@ -98,14 +110,14 @@ class Notes(NullProgress):
 
     def __init__(self, steps: int) -> None:
         self.left = steps
-        self.walk: Experiment | None = None
+        self.model: nn.Module | None = None
         self.noted: dict[str, Tensor] = {}
 
     def advance(self, amount: int = 1, **shown: float) -> None:
         self.left -= bool(shown)
         if not self.left:
-            assert self.walk is not None
-            state = self.walk.model.state_dict()
+            assert self.model is not None
+            state = self.model.state_dict()
             own = ("running_", "num_batches_tracked", "quantizers.")
             self.noted = {key: state[key].clone() for key in state if not any(part in key for part in own)}
 
@@ -124,8 +136,8 @@ class Stops(NullProgress):
 
 def images(count: int = 300) -> Tensor:
     """Test images (N, 3, 8, 8), normalised."""
-    walk = walk_of(recipe())
-    return next(iter(walk.batches(load(name="digits").test, count))).images
+    experiment = experiment_of(recipe())
+    return next(iter(experiment.batches(load(name="digits").test, count))).images
 
 
 def end(folder: Path) -> dict[str, Tensor]:
@@ -142,12 +154,13 @@ def told(folder: Path) -> dict[str, Any]:
     found = Checkpoints(folder).end_of(1)
     assert found is not None
     (stage,) = found.told["stages"]
-    return {key: value for key, value in stage.items() if key not in {"minutes", "training_seconds"}}
+    stage["training"].pop("training_seconds")
+    return {key: value for key, value in stage.items() if key != "minutes"}
 
 
 def _resume(folder: Path) -> None:
     for name in registry.names():
-        walked(recipe(made(name, "example")), folder / name)
+        run_recipe(recipe(made(name, "example")), folder / name)
 
 
 def _processes(out: Path) -> None:
@@ -159,9 +172,9 @@ def _processes(out: Path) -> None:
     given[DEMO.stem] = read(DEMO, shorter)
     for name, each in given.items():
         notes = Notes(STEPS if name != DEMO.stem else 0)
-        walk = walked(each, out / name, notes)
+        model = run_recipe(each, out / name, notes)
         assert notes.noted or name == DEMO.stem
-        state = {key: value.contiguous().clone() for key, value in walk.model.state_dict().items()}
+        state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
         state |= {f"noted.{key}": value.contiguous() for key, value in notes.noted.items()}
         save_file(state, out / f"{name}-{here}.safetensors")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import subjects
 import torch
-from subjects import STEPS, made, recipe, walk_of
+from subjects import STEPS, experiment_of, made, recipe
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -31,10 +31,12 @@ from tersor.evaluation.session import open_session
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import parametrizations_of
 from tersor.graph.strip import strip
+from tersor.pipeline import stages
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.recipe import parse, write
+from tersor.training.context import AttachContext
 from tersor.training.loop import fit
 from tersor.training.method import chain
 from tersor.training.objective import Objective
@@ -60,22 +62,22 @@ def kept(name, law):
 
 def attached(method, steps=STEPS, learned=None):
     """The method on the network, which has learned something where `learned` is given, as its teacher then has."""
-    walk = walk_of(recipe(method))
-    for network in (walk.model, walk.teacher) if learned else ():
+    experiment = experiment_of(recipe(method))
+    for network in (experiment.model, experiment.teacher) if learned else ():
         network.load_state_dict(learned)
-    walk.teacher.eval()
-    found = walk.attach(walk.recipe.stages[0], steps, NullProgress())
-    return walk, found
+    experiment.teacher.eval()
+    found = stages.attach(experiment, experiment.recipe.stages[0], experiment.model, NullProgress())
+    return experiment, found
 
 
 def trained(method, learned=None, **training):
     """What a short training with the method ends in."""
-    walk, found = attached(method, learned=learned)
-    list(found.begin())
+    experiment, found = attached(method, learned=learned)
+    found.begin()
     stage = recipe(method, **training).stages[0]
-    fit(found, walk.training_batches(stage), stage, steps=STEPS, teacher=walk.teacher, seed=3)
+    fit(found, experiment.training_batches(stage), stage, steps=STEPS, teacher=experiment.teacher, seed=3)
     found.finish()
-    return walk, found.model.eval()
+    return experiment, found.model.eval()
 
 
 def same(first, second):
@@ -154,10 +156,10 @@ def test_off(name):
     """Strength zero changes nothing, bit for bit."""
     kept(name, "off")
     _, plain = trained(made(name, "off"))
-    walk = walk_of(recipe())
-    found = chain([], walk.model)
-    stage = walk.recipe.stages[0]
-    fit(found, walk.training_batches(stage), stage, steps=STEPS, teacher=walk.teacher, seed=3)
+    experiment = experiment_of(recipe())
+    found = chain([], experiment.model, AttachContext())
+    stage = experiment.recipe.stages[0]
+    fit(found, experiment.training_batches(stage), stage, steps=STEPS, teacher=experiment.teacher, seed=3)
     assert same(plain.state_dict(), found.model.state_dict())
     images = subjects.images(50)
     assert torch.equal(plain(images), found.model.eval()(images))
@@ -169,11 +171,11 @@ def test_parameters(name, kind):
     """Attaching keeps every Parameter object, and draws no number."""
     kept(name, "parameters")
     method = made(name, kind)
-    walk = walk_of(recipe(method))
-    before = {id(parameter) for parameter in walk.model.parameters()}
-    data = walk.batches(walk.data.train, 64)
+    experiment = experiment_of(recipe(method))
+    before = {id(parameter) for parameter in experiment.model.parameters()}
+    data = experiment.batches(experiment.data.train, 64)
     random_state = torch.get_rng_state()
-    found = method.attach(walk.model, data=data, teacher=walk.teacher, steps=STEPS)
+    found = method.attach(experiment.model, AttachContext(data=data, teacher=experiment.teacher, steps=STEPS))
     assert {id(parameter) for parameter in found.model.parameters()} >= before
     assert torch.equal(torch.get_rng_state(), random_state)
 
@@ -202,14 +204,14 @@ def test_strip(name, kind):
     method = made(name, kind)
     if hasattr(method, "iterations"):  # how long rounding is learned changes nothing here
         method = dataclasses.replace(method, iterations=2)
-    walk, found = attached(method)
-    next((progress for progress in found.begin() if progress.resumable), None)
+    experiment, found = attached(method)
+    found.begin()
     objective = Objective(
-        found.model, found.terms, walk.teacher, layers=found.layers, label_weight=found.label_weight
+        found.model, found.terms, experiment.teacher, layers=found.layers, label_weight=found.label_weight
     ).train()
     optimizer = torch.optim.SGD([each for each in objective.parameters() if each.requires_grad], lr=0.01)
     handle = found.bind(optimizer)
-    batch = next(iter(walk.training_batches(walk.recipe.stages[0])))
+    batch = next(iter(experiment.training_batches(experiment.recipe.stages[0])))
     torch.stack([*objective(batch).values()]).sum().backward()
     optimizer.step()
     handle.remove()
@@ -217,7 +219,7 @@ def test_strip(name, kind):
     assert not optimizer._optimizer_step_post_hooks
     found.finish()
     assert not hooks_on(found.model)
-    assert not hooks_on(walk.teacher)
+    assert not hooks_on(experiment.teacher)
     found.model.eval()
     images = subjects.images(50)
     expected = found.model(images)
@@ -241,12 +243,12 @@ def test_seed(name, optimizer):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_skipped_step_does_no_harm(name):
     kept(name, "seed")
-    walk, found = attached(made(name, "example"))
-    list(found.begin())
+    experiment, found = attached(made(name, "example"))
+    found.begin()
     optimizer = torch.optim.SGD(found.model.parameters(), lr=0.01)
     handle = found.bind(optimizer)
     found.model.train()
-    for step, batch in zip(range(STEPS), walk.training_batches(walk.recipe.stages[0]), strict=False):
+    for step, batch in zip(range(STEPS), experiment.training_batches(experiment.recipe.stages[0]), strict=False):
         found.model(batch.images).square().mean().backward()
         if step != 2:  # as a loss scaler does where a gradient is not finite
             optimizer.step()
@@ -266,14 +268,14 @@ def chained(first, second):
     for pair in ((first, second), (second, first)):
         try:
             methods = [made(name, "example") for name in pair]
-            walk = walk_of(recipe(*methods))
+            experiment = experiment_of(recipe(*methods))
         except InputError as refusal:
             refusals.append(str(refusal))
             continue
-        found = walk.attach(walk.recipe.stages[0], STEPS, NullProgress())
-        list(found.begin())
-        stage = walk.recipe.stages[0]
-        fit(found, walk.training_batches(stage), stage, steps=STEPS, teacher=walk.teacher, seed=3)
+        found = stages.attach(experiment, experiment.recipe.stages[0], experiment.model, NullProgress())
+        found.begin()
+        stage = experiment.recipe.stages[0]
+        fit(found, experiment.training_batches(stage), stage, steps=STEPS, teacher=experiment.teacher, seed=3)
         found.finish()
         ends.append(found.model.eval())
     return ends, refusals
@@ -309,10 +311,10 @@ def test_chained(first, second):
 @pytest.fixture(scope="module")
 def learned():
     """A network that tells digits apart."""
-    walk = walk_of(recipe())
-    found = chain([], walk.model)
+    experiment = experiment_of(recipe())
+    found = chain([], experiment.model, AttachContext())
     stage = recipe(optimizer={"learning_rate": 0.1}, batch_size=32).stages[0]
-    batches = walk.batches(load(name="digits").train, 32, shuffle=True)
+    batches = experiment.batches(load(name="digits").train, 32, shuffle=True)
     fit(found, batches, stage, steps=120, seed=3)
     return found.model.state_dict()
 
@@ -333,13 +335,13 @@ def test_export(name, tmp_path, learned, exported):
     kept(name, "export")
     # six large steps, or steps in bfloat16, leave another network on every kind of processor, on some a single answer
     gently = {"optimizer": {"learning_rate": 0.005}, "precision": "float32"}
-    walk, model = trained(made(name, "example"), learned, **gently)
+    experiment, model = trained(made(name, "example"), learned, **gently)
     left = json.dumps(structure(model))
     if left in exported:
         pytest.skip(f"{exported[left]} leaves the same structure, and was exported")
     exported[left] = name
     with torch.no_grad():  # BatchNorm's statistics are those of the network before six steps have cut it
-        for batch in walk.batches(load(name="digits").train, 32, shuffle=True):
+        for batch in experiment.batches(load(name="digits").train, 32, shuffle=True):
             model.train()(batch.images)
     model.eval()
     images = subjects.images()

@@ -9,7 +9,7 @@ import sys
 import pytest
 import subjects
 from safetensors.torch import load_file
-from subjects import Stops, end, made, recipe, told, walked
+from subjects import Stops, end, made, recipe, run_recipe, told
 from test_laws import FOLDER, NAMES, kept, same
 
 
@@ -20,9 +20,9 @@ def resumed(tmp_path_factory):
     sys.path.insert(0, str(FOLDER))
     for name in NAMES:
         given = recipe(made(name, "example"))
-        walked(given, folder / "whole" / name)
+        run_recipe(given, folder / "whole" / name)
         with pytest.raises(KeyboardInterrupt):
-            walked(given, folder / "stopped" / name, Stops())
+            run_recipe(given, folder / "stopped" / name, Stops())
         *_, newest = sorted(path.name for path in (folder / "stopped" / name).glob("01-law-*"))
         assert newest[:15] == f"01-law-{subjects.KEPT:07d}-"
     sys.path.remove(str(FOLDER))

@@ -20,6 +20,7 @@ from tersor.pruning.dense_path import masks_and_quantizers_disabled
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.loop import fit
 from tersor.training.method import chain
 from tersor.training.objective import Objective, Outputs
@@ -62,7 +63,7 @@ def small(seed=0):
 
 
 def attached_to(model, steps=100, **options):
-    attached = DCIL(**{"sparsity": 0.6, "warmup": 0.0, **options}).attach(model, steps=steps)
+    attached = DCIL(**{"sparsity": 0.6, "warmup": 0.0, **options}).attach(model, AttachContext(steps=steps))
     with torch.no_grad():
         for name in ("conv1", "block.conv1", "block.conv2"):
             mask = weight_mask(model.get_submodule(name)).mask
@@ -187,7 +188,7 @@ def test_without_them_one_set_sees_both_paths():
 
 
 def test_a_masked_head_is_shared():
-    attached = DCIL(sparsity=0.5, layers=("block", "linear")).attach(small(), steps=10)
+    attached = DCIL(sparsity=0.5, layers=("block", "linear")).attach(small(), AttachContext(steps=10))
     assert own(objective_of(attached)).keys() == {"bn1", "block.bn1", "block.bn2"}
 
 
@@ -221,8 +222,8 @@ def trained(methods, teacher=None, accumulate=1, **options):
     draw = torch.Generator().manual_seed(0)
     images, labels = torch.randn(32, 3, 6, 6, generator=draw), torch.arange(32) % 3
     batches = Given([Batch(images[start : start + 8], labels[start : start + 8]) for start in range(0, 32, 8)])
-    attached = chain(methods, small(), data=[images], teacher=teacher, steps=8)
-    list(attached.begin())
+    attached = chain(methods, small(), AttachContext(data=[images], teacher=teacher, steps=8))
+    attached.begin()
     training = Training(batch_size=8, accumulate=accumulate, optimizer={"learning_rate": 0.02}, **options)
     fitted = fit(attached, batches, training, steps=8, teacher=teacher)
     attached.finish()
@@ -261,9 +262,9 @@ def test_the_dense_path_sees_no_grid():
 
 def test_what_cannot_be():
     with pytest.raises(InputError, match="0 steps"):
-        DCIL().attach(small())
+        DCIL().attach(small(), AttachContext())
     with pytest.raises(InputError, match="floor"):
-        DCIL(sparsity=0.9, floor=0.2).attach(small(), steps=5)
+        DCIL(sparsity=0.9, floor=0.2).attach(small(), AttachContext(steps=5))
     with pytest.raises(InputError, match="the images have none"):
         objective_of(attached_to(small()))(Batch(BATCH.images))
-    assert type(DCIL(sparsity=0.0).attach(small(), steps=5)) is Attachment
+    assert type(DCIL(sparsity=0.0).attach(small(), AttachContext(steps=5))) is Attachment

@@ -10,6 +10,7 @@ import torch
 from loaders import Loader
 from torch import nn
 
+from recorded_progress import RecordedProgress
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import Batch
@@ -24,6 +25,7 @@ from tersor.methods.qat import QAT
 from tersor.methods.reviewkd import ReviewKD
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import pairs_of
 from tersor.training.loop import fit
 from tersor.training.method import chain
@@ -55,8 +57,8 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 def test_the_student_and_the_parts_of_the_method_get_gradients_and_the_teacher_none(method):
     student, teacher = networks()
-    attached = method.attach(student, data=Loader(), teacher=teacher, steps=10)
-    list(attached.begin())
+    attached = method.attach(student, AttachContext(data=Loader(), teacher=teacher, steps=10))
+    attached.begin()
     objective, found = losses(attached, teacher)
     (name,) = [each for each in found if each != "labels"]
     assert name == attached.terms[0].name
@@ -76,7 +78,7 @@ def test_parts_are_drawn_from_the_seed_of_the_method(method):
         torch.manual_seed(noise)
         student, teacher = networks()
         torch.rand(noise)
-        return method.attach(student, data=Loader(), teacher=teacher, steps=10).terms[0].state_dict()
+        return method.attach(student, AttachContext(data=Loader(), teacher=teacher, steps=10)).terms[0].state_dict()
 
     first, second = parts(1), parts(5)
     assert all(torch.equal(first[key], second[key]) or torch.isnan(first[key]).all() for key in first)
@@ -86,8 +88,8 @@ def test_parts_are_drawn_from_the_seed_of_the_method(method):
 @pytest.mark.parametrize(("student", "teacher"), [("resnet20", "resnet18"), ("mobilenet_v2", "resnet20")])
 def test_networks_of_other_families_teach(method, student, teacher):
     pupil, master = networks(student, teacher)
-    attached = method.attach(pupil, data=Loader(), teacher=master, steps=10)
-    list(attached.begin())
+    attached = method.attach(pupil, AttachContext(data=Loader(), teacher=master, steps=10))
+    attached.begin()
     _, found = losses(attached, master)
     assert all(torch.isfinite(loss) for loss in found.values())
 
@@ -104,7 +106,9 @@ def test_a_transformer_teaches_a_convolutional_network_and_back():
     ):
         for method in (AttentionTransfer, FitNet, ReviewKD):
             made = method(layers=layers[:1], teacher_layers=layers[1:])
-            attached = made.attach(copy.deepcopy(pupil), data=Loader(), teacher=copy.deepcopy(master).eval(), steps=10)
+            attached = made.attach(
+                copy.deepcopy(pupil), AttachContext(data=Loader(), teacher=copy.deepcopy(master).eval(), steps=10)
+            )
             _, found = losses(attached, copy.deepcopy(master).eval())
             assert all(torch.isfinite(loss) for loss in found.values())
 
@@ -130,28 +134,31 @@ def test_what_changes_shapes_comes_before_what_learns_with_layers():
     student, teacher = networks()
     methods = [FitNet(), ChannelPruning(keep_macs=0.7, estimation_images=32)]
     with pytest.raises(InputError, match=r"ChannelPruning changes shapes after layer3 were paired"):
-        chain(methods, student, data=Loader(), teacher=teacher, steps=4)
+        chain(methods, student, AttachContext(data=Loader(), teacher=teacher, steps=4))
 
 
 def test_without_a_regressor_the_channels_are_the_same():
     student, teacher = networks("resnet20", "resnet32")
-    found = FitNet(regressor=False).attach(student, data=Loader(), teacher=teacher)
+    found = FitNet(regressor=False).attach(student, AttachContext(data=Loader(), teacher=teacher))
     assert not list(found.terms[0].parameters())
     wide = build("resnet8x4", 10)
     with pytest.raises(InputError, match=r"layer3 of 64 channels with layer3 of 256, and regressor is false"):
-        FitNet(regressor=False).attach(student, data=Loader(), teacher=wide)
+        FitNet(regressor=False).attach(student, AttachContext(data=Loader(), teacher=wide))
 
 
 def test_the_paraphraser_learns_first_and_then_stays():
     student, teacher = networks()
     method = FactorTransfer(paraphraser_epochs=8, paraphraser_learning_rate=0.05, batch_norm=True)
-    attached = method.attach(student, data=Loader(), teacher=teacher, steps=10)
+    progress = RecordedProgress()
+    context = AttachContext(data=Loader(), teacher=teacher, steps=10, progress=progress)
+    attached = method.attach(student, context)
     assert np.isnan(attached.metrics["reconstruction"]["errors"]).all(), "it has learned nothing yet"
-    progress = list(attached.begin())
-    assert [(each.done, each.total) for each in (progress[0], progress[-1])] == [(1, 32), (32, 32)]
+    attached.begin()
+    (task,) = progress.tasks
+    assert (task.total, task.done) == (32, list(range(1, 33)))
     shorter = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.05, batch_norm=True)
-    once = shorter.attach(student, data=Loader(), teacher=teacher, steps=10)
-    list(once.begin())
+    once = shorter.attach(student, AttachContext(data=Loader(), teacher=teacher, steps=10))
+    once.begin()
     told = attached.metrics["reconstruction"]
     assert len(told["errors"]) == 8
     assert told["errors"][-1] < once.metrics["reconstruction"]["errors"][-1]
@@ -171,7 +178,7 @@ def test_the_paraphraser_learns_first_and_then_stays():
 @pytest.mark.parametrize(("rate", "channels"), [(0.25, 16), (0.5, 32), (1.0, 64), (1.5, 96)])
 def test_the_paraphrase_rate_is_of_the_teachers_channels(rate, channels):
     student, teacher = networks()
-    term = FactorTransfer(paraphrase_rate=rate).attach(student, data=Loader(), teacher=teacher).terms[0]
+    term = FactorTransfer(paraphrase_rate=rate).attach(student, AttachContext(data=Loader(), teacher=teacher)).terms[0]
     factor = term.paraphraser.encoder(torch.randn(2, 64, 4, 4))
     assert factor.shape == (2, channels, 4, 4)
     assert term.translator(torch.randn(2, 64, 4, 4)).shape == factor.shape
@@ -183,7 +190,7 @@ def test_the_paraphrase_rate_is_of_the_teachers_channels(rate, channels):
 
 def test_decoupled_asks_for_labels_and_rises():
     student, teacher = networks()
-    attached = DKD(warmup=0.5).attach(student, teacher=teacher, steps=8)
+    attached = DKD(warmup=0.5).attach(student, AttachContext(teacher=teacher, steps=8))
     images = Loader().images[:4]
     with pytest.raises(InputError, match="which class is the right one"):
         attached.terms[0](Batch(images), Outputs(student(images)), Outputs(teacher(images)))
@@ -192,12 +199,12 @@ def test_decoupled_asks_for_labels_and_rises():
         rises.append(float(attached.terms[0].rise))
         attached.after_step(step, None)
     assert rises == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert float(DKD(warmup=0).attach(student, teacher=teacher, steps=8).terms[0].rise) == 1
+    assert float(DKD(warmup=0).attach(student, AttachContext(teacher=teacher, steps=8)).terms[0].rise) == 1
 
 
 def test_crd_remembers_what_it_was_shown():
     student, teacher = networks()
-    attached = CRD(negatives=8, width=16).attach(student, data=Loader(), teacher=teacher)
+    attached = CRD(negatives=8, width=16).attach(student, AttachContext(data=Loader(), teacher=teacher))
     term = attached.terms[0]
     before = term.of_student.clone()
     losses(attached, teacher)
@@ -209,7 +216,7 @@ def test_crd_remembers_what_it_was_shown():
     with pytest.raises(InputError, match=r"Give Batch\.index"):
         losses(attached, teacher, Batch(Loader().images[:8], Loader().labels[:8]))
     with pytest.raises(InputError, match="crd remembers every training image"):
-        CRD().attach(student, data=[Loader().images], teacher=teacher)
+        CRD().attach(student, AttachContext(data=[Loader().images], teacher=teacher))
 
 
 def test_a_student_learns_from_layers_while_it_loses_channels_and_weights_and_gets_grids():
@@ -221,8 +228,10 @@ def test_a_student_learns_from_layers_while_it_loses_channels_and_weights_and_ge
         FactorTransfer(layer="layer3", paraphraser_epochs=1, paraphraser_learning_rate=0.01),
         AttentionTransfer(layers=("layer?",)),
     ]
-    attached = chain(methods, student, data=Loader(), teacher=teacher, steps=4, target=Target(cpu="vnni"))
-    list(attached.begin())
+    attached = chain(
+        methods, student, AttachContext(data=Loader(), teacher=teacher, steps=4, target=Target(cpu="vnni"))
+    )
+    attached.begin()
     found = fit(attached, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.01)), steps=4, teacher=teacher)
     attached.finish()
     assert set(found.losses) == {"labels", "factor_transfer", "attention_transfer"}

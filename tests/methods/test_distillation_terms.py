@@ -24,6 +24,7 @@ from tersor.methods.fitnet import FitNet
 from tersor.methods.reviewkd import ReviewKD, hierarchical_loss
 from tersor.methods.soft_targets import SoftTargets, soft_target_loss, standardized
 from tersor.models import build
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import pair_of, pairs_of
 from tersor.training.method import chain
 from tersor.training.objective import Objective, Outputs
@@ -39,7 +40,7 @@ def networks():
 def asked(method, networks, layers=()):
     """What is attached, a batch, and what student and teacher give for it."""
     student, teacher = networks
-    attached = method.attach(student, data=Loader(), teacher=teacher, steps=8)
+    attached = method.attach(student, AttachContext(data=Loader(), teacher=teacher, steps=8))
     batch = next(iter(Loader()))
     paths = layers or attached.layers
     with torch.no_grad():
@@ -100,13 +101,13 @@ def test_the_paraphraser_goes_down_the_error_that_is_asked(networks, reconstruct
     method = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.01, reconstruction=reconstruction)
     student, teacher = networks
     batch = next(iter(Loader()))
-    attached = method.attach(student, data=[batch], teacher=teacher)
+    attached = method.attach(student, AttachContext(data=[batch], teacher=teacher))
     paraphraser = copy.deepcopy(attached.terms[0].paraphraser).requires_grad_()
     with torch.no_grad():
         features = FeatureExtractor(teacher, [attached.layers[0][1]])(batch.images)[1][attached.layers[0][1]]
     error = paraphraser(features) - features
     (error.abs() if reconstruction == "absolute" else error.square()).mean().backward()
-    list(attached.begin())
+    attached.begin()
     for before, after in zip(paraphraser.parameters(), attached.terms[0].paraphraser.parameters(), strict=True):
         torch.testing.assert_close(after, before - 0.01 * (before.grad + 5e-4 * before), rtol=1e-4, atol=1e-7)
 
@@ -115,7 +116,7 @@ def test_a_paraphraser_that_explodes_is_refused(networks):
     student, teacher = networks
     method = FactorTransfer(layer="layer1", paraphraser_epochs=1, paraphraser_learning_rate=100)
     with pytest.raises(InputError, match="smaller paraphraser_learning_rate"):
-        list(method.attach(student, data=Loader(), teacher=teacher).begin())
+        method.attach(student, AttachContext(data=Loader(), teacher=teacher)).begin()
 
 
 def test_decoupled(networks):
@@ -173,7 +174,7 @@ def test_review_goes_from_late_layers_to_early_ones_however_they_are_written(net
 
 def test_review_of_a_single_image(networks):
     student, teacher = networks
-    attached = ReviewKD().attach(student, data=Loader(), teacher=teacher, steps=4)
+    attached = ReviewKD().attach(student, AttachContext(data=Loader(), teacher=teacher, steps=4))
     objective = Objective(student, attached.terms, teacher, layers=attached.layers).train()
     losses = objective(Batch(Loader().images[:1], Loader().labels[:1]))
     torch.stack([*losses.values()]).sum().backward()
@@ -221,8 +222,8 @@ METHODS = [
 def test_without_its_loss_the_labels_are_as_they_were_or_are_not_asked_either(networks, method, off):
     student, teacher = networks
     given = {"data": Loader(), "teacher": teacher, "steps": 8}
-    assert method(**off).attach(student, **given).label_weight == 1
-    assert method(**off, label_weight=0).attach(student, **given).label_weight == 0
+    assert method(**off).attach(student, AttachContext(**given)).label_weight == 1
+    assert method(**off, label_weight=0).attach(student, AttachContext(**given)).label_weight == 0
 
 
 def test_one_layer_may_learn_from_two_and_no_pair_counts_twice(networks):
@@ -249,7 +250,7 @@ def test_the_one_layer_of_a_method(networks, layer, teacher_layer, message):
 def test_which_layers_teach_is_told(networks):
     student, teacher = networks
     methods = [FitNet(), SoftTargets(), AttentionTransfer(layers=("layer1",))]
-    attached = chain(methods, student, data=Loader(), teacher=teacher, steps=4)
+    attached = chain(methods, student, AttachContext(data=Loader(), teacher=teacher, steps=4))
     assert attached.notes == (
         "fitnet teaches layer3 from layer2 of the teacher.",
         "attention_transfer teaches layer1 from layer1 of the teacher.",
@@ -260,12 +261,12 @@ def test_a_paraphraser_reads_features_of_any_precision(networks):
     student, teacher = networks
     batch = Batch(Loader().images.double(), Loader().labels)
     method = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.01)
-    attached = method.attach(student.double(), data=[batch], teacher=teacher.double())
-    list(attached.begin())
+    attached = method.attach(student.double(), AttachContext(data=[batch], teacher=teacher.double()))
+    attached.begin()
     assert attached.terms[0].errors.isfinite().all()
 
 
 @pytest.mark.parametrize("weights", [{"beta": 1.0, "gamma": 0.0}, {"beta": 0.0, "gamma": 1.0}])
 def test_either_of_the_two_correlations_is_a_loss(networks, weights):
     student, teacher = networks
-    assert len(DIST(**weights).attach(student, teacher=teacher).terms) == 1
+    assert len(DIST(**weights).attach(student, AttachContext(teacher=teacher)).terms) == 1

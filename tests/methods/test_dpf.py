@@ -13,6 +13,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.methods.dpf import DPF
+from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import dense_of, mask_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dpf.json").read_text())
@@ -31,7 +32,7 @@ def tensors_of(model):
 
 def test_three_steps_are_those_of_the_code():
     model = network()
-    attached = DPF().attach(model, steps=10)
+    attached = DPF().attach(model, AttachContext(steps=10))
     with torch.no_grad():
         for name, tensor in tensors_of(model).items():
             tensor.copy_(torch.tensor(GOLDEN["before"][name]))
@@ -55,7 +56,7 @@ def test_three_steps_are_those_of_the_code():
 def trained(steps=40, rate=0.2, **options):
     """Sparsity and mask after every step, and the attachment."""
     model = network()
-    attached = DPF(**{"sparsity": 0.8, "every": 4, **options}).attach(model, steps=steps)
+    attached = DPF(**{"sparsity": 0.8, "every": 4, **options}).attach(model, AttachContext(steps=steps))
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     handle = attached.bind(optimizer)
     seen = []
@@ -106,7 +107,7 @@ def test_a_floor_holds_each_layer():
     model = network()
     with torch.no_grad():
         model[0].weight.mul_(1e-3)
-    attached = DPF(sparsity=0.7, floor=0.25, every=2).attach(model, steps=4)
+    attached = DPF(sparsity=0.7, floor=0.25, every=2).attach(model, AttachContext(steps=4))
     attached._renew(0.7, 0, 0)
     assert int(mask_of(model[0]).mask.sum()) == 27
     assert int(mask_of(model[2]).mask.sum()) == 288 - round(0.7 * 288) - 27
@@ -114,8 +115,8 @@ def test_a_floor_holds_each_layer():
 
 def test_it_begins_with_the_sparsity_that_is_there():
     model = network()
-    DPF(sparsity=0.5, every=2).attach(model, steps=4).finish()
-    again = DPF(sparsity=0.9, every=2).attach(model, steps=100)
+    DPF(sparsity=0.5, every=2).attach(model, AttachContext(steps=4)).finish()
+    again = DPF(sparsity=0.9, every=2).attach(model, AttachContext(steps=100))
     assert again.start == pytest.approx(0.5)
     again.after_step(1, torch.optim.SGD(model.parameters(), lr=0.1))
     assert 0.5 < again.sparsity < 0.6
@@ -123,6 +124,6 @@ def test_it_begins_with_the_sparsity_that_is_there():
 
 def test_no_steps_no_masks():
     with pytest.raises(InputError, match="dpf moves masks while a network trains"):
-        DPF().attach(network())
+        DPF().attach(network(), AttachContext())
     with pytest.raises(InputError, match=r"floor of 0\.2"):
-        DPF(sparsity=0.9, floor=0.2).attach(network(), steps=5)
+        DPF(sparsity=0.9, floor=0.2).attach(network(), AttachContext(steps=5))

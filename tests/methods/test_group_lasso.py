@@ -13,6 +13,7 @@ from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.group_lasso import GroupLasso, pull
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.channel_groups import coupled_channels
+from tersor.training.context import AttachContext
 from tersor.training.method import chain
 
 IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -40,7 +41,7 @@ def net():
 
 def pulled(net, **options):
     """What a step adds to the gradients."""
-    attached = GroupLasso(**options).attach(net, data=[IMAGES])
+    attached = GroupLasso(**options).attach(net, AttachContext(data=[IMAGES]))
     net(IMAGES).square().mean().backward()
     before = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
     attached.before_step(0, torch.optim.SGD(net.parameters(), lr=0.1))
@@ -95,7 +96,7 @@ def test_the_least_important_are_pulled_hardest():
 def test_channels_part_company(net):
     """Weak ones end far below the others; the pull alone moves the weights."""
     first = net.first.weight.detach().flatten(1).norm(dim=1)
-    attached = GroupLasso(strength=0.1).attach(net, data=[IMAGES])
+    attached = GroupLasso(strength=0.1).attach(net, AttachContext(data=[IMAGES]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
     handle = attached.bind(optimizer)
     for _ in range(30):
@@ -109,9 +110,13 @@ def test_channels_part_company(net):
 
 def test_it_stands_before_what_changes_shapes(net):
     with pytest.raises(InputError, match=r"ChannelPruning changes shapes.*stage of its own"):
-        chain([GroupLasso(), ChannelPruning(keep_macs=0.6, round_to=1)], copy.deepcopy(net), data=[IMAGES], steps=2)
-    both = chain([GroupLasso(), WeightPruning(sparsity=0.5)], net, data=[IMAGES], steps=2)
-    list(both.begin())
+        chain(
+            [GroupLasso(), ChannelPruning(keep_macs=0.6, round_to=1)],
+            copy.deepcopy(net),
+            AttachContext(data=[IMAGES], steps=2),
+        )
+    both = chain([GroupLasso(), WeightPruning(sparsity=0.5)], net, AttachContext(data=[IMAGES], steps=2))
+    both.begin()
     optimizer = torch.optim.SGD(both.model.parameters(), lr=0.1)
     both.model(IMAGES).square().mean().backward()
     original = both.model.first.parametrizations.weight.original
@@ -122,6 +127,6 @@ def test_it_stands_before_what_changes_shapes(net):
 
 def test_mistakes_are_told(net):
     with pytest.raises(InputError, match="needs images"):
-        GroupLasso().attach(net)
+        GroupLasso().attach(net, AttachContext())
     with pytest.raises(InputError, match="group_lasso in a stage before"):
-        GroupLasso().attach(WeightPruning().attach(net).model, data=[IMAGES])
+        GroupLasso().attach(WeightPruning().attach(net, AttachContext()).model, AttachContext(data=[IMAGES]))

@@ -18,15 +18,16 @@ from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.quantization.learned_step import LearnedFakeQuantize
 from tersor.quantization.observers import Histogram
+from tersor.training.context import AttachContext
 from tersor.training.loop import fit
 from tersor.training.options import OptimizerOptions, Training
 
 
 def attached(method=None, model=None, steps=8):
     found = (method or LSQ(bits=4, activation_bits=4)).attach(
-        model or Small().eval(), data=Loader(), steps=steps, target=VNNI
+        model or Small().eval(), AttachContext(data=Loader(), steps=steps, target=VNNI)
     )
-    list(found.begin())
+    found.begin()
     return found
 
 
@@ -84,17 +85,19 @@ def test_steps_learn_and_are_plain_numbers_at_the_end():
 
 
 def test_it_goes_on_from_the_grids_of_a_stage_before():
-    first = PTQ(bits=4, activation_bits=4, activation_range="mse").attach(Small().eval(), data=Loader(), target=VNNI)
-    list(first.begin())
+    first = PTQ(bits=4, activation_bits=4, activation_range="mse").attach(
+        Small().eval(), AttachContext(data=Loader(), target=VNNI)
+    )
+    first.begin()
     images = Loader(1, seed=5).batches[0].images
     before = first.model(images)
     with pytest.raises(InputError, match=r"on grids of 4 bits, and lsq is to train with bits: 2"):
-        LSQ(bits=2).attach(first.model, steps=4, target=VNNI)
-    second = LSQ().attach(first.model, steps=4, target=VNNI)
-    assert list(second.begin()) == []
+        LSQ(bits=2).attach(first.model, AttachContext(steps=4, target=VNNI))
+    second = LSQ().attach(first.model, AttachContext(steps=4, target=VNNI))
+    second.begin()
     assert torch.allclose(second.model.eval()(images), before, atol=1e-5)
     with pytest.raises(InputError, match=r"trained already in this stage\. Possible: qat or lsq"):
-        QAT().attach(second.model, steps=4, target=VNNI)
+        QAT().attach(second.model, AttachContext(steps=4, target=VNNI))
 
 
 def test_statistics_stay_from_the_first_step_on():
@@ -130,13 +133,15 @@ def test_learned_ranges_go_into_the_file_unchanged(tmp_path, runtime):
 
 def test_without_images_it_says_what_to_pass():
     with pytest.raises(InputError, match="lsq needs images to calibrate with"):
-        LSQ().attach(Small().eval(), steps=4)
+        LSQ().attach(Small().eval(), AttachContext(steps=4))
 
 
 def test_on_a_processor_that_saturates_steps_stay_so_wide_that_two_products_fit():
     def pairs(target):
-        found = LSQ(bits=8, freeze_norm_at=0.5).attach(Small().eval(), data=Loader(), steps=6, target=target)
-        list(found.begin())
+        found = LSQ(bits=8, freeze_norm_at=0.5).attach(
+            Small().eval(), AttachContext(data=Loader(), steps=6, target=target)
+        )
+        found.begin()
         for name in ("conv1", "conv2"):  # a step that learning made too small
             found.quantizers.of_weight(name).scale.data.mul_(0.05)
         fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=6)

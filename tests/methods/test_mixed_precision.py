@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
+from recorded_progress import RecordedProgress, Task
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.core.target import Target
@@ -25,6 +26,7 @@ from tersor.quantization.grid import Grid
 from tersor.quantization.precision import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import sensitivity
+from tersor.training.context import AttachContext
 from tersor.training.method import chain
 
 VNNI = Target(cpu="vnni")
@@ -51,9 +53,11 @@ def images(count=24, seed=1):
 
 
 def begun(method, model=None, data=None, target=VNNI):
-    attached = method.attach(model or Small().eval(), data=data or [images()], target=target)
-    progress = list(attached.begin())
-    return attached, progress
+    progress = RecordedProgress()
+    context = AttachContext(data=data or [images()], target=target, progress=progress)
+    attached = method.attach(model or Small().eval(), context)
+    attached.begin()
+    return attached, progress.tasks
 
 
 def bits_of(graph):
@@ -133,8 +137,7 @@ def test_bits_are_those_that_cost_least_as_measured(average):
     assert attached.metrics == {"bits": found, "average_bits": pytest.approx(mean(found))}
     assert attached.notes[0].startswith("bits of the weights: ")
     assert f"{mean(found):.2f} on average" in attached.notes[0]
-    measured = [step for step in progress if step.what == "sensitivity"]
-    assert [(step.done, step.total) for step in measured] == [(n, 24) for n in range(1, 25)]
+    assert [task for task in progress if task.name == "sensitivity"] == [Task("sensitivity", 24, [*range(1, 25)])]
 
 
 def test_weights_and_activations_lie_on_their_grids():
@@ -150,8 +153,8 @@ def test_weights_and_activations_lie_on_their_grids():
 def test_a_mean_of_the_widest_is_ptq():
     mixed = begun(MixedPrecision(average_bits=8))[0].model
     mine = copy.deepcopy(Small().eval())
-    plain = PTQ(weight_range="mse").attach(mine, data=[images()], target=VNNI)
-    list(plain.begin())
+    plain = PTQ(weight_range="mse").attach(mine, AttachContext(data=[images()], target=VNNI))
+    plain.begin()
     assert set(bits_of(mixed).values()) <= {6, 8}
     same = begun(MixedPrecision(average_bits=8, widths=(8,)))[0]
     assert torch.equal(same.model(images()), plain.model(images()))
@@ -163,11 +166,11 @@ def test_the_ends_may_have_bits_of_their_own_which_count():
     found = bits_of(attached.model)
     assert found["conv1"] == found["linear"] == 8
     assert mean(found) <= 4.5
-    assert {step.total for step in progress if step.what == "sensitivity"} == {12}, "nothing to choose at the ends"
+    assert {task.total for task in progress if task.name == "sensitivity"} == {12}, "nothing to choose at the ends"
     with pytest.raises(InputError, match=r"average_bits: 3 cannot be met.*3\.37 on average.*first_last_bits"):
-        MixedPrecision(average_bits=3, first_last_bits=8).attach(Small().eval(), data=[images()])
+        MixedPrecision(average_bits=3, first_last_bits=8).attach(Small().eval(), AttachContext(data=[images()]))
     with pytest.raises(InputError, match=r"average_bits: 3\.5 cannot be met.*4\.00 on average.*`widths`\.$"):
-        MixedPrecision(average_bits=3.5, widths=(8, 4)).attach(Small().eval(), data=[images()])
+        MixedPrecision(average_bits=3.5, widths=(8, 4)).attach(Small().eval(), AttachContext(data=[images()]))
 
 
 def test_layers_that_are_left_out_count_nowhere():
@@ -179,10 +182,12 @@ def test_layers_that_are_left_out_count_nowhere():
 
 
 def test_it_does_nothing_a_second_time_and_reads_its_images_once():
-    attached = MixedPrecision(activation_range="mse").attach(Small().eval(), data=iter([images(8), images(8)]))
-    assert list(attached.begin())
+    attached = MixedPrecision(activation_range="mse").attach(
+        Small().eval(), AttachContext(data=iter([images(8), images(8)]))
+    )
+    attached.begin()
     before = copy.deepcopy(attached.model.state_dict())
-    assert not list(attached.begin())
+    attached.begin()
     assert all(torch.equal(before[key], value) for key, value in attached.model.state_dict().items())
 
 
@@ -192,7 +197,7 @@ def test_a_checkpoint_holds_the_bits():
     again.load_state_dict(attached.model.state_dict())
     assert bits_of(again) == bits_of(attached.model)
     assert torch.equal(again(images()), attached.model(images()))
-    resumed = MixedPrecision(average_bits=3.5).attach(Small().eval(), data=[images()], target=VNNI)
+    resumed = MixedPrecision(average_bits=3.5).attach(Small().eval(), AttachContext(data=[images()], target=VNNI))
     resumed.model.load_state_dict(attached.model.state_dict())
     assert resumed.metrics == attached.metrics, "what a stage tells that went on from a checkpoint"
 
@@ -203,10 +208,10 @@ def test_training_takes_the_bits_over(method, together):
     first = MixedPrecision(average_bits=3.5)
     expected = bits_of(begun(first)[0].model)
     if together:
-        attached = chain([first, method()], Small().eval(), data=[images()], steps=2, target=VNNI)
+        attached = chain([first, method()], Small().eval(), AttachContext(data=[images()], steps=2, target=VNNI))
     else:
-        attached = method().attach(begun(first)[0].model, data=[images()], steps=2, target=VNNI)
-    list(attached.begin())
+        attached = method().attach(begun(first)[0].model, AttachContext(data=[images()], steps=2, target=VNNI))
+    attached.begin()
     optimizer = torch.optim.SGD(attached.model.parameters(), lr=0.05)
     handle = attached.bind(optimizer)
     attached.model.train()
@@ -227,7 +232,7 @@ def test_training_takes_the_bits_over(method, together):
 def test_training_with_other_bits_is_refused():
     attached, _ = begun(MixedPrecision(average_bits=3.5))
     with pytest.raises(InputError, match="Leave bits out"):
-        QAT(bits=4).attach(attached.model, data=[images()])
+        QAT(bits=4).attach(attached.model, AttachContext(data=[images()]))
 
 
 def test_the_file_answers_as_torch_does(tmp_path):
@@ -243,8 +248,10 @@ def test_the_file_answers_as_torch_does(tmp_path):
 def test_it_costs_less_than_the_same_bits_everywhere():
     model, x = Small().eval(), images()
     before = model(x).detach()
-    uniform = PTQ(bits=3, first_last_bits=3, weight_range="mse").attach(copy.deepcopy(model), data=[x], target=VNNI)
-    list(uniform.begin())
+    uniform = PTQ(bits=3, first_last_bits=3, weight_range="mse").attach(
+        copy.deepcopy(model), AttachContext(data=[x], target=VNNI)
+    )
+    uniform.begin()
     mixed = begun(MixedPrecision(average_bits=3), copy.deepcopy(model))[0]
     errors = [float((each.model(x).detach() - before).square().mean()) for each in (mixed, uniform)]
     assert errors[0] < errors[1]
@@ -252,7 +259,7 @@ def test_it_costs_less_than_the_same_bits_everywhere():
 
 def test_what_it_needs():
     with pytest.raises(InputError, match="needs images"):
-        MixedPrecision().attach(Small())
+        MixedPrecision().attach(Small(), AttachContext())
     with pytest.raises(InputError, match="without a single image"):
         begun(MixedPrecision(), data=[images(0)])
     with pytest.raises(InputError, match="not finite"):

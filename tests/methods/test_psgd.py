@@ -16,6 +16,7 @@ from tersor.graph.parametrization import parametrizations_of
 from tersor.methods.psgd import PSGD, distance
 from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
 from tersor.quantization.grid import Grid
+from tersor.training.context import AttachContext
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "psgd.json").read_text())
 
@@ -55,7 +56,7 @@ def test_a_step_by_hand(bits, per_channel):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
     method = PSGD(bits=bits, per_channel=per_channel, mean_scale=mean_scale)
-    method.attach(model, steps=2).bind(optimizer)
+    method.attach(model, AttachContext(steps=2)).bind(optimizer)
     speeds = [torch.zeros_like(weight) for weight in weights(model)]
     for step in range(2):
         gradients(model, step)
@@ -87,7 +88,9 @@ def test_the_control_scales_as_much_in_the_mean(strength, target):
         model = network()
         gradients(model)
         before = [weight.grad.clone() for weight in weights(model)]
-        attached = PSGD(strength=strength, scale_by=scale_by, target=target, mean_scale=2.5).attach(model, steps=1)
+        attached = PSGD(strength=strength, scale_by=scale_by, target=target, mean_scale=2.5).attach(
+            model, AttachContext(steps=1)
+        )
         attached.before_step(0, torch.optim.SGD(model.parameters(), lr=0.1))
         scaled = [weight.grad / old for weight, old in zip(weights(model), before, strict=True)]
         factors[scale_by] = torch.cat([each.flatten() for each in scaled])
@@ -106,7 +109,7 @@ def test_weights_gather_where_they_are_drawn_to(target):
     for scale_by in ("distance", "constant"):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        attached = PSGD(bits=3, target=target, scale_by=scale_by).attach(model, steps=150)
+        attached = PSGD(bits=3, target=target, scale_by=scale_by).attach(model, AttachContext(steps=150))
         handle = attached.bind(optimizer)
         for step in range(150):
             gradients(model, step % 4)
@@ -124,7 +127,7 @@ def test_weights_gather_where_they_are_drawn_to(target):
 def test_what_is_told_of_the_way(options):
     """How far weights moved grows with the distance at the beginning, which is remembered; not under the control."""
     model = network()
-    attached = PSGD(mean_scale=4.0, **options).attach(model, steps=20)
+    attached = PSGD(mean_scale=4.0, **options).attach(model, AttachContext(steps=20))
     handle = attached.bind(optimizer := torch.optim.SGD(model.parameters(), lr=0.01))
     for step in range(20):
         gradients(model, step % 4)
@@ -134,7 +137,7 @@ def test_what_is_told_of_the_way(options):
     assert told["target"] == options.get("target", "grid")
     assert [(each["name"], sum(each["before"])) for each in told["layers"]] == [("0", 162), ("2", 270), ("4", 320)]
     of_all = told["all"]
-    untrained = PSGD(**{**options, "range": "exact"}).attach(network(), steps=1).metrics["drawn"]["all"]
+    untrained = PSGD(**{**options, "range": "exact"}).attach(network(), AttachContext(steps=1)).metrics["drawn"]["all"]
     assert untrained["moved"] == [0.0] * 10
     assert untrained["before"] == untrained["after"] == of_all["before"]
     before, after = of_all["distance"]
@@ -145,7 +148,7 @@ def test_what_is_told_of_the_way(options):
 
 def test_where_channels_were_removed_since_nobody_knows_which_weight_was_which():
     model = network()
-    attached = PSGD().attach(model, steps=1)
+    attached = PSGD().attach(model, AttachContext(steps=1))
     for layer in (model[0], model[2], model[4]):
         layer.weight.data = layer.weight.data[:2]
     assert attached.metrics.keys() == {"mean_distance"}
@@ -159,7 +162,7 @@ def test_a_weight_on_its_point_stays_and_a_bias_is_free():
     before = model[2].weight.detach().clone()
     bias = model[2].bias.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    PSGD(bits=4, mean_scale=1.0).attach(model, steps=1).bind(optimizer)
+    PSGD(bits=4, mean_scale=1.0).attach(model, AttachContext(steps=1)).bind(optimizer)
     gradients(model)
     optimizer.step()
     assert torch.allclose(model[2].weight, before, atol=1e-6)
@@ -170,20 +173,20 @@ def test_what_is_laid_shows_the_weight_as_it_is():
     model = network()
     images = torch.randn(2, 3, 8, 8)
     before = model(images)
-    PSGD(range="running").attach(model, steps=1)
+    PSGD(range="running").attach(model, AttachContext(steps=1))
     assert torch.equal(model(images), before)
-    PSGD(range="running").attach(model, steps=1)
+    PSGD(range="running").attach(model, AttachContext(steps=1))
     assert sum(isinstance(each, RunningLargest) for each in parametrizations_of(model[0])) == 1
     with pytest.raises(InputError, match="another kind of grid before"):
-        PSGD(range="running", per_channel=False).attach(model, steps=1)
+        PSGD(range="running", per_channel=False).attach(model, AttachContext(steps=1))
 
 
 def test_what_cannot_be():
     model = network()
     with pytest.raises(InputError, match="matches no layer"):
-        PSGD(layers=("conv9",)).attach(model, steps=1)
+        PSGD(layers=("conv9",)).attach(model, AttachContext(steps=1))
     with pytest.raises(InputError, match="no convolution and no fully connected layer"):
-        PSGD().attach(nn.Sequential(nn.ReLU()), steps=1)
+        PSGD().attach(nn.Sequential(nn.ReLU()), AttachContext(steps=1))
     parametrize.register_parametrization(model[0], "weight", FakeQuantize(Grid.signed(4), channels=6))
     with pytest.raises(InputError, match="on a grid already"):
-        PSGD().attach(model, steps=1)
+        PSGD().attach(model, AttachContext(steps=1))

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.utils import parametrize
 
+from recorded_progress import RecordedProgress, Task
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import Batch
@@ -20,6 +21,7 @@ from tersor.models import build
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid, affine_parameters
 from tersor.quantization.observers import Histogram
+from tersor.training.context import AttachContext
 
 VNNI = Target(cpu="vnni")
 AVX2 = Target(cpu="avx2")
@@ -45,9 +47,9 @@ def images(count=12, seed=1):
 
 def calibrated(model=None, method=None, data=None, target=VNNI):
     attached = (method or PTQ()).attach(
-        model or Small().eval(), data=[images()] if data is None else data, target=target
+        model or Small().eval(), AttachContext(data=[images()] if data is None else data, target=target)
     )
-    list(attached.begin())
+    attached.begin()
     return attached
 
 
@@ -60,7 +62,7 @@ def test_attaching_shows_the_network_as_it_was_over_the_same_parameters():
     before = model(images())
     parameters = {id(parameter) for parameter in model.parameters()}
     state = torch.random.get_rng_state()
-    attached = PTQ().attach(model, data=[images()])
+    attached = PTQ().attach(model, AttachContext(data=[images()]))
     assert torch.equal(attached.model(images()), before)
     assert {id(parameter) for parameter in attached.model.parameters()} == parameters
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -414,19 +416,20 @@ def test_a_data_loader_calibrates():
 
 def test_only_so_many_images_are_looked_at():
     endless = (images(4, seed) for seed in iter(int, 1))
-    attached = PTQ(calibration_images=10).attach(Small().eval(), data=endless)
-    progress = list(attached.begin())
-    assert [step.done for step in progress] == [4, 8, 10]
-    assert {step.total for step in progress} == {10}
+    progress = RecordedProgress()
+    attached = PTQ(calibration_images=10).attach(Small().eval(), AttachContext(data=endless, progress=progress))
+    attached.begin()
+    assert progress.tasks == [Task("calibration", 10, [4, 8, 10])]
     expected = calibrated(data=[images(4, 0), images(4, 0), images(2, 0)])
     assert attached.model.get_submodule("quantizers.x").scale == expected.model.get_submodule("quantizers.x").scale
 
 
 def test_two_passes_are_told_as_one_work():
     data = [images(4), images(4)]
-    progress = list(PTQ(calibration_images=8, activation_range="mse").attach(Small().eval(), data=data).begin())
-    assert [step.done for step in progress] == [4, 8, 12, 16]
-    assert {step.total for step in progress} == {16}
+    progress = RecordedProgress()
+    context = AttachContext(data=data, progress=progress)
+    PTQ(calibration_images=8, activation_range="mse").attach(Small().eval(), context).begin()
+    assert progress.tasks == [Task("calibration", 16, [4, 8, 12, 16])]
 
 
 def test_an_empty_batch_does_no_harm():
@@ -438,7 +441,7 @@ def test_begin_does_nothing_a_second_time():
     attached = calibrated()
     before = {key: value.clone() for key, value in attached.model.state_dict().items()}
     attached.data = [images(seed=5) * 100]
-    assert list(attached.begin()) == []
+    attached.begin()
     assert all(torch.equal(value, before[key]) for key, value in attached.model.state_dict().items())
 
 
@@ -453,9 +456,9 @@ def test_calibration_changes_no_statistics_even_of_a_network_in_training():
 def test_a_checkpoint_holds_the_calibration():
     saved = calibrated(method=PTQ(bits=5, activation_bits=6)).model
     torch.manual_seed(99)
-    fresh = PTQ(bits=5, activation_bits=6).attach(Small().eval(), data=[])
+    fresh = PTQ(bits=5, activation_bits=6).attach(Small().eval(), AttachContext(data=[]))
     fresh.model.load_state_dict(saved.state_dict())
-    assert list(fresh.begin()) == [], "it is ready: no image is needed"
+    fresh.begin()  # without an image: it is calibrated already
     found = quantizers(fresh.model)
     for name, quantizer in quantizers(saved).items():
         assert found[name].enabled
@@ -506,7 +509,7 @@ def test_gradients_pass_through_to_the_original_weights():
 
 def test_no_data():
     with pytest.raises(InputError, match=r"ptq needs images to calibrate with.*data="):
-        PTQ().attach(Small())
+        PTQ().attach(Small(), AttachContext())
 
 
 @pytest.mark.parametrize("data", [[], [images()[:0]]], ids=["no batch", "no image"])
@@ -523,27 +526,27 @@ def test_data_that_can_be_read_only_once():
 
 def test_a_pattern_that_matches_nothing():
     with pytest.raises(InputError, match=r"'conv3' matches no layer\. Did you mean 'conv2'"):
-        PTQ(exclude=("conv3",)).attach(Small(), data=[images()])
+        PTQ(exclude=("conv3",)).attach(Small(), AttachContext(data=[images()]))
 
 
 def test_everything_left_out():
     with pytest.raises(InputError, match="no convolution or fully connected layer"):
-        PTQ(exclude=("*",)).attach(Small(), data=[images()])
+        PTQ(exclude=("*",)).attach(Small(), AttachContext(data=[images()]))
 
 
 def test_nothing_to_quantize():
     with pytest.raises(InputError, match="no convolution or fully connected layer"):
-        PTQ().attach(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), data=[images()])
+        PTQ().attach(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), AttachContext(data=[images()]))
 
 
 def test_quantized_already():
     graph = calibrated().model
     with pytest.raises(InputError, match="quantized already"):
-        PTQ().attach(graph, data=[images()])
+        PTQ().attach(graph, AttachContext(data=[images()]))
     model = Small()
-    PTQ().attach(model, data=[images()])
+    PTQ().attach(model, AttachContext(data=[images()]))
     with pytest.raises(InputError, match="quantized already"):  # the layers are shared with the graph
-        PTQ().attach(model, data=[images()])
+        PTQ().attach(model, AttachContext(data=[images()]))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.fake_quantize import EMAFakeQuantize, FakeQuantize
 from tersor.quantization.grid import Grid
+from tersor.training.context import AttachContext
 from tersor.training.loop import fit
 from tersor.training.method import chain
 from tersor.training.options import OptimizerOptions, Training
@@ -64,8 +65,8 @@ class Loader:
 
 
 def attached(model=None, method=None, steps=8, target=VNNI):
-    found = (method or QAT()).attach(model or Small().eval(), data=Loader(), steps=steps, target=target)
-    list(found.begin())
+    found = (method or QAT()).attach(model or Small().eval(), AttachContext(data=Loader(), steps=steps, target=target))
+    found.begin()
     return found
 
 
@@ -83,9 +84,9 @@ def edges(graph):
 def test_before_the_first_step_it_is_what_post_training_quantization_gives():
     ours = attached(method=QAT(bits=4)).model.eval()
     theirs = PTQ(bits=4, weight_range="minmax", activation_range="minmax", variance_correction=False).attach(
-        Small().eval(), data=Loader(), target=VNNI
+        Small().eval(), AttachContext(data=Loader(), target=VNNI)
     )
-    list(theirs.begin())
+    theirs.begin()
     images = Loader(1, seed=5).batches[0].images
     assert torch.equal(ours(images), theirs.model(images))
 
@@ -122,8 +123,8 @@ def test_grids_of_a_stage_before_that_clip_go_on_to_clip_the_same_share(before):
     graph = attached(method=before).model
     images = Loader(1, seed=5).batches[0].images
     expected = graph.eval()(images)
-    found = QAT().attach(graph, steps=8, target=VNNI)
-    list(found.begin())
+    found = QAT().attach(graph, AttachContext(steps=8, target=VNNI))
+    found.begin()
     found.after_step(0, None)  # nothing has moved, so nothing changes
     torch.testing.assert_close(found.model.eval()(images), expected, rtol=1e-4, atol=1e-5)
     layer = found.model.get_submodule("conv2")
@@ -139,8 +140,8 @@ def test_grids_of_a_stage_before_that_clip_go_on_to_clip_the_same_share(before):
 def test_a_channel_of_zeros_may_come_back_over_its_whole_range():
     graph = attached(method=PTQ(bits=3, weight_range="mse")).model
     parametrized(graph.get_submodule("conv2")).original.data[2] = 0  # as rounding leaves some
-    found = QAT().attach(graph, steps=8, target=VNNI)
-    list(found.begin())
+    found = QAT().attach(graph, AttachContext(steps=8, target=VNNI))
+    found.begin()
     layer = found.model.get_submodule("conv2")
     parametrized(layer).original.data[2] = 0.5
     found.after_step(0, None)
@@ -214,12 +215,12 @@ def test_in_eval_nothing_moves():
 
 
 def test_it_takes_over_the_grids_of_a_stage_before():
-    first = PTQ(bits=4).attach(Small().eval(), data=Loader(), target=VNNI)
-    list(first.begin())
+    first = PTQ(bits=4).attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
+    first.begin()
     images = Loader(1, seed=5).batches[0].images
     before = first.model(images)
-    second = QAT(bits=4).attach(first.model, steps=4, target=VNNI)
-    list(second.begin())
+    second = QAT(bits=4).attach(first.model, AttachContext(steps=4, target=VNNI))
+    second.begin()
     assert torch.allclose(second.model.eval()(images), before, atol=1e-5)
     fit(second, Loader(), Training(), steps=4)
     second.finish()
@@ -227,32 +228,32 @@ def test_it_takes_over_the_grids_of_a_stage_before():
 
 
 def test_in_one_stage_with_ptq():
-    found = chain([PTQ(bits=4), QAT(bits=4)], Small().eval(), data=Loader(), steps=4, target=VNNI)
-    list(found.begin())
+    found = chain([PTQ(bits=4), QAT(bits=4)], Small().eval(), AttachContext(data=Loader(), steps=4, target=VNNI))
+    found.begin()
     assert all(edge.enabled and float(edge.high) > 0 for edge in edges(found.model))
 
 
 def test_grids_of_other_bits_are_told():
-    first = PTQ(bits=4).attach(Small().eval(), data=Loader(), target=VNNI)
-    list(first.begin())
+    first = PTQ(bits=4).attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
+    first.begin()
     with pytest.raises(InputError, match=r"on grids of 4 bits, and qat is to train with bits: 6\. Leave bits out"):
-        QAT(bits=6).attach(first.model, steps=4)
+        QAT(bits=6).attach(first.model, AttachContext(steps=4))
     with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with activation_bits: 4"):
-        QAT(activation_bits=4).attach(first.model, steps=4)
+        QAT(activation_bits=4).attach(first.model, AttachContext(steps=4))
     with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with first_last_bits: 4"):
-        QAT(first_last_bits=4).attach(first.model, steps=4)
+        QAT(first_last_bits=4).attach(first.model, AttachContext(steps=4))
     with pytest.raises(InputError, match="with per_channel: false, and the network lies on other grids"):
-        QAT(per_channel=False).attach(first.model, steps=4)
+        QAT(per_channel=False).attach(first.model, AttachContext(steps=4))
     with pytest.raises(InputError, match="Write `exclude` there"):
-        QAT(bits=4, exclude=("conv1",)).attach(first.model, steps=4)
+        QAT(bits=4, exclude=("conv1",)).attach(first.model, AttachContext(steps=4))
 
 
 def test_grids_of_a_stage_before_are_taken_as_they_lie_where_no_bits_are_given():
     first = PTQ(bits=3, activation_bits=5, symmetric=False, per_channel=False, exclude=("conv1",))
-    laid = first.attach(Small().eval(), data=Loader(), target=VNNI)
-    list(laid.begin())
-    found = QAT().attach(laid.model, steps=4, target=VNNI)
-    list(found.begin())
+    laid = first.attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
+    laid.begin()
+    found = QAT().attach(laid.model, AttachContext(steps=4, target=VNNI))
+    found.begin()
     fit(found, Loader(), Training(), steps=4)
     found.finish()
     layer = found.model.get_submodule("conv2")
@@ -278,7 +279,7 @@ def test_statistics_stay_after_a_while_and_gamma_learns_on():
             norm, edge = norms(found.model)[0], edges(found.model)[0]
             seen.append((norm.running_mean.clone(), norm.weight.detach().clone(), float(edge.high)))
 
-    fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=8, watch=Looks())
+    fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=8, progress=Looks())
     means, gammas, highs = zip(*seen, strict=True)
     moved = [not torch.equal(*pair) for pair in itertools.pairwise(means)]
     assert moved == [True, True, True, False, False, False, False]
@@ -295,16 +296,16 @@ def test_as_if_folded_from_the_first_step():
 
 def test_without_images_it_says_what_to_pass():
     with pytest.raises(InputError, match="qat needs images to calibrate with"):
-        QAT().attach(Small().eval(), steps=4)
-    found = QAT().attach(Small().eval(), data=[], steps=4)
+        QAT().attach(Small().eval(), AttachContext(steps=4))
+    found = QAT().attach(Small().eval(), AttachContext(data=[], steps=4))
     with pytest.raises(InputError, match="qat was given data without a single image"):
-        list(found.begin())
+        found.begin()
 
 
 def test_zeros_of_a_mask_stay_zeros_on_the_grid():
     methods = [WeightPruning(sparsity=0.8, sparsity_schedule="cubic", every=1), QAT(bits=4, first_last_bits=4)]
-    found = chain(methods, Small().eval(), data=Loader(), steps=8, target=VNNI)
-    list(found.begin())
+    found = chain(methods, Small().eval(), AttachContext(data=Loader(), steps=8, target=VNNI))
+    found.begin()
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=8)
     found.finish()
     for name in ("conv1", "conv2"):
@@ -342,8 +343,8 @@ def test_training_lowers_the_loss_that_quantization_alone_gives():
 def test_what_was_trained_is_what_runs(tmp_path, runtime):
     if runtime == "openvino":
         pytest.importorskip("openvino")
-    found = QAT().attach(Small().eval(), data=Loader(), steps=20, target=Target(runtime=runtime))
-    list(found.begin())
+    found = QAT().attach(Small().eval(), AttachContext(data=Loader(), steps=20, target=Target(runtime=runtime)))
+    found.begin()
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.02)), steps=20)
     found.finish()
     images = Loader(1, seed=9).batches[0].images

@@ -11,6 +11,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.methods.rigl import RigL, layer_counts
+from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import dense_of, mask_of
 
 DRAW = torch.Generator().manual_seed(1)
@@ -25,8 +26,8 @@ def network():
 
 def begun(steps=40, **options):
     model = network()
-    attached = RigL(**{"sparsity": 0.8, "every": 4, **options}).attach(model, steps=steps)
-    list(attached.begin())
+    attached = RigL(**{"sparsity": 0.8, "every": 4, **options}).attach(model, AttachContext(steps=steps))
+    attached.begin()
     return model, attached
 
 
@@ -153,4 +154,4 @@ def test_few_weights_and_many_layers():
 
 def test_no_steps_no_masks():
     with pytest.raises(InputError, match="rigl moves masks while a network trains"):
-        RigL().attach(network())
+        RigL().attach(network(), AttachContext())

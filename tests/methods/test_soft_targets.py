@@ -13,6 +13,7 @@ from torch import nn
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.methods.soft_targets import SoftTargets, SoftTargetTerm, soft_target_loss
+from tersor.training.context import AttachContext
 from tersor.training.objective import Objective, Outputs
 
 logits = st.integers(1, 4).flatmap(
@@ -138,7 +139,7 @@ def test_the_term_is_weighted_and_asks_for_no_labels():
 def losses(method, batch):
     torch.manual_seed(0)
     student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
-    attached = method.attach(student, teacher=teacher)
+    attached = method.attach(student, AttachContext(teacher=teacher))
     objective = Objective(attached.model, attached.terms, teacher, label_weight=attached.label_weight)
     return objective(batch), student, teacher
 
@@ -164,20 +165,21 @@ def test_label_weight_zero_works_without_labels_and_does_not_look_at_them():
 def test_attaching_changes_nothing_in_the_model():
     student = nn.Linear(4, 3)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    attached = SoftTargets().attach(student, teacher=nn.Linear(4, 3))
+    attached = SoftTargets().attach(student, AttachContext(teacher=nn.Linear(4, 3)))
     assert attached.model is student
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
-    assert list(attached.begin()) == []
+    attached.begin()
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 def test_loss_weight_zero_asks_nothing_of_the_teacher():
-    attached = SoftTargets(loss_weight=0).attach(nn.Linear(4, 3), teacher=nn.Linear(4, 3))
+    attached = SoftTargets(loss_weight=0).attach(nn.Linear(4, 3), AttachContext(teacher=nn.Linear(4, 3)))
     assert attached.terms == ()
 
 
 def test_without_a_teacher_it_is_an_error():
     with pytest.raises(InputError, match="needs a teacher"):
-        SoftTargets().attach(nn.Linear(4, 3))
+        SoftTargets().attach(nn.Linear(4, 3), AttachContext())
 
 
 @pytest.mark.parametrize(

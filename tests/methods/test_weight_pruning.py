@@ -12,6 +12,7 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
 from tersor.pruning.mask import weight_mask
+from tersor.training.context import AttachContext
 from tersor.training.method import chain
 
 IMAGES = torch.rand(4, 3, 16, 16)
@@ -24,9 +25,8 @@ def model():
 
 
 def pruned(model, steps=0, **options):
-    attached = WeightPruning(**options).attach(model, steps=steps)
-    for _ in attached.begin():
-        pass
+    attached = WeightPruning(**options).attach(model, AttachContext(steps=steps))
+    attached.begin()
     return attached
 
 
@@ -132,9 +132,8 @@ def test_nothing_comes_back_whatever_is_masked_later(model, before, behind):
 
 
 def test_zeros_stay_zeros_under_a_grid(model):
-    attached = chain([WeightPruning(sparsity=0.6), PTQ(bits=4)], model, data=[IMAGES])
-    for _ in attached.begin():
-        pass
+    attached = chain([WeightPruning(sparsity=0.6), PTQ(bits=4)], model, AttachContext(data=[IMAGES]))
+    attached.begin()
     quantized = attached.model.get_submodule("layer2.0.conv1").weight.detach()
     assert (quantized == 0).float().mean() >= 0.6
     assert torch.equal(strip(attached.model)(IMAGES), attached.model(IMAGES))
@@ -148,15 +147,15 @@ def test_layers_may_be_named(model):
 
 def test_mistakes_are_told(model):
     with pytest.raises(InputError, match="matches no layer"):
-        WeightPruning(layers=("nothing",)).attach(model)
+        WeightPruning(layers=("nothing",)).attach(model, AttachContext())
     with pytest.raises(InputError, match="rises over the steps"):
-        WeightPruning(sparsity_schedule="cubic").attach(model)
+        WeightPruning(sparsity_schedule="cubic").attach(model, AttachContext())
     pruned(model, sparsity=0.5)
     with pytest.raises(InputError, match="sparse already"):
-        WeightPruning(sparsity=0.4).attach(model)
-    quantized = PTQ().attach(build("resnet20", 10), data=[IMAGES]).model
+        WeightPruning(sparsity=0.4).attach(model, AttachContext())
+    quantized = PTQ().attach(build("resnet20", 10), AttachContext(data=[IMAGES])).model
     with pytest.raises(InputError, match="masks lie under grids"):
-        WeightPruning().attach(quantized)
+        WeightPruning().attach(quantized, AttachContext())
 
 
 DATA = [(torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(place)), torch.arange(8)) for place in (0, 1)]
@@ -187,17 +186,17 @@ def test_every_importance_masks_as_much_and_others(model, importance, granularit
     of_filters = importance in ("batchnorm", "fpgm")
     if (of_filters or importance == "own") and granularity != "filter":
         with pytest.raises(InputError, match=r"(granularity: filter|Give a tensor)"):
-            list(WeightPruning(**options).attach(model, data=DATA).begin())
+            WeightPruning(**options).attach(model, AttachContext(data=DATA)).begin()
         return
     if importance == "magnitude_l2" and granularity == "weight":
         with pytest.raises(InputError, match="Write importance: magnitude"):
-            WeightPruning(**options).attach(model)
+            WeightPruning(**options).attach(model, AttachContext())
         return
     with torch.no_grad():
         for place, norm in enumerate(each for each in model.modules() if isinstance(each, nn.BatchNorm2d)):
             norm.weight.copy_(torch.rand(norm.weight.shape, generator=torch.Generator().manual_seed(place)))
     plain = copy.deepcopy(model)
-    list(WeightPruning(**options).attach(model, data=DATA).begin())
+    WeightPruning(**options).attach(model, AttachContext(data=DATA)).begin()
     masks = masks_of(model)
     total, masked = sum(mask.numel() for mask in masks.values()), sum(int((~mask).sum()) for mask in masks.values())
     assert 0 <= masked - round(0.5 * total) < (1 if granularity == "weight" else 9 if granularity == "kernel" else 577)
@@ -255,7 +254,7 @@ def test_a_schedule_of_the_users(model):
     assert told["steps"] == list(range(1, 11))
     assert sum(told["changed"]) == pytest.approx(0.8, abs=1e-3), "nested masks change once"
     with pytest.raises(InputError, match=r"gave 1\.5 at progress 0\.75\. Give a number from 0 to 1"):
-        WeightPruning(sparsity_schedule=f"{__name__}:too_far").attach(build("resnet20", 10), steps=16)
+        WeightPruning(sparsity_schedule=f"{__name__}:too_far").attach(build("resnet20", 10), AttachContext(steps=16))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +285,7 @@ def test_what_just_fits_is_not_refused(model, options):
 )
 def test_options_that_contradict_or_do_nothing(model, options, told):
     with pytest.raises(InputError, match=told):
-        WeightPruning(**options).attach(model, steps=10)
+        WeightPruning(**options).attach(model, AttachContext(steps=10))
     assert not masks_of(model), "nothing was laid"
 
 

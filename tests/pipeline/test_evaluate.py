@@ -42,12 +42,12 @@ def images(tmp_path):
 def test_other_classes_are_refused(images, tmp_path, classes, words):
     export(network(len(classes)), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=classes)
     with pytest.raises(InputError, match=words):
-        evaluate(tmp_path / "model.onnx", str(images), None, watch=NullProgress())
+        evaluate(tmp_path / "model.onnx", str(images), None, progress=NullProgress())
 
 
 def test_the_same_classes_are_not(images, tmp_path):
     export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
-    assert evaluate(tmp_path / "model.onnx", str(images), None, watch=NullProgress()).images == 6
+    assert evaluate(tmp_path / "model.onnx", str(images), None, progress=NullProgress()).images == 6
 
 
 def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
         assert [round(ratio.value, 6) for ratio in ratios(timings, 1)] == [2, 2], "original and baseline"
         return timings
 
-    monkeypatch.setattr(module, "latency", latency)
+    monkeypatch.setattr(module, "measure_latency", latency)
     tables = list(module.timed([tmp_path / "one.onnx", tmp_path / "two.onnx"], 1.0))
     assert [(each.batch_size, each.rounds, each.ended_by) for each in tables] == [
         (size, 3, "interval") for size in BATCH_SIZES
@@ -90,7 +90,7 @@ def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
         return Timings({name: {size: [[1.0], [1.0]] for size in BATCH_SIZES} for name in contenders},
                        dict.fromkeys(BATCH_SIZES, "time"))  # fmt: skip
 
-    monkeypatch.setattr(module, "latency", latency)
+    monkeypatch.setattr(module, "measure_latency", latency)
     monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
     tables = list(module.timed([tmp_path / "8.onnx", tmp_path / "16.onnx"], 1.0))
     assert shapes == [((1, 3, 8, 8), ["8"]), ((1, 3, 16, 16), ["16"])]
@@ -112,7 +112,7 @@ def test_code_that_a_folder_names_is_not_run(tmp_path, monkeypatch):
     (tmp_path / "strange.py").write_text("import os\nos.mkdir('executed')\ndef data(): ...\n")
     recipe = "{model: {name: resnet20}, data: {name: 'strange:data'}, stages: [{name: a}]}"
     with pytest.raises(InputError, match=r"code that a folder names is not run\. Write"):
-        evaluate(folder_saying(tmp_path, recipe=recipe, numbers="{}"), None, None, watch=NullProgress())
+        evaluate(folder_saying(tmp_path, recipe=recipe, numbers="{}"), None, None, progress=NullProgress())
     assert not (tmp_path / "executed").exists()
 
 
@@ -120,4 +120,4 @@ def test_code_that_a_folder_names_is_not_run(tmp_path, monkeypatch):
 def test_numbers_of_another_shape_are_told(images, tmp_path, numbers):
     folder = folder_saying(tmp_path, recipe="", numbers=numbers)
     with pytest.raises(InputError, match=r"numbers\.json is (damaged|not what this version)"):
-        evaluate(folder, str(images), None, watch=NullProgress())
+        evaluate(folder, str(images), None, progress=NullProgress())

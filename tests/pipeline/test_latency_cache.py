@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from tersor.checkpoint.model_folder import load
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NullProgress
 from tersor.core.target import Target
-from tersor.pipeline.latency_cache import MEASURED, ByMacs, Remembering
+from tersor.evaluation.costs import macs_ratio
+from tersor.pipeline.latency_cache import FILE, CachedLatencyRatio
 from tersor.pipeline.run import run
 from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import run_stages
 from tersor.recipe import parse
 
 IMAGE = torch.rand(1, 3, 8, 8)
 RECIPE = """\
-model: {name: "test_measured:build"}
+model: {name: "test_latency_cache:build"}
 data: {name: digits, limit: 48}
 checkpoint_every: 2
 stages:
@@ -37,12 +40,9 @@ class Noisy:
         self.draw = random.Random(seed)
         self.asked = 0
 
-    def against(self, original, example, target):
-        def ratio(_network):
-            self.asked += 1
-            return self.draw.uniform(0.3, 0.9)
-
-        return ratio
+    def __call__(self, network, original, example, target, progress=None):
+        self.asked += 1
+        return self.draw.uniform(0.3, 0.9)
 
 
 def build(num_classes):
@@ -56,25 +56,25 @@ def net(width):
 
 
 def test_the_same_shapes_get_the_same_answer_in_another_process_too(tmp_path):
-    file, noisy = tmp_path / MEASURED, Noisy()
-    first = Remembering(noisy, file).against(net(8), IMAGE, Target())
-    answers = [first(net(4)), first(net(4)), first(net(5))]
+    file, noisy = tmp_path / FILE, Noisy()
+    first = CachedLatencyRatio(noisy, file)
+    answers = [first(net(width), net(8), IMAGE, Target()) for width in (4, 4, 5)]
     assert answers[0] == answers[1] != answers[2]
     assert noisy.asked == 2
-    again = Remembering(Noisy(seed=1), file).against(net(8), IMAGE, Target())
-    assert [again(net(4)), again(net(5))] == answers[1:]
-    others = [
-        Remembering(noisy, file).against(net(9), IMAGE, Target()),
-        Remembering(noisy, file).against(net(8), torch.rand(1, 3, 9, 8), Target()),
-        Remembering(noisy, file).against(net(8), IMAGE, Target(runtime="openvino")),
-    ]
-    assert not {other(net(4)) for other in others} & set(answers)
-    assert [path.name for path in tmp_path.iterdir()] == [MEASURED]
+    again = CachedLatencyRatio(Noisy(seed=1), file)
+    assert [again(net(width), net(8), IMAGE, Target()) for width in (4, 5)] == answers[1:]
+    others = {
+        first(net(4), net(9), IMAGE, Target()),
+        first(net(4), net(8), torch.rand(1, 3, 9, 8), Target()),
+        first(net(4), net(8), IMAGE, Target(runtime="openvino")),
+    }
+    assert not others & set(answers)
+    assert noisy.asked == 5
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_a_rehearsal_goes_by_the_macs():
-    ratio = ByMacs().against(net(8), IMAGE, Target())
-    assert ratio(net(4)) == pytest.approx(0.5)
+    assert macs_ratio(net(4), net(8), IMAGE, Target()) == pytest.approx(0.5)
 
 
 class Stops(NullProgress):
@@ -88,20 +88,20 @@ class Stops(NullProgress):
             raise KeyboardInterrupt
 
 
-def walked(folder, machine, watch=None):
-    walk = prepare(parse(RECIPE, "latency.yaml"), model=None, data=None, watch=NullProgress())
+def run_recipe(folder, machine, progress=None):
+    experiment = prepare(parse(RECIPE, "latency.yaml"), model=None, data=None, progress=NullProgress())
     folder.mkdir(exist_ok=True)
-    walk.stopwatch = Remembering(machine, folder / MEASURED)
-    (told,) = walk.stages(watch or NullProgress(), Checkpoints(folder))
-    return walk.model.state_dict(), told["notes"]
+    experiment = replace(experiment, latency=CachedLatencyRatio(machine, folder / FILE))
+    model, (record,) = run_stages(experiment, Checkpoints(folder), progress or NullProgress())
+    return model.state_dict(), record.notes
 
 
 def test_a_stage_that_goes_on_keeps_the_channels_that_it_had(tmp_path):
-    whole, notes = walked(tmp_path / "whole", Noisy(seed=1))
+    whole, notes = run_recipe(tmp_path / "whole", Noisy(seed=1))
     with pytest.raises(KeyboardInterrupt):
-        walked(tmp_path / "stopped", Noisy(seed=1), Stops())
+        run_recipe(tmp_path / "stopped", Noisy(seed=1), Stops())
     changed = Noisy(seed=2)
-    resumed, said = walked(tmp_path / "stopped", changed)
+    resumed, said = run_recipe(tmp_path / "stopped", changed)
     assert changed.asked == 0
     assert said == notes
     assert resumed.keys() == whole.keys()
@@ -110,7 +110,7 @@ def test_a_stage_that_goes_on_keeps_the_channels_that_it_had(tmp_path):
 
 def test_without_its_memory_it_would_not(tmp_path):
     widths = {
-        tuple(value.shape[0] for value in walked(tmp_path / str(seed), Noisy(seed))[0].values() if value.ndim)
+        tuple(value.shape[0] for value in run_recipe(tmp_path / str(seed), Noisy(seed))[0].values() if value.ndim)
         for seed in (1, 2)
     }
     assert len(widths) == 2
@@ -119,7 +119,7 @@ def test_without_its_memory_it_would_not(tmp_path):
 @pytest.mark.slow
 def test_a_run_measures_once_and_tells(tmp_path, monkeypatch):
     noisy = Noisy(seed=1)
-    monkeypatch.setattr(sys.modules["tersor.pipeline.run"], "RuntimeStopwatch", lambda _watch: noisy)
+    monkeypatch.setattr(sys.modules["tersor.pipeline.run"], "latency_ratio", noisy)
     folder = run(parse(RECIPE, "latency.yaml"), out=tmp_path / "out")
     (told,) = json.loads((folder / "numbers.json").read_text())["stages"]
     assert 0 < noisy.asked <= 8

@@ -60,9 +60,9 @@ def test_the_widths():
 
 
 def test_every_layer_on_every_width(recipe, tmp_path):
-    watch = Watched()
-    found, figure = measure(recipe, out=tmp_path / "a.json", images=50, watch=watch)
-    assert watch.done == watch.total == 40
+    progress = Watched()
+    found, figure = measure(recipe, out=tmp_path / "a.json", images=50, progress=progress)
+    assert progress.done == progress.total == 40
     layers = list(found.weights)
     assert (layers[0], layers[-1], len(layers)) == ("conv1", "linear", 20)
     assert found.weights["conv1"] == 432
@@ -78,21 +78,21 @@ def test_every_layer_on_every_width(recipe, tmp_path):
 
 
 def test_stopped_it_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
-    whole, _ = measure(recipe, out=tmp_path / "whole.json", images=30, watch=NullProgress())
+    whole, _ = measure(recipe, out=tmp_path / "whole.json", images=30, progress=NullProgress())
     out = tmp_path / "stopped.json"
     with pytest.raises(KeyboardInterrupt):
-        measure(recipe, out=out, images=30, watch=Watched(stop=True))
+        measure(recipe, out=out, images=30, progress=Watched(stop=True))
     assert json.loads(out.read_text())["costs"] == json.loads((tmp_path / "whole.json").read_text())["costs"][:7]
     assert {path.name for path in tmp_path.iterdir()} == {"whole.json", "whole.svg", "stopped.json"}
-    watch = Watched()
-    found, _ = measure(recipe, out=out, images=30, watch=watch)
+    progress = Watched()
+    found, _ = measure(recipe, out=out, images=30, progress=progress)
     assert found == whole
-    assert watch.done == watch.total == 40
-    assert f"{out}: 7 measurements are there already, 33 are left" in watch.said
+    assert progress.done == progress.total == 40
+    assert f"{out}: 7 measurements are there already, 33 are left" in progress.said
     assert out.read_text() == (tmp_path / "whole.json").read_text()
     assert (tmp_path / "stopped.svg").read_text() == (tmp_path / "whole.svg").read_text()
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", lambda *_, **__: iter(()))
-    assert measure(recipe, out=out, images=30, watch=NullProgress())[0] == whole, "nothing is measured again"
+    assert measure(recipe, out=out, images=30, progress=NullProgress())[0] == whole, "nothing is measured again"
 
 
 def test_a_file_is_whole_whenever_it_is_stopped(recipe, tmp_path, monkeypatch):
@@ -103,11 +103,11 @@ def test_a_file_is_whole_whenever_it_is_stopped(recipe, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(recipe, out=out, images=20, watch=Watched(stop=True))
+        measure(recipe, out=out, images=20, progress=Watched(stop=True))
     before = out.read_bytes()
     monkeypatch.setattr("pathlib.Path.write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        measure(recipe, out=out, images=20, watch=NullProgress())
+        measure(recipe, out=out, images=20, progress=NullProgress())
     assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
@@ -117,7 +117,7 @@ def begun(recipe, tmp_path, monkeypatch):
     """A file with one measurement in it; nothing more is measured."""
     only = Cost("conv1", 2, 0.5, 1.0)
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", lambda *_, **__: iter([only]))
-    measure(recipe, out=tmp_path / "a.json", images=50, watch=NullProgress())
+    measure(recipe, out=tmp_path / "a.json", images=50, progress=NullProgress())
     return tmp_path / "a.json"
 
 
@@ -137,7 +137,7 @@ def test_a_file_of_something_else_is_refused(begun, weights, change, images, mes
     before = begun.read_bytes()
     changed = parse(RECIPE.replace("WEIGHTS", str(weights)).replace(*change), "recipe.yaml")
     with pytest.raises(InputError, match=message) as refused:
-        measure(changed, out=begun, images=images, watch=NullProgress())
+        measure(changed, out=begun, images=images, progress=NullProgress())
     assert "--out" in str(refused.value)
     assert begun.read_bytes() == before
 
@@ -145,14 +145,14 @@ def test_a_file_of_something_else_is_refused(begun, weights, change, images, mes
 def test_what_does_not_matter_is_not_compared(begun, weights):
     text = RECIPE.replace("WEIGHTS", str(weights)).replace("average_bits: 4", "average_bits: 3")
     text = text.replace("name: digits", "name: digits, augment: flip")
-    assert measure(parse(text, "recipe.yaml"), out=begun, images=50, watch=NullProgress())[0].costs
+    assert measure(parse(text, "recipe.yaml"), out=begun, images=50, progress=NullProgress())[0].costs
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2]", b'{"costs": 3}', b"\xff\x00"])
 def test_a_file_that_is_none_of_ours(content, recipe, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json is no file of `tersor sensitivity`, or is damaged"):
-        measure(recipe, out=tmp_path / "a.json", watch=NullProgress())
+        measure(recipe, out=tmp_path / "a.json", progress=NullProgress())
     assert (tmp_path / "a.json").read_bytes() == content
 
 
@@ -169,7 +169,7 @@ def test_a_file_whose_costs_were_changed(key, value, message, recipe, tmp_path):
     cost = {"layer": "conv1", "bits": 2, "error": 0.5, "drop": None} | {key: value}
     (tmp_path / "a.json").write_text(json.dumps({"measured_with": {}, "weights": {"conv1": 432}, "costs": [cost]}))
     with pytest.raises(InputError, match=message):
-        measure(recipe, out=tmp_path / "a.json", watch=NullProgress())
+        measure(recipe, out=tmp_path / "a.json", progress=NullProgress())
 
 
 def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeyp
 
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", looked)
     for place, count in enumerate((50, 50, None, 10_000)):
-        measure(recipe, out=tmp_path / f"{place}.json", images=count, watch=NullProgress())
+        measure(recipe, out=tmp_path / f"{place}.json", images=count, progress=NullProgress())
     assert torch.bincount(seen[0]).tolist() == [5] * 10
     assert torch.equal(seen[0], seen[1])
     assert len(seen[2]) == len(seen[3]) > 100
@@ -200,5 +200,5 @@ def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeyp
 def test_what_cannot_be_measured(change, out, message, weights, tmp_path):
     recipe = parse(RECIPE.replace(*change).replace("WEIGHTS", str(weights)), "recipe.yaml")
     with pytest.raises(InputError, match=message):
-        measure(recipe, out=tmp_path / out, watch=NullProgress())
+        measure(recipe, out=tmp_path / out, progress=NullProgress())
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NullProgress
 from tersor.data import load
 from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import run_stages, train_teacher
 from tersor.recipe import parse
 
 RECIPE = """\
@@ -21,21 +22,20 @@ stages:
 """
 
 
-def walked(folder, seed: int, noise: int) -> dict[str, torch.Tensor]:
+def run_recipe(folder, seed: int, noise: int) -> dict[str, torch.Tensor]:
     """What the recipe ends with in a process that has drawn `noise` numbers before."""
     torch.rand(noise)
     recipe = parse(RECIPE.replace("SEED", str(seed)), "recipe.yaml")
-    walk = prepare(recipe, model=None, data=None, watch=NullProgress())
+    experiment = prepare(recipe, model=None, data=None, progress=NullProgress())
     checkpoints = Checkpoints(folder)
-    walk.train_teacher(NullProgress(), checkpoints)
-    walk.stages(NullProgress(), checkpoints)
-    return walk.model.state_dict()
+    experiment = replace(experiment, teacher=train_teacher(experiment, checkpoints, NullProgress()))
+    return run_stages(experiment, checkpoints, NullProgress())[0].state_dict()
 
 
 def test_same_seed_same_bits_and_another_seed_others(tmp_path):
-    first = walked(tmp_path / "a", seed=3, noise=1)
-    second = walked(tmp_path / "b", seed=3, noise=7)
-    other = walked(tmp_path / "c", seed=4, noise=1)
+    first = run_recipe(tmp_path / "a", seed=3, noise=1)
+    second = run_recipe(tmp_path / "b", seed=3, noise=7)
+    other = run_recipe(tmp_path / "c", seed=4, noise=1)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(
@@ -48,7 +48,7 @@ def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
     expected = torch.rand(3)
     torch.manual_seed(0)
     recipe = parse(RECIPE.replace("SEED", "5"), "recipe.yaml")
-    prepare(recipe, model=None, data=None, watch=NullProgress())
+    prepare(recipe, model=None, data=None, progress=NullProgress())
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -95,12 +95,16 @@ class Counted:
 def test_attaching_shows_how_far_it_is_and_its_rehearsal_looks_at_few_images(tmp_path):
     data = load(name="digits", limit=200)
     counted, bars = Counted(data.train), Bars()
-    walk = prepare(parse(PRUNED, "recipe.yaml"), model=None, data=replace(data, train=counted), watch=bars)
+    experiment = prepare(parse(PRUNED, "recipe.yaml"), model=None, data=replace(data, train=counted), progress=bars)
     rehearsed, bars.drawn = bars.drawn, []
     assert len(counted.looked_at) <= 64 < len(counted)
-    walk.stages(bars, Checkpoints(tmp_path))
+    run_stages(experiment, Checkpoints(tmp_path), bars)
     assert len(counted.looked_at) >= 3 * 64
-    of_attaching = ("runs without a branch", "images, what the answers hang on", "groups of channels")
+    of_attaching = (
+        "change of the logits without each branch",
+        "Hessian statistics",
+        "loss increase of each channel group",
+    )
     for drawn, images in ((rehearsed, 64), (bars.drawn, 3 * 64)):
         branches, seen, groups = drawn[: len(of_attaching)]
         for (task, *_), what in zip((branches, seen, groups), of_attaching, strict=True):

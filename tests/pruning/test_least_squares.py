@@ -29,18 +29,10 @@ def cut(model, channels, *, made_up=True, images=IMAGES):
     graph = capture(copy.deepcopy(model))
     (group,) = [group for group in coupled_channels(graph, images)[0] if group.root == "0"]
     cuts = merged(group.cuts(channels))
-    found = drained(fitted(graph, cuts, [images[:6], images[6:]], 16)) if made_up else {}
+    found = fitted(graph, cuts, [images[:6], images[6:]], 16) if made_up else {}
     remove(graph, cuts)
     take_over(graph, found)
     return graph
-
-
-def drained(steps):
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def kill(model, channels):
@@ -110,7 +102,7 @@ def test_of_a_reader_that_loses_channels_itself_those_that_stay_get_theirs():
     graph = capture(copy.deepcopy(model))
     roots = {group.root: group for group in coupled_channels(graph, IMAGES)[0]}
     cuts = merged([*roots["0"].cuts([1, 4]), *roots["3"].cuts([2])])
-    found = drained(fitted(graph, cuts, [IMAGES], 16))
+    found = fitted(graph, cuts, [IMAGES], 16)
     assert {name: tuple(fit.weight.shape) for name, fit in found.items()} == {"3": (4, 4, 3, 3), "7": (4, 4)}
     dead = copy.deepcopy(model)
     dead[3].weight.data[2], dead[3].bias.data[2] = 0, 0
@@ -123,11 +115,11 @@ def test_looking_leaves_the_network_as_it_was():
     model = capture(net(*pooled(6)).train())
     (group,) = [group for group in coupled_channels(model, IMAGES)[0] if group.root == "0"]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    drained(fitted(model, group.cuts([0]), [IMAGES], 16))
+    fitted(model, group.cuts([0]), [IMAGES], 16)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     with pytest.raises(InputError, match="none were given"):
-        drained(fitted(model, group.cuts([0]), [], 16))
+        fitted(model, group.cuts([0]), [], 16)
 
 
 class Shared(nn.Module):
@@ -147,7 +139,7 @@ def test_a_layer_that_is_used_at_several_sizes_is_fitted_to_all_of_them():
     torch.manual_seed(0)
     graph = capture(Shared().eval())
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]
-    fit = drained(fitted(graph, merged(group.cuts([1, 4])), [IMAGES[:6], IMAGES[6:]], 16))["shared"]
+    fit = fitted(graph, merged(group.cuts([1, 4])), [IMAGES[:6], IMAGES[6:]], 16)["shared"]
     x = torch.relu(graph.first(IMAGES))
     read = torch.cat([each.movedim(1, -1).flatten(0, -2) for each in (x, nn.functional.avg_pool2d(x, 2))])
     given = read @ graph.shared.weight.flatten(1).T

@@ -37,13 +37,7 @@ def measured(model, group, channels):
     """Half of the mean squared change of the centred logits, the layer behind fitted."""
     graph = capture(copy.deepcopy(model))
     cuts, before = merged(group.cuts(channels)), graph(IMAGES)
-    steps = fitted(graph, cuts, DATA, len(IMAGES))
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            fits = end.value
-            break
+    fits = fitted(graph, cuts, DATA, len(IMAGES))
     remove(graph, cuts)
     take_over(graph, fits)
     change = graph(IMAGES) - before

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from recorded_progress import RecordedProgress, Task
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
+from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.deploy.onnx import export
@@ -21,6 +23,7 @@ from tersor.methods.qat import QAT
 from tersor.quantization import accuracy_control
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.training.attachment import Chain
+from tersor.training.context import AttachContext
 
 OPTIONS = {"bits": 5, "max_drop": 5.0}
 
@@ -65,9 +68,10 @@ def answered(model, x):
 
 def tolerated(model=None, data=None, target=None, **options):
     attached = PTQ(**{**OPTIONS, **options}).attach(
-        (model or Sensitive()).eval(), data=[images()] if data is None else data, target=target or Target(cpu="vnni")
+        (model or Sensitive()).eval(),
+        AttachContext(data=[images()] if data is None else data, target=target or Target(cpu="vnni")),
     )
-    list(attached.begin())
+    attached.begin()
     return attached
 
 
@@ -172,20 +176,36 @@ def test_all_in_float_is_the_network_as_it_was(bias_correction):
     with torch.no_grad():
         torch.testing.assert_close(attached.model(images()), Sensitive().eval()(images()), rtol=0, atol=1e-4)
     state = copy.deepcopy(attached.model.state_dict())
-    assert list(attached.begin()) == [], "it has begun"
+    attached.begin()  # a second time
     assert all(torch.equal(value, state[key]) for key, value in attached.model.state_dict().items())
 
 
 def test_progress_is_told():
-    attached = PTQ(**OPTIONS).attach(Sensitive().eval(), data=[images()], target=Target(cpu="vnni"))
-    told = [step for step in attached.begin() if step.what != "calibration"]
-    assert [(step.done, step.total) for step in told] == [(number, 4) for number in (1, 2, 3, 4)]
+    progress = RecordedProgress()
+    context = AttachContext(data=[images()], target=Target(cpu="vnni"), progress=progress)
+    PTQ(**OPTIONS).attach(Sensitive().eval(), context).begin()
+    assert [task for task in progress.tasks if task.name != "calibration"] == [
+        Task("error of each quantized layer", 4, [1, 2, 3, 4])
+    ]
+
+
+class StopsAtLayers(NullProgress):
+    """Interrupts the work once the error of the first layer is measured."""
+
+    def start(self, task, total):
+        self.layers = task != "calibration"
+
+    def advance(self, items=1, **values):
+        if self.layers:
+            raise KeyboardInterrupt
 
 
 def test_layers_are_judged_with_the_biases_that_they_had():
     before = Sensitive().state_dict()
-    attached = PTQ(**OPTIONS, bias_correction=True).attach(Sensitive().eval(), data=[images()])
-    next(step for step in attached.begin() if step.what != "calibration")
+    context = AttachContext(data=[images()], progress=StopsAtLayers())
+    attached = PTQ(**OPTIONS, bias_correction=True).attach(Sensitive().eval(), context)
+    with pytest.raises(KeyboardInterrupt):
+        attached.begin()
     for name in attached.quantizers.layers:
         bias = attached.model.get_submodule(name).bias
         torch.testing.assert_close(bias, before[f"{name}.bias"], rtol=0, atol=1e-5, check_stride=False)
@@ -218,7 +238,7 @@ def test_a_checkpoint_holds_what_rounds():
 
 def trains(attached):
     """One step of training, and how finely everything is seen after that."""
-    list(attached.begin())
+    attached.begin()
     attached.model.train()
     optimizer = torch.optim.SGD(attached.model.parameters(), lr=1e-3)
     handle = attached.bind(optimizer)
@@ -231,7 +251,7 @@ def trains(attached):
 
 @pytest.mark.parametrize("method", [QAT(), LSQ()], ids=["qat", "lsq"])
 def test_training_takes_over_the_layers_that_round(method):
-    attached = method.attach(tolerated().model, data=[images()], steps=1)
+    attached = method.attach(tolerated().model, AttachContext(data=[images()], steps=1))
     assert attached.quantizers.layers == ("conv1", "conv3", "linear")
     ready = trains(attached)
     assert [name for name, rounds in ready.items() if not rounds] == [
@@ -242,8 +262,8 @@ def test_training_takes_over_the_layers_that_round(method):
 
 @pytest.mark.parametrize("method", [QAT(), LSQ()], ids=["qat", "lsq"])
 def test_training_in_the_same_stage_too(method):
-    first = PTQ(**OPTIONS).attach(Sensitive().eval(), data=[images()], target=Target(cpu="vnni"))
-    second = method.attach(first.model, data=[images()], target=Target(cpu="vnni"), steps=1)
+    first = PTQ(**OPTIONS).attach(Sensitive().eval(), AttachContext(data=[images()], target=Target(cpu="vnni")))
+    second = method.attach(first.model, AttachContext(data=[images()], target=Target(cpu="vnni"), steps=1))
     ready = trains(Chain(second.model, [first, second]))
     assert [name for name, rounds in ready.items() if not rounds] == [
         "conv2.parametrizations.weight.0",

@@ -15,6 +15,7 @@ from tersor.models import build
 from tersor.quantization import bias_correction
 from tersor.quantization.bias_correction import batch_of, correct, moments
 from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.training.context import AttachContext
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +59,9 @@ def images(count=48, seed=1):
 
 def rounded(model, bits=3, x=None):
     attached = PTQ(bits=bits, first_last_bits=bits, activation_bits=6, variance_correction=False).attach(
-        model.eval(), data=[images() if x is None else x], target=Target(cpu="vnni")
+        model.eval(), AttachContext(data=[images() if x is None else x], target=Target(cpu="vnni"))
     )
-    list(attached.begin())
+    attached.begin()
     return attached.model
 
 
@@ -196,9 +197,9 @@ def test_a_residual_network_answers_more_like_in_float(options):
         errors = []
         for corrects in (False, True):
             attached = PTQ(bits=3, bias_correction=corrects, variance_correction=False, **options).attach(
-                copy.deepcopy(model), data=[images(64)], target=Target(cpu="vnni")
+                copy.deepcopy(model), AttachContext(data=[images(64)], target=Target(cpu="vnni"))
             )
-            list(attached.begin())
+            attached.begin()
             errors.append((attached.model(unseen) - exact).square().mean().item())
     assert errors[1] < 0.9 * errors[0]
 
@@ -215,9 +216,9 @@ def test_one_batch_is_no_larger_than_needed(monkeypatch):
 
 
 def test_data_that_can_be_read_only_once():
-    attached = PTQ(bias_correction=True).attach(All().eval(), data=iter([images()]))
+    attached = PTQ(bias_correction=True).attach(All().eval(), AttachContext(data=iter([images()])))
     with pytest.raises(InputError, match=r"reads the data again.*DataLoader"):
-        list(attached.begin())
+        attached.begin()
 
 
 def spreads_behind_norms(graph, x):
@@ -263,8 +264,8 @@ def test_with_spreads_clipped_weights_of_three_bits_answer_more_as_in_float():
         torch.manual_seed(1)
         x = torch.randn(64, 3, 16, 16)
         truth = capture(model)(x).detach()
-        found = PTQ(bits=3, weight_range="mse", **options).attach(copy.deepcopy(model), data=[x])
-        list(found.begin())
+        found = PTQ(bits=3, weight_range="mse", **options).attach(copy.deepcopy(model), AttachContext(data=[x]))
+        found.begin()
         return float((found.model(x).detach() - truth).square().mean())
 
     assert error(variance_correction=True) < 0.5 * error(bias_correction=True, variance_correction=False)

@@ -18,6 +18,7 @@ from tersor.methods.mixed_precision import MixedPrecision
 from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.quantization.integer_coverage import integer_coverage
+from tersor.training.context import AttachContext
 
 IMAGES = torch.rand(4, 3, 8, 8)
 
@@ -111,7 +112,7 @@ def around(middle):
 
 def planned(network, **options):
     """Of a network on which quantizers lie, not calibrated."""
-    return integer_coverage(PTQ(**options).attach(network, data=[IMAGES]).model, IMAGES, planned=True)
+    return integer_coverage(PTQ(**options).attach(network, AttachContext(data=[IMAGES])).model, IMAGES, planned=True)
 
 
 ENDS = 3 * 8 * 64 + 8 * 10
@@ -229,8 +230,8 @@ def test_layers_that_a_user_or_a_limit_leaves_in_float():
     network = around(nn.Conv2d(8, 8, 3, padding=1))
     (left,) = planned(copy.deepcopy(network), exclude=("2",)).operators
     assert (left.name, left.kind, left.reason) == ("2", "Conv2d", "it was excluded")
-    attached = PTQ().attach(network, data=[IMAGES])
-    list(attached.begin())
+    attached = PTQ().attach(network, AttachContext(data=[IMAGES]))
+    attached.begin()
     for quantizer in (attached.quantizers.of_weight("2"), attached.quantizers.of_activation("quantizers._1")):
         quantizer.enabled = False
     left = {each.name: each.reason for each in integer_coverage(attached.model, IMAGES).operators}
@@ -267,8 +268,8 @@ def test_operators_that_nobody_counts_are_noted():
 )
 def test_every_method_notes_it_once_it_has_begun(method):
     network = around(SameConv(8, 8, 3))
-    attached = method.attach(network, data=[IMAGES], steps=4)
-    list(attached.begin())
+    attached = method.attach(network, AttachContext(data=[IMAGES], steps=4))
+    attached.begin()
     found = [note for note in attached.notes if "float" in note or "integers" in note]
     assert found == [
         "4.2 % of the MACs are in integers",
@@ -277,8 +278,8 @@ def test_every_method_notes_it_once_it_has_begun(method):
 
 
 def test_batches_that_can_be_read_once_are_enough():
-    attached = PTQ().attach(around(SameConv(8, 8, 3)), data=iter([IMAGES]))
-    list(attached.begin())
+    attached = PTQ().attach(around(SameConv(8, 8, 3)), AttachContext(data=iter([IMAGES])))
+    attached.begin()
     assert any("SameConv" in note for note in attached.notes)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from recorded_progress import RecordedProgress
 from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.graph.parametrization import parametrized
@@ -55,7 +56,7 @@ def calibrated(model=None, bits=2, activation_bits=4):
         graph, Precision(bits, activation_bits, bits), exclude=(), target=VNNI, method="adaround"
     )
     original = copy.deepcopy(graph)
-    list(set_ranges(quantizers, [images()], Ranges("mse", "mse", 99.99, 64), target=VNNI, method="adaround"))
+    set_ranges(quantizers, [images()], Ranges("mse", "mse", 99.99, 64), target=VNNI, method="adaround")
     return quantizers, original
 
 
@@ -140,7 +141,7 @@ def test_every_weight_ends_on_one_of_the_two_points_next_to_it(how):
         original.get_submodule(name).parametrizations.weight[0].enabled = False
     for name in quantizers.activations:
         original.get_submodule(name).enabled = False
-    list(reconstruct(quantizers, original, images(), how))
+    reconstruct(quantizers, original, images(), how)
     moved = 0
     for name in quantizers.layers:
         layer = quantizers.graph.get_submodule(name)
@@ -166,7 +167,7 @@ def test_the_network_answers_more_as_before_than_with_the_nearest_points(how):
         return float((quantizers.graph(fresh).detach() - truth).square().mean())
 
     nearest = error()
-    list(reconstruct(quantizers, original, images(256), how))
+    reconstruct(quantizers, original, images(256), how)
     assert error() < 0.4 * nearest
 
 
@@ -174,29 +175,37 @@ def test_steps_of_activations_are_learned_where_asked():
     for how, learns in ((LAYERS, False), (BLOCKS, True), (DROPPING, True)):
         quantizers, original = calibrated()
         before = {name: float(quantizers.of_activation(name).scale) for name in quantizers.activations}
-        list(reconstruct(quantizers, original, images(), how))
+        reconstruct(quantizers, original, images(), how)
         changed = [float(quantizers.of_activation(name).scale) != scale for name, scale in before.items()]
         assert all(changed) if learns else not any(changed)
         assert quantizers.enabled
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 @ALL
 def test_it_goes_on_behind_what_lasts_with_the_same_bits(how):
     whole, original = calibrated()
-    told = list(reconstruct(whole, original, images(), how))
-    assert [each.done for each in told] == sorted(each.done for each in told)
-    assert told[-1].done == told[-1].total
+    progress = RecordedProgress()
+    reconstruct(whole, original, images(), how, progress=progress)
+    (task,) = progress.tasks
+    assert task.done == sorted(task.done)
+    assert task.done[-1] == task.total
     stopped, original = calibrated()
-    for progress in reconstruct(stopped, original, images(), how):
-        if progress.resumable:
-            break
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(stopped, original, images(), how, checkpoint=interrupt)
     resumed, original = calibrated()
     resumed.graph.load_state_dict(stopped.graph.state_dict())
-    rest = list(reconstruct(resumed, original, images(), how))
-    assert len(rest) < len(told)
+    rest = RecordedProgress()
+    reconstruct(resumed, original, images(), how, progress=rest)
+    assert len(rest.tasks[0].done) < len(task.done)
     expected = whole.graph.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in resumed.graph.state_dict().items())
-    assert list(reconstruct(resumed, original, images(), how)) == [], "all is done"
+    again = RecordedProgress()
+    reconstruct(resumed, original, images(), how, progress=again)
+    assert again.tasks == [], "nothing is left to do"
 
 
 class Widening(nn.Module):
@@ -220,7 +229,7 @@ def test_a_step_that_moved_values_share_is_learned_where_it_lies_and_stays():
     (shared,) = {node.target for node in quantizers.graph.graph.nodes if node.kwargs.get("moved")}
     step = quantizers.of_activation(shared).scale
     found = [float(step)]
-    found += [float(step) for each in reconstruct(quantizers, original, images(), DROPPING) if each.resumable]
+    reconstruct(quantizers, original, images(), DROPPING, checkpoint=lambda: found.append(float(step)))
     assert len(found) == 4, "one of each section behind the first one"
     assert found[0] != found[1], "learned"
     assert found[1:] == found[1:2] * 3, "what was fitted to it stays fitted, and a run that goes on sees the same"
@@ -233,7 +242,7 @@ def test_masked_weights_stay_zero_and_where_they_were():
     parametrize.register_parametrization(model.conv2, "weight", mask)
     before = parametrized(model.conv2).original.detach().clone()
     quantizers, original = calibrated(model)
-    list(reconstruct(quantizers, original, images(), LAYERS))
+    reconstruct(quantizers, original, images(), LAYERS)
     layer = quantizers.graph.get_submodule("conv2")
     assert (layer.weight[:, ::2] == 0).all()
     assert torch.equal(parametrized(layer).original[:, ::2], before[:, ::2])
@@ -243,7 +252,7 @@ def test_masked_weights_stay_zero_and_where_they_were():
 def test_nothing_but_weights_and_steps_changes():
     quantizers, original = calibrated()
     before = {key: value.clone() for key, value in quantizers.graph.state_dict().items()}
-    list(reconstruct(quantizers, original, images(), DROPPING))
+    reconstruct(quantizers, original, images(), DROPPING)
     for key, value in quantizers.graph.state_dict().items():
         if not key.endswith(("weight.original", "scale")):
             assert torch.equal(value, before[key]), key

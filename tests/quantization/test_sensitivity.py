@@ -16,6 +16,7 @@ from tersor.quantization.observers import weight_grid
 from tersor.quantization.precision import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import sensitivity
+from tersor.training.context import AttachContext
 
 VNNI = Target(cpu="vnni")
 
@@ -92,7 +93,7 @@ def test_images_without_labels_tell_no_drop():
 
 
 def test_what_a_mask_has_made_zero_stays_zero():
-    model = WeightPruning(sparsity=0.5).attach(Small().eval(), steps=0)
+    model = WeightPruning(sparsity=0.5).attach(Small().eval(), AttachContext(steps=0))
     model.finish()
     quantizers = laid(model.model)
     shown = parametrization_input(quantizers.graph.conv1, quantizers.of_weight("conv1"))

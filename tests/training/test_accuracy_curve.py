@@ -17,7 +17,11 @@ from torch.nn.utils import parametrize
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
+from tersor.evaluation.costs import accuracy
+from tersor.pipeline.experiment import EVALUATION_BATCH
+from tersor.pipeline.run import flat
 from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import run_stages
 from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import EMAFakeQuantize
 from tersor.quantization.grid import Grid
@@ -69,9 +73,11 @@ def test_a_training_that_is_looked_at_ends_with_the_same_bits(ema):
     ends = []
     for curve in (None, AccuracyCurve(1, right)):
         model = all_that_moves()
-        watch = Recorder()
-        fit(Attachment(model), Toy(shape=(3, 4, 4)), Training(ema=ema), steps=12, seed=5, curve=curve, watch=watch)
-        losses = [values["labels"] for values in watch.values]
+        progress = Recorder()
+        fit(
+            Attachment(model), Toy(shape=(3, 4, 4)), Training(ema=ema), steps=12, seed=5, curve=curve, progress=progress
+        )
+        losses = [values["labels"] for values in progress.values]
         ends.append({**model.state_dict(), "losses": torch.tensor(losses)})
     assert len(curve.values) == 12
     assert len(set(curve.values)) > 3
@@ -125,29 +131,31 @@ def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_o
                 now += 1.0
                 yield batch
 
-    watch, curve = Recorder(), AccuracyCurve(EPOCH, slow)
-    fitted = fit(Attachment(linear()), Ticking(), Training(), steps=2 * EPOCH, curve=curve, watch=watch)
-    assert "validation" not in watch.values[EPOCH - 2]
-    assert [watch.values[step]["validation"] for step in (EPOCH - 1, EPOCH, 2 * EPOCH - 1)] == [50, 50, 51]
+    progress, curve = Recorder(), AccuracyCurve(EPOCH, slow)
+    fitted = fit(Attachment(linear()), Ticking(), Training(), steps=2 * EPOCH, curve=curve, progress=progress)
+    assert "validation" not in progress.values[EPOCH - 2]
+    assert [progress.values[step]["validation"] for step in (EPOCH - 1, EPOCH, 2 * EPOCH - 1)] == [50, 50, 51]
     assert 2 * EPOCH - 2 <= fitted.seconds <= 2 * EPOCH + 2
 
 
-def walked(text, folder):
-    walk = prepare(parse(text, "recipe.yaml"), model=None, data=None, watch=NullProgress())
-    (told,) = walk.stages(NullProgress(), Checkpoints(folder))
-    return walk, told
+def run_recipe(text, folder):
+    experiment = prepare(parse(text, "recipe.yaml"), model=None, data=None, progress=NullProgress())
+    model, (record,) = run_stages(experiment, Checkpoints(folder), NullProgress())
+    return experiment, model, flat(record)
 
 
 def test_a_stage_tells_its_curve_of_the_network_under_its_masks(tmp_path):
-    walk, told = walked(RECIPE, tmp_path / "a")
+    experiment, model, told = run_recipe(RECIPE, tmp_path / "a")
     assert len(told["validation_by_epoch"]) == 2
     assert told["validated_at"] == [told["steps"] // 2, told["steps"]]
     assert told["validation_by_epoch"][-1] == told["validation_accuracy"]
-    for module in walk.model.modules():
+    for module in model.modules():
         if isinstance(module, Mask):
             module.mask.fill_(True)
-    assert walk.validate(walk.model, "without masks", NullProgress()) != told["validation_accuracy"]
-    _, unasked = walked(RECIPE.replace("    validate_every: 1\n", ""), tmp_path / "b")
+    assert (
+        accuracy(model, experiment.batches(experiment.data.validation, EVALUATION_BATCH)) != told["validation_accuracy"]
+    )
+    *_, unasked = run_recipe(RECIPE.replace("    validate_every: 1\n", ""), tmp_path / "b")
     assert "validation_by_epoch" not in unasked
     assert unasked["validation_accuracy"] == told["validation_accuracy"]
 
@@ -155,7 +163,7 @@ def test_a_stage_tells_its_curve_of_the_network_under_its_masks(tmp_path):
 def test_looking_at_no_images_is_an_error_before_anything_is_trained():
     given = parse(RECIPE.replace("limit: 160", "limit: 320, validation: 0"), "recipe.yaml")
     with pytest.raises(InputError, match=r"'prune' has validate_every.*Write data\.validation"):
-        prepare(given, model=None, data=None, watch=NullProgress())
+        prepare(given, model=None, data=None, progress=NullProgress())
 
 
 def test_looking_on_where_nothing_trains_is_an_error():

@@ -94,26 +94,26 @@ def weights(model):
 @pytest.mark.parametrize("optimizer", [OptimizerOptions(), OptimizerOptions(name="adamw", learning_rate=0.2)])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "step", "constant"])
 def test_a_linear_model_learns(optimizer, schedule):
-    model, batches, watch = linear(), Toy(), Recorder()
+    model, batches, progress = linear(), Toy(), Recorder()
     training = Training(
         optimizer=optimizer, lr_schedule=LearningRateSchedule(name=schedule, warmup_epochs=1), precision="float32"
     )
     right = lambda: (model(batches.images).argmax(1) == batches.labels).float().mean().item()  # noqa: E731
     assert right() < 0.6
-    fitted = fit(Attachment(model), batches, training, steps=80, watch=watch, task="toy")
+    fitted = fit(Attachment(model), batches, training, steps=80, progress=progress, task="toy")
     assert right() > 0.9
     assert fitted.steps == 80
     assert fitted.seconds > 0
     assert fitted.precision == "float32"
     assert fitted.losses["labels"] < 0.5
     assert batches.epochs == list(range(10))
-    assert watch.tasks == [("toy", 80)]
-    assert len(watch.values) == 80
-    assert set(watch.values[0]) == {"labels", "learning_rate"}
-    assert watch.values[0]["learning_rate"] == pytest.approx(optimizer.learning_rate / 8)
-    assert watch.values[8]["learning_rate"] == optimizer.learning_rate
-    assert "float32" in watch.lines[0]
-    assert "cpu" in watch.lines[0] or torch.cuda.is_available()
+    assert progress.tasks == [("toy", 80)]
+    assert len(progress.values) == 80
+    assert set(progress.values[0]) == {"labels", "learning_rate"}
+    assert progress.values[0]["learning_rate"] == pytest.approx(optimizer.learning_rate / 8)
+    assert progress.values[8]["learning_rate"] == optimizer.learning_rate
+    assert "float32" in progress.lines[0]
+    assert "cpu" in progress.lines[0] or torch.cuda.is_available()
 
 
 def test_same_seed_same_bits_and_the_callers_numbers_are_untouched():
@@ -189,7 +189,7 @@ def test_hooks_are_gone_afterwards_even_after_an_interruption():
 
     attachment = Keeps(linear())
     with pytest.raises(KeyboardInterrupt):
-        fit(attachment, Toy(), Training(), steps=3, watch=Impatient())
+        fit(attachment, Toy(), Training(), steps=3, progress=Impatient())
     assert not attachment.optimizer._optimizer_step_pre_hooks
     assert not attachment.optimizer._optimizer_step_post_hooks
 
@@ -203,9 +203,9 @@ def test_every_step_is_taken_at_the_rate_that_was_shown():
         def before_step(self, step, optimizer):
             self.rates += [group["lr"] for group in optimizer.param_groups]
 
-    attachment, watch = Reads(linear()), Recorder()
-    fit(attachment, Toy(), Training(lr_schedule=LearningRateSchedule(warmup_epochs=0.5)), steps=20, watch=watch)
-    assert attachment.rates == [values["learning_rate"] for values in watch.values]
+    attachment, progress = Reads(linear()), Recorder()
+    fit(attachment, Toy(), Training(lr_schedule=LearningRateSchedule(warmup_epochs=0.5)), steps=20, progress=progress)
+    assert attachment.rates == [values["learning_rate"] for values in progress.values]
     assert len(set(attachment.rates)) > 10
 
 
@@ -434,7 +434,7 @@ def test_a_warm_up_as_long_as_the_stage_is_an_error():
 
 
 def test_asking_nothing_is_an_error():
-    with pytest.raises(InputError, match="nothing is asked"):
+    with pytest.raises(InputError, match="no loss: label_weight is 0"):
         fit(Attachment(linear(), label_weight=0.0), Toy(), Training(), steps=1)
 
 

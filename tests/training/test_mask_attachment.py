@@ -19,6 +19,7 @@ from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.dense_path import masks_and_quantizers_disabled
 from tersor.pruning.mask import Mask
 from tersor.pruning.mask_log import POINTS, MaskLog, stride
+from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import DynamicMasks, MaskedAttachment, dense_of, lay_masks, mask_of
 from tersor.training.method import chain
 
@@ -138,7 +139,7 @@ def test_all_is_a_step_of_the_dense_weights(name):
 
 @pytest.mark.parametrize("method", [WeightPruning(sparsity_schedule="linear"), DPF(), DCIL()], ids=type)
 def test_structure_holds_the_gradient_and_the_log(method):
-    attached = method.attach(network(), steps=10)
+    attached = method.attach(network(), AttachContext(steps=10))
     found = structure(attached.model)
     again = rebuild(network(), found)
     again.load_state_dict(attached.model.state_dict())
@@ -195,24 +196,24 @@ def test_a_log_of_a_long_stage_is_thinned():
 
 def test_one_stage_one_method_that_masks_a_layer():
     with pytest.raises(InputError, match="masks 0, which a method before it"):
-        chain([DPF(), WeightPruning()], network(), steps=10)
-    apart = chain([DPF(layers=("0",)), WeightPruning(layers=("2",))], network(), steps=10)
+        chain([DPF(), WeightPruning()], network(), AttachContext(steps=10))
+    apart = chain([DPF(layers=("0",)), WeightPruning(layers=("2",))], network(), AttachContext(steps=10))
     assert [len(part.masked) for part in apart.parts] == [1, 1]
-    list(apart.begin())
-    assert [len(told["steps"]) for told in apart.told["masks"]] == [0, 1], "each tells of its own"
+    apart.begin()
+    assert [len(told["steps"]) for told in apart.metrics["masks"]] == [0, 1], "each tells of its own"
     model = network()
-    chain([WeightPruning(sparsity=0.5)], model)
-    chain([DPF(sparsity=0.8)], model, steps=10)
+    chain([WeightPruning(sparsity=0.5)], model, AttachContext())
+    chain([DPF(sparsity=0.8)], model, AttachContext(steps=10))
     assert [type(each) for each in model[0].parametrizations.weight] == [Mask]
 
 
 def test_what_is_masked_does_not_move_in_later_stages_either():
     model = network()
-    first = chain([WeightPruning(sparsity=0.5)], model)
-    list(first.begin())
+    first = chain([WeightPruning(sparsity=0.5)], model, AttachContext())
+    first.begin()
     first.finish()
     before = {place: (mask_of(model[place]).mask.clone(), dense_of(model[place]).clone()) for place in (0, 2)}
-    behind = chain([DPF(sparsity=0.6, layers=("2",))], model, steps=3)
+    behind = chain([DPF(sparsity=0.6, layers=("2",))], model, AttachContext(steps=3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     behind.bind(optimizer)
     for _ in range(3):

@@ -13,8 +13,10 @@ from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
 from tersor.models import build
 from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import run_stages
 from tersor.quantization.fake_quantize import weight_quantizer
 from tersor.recipe import parse
+from tersor.training.context import AttachContext
 
 METHODS = {
     "adaround": 'adaround: {bits: 3, iterations: 50, calibration_images: 64, exclude: ["layer[23]*"]}',
@@ -44,23 +46,22 @@ class Stops(NullProgress):
             raise KeyboardInterrupt
 
 
-def walked(method, folder, watch=None):
-    walk = prepare(
-        parse(RECIPE.replace("{METHOD}", f"{{{METHODS[method]}}}"), "r"), model=None, data=None, watch=NullProgress()
+def run_recipe(method, folder, progress=None):
+    experiment = prepare(
+        parse(RECIPE.replace("{METHOD}", f"{{{METHODS[method]}}}"), "r"), model=None, data=None, progress=NullProgress()
     )
-    walk.stages(watch or NullProgress(), Checkpoints(folder))
-    return walk.model.state_dict()
+    return run_stages(experiment, Checkpoints(folder), progress or NullProgress())[0].state_dict()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(method, tmp_path):
-    expected = walked(method, tmp_path / "whole")
+    expected = run_recipe(method, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        walked(method, tmp_path / "stopped", Stops(4))
+        run_recipe(method, tmp_path / "stopped", Stops(4))
     assert len(list((tmp_path / "stopped").glob("02-quantize-0000000-*"))) == 1
     again = Said()
-    found = walked(method, tmp_path / "stopped", again)
-    assert "quantize: goes on where it was left" in again.lines
+    found = run_recipe(method, tmp_path / "stopped", again)
+    assert "quantize: resuming" in again.lines
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
@@ -75,8 +76,8 @@ class Said(NullProgress):
 @pytest.mark.parametrize("method", [AdaRound(bits=2, iterations=1), BRECQ(bits=2, iterations=1)])
 def test_first_and_last_layer_have_eight_bits(method):
     data = [torch.randn(32, 3, 16, 16)]
-    attached = method.attach(build("resnet20", 10).eval(), data=data)
-    list(attached.begin())
+    attached = method.attach(build("resnet20", 10).eval(), AttachContext(data=data))
+    attached.begin()
     bits = [weight_quantizer(layer).grid.bits for layer in weighted_layers(attached.model).values()]
     assert bits == [8, *[2] * 18, 8]
 
@@ -84,4 +85,4 @@ def test_first_and_last_layer_have_eight_bits(method):
 @pytest.mark.parametrize("method", [AdaRound(), BRECQ()])
 def test_without_images_it_says_what_to_pass(method):
     with pytest.raises(InputError, match=r"needs images to look at; none were given. Pass data="):
-        method.attach(build("resnet20", 10))
+        method.attach(build("resnet20", 10), AttachContext())

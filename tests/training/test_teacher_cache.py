@@ -1,5 +1,6 @@
 """What a teacher gives is asked once, and is the same as if it were asked every time."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -11,6 +12,7 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
 from tersor.data.batch import Batch
 from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import run_stages, train_teacher
 from tersor.recipe import parse
 from tersor.training.objective import Objective, Outputs
 from tersor.training.teacher_cache import TeacherCache
@@ -44,15 +46,17 @@ class Stops(NullProgress):
 
 def prepared(cache: str, folder):
     """The recipe with its teacher trained, and where its checkpoints lie."""
-    walk = prepare(parse(RECIPE.replace("CACHE", cache), "recipe.yaml"), model=None, data=None, watch=NullProgress())
+    experiment = prepare(
+        parse(RECIPE.replace("CACHE", cache), "recipe.yaml"), model=None, data=None, progress=NullProgress()
+    )
     checkpoints = Checkpoints(folder)
-    walk.train_teacher(NullProgress(), checkpoints)
-    return walk, checkpoints
+    experiment = replace(experiment, teacher=train_teacher(experiment, checkpoints, NullProgress()))
+    return experiment, checkpoints
 
 
-def walked(cache: str, folder):
+def run_recipe(cache: str, folder):
     """Losses of the last epoch, how many images the teacher has seen while the student learned, and the student."""
-    walk, checkpoints = prepared(cache, folder)
+    experiment, checkpoints = prepared(cache, folder)
     seen: list[int] = []
     ask = Objective.teacher_forward
 
@@ -61,21 +65,21 @@ def walked(cache: str, folder):
         return ask(objective, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Objective, "ask_teacher", count)
-        (told,) = walk.stages(NullProgress(), checkpoints)
-    return told["losses"], sum(seen), walk.model.state_dict()
+        patch.setattr(Objective, "teacher_forward", count)
+        model, (record,) = run_stages(experiment, checkpoints, NullProgress())
+    return record.training["losses"], sum(seen), model.state_dict()
 
 
 def test_a_student_learns_the_same_from_what_was_kept(tmp_path):
-    asked, often, _ = walked("false", tmp_path / "asked")
-    kept, once, whole = walked("true", tmp_path / "kept")
+    asked, often, _ = run_recipe("false", tmp_path / "asked")
+    kept, once, whole = run_recipe("true", tmp_path / "kept")
     assert once == often - 2 * 64, "once, not in each of three epochs"
     assert kept == pytest.approx(asked, rel=5e-3)  # other batch sizes, added in another order
 
-    walk, checkpoints = prepared("true", tmp_path / "stopped")
+    experiment, checkpoints = prepared("true", tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
-        walk.stages(Stops(), checkpoints)
-    resumed = walked("true", tmp_path / "stopped")[2]
+        run_stages(experiment, checkpoints, Stops())
+    resumed = run_recipe("true", tmp_path / "stopped")[2]
     assert all(resumed[key].equal(value) for key, value in whole.items())
 
 

@@ -205,7 +205,7 @@ class StageCheckpointer:
     Attributes:
         every: steps between two snapshots.
         resume_state: steps that were done before, and the snapshot after them; None where there was none.
-        before_the_first: the network's `state_dict`, where the work before the first step was left.
+        setup_state: the network's `state_dict`, where the work before the first step was left.
         notes: what that work found, a line each; kept with every snapshot.
     """
 
@@ -228,7 +228,7 @@ class StageCheckpointer:
         """The newest checkpoint of the run."""
         return self._checkpoints.last
 
-    def keep_before_the_first(self, network: nn.Module) -> None:
+    def keep_setup(self, network: nn.Module) -> None:
         """Takes the network as far as the work before the first step has come."""
         if not distributed.rank():
             tensors = {f"model.{key}": value for key, value in network.state_dict().items()}

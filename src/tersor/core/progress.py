@@ -1,57 +1,56 @@
-"""Who looks on while something long happens: a progress bar, or nobody."""
+"""Progress of long work: the one channel through which everything reports it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 
 class ProgressReporter(Protocol):
-    """Told of every long task; the command line draws it, a library caller need not care."""
+    """Receives the progress of every long task. The command line draws bars from it."""
 
     def start(self, task: str, total: int) -> None:
-        """A task of `total` items begins, and the one before has ended."""
+        """Start a task of `total` items; the task before it has ended."""
         ...
 
     def advance(self, items: int = 1, **values: float) -> None:
-        """`items` more are done; `values` are what to show beside (losses by name, learning rate)."""
+        """Report `items` more as done, with values to display (losses by name, learning rate)."""
         ...
 
     def say(self, line: str) -> None:
-        """One line that should stay on the screen."""
+        """Print a line that stays on the screen."""
         ...
 
 
 class NullProgress:
-    """Nobody looks on."""
+    """Ignores all progress."""
 
     def start(self, task: str, total: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def advance(self, items: int = 1, **values: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def say(self, line: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far the work before the first step has come: `done` of `total` items of `what`.
-
-    What `lasts` is in the network's `state_dict` by now: begun again with it, the work goes on behind it.
-    """
-
-    what: str
-    done: int
-    total: int
-    resumable: bool = False
+NO_PROGRESS = NullProgress()
 
 
-Tell = Callable[[Progress], None]
-"""Who is told how far work is that no generator does."""
+class StageProgress:
+    """Prefixes every task and line with the name of a stage."""
 
+    def __init__(self, stage: str, progress: ProgressReporter) -> None:
+        self._stage, self._progress = stage, progress
 
-def untold(_progress: Progress) -> None:
-    """Nobody asks."""
+    def start(self, task: str, total: int) -> None:
+        """Start a task of the stage."""
+        self._progress.start(f"{self._stage}: {task}", total)
+
+    def advance(self, items: int = 1, **values: float) -> None:
+        """Report `items` more as done."""
+        self._progress.advance(items, **values)
+
+    def say(self, line: str) -> None:
+        """Print a line of the stage."""
+        self._progress.say(f"{self._stage}: {line}")

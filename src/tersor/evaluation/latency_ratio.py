@@ -1,8 +1,7 @@
-"""Latency of a network in the runtime that it is made for, against another's, while it is being decided."""
+"""The latency of a network as a fraction of another network's, measured in the target runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from torch import Tensor, nn
 
-from tersor.core.progress import NullProgress, ProgressReporter
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for
@@ -18,44 +17,43 @@ from tersor.evaluation.latency import measure_latency
 from tersor.evaluation.session import open_session
 
 
-class RuntimeStopwatch:
-    """Exports both networks, and times them in turns at batch size 1.
-
-    Both run in the precision that the runtime chooses, so that what they differ in is their shape.
+def latency_ratio(
+    network: nn.Module,
+    original: nn.Module,
+    example: Tensor,
+    target: Target,
+    *,
+    seconds: float = 4.0,
+    progress: ProgressReporter = NO_PROGRESS,
+) -> float:
+    """Export both networks and time them in interleaved rounds at batch size 1, at the runtime's default precision.
 
     Args:
-        watch: told of every ratio.
-        seconds: no more rounds after that, as for `measure_latency`.
+        network: the network to measure.
+        original: the network that it is compared with.
+        example: one image (1, C, H, W), normalised as for the networks.
+        target: the runtime.
+        seconds: time limit of the rounds, as for `measure_latency`.
+        progress: reports the ratio in one line.
+
+    Returns:
+        The latency of `network` divided by that of `original`.
+
+    Raises:
+        InputError: a network cannot be exported, or the runtime is not installed or cannot run it.
     """
-
-    def __init__(self, watch: ProgressReporter | None = None, *, seconds: float = 4.0) -> None:
-        self.watch = watch or NullProgress()
-        self.seconds = seconds
-
-    def against(self, original: nn.Module, example: Tensor, target: Target) -> Callable[[nn.Module], float]:
-        """A function: network -> its latency as a fraction of `original`'s.
-
-        Raises:
-            InputError: a network cannot be exported, or the runtime is not installed or cannot run it.
-        """
-        folder = TemporaryDirectory()
-        image = np.ascontiguousarray(example[:1].cpu().float().numpy())
-
-        def written(network: nn.Module, name: str) -> Path:
-            return export(network, example, Path(folder.name) / name, batch=batch_for(network, target))
-
-        first = written(original, "original.onnx")
-
-        def ratio(network: nn.Module) -> float:
-            files = {"original": first, "network": written(network, "network.onnx")}
-            sessions = {name: partial(open_session, file, target.runtime) for name, file in files.items()}
-            timings = measure_latency(sessions, image, [1], seconds=self.seconds)
-            found = timings.ratio("network", "original", 1)
-            milliseconds = timings.spread("network", 1).median
-            self.watch.say(
-                f"{milliseconds:.2f} ms at batch 1 in {target.runtime}, {found.value:.3f} of the original's "
-                f"({found.low:.3f} to {found.high:.3f})"
-            )
-            return found.value
-
-        return ratio
+    image = np.ascontiguousarray(example[:1].cpu().float().numpy())
+    with TemporaryDirectory() as folder:
+        files = {
+            name: export(each, example, Path(folder) / f"{name}.onnx", batch=batch_for(each, target))
+            for name, each in (("original", original), ("network", network))
+        }
+        sessions = {name: partial(open_session, file, target.runtime) for name, file in files.items()}
+        timings = measure_latency(sessions, image, [1], seconds=seconds)
+    ratio = timings.ratio("network", "original", 1)
+    milliseconds = timings.spread("network", 1).median
+    progress.say(
+        f"{milliseconds:.2f} ms at batch 1 in {target.runtime}, {ratio.value:.3f} of the original's "
+        f"({ratio.low:.3f} to {ratio.high:.3f})"
+    )
+    return ratio.value

@@ -75,7 +75,7 @@ def measure(
     target: Target,
     *,
     seed: int,
-    watch: ProgressReporter,
+    progress: ProgressReporter,
     stages: Mapping[int, tuple[nn.Module, Path]] | None = None,
     seconds: float = 10.0,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -90,7 +90,7 @@ def measure(
         test: the whole test set, in order.
         target: the runtime to measure in.
         seed: of the recipe.
-        watch: who looks on.
+        progress: reports the progress.
         stages: number of a stage but the last -> what it left, and the file of that.
         seconds: time for the latency of one batch size.
     """
@@ -111,14 +111,14 @@ def measure(
     for number, (network, path) in (stages or {}).items():
         contenders[left[number]] = Contender(path, target.runtime, None, costs(network, example))
         sessions[left[number]] = contenders[left[number]].open()
-    watch.start("test set in the runtime", len(contenders) + 1)
+    progress.start("test set in the runtime", len(contenders) + 1)
     answers: dict[str, Array] = {}
     for name, session in sessions.items():
         answers[name] = predictions(session, arrays(test, target.input))
-        watch.advance()
+        progress.advance()
     in_torch = torch_predictions(model, test)
-    watch.advance()
-    watch.say("latency: every contender in turn, batch " + ", ".join(map(str, BATCH_SIZES)))
+    progress.advance()
+    progress.say("latency: every contender in turn, batch " + ", ".join(map(str, BATCH_SIZES)))
     pixels = next(arrays(test, target.input))[:1]
     timings = _timed(contenders, list(candidates.values()), pixels, seconds)
     labels = test.images.labels

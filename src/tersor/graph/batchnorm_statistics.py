@@ -9,7 +9,7 @@ of the training (no augmentation, few of them) cancels. With mu' = m', u' = s' i
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm import Norm
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.feeding import first_images
@@ -76,8 +76,8 @@ def with_statistics(graph: fx.GraphModule) -> dict[str, Norm]:
 
 
 def moments_of_batches(
-    graph: fx.GraphModule, data: Iterable[Any], images: int
-) -> Generator[Progress, None, dict[str, Moments]]:
+    graph: fx.GraphModule, data: Iterable[Any], images: int, progress: ProgressReporter = NO_PROGRESS
+) -> dict[str, Moments]:
     """BatchNorm -> moments of what reaches it, averaged over the batches, each BatchNorm before it normalising by its
     batch; the network comes back as it was.
 
@@ -90,6 +90,7 @@ def moments_of_batches(
         return found
     kept = {name: {key: value.clone() for key, value in norm.named_buffers()} for name, norm in norms.items()}
     momenta = {name: norm.momentum for name, norm in norms.items()}
+    progress.start("BatchNorm statistics", images)
     try:
         with evaluating(graph):
             for norm in norms.values():
@@ -102,7 +103,7 @@ def moments_of_batches(
                 with torch.no_grad():
                     graph(some)
                 done += len(some)
-                yield Progress("BatchNorm statistics", done, images)
+                progress.advance(len(some))
         for name, norm in norms.items():
             assert norm.running_mean is not None
             assert norm.running_var is not None

@@ -14,14 +14,12 @@ for 10,000 iterations; here 1,000 of ten times the rate are the default. Activat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from tersor.core.target import Target
 from tersor.quantization.calibration import Ranges
 from tersor.quantization.observers import Range, WeightRange
 from tersor.quantization.precision import (
@@ -35,6 +33,7 @@ from tersor.quantization.precision import (
 )
 from tersor.quantization.reconstruction import Reconstruction
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.reconstruction_attachment import Reconstructed
 
@@ -58,15 +57,7 @@ class AdaRound:
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of the batches that are drawn")] = 0
     exclude: Exclude = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Captures the network and lays quantizers on weights and edges; `begin` learns how they round.
 
         Raises:
@@ -76,8 +67,7 @@ class AdaRound:
             model,
             Precision(self.bits, self.activation_bits, self.first_last_bits, self.per_channel),
             exclude=self.exclude,
-            data=data,
-            target=target,
+            context=context,
             ranges=Ranges(self.weight_range, self.activation_range, self.percentile, self.calibration_images),
             how=Reconstruction(
                 whole_sections=False, learn_steps=False, drop=0.0, iterations=self.iterations, seed=self.seed

@@ -16,7 +16,7 @@ paper has none. The authors begin their momentum anew at every drop of the learn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -25,10 +25,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import pooled
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import Pair, pairs_of
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
@@ -95,21 +95,15 @@ class AttentionTransfer:
     loss_weight: Annotated[float, Field(ge=0, description="beta; 0 leaves the labels as they are")] = 1000.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Adds the loss; changes nothing in `model`.
 
         Raises:
             InputError: no teacher, no images to see shapes on, layers that are not there or do not pair.
         """
-        pairs = pairs_of(model, teacher, self.layers, self.teacher_layers, data, method="attention_transfer")
+        pairs = pairs_of(
+            model, context.teacher, self.layers, self.teacher_layers, context.data, method="attention_transfer"
+        )
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         term = AttentionTerm(pairs, self.p, self.mode, self.loss_weight)

@@ -25,14 +25,12 @@ which gives every channel the same choice as folding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from tersor.core.target import Target
 from tersor.quantization.calibration import Ranges
 from tersor.quantization.observers import Range, WeightRange
 from tersor.quantization.precision import (
@@ -46,6 +44,7 @@ from tersor.quantization.precision import (
 )
 from tersor.quantization.reconstruction import Reconstruction
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.reconstruction_attachment import Reconstructed
 
@@ -72,15 +71,7 @@ class BRECQ:
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of the batches that are drawn")] = 0
     exclude: Exclude = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Captures the network and lays quantizers on weights and edges; `begin` learns how they round.
 
         Raises:
@@ -90,8 +81,7 @@ class BRECQ:
             model,
             Precision(self.bits, self.activation_bits, self.first_last_bits, self.per_channel),
             exclude=self.exclude,
-            data=data,
-            target=target,
+            context=context,
             ranges=Ranges(self.weight_range, self.activation_range, self.percentile, self.calibration_images),
             how=Reconstruction(
                 whole_sections=True, learn_steps=True, drop=self.drop, iterations=self.iterations, seed=self.seed

@@ -14,7 +14,7 @@ has lost the smallest fraction (scope `layer`), or of lowest importance (`global
 network is at least as small as asked. No group falls below `floor`.
 
 `keep_latency` is a fraction of the latency, at batch size 1 in the target's runtime, that the network had when it came
-here: copies of it are cut to a few fractions of its MACs, and timed in turns with it (`latency_protocol.py`).
+here: copies of it are cut to a few fractions of its MACs, and timed in turns with it (`latency_ratio.py`).
 
 With `branches`, as many residual branches go whole before (`pruning/residual_branches.py`): those that the answers
 change least without, for each MAC (or parameter) that they cost. Half of a ResNet-56's MACs gone by `obs` and `global`,
@@ -39,11 +39,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Tell, untold
-from tersor.core.target import Target
+from tersor.core.progress import ProgressReporter
 from tersor.data.batch import images_of
 from tersor.evaluation.costs import Costs, costs
-from tersor.evaluation.latency_protocol import Stopwatch
 from tersor.graph.capture import capture
 from tersor.graph.comparison import FEW, require_same
 from tersor.pruning.budget import meet_cost, meet_latency
@@ -53,6 +51,7 @@ from tersor.pruning.channel_selection import Order, Scope, left, ordered, prices
 from tersor.pruning.residual_branches import Branch, branches, removal_cost
 from tersor.pruning.shortfall import shortfall
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.removal_attachment import RemovalAttachment
 
@@ -61,8 +60,6 @@ from tersor.training.removal_attachment import RemovalAttachment
 class ChannelPruning:
     """Removal of channels until a fraction of the MACs, parameters, channels or of the latency stays."""
 
-    needs_stopwatch: ClassVar[bool] = True
-    tells: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"keep_macs": 0.7, "scope": "global", "round_to": 4}
     off: ClassVar[dict[str, Any]] = {"keep_macs": 1.0}
 
@@ -96,39 +93,29 @@ class ChannelPruning:
     ] = 1024
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of `importance: random`")] = 0
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-        stopwatch: Stopwatch | None = None,
-        tell: Tell = untold,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Captures the network and removes channels, every Parameter object the same; before an optimizer exists.
 
         Raises:
             InputError: two targets or one that cannot be met, no data, masks or grids on the network, a network whose
                 channels cannot be followed, fewer branches than are to go or one image to tell them by, answers that
-                are no logits or not finite, `keep_latency` without a stopwatch. The network is as it was.
+                are no logits or not finite, `keep_latency` without latency measurements. The network is as it was.
         """
         kind, keep = self._target()
-        first = next(iter(data), None) if data is not None else None
-        if first is None or data is None:
+        first = next(iter(context.data), None) if context.data is not None else None
+        if first is None or context.data is None:
             raise InputError("channel_pruning needs images to run the network on; none were given. Pass data=...")
-        if kind == "latency" and stopwatch is None:
+        if kind == "latency" and context.latency is None:
             raise InputError(
-                "keep_latency is measured, and nothing was given to measure with. Pass attach(..., "
-                "stopwatch=tersor.evaluation.latency_ratio.RuntimeStopwatch()), or write keep_macs."
+                "keep_latency needs latency measurements, and the context has none. Pass AttachContext(..., "
+                "latency=tersor.evaluation.latency_ratio.latency_ratio), or write keep_macs."
             )
         graph, example = _captured(model, images_of(first)), images_of(first)[:1]
         if keep == 1 and not self.branches:
             return Attachment(graph)
         refuse_what_lies_on(graph, "channel_pruning")
         before, left_over = copied(graph), graph
-        gone = self._least_missed(kind, graph, example, data, tell) if self.branches else []
+        gone = self._least_missed(kind, graph, example, context.data, context.progress) if self.branches else []
         notes = [f"gone whole: the branches from {', '.join(map(str, gone))}"] if gone else []
         if gone:  # from a copy: what is refused below is as it was
             left_over = copied(graph)
@@ -141,11 +128,17 @@ class ChannelPruning:
             spent = costs(graph, example)
             now = costs(left_over, example) if gone else spent
             scores = importances(
-                self.importance, left_over, groups, data=data, images=self.importance_images, seed=self.seed, tell=tell
+                self.importance,
+                left_over,
+                groups,
+                data=context.data,
+                images=self.importance_images,
+                seed=self.seed,
+                progress=context.progress,
             )
             order = self._order(kind, left_over, now, groups, whole, scores)
-            timed = stopwatch if kind == "latency" else None
-            ratio = timed.against(before, example, target or Target()) if timed else None
+            timed = context.latency if kind == "latency" else None
+            ratio = (lambda network: timed(network, before, example, context.target)) if timed else None
             blocks, found, told = _enough(kind, spent, now, left_over, order, example, keep, ratio)
             if found > keep:
                 raise self._unreached(kind, keep, found, spent, left_over, order, example, whole)
@@ -160,7 +153,7 @@ class ChannelPruning:
         for each in ([branch.cut for branch in gone], cuts):
             if each:
                 remove(graph, each)
-        return RemovalAttachment(graph, before, cuts, data, self.estimation_images, tuple(notes))
+        return RemovalAttachment(graph, before, cuts, context, self.estimation_images, tuple(notes))
 
     def _target(self) -> tuple[str, float]:
         kinds = {
@@ -175,7 +168,7 @@ class ChannelPruning:
         return next(iter(given.items()), ("macs", 0.5))
 
     def _least_missed(
-        self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any], tell: Tell
+        self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any], progress: ProgressReporter
     ) -> list[Branch]:
         """The branches that go, in the order of the graph."""
         found = branches(graph, example)
@@ -186,7 +179,7 @@ class ChannelPruning:
                 "Write fewer."
             )
         spent, rates = costs(graph, example), dict[Branch, float]()
-        changes = removal_cost(graph, found, data, self.importance_images, tell)
+        changes = removal_cost(graph, found, data, self.importance_images, progress)
         for branch, change in zip(found, changes, strict=True):
             network = copied(graph)
             remove(network, [branch.cut])

@@ -16,7 +16,7 @@ before the classifier is the named feature map, pooled.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Sized
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from tersor.core import distributed
 from tersor.core.device import seeded
 from tersor.core.errors import InputError
-from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import as_map
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import Pair, pair_of
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
@@ -135,24 +135,16 @@ class CRD:
     momentum: Annotated[float, Field(ge=0, lt=1, description="of the memories")] = 0.5
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of the weights, and of what is remembered at first")] = 0
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Builds linear layers and memories; changes nothing in `model`.
 
         Raises:
             InputError: no teacher, no data that knows how many images it holds, a layer that is not there.
         """
-        pair = pair_of(model, teacher, self.layer, self.teacher_layer, data, method="crd")
+        pair = pair_of(model, context.teacher, self.layer, self.teacher_layer, context.data, method="crd")
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
-        held = getattr(data, "images", getattr(data, "dataset", None))
+        held = getattr(context.data, "images", getattr(context.data, "dataset", None))
         if not isinstance(held, Sized):
             raise InputError("crd remembers every training image. Pass tersor.data.Batches, or a DataLoader.")
         with seeded(self.seed):

@@ -24,7 +24,7 @@ sparsity is reached; here the stage ends exactly at it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tersor.core.errors import InputError
-from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.graph.layer_selection import Layer, prunable
 from tersor.pruning.dense_path import OwnParts
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import DynamicMasks, check_floor, check_steps, lay_masks
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
@@ -111,15 +111,7 @@ class DCIL:
         Field(description="patterns; all convolutions if left, or all fully connected layers where there are none"),
     ] = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Lays a mask on every chosen weight, and copies what the dense path has for itself.
 
         Raises:
@@ -129,11 +121,11 @@ class DCIL:
         layers = prunable(model, self.layers)
         if not self.sparsity:
             return Attachment(model)
-        check_steps(steps, "dcil")
+        check_steps(context.steps, "dcil")
         check_floor(self.floor, self.sparsity)
         lay_masks(layers, "split" if self.refined_gradient else "all", "dcil")
         own = OwnParts(model, masked=layers if self.own_norms else None)
-        return DCILAttachment(self, model, layers, DensePath(model, own), steps)
+        return DCILAttachment(self, model, layers, DensePath(model, own), context.steps)
 
 
 class DCILAttachment(DynamicMasks):

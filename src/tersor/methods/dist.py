@@ -13,16 +13,15 @@ does no harm. The authors' code multiplies by T^2 where the paper has T = 1 in i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
@@ -68,21 +67,13 @@ class DIST:
     temperature: Annotated[float, Field(gt=0, description="T")] = 4.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Adds the loss; changes nothing in `model`.
 
         Raises:
             InputError: there is no teacher.
         """
-        require_teacher(teacher, "dist")
+        require_teacher(context.teacher, "dist")
         if not self.beta and not self.gamma:
             return without_loss(model, self.label_weight)
         return Attachment(model, [CorrelationTerm(self)], self.label_weight)

@@ -15,7 +15,6 @@ epochs: 20 of 240, here a fraction of the stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -25,9 +24,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
-from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.loss_warmup import RisingAttachment, WarmupLossTerm
 from tersor.training.method import PLAIN_VALUES
@@ -84,22 +83,14 @@ class DKD:
     label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Adds the loss; changes nothing in `model`.
 
         Raises:
             InputError: there is no teacher.
         """
-        require_teacher(teacher, "dkd")
+        require_teacher(context.teacher, "dkd")
         if not self.alpha and not self.beta:
             return without_loss(model, self.label_weight)
-        rising = round(self.warmup * steps)
+        rising = round(self.warmup * context.steps)
         return RisingAttachment(model, DecoupledTerm(self), steps=rising, label_weight=self.label_weight)

@@ -19,16 +19,15 @@ both codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from tersor.core.target import Target
 from tersor.graph.layer_selection import prunable
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import DynamicMasks, check_floor, check_steps, lay_masks
 from tersor.training.method import PLAIN_VALUES
 
@@ -52,15 +51,7 @@ class DPF:
         Field(description="patterns; all convolutions if left, or all fully connected layers where there are none"),
     ] = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Lays a mask on every chosen weight, with a gradient straight through.
 
         Raises:
@@ -70,7 +61,7 @@ class DPF:
         layers = prunable(model, self.layers)
         if not self.sparsity:
             return Attachment(model)
-        check_steps(steps, "dpf")
+        check_steps(context.steps, "dpf")
         check_floor(self.floor, self.sparsity)
         lay_masks(layers, "all", "dpf")
         return DynamicMasks(
@@ -80,5 +71,5 @@ class DPF:
             every=self.every,
             end=self.end,
             floor=self.floor,
-            steps=steps,
+            steps=context.steps,
         )

@@ -21,7 +21,7 @@ on: not augmented, 64 a batch in a recipe, where the code has 128 that are cropp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -33,11 +33,10 @@ from torch import Tensor, nn
 
 from tersor.core.device import seeded
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress
-from tersor.core.target import Target
 from tersor.data.batch import Batch, images_of
 from tersor.graph.feature_extraction import FeatureExtractor, as_map, pooled
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import Pair, pair_of
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
@@ -142,41 +141,31 @@ class FactorTransfer:
     paraphraser_learning_rate: Annotated[float, Field(gt=0, description="of its SGD, with momentum 0.9")] = 0.1
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of the weights of paraphraser and translator")] = 0
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Builds paraphraser and translator; changes nothing in `model`. `begin` trains the paraphraser.
 
         Raises:
             InputError: no teacher, no images, a layer that is not there or gives no feature map.
         """
-        pair = pair_of(model, teacher, self.layer, self.teacher_layer, data, method="factor_transfer")
+        pair = pair_of(model, context.teacher, self.layer, self.teacher_layer, context.data, method="factor_transfer")
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
-        assert teacher is not None
-        assert data is not None
+        assert context.data is not None
         with seeded(self.seed):
             term = FactorTerm(self, pair)
-        return FactorAttachment(self, model, term, teacher, data)
+        return FactorAttachment(self, model, term, context)
 
 
 class FactorAttachment(Attachment):
     """The term; `begin` trains its paraphraser on the teacher's features, without labels."""
 
-    def __init__(
-        self, method: FactorTransfer, model: nn.Module, term: FactorTerm, teacher: nn.Module, data: Iterable[Any]
-    ) -> None:
+    def __init__(self, method: FactorTransfer, model: nn.Module, term: FactorTerm, context: AttachContext) -> None:
         super().__init__(model, [term], method.label_weight, layers=[term.pair.paths])
         self.method = method
         self.term = term
-        self.teacher = teacher
-        self.data = data
+        assert context.teacher is not None
+        assert context.data is not None
+        self.teacher, self.data, self.progress = context.teacher, context.data, context.progress
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -192,7 +181,7 @@ class FactorAttachment(Attachment):
         """Paraphraser and translator."""
         return self.term.state_dict()
 
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """Trains the paraphraser for its epochs; reports the batches.
 
         Raises:
@@ -203,7 +192,7 @@ class FactorAttachment(Attachment):
         optimizer = torch.optim.SGD(
             paraphraser.parameters(), lr=method.paraphraser_learning_rate, momentum=0.9, weight_decay=5e-4
         )
-        done = 0
+        self.progress.start("paraphraser", method.paraphraser_epochs * self._batches())
         for epoch in range(method.paraphraser_epochs):
             tell = getattr(self.data, "set_epoch", None)
             if callable(tell):
@@ -216,8 +205,7 @@ class FactorAttachment(Attachment):
                 (absolute if method.reconstruction == "absolute" else F.mse_loss(given, features)).backward()
                 optimizer.step()
                 errors.append(absolute.detach() / features.abs().mean())
-                done += 1
-                yield Progress("paraphraser", done, max(done, method.paraphraser_epochs * self._batches()))
+                self.progress.advance()
             if not errors:
                 raise InputError(
                     "factor_transfer was given data that cannot be read again. Pass a DataLoader or a list."

@@ -15,7 +15,7 @@ the one that it was cut from has the same channels along its residual stream, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from tersor.core.device import seeded
 from tersor.core.errors import InputError
-from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import pooled
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import Pair, last, pairs_of
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
@@ -75,22 +75,16 @@ class FitNet:
     regressor: Annotated[bool, Field(description="false: as they are, where both have the same channels")] = True
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of the regressors' weights")] = 0
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Builds the regressors; changes nothing in `model`.
 
         Raises:
             InputError: no teacher, no images to see shapes on, layers that are not there or do not pair; channels that
                 differ, without a regressor.
         """
-        pairs = pairs_of(model, teacher, self.layers, self.teacher_layers, data, method="fitnet", chosen=last)
+        pairs = pairs_of(
+            model, context.teacher, self.layers, self.teacher_layers, context.data, method="fitnet", chosen=last
+        )
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         for pair in pairs:

@@ -17,7 +17,7 @@ and 5e-4 in the CIFAR runs of the paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tersor.core.errors import InputError
-from tersor.core.target import Target
 from tersor.data.batch import images_of
 from tersor.graph.capture import capture
 from tersor.pruning.channel_importance import Part, norms, parts
 from tersor.pruning.channel_selection import removable
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
 
@@ -55,21 +55,13 @@ class GroupLasso:
     alpha: Annotated[float, Field(ge=0, description="the least important is pulled 2^alpha times as hard")] = 4.0
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are left alone")] = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Finds the coupled channels; the network stays as it is.
 
         Raises:
             InputError: no data, masks or grids on the network, a network whose channels cannot be followed.
         """
-        first = next(iter(data), None) if data is not None else None
+        first = next(iter(context.data), None) if context.data is not None else None
         if first is None:
             raise InputError("group_lasso needs images to run the network on; none were given. Pass data=...")
         graph = capture(model)

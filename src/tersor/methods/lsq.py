@@ -20,7 +20,7 @@ is exported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, cast
 
 import torch
@@ -29,8 +29,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.progress import Progress
-from tersor.core.target import Target
 from tersor.graph.batchnorm import FrozenAt
 from tersor.graph.parametrization import parametrization_input
 from tersor.quantization.calibration import calibrate
@@ -48,6 +46,7 @@ from tersor.quantization.precision import (
 )
 from tersor.quantization.quantizers import Quantizers, insert_or_reuse_quantizers, notes
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
 
@@ -77,21 +76,12 @@ class LSQ:
     calibration_images: CalibrationImages = 512
     exclude: Exclude = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Captures the network and lays quantizers on weights and edges, or lets those that lie learn.
 
         Raises:
             InputError: no data, a pattern of `exclude` that matches nothing, no layer left, grids of other bits.
         """
-        target = target or Target()
         quantizers = insert_or_reuse_quantizers(
             model,
             bits=self.bits,
@@ -99,8 +89,8 @@ class LSQ:
             first_last_bits=self.first_last_bits,
             per_channel=self.per_channel,
             exclude=self.exclude,
-            data=data,
-            target=target,
+            data=context.data,
+            target=context.target,
             method="lsq",
         )
         for name in quantizers.layers:
@@ -108,7 +98,7 @@ class LSQ:
         for name in quantizers.activations:
             learned = _learned(quantizers.of_activation(name), offset=self.offset, of_images=True)
             quantizers.graph.set_submodule(name, learned)
-        return LSQAttachment(self, quantizers, data, target, steps)
+        return LSQAttachment(self, quantizers, context)
 
 
 class LSQAttachment(Attachment):
@@ -118,18 +108,15 @@ class LSQAttachment(Attachment):
         self,
         method: LSQ,
         quantizers: Quantizers,
-        data: Iterable[Any] | None,
-        target: Target,
-        steps: int,
+        context: AttachContext,
     ) -> None:
-        super().__init__(quantizers.graph, notes=notes(quantizers, target))
+        super().__init__(quantizers.graph, notes=notes(quantizers, context.target))
         self.method = method
         self.quantizers = quantizers
-        self.data = data
-        self.target = target
-        self._norms = FrozenAt(quantizers.graph, method.freeze_norm_at, steps)
+        self.context = context
+        self._norms = FrozenAt(quantizers.graph, method.freeze_norm_at, context.steps)
 
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """Two passes over the images for the activations' first ranges; nothing where a stage before has set them.
 
         Raises:
@@ -138,16 +125,21 @@ class LSQAttachment(Attachment):
         self._norms.done(0)
         if self.quantizers.enabled:
             return
-        assert self.data is not None
-        histograms = yield from calibrate(
-            self.quantizers, self.data, images=self.method.calibration_images, passes=2, method="lsq"
+        assert self.context.data is not None
+        histograms = calibrate(
+            self.quantizers,
+            self.context.data,
+            images=self.method.calibration_images,
+            passes=2,
+            method="lsq",
+            progress=self.context.progress,
         )
         self.quantizers.set_activation_grids(histograms, "mse")
         for name in self.quantizers.layers:
             quantizer = self.quantizers.of_weight(name)
             weight = parametrization_input(self.quantizers.graph.get_submodule(name), quantizer)
             quantizer.set_grid(first_step(weight, quantizer.grid, per_channel=bool(quantizer.scale.ndim)))
-            self.quantizers.limit_for_avx2_saturation(name, self.target)
+            self.quantizers.limit_for_avx2_saturation(name, self.context.target)
         self.notes += calibrated_coverage(self.model).notes
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
@@ -155,7 +147,7 @@ class LSQAttachment(Attachment):
         for each in self._learning():
             each.follow()
         for name in self.quantizers.layers:
-            self.quantizers.limit_for_avx2_saturation(name, self.target)
+            self.quantizers.limit_for_avx2_saturation(name, self.context.target)
         self._norms.done(step + 1)
 
     def finish(self) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -32,8 +32,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress
-from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.graph.feeding import first_images
 from tersor.graph.layer_selection import weighted_layers
@@ -45,6 +43,7 @@ from tersor.quantization.precision import CalibrationImages, Exclude, Percentile
 from tersor.quantization.quantizers import Quantizers, ends, insert_quantizers, notes
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
 _CELLS = 2**18
@@ -120,31 +119,27 @@ class MixedPrecision:
     calibration_images: CalibrationImages = 512
     exclude: Exclude = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> MixedPrecisionAttachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> MixedPrecisionAttachment:
         """Captures the network and lays quantizers on weights and edges; `begin` chooses their bits.
 
         Raises:
             InputError: no data, a pattern of `exclude` that matches nothing, no layer left, a grid already there, an
                 average that no choice of widths meets.
         """
-        if data is None:
+        if context.data is None:
             raise InputError(
                 "mixed_precision needs images to measure on; none were given. Pass data=..., a few hundred suffice."
             )
-        target = target or Target()
         precision = Precision(max(self.widths), self.activation_bits, self.first_last_bits or 8, self.per_channel)
         quantizers = insert_quantizers(
-            capture(model), precision, exclude=self.exclude, target=target, method="mixed_precision", original=model
+            capture(model),
+            precision,
+            exclude=self.exclude,
+            target=context.target,
+            method="mixed_precision",
+            original=model,
         )
-        attachment = MixedPrecisionAttachment(self, quantizers, data, target)
+        attachment = MixedPrecisionAttachment(self, quantizers, context)
         self._refuse_what_cannot_be_met(attachment.options, attachment.sizes)
         return attachment
 
@@ -161,12 +156,12 @@ class MixedPrecision:
 class MixedPrecisionAttachment(Attachment):
     """Quantizers laid on a captured network; `begin` chooses the bits of the weights and sets all ranges."""
 
-    def __init__(self, method: MixedPrecision, quantizers: Quantizers, data: Iterable[Any], target: Target) -> None:
+    def __init__(self, method: MixedPrecision, quantizers: Quantizers, context: AttachContext) -> None:
         super().__init__(quantizers.graph)
         self.method = method
         self.quantizers = quantizers
-        self.data = data
-        self.target = target
+        assert context.data is not None
+        self.context, self.data = context, context.data
         layers = weighted_layers(quantizers.graph)
         self.sizes = {name: layers[name].weight.numel() for name in quantizers.layers}
         fixed = ends(quantizers.graph) if method.first_last_bits else set[str]()
@@ -184,7 +179,7 @@ class MixedPrecisionAttachment(Attachment):
         spent = sum(self.sizes[name] * each for name, each in bits.items())
         return {"bits": bits, "average_bits": spent / sum(self.sizes.values())}
 
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """Measures every layer on every width, chooses, and calibrates. Does nothing a second time.
 
         Raises:
@@ -195,14 +190,25 @@ class MixedPrecisionAttachment(Attachment):
         method = self.method
         device = next(self.model.parameters()).device
         images = list(first_images(self.data, method.calibration_images, device))  # a loader may shuffle anew
-        bits = assign((yield from self._errors(images)), self.sizes, method.average_bits)
+        bits = assign(self._errors(images), self.sizes, method.average_bits)
         for name, each in bits.items():
             self.quantizers.of_weight(name).grid = Grid.signed(each)
         ranges = Ranges(method.weight_range, method.activation_range, method.percentile, method.calibration_images)
-        yield from set_ranges(self.quantizers, images, ranges, target=self.target, method="mixed_precision")
-        self.notes = (self._said(), *notes(self.quantizers, self.target), *calibrated_coverage(self.model).notes)
+        set_ranges(
+            self.quantizers,
+            images,
+            ranges,
+            target=self.context.target,
+            method="mixed_precision",
+            progress=self.context.progress,
+        )
+        self.notes = (
+            self._said(),
+            *notes(self.quantizers, self.context.target),
+            *calibrated_coverage(self.model).notes,
+        )
 
-    def _errors(self, images: list[Tensor]) -> Generator[Progress, None, dict[str, dict[int, float]]]:
+    def _errors(self, images: list[Tensor]) -> dict[str, dict[int, float]]:
         """Layer -> bits -> error of the logits; of a layer without a choice nothing is measured."""
         errors = {name: dict.fromkeys(options, 0.0) for name, options in self.options.items()}
         asked = [(name, bits) for name, options in self.options.items() if len(options) > 1 for bits in options]
@@ -210,13 +216,14 @@ class MixedPrecisionAttachment(Attachment):
             self.quantizers,
             images,
             asked,
-            target=self.target,
+            target=self.context.target,
             weight_range=self.method.weight_range,
             percentile=self.method.percentile,
         )
-        for number, cost in enumerate(measured, 1):
+        self.context.progress.start("sensitivity", len(asked))
+        for cost in measured:
             errors[cost.layer][cost.bits] = cost.error
-            yield Progress("sensitivity", number, len(asked))
+            self.context.progress.advance()
         return errors
 
     def _said(self) -> str:

@@ -31,7 +31,6 @@ the code, and as `ptq` has them by default at any width. The code also trains 2 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -42,7 +41,6 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tersor.core.errors import InputError
-from tersor.core.target import Target
 from tersor.graph.layer_selection import Layer, matching, weighted_layers
 from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
@@ -50,6 +48,7 @@ from tersor.quantization.grid import Grid
 from tersor.quantization.grid_distance import Laid, around_zero, drawn, on_grid
 from tersor.quantization.observers import channel_maxima
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
 _ENDS_BITS = 8
@@ -89,15 +88,7 @@ class PSGD:
     ] = "distance"
     layers: Annotated[tuple[str, ...], Field(description="patterns; all convolutions and linear layers if left")] = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Chooses the layers; lays what remembers a running range where one is asked for.
 
         Raises:

@@ -22,7 +22,7 @@ products in 16 bits (AVX2 without VNNI) weights of a channel are kept from satur
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -31,8 +31,6 @@ from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress
-from tersor.core.target import Target
 from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
@@ -56,6 +54,7 @@ from tersor.quantization.precision import (
 )
 from tersor.quantization.quantizers import Quantizers, insert_quantizers, notes
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
 
@@ -108,32 +107,23 @@ class PTQ:
     calibration_images: CalibrationImages = 512
     exclude: Exclude = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> PTQAttachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> PTQAttachment:
         """Captures the network and lays quantizers on weights and edges; they round once `begin` has calibrated them.
 
         Raises:
             InputError: no data, a pattern of `exclude` that matches nothing, no layer left, a grid already there.
         """
-        if data is None:
+        if context.data is None:
             raise InputError(
                 "ptq needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
             )
-        target = target or Target()
         graph = capture(model)
         bare = None if self.max_drop is None else fx.GraphModule(graph, copy.deepcopy(graph.graph))
         precision = Precision(self.bits, self.activation_bits, self.first_last_bits, self.per_channel, self.symmetric)
         quantizers = insert_quantizers(
-            graph, precision, exclude=self.exclude, target=target, method="ptq", original=model
+            graph, precision, exclude=self.exclude, target=context.target, method="ptq", original=model
         )
-        return PTQAttachment(self, quantizers, data, target, bare)
+        return PTQAttachment(self, quantizers, context, bare)
 
 
 class PTQAttachment(Attachment):
@@ -143,15 +133,14 @@ class PTQAttachment(Attachment):
         self,
         method: PTQ,
         quantizers: Quantizers,
-        data: Iterable[Any],
-        target: Target,
+        context: AttachContext,
         bare: fx.GraphModule | None,
     ) -> None:
-        super().__init__(quantizers.graph, notes=notes(quantizers, target))
+        super().__init__(quantizers.graph, notes=notes(quantizers, context.target))
         self.method = method
         self.quantizers = quantizers
-        self.data = data
-        self.target = target
+        assert context.data is not None
+        self.context, self.data = context, context.data
         self._bare = bare
         self._kept: Kept | None = None
         has_norms = any(isinstance(each, Norm) for each in quantizers.graph.modules())
@@ -167,7 +156,7 @@ class PTQAttachment(Attachment):
         """With `max_drop`: the layers that were `left_in_float`, and the `drop` that is left."""
         return {} if self._kept is None else {"left_in_float": list(self._kept.layers), "drop": self._kept.drop}
 
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """Calibrates: one or two passes over the images, then every range is set. Does nothing a second time.
 
         Raises:
@@ -181,22 +170,29 @@ class PTQAttachment(Attachment):
         if method.equalize:
             self._equalize(graph)
         passes = 1 if self._activation_range == "minmax" else 2
-        images = method.calibration_images
-        histograms = yield from calibrate(self.quantizers, self.data, images=images, passes=passes, method="ptq")
+        histograms = calibrate(
+            self.quantizers,
+            self.data,
+            images=method.calibration_images,
+            passes=passes,
+            method="ptq",
+            progress=self.context.progress,
+        )
         settle = self._correction() if method.bias_correction or self._spreads else _nothing
         self.quantizers.set_activation_grids(histograms, self._activation_range, method.percentile)
         for name in self.quantizers.layers:
-            self.quantizers.set_weight_grid(name, self.target, self._weight_range, method.percentile)
+            self.quantizers.set_weight_grid(name, self.context.target, self._weight_range, method.percentile)
         settle()
         if self._bare is not None and method.max_drop is not None:
-            self._kept = yield from keep_in_float(
+            self._kept = keep_in_float(
                 self.quantizers,
                 self._bare,
                 self.data,
                 max_drop=method.max_drop,
-                target=self.target,
+                target=self.context.target,
                 method="ptq",
                 settle=settle,
+                progress=self.context.progress,
             )
             self.notes += _said(self._kept)
         self.notes += calibrated_coverage(graph).notes

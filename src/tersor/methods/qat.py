@@ -21,7 +21,6 @@ integers as they are; and the network is trained already, so that all is rounded
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -29,8 +28,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from tersor.core.progress import Progress
-from tersor.core.target import Target
 from tersor.graph.batchnorm import FrozenAt
 from tersor.graph.parametrization import parametrization_input
 from tersor.quantization.calibration import calibrate
@@ -46,6 +43,7 @@ from tersor.quantization.precision import (
 )
 from tersor.quantization.quantizers import Quantizers, insert_or_reuse_quantizers, notes
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
 
@@ -71,21 +69,12 @@ class QAT:
     calibration_images: CalibrationImages = 512
     exclude: Exclude = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Captures the network and lays quantizers on weights and edges, or takes over those that lie.
 
         Raises:
             InputError: no data, a pattern of `exclude` that matches nothing, no layer left, grids of other bits.
         """
-        target = target or Target()
         quantizers = insert_or_reuse_quantizers(
             model,
             bits=self.bits,
@@ -93,15 +82,15 @@ class QAT:
             first_last_bits=self.first_last_bits,
             per_channel=self.per_channel,
             exclude=self.exclude,
-            data=data,
-            target=target,
+            data=context.data,
+            target=context.target,
             method="qat",
         )
         for name in quantizers.layers:
             quantizers.replace_on_weight(name, _following(quantizers.of_weight(name)))
         for name in quantizers.activations:
             _let_move(quantizers.graph, name, self.averaging)
-        return QATAttachment(self, quantizers, data, target, steps)
+        return QATAttachment(self, quantizers, context)
 
 
 class QATAttachment(Attachment):
@@ -111,19 +100,16 @@ class QATAttachment(Attachment):
         self,
         method: QAT,
         quantizers: Quantizers,
-        data: Iterable[Any] | None,
-        target: Target,
-        steps: int,
+        context: AttachContext,
     ) -> None:
-        super().__init__(quantizers.graph, notes=notes(quantizers, target))
+        super().__init__(quantizers.graph, notes=notes(quantizers, context.target))
         self.method = method
         self.quantizers = quantizers
-        self.data = data
-        self.target = target
-        self._norms = FrozenAt(quantizers.graph, method.freeze_norm_at, steps)
-        self._ranges_stay_after = round(method.freeze_ranges_at * steps)
+        self.context = context
+        self._norms = FrozenAt(quantizers.graph, method.freeze_norm_at, context.steps)
+        self._ranges_stay_after = round(method.freeze_ranges_at * context.steps)
 
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """One pass over the images for the first ranges; nothing where a stage before has set them.
 
         Raises:
@@ -137,9 +123,14 @@ class QATAttachment(Attachment):
             for quantizer, weight in self._weights(self.quantizers.rounding).values():
                 quantizer.start(weight)
             return
-        assert self.data is not None
-        histograms = yield from calibrate(
-            self.quantizers, self.data, images=self.method.calibration_images, passes=1, method="qat"
+        assert self.context.data is not None
+        histograms = calibrate(
+            self.quantizers,
+            self.context.data,
+            images=self.method.calibration_images,
+            passes=1,
+            method="qat",
+            progress=self.context.progress,
         )
         for edge, histogram in zip(self._edges(), histograms.values(), strict=True):
             edge.set_range(histogram.low, histogram.high)
@@ -166,7 +157,7 @@ class QATAttachment(Attachment):
     def _follow_weights(self, quantizers: Quantizers) -> None:
         for name, (quantizer, weight) in self._weights(quantizers).items():
             quantizer.follow(weight)
-            quantizers.limit_for_avx2_saturation(name, self.target)
+            quantizers.limit_for_avx2_saturation(name, self.context.target)
 
     def _weights(self, quantizers: Quantizers) -> dict[str, tuple[WeightTrackingFakeQuantize, Tensor]]:
         """Of every layer the quantizer of its weight, and what that is shown."""

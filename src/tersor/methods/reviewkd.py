@@ -16,7 +16,7 @@ of the student's last layer, at most 512, as in the code, which also lets the we
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -26,10 +26,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.device import seeded
-from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import as_map, layer_paths
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import Pair, pairs_of
 from tersor.training.loss_warmup import RisingAttachment, WarmupLossTerm
 from tersor.training.method import PLAIN_VALUES
@@ -224,21 +224,13 @@ class ReviewKD:
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of the fusions' weights")] = 0
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Builds the fusions; changes nothing in `model`.
 
         Raises:
             InputError: no teacher, no images to see shapes on, layers that are not there or do not pair.
         """
-        pairs = pairs_of(model, teacher, self.layers, self.teacher_layers, data, method="reviewkd")
+        pairs = pairs_of(model, context.teacher, self.layers, self.teacher_layers, context.data, method="reviewkd")
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         order = layer_paths(model)
@@ -246,5 +238,5 @@ class ReviewKD:
         with seeded(self.seed):
             term = ReviewTerm(pairs, self.loss_weight)
         paths = [pair.paths for pair in pairs]
-        rising = round(self.warmup * steps)
+        rising = round(self.warmup * context.steps)
         return RisingAttachment(model, term, steps=rising, label_weight=self.label_weight, layers=paths)

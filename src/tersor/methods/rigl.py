@@ -20,7 +20,7 @@ out, so that all methods mean the same by a sparsity. A `clip_norm` sees the den
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -29,11 +29,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.progress import Progress
-from tersor.core.target import Target
 from tersor.graph.layer_selection import Layer, prunable
 from tersor.pruning.topk import best_of
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import MaskedAttachment, check_steps, dense_of, lay_masks, mask_of
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.schedule import interpolate
@@ -97,15 +96,7 @@ class RigL:
         Field(description="patterns; all convolutions if left, or all fully connected layers where there are none"),
     ] = ()
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Lays a mask on every chosen weight, which `begin` sets.
 
         Raises:
@@ -114,9 +105,9 @@ class RigL:
         layers = prunable(model, self.layers)
         if not self.sparsity:
             return Attachment(model)
-        check_steps(steps, "rigl")
+        check_steps(context.steps, "rigl")
         lay_masks(layers, "all", "rigl")
-        return RigLAttachment(self, model, layers, steps)
+        return RigLAttachment(self, model, layers, context.steps)
 
 
 class RigLAttachment(MaskedAttachment):
@@ -129,13 +120,12 @@ class RigLAttachment(MaskedAttachment):
         self.wished: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """The largest weights of each layer stay."""
         shapes = {name: dense_of(layer).shape for name, layer in self.masked.items()}
         counts = layer_counts(shapes, self.method.sparsity, self.method.distribution)
         found = {name: best_of(dense_of(layer).abs(), counts[name]) for name, layer in self.masked.items()}
         self.set_masks(found, 0)
-        yield Progress("masks", len(self.masked), len(self.masked))
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:

@@ -19,7 +19,6 @@ Here deviations count as 0.01 at least.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import torch.nn.functional as F
@@ -27,9 +26,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
@@ -88,21 +87,13 @@ class SoftTargets:
 
     standardize: Annotated[bool, Field(description="each image's logits to mean 0 and deviation 1 first")] = False
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Adds the loss; changes nothing in `model`.
 
         Raises:
             InputError: there is no teacher.
         """
-        require_teacher(teacher, "soft_targets")
+        require_teacher(context.teacher, "soft_targets")
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         return Attachment(

@@ -26,7 +26,7 @@ masked filter's BatchNorm still sends its constant on. Masks leave the shapes, s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -37,8 +37,6 @@ from torch.optim import Optimizer
 
 from tersor.core.errors import InputError
 from tersor.core.import_path import import_function, is_function_path, named
-from tersor.core.progress import Progress
-from tersor.core.target import Target
 from tersor.graph.batchnorm import Norm
 from tersor.graph.layer_selection import Layer, prunable
 from tersor.graph.norms import norms_behind
@@ -54,6 +52,7 @@ from tersor.pruning.weight_importance import (
     root_mean_squares,
 )
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import MaskedAttachment, check_floor, dense_of, lay_masks, mask_of
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.schedule import curve
@@ -111,15 +110,7 @@ class WeightPruning:
         follows = 0.5 if of_pattern is None else 1 - of_pattern[0] / of_pattern[1]
         return follows if self.sparsity is None else self.sparsity
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Lays a mask of ones on every chosen weight; `begin` masks at once, a schedule from step to step.
 
         Raises:
@@ -130,9 +121,9 @@ class WeightPruning:
         layers = prunable(model, self.layers)
         if not self.wanted:
             return Attachment(model)
-        self._check(steps)
-        if self.importance == "taylor" and data is None:
-            gradient_products(model, {}, data, self.images)
+        self._check(context.steps)
+        if self.importance == "taylor" and context.data is None:
+            gradient_products(model, {}, context.data, self.images)
         layers, notes = self._divided(layers)
         norms = norms_behind(model) if self.importance == "batchnorm" else {}
         for name in layers if self.importance == "batchnorm" else ():
@@ -142,7 +133,7 @@ class WeightPruning:
                     f"Name the layers that have one, or another importance: {', '.join(IMPORTANCES)}."
                 )
         lay_masks(layers, "kept", "weight_pruning")
-        return WeightPruningAttachment(self, model, layers, data, norms, steps=steps, notes=notes)
+        return WeightPruningAttachment(self, model, layers, context.data, norms, steps=context.steps, notes=notes)
 
     def _check(self, steps: int) -> None:
         if self.needs_steps and not steps:
@@ -212,11 +203,10 @@ class WeightPruningAttachment(MaskedAttachment):
             )
         self.curve = curve(method.sparsity_schedule) if method.needs_steps else None
 
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """Masks at once where no schedule is asked for."""
         if self.curve is None:
             self._mask(self.method.wanted, 0)
-            yield Progress("masks", len(self.masked), len(self.masked))
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Masks anew, every few steps until the final sparsity."""

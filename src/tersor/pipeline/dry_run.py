@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 from tersor.core.progress import ProgressReporter
 from tersor.evaluation.costs import costs
 from tersor.methods import name_of
 from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import attach
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.integer_coverage import integer_coverage
 from tersor.recipe import Recipe, Teacher
 from tersor.training.loop import steps_per_epoch
 
 
-def explain(recipe: Recipe, *, watch: ProgressReporter) -> Iterator[str]:
+def explain(recipe: Recipe, *, progress: ProgressReporter) -> Iterator[str]:
     """What `run` would do, line by line, with shapes and costs; nothing is trained and nothing is written."""
-    walk = prepare(recipe, model=None, data=None, watch=watch)
-    example = next(iter(walk.batches(walk.data.test, 1))).images
+    experiment = prepare(recipe, model=None, data=None, progress=progress)
+    example = next(iter(experiment.batches(experiment.data.test, 1))).images
     size = " x ".join(map(str, example.shape[1:]))
-    classes = len(walk.data.classes)
-    counts = {"train": walk.data.train, "validation": walk.data.validation, "test": walk.data.test}
+    classes = len(experiment.data.classes)
+    counts = {"train": experiment.data.train, "validation": experiment.data.validation, "test": experiment.data.test}
     yield (
         f"data: {', '.join(f'{len(images)} {name}' for name, images in counts.items())} images of {size}, "
         f"{classes} classes"
     )
-    for name, network in (("model", walk.model), ("teacher", walk.teacher)):
+    for name, network in (("model", experiment.model), ("teacher", experiment.teacher)):
         if network is not None:
             spent = costs(network, example)
             shapes = f"({size}) -> ({classes}), {len(spent.layers)} layers"
@@ -33,16 +35,16 @@ def explain(recipe: Recipe, *, watch: ProgressReporter) -> Iterator[str]:
             if spent.uncounted:
                 yield f"{name}: in no count of MACs: {', '.join(spent.uncounted)}"
     wanted = recipe.teacher
-    if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
-        steps = wanted.epochs * steps_per_epoch(walk.training_batches(wanted.training), wanted.training)
+    if isinstance(wanted, Teacher) and not experiment.teacher_is_trained:
+        steps = wanted.epochs * steps_per_epoch(experiment.training_batches(wanted.training), wanted.training)
         yield f"first the teacher is trained on the labels: {wanted.epochs} epochs, {steps:,} steps"
+    model = copy.deepcopy(experiment.model)
     for number, stage in enumerate(recipe.stages, 1):
-        batches = walk.training_batches(stage)
-        steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
-        attachment = walk.attach(stage, steps, watch)
-        walk.model = attachment.model
+        steps = experiment.steps_of(stage)
+        attachment = attach(experiment, stage, model, progress)
+        model = attachment.model
         names = ", ".join(map(name_of, stage.methods)) or "no method"
-        spent = costs(walk.model, example)
+        spent = costs(model, example)
         losses = ["labels"] * bool(attachment.label_weight) + [term.name for term in attachment.terms]
         yield (
             f"stage {number}, {stage.name}: {names}; {steps:,} steps of {stage.batch_size} images"
@@ -50,8 +52,8 @@ def explain(recipe: Recipe, *, watch: ProgressReporter) -> Iterator[str]:
             + f"; then {spent.parameters:,} parameters, {spent.macs:,} MACs"
         )
         yield from (f"{stage.name}: {note}" for note in attachment.notes)
-        if any(isinstance(module, FakeQuantize) for module in walk.model.modules()):
-            covered = integer_coverage(walk.model, example, planned=True)
+        if any(isinstance(module, FakeQuantize) for module in model.modules()):
+            covered = integer_coverage(model, example, planned=True)
             yield from (f"{stage.name}: {note}" for note in covered.notes)
             if covered.warning:
                 yield f"warning: {covered.warning}"

@@ -33,14 +33,14 @@ class Evaluation:
     precision: str
 
 
-def evaluate(artifact: Path, data: str | None, runtime: str | None, *, watch: ProgressReporter) -> Evaluation:
+def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress: ProgressReporter) -> Evaluation:
     """Runs `artifact` over the test images of `data`.
 
     Args:
         artifact: the folder of a run, or an ONNX file.
         data: an image folder or the name of a data set; of the folder's recipe by default.
         runtime: of the folder's recipe by default, else ONNX Runtime.
-        watch: who looks on.
+        progress: reports the progress.
 
     Raises:
         InputError: the artifact or the data cannot be used, or a bare file is given without data.
@@ -51,7 +51,7 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, watch: Pr
     found = read_artifact(artifact)
     numbers = _numbers(found)
     session = open_session(found.model, runtime or numbers.get("runtime", "onnxruntime"))
-    watch.say("reading the images")
+    progress.say("reading the images")
     options = _source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
     splits = load(**options)
     _refuse_other_classes(_classes(found.model), splits.classes)
@@ -59,9 +59,9 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, watch: Pr
     assert splits.std is not None
     batches = Batches(splits.test, _BATCH, mean=splits.mean, std=splits.std)
     kind = "uint8" if session.input_dtype == np.uint8 else "normalized"
-    watch.start("test set", 1)
+    progress.start("test set", 1)
     answers = predictions(session, arrays(batches, kind))
-    watch.advance()
+    progress.advance()
     right = float((answers == splits.test.labels.numpy()).mean())
     return Evaluation(100 * right, len(answers), session.runtime, session.precision)
 

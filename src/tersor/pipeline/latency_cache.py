@@ -1,10 +1,9 @@
-"""What a run has measured in order to decide. A run that goes on attaches again and must decide the same."""
+"""A cache of measured latencies. A resumed run attaches its methods again, and has to make the same decisions."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,69 +13,53 @@ from torch import Tensor, nn
 from tersor.core import distributed
 from tersor.core.files import replacing
 from tersor.core.target import Target
-from tersor.evaluation.costs import costs
-from tersor.evaluation.latency_protocol import Stopwatch
+from tersor.training.context import LatencyRatio
 
-MEASURED = "measured.json"
+FILE = "latencies.json"
 """Beside the checkpoints of a run."""
 
 
-class Remembering:
-    """A stopwatch that asks another one, and keeps what it said in a file: for the same shapes it says it again.
+class CachedLatencyRatio:
+    """Measures each pair of networks once: for the same shapes, the ratio is read from a file.
 
-    Of processes that train together the first measures, and all hear its answer.
+    With several processes, the first one measures and broadcasts the ratio.
 
     Args:
-        stopwatch: who measures.
-        file: where the answers are, by what was asked; made when there is one.
+        measure: measures the latency ratio of two networks.
+        file: holds the ratios; it is written when there is one.
     """
 
-    def __init__(self, stopwatch: Stopwatch, file: Path) -> None:
-        self.stopwatch = stopwatch
+    def __init__(self, measure: LatencyRatio, file: Path) -> None:
+        self.measure = measure
         self.file = file
 
-    def against(self, original: nn.Module, example: Tensor, target: Target) -> Callable[[nn.Module], float]:
-        """A function: network -> its latency as a fraction of `original`'s, which stays as it is while that is used."""
+    def __call__(self, network: nn.Module, original: nn.Module, example: Tensor, target: Target) -> float:
+        """The latency of `network` divided by that of `original`."""
         if distributed.rank():
-            return lambda _network: _from_the_first(0.0)
-        asked = [_shapes(original), list(example.shape[1:]), target.model_dump()]
-        opened: list[Callable[[nn.Module], float]] = []  # when it is first needed, if it is
+            return _from_rank0(0.0)
+        cached = self._read()
+        shapes = [_shapes(original), list(example.shape[1:]), target.model_dump(), _shapes(network)]
+        key = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+        if key not in cached:
+            cached[key] = self.measure(network, original, example, target)
+            self._write(cached)
+        return _from_rank0(cached[key])
 
-        def ratio(network: nn.Module) -> float:
-            known = self._known()
-            key = hashlib.sha256(json.dumps([*asked, _shapes(network)]).encode()).hexdigest()
-            if key not in known:
-                opened[:] = opened or [self.stopwatch.against(original, example, target)]
-                known[key] = opened[0](network)
-                self._write(known)
-            return _from_the_first(known[key])
-
-        return ratio
-
-    def _known(self) -> dict[str, float]:
+    def _read(self) -> dict[str, float]:
         try:
             return TypeAdapter(dict[str, float]).validate_json(self.file.read_bytes())
-        except (FileNotFoundError, ValidationError):  # the latter: damaged, so it is measured anew
+        except (FileNotFoundError, ValidationError):  # a damaged file: measure again
             return {}
 
-    def _write(self, known: dict[str, float]) -> None:
+    def _write(self, cached: dict[str, float]) -> None:
         with replacing(self.file) as partial:
-            partial.write_text(json.dumps(known))
+            partial.write_text(json.dumps(cached))
 
 
-def _from_the_first(value: float) -> float:
+def _from_rank0(value: float) -> float:
     return float(distributed.all_gather(torch.tensor(value, dtype=torch.float64))[0])
 
 
 def _shapes(network: nn.Module) -> list[list[object]]:
-    """What a latency depends on: not the values."""
+    """What a latency depends on: shapes, not values."""
     return [[name, list(value.shape)] for name, value in network.state_dict().items()]
-
-
-class ByMacs:
-    """A stand-in that measures nothing, where no more than a rehearsal follows: as if latency went with the MACs."""
-
-    def against(self, original: nn.Module, example: Tensor, target: Target) -> Callable[[nn.Module], float]:
-        """A function: network -> its MACs as a fraction of `original`'s."""
-        before = costs(original, example).macs
-        return lambda network: costs(network, example).macs / before

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,11 +25,13 @@ from tersor.data import Splits
 from tersor.deploy.float_operators import float_operators
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for, reason
-from tersor.evaluation.latency_ratio import RuntimeStopwatch
+from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.results import OF_STAGES, measure
-from tersor.pipeline.latency_cache import MEASURED, Remembering
+from tersor.pipeline import latency_cache
+from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
+from tersor.pipeline.latency_cache import CachedLatencyRatio
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import EVALUATION_BATCH, Experiment
+from tersor.pipeline.stages import StageRecord, run_stages, stage_models, train_teacher
 from tersor.quantization.quantizers import find_quantizers
 from tersor.recipe import Recipe
 from tersor.report.analysis.evidence import gather
@@ -46,7 +50,7 @@ def run(
     data: Splits | None = None,
     out: Path | str | None = None,
     resume: bool = False,
-    watch: ProgressReporter | None = None,
+    progress: ProgressReporter | None = None,
 ) -> Path:
     """Compresses a network as the recipe says, and writes one folder: model, original, recipe, numbers, manifest.
 
@@ -57,7 +61,7 @@ def run(
         out: the folder to write; `runs/<name of the recipe>` by default. It must not exist.
         resume: go on with the run into `out` that has not ended, with the same `model` and `data`; from the beginning
             where there is none.
-        watch: who looks on.
+        progress: reports the progress.
 
     Returns:
         The folder.
@@ -66,7 +70,7 @@ def run(
         InputError: something that was given cannot be used.
     """
     distributed.init_process_group()
-    watch = watch if watch and not distributed.rank() else NullProgress()
+    progress = progress if progress and not distributed.rank() else NullProgress()
     if not isinstance(model, nn.Module | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"model is a {type(model).__name__}. Pass a torch.nn.Module, or name one in the recipe.")
     if not isinstance(data, Splits | None):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -81,23 +85,26 @@ def run(
     if resume and _ended(out, text):
         if not distributed.rank():
             checkpoints.remove()  # the run may have been killed between its last two moves
-        watch.say(f"{out} is there already: nothing is left to do.")
+        progress.say(f"{out} is there already: nothing is left to do.")
         return out
     require_free(out)
     with enough_memory(_MEMORY), writable(out), checkpoints.held(text, resume=resume):
-        walk = prepare(recipe, model=model, data=data, watch=watch)
+        experiment = prepare(recipe, model=model, data=data, progress=progress)
         if not (resume or distributed.rank()):
-            (checkpoints.folder / MEASURED).unlink(missing_ok=True)  # of a run that was killed before a checkpoint
-        walk.stopwatch = Remembering(RuntimeStopwatch(watch), checkpoints.folder / MEASURED)
-        walk.train_teacher(watch, checkpoints)
-        original = copy.deepcopy(walk.original)
-        stages = walk.stages(watch, checkpoints)
+            (checkpoints.folder / latency_cache.FILE).unlink(
+                missing_ok=True
+            )  # of a run that was killed before a checkpoint
+        measure_ratio = partial(latency_ratio, progress=progress)
+        cached = CachedLatencyRatio(measure_ratio, checkpoints.folder / latency_cache.FILE)
+        experiment = replace(experiment, latency=cached)
+        experiment = replace(experiment, teacher=train_teacher(experiment, checkpoints, progress))
+        compressed, records = run_stages(experiment, checkpoints, progress)
         for path in dict.fromkeys(checkpoints.damaged):
-            watch.say(f"{path} is damaged, and was passed over.")
+            progress.say(f"{path} is damaged, and was passed over.")
         if not distributed.rank():
             write_folder(
                 out,
-                lambda folder: _fill(folder, walk, original, stages, checkpoints, watch),
+                lambda folder: _fill(folder, experiment, compressed, records, checkpoints, progress),
                 partial=checkpoints.scratch,
             )
             checkpoints.remove()
@@ -115,67 +122,77 @@ def _ended(out: Path, recipe: str) -> bool:
 
 def _fill(
     folder: Path,
-    walk: Experiment,
-    original: nn.Module,
-    stages: list[dict[str, Any]],
+    experiment: Experiment,
+    compressed: nn.Module,
+    records: Sequence[StageRecord],
     checkpoints: Checkpoints,
-    watch: ProgressReporter,
+    progress: ProgressReporter,
 ) -> None:
-    recipe, data = walk.recipe, walk.data
+    recipe, data, original = experiment.recipe, experiment.data, experiment.original
     assert data.mean is not None
     assert data.std is not None
-    test = walk.batches(data.test, EVALUATION_BATCH)
+    test = experiment.batches(data.test, EVALUATION_BATCH)
     example = next(iter(test)).images[:1]
     pixels = (data.mean, data.std) if recipe.target.input == "uint8" else None
     with TemporaryDirectory() as scratch:
         left = {
             number: (network, Path(scratch) / f"{number}.onnx")
-            for number, network in walk.stage_models(checkpoints).items()
-            if number < len(stages)
+            for number, network in stage_models(experiment, checkpoints).items()
+            if number < len(records)
         }
-        files = [(original, folder / "original.onnx"), (walk.model, folder / "model.onnx"), *left.values()]
-        watch.start("export", len(files))
+        files = [(original, folder / "original.onnx"), (compressed, folder / "model.onnx"), *left.values()]
+        progress.start("export", len(files))
         for network, path in files:
             batch = batch_for(network, recipe.target)
             export(network, example, path, classes=data.classes, pixels=pixels, batch=batch)
-            watch.advance()
-        if batch_for(walk.model, recipe.target) != recipe.target.batch:
-            watch.say(reason())
+            progress.advance()
+        if batch_for(compressed, recipe.target) != recipe.target.batch:
+            progress.say(reason())
         numbers, answers = measure(
-            original, walk.model, folder, test, recipe.target, seed=recipe.seed, watch=watch, stages=left
+            original, compressed, folder, test, recipe.target, seed=recipe.seed, progress=progress, stages=left
         )
     if numbers["agreement_with_torch"] < _AGREEMENT:
-        watch.say(_told_of_disagreement(numbers["agreement_with_torch"], walk.model))
-    in_float, warning = float_operators(walk.model, example)
+        progress.say(_told_of_disagreement(numbers["agreement_with_torch"], compressed))
+    in_float, warning = float_operators(compressed, example)
     numbers["artifact"] |= in_float
     if warning is not None:
-        watch.say(f"warning: {warning}")
+        progress.say(f"warning: {warning}")
     # the last stage left the artifact
-    numbers["stages"][len(stages)] = {key: numbers["artifact"][key] for key in OF_STAGES} | {
+    numbers["stages"][len(records)] = {key: numbers["artifact"][key] for key in OF_STAGES} | {
         "speedup": numbers["speedup"]["original"]
     }
-    told = [{**stage, **numbers["stages"].get(number, {})} for number, stage in enumerate(stages, 1)]
+    told = [{**flat(record), **numbers["stages"].get(number, {})} for number, record in enumerate(records, 1)]
     numbers |= {"stages": told, "mean": data.mean, "std": data.std, "classes": data.classes}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1))
     evidence = gather(
         original,
-        walk.model,
-        walk.teacher,
-        walk.initial_model,
+        compressed,
+        experiment.teacher,
+        experiment.model,
         folder,
         test,
         recipe.target,
         answers=answers,
         baseline=numbers["baseline"],
-        watch=watch,
+        progress=progress,
     )
     (folder / "evidence.json").write_text(json.dumps(evidence))
     draw(folder)
     (folder / "recipe.yaml").write_text(recipes.write(recipe))
-    write_files(walk.model, folder)
+    write_files(compressed, folder)
     (folder / "checkpoints").mkdir()
     for each in checkpoints.ends():  # copied: until the folder is written they are what a run goes on from
         shutil.copytree(each.path, folder / "checkpoints" / each.path.name)
+
+
+def flat(record: StageRecord) -> dict[str, Any]:
+    """The record as one level of JSON."""
+    fields = vars(record)
+    return (
+        {name: fields[name] for name in fields if name not in ("training", "metrics")}
+        | record.training
+        | record.metrics
+    )
 
 
 def _told_of_disagreement(percent: float, model: nn.Module) -> str:

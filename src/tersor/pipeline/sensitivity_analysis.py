@@ -20,8 +20,8 @@ from tersor.data.image_sets import View
 from tersor.data.stratified import generator, stratified
 from tersor.graph.capture import capture
 from tersor.graph.layer_selection import weighted_layers
+from tersor.pipeline.experiment import EVALUATION_BATCH
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import EVALUATION_BATCH
 from tersor.quantization.precision import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import Cost, sensitivity
@@ -46,14 +46,16 @@ class BitCosts(BaseModel):
     costs: list[Cost]
 
 
-def measure(recipe: Recipe, *, out: Path, images: int | None = None, watch: ProgressReporter) -> tuple[BitCosts, Path]:
+def measure(
+    recipe: Recipe, *, out: Path, images: int | None = None, progress: ProgressReporter
+) -> tuple[BitCosts, Path]:
     """Measures every layer on 2, 3, 4, 5, 6 and 8 bits, on the validation images, and draws a figure beside the file.
 
     Args:
         recipe: whose model, data and target are taken; its stages are not walked.
         out: the file, written after each measurement; one that is there is gone on with.
         images: how many of the validation images to look at, drawn in proportion to the classes; all if left.
-        watch: who looks on.
+        progress: reports the progress.
 
     Returns:
         What the file holds, and the path of the figure.
@@ -68,29 +70,29 @@ def measure(recipe: Recipe, *, out: Path, images: int | None = None, watch: Prog
             f"{recipe.model.name} comes without weights, and what rounding costs a network that has learned nothing "
             "tells nothing. Write model.weights, the file of a trained one."
         )
-    walk = prepare(recipe, model=None, data=None, watch=watch)
-    shown = _some(walk.data.validation, images, recipe.seed)
-    layers = weighted_layers(walk.model)
+    experiment = prepare(recipe, model=None, data=None, progress=progress)
+    shown = _some(experiment.data.validation, images, recipe.seed)
+    layers = weighted_layers(experiment.model)
     quantizers = insert_quantizers(
-        capture(walk.model),
+        capture(experiment.model),
         Precision(),
         exclude=(),
         target=recipe.target,
         method="sensitivity",
-        original=walk.model,
+        original=experiment.model,
     )
     weights = {name: layers[name].weight.numel() for name in quantizers.layers}
     found = _begun(out, BitCosts(measured_with=_measured_with(recipe, len(shown)), weights=weights, costs=[]))
     known = {(cost.layer, cost.bits) for cost in found.costs}
     asked = [(name, bits) for name in quantizers.layers for bits in WIDTHS if (name, bits) not in known]
     if known:
-        watch.say(f"{out}: {len(known)} measurements are there already, {len(asked)} are left")
-    watch.start("sensitivity", len(known) + len(asked))
-    watch.advance(len(known))
-    for cost in sensitivity(quantizers, walk.batches(shown, EVALUATION_BATCH), asked, target=recipe.target):
+        progress.say(f"{out}: {len(known)} measurements are there already, {len(asked)} are left")
+    progress.start("sensitivity", len(known) + len(asked))
+    progress.advance(len(known))
+    for cost in sensitivity(quantizers, experiment.batches(shown, EVALUATION_BATCH), asked, target=recipe.target):
         found.costs.append(cost)
         write_file(out, (found.model_dump_json(indent=1) + "\n").encode())
-        watch.advance(error=cost.error)
+        progress.advance(error=cost.error)
     figure = out.with_suffix(".svg")
     title = f"{recipe.model.name}: what one layer costs, rounded alone"
     write_file(figure, draw(found.costs, weights, title, _subtitle(len(shown))).encode())

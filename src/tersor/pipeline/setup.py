@@ -14,12 +14,13 @@ from tersor.core.progress import ProgressReporter
 from tersor.data import Splits, load
 from tersor.data.image_sets import View
 from tersor.data.stratified import generator
+from tersor.evaluation.costs import macs_ratio
 from tersor.evaluation.session import load_runtime
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.feeding import check_forward, described
 from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_without_weights
-from tersor.pipeline.latency_cache import ByMacs
-from tersor.pipeline.stages import EVALUATION_BATCH, Experiment
+from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
+from tersor.pipeline.stages import attach
 from tersor.recipe import Network, Recipe, Teacher
 from tersor.training.loop import learning_rates, steps_per_epoch
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
@@ -29,7 +30,7 @@ _FEW = 64
 """Images that a rehearsal looks at."""
 
 
-def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, watch: ProgressReporter) -> Experiment:
+def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, progress: ProgressReporter) -> Experiment:
     """Networks and images of a recipe, checked against each other; nothing is trained.
 
     Raises:
@@ -40,17 +41,19 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
         if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
             raise InputError(f"there is no weights file {network.weights}. Paths are relative to the working folder.")
     early = _build(recipe.model, None, recipe.seed) if model is None and recipe.model.num_classes else None
-    watch.say("reading the images")
+    progress.say("reading the images")
     splits = data or load(
         seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
     )
-    _say_what_has_no_image(splits, watch)
+    _say_what_has_no_image(splits, progress)
     network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)
     for path in masked_by_torch(network):
-        watch.say(f"{path}: its mask of torch.nn.utils.prune is folded; training moves the weights that are zero now")
+        progress.say(
+            f"{path}: its mask of torch.nn.utils.prune is folded; training moves the weights that are zero now"
+        )
     network = plain_copy(network, "model" if model else recipe.model.name)
     teacher, of_teacher = _teacher(recipe, network, splits)
-    walk = Experiment(
+    experiment = Experiment(
         recipe,
         network,
         teacher,
@@ -60,50 +63,49 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, wat
     )
     for whose, of_file in ((recipe.model.name, metadata), ("the teacher", of_teacher)):
         if "taken" in of_file:
-            watch.say(f"weights of {whose}: {of_file['taken']}")
-    _check_networks(walk, watch)
-    _rehearse(walk, watch)
-    return walk
+            progress.say(f"weights of {whose}: {of_file['taken']}")
+    _check_networks(experiment, progress)
+    _rehearse(experiment, progress)
+    return experiment
 
 
-def _check_networks(walk: Experiment, watch: ProgressReporter) -> None:
-    recipe, teacher = walk.recipe, walk.teacher
-    refuse_without_weights(walk.model, recipe.model.name)
-    _check_answers(walk, walk.model, recipe.model.name)
+def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
+    recipe, teacher = experiment.recipe, experiment.teacher
+    refuse_without_weights(experiment.model, recipe.model.name)
+    _check_answers(experiment, experiment.model, recipe.model.name)
     if teacher is not None and recipe.teacher != "original":
-        _check_answers(walk, teacher, "the teacher")
-    if recipe.teacher == "original" and not walk.model_is_trained:
+        _check_answers(experiment, teacher, "the teacher")
+    if recipe.teacher == "original" and not experiment.model_is_trained:
         raise InputError("teacher: original is the model as it came in, and that has no weights. Write model.weights.")
     _check_teacher(recipe)
-    if teacher is not None and walk.teacher_is_trained:
-        few = _few(walk, TEACHER_IMAGES)
-        for doubt in doubts("the teacher", teacher, walk.batches(few, EVALUATION_BATCH)):
-            watch.say(f"warning: {doubt}")
+    if teacher is not None and experiment.teacher_is_trained:
+        few = _few(experiment, TEACHER_IMAGES)
+        for doubt in doubts("the teacher", teacher, experiment.batches(few, EVALUATION_BATCH)):
+            progress.say(f"warning: {doubt}")
 
 
-def _rehearse(walk: Experiment, watch: ProgressReporter) -> None:
+def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
     """Attaches every stage to a copy, by few images: a pattern that matches nothing is told before an hour of it."""
-    data = replace(walk.data, train=_few(walk, _FEW))
-    rehearsal = replace(walk, model=copy.deepcopy(walk.model), data=data, stopwatch=ByMacs())
-    wanted = walk.recipe.teacher
-    if isinstance(wanted, Teacher) and not walk.teacher_is_trained:
-        batches = walk.training_batches(wanted.training)
+    data = replace(experiment.data, train=_few(experiment, _FEW))
+    rehearsal = replace(experiment, data=data, latency=macs_ratio)
+    model = copy.deepcopy(experiment.model)
+    wanted = experiment.recipe.teacher
+    if isinstance(wanted, Teacher) and not experiment.teacher_is_trained:
+        batches = experiment.training_batches(wanted.training)
         learning_rates(batches, wanted.training, wanted.epochs * steps_per_epoch(batches, wanted.training))
-    for stage in walk.recipe.stages:
-        if stage.validate_every and not len(walk.data.validation):
+    for stage in experiment.recipe.stages:
+        if stage.validate_every and not len(experiment.data.validation):
             raise InputError(
                 f"stage '{stage.name}' has validate_every, and there are no validation images. Write data.validation, "
                 "the fraction of the training images that is held out, or leave validate_every out."
             )
-        batches = walk.training_batches(stage)
-        steps = stage.steps or stage.epochs * steps_per_epoch(batches, stage)
-        learning_rates(batches, stage, steps)
-        rehearsal.model = rehearsal.attach(stage, steps, watch).model
+        learning_rates(experiment.training_batches(stage), stage, experiment.steps_of(stage))
+        model = attach(rehearsal, stage, model, progress).model
 
 
-def _few(walk: Experiment, images: int) -> View:
+def _few(experiment: Experiment, images: int) -> View:
     """Some of the training images, the same ones for a seed."""
-    train, draw = walk.data.train, generator(walk.recipe.seed)
+    train, draw = experiment.data.train, generator(experiment.recipe.seed)
     return View(train, torch.randperm(len(train), generator=draw)[:images])
 
 
@@ -117,12 +119,12 @@ def _check_teacher(recipe: Recipe) -> None:
         )
 
 
-def _say_what_has_no_image(splits: Splits, watch: ProgressReporter) -> None:
+def _say_what_has_no_image(splits: Splits, progress: ProgressReporter) -> None:
     present = set(splits.train.labels.unique().tolist())
     missing = [str(number) for number in range(len(splits.classes)) if number not in present]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        watch.say(f"warning: {len(missing)} of {len(splits.classes)} classes have no training image: {shown}")
+        progress.say(f"warning: {len(missing)} of {len(splits.classes)} classes have no training image: {shown}")
 
 
 Built = tuple[nn.Module, dict[str, str]]
@@ -166,16 +168,16 @@ def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Sp
     return replace(splits, mean=told[0][0], std=told[0][1]) if told else splits
 
 
-def _check_answers(walk: Experiment, network: nn.Module, name: str) -> None:
+def _check_answers(experiment: Experiment, network: nn.Module, name: str) -> None:
     """One dry forward: the network takes these images and tells these classes apart."""
-    images = next(iter(walk.batches(walk.data.test, 2))).images
+    images = next(iter(experiment.batches(experiment.data.test, 2))).images
     with evaluating(network):
         logits = check_forward(name, network, images)
-    classes = len(walk.data.classes)
+    classes = len(experiment.data.classes)
     if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[1] == classes:
         return
     if isinstance(logits, torch.Tensor) and logits.shape == (2, classes - 1):
-        _refuse_labels_from_one(walk.data, name)
+        _refuse_labels_from_one(experiment.data, name)
     needed = f"logits (2, {classes}) are needed. "
     if not isinstance(logits, torch.Tensor):
         needed += "Write a function package.module:function that wraps the network and returns its logits alone."

@@ -35,7 +35,7 @@ from torch.func import functional_call
 
 from tersor.core.errors import InputError
 from tersor.core.import_path import call_with, import_function, is_function_path
-from tersor.core.progress import Tell, untold
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.data.batch import images_of, labels_of
 from tersor.graph.batchnorm import Norm
 from tersor.graph.eval_mode import evaluating
@@ -186,7 +186,7 @@ def importances(
     data: Iterable[Any],
     images: int,
     seed: int,
-    tell: Tell = untold,
+    progress: ProgressReporter = NO_PROGRESS,
 ) -> list[Tensor | None]:
     """Of every group the importance (channels,) of its channels; None where this importance says nothing of it.
 
@@ -198,7 +198,7 @@ def importances(
         data: batches of images, with labels for `taylor`.
         images: that `taylor` and `obs` look at.
         seed: of `random`.
-        tell: how far `obs` is.
+        progress: reports the passes of `obs`.
 
     Raises:
         InputError: there is no such importance, `taylor` has no labels, or the user's function gives something else.
@@ -212,7 +212,7 @@ def importances(
     if kind == "batchnorm":
         return [_of_norms(graph, group) for group in groups]
     if kind == "obs":
-        return losses(graph, groups, data, images, tell)
+        return losses(graph, groups, data, images, progress)
     if kind == "taylor":
         follows = gradients(graph, data, images)
         return [_of_the_loss(graph, group, follows) for group in groups]

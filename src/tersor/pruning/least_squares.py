@@ -21,7 +21,7 @@ Trained on, it was not seen to gain by it.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm import Norm
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.feeding import first_images
@@ -53,8 +53,12 @@ class Fit:
 
 
 def fitted(
-    graph: fx.GraphModule, cuts: Sequence[Cut], data: Iterable[Any], images: int
-) -> Generator[Progress, None, dict[str, Fit]]:
+    graph: fx.GraphModule,
+    cuts: Sequence[Cut],
+    data: Iterable[Any],
+    images: int,
+    progress: ProgressReporter = NO_PROGRESS,
+) -> dict[str, Fit]:
     """Layer -> what it gets, where its columns in `cuts` go.
 
     Args:
@@ -76,7 +80,7 @@ def fitted(
     hooks = [graph.get_submodule(name).register_forward_pre_hook(partial(look, name)) for name in moments]
     try:
         with evaluating(graph), torch.no_grad():
-            yield from _run(graph, data, images)
+            _run(graph, data, images, progress)
     finally:
         for hook in hooks:
             hook.remove()
@@ -87,12 +91,13 @@ def fitted(
     }
 
 
-def _run(graph: fx.GraphModule, data: Iterable[Any], images: int) -> Generator[Progress]:
+def _run(graph: fx.GraphModule, data: Iterable[Any], images: int, progress: ProgressReporter) -> None:
     done = 0
+    progress.start("least squares: layer inputs", images)
     for some in first_images(data, images, next(graph.parameters()).device):
         graph(some)
         done += len(some)
-        yield Progress("what channels send on", done, images)
+        progress.advance(len(some))
     if not done:
         raise InputError("what channels send on is seen on images; none were given. Pass data=...")
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress, Tell, untold
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.feeding import first_images
 from tersor.pruning.activation_moments import ReadMoments, centred, read, reads_whole, with_ridge
@@ -66,7 +66,11 @@ class _Seen:
 
 
 def losses(
-    graph: fx.GraphModule, groups: Sequence[Group], data: Iterable[Any], images: int, tell: Tell = untold
+    graph: fx.GraphModule,
+    groups: Sequence[Group],
+    data: Iterable[Any],
+    images: int,
+    progress: ProgressReporter = NO_PROGRESS,
 ) -> list[Tensor | None]:
     """Of every group what the answers lose by each of its channels, (channels,); None where no layer tells.
 
@@ -75,22 +79,23 @@ def losses(
         groups: of its channels.
         data: batches of images (N, C, H, W).
         images: how many of them are looked at, at least.
-        tell: how far it is.
+        progress: reports both passes.
 
     Raises:
         InputError: there is no image, the network gives no logits, or something is not finite.
     """
     columns = [_columns(graph, group) for group in groups]
-    seen, count = _look(graph, {name for each in columns for name in each}, data, images, tell)
+    seen, count = _look(graph, {name for each in columns for name in each}, data, images, progress)
     found: list[Tensor | None] = []
-    for number, (group, places) in enumerate(zip(groups, columns, strict=True), 1):
+    progress.start("loss increase of each channel group", len(groups))
+    for group, places in zip(groups, columns, strict=True):
         readers = [
             _Reader(graph.get_submodule(name), seen[name], count, each)
             for name, each in places.items()
             if seen[name].gradients is not None  # it was called, and the answers hang on it
         ]
         found.append(_lost(readers, len(group.slices)) if readers else None)
-        tell(Progress("groups of channels, what is lost without each", number, len(groups)))
+        progress.advance()
     if not all(each is None or each.isfinite().all() for each in found):
         raise InputError(
             "importance: obs found losses that are not finite. Give images, and a network, without NaN and infinity, "
@@ -116,7 +121,7 @@ def _columns(graph: fx.GraphModule, group: Group) -> dict[str, Tensor]:
 
 
 def _look(
-    graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: int, tell: Tell
+    graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: int, progress: ProgressReporter = NO_PROGRESS
 ) -> tuple[dict[str, _Seen], int]:
     """Layer -> what was seen of it, and on how many images."""
     seen, count, most = {name: _Seen() for name in layers}, 0, max(images, _MOST_IMAGES)
@@ -127,6 +132,7 @@ def _look(
         gives.register_hook(partial(seen[name].add, convolved=isinstance(layer, nn.Conv2d)))
 
     hooks = [graph.get_submodule(name).register_forward_hook(partial(watch, name)) for name in sorted(layers)]
+    progress.start("Hessian statistics", most)
     try:
         with evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
             for some in first_images(data, most, next(graph.parameters()).device):
@@ -136,7 +142,7 @@ def _look(
                 sign = torch.randint(0, 2, answers.shape, generator=signs).to(answers) * 2 - 1
                 torch.autograd.grad((answers * sign).sum(), given, allow_unused=True)
                 count += len(some)
-                tell(Progress("images, what the answers hang on", count, most))
+                progress.advance(len(some))
                 if count >= images and all(each.read.enough for each in seen.values()):
                     break
     finally:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress, Tell, untold
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm_statistics import with_statistics
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.feeding import first_images
@@ -109,7 +109,11 @@ def branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
 
 
 def removal_cost(
-    graph: fx.GraphModule, found: Sequence[Branch], data: Iterable[Any], images: int, tell: Tell = untold
+    graph: fx.GraphModule,
+    found: Sequence[Branch],
+    data: Iterable[Any],
+    images: int,
+    progress: ProgressReporter = NO_PROGRESS,
 ) -> list[float]:
     """Of every branch what the answers change by without it.
 
@@ -118,7 +122,7 @@ def removal_cost(
         found: by `branches`.
         data: batches of images (N, C, H, W).
         images: how many of them are looked at.
-        tell: how far it is.
+        progress: reports every run without a branch.
 
     Raises:
         InputError: there are no images, or one and a mean is to be seen, the network gives no tensor of logits, or
@@ -134,15 +138,15 @@ def removal_cost(
                 "Pass more as data=..., or write branches: 0."
             )
         instead = _means(graph, found, batches) if means else {}
-        changes, runs = dict.fromkeys(found, 0.0), 0
+        changes = dict.fromkeys(found, 0.0)
+        progress.start("change of the logits without each branch", len(found) * len(batches))
         for some in batches:
             answers = centred(_logits(graph(some.clone())))
             for branch, live in _met(graph, found, some):
                 total = live[branch.sides[0]] + instead.get(branch, 0)
                 changed = _onwards(graph, branch.total, {**live, branch.total: total})
                 changes[branch] += float((centred(_logits(changed)) - answers).square().sum()) / 2
-                runs += 1
-                tell(Progress("runs without a branch", runs, len(found) * len(batches)))
+                progress.advance()
     if not all(map(math.isfinite, changes.values())):
         raise InputError(
             "what the answers miss without a branch is not finite. Give images, and a network, without NaN and "

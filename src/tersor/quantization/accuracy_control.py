@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.data.batch import images_of, labels_of
 from tersor.quantization.qdq_placement import edges
@@ -101,7 +101,8 @@ def keep_in_float(
     target: Target,
     method: str,
     settle: Callable[[], None] = lambda: None,
-) -> Generator[Progress, None, Kept]:
+    progress: ProgressReporter = NO_PROGRESS,
+) -> Kept:
     """Lets the costliest layers compute in float, as few as bring the drop down to `max_drop`.
 
     A layer costs what the logits lose when it alone rounds (of two broken layers in a row, neither gains anything by
@@ -114,6 +115,7 @@ def keep_in_float(
         max_drop: points of accuracy, or percent of other answers where there are no labels.
         target: whose runtime says where activations are rounded.
         method: how errors call who asks.
+        progress: reports the layers.
         settle: fits what follows from which layers round (biases), and undoes it where none does.
 
     Raises:
@@ -134,7 +136,7 @@ def keep_in_float(
         return Kept((), drop)
     rounding.set(set())
     settle()
-    costliest = yield from _costliest_first(rounding, judge)
+    costliest = _costliest_first(rounding, judge, progress)
     too_few, enough, drop = 0, len(costliest), 0.0
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
@@ -148,11 +150,12 @@ def keep_in_float(
     return Kept(tuple(costliest[:enough]), drop)
 
 
-def _costliest_first(rounding: _Rounding, judge: _Judge) -> Generator[Progress, None, list[str]]:
+def _costliest_first(rounding: _Rounding, judge: _Judge, progress: ProgressReporter) -> list[str]:
     layers = rounding.quantizers.layers
     errors: dict[str, float] = {}
-    for number, name in enumerate(layers, 1):
+    progress.start("error of each quantized layer", len(layers))
+    for name in layers:
         rounding.set({name})
         errors[name] = judge.error()
-        yield Progress("layers that cost too much", number, len(layers))
+        progress.advance()
     return sorted(layers, key=errors.__getitem__, reverse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.graph.batchnorm import Norm
 from tersor.graph.comparison import FEW, require_same
@@ -23,8 +23,14 @@ from tersor.quantization.quantizers import Quantizers
 
 
 def calibrate(
-    quantizers: Quantizers, data: Iterable[Any], *, images: int, passes: int, method: str
-) -> Generator[Progress, None, dict[str, Histogram]]:
+    quantizers: Quantizers,
+    data: Iterable[Any],
+    *,
+    images: int,
+    passes: int,
+    method: str,
+    progress: ProgressReporter = NO_PROGRESS,
+) -> dict[str, Histogram]:
     """Shows the network `images` of `data`, once for the ranges of its activations, twice for how often each value is.
 
     Args:
@@ -32,7 +38,8 @@ def calibrate(
         data: batches of images, with or without labels.
         images: how many to look at.
         passes: 1 or 2.
-        method: how errors call who asks.
+        method: its name, for error messages.
+        progress: reports the images.
 
     Returns:
         A histogram for each of the activations.
@@ -45,6 +52,7 @@ def calibrate(
     histograms = {name: Histogram() for name in quantizers.activations}
     quantizers.graph.eval()
     done = 0
+    progress.start("calibration", passes * images)
     for number, look in enumerate((Histogram.widen, Histogram.count)[:passes]):
         before = done
         for batch in first_images(data, images, next(quantizers.graph.parameters()).device):
@@ -53,7 +61,7 @@ def calibrate(
                 _compare(quantizers, batch[:FEW])
             done += len(batch)
             quantizers.graph.meta[IMAGE_SHAPE] = tuple(batch.shape[1:])
-            yield Progress("calibration", done, passes * images)
+            progress.advance(len(batch))
         if done == before:
             again = " when it read it again; a DataLoader or a list can be read twice" if number else ""
             raise InputError(f"{method} was given data without a single image{again}. Pass batches (N, C, H, W).")
@@ -72,15 +80,22 @@ class Ranges:
 
 
 def set_ranges(
-    quantizers: Quantizers, data: Iterable[Any], ranges: Ranges, *, target: Target, method: str
-) -> Iterator[Progress]:
+    quantizers: Quantizers,
+    data: Iterable[Any],
+    ranges: Ranges,
+    *,
+    target: Target,
+    method: str,
+    progress: ProgressReporter = NO_PROGRESS,
+) -> None:
     """Calibrates, and sets the grids of all activations and weights.
 
     Raises:
         InputError: the data holds no image, or cannot be read again; values are not finite.
     """
     passes = 1 if ranges.activations == "minmax" else 2
-    histograms = yield from calibrate(quantizers, data, images=ranges.images, passes=passes, method=method)
+    images = ranges.images
+    histograms = calibrate(quantizers, data, images=images, passes=passes, method=method, progress=progress)
     quantizers.set_activation_grids(histograms, ranges.activations, ranges.percentile)
     for name in quantizers.layers:
         quantizers.set_weight_grid(name, target, ranges.weights, ranges.percentile)

@@ -15,14 +15,14 @@ AdaRound, BRECQ and QDrop are this with other parts and other inputs: see their 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from tersor.core.progress import Progress
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import parametrization_input, parametrized
 from tersor.pruning.mask import weight_mask
@@ -118,8 +118,14 @@ def _mixed(rounded: Tensor, exact: Tensor, drop: float, draw: torch.Generator) -
 
 
 def reconstruct(
-    quantizers: Quantizers, original: fx.GraphModule, images: Tensor, how: Reconstruction
-) -> Generator[Progress, None, None]:
+    quantizers: Quantizers,
+    original: fx.GraphModule,
+    images: Tensor,
+    how: Reconstruction,
+    *,
+    progress: ProgressReporter = NO_PROGRESS,
+    checkpoint: Callable[[], None] = lambda: None,
+) -> None:
     """Learns the rounding of all weights, from the first section to the last; what is done already is passed over.
 
     Args:
@@ -127,6 +133,8 @@ def reconstruct(
         original: the same network, of which nothing rounds.
         images: (N, C, H, W), as the networks want them.
         how: the parts, and what is learned.
+        progress: reports the iterations.
+        checkpoint: called after each part.
     """
     if all(map(quantizers.lies_on_its_grid, quantizers.layers)):
         return
@@ -137,17 +145,20 @@ def reconstruct(
         for part in ([section] if how.whole_sections else layer_sections(graph, section))
         if (layers := [name for name in part.layers if name in quantizers.layers])
     ]
-    total = len(cut) * how.iterations
+    progress.start("reconstruction", len(cut) * how.iterations)
     values = _Values(images, images, images)
     at = cut[0][0]
     for number, (section, part, layers) in enumerate(cut):
         if section != at:
             values, at = values.through(quantizers, original, at.begin, section.begin), section
+        reached = 0
         if not all(map(quantizers.lies_on_its_grid, layers)):
             learning = _Learning(quantizers, original, section, part, values, how, seed=how.seed + number)
             for done in learning.run(layers):
-                yield Progress("reconstruction", number * how.iterations + done, total)
-        yield Progress("reconstruction", (number + 1) * how.iterations, total, resumable=True)
+                progress.advance(done - reached)
+                reached = done
+        progress.advance(how.iterations - reached)
+        checkpoint()
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.progress import Progress
 from tersor.training.objective import LossTerm
 
 
@@ -65,9 +64,8 @@ class Attachment:
         """What a run keeps beside the network at the stage's end: that has learned, and is thrown away otherwise."""
         return {}
 
-    def begin(self) -> Iterator[Progress]:
-        """Costly work before the first step: calibration, reconstruction. Nothing by default."""
-        yield from ()
+    def begin(self) -> None:
+        """Do the slow work before the first step: calibration, reconstruction. Nothing by default."""
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Gradients are there, weights have not moved yet."""
@@ -137,10 +135,10 @@ class Chain(Attachment):
             for name, value in part.extra_state.items()
         }
 
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """The work of each part, one after the other."""
         for part in self.parts:
-            yield from part.begin()
+            part.begin()
         self.notes = self._all_notes()
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:

@@ -86,39 +86,38 @@ def fit(
     *,
     steps: int,
     teacher: nn.Module | None = None,
-    watch: ProgressReporter | None = None,
+    progress: ProgressReporter | None = None,
     seed: int = 0,
     task: str = "train",
     keeper: Keeper | None = None,
     once: BatchSource | None = None,
     curve: AccuracyCurve | None = None,
 ) -> Fitted:
-    """Trains `attachment.model` in place on the device that accelerate finds; it comes back in eval, where it was.
+    """Train `attachment.model` in place, on the device that accelerate selects, and return it to eval mode.
 
-    `attachment.begin` was run before, and `attachment.finish` is called afterwards, by the caller.
+    The caller runs `attachment.begin` before and `attachment.finish` afterwards.
 
     Args:
-        attachment: the model, its loss terms and its hooks, which are gone afterwards.
-        batches: this process's share of the images; all come to the same weights, masks and grids.
-        training: optimizer, schedule and the rest of a stage.
+        attachment: the model, its loss terms and its hooks, which are removed afterwards.
+        batches: this process's share of the images; all processes end with the same weights, masks and grids.
+        training: optimizer, schedule and the other options of a stage.
         steps: optimizer steps in total.
-        teacher: what the terms compare with; always in eval, and its parameters ask for no gradient any more.
-        watch: who looks on.
-        seed: of the numbers that modules and methods draw (dropout); the order of the data has its own.
-        task: what the watch calls it.
-        keeper: where this training goes on from, and what keeps it every few steps and when Ctrl-C is pressed.
-        once: all images in their order, where they come as they are in every epoch: the teacher is asked about them
-            before the first step, and what it gives is kept.
-        curve: measures the network every few steps, and has its values afterwards.
+        teacher: the network to learn from, in eval mode and without gradients.
+        progress: reports steps, losses and the learning rate.
+        seed: seed of random numbers in modules and methods (dropout); the order of the data has a seed of its own.
+        task: its name in the progress.
+        keeper: holds the state to resume from, and saves the state every few steps and on Ctrl-C.
+        once: all images in order, for data without augmentation: the teacher's outputs are computed once and cached.
+        curve: measures validation accuracy every few steps.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; with a keeper, after the step was ended and kept.
-        InputError: there is no batch, no loss, nothing but warm-up, or too little memory.
-        NonFiniteLoss, NonFiniteWeights: a loss is infinite or NaN, or what the last step leaves.
+        KeyboardInterrupt: Ctrl-C; with a keeper, after the step was finished and saved.
+        InputError: no batch, no loss, a warm-up longer than the training, or too little memory.
+        NonFiniteLoss, NonFiniteWeights: a loss or a weight is infinite or NaN.
         ProcessLost: another process has died.
     """
     if not attachment.terms and not attachment.label_weight:
-        raise InputError("nothing is asked of the network: label_weight is 0 and no method adds a loss.")
+        raise InputError("no loss: label_weight is 0 and no method adds one.")
     rates = learning_rates(batches, training, steps)
     # without labels nothing may ask the classifier: a term may look at layers alone
     of_several = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
@@ -145,7 +144,7 @@ def fit(
         restore_device_and_layout(objective),
         seeded(seed + accelerator.process_index, device),
     ):
-        loop = _Loop(accelerator, objective, training, watch or NullProgress(), keeper, curve)
+        loop = _Loop(accelerator, objective, training, progress or NullProgress(), keeper, curve)
         begun = keeper.resume_state if keeper else None
         handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
         try:
@@ -164,7 +163,7 @@ class _Loop:
         accelerator: Accelerator,
         objective: Objective,
         training: Training,
-        watch: ProgressReporter,
+        progress: ProgressReporter,
         keeper: Keeper | None,
         curve: AccuracyCurve | None,
     ) -> None:
@@ -172,7 +171,7 @@ class _Loop:
         self.plain = objective
         self.model = objective.model
         self.training = training
-        self.watch = watch
+        self.progress = progress
         self.keeper = keeper
         self.curve = curve
         self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.autocast else "float32"
@@ -183,26 +182,26 @@ class _Loop:
 
     def remember(self, once: BatchSource, task: str) -> None:
         """Asks the teacher about all images. Also where a training goes on: the bits are the same, batch by batch."""
-        self.watch.start(f"{task}: what the teacher gives", len(once))
+        self.progress.start(f"{task}: what the teacher gives", len(once))
         kept: TeacherCache | None = None
         for batch in once:
             kept = kept or TeacherCache(len(once) * len(batch.images))
             kept.add(batch, self.plain.teacher_forward(self._placed(batch)))
-            self.watch.advance()
+            self.progress.advance()
         self.plain.answers = kept
 
     def run(self, batches: BatchSource, rates: list[float], task: str) -> Fitted:
         """One step for each of the learning rates."""
         keeper = self.keeper
         layout = str(self.layout).removeprefix("torch.")
-        self.watch.say(f"{task}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
-        self.watch.start(task, len(rates))
+        self.progress.say(f"{task}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
+        self.progress.start(task, len(rates))
         mean = RunningMean(self.model, self.training.ema) if self.training.ema else None
         first, kept = keeper.resume_state if keeper and keeper.resume_state else (0, None)
         with fitting(keeper.last if keeper else None):
             if kept is not None:
                 restore(kept, self.plain, self.torch_optimizer, mean)
-                self.watch.advance(first)
+                self.progress.advance(first)
                 if self.curve:
                     self.curve.go_on(part(kept, "curve"))
             log = LossLog(part(kept or {}, "log"))
@@ -220,7 +219,7 @@ class _Loop:
                 if step % REPORT_EVERY == 0 or not shown:
                     shown = dict(zip(losses, values.tolist(), strict=True))
                 measured = self._measured(step + 1, mean, log)
-                self.watch.advance(1, **shown, **measured, learning_rate=rate)
+                self.progress.advance(1, **shown, **measured, learning_rate=rate)
                 if keeper:
                     self._keep(keeper, step + 1, asked(), mean, log)
         if any_rank(not all(bool(weight.isfinite().all()) for weight in self.model.parameters())):

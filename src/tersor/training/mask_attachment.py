@@ -145,7 +145,7 @@ class MaskedAttachment(KeptMasks):
         self.log = first.log
 
     @property
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """`masks`, a list of one: at up to 200 of the `steps` at which they were set, the `sparsity`, and what fraction
         `changed`.
         """

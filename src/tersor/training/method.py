@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from pydantic import ConfigDict
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Tell, untold
-from tersor.core.target import Target
-from tersor.evaluation.latency_protocol import Stopwatch
 from tersor.graph.layer_selection import weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.training.attachment import Attachment, Chain
+from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import KeptMasks, MaskedAttachment
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
@@ -26,30 +24,17 @@ PLAIN_VALUES = ConfigDict(extra="forbid")
 class Method(Protocol):
     """What every class in `methods/` is.
 
-    Class variables may say more: `needs_teacher`, `needs_steps`; `needs_stopwatch`, that `attach` takes one of
-    `evaluation/latency_protocol.py` as well; `tells`, that it takes a `tell`, since attaching lasts; `example`,
-    parameters that show what it does on a small network; `off`, those at which it changes nothing; `exempt`, the laws
-    of `tests/laws` that it cannot keep, each with the reason.
+    Optional class variables: `needs_teacher`, `needs_steps`; `example`, parameters that show the method on a small
+    network; `off`, parameters at which it changes nothing; `exempt`, the laws of `tests/laws` that it cannot pass, each
+    with the reason.
     """
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        data: Iterable[Any] | None = None,
-        teacher: nn.Module | None = None,
-        steps: int = 0,
-        target: Target | None = None,
-    ) -> Attachment:
-        """Lays the method's structure on `model`; draws no numbers from the global generator.
+    def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
+        """Change the structure of `model`; draw no numbers from the global generator.
 
         Args:
             model: the network; its Parameter objects stay the same.
-            data: batches of images for methods that look at data: tensors (N, C, H, W), tuples that begin with
-                one, or `Batch`es. It is iterated anew for every pass.
-            teacher: the network to learn from.
-            steps: optimizer steps that will follow.
-            target: the runtime and processor that the network is made for; by default ONNX Runtime, here.
+            context: data, teacher, number of steps, target, and what else a method may use.
         """
         ...
 
@@ -57,13 +42,7 @@ class Method(Protocol):
 def chain(
     methods: Sequence[Method],
     model: nn.Module,
-    *,
-    data: Iterable[Any] | None = None,
-    teacher: nn.Module | None = None,
-    steps: int = 0,
-    target: Target | None = None,
-    stopwatch: Stopwatch | None = None,
-    tell: Tell = untold,
+    context: AttachContext,
 ) -> Attachment:
     """Attaches `methods` one after the other, each on what the one before left, as one attachment. Under masks of
     earlier stages nothing moves.
@@ -72,9 +51,7 @@ def chain(
     with torch.random.fork_rng(devices=[]):
         for method in methods:
             before = {id(parameter): parameter.shape for parameter in model.parameters()}
-            more: dict[str, Any] = {"stopwatch": stopwatch} if getattr(method, "needs_stopwatch", False) else {}
-            more |= {"tell": tell} if getattr(method, "tells", False) else {}
-            part = method.attach(model, data=data, teacher=teacher, steps=steps, target=target, **more)
+            part = method.attach(model, context)
             model = part.model
             if any(parameter.shape != before.get(id(parameter), parameter.shape) for parameter in model.parameters()):
                 _refuse_new_shapes(method, parts)

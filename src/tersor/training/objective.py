@@ -113,7 +113,7 @@ class Objective(nn.Module):
         """The losses of one batch by name, each a scalar in float32.
 
         Raises:
-            InputError: the network does not answer with logits, or nothing is asked of it.
+            InputError: the network does not return logits, or there is no loss.
         """
         with self.autocasting(batch):
             logits, given = self._ask_student(batch.images)
@@ -135,7 +135,7 @@ class Objective(nn.Module):
             assert isinstance(term, LossTerm)
             losses[term.name] = losses.get(term.name, 0) + term(batch, student, teacher)  # a method may come twice
         if not losses:
-            raise InputError("nothing is asked of the network: the images have no labels, and no method adds a loss.")
+            raise InputError("no loss: the images have no labels, and no method adds a loss.")
         return losses
 
     def teacher_forward(self, batch: Batch) -> Outputs:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress
-from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.graph.feeding import first_images
 from tersor.quantization.calibration import Ranges, set_ranges
@@ -20,6 +16,7 @@ from tersor.quantization.precision import Precision
 from tersor.quantization.quantizers import insert_quantizers, notes
 from tersor.quantization.reconstruction import Reconstruction, reconstruct
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 
 
 class Reconstructed(Attachment):
@@ -29,8 +26,7 @@ class Reconstructed(Attachment):
         model: the network.
         precision: how finely it is to be rounded.
         exclude: patterns of layers that stay in float.
-        data: batches of images, without labels.
-        target: the runtime and processor that the network is made for.
+        context: data without labels, target, progress.
         ranges: how ranges are set, and from how many images; the rounding is learned on the same.
         how: what is learned.
         method: how errors call who asks.
@@ -45,25 +41,24 @@ class Reconstructed(Attachment):
         precision: Precision,
         *,
         exclude: tuple[str, ...],
-        data: Iterable[Any] | None,
-        target: Target | None,
+        context: AttachContext,
         ranges: Ranges,
         how: Reconstruction,
         method: str,
     ) -> None:
-        if data is None:
+        if context.data is None:
             raise InputError(
                 f"{method} needs images to look at; none were given. Pass data=..., a few hundred suffice."
             )
-        self.target = target or Target()
         self.quantizers = insert_quantizers(
-            capture(model), precision, exclude=exclude, target=self.target, method=method, original=model
+            capture(model), precision, exclude=exclude, target=context.target, method=method, original=model
         )
-        super().__init__(self.quantizers.graph, notes=notes(self.quantizers, self.target))
-        self.data, self.ranges, self.how, self.method = data, ranges, how, method
+        super().__init__(self.quantizers.graph, notes=notes(self.quantizers, context.target))
+        self.context, self.data = context, context.data
+        self.ranges, self.how, self.method = ranges, how, method
         self._original = copy.deepcopy(self.quantizers.graph)
 
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """Calibrates, then reconstructs part by part; goes on where it was left.
 
         Raises:
@@ -71,8 +66,22 @@ class Reconstructed(Attachment):
         """
         self.model.eval()
         if not self.quantizers.enabled:
-            yield from set_ranges(self.quantizers, self.data, self.ranges, target=self.target, method=self.method)
+            set_ranges(
+                self.quantizers,
+                self.data,
+                self.ranges,
+                target=self.context.target,
+                method=self.method,
+                progress=self.context.progress,
+            )
         device = next(self.model.parameters()).device
         images = torch.cat([*first_images(self.data, self.ranges.images, device)])
-        yield from reconstruct(self.quantizers, self._original.eval(), images, self.how)
+        reconstruct(
+            self.quantizers,
+            self._original.eval(),
+            images,
+            self.how,
+            progress=self.context.progress,
+            checkpoint=lambda: self.context.checkpoint(self.model),
+        )
         self.notes += integer_coverage(self.model, images).notes

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import fx
 
-from tersor.core.progress import Progress
 from tersor.graph.batchnorm_statistics import fit, in_unit_of, moments_of_batches, with_statistics
 from tersor.pruning.channel_groups import Cut
 from tersor.pruning.least_squares import fitted, take_over
 from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
 
 
 class RemovalAttachment(Attachment):
@@ -24,7 +23,7 @@ class RemovalAttachment(Attachment):
         graph: fx.GraphModule,
         before: fx.GraphModule,
         cuts: Sequence[Cut],
-        data: Iterable[Any],
+        context: AttachContext,
         images: int,
         notes: Sequence[str],
     ) -> None:
@@ -32,20 +31,21 @@ class RemovalAttachment(Attachment):
         self.graph = graph
         self.before: fx.GraphModule | None = before
         self.cuts = cuts
-        self.data = data
+        self.context = context
         self.images = images
 
-    def begin(self) -> Iterator[Progress]:
+    def begin(self) -> None:
         """Passes over the images: what the channels gave; then what reached every BatchNorm, with them and without."""
-        before, graph = self.before, self.graph
+        before, graph, data, progress = self.before, self.graph, self.context.data, self.context.progress
         assert before is not None, "begun once"
+        assert data is not None
         graph.eval()
         gone = {cut.layer: cut.channels for cut in self.cuts if cut.axis == "out"}
-        seen = yield from moments_of_batches(before, self.data, self.images)
+        seen = moments_of_batches(before, data, self.images, progress)
         norms = with_statistics(before)
         wanted = {name: in_unit_of(seen[name], norm).without(gone.get(name, ())) for name, norm in norms.items()}
-        take_over(graph, (yield from fitted(before, self.cuts, self.data, self.images)))
+        take_over(graph, fitted(before, self.cuts, data, self.images, progress))
         self.before = None
-        found = yield from moments_of_batches(graph, self.data, self.images)
+        found = moments_of_batches(graph, data, self.images, progress)
         for name, norm in with_statistics(graph).items():
             fit(norm, found[name], wanted[name], spreads=True)

@@ -17,6 +17,7 @@ from tersor.evaluation.latency import predictions
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
 from tersor.report.analysis.evidence import gather
+from tersor.training.context import AttachContext
 from toy_networks import Small
 
 BASELINE = {key: {"runtime": "onnxruntime", "precision": "float32"} for key in ("1", "32")}
@@ -35,8 +36,8 @@ def networks(tmp_path_factory):
     with torch.no_grad():  # so that no class always wins
         original.answer.bias -= original(next(iter(test)).images).mean(0)
     model.load_state_dict(original.state_dict())
-    attached = PTQ(bits=2).attach(model, data=test)
-    list(attached.begin())
+    attached = PTQ(bits=2).attach(model, AttachContext(data=test))
+    attached.begin()
     example = next(iter(test)).images[:1]
     export(original, example, folder / "original.onnx")
     export(attached.model, example, folder / "model.onnx")
@@ -59,7 +60,7 @@ def gathered(networks, teacher=None):
         Target(),
         answers=answers,
         baseline=BASELINE,
-        watch=NullProgress(),
+        progress=NullProgress(),
     )
 
 

@@ -13,6 +13,7 @@ from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.report.analysis.layers import layer_table
+from tersor.training.context import AttachContext
 from toy_networks import Small
 
 
@@ -29,9 +30,9 @@ def original():
 
 def quantized(network, images, bits, **options):
     attached = PTQ(bits=bits, exclude=("answer",), **options).attach(
-        network, data=[images[:8]], target=Target(cpu="vnni")
+        network, AttachContext(data=[images[:8]], target=Target(cpu="vnni"))
     )
-    list(attached.begin())
+    attached.begin()
     return attached.model.eval()
 
 

@@ -18,6 +18,7 @@ from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.mask import weight_mask
 from tersor.report.analysis.layers import layer_table
 from tersor.report.analysis.pruning import masks, widths
+from tersor.training.context import AttachContext
 from tersor.training.loop import fit
 from tersor.training.method import chain
 from tersor.training.options import OptimizerOptions, Training
@@ -43,8 +44,8 @@ class Few:
 
 def pruned(width=16, **options):
     torch.manual_seed(0)
-    attached = WeightPruning(sparsity=SPARSITY, **options).attach(Small(width).eval())
-    list(attached.begin())
+    attached = WeightPruning(sparsity=SPARSITY, **options).attach(Small(width).eval(), AttachContext())
+    attached.begin()
     attached.finish()
     return attached.model
 
@@ -59,8 +60,8 @@ def trained_on_grids():
     """Masks, then a few steps on grids of 8 bits, which move every weight that is left."""
     model = pruned()
     before = {name: mask.clone() for name, mask in masks_of(model).items()}
-    attached = chain([QAT(calibration_images=32)], model, data=[IMAGES[:32]])
-    list(attached.begin())
+    attached = chain([QAT(calibration_images=32)], model, AttachContext(data=[IMAGES[:32]]))
+    attached.begin()
     training = Training(optimizer=OptimizerOptions(learning_rate=0.05), precision="float32")
     fit(attached, Few(), training, steps=8)
     attached.finish()
@@ -118,13 +119,13 @@ def test_masks_are_told_kernel_by_kernel():
 
 def test_of_many_layers_six_are_shown_from_the_first_to_the_last():
     model = nn.Sequential(*[nn.Conv2d(2, 2, 1) for _ in range(11)])
-    attached = WeightPruning(sparsity=0.5).attach(model)
+    attached = WeightPruning(sparsity=0.5).attach(model, AttachContext())
     assert [each["name"] for each in masks(attached.model)] == ["0", "2", "4", "6", "8", "10"]
 
 
 def test_widths_are_of_the_layers_that_both_have():
     original = Small(16).eval()
-    cut = ChannelPruning(keep_channels=0.5, round_to=4).attach(Small(16).eval(), data=[IMAGES]).model
+    cut = ChannelPruning(keep_channels=0.5, round_to=4).attach(Small(16).eval(), AttachContext(data=[IMAGES])).model
     assert len(cut.first.weight) < 16
     assert widths(original, cut) == [
         {"name": "first", "before": 16, "after": len(cut.first.weight)},

@@ -45,7 +45,7 @@ def gather(
     *,
     answers: Mapping[str, Array],
     baseline: Mapping[str, Mapping[str, str]],
-    watch: ProgressReporter,
+    progress: ProgressReporter,
 ) -> dict[str, Any]:
     """The content of `evidence.json`, in plain values.
 
@@ -59,19 +59,19 @@ def gather(
         target: the runtime that answers and is profiled.
         answers: of `original` and `artifact` (N,) to the test images, in the runtime.
         baseline: batch size -> `runtime` and `precision` of the baseline, as in `numbers.json`.
-        watch: who looks on.
+        progress: reports the progress.
 
     Returns:
         `layers` (see `layer_table`), `widths` and `masks` (see there), `profile` (batch size -> `original`, `artifact`
         and `baseline`, see `profile`), `targets` (`of` whom, `images`, see `softened_targets`, and `similar`, see
         `similar_classes`), `attention` (see `attention_maps`), `answers` (see `changed_answers`), `looked_at`.
     """
-    watch.start("evidence", 3)
+    progress.start("evidence", 3)
     # over the whole set, which is sorted by class where it is a folder
     index = torch.linspace(0, len(test.images) - 1, min(_LOOKED_AT, len(test.images))).round().long()
     looked_at = test.take(index).images
     changed = changed_answers(test.images, answers["original"], answers["artifact"])
-    watch.advance()
+    progress.advance()
     original, model = _at_rest(original), _at_rest(model)
     layers = layer_table(original, model, looked_at)
     teaches = original if teacher is None else _at_rest(teacher)
@@ -83,9 +83,9 @@ def gather(
     before = _at_rest(before)
     seen = {"before": before, "after": model}
     attention = attention_maps(seen if teacher is None else {"teacher": teaches, **seen}, test, index)
-    watch.advance()
+    progress.advance()
     profiles = _profiles(original, model, folder, next(arrays(test, target.input))[:1], target, baseline)
-    watch.advance()
+    progress.advance()
     return {
         "looked_at": len(looked_at),
         "layers": layers,

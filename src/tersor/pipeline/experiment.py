@@ -1,0 +1,62 @@
+"""What a recipe describes: networks and data, loaded and checked. Immutable: stages take a model and return another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tersor.core import distributed
+from tersor.data import Batches, Images, Splits
+from tersor.evaluation.latency_ratio import latency_ratio
+from tersor.recipe import Recipe, Stage
+from tersor.training.context import LatencyRatio
+from tersor.training.loop import steps_per_epoch
+from tersor.training.options import Training
+
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Networks and data of a recipe.
+
+    Attributes:
+        recipe: the checked recipe.
+        model: the network before the first stage. Stages change copies of it.
+        teacher: the network to learn from.
+        data: training, validation and test images.
+        model_is_trained: whether `model` came with weights.
+        teacher_is_trained: whether `teacher` came with weights.
+        latency: measures latency, for methods with a latency budget.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    teacher: nn.Module | None
+    data: Splits
+    model_is_trained: bool
+    teacher_is_trained: bool
+    latency: LatencyRatio = latency_ratio
+
+    @property
+    def original(self) -> nn.Module:
+        """The network that the artifact is compared with: the model, or the teacher of a model without weights."""
+        return self.model if self.model_is_trained or self.teacher is None else self.teacher
+
+    def batches(self, images: Images, batch_size: int, **options: Any) -> Batches:
+        """Batches, normalized as the networks were trained."""
+        assert self.data.mean is not None
+        assert self.data.std is not None
+        return Batches(images, batch_size, mean=self.data.mean, std=self.data.std, **options)
+
+    def training_batches(self, training: Training) -> Batches:
+        """This process's share of the training images, shuffled and augmented."""
+        options = {"shuffle": True, "seed": self.recipe.seed, "augment": self.recipe.data.augment}
+        share = {"rank": distributed.rank(), "world": distributed.count()}
+        return self.batches(self.data.train, training.batch_size, **options, **share)
+
+    def steps_of(self, stage: Stage) -> int:
+        """Optimizer steps of a stage."""
+        return stage.steps or stage.epochs * steps_per_epoch(self.training_batches(stage), stage)

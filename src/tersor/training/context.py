@@ -1,0 +1,45 @@
+"""What a method may use while it is attached to a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tersor.core.progress import NullProgress, ProgressReporter
+from tersor.core.target import Target
+
+LatencyRatio = Callable[[nn.Module, nn.Module, Tensor, Target], float]
+"""`ratio(network, original, example, target)`: the latency of a network as a fraction of the original's, both measured
+at batch size 1 in the target runtime on the image `example` (1, C, H, W).
+"""
+
+
+def _no_checkpoint(_network: nn.Module) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class AttachContext:
+    """Everything around a network that `Method.attach` and `Attachment.begin` may use.
+
+    Attributes:
+        data: batches of images for methods that look at data: tensors (N, C, H, W), tuples that begin with one, or
+            `Batch`es. It is iterated anew for every pass.
+        teacher: the network to learn from.
+        steps: number of optimizer steps that follow.
+        target: runtime and processor that the network is compressed for.
+        latency: measures latency, for methods with a latency budget.
+        progress: reports the progress of slow work.
+        checkpoint: saves the network's state during `begin`, so that an interrupted run resumes there.
+    """
+
+    data: Iterable[Any] | None = None
+    teacher: nn.Module | None = None
+    steps: int = 0
+    target: Target = field(default_factory=Target)
+    latency: LatencyRatio | None = None
+    progress: ProgressReporter = field(default_factory=NullProgress)
+    checkpoint: Callable[[nn.Module], None] = _no_checkpoint
