@@ -7,7 +7,7 @@ from tersor.core.errors import InputError
 from tersor.core.files import read_json, replacing, sha256, write_file
 
 
-def test_values_come_back(tmp_path):
+def test_json_values_are_read(tmp_path):
     (tmp_path / "a.json").write_text('{"a": [1, -2.5, "\\u2028", null, true, 999999999999999999]}')
     assert read_json(tmp_path / "a.json", "") == {"a": [1, -2.5, "\u2028", None, True, 999_999_999_999_999_999]}
 
@@ -25,7 +25,7 @@ def test_values_come_back(tmp_path):
         (b" " * 101, "larger than"),
     ],
 )
-def test_what_cannot_be_read_is_told(tmp_path, monkeypatch, content, words):
+def test_unreadable_json_is_one_message(tmp_path, monkeypatch, content, words):
     if words == "larger than":
         monkeypatch.setattr(files, "LARGEST", 100)
     (tmp_path / "a.json").write_bytes(content)
@@ -33,7 +33,7 @@ def test_what_cannot_be_read_is_told(tmp_path, monkeypatch, content, words):
         read_json(tmp_path / "a.json", "Do this.")
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         read_json(tmp_path, "")
 

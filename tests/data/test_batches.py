@@ -53,7 +53,7 @@ def test_without_shuffle_every_image_comes_once_in_order():
     assert len(of) == 3
 
 
-def test_images_are_taken_as_they_come_in_batches_but_never_augmented():
+def test_take_normalizes_and_does_not_augment():
     images = some_images(10)
     [batch] = batches(images, 10)
     index = torch.tensor([7, 0, 7])
@@ -63,7 +63,7 @@ def test_images_are_taken_as_they_come_in_batches_but_never_augmented():
     assert torch.equal(taken.index, index)
 
 
-def test_what_the_network_gets():
+def test_images_are_normalized():
     images = some_images(5)
     for batch in batches(images, 3):
         pixels = images.take(batch.index)
@@ -80,7 +80,7 @@ def test_what_the_network_gets():
     shuffle=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_the_processes_share_the_images(count, size, world, shuffle, epoch):
+def test_processes_get_different_images(count, size, world, shuffle, epoch):
     assume(count == 0 or count >= world)
     assume(shuffle or size > 1 or count % world == 0)
     ranks = [batches(some_images(count), size, shuffle=shuffle, rank=rank, world=world) for rank in range(world)]
@@ -98,12 +98,12 @@ def test_the_processes_share_the_images(count, size, world, shuffle, epoch):
         assert sorted(seen) == list(range(count))
 
 
-def test_shuffle_keeps_the_small_batch_only_where_there_is_no_other():
+def test_shuffle_drops_an_incomplete_batch_unless_it_is_the_only_one():
     assert [len(batch) for batch in places(batches(some_images(11), 4, shuffle=True))] == [4, 4]
     assert [len(batch) for batch in places(batches(some_images(3), 4, shuffle=True))] == [3]
 
 
-def test_seed_and_epoch_decide_everything():
+def test_seed_and_epoch_determine_the_batches():
     images = some_images(20)
     options = {"shuffle": True, "augment": "crop_flip"}
     one, other = batches(images, seed=3, **options), batches(images, seed=3, **options)
@@ -117,7 +117,7 @@ def test_seed_and_epoch_decide_everything():
     assert places(batches(images, seed=4, **options)) != places(batches(images, seed=3, **options))
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_not_used():
     before = torch.get_rng_state()
     list(batches(some_images(20), shuffle=True, augment="crop_flip"))
     assert torch.equal(torch.get_rng_state(), before)
@@ -277,7 +277,7 @@ def test_leaving_early_leaves_no_thread():
     assert threading.active_count() == before
 
 
-def test_an_error_while_decoding_ahead_arrives():
+def test_errors_while_decoding_ahead_are_raised():
     def read(number):
         if number == 9:
             raise InputError("broken")

@@ -66,7 +66,7 @@ def test_torchvision_sets_need_a_root():
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "SVHN", "STL10", "USPS", "ImageNet"])
-def test_absent_sets_tell_how_to_get_them(name, tmp_path):
+def test_messages_for_missing_sets_explain_the_download(name, tmp_path):
     words = "Put ILSVRC2012" if name == "ImageNet" else rf"python -c .* import {name}; .*download=True"
     with pytest.raises(InputError, match=words):
         from_name(name, tmp_path, None)
@@ -115,7 +115,7 @@ def test_a_pair_from_a_function(own):
     assert torch.equal(everything(splits.train)[1], torch.arange(48, dtype=torch.uint8).view(3, 4, 4).flip(2))
 
 
-def test_a_function_may_take_root_and_give_pictures(own, tmp_path):
+def test_a_function_may_accept_root_and_return_pil_images(own, tmp_path):
     splits = own("def make(root): return [(picture, len(root)), (picture, 0)], [(picture, 0)]", tmp_path, 3)
     assert splits.train.labels.tolist() == [len(str(tmp_path)), 0]
     assert everything(splits.test)[0, :, 2, 2].tolist() == [1, 2, 3]
@@ -149,7 +149,7 @@ def make(): return Set(), Set()
         everything(own(code).train)
 
 
-def test_splits_from_a_function_are_taken_as_they_are(own):
+def test_splits_from_a_function_are_unchanged(own):
     code = """
 from tersor.data import Splits
 from tersor.data.image_sets import Pixels
@@ -177,6 +177,6 @@ def make(): return made
         ("def mak(): return None", "has no 'make'. Did you mean 'mak'"),
     ],
 )
-def test_what_is_wrong_with_a_function(own, code, words):
+def test_messages_for_invalid_functions(own, code, words):
     with pytest.raises(InputError, match=words):
         own(code)

@@ -17,7 +17,7 @@ SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:200:20j, 0:200:30j], 90), axis
 
 
 @pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".pgm"])
-def test_every_kind_of_file_is_read(suffix, tmp_path):
+def test_every_format_is_read(suffix, tmp_path):
     path = tmp_path / f"image{suffix}"
     Image.fromarray(SMOOTH).save(path)
     found = read_file(str(path), None)
@@ -119,7 +119,7 @@ def test_tensors():
 
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8), "a path", None])
-def test_other_things_are_refused(image):
+def test_other_types_are_refused(image):
     with pytest.raises(InputError, match=r"image 3 .*Pass a PIL image or a uint8 tensor"):
         rgb(image, None, "image 3")
 

@@ -75,7 +75,7 @@ def test_deep_hidden_and_other_files(draw_images):
     assert len(splits.train) + len(splits.test) == 10
 
 
-def test_sizes_are_made_one_by_image_size(draw_images):
+def test_image_size_unifies_sizes(draw_images):
     draw_images("cat", 3, size=(9, 5))
     folder = draw_images("dog", 3, size=(6, 8))
     assert everything(from_folder(folder, 4).train).shape[1:] == (3, 4, 4)
@@ -130,7 +130,7 @@ def _empty(*places):
         (_remove("train/cat"), "classes that 'train' lacks: cat. Possible: dog"),
     ],
 )
-def test_what_is_wrong_with_a_folder(two_classes, spoil, words):
+def test_messages_for_invalid_folders(two_classes, spoil, words):
     spoil(two_classes)
     with pytest.raises(InputError, match=words):
         from_folder(two_classes, None)

@@ -21,7 +21,7 @@ def test_the_docstring_runs():
     assert doctest.testmod(loading).attempted > 0
 
 
-def test_the_validation_images_are_cut_from_the_training_images():
+def test_validation_images_are_split_off_the_training_images():
     whole, cut = load(name="digits", validation=0), load(name="digits", validation=0.25)
     assert len(whole.validation) == 0
     assert len(cut.validation) == round(0.25 * len(whole.train))
@@ -34,21 +34,21 @@ def test_the_validation_images_are_cut_from_the_training_images():
     )
 
 
-def test_the_seed_moves_the_validation_and_never_the_test_images():
+def test_the_seed_changes_validation_but_not_test_images():
     one, other = load(name="digits", seed=1), load(name="digits", seed=2)
     assert torch.equal(everything(one.test), everything(other.test))
     assert not torch.equal(everything(one.validation), everything(other.validation))
     assert torch.equal(everything(one.train), everything(load(name="digits", seed=1).train))
 
 
-def test_limit_keeps_every_class_and_leaves_the_validation_images():
+def test_limit_keeps_every_class_and_the_validation_images():
     few, all_of_them = load(name="digits", limit=50), load(name="digits")
     assert torch.bincount(few.train.labels).tolist() == [5] * 10
     assert torch.equal(everything(few.validation), everything(all_of_them.validation))
     assert len(load(name="digits", limit=10).train.labels.unique()) == 10
 
 
-def test_a_large_set_is_decoded_when_asked_and_is_the_same(two_classes, monkeypatch):
+def test_a_large_set_is_decoded_on_demand_to_the_same_images(two_classes, monkeypatch):
     held = load(folder=two_classes)
     monkeypatch.setattr(loading, "MEMORY", 0)
     lazy = load(folder=two_classes)
@@ -74,7 +74,7 @@ def test_mean_and_std_of_a_sample(monkeypatch):
     assert np.allclose(sample, whole, atol=0.02)
 
 
-def test_given_mean_and_std_are_kept():
+def test_explicit_mean_and_std_are_used():
     splits = load(name="digits", mean=[0.1, 0.2, 0.3], std=(1, 2, 3))
     assert splits.mean == (0.1, 0.2, 0.3)
     assert splits.std == (1.0, 2.0, 3.0)
@@ -148,7 +148,7 @@ def splits_of(**changes) -> Splits:
     return Splits(**({"train": some, "validation": some, "test": some, "classes": ("cat", "dog")} | changes))
 
 
-def test_splits_of_a_function_keep_what_they_bring(monkeypatch):
+def test_splits_of_a_function_keep_mean_std_and_validation_images(monkeypatch):
     made = splits_of(mean=(0.1, 0.1, 0.1), std=(0.5, 0.5, 0.5))
     monkeypatch.setattr(loading, "from_name", lambda *_: made)
     assert load(name="a:b") == made

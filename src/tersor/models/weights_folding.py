@@ -32,19 +32,19 @@ def fold(tensors: dict[str, Tensor], transposed: Iterable[str]) -> dict[str, Ten
     """
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, value in tensors.items():
-        found = next((match for match in (pattern.fullmatch(key) for pattern in _PARTS) if match), None)
-        if found:
-            part = found["part"]
-            parts.setdefault(found["of"] + found["name"], {})[_NAMED.get(part, part)] = (key, value)
+        match = next((found for found in (pattern.fullmatch(key) for pattern in _PARTS) if found), None)
+        if match:
+            part = match["part"]
+            parts.setdefault(match["of"] + match["name"], {})[_NAMED.get(part, part)] = (key, value)
     result = dict(tensors)
-    for name, found in parts.items():
+    for name, entries in parts.items():
         rows = int(any(f".{name}".endswith(f".{key}") for key in transposed))
         try:
-            weight = _weight({part: value for part, (_, value) in found.items()}, rows)
+            weight = _weight({part: value for part, (_, value) in entries.items()}, rows)
         except (RuntimeError, IndexError):  # the shapes do not fit, so the names are a coincidence
             continue
         if weight is not None:
-            for key, _ in found.values():
+            for key, _ in entries.values():
                 del result[key]
             result[name] = weight
     return result
