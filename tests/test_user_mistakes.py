@@ -228,7 +228,7 @@ def test_a_student_that_cannot_learn_in_place():
 
 LOADERS = {
     "empty": ([], "loader is empty"),
-    "empty batch": ([(IMAGES[:0], LABELS[:0])], "it has no image"),
+    "empty batch": ([(IMAGES[:0], LABELS[:0])], "the first batch has no image"),
     "none": (None, "of type NoneType"),
     "a batch": ((IMAGES, LABELS), r"Pass a list of batches: \[\(images, labels\)\]"),
     "single images": ([(IMAGES[0], 1)], r"a single image.*DataLoader"),
@@ -266,13 +266,13 @@ def _same_twice():
 
 
 LABELLED = {
-    "from 1": (LABELS + 1, "from 1 to 10; .* 10 classes, and no image had label 0.*labels - 1"),
-    "below 0": (LABELS - 1, "from -1 to 8.*no label"),
+    "from 1": (LABELS + 1, "from 1 to 10, but the 10 classes .* from 0 to 9. Write labels - 1"),
+    "below 0": (LABELS - 1, "from -1 to 8.*unlabelled"),
     "too high": (LABELS + 3, "from 3 to 12"),
     "floats": (LABELS.float(), r"labels.long\(\)"),
     "one-hot": (torch.eye(10)[LABELS], r"labels.argmax\(1\)"),
     "(N, 1)": (LABELS[:, None], r"labels.squeeze\(1\)"),
-    "too few": (LABELS[:5], r"of shape \(5,\)"),
+    "too few": (LABELS[:5], r"the shape \(5,\)"),
     "numpy": (LABELS.numpy(), "torch.from_numpy"),
 }
 
@@ -404,7 +404,7 @@ def test_a_student_that_shares_a_layer_with_its_teacher():
 @pytest.mark.filterwarnings("ignore")
 def test_a_last_batch_of_one_image_under_batchnorm():
     student = nn.Sequential(*small()[:-1], nn.BatchNorm1d(8), nn.Linear(8, 10))
-    with pytest.raises(InputError, match=r"a batch has 1 image\. Leave a short last batch out"):
+    with pytest.raises(InputError, match=r"a batch has 1 image\. Drop a short last batch"):
         tersor.distill(student, small(), [(IMAGES, LABELS), (IMAGES[:1], LABELS[:1])])
 
 

@@ -19,7 +19,7 @@ from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.progress import ProgressReporter
 from tersor.core.target import Runtime, Target
 from tersor.data.batch import images_of
-from tersor.data.loader import Loader, batches_of, given_labels
+from tersor.data.loader import Loader, batches_of, unchecked_labels
 from tersor.deploy.onnx import export as write_onnx
 from tersor.deploy.static_batch import batch_for, reason
 from tersor.evaluation.latency import BATCH_SIZES, Array, compressed_bytes, measure_latency, predictions, size_bytes
@@ -254,7 +254,7 @@ def compare(
     if not isinstance(artifact, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"the artifact is a {type(artifact).__name__}. Export it, and pass the path of its file.")
     loader, _ = batches_of(loader)
-    batches = [(images.cpu(), given_labels(batch)) for batch in loader if len(images := images_of(batch))]
+    batches = [(images.cpu(), unchecked_labels(batch)) for batch in loader if len(images := images_of(batch))]
     if not isinstance(original, str | Path):
         original = to_export(original, batches[0][0].float(), "original")
     with TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
         (set(), None),
     ],
 )
-def test_auto_is_what_the_processor_has_units_for(monkeypatch, flags, expected):
+def test_auto_is_bfloat16_if_the_processor_supports_it(monkeypatch, flags, expected):
     monkeypatch.setattr(device, "cpu_flags", lambda: frozenset(flags))
     assert precision_for(CPU, "auto") is expected
     assert precision_for(CPU, "float32") is None
@@ -33,7 +33,7 @@ def test_auto_is_what_the_processor_has_units_for(monkeypatch, flags, expected):
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, None)])
-def test_a_gpu_that_only_emulates_bfloat16_stays_with_float32(monkeypatch, native, expected):
+def test_a_gpu_that_emulates_bfloat16_uses_float32(monkeypatch, native, expected):
     supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert precision_for(torch.device("cuda"), "auto") is expected
@@ -46,7 +46,7 @@ def test_the_flags_agree_with_torch():
         assert (flag in cpu_flags()) == bool(known.get(flag, False)), flag
 
 
-def test_layout_keeps_the_parameters_and_passes_5_d_ones_by():
+def test_set_layout_keeps_parameters_and_skips_5_d_tensors():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 3), nn.Linear(3, 4))
     before = [*model.parameters()]
     values = [parameter.detach().clone() for parameter in before]
@@ -83,7 +83,7 @@ EAGER = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so eagerly")
-def test_memory_that_was_freed_is_there_for_the_next_step():
+def test_freed_memory_is_reused_by_the_next_step():
     environment = {**os.environ, **EAGER}
     command = [sys.executable, "-c", FAULTS]
     child = subprocess.run(command, capture_output=True, check=True, env=environment)

@@ -1,4 +1,4 @@
-"""Two processes train together, and one dies: the other ends at once, with one message."""
+"""If one of two processes dies, the other ends at once with one message."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def pair(where, dies):
         for rank in range(2)
     ]
     try:
-        errors = [child.communicate(timeout=240)[1] for child in both]  # two days is what the others wait for the first
+        errors = [child.communicate(timeout=240)[1] for child in both]  # the timeout is two days
     finally:
         for child in both:
             child.kill()
@@ -78,7 +78,7 @@ def pair(where, dies):
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["training", "waiting"])
 @pytest.mark.parametrize("dies", [0, 1])
-def test_the_one_that_is_left_ends_with_one_message(where, dies):
+def test_the_remaining_process_ends_with_one_message(where, dies):
     found = pair(where, dies)
     assert found[dies][0] == -signal.SIGKILL
     code, errors = found[1 - dies]
@@ -90,7 +90,7 @@ def test_the_one_that_is_left_ends_with_one_message(where, dies):
     assert "Traceback" not in errors
 
 
-def test_alone_an_error_of_the_same_words_stays_what_it_is():
+def test_a_single_process_propagates_the_error():
     with pytest.raises(RuntimeError, match="gloo") as told, distributed.others_alive():
         raise RuntimeError("gloo: connection closed by peer")
     assert not isinstance(told.value, ProcessLost)
@@ -104,7 +104,7 @@ def test_alone_an_error_of_the_same_words_stays_what_it_is():
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
-def test_beside_others_it_says_that_one_is_gone(monkeypatch, words, lost):
+def test_lost_connections_raise_process_lost(monkeypatch, words, lost):
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     with pytest.raises(ProcessLost if lost else RuntimeError) as told, distributed.others_alive():

@@ -1,4 +1,4 @@
-"""What the machine lacks is one message, and everything else stays what it was."""
+"""Missing memory and disk errors become one message; other errors propagate."""
 
 import errno
 import shutil
@@ -23,30 +23,30 @@ from tersor.core.resources import enough_memory, smaller_batch, writable
         RuntimeError("std::bad_alloc"),
     ],
 )
-def test_too_little_memory_is_told_with_what_to_write(error):
+def test_out_of_memory_errors_suggest_a_batch_size(error):
     words = r"not enough memory: .*batch_size is 128: lower it.*batch_size: 64 with accumulate: 2"
     with pytest.raises(InputError, match=words) as told, enough_memory(smaller_batch(128, 1)):
         raise error
     assert "\n" not in str(told.value)
 
 
-def test_a_batch_of_one_cannot_be_lowered():
+def test_a_batch_size_of_one_suggests_smaller_images():
     assert "smaller images" in smaller_batch(1, 4)
 
 
-def test_torch_says_it_in_words_that_are_known():
+def test_the_error_of_torch_is_recognized():
     with pytest.raises(InputError, match="not enough memory"), enough_memory("."):
         torch.empty(2**60, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory"), KeyboardInterrupt()])
-def test_other_errors_are_left_alone(error):
+def test_other_errors_propagate(error):
     with pytest.raises(type(error)), enough_memory("."):
         raise error
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO])
-def test_a_disk_that_refuses_is_told_wherever_the_file_lies(number):
+def test_disk_errors_are_one_message_for_any_file(number):
     words = r"runs/out could not be written.*Nothing is left half-written"
     with pytest.raises(InputError, match=words), writable(Path("runs/out")):
         raise OSError(number, "words", "/tmp/elsewhere")
@@ -56,11 +56,11 @@ def test_a_disk_that_refuses_is_told_wherever_the_file_lies(number):
     "error",
     [OSError(errno.EACCES, "words", "runs/.out.1a2b3c4d.partial/model.onnx"), shutil.Error([("a", "b", "no room")])],
 )
-def test_what_is_written_for_the_folder_is_told(error):
+def test_errors_of_temporary_files_are_one_message(error):
     with pytest.raises(InputError, match="could not be written"), writable(Path("runs/out")):
         raise error
 
 
-def test_a_file_of_the_user_is_left_alone():
+def test_errors_of_other_files_propagate():
     with pytest.raises(FileNotFoundError), writable(Path("runs/out")):
         Path("nowhere/weights.bin").read_bytes()

@@ -23,14 +23,14 @@ def every_crop(image: np.ndarray) -> dict[tuple[int, int, bool], bytes]:
 
 
 @given(height=st.integers(1, 19), width=st.integers(1, 19), seed=st.integers(0, 1000))
-def test_a_moved_image_is_a_crop_of_the_padded_one(height, width, seed):
+def test_crop_flip_crops_the_padded_image(height, width, seed):
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (5, height, width, 3), dtype=torch.uint8, generator=draw)
     for before, after in zip(pixels.numpy(), augmented(pixels, "crop_flip", draw).numpy(), strict=True):
         assert after.tobytes() in every_crop(before).values()
 
 
-def test_every_move_occurs_about_as_often():
+def test_all_shifts_are_equally_frequent():
     draw = torch.Generator().manual_seed(0)
     image = torch.arange(16 * 16 * 3).view(1, 16, 16, 3).remainder(251).to(torch.uint8)
     possible = {crop: move for move, crop in every_crop(image[0].numpy()).items()}
@@ -41,7 +41,7 @@ def test_every_move_occurs_about_as_often():
         assert 50 < moves.count(move) < 150  # 100 expected, 10 is the standard deviation
 
 
-def test_flip_turns_half_of_the_images_and_moves_none():
+def test_flip_mirrors_half_of_the_images_and_shifts_none():
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (1000, 3, 5, 3), dtype=torch.uint8, generator=draw)
     after = augmented(pixels, "flip", draw)
@@ -58,7 +58,7 @@ def test_none_draws_nothing():
     assert torch.equal(draw.get_state(), state)
 
 
-def test_the_given_batch_stays_as_it_is():
+def test_the_input_batch_is_unchanged():
     pixels = torch.randint(0, 256, (9, 8, 8, 3), dtype=torch.uint8)
     before = pixels.clone()
     augmented(pixels, "crop_flip", torch.Generator())

@@ -6,10 +6,16 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import nn
+from torchvision.transforms import v2
 
 from tersor.core.errors import InputError
 from tersor.data import Batches
 from tersor.data.image_sets import Decoded, Pixels
+from tersor.data.stratified import generator
+from tersor.training.attachment import Attachment
+from tersor.training.loop import fit
+from tersor.training.options import Training
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -47,7 +53,7 @@ def test_without_shuffle_every_image_comes_once_in_order():
     assert len(of) == 3
 
 
-def test_images_are_taken_as_they_come_in_batches_but_never_augmented():
+def test_take_normalizes_and_does_not_augment():
     images = some_images(10)
     [batch] = batches(images, 10)
     index = torch.tensor([7, 0, 7])
@@ -57,7 +63,7 @@ def test_images_are_taken_as_they_come_in_batches_but_never_augmented():
     assert torch.equal(taken.index, index)
 
 
-def test_what_the_network_gets():
+def test_images_are_normalized():
     images = some_images(5)
     for batch in batches(images, 3):
         pixels = images.take(batch.index)
@@ -74,7 +80,7 @@ def test_what_the_network_gets():
     shuffle=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_the_processes_share_the_images(count, size, world, shuffle, epoch):
+def test_processes_get_different_images(count, size, world, shuffle, epoch):
     assume(count == 0 or count >= world)
     assume(shuffle or size > 1 or count % world == 0)
     ranks = [batches(some_images(count), size, shuffle=shuffle, rank=rank, world=world) for rank in range(world)]
@@ -92,12 +98,12 @@ def test_the_processes_share_the_images(count, size, world, shuffle, epoch):
         assert sorted(seen) == list(range(count))
 
 
-def test_shuffle_keeps_the_small_batch_only_where_there_is_no_other():
+def test_shuffle_drops_an_incomplete_batch_unless_it_is_the_only_one():
     assert [len(batch) for batch in places(batches(some_images(11), 4, shuffle=True))] == [4, 4]
     assert [len(batch) for batch in places(batches(some_images(3), 4, shuffle=True))] == [3]
 
 
-def test_seed_and_epoch_decide_everything():
+def test_seed_and_epoch_determine_the_batches():
     images = some_images(20)
     options = {"shuffle": True, "augment": "crop_flip"}
     one, other = batches(images, seed=3, **options), batches(images, seed=3, **options)
@@ -111,7 +117,7 @@ def test_seed_and_epoch_decide_everything():
     assert places(batches(images, seed=4, **options)) != places(batches(images, seed=3, **options))
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_not_used():
     before = torch.get_rng_state()
     list(batches(some_images(20), shuffle=True, augment="crop_flip"))
     assert torch.equal(torch.get_rng_state(), before)
@@ -139,6 +145,131 @@ def test_decoding_ahead_changes_nothing(shuffle):
     assert same(batches(images, **options), batches(decoded(images), **options))
 
 
+CROPS = [{"RandomCrop": {"size": (8, 9), "padding": 2}}, "RandomHorizontalFlip"]
+
+
+def jittered(images):
+    """A user's function on whole batches."""
+    return (images.float() * (0.5 + torch.rand(len(images), 1, 1, 1) / 2)).to(torch.uint8)
+
+
+@pytest.fixture(params=["list", "function", "callable", "transform"])
+def transform(request):
+    """Each way to write an augmentation of one's own."""
+    return {
+        "list": CROPS,
+        "function": f"{__name__}:jittered",
+        "callable": jittered,
+        "transform": v2.RandomResizedCrop((8, 9), antialias=True),
+    }[request.param]
+
+
+def test_transforms_change_images_by_seed_epoch_and_batch_alone(transform):
+    images = Pixels(some_images(1).take(torch.zeros(16, dtype=torch.int64)).permute(0, 2, 3, 1), torch.zeros(16).long())
+    options = {"shuffle": True, "augment": transform, "seed": 3}
+    one, lazy = batches(images, 8, **options), batches(decoded(images), 8, **options)
+    one.set_epoch(2)
+    lazy.set_epoch(2)
+    first, second = one
+    torch.rand(5)  # other draws of the same process
+    assert same(one, lazy)
+    assert torch.equal([*one][1].images, second.images), "a resumed epoch skips the first batch"
+    assert not torch.equal(first.images, second.images)
+    assert len(first.images.flatten(1).unique(dim=0)) > 4, "images of a batch are augmented differently"
+    assert first.images.is_contiguous(memory_format=torch.channels_last)
+    other = next(iter(batches(images, 8, rank=1, world=2, **options)))
+    assert not torch.equal(other.images, first.images)
+
+
+@pytest.mark.parametrize("images", [some_images(12), decoded(some_images(12))])
+def test_transforms_and_the_training_draw_independently(transform, images):
+    torch.manual_seed(0)
+    expected = [torch.rand(3) for _ in range(3)]
+    alone = [*batches(images, augment=transform)]
+    torch.manual_seed(0)
+    for batch, before, numbers in zip(batches(images, augment=transform), alone, expected, strict=True):
+        assert torch.equal(batch.images, before.images)
+        assert torch.equal(torch.rand(3), numbers)
+
+
+class Snapshots:
+    """Keep every snapshot; stop the training after `until` steps."""
+
+    every, last = 1, "memory"
+
+    def __init__(self, until=None, resume_state=None):
+        self.until, self.resume_state, self.kept = until, resume_state, {}
+
+    def keep(self, step, tensors):
+        self.kept[step] = tensors
+        if step == self.until:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_training_with_transforms_has_the_same_bits(transform):
+    def trained(keeper):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.3), nn.Flatten(), nn.Linear(168, 3))
+        source = batches(decoded(some_images(20)), shuffle=True, augment=transform)
+        return fit(Attachment(model), source, Training(), steps=12, keeper=keeper) and model.state_dict()
+
+    whole, stopped = trained(Snapshots()), Snapshots(until=7)
+    with pytest.raises(KeyboardInterrupt):
+        trained(stopped)
+    resumed = trained(Snapshots(resume_state=(7, stopped.kept[7])))
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+
+
+def test_random_crops_are_torchvision_s():
+    [batch] = batches(some_images(6), 6, augment=CROPS, seed=1)
+    slow = v2.Compose([v2.RandomCrop((8, 9), padding=2), v2.RandomHorizontalFlip()])
+    with torch.random.fork_rng():
+        torch.manual_seed(generator(1, 0, 1, 0, 0).initial_seed())
+        crops = torch.stack([slow(image) for image in some_images(6).take(torch.arange(6))])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    torch.testing.assert_close(batch.images, (crops / 255 - mean) / std)
+
+
+def test_transforms_of_transforms_and_data_types():
+    noise = [
+        {"ToDtype": {"dtype": "float32", "scale": True}},
+        "GaussianNoise",
+        {"ToDtype": {"dtype": "uint8", "scale": True}},
+    ]
+    augment = [{"RandomApply": {"transforms": noise, "p": 1.0}}]
+    [plain], [noisy] = batches(some_images(4)), batches(some_images(4), augment=augment)
+    assert (plain.images != noisy.images).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("augment", "words"),
+    [
+        (["RandomCrob"], r"unknown transform of torchvision.transforms.v2 'RandomCrob'. Did you mean 'RandomCrop'"),
+        (["InterpolationMode"], "unknown transform"),
+        ([{"RandomCrop": {"size": 8, "pad": 4}}], "RandomCrop does not accept.*'pad'.*Possible: size, padding"),
+        (["RandomCrop"], "RandomCrop does not accept {}: .*'size'"),
+        ([{"RandomRotation": {"degrees": -1}}], "RandomRotation does not accept"),
+        ([{"RandomCrop": {"size": 40}}], "RandomCrop.* failed: Required crop size"),
+        ([{"Normalize": {"mean": [0.5], "std": [0.5]}}], "Normalize.* failed: .*float"),
+        (
+            [{"Resize": {"size": [4, 4]}}],
+            r"returned a tensor \(3, 4, 4\) of torch.uint8 for images \(3, 8, 9\).*image_size",
+        ),
+        ([{"ToDtype": {"dtype": "float32"}}], "of torch.float32 for images .*normalized after it"),
+        ([], r"augment is \[\]. Possible: none, flip, crop_flip; package.module:function; or a list"),
+        ([{"RandomCrop": {"size": 8}, "Resize": {"size": 8}}], "has the entry"),
+        ([3], "has the entry 3"),
+        (lambda images: images[:, :1], r"returned a tensor \(1, 1, 8, 9\)"),
+        (lambda images: images.numpy(), "returned a ndarray"),
+        (f"{__name__}:jitter", "has no 'jitter'. Did you mean 'jittered'"),
+        ("crop", "unknown augmentation 'crop'.*package.module:function"),
+    ],
+)
+def test_transforms_that_cannot_be_used(augment, words):
+    with pytest.raises(InputError, match=words):
+        batches(some_images(3), augment=augment)
+
+
 def test_leaving_early_leaves_no_thread():
     before = threading.active_count()
     for _ in batches(decoded(some_images(23))):
@@ -146,7 +277,7 @@ def test_leaving_early_leaves_no_thread():
     assert threading.active_count() == before
 
 
-def test_an_error_while_decoding_ahead_arrives():
+def test_errors_while_decoding_ahead_are_raised():
     def read(number):
         if number == 9:
             raise InputError("broken")
@@ -162,7 +293,7 @@ def test_an_error_while_decoding_ahead_arrives():
         ({"size": 0}, "batch_size is 0"),
         ({"augment": "crop"}, "unknown augmentation 'crop'.*crop_flip"),
         ({"world": 4}, "3 images for 4 processes"),
-        ({"world": 2, "size": 1}, "3 images one by one for 2 processes"),
+        ({"world": 2, "size": 1}, "3 images cannot be divided evenly among 2 processes"),
     ],
 )
 def test_impossible_batches(options, words):

@@ -66,7 +66,7 @@ def test_torchvision_sets_need_a_root():
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "SVHN", "STL10", "USPS", "ImageNet"])
-def test_absent_sets_tell_how_to_get_them(name, tmp_path):
+def test_messages_for_missing_sets_explain_the_download(name, tmp_path):
     words = "Put ILSVRC2012" if name == "ImageNet" else rf"python -c .* import {name}; .*download=True"
     with pytest.raises(InputError, match=words):
         from_name(name, tmp_path, None)
@@ -115,7 +115,7 @@ def test_a_pair_from_a_function(own):
     assert torch.equal(everything(splits.train)[1], torch.arange(48, dtype=torch.uint8).view(3, 4, 4).flip(2))
 
 
-def test_a_function_may_take_root_and_give_pictures(own, tmp_path):
+def test_a_function_may_accept_root_and_return_pil_images(own, tmp_path):
     splits = own("def make(root): return [(picture, len(root)), (picture, 0)], [(picture, 0)]", tmp_path, 3)
     assert splits.train.labels.tolist() == [len(str(tmp_path)), 0]
     assert everything(splits.test)[0, :, 2, 2].tolist() == [1, 2, 3]
@@ -145,11 +145,11 @@ class Set(torch.utils.data.Dataset):
     def __getitem__(self, number): return image, 1
 def make(): return Set(), Set()
 """
-    with pytest.raises(InputError, match="image 1 has label 1, but 0"):
+    with pytest.raises(InputError, match="image 1 has label 1, but had label 0 before"):
         everything(own(code).train)
 
 
-def test_splits_from_a_function_are_taken_as_they_are(own):
+def test_splits_from_a_function_are_unchanged(own):
     code = """
 from tersor.data import Splits
 from tersor.data.image_sets import Pixels
@@ -166,9 +166,9 @@ def make(): return made
     ("code", "words"),
     [
         ("def make(): return 3", "returned a int.*Return a tersor.data.Splits, or a pair"),
-        ("def make(): return [], [], []", "returned 3 things"),
-        ("def make(): return [], [(image, 0)]", "training set: it is a list, or empty"),
-        ("def make(): return [(image, 0)], iter([])", "test set: it is a list_iterator"),
+        ("def make(): return [], [], []", "returned a tuple of length 3"),
+        ("def make(): return [], [(image, 0)]", "training set: a list that is empty"),
+        ("def make(): return [(image, 0)], iter([])", "test set: a list_iterator that .* has no length"),
         ("def make(): return [(image, 0)], [image]", "test set: item 0 is a Tensor"),
         ("def make(): return [(image, 0.5)], [(image, 0)]", "label of item 0 is a float"),
         ("def make(): return [(image, torch.zeros(3))], [(image, 0)]", "label of item 0 is a Tensor"),
@@ -177,6 +177,6 @@ def make(): return made
         ("def mak(): return None", "has no 'make'. Did you mean 'mak'"),
     ],
 )
-def test_what_is_wrong_with_a_function(own, code, words):
+def test_messages_for_invalid_functions(own, code, words):
     with pytest.raises(InputError, match=words):
         own(code)

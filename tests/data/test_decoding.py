@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import warnings
 import zlib
 
@@ -16,7 +17,7 @@ SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:200:20j, 0:200:30j], 90), axis
 
 
 @pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".pgm"])
-def test_every_kind_of_file_is_read(suffix, tmp_path):
+def test_every_format_is_read(suffix, tmp_path):
     path = tmp_path / f"image{suffix}"
     Image.fromarray(SMOOTH).save(path)
     found = read_file(str(path), None)
@@ -69,6 +70,18 @@ def test_broken_bytes_give_an_input_error_or_pixels(tmp_path):
                 assert "broken" in str(error)  # noqa: PT017  (either is right, and which one is up to the bytes)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe\.png' does not exist or is not a regular file"):
+        read_file(str(tmp_path / "pipe.png"), None)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.png' does not exist"):
+        read_file(str(tmp_path / "gone.png"), None)
+
+
 def test_text_is_not_an_image(tmp_path):
     path = tmp_path / "letter.jpg"
     path.write_text("Dear reader")
@@ -106,8 +119,8 @@ def test_tensors():
 
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8), "a path", None])
-def test_other_things_are_refused(image):
-    with pytest.raises(InputError, match=r"image 3 .*Give a PIL image or a uint8 tensor"):
+def test_other_types_are_refused(image):
+    with pytest.raises(InputError, match=r"image 3 .*Pass a PIL image or a uint8 tensor"):
         rgb(image, None, "image 3")
 
 
@@ -145,7 +158,7 @@ def test_a_program_that_is_named_like_an_image_is_not_executed(tmp_path, start, 
     monkeypatch.setattr("subprocess.Popen", None)
     path = tmp_path / "image.png"
     path.write_bytes(start + b"(x) print showpage\n")
-    with pytest.raises(InputError, match=r"image\.png' is not an image of a kind that can be read"):
+    with pytest.raises(InputError, match=r"image\.png' is not an image in a supported format"):
         read_file(str(path), None)
 
 

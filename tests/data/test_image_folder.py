@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -74,12 +75,19 @@ def test_deep_hidden_and_other_files(draw_images):
     assert len(splits.train) + len(splits.test) == 10
 
 
-def test_sizes_are_made_one_by_image_size(draw_images):
+def test_image_size_unifies_sizes(draw_images):
     draw_images("cat", 3, size=(9, 5))
     folder = draw_images("dog", 3, size=(6, 8))
     assert everything(from_folder(folder, 4).train).shape[1:] == (3, 4, 4)
-    with pytest.raises(InputError, match=r"several sizes: 9x5 and 6x8 .*Give image_size"):
+    with pytest.raises(InputError, match=r"differ in size: 9x5 and 6x8 .*Write image_size"):
         everything(from_folder(folder, None).train)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_among_the_images_does_not_hang(two_classes):
+    os.mkfifo(two_classes / "train" / "dog" / "pipe.png")
+    with pytest.raises(InputError, match=r"dog.pipe\.png'.*not a regular file"):
+        everything(from_folder(two_classes, None).train)
 
 
 def test_a_truncated_image_is_named(two_classes):
@@ -118,11 +126,11 @@ def _empty(*places):
         (_empty("train/cat"), r"no image in class folder '.*cat'\."),
         (_empty("test/dog"), r"no image in class folder '.*test.dog'"),
         (_empty("train/dog", "train/cat", "train/emu"), r"cat' and 2 others \(dog, emu\)"),
-        (_remove("test/cat"), "lack 1 of the 2 classes: cat"),
+        (_remove("test/cat"), "lacks 1 of the 2 classes: cat"),
         (_remove("train/cat"), "classes that 'train' lacks: cat. Possible: dog"),
     ],
 )
-def test_what_is_wrong_with_a_folder(two_classes, spoil, words):
+def test_messages_for_invalid_folders(two_classes, spoil, words):
     spoil(two_classes)
     with pytest.raises(InputError, match=words):
         from_folder(two_classes, None)

@@ -21,7 +21,7 @@ def test_the_docstring_runs():
     assert doctest.testmod(loading).attempted > 0
 
 
-def test_the_validation_images_are_cut_from_the_training_images():
+def test_validation_images_are_split_off_the_training_images():
     whole, cut = load(name="digits", validation=0), load(name="digits", validation=0.25)
     assert len(whole.validation) == 0
     assert len(cut.validation) == round(0.25 * len(whole.train))
@@ -34,21 +34,21 @@ def test_the_validation_images_are_cut_from_the_training_images():
     )
 
 
-def test_the_seed_moves_the_validation_and_never_the_test_images():
+def test_the_seed_changes_validation_but_not_test_images():
     one, other = load(name="digits", seed=1), load(name="digits", seed=2)
     assert torch.equal(everything(one.test), everything(other.test))
     assert not torch.equal(everything(one.validation), everything(other.validation))
     assert torch.equal(everything(one.train), everything(load(name="digits", seed=1).train))
 
 
-def test_limit_keeps_every_class_and_leaves_the_validation_images():
+def test_limit_keeps_every_class_and_the_validation_images():
     few, all_of_them = load(name="digits", limit=50), load(name="digits")
     assert torch.bincount(few.train.labels).tolist() == [5] * 10
     assert torch.equal(everything(few.validation), everything(all_of_them.validation))
     assert len(load(name="digits", limit=10).train.labels.unique()) == 10
 
 
-def test_a_large_set_is_decoded_when_asked_and_is_the_same(two_classes, monkeypatch):
+def test_a_large_set_is_decoded_on_demand_to_the_same_images(two_classes, monkeypatch):
     held = load(folder=two_classes)
     monkeypatch.setattr(loading, "MEMORY", 0)
     lazy = load(folder=two_classes)
@@ -74,7 +74,7 @@ def test_mean_and_std_of_a_sample(monkeypatch):
     assert np.allclose(sample, whole, atol=0.02)
 
 
-def test_given_mean_and_std_are_kept():
+def test_explicit_mean_and_std_are_used():
     splits = load(name="digits", mean=[0.1, 0.2, 0.3], std=(1, 2, 3))
     assert splits.mean == (0.1, 0.2, 0.3)
     assert splits.std == (1.0, 2.0, 3.0)
@@ -95,16 +95,16 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
     [
         ({}, "has neither"),
         ({"name": "digits", "folder": "."}, "not both"),
-        ({"folder": ".", "root": "."}, "root goes with a name"),
+        ({"folder": ".", "root": "."}, "root belongs to a data set by name"),
         ({"name": "digits", "validation": 1}, "validation is 1"),
         ({"name": "digits", "validation": -0.1}, "validation is -0.1"),
         ({"name": "digits", "validation": float("nan")}, "validation is nan"),
-        ({"name": "digits", "validation": 0.999}, "at most 1428 can go"),
+        ({"name": "digits", "validation": 0.999}, "at most 1428 are possible"),
         ({"name": "digits", "limit": 0}, "limit is 0"),
-        ({"name": "digits", "limit": 9}, "limit 9 .*from 10 to 1294"),
-        ({"name": "digits", "limit": 1295}, "limit 1295 .*1294 training images"),
+        ({"name": "digits", "limit": 9}, "limit is 9, but .*from 10 to 1294"),
+        ({"name": "digits", "limit": 1295}, "limit is 1295, .*1294 training images"),
         ({"name": "digits", "image_size": 0}, "image_size is 0"),
-        ({"name": "digits", "mean": (0, 0, 0)}, "go together"),
+        ({"name": "digits", "mean": (0, 0, 0)}, "belong together"),
         ({"name": "digits", "mean": (124, 117, 104), "std": (1, 1, 1)}, r"mean is .*in \[0, 1\]"),
         ({"name": "digits", "mean": (0.5,), "std": (1, 1, 1)}, "three numbers"),
         ({"name": "digits", "mean": (0, 0, 0), "std": (1, 0, 1)}, "three numbers above 0"),
@@ -129,7 +129,7 @@ def test_a_single_image_in_all(draw_images):
 def test_too_few_images_for_validation(draw_images):
     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
         folder = draw_images(name, 1)
-    with pytest.raises(InputError, match=r"1 of 2 training images, and at most 0 can go.*write validation: 0"):
+    with pytest.raises(InputError, match=r"1 of 2 training images, but at most 0 are possible.*write validation: 0"):
         load(folder=folder)
     assert len(load(folder=folder, validation=0).train) == 2
 
@@ -138,7 +138,7 @@ def test_test_images_of_another_size(draw_images):
     for name in ("cat", "dog"):
         draw_images(f"train/{name}", 5, size=(8, 8))
         folder = draw_images(f"test/{name}", 5, size=(9, 7))
-    with pytest.raises(InputError, match=r"training images of 8x8 pixels, test images of 9x7. Give image_size"):
+    with pytest.raises(InputError, match=r"training images have 8x8 pixels, test images 9x7. Write image_size"):
         load(folder=folder)
     assert load(folder=folder, image_size=6).test.size == (6, 6)
 
@@ -148,7 +148,7 @@ def splits_of(**changes) -> Splits:
     return Splits(**({"train": some, "validation": some, "test": some, "classes": ("cat", "dog")} | changes))
 
 
-def test_splits_of_a_function_keep_what_they_bring(monkeypatch):
+def test_splits_of_a_function_keep_mean_std_and_validation_images(monkeypatch):
     made = splits_of(mean=(0.1, 0.1, 0.1), std=(0.5, 0.5, 0.5))
     monkeypatch.setattr(loading, "from_name", lambda *_: made)
     assert load(name="a:b") == made
@@ -158,10 +158,10 @@ def test_splits_of_a_function_keep_what_they_bring(monkeypatch):
 
 def test_splits_of_a_function_are_checked(monkeypatch):
     monkeypatch.setattr(loading, "from_name", lambda *_: splits_of(classes=("cat", "dog")))
-    with pytest.raises(InputError, match="images of 2x2 pixels, and image_size is 8"):
+    with pytest.raises(InputError, match="images of 2x2 pixels, but image_size is 8"):
         load(name="a:b", image_size=8)
     for labels in ([0, 1, 2], [-1, 0, 1]):
         strange = Pixels(torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.tensor(labels))
         monkeypatch.setattr(loading, "from_name", lambda *_, strange=strange: splits_of(test=strange))
-        with pytest.raises(InputError, match=f"test labels from {labels[0]} to {labels[2]} for 2 classes"):
+        with pytest.raises(InputError, match=f"labels range from {labels[0]} to {labels[2]}, but there are 2 classes"):
             load(name="a:b")

@@ -18,7 +18,7 @@ def cuts(draw):
 
 
 @given(cut=cuts(), seed=st.integers(0, 99))
-def test_a_cut_is_complete_and_in_proportion(cut, seed):
+def test_a_split_is_complete_and_proportional(cut, seed):
     labels, count, at_least, leave = cut
     drawn, left = stratified(labels, count, generator(seed), at_least=at_least, leave=leave)
     assert len(drawn) == count
@@ -31,7 +31,7 @@ def test_a_cut_is_complete_and_in_proportion(cut, seed):
             assert abs(got - count * of_class / len(labels)) < 1
 
 
-def test_the_seed_decides_which():
+def test_the_seed_determines_the_draw():
     labels = torch.arange(200) % 4
     first, second, third = (stratified(labels, 40, generator(seed))[0] for seed in (1, 1, 2))
     assert torch.equal(first, second)
@@ -44,7 +44,7 @@ def test_every_image_of_a_class_may_be_drawn():
     assert drawn == set(range(20))
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_not_used():
     before = torch.get_rng_state()
     stratified(torch.arange(9) % 3, 3, generator(0))
     assert torch.equal(torch.get_rng_state(), before)

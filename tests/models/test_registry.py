@@ -21,7 +21,7 @@ def no_network() -> str:
     return "a word"
 
 
-def test_cifar_depths_are_ours_and_the_others_torchvisions():
+def test_cifar_names_are_ours_and_others_torchvision_s():
     assert isinstance(build("resnet20"), CifarResNet)
     assert isinstance(build("resnet110", 100), CifarResNet)
     resnet18 = build("resnet18", 7)
@@ -44,7 +44,7 @@ def test_auxiliary_heads_are_left_out():
     assert model(torch.randn(2, 3, 96, 96)).shape == (2, 4)
 
 
-def test_a_function_is_given_the_classes_if_it_accepts_them():
+def test_a_function_gets_num_classes_if_it_accepts_it():
     assert build(f"{__name__}:network", 9).out_features == 9
     assert build(f"{__name__}:network").out_features == 3
     assert build(f"{__name__}:fixed", 9).out_features == 5
@@ -61,6 +61,6 @@ def test_a_function_is_given_the_classes_if_it_accepts_them():
         ("torch.nn:Linear", 10, "in_features"),
     ],
 )
-def test_what_cannot_be_built_is_said(name, num_classes, said):
+def test_messages_for_invalid_names(name, num_classes, said):
     with pytest.raises(InputError, match=said):
         build(name, num_classes)

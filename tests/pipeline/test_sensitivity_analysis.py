@@ -98,14 +98,15 @@ def test_stopped_it_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
 def test_a_file_is_whole_whenever_it_is_stopped(recipe, tmp_path, monkeypatch):
     out = tmp_path / "a.json"
 
-    def interrupted(self, text, **_):
-        self.write_bytes(text.encode()[:40])
+    def interrupted(self, content):
+        with self.open("wb") as opened:
+            opened.write(content[:40])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         measure(recipe, out=out, images=20, progress=Watched(stop=True))
     before = out.read_bytes()
-    monkeypatch.setattr("pathlib.Path.write_text", interrupted)
+    monkeypatch.setattr("pathlib.Path.write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure(recipe, out=out, images=20, progress=NullProgress())
     assert out.read_bytes() == before

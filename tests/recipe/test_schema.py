@@ -242,6 +242,32 @@ def test_overrides_that_cannot_be(assignment: str, expected: str, tmp_path: Path
     assert str(caught.value).startswith(f"--set {assignment}: {expected}")
 
 
+@pytest.mark.parametrize(
+    "augment", ["flip", "own.module:function", "[RandomHorizontalFlip, {RandomCrop: {size: 32, padding: [4, 4]}}]"]
+)
+def test_an_augmentation_is_written_as_it_was_read(augment):
+    recipe = parse(with_methods("[]").replace("digits", f"digits, augment: {augment}"), "x")
+    assert parse(write(recipe), "x") == recipe
+    assert write(recipe) != write(parse(with_methods("[]"), "x"))
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        ("crop", "unknown augmentation 'crop'"),
+        ("3", "data.augment should be text or a list, given 3"),
+        ("[3]", "data.augment.0 should be text or a mapping, given 3"),
+        ("[{RandomCrop: 32}]", "data.augment.0.RandomCrop should be a mapping, given 32"),
+        ("[]", "data.augment should be text or a list of at least 1, given a list of 0"),
+    ],
+)
+def test_an_augmentation_that_cannot_be(augment, message):
+    with pytest.raises(InputError) as caught:
+        parse(with_methods("[]").replace("digits", f"digits, augment: {augment}"), "x")
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_schema_has_every_method_with_its_parameters():
     document = json.loads(json.dumps(schema()))
     assert document["$ref"] == "#/$defs/Recipe"

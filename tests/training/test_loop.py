@@ -356,7 +356,7 @@ def test_without_a_checkpoint_the_message_says_so():
 
 def test_a_last_step_that_leaves_no_weights_is_told():
     wild = OptimizerOptions(learning_rate=1e38, momentum=0, weight_decay=1e3)
-    with pytest.raises(NonFiniteWeights, match="toy: the last step has left weights"):
+    with pytest.raises(NonFiniteWeights, match="toy: the last step made weights"):
         fit(Attachment(linear()), Toy(), Training(optimizer=wild, lr_schedule=STEADY), steps=1, task="toy")
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tersor.core.errors import InputError
+from tersor.core.files import flush_to_disk, replacing, sha256
 from tersor.core.resources import writable
 from tersor.deploy.external_data import refuse_outside
 
@@ -129,12 +129,8 @@ def replace_file(path: Path | str, name: str, write: Callable[[Path], object]) -
     with writable(path):
         write(path)
         manifest.files[name] = _entry(path / name)
-        partial = path / f".{MANIFEST}.{os.getpid()}.partial"
-        try:
+        with replacing(path / MANIFEST) as partial:
             _dump(manifest, partial)
-            partial.replace(path / MANIFEST)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def read_artifact(path: Path | str) -> Artifact:
@@ -180,18 +176,13 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _entry(file: Path) -> _Entry:
-    with file.open("r+b") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        os.fsync(opened.fileno())  # without this, a power cut could keep the rename but lose the contents
-    return _Entry(bytes=file.stat().st_size, sha256=digest)
+    flush_to_disk(file)
+    return _Entry(bytes=file.stat().st_size, sha256=sha256(file))
 
 
 def _dump(manifest: _Manifest, file: Path) -> None:
-    with file.open("w", encoding="utf-8") as opened:
-        json.dump(manifest.model_dump(), opened, indent=2)
-        opened.write("\n")
-        opened.flush()
-        os.fsync(opened.fileno())
+    file.write_text(json.dumps(manifest.model_dump(), indent=2) + "\n", encoding="utf-8")
+    flush_to_disk(file)
 
 
 def _read_manifest(folder: Path) -> _Manifest:
@@ -234,6 +225,4 @@ def _damage(file: Path, entry: _Entry) -> str:
     size = file.stat().st_size
     if size != entry.bytes:
         return f"has {size} bytes instead of {entry.bytes}"
-    with file.open("rb") as opened:
-        same = hashlib.file_digest(opened, "sha256").hexdigest() == entry.sha256
-    return "" if same else "was changed"
+    return "" if sha256(file) == entry.sha256 else "was changed"

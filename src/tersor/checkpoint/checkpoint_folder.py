@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.core.files import LARGEST, read_json
+from tersor.core.files import LARGEST, read_json, sha256
 from tersor.training.snapshot import part
 
 CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
@@ -87,17 +86,11 @@ class Checkpoint:
 def read(path: Path) -> Checkpoint | None:
     """The checkpoint in a folder; None if it is damaged or malformed."""
     try:
-        if (path / CLOCK).stat().st_size > LARGEST or not digest(path / CLOCK).startswith(path.name[-HASH:]):
+        if (path / CLOCK).stat().st_size > LARGEST or not sha256(path / CLOCK).startswith(path.name[-HASH:]):
             return None
         clock = _Clock.model_validate_json((path / CLOCK).read_bytes())
-        if any(digest(path / file) != expected for file, expected in clock.sha256.items()):
+        if any(sha256(path / file) != expected for file, expected in clock.sha256.items()):
             return None
     except (OSError, ValueError):
         return None
     return Checkpoint(path, clock.unit, clock.step, clock.done, clock.told)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

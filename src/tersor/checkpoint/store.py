@@ -15,7 +15,6 @@ Nothing is pickled. A checkpoint that is damaged or malformed is skipped, and th
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,9 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tersor.checkpoint.checkpoint_folder import CLOCK, HASH, NOTES, STRUCTURE, TENSORS, Checkpoint, digest, read
+from tersor.checkpoint.checkpoint_folder import CLOCK, HASH, NOTES, STRUCTURE, TENSORS, Checkpoint, read
 from tersor.core import distributed
 from tersor.core.errors import InputError
+from tersor.core.files import flush_to_disk, sha256
 
 _RECIPE, _LOCK, _PARTIAL = "recipe.yaml", "lock", "partial"
 _END = "end"
@@ -147,15 +147,15 @@ class Checkpoints:
             save_file({key: value.contiguous().clone() for key, value in tensors.items()}, scratch / TENSORS)
             (scratch / STRUCTURE).write_text(json.dumps(structure))
             clock = {"unit": unit, "step": step, "done": done, "told": told}
-            clock["sha256"] = {file: digest(scratch / file) for file in (STRUCTURE, TENSORS)}
+            clock["sha256"] = {file: sha256(scratch / file) for file in (STRUCTURE, TENSORS)}
             (scratch / CLOCK).write_text(json.dumps(clock))
             place = _END if done else f"{step:07d}"
-            path = self.folder / f"{unit:02d}-{name}-{place}-{digest(scratch / CLOCK)[:HASH]}"
+            path = self.folder / f"{unit:02d}-{name}-{place}-{sha256(scratch / CLOCK)[:HASH]}"
             for file in scratch.iterdir():
-                _to_disk(file)
+                flush_to_disk(file)
             shutil.rmtree(path, ignore_errors=True)
             scratch.rename(path)
-            _to_disk(self.folder)
+            flush_to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(scratch, ignore_errors=True)
             raise InputError(
@@ -238,12 +238,3 @@ class StageCheckpointer:
         """Save the training state after `step` steps, in the first process."""
         if not distributed.rank():
             self._keep(step=step, tensors=tensors, told={NOTES: self.notes})
-
-
-def _to_disk(path: Path) -> None:
-    """Without this, a power cut could keep the rename but lose the contents."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -1,4 +1,4 @@
-"""What a device trains fastest in: the data type to autocast to, and how images and filters lie in memory."""
+"""Device settings for training: autocast data type, memory layout, random seeds and the allocator."""
 
 from __future__ import annotations
 
@@ -17,64 +17,61 @@ from torch import nn
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """The processor's features as Linux names them; none on other systems, where float32 is never wrong.
+    """The processor's features as Linux names them; empty on other systems.
 
-    `torch.cpu.get_capabilities` says the same, but is younger than torch 2.9.
+    `torch.cpu.get_capabilities` returns the same, but needs a newer version than torch 2.9.
     """
-    facts = Path("/proc/cpuinfo")
-    return frozenset(facts.read_text().split()) if facts.exists() else frozenset()
+    cpuinfo = Path("/proc/cpuinfo")
+    return frozenset(cpuinfo.read_text().split()) if cpuinfo.exists() else frozenset()
 
 
-def precision_for(device: torch.device, wanted: Literal["auto", "float32", "bfloat16"]) -> torch.dtype | None:
-    """The data type to autocast to on `device`, or None for the model's own.
+def precision_for(device: torch.device, precision: Literal["auto", "float32", "bfloat16"]) -> torch.dtype | None:
+    """Return the data type to autocast to on `device`, or None for the model's own.
 
-    `auto` is bfloat16 where there are units for it: AMX or AVX512-BF16 in a CPU; in a GPU, not emulated.
+    `auto` is bfloat16 if the hardware computes in it: a CPU with AMX or AVX512-BF16, a GPU without emulation.
     """
-    if wanted == "auto":
+    if precision == "auto":
         if device.type == "cpu":
             fast = not cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
         else:
             fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else None
-    return torch.bfloat16 if wanted == "bfloat16" else None
+    return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def layout_for(device: torch.device) -> torch.memory_format:
-    """channels_last, in which convolutions are faster, but for Apple's GPUs."""
+    """Return channels_last, in which convolutions are faster, except on Apple's GPUs."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
-    """Lays every 4-d tensor of `model` out anew, same Parameter objects; `Module.to` would stumble over 5-d ones."""
+    """Set the memory layout of every 4-d tensor and keep the Parameter objects; `Module.to` fails for 5-d tensors."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=layout)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Numbers of glibc's mallopt."""
+"""Parameters of glibc's mallopt."""
 
 
 def keep_freed_memory() -> None:
-    """From now on this process keeps what it has freed for what it asks for next.
+    """Make this process keep freed memory for later allocations.
 
-    Every step asks for the same blocks again. glibc gives the large ones back to the system in between, which then
-    clears them page by page. A setting of the whole process: it is the command line's to make.
+    Every step allocates the same blocks. By default, glibc returns large blocks to the system after each step, which
+    then clears them page by page. The setting affects the whole process, so only the command line makes it.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt"):
         return
-    # older ones refuse more than 32 MB; the other threshold alone would do harm
+    # older versions accept 32 MB at most; the trim threshold alone would do harm
     if libc.mallopt(_MMAP_THRESHOLD, 2**30) or libc.mallopt(_MMAP_THRESHOLD, 2**25):
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager
 def restore_device_and_layout(networks: nn.Module) -> Generator[None]:
-    """While `networks` are trained, elsewhere or in another layout; afterwards they are in eval, where and as they lay.
-
-    Whoever goes on with them (calibration, export, safetensors) need not know.
-    """
+    """Restore the device and the contiguous layout of `networks` after training, and set them to eval mode."""
     device = next(networks.parameters()).device
     networks.zero_grad()
     try:
@@ -83,3 +80,11 @@ def restore_device_and_layout(networks: nn.Module) -> Generator[None]:
         networks.zero_grad()
         networks.eval().to(device)
         set_layout(networks, torch.contiguous_format)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Generator[None]:
+    """Draw random numbers from `seed` on the CPU and, if it is a GPU, on `device`; then restore the generators."""
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,7 +1,6 @@
-"""Which of several processes this is, and how they come to hold the same.
+"""Communication between the processes of a distributed run, which `accelerate launch` starts.
 
-`accelerate launch` starts them. Where there is only one, nothing here does anything. What is said here goes over the
-processors, by a group of gloo's own that waits as long as the first process measures; gradients go their own way.
+With one process, nothing here has an effect. Messages use a gloo group of their own; gradients use the default group.
 """
 
 from __future__ import annotations
@@ -20,14 +19,17 @@ from torch import Tensor, nn
 
 from tersor.core.errors import ProcessLost
 
-_LONGEST = timedelta(days=2)
+_TIMEOUT = timedelta(days=2)
+"""The first process evaluates all test images in the runtime, for every stage, while the others wait: hours for large
+sets. A process that dies is noticed at once; one that hangs in training, by the timeout of the default group.
+"""
 _LOST = re.compile(r"gloo|connection (?:closed|reset|refused)|broken pipe|NCCL", re.IGNORECASE)
 
 
 def init_process_group() -> bool:
-    """Joins the processes that `accelerate launch` started, once; whether they train on processors.
+    """Join the processes that `accelerate launch` started, and return whether they train on CPUs.
 
-    accelerate takes gloo for them only where it is told so: without, it would train each on its own.
+    accelerate needs the argument `cpu` to choose gloo; otherwise each process would train alone.
     """
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     PartialState(cpu=cpu)
@@ -35,30 +37,28 @@ def init_process_group() -> bool:
 
 
 def count() -> int:
-    """How many processes train together."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0. The first alone writes files, measures, and talks."""
+    """Return the number of this process, from 0. Only process 0 writes files, measures and reports."""
     return dist.get_rank() if count() > 1 else 0
 
 
 @cache
 def _group() -> dist.ProcessGroup:
-    made = dist.new_group(backend="gloo", timeout=_LONGEST)
+    made = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     assert isinstance(made, dist.ProcessGroup)
     return made
 
 
 @contextmanager
 def others_alive() -> Generator[None]:
-    """While something is exchanged with the other processes.
-
-    Where one dies, its connections close, and gloo or NCCL raise in the others at once.
+    """Wrap communication with the other processes; if one dies, gloo or NCCL raise at once.
 
     Raises:
-        ProcessLost: one of them is gone.
+        ProcessLost: another process has died or cannot be reached.
     """
     try:
         yield
@@ -66,14 +66,13 @@ def others_alive() -> Generator[None]:
         if count() == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise
         raise ProcessLost(
-            f"another of the {count()} processes that train together has died or cannot be reached, so process "
-            f"{rank()} ends. Its own message tells why. To go on from the last checkpoint, start all of them again "
-            "with --resume."
+            f"another of the {count()} processes has died or cannot be reached, so process {rank()} ends. Its own "
+            "message gives the reason. Restart all of them with --resume to continue from the last checkpoint."
         ) from error
 
 
 def barrier() -> None:
-    """Waits until all have come here."""
+    """Wait until every process has reached this call."""
     if count() > 1:
         with others_alive():
             dist.barrier(_group())
@@ -81,30 +80,30 @@ def barrier() -> None:
 
 @torch.no_grad()
 def broadcast_from_rank0(module: nn.Module) -> None:
-    """Gives `module` the parameters, buffers and extra state that it has in the first process."""
+    """Set the parameters, buffers and extra state of `module` to those of process 0."""
     if count() == 1:
         return
     state = module.state_dict()
     for name, value in state.items():
-        whole = value.cpu().contiguous()
+        received = value.cpu().contiguous()
         with others_alive():
-            dist.broadcast(whole, src=0, group=_group())
-        state[name] = whole
+            dist.broadcast(received, src=0, group=_group())
+        state[name] = received
     module.load_state_dict(state)
 
 
-def any_rank(here: bool) -> bool:
-    """Whether it is so in any process."""
+def any_rank(condition: bool) -> bool:
+    """Whether the condition holds in any process."""
     if count() == 1:
-        return here
-    flag = torch.tensor(int(here))
+        return condition
+    flag = torch.tensor(int(condition))
     with others_alive():
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=_group())
     return bool(flag)
 
 
 def all_gather(tensor: Tensor) -> list[Tensor]:
-    """The tensor of every process, on this one's device; it has the same shape in all."""
+    """Return the tensor of every process, on the device of `tensor`. All have the same shape."""
     if count() == 1:
         return [tensor]
     here = tensor.cpu().contiguous()

@@ -1,4 +1,4 @@
-"""What a user did that cannot be done, in one message: what was given, what is possible, what to write."""
+"""Errors and warnings for users: what was given, what is possible, what to write."""
 
 from __future__ import annotations
 
@@ -7,49 +7,49 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something a user gave cannot be used. The command line prints it and exits with 2, without a traceback."""
+    """The user's input cannot be used. The command line prints the message without a traceback and exits with 2."""
 
 
 class CompressionWarning(UserWarning):
-    """The result is usable, and not what its user expects: part of it stays uncompressed, or its outputs differ."""
+    """The result is usable but unexpected: part of it stays uncompressed, or its outputs differ."""
 
 
-class NonFiniteLoss(InputError):  # noqa: N818 - what happened, not that it is an error
-    """A loss became infinite or NaN, at `step` (from 1), in the term named `term`. That step moved no weight."""
+class NonFiniteLoss(InputError):  # noqa: N818 - names the event
+    """The loss `term` became infinite or NaN at `step` (from 1). The weights were not updated in that step."""
 
     def __init__(self, step: int, term: str, value: float, learning_rate: float, last_good: str | None) -> None:
         super().__init__(
-            f"the loss '{term}' is {value} at step {step}, with a learning rate of {learning_rate:g}; this step has "
-            f"not moved the weights. Last good checkpoint: {last_good or 'none was written'}. Try a smaller "
+            f"the loss '{term}' is {value} at step {step}, with a learning rate of {learning_rate:g}. The weights were "
+            f"not updated in this step. Last good checkpoint: {last_good or 'none was written'}. Try a smaller "
             "learning_rate, some warmup_epochs, or clip_norm."
         )
         self.step = step
         self.term = term
 
 
-class NonFiniteWeights(InputError):  # noqa: N818 - what happened, not that it is an error
-    """The last step of `task` has left weights that are infinite or NaN; no loss after it could tell."""
+class NonFiniteWeights(InputError):  # noqa: N818 - names the event
+    """The last step of `task` made weights infinite or NaN, which no later loss can show."""
 
     def __init__(self, task: str) -> None:
         super().__init__(
-            f"{task}: the last step has left weights that are infinite or NaN. Try a smaller learning_rate, some "
+            f"{task}: the last step made weights infinite or NaN. Try a smaller learning_rate, some "
             "warmup_epochs, or clip_norm."
         )
 
 
-class ProcessLost(InputError):  # noqa: N818 - what happened, not that it is an error
-    """Another of the processes that train together has died, or cannot be reached."""
+class ProcessLost(InputError):  # noqa: N818 - names the event
+    """Another process of a distributed run has died or cannot be reached."""
 
 
-def nearest(given: str, options: Iterable[str]) -> str | None:
-    """The option that `given` was most likely meant to be, or None."""
-    close = difflib.get_close_matches(given, list(options), n=1, cutoff=0.6)
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """Return the option most similar to `name`, or None."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return close[0] if close else None
 
 
-def unknown(kind: str, given: str, options: Iterable[str]) -> InputError:
-    """An error for a name that is not among the `options`, with the nearest of them."""
+def unknown(kind: str, name: str, options: Iterable[str]) -> InputError:
+    """Return the error for a name that is not among the `options`, with the most similar option."""
     known = sorted(options)
-    meant = nearest(given, known)
-    hint = f" Did you mean '{meant}'?" if meant else ""
-    return InputError(f"unknown {kind} '{given}'.{hint} Possible: {', '.join(known) or 'none'}.")
+    similar = nearest(name, known)
+    hint = f" Did you mean '{similar}'?" if similar else ""
+    return InputError(f"unknown {kind} '{name}'.{hint} Possible: {', '.join(known) or 'none'}.")

@@ -1,4 +1,4 @@
-"""What a measurement depends on: the processor, its cores and instruction sets, and versions. Needs no torch."""
+"""Describe the machine of a measurement: processor, cores, instruction sets, versions. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _INSTRUCTION_SETS = (
 
 
 def default_threads() -> int:
-    """The physical cores that this process may use, or fewer where OMP_NUM_THREADS says so."""
+    """Return the number of physical cores that this process may use, limited by OMP_NUM_THREADS."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(usable, psutil.cpu_count(logical=False) or usable)
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
+    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(cores, int(limit)) if limit.isdecimal() and int(limit) else cores
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement depends on: processor, cores, instruction sets, versions. Names neither host nor user."""
-    name, flags = _processor()
+    """Return processor, cores, instruction sets and versions; neither host nor user name."""
+    cpu, flags = _processor()
     return {
-        "cpu": name,
+        "cpu": cpu,
         "cpu_kind": cpu_kind(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": default_threads(),
-        "instruction_sets": [wanted for wanted in _INSTRUCTION_SETS if wanted in flags],
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: installed_version(package) for package in (*get_args(Runtime), "torch")},
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -51,15 +51,15 @@ def installed_version(package: str) -> str | None:
 
 
 def _processor() -> tuple[str, frozenset[str]]:
-    """Name and instruction sets."""
-    facts = Path("/proc/cpuinfo")
-    if facts.exists():
-        pairs = [line.partition(":") for line in facts.read_text().splitlines()]
-        told = {key.strip(): value.strip() for key, _, value in pairs}
-        flags = told.get("flags", told.get("Features", ""))
-        return told.get("model name", platform.machine()), frozenset(flags.split())
+    """Name and instruction sets of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        pairs = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        fields = {key.strip(): value.strip() for key, _, value in pairs}
+        flags = fields.get("flags", fields.get("Features", ""))
+        return fields.get("model name", platform.machine()), frozenset(flags.split())
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        return answer.stdout.strip() or platform.machine(), frozenset()
+        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        return result.stdout.strip() or platform.machine(), frozenset()
     return platform.processor() or platform.machine(), frozenset()

@@ -1,4 +1,4 @@
-"""What the machine lacks, in one message: memory, or a disk that can be written to."""
+"""One message for missing resources: not enough memory, or a disk that cannot be written to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tersor.core.errors import InputError
 
-# torch says it on a processor by a RuntimeError, on an accelerator by one of its own; oneDNN and runtimes in words
+# torch raises RuntimeError on CPUs and its subclass OutOfMemoryError on accelerators; oneDNN and runtimes vary
 _OUT_OF_MEMORY = re.compile(
     r"not enough memory|out of memory|can(?:'|no)t allocate memory|bad_alloc|bad allocation|failed to allocate memory",
     re.IGNORECASE,
@@ -22,13 +22,13 @@ _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 @contextmanager
 def enough_memory(remedy: str) -> Generator[None]:
-    """While something may take more memory than there is.
+    """Turn out-of-memory errors into one message.
 
     Args:
-        remedy: what to write; a sentence.
+        remedy: what the user can do; a sentence.
 
     Raises:
-        InputError: there was not enough.
+        InputError: there was not enough memory.
     """
     try:
         yield
@@ -40,24 +40,24 @@ def enough_memory(remedy: str) -> Generator[None]:
 
 
 def smaller_batch(batch_size: int, accumulate: int) -> str:
-    """What to write where a training takes more memory than there is."""
+    """Return the remedy for a training that needs too much memory."""
     if batch_size == 1:
-        return "The batch_size is 1 already: use smaller images (data.image_size), or a smaller network."
+        return "The batch_size is already 1: use smaller images (data.image_size) or a smaller network."
     return (
         f"The batch_size is {batch_size}: lower it. batch_size: {batch_size // 2} with accumulate: {2 * accumulate} "
-        "takes steps over as many images."
+        "keeps the number of images per step."
     )
 
 
 @contextmanager
 def writable(out: Path) -> Generator[None]:
-    """While `out` and what lies beside it are written.
+    """Turn errors of writing `out` into one message.
 
     Args:
-        out: what comes of it; what is written for it meanwhile has its name within its own.
+        out: the result; the names of its temporary files contain its name.
 
     Raises:
-        InputError: there is no room, the disk is read-only or fails, or a file may not be written.
+        InputError: the disk is full, read-only or failing, or permission is denied.
     """
     try:
         yield
@@ -66,6 +66,6 @@ def writable(out: Path) -> Generator[None]:
         if error.errno not in _REFUSED and not of_out:
             raise
         raise InputError(
-            f"{out} could not be written: {error}. Nothing is left half-written. Make room, or name another folder. "
-            "A run can be continued with --resume."
+            f"{out} could not be written: {error}. Nothing is left half-written. Free disk space, or choose another "
+            "folder. A run can be continued with --resume."
         ) from error

@@ -1,8 +1,7 @@
-"""Labelled images: where they come from, how they are split, and how they become batches."""
+"""Labelled images: loading, splitting, augmentation and batches."""
 
 from tersor.data.batches import Batches
-from tersor.data.image_sets import Images
+from tersor.data.image_sets import Images, Splits
 from tersor.data.loading import load
-from tersor.data.splits import Splits
 
 __all__ = ["Batches", "Images", "Splits", "load"]

@@ -1,4 +1,4 @@
-"""A batch of labelled images, and how one is read from whatever a user's loader yields."""
+"""A batch of labelled images, and reading it from what a user's loader yields."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.data.batch_errors import no_images
+from tersor.data.batch_errors import images_error
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (N, C, H, W) as the network wants them; `labels` (N,) class numbers, or None; `index` (N,) places
-    in the data set, or None.
+    """A batch of labelled images.
+
+    Attributes:
+        images: (N, C, H, W), normalized.
+        labels: (N,) class numbers, or None.
+        index: (N,) indices in the data set, or None.
     """
 
     images: Tensor
@@ -23,32 +27,32 @@ class Batch:
     index: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
+        """Return the batch on `device`."""
         move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
         return Batch(self.images.to(device, non_blocking=True), move(self.labels), move(self.index))
 
 
 def images_of(batch: Any) -> Tensor:
-    """The images of a batch that a user's loader gave: a tensor, a `Batch`, or a tuple that begins with one.
+    """Return a copy of the images of a user's batch: a tensor, a `Batch`, or a tuple or list that begins with one.
 
-    They are a copy, since a forward may change its input in place. Those in another floating point than float32 are
-    converted to it, as every network is.
+    Floating-point images are converted to float32, as every network is. A copy, because a forward pass may change its
+    input in place.
 
     Raises:
-        InputError: there is no tensor (N, C, H, W) in it.
+        InputError: the batch does not begin with a tensor (N, C, H, W) that has values.
     """
     first = batch.images if isinstance(batch, Batch) else batch
     if isinstance(first, list | tuple) and first:
         first = first[0]
     if not isinstance(first, Tensor) or first.ndim != 4:
-        raise no_images(batch)
+        raise images_error(batch)
     if first.is_meta:
-        raise InputError("a batch of the data is on the meta device and has no values. Give images on the CPU.")
+        raise InputError("a batch of the data is on the meta device and has no values. Pass images on the CPU.")
     return first.detach().to(torch.float32 if first.is_floating_point() else first.dtype, copy=True)
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """The class numbers (N,) of a batch that a user's loader gave, where it has some."""
+    """Return the class numbers (N,) of a user's batch, or None if it has no valid ones."""
     if isinstance(batch, Batch):
         return batch.labels
     second = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None

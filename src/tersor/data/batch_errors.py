@@ -1,4 +1,4 @@
-"""What is wrong with a batch that a user's loader gave, and what to write instead."""
+"""Error messages for invalid batches of a user's loader."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ _ONE_VALUE = "Expected more than 1 value per channel"
 _POSSIBLE = "Possible: a tensor (N, C, H, W), or a tuple or list that begins with one."
 
 
-def no_images(batch: Any) -> InputError:
-    """An error for a batch that does not begin with images (N, C, H, W)."""
+def images_error(batch: Any) -> InputError:
+    """Return the error for a batch that does not begin with images (N, C, H, W)."""
     first: Any = batch
     while isinstance(first, list | tuple) and first:
         first = cast("list[Any]", first)[0]
     if isinstance(first, Tensor):
-        what = f"a tensor of shape {tuple(first.shape)}"
+        described = f"a tensor of shape {tuple(first.shape)}"
         if first.ndim == 3:
             return InputError(
-                f"a batch of the data is {what}, a single image. {_POSSIBLE} A data set needs a DataLoader around it; "
-                "one image becomes a batch by image[None]."
+                f"a batch of the data is {described}, a single image. {_POSSIBLE} Wrap a data set in a DataLoader; "
+                "image[None] makes a batch of one image."
             )
-        return InputError(f"a batch of the data is {what}. {_POSSIBLE}")
+        return InputError(f"a batch of the data is {described}. {_POSSIBLE}")
     kind = type(first).__name__
     if isinstance(first, dict):
         keys = ", ".join(repr(key) for key in cast("dict[Any, Any]", first))
-        advice = f"It has the keys {keys}: give [(batch[...], batch[...]) for batch in loader]."
+        advice = f"It has the keys {keys}: pass [(batch[...], batch[...]) for batch in loader]."
     elif type(first).__module__.partition(".")[0] == "numpy":
-        advice = "Give torch.from_numpy(array)."
+        advice = "Pass torch.from_numpy(array)."
     elif type(first).__module__.partition(".")[0] == "PIL":
-        advice = "Give the data set a transform, such as torchvision.transforms.ToTensor() and Normalize."
+        advice = "Add a transform to the data set, such as torchvision.transforms.ToTensor() and Normalize."
     else:
         advice = ""
     return InputError(f"a batch of the data is of type {kind}. {_POSSIBLE} {advice}".rstrip())
 
 
-def wrong_labels(labels: Tensor, images: int, classes: int | None, least: int | None = None) -> InputError | None:
-    """An error for labels that are no class numbers (N,), or None.
+def labels_error(labels: Tensor, images: int, classes: int | None, least: int | None = None) -> InputError | None:
+    """Return the error for labels that are not class numbers (N,), or None if they are valid.
 
     Args:
-        labels: what a batch has where labels belong.
+        labels: the labels of a batch.
         images: N.
-        classes: how many the network tells apart, if that is known.
-        least: the lowest label of all batches so far.
+        classes: number of classes of the network, if known.
+        least: the lowest label of all earlier batches.
     """
-    of = f"the labels of a batch are of {labels.dtype}, of shape {tuple(labels.shape)}"
+    of = f"the labels of a batch have the data type {labels.dtype} and the shape {tuple(labels.shape)}"
     numbers = f"class numbers ({images},) from 0" + (f" to {classes - 1}" if classes else "")
     if labels.shape != (images,):
         if labels.shape == (images, 1):
@@ -64,24 +64,26 @@ def wrong_labels(labels: Tensor, images: int, classes: int | None, least: int | 
         return None
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
-        return InputError(f"{of}, from {low} to {high}. Possible: {numbers}. Leave out images that have no label.")
+        return InputError(f"{of}, from {low} to {high}. Possible: {numbers}. Leave out unlabelled images.")
     least = low if least is None else min(least, low)
     if classes is not None and high == classes and least > 0:
         return InputError(
-            f"the labels go from {least} to {high}; the network has {classes} classes, and no image had label 0. "
-            f"Classes are numbered from 0 to {classes - 1}: write labels - 1."
+            f"the labels range from {least} to {high}, but the {classes} classes of the network are numbered from 0 to "
+            f"{classes - 1}. Write labels - 1."
         )
     if classes is not None and high >= classes:
-        return InputError(f"{of}, from {low} to {high}. Possible: {numbers}, for {classes} classes of the network.")
+        return InputError(
+            f"{of}, from {low} to {high}. Possible: {numbers}, because the network has {classes} classes."
+        )
     return None
 
 
 @contextmanager
-def single_images_refused(images: int) -> Generator[None]:
-    """While a network trains on a batch of so many images.
+def explain_batchnorm_error(images: int) -> Generator[None]:
+    """Wrap a training step on a batch of `images` images.
 
     Raises:
-        InputError: BatchNorm finds a single value for a channel, which has no variance.
+        InputError: BatchNorm has a single value per channel, which has no variance.
     """
     try:
         yield
@@ -89,6 +91,6 @@ def single_images_refused(images: int) -> Generator[None]:
         if _ONE_VALUE not in str(error):
             raise
         raise InputError(
-            f"BatchNorm needs more than one value for each channel, and a batch has {images} image"
-            f"{'s' * (images > 1)}. Leave a short last batch out (drop_last=True), or write another batch size."
+            f"BatchNorm needs more than one value per channel, but a batch has {images} image{'s' * (images > 1)}. "
+            "Drop a short last batch (drop_last=True), or write another batch size."
         ) from error

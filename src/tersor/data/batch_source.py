@@ -1,4 +1,4 @@
-"""What the loop takes its batches from."""
+"""Sources of batches for the training loop, and groups of batches for gradient accumulation."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tersor.data.batch import Batch
 
 
 class BatchSource(Protocol):
-    """Batches that can be gone through epoch by epoch, such as `tersor.data.Batches`."""
+    """Batches of one epoch at a time, such as `tersor.data.Batches`."""
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches per epoch."""
         ...
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of the epoch that was set last."""
+        """Iterate over the batches of the selected epoch."""
         ...
 
     def set_epoch(self, epoch: int) -> None:
-        """Decides the order of what `iter` gives next."""
+        """Select the epoch of the next iteration."""
         ...
 
 
 @dataclass(frozen=True)
 class Group:
-    """The `size` batches of one step, which may be the first of an epoch."""
+    """The `size` batches of one optimizer step; `first` in an epoch or not."""
 
     batches: Iterator[Batch]
     size: int
@@ -37,12 +37,12 @@ class Group:
 
 
 def groups(batches: BatchSource, accumulate: int, first: int) -> Iterator[Group]:
-    """The groups of epoch after epoch, without end, from the group number `first` on."""
-    of_epoch = math.ceil(len(batches) / accumulate)
-    for epoch in itertools.count(first // of_epoch):
+    """Yield groups of `accumulate` batches, epoch after epoch without end, starting at group number `first`."""
+    per_epoch = math.ceil(len(batches) / accumulate)
+    for epoch in itertools.count(first // per_epoch):
         batches.set_epoch(epoch)
-        passed = first % of_epoch * accumulate if epoch == first // of_epoch else 0
-        source = itertools.islice(batches, passed, None)
-        for start in range(passed, len(batches), accumulate):
+        skipped = first % per_epoch * accumulate if epoch == first // per_epoch else 0
+        source = itertools.islice(batches, skipped, None)
+        for start in range(skipped, len(batches), accumulate):
             size = min(accumulate, len(batches) - start)
             yield Group(itertools.islice(source, size), size, first=start == 0)

@@ -1,43 +1,48 @@
-"""Images -> normalised batches, in an order and with an augmentation that (seed, epoch) alone decide."""
+"""Batches of normalized images. The seed and the epoch alone determine their order and augmentation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tersor.core.errors import InputError, unknown
-from tersor.data.augmentation import AUGMENTATIONS, Augmentation, augmented
+from tersor.core.errors import InputError
+from tersor.data.augmentation import Augmentation, Named, Transform, augmented, resolve
 from tersor.data.batch import Batch
 from tersor.data.image_sets import Images, Pixels
 from tersor.data.stratified import generator
 
+T = TypeVar("T")
 _ORDER, _AUGMENTATION = 0, 1  # the streams of random numbers of an epoch
 
 
 class Batches:
-    """An epoch of batches, as often as it is iterated; `set_epoch` for another order.
+    """Batches of an epoch; each iteration repeats them, and `set_epoch` selects another order and augmentation.
 
-    Without `shuffle`, every image comes once and the last batch may be smaller. With it, the last one is left out
-    where there is at least one full batch, so that BatchNorm never sees a handful of images. Every process of a
-    distributed run gets its own images and the same number of batches.
+    Without `shuffle`, every image occurs once and the last batch may be smaller. With `shuffle`, an incomplete last
+    batch is dropped unless it is the only one, so that BatchNorm never sees a handful of images. In a distributed run,
+    processes get different images and the same number of batches.
 
     Args:
-        images: what to take from.
-        batch_size: images a batch and process.
+        images: the images.
+        batch_size: images per batch and process.
         mean: of red, green and blue in [0, 1].
         std: of red, green and blue in [0, 1].
-        shuffle: a new order in every epoch.
-        seed: 0 or more; with the epoch, it decides order and augmentation.
-        augment: "none", "flip" or "crop_flip" (see `augmentation`).
+        shuffle: whether every epoch has a new order.
+        seed: 0 or more; determines order and augmentation together with the epoch.
+        augment: "none"; "flip"; "crop_flip"; classes of torchvision.transforms.v2 with their arguments, such as
+            [{"RandomCrop": {"size": 32, "padding": 4}}, "RandomHorizontalFlip"]; a callable: uint8 images
+            (B, 3, H, W) -> the same shape and data type; or "package.module:function" that names one. Transforms of
+            torchvision are called for each image. All are first called on a black image.
         rank: number of this process.
         world: number of processes.
 
     Raises:
-        InputError: batch_size below 1, no such augmentation, fewer images than processes, or images that cannot be
-            shared out one by one.
+        InputError: batch_size is below 1, the augmentation is unknown or changes shape or data type, there are fewer
+            images than processes, or batches of one image cannot be divided evenly among the processes.
     """
 
     def __init__(
@@ -56,59 +61,55 @@ class Batches:
         assert 0 <= rank < world
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}. Write 1 or more.")
-        if augment not in AUGMENTATIONS:
-            raise unknown("augmentation", augment, AUGMENTATIONS)
         if 0 < len(images) < world:
             raise InputError(f"{len(images)} images for {world} processes. Start at most {len(images)} processes.")
         if batch_size == 1 and not shuffle and len(images) % world:
-            raise InputError(f"{len(images)} images one by one for {world} processes do not come out even. Write 2.")
+            raise InputError(
+                f"{len(images)} images cannot be divided evenly among {world} processes in batches of one image. Write "
+                "batch_size 2."
+            )
         self.images = images
         self.batch_size = batch_size
         self._shuffle = shuffle
         self._seed = seed
-        self._augment: Augmentation = augment
+        self._augmentation: Named | Transform = resolve(augment)
+        augmented(torch.zeros(1, *images.size, 3, dtype=torch.uint8), self._augmentation, generator(seed))
         self._rank = rank
         self._world = world
         self._epoch = 0
-        # one number for every pixel and channel: arithmetic over rows of three does not fill a vector register
+        # repeated for every pixel: arithmetic over rows of three does not fill a vector register
         pixels = images.size[0] * images.size[1]
         self._mean = 255 * torch.tensor(mean, dtype=torch.float32).repeat(pixels)
         self._std = 255 * torch.tensor(std, dtype=torch.float32).repeat(pixels)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is the one of `epoch`."""
+        """Select the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Batches an epoch and process."""
+        """Batches per epoch and process."""
         everyone = self.batch_size * self._world
         full = len(self.images) // everyone
         return full if self._shuffle and full else -(-len(self.images) // everyone)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._epoch
-        order = enumerate(self._order(epoch))
+        decoded = (self._decoded(epoch, number, index) for number, index in enumerate(self._order(epoch)))
         if isinstance(self.images, Pixels):
-            for number, index in order:
-                yield self._batch(epoch, number, index)
+            yield from map(self._finished, decoded)
             return
-        # decoding takes long: it goes on in a thread while the batch before is worked on
-        with ThreadPoolExecutor(1) as decoder:
-            ahead: Future[Batch] | None = None
-            for number, index in order:
-                following = decoder.submit(self._batch, epoch, number, index)
-                if ahead is not None:
-                    yield ahead.result()
-                ahead = following
-            if ahead is not None:
-                yield ahead.result()
+        with ThreadPoolExecutor(1) as worker:
+            if callable(self._augmentation):  # it draws from the global generator, which the training thread uses too
+                yield from map(self._finished, _one_ahead(worker, decoded))
+            else:
+                yield from _one_ahead(worker, map(self._finished, decoded))
 
     def take(self, index: Tensor) -> Batch:
-        """The images at `index` (B,), normalised and not augmented."""
-        return self._normalised(self.images.take(index).permute(0, 2, 3, 1).contiguous(), index)
+        """Return the images at `index` (B,), normalized and not augmented."""
+        return self._normalized(self.images.take(index).permute(0, 2, 3, 1).contiguous(), index)
 
     def _order(self, epoch: int) -> Sequence[Tensor]:
-        """The places of the images of each batch of this process."""
+        """The indices of the images of each batch of this process."""
         count, everyone = len(self.images), self.batch_size * self._world
         if not count:
             return ()
@@ -117,16 +118,27 @@ class Batches:
             order = torch.randperm(count, generator=generator(self._seed, epoch, _ORDER))
             order = order[: count // everyone * everyone or count]
         batches = order[self._rank :: self._world].split(self.batch_size)
-        # the last images may not suffice for a batch of every process: those without one share theirs out anew
+        # if too few images are left for one more batch in every process, each divides its images evenly
         return batches if len(batches) == len(self) else order[self._rank :: self._world].tensor_split(len(self))
 
-    def _batch(self, epoch: int, number: int, index: Tensor) -> Batch:
-        # a generator for each batch: what one batch draws does not depend on the batches before
+    def _decoded(self, epoch: int, number: int, index: Tensor) -> tuple[Tensor, Tensor, torch.Generator]:
+        # a generator for each batch, so that a batch does not depend on the batches before it
         draw = generator(self._seed, epoch, _AUGMENTATION, self._rank, number)
-        pixels = augmented(self.images.take(index).permute(0, 2, 3, 1).contiguous(), self._augment, draw)
-        return self._normalised(pixels, index)
+        return self.images.take(index).permute(0, 2, 3, 1).contiguous(), index, draw
 
-    def _normalised(self, pixels: Tensor, index: Tensor) -> Batch:
+    def _finished(self, decoded: tuple[Tensor, Tensor, torch.Generator]) -> Batch:
+        pixels, index, draw = decoded
+        return self._normalized(augmented(pixels, self._augmentation, draw), index)
+
+    def _normalized(self, pixels: Tensor, index: Tensor) -> Batch:
         """Pixels (B, H, W, 3) uint8 -> a batch."""
         values = pixels.view(len(index), -1).to(torch.float32).sub_(self._mean).div_(self._std)
         return Batch(values.view(pixels.shape).permute(0, 3, 1, 2), self.images.labels[index], index)
+
+
+def _one_ahead(worker: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:
+    """Yield the items; `worker` makes the next one meanwhile."""
+    following = worker.submit(next, items, None)
+    while (item := following.result()) is not None:
+        following = worker.submit(next, items, None)
+        yield item

@@ -1,4 +1,4 @@
-"""Data sets by name: the bundled digits, torchvision's, and what a user's function returns."""
+"""Data sets by name: the digits of scikit-learn, those of torchvision, and those that a user's function returns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from torch import Tensor
 from tersor.core.errors import InputError, unknown
 from tersor.core.import_path import call_with, import_function, is_function_path
 from tersor.data.decoding import rgb
-from tersor.data.image_sets import THREADS, Decoded, View
-from tersor.data.splits import Splits
+from tersor.data.image_sets import THREADS, Decoded, Splits, View
 from tersor.data.stratified import generator, stratified
 
 _TRAIN: dict[str, Any] = {"train": True}
@@ -33,17 +32,17 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "SVHN": ({"split": "train"}, {"split": "test"}),
     "USPS": (_TRAIN, _TEST),
 }
-"""Class -> what to call it with for the training and for the test set: those that tell their labels unread."""
+"""Class -> its arguments for the training set and for the test set. All list their labels without decoding images."""
 
 DIGITS_TEST_SHARE = 0.2
 _DIGITS_TEST_SEED = 0
 
 
 def from_name(name: str, root: Path | None, image_size: int | None) -> Splits:
-    """`digits`, one of `TORCHVISION` (in any case), or `package.module:function`.
+    """Load `digits`, one of `TORCHVISION` (case is ignored), or what `package.module:function` returns.
 
     Raises:
-        InputError: no such name, the set is not under `root`, or the function returned something else.
+        InputError: the name is unknown, the files are not under `root`, or the function returns anything else.
     """
     if is_function_path(name):
         return _from_function(name, root, image_size)
@@ -53,13 +52,13 @@ def from_name(name: str, root: Path | None, image_size: int | None) -> Splits:
     if name.lower() != "digits":
         raise unknown("data name", name.lower(), ["digits", *by_name, "package.module:function"])
     if root is not None:
-        raise InputError("the digits are bundled and have no root. Leave root out.")
+        raise InputError("the digits are part of scikit-learn and need no root. Leave root out.")
     return _digits(image_size)
 
 
 def _digits(image_size: int | None) -> Splits:
-    """1,797 handwritten digits of 8x8 pixels; a fifth, always the same, is the test set."""
-    from sklearn.datasets import load_digits  # here, because it takes a second
+    """1,797 handwritten digits of 8x8 pixels; the test set is a fifth, always the same."""
+    from sklearn.datasets import load_digits  # imported here because it takes a second
 
     data = cast("Any", load_digits())
     gray: NDArray[np.uint8] = np.round(data.images * (255 / 16)).astype(np.uint8)
@@ -72,21 +71,21 @@ def _digits(image_size: int | None) -> Splits:
 
 
 def _from_torchvision(name: str, root: Path | None, image_size: int | None) -> Splits:
-    from torchvision import datasets  # here, because it takes a second
+    from torchvision import datasets  # imported here because it takes a second
 
     if root is None:
-        raise InputError(f"data '{name}' needs root, the folder that torchvision's files of it lie in.")
+        raise InputError(f"data '{name}' needs root, the folder of torchvision's files.")
     make = cast("Callable[..., Any]", getattr(datasets, name))
     try:
         train, test = (make(root=str(root), **options) for options in TORCHVISION[name])
     except (RuntimeError, OSError) as error:
-        raise InputError(f"'{name}' does not lie in '{root}'. {_how_to_get(name, root)} ({error})") from error
+        raise InputError(f"'{name}' cannot be loaded from '{root}'. {_how_to_get(name, root)} ({error})") from error
     return _from_pair(name, train, test, image_size, THREADS)
 
 
 def _how_to_get(name: str, root: Path) -> str:
     if name == "ImageNet":
-        return "Put ILSVRC2012_devkit_t12.tar.gz, _img_train.tar and _img_val.tar there: they need an account."
+        return "Put ILSVRC2012_devkit_t12.tar.gz, _img_train.tar and _img_val.tar there; the download needs an account."
     calls = (
         f"{name}({str(root)!r}, {', '.join(f'{key}={value!r}' for key, value in options.items())}, download=True)"
         for options in TORCHVISION[name]
@@ -95,20 +94,21 @@ def _how_to_get(name: str, root: Path) -> str:
 
 
 def _from_function(path: str, root: Path | None, image_size: int | None) -> Splits:
-    made = call_with(path, import_function(path), **({} if root is None else {"root": str(root)}))
-    if isinstance(made, Splits):
-        return made
-    if not isinstance(made, tuple | list) or len(made) != 2:
+    returned = call_with(path, import_function(path), **({} if root is None else {"root": str(root)}))
+    if isinstance(returned, Splits):
+        return returned
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
         raise InputError(
-            f"'{path}' returned {_described(made)}. Return a tersor.data.Splits, or a pair (train, test) of torch "
+            f"'{path}' returned {_described(returned)}. Return a tersor.data.Splits, or a pair (train, test) of torch "
             "Datasets of (PIL image or uint8 tensor, class number)."
         )
-    # somebody's data set may not bear several threads
-    return _from_pair(path, made[0], made[1], image_size, threads=1)
+    # a user's data set may not be thread-safe
+    return _from_pair(path, returned[0], returned[1], image_size, threads=1)
 
 
-def _described(made: object) -> str:
-    return f"{len(made)} things" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
+def _described(value: object) -> str:
+    length = f" of length {len(value)}" if isinstance(value, tuple | list) else ""
+    return f"a {type(value).__name__}{length}"
 
 
 def _from_pair(name: str, train: Any, test: Any, image_size: int | None, threads: int) -> Splits:
@@ -117,27 +117,29 @@ def _from_pair(name: str, train: Any, test: Any, image_size: int | None, threads
         for which, dataset in (("training", train), ("test", test))
     ]
     count = 1 + int(max(images.labels.max() for images in sets))
-    given = getattr(train, "classes", None) or range(count)
-    classes = tuple(", ".join(each) if isinstance(each, tuple) else str(each) for each in given)
+    names = getattr(train, "classes", None) or range(count)
+    classes = tuple(", ".join(each) if isinstance(each, tuple) else str(each) for each in names)
     return Splits(sets[0], View(sets[0], torch.arange(0)), sets[1], classes)
 
 
 def _from_dataset(name: str, dataset: Any, image_size: int | None, threads: int) -> Decoded:
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
-        raise InputError(f"{name}: it is a {type(dataset).__name__}, or empty. Give a torch Dataset with a length.")
+        raise InputError(
+            f"{name}: a {type(dataset).__name__} that is empty or has no length. Return a torch Dataset with a length."
+        )
     labels = _labels(name, dataset)
 
     def read(number: int) -> NDArray[np.uint8]:
         image, label = _item(name, dataset, number)
         if label != labels[number]:
-            raise InputError(f"{name}: image {number} has label {label}, but {int(labels[number])} when asked before.")
+            raise InputError(f"{name}: image {number} has label {label}, but had label {int(labels[number])} before.")
         return rgb(image, image_size, f"{name}: image {number}")
 
     return Decoded(labels, read, threads)
 
 
 def _labels(name: str, dataset: Any) -> Tensor:
-    """The labels as the data set lists them, as torchvision's do; if it does not, every image has to be asked."""
+    """The labels that the data set lists, as torchvision's do; otherwise every item is loaded."""
     for attribute in ("targets", "labels"):
         listed = getattr(dataset, attribute, None)
         if listed is not None and len(listed) == len(dataset) and getattr(dataset, "target_transform", None) is None:
@@ -146,11 +148,13 @@ def _labels(name: str, dataset: Any) -> Tensor:
 
 
 def _class_numbers(what: str, listed: NDArray[Any]) -> Tensor:
-    """The labels (N,) that a data set lists, as int64."""
+    """Labels (N,) as int64."""
     if listed.ndim != 1 or listed.dtype.kind not in "iu":
-        told = f"{what} are of {listed.dtype}, of shape {listed.shape}"
-        advice = "Write argmax(1) of one-hot labels" if listed.ndim > 1 and listed.shape[-1] > 1 else "Convert them"
-        raise InputError(f"{told}. Give class numbers ({len(listed)},), whole numbers from 0 on. {advice}.")
+        advice = "Write labels.argmax(1)" if listed.ndim > 1 and listed.shape[-1] > 1 else "Convert them"
+        raise InputError(
+            f"{what} have the data type {listed.dtype} and the shape {listed.shape}. Possible: class numbers "
+            f"({len(listed)},), integers from 0. {advice}."
+        )
     return torch.from_numpy(listed.astype(np.int64))
 
 
@@ -158,11 +162,11 @@ def _item(name: str, dataset: Any, number: int) -> tuple[object, int]:
     item = dataset[number]
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise InputError(
-            f"{name}: item {number} is {_described(item)}. Give (PIL image or uint8 tensor, class number)."
+            f"{name}: item {number} is {_described(item)}. Possible: (PIL image or uint8 tensor, class number)."
         )
     try:
         return item[0], operator.index(item[1])
     except TypeError as error:
         raise InputError(
-            f"{name}: the label of item {number} is a {type(item[1]).__name__}. Give a class number, an int from 0 on."
+            f"{name}: the label of item {number} is a {type(item[1]).__name__}. Possible: a class number (int)."
         ) from error

@@ -1,10 +1,11 @@
-"""Labelled images that lie in memory, or that are decoded when they are asked for."""
+"""Labelled images in memory or decoded on demand, and their division into training, validation and test sets."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 
+Channels = tuple[float, float, float]
+
 CHUNK = 1024
-"""Images that are decoded in one go when all of them are wanted: many for the threads, few for the memory."""
+"""Images decoded at once when a whole set is decoded: enough for the threads, few enough for the memory."""
 
 THREADS = min(16, os.cpu_count() or 1)
 
@@ -36,7 +39,7 @@ class Images(Protocol):
         ...
 
     def take(self, index: Tensor) -> Tensor:
-        """The pixels of the images at `index` (B,), as uint8 (B, 3, H, W); the same at every call."""
+        """Return the images at `index` (B,) as uint8 (B, 3, H, W); the same at every call."""
         ...
 
 
@@ -44,7 +47,7 @@ class Pixels:
     """Images in memory.
 
     Args:
-        pixels: (N, H, W, 3) uint8, channels last: as they are decoded, and as convolutions like them.
+        pixels: (N, H, W, 3) uint8.
         labels: (N,) int64.
     """
 
@@ -60,25 +63,25 @@ class Pixels:
         return len(self.labels)
 
     def take(self, index: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) in channels_last order, a copy."""
+        """Return a copy, uint8 (B, 3, H, W) in channels_last order."""
         return self._pixels.index_select(0, index).permute(0, 3, 1, 2)
 
 
 class Decoded:
-    """Images that are decoded at every call.
+    """Images decoded at every call.
 
     Args:
         labels: (N,) int64.
-        read: number of an image -> its pixels (H, W, 3); called from several threads at once if `threads` > 1.
-        threads: how many images are decoded side by side.
+        read: number of an image -> its pixels (H, W, 3); called from several threads if `threads` > 1.
+        threads: number of images decoded in parallel.
 
     Raises:
-        InputError: there is no image, or what `read` raises for the first one.
+        InputError: there is no image, or `read` raises it for the first one.
     """
 
     def __init__(self, labels: Tensor, read: Callable[[int], NDArray[np.uint8]], threads: int = THREADS) -> None:
         if not len(labels):
-            raise InputError("a set of no images. Give at least two images to train on, and one to test.")
+            raise InputError("a data set has no images. At least two training images and one test image are needed.")
         self.labels = labels
         self._read = read
         self._threads = threads
@@ -89,17 +92,17 @@ class Decoded:
         return len(self.labels)
 
     def take(self, index: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) in channels_last order.
+        """Return uint8 (B, 3, H, W) in channels_last order.
 
         Raises:
-            InputError: an image cannot be decoded, or is of another size than the first one.
+            InputError: an image cannot be decoded, or its size differs from the first one's.
         """
         numbers = index.tolist()
         pixels = np.empty((len(numbers), *self.size, 3), np.uint8)
 
         def decode(places: range) -> None:
             for place in places:
-                pixels[place] = self._of_this_size(self._read(numbers[place]))
+                pixels[place] = self._checked_size(self._read(numbers[place]))
 
         if self._threads == 1:
             decode(range(len(numbers)))
@@ -107,25 +110,25 @@ class Decoded:
             run = max(1, len(numbers) // (4 * self._threads))
             runs = [range(start, min(start + run, len(numbers))) for start in range(0, len(numbers), run)]
             with ThreadPoolExecutor(self._threads) as pool:
-                list(pool.map(decode, runs))  # the list, so that what a thread raises is raised here
+                list(pool.map(decode, runs))  # raises what a thread raised
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    def _of_this_size(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _checked_size(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         height, width, _ = image.shape
         if (height, width) != self.size:
             raise InputError(
-                f"images of several sizes: {self.size[1]}x{self.size[0]} and {width}x{height} pixels among others. "
-                f"Give image_size, the side of the square that all are resized and cropped to (as in image_size: 224)."
+                f"the images differ in size: {self.size[1]}x{self.size[0]} and {width}x{height} pixels, for example. "
+                "Write image_size, the side of the square that all are resized and cropped to, such as image_size: 224."
             )
         return image
 
 
 class View:
-    """Some of the images of another set, in another order.
+    """A selection of another set's images.
 
     Args:
         images: the other set.
-        index: (M,) places in it.
+        index: (M,) numbers of its images.
     """
 
     def __init__(self, images: Images, index: Tensor) -> None:
@@ -138,12 +141,33 @@ class View:
         return len(self._index)
 
     def take(self, index: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W)."""
+        """Return uint8 (B, 3, H, W)."""
         return self._images.take(self._index[index])
 
 
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation and test images with the same classes.
+
+    Attributes:
+        train: the images to train on.
+        validation: the images to choose by; may be empty.
+        test: the images for the reported results only.
+        classes: the name of each class number.
+        mean: of red, green and blue in [0, 1]; subtracted from every pixel.
+        std: of red, green and blue in [0, 1]; every pixel is then divided by it.
+    """
+
+    train: Images
+    validation: Images
+    test: Images
+    classes: tuple[str, ...]
+    mean: Channels | None = None
+    std: Channels | None = None
+
+
 def in_memory(images: Images) -> Pixels:
-    """The same images, decoded once and for all."""
+    """Decode all images into memory."""
     if isinstance(images, Pixels):
         return images
     pixels = torch.empty((len(images), *images.size, 3), dtype=torch.uint8)
@@ -154,5 +178,5 @@ def in_memory(images: Images) -> Pixels:
 
 
 def bytes_in_memory(images: Images) -> int:
-    """What `in_memory` would take."""
+    """Size of the decoded images in bytes."""
     return len(images) * images.size[0] * images.size[1] * 3

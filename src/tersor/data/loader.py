@@ -1,4 +1,4 @@
-"""A user's own loader: its batches are checked before they are trained on."""
+"""A user's loader, whose batches are checked before training on them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch, images_of
-from tersor.data.batch_errors import wrong_labels
+from tersor.data.batch_errors import labels_error
 
 
-def given_labels(batch: Any) -> Tensor | None:
-    """What lies where labels should, unchecked.
+def unchecked_labels(batch: Any) -> Tensor | None:
+    """Return the labels of a user's batch, if they are a tensor.
 
     Raises:
-        InputError: it is a numpy array.
+        InputError: they are a numpy array.
     """
     if isinstance(batch, Batch):
         return batch.labels
@@ -27,42 +27,40 @@ def given_labels(batch: Any) -> Tensor | None:
     return second if isinstance(second, Tensor) else None
 
 
-def batches_of(given: Any, images: int | None = None) -> tuple[Iterable[Any], Tensor]:
-    """Batches that can be iterated more than once, and the images of the first: those of a generator are kept.
+def batches_of(loader: Any, images: int | None = None) -> tuple[Iterable[Any], Tensor]:
+    """Return batches that can be iterated more than once, and the images of the first.
 
     Args:
-        given: what a user passed as loader; one tensor (N, C, H, W) is one batch.
-        images: how many of a generator's are kept; None for all.
+        loader: what a user passed as the loader; a tensor (N, C, H, W) is one batch. Batches of a generator are kept.
+        images: number of images of a generator to keep; None for all.
 
     Raises:
-        InputError: it holds no batches, or not a single one.
+        InputError: the loader has no batches.
     """
-    if isinstance(given, Tensor):
-        given = [given]
-    if isinstance(given, tuple | list) and _is_a_batch(cast("list[Any]", given)):
-        raise InputError("a batch was given as the loader. Pass a list of batches: [(images, labels)].")
-    if isinstance(given, str | dict) or not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
+    if isinstance(loader, Tensor):
+        loader = [loader]
+    if isinstance(loader, tuple | list) and _is_a_batch(cast("list[Any]", loader)):
+        raise InputError("a batch was passed as the loader. Pass a list of batches: [(images, labels)].")
+    if isinstance(loader, str | dict) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise InputError(
-            f"the loader is of type {type(given).__name__}. Pass a DataLoader, or a list of batches (N, C, H, W)."
+            f"the loader is of type {type(loader).__name__}. Pass a DataLoader, or a list of batches (N, C, H, W)."
         )
-    batches = iter(given)
+    batches = iter(loader)
     first = next(batches, None)
     if first is None:
         raise InputError("the loader is empty. Pass a DataLoader, or a list, with batches of images (N, C, H, W).")
-    seen = images_of(first)
-    if not len(seen):
-        raise InputError(
-            f"the first batch is empty: it has no image (shape {tuple(seen.shape)}). Leave empty ones out."
-        )
-    return (_kept(chain([first], batches), images) if batches is given else given), seen
+    first_images = images_of(first)
+    if not len(first_images):
+        raise InputError(f"the first batch has no image (shape {tuple(first_images.shape)}). Leave empty batches out.")
+    return (_first_batches(chain([first], batches), images) if batches is loader else loader), first_images
 
 
-def _is_a_batch(given: list[Any]) -> bool:
-    """Whether this is images and their labels, where batches were asked for."""
-    return len(given) == 2 and all(isinstance(each, Tensor) for each in given) and given[0].ndim == 4 > given[1].ndim
+def _is_a_batch(pair: list[Any]) -> bool:
+    """Whether `pair` is one batch, images and labels, in place of a list of batches."""
+    return len(pair) == 2 and all(isinstance(each, Tensor) for each in pair) and pair[0].ndim == 4 > pair[1].ndim
 
 
-def _kept(batches: Iterable[Any], images: int | None) -> list[Any]:
+def _first_batches(batches: Iterable[Any], images: int | None) -> list[Any]:
     kept: list[Any] = []
     count = 0
     for batch in batches:
@@ -74,11 +72,11 @@ def _kept(batches: Iterable[Any], images: int | None) -> list[Any]:
 
 
 class Loader:
-    """A user's loader as the loop takes it: batches that it makes anew for every epoch, in an order of its own.
+    """A `BatchSource` over a user's loader, which shuffles by itself.
 
     Args:
-        loader: with a length; batches (images, labels), or of images alone.
-        classes: how many there are; None where labels are not asked for.
+        loader: has a length; batches are (images, labels), or images alone.
+        classes: number of classes; None if labels are not needed.
     """
 
     def __init__(self, loader: Iterable[Any], classes: int | None) -> None:
@@ -94,22 +92,22 @@ class Loader:
         for batch in self.loader:
             images = images_of(batch)
             if not len(images):
-                raise InputError("a batch of the data is empty. Leave empty ones out.")
+                raise InputError("a batch of the data is empty. Leave empty batches out.")
             if not images.is_floating_point():
-                raise InputError(f"a batch of the data is of {images.dtype}. Pass normalised images in floating point.")
-            yield Batch(images, None if self.classes is None else self._checked(given_labels(batch), len(images)))
+                raise InputError(f"a batch of the data is of {images.dtype}. Pass normalized floating-point images.")
+            yield Batch(images, None if self.classes is None else self._checked(unchecked_labels(batch), len(images)))
 
     def set_epoch(self, epoch: int) -> None:
-        """A sampler that heeds the epoch (of a distributed run) is told; any other draws its own order."""
-        tell = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
-        if callable(tell):
-            tell(epoch)
+        """Pass the epoch to a sampler that depends on it, as in distributed runs."""
+        set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
 
     def _checked(self, labels: Tensor | None, images: int) -> Tensor:
-        """Labels (N,) as int64."""
+        """Return valid labels (N,) as int64."""
         if labels is None:
-            raise InputError("a batch has no labels. Give batches (images, labels), or write label_weight=0.")
-        error = wrong_labels(labels, images, self.classes, self._least)
+            raise InputError("a batch has no labels. Pass batches (images, labels), or write label_weight=0.")
+        error = labels_error(labels, images, self.classes, self._least)
         if error is not None:
             raise error
         low = int(labels.min())

@@ -1,4 +1,4 @@
-"""Sets cut from others: in proportion to the classes, and drawn from generators of their own."""
+"""Stratified random splits, and generators seeded by several numbers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A generator that the `numbers` alone decide; neighbouring ones give unrelated streams."""
-    # with their count, because a SeedSequence does not tell (1,) from (1, 0)
+    """Return a generator seeded by the `numbers`; neighbouring seeds give unrelated streams."""
+    # the count is included because a SeedSequence treats (1,) and (1, 0) alike
     state = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -17,17 +17,17 @@ def generator(*numbers: int) -> torch.Generator:
 def stratified(
     labels: Tensor, count: int, draw: torch.Generator, *, at_least: int = 0, leave: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Draws `count` places, of every class in proportion.
+    """Draw `count` indices, from every class in proportion.
 
     Args:
         labels: (N,) class numbers.
-        count: how many to draw.
-        draw: where the random numbers come from.
-        at_least: how many of every class that occurs are drawn.
-        leave: how many of every class that occurs are left.
+        count: number of indices to draw.
+        draw: the source of random numbers.
+        at_least: minimum to draw from every class that occurs.
+        leave: minimum to leave of every class that occurs.
 
     Returns:
-        Places drawn (count,) and places left (N - count,), both in rising order.
+        Indices drawn (count,) and the others (N - count,), both in ascending order.
     """
     of_class = torch.bincount(labels)
     quota = torch.tensor(_quotas(of_class.tolist(), count, at_least, leave))
@@ -40,10 +40,10 @@ def stratified(
 
 
 def _quotas(of_class: list[int], count: int, at_least: int, leave: int) -> list[int]:
-    """How many to draw of each class: largest remainders first, ties by class number."""
+    """Number to draw from each class, by largest remainder; ties go to the lower class number."""
     lowest = [min(at_least, n) for n in of_class]
     highest = [max(n - leave, 0) for n in of_class]
-    assert sum(lowest) <= count <= sum(highest), "the caller says to the user what is impossible"
+    assert sum(lowest) <= count <= sum(highest), "callers check this and raise InputError"
     share = [count * n / sum(of_class) for n in of_class]
     quota = [min(max(int(s), low), high) for s, low, high in zip(share, lowest, highest, strict=True)]
     classes = range(len(of_class))

@@ -10,7 +10,6 @@ converts, and what it writes about this machine (stack traces with paths) is tak
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tersor.core.errors import InputError
+from tersor.core.files import write_file
 from tersor.deploy.int4_packing import pack
 from tersor.deploy.integer_graph import deployed
 from tersor.deploy.outputs import output_names
@@ -112,7 +112,7 @@ def export(
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
     onnx.checker.check_model(proto, full_check=True)
-    _write(proto, path)
+    write_file(path, proto.SerializeToString())
     return path
 
 
@@ -198,14 +198,3 @@ def _module_path(node: onnx.NodeProto) -> str:
             paths = [scope for scope in scopes if scope]
             return paths[-2].removeprefix("network.") if len(paths) > 1 else ""
     return ""
-
-
-def _write(proto: onnx.ModelProto, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(proto.SerializeToString())
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -26,8 +26,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core import distributed
+from tersor.core.device import seeded
 from tersor.core.errors import InputError
-from tersor.core.seeded import seeded
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import as_map
 from tersor.training.attachment import Attachment, without_loss

@@ -31,8 +31,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from tersor.core.device import seeded
 from tersor.core.errors import InputError
-from tersor.core.seeded import seeded
 from tersor.data.batch import Batch, images_of
 from tersor.graph.feature_extraction import FeatureExtractor, as_map, pooled
 from tersor.training.attachment import Attachment, without_loss

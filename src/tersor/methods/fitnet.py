@@ -24,8 +24,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from tersor.core.device import seeded
 from tersor.core.errors import InputError
-from tersor.core.seeded import seeded
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import pooled
 from tersor.training.attachment import Attachment, without_loss

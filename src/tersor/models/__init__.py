@@ -2,6 +2,6 @@
 
 from tersor.models.registry import build, names
 from tersor.models.weights import load_weights, normalization, save_weights
-from tersor.models.weights_mismatch import OtherClasses
+from tersor.models.weights_matching import OtherClasses
 
 __all__ = ["OtherClasses", "build", "load_weights", "names", "normalization", "save_weights"]

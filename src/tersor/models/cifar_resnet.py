@@ -1,8 +1,8 @@
 """The CIFAR ResNets of He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 
 Depth 6n + 2: a convolution, three stages of n blocks with 16, 32 and 64 channels, a linear layer. Shortcuts have no
-parameters (option A): where a stage halves the image, every second pixel, the new channels padded with zeros.
-The paper does not say on which side; like the widely used weights of akamaster/pytorch_resnet_cifar10, half on each.
+parameters (option A): where a stage halves the image, they take every second pixel and pad the new channels with zeros,
+half on each side as in the widely used weights of akamaster/pytorch_resnet_cifar10. The paper does not state the side.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Name -> network, with random weights. Nothing is ever downloaded."""
+"""Build networks by name, with random weights. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _WITH_AUXILIARY_HEADS = {"googlenet", "inception_v3"}
 
 
 def names() -> list[str]:
-    """Every network that `build` knows by name: those for CIFAR, then torchvision's classification networks."""
-    from torchvision import models  # takes seconds to import, and most runs need none of it
+    """Return the names that `build` accepts: networks for CIFAR, then torchvision's classification networks."""
+    from torchvision import models  # imported here because it takes seconds
 
     return [*CIFAR_RESNETS, *FOURFOLD_RESNETS, *WIDE_RESNETS, *models.list_models(module=models)]
 
 
 def build(name: str, num_classes: int | None = None) -> nn.Module:
-    """A network with random weights.
+    """Build a network with random weights.
 
     Args:
-        name: `resnet20`, 32, 44, 56, 110, `resnet8x4`, `wrn_16_2` and such for CIFAR; a torchvision network
-            (`resnet18`, `mobilenet_v2`); or `package.module:function`, which is called with `num_classes` if it
-            accepts that and returns a network.
+        name: a network for CIFAR (`resnet20`, 32, 44, 56, 110, `resnet8x4`, `wrn_16_2`), a torchvision network
+            (`resnet18`, `mobilenet_v2`), or `package.module:function`, which is called with `num_classes` if it
+            accepts that, and returns a network.
         num_classes: number of logits; None for the network's own (10 for CIFAR, 1000 in torchvision).
 
     Raises:
-        InputError: no such name, or the function cannot be imported or returns something else.
+        InputError: the name is unknown, or the function cannot be imported or does not return a network.
     """
     if num_classes is not None and num_classes < 1:
-        raise InputError(f"num_classes is {num_classes}. Write a number of 1 or more.")
+        raise InputError(f"num_classes is {num_classes}. Write 1 or more.")
     options = {} if num_classes is None else {"num_classes": num_classes}
     if is_function_path(name):
         return _from_function(name, options)
@@ -64,6 +64,6 @@ def _from_torchvision(name: str, options: dict[str, int]) -> nn.Module:
     from torchvision import models
 
     if name in _WITH_AUXILIARY_HEADS:
-        # the heads answer beside the logits while training, and are thrown away after it
+        # auxiliary heads return further outputs in training and are unused in eval
         return models.get_model(name, weights=None, aux_logits=False, init_weights=True, **options)
     return models.get_model(name, weights=None, **options)

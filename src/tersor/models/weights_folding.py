@@ -1,12 +1,11 @@
-"""What torch saves of a weight that it computes, folded into the weight: exact in eval.
+"""Fold weights that torch saves as parts, such as those of weight_norm; exact in eval mode.
 
     weight_norm      w = g * v / ||v||              weight_g, weight_v or parametrizations.weight.original0, original1
     spectral_norm    w = w_orig / (u . W v)         weight_orig, weight_u, weight_v or
                                                     parametrizations.weight.original, 0._u, 0._v
     prune            w = w_orig * mask              weight_orig, weight_mask
 
-W is w_orig as a matrix with a row for each entry of u: each output channel, which a transposed convolution has along
-dimension 1.
+W is w_orig as a matrix with one row per output channel, which is dimension 1 in transposed convolutions.
 """
 
 from __future__ import annotations
@@ -24,28 +23,28 @@ _PARTS = (
 _NAMED = {"g": "original0", "orig": "original", "u": "0._u"}
 
 
-def folded(tensors: dict[str, Tensor], transposed: Iterable[str]) -> dict[str, Tensor]:
-    """The same `state_dict` with plain weights; what is none of these stays as it is.
+def fold(tensors: dict[str, Tensor], transposed: Iterable[str]) -> dict[str, Tensor]:
+    """Return the `state_dict` with plain weights; other tensors stay as they are.
 
     Args:
         tensors: by key.
-        transposed: keys of the weights of transposed convolutions, without the prefix that those of `tensors` may have.
+        transposed: keys of the weights of transposed convolutions, without a prefix.
     """
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, value in tensors.items():
-        found = next((match for match in (pattern.fullmatch(key) for pattern in _PARTS) if match), None)
-        if found:
-            part = found["part"]
-            parts.setdefault(found["of"] + found["name"], {})[_NAMED.get(part, part)] = (key, value)
+        match = next((found for found in (pattern.fullmatch(key) for pattern in _PARTS) if found), None)
+        if match:
+            part = match["part"]
+            parts.setdefault(match["of"] + match["name"], {})[_NAMED.get(part, part)] = (key, value)
     result = dict(tensors)
-    for name, found in parts.items():
+    for name, entries in parts.items():
         rows = int(any(f".{name}".endswith(f".{key}") for key in transposed))
         try:
-            weight = _weight({part: value for part, (_, value) in found.items()}, rows)
-        except (RuntimeError, IndexError):  # their shapes do not fit: it only bears such names
+            weight = _weight({part: value for part, (_, value) in entries.items()}, rows)
+        except (RuntimeError, IndexError):  # the shapes do not fit, so the names are a coincidence
             continue
         if weight is not None:
-            for key, _ in found.values():
+            for key, _ in entries.values():
                 del result[key]
             result[name] = weight
     return result

@@ -1,4 +1,4 @@
-"""Wider networks for small images, which the papers of distillation teach with.
+"""Wider networks for small images, the usual teachers in papers on distillation.
 
 Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016: `wrn_16_2` has depth 16 = 6n + 4 and k = 2 times 16, 32
 and 64 channels; BatchNorm and ReLU come before each convolution, and once more at the end.
@@ -17,7 +17,7 @@ FOURFOLD_RESNETS = {f"resnet{depth}x4": depth for depth in (8, 32)}
 
 
 class PreActivationBlock(nn.Module):
-    """BatchNorm, ReLU, convolution, twice; the shortcut starts behind the first ReLU where the shape changes."""
+    """Twice BatchNorm, ReLU, convolution; the shortcut starts after the first ReLU where the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A Wide ResNet; `layer1` to `layer3` give what their sums are, before the BatchNorm that follows."""
+    """A Wide ResNet; `layer1` to `layer3` return the sums before the next BatchNorm."""
 
     def __init__(self, depth: int, k: int, num_classes: int = 10) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class WideResNet(nn.Module):
 
 
 class ConvolutionShortcutBlock(nn.Module):
-    """Two 3x3 convolutions, and a 1x1 convolution beside them where the shape changes."""
+    """Two 3x3 convolutions; the shortcut is a 1x1 convolution where the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch, images_of
-from tersor.data.batch_errors import wrong_labels
-from tersor.data.loader import batches_of, given_labels
+from tersor.data.batch_errors import labels_error
+from tersor.data.loader import batches_of, unchecked_labels
 from tersor.evaluation.session import Session
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.feeding import check_forward, described, only_tensors
@@ -110,8 +110,8 @@ def classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> i
 def labelled(batches: Iterable[Any], classes: int, most: int) -> Iterator[Batch]:
     """The first `most` batches, with labels where those are class indices."""
     for batch in islice(batches, most):
-        images, labels = images_of(batch), given_labels(batch)
-        usable = labels is not None and wrong_labels(labels, len(images), classes) is None
+        images, labels = images_of(batch), unchecked_labels(batch)
+        usable = labels is not None and labels_error(labels, len(images), classes) is None
         yield Batch(images, labels.long() if labels is not None and usable else None)
 
 
@@ -124,7 +124,7 @@ def check_labels(network: nn.Module, batches: Iterable[Any], images: int) -> Non
     seen: list[tuple[Tensor, Tensor | None]] = []
     left = images
     for batch in batches:
-        seen.append((images_of(batch), given_labels(batch)))
+        seen.append((images_of(batch), unchecked_labels(batch)))
         left -= len(seen[-1][0])
         if left <= 0:
             break
@@ -148,7 +148,7 @@ def all_labels(batches: Sequence[tuple[Tensor, Tensor | None]], classes: int) ->
     for images, labels in batches:
         if labels is None:
             return None
-        error = wrong_labels(labels, len(images), classes, least)
+        error = labels_error(labels, len(images), classes, least)
         if error is not None:
             raise error
         if len(labels):

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tersor.core import distributed
+from tersor.core.files import replacing
 from tersor.core.target import Target
 from tersor.training.context import LatencyRatio
 
@@ -51,9 +52,8 @@ class CachedLatencyRatio:
             return {}
 
     def _write(self, cached: dict[str, float]) -> None:
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(cached))
-        partial.replace(self.file)
+        with replacing(self.file) as partial:
+            partial.write_text(json.dumps(cached))
 
 
 def _from_rank0(value: float) -> float:

@@ -6,7 +6,6 @@ NAME.sensitivity.svg      the same as a heat map
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tersor.core.errors import InputError
+from tersor.core.files import sha256, write_file
 from tersor.core.progress import ProgressReporter
 from tersor.data import Images
 from tersor.data.image_sets import View
@@ -91,11 +91,11 @@ def measure(
     progress.advance(len(known))
     for cost in sensitivity(quantizers, experiment.batches(shown, EVALUATION_BATCH), asked, target=recipe.target):
         found.costs.append(cost)
-        _write(out, found.model_dump_json(indent=1) + "\n")
+        write_file(out, (found.model_dump_json(indent=1) + "\n").encode())
         progress.advance(error=cost.error)
     figure = out.with_suffix(".svg")
     title = f"{recipe.model.name}: sensitivity of each layer, quantized alone"
-    _write(figure, sensitivity_svg(found.costs, weights, title, _subtitle(len(shown))))
+    write_file(figure, sensitivity_svg(found.costs, weights, title, _subtitle(len(shown))).encode())
     return found, figure
 
 
@@ -124,12 +124,10 @@ def _some(images: Images, count: int | None, seed: int) -> Images:
 
 def _measured_with(recipe: Recipe, images: int) -> dict[str, Any]:
     assert recipe.model.weights is not None
-    with recipe.model.weights.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()[:_DIGITS]
     data = recipe.data.model_dump(mode="json", exclude={"augment"})
     return {
         "model.name": recipe.model.name,
-        "SHA-256 of model.weights": digest,
+        "SHA-256 of model.weights": sha256(recipe.model.weights)[:_DIGITS],
         **{f"data.{key}": value for key, value in data.items()},
         "seed": recipe.seed,
         "target.cpu": recipe.target.cpu,
@@ -155,15 +153,3 @@ def _begun(out: Path, fresh: BitCosts) -> BitCosts:
     if found.weights != fresh.weights:
         raise InputError(f"{out} was measured on a model with other layers. {remedy}")
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    """Write atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)

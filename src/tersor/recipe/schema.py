@@ -12,12 +12,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
 from tersor import methods as registry
 from tersor.core.errors import InputError
+from tersor.core.import_path import named
 from tersor.core.target import Target
 from tersor.recipe.recipe_file import text_of
 from tersor.recipe.validation_errors import explain
@@ -26,6 +36,8 @@ from tersor.training.options import PLAIN, Training
 
 Channels = tuple[float, float, float]
 Named = Annotated[str, Field(min_length=1)]
+_Transforms = Annotated[list[str | dict[str, dict[str, Any] | None]], Field(min_length=1)]
+_augmentation = named("augmentation", ("none", "flip", "crop_flip"))
 
 
 class Network(BaseModel):
@@ -57,7 +69,9 @@ class DataSource(BaseModel):
         int | None, Field(ge=1, le=8192, description="height and width in pixels; unchanged by default")
     ] = None
     augment: Annotated[
-        Literal["none", "flip", "crop_flip"], Field(description="augmentation of the training images")
+        str | _Transforms,
+        AfterValidator(lambda augment: _augmentation(augment) if isinstance(augment, str) else augment),
+        Field(description="none, flip, crop_flip, a list of torchvision.transforms.v2, or package.module:function"),
     ] = "none"
     validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images to hold out")] = 0.1
     limit: Annotated[int | None, Field(ge=1, description="number of training images; all by default")] = None

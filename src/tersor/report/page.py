@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +20,7 @@ from jinja2 import TemplateError
 from markupsafe import Markup
 
 from tersor.core.errors import InputError
-from tersor.core.files import read_json
+from tersor.core.files import read_json, write_file
 from tersor.evaluation.costs import FLOAT_BITS
 from tersor.evaluation.results import Results
 from tersor.quantization.integer_coverage import ENOUGH, percent
@@ -56,14 +55,7 @@ def write_report(folder: Path) -> Path:
             f"{repr(error)[:200]}. Run its recipe.yaml again."
         ) from error
     path = folder / REPORT
-    partial_file = folder / f".{REPORT}.{os.getpid()}.partial"
-    try:
-        partial_file.write_bytes(page.encode("utf-8", "replace"))  # class names from file names may not be Unicode
-        partial_file.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}.") from error
-    finally:
-        partial_file.unlink(missing_ok=True)
+    write_file(path, page.encode("utf-8", "replace"))  # class names come from file names, which may not be Unicode
     return path
 
 

@@ -23,14 +23,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from tersor.core.device import layout_for, precision_for, restore_device_and_layout, set_layout
+from tersor.core.device import layout_for, precision_for, restore_device_and_layout, seeded, set_layout
 from tersor.core.distributed import any_rank, broadcast_from_rank0, init_process_group, others_alive
 from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, smaller_batch
-from tersor.core.seeded import seeded
 from tersor.data.batch import Batch
-from tersor.data.batch_errors import single_images_refused
+from tersor.data.batch_errors import explain_batchnorm_error
 from tersor.data.batch_source import BatchSource, Group, groups
 from tersor.training.accuracy_curve import AccuracyCurve
 from tersor.training.attachment import Attachment
@@ -259,7 +258,7 @@ class _Loop:
         means: dict[str, Tensor] = {}
         for place, batch in enumerate(group.batches, 1):
             waits = self.accelerator.no_sync(self.objective) if place < group.size else nullcontext()
-            with waits, single_images_refused(len(batch.images)):
+            with waits, explain_batchnorm_error(len(batch.images)):
                 losses: dict[str, Tensor] = self.objective(self._placed(batch))
                 self.accelerator.backward(torch.stack([*losses.values()]).sum() / group.size)
             for name, loss in losses.items():

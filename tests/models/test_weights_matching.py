@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are the network's."""
+"""Selecting the network's tensors in a checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_the_weights_of_the_network_are_found_in_a_checkpoint_and_said(kind, tmp_path):
+def test_the_weights_in_a_checkpoint_are_located(kind, tmp_path):
     content, taken = CHECKPOINTS[kind]
     torch.save(content, tmp_path / "w.pt")
     network = small()
@@ -69,14 +69,14 @@ def orthogonal():
     [
         (
             {"state_dict": STATE, "state_dict_ema": OTHER},
-            r"\['state_dict'\], checkpoint\['state_dict_ema'\]\. Save the",
+            r"\['state_dict'\], checkpoint\['state_dict_ema'\]\. Save one",
         ),
         ({**below("student.", STATE), **below("teacher.", OTHER)}, r"under 'student\.', .*startswith\('teacher\.'\)"),
         ({**STATE, "criterion.weight": torch.ones(2)}, "1 unexpected: criterion.weight"),
         (orthogonal().state_dict(), "remove_parametrizations"),
     ],
 )
-def test_a_checkpoint_that_is_unclear_is_refused_with_what_to_write(content, words, tmp_path):
+def test_ambiguous_checkpoints_are_refused_with_advice(content, words, tmp_path):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(InputError, match=words):
         load_weights(small(), tmp_path / "w.pt")
