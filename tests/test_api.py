@@ -83,7 +83,7 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
     tersor.distill(model, teacher, loader)
     assert teacher.training
     assert all(parameter.requires_grad for parameter in teacher.parameters())
-    with pytest.raises(InputError, match="one network"):
+    with pytest.raises(InputError, match="the same network"):
         tersor.distill(model, model, loader)
 
 

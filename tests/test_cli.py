@@ -114,7 +114,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatc
         for ratios in numbers["speedup"].values():
             assert 0 < ratios[size]["low"] <= ratios[size]["value"] <= ratios[size]["high"]
     assert tersor(monkeypatch, "run", recipe, "--out", out) == 2
-    assert "exists already" in capfd.readouterr().err
+    assert "already exists" in capfd.readouterr().err
 
 
 def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path, weights, monkeypatch, capfd):
@@ -135,7 +135,7 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     assert "was measured with images: 20" in capfd.readouterr().err
     (tmp_path / "mine.yaml").write_text(RECIPE.replace(", weights: WEIGHTS", ""))
     assert tersor(monkeypatch, "sensitivity", "mine.yaml") == 2
-    assert capfd.readouterr().err.startswith("error: resnet20 comes without weights")
+    assert capfd.readouterr().err.startswith("error: resnet20 has no weights")
 
 
 def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
@@ -152,7 +152,7 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("WEIGHTS", "absent.safetensors"), "there is no weights file absent.safetensors"),
+        (("WEIGHTS", "absent.safetensors"), "weights file absent.safetensors"),
         (("WEIGHTS", "OTHER"), "resnet32"),
         (("WEIGHTS", "CORRUPT"), "corrupt.safetensors"),
         (("name: resnet20", "name: resnet20, num_classes: 7"), "classes"),

@@ -374,7 +374,7 @@ def test_a_file_that_cannot_be_right_is_refused(run, message, tmp_path):
     ("options", "message"),
     [
         ({"classes": "abcdefghij"}, "Pass a list of names"),
-        ({"classes": ["a"] * 10}, "each of them once"),
+        ({"classes": ["a"] * 10}, "distinct strings"),
         ({"pixels": ([0.5] * 3, [-1.0] * 3)}, "the second above 0"),
         ({"pixels": [0.5] * 3}, "two lists of 3 numbers"),
         ({"pixels": ([127.0] * 3, [60.0] * 3)}, "not in 0 to 255"),
@@ -387,7 +387,7 @@ def test_metadata_that_cannot_be_right(options, message, tmp_path):
 
 def test_classes_are_as_many_as_logits_and_paths_can_be_written(tmp_path):
     network = small().eval()
-    with pytest.raises(InputError, match="1 classes are named, and the network has 10 logits"):
+    with pytest.raises(InputError, match="1 class names are given, and the network has 10 logits"):
         tersor.export(network, IMAGES, tmp_path / "m.onnx", classes=["a"])
     for path in (None, "m\0.onnx", tmp_path / f"{'a' * 300}.onnx", tmp_path / "absent" / "m.onnx"):
         with pytest.raises(InputError, match=r"cannot write|type NoneType"):

@@ -103,7 +103,7 @@ def test_what_exists_is_not_written_over(tmp_path, taken):
     def never(_: Path) -> None:
         raise AssertionError
 
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         write_folder(out, never)
     assert names(tmp_path) == before
 
@@ -115,7 +115,7 @@ def test_what_came_to_be_meanwhile_is_not_written_over(tmp_path):
         fill(folder)
         out.mkdir()
 
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         write_folder(out, slow)
     assert names(tmp_path) == ["out"]
     assert not list(out.iterdir())
@@ -169,7 +169,7 @@ def test_a_damaged_manifest_is_refused(out, text):
 def test_a_manifest_does_not_lead_out_of_its_folder(out, name):
     manifest = {"tersor": "1", "files": {name: {"bytes": 1, "sha256": "0"}}}
     (out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="outside of the folder"):
+    with pytest.raises(InputError, match="outside the folder"):
         read_artifact(out)
 
 
@@ -188,7 +188,7 @@ def test_a_bare_file_is_an_artifact(tmp_path):
 
 
 def test_what_is_no_artifact_is_refused(tmp_path):
-    with pytest.raises(InputError, match="there is no file or folder"):
+    with pytest.raises(InputError, match="not found"):
         read_artifact(tmp_path / "absent")
     with pytest.raises(InputError, match=r"holds no manifest\.json"):
         read_artifact(tmp_path)
@@ -235,7 +235,7 @@ def test_where_writing_fails_the_manifest_stays(out):
 def test_only_in_a_folder_a_file_is_written_anew(tmp_path):
     with pytest.raises(InputError, match=r"holds no manifest\.json"):
         replace_file(tmp_path, "report.html", write_report("text"))
-    with pytest.raises(InputError, match="is not an artifact's folder"):
+    with pytest.raises(InputError, match="is not the folder of an artifact"):
         replace_file(tmp_path / "absent", "report.html", write_report("text"))
 
 
@@ -250,7 +250,7 @@ def test_a_link_does_not_lead_out_of_the_folder(out, tmp_path):
     (out / "linked").symlink_to(tmp_path)
     for name in ("link", "linked/secret"):
         manifest_naming(out, name)
-        with pytest.raises(InputError, match="outside of the folder"):
+        with pytest.raises(InputError, match="outside the folder"):
             read_artifact(out)
 
 

@@ -14,7 +14,7 @@ from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.data.image_sets import Pixels
 from tersor.deploy.onnx import export
-from tersor.evaluation import results as module
+from tersor.evaluation import measurement as module
 from tersor.evaluation.costs import Costs
 from tersor.evaluation.latency import BATCH_SIZES
 from tersor.evaluation.measurement import measure

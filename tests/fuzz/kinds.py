@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import io
 import json
@@ -225,7 +224,7 @@ stages:
 
 
 @cache
-def _walk() -> Experiment:
+def _experiment() -> Experiment:
     return prepare(parse(_RECIPE, "recipe.yaml"), model=None, data=None, progress=NullProgress())
 
 
@@ -245,7 +244,7 @@ def _checkpoint_seeds() -> list[bytes]:
             return path
 
         checkpoints.save = save_and_copy  # pyright: ignore[reportAttributeAccessIssue]
-        copy.deepcopy(_walk()).stages(NullProgress(), checkpoints)
+        run_stages(_experiment(), checkpoints, NullProgress())
         names = [path for path in sorted(kept.iterdir()) if path.name.startswith(("01-first-end", "02-second-0000001"))]
         assert len(names) == 2
         return [
@@ -283,7 +282,7 @@ def _read_checkpoint(content: bytes, folder: Path) -> None:
     path.mkdir(parents=True)
     for file, of_file in zip(_OF_CHECKPOINTS, (clock, structure, tensors), strict=True):
         (path / file).write_bytes(of_file)
-    experiment, checkpoints = copy.deepcopy(_walk()), Checkpoints(folder / "out.checkpoints")
+    experiment, checkpoints = _experiment(), Checkpoints(folder / "out.checkpoints")
     run_stages(experiment, checkpoints, NullProgress())
     stage_models(experiment, checkpoints)
 

@@ -34,9 +34,9 @@ def images(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "words"),
     [
-        (("cat", "cow"), "lacks cow; the artifact knows no dog"),
+        (("cat", "cow"), "the data lacks cow; the artifact lacks dog"),
         (("cat", "cow", "dog"), r"lacks cow\. Give"),
-        (("dog", "cat"), "another order"),
+        (("dog", "cat"), "their order"),
     ],
 )
 def test_other_classes_are_refused(images, tmp_path, classes, words):
@@ -111,7 +111,7 @@ def test_code_that_a_folder_names_is_not_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "strange.py").write_text("import os\nos.mkdir('executed')\ndef data(): ...\n")
     recipe = "{model: {name: resnet20}, data: {name: 'strange:data'}, stages: [{name: a}]}"
-    with pytest.raises(InputError, match=r"code that a folder names is not run\. Write"):
+    with pytest.raises(InputError, match=r"Code named by a folder is never executed\. If the function is yours, write"):
         evaluate(folder_saying(tmp_path, recipe=recipe, numbers="{}"), None, None, progress=NullProgress())
     assert not (tmp_path / "executed").exists()
 

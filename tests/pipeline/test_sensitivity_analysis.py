@@ -88,7 +88,7 @@ def test_stopped_it_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     found, _ = measure(recipe, out=out, images=30, progress=progress)
     assert found == whole
     assert progress.done == progress.total == 40
-    assert f"{out}: 7 measurements are there already, 33 are left" in progress.said
+    assert f"{out}: resuming after 7 measurements, 33 left" in progress.said
     assert out.read_text() == (tmp_path / "whole.json").read_text()
     assert (tmp_path / "stopped.svg").read_text() == (tmp_path / "whole.svg").read_text()
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", lambda *_, **__: iter(()))
@@ -126,10 +126,10 @@ def begun(recipe, tmp_path, monkeypatch):
     ("change", "images", "message"),
     [
         (("resnet20.safetensors", "other.safetensors"), 50, "was measured with SHA-256 of model.weights: "),
-        (("name: digits", "name: digits, validation: 0.2"), 50, "data.validation: 0.1, and this would be with 0.2"),
-        (("stages:", "seed: 3\nstages:"), 50, "was measured with seed: 0, and this would be with 3"),
-        (("stages:", "target: {cpu: arm64}\nstages:"), 50, "and this would be with arm64"),
-        (("", ""), 60, "was measured with images: 50, and this would be with 60"),
+        (("name: digits", "name: digits, validation: 0.2"), 50, "data.validation: 0.1; the recipe has 0.2"),
+        (("stages:", "seed: 3\nstages:"), 50, "was measured with seed: 0; the recipe has 3"),
+        (("stages:", "target: {cpu: arm64}\nstages:"), 50, "the recipe has arm64"),
+        (("", ""), 60, "was measured with images: 50; the recipe has 60"),
     ],
 )
 def test_a_file_of_something_else_is_refused(begun, weights, change, images, message):
@@ -152,7 +152,7 @@ def test_what_does_not_matter_is_not_compared(begun, weights):
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2]", b'{"costs": 3}', b"\xff\x00"])
 def test_a_file_that_is_none_of_ours(content, recipe, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.json is no file of `tersor sensitivity`, or is damaged"):
+    with pytest.raises(InputError, match=r"a\.json was not written by `tersor sensitivity`, or is damaged"):
         measure(recipe, out=tmp_path / "a.json", progress=NullProgress())
     assert (tmp_path / "a.json").read_bytes() == content
 
@@ -160,8 +160,8 @@ def test_a_file_that_is_none_of_ours(content, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("layer", "ghost", "costs of layers or bits that are not measured"),
-        ("bits", 7, "costs of layers or bits that are not measured"),
+        ("layer", "ghost", "unknown layers or bit widths"),
+        ("bits", 7, "unknown layers or bit widths"),
         ("error", float("nan"), "or is damaged"),
         ("error", -0.5, "or is damaged"),
     ],
@@ -191,11 +191,11 @@ def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("change", "out", "message"),
     [
-        ((", weights: WEIGHTS", ""), "a.json", "resnet20 comes without weights"),
+        ((", weights: WEIGHTS", ""), "a.json", "resnet20 has no weights"),
         (("name: digits", "name: digits, validation: 0"), "a.json", "there are no validation images"),
-        (("WEIGHTS", "absent.safetensors"), "a.json", "there is no weights file"),
+        (("WEIGHTS", "absent.safetensors"), "a.json", "weights file"),
         (("", ""), "a.svg", "NAME.json"),
-        (("", ""), "absent/a.json", "a folder that is there"),
+        (("", ""), "absent/a.json", "an existing folder"),
     ],
 )
 def test_what_cannot_be_measured(change, out, message, weights, tmp_path):

@@ -187,8 +187,8 @@ def test_a_parameter_of_two_types_is_one_problem():
             parse(with_methods(f"[{{'{OWN}': {{{parameters}}}}}]"), "recipe.yaml")
         return str(caught.value)
 
-    assert mistake("layers: 3").endswith("layers should be text or a list, given 3. In quotes it is text.")
-    assert mistake("layers: [a, 3]").endswith(".layers.1 should be text, given 3. In quotes it is text.")
+    assert mistake("layers: 3").endswith("layers should be text or a list, given 3. Put it in quotes to make it text.")
+    assert mistake("layers: [a, 3]").endswith(".layers.1 should be text, given 3. Put it in quotes to make it text.")
     assert mistake("rates: [x]").endswith("rates.0 should be a number, given the text 'x'.")  # the list is long enough
 
 

@@ -66,22 +66,26 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
         ("bits: 4", "bits: 0", "line 16: stages.1.methods.0.ptq.bits should be greater than or equal to 2, given 0."),
         ("bits: 4", "bits: '4'", "line 16: stages.1.methods.0.ptq.bits should be a whole number, given the text '4'."),
         ("bits: 4", "bits: 4.5", "line 16: stages.1.methods.0.ptq.bits should be a whole number, given 4.5."),
-        ("bits: 4", "exclude: [conv1, 3]", "exclude.1 should be text, given 3. In quotes it is text."),
+        ("bits: 4", "exclude: [conv1, 3]", "exclude.1 should be text, given 3. Put it in quotes to make it text."),
         (
             "bits: 4",
             "exclude: conv1",
             "line 16: stages.1.methods.0.ptq.exclude should be a list, given the text 'conv1'.",
         ),
-        ("  bits: 4", "bits: 4", "line 15: a method is one key with its parameters inside, given the keys ptq, bits."),
+        (
+            "  bits: 4",
+            "bits: 4",
+            "line 15: a method must be one key with its parameters inside, given the keys ptq, bits.",
+        ),
         ("epochs: 30", "epochs: true", "line 8: stages.0.epochs should be a whole number, given true."),
         ("epochs: 30", "epochs: -1", "line 8: stages.0.epochs should be greater than or equal to 0, given -1."),
         ("epochs: 30", "epochs: .inf", "line 8: a number should be finite, given .inf."),
         ("epochs: 30", "epochs: !big 30", "line 8: the tag !big is unknown."),
         ("epochs: 30", "epochs: 30\n    epochs: 3", "line 9: the key 'epochs' is given twice, first in line 8."),
-        ("epochs: 30", "epochs: 30\n    steps: 7", "line 9: a stage has epochs or steps, given 30 and 7."),
-        ("epochs: 30", "epochs: 0", "line 10: 'soft_targets' works while a network trains, and stage"),
-        ("name: quantize", "name: Distil", "line 11: a stage 'distil' is there already"),
-        ("name: quantize", "name: a/b", "line 11: a stage's name has letters, digits, - and _, given 'a/b'."),
+        ("epochs: 30", "epochs: 30\n    steps: 7", "line 9: a stage needs either epochs or steps, given 30 and 7."),
+        ("epochs: 30", "epochs: 0", "line 10: 'soft_targets' needs training, and stage"),
+        ("name: quantize", "name: Distil", "line 11: there is already a stage 'distil'"),
+        ("name: quantize", "name: a/b", "line 11: a stage name may contain letters, digits, - and _, given 'a/b'."),
         ("name: adamw", "name: adam", "'sgd' or 'adamw', given the text 'adam'. Did you mean 'adamw'?"),
         ("openvino}", "openvin}", "line 5: target.runtime should be 'onnxruntime' or 'openvino', given"),
         (
@@ -89,20 +93,24 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
             "openvino",
             "line 5: target should be a mapping of the keys runtime, cpu, input, batch, given",
         ),
-        ("name: resnet20, ", "", "line 2: model lacks the key 'name'. Possible: name, num_classes, weights."),
-        ("folder", "name: digits, folder", "line 4: data has one of `folder` and `name`, given folder and name."),
-        ("folder: data/cifar10", "limit: 5", "line 4: data has one of `folder` and `name`, given neither."),
-        ("folder", "mean: [0, 0, 0], folder", "line 4: data has `mean` and `std` together or not at all"),
+        ("name: resnet20, ", "", "line 2: model has no key 'name'. Possible: name, num_classes, weights."),
+        ("folder", "name: digits, folder", "line 4: data needs either `folder` or `name`, given folder and name."),
+        ("folder: data/cifar10", "limit: 5", "line 4: data needs either `folder` or `name`, given neither."),
+        ("folder", "mean: [0, 0, 0], folder", "line 4: data needs `mean` and `std` together"),
         ("folder", "mean: [0, 0], folder", "line 4: data.mean should be a longer list, given a list of 2."),
         ("folder", "std: [1, 0, 1], folder", "line 4: data.std.1 should be greater than 0, given 0."),
         ("soft_targets", "kd", "line 10: unknown method 'kd'. Did you mean 'soft_targets'? Possible: "),
         ("soft_targets", "soft_target", "line 10: unknown method 'soft_target'. Did you mean 'soft_targets'?"),
         ("soft_targets", "nowhere:Method", "line 10: method 'nowhere:Method': there is no module 'nowhere'."),
-        ("[{soft_targets: {temperature: 3, loss_weight: 0.5}}]", "[3]", "line 10: a method is a name, or a name with"),
+        (
+            "[{soft_targets: {temperature: 3, loss_weight: 0.5}}]",
+            "[3]",
+            "line 10: a method must be a name, or a name with",
+        ),
         (
             "[{soft_targets: {temperature: 3, loss_weight: 0.5}}]",
             "[ptq, ptq]",
-            "line 10: stage 'distil' has the method",
+            "line 10: stage 'distil' lists the method",
         ),
     ],
 )
@@ -121,7 +129,7 @@ def test_several_mistakes_are_told_together_in_the_order_of_the_text():
 def test_a_method_that_needs_a_teacher_says_what_to_write():
     text = WHOLE.replace("teacher: {name: resnet56, num_classes: 10, weights: teacher.safetensors}", "seed: 1")
     (line,) = mistakes(text)
-    assert line.startswith("recipe.yaml, line 10: 'soft_targets' learns from a teacher, and the recipe has none.")
+    assert line.startswith("recipe.yaml, line 10: 'soft_targets' needs a teacher, and the recipe has none.")
     assert "teacher: {name: ..., weights: ...}" in line
     assert "teacher: original" in line
 
@@ -133,7 +141,7 @@ def test_a_method_that_needs_a_teacher_says_what_to_write():
             "orignal",
             ["teacher should be a mapping of the keys name, num_classes, weights, epochs, training or 'original'"],
         ),
-        ("{nam: a}", ["teacher lacks the key 'name'. Possible:", "unknown key 'nam'. Did you mean 'name'?"]),
+        ("{nam: a}", ["teacher has no key 'name'. Possible:", "unknown key 'nam'. Did you mean 'name'?"]),
     ],
 )
 def test_teacher_of_two_types(teacher: str, expected: list[str]):
@@ -179,9 +187,9 @@ def test_a_key_given_twice_and_a_wrong_value_need_two_readings():
 
 def test_files_that_are_no_recipe(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_bytes(b"\x89PNG\xff\x00")
-    with pytest.raises(InputError, match=r"there is no file .*recipes.yaml. Did you mean .*recipe.yaml\? Possible in"):
+    with pytest.raises(InputError, match=r"file .*recipes.yaml not found. Did you mean .*recipe.yaml\? Possible in"):
         read(tmp_path / "recipes.yaml")
-    with pytest.raises(InputError, match=r"is a folder, and a recipe is a YAML file. Possible in .*: recipe.yaml"):
+    with pytest.raises(InputError, match=r"is a folder. A recipe is a YAML file. Possible in .*: recipe.yaml"):
         read(tmp_path)
     with pytest.raises(InputError, match="is no text"):
         read(tmp_path / "recipe.yaml")

@@ -1,20 +1,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from samples import evidence_of, numbers_of
+from samples import evidence_of, numbers_of, one_line
 
 from tersor.report.page import write_report
 from tersor.report.templating import environment
-
-
-def one_line(markup: str) -> str:
-    """Markup without the line breaks of its template."""
-    return re.sub(r"\s*\n\s*", " ", re.sub(r"(^|>)\s*\n\s*(?=<|$)", r"\1", str(markup))).strip()
 
 
 @pytest.fixture

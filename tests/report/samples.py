@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 
@@ -157,3 +158,8 @@ def evidence_of(**changes):
         },
     }  # fmt: skip
     return copy.deepcopy(evidence | changes)
+
+
+def one_line(markup: str) -> str:
+    """Markup without the line breaks of its template."""
+    return re.sub(r"\s*\n\s*", " ", re.sub(r"(^|>)\s*\n\s*(?=<|$)", r"\1", str(markup))).strip()

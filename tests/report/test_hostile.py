@@ -100,14 +100,23 @@ def test_text_is_escaped(folder, ordinary):
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_keys_are_escaped(folder, ordinary, hostile):
     numbers, evidence = numbers_of(), evidence_of()
-    for by_batch_size in [*of_batch_sizes(numbers), *of_batch_sizes(evidence)]:
-        by_batch_size[hostile] = by_batch_size["1"]
     numbers["stages"][0]["methods"] = [{hostile: {hostile: hostile}}, hostile]
     evidence["attention"]["layers"] = {hostile: [hostile]}
     evidence["attention"]["images"][0]["maps"] = {hostile: [evidence["attention"]["images"][0]["png"]]}
     page = page_of(folder, numbers, evidence)
     assert page.elements <= ordinary.elements
     assert all(each.startswith("data:") for each in page.loaded)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_batch_sizes_are_numbers(folder, hostile):
+    whole = {"numbers": numbers_of(), "evidence": evidence_of()}
+    for place in range(len(list(of_batch_sizes(whole)))):
+        changed = copy.deepcopy(whole)
+        by_batch_size = list(of_batch_sizes(changed))[place]
+        by_batch_size[hostile] = by_batch_size["1"]
+        with pytest.raises(InputError, match="is not what this version of tersor writes"):
+            page_of(folder, **changed)
 
 
 @pytest.mark.parametrize("source", ["https://elsewhere/x.png", "javascript:alert(1)", "data:text/html,<p>", "//x", ""])

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 from jinja2 import UndefinedError
+from samples import one_line
 
-from conftest import one_line
 from tersor.report.templating import environment, fixed, inline_png, number, signed
 
 

@@ -3,14 +3,22 @@ from __future__ import annotations
 import pytest
 from samples import alone, entry, evidence_of, numbers_at, numbers_of, profile_of, ratio_of, speedups
 
-from tersor.report.verdict import (
-    accuracy_change,
-    by_batch_size,
-    describe_speedup,
-    reference_entry,
-    size_change,
-    verdict,
-)
+from tersor.evaluation.results import FileResults, Results, Speedup
+from tersor.report import verdict as module
+from tersor.report.verdict import accuracy_change, by_batch_size
+
+
+def verdict(numbers, evidence=None):
+    return module.verdict(Results.model_validate(numbers), evidence)
+
+
+def describe_speedup(ratio, *name):
+    return module.describe_speedup(Speedup.model_validate({"n": 5, "groups": 2} | ratio), *name)
+
+
+def size_change(before, after):
+    return module.size_change(*(FileResults.model_validate(entry(1.0) | each) for each in (before, after)))
+
 
 BF16 = {"runtime": "openvino", "precision": "bfloat16"}
 
@@ -75,9 +83,10 @@ def test_a_difference_has_its_interval(ratio, expected):
 def test_the_baseline_depends_on_the_batch_size():
     numbers = numbers_of()
     numbers["baseline"]["32"] = {"runtime": "onnxruntime", "precision": "float32"}
-    assert reference_entry(numbers, "baseline", "1") == numbers["candidates"]["openvino"]
-    assert reference_entry(numbers, "baseline", "32") == numbers["candidates"]["onnxruntime"]
-    assert reference_entry(numbers, "original", "32") == numbers["original"]
+    results = Results.model_validate(numbers)
+    assert module.reference_entry(results, "baseline", "1") == results.candidates["openvino"]
+    assert module.reference_entry(results, "baseline", "32") == results.candidates["onnxruntime"]
+    assert module.reference_entry(results, "original", "32") == results.original
 
 
 def test_the_profile_gives_a_reason():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tersor.core.target import Runtime, Target
 
@@ -15,6 +15,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 BatchSize = Annotated[str, Field(pattern="^[1-9][0-9]{0,5}$")]
+
+
+def _unicode(text: Any) -> Any:
+    """File names can hold bytes that are not Unicode; JSON cannot."""
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
+
+
+Text = Annotated[str, BeforeValidator(_unicode)]
 
 
 class _Record(BaseModel):
@@ -43,12 +51,12 @@ class Speedup(_Record):
 class Machine(_Record):
     """What a measurement depends on: processor, cores, instruction sets, versions."""
 
-    cpu: str
-    cpu_kind: str
+    cpu: Text
+    cpu_kind: Text
     cores: int | None = None
     threads: Count
-    instruction_sets: list[str] = []
-    system: str
+    instruction_sets: list[Text] = []
+    system: Text
     python: str = ""
     versions: dict[str, str | None]
 
@@ -57,17 +65,17 @@ class Execution(_Record):
     """Where a file runs: the runtime, and the precision of its floats."""
 
     runtime: Runtime
-    precision: str
+    precision: Text
 
 
 class FloatOperator(_Record):
     """An operator that is not computed in integers."""
 
-    name: str
-    kind: str
+    name: Text
+    kind: Text
     macs: Count
     share: Fraction
-    reason: str
+    reason: Text
 
 
 class FileResults(Execution):
@@ -97,7 +105,7 @@ class FileResults(Execution):
     latency_runs_ms: dict[BatchSize, list[list[Positive]]]
     integer_macs_share: Fraction | None = None
     float_operators: list[FloatOperator] = []
-    uncounted_operators: list[str] = []
+    uncounted_operators: list[Text] = []
 
 
 class StageRecord(BaseModel):
@@ -112,14 +120,14 @@ class StageRecord(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    name: str
+    name: Text
     methods: list[Any]
     steps: Count
-    notes: list[str] = []
+    notes: list[Text] = []
     minutes: float
     validation_accuracy: Percent | None = None
     losses: dict[str, float] = {}
-    precision: str | None = None
+    precision: Text | None = None
     training_seconds: float | None = None
     validation_by_epoch: list[Percent] = []
     validated_at: list[Count] = []
@@ -158,7 +166,7 @@ class Results(_Record):
     target: Target | None = None
     machine: Machine
     seed: Count
-    date: str
+    date: Text
     original: FileResults
     candidates: dict[Runtime, FileResults]
     baseline: dict[BatchSize, Execution]
@@ -170,7 +178,7 @@ class Results(_Record):
     stages: list[StageRecord] = []
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    classes: list[str] = []
+    classes: list[Text] = []
 
     def to_json(self) -> str:
         """The text of `numbers.json`."""

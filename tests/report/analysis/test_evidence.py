@@ -14,13 +14,17 @@ from tersor.data import Batches
 from tersor.data.image_sets import Pixels
 from tersor.deploy.onnx import export
 from tersor.evaluation.latency import predictions
+from tersor.evaluation.results import Execution
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
 from tersor.report.analysis.evidence import collect_evidence
 from tersor.training.context import AttachContext
 from toy_networks import Small
 
-BASELINE = {key: {"runtime": "onnxruntime", "precision": "float32"} for key in ("1", "32")}
+BASELINE = dict.fromkeys(("1", "32"), Execution(runtime="onnxruntime", precision="float32"))
+    size: Execution.model_validate(each)
+    for size, each in {key: {"runtime": "onnxruntime", "precision": "float32"} for key in ("1", "32")}.items()
+}
 
 
 @pytest.fixture(scope="module")
