@@ -22,9 +22,6 @@ from tersor.training.context import AttachContext
 from toy_networks import Small
 
 BASELINE = dict.fromkeys(("1", "32"), Execution(runtime="onnxruntime", precision="float32"))
-    size: Execution.model_validate(each)
-    for size, each in {key: {"runtime": "onnxruntime", "precision": "float32"} for key in ("1", "32")}.items()
-}
 
 
 @pytest.fixture(scope="module")
