@@ -31,7 +31,7 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     assert tersor(monkeypatch, "run", recipe, "--set", "seed=3") == 130
-    assert capfd.readouterr().err == f"interrupted. To go on: tersor run {recipe} --set seed=3 --resume\n"
+    assert capfd.readouterr().err == f"interrupted. To resume: tersor run {recipe} --set seed=3 --resume\n"
 
 
 def test_a_run_keeps_freed_memory(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "mine.sensitivity.json", "mine.sensitivity.svg"}
     told = capfd.readouterr().out
-    assert "10 costliest of 20 layers" in told
+    assert "the 10 most sensitive of 20 layers" in told
     costs = json.loads((tmp_path / "mine.sensitivity.json").read_text())["costs"]
     worst = max(costs, key=lambda cost: cost["error"])
     rows = [line for line in told.splitlines() if "conv" in line or "linear" in line]
@@ -146,7 +146,7 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
-    assert capfd.readouterr().err == f"interrupted. To go on: tersor sensitivity {recipe} --out a.json\n"
+    assert capfd.readouterr().err == f"interrupted. To resume: tersor sensitivity {recipe} --out a.json\n"
 
 
 @pytest.mark.parametrize(

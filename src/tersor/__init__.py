@@ -1,6 +1,6 @@
-"""tersor: a trained vision network goes in; a smaller, faster one comes out, with the evidence beside it.
+"""tersor: compress PyTorch vision models. Distill, prune, quantize, export to ONNX, and measure the result.
 
-Importing it imports no torch: the verbs below are loaded when they are first used.
+Importing the package does not import torch; the functions below are loaded on first use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = version("tersor")
 __all__ = ["InputError", "compare", "distill", "export", "integer_coverage", "load", "prune", "quantize", "run", "save"]
 
-_VERBS = {
+_MODULES = {
     "run": "tersor.pipeline.run",
     "integer_coverage": "tersor.quantization.integer_coverage",
     **dict.fromkeys(("compare", "distill", "export", "prune", "quantize"), "tersor.api"),
@@ -29,7 +29,7 @@ _VERBS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _VERBS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'tersor' has no attribute '{name}'")
-    verb = globals()[name] = getattr(import_module(_VERBS[name]), name)
-    return verb
+    function = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return function

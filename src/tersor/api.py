@@ -1,4 +1,4 @@
-"""The verbs for one who has a model and a DataLoader and wants no recipe. Each is a thin call of the same methods."""
+"""The Python functions for a model and a DataLoader, without a recipe. They use the same methods as recipes."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ _T = TypeVar("_T")
 
 
 def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime: Runtime = "onnxruntime") -> nn.Module:
-    """Post-training quantization of a copy of `model`; `export` writes it as an integer network.
+    """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
-    Warns with a `CompressionWarning` where less than 95 % of the MACs are in integers;
-    `integer_coverage(quantized, images)` lists what stays in float, with the reasons.
+    A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers;
+    `integer_coverage(quantized, images)` lists the operators that stay in float, with reasons.
 
     Args:
-        model: a trained network; it stays as it is.
-        loader: batches of images (N, C, H, W), with or without labels; a few hundred images suffice.
-        bits: of weights.
-        runtime: what will execute the result.
+        model: a trained network; it is not changed.
+        loader: batches of images (N, C, H, W), with or without labels; a few hundred images are enough.
+        bits: bits per weight, 2 to 8.
+        runtime: the runtime to quantize for.
 
     Raises:
-        InputError: the network cannot be captured, or does not run on the batches, or they hold no images.
+        InputError: the network cannot be captured, its forward pass fails, or the batches have no images.
     """
     method, target = _made(PTQ, bits=bits), _made(Target, runtime=runtime)
     network, data = to_compress(model, loader, method.calibration_images)
@@ -94,22 +94,23 @@ def prune(
     round_to: int = 8,
     runtime: Runtime = "onnxruntime",
 ) -> nn.Module:
-    """Removes channels from a copy of `model`; layers that read them and BatchNorm's statistics are fitted to it.
+    """Remove channels from a copy of a trained network; the remaining weights and BatchNorm statistics are refitted.
 
     Args:
-        model: a trained network; it stays as it is.
-        example: images (N, C, H, W), normalised as for `model`, or batches of them: a few hundred, 1,024 at most.
-        keep_macs: fraction of the MACs that stays at most; 0.5 if none is given.
-        keep_latency: in its place, of the latency as measured here, at batch size 1 in `runtime`; it takes a minute.
-        importance: which channels go first; `taylor` needs batches with labels.
-        scope: `layer`, the same fraction everywhere, or `global`, the least important anywhere (best with `obs`).
-        branches: residual branches that go whole before, those least missed.
-        round_to: channels that stay are a multiple of it.
-        runtime: where latency is measured.
+        model: a trained network; it is not changed.
+        example: normalized images (N, C, H, W), or batches of them; a few hundred, at most 1,024 are used.
+        keep_macs: largest fraction of the MACs to keep; 0.5 by default.
+        keep_latency: instead, largest fraction of the latency to keep, measured at batch size 1 in `runtime`; this
+            takes about a minute.
+        importance: the importance score of a channel; `taylor` needs labels.
+        scope: `layer` removes the same fraction in every layer, `global` compares all layers (best with `obs`).
+        branches: number of residual branches to remove first, those with the smallest effect on the logits.
+        round_to: keep a multiple of this many channels.
+        runtime: the runtime that measures latency.
 
     Raises:
-        InputError: no channel can be removed, or not as many (the layers that stay are named); an image is not as the
-            network wants it.
+        InputError: no channel can be removed, or too few (the message names the layers that limit it), or the
+            forward pass fails on the images.
     """
     options = {"keep_macs": keep_macs, "keep_latency": keep_latency, "importance": importance, "scope": scope}
     method = _made(ChannelPruning, **options, branches=branches, round_to=round_to)
@@ -134,24 +135,24 @@ def distill(
     learning_rate: float = 0.05,
     progress: ProgressReporter | None = None,
 ) -> nn.Module:
-    """Trains `student` on the softened answers of `teacher`; the student comes back in eval.
+    """Train a student on the softened outputs of a teacher (Hinton et al., 2015); it is returned in eval mode.
 
     Args:
-        student: the network that learns, in place.
+        student: the network to train, in place.
         teacher: a trained network for the same images and classes.
-        loader: with a length; batches (images, labels), or of images alone where `label_weight` is 0.
-        epochs: rounds through `loader`.
-        temperature: T of the softened answers.
-        loss_weight: of the soft targets.
-        label_weight: of the labels' cross entropy.
-        learning_rate: highest rate of SGD with momentum, which follows a cosine.
-        progress: reports the progress.
+        loader: batches (images, labels), with a length; images alone if `label_weight` is 0.
+        epochs: passes over `loader`.
+        temperature: temperature T of the softened outputs.
+        loss_weight: weight of the soft-target loss.
+        label_weight: weight of the cross entropy with the labels.
+        learning_rate: peak learning rate of SGD with momentum and cosine decay.
+        progress: receives the progress.
 
     Raises:
-        InputError: a batch is not as described, or a loss is not finite.
+        InputError: a batch has the wrong form, or a loss is not finite.
     """
     if not isinstance(loader, Sized):
-        raise InputError("distill needs a loader with a length, such as a DataLoader over a data set.")
+        raise InputError("distill needs a loader with a length, such as a DataLoader over a map-style data set.")
     student, teacher = student_of(student), teacher_of(teacher)
     refuse_shared_weights(student, teacher)
     if not isinstance(epochs, int) or epochs < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -193,22 +194,22 @@ def export(
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
     batch: int | None = None,
 ) -> Path:
-    """Writes `model` as one ONNX file, and compares it in `runtime` with torch on `example`.
+    """Write a network to one ONNX file and compare its outputs in `runtime` with torch on `example`.
 
-    A `CompressionWarning` says that the outputs differ by more than is usual.
+    A `CompressionWarning` is issued if the outputs differ by more than usual.
 
     Args:
-        model: any network; one that `quantize` gave becomes an integer network.
-        example: images (N, C, H, W), normalised as for `model`.
-        path: file to write, `*.onnx`.
-        runtime: where it is tried.
-        classes: names of the classes, for the file's metadata.
-        pixels: mean and standard deviation; the file then takes uint8 pixels.
-        batch: images a batch; by default any number, or 1 with a warning where the installed OpenVINO would crash.
+        model: any network; the result of `quantize` is written with integer weights and operators.
+        example: normalized images (N, C, H, W).
+        path: the file to write, `*.onnx`.
+        runtime: the runtime for the comparison.
+        classes: class names in the order of the logits, stored in the metadata.
+        pixels: mean and standard deviation of the normalization; the file then takes uint8 pixels.
+        batch: fixed batch size; by default it is dynamic, or 1 with a warning if the installed OpenVINO would crash.
 
     Raises:
-        InputError: the network cannot be converted, the runtime is not installed or cannot run it, or the outputs
-            differ by more than rounding explains; then no file is left.
+        InputError: the network cannot be converted, the runtime is not installed or cannot run the file, or the
+            outputs differ by more than rounding can explain. No file is written then.
     """
     path = onnx_path(path)
     images = example_of(example).cpu().float()
@@ -217,7 +218,7 @@ def export(
     fixed = batch_for(network, _made(Target, runtime=runtime, batch=batch))
     if fixed != batch:
         warnings.warn(reason(), CompressionWarning, stacklevel=2)
-    try:  # what the runtime refuses is not left, nor written over a file
+    try:  # a file that the runtime rejects must not replace an existing one
         with TemporaryDirectory(dir=path.parent) as folder:
             written = write_onnx(network, images, Path(folder) / path.name, classes=classes, pixels=pixels, batch=fixed)
             session = open_session(written, runtime)
@@ -237,14 +238,14 @@ def compare(
     runtime: Runtime = "onnxruntime",
     seconds: float = 10.0,
 ) -> dict[str, Any]:
-    """Measures two networks side by side in the runtime: accuracy, agreement, bytes as they lie and deflated, latency.
+    """Measure two networks in a runtime: accuracy, prediction agreement, file size, latency in interleaved rounds.
 
     Args:
         original: a network, or its ONNX file.
         artifact: an ONNX file, or the folder of a run.
-        loader: batches (images, labels) as the files take them; without labels, accuracy is None.
-        runtime: where both run.
-        seconds: time for the latency of one batch size.
+        loader: batches (images, labels) in the input format of the files; without labels, accuracy is None.
+        runtime: the runtime for both.
+        seconds: time limit for the latency of one batch size.
 
     Raises:
         InputError: a file or a batch cannot be used.
@@ -252,7 +253,7 @@ def compare(
     if not 0 < seconds < float("inf"):
         raise InputError(f"seconds is {seconds}. Write a number above 0.")
     if not isinstance(artifact, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"the artifact is a {type(artifact).__name__}. Export it, and pass the path of its file.")
+        raise InputError(f"the artifact is a {type(artifact).__name__}. Export it and pass the path of the file.")
     loader, _ = batches_of(loader)
     batches = [(images.cpu(), unchecked_labels(batch)) for batch in loader if len(images := images_of(batch))]
     if not isinstance(original, str | Path):
@@ -285,7 +286,7 @@ def _arrays(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Array]:
 
 
 def _made(kind: Callable[..., _T], **parameters: Any) -> _T:
-    """A method or record of these parameters; what is wrong with them is told as to any user."""
+    """Construct a method or record; invalid parameters raise an InputError."""
     try:
         return kind(**parameters)
     except ValidationError as error:

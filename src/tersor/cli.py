@@ -1,4 +1,4 @@
-"""The command line. Torch is imported by the commands that need it, so that `--help` answers at once."""
+"""The command line. Torch is imported inside the commands that need it, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="tersor",
-    help="Distil, quantize and prune a trained vision network, with the evidence beside it.",
+    help="Compress PyTorch vision models: distill, prune, quantize, export to ONNX, and measure the result.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -33,19 +33,19 @@ console = Console()
 _INTERRUPTED = 130
 _SHOWN = 10
 
-RecipeFile = Annotated[Path, typer.Argument(help="a recipe, in YAML", show_default=False)]
-ChangedValues = Annotated[list[str] | None, typer.Option("--set", help="change a value: stages.0.epochs=3")]
+RecipeFile = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
+ChangedValues = Annotated[list[str] | None, typer.Option("--set", help="override a value: stages.0.epochs=3")]
 
 
 @app.command()
 def run(
     recipe: RecipeFile,
-    out: Annotated[Path | None, typer.Option(help="folder to write; must not exist. runs/NAME by default")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write; it must not exist [default: runs/NAME]")] = None,
     set_: ChangedValues = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="say what would happen, and train nothing")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume an interrupted run")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="describe the run without training")] = False,
 ) -> None:
-    """Walk through a recipe and write one folder: the model, its original, and the numbers."""
+    """Run a recipe and write one folder: model, original, report and measurements."""
     from tersor.recipe import read
 
     checked = read(recipe, set_ or [])
@@ -66,14 +66,14 @@ def run(
             folder = walk(checked, out=out, resume=resume, progress=bars)
         except KeyboardInterrupt:
             how = "the same command" if distributed.count() > 1 else f"tersor {shlex.join(sys.argv[1:])}"
-            _say(f"interrupted. To go on: {how}{'' if resume else ' --resume'}")
+            _say(f"interrupted. To resume: {how}{'' if resume else ' --resume'}")
             raise typer.Exit(_INTERRUPTED) from None
     if distributed.rank():
         return
     from tersor.evaluation.results import Results
 
     results = Results.model_validate_json((folder / "numbers.json").read_bytes())
-    console.print(f"{folder / 'report.html'} tells what came of it", highlight=False)
+    console.print(f"results are in {folder / 'report.html'}", highlight=False)
     console.print(_table(results))
     console.print(f"written: {folder}", highlight=False)
 
@@ -81,13 +81,11 @@ def run(
 @app.command()
 def sensitivity(
     recipe: RecipeFile,
-    out: Annotated[
-        Path | None, typer.Option(help="file to write, and to go on with; NAME.sensitivity.json by default")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write or resume [default: NAME.sensitivity.json]")] = None,
     set_: ChangedValues = None,
-    images: Annotated[int | None, typer.Option(min=1, help="validation images to look at; all if left")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="number of validation images [default: all]")] = None,
 ) -> None:
-    """Measure what each layer costs on each number of bits, and draw it."""
+    """Measure the sensitivity of each layer to each bit width, and draw a figure."""
     from tersor.pipeline.sensitivity_analysis import measure
     from tersor.recipe import read
 
@@ -97,19 +95,19 @@ def sensitivity(
         try:
             found, figure = measure(checked, out=out, images=images, progress=bars)
         except KeyboardInterrupt:
-            _say(f"interrupted. To go on: tersor {shlex.join(sys.argv[1:])}")
+            _say(f"interrupted. To resume: tersor {shlex.join(sys.argv[1:])}")
             raise typer.Exit(_INTERRUPTED) from None
-    console.print(_costliest(found))
+    console.print(_most_sensitive(found))
     console.print(f"written: {out} and {figure}", highlight=False)
 
 
 @app.command("eval")
 def evaluate(
-    artifact: Annotated[Path, typer.Argument(help="the folder of a run, or an ONNX file", show_default=False)],
-    data: Annotated[str | None, typer.Option(help="an image folder, or a name; of the folder's recipe if left")] = None,
-    runtime: Annotated[str | None, typer.Option(help="onnxruntime or openvino; the recipe's if left")] = None,
+    artifact: Annotated[Path, typer.Argument(help="folder of a run, or ONNX file", show_default=False)],
+    data: Annotated[str | None, typer.Option(help="image folder or data set [default: from the recipe]")] = None,
+    runtime: Annotated[str | None, typer.Option(help="onnxruntime or openvino [default: from the recipe]")] = None,
 ) -> None:
-    """Run an artifact over a test set, in its runtime."""
+    """Measure the test accuracy of an artifact in its runtime."""
     from tersor.pipeline.evaluate import evaluate as measured
 
     with Bars(console) as bars:
@@ -120,20 +118,20 @@ def evaluate(
 @app.command()
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="folders of runs, or ONNX files", show_default=False)],
-    seconds: Annotated[float, typer.Option(help="for each batch size")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="time limit per batch size")] = 20.0,
 ) -> None:
-    """Time artifacts against each other, interleaved, in every runtime that is installed."""
+    """Compare the latency of artifacts in interleaved rounds, in every installed runtime."""
     from tersor.pipeline.evaluate import timed
 
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds is {seconds}. Write a number above 0.")
 
     for each in timed(artifacts, seconds):
-        title = f"batch {each.batch_size}: {each.rounds} rounds, until {_until(each.ended_by, seconds)}"
+        title = f"batch {each.batch_size}: {each.rounds} rounds, {_until(each.ended_by, seconds)}"
         table = Table(title=title, title_justify="left")
         table.add_column("file", overflow="fold")
         table.add_column("runtime", no_wrap=True)
-        for column in ("median ms (p10 to p90)", "against the original", "against the baseline"):
+        for column in ("median ms (p10 to p90)", "vs. original", "vs. baseline"):
             table.add_column(column)
         for row in each.rows:
             table.add_row(*row)
@@ -142,9 +140,9 @@ def bench(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="the folder of a run", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="folder of a run", show_default=False)],
 ) -> None:
-    """Draw report.html again, from the numbers and the evidence in the folder."""
+    """Render report.html again from the measurements in the folder."""
     from tersor.checkpoint.artifact import replace_file
     from tersor.report.page import REPORT, write_report
 
@@ -154,49 +152,53 @@ def report(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="one method, in full", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="a method, for details", show_default=False)] = None,
 ) -> None:
-    """What methods there are; of one: what it is, its paper, its parameters."""
+    """List the methods, or describe one: formula, paper, parameters."""
     from tersor import methods as registry
     from tersor.recipe import parameters
 
     if name is None:
-        table = Table("method", "what it does")
+        table = Table("method", "description")
         exempt: list[str] = []
         for each in registry.names():
             cls = registry.get(each)
             table.add_row(each, (sys.modules[cls.__module__].__doc__ or "").splitlines()[0])
             exempt += [f"{each} from '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
         console.print(table)
-        console.print(f"{len(exempt)} exemptions from the laws that every method passes", *exempt, sep="\n  ")
+        console.print(f"{len(exempt)} exemptions from the laws that methods are tested against", *exempt, sep="\n  ")
         return
     cls = registry.get(name)
     console.print((sys.modules[cls.__module__].__doc__ or "").strip(), highlight=False, markup=False, soft_wrap=True)
-    table = Table("parameter", "type", "default", "meaning")
+    table = Table("parameter", "type", "default", "description")
     for row in parameters(cls):
         table.add_row(*row)
     console.print(table)
     example = json.dumps({name: getattr(cls, "example", {})})
-    console.print(f"for instance: {example}", highlight=False, markup=False)
+    console.print(f"example: {example}", highlight=False, markup=False)
 
 
 @app.command()
-def schema() -> None:
-    """The JSON schema of a recipe, for editors."""
-    from tersor.recipe import schema as of_recipes
+def schema(
+    of: Annotated[Literal["recipe", "results"], typer.Argument(help="recipe, or results (numbers.json)")] = "recipe",
+) -> None:
+    """Print the JSON schema of a recipe (for editors), or of numbers.json."""
+    from tersor.evaluation.results import Results
+    from tersor.recipe import schema as recipe_schema
 
-    sys.stdout.write(json.dumps(of_recipes(), indent=1) + "\n")
+    found = recipe_schema() if of == "recipe" else Results.model_json_schema()
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
 def _table(results: Results) -> Table:
-    """All entries side by side, and the artifact against the original and the baseline."""
+    """The results side by side, and the artifact compared with the original and the baseline."""
     from tersor.report.summary import describe_reduction, entries
     from tersor.report.verdict import RUNTIMES, describe_speedup, reference_entry, same_runtime
 
     columns, artifact = entries(results), results.artifact
     title = f"{results.machine.cpu}, {results.machine.threads} threads"
-    table = Table(title=title, caption=f"In brackets: 95 % intervals. Rounds: {_ended(results)}.")
-    for column in ("", *columns, "against the original", "against the baseline"):
+    table = Table(title=title, caption=f"Parentheses: 95 % intervals. Rounds: {_ended(results)}.")
+    for column in ("", *columns, "vs. original", "vs. baseline"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
     table.add_row("float precision", *[entry.precision for entry in columns.values()])
@@ -223,32 +225,30 @@ def _table(results: Results) -> Table:
 
 
 def _ended(results: Results) -> str:
-    """Why there were no more rounds, by batch size."""
+    """Why the rounds ended, by batch size."""
     from tersor.report.verdict import by_batch_size
 
     rounds = results.rounds
-    return by_batch_size(
-        {size: f"until {_until(reason, rounds.time_limit_seconds)}" for size, reason in rounds.ended_by.items()}
-    )
+    return by_batch_size({size: _until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
 
 
 def _until(ended_by: str, seconds: float) -> str:
-    """What ended the rounds of a batch size."""
+    """Why the rounds of a batch size ended."""
     from tersor.evaluation.timings import NARROW
 
-    narrow = f"all intervals were narrower than {100 * NARROW:.0f} %"
-    return narrow if ended_by == "interval" else f"the time limit of {seconds:g} s"
+    narrow = f"until all intervals were narrower than {100 * NARROW:.0f} %"
+    return narrow if ended_by == "interval" else f"until the time limit of {seconds:g} s"
 
 
-def _costliest(found: BitCosts) -> Table:
-    """The layers whose error is largest, and what they cost on each width."""
+def _most_sensitive(found: BitCosts) -> Table:
+    """The most sensitive layers, with their error at each bit width."""
     from tersor.report.templating import number
 
     widths = sorted({cost.bits for cost in found.costs})
     costs = {(cost.layer, cost.bits): cost for cost in found.costs}
     worst = sorted(found.weights, key=lambda layer: -max(costs[layer, bits].error for bits in widths))[:_SHOWN]
-    caption = "error of the logits, % (points of accuracy lost)"
-    table = Table(title=f"{len(worst)} costliest of {len(found.weights)} layers", caption=caption)
+    caption = "error of the logits in % (lost accuracy in points)"
+    table = Table(title=f"the {len(worst)} most sensitive of {len(found.weights)} layers", caption=caption)
     table.add_column("layer", overflow="fold")
     for bits in widths:
         table.add_column(f"{bits} bits", justify="right")
@@ -259,18 +259,20 @@ def _costliest(found: BitCosts) -> Table:
 
 
 def main() -> None:
-    """Runs the command line; what a user did wrong is one message and exit code 2."""
-    sys.path.append(str(Path.cwd()))  # last: `package.module:function` of the user's own folder shadows nothing
+    """Run the command line. A user error is one message and exit code 2."""
+    sys.path.append(
+        str(Path.cwd())
+    )  # last, so that a `package.module:function` in the working directory shadows nothing
     try:
         with enough_memory("Close other programs, or use fewer or smaller images."):
-            app()  # which ends with 130 where Ctrl-C was pressed
+            app()  # exit code 130 after Ctrl-C
     except InputError as error:
-        # that another process has died only those that are left can say
+        # a lost process is reported by every remaining one
         _say(f"error: {error}", style="red", everyone=isinstance(error, ProcessLost))
         sys.exit(2)
 
 
 def _say(message: str, style: str | None = None, *, everyone: bool = False) -> None:
-    """On the error stream; of several processes, the first alone, or all of them."""
+    """Print to stderr, from the first process only unless `everyone`."""
     if everyone or os.environ.get("RANK", "0") == "0":
         Console(stderr=True).print(message, style=style, highlight=False, markup=False, soft_wrap=True)

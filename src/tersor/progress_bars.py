@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 class _Rate(TextColumn):
-    """Items a second."""
+    """Items per second."""
 
     def render(self, task: object) -> Text:
         speed = getattr(task, "finished_speed", None) or getattr(task, "speed", None)
@@ -18,7 +18,7 @@ class _Rate(TextColumn):
 
 
 class Bars:
-    """A `ProgressReporter` that draws one bar for the task of the moment, above which its lines stay."""
+    """A `ProgressReporter` that draws one bar for the current task and prints lines above it."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -40,15 +40,15 @@ class Bars:
         self._progress.stop()
 
     def start(self, task: str, total: int) -> None:
-        """A new bar."""
+        """Start a new bar."""
         self._task = self._progress.add_task(task, total=total, values="")
 
     def advance(self, items: int = 1, **values: float) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         if self._task is not None:
             shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
             self._progress.update(self._task, advance=items, values=shown)
 
     def say(self, line: str) -> None:
-        """Prints above the bar."""
+        """Print a line above the bar."""
         self._progress.console.print(line, highlight=False, markup=False)

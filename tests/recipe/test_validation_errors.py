@@ -191,7 +191,7 @@ def test_files_that_are_no_recipe(tmp_path: Path):
         read(tmp_path / "recipes.yaml")
     with pytest.raises(InputError, match=r"is a folder. A recipe is a YAML file. Possible in .*: recipe.yaml"):
         read(tmp_path)
-    with pytest.raises(InputError, match="is no text"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         read(tmp_path / "recipe.yaml")
     with pytest.raises(InputError, match="cannot be read"):
         read(tmp_path / ("a" * 999))
