@@ -104,7 +104,7 @@ def test_a_network_that_answers_with_more_in_training_is_told(batch):
 
     objective = Objective(WithHeads())
     assert list(objective.eval()(batch)) == ["labels"]
-    with pytest.raises(InputError, match=r"in training the network answers with a tuple.*aux_logits=False"):
+    with pytest.raises(InputError, match=r"in training mode the network returns a tuple, not logits.*aux_logits=False"):
         objective.train()(batch)
 
 

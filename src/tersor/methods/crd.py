@@ -75,8 +75,9 @@ class ContrastTerm(LossTerm):
         theirs = self._embedded(teacher.layers[self.pair.teacher], self.teacher_embedding)
         images = len(self.of_student)
         drawn = torch.randint(images, (len(ours), self.method.negatives), device=ours.device)
+        autocast = student.context.autocasting(batch)
         losses = [
-            contrastive_loss(*self._compared(anchors, memory, batch, drawn, side), images)
+            contrastive_loss(*self._compared(anchors, memory, batch.index, drawn, side, autocast), images)
             for side, (anchors, memory) in enumerate(((ours, self.of_teacher), (theirs, self.of_student)))
         ]
         if self.training:
@@ -88,20 +89,25 @@ class ContrastTerm(LossTerm):
         return F.normalize(embedding(as_map(values).mean((2, 3))), dim=1)
 
     def _compared(
-        self, anchors: Tensor, memory: Tensor, batch: Batch, drawn: Tensor, side: int
+        self,
+        anchors: Tensor,
+        memory: Tensor,
+        index: Tensor,
+        drawn: Tensor,
+        side: int,
+        autocast: torch.autocast,
     ) -> tuple[Tensor, Tensor]:
         """log h of anchors (N, d) and what the memory (images, d) holds of the same images (N,), and at `drawn` (N, K).
 
         One product with the whole memory, in the networks' precision, where N * K vectors of it, collected, would be
         more than it holds.
         """
-        assert batch.index is not None
         scaled = anchors / self.method.tau
-        right = (scaled * memory[batch.index]).sum(1)
+        right = (scaled * memory[index]).sum(1)
         if drawn.numel() < len(memory):
             others = torch.einsum("nd,nkd->nk", scaled, memory[drawn])
         else:
-            with self.autocasting(batch):
+            with autocast:
                 others = (scaled @ memory.clone().T).gather(1, drawn).float()
         if self.log_z[side].isnan():
             seen = torch.cat([right[:, None], others], 1).detach()

@@ -202,7 +202,7 @@ class ReviewTerm(WarmupLossTerm):
         later: Tensor | None = None
         losses: list[Tensor] = []
         for fusion, features, wanted in zip(self.fusions, (pooled[0], *ours), (pooled[1], *theirs), strict=True):
-            with self.autocasting(batch):
+            with student.context.autocasting(batch):
                 reviewed, later = fusion(features, later, tuple(wanted.shape[2:]))
             losses.append(hierarchical_loss(reviewed, wanted))
         return self.rise * self.loss_weight * torch.stack(losses).sum()

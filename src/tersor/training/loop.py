@@ -175,7 +175,7 @@ class _Loop:
         self.progress = progress
         self.keeper = keeper
         self.curve = curve
-        self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.autocast else "float32"
+        self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.context.autocast else "float32"
         self.layout = layout_for(accelerator.device)
         set_layout(objective, self.layout)
         self.torch_optimizer = optimizer_for(objective, training.optimizer)
@@ -189,7 +189,7 @@ class _Loop:
             kept = kept or TeacherCache(len(once) * len(batch.images))
             kept.add(batch, self.plain.teacher_forward(self._placed(batch)))
             self.progress.advance()
-        self.plain.answers = kept
+        self.plain.teacher_cache = kept
 
     def run(self, batches: BatchSource, rates: list[float], task: str) -> Fitted:
         """One step for each of the learning rates."""
