@@ -26,7 +26,7 @@ from tersor.methods.reviewkd import ReviewKD
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import pairs_of
+from tersor.training.layer_pairs import match_layers
 from tersor.training.loop import fit
 from tersor.training.method import chain
 from tersor.training.objective import Objective, Outputs
@@ -117,17 +117,17 @@ def test_pairs_are_told_where_they_do_not_fit():
     student, teacher = networks()
     given = {"data": Loader(), "method": "fitnet"}
     with pytest.raises(InputError, match=r"fitnet needs a teacher"):
-        pairs_of(student, None, (), (), **given)
+        match_layers(student, None, (), (), **given)
     with pytest.raises(InputError, match=r"fitnet needs images"):
-        pairs_of(student, teacher, (), (), None, method="fitnet")
-    with pytest.raises(InputError, match=r"has 3 of the student \(layer1, layer2, layer3\) and 1 of the teacher"):
-        pairs_of(student, teacher, ("layer?",), ("layer3",), **given)
+        match_layers(student, teacher, (), (), None, method="fitnet")
+    with pytest.raises(InputError, match=r"3 of the student match \(layer1, layer2, layer3\) and 1 of the teacher"):
+        match_layers(student, teacher, ("layer?",), ("layer3",), **given)
     with pytest.raises(InputError, match=r"teacher_layers and no layers"):
-        pairs_of(student, teacher, (), ("layer3",), **given)
+        match_layers(student, teacher, (), ("layer3",), **given)
     with pytest.raises(InputError, match=r"the student has no layer 'block3'"):
-        pairs_of(student, teacher, ("block3",), (), **given)
-    with pytest.raises(InputError, match=r"the student's layer linear gives \(2, 10\)\. Possible: feature maps"):
-        pairs_of(student, teacher, ("linear",), (), **given)
+        match_layers(student, teacher, ("block3",), (), **given)
+    with pytest.raises(InputError, match=r"the student's layer linear has shape \(2, 10\)\. Possible: feature maps"):
+        match_layers(student, teacher, ("linear",), (), **given)
 
 
 def test_what_changes_shapes_comes_before_what_learns_with_layers():
@@ -194,12 +194,12 @@ def test_decoupled_asks_for_labels_and_rises():
     images = Loader().images[:4]
     with pytest.raises(InputError, match="which class is the right one"):
         attached.terms[0](Batch(images), Outputs(student(images)), Outputs(teacher(images)))
-    rises = []
+    factors = []
     for step in range(6):
-        rises.append(float(attached.terms[0].rise))
+        factors.append(float(attached.terms[0].warmup))
         attached.after_step(step, None)
-    assert rises == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert float(DKD(warmup=0).attach(student, AttachContext(teacher=teacher, steps=8)).terms[0].rise) == 1
+    assert factors == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert float(DKD(warmup=0).attach(student, AttachContext(teacher=teacher, steps=8)).terms[0].warmup) == 1
 
 
 def test_crd_remembers_what_it_was_shown():

@@ -25,7 +25,7 @@ from tersor.methods.reviewkd import ReviewKD, hierarchical_loss
 from tersor.methods.soft_targets import SoftTargets, soft_target_loss, standardized
 from tersor.models import build
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import pair_of, pairs_of
+from tersor.training.layer_pairs import match_layer, match_layers
 from tersor.training.method import chain
 from tersor.training.objective import Objective, Outputs
 
@@ -227,24 +227,24 @@ def test_without_its_loss_the_labels_are_as_they_were_or_are_not_asked_either(ne
 
 
 def test_one_layer_may_learn_from_two_and_no_pair_counts_twice(networks):
-    pairs = pairs_of(*networks, ("layer3", "layer3"), ("layer2", "layer3"), Loader(), method="fitnet")
+    pairs = match_layers(*networks, ("layer3", "layer3"), ("layer2", "layer3"), Loader(), method="fitnet")
     assert [pair.paths for pair in pairs] == [("layer3", "layer2"), ("layer3", "layer3")]
-    pairs = pairs_of(*networks, ("layer?", "layer3"), ("layer[123]", "layer3"), Loader(), method="fitnet")
+    pairs = match_layers(*networks, ("layer?", "layer3"), ("layer[123]", "layer3"), Loader(), method="fitnet")
     assert [pair.student for pair in pairs] == ["layer1", "layer2", "layer3"]
 
 
 @pytest.mark.parametrize(
     ("layer", "teacher_layer", "message"),
     [
-        ("layer?", "", r"takes one layer, and 'layer\?' is 3 of the student: layer1, layer2, layer3\. Write one"),
-        ("layer3", "layer?", r"'layer\?' is 4 of the teacher"),
+        ("layer?", "", r"takes one layer, and 'layer\?' matches 3 of the student: layer1, layer2, layer3\. Write one"),
+        ("layer3", "layer?", r"'layer\?' matches 4 of the teacher"),
         ("", "layer3", r"has teacher_layer and no layer\."),
         ("layer9", "", "the student has no layer 'layer9'"),
     ],
 )
 def test_the_one_layer_of_a_method(networks, layer, teacher_layer, message):
     with pytest.raises(InputError, match=message):
-        pair_of(*networks, layer, teacher_layer, Loader(), method="crd")
+        match_layer(*networks, layer, teacher_layer, Loader(), method="crd")
 
 
 def test_which_layers_teach_is_told(networks):
@@ -252,8 +252,8 @@ def test_which_layers_teach_is_told(networks):
     methods = [FitNet(), SoftTargets(), AttentionTransfer(layers=("layer1",))]
     attached = chain(methods, student, AttachContext(data=Loader(), teacher=teacher, steps=4))
     assert attached.notes == (
-        "fitnet teaches layer3 from layer2 of the teacher.",
-        "attention_transfer teaches layer1 from layer1 of the teacher.",
+        "fitnet compares layer3 (student) with layer2 (teacher).",
+        "attention_transfer compares layer1 (student) with layer1 (teacher).",
     )
 
 

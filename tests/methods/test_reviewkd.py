@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tersor.data.batch import Batch
 from tersor.methods.reviewkd import Fusion, ReviewTerm
-from tersor.training.layer_pairs import Pair
+from tersor.training.layer_pairs import LayerPair
 from tersor.training.objective import Outputs
 
 BATCH = Batch(torch.zeros(1, 3, 1, 1))
@@ -62,7 +62,7 @@ def test_it_is_the_papers(ours, theirs, training):
     torch.manual_seed(0)
     shapes = [[(3, channels, side, side) for channels, side in each] for each in (ours, theirs)]
     names = [f"layer{place}" for place in range(len(ours))]
-    pairs = [Pair(name, name, *map(torch.Size, two)) for name, *two in zip(names, *shapes, strict=True)]
+    pairs = [LayerPair(name, name, *map(torch.Size, two)) for name, *two in zip(names, *shapes, strict=True)]
     term = ReviewTerm(pairs, 1.0).train(training)
     for name, value in term.named_buffers():
         if "running" in name:

@@ -15,9 +15,10 @@ from torch import nn
 from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment
-from tersor.training.loop import fit, steps_per_epoch
+from tersor.training.loop import fit
 from tersor.training.objective import LossTerm
 from tersor.training.options import LearningRateSchedule, OptimizerOptions, Training
+from tersor.training.schedule import steps_per_epoch
 
 STEADY = LearningRateSchedule(name="constant")
 PLAIN_SGD = OptimizerOptions(learning_rate=0.1, momentum=0, nesterov=False, weight_decay=0)
@@ -182,12 +183,12 @@ def test_hooks_are_gone_afterwards_even_after_an_interruption():
         def advance(self, items=1, **values):
             raise KeyboardInterrupt
 
-    class Keeps(Attachment):
+    class RemembersOptimizer(Attachment):
         def bind(self, optimizer, start=0):
             self.optimizer = optimizer
             return super().bind(optimizer, start)
 
-    attachment = Keeps(linear())
+    attachment = RemembersOptimizer(linear())
     with pytest.raises(KeyboardInterrupt):
         fit(attachment, Toy(), Training(), steps=3, progress=Impatient())
     assert not attachment.optimizer._optimizer_step_pre_hooks
@@ -227,17 +228,17 @@ def test_the_model_ends_with_the_running_mean():
     assert not torch.equal(hooked.model.weight, hooked.after[-1][1])
 
 
-class Keeps:
-    """Keeps every snapshot in memory, and stops the training after `until` steps."""
+class InMemoryCheckpointer:
+    """Stores every snapshot in memory, and stops the training after `until` steps."""
 
     every = 1
     last = "stage-1/clock.json"
 
     def __init__(self, resume_state=None, until=None):
-        self.resume_state, self.until, self.kept = resume_state, until, {}
+        self.resume_state, self.until, self.saved = resume_state, until, {}
 
-    def keep(self, step, tensors):
-        self.kept[step] = tensors
+    def save(self, step, tensors):
+        self.saved[step] = tensors
         if step == self.until:
             raise KeyboardInterrupt
 
@@ -267,43 +268,59 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(optimizer, accumulate, 
     options = OptimizerOptions(name=optimizer, learning_rate=0.01)
     training = Training(optimizer=options, accumulate=accumulate, ema=ema)
 
-    def run(keeper):
+    def run(checkpointer):
         attached = Attachment(small(), [Noise()])
-        fit(attached, Toy(shape=(3, 4, 4)), training, steps=12, keeper=keeper, seed=5)
+        fit(attached, Toy(shape=(3, 4, 4)), training, steps=12, checkpointer=checkpointer, seed=5)
         return {**attached.model.state_dict(), "own": attached.terms[0].own.detach()}
 
     expected = run(None)
-    stopped = Keeps(until=until)
+    stopped = InMemoryCheckpointer(until=until)
     with pytest.raises(KeyboardInterrupt):
         run(stopped)
-    found = run(Keeps(resume_state=(until, stopped.kept[until])))
+    found = run(InMemoryCheckpointer(resume_state=(until, stopped.saved[until])))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_seconds_and_losses_of_an_epoch_outlive_the_process():
-    stopped = Keeps(until=6)
+    stopped = InMemoryCheckpointer(until=6)
     with pytest.raises(KeyboardInterrupt):
-        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=stopped)
-    earlier = float(stopped.kept[6]["log.seconds"])
-    stopped.kept[6]["log.seconds"] += 100
-    gone_on = fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(resume_state=(6, stopped.kept[6])))
+        fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
+    earlier = float(stopped.saved[6]["log.seconds"])
+    stopped.saved[6]["log.seconds"] += 100
+    resumed = fit(
+        Attachment(linear()),
+        Toy(),
+        Training(),
+        steps=8,
+        checkpointer=InMemoryCheckpointer(resume_state=(6, stopped.saved[6])),
+    )
     whole = fit(Attachment(linear()), Toy(), Training(), steps=8)
-    assert gone_on.earlier == pytest.approx(100 + earlier)
-    assert 100 < gone_on.seconds < 110
-    assert gone_on.losses == pytest.approx(whole.losses)
+    assert resumed.earlier_seconds == pytest.approx(100 + earlier)
+    assert 100 < resumed.seconds < 110
+    assert resumed.losses == pytest.approx(whole.losses)
     nothing_left = fit(
-        Attachment(linear()), Toy(), Training(), steps=6, keeper=Keeps(resume_state=(6, stopped.kept[6]))
+        Attachment(linear()),
+        Toy(),
+        Training(),
+        steps=6,
+        checkpointer=InMemoryCheckpointer(resume_state=(6, stopped.saved[6])),
     )
     assert nothing_left.losses.keys() == whole.losses.keys()
 
 
 def test_as_many_processes_go_on_as_began():
-    stopped = Keeps(until=2)
+    stopped = InMemoryCheckpointer(until=2)
     with pytest.raises(KeyboardInterrupt):
-        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=stopped)
-    of_two = {**stopped.kept[2], "random.cpu1": stopped.kept[2]["random.cpu0"]}
-    with pytest.raises(InputError, match=r"begun by 2 processes, and goes on with 1\. Start as many"):
-        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(resume_state=(2, of_two)))
+        fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
+    of_two = {**stopped.saved[2], "random.cpu1": stopped.saved[2]["random.cpu0"]}
+    with pytest.raises(InputError, match=r"started with 2 processes and is resumed with 1\. Start 2"):
+        fit(
+            Attachment(linear()),
+            Toy(),
+            Training(),
+            steps=8,
+            checkpointer=InMemoryCheckpointer(resume_state=(2, of_two)),
+        )
 
 
 def test_ctrl_c_ends_the_step_and_keeps_it():
@@ -312,13 +329,13 @@ def test_ctrl_c_ends_the_step_and_keeps_it():
             if step == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    keeper, before = Keeps(), signal.getsignal(signal.SIGINT)
-    keeper.every = 100
+    checkpointer, before = InMemoryCheckpointer(), signal.getsignal(signal.SIGINT)
+    checkpointer.every = 100
     model = linear()
     with pytest.raises(KeyboardInterrupt):
-        fit(Presses(model), Toy(), Training(), steps=8, keeper=keeper)
-    assert list(keeper.kept) == [3]
-    assert torch.equal(keeper.kept[3]["model.weight"], model.weight)
+        fit(Presses(model), Toy(), Training(), steps=8, checkpointer=checkpointer)
+    assert list(checkpointer.saved) == [3]
+    assert torch.equal(checkpointer.saved[3]["model.weight"], model.weight)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -341,7 +358,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(value, accumula
     hooked = Hooked(model, [Breaks(at, value)])
     training = Training(accumulate=accumulate, optimizer=PLAIN_SGD, lr_schedule=STEADY)
     with pytest.raises(NonFiniteLoss, match=r"'fragile'.*step 4.*0\.1.*checkpoint: stage-1/clock\.json") as caught:
-        fit(hooked, Toy(), training, steps=8, keeper=Keeps())
+        fit(hooked, Toy(), training, steps=8, checkpointer=InMemoryCheckpointer())
     assert (caught.value.step, caught.value.term) == (4, "fragile")
     assert isinstance(caught.value, InputError)
     assert len(hooked.before) == 3

@@ -77,7 +77,7 @@ def test_a_curve_is_a_shape_or_a_function():
     assert curve("cubic")(0.5) == 0.875
     assert curve("linear")(0.25) == 0.25
     assert curve(f"{__name__}:halfway")(0.5) == 0.25
-    with pytest.raises(InputError, match=r"gave '0\.0' at progress 0\. Give a number from 0 to 1"):
+    with pytest.raises(InputError, match=r"returned '0\.0' at progress 0\. Return a number from 0 to 1"):
         curve(f"{__name__}:text")
     with pytest.raises(InputError, match=r"has no 'halfways'\. Did you mean 'halfway'"):
         curve(f"{__name__}:halfways")

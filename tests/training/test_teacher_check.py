@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tersor.data.batch import Batch
-from tersor.training.teacher_check import _accuracy, doubts
+from tersor.training.teacher_check import _accuracy, teacher_warnings
 
 torch.manual_seed(0)
 IMAGES = torch.randn(40, 3, 8, 8)
@@ -44,7 +44,7 @@ TEACHERS = {
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_a_teacher_is_doubted_for_what_it_returns(kind):
     logits, words = TEACHERS[kind]
-    found = doubts("the teacher", Fixed(logits), [Batch(IMAGES, LABELS)])
+    found = teacher_warnings("the teacher", Fixed(logits), [Batch(IMAGES, LABELS)])
     assert len(found) == (words is not None)
     assert words is None or re.search(words, found[0])
 
@@ -53,14 +53,14 @@ def test_two_classes_by_chance_are_not_in_another_order():
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(40) % 2
     for _ in range(20):
-        found = doubts("t", Fixed(torch.randn(40, 2, generator=generator)), [Batch(IMAGES, labels)])
+        found = teacher_warnings("t", Fixed(torch.randn(40, 2, generator=generator)), [Batch(IMAGES, labels)])
         assert not any("another order" in each for each in found)
 
 
 def test_images_without_labels_are_looked_at_for_probabilities_alone():
-    assert doubts("t", Fixed(-GOOD), [Batch(IMAGES)]) == []
-    assert len(doubts("t", Fixed(GOOD.softmax(1)), [Batch(IMAGES, LABELS - 20)])) == 1
-    assert doubts("t", Fixed(GOOD), []) == []
+    assert teacher_warnings("t", Fixed(-GOOD), [Batch(IMAGES)]) == []
+    assert len(teacher_warnings("t", Fixed(GOOD.softmax(1)), [Batch(IMAGES, LABELS - 20)])) == 1
+    assert teacher_warnings("t", Fixed(GOOD), []) == []
 
 
 def test_two_favourite_classes_of_a_network_by_chance_are_no_other_order():
@@ -68,6 +68,6 @@ def test_two_favourite_classes_of_a_network_by_chance_are_no_other_order():
     predicted = torch.zeros(60, dtype=torch.int64)
     predicted[labels == 1], predicted[labels == 8] = 5, 7
     told = _accuracy("the teacher", F.one_hot(predicted, 10).float(), labels)
-    assert "not measurably more than by chance" in told
+    assert "not significantly more than by chance" in told
     moved = _accuracy("the teacher", F.one_hot((labels + 1) % 10, 10).float(), labels)
     assert "another order" in moved

@@ -234,7 +234,7 @@ class StageCheckpointer:
             tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
             self._keep(step=0, tensors=tensors, told={_BEFORE: True})
 
-    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Takes the snapshot after `step` steps; of processes that train together the first writes it."""
         if not distributed.rank():
             self._keep(step=step, tensors=tensors, told={NOTES: self.notes})

@@ -29,7 +29,7 @@ from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import pooled
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import Pair, pairs_of
+from tersor.training.layer_pairs import LayerPair, match_layers
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
@@ -55,7 +55,7 @@ class AttentionTerm(LossTerm):
 
     name = "attention_transfer"
 
-    def __init__(self, pairs: Sequence[Pair], p: int, mode: Mode, loss_weight: float) -> None:
+    def __init__(self, pairs: Sequence[LayerPair], p: int, mode: Mode, loss_weight: float) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
         self.p = p
@@ -67,8 +67,8 @@ class AttentionTerm(LossTerm):
         assert teacher is not None
         losses = [
             attention_loss(
-                pooled(student.layers[pair.student], pair.smaller),
-                pooled(teacher.layers[pair.teacher], pair.smaller),
+                pooled(student.layers[pair.student], pair.common_size),
+                pooled(teacher.layers[pair.teacher], pair.common_size),
                 self.p,
                 self.mode,
             )
@@ -101,7 +101,7 @@ class AttentionTransfer:
         Raises:
             InputError: no teacher, no images to see shapes on, layers that are not there or do not pair.
         """
-        pairs = pairs_of(
+        pairs = match_layers(
             model, context.teacher, self.layers, self.teacher_layers, context.data, method="attention_transfer"
         )
         if not self.loss_weight:

@@ -32,7 +32,7 @@ from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import as_map
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import Pair, pair_of
+from tersor.training.layer_pairs import LayerPair, match_layer
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
@@ -54,7 +54,7 @@ class ContrastTerm(LossTerm):
     of_teacher: Tensor
     log_z: Tensor
 
-    def __init__(self, method: CRD, pair: Pair, images: int) -> None:
+    def __init__(self, method: CRD, pair: LayerPair, images: int) -> None:
         super().__init__()
         self.method = method
         self.pair = pair
@@ -147,7 +147,7 @@ class CRD:
         Raises:
             InputError: no teacher, no data that knows how many images it holds, a layer that is not there.
         """
-        pair = pair_of(model, context.teacher, self.layer, self.teacher_layer, context.data, method="crd")
+        pair = match_layer(model, context.teacher, self.layer, self.teacher_layer, context.data, method="crd")
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         held = getattr(context.data, "images", getattr(context.data, "dataset", None))

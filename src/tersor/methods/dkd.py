@@ -28,7 +28,7 @@ from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import require_teacher
-from tersor.training.loss_warmup import RisingAttachment, WarmupLossTerm
+from tersor.training.loss_warmup import WarmupAttachment, WarmupLossTerm
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import Outputs
 
@@ -65,7 +65,7 @@ class DecoupledTerm(WarmupLossTerm):
         if batch.labels is None:
             raise InputError("dkd asks which class is the right one, and the images have no labels. Give labels.")
         target, others = decoupled(student.logits, teacher.logits, batch.labels, self.method.temperature)
-        return self.rise * (self.method.alpha * target + self.method.beta * others)
+        return self.warmup * (self.method.alpha * target + self.method.beta * others)
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -93,4 +93,4 @@ class DKD:
         if not self.alpha and not self.beta:
             return without_loss(model, self.label_weight)
         rising = round(self.warmup * context.steps)
-        return RisingAttachment(model, DecoupledTerm(self), steps=rising, label_weight=self.label_weight)
+        return WarmupAttachment(model, DecoupledTerm(self), steps=rising, label_weight=self.label_weight)

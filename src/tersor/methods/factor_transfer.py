@@ -37,7 +37,7 @@ from tersor.data.batch import Batch, images_of
 from tersor.graph.feature_extraction import FeatureExtractor, as_map, pooled
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import Pair, pair_of
+from tersor.training.layer_pairs import LayerPair, match_layer
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
@@ -83,7 +83,7 @@ class FactorTerm(LossTerm):
     errors: Tensor
     maps: Tensor
 
-    def __init__(self, method: FactorTransfer, pair: Pair) -> None:
+    def __init__(self, method: FactorTransfer, pair: LayerPair) -> None:
         super().__init__()
         factor = max(1, round(method.paraphrase_rate * pair.teacher_channels))
         self.method = method
@@ -108,8 +108,8 @@ class FactorTerm(LossTerm):
         assert teacher is not None
         ours, theirs = as_map(student.layers[self.pair.student]), as_map(teacher.layers[self.pair.teacher])
         with torch.no_grad():
-            factor = pooled(self.paraphraser.encoder(theirs), self.pair.smaller)
-        translated = self.translator(pooled(ours, self.pair.smaller))
+            factor = pooled(self.paraphraser.encoder(theirs), self.pair.common_size)
+        translated = self.translator(pooled(ours, self.pair.common_size))
         return self.method.loss_weight * factor_loss(translated, factor, self.method.p)
 
 
@@ -147,7 +147,9 @@ class FactorTransfer:
         Raises:
             InputError: no teacher, no images, a layer that is not there or gives no feature map.
         """
-        pair = pair_of(model, context.teacher, self.layer, self.teacher_layer, context.data, method="factor_transfer")
+        pair = match_layer(
+            model, context.teacher, self.layer, self.teacher_layer, context.data, method="factor_transfer"
+        )
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         assert context.data is not None

@@ -30,7 +30,7 @@ from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import pooled
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import Pair, last, pairs_of
+from tersor.training.layer_pairs import LayerPair, last_path, match_layers
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
@@ -40,7 +40,7 @@ class HintTerm(LossTerm):
 
     name = "fitnet"
 
-    def __init__(self, pairs: Sequence[Pair], loss_weight: float, regressor: bool) -> None:
+    def __init__(self, pairs: Sequence[LayerPair], loss_weight: float, regressor: bool) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
         self.loss_weight = loss_weight
@@ -53,8 +53,8 @@ class HintTerm(LossTerm):
         assert teacher is not None
         losses: list[Tensor] = []
         for pair, regressor in zip(self.pairs, self.regressors, strict=True):
-            ours = pooled(student.layers[pair.student], pair.smaller)
-            theirs = pooled(teacher.layers[pair.teacher], pair.smaller)
+            ours = pooled(student.layers[pair.student], pair.common_size)
+            theirs = pooled(teacher.layers[pair.teacher], pair.common_size)
             losses.append(F.mse_loss(regressor(ours), theirs))
         return self.loss_weight * torch.stack(losses).sum()
 
@@ -82,8 +82,8 @@ class FitNet:
             InputError: no teacher, no images to see shapes on, layers that are not there or do not pair; channels that
                 differ, without a regressor.
         """
-        pairs = pairs_of(
-            model, context.teacher, self.layers, self.teacher_layers, context.data, method="fitnet", chosen=last
+        pairs = match_layers(
+            model, context.teacher, self.layers, self.teacher_layers, context.data, method="fitnet", select=last_path
         )
         if not self.loss_weight:
             return without_loss(model, self.label_weight)

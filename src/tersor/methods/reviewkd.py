@@ -30,8 +30,8 @@ from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import as_map, layer_paths
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import Pair, pairs_of
-from tersor.training.loss_warmup import RisingAttachment, WarmupLossTerm
+from tersor.training.layer_pairs import LayerPair, match_layers
+from tersor.training.loss_warmup import WarmupAttachment, WarmupLossTerm
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import Outputs
 
@@ -183,7 +183,7 @@ class ReviewTerm(WarmupLossTerm):
 
     name = "reviewkd"
 
-    def __init__(self, pairs: Sequence[Pair], loss_weight: float) -> None:
+    def __init__(self, pairs: Sequence[LayerPair], loss_weight: float) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
         self.loss_weight = loss_weight
@@ -205,7 +205,7 @@ class ReviewTerm(WarmupLossTerm):
             with student.context.autocasting(batch):
                 reviewed, later = fusion(features, later, tuple(wanted.shape[2:]))
             losses.append(hierarchical_loss(reviewed, wanted))
-        return self.rise * self.loss_weight * torch.stack(losses).sum()
+        return self.warmup * self.loss_weight * torch.stack(losses).sum()
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -230,7 +230,7 @@ class ReviewKD:
         Raises:
             InputError: no teacher, no images to see shapes on, layers that are not there or do not pair.
         """
-        pairs = pairs_of(model, context.teacher, self.layers, self.teacher_layers, context.data, method="reviewkd")
+        pairs = match_layers(model, context.teacher, self.layers, self.teacher_layers, context.data, method="reviewkd")
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         order = layer_paths(model)
@@ -239,4 +239,4 @@ class ReviewKD:
             term = ReviewTerm(pairs, self.loss_weight)
         paths = [pair.paths for pair in pairs]
         rising = round(self.warmup * context.steps)
-        return RisingAttachment(model, term, steps=rising, label_weight=self.label_weight, layers=paths)
+        return WarmupAttachment(model, term, steps=rising, label_weight=self.label_weight, layers=paths)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import Hooked, Keeps, Recorder, Toy, linear
+from test_loop import Hooked, InMemoryCheckpointer, Recorder, Toy, linear
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -26,10 +26,10 @@ from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import EMAFakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.recipe import parse
-from tersor.training.accuracy_curve import AccuracyCurve
 from tersor.training.attachment import Attachment
 from tersor.training.loop import fit
 from tersor.training.options import Training
+from tersor.training.validation_curve import ValidationCurve
 
 EPOCH = 8  # steps, of Toy
 
@@ -71,7 +71,7 @@ def right(model):
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_training_that_is_looked_at_ends_with_the_same_bits(ema):
     ends = []
-    for curve in (None, AccuracyCurve(1, right)):
+    for curve in (None, ValidationCurve(1, right)):
         model = all_that_moves()
         progress = Recorder()
         fit(
@@ -86,7 +86,7 @@ def test_a_training_that_is_looked_at_ends_with_the_same_bits(ema):
 
 def test_each_value_is_of_the_weights_after_its_epoch():
     hooked = Hooked(linear())
-    curve = AccuracyCurve(EPOCH, lambda model: model.weight.double().sum().item())
+    curve = ValidationCurve(EPOCH, lambda model: model.weight.double().sum().item())
     fit(hooked, Toy(), Training(), steps=3 * EPOCH - 1, curve=curve)
     assert curve.steps == [EPOCH, 2 * EPOCH]
     assert curve.values == [hooked.after[step - 1][1].double().sum().item() for step in curve.steps]
@@ -94,7 +94,7 @@ def test_each_value_is_of_the_weights_after_its_epoch():
 
 def test_where_weights_have_a_mean_it_is_the_mean_that_is_measured():
     hooked = Hooked(linear())
-    curve = AccuracyCurve(5, lambda model: model.weight.double().sum().item())
+    curve = ValidationCurve(5, lambda model: model.weight.double().sum().item())
     fit(hooked, Toy(), Training(ema=0.9), steps=10, curve=curve)
     assert curve.values[-1] == hooked.model.weight.double().sum().item(), "what the training leaves"
     assert curve.values[-1] != hooked.after[-1][1].double().sum().item()
@@ -102,17 +102,24 @@ def test_where_weights_have_a_mean_it_is_the_mean_that_is_measured():
 
 @pytest.mark.parametrize("until", [2, EPOCH, EPOCH + 3])
 def test_the_curve_goes_on_where_the_training_was_stopped(until):
-    def run(keeper):
-        curve = AccuracyCurve(EPOCH, right)
-        fit(Attachment(all_that_moves()), Toy(shape=(3, 4, 4)), Training(), steps=20, keeper=keeper, curve=curve)
+    def run(checkpointer):
+        curve = ValidationCurve(EPOCH, right)
+        fit(
+            Attachment(all_that_moves()),
+            Toy(shape=(3, 4, 4)),
+            Training(),
+            steps=20,
+            checkpointer=checkpointer,
+            curve=curve,
+        )
         return curve.values
 
     expected = run(None)
-    stopped = Keeps(until=until)
+    stopped = InMemoryCheckpointer(until=until)
     with pytest.raises(KeyboardInterrupt):
         run(stopped)
     assert len(expected) == 2
-    assert run(Keeps(resume_state=(until, stopped.kept[until]))) == expected
+    assert run(InMemoryCheckpointer(resume_state=(until, stopped.saved[until]))) == expected
 
 
 def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_out(monkeypatch):
@@ -131,7 +138,7 @@ def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_o
                 now += 1.0
                 yield batch
 
-    progress, curve = Recorder(), AccuracyCurve(EPOCH, slow)
+    progress, curve = Recorder(), ValidationCurve(EPOCH, slow)
     fitted = fit(Attachment(linear()), Ticking(), Training(), steps=2 * EPOCH, curve=curve, progress=progress)
     assert "validation" not in progress.values[EPOCH - 2]
     assert [progress.values[step]["validation"] for step in (EPOCH - 1, EPOCH, 2 * EPOCH - 1)] == [50, 50, 51]
@@ -175,7 +182,7 @@ SHARE = """
 import sys, torch
 sys.path.insert(0, {here!r})
 from test_loop import Attachment, Toy, Training, fit, linear
-from tersor.training.accuracy_curve import AccuracyCurve
+from tersor.training.validation_curve import ValidationCurve
 
 rank = int(sys.argv[1])
 
@@ -190,7 +197,7 @@ def measure(model):
     assert rank == 0, "the first alone measures"
     return model.weight.double().sum().item()
 
-curve = AccuracyCurve(3, measure)
+curve = ValidationCurve(3, measure)
 fit(Attachment(linear()), Share(), Training(precision="float32"), steps=8, curve=curve)
 torch.save(torch.tensor(curve.values, dtype=torch.float64), sys.argv[2])
 """
