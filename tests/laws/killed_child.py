@@ -56,7 +56,7 @@ def run(folder: Path, out: Path, *fault: Any) -> None:
 def _leave_out(module: Any) -> None:
     """What adds time, and nothing to go on with: the second runtime, files of every stage, processes of measuring."""
     sys.modules["tersor.evaluation.results"].installed_runtimes = lambda: ["onnxruntime"]
-    sys.modules["tersor.evaluation.latency"]._FEWEST_GROUPS = 2
+    sys.modules["tersor.evaluation.latency"]._MIN_GROUPS = 2
     module.stage_models = lambda *_given: {}
     nothing = Footprint(peak_memory_bytes=0, load_ms=0.0)
     sys.modules["tersor.evaluation.results"].footprint = lambda *_given, **_options: nothing
