@@ -1,4 +1,4 @@
-"""crd against the authors' code, really run (tests/golden/crd.py says how)."""
+"""crd against numbers of the authors' code (produced by tests/golden/crd.py)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "crd.json").read_tex
 
 
 def features(values):
-    """Pooled already: maps of one pixel."""
+    """Pooled features, as maps of one pixel."""
     return torch.tensor(values)[:, :, None, None]
 
 

@@ -25,7 +25,7 @@ PLAIN_SGD = OptimizerOptions(learning_rate=0.1, momentum=0, nesterov=False, weig
 
 
 class Toy:
-    """Points of three classes that a line can part, in an order that the epoch decides."""
+    """Linearly separable points of three classes; the epoch determines their order."""
 
     def __init__(self, count=64, batch_size=8, shape=(5,)):
         draw = torch.Generator().manual_seed(1)
@@ -62,7 +62,7 @@ class Recorder:
 
 
 class Hooked(Attachment):
-    """Writes down what the hooks found: step, gradient's norm, weight."""
+    """Records step, gradient norm and weight in its hooks."""
 
     def __init__(self, model, terms=(), label_weight=1.0):
         super().__init__(model, terms, label_weight)
@@ -117,7 +117,7 @@ def test_a_linear_model_learns(optimizer, schedule):
     assert "cpu" in progress.lines[0] or torch.cuda.is_available()
 
 
-def test_same_seed_same_bits_and_the_callers_numbers_are_untouched():
+def test_the_same_seed_gives_the_same_bits_and_the_global_random_state_is_unchanged():
     results = []
     for seed in (3, 3, 4):
         model = convolutional()
@@ -130,7 +130,7 @@ def test_same_seed_same_bits_and_the_callers_numbers_are_untouched():
     assert not torch.equal(results[0], results[2])
 
 
-def test_the_model_comes_back_as_it_lay():
+def test_the_model_keeps_its_parameters_and_layout():
     model = convolutional()
     parameters = [*model.parameters()]
     fit(Attachment(model), Toy(shape=(3, 4, 4)), Training(), steps=2)
@@ -139,7 +139,7 @@ def test_the_model_comes_back_as_it_lay():
     assert not model.training
 
 
-def test_accumulated_batches_are_as_good_as_a_large_one():
+def test_accumulated_batches_equal_a_large_batch():
     small, large = linear(), linear()
     training = Training(optimizer=PLAIN_SGD, lr_schedule=STEADY, precision="float32")
     fit(Attachment(small), Toy(batch_size=4), training.model_copy(update={"accumulate": 2}), steps=20)
@@ -147,7 +147,7 @@ def test_accumulated_batches_are_as_good_as_a_large_one():
     torch.testing.assert_close(weights(small), weights(large))
 
 
-def test_the_last_step_of_an_epoch_accumulates_what_is_left():
+def test_the_last_step_of_an_epoch_averages_over_the_remaining_batches():
     training = Training(optimizer=PLAIN_SGD, lr_schedule=STEADY, precision="float32", accumulate=3)
     batches = Toy(count=32, batch_size=8)
     assert steps_per_epoch(batches, training) == 2
@@ -164,7 +164,7 @@ def test_the_last_step_of_an_epoch_accumulates_what_is_left():
     assert batches.epochs == [0, 0, 0]
 
 
-def test_hooks_are_called_once_for_a_step_of_several_batches():
+def test_hooks_are_called_once_per_accumulated_step():
     model = linear()
     first = model.weight.detach().clone()
     hooked = Hooked(model)
@@ -178,7 +178,7 @@ def test_hooks_are_called_once_for_a_step_of_several_batches():
         assert torch.equal(moved, after[2])
 
 
-def test_hooks_are_gone_afterwards_even_after_an_interruption():
+def test_hooks_are_removed_even_after_an_interruption():
     class Impatient(Recorder):
         def advance(self, items=1, **values):
             raise KeyboardInterrupt
@@ -195,7 +195,7 @@ def test_hooks_are_gone_afterwards_even_after_an_interruption():
     assert not attachment.optimizer._optimizer_step_post_hooks
 
 
-def test_every_step_is_taken_at_the_rate_that_was_shown():
+def test_every_step_uses_the_reported_learning_rate():
     class Reads(Attachment):
         def __init__(self, model):
             super().__init__(model)
@@ -217,7 +217,7 @@ def test_clipping_bounds_the_step():
     assert (weights(model) - before).norm().item() == pytest.approx(1e-3 * 0.1, rel=1e-2)
 
 
-def test_the_model_ends_with_the_running_mean():
+def test_the_model_ends_with_the_moving_average():
     hooked = Hooked(linear())
     mean = hooked.model.weight.detach().clone()
     fit(hooked, Toy(), Training(ema=0.2, precision="float32"), steps=15)
@@ -244,7 +244,7 @@ class InMemoryCheckpointer:
 
 
 class Noise(LossTerm):
-    """Draws a number in every step, and learns a weight of its own."""
+    """Draws a random number in every step, and has a trainable weight."""
 
     name = "noise"
 
@@ -264,7 +264,7 @@ def small():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(("accumulate", "ema"), [(1, None), (3, 0.9)])
 @pytest.mark.parametrize("until", [1, 4, 8, 11])
-def test_a_training_that_goes_on_ends_with_the_same_bits(optimizer, accumulate, ema, until):
+def test_a_resumed_training_ends_with_the_same_bits(optimizer, accumulate, ema, until):
     options = OptimizerOptions(name=optimizer, learning_rate=0.01)
     training = Training(optimizer=options, accumulate=accumulate, ema=ema)
 
@@ -281,7 +281,7 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(optimizer, accumulate, 
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_seconds_and_losses_of_an_epoch_outlive_the_process():
+def test_a_resumed_training_keeps_seconds_and_losses():
     stopped = InMemoryCheckpointer(until=6)
     with pytest.raises(KeyboardInterrupt):
         fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
@@ -308,7 +308,7 @@ def test_seconds_and_losses_of_an_epoch_outlive_the_process():
     assert nothing_left.losses.keys() == whole.losses.keys()
 
 
-def test_as_many_processes_go_on_as_began():
+def test_resuming_with_another_number_of_processes_is_refused():
     stopped = InMemoryCheckpointer(until=2)
     with pytest.raises(KeyboardInterrupt):
         fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
@@ -323,7 +323,7 @@ def test_as_many_processes_go_on_as_began():
         )
 
 
-def test_ctrl_c_ends_the_step_and_keeps_it():
+def test_ctrl_c_finishes_and_saves_the_step():
     class Presses(Attachment):
         def before_step(self, step, optimizer):
             if step == 2:
@@ -353,7 +353,7 @@ class Breaks(LossTerm):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("accumulate", "at"), [(1, 4), (2, 7)])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_move(value, accumulate, at):
+def test_a_loss_that_is_not_finite_stops_before_the_update(value, accumulate, at):
     model = linear()
     hooked = Hooked(model, [Breaks(at, value)])
     training = Training(accumulate=accumulate, optimizer=PLAIN_SGD, lr_schedule=STEADY)
@@ -371,7 +371,7 @@ def test_without_a_checkpoint_the_message_says_so():
         fit(Attachment(linear(), [Breaks(1, float("nan"))]), Toy(), Training(), steps=1)
 
 
-def test_a_last_step_that_leaves_no_weights_is_told():
+def test_weights_that_are_not_finite_after_the_last_step_are_an_error():
     wild = OptimizerOptions(learning_rate=1e38, momentum=0, weight_decay=1e3)
     with pytest.raises(NonFiniteWeights, match="toy: the last step has left weights"):
         fit(Attachment(linear()), Toy(), Training(optimizer=wild, lr_schedule=STEADY), steps=1, task="toy")
@@ -384,7 +384,7 @@ class Follows(LossTerm):
         return (student.logits - teacher.logits).square().mean()
 
 
-def test_the_student_follows_a_teacher_that_stays_as_it_is():
+def test_the_student_learns_from_an_unchanged_teacher():
     teacher = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
     before = copy.deepcopy(teacher.state_dict())
     model, batches = linear(), Toy()
@@ -396,7 +396,7 @@ def test_the_student_follows_a_teacher_that_stays_as_it_is():
     assert not any(module.training for module in teacher.modules())
 
 
-def test_a_term_with_weights_learns_too():
+def test_the_weights_of_a_term_are_trained():
     class Translated(LossTerm):
         name = "translated"
 
@@ -413,7 +413,7 @@ def test_a_term_with_weights_learns_too():
     assert not torch.equal(weights(term), before)
 
 
-def test_means_are_those_of_the_last_epoch():
+def test_mean_losses_are_of_the_last_epoch():
     class Counts(LossTerm):
         name = "count"
         calls = 0
@@ -426,7 +426,7 @@ def test_means_are_those_of_the_last_epoch():
     assert fitted.losses["count"] == pytest.approx((9 + 10 + 11 + 12) / 4)
 
 
-def test_bfloat16_when_asked_for():
+def test_bfloat16():
     fitted = fit(Attachment(linear()), Toy(), Training(precision="bfloat16"), steps=40)
     assert fitted.precision == "bfloat16"
     assert fitted.losses["labels"] < 0.6
@@ -439,7 +439,7 @@ def test_zero_steps_change_nothing():
     assert torch.equal(weights(model), before)
 
 
-def test_no_batch_is_an_error_that_tells_the_batch_size():
+def test_no_batch_is_an_error_that_names_the_batch_size():
     with pytest.raises(InputError, match="fewer images than one batch of 128"):
         fit(Attachment(linear()), Toy(count=4, batch_size=8), Training(), steps=1)
 
@@ -450,7 +450,7 @@ def test_a_warm_up_as_long_as_the_stage_is_an_error():
         fit(Attachment(linear()), Toy(), training, steps=16)
 
 
-def test_asking_nothing_is_an_error():
+def test_no_loss_is_an_error():
     with pytest.raises(InputError, match="no loss: label_weight is 0"):
         fit(Attachment(linear(), label_weight=0.0), Toy(), Training(), steps=1)
 
@@ -479,7 +479,7 @@ torch.save(weights(model), sys.argv[2])
 
 
 @pytest.mark.slow
-def test_two_processes_are_as_good_as_one_that_accumulates_for_both(tmp_path):
+def test_two_processes_equal_one_that_accumulates_twice_as_many_batches(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Accuracy while a network trains: what is measured, and that the training does not know of it."""
+"""Validation accuracy during training: what is measured, and that it does not change the training."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ stages:
 """
 
 
-def all_that_moves():
-    """BatchNorm, dropout, a range that follows what it is shown, a mask."""
+def stateful_network():
+    """A network with BatchNorm, dropout, a moving range and a mask."""
     torch.manual_seed(3)
     quantizer = EMAFakeQuantize(Grid.unsigned(8), 0.1)
     quantizer.set_range(torch.tensor(0.0), torch.tensor(3.0))
@@ -59,8 +59,8 @@ def all_that_moves():
     return model
 
 
-def right(model):
-    """Percent of right answers to images that nobody trains on, drawing numbers on the way."""
+def validation_accuracy(model):
+    """Accuracy on validation images in percent; also draws random numbers."""
     torch.rand(5)
     assert not any(module.training for module in model.modules())
     images = torch.randn(300, 3, 4, 4, generator=torch.Generator().manual_seed(7))
@@ -69,10 +69,10 @@ def right(model):
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
-def test_a_training_that_is_looked_at_ends_with_the_same_bits(ema):
+def test_measuring_does_not_change_the_training(ema):
     ends = []
-    for curve in (None, ValidationCurve(1, right)):
-        model = all_that_moves()
+    for curve in (None, ValidationCurve(1, validation_accuracy)):
+        model = stateful_network()
         progress = Recorder()
         fit(
             Attachment(model), Toy(shape=(3, 4, 4)), Training(ema=ema), steps=12, seed=5, curve=curve, progress=progress
@@ -84,7 +84,7 @@ def test_a_training_that_is_looked_at_ends_with_the_same_bits(ema):
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
-def test_each_value_is_of_the_weights_after_its_epoch():
+def test_each_value_is_measured_after_its_epoch():
     hooked = Hooked(linear())
     curve = ValidationCurve(EPOCH, lambda model: model.weight.double().sum().item())
     fit(hooked, Toy(), Training(), steps=3 * EPOCH - 1, curve=curve)
@@ -92,20 +92,20 @@ def test_each_value_is_of_the_weights_after_its_epoch():
     assert curve.values == [hooked.after[step - 1][1].double().sum().item() for step in curve.steps]
 
 
-def test_where_weights_have_a_mean_it_is_the_mean_that_is_measured():
+def test_with_an_ema_the_averages_are_measured():
     hooked = Hooked(linear())
     curve = ValidationCurve(5, lambda model: model.weight.double().sum().item())
     fit(hooked, Toy(), Training(ema=0.9), steps=10, curve=curve)
-    assert curve.values[-1] == hooked.model.weight.double().sum().item(), "what the training leaves"
+    assert curve.values[-1] == hooked.model.weight.double().sum().item(), "the final weights"
     assert curve.values[-1] != hooked.after[-1][1].double().sum().item()
 
 
 @pytest.mark.parametrize("until", [2, EPOCH, EPOCH + 3])
-def test_the_curve_goes_on_where_the_training_was_stopped(until):
+def test_the_curve_of_a_resumed_training_is_complete(until):
     def run(checkpointer):
-        curve = ValidationCurve(EPOCH, right)
+        curve = ValidationCurve(EPOCH, validation_accuracy)
         fit(
-            Attachment(all_that_moves()),
+            Attachment(stateful_network()),
             Toy(shape=(3, 4, 4)),
             Training(),
             steps=20,
@@ -122,7 +122,7 @@ def test_the_curve_goes_on_where_the_training_was_stopped(until):
     assert run(InMemoryCheckpointer(resume_state=(until, stopped.saved[until]))) == expected
 
 
-def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_out(monkeypatch):
+def test_progress_has_the_latest_accuracy_and_training_time_excludes_validation(monkeypatch):
     now = 0.0
     monkeypatch.setattr("tersor.training.history.time.perf_counter", lambda: now)
 
@@ -151,29 +151,28 @@ def run_recipe(text, folder):
     return experiment, model, flat(record)
 
 
-def test_a_stage_tells_its_curve_of_the_network_under_its_masks(tmp_path):
-    experiment, model, told = run_recipe(RECIPE, tmp_path / "a")
-    assert len(told["validation_by_epoch"]) == 2
-    assert told["validated_at"] == [told["steps"] // 2, told["steps"]]
-    assert told["validation_by_epoch"][-1] == told["validation_accuracy"]
+def test_a_stage_records_the_curve_of_the_masked_network(tmp_path):
+    experiment, model, record = run_recipe(RECIPE, tmp_path / "a")
+    assert len(record["validation_by_epoch"]) == 2
+    assert record["validated_at"] == [record["steps"] // 2, record["steps"]]
+    assert record["validation_by_epoch"][-1] == record["validation_accuracy"]
     for module in model.modules():
         if isinstance(module, Mask):
             module.mask.fill_(True)
-    assert (
-        accuracy(model, experiment.batches(experiment.data.validation, EVALUATION_BATCH)) != told["validation_accuracy"]
-    )
-    *_, unasked = run_recipe(RECIPE.replace("    validate_every: 1\n", ""), tmp_path / "b")
-    assert "validation_by_epoch" not in unasked
-    assert unasked["validation_accuracy"] == told["validation_accuracy"]
+    batches = experiment.batches(experiment.data.validation, EVALUATION_BATCH)
+    assert accuracy(model, batches) != record["validation_accuracy"]
+    *_, without_curve = run_recipe(RECIPE.replace("    validate_every: 1\n", ""), tmp_path / "b")
+    assert "validation_by_epoch" not in without_curve
+    assert without_curve["validation_accuracy"] == record["validation_accuracy"]
 
 
-def test_looking_at_no_images_is_an_error_before_anything_is_trained():
+def test_a_curve_without_validation_images_is_an_error_before_training():
     given = parse(RECIPE.replace("limit: 160", "limit: 320, validation: 0"), "recipe.yaml")
     with pytest.raises(InputError, match=r"'prune' has validate_every.*Write data\.validation"):
         prepare(given, model=None, data=None, progress=NullProgress())
 
 
-def test_looking_on_where_nothing_trains_is_an_error():
+def test_a_curve_without_steps_is_an_error():
     with pytest.raises(InputError, match=r"line 7: .*stage 'prune' has 0 steps\. Leave it out"):
         parse(RECIPE.replace("epochs: 2", "epochs: 0"), "recipe.yaml")
 
@@ -194,7 +193,7 @@ class Share(Toy):
         return (batch for number, batch in enumerate(super().__iter__()) if number % 2 == rank)
 
 def measure(model):
-    assert rank == 0, "the first alone measures"
+    assert rank == 0, "only the first process measures"
     return model.weight.double().sum().item()
 
 curve = ValidationCurve(3, measure)
@@ -204,7 +203,7 @@ torch.save(torch.tensor(curve.values, dtype=torch.float64), sys.argv[2])
 
 
 @pytest.mark.slow
-def test_of_several_processes_the_first_measures_and_all_know(tmp_path):
+def test_the_first_process_measures_for_all(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

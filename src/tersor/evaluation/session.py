@@ -154,15 +154,15 @@ def _open_onnxruntime(ort: Any, path: Path, _precision: str | None, threads: int
         raise _unreadable(path, "onnxruntime", error) from error
     inputs = model.get_inputs()
     _require_one_input(path, len(inputs), len(model.get_outputs()))
-    given = inputs[0]
-    if given.type not in _ONNX_TYPES:
-        raise InputError(f"{path} takes {given.type}; images are {', '.join(_ONNX_TYPES)}.")
-    shape = tuple(size if isinstance(size, int) else None for size in given.shape)
+    images = inputs[0]
+    if images.type not in _ONNX_TYPES:
+        raise InputError(f"{path} takes {images.type}; images are {', '.join(_ONNX_TYPES)}.")
+    shape = tuple(size if isinstance(size, int) else None for size in images.shape)
     names = tuple(each.name for each in model.get_outputs())
     place = logits_place(names, [len(each.shape) if each.shape else None for each in model.get_outputs()])
-    wanted = [names[place or 0]]
-    infer: Callable[[Array], Array] = lambda array: model.run(wanted, {given.name: array})[0]  # noqa: E731
-    dtype = np.dtype(_ONNX_TYPES[given.type])
+    output = [names[place or 0]]
+    infer: Callable[[Array], Array] = lambda array: model.run(output, {images.name: array})[0]  # noqa: E731
+    dtype = np.dtype(_ONNX_TYPES[images.type])
     return Session("onnxruntime", "float32", threads, dtype, shape, infer, names, place)
 
 
@@ -172,13 +172,13 @@ def onnxruntime_options(ort: Any, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 4  # what is wrong with a file comes as an exception, and is told once
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # see bench.py
+    options.log_severity_level = 4  # errors are raised as exceptions; do not log them as well
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # see latency.py
     return options
 
 
 def openvino_config(precision: str | None, threads: int) -> dict[str, Any]:
-    """How OpenVINO is set for one stream of requests; `precision` as for `open_session`."""
+    """OpenVINO's options for one request at a time; `precision` as for `open_session`."""
     config: dict[str, Any] = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
@@ -214,17 +214,17 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
         model = openvino_compiled(ov, network, openvino_config(precision, threads))
     except refusals as error:
         raise _unreadable(path, "openvino", error) from error
-    given = network.inputs[0]
-    shape = tuple(size.get_length() if size.is_static else None for size in given.get_partial_shape())
+    images = network.inputs[0]
+    shape = tuple(size.get_length() if size.is_static else None for size in images.get_partial_shape())
     request = model.create_infer_request()
     names = tuple(
         LOGITS if LOGITS in each.get_names() else min(each.get_names(), default="") for each in network.outputs
     )
     ranks = [each.get_partial_shape().rank for each in network.outputs]
     place = logits_place(names, [rank.get_length() if rank.is_static else None for rank in ranks])
-    chosen = place or 0
-    infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[chosen]  # noqa: E731
-    dtype = np.dtype(given.get_element_type().to_dtype())
+    output = place or 0
+    infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[output]  # noqa: E731
+    dtype = np.dtype(images.get_element_type().to_dtype())
     return Session("openvino", _openvino_precision(model), threads, dtype, shape, infer, names, place)
 
 

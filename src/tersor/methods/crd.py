@@ -5,7 +5,7 @@ Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020.
     s, t (N, d)   embeddings: pooled features of student and teacher, each through a linear layer, of norm 1
     M             a memory of both embeddings of every training image, a running mean of norm 1
     h(a, b)       exp(a . b / tau) / Z, Z from the first batch;  m = negatives / images
-    L = loss_weight * mean over N of [ -log h(s, M_t[i]) / (h(s, M_t[i]) + m)  -  sum over K others j of
+    L = loss_weight * mean over N of [ -log h(s, M_t[i]) / (h(s, M_t[i]) + m)  -  sum over K negatives j of
         log m / (h(s, M_t[j]) + m) ], and the same with s and t exchanged
 
 As in the authors' code: K = 16,384, d = 128, tau = 0.07, weight 0.8, memory momentum 0.5. Their data loader draws the

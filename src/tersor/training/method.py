@@ -56,10 +56,10 @@ def chain(
             if isinstance(part, MaskedAttachment):
                 _refuse_masks(method, part, parts)
             parts.append(part)
-    moved = {name for part in parts if isinstance(part, MaskedAttachment) for name in part.masked}
+    masked = {name for part in parts if isinstance(part, MaskedAttachment) for name in part.masked}
     layers = weighted_layers(model).items()
-    still = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in moved}
-    return Chain(model, [*parts, KeptMasks(model, still)] if still else parts)
+    frozen = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in masked}
+    return Chain(model, [*parts, KeptMasks(model, frozen)] if frozen else parts)
 
 
 def _refuse_masks(method: Method, part: MaskedAttachment, parts: Sequence[Attachment]) -> None:
