@@ -50,7 +50,7 @@ from tersor.pipeline.run import run
 from tersor.recipe import Recipe, Stage
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
-from tersor.training.loop import Fitted, fit
+from tersor.training.loop import TrainingResult, fit
 from tersor.training.method import chain
 
 RESULT = "compress"
@@ -147,7 +147,7 @@ CONTENDERS = (
 )
 
 
-def trained(contender: Contender, seed: int, steps: int) -> tuple[nn.Module, Fitted]:
+def trained(contender: Contender, seed: int, steps: int) -> tuple[nn.Module, TrainingResult]:
     """Return the network after `steps` of the recipe's training."""
     attached = contender.begun(seed, steps)
     teacher = SUBJECT.network() if contender.taught else None

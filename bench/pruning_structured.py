@@ -52,9 +52,10 @@ from tersor.evaluation.session import open_session
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
-from tersor.training.loop import fit, steps_per_epoch
+from tersor.training.loop import fit
 from tersor.training.method import Method, chain
 from tersor.training.options import Training
+from tersor.training.schedule import steps_per_epoch
 
 RESULT = "pruning_structured"
 OURS = "tersor, taught"

@@ -66,7 +66,7 @@ def tersor(monkeypatch, *arguments: object) -> int:
 def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatch, capfd):
     module = importlib.import_module("tersor.pipeline.run")
     monkeypatch.setattr(module, "measure", partial(module.measure, seconds=0.2))
-    monkeypatch.setattr(latency, "_FEWEST_GROUPS", 2)
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)))
     out = tmp_path / "out"

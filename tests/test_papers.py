@@ -74,7 +74,7 @@ def test_explain_works_and_two_steps_run(path, tmp_path):
     steps = {"at": "2,000", "dkd": "4,800", "ft": "1,640"}[path.stem.partition("-")[0]]
     assert explained.output.count(f"{steps} steps") == 2, explained.output
     by_layers = not path.stem.startswith("dkd")
-    assert (" of the teacher." in " ".join(explained.output.split())) == by_layers, "notes name the layers"
+    assert (" (teacher)." in " ".join(explained.output.split())) == by_layers, "notes name the layers"
 
     experiment, checkpoints = brief(path), Checkpoints(tmp_path)
     before = {name: value.clone() for name, value in experiment.model.state_dict().items()}

@@ -303,7 +303,7 @@ def test_one_logit_is_a_class_above_zero_unless_it_may_be_a_probability():
     )
     expected = (IMAGES[:, 0, 0, 0] > 0).long()
     assert predictions(session, [IMAGES.numpy()]).tolist() == expected.tolist()
-    with pytest.raises(InputError, match="logits, or probabilities behind a sigmoid"):
+    with pytest.raises(InputError, match="not clear whether these are logits or probabilities"):
         predictions(session, [IMAGES.sigmoid().numpy()])
 
 
@@ -361,7 +361,7 @@ def test_a_captured_graph_that_does_not_run_is_not_blamed_on_the_images():
     ("run", "message"),
     [
         (lambda net, x: net.inner(x) if len(x) == 1 else 2 * net.inner(x), "On several images they agree"),
-        (lambda net, x: net.inner(nn.functional.dropout(x, 0.5)), "draws random numbers also in eval"),
+        (lambda net, x: net.inner(nn.functional.dropout(x, 0.5)), "uses random numbers in eval mode"),
     ],
 )
 def test_a_file_that_cannot_be_right_is_refused(run, message, tmp_path):

@@ -49,10 +49,11 @@ from tersor.pipeline.arguments import (
 )
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.training.context import AttachContext
-from tersor.training.loop import fit, steps_per_epoch
+from tersor.training.loop import fit
 from tersor.training.options import OptimizerOptions, Training
+from tersor.training.schedule import steps_per_epoch
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
-from tersor.training.teacher_check import doubts
+from tersor.training.teacher_check import teacher_warnings
 
 _T = TypeVar("_T")
 
@@ -163,7 +164,7 @@ def distill(
     few = first[:8].to(next(teacher.parameters()).device)
     classes = classes_of_both(student, teacher, first)
     batches = Loader(loader, classes if label_weight else None)
-    for doubt in doubts("the teacher", teacher, labelled(loader, classes, TEACHER_IMAGES)):
+    for doubt in teacher_warnings("the teacher", teacher, labelled(loader, classes, TEACHER_IMAGES)):
         warnings.warn(doubt, CompressionWarning, stacklevel=2)
     attached = method.attach(student, AttachContext(teacher=teacher))
     steps = epochs * steps_per_epoch(batches, training)

@@ -10,7 +10,7 @@ import torch
 from tersor.checkpoint import store
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.errors import InputError
-from tersor.training.snapshot import fitting
+from tersor.training.snapshot import restoring
 
 
 def save(checkpoints, unit, step, *, done=False):
@@ -137,7 +137,7 @@ def test_a_clock_that_is_no_clock_is_passed_over(checkpoints, clock):
 @pytest.mark.parametrize("told", [{}, {"stages": 1}, {"stages": [1]}, {"stages": {"a": {}}}])
 def test_stages_of_another_shape_are_told(checkpoints, told):
     checkpoints.save(1, "train", step=1, done=True, tensors={}, structure={}, told=told)
-    with pytest.raises(InputError, match="is not of this run"), fitting("01"):
+    with pytest.raises(InputError, match="is not of this run"), restoring("01"):
         _ = checkpoints.end_of(1).stages
 
 

@@ -61,7 +61,7 @@ def test_outputs_are_named_as_the_network_names_them_and_the_logits_are_found(ki
 def test_compare_refuses_outputs_of_which_several_may_be_the_logits(tmp_path):
     network = Several(lambda each: (each.embedding, each.logits)).eval()
     path = tersor.export(network, IMAGES, tmp_path / "n.onnx")
-    with pytest.raises(InputError, match="outputs output_0, output_1, and it cannot be told which"):
+    with pytest.raises(InputError, match="outputs output_0, output_1, and it is not clear which"):
         tersor.compare(network, path, [(IMAGES, LABELS)], seconds=0.01)
 
 

@@ -25,7 +25,7 @@ SHARED = Path(__file__).parents[1] / "../shared"
 
 
 class Largest(nn.Module):
-    """Answers with the place of each image's largest value."""
+    """Predicts the index of each image's largest value."""
 
     def __init__(self):
         super().__init__()
@@ -36,8 +36,8 @@ class Largest(nn.Module):
         return images.flatten(1)
 
 
-def one_hot(answers):
-    return torch.eye(8)[torch.tensor(answers)].view(-1, 2, 2, 2)
+def one_hot(classes):
+    return torch.eye(8)[torch.tensor(classes)].view(-1, 2, 2, 2)
 
 
 def test_accuracy_and_predictions_over_batches_of_unequal_size():
@@ -53,7 +53,7 @@ def test_accuracy_and_predictions_over_batches_of_unequal_size():
     assert predictions(model, []).shape == (0,)
 
 
-def test_every_module_keeps_its_mode_also_after_an_error():
+def test_every_module_keeps_its_mode_even_after_an_error():
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
     model[1].eval()
     modes = [module.training for module in model.modules()]
@@ -72,7 +72,7 @@ def test_every_module_keeps_its_mode_also_after_an_error():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_inference_mode_does_not_reach_the_caller_between_batches():
+def test_inference_mode_is_off_between_batches():
     seen = []
 
     def batches():
@@ -102,7 +102,7 @@ def test_agreement(pairs):
         ("resnet56", 32, 125_485_696, 853_018),
         ("resnet18", 224, 1_814_073_344, 11_689_512),  # torchvision's page: 1.81 G
         ("mobilenet_v2", 224, 300_774_272, 3_504_872),  # 0.3 G
-        ("swin_t", 224, 4_490_566_656, 28_288_354),  # 4.49 G, products outside of layers among them
+        ("swin_t", 224, 4_490_566_656, 28_288_354),  # 4.49 G, with products outside of layers
     ],
 )
 def test_costs_as_published(name, size, macs, parameters):
@@ -133,8 +133,8 @@ def test_costs_as_published(name, size, macs, parameters):
         ("timm/hrnet_w18_small", 224, 1_601_508_352),
     ],
 )
-def test_costs_are_what_torch_counts_where_it_can(name, size, macs):
-    """The figures of `torch.utils.flop_counter.FlopCounterMode`, with attention in parts."""
+def test_costs_equal_those_of_torch(name, size, macs):
+    """The numbers are from `torch.utils.flop_counter.FlopCounterMode`, with unfused attention."""
     source, _, own = name.rpartition("/")
     network = (
         pytest.importorskip("timm").create_model(own) if source else getattr(torchvision.models, own)(weights=None)
@@ -144,7 +144,7 @@ def test_costs_are_what_torch_counts_where_it_can(name, size, macs):
 
 
 class Crnn(nn.Module):
-    """Convolutions whose columns an LSTM reads."""
+    """Convolutions, followed by an LSTM over the columns."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ def test_an_lstm_is_a_layer_with_macs(captured):
     assert measured.bit_operations == measured.macs * 32 * 32
 
 
-def test_what_multiplies_and_is_in_no_number_is_named():
+def test_uncounted_operators_are_named():
     class Spectrum(nn.Module):
         def forward(self, images):
             return torch.fft.rfft2(images).abs()
@@ -180,7 +180,7 @@ def test_what_multiplies_and_is_in_no_number_is_named():
     assert costs(model[0], torch.randn(1, 3, 8, 8)).uncounted == ()
 
 
-def test_attention_counts_although_the_cpu_fuses_it():
+def test_fused_attention_is_counted():
     fast = torch.backends.mha.get_fastpath_enabled()
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     measured = costs(model, torch.zeros(1, 5, 8))
@@ -190,7 +190,7 @@ def test_attention_counts_although_the_cpu_fuses_it():
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
-def test_a_parameter_that_is_expanded_for_a_layer_is_counted_as_any_input():
+def test_an_expanded_parameter_counts_as_any_input():
     class Token(nn.Module):
         def __init__(self):
             super().__init__()
@@ -205,7 +205,7 @@ def test_a_parameter_that_is_expanded_for_a_layer_is_counted_as_any_input():
     assert [parameter.requires_grad for parameter in model.parameters()] == [True, True, False]
 
 
-def test_costs_are_of_one_input_and_of_each_layer():
+def test_costs_of_each_layer_for_one_input():
     model = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, groups=2, bias=False), nn.Flatten(), nn.Linear(24, 5))
     first, linear = costs(model, torch.zeros(7, 4, 5, 5)).layers
     assert (first.name, first.kind, first.weight_shape) == ("0", "Conv2d", (6, 2, 3, 3))
@@ -214,19 +214,19 @@ def test_costs_are_of_one_input_and_of_each_layer():
     assert (linear.macs, linear.parameters) == (120, 125)
 
 
-def test_a_captured_graph_costs_what_the_network_costs():
+def test_a_captured_graph_has_the_costs_of_its_network():
     model, example = build("resnet20"), torch.zeros(1, 3, 16, 16)
     assert costs(fx.symbolic_trace(model), example) == costs(model, example)
 
 
 class Zero(nn.Module):
-    """Hides the first half."""
+    """Sets the first half to zero."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(weight[: len(weight) // 2]), weight[len(weight) // 2 :]])
 
 
-def test_sparsity_is_of_what_is_shown_and_of_convolutions_only():
+def test_sparsity_is_of_effective_weights_of_convolutions():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(2, 5))
     nn.init.zeros_(model[3].weight)
     parametrize.register_parametrization(model[0], "weight", Zero())
@@ -238,14 +238,14 @@ def test_sparsity_is_of_what_is_shown_and_of_convolutions_only():
     assert measured.parameters == 112 + 10 + 15
 
 
-def test_sparsity_is_of_fully_connected_layers_where_there_is_no_convolution():
+def test_sparsity_is_of_fully_connected_layers_without_convolutions():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     nn.init.zeros_(model[1].weight)
     assert costs(model, torch.zeros(1, 4)).sparsity == 8 / 24
     assert costs(nn.Identity(), torch.zeros(1, 4)).sparsity == 0
 
 
-def test_what_is_masked_is_told_apart_from_other_zeros():
+def test_masked_weights_are_distinguished_from_other_zeros():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
     nn.init.zeros_(model[1].weight)
     mask = Mask(model[0].weight.shape)
@@ -263,7 +263,7 @@ def quantizer(grid: Grid) -> FakeQuantize:
     return made
 
 
-def test_bits_are_those_of_the_grids_that_are_ready():
+def test_bit_widths_are_those_of_enabled_quantizers():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
     parametrize.register_parametrization(model[0], "weight", Zero())
     parametrize.register_parametrization(model[0], "weight", quantizer(Grid.signed(4)))
@@ -294,7 +294,7 @@ def test_bits_are_those_of_the_grids_that_are_ready():
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared weights and images are not beside the checkout")
-def test_the_shared_network_answers_as_published():
+def test_the_accuracy_of_the_shared_network_is_as_published():
     """89.2 % of the first 100 test images of each class; 88.57 % of all."""
     model = build("resnet20", 10)
     channels = normalization(load_weights(model, SHARED / "models/resnet20-cifar10-jpeg.safetensors"))

@@ -20,7 +20,7 @@ from tersor.evaluation.timings import Ratio
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
 
-def pretended(infer) -> Session:
+def fake_session(infer) -> Session:
     return Session("onnxruntime", "float32", 1, np.dtype(np.float32), (None, 3, 8, 8), infer)
 
 
@@ -35,14 +35,14 @@ def test_predictions_of_no_images_are_empty(tiny):
     assert predictions(open_session(tiny.path, "onnxruntime"), []).shape == (0,)
 
 
-def test_what_does_not_classify_is_refused(tiny):
+def test_an_output_that_is_not_logits_is_refused(tiny):
     with pytest.raises(InputError, match=r"logits \(6, classes\).*shape \(6, 3, 8, 8\)"):
-        predictions(pretended(lambda array: array), [tiny.images])
+        predictions(fake_session(lambda array: array), [tiny.images])
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Turns take what `clock.ms` says of a session's name, openings nothing; `clock.log` is what happened."""
+    """A fake clock: a run takes `clock.ms(name)`, opening a session nothing; `clock.log` lists both."""
 
     class Clock:
         def __init__(self):
@@ -51,27 +51,27 @@ def clock(monkeypatch):
         def opener(self, name):
             def opened():
                 self.log.append(("open", name))
-                return dataclasses.replace(pretended(lambda array: array), runtime=name)
+                return dataclasses.replace(fake_session(lambda array: array), runtime=name)
 
             return opened
 
-        def turn(self, session, _batch, runs):
+        def time_runs(self, session, _batch, runs):
             taken = self.ms(session.runtime)
-            self.log.append(("turn", session.runtime))
+            self.log.append(("run", session.runtime))
             self.now += (1 + runs) * taken / 1000
             return taken
 
     clock = Clock()
-    monkeypatch.setattr(latency, "_turn", clock.turn)
+    monkeypatch.setattr(latency, "_time_runs", clock.time_runs)
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 
-def test_latency_times_every_contender_at_every_size(tiny, monkeypatch):
-    monkeypatch.setattr(latency, "_FEWEST_GROUPS", 2)
-    contenders = {name: partial(open_session, tiny.path, "onnxruntime") for name in ("one", "two")}
-    timings = measure_latency(contenders, tiny.images[:1], (1, 4), seconds=0.01)
-    for name in contenders:
+def test_every_model_is_timed_at_every_batch_size(tiny, monkeypatch):
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
+    openers = {name: partial(open_session, tiny.path, "onnxruntime") for name in ("one", "two")}
+    timings = measure_latency(openers, tiny.images[:1], (1, 4), seconds=0.01)
+    for name in openers:
         for batch_size in (1, 4):
             spread = timings.spread(name, batch_size)
             assert spread.n == sum(map(len, timings.groups[name][batch_size])) >= 2
@@ -79,11 +79,11 @@ def test_latency_times_every_contender_at_every_size(tiny, monkeypatch):
             assert timings.ended_by[batch_size] in {"interval", "time"}
 
 
-def test_every_round_runs_everyone_and_each_comes_first_equally_often(clock, tiny):
+def test_every_round_runs_every_model_and_each_comes_first_equally_often(clock, tiny):
     names = ["a", "b", "c"]
     measure_latency({name: clock.opener(name) for name in names}, tiny.images[:1], (1,))
-    turns = [name for what, name in clock.log if what == "turn"][3:]  # the first three warm up
-    rounds = [tuple(turns[place : place + 3]) for place in range(0, len(turns), 3)]
+    runs = [name for what, name in clock.log if what == "run"][3:]  # the first three warm up
+    rounds = [tuple(runs[place : place + 3]) for place in range(0, len(runs), 3)]
     assert len(rounds) == 8 * 20
     assert all(sorted(order) == names for order in rounds)
     assert len(set(rounds)) > 2
@@ -91,13 +91,13 @@ def test_every_round_runs_everyone_and_each_comes_first_equally_often(clock, tin
         assert sum(order.index(one) < order.index(other) for order in rounds) == 80
 
 
-def test_every_group_opens_all_anew_and_each_is_opened_first_equally_often(clock, tiny):
+def test_every_group_opens_all_sessions_again_and_each_is_opened_first_equally_often(clock, tiny):
     timings = measure_latency({name: clock.opener(name) for name in ("a", "b")}, tiny.images[:1], (1, 4))
     opened = [name for what, name in clock.log if what == "open"]
     assert len(opened) == 2 * 8, "both sizes share the sessions of a group"
     assert opened[::2].count("a") == 4
     assert [len(group) for group in timings.groups["a"][4]] == [20] * 8
-    between = clock.log.index(("open", "a"), 20), clock.log.index(("turn", "a"), 20)
+    between = clock.log.index(("open", "a"), 20), clock.log.index(("run", "a"), 20)
     assert between[1] < between[0], "the first group is timed before the second is opened"
 
 
@@ -107,33 +107,33 @@ def test_rounds_end_when_every_interval_is_narrow(clock, tiny):
     assert timings.ratio("a", "b", 1).groups == 8
 
 
-def test_time_that_is_up_ends_the_rounds_but_not_before_eight_groups(clock, tiny):
+def test_the_time_limit_ends_the_rounds_after_at_least_eight_groups(clock, tiny):
     draw = np.random.default_rng(0)
     clock.ms = lambda _name: float(draw.lognormal(0, 1))
-    contenders = {name: clock.opener(name) for name in ("a", "b")}
-    timings = measure_latency(contenders, tiny.images[:1], (1,), seconds=0)
+    openers = {name: clock.opener(name) for name in ("a", "b")}
+    timings = measure_latency(openers, tiny.images[:1], (1,), seconds=0)
     assert timings.ended_by == {1: "time"}
     assert [len(group) for group in timings.groups["a"][1]] == [1] * 8
     clock.now = 0
-    longer = measure_latency(contenders, tiny.images[:1], (1,), seconds=2)
+    longer = measure_latency(openers, tiny.images[:1], (1,), seconds=2)
     assert longer.ended_by == {1: "time"}
     assert longer.ratio("a", "b", 1).groups > 8
     assert 2 < clock.now < 2.5
 
 
-def test_only_the_ratios_that_are_wanted_have_to_be_narrow(clock, tiny):
+def test_only_the_requested_ratios_have_to_be_narrow(clock, tiny):
     draw = np.random.default_rng(0)
     clock.ms = lambda name: float(draw.lognormal(0, 1)) if name == "noisy" else 1.0
-    contenders = {name: clock.opener(name) for name in ("a", "b", "noisy")}
-    wanted = lambda timings, size: [timings.ratio("a", "b", size)]  # noqa: E731
-    assert measure_latency(contenders, tiny.images[:1], (1,), ratios=wanted, seconds=1).ended_by == {1: "interval"}
-    assert measure_latency(contenders, tiny.images[:1], (1,), seconds=1).ended_by == {1: "time"}
+    openers = {name: clock.opener(name) for name in ("a", "b", "noisy")}
+    requested = lambda timings, size: [timings.ratio("a", "b", size)]  # noqa: E731
+    assert measure_latency(openers, tiny.images[:1], (1,), ratios=requested, seconds=1).ended_by == {1: "interval"}
+    assert measure_latency(openers, tiny.images[:1], (1,), seconds=1).ended_by == {1: "time"}
 
 
-def test_a_size_that_ended_gets_no_more_rounds(clock, tiny, monkeypatch):
-    wanted = lambda timings, size: [timings.ratio("a", "b", size)] if size == 1 else [Ratio(1, 0, 9, 1, 1)]  # noqa: E731
-    contenders = {name: clock.opener(name) for name in ("a", "b")}
-    timings = measure_latency(contenders, tiny.images[:1], (1, 4), ratios=wanted, seconds=2)
+def test_a_batch_size_that_ended_gets_no_more_rounds(clock, tiny, monkeypatch):
+    requested = lambda timings, size: [timings.ratio("a", "b", size)] if size == 1 else [Ratio(1, 0, 9, 1, 1)]  # noqa: E731
+    openers = {name: clock.opener(name) for name in ("a", "b")}
+    timings = measure_latency(openers, tiny.images[:1], (1, 4), ratios=requested, seconds=2)
     assert timings.ended_by == {1: "interval", 4: "time"}
     assert len(timings.groups["a"][1]) == 8 < len(timings.groups["a"][4])
 
@@ -146,14 +146,14 @@ def test_latency_refuses_an_example_of_another_size(tiny):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
-def test_footprint_measures_the_file_and_not_this_process(tiny, runtime):
-    ballast = np.ones(2**26)  # 512 MB here must not be found there
+def test_footprint_does_not_include_this_process(tiny, runtime):
+    ballast = np.ones(2**26)  # 512 MB in this process must not be counted
     measured = footprint(tiny.path, runtime, tiny.images[:1], threads=1)
     assert measured.load_ms > 0
     assert 0 < measured.peak_memory_bytes < ballast.nbytes / 2
 
 
-def test_footprint_tells_why_a_file_was_refused(tiny):
+def test_footprint_reports_why_a_file_was_refused(tiny):
     with pytest.raises(InputError, match=r"there is no file .*absent\.onnx"):
         footprint(tiny.path.with_name("absent.onnx"), "onnxruntime", tiny.images[:1])
 
@@ -173,7 +173,7 @@ def test_footprint_grows_with_the_network(tmp_path, tiny):
     assert footprint(large, "onnxruntime", tiny.images[:1]).peak_memory_bytes > small + 0.9 * weights
 
 
-def test_size_counts_every_file_that_the_runtime_needs(tmp_path, tiny):
+def test_size_includes_external_data(tmp_path, tiny):
     assert size_bytes(tiny.path) == tiny.path.stat().st_size
 
     outside = tmp_path / "outside.onnx"
@@ -186,7 +186,7 @@ def test_size_counts_every_file_that_the_runtime_needs(tmp_path, tiny):
         size_bytes(outside)
 
 
-def test_size_counts_the_weights_beside_an_xml(tmp_path):
+def test_size_includes_the_weights_of_an_xml(tmp_path):
     xml = tmp_path / "net.xml"
     xml.write_bytes(b"x" * 10)
     with pytest.raises(InputError, match=r"needs .*net\.bin"):
@@ -195,7 +195,7 @@ def test_size_counts_the_weights_beside_an_xml(tmp_path):
     assert size_bytes(xml) == 17
 
 
-def test_size_of_what_is_no_network_is_refused(tmp_path):
+def test_the_size_of_a_file_that_is_no_network_is_refused(tmp_path):
     path = tmp_path / "text.onnx"
     with pytest.raises(InputError, match="there is no file"):
         size_bytes(path)

@@ -1,4 +1,4 @@
-"""Latency against another network's, in the runtime."""
+"""Latency relative to another network, measured in the runtime."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def net(layers):
     )
 
 
-class Heard(NullProgress):
+class RecordedLines(NullProgress):
     def __init__(self):
         self.lines = []
 
@@ -29,8 +29,8 @@ class Heard(NullProgress):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
-def test_the_ratio_is_that_of_the_times_and_is_said(runtime, monkeypatch):
-    """On a clock that a run moves on by the bytes of its file."""
+def test_the_ratio_of_measured_times_is_returned_and_reported(runtime, monkeypatch):
+    """The clock is replaced: each run advances it by the size of its file in bytes."""
     pytest.importorskip(runtime)
     now = 0.0
     sizes = []
@@ -48,14 +48,14 @@ def test_the_ratio_is_that_of_the_times_and_is_said(runtime, monkeypatch):
 
     monkeypatch.setattr(latency_ratio, "open_session", opened)
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(latency, "_FEWEST_GROUPS", 2)
-    heard = Heard()
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
+    recorded = RecordedLines()
     less, more = (
-        latency_ratio.latency_ratio(net(width), net(2), IMAGE, Target(runtime=runtime), seconds=0.5, progress=heard)
+        latency_ratio.latency_ratio(net(width), net(2), IMAGE, Target(runtime=runtime), seconds=0.5, progress=recorded)
         for width in (0, 4)
     )
     small, middle, large = sorted(set(sizes))
     assert less == pytest.approx(small / middle)
     assert more == pytest.approx(large / middle)
-    for line, value in zip(heard.lines, (less, more), strict=True):
+    for line, value in zip(recorded.lines, (less, more), strict=True):
         assert f"at batch 1 in {runtime}, {value:.3f} of the original's" in line

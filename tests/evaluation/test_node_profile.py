@@ -17,7 +17,7 @@ LAYERS = {"mix": "mix", "norm": "mix", "answer": "answer"}
 
 @pytest.fixture
 def named(tiny):
-    """The tiny network; its convolution bears the name of the norm that was folded into it."""
+    """The tiny network; its convolution has the name of the BatchNorm that was folded into it."""
     proto = onnx.load(str(tiny.path))
     for node in proto.graph.node:
         node.name = {"Conv": "norm", "Gemm": "answer"}.get(node.op_type, "")
@@ -38,25 +38,25 @@ def named(tiny):
         ("QLinearAdd_200", None),
     ],
 )
-def test_a_node_belongs_to_the_layer_that_it_is_named_after(node, layer):
+def test_a_node_belongs_to_the_layer_in_its_name(node, layer):
     names = {name: name for name in ("layer1.0.conv1", "attention", "attention.out")}
     assert layer_of_node(node, names) == layer
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_layers_are_found_under_what_the_runtime_calls_them(named, runtime):
+def test_layers_are_found_by_the_names_of_the_runtime(named, runtime):
     pytest.importorskip(runtime)
-    told = profile(named.path, runtime, named.images, LAYERS, precision="float32")
-    assert set(told["layers"]) == {"mix", "answer"}
-    assert told["ms"] == pytest.approx(sum(kind["ms"] for kind in told["kinds"]))
-    assert sum(told["layers"].values()) <= told["ms"] + 1e-9
-    assert told["kinds"] == sorted(told["kinds"], key=lambda kind: -kind["ms"])
-    assert sum(kind["nodes"] for kind in told["kinds"]) >= 2
-    assert all(kind["ms"] >= 0 for kind in told["kinds"])
+    profiled = profile(named.path, runtime, named.images, LAYERS, precision="float32")
+    assert set(profiled["layers"]) == {"mix", "answer"}
+    assert profiled["ms"] == pytest.approx(sum(kind["ms"] for kind in profiled["kinds"]))
+    assert sum(profiled["layers"].values()) <= profiled["ms"] + 1e-9
+    assert profiled["kinds"] == sorted(profiled["kinds"], key=lambda kind: -kind["ms"])
+    assert sum(kind["nodes"] for kind in profiled["kinds"]) >= 2
+    assert all(kind["ms"] >= 0 for kind in profiled["kinds"])
 
 
-def test_a_layer_that_is_laid_out_anew_keeps_its_time(tmp_path):
-    """ONNX Runtime renames a convolution of many channels after the value that it, or what is fused into it, gives."""
+def test_a_layer_with_a_changed_layout_keeps_its_time(tmp_path):
+    """ONNX Runtime renames a convolution of many channels after its output, or that of a node fused into it."""
     generator = np.random.default_rng(0)
     weights = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "w3": (16, 5)}
     nodes = [
@@ -94,7 +94,7 @@ def test_no_file_is_left_behind(named, tmp_path, monkeypatch):
 
 
 class FakeRuntime:
-    """ONNX Runtime whose profile says that one convolution took 1,500 microseconds in each run."""
+    """A fake ONNX Runtime whose profile has one convolution of 1,500 microseconds in each run."""
 
     class SessionOptions:
         def add_session_config_entry(self, *_entry):
@@ -124,7 +124,7 @@ def test_times_of_onnxruntime_are_in_milliseconds():
     assert runs == [[NodeTime("conv1", "Conv", 1.5)]] * 2
 
 
-def test_a_profile_that_was_written_in_part_is_one_message(tmp_path):
+def test_an_incomplete_profile_is_one_message(tmp_path):
     (tmp_path / "nodes.json").write_text('[{"cat": "Node", "na')
-    with pytest.raises(InputError, match="could not write all of its profile"):
+    with pytest.raises(InputError, match="could not write its whole profile"):
         _events(tmp_path / "nodes.json")

@@ -25,7 +25,7 @@ runtimes = pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("open
 
 
 @runtimes
-def test_a_session_answers_with_the_networks_logits(tiny, runtime):
+def test_a_session_returns_the_networks_logits(tiny, runtime):
     session = open_session(tiny.path, runtime, precision="float32", threads=2)
 
     np.testing.assert_allclose(session.run(tiny.images), tiny.logits, rtol=1e-4, atol=1e-5)
@@ -44,9 +44,9 @@ def test_logits_are_not_overwritten_by_the_next_run(tiny, runtime):
 
 
 @runtimes
-def test_images_that_are_not_contiguous_are_read_right(tiny, runtime):
+def test_images_that_are_not_contiguous_are_read_correctly(tiny, runtime):
     session = open_session(tiny.path, runtime, precision="float32")
-    flipped = tiny.images[:, :, ::-1, ::-1]  # the tiny network sees no places, so its logits stay
+    flipped = tiny.images[:, :, ::-1, ::-1]  # the tiny network ignores positions
     np.testing.assert_allclose(session.run(flipped), tiny.logits, rtol=1e-4, atol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_an_openvino_file_is_read_with_its_weights(tiny):
 
 
 def executed(openvino, config, path):
-    """What the layers of the compiled network say of themselves, by name of the layer."""
+    """Precisions of the products of the compiled network, as the runtime reports them."""
     compiled = openvino.Core().compile_model(path, "CPU", config)
     layers = [layer.get_rt_info() for layer in compiled.get_runtime_model().get_ops()]
     return {layer["runtimePrecision"] for layer in layers if layer["layerType"] in {"Convolution", "FullyConnected"}}
@@ -104,12 +104,12 @@ def test_the_precision_is_that_of_the_products_in_float(products, precision):
 
 
 @runtimes
-def test_no_precision_but_float32_can_be_asked_for(tiny, runtime):
+def test_a_precision_other_than_float32_is_refused(tiny, runtime):
     with pytest.raises(InputError, match=r"precision is 'bfloat16'\. Possible: 'float32'"):
         open_session(tiny.path, runtime, precision="bfloat16")
 
 
-def test_what_is_installed_is_what_can_be_used(monkeypatch):
+def test_installed_runtimes_can_be_imported(monkeypatch):
     assert "onnxruntime" in installed_runtimes()
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert installed_runtimes() == ["onnxruntime"]
@@ -121,7 +121,7 @@ def test_what_is_installed_is_what_can_be_used(monkeypatch):
     [(b"", "is empty"), (b"not a network" * 50, "cannot read"), (b"\x08\x0a", "network")],
     ids=["empty", "text", "no graph"],
 )
-def test_what_is_no_network_is_refused(tmp_path, capfd, runtime, contents, message):
+def test_a_file_that_is_no_network_is_refused(tmp_path, capfd, runtime, contents, message):
     path = tmp_path / "broken.onnx"
     path.write_bytes(contents)
     with pytest.raises(InputError, match=message) as refusal:
@@ -129,11 +129,11 @@ def test_what_is_no_network_is_refused(tmp_path, capfd, runtime, contents, messa
     assert "broken.onnx" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     printed = capfd.readouterr()
-    assert not printed.out + printed.err, "one message, not the runtime's own beside it"
+    assert not printed.out + printed.err, "only our message, not the runtime's own"
 
 
 @runtimes
-def test_half_a_file_is_refused(tiny, runtime):
+def test_a_truncated_file_is_refused(tiny, runtime):
     whole = tiny.path.read_bytes()
     tiny.path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cannot read"):
@@ -159,7 +159,7 @@ def test_two_inputs_are_refused(tmp_path):
         open_session(path, "onnxruntime")
 
 
-def test_paths_that_lead_nowhere_are_refused(tiny):
+def test_unusable_paths_are_refused(tiny):
     with pytest.raises(InputError, match=r"there is no file .*absent\.onnx"):
         open_session(tiny.path.with_name("absent.onnx"), "onnxruntime")
     with pytest.raises(InputError, match="is not a file"):
@@ -170,7 +170,7 @@ def test_paths_that_lead_nowhere_are_refused(tiny):
         open_session(text, "onnxruntime")
 
 
-def test_names_that_nobody_knows_are_refused(tiny):
+def test_unknown_names_are_refused(tiny):
     with pytest.raises(InputError, match="Did you mean 'onnxruntime'"):
         open_session(tiny.path, "onnx-runtime")
     with pytest.raises(InputError, match="precision is 'int8'"):
@@ -179,7 +179,7 @@ def test_names_that_nobody_knows_are_refused(tiny):
         open_session(tiny.path, "onnxruntime", threads=0)
 
 
-def test_a_runtime_that_is_not_installed_says_how_to_install_it(tiny, monkeypatch):
+def test_the_error_for_a_missing_runtime_says_how_to_install_it(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(InputError, match=r"pip install 'tersor\[openvino\]'"):
         open_session(tiny.path, "openvino")
@@ -210,20 +210,20 @@ def test_openmp_never_gives_more_threads_than_cores(monkeypatch, asked):
     assert default_threads() == cores >= 1
 
 
-def test_machine_tells_what_a_timing_depends_on_and_names_nobody():
-    told = machine()
-    assert told["cpu"]
-    assert told["cores"] >= told["threads"] >= 1
-    assert set(told["versions"]) == {*RUNTIMES, "torch"}
-    text = json.dumps(told)
+def test_machine_describes_the_hardware_without_personal_data():
+    described = machine()
+    assert described["cpu"]
+    assert described["cores"] >= described["threads"] >= 1
+    assert set(described["versions"]) == {*RUNTIMES, "torch"}
+    text = json.dumps(described)
     assert platform.node() not in text or len(platform.node()) < 3  # a host named "vm" is in any text
     assert str(Path.home()) not in text
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="uses the C library of Linux")
 @runtimes
-def test_models_leave_the_main_thread_no_stack_for_signals_that_is_freed(tiny, runtime):
-    """The next Ctrl-C would be a segmentation fault."""
+def test_models_leave_no_freed_signal_stack_in_the_main_thread(tiny, runtime):
+    """With a freed signal stack, the next Ctrl-C is a segmentation fault."""
 
     class Stack(ctypes.Structure):
         _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))

@@ -1,4 +1,4 @@
-"""Ratios and their intervals, on times that are drawn: what the true ratio is, is known."""
+"""Ratios and their intervals, for simulated times with a known ratio."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tersor.evaluation import timings
 from tersor.evaluation.timings import NARROW, RESOLUTION, Ratio, Spread, Timings, _quantile
 
 
-def test_a_spread_is_made_of_percentiles():
+def test_a_spread_consists_of_percentiles():
     assert Spread.of([float(value) for value in range(101)]) == Spread(50.0, 10.0, 90.0, 101)
 
 
 CLOSEST = math.exp(RESOLUTION)
-"""How far the ends of an interval are from its value at least."""
+"""Smallest ratio between an end of an interval and its value."""
 
 
-def test_ratios_pair_the_runs_of_a_round():
+def test_ratios_pair_the_times_of_a_round():
     drifting = Timings({"slow": {1: [[2.0, 20.0], [200.0]]}, "fast": {1: [[1.0, 10.0], [100.0]]}}, {1: "time"})
     ratio = drifting.ratio("slow", "fast", 1)
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2, 2 / CLOSEST, 2 * CLOSEST))
@@ -40,18 +40,18 @@ def test_the_inverse_of_a_ratio_has_the_inverse_interval():
     assert Ratio.of(one, other) == ratio, "the samples are seeded"
 
 
-def test_an_outlier_in_a_group_moves_nothing():
+def test_an_outlier_in_a_group_has_no_effect():
     calm = [[1.0] * 5] * 8
     disturbed = [[1.0, 1.0, 50.0, 1.0, 1.0]] * 8
     assert Ratio.of(disturbed, calm).high == pytest.approx(CLOSEST)
 
 
-def test_the_width_of_an_interval_is_a_share_of_its_ratio():
+def test_the_width_of_an_interval_is_relative():
     assert Ratio(2, 1.9, 2.1, 8, 8).width == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("freedom", [1, 7, 15, 16, 25, 100])
-def test_quantiles_are_students(freedom):
+def test_quantiles_of_students_t(freedom):
     assert _quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=2e-3)
 
 
@@ -67,14 +67,14 @@ def test_the_interval_of_normal_values_is_as_wide_as_students():
 
 
 class Machine:
-    """Two sessions on a machine that is not quiet.
+    """A simulation of two sessions on a noisy machine.
 
     Args:
-        ratio: of their times.
-        noise: of a round, as a share; `memory` is how much of it the next round still has.
-        opened: how much two sessions differ for as long as they are open.
-        drift: by which both get slower or faster, from round to round.
-        spikes: share of the rounds in which one of them takes twice as long, or longer.
+        ratio: true ratio of their times.
+        noise: relative noise of a round; `memory` is its correlation with the next round.
+        opened: relative difference of two sessions as long as they are open.
+        drift: relative change of both from round to round.
+        spikes: fraction of the rounds in which one of them takes about twice as long.
     """
 
     def __init__(self, seed, ratio=1.0, noise=0.03, memory=0.0, opened=0.0, drift=0.0, spikes=0.0):
@@ -91,11 +91,11 @@ class Machine:
         return np.exp(self.level + self.state) * late
 
     def measured(self, fewest=8, most=14, rounds=10):
-        """As `latency` does it: groups, until the interval is narrow or there are no more."""
+        """Measure groups as `measure_latency` does, until the interval is narrow or `most` is reached."""
         slow, fast = [], []
         while True:
             offset = math.exp(self.draw.normal(0, self.opened))
-            for _ in range(rounds):  # opening and warming take as long as a group
+            for _ in range(rounds):  # opening and warm-up take as long as a group
                 self.round()
             taken = np.array([self.round() for _ in range(rounds)])
             slow.append((self.ratio * offset * taken[:, 0]).tolist())
@@ -114,7 +114,7 @@ class Machine:
         {"memory": 0.8, "drift": 0.02},
         {"noise": 0.2, "memory": 0.5, "opened": 0.1, "drift": 0.05, "spikes": 0.2},
     ],
-    ids=["quiet", "drift", "sessions differ", "rounds are alike", "all of it"],
+    ids=["quiet", "drift", "sessions differ", "correlated rounds", "all"],
 )
 def test_the_interval_covers_the_true_ratio(machine, ratio, monkeypatch):
     monkeypatch.setattr(timings, "_SAMPLES", 1000)

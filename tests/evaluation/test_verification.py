@@ -41,7 +41,7 @@ def session(infer, *, precision="float32", dtype="float32"):
 
 
 def in_torch(model, factor=1.0, shift=0.0):
-    """A file that gives what torch gives, times a factor."""
+    """A file whose outputs are torch's times a factor, plus a shift."""
 
     def infer(array):
         with torch.no_grad():
@@ -51,7 +51,7 @@ def in_torch(model, factor=1.0, shift=0.0):
 
 
 def verified(opened, model, **options):
-    """What is said: "nothing", "warned" or "refused"."""
+    """The result of `verify` ("nothing", "warned" or "refused") and its message."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         try:
@@ -74,37 +74,37 @@ def verified(opened, model, **options):
         (float("nan"), "float32", "refused"),
     ],
 )
-def test_of_a_network_in_float(factor, precision, expected):
+def test_tolerances_of_a_network_in_float(factor, precision, expected):
     model = network()
     assert verified(session(in_torch(model, factor), precision=precision), model)[0] == expected
 
 
-def moved_by_quantization(model):
-    """What torch gives for the first 16 images, and the share of it by which quantization moves it."""
+def quantization_effect(model):
+    """Torch's outputs for the first 16 images, and the relative change that quantization makes."""
     with torch.no_grad():
         of_torch = model(IMAGES[:16])
         with quantizers_disabled(model):
             return of_torch, float((model(IMAGES[:16]) - of_torch).norm() / of_torch.norm())
 
 
-def test_the_yardstick_is_what_quantization_does():
+def test_the_tolerance_is_relative_to_the_effect_of_quantization():
     model = tersor.quantize(network(), [IMAGES], bits=2)
-    _, moved = moved_by_quantization(model)
+    _, moved = quantization_effect(model)
     assert moved > 0.02
     for times, expected in ((1.9, "nothing"), (2.1, "warned"), (5.1, "refused")):
         said, told = verified(session(in_torch(model, 1 + times * moved)), model)
         assert said == expected
-        assert said == "nothing" or f"quantization moves them by {100 * moved:.3g} %" in told
+        assert said == "nothing" or f"quantization changes them by {100 * moved:.3g} %" in told
 
 
 def test_a_file_of_another_shape():
     model = network()
     said, told = verified(session(lambda array: in_torch(model)(array)[:, :5]), model)
     assert said == "refused"
-    assert "gives (16, 5), and the network in torch (16, 10)" in told
+    assert "returns shape (16, 5), the network in torch (16, 10)" in told
 
 
-def test_pixels_are_whole_numbers_on_both_sides():
+def test_pixels_are_rounded_for_both():
     model = network()
     mean, std = (torch.tensor(each).reshape(1, 3, 1, 1) for each in (MEAN, STD))
     seen = []
@@ -119,41 +119,41 @@ def test_pixels_are_whole_numbers_on_both_sides():
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Of a network of two bits."""
+    """A 2-bit network and its file."""
     quantized = tersor.quantize(network(), [IMAGES], bits=2)
     return quantized, write(quantized, IMAGES, tmp_path_factory.mktemp("verification") / "model.onnx")
 
 
-def test_a_right_file_of_few_bits_is_no_false_alarm(file):
+def test_a_correct_file_of_few_bits_passes(file):
     quantized, path = file
     assert verified(open_session(path, "onnxruntime"), quantized)[0] == "nothing"
 
 
 @pytest.fixture
 def moved_by(file, monkeypatch):
-    """A network whose last bias is not that in the file which the verb writes, by so many times what 2 bits do."""
+    """A network whose last bias differs from that in the exported file, by a multiple of the effect of 2 bits."""
 
     def by(times):
         quantized, path = file
         monkeypatch.setattr(api, "write_onnx", lambda _model, _example, to, **_: shutil.copy(path, to))
         moved = copy.deepcopy(quantized)
-        of_torch, share = moved_by_quantization(moved)
+        of_torch, share = quantization_effect(moved)
         moved.get_submodule("7").bias.data += times * share * of_torch.square().mean().sqrt()
         return moved
 
     return by
 
 
-def test_the_verb_refuses_a_wrong_file_and_leaves_that_of_before(moved_by, tmp_path):
+def test_export_refuses_a_wrong_file_and_keeps_the_earlier_one(moved_by, tmp_path):
     path = tmp_path / "model.onnx"
-    path.write_bytes(b"of before")
+    path.write_bytes(b"earlier")
     with pytest.raises(InputError, match="Rounding does not explain that"):
         tersor.export(moved_by(20), IMAGES, path)
-    assert path.read_bytes() == b"of before"
+    assert path.read_bytes() == b"earlier"
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_the_verb_warns_and_leaves_a_file_that_is_off(moved_by, tmp_path):
+def test_export_warns_about_a_file_that_differs_more_than_usual(moved_by, tmp_path):
     with pytest.warns(CompressionWarning, match=r"16 example images .* differ from torch's by") as found:
         tersor.export(moved_by(3.5), IMAGES, tmp_path / "model.onnx")
     assert Path(found[0].filename) == Path(__file__)

@@ -1,4 +1,4 @@
-"""A tiny run in a process of its own, which is killed, or whose disk refuses, and which goes on in a fresh one."""
+"""A tiny run in a child process that is killed, or whose disk fails, and then resumed in a new process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tersor.checkpoint.artifact import read_artifact
 
 PHASES = ("teacher", "before the first step", "training", "checkpoint", "export", "measuring", "writing")
 EPOCH = 8  # steps
-LONGEST = 600  # seconds of a run on a busy machine
+LONGEST = 600  # seconds, for a run on a busy machine
 RECIPE = """\
 model: {name: "tiny:build"}
 teacher: {name: "tiny:build", epochs: 3, training: {batch_size: 32}}
@@ -55,7 +55,7 @@ _FORKS.set_forkserver_preload(["killed_child"])
 
 @dataclass(frozen=True)
 class Whole:
-    """What a run that nothing stopped has left, and how long each of its phases took."""
+    """The files of an uninterrupted run, and the duration of its phases."""
 
     out: Path
     seconds: Mapping[str, float]
@@ -64,23 +64,23 @@ class Whole:
 
 
 def prepare(folder: Path, steps: int) -> None:
-    """The recipe and the network, in a folder that is there."""
+    """Write the recipe and the network into an existing folder."""
     (folder / "recipe.yaml").write_text(RECIPE.replace("STEPS", str(steps)))
     (folder / "tiny.py").write_text(NETWORK)
 
 
 def start(folder: Path, out: Path, *fault: object) -> Any:
-    """A run into `out`, or one that goes on, in a process of its own.
+    """Start or resume a run into `out` in a child process.
 
-    It is forked from one that has imported torch and run nothing of ours, which saves most of its time.
+    The child is forked from a process that has already imported torch, which saves most of the time.
 
     Args:
-        folder: has the recipe.
-        out: what is written.
-        fault: EROFS or ENOSPC and the writes before it, or EFBIG and the bytes that a file may have.
+        folder: folder of the recipe.
+        out: output folder.
+        fault: EROFS or ENOSPC and the number of writes before it, or EFBIG and the largest file size in bytes.
     """
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the process that is forked finds its modules
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the imports of the forked process
     try:
         child = _FORKS.Process(target=_run, args=(folder, out, *fault))
         child.start()
@@ -90,14 +90,14 @@ def start(folder: Path, out: Path, *fault: object) -> Any:
     return child
 
 
-def _run(*given: Any) -> None:
-    import killed_child  # here, so that it is not imported by the process of the tests
+def _run(*arguments: Any) -> None:
+    import killed_child  # here, so that the test process does not import it
 
-    killed_child.run(*given)
+    killed_child.run(*arguments)
 
 
 def finish(folder: Path, out: Path) -> str:
-    """Goes on to the end."""
+    """Run or resume to the end, and return the standard output."""
     child = start(folder, out)
     child.join(LONGEST)
     assert child.exitcode == 0, errors_of(out)
@@ -105,23 +105,23 @@ def finish(folder: Path, out: Path) -> str:
 
 
 def errors_of(out: Path) -> str:
-    """The error stream of the last process that ran into `out`."""
+    """Standard error of the last process that ran into `out`."""
     return out.with_name(f"{out.name}.err").read_text()
 
 
 def whole(folder: Path, name: str = "whole") -> Whole:
-    """Runs to the end, unless that was done before."""
-    out, told = folder / name, folder / f"{name}.told"
-    if not told.exists():
+    """Run to the end, unless that was done before."""
+    out, log = folder / name, folder / f"{name}.log"
+    if not log.exists():
         shutil.rmtree(out, ignore_errors=True)
         _phases(out).unlink(missing_ok=True)
-        told.write_text(finish(folder, out))
+        log.write_text(finish(folder, out))
     largest = max(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return Whole(out, _seconds(_phases(out)), int(told.read_text().split()[-1]), largest)
+    return Whole(out, _seconds(_phases(out)), int(log.read_text().split()[-1]), largest)
 
 
 def kill(folder: Path, out: Path, phase: str, seconds: float) -> str:
-    """Kills a run when it has been in a phase for so long; the phase that it was in then, "ended" where it was none."""
+    """Kill a run after some seconds in a phase; return the phase in which it was killed, or "ended"."""
     _phases(out).unlink(missing_ok=True)
     child = start(folder, out)
     while child.is_alive() and _seconds(_phases(out), until=time.monotonic()).get(phase, -1.0) < seconds:
@@ -133,7 +133,7 @@ def kill(folder: Path, out: Path, phase: str, seconds: float) -> str:
 
 
 def require_same(folder: Path, expected: Whole, out: Path) -> None:
-    """The run into `out` has left what the whole one has, bit for bit; it is taken away then."""
+    """Resume the run into `out`, compare its files bit for bit with the uninterrupted run, and delete it."""
     finish(folder, out)
     for name in ("model.safetensors", "model.onnx", "original.onnx", "structure.json", "recipe.yaml"):
         assert (read_artifact(out).files[name]).read_bytes() == (expected.out / name).read_bytes(), name
@@ -142,47 +142,50 @@ def require_same(folder: Path, expected: Whole, out: Path) -> None:
     for stage, tensors in ours.items():
         assert tensors.keys() == theirs[stage].keys()
         assert all(value.equal(theirs[stage][key]) for key, value in tensors.items()), stage
-    assert told(out) == told(expected.out)
+    assert stage_records(out) == stage_records(expected.out)
     assert not _checkpoints(out).exists()
     shutil.rmtree(out)
 
 
 def require_nothing_half_written(out: Path, child: Any) -> None:
-    """It ended with one message and exit code 2, and beside what it goes on from lies nothing."""
+    """The run ended with one message and exit code 2, and left only what it resumes from."""
     child.join(LONGEST)
     errors = errors_of(out)
     assert child.exitcode == 2, errors[-3000:]
-    told = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1, errors
+    messages = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, errors
     assert "Traceback" not in errors, errors
     assert not out.exists()
-    mine = {path.name for path in out.parent.iterdir() if path.name.startswith((out.name, f".{out.name}"))}
-    assert mine <= {f"{out.name}.{suffix}" for suffix in ("checkpoints", "phases", "out", "err")}, mine
+    left = {path.name for path in out.parent.iterdir() if path.name.startswith((out.name, f".{out.name}"))}
+    assert left <= {f"{out.name}.{suffix}" for suffix in ("checkpoints", "phases", "out", "err")}, left
 
 
 def fault_of(expected: Whole, draw: random.Random) -> tuple[str, int]:
-    """A disk that is full or read-only from a random write on, or full in the middle of a file."""
+    """A random fault: a disk that is full or read-only after some writes, or full in the middle of a file."""
     kind = draw.choice(("ENOSPC", "EROFS", "EFBIG"))
     return kind, draw.randrange(expected.largest if kind == "EFBIG" else expected.writes)
 
 
 def remove(out: Path) -> None:
-    """All that a run into `out` has left."""
+    """Delete all files of a run into `out`."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(_checkpoints(out), ignore_errors=True)
     for suffix in ("phases", "out", "err"):
         out.with_name(f"{out.name}.{suffix}").unlink(missing_ok=True)
 
 
-def told(out: Path) -> list[dict[str, Any]]:
-    """What the last stage's end tells of all stages, but for the clock."""
+def stage_records(out: Path) -> list[dict[str, Any]]:
+    """The records of all stages, without times."""
     *_, end = sorted((out / "checkpoints").iterdir())
     stages = json.loads((end / "clock.json").read_text())["told"]["stages"]
-    return [{key: stage[key] for key in stage if key not in {"minutes", "training_seconds"}} for stage in stages]
+    for stage in stages:
+        stage.pop("minutes")
+        stage["training"].pop("training_seconds", None)
+    return stages
 
 
 def _weights(out: Path) -> dict[str, dict[str, Any]]:
-    """Tensors of every stage's end, by stage."""
+    """Tensors at the end of each stage, by stage."""
     return {
         path.name.rsplit("-", 1)[0]: load_file(path / "tensors.safetensors")
         for path in sorted((out / "checkpoints").iterdir())
@@ -198,7 +201,7 @@ def _checkpoints(out: Path) -> Path:
 
 
 def _seconds(file: Path, until: float | None = None) -> dict[str, float]:
-    """How long a process was in each phase."""
+    """Seconds of a process in each phase."""
     marks = [line.split(" ", 1) for line in file.read_text().splitlines()] if file.exists() else []
     ends = [float(time_) for time_, _ in marks[1:]] + [until or float(marks[-1][0])] * bool(marks)
     found: dict[str, float] = {}

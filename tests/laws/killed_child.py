@@ -1,6 +1,6 @@
-"""What `killed.py` starts: a run that says in which phase it is, and whose disk may refuse.
+"""The child process of `killed.py`: a run that records its phases, and whose disk may fail.
 
-Imported by the process that all are forked from, so that what takes long to import is there already.
+The fork server imports this module, so that slow imports happen once.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tersor.deploy.onnx import export
 from tersor.evaluation.process_footprint import Footprint
 from tersor.pipeline import stages
 
-torch.set_num_threads(1)  # sums come in one order, and no thread is there when it forks
-with tempfile.TemporaryDirectory() as _folder:  # torch imports most of its exporter when it exports
+torch.set_num_threads(1)  # sums in one order, and no thread when the process forks
+with tempfile.TemporaryDirectory() as _folder:  # torch imports most of its exporter on the first export
     export(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval(), torch.zeros(1, 3, 1, 1), Path(_folder) / "a.onnx")
 
 
 def run(folder: Path, out: Path, *fault: Any) -> None:
-    """Goes on with the run into `out`; see `killed.start`."""
+    """Start or resume the run into `out`; see `killed.start`."""
     os.chdir(folder)
     sys.path.append(str(folder))
     for stream, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(out.with_name(f"{out.name}.{suffix}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     module = sys.modules["tersor.pipeline.run"]
-    _leave_out(module)
+    _skip_slow_parts(module)
     _mark_phases(module, out.with_name(f"{out.name}.phases"))
     writes = _Writes(out, *fault)
     sys.addaudithook(writes.watch)
@@ -53,15 +53,15 @@ def run(folder: Path, out: Path, *fault: Any) -> None:
     os.write(1, f"writes {writes.count}\n".encode())
 
 
-def _leave_out(module: Any) -> None:
-    """What adds time, and nothing to go on with: the second runtime, files of every stage, processes of measuring."""
+def _skip_slow_parts(module: Any) -> None:
+    """Skip parts that take time and have no state to resume: second runtime, stage files, footprint processes."""
     sys.modules["tersor.evaluation.measurement"].installed_runtimes = lambda: ["onnxruntime"]
-    sys.modules["tersor.evaluation.latency"]._FEWEST_GROUPS = 2
-    module.stage_models = lambda *_given: {}
-    nothing = Footprint(peak_memory_bytes=0, load_ms=0.0)
-    sys.modules["tersor.evaluation.measurement"].footprint = lambda *_given, **_options: nothing
+    sys.modules["tersor.evaluation.latency"]._MIN_GROUPS = 2
+    module.stage_models = lambda *_arguments: {}
+    empty = Footprint(peak_memory_bytes=0, load_ms=0.0)
+    sys.modules["tersor.evaluation.measurement"].footprint = lambda *_arguments, **_options: empty
     measure = module.measure
-    module.measure = lambda *given, **options: measure(*given, **options, seconds=0.02)
+    module.measure = lambda *arguments, **options: measure(*arguments, **options, seconds=0.02)
 
 
 def _mark_phases(module: Any, file: Path) -> None:
@@ -75,10 +75,10 @@ def _mark_phases(module: Any, file: Path) -> None:
     def marked(phase: str, owner: Any, name: str) -> None:
         function = getattr(owner, name)
 
-        def call(*given: Any, **options: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             enter("teacher" if phase == "training" and inside[-1] == "teacher" else phase)
             try:
-                return function(*given, **options)
+                return function(*arguments, **options)
             finally:
                 inside.pop()
                 enter(inside.pop())
@@ -97,8 +97,8 @@ def _mark_phases(module: Any, file: Path) -> None:
 
 
 class _Writes:
-    """Counts what is written for `out`, and refuses from some write on: all that Python opens, makes, renames; of the
-    writers that are no Python, the one of checkpoints.
+    """Counts writes for `out`, and fails them from some write on: files that Python opens, creates or renames, and the
+    checkpoints, which are not written by Python.
     """
 
     def __init__(self, out: Path, kind: str = "", after: int = 0) -> None:
@@ -112,12 +112,13 @@ class _Writes:
 
         store.save_file = saved
 
-    def progress(self, event: str, given: tuple[Any, ...]) -> None:
+    def watch(self, event: str, arguments: tuple[Any, ...]) -> None:
         """An audit hook."""
-        opened = event == "open" and isinstance(given[0], str | os.PathLike) and given[2] & (os.O_WRONLY | os.O_RDWR)
-        removed = event in ("os.remove", "os.rmdir")  # which a full disk allows, and a read-only one does not
+        named = event == "open" and isinstance(arguments[0], str | os.PathLike)
+        opened = named and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        removed = event in ("os.remove", "os.rmdir")  # a full disk allows these, a read-only one does not
         if opened or event in ("os.mkdir", "os.rename") or (removed and self._kind == "EROFS"):
-            self._write(given[0])
+            self._write(arguments[0])
 
     def _write(self, path: Any) -> None:
         name = str(self._out)

@@ -1,6 +1,6 @@
-"""The smallest network and images that show a law, and a run of methods on them; also for child processes.
+"""A small network and data for the laws, and runs of every method on them; also the script of child processes.
 
-Named as a script it runs every method, or goes on with what was stopped:
+As a script it runs every method, or resumes interrupted runs:
 
     python subjects.py processes OUT        under `accelerate launch`
     python subjects.py resume FOLDER
@@ -31,8 +31,8 @@ from tersor.training.method import Method
 
 DEMO = Path(__file__).parents[2] / "recipes" / "digits.yaml"
 STEPS = 6
-KEPT, STOPPED = 3, 5
-"""After so many steps a checkpoint is written; during so many, in the second epoch, the process stops."""
+CHECKPOINT_STEP, STOPPED_STEP = 3, 5
+"""The step after which a checkpoint is written, and the one, in the second epoch, in which the process stops."""
 RECIPE = """\
 model: {name: "subjects:Subject"}
 teacher: {name: "subjects:Subject", epochs: 1, training: {batch_size: 64, optimizer: {learning_rate: 0.05}}}
@@ -43,7 +43,7 @@ stages: [{name: law, batch_size: 16, steps: 6, validate_every: 1, optimizer: {le
 
 
 class Subject(nn.Module):
-    """A residual network with all that a method may meet: BatchNorm, a sum, a bias, numbers that are drawn."""
+    """A residual network with BatchNorm, an addition, a bias and dropout."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -59,31 +59,31 @@ class Subject(nn.Module):
         return self.linear(self.dropout(x.mean((2, 3))))
 
 
-def made(name: str, kind: str) -> Method:
-    """A method by its name: with its defaults, as its `example`, or `off`."""
+def build_method(name: str, kind: str) -> Method:
+    """A method by name, with the parameters of `kind`: "defaults", "example" or "off"."""
     cls: Any = registry.get(name)
     return cls(**({} if kind == "defaults" else getattr(cls, kind)))
 
 
 def exempt(name: str, law: str) -> str | None:
-    """Why a method does not keep a law."""
+    """The reason why a method is exempt from a law, or None."""
     return getattr(registry.get(name), "exempt", {}).get(law)
 
 
 def recipe(*methods: Method, seed: int = 0, **training: Any) -> Recipe:
-    """One stage with these methods."""
+    """A recipe with one stage of these methods."""
     plain = parse(RECIPE, "law.yaml")
     stage = Stage.model_validate({**plain.stages[0].model_dump(), "methods": methods, **training})
     return plain.model_copy(update={"seed": seed, "stages": (stage,)})
 
 
 def experiment_of(given: Recipe) -> Experiment:
-    """Its networks and images."""
+    """The experiment of a recipe."""
     return prepare(given, model=None, data=None, progress=NullProgress())
 
 
 def run_recipe(given: Recipe, folder: Path, progress: ProgressReporter | None = None) -> nn.Module:
-    """The model after the last stage of the recipe."""
+    """Run a recipe; return the model after the last stage."""
     experiment, checkpoints = experiment_of(given), Checkpoints(folder)
     progress = progress or NullProgress()
     experiment = replace(experiment, teacher=stages.train_teacher(experiment, checkpoints, NullProgress()))
@@ -91,7 +91,7 @@ def run_recipe(given: Recipe, folder: Path, progress: ProgressReporter | None = 
 
     def attached(*arguments: Any, **options: Any) -> Attachment:
         attachment = attach(*arguments, **options)
-        if isinstance(progress, Notes):
+        if isinstance(progress, StateRecorder):
             progress.model = attachment.model
         return attachment
 
@@ -102,16 +102,16 @@ def run_recipe(given: Recipe, folder: Path, progress: ProgressReporter | None = 
         stages.attach = attach
 
 
-class Notes(NullProgress):
-    """Notes what each process has after its last step, before the first one's is taken by all: weights, masks, scales.
+class StateRecorder(NullProgress):
+    """Records weights, masks and scales of each process after its last step, before they are broadcast.
 
-    Running statistics and ranges are not among it: these follow the images of their own process from step to step.
+    Running statistics and ranges are excluded: they depend on the images of each process.
     """
 
     def __init__(self, steps: int) -> None:
         self.left = steps
         self.model: nn.Module | None = None
-        self.noted: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
 
     def advance(self, amount: int = 1, **shown: float) -> None:
         self.left -= bool(shown)
@@ -119,18 +119,18 @@ class Notes(NullProgress):
             assert self.model is not None
             state = self.model.state_dict()
             own = ("running_", "num_batches_tracked", "quantizers.")
-            self.noted = {key: state[key].clone() for key in state if not any(part in key for part in own)}
+            self.state = {key: state[key].clone() for key in state if not any(part in key for part in own)}
 
 
 class Stops(NullProgress):
-    """Ends the process's training in the middle of a stage, between two checkpoints."""
+    """Interrupts the training in the middle of a stage, between two checkpoints."""
 
     def __init__(self) -> None:
         self.steps = 0
 
     def advance(self, amount: int = 1, **shown: float) -> None:
         self.steps += bool(shown)
-        if self.steps == STOPPED:
+        if self.steps == STOPPED_STEP:
             raise KeyboardInterrupt
 
 
@@ -141,7 +141,7 @@ def images(count: int = 300) -> Tensor:
 
 
 def end(folder: Path) -> dict[str, Tensor]:
-    """What the stage ended with, and all that its training was after the last step but for the clock."""
+    """The state at the end of the stage, and the training state after the last step without the clock."""
     found, last = Checkpoints(folder).end_of(1), Checkpoints(folder).newest_within(1)
     assert found is not None
     assert last is not None
@@ -149,8 +149,8 @@ def end(folder: Path) -> dict[str, Tensor]:
     return found.tensors() | {f"last.{key}": value for key, value in last.tensors().items() if key != "log.seconds"}
 
 
-def told(folder: Path) -> dict[str, Any]:
-    """What is told of the stage, but for the clock."""
+def stage_record(folder: Path) -> dict[str, Any]:
+    """The record of the stage, without times."""
     found = Checkpoints(folder).end_of(1)
     assert found is not None
     (stage,) = found.told["stages"]
@@ -159,22 +159,22 @@ def told(folder: Path) -> dict[str, Any]:
 
 def _resume(folder: Path) -> None:
     for name in registry.names():
-        run_recipe(recipe(made(name, "example")), folder / name)
+        run_recipe(recipe(build_method(name, "example")), folder / name)
 
 
 def _processes(out: Path) -> None:
     distributed.init_process_group()
     here = distributed.rank()
-    given = {name: recipe(made(name, "example"), seed=here) for name in registry.names()}
+    given = {name: recipe(build_method(name, "example"), seed=here) for name in registry.names()}
     shorter = ["data.limit=192", "teacher.epochs=1", "stages.0.epochs=1", "stages.1.epochs=1", f"seed={here}"]
     shorter += [f"{training}.lr_schedule.warmup_epochs=0" for training in ("teacher.training", "stages.0")]
     given[DEMO.stem] = read(DEMO, shorter)
     for name, each in given.items():
-        notes = Notes(STEPS if name != DEMO.stem else 0)
-        model = run_recipe(each, out / name, notes)
-        assert notes.noted or name == DEMO.stem
+        recorder = StateRecorder(STEPS if name != DEMO.stem else 0)
+        model = run_recipe(each, out / name, recorder)
+        assert recorder.state or name == DEMO.stem
         state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
-        state |= {f"noted.{key}": value.contiguous() for key, value in notes.noted.items()}
+        state |= {f"recorded.{key}": value.contiguous() for key, value in recorder.state.items()}
         save_file(state, out / f"{name}-{here}.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Images that the tests of several methods learn on."""
+"""Images for the tests of several methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tersor.data.batch import Batch
 
 
 class Loader:
-    """32 images of 16 x 16 in four batches, each with its place."""
+    """32 images of 16 x 16 in four batches, with their indices."""
 
     def __init__(self, seed=1):
         draw = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""crd against the authors' code, really run (tests/golden/crd.py says how)."""
+"""crd against numbers of the authors' code (produced by tests/golden/crd.py)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from tersor.data.batch import Batch
 from tersor.methods.crd import CRD, ContrastTerm
-from tersor.training.layer_pairs import Pair
+from tersor.training.layer_pairs import LayerPair
 from tersor.training.objective import Outputs
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "crd.json").read_text())
 
 
 def features(values):
-    """Pooled already: maps of one pixel."""
+    """Pooled features, as maps of one pixel."""
     return torch.tensor(values)[:, :, None, None]
 
 
@@ -25,7 +25,7 @@ def features(values):
 def term():
     first = GOLDEN["steps"][0]
     images, width = torch.tensor(GOLDEN["memories"]["memory_v1"]).shape
-    pair = Pair("s", "t", features(first["student"]).shape, features(first["teacher"]).shape)
+    pair = LayerPair("s", "t", features(first["student"]).shape, features(first["teacher"]).shape)
     negatives = len(first["drawn"][0])
     made = ContrastTerm(CRD(negatives=negatives, width=width, loss_weight=1.0), pair, images)
     given = {

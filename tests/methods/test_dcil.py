@@ -132,7 +132,7 @@ def test_two_steps_are_the_authors(captured):
 def dense_loss(objective):
     term = objective.terms[0]
     term.mutual.zero_()
-    return term(BATCH, Outputs(torch.zeros(len(BATCH.images), 3)), None)
+    return term(BATCH, Outputs(torch.zeros(len(BATCH.images), 3), context=objective.context), None)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What teaches by layers: pairs, parts of their own that learn, and what it costs a student that is compressed."""
+"""Methods that compare layers: pairs, their own trainable modules, and combinations with compression."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tersor.methods.reviewkd import ReviewKD
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import pairs_of
+from tersor.training.layer_pairs import match_layers
 from tersor.training.loop import fit
 from tersor.training.method import chain
 from tersor.training.objective import Objective, Outputs
@@ -55,7 +55,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
-def test_the_student_and_the_parts_of_the_method_get_gradients_and_the_teacher_none(method):
+def test_student_and_term_get_gradients_and_the_teacher_does_not(method):
     student, teacher = networks()
     attached = method.attach(student, AttachContext(data=Loader(), teacher=teacher, steps=10))
     attached.begin()
@@ -73,7 +73,7 @@ def test_the_student_and_the_parts_of_the_method_get_gradients_and_the_teacher_n
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
-def test_parts_are_drawn_from_the_seed_of_the_method(method):
+def test_modules_of_a_term_are_initialized_from_the_methods_seed(method):
     def parts(noise):
         torch.manual_seed(noise)
         student, teacher = networks()
@@ -86,7 +86,7 @@ def test_parts_are_drawn_from_the_seed_of_the_method(method):
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize(("student", "teacher"), [("resnet20", "resnet18"), ("mobilenet_v2", "resnet20")])
-def test_networks_of_other_families_teach(method, student, teacher):
+def test_student_and_teacher_may_be_of_different_families(method, student, teacher):
     pupil, master = networks(student, teacher)
     attached = method.attach(pupil, AttachContext(data=Loader(), teacher=master, steps=10))
     attached.begin()
@@ -94,7 +94,7 @@ def test_networks_of_other_families_teach(method, student, teacher):
     assert all(torch.isfinite(loss) for loss in found.values())
 
 
-def test_a_transformer_teaches_a_convolutional_network_and_back():
+def test_transformers_and_convolutional_networks_distill_each_other():
     from torchvision.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
@@ -113,60 +113,60 @@ def test_a_transformer_teaches_a_convolutional_network_and_back():
             assert all(torch.isfinite(loss) for loss in found.values())
 
 
-def test_pairs_are_told_where_they_do_not_fit():
+def test_layers_that_cannot_be_paired_are_refused():
     student, teacher = networks()
     given = {"data": Loader(), "method": "fitnet"}
     with pytest.raises(InputError, match=r"fitnet needs a teacher"):
-        pairs_of(student, None, (), (), **given)
+        match_layers(student, None, (), (), **given)
     with pytest.raises(InputError, match=r"fitnet needs images"):
-        pairs_of(student, teacher, (), (), None, method="fitnet")
-    with pytest.raises(InputError, match=r"has 3 of the student \(layer1, layer2, layer3\) and 1 of the teacher"):
-        pairs_of(student, teacher, ("layer?",), ("layer3",), **given)
+        match_layers(student, teacher, (), (), None, method="fitnet")
+    with pytest.raises(InputError, match=r"3 of the student match \(layer1, layer2, layer3\) and 1 of the teacher"):
+        match_layers(student, teacher, ("layer?",), ("layer3",), **given)
     with pytest.raises(InputError, match=r"teacher_layers and no layers"):
-        pairs_of(student, teacher, (), ("layer3",), **given)
+        match_layers(student, teacher, (), ("layer3",), **given)
     with pytest.raises(InputError, match=r"the student has no layer 'block3'"):
-        pairs_of(student, teacher, ("block3",), (), **given)
-    with pytest.raises(InputError, match=r"the student's layer linear gives \(2, 10\)\. Possible: feature maps"):
-        pairs_of(student, teacher, ("linear",), (), **given)
+        match_layers(student, teacher, ("block3",), (), **given)
+    with pytest.raises(InputError, match=r"the student's layer linear has shape \(2, 10\)\. Possible: feature maps"):
+        match_layers(student, teacher, ("linear",), (), **given)
 
 
-def test_what_changes_shapes_comes_before_what_learns_with_layers():
+def test_shape_changes_after_layer_pairing_are_refused():
     student, teacher = networks()
     methods = [FitNet(), ChannelPruning(keep_macs=0.7, estimation_images=32)]
     with pytest.raises(InputError, match=r"ChannelPruning changes shapes after layer3 were paired"):
         chain(methods, student, AttachContext(data=Loader(), teacher=teacher, steps=4))
 
 
-def test_without_a_regressor_the_channels_are_the_same():
+def test_without_a_regressor_the_channels_must_be_equal():
     student, teacher = networks("resnet20", "resnet32")
     found = FitNet(regressor=False).attach(student, AttachContext(data=Loader(), teacher=teacher))
     assert not list(found.terms[0].parameters())
     wide = build("resnet8x4", 10)
-    with pytest.raises(InputError, match=r"layer3 of 64 channels with layer3 of 256, and regressor is false"):
+    with pytest.raises(InputError, match=r"layer3 of 64 channels with layer3 of 256, since regressor is false"):
         FitNet(regressor=False).attach(student, AttachContext(data=Loader(), teacher=wide))
 
 
-def test_the_paraphraser_learns_first_and_then_stays():
+def test_the_paraphraser_is_trained_first_and_then_frozen():
     student, teacher = networks()
     method = FactorTransfer(paraphraser_epochs=8, paraphraser_learning_rate=0.05, batch_norm=True)
     progress = RecordedProgress()
     context = AttachContext(data=Loader(), teacher=teacher, steps=10, progress=progress)
     attached = method.attach(student, context)
-    assert np.isnan(attached.metrics["reconstruction"]["errors"]).all(), "it has learned nothing yet"
+    assert np.isnan(attached.metrics["reconstruction"]["errors"]).all(), "not trained yet"
     attached.begin()
     (task,) = progress.tasks
     assert (task.total, task.done) == (32, list(range(1, 33)))
     shorter = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.05, batch_norm=True)
     once = shorter.attach(student, AttachContext(data=Loader(), teacher=teacher, steps=10))
     once.begin()
-    told = attached.metrics["reconstruction"]
-    assert len(told["errors"]) == 8
-    assert told["errors"][-1] < once.metrics["reconstruction"]["errors"][-1]
+    metrics = attached.metrics["reconstruction"]
+    assert len(metrics["errors"]) == 8
+    assert metrics["errors"][-1] < once.metrics["reconstruction"]["errors"][-1]
     with torch.no_grad():
         features = FeatureExtractor(teacher, ["layer3"])(next(iter(Loader())).images)[1]["layer3"][:6]
         again = attached.terms[0].paraphraser(features)
     for when, values in (("before", features), ("after", again)):
-        assert np.allclose(told[when], values.abs().mean(1), atol=1e-5), when
+        assert np.allclose(metrics[when], values.abs().mean(1), atol=1e-5), when
     assert attached.extra_state["paraphraser.encoder.0.weight"].equal(attached.terms[0].paraphraser.encoder[0].weight)
     term = attached.terms[0]
     before = copy.deepcopy(term.state_dict())
@@ -176,7 +176,7 @@ def test_the_paraphraser_learns_first_and_then_stays():
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(0.25, 16), (0.5, 32), (1.0, 64), (1.5, 96)])
-def test_the_paraphrase_rate_is_of_the_teachers_channels(rate, channels):
+def test_the_paraphrase_rate_is_relative_to_the_teachers_channels(rate, channels):
     student, teacher = networks()
     term = FactorTransfer(paraphrase_rate=rate).attach(student, AttachContext(data=Loader(), teacher=teacher)).terms[0]
     factor = term.paraphraser.encoder(torch.randn(2, 64, 4, 4))
@@ -188,21 +188,21 @@ def test_the_paraphrase_rate_is_of_the_teachers_channels(rate, channels):
     assert all(part.bias is not None for part in convolutions)
 
 
-def test_decoupled_asks_for_labels_and_rises():
+def test_decoupled_needs_labels_and_warms_up():
     student, teacher = networks()
     attached = DKD(warmup=0.5).attach(student, AttachContext(teacher=teacher, steps=8))
     images = Loader().images[:4]
-    with pytest.raises(InputError, match="which class is the right one"):
+    with pytest.raises(InputError, match="dkd needs the target class of every image"):
         attached.terms[0](Batch(images), Outputs(student(images)), Outputs(teacher(images)))
-    rises = []
+    factors = []
     for step in range(6):
-        rises.append(float(attached.terms[0].rise))
+        factors.append(float(attached.terms[0].warmup))
         attached.after_step(step, None)
-    assert rises == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert float(DKD(warmup=0).attach(student, AttachContext(teacher=teacher, steps=8)).terms[0].rise) == 1
+    assert factors == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert float(DKD(warmup=0).attach(student, AttachContext(teacher=teacher, steps=8)).terms[0].warmup) == 1
 
 
-def test_crd_remembers_what_it_was_shown():
+def test_crd_updates_the_memories_of_its_images():
     student, teacher = networks()
     attached = CRD(negatives=8, width=16).attach(student, AttachContext(data=Loader(), teacher=teacher))
     term = attached.terms[0]
@@ -213,13 +213,13 @@ def test_crd_remembers_what_it_was_shown():
     assert not changed[8:].any()
     assert torch.allclose(term.of_student[:8].norm(dim=1), torch.ones(8))
     assert term.log_z.isfinite().all()
-    with pytest.raises(InputError, match=r"Give Batch\.index"):
+    with pytest.raises(InputError, match=r"no image indices\. Give Batch\.index"):
         losses(attached, teacher, Batch(Loader().images[:8], Loader().labels[:8]))
-    with pytest.raises(InputError, match="crd remembers every training image"):
+    with pytest.raises(InputError, match="crd stores an embedding of every image"):
         CRD().attach(student, AttachContext(data=[Loader().images], teacher=teacher))
 
 
-def test_a_student_learns_from_layers_while_it_loses_channels_and_weights_and_gets_grids():
+def test_layer_distillation_with_pruning_and_quantization_in_one_stage():
     student, teacher = networks("resnet20", "resnet20")
     methods = [
         ChannelPruning(keep_macs=0.7, estimation_images=32),

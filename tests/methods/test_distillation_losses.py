@@ -1,4 +1,4 @@
-"""The formulas of distillation, each against a second, slow writing of it."""
+"""The distillation losses against slow implementations of their formulas."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_attention(seed, p):
     assert float(attention_loss(a, b, p, "paper")) == pytest.approx(sum(norms) / 2 / (2 * 20), rel=1e-5, abs=1e-9)
 
 
-def test_attention_of_a_network_to_itself_is_no_loss_whatever_its_size():
+def test_scaled_features_have_the_same_attention():
     (a,) = drawn(0, (2, 3, 4, 4))
     assert float(attention_loss(a, 7 * a, 2)) == pytest.approx(0, abs=1e-12)
     assert attention_map(a, 2).norm(dim=1).tolist() == pytest.approx([1, 1])
@@ -71,7 +71,7 @@ def test_factor(seed, p):
 
 
 @pytest.mark.parametrize("p", [1, 2])
-def test_the_factor_loss_does_not_depend_on_how_many_channels_a_factor_has(p):
+def test_the_scale_of_the_factor_loss_does_not_depend_on_the_number_of_channels(p):
     few, many = ([*drawn(seed, (8, channels, 8, 8), (8, channels, 8, 8))] for seed, channels in ((1, 16), (2, 128)))
     assert float(factor_loss(*few, p)) == pytest.approx(float(factor_loss(*many, p)), rel=0.05)
 
@@ -99,7 +99,7 @@ def test_decoupled(seed, temperature):
 
 
 @given(seeds)
-def test_the_two_parts_make_the_ordinary_soft_targets(seed):
+def test_tckd_and_nckd_sum_to_the_soft_target_loss(seed):
     (a, b) = drawn(seed, (1, 6), (1, 6))
     label = torch.tensor([2])
     target, others = decoupled(a, b, label, 2.0)
@@ -107,7 +107,7 @@ def test_the_two_parts_make_the_ordinary_soft_targets(seed):
     assert float(target + share * others) == pytest.approx(float(soft_target_loss(a, b, 2.0)), rel=1e-5, abs=1e-9)
 
 
-def test_a_teacher_that_is_sure_gives_no_infinity():
+def test_extreme_logits_give_finite_decoupled_losses():
     sure = torch.tensor([[200.0, 0.0, 0.0]])
     found = decoupled(torch.zeros(1, 3), sure, torch.tensor([0]), 1.0)
     assert all(torch.isfinite(each) for each in found)
@@ -125,7 +125,7 @@ def test_correlation(seed):
     assert float(correlation_distance(a, b)) == pytest.approx(total / 4, rel=1e-5, abs=1e-9)
 
 
-def test_correlation_asks_for_the_order_not_for_the_values():
+def test_correlation_ignores_scale_and_shift():
     (a,) = drawn(1, (3, 5))
     assert float(correlation_distance(a, 5 * a + 2)) == pytest.approx(0, abs=1e-6)
 
@@ -177,7 +177,7 @@ def test_standardized_logits(seed):
     assert torch.allclose(standardized(logits), standardized(7 * logits + 3), atol=1e-5)
 
 
-def test_logits_that_are_all_equal_do_not_explode():
+def test_nearly_constant_logits_have_bounded_gradients():
     (teacher,) = drawn(0, (4, 10))
     for deviation in (0.0, 1e-6):
         student = (deviation * drawn(1, (4, 10))[0]).requires_grad_()

@@ -1,6 +1,6 @@
-"""What every option of a method does to its loss: the term that `attach` makes against its formula.
+"""The terms of `attach` against their formulas, for every option of a method.
 
-The formulas are those of `test_distillation_losses.py`; here pairs, pooling, weights and options are put together anew.
+The formulas are those of `test_distillation_losses.py`; these tests combine pairs, pooling, weights and options.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tersor.methods.reviewkd import ReviewKD, hierarchical_loss
 from tersor.methods.soft_targets import SoftTargets, soft_target_loss, standardized
 from tersor.models import build
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import pair_of, pairs_of
+from tersor.training.layer_pairs import match_layer, match_layers
 from tersor.training.method import chain
 from tersor.training.objective import Objective, Outputs
 
 
 @pytest.fixture
 def networks():
-    """Maps of 16, 8, 4 pixels, and of 8, 4, 2, 1."""
+    """A student with maps of 16, 8 and 4 pixels a side, and a teacher with 8, 4, 2 and 1."""
     torch.manual_seed(0)
     return build("resnet20", 10), build("resnet18", 10).eval()
 
 
-def asked(method, networks, layers=()):
-    """What is attached, a batch, and what student and teacher give for it."""
+def attached_outputs(method, networks, layers=()):
+    """The attachment, a batch, and the outputs of student and teacher for it."""
     student, teacher = networks
     attached = method.attach(student, AttachContext(data=Loader(), teacher=teacher, steps=8))
     batch = next(iter(Loader()))
@@ -51,8 +51,8 @@ def asked(method, networks, layers=()):
     return attached, batch, ours, theirs
 
 
-def brought_together(ours, theirs):
-    """Both maps as large as the smaller."""
+def pooled_to_smaller(ours, theirs):
+    """Both maps, pooled to the smaller size."""
     side = min(ours.shape[2], theirs.shape[2])
     return F.adaptive_avg_pool2d(ours, side), F.adaptive_avg_pool2d(theirs, side)
 
@@ -64,7 +64,7 @@ def same(found, expected):
 @pytest.mark.parametrize("standardize", [False, True])
 def test_soft_targets(networks, standardize):
     method = SoftTargets(temperature=3, loss_weight=0.7, label_weight=0.2, standardize=standardize)
-    attached, batch, ours, theirs = asked(method, networks)
+    attached, batch, ours, theirs = attached_outputs(method, networks)
     logits = [standardized(each.logits) if standardize else each.logits for each in (ours, theirs)]
     same(attached.terms[0](batch, ours, theirs), 0.7 * soft_target_loss(*logits, 3))
     assert attached.label_weight == 0.2
@@ -74,9 +74,9 @@ def test_soft_targets(networks, standardize):
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_attention(networks, p, mode):
     method = AttentionTransfer(p=p, mode=mode, loss_weight=30, label_weight=0.2)
-    attached, batch, ours, theirs = asked(method, networks)
+    attached, batch, ours, theirs = attached_outputs(method, networks)
     assert len(attached.layers) == 3
-    maps = [brought_together(ours.layers[a], theirs.layers[b]) for a, b in attached.layers]
+    maps = [pooled_to_smaller(ours.layers[a], theirs.layers[b]) for a, b in attached.layers]
     assert len({ours.layers[a].shape[2] for a, _ in attached.layers}) == 3
     same(attached.terms[0](batch, ours, theirs), 30 * sum(attention_loss(*both, p, mode) for both in maps))
     assert attached.label_weight == 0.2
@@ -86,7 +86,7 @@ def test_attention(networks, p, mode):
 @pytest.mark.parametrize("p", [1, 2])
 def test_factors(networks, p, layer, teacher_layer):
     method = FactorTransfer(layer=layer, teacher_layer=teacher_layer, p=p, loss_weight=7, label_weight=0.2)
-    attached, batch, ours, theirs = asked(method, networks)
+    attached, batch, ours, theirs = attached_outputs(method, networks)
     (term,) = attached.terms
     factor = term.paraphraser.encoder(theirs.layers[teacher_layer])
     side = min(ours.layers[layer].shape[2], factor.shape[2])
@@ -97,7 +97,7 @@ def test_factors(networks, p, layer, teacher_layer):
 
 
 @pytest.mark.parametrize("reconstruction", ["absolute", "squared"])
-def test_the_paraphraser_goes_down_the_error_that_is_asked(networks, reconstruction):
+def test_the_paraphraser_minimizes_the_selected_error(networks, reconstruction):
     method = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.01, reconstruction=reconstruction)
     student, teacher = networks
     batch = next(iter(Loader()))
@@ -112,7 +112,7 @@ def test_the_paraphraser_goes_down_the_error_that_is_asked(networks, reconstruct
         torch.testing.assert_close(after, before - 0.01 * (before.grad + 5e-4 * before), rtol=1e-4, atol=1e-7)
 
 
-def test_a_paraphraser_that_explodes_is_refused(networks):
+def test_a_paraphraser_that_diverges_is_refused(networks):
     student, teacher = networks
     method = FactorTransfer(layer="layer1", paraphraser_epochs=1, paraphraser_learning_rate=100)
     with pytest.raises(InputError, match="smaller paraphraser_learning_rate"):
@@ -121,7 +121,7 @@ def test_a_paraphraser_that_explodes_is_refused(networks):
 
 def test_decoupled(networks):
     method = DKD(alpha=0.5, beta=3, temperature=2, label_weight=0.2, warmup=0.5)
-    attached, batch, ours, theirs = asked(method, networks)
+    attached, batch, ours, theirs = attached_outputs(method, networks)
     target, others = decoupled(ours.logits, theirs.logits, batch.labels, 2)
     same(attached.terms[0](batch, ours, theirs), 0.25 * (0.5 * target + 3 * others))
     attached.after_step(0, None)
@@ -130,28 +130,28 @@ def test_decoupled(networks):
 
 
 def test_correlation(networks):
-    attached, batch, ours, theirs = asked(DIST(beta=0.5, gamma=3, temperature=2, label_weight=0.2), networks)
-    answers = [(each.logits / 2).softmax(1) for each in (ours, theirs)]
-    inter, intra = correlation_distance(*answers), correlation_distance(*(each.T for each in answers))
+    attached, batch, ours, theirs = attached_outputs(DIST(beta=0.5, gamma=3, temperature=2, label_weight=0.2), networks)
+    probabilities = [(each.logits / 2).softmax(1) for each in (ours, theirs)]
+    inter, intra = correlation_distance(*probabilities), correlation_distance(*(each.T for each in probabilities))
     same(attached.terms[0](batch, ours, theirs), 4 * (0.5 * inter + 3 * intra))
     assert attached.label_weight == 0.2
 
 
 def test_hints(networks):
     method = FitNet(layers=("layer3", "layer1"), teacher_layers=("relu", "layer2"), loss_weight=7, label_weight=0.2)
-    attached, batch, ours, theirs = asked(method, networks)
+    attached, batch, ours, theirs = attached_outputs(method, networks)
     (term,) = attached.terms
     expected = 0.0
     for (a, b), regressor in zip(attached.layers, term.regressors, strict=True):
-        mine, target = brought_together(ours.layers[a], theirs.layers[b])
-        answers = torch.einsum("oc,nchw->nohw", regressor.weight[:, :, 0, 0], mine) + regressor.bias[:, None, None]
-        expected += (answers - target).square().mean()
+        mine, target = pooled_to_smaller(ours.layers[a], theirs.layers[b])
+        regressed = torch.einsum("oc,nchw->nohw", regressor.weight[:, :, 0, 0], mine) + regressor.bias[:, None, None]
+        expected += (regressed - target).square().mean()
     same(term(batch, ours, theirs), 7 * expected)
     assert attached.label_weight == 0.2
 
 
 def test_review(networks, monkeypatch):
-    attached, batch, ours, theirs = asked(ReviewKD(loss_weight=7, label_weight=0.2, warmup=0.5), networks)
+    attached, batch, ours, theirs = attached_outputs(ReviewKD(loss_weight=7, label_weight=0.2, warmup=0.5), networks)
     reviewed = []
     monkeypatch.setattr(
         "tersor.methods.reviewkd.hierarchical_loss",
@@ -163,9 +163,9 @@ def test_review(networks, monkeypatch):
     assert attached.label_weight == 0.2
 
 
-def test_review_goes_from_late_layers_to_early_ones_however_they_are_written(networks):
+def test_review_sorts_layers_from_late_to_early(networks):
     there, back = (
-        asked(ReviewKD(layers=names, teacher_layers=names), networks)
+        attached_outputs(ReviewKD(layers=names, teacher_layers=names), networks)
         for names in (("layer1", "layer2", "layer3"), ("layer3", "layer2", "layer1"))
     )
     assert there[0].layers == back[0].layers
@@ -184,7 +184,7 @@ def test_review_of_a_single_image(networks):
 
 def test_contrast(networks, monkeypatch):
     method = CRD(negatives=6, width=16, tau=0.5, loss_weight=0.3, label_weight=0.2)
-    attached, batch, ours, theirs = asked(method, networks)
+    attached, batch, ours, theirs = attached_outputs(method, networks)
     (term,) = attached.terms
     drawn = torch.randint(32, (8, 6))
     monkeypatch.setattr(torch, "randint", lambda *_args, **_kwargs: drawn)
@@ -219,45 +219,45 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("method", "off"), METHODS)
-def test_without_its_loss_the_labels_are_as_they_were_or_are_not_asked_either(networks, method, off):
+def test_without_its_loss_a_method_leaves_the_label_weight_or_turns_it_off(networks, method, off):
     student, teacher = networks
     given = {"data": Loader(), "teacher": teacher, "steps": 8}
     assert method(**off).attach(student, AttachContext(**given)).label_weight == 1
     assert method(**off, label_weight=0).attach(student, AttachContext(**given)).label_weight == 0
 
 
-def test_one_layer_may_learn_from_two_and_no_pair_counts_twice(networks):
-    pairs = pairs_of(*networks, ("layer3", "layer3"), ("layer2", "layer3"), Loader(), method="fitnet")
+def test_a_layer_may_be_in_several_pairs_and_duplicate_pairs_are_dropped(networks):
+    pairs = match_layers(*networks, ("layer3", "layer3"), ("layer2", "layer3"), Loader(), method="fitnet")
     assert [pair.paths for pair in pairs] == [("layer3", "layer2"), ("layer3", "layer3")]
-    pairs = pairs_of(*networks, ("layer?", "layer3"), ("layer[123]", "layer3"), Loader(), method="fitnet")
+    pairs = match_layers(*networks, ("layer?", "layer3"), ("layer[123]", "layer3"), Loader(), method="fitnet")
     assert [pair.student for pair in pairs] == ["layer1", "layer2", "layer3"]
 
 
 @pytest.mark.parametrize(
     ("layer", "teacher_layer", "message"),
     [
-        ("layer?", "", r"takes one layer, and 'layer\?' is 3 of the student: layer1, layer2, layer3\. Write one"),
-        ("layer3", "layer?", r"'layer\?' is 4 of the teacher"),
+        ("layer?", "", r"takes one layer, and 'layer\?' matches 3 of the student: layer1, layer2, layer3\. Write one"),
+        ("layer3", "layer?", r"'layer\?' matches 4 of the teacher"),
         ("", "layer3", r"has teacher_layer and no layer\."),
         ("layer9", "", "the student has no layer 'layer9'"),
     ],
 )
-def test_the_one_layer_of_a_method(networks, layer, teacher_layer, message):
+def test_patterns_for_a_single_layer(networks, layer, teacher_layer, message):
     with pytest.raises(InputError, match=message):
-        pair_of(*networks, layer, teacher_layer, Loader(), method="crd")
+        match_layer(*networks, layer, teacher_layer, Loader(), method="crd")
 
 
-def test_which_layers_teach_is_told(networks):
+def test_notes_name_the_layer_pairs(networks):
     student, teacher = networks
     methods = [FitNet(), SoftTargets(), AttentionTransfer(layers=("layer1",))]
     attached = chain(methods, student, AttachContext(data=Loader(), teacher=teacher, steps=4))
     assert attached.notes == (
-        "fitnet teaches layer3 from layer2 of the teacher.",
-        "attention_transfer teaches layer1 from layer1 of the teacher.",
+        "fitnet compares layer3 (student) with layer2 (teacher).",
+        "attention_transfer compares layer1 (student) with layer1 (teacher).",
     )
 
 
-def test_a_paraphraser_reads_features_of_any_precision(networks):
+def test_a_paraphraser_accepts_features_of_any_precision(networks):
     student, teacher = networks
     batch = Batch(Loader().images.double(), Loader().labels)
     method = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.01)
@@ -267,6 +267,6 @@ def test_a_paraphraser_reads_features_of_any_precision(networks):
 
 
 @pytest.mark.parametrize("weights", [{"beta": 1.0, "gamma": 0.0}, {"beta": 0.0, "gamma": 1.0}])
-def test_either_of_the_two_correlations_is_a_loss(networks, weights):
+def test_one_of_the_two_correlations_suffices(networks, weights):
     student, teacher = networks
     assert len(DIST(**weights).attach(student, AttachContext(teacher=teacher)).terms) == 1

@@ -1,4 +1,4 @@
-"""reviewkd's fusions, which compute in another order than the paper writes, against its order."""
+"""reviewkd's fused computation against the computation in the paper's order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tersor.data.batch import Batch
 from tersor.methods.reviewkd import Fusion, ReviewTerm
-from tersor.training.layer_pairs import Pair
+from tersor.training.layer_pairs import LayerPair
 from tersor.training.objective import Outputs
 
 BATCH = Batch(torch.zeros(1, 3, 1, 1))
@@ -58,11 +58,11 @@ def loss_slowly(term, student, teacher):
         ([(4, 7), (8, 7)], [(4, 9), (8, 3)]),
     ],
 )
-def test_it_is_the_papers(ours, theirs, training):
+def test_loss_and_gradients_are_those_of_the_paper(ours, theirs, training):
     torch.manual_seed(0)
     shapes = [[(3, channels, side, side) for channels, side in each] for each in (ours, theirs)]
     names = [f"layer{place}" for place in range(len(ours))]
-    pairs = [Pair(name, name, *map(torch.Size, two)) for name, *two in zip(names, *shapes, strict=True)]
+    pairs = [LayerPair(name, name, *map(torch.Size, two)) for name, *two in zip(names, *shapes, strict=True)]
     term = ReviewTerm(pairs, 1.0).train(training)
     for name, value in term.named_buffers():
         if "running" in name:
@@ -85,7 +85,7 @@ def test_it_is_the_papers(ours, theirs, training):
             torch.testing.assert_close(ours_now, theirs_now, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_statistics_of_features_that_lie_far_from_zero():
+def test_statistics_of_features_with_a_large_mean():
     torch.manual_seed(0)
     fusion = Fusion(4, 8, 5, 0, 1).train()
     slow = copy.deepcopy(fusion)

@@ -42,8 +42,8 @@ def softened(row, temperature):
 def slow_loss(student, teacher, temperature):
     """Hinton's formula, image by image and class by class, in float64."""
     total = 0.0
-    for asked, answered in zip(teacher, student, strict=True):
-        for p, q in zip(softened(asked, temperature), softened(answered, temperature), strict=True):
+    for teacher_row, student_row in zip(teacher, student, strict=True):
+        for p, q in zip(softened(teacher_row, temperature), softened(student_row, temperature), strict=True):
             total += p * (math.log(p) - math.log(q)) if p > 0 else 0.0
     return temperature**2 * total / len(teacher)
 
@@ -53,14 +53,14 @@ def entropy(row):
 
 
 @given(logits, temperatures)
-def test_against_a_slow_second_writing(pair, temperature):
+def test_the_loss_against_a_slow_implementation(pair, temperature):
     student, teacher = pair
     found = soft_target_loss(*(torch.tensor(values, dtype=torch.float64) for values in pair), temperature)
     assert found.item() == pytest.approx(slow_loss(student, teacher, temperature), rel=1e-5, abs=1e-10)
 
 
 @given(logits, temperatures)
-def test_the_gradient_is_the_difference_of_the_softened_answers_times_t(pair, temperature):
+def test_the_gradient_is_t_times_the_difference_of_the_softened_probabilities(pair, temperature):
     student, teacher = (torch.tensor(values, dtype=torch.float64) for values in pair)
     student.requires_grad_()
     soft_target_loss(student, teacher, temperature).backward()
@@ -69,7 +69,7 @@ def test_the_gradient_is_the_difference_of_the_softened_answers_times_t(pair, te
 
 
 @given(logits, temperatures)
-def test_a_student_that_agrees_has_no_loss_and_no_other_has_less(pair, temperature):
+def test_the_loss_is_zero_for_equal_logits_and_never_negative(pair, temperature):
     student, teacher = (torch.tensor(values, dtype=torch.float64) for values in pair)
     assert soft_target_loss(teacher, teacher, temperature) == pytest.approx(0, abs=1e-9)
     assert soft_target_loss(teacher + 3, teacher, temperature) == pytest.approx(0, abs=1e-9)
@@ -90,7 +90,7 @@ def test_the_order_of_teacher_and_student_counts():
 
 
 def targets_of_the_loss(row, temperature):
-    """The probabilities that the loss pulls towards, read off its gradient at a student that knows nothing."""
+    """The target probabilities of the loss, from its gradient at a student with zero logits."""
     student = torch.zeros(1, len(row), dtype=torch.float64, requires_grad=True)
     soft_target_loss(student, torch.tensor([row], dtype=torch.float64), temperature).backward()
     return (1 / len(row) - student.grad[0] / temperature).tolist()
@@ -99,7 +99,7 @@ def targets_of_the_loss(row, temperature):
 @given(
     st.lists(st.floats(-30, 30), min_size=2, max_size=6), st.lists(temperatures, min_size=2, max_size=2, unique=True)
 )
-def test_softened_answers_keep_their_order_and_flatten_with_the_temperature(row, pair):
+def test_softened_probabilities_keep_their_order_and_flatten_with_the_temperature(row, pair):
     low, high = sorted(pair)
     for temperature in pair:
         shown = targets_of_the_loss(row, temperature)
@@ -110,7 +110,7 @@ def test_softened_answers_keep_their_order_and_flatten_with_the_temperature(row,
     assert entropy(targets_of_the_loss(row, low)) <= entropy(targets_of_the_loss(row, high)) + 1e-9
 
 
-def test_a_teacher_sure_of_everything_gives_no_infinity():
+def test_extreme_logits_give_finite_losses_and_gradients():
     teacher = torch.tensor([[1e4, -1e4, 0.0]])
     student = torch.tensor([[-1e4, 1e4, 0.0]], requires_grad=True)
     loss = soft_target_loss(student, teacher, 1.0)
@@ -119,7 +119,7 @@ def test_a_teacher_sure_of_everything_gives_no_infinity():
     assert torch.isfinite(student.grad).all()
 
 
-def test_t_squared_keeps_the_gradient_where_both_are_nearly_flat():
+def test_t_squared_keeps_the_gradient_norm_at_high_temperatures():
     student, teacher = torch.randn(8, 10), torch.randn(8, 10)
     norms = []
     for temperature in (10.0, 40.0, 160.0):
@@ -129,7 +129,7 @@ def test_t_squared_keeps_the_gradient_where_both_are_nearly_flat():
     assert max(norms) < 1.1 * min(norms)
 
 
-def test_the_term_is_weighted_and_asks_for_no_labels():
+def test_the_term_is_weighted_and_needs_no_labels():
     student, teacher = torch.randn(4, 3), torch.randn(4, 3)
     term = SoftTargetTerm(temperature=2.0, loss_weight=0.3)
     found = term(Batch(torch.zeros(4, 1)), Outputs(student), Outputs(teacher))
@@ -144,15 +144,15 @@ def losses(method, batch):
     return objective(batch), student, teacher
 
 
-def test_beside_the_labels():
+def test_soft_targets_with_labels():
     batch = Batch(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
     found, student, teacher = losses(SoftTargets(temperature=3, loss_weight=0.7, label_weight=0.2), batch)
-    answers = student(batch.images)
-    torch.testing.assert_close(found["labels"], 0.2 * nn.functional.cross_entropy(answers, batch.labels))
-    torch.testing.assert_close(found["soft_targets"], 0.7 * soft_target_loss(answers, teacher(batch.images), 3))
+    logits_now = student(batch.images)
+    torch.testing.assert_close(found["labels"], 0.2 * nn.functional.cross_entropy(logits_now, batch.labels))
+    torch.testing.assert_close(found["soft_targets"], 0.7 * soft_target_loss(logits_now, teacher(batch.images), 3))
 
 
-def test_label_weight_zero_works_without_labels_and_does_not_look_at_them():
+def test_label_weight_zero_ignores_labels_and_works_without():
     images = torch.randn(6, 4)
     unlabelled, student, _ = losses(SoftTargets(label_weight=0), Batch(images))
     assert list(unlabelled) == ["soft_targets"]
@@ -172,7 +172,7 @@ def test_attaching_changes_nothing_in_the_model():
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
-def test_loss_weight_zero_asks_nothing_of_the_teacher():
+def test_loss_weight_zero_adds_no_term():
     attached = SoftTargets(loss_weight=0).attach(nn.Linear(4, 3), AttachContext(teacher=nn.Linear(4, 3)))
     assert attached.terms == ()
 

@@ -1,4 +1,4 @@
-"""The same inputs give the same loss as torchdistill's, where its formula is the paper's."""
+"""The losses equal torchdistill's, where its formula is the paper's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from tersor.training.objective import Outputs
 
 theirs = pytest.importorskip("torchdistill.losses.mid_level")
 
-ANSWERS = {"student_module_path": "s", "student_module_io": "o", "teacher_module_path": "t", "teacher_module_io": "o"}
+PATHS = {
+    "student_module_path": "s",
+    "student_module_io": "o",
+    "teacher_module_path": "t",
+    "teacher_module_io": "o",
+}
 
 
 def drawn(*shapes):
@@ -31,7 +36,7 @@ def given(student, teacher):
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_soft_targets(temperature):
     student, teacher = drawn((8, 10), (8, 10))
-    loss = theirs.KDLoss(**ANSWERS, temperature=temperature, alpha=0.1, beta=0.9)
+    loss = theirs.KDLoss(**PATHS, temperature=temperature, alpha=0.1, beta=0.9)
     labels = torch.arange(8)
     expected = loss(*given(student, teacher), labels) - 0.1 * torch.nn.functional.cross_entropy(student, labels)
     assert float(0.9 * soft_target_loss(student, teacher, temperature)) == pytest.approx(float(expected), rel=1e-5)
@@ -39,7 +44,7 @@ def test_soft_targets(temperature):
 
 def test_standardized_soft_targets():
     student, teacher = drawn((8, 10), (8, 10))
-    loss = theirs.LogitStdKDLoss(**ANSWERS, temperature=2.0, alpha=0.1, beta=9.0)
+    loss = theirs.LogitStdKDLoss(**PATHS, temperature=2.0, alpha=0.1, beta=9.0)
     labels = torch.arange(8)
     expected = loss(*given(student, teacher), labels) - 0.1 * torch.nn.functional.cross_entropy(student, labels)
     ours = 9 * soft_target_loss(standardized(student), standardized(teacher), 2.0)
@@ -51,7 +56,7 @@ def test_attention():
     pairs = {"pair": {"student": {"path": "s", "io": "o"}, "teacher": {"path": "t", "io": "o"}}}
     code, paper = (theirs.ATLoss(pairs, mode=mode)(*given(student, teacher)) for mode in ("code", "paper"))
     assert float(attention_loss(student, teacher, 2)) == pytest.approx(float(code), rel=1e-5)
-    # the paper's formula has beta / 2 before the norm, which torchdistill leaves to the weight
+    # the paper has beta / 2 before the norm; torchdistill leaves it to the weight
     ours = 2 * 25 * attention_loss(student, teacher, 2, "paper")
     assert float(ours) == pytest.approx(float(paper), rel=1e-5)
 
@@ -65,7 +70,7 @@ def test_factors():
 
 def test_correlation():
     student, teacher = drawn((8, 10), (8, 10))
-    expected = theirs.DISTLoss(**ANSWERS, beta=0.5, gamma=2.0, tau=4.0)(*given(student, teacher))
+    expected = theirs.DISTLoss(**PATHS, beta=0.5, gamma=2.0, tau=4.0)(*given(student, teacher))
     term = CorrelationTerm(DIST(beta=0.5, gamma=2.0, temperature=4.0))
     ours = term(Batch(torch.zeros(8, 3, 2, 2)), Outputs(student), Outputs(teacher))
     assert float(ours) == pytest.approx(float(expected), rel=1e-5)
@@ -74,7 +79,7 @@ def test_correlation():
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 7, 8, 12, 14, 32])
 def test_hierarchy(side):
     student, teacher = drawn((4, 6, side, side), (4, 6, side, side))
-    expected = theirs.HierarchicalContextLoss(**ANSWERS)(*given((student, None), teacher))
+    expected = theirs.HierarchicalContextLoss(**PATHS)(*given((student, None), teacher))
     assert float(hierarchical_loss(student, teacher)) == pytest.approx(float(expected), rel=1e-5)
 
 

@@ -253,7 +253,7 @@ def test_a_schedule_of_the_users(model):
     [told] = attached.metrics["masks"]
     assert told["steps"] == list(range(1, 11))
     assert sum(told["changed"]) == pytest.approx(0.8, abs=1e-3), "nested masks change once"
-    with pytest.raises(InputError, match=r"gave 1\.5 at progress 0\.75\. Give a number from 0 to 1"):
+    with pytest.raises(InputError, match=r"returned 1\.5 at progress 0\.75\. Return a number from 0 to 1"):
         WeightPruning(sparsity_schedule=f"{__name__}:too_far").attach(build("resnet20", 10), AttachContext(steps=16))
 
 

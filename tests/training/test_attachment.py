@@ -8,24 +8,24 @@ from tersor.training.objective import LossTerm
 
 
 class Recorder(Attachment):
-    """Writes down what it was told, with the weight at that moment."""
+    """Records calls with the current weight."""
 
-    def __init__(self, model, said, name, label_weight=1.0):
+    def __init__(self, model, calls, name, label_weight=1.0):
         super().__init__(model, [LossTerm()], label_weight)
-        self.said = said
+        self.calls = calls
         self.name = name
 
     def begin(self):
-        self.said.append((self.name, "begin"))
+        self.calls.append((self.name, "begin"))
 
     def before_step(self, step, optimizer):
-        self.said.append((self.name, "before", step, self.model.weight.item()))
+        self.calls.append((self.name, "before", step, self.model.weight.item()))
 
     def after_step(self, step, optimizer):
-        self.said.append((self.name, "after", step, self.model.weight.item()))
+        self.calls.append((self.name, "after", step, self.model.weight.item()))
 
     def finish(self):
-        self.said.append((self.name, "finish"))
+        self.calls.append((self.name, "finish"))
 
 
 def setting():
@@ -36,28 +36,28 @@ def setting():
 
 def step(model, optimizer):
     optimizer.zero_grad()
-    model.weight.sum().backward()  # gradient 1: every step takes 1 off
+    model.weight.sum().backward()  # gradient 1: every step subtracts 1
     optimizer.step()
 
 
 def test_hooks_are_called_around_the_step():
     model, optimizer = setting()
-    said = []
-    Recorder(model, said, "a").bind(optimizer, start=7)
+    calls = []
+    Recorder(model, calls, "a").bind(optimizer, start=7)
     step(model, optimizer)
     step(model, optimizer)
-    assert said == [("a", "before", 7, 5), ("a", "after", 7, 4), ("a", "before", 8, 4), ("a", "after", 8, 3)]
+    assert calls == [("a", "before", 7, 5), ("a", "after", 7, 4), ("a", "before", 8, 4), ("a", "after", 8, 3)]
 
 
-def test_remove_leaves_no_hook():
+def test_remove_removes_all_hooks():
     model, optimizer = setting()
-    said = []
-    handle = Recorder(model, said, "a").bind(optimizer)
-    other = Recorder(model, said, "b").bind(optimizer)
+    calls = []
+    handle = Recorder(model, calls, "a").bind(optimizer)
+    other = Recorder(model, calls, "b").bind(optimizer)
     handle.remove()
     handle.remove()
     step(model, optimizer)
-    assert [word[0] for word in said] == ["b", "b"]
+    assert [call[0] for call in calls] == ["b", "b"]
     other.remove()
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
@@ -65,18 +65,18 @@ def test_remove_leaves_no_hook():
 
 def test_a_chain_keeps_the_order_and_multiplies_label_weights():
     model, optimizer = setting()
-    said = []
-    parts = [Recorder(model, said, "a", 0.5), Recorder(model, said, "b", 0.25)]
+    calls = []
+    parts = [Recorder(model, calls, "a", 0.5), Recorder(model, calls, "b", 0.25)]
     chain = Chain(model, parts)
     assert chain.label_weight == 0.125
     assert chain.terms == (*parts[0].terms, *parts[1].terms)
     chain.begin()
-    assert said == [("a", "begin"), ("b", "begin")]
-    said.clear()
+    assert calls == [("a", "begin"), ("b", "begin")]
+    calls.clear()
     chain.bind(optimizer)
     step(model, optimizer)
     chain.finish()
-    assert [word[:2] for word in said] == [
+    assert [call[:2] for call in calls] == [
         ("a", "before"),
         ("b", "before"),
         ("a", "after"),
@@ -86,7 +86,7 @@ def test_a_chain_keeps_the_order_and_multiplies_label_weights():
     ]
 
 
-def test_an_empty_chain_asks_nothing():
+def test_an_empty_chain_has_no_terms():
     model, _ = setting()
     chain = Chain(model, [])
     assert (chain.terms, chain.label_weight) == ((), 1.0)

@@ -15,16 +15,17 @@ from torch import nn
 from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment
-from tersor.training.loop import fit, steps_per_epoch
+from tersor.training.loop import fit
 from tersor.training.objective import LossTerm
 from tersor.training.options import LearningRateSchedule, OptimizerOptions, Training
+from tersor.training.schedule import steps_per_epoch
 
 STEADY = LearningRateSchedule(name="constant")
 PLAIN_SGD = OptimizerOptions(learning_rate=0.1, momentum=0, nesterov=False, weight_decay=0)
 
 
 class Toy:
-    """Points of three classes that a line can part, in an order that the epoch decides."""
+    """Linearly separable points of three classes; the epoch determines their order."""
 
     def __init__(self, count=64, batch_size=8, shape=(5,)):
         draw = torch.Generator().manual_seed(1)
@@ -61,7 +62,7 @@ class Recorder:
 
 
 class Hooked(Attachment):
-    """Writes down what the hooks found: step, gradient's norm, weight."""
+    """Records step, gradient norm and weight in its hooks."""
 
     def __init__(self, model, terms=(), label_weight=1.0):
         super().__init__(model, terms, label_weight)
@@ -116,7 +117,7 @@ def test_a_linear_model_learns(optimizer, schedule):
     assert "cpu" in progress.lines[0] or torch.cuda.is_available()
 
 
-def test_same_seed_same_bits_and_the_callers_numbers_are_untouched():
+def test_the_same_seed_gives_the_same_bits_and_the_global_random_state_is_unchanged():
     results = []
     for seed in (3, 3, 4):
         model = convolutional()
@@ -129,7 +130,7 @@ def test_same_seed_same_bits_and_the_callers_numbers_are_untouched():
     assert not torch.equal(results[0], results[2])
 
 
-def test_the_model_comes_back_as_it_lay():
+def test_the_model_keeps_its_parameters_and_layout():
     model = convolutional()
     parameters = [*model.parameters()]
     fit(Attachment(model), Toy(shape=(3, 4, 4)), Training(), steps=2)
@@ -138,7 +139,7 @@ def test_the_model_comes_back_as_it_lay():
     assert not model.training
 
 
-def test_accumulated_batches_are_as_good_as_a_large_one():
+def test_accumulated_batches_equal_a_large_batch():
     small, large = linear(), linear()
     training = Training(optimizer=PLAIN_SGD, lr_schedule=STEADY, precision="float32")
     fit(Attachment(small), Toy(batch_size=4), training.model_copy(update={"accumulate": 2}), steps=20)
@@ -146,7 +147,7 @@ def test_accumulated_batches_are_as_good_as_a_large_one():
     torch.testing.assert_close(weights(small), weights(large))
 
 
-def test_the_last_step_of_an_epoch_accumulates_what_is_left():
+def test_the_last_step_of_an_epoch_averages_over_the_remaining_batches():
     training = Training(optimizer=PLAIN_SGD, lr_schedule=STEADY, precision="float32", accumulate=3)
     batches = Toy(count=32, batch_size=8)
     assert steps_per_epoch(batches, training) == 2
@@ -163,7 +164,7 @@ def test_the_last_step_of_an_epoch_accumulates_what_is_left():
     assert batches.epochs == [0, 0, 0]
 
 
-def test_hooks_are_called_once_for_a_step_of_several_batches():
+def test_hooks_are_called_once_per_accumulated_step():
     model = linear()
     first = model.weight.detach().clone()
     hooked = Hooked(model)
@@ -177,24 +178,24 @@ def test_hooks_are_called_once_for_a_step_of_several_batches():
         assert torch.equal(moved, after[2])
 
 
-def test_hooks_are_gone_afterwards_even_after_an_interruption():
+def test_hooks_are_removed_even_after_an_interruption():
     class Impatient(Recorder):
         def advance(self, items=1, **values):
             raise KeyboardInterrupt
 
-    class Keeps(Attachment):
+    class RemembersOptimizer(Attachment):
         def bind(self, optimizer, start=0):
             self.optimizer = optimizer
             return super().bind(optimizer, start)
 
-    attachment = Keeps(linear())
+    attachment = RemembersOptimizer(linear())
     with pytest.raises(KeyboardInterrupt):
         fit(attachment, Toy(), Training(), steps=3, progress=Impatient())
     assert not attachment.optimizer._optimizer_step_pre_hooks
     assert not attachment.optimizer._optimizer_step_post_hooks
 
 
-def test_every_step_is_taken_at_the_rate_that_was_shown():
+def test_every_step_uses_the_reported_learning_rate():
     class Reads(Attachment):
         def __init__(self, model):
             super().__init__(model)
@@ -216,7 +217,7 @@ def test_clipping_bounds_the_step():
     assert (weights(model) - before).norm().item() == pytest.approx(1e-3 * 0.1, rel=1e-2)
 
 
-def test_the_model_ends_with_the_running_mean():
+def test_the_model_ends_with_the_moving_average():
     hooked = Hooked(linear())
     mean = hooked.model.weight.detach().clone()
     fit(hooked, Toy(), Training(ema=0.2, precision="float32"), steps=15)
@@ -227,23 +228,23 @@ def test_the_model_ends_with_the_running_mean():
     assert not torch.equal(hooked.model.weight, hooked.after[-1][1])
 
 
-class Keeps:
-    """Keeps every snapshot in memory, and stops the training after `until` steps."""
+class InMemoryCheckpointer:
+    """Stores every snapshot in memory, and stops the training after `until` steps."""
 
     every = 1
     last = "stage-1/clock.json"
 
     def __init__(self, resume_state=None, until=None):
-        self.resume_state, self.until, self.kept = resume_state, until, {}
+        self.resume_state, self.until, self.saved = resume_state, until, {}
 
-    def keep(self, step, tensors):
-        self.kept[step] = tensors
+    def save(self, step, tensors):
+        self.saved[step] = tensors
         if step == self.until:
             raise KeyboardInterrupt
 
 
 class Noise(LossTerm):
-    """Draws a number in every step, and learns a weight of its own."""
+    """Draws a random number in every step, and has a trainable weight."""
 
     name = "noise"
 
@@ -263,62 +264,78 @@ def small():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(("accumulate", "ema"), [(1, None), (3, 0.9)])
 @pytest.mark.parametrize("until", [1, 4, 8, 11])
-def test_a_training_that_goes_on_ends_with_the_same_bits(optimizer, accumulate, ema, until):
+def test_a_resumed_training_ends_with_the_same_bits(optimizer, accumulate, ema, until):
     options = OptimizerOptions(name=optimizer, learning_rate=0.01)
     training = Training(optimizer=options, accumulate=accumulate, ema=ema)
 
-    def run(keeper):
+    def run(checkpointer):
         attached = Attachment(small(), [Noise()])
-        fit(attached, Toy(shape=(3, 4, 4)), training, steps=12, keeper=keeper, seed=5)
+        fit(attached, Toy(shape=(3, 4, 4)), training, steps=12, checkpointer=checkpointer, seed=5)
         return {**attached.model.state_dict(), "own": attached.terms[0].own.detach()}
 
     expected = run(None)
-    stopped = Keeps(until=until)
+    stopped = InMemoryCheckpointer(until=until)
     with pytest.raises(KeyboardInterrupt):
         run(stopped)
-    found = run(Keeps(resume_state=(until, stopped.kept[until])))
+    found = run(InMemoryCheckpointer(resume_state=(until, stopped.saved[until])))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_seconds_and_losses_of_an_epoch_outlive_the_process():
-    stopped = Keeps(until=6)
+def test_a_resumed_training_keeps_seconds_and_losses():
+    stopped = InMemoryCheckpointer(until=6)
     with pytest.raises(KeyboardInterrupt):
-        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=stopped)
-    earlier = float(stopped.kept[6]["log.seconds"])
-    stopped.kept[6]["log.seconds"] += 100
-    gone_on = fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(resume_state=(6, stopped.kept[6])))
+        fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
+    earlier = float(stopped.saved[6]["log.seconds"])
+    stopped.saved[6]["log.seconds"] += 100
+    resumed = fit(
+        Attachment(linear()),
+        Toy(),
+        Training(),
+        steps=8,
+        checkpointer=InMemoryCheckpointer(resume_state=(6, stopped.saved[6])),
+    )
     whole = fit(Attachment(linear()), Toy(), Training(), steps=8)
-    assert gone_on.earlier == pytest.approx(100 + earlier)
-    assert 100 < gone_on.seconds < 110
-    assert gone_on.losses == pytest.approx(whole.losses)
+    assert resumed.earlier_seconds == pytest.approx(100 + earlier)
+    assert 100 < resumed.seconds < 110
+    assert resumed.losses == pytest.approx(whole.losses)
     nothing_left = fit(
-        Attachment(linear()), Toy(), Training(), steps=6, keeper=Keeps(resume_state=(6, stopped.kept[6]))
+        Attachment(linear()),
+        Toy(),
+        Training(),
+        steps=6,
+        checkpointer=InMemoryCheckpointer(resume_state=(6, stopped.saved[6])),
     )
     assert nothing_left.losses.keys() == whole.losses.keys()
 
 
-def test_as_many_processes_go_on_as_began():
-    stopped = Keeps(until=2)
+def test_resuming_with_another_number_of_processes_is_refused():
+    stopped = InMemoryCheckpointer(until=2)
     with pytest.raises(KeyboardInterrupt):
-        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=stopped)
-    of_two = {**stopped.kept[2], "random.cpu1": stopped.kept[2]["random.cpu0"]}
-    with pytest.raises(InputError, match=r"begun by 2 processes, and goes on with 1\. Start as many"):
-        fit(Attachment(linear()), Toy(), Training(), steps=8, keeper=Keeps(resume_state=(2, of_two)))
+        fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
+    of_two = {**stopped.saved[2], "random.cpu1": stopped.saved[2]["random.cpu0"]}
+    with pytest.raises(InputError, match=r"started with 2 processes and is resumed with 1\. Start 2"):
+        fit(
+            Attachment(linear()),
+            Toy(),
+            Training(),
+            steps=8,
+            checkpointer=InMemoryCheckpointer(resume_state=(2, of_two)),
+        )
 
 
-def test_ctrl_c_ends_the_step_and_keeps_it():
+def test_ctrl_c_finishes_and_saves_the_step():
     class Presses(Attachment):
         def before_step(self, step, optimizer):
             if step == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    keeper, before = Keeps(), signal.getsignal(signal.SIGINT)
-    keeper.every = 100
+    checkpointer, before = InMemoryCheckpointer(), signal.getsignal(signal.SIGINT)
+    checkpointer.every = 100
     model = linear()
     with pytest.raises(KeyboardInterrupt):
-        fit(Presses(model), Toy(), Training(), steps=8, keeper=keeper)
-    assert list(keeper.kept) == [3]
-    assert torch.equal(keeper.kept[3]["model.weight"], model.weight)
+        fit(Presses(model), Toy(), Training(), steps=8, checkpointer=checkpointer)
+    assert list(checkpointer.saved) == [3]
+    assert torch.equal(checkpointer.saved[3]["model.weight"], model.weight)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -336,12 +353,12 @@ class Breaks(LossTerm):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("accumulate", "at"), [(1, 4), (2, 7)])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_move(value, accumulate, at):
+def test_a_loss_that_is_not_finite_stops_before_the_update(value, accumulate, at):
     model = linear()
     hooked = Hooked(model, [Breaks(at, value)])
     training = Training(accumulate=accumulate, optimizer=PLAIN_SGD, lr_schedule=STEADY)
     with pytest.raises(NonFiniteLoss, match=r"'fragile'.*step 4.*0\.1.*checkpoint: stage-1/clock\.json") as caught:
-        fit(hooked, Toy(), training, steps=8, keeper=Keeps())
+        fit(hooked, Toy(), training, steps=8, checkpointer=InMemoryCheckpointer())
     assert (caught.value.step, caught.value.term) == (4, "fragile")
     assert isinstance(caught.value, InputError)
     assert len(hooked.before) == 3
@@ -354,7 +371,7 @@ def test_without_a_checkpoint_the_message_says_so():
         fit(Attachment(linear(), [Breaks(1, float("nan"))]), Toy(), Training(), steps=1)
 
 
-def test_a_last_step_that_leaves_no_weights_is_told():
+def test_weights_that_are_not_finite_after_the_last_step_are_an_error():
     wild = OptimizerOptions(learning_rate=1e38, momentum=0, weight_decay=1e3)
     with pytest.raises(NonFiniteWeights, match="toy: the last step made weights"):
         fit(Attachment(linear()), Toy(), Training(optimizer=wild, lr_schedule=STEADY), steps=1, task="toy")
@@ -367,7 +384,7 @@ class Follows(LossTerm):
         return (student.logits - teacher.logits).square().mean()
 
 
-def test_the_student_follows_a_teacher_that_stays_as_it_is():
+def test_the_student_learns_from_an_unchanged_teacher():
     teacher = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
     before = copy.deepcopy(teacher.state_dict())
     model, batches = linear(), Toy()
@@ -379,7 +396,7 @@ def test_the_student_follows_a_teacher_that_stays_as_it_is():
     assert not any(module.training for module in teacher.modules())
 
 
-def test_a_term_with_weights_learns_too():
+def test_the_weights_of_a_term_are_trained():
     class Translated(LossTerm):
         name = "translated"
 
@@ -396,7 +413,7 @@ def test_a_term_with_weights_learns_too():
     assert not torch.equal(weights(term), before)
 
 
-def test_means_are_those_of_the_last_epoch():
+def test_mean_losses_are_of_the_last_epoch():
     class Counts(LossTerm):
         name = "count"
         calls = 0
@@ -409,7 +426,7 @@ def test_means_are_those_of_the_last_epoch():
     assert fitted.losses["count"] == pytest.approx((9 + 10 + 11 + 12) / 4)
 
 
-def test_bfloat16_when_asked_for():
+def test_bfloat16():
     fitted = fit(Attachment(linear()), Toy(), Training(precision="bfloat16"), steps=40)
     assert fitted.precision == "bfloat16"
     assert fitted.losses["labels"] < 0.6
@@ -422,7 +439,7 @@ def test_zero_steps_change_nothing():
     assert torch.equal(weights(model), before)
 
 
-def test_no_batch_is_an_error_that_tells_the_batch_size():
+def test_no_batch_is_an_error_that_names_the_batch_size():
     with pytest.raises(InputError, match="fewer images than one batch of 128"):
         fit(Attachment(linear()), Toy(count=4, batch_size=8), Training(), steps=1)
 
@@ -433,7 +450,7 @@ def test_a_warm_up_as_long_as_the_stage_is_an_error():
         fit(Attachment(linear()), Toy(), training, steps=16)
 
 
-def test_asking_nothing_is_an_error():
+def test_no_loss_is_an_error():
     with pytest.raises(InputError, match="no loss: label_weight is 0"):
         fit(Attachment(linear(), label_weight=0.0), Toy(), Training(), steps=1)
 
@@ -462,7 +479,7 @@ torch.save(weights(model), sys.argv[2])
 
 
 @pytest.mark.slow
-def test_two_processes_are_as_good_as_one_that_accumulates_for_both(tmp_path):
+def test_two_processes_equal_one_that_accumulates_twice_as_many_batches(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -195,7 +195,7 @@ def test_a_log_of_a_long_stage_is_thinned():
 
 
 def test_one_stage_one_method_that_masks_a_layer():
-    with pytest.raises(InputError, match="masks 0, which a method before it"):
+    with pytest.raises(InputError, match="masks 0, which an earlier method"):
         chain([DPF(), WeightPruning()], network(), AttachContext(steps=10))
     apart = chain([DPF(layers=("0",)), WeightPruning(layers=("2",))], network(), AttachContext(steps=10))
     assert [len(part.masked) for part in apart.parts] == [1, 1]

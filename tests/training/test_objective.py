@@ -11,7 +11,7 @@ from tersor.training.objective import LossTerm, Objective
 
 
 class Mean(LossTerm):
-    """The weighted mean of the student's logits, less the teacher's where there is one."""
+    """The weighted mean of the student's logits, minus the teacher's if there is one."""
 
     def __init__(self, weight, name="mean"):
         super().__init__()
@@ -33,7 +33,7 @@ def batch():
     return Batch(torch.randn(6, 4, generator=draw), torch.tensor([0, 1, 2, 0, 1, 2]))
 
 
-def test_labels_alone(batch):
+def test_cross_entropy_without_terms(batch):
     model = network().eval()
     objective = Objective(model, label_smoothing=0.1).eval()
     losses = objective(batch)
@@ -42,21 +42,21 @@ def test_labels_alone(batch):
     assert torch.equal(losses["labels"], expected)
 
 
-def test_label_weight_zero_leaves_the_labels_alone(batch):
+def test_label_weight_zero_ignores_the_labels(batch):
     objective = Objective(network(), [Mean(2.0)], label_weight=0)
     assert list(objective(batch)) == ["mean"]
     unlabelled = Objective(network(), [Mean(2.0)])
     assert list(unlabelled(Batch(batch.images))) == ["mean"]
 
 
-def test_label_weight_scales_the_labels(batch):
+def test_label_weight_scales_the_cross_entropy(batch):
     model = network().eval()
     whole = Objective(model).eval()(batch)["labels"]
     quarter = Objective(model, label_weight=0.25).eval()(batch)["labels"]
     torch.testing.assert_close(quarter, whole / 4)
 
 
-def test_terms_of_one_name_are_added(batch):
+def test_terms_with_the_same_name_are_added(batch):
     model = network().eval()
     twice = Objective(model, [Mean(1.0), Mean(2.0), Mean(1.0, "other")], label_weight=0).eval()(batch)
     assert list(twice) == ["mean", "other"]
@@ -75,7 +75,7 @@ def test_the_teacher_stays_in_eval_and_gets_no_gradient(batch):
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_teacher_that_no_term_asks_is_not_run(batch):
+def test_the_teacher_does_not_run_without_terms(batch):
     class Refuses(nn.Module):
         def forward(self, images):
             raise AssertionError
@@ -83,7 +83,7 @@ def test_a_teacher_that_no_term_asks_is_not_run(batch):
     assert list(Objective(network(), teacher=Refuses())(batch)) == ["labels"]
 
 
-def test_autocast_runs_the_networks_low_and_gives_losses_in_float32(batch):
+def test_autocast_runs_the_networks_in_bfloat16_and_returns_losses_in_float32(batch):
     seen = []
     model = nn.Linear(4, 3)
     model.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
@@ -93,7 +93,7 @@ def test_autocast_runs_the_networks_low_and_gives_losses_in_float32(batch):
     assert model.weight.dtype == torch.float32
 
 
-def test_a_network_that_answers_with_more_in_training_is_told(batch):
+def test_a_network_with_several_outputs_in_training_mode_is_refused(batch):
     class WithHeads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -104,11 +104,11 @@ def test_a_network_that_answers_with_more_in_training_is_told(batch):
 
     objective = Objective(WithHeads())
     assert list(objective.eval()(batch)) == ["labels"]
-    with pytest.raises(InputError, match=r"in training the network answers with a tuple.*aux_logits=False"):
+    with pytest.raises(InputError, match=r"in training mode the network returns a tuple, not logits.*aux_logits=False"):
         objective.train()(batch)
 
 
-def test_nothing_to_ask_is_told(batch):
+def test_no_labels_and_no_term_is_an_error(batch):
     with pytest.raises(InputError, match="the images have no labels, and no method adds a loss"):
         Objective(network())(Batch(batch.images))
 

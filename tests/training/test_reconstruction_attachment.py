@@ -1,4 +1,4 @@
-"""AdaRound and BRECQ as a recipe runs them."""
+"""AdaRound and BRECQ in recipes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ stages:
 
 
 class Stops(NullProgress):
-    """Presses Ctrl-C in the middle of the work before the first step."""
+    """Interrupts the reconstruction."""
 
     def __init__(self, after):
         self.left = after
@@ -54,18 +54,18 @@ def run_recipe(method, folder, progress=None):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(method, tmp_path):
+def test_an_interrupted_reconstruction_resumes_to_the_same_bits(method, tmp_path):
     expected = run_recipe(method, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run_recipe(method, tmp_path / "stopped", Stops(4))
     assert len(list((tmp_path / "stopped").glob("02-quantize-0000000-*"))) == 1
-    again = Said()
+    again = RecordedLines()
     found = run_recipe(method, tmp_path / "stopped", again)
     assert "quantize: resuming" in again.lines
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
-class Said(NullProgress):
+class RecordedLines(NullProgress):
     def __init__(self):
         self.lines = []
 
@@ -83,6 +83,6 @@ def test_first_and_last_layer_have_eight_bits(method):
 
 
 @pytest.mark.parametrize("method", [AdaRound(), BRECQ()])
-def test_without_images_it_says_what_to_pass(method):
-    with pytest.raises(InputError, match=r"needs images to look at; none were given. Pass data="):
+def test_without_images_the_error_says_what_to_pass(method):
+    with pytest.raises(InputError, match=r"needs images for calibration; none were given. Pass data="):
         method.attach(build("resnet20", 10), AttachContext())

@@ -16,14 +16,14 @@ number = st.floats(-1e3, 1e3)
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(start=number, end=number)
-def test_both_ends_are_met_exactly(shape, start, end):
+def test_both_ends_are_exact(shape, start, end):
     assert interpolate(shape, 0, start, end) == start
     assert interpolate(shape, 1, start, end) == end
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(early=st.floats(0, 1), late=st.floats(0, 1))
-def test_the_way_is_monotonic(shape, early, late):
+def test_shapes_are_monotonic(shape, early, late):
     early, late = sorted((early, late))
     assert interpolate(shape, early, 0, 1) <= interpolate(shape, late, 0, 1)
 
@@ -41,7 +41,7 @@ def factors(name, steps=100, warmup=0, **options):
     return [learning_rate_factor(schedule, step, steps, warmup) for step in range(steps)]
 
 
-def test_schedules_begin_at_one_and_end_low():
+def test_schedules_start_at_one_and_end_low():
     assert factors("constant") == [1.0] * 100
     for name, last in (("linear", 0.01), ("cosine", (1 + math.cos(0.99 * math.pi)) / 2)):
         values = factors(name)
@@ -58,7 +58,7 @@ def test_step_drops_at_its_milestones():
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "step"])
-def test_warm_up_rises_to_one(name):
+def test_the_warm_up_rises_to_one(name):
     values = factors(name, warmup=10)
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert values[10] == 1
@@ -77,7 +77,7 @@ def test_a_curve_is_a_shape_or_a_function():
     assert curve("cubic")(0.5) == 0.875
     assert curve("linear")(0.25) == 0.25
     assert curve(f"{__name__}:halfway")(0.5) == 0.25
-    with pytest.raises(InputError, match=r"gave '0\.0' at progress 0\. Give a number from 0 to 1"):
+    with pytest.raises(InputError, match=r"returned '0\.0' at progress 0\. Return a number from 0 to 1"):
         curve(f"{__name__}:text")
     with pytest.raises(InputError, match=r"has no 'halfways'\. Did you mean 'halfway'"):
         curve(f"{__name__}:halfways")

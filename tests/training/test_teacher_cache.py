@@ -1,4 +1,4 @@
-"""What a teacher gives is asked once, and is the same as if it were asked every time."""
+"""Cached teacher outputs: computed once, with the same training as without a cache."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,12 +28,12 @@ stages:
     batch_size: 32
     cache: CACHE
     methods: [soft_targets, {attention_transfer: {layers: ["layer?"]}}]
-    precision: float32  # in bfloat16 an answer depends on how many images are asked about at once
+    precision: float32  # in bfloat16 an output depends on the batch size
 """
 
 
 class Stops(NullProgress):
-    """Ends the training in its fourth step, in the second epoch."""
+    """Interrupts the training in its fourth step, in the second epoch."""
 
     def __init__(self):
         self.steps = 0
@@ -45,7 +45,7 @@ class Stops(NullProgress):
 
 
 def prepared(cache: str, folder):
-    """The recipe with its teacher trained, and where its checkpoints lie."""
+    """The experiment with a trained teacher, and its checkpoints."""
     experiment = prepare(
         parse(RECIPE.replace("CACHE", cache), "recipe.yaml"), model=None, data=None, progress=NullProgress()
     )
@@ -55,14 +55,14 @@ def prepared(cache: str, folder):
 
 
 def run_recipe(cache: str, folder):
-    """Losses of the last epoch, how many images the teacher has seen while the student learned, and the student."""
+    """Losses of the last epoch, number of images that the teacher ran on during the stage, and the student."""
     experiment, checkpoints = prepared(cache, folder)
     seen: list[int] = []
-    ask = Objective.teacher_forward
+    teacher_forward = Objective.teacher_forward
 
     def count(objective, batch):
         seen.append(len(batch.images))
-        return ask(objective, batch)
+        return teacher_forward(objective, batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Objective, "teacher_forward", count)
@@ -70,11 +70,11 @@ def run_recipe(cache: str, folder):
     return record.losses, sum(seen), model.state_dict()
 
 
-def test_a_student_learns_the_same_from_what_was_kept(tmp_path):
-    asked, often, _ = run_recipe("false", tmp_path / "asked")
-    kept, once, whole = run_recipe("true", tmp_path / "kept")
-    assert once == often - 2 * 64, "once, not in each of three epochs"
-    assert kept == pytest.approx(asked, rel=5e-3)  # other batch sizes, added in another order
+def test_a_cache_does_not_change_the_training(tmp_path):
+    uncached_losses, uncached_images, _ = run_recipe("false", tmp_path / "uncached")
+    losses, images, whole = run_recipe("true", tmp_path / "cached")
+    assert images == uncached_images - 2 * 64, "once, not in each of three epochs"
+    assert losses == pytest.approx(uncached_losses, rel=5e-3)  # other batch sizes: sums in another order
 
     experiment, checkpoints = prepared("true", tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
@@ -83,31 +83,31 @@ def test_a_student_learns_the_same_from_what_was_kept(tmp_path):
     assert all(resumed[key].equal(value) for key, value in whole.items())
 
 
-def test_places_and_layers_are_kept_apart():
-    kept = TeacherCache(4)
+def test_outputs_are_stored_by_image_and_layer():
+    cache = TeacherCache(4)
     logits, layer = torch.randn(4, 10), torch.randn(4, 2, 3, 3)
     for places in (torch.tensor([2, 0]), torch.tensor([1, 3])):
-        kept.add(Batch(torch.zeros(2, 3, 8, 8), index=places), Outputs(logits[places], {"layer": layer[places]}))
-    wanted = torch.tensor([3, 2, 2])
-    found = kept(Batch(torch.zeros(3, 3, 8, 8), index=wanted))
-    assert found.logits.equal(logits[wanted])
-    assert found.layers["layer"].equal(layer[wanted])
+        cache.add(Batch(torch.zeros(2, 3, 8, 8), index=places), Outputs(logits[places], {"layer": layer[places]}))
+    index = torch.tensor([3, 2, 2])
+    found = cache(Batch(torch.zeros(3, 3, 8, 8), index=index))
+    assert found.logits.equal(logits[index])
+    assert found.layers["layer"].equal(layer[index])
     assert set(found.layers) == {"layer"}
 
 
-def test_too_little_memory_is_told_before_any_is_filled(monkeypatch):
+def test_too_little_memory_is_an_error_before_allocation(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=10))
-    given = Outputs(torch.zeros(2, 10), {"layer3": torch.zeros(2, 64, 8, 8)})
+    outputs = Outputs(torch.zeros(2, 10), {"layer3": torch.zeros(2, 64, 8, 8)})
     with pytest.raises(InputError, match=r"for 1,000 images \(logits, layer3\).*Write cache: false"):
-        TeacherCache(1000).add(Batch(torch.zeros(2, 3, 8, 8), index=torch.arange(2)), given)
+        TeacherCache(1000).add(Batch(torch.zeros(2, 3, 8, 8), index=torch.arange(2)), outputs)
 
 
-def test_memory_that_the_system_can_free_up_counts(monkeypatch):
+def test_memory_that_the_system_can_free_counts_as_available(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=10))
-    kept, logits = TeacherCache(1000), torch.randn(2, 10)
+    cache, logits = TeacherCache(1000), torch.randn(2, 10)
     batch = Batch(torch.zeros(2, 3, 8, 8), index=torch.tensor([7, 999]))
-    kept.add(batch, Outputs(logits, {}))
-    assert kept(batch).logits.equal(logits)
+    cache.add(batch, Outputs(logits, {}))
+    assert cache(batch).logits.equal(logits)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_memory_that_the_system_can_free_up_counts(monkeypatch):
         (("teacher: {name: resnet20, epochs: 1, training: {batch_size: 32}}", "seed: 1"), "there is no teacher"),
     ],
 )
-def test_a_cache_that_cannot_be(change, why):
+def test_a_cache_without_fixed_images_or_teacher_is_refused(change, why):
     text = RECIPE.replace("CACHE", "true").replace(*change)
     with pytest.raises(InputError, match=rf"line 9.*{why}"):
         parse(text, "recipe.yaml")

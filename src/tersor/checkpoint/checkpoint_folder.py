@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.files import LARGEST, read_json, sha256
-from tersor.training.snapshot import part
+from tersor.training.snapshot import with_prefix
 
 CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
 NOTES = "notes"
@@ -80,7 +80,7 @@ class Checkpoint:
 
     def network(self) -> dict[str, Tensor]:
         """The network's `state_dict`."""
-        return part(self.tensors(), "model")
+        return with_prefix(self.tensors(), "model")
 
 
 def read(path: Path) -> Checkpoint | None:

@@ -234,7 +234,7 @@ class StageCheckpointer:
             tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
             self._keep(step=0, tensors=tensors, told={_SETUP: True})
 
-    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Save the training state after `step` steps, in the first process."""
         if not distributed.rank():
             self._keep(step=step, tensors=tensors, told={NOTES: self.notes})

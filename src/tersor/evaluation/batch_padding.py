@@ -1,4 +1,4 @@
-"""How a file with a fixed batch runs any number of images. Needs numpy, never torch."""
+"""Runs any number of images through a file with a fixed batch size. Needs numpy, never torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def in_batches_of(infer: Callable[[NDArray[Any]], NDArray[Any]], size: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Runs any number of images (N, C, H, W) through `infer`, which takes `size` at once; the last batch is padded."""
+    """A function of any number of images (N, C, H, W), from `infer`, which takes `size`; the last batch is padded."""
 
     def infer_batches(images: NDArray[Any]) -> NDArray[Any]:
         if len(images) == size:
@@ -20,7 +20,7 @@ def in_batches_of(infer: Callable[[NDArray[Any]], NDArray[Any]], size: int) -> C
             batch = images[start : start + size]
             output = infer(np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)]))
             if output.shape[:1] != (size,):
-                return output  # not a row for each image, which the caller refuses
+                return output  # not one row per image, which the caller refuses
             outputs.append(output[: len(batch)])
         return np.concatenate(outputs)
 

@@ -1,4 +1,4 @@
-"""A network -> numbers: what it answers, and what it costs. Measuring leaves the network as it was."""
+"""Accuracy, predictions and costs (MACs, parameters, sparsity, bits) of a network, which is not changed."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What one layer costs for one input.
+    """Costs of one layer for one input.
 
     Attributes:
-        name: its path in the network; empty for products that the network computes outside any layer.
-        kind: its class, `Conv2d`.
-        weight_shape: empty where it has no single weight.
-        macs: multiplications that are added up: of convolutions, matrix products, attention and recurrent layers.
-        parameters: numbers that are learned.
-        sparsity: zeros among the weights that are shown, as a fraction.
-        masked: weights under a mask, as a fraction: zeros that no rounding made.
-        weight_bits: of the weight's grid; 32 where it is not quantized.
-        activation_bits: of the input's grid; 32 where it is not quantized.
+        name: path in the network; empty for matrix products outside any layer.
+        kind: class name, such as `Conv2d`.
+        weight_shape: shape of the weight; empty without a single weight.
+        macs: multiply-accumulate operations of convolutions, matrix products, attention and recurrent layers.
+        parameters: number of trainable values.
+        sparsity: fraction of zeros in the effective weight, after masks and quantizers.
+        masked: fraction of masked weights, without zeros from rounding.
+        weight_bits: bit width of the weight; 32 if it is not quantized.
+        activation_bits: bit width of the input; 32 if it is not quantized.
     """
 
     name: str
@@ -51,18 +51,18 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a network costs for one input.
+    """Costs of a network for one input.
 
     Attributes:
-        parameters: numbers that are learned, in all layers; those of a parametrized layer count once.
-        macs: of all layers.
+        parameters: number of trainable values in all layers; those of a parametrized layer count once.
+        macs: multiply-accumulate operations of all layers.
         bit_operations: sum over the layers of macs * weight bits * activation bits.
-        sparsity: zeros among the prunable weights, as a fraction: those of the convolutions, or of the fully connected
-            layers where the network has no convolution.
-        masked: those of the same weights that lie under a mask, as a fraction.
-        layers: what has macs, or a weight that is prunable somewhere.
-        uncounted: operators that multiply and are in no number here, each with its place: `aten._fft_r2c in blocks.0`.
-            Elementwise operators, normalisation, pooling and resizing are not counted by convention.
+        sparsity: fraction of zeros in the prunable weights: those of the convolutions, or of the fully connected layers
+            if the network has no convolution.
+        masked: fraction of the same weights that is masked.
+        layers: every layer with MACs or a weight.
+        uncounted: multiplying operators that are not included, each with its module: `aten._fft_r2c in blocks.0`. By
+            convention, elementwise operators, normalisation, pooling and resizing are not counted.
     """
 
     parameters: int
@@ -75,41 +75,41 @@ class Costs:
 
 
 def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Percent of the images that `model`, in eval mode, gives their label to.
+    """Top-1 accuracy of `model` in eval mode, in percent.
 
     Raises:
         InputError: a batch has no labels, or there is no image.
     """
     correct = images = 0
-    for batch, answers in _answers(model, batches):
+    for batch, classes in _predictions(model, batches):
         if batch.labels is None:
             raise InputError("accuracy cannot be measured on images without labels. Give labelled batches.")
-        correct += int((answers == batch.labels.cpu()).sum())
-        images += len(answers)
+        correct += int((classes == batch.labels.cpu()).sum())
+        images += len(classes)
     if not images:
         raise InputError("accuracy cannot be measured on no images. Give at least one labelled batch.")
     return 100 * correct / images
 
 
 def predictions(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """The classes (N,), int64 on the CPU, that `model` in eval mode gives to the images, in their order."""
-    answers = [answers for _, answers in _answers(model, batches)]
-    return torch.cat(answers) if answers else torch.empty(0, dtype=torch.int64)
+    """The predicted classes (N,) of `model` in eval mode, int64 on the CPU, in the order of the images."""
+    classes = [classes for _, classes in _predictions(model, batches)]
+    return torch.cat(classes) if classes else torch.empty(0, dtype=torch.int64)
 
 
 def agreement(first: Tensor, second: Tensor) -> float:
-    """Percent of the places where two lists of classes (N,) hold the same class; N is at least 1."""
-    assert first.shape == second.shape, "answers to the same images"
-    assert len(first), "percent of nothing"
+    """Prediction agreement in percent: how often two predictions (N,) have the same class; N is at least 1."""
+    assert first.shape == second.shape, "predictions for the same images"
+    assert len(first), "no images"
     return 100 * (first == second).double().mean().item()
 
 
 def costs(model: nn.Module, example: Tensor) -> Costs:
-    """What `model` costs.
+    """The costs of `model` for one input.
 
     Args:
-        model: the network, plain or with masks and quantizers on it.
-        example: images (N, C, H, W) as the network wants them; the first is run through the network.
+        model: the network, with or without masks and quantizers.
+        example: input images (N, C, H, W); the first is run through the network.
     """
     ran = run_through(model, example[:1])
     macs, activation_bits = Counter[str](), dict[str, int]()
@@ -123,26 +123,26 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
         for name, module in model.named_modules()
         if macs[name] or name in weighted
     )
-    counted = [*prunable(model).values()] if weighted else []
+    prunable_layers = [*prunable(model).values()] if weighted else []
     return Costs(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=sum(layer.macs for layer in layers),
         bit_operations=sum(layer.macs * layer.weight_bits * layer.activation_bits for layer in layers),
-        sparsity=_sparsity(layer.weight for layer in counted),
-        masked=_sparsity(map(_mask, counted)),
+        sparsity=_sparsity(layer.weight for layer in prunable_layers),
+        masked=_sparsity(map(_mask, prunable_layers)),
         layers=layers,
         uncounted=ran.uncounted,
     )
 
 
-def _answers(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch and the classes (N,) that `model` gives to its images, on the CPU."""
+def _predictions(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch with the predicted classes (N,) of `model`, on the CPU."""
     device = _device(model)
     with evaluating(model):
         for batch in batches:
-            with torch.inference_mode():  # not around the loop: it would reach what the caller does between batches
-                answers = model(batch.images.to(device)).argmax(dim=1)
-            yield batch, answers.cpu()
+            with torch.inference_mode():  # not around the loop: the caller runs between batches
+                classes = model(batch.images.to(device)).argmax(dim=1)
+            yield batch, classes.cpu()
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -152,18 +152,18 @@ def _device(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def _layer_costs(name: str, module: nn.Module, macs: int, activation_bits: int) -> LayerCosts:
-    weight = getattr(module, "weight", None)  # as it is shown, under masks and quantizers
+    weight = getattr(module, "weight", None)  # the effective weight, after masks and quantizers
     weight = weight if isinstance(weight, Tensor) else None
     quantizer = weight_quantizer(module)
-    learned = list(module.parameters(recurse=False))
+    parameters = list(module.parameters(recurse=False))
     if parametrize.is_parametrized(module):
-        learned += list(module.get_submodule("parametrizations").parameters())
+        parameters += list(module.get_submodule("parametrizations").parameters())
     return LayerCosts(
         name=name,
         kind=parametrize.type_before_parametrizations(module).__name__,
         weight_shape=() if weight is None else tuple(weight.shape),
         macs=macs,
-        parameters=sum(parameter.numel() for parameter in learned),
+        parameters=sum(parameter.numel() for parameter in parameters),
         sparsity=0.0 if weight is None else _sparsity([weight]),
         masked=0.0 if weight is None else _sparsity([_mask(module)]),
         weight_bits=quantizer.grid.bits if quantizer else FLOAT_BITS,
@@ -172,23 +172,23 @@ def _layer_costs(name: str, module: nn.Module, macs: int, activation_bits: int) 
 
 
 def _mask(layer: nn.Module) -> Tensor:
-    """Of the weight's shape, False where it is masked."""
-    found = weight_mask(layer)
-    if found is not None:
-        return found.mask
+    """Mask of the weight's shape, False where masked."""
+    mask = weight_mask(layer)
+    if mask is not None:
+        return mask.mask
     assert isinstance(layer.weight, Tensor)
     return torch.ones_like(layer.weight, dtype=torch.bool)
 
 
 @torch.no_grad()
 def _sparsity(weights: Iterable[Tensor]) -> float:
-    zeros = numbers = 0
+    zeros = total = 0
     for weight in weights:
         zeros += int((weight == 0).sum())
-        numbers += weight.numel()
-    return zeros / numbers if numbers else 0.0
+        total += weight.numel()
+    return zeros / total if total else 0.0
 
 
 def macs_ratio(network: nn.Module, original: nn.Module, example: Tensor, _target: Target) -> float:
-    """The MACs of `network` divided by those of `original`: stands in for a latency ratio where nothing is measured."""
+    """The MACs of `network` divided by those of `original`: replaces the latency ratio where nothing is measured."""
     return costs(network, example).macs / costs(original, example).macs

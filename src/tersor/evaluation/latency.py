@@ -1,20 +1,20 @@
-"""Answers, latency, size and memory of files in the runtimes that will serve them. Needs numpy, never torch.
+"""Predictions, latency, size and memory of model files in their target runtimes. Needs numpy, never torch.
 
-**Latency is interleaved.** A machine's speed drifts by more than two contenders differ. So every round gives each
-contender one turn, in a new order, and what is compared are the times of the same round. After some rounds all files
-are opened anew: two sessions of one file differ for as long as they are open (see `timings.py`).
+**Latency is interleaved.** A machine's speed drifts by more than two models differ. So every round times each model
+once, in a new order, and ratios compare times of the same round. After some rounds all files are opened again, since
+two sessions of one file differ as long as they are open (see `timings.py`).
 
-**What disturbs whom.** Between two requests ONNX Runtime's threads spin for the next, on cores that another contender
-needs. ResNet-20, FP32 and int8, in both runtimes, four contenders interleaved against each alone in its process, median
-of 40 turns at batch 1 (AMD EPYC with AVX2, 2 threads on 2 idle cores, ONNX Runtime 1.32, OpenVINO 2026.4):
+**Spinning threads.** Between two requests, ONNX Runtime's threads spin on cores that another session needs. ResNet-20,
+FP32 and int8, in both runtimes; four interleaved sessions against each alone in its process, median of 40 measurements
+at batch 1 (AMD EPYC with AVX2, 2 threads on 2 idle cores, ONNX Runtime 1.32, OpenVINO 2026.4):
 
-    as it comes                            OpenVINO 1.34 and 1.58 times slower than alone, ONNX Runtime 1.0 to 1.2
+    default                                OpenVINO 1.34 and 1.58 times slower than alone, ONNX Runtime 1.0 to 1.2
     session.intra_op.allow_spinning = 0    ONNX Runtime 1.27 times slower, OpenVINO 1.01
     session.force_spinning_stop = 1        all four at most 1.02
 
-The last is fair to both, so `runtime.py` sets it: threads spin within a request and stop with it. The first run of a
-turn is slower still (1.07 times when idle, 1.5 when not: caches, sleeping threads), so it is not counted. Where runs
-are short a turn times several and its median counts. A pause between turns made everything slower.
+The last is fair to both, so `session.py` sets it: threads spin during a request and stop afterwards. The first run
+after another session is still slower (1.07 times when idle, 1.5 when not: caches, sleeping threads), so it is not
+counted. For short runs a measurement is the median of several. A pause between measurements made everything slower.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ from tersor.evaluation.timings import NARROW, EndedBy, Ratio, Timings
 
 BATCH_SIZES = (1, 32, 128)
 
-_FEWEST_GROUPS = 8
-_MOST_ROUNDS_A_GROUP = 20
-_GROUPS_IN_TIME = 12
-_LONGEST_TURN_MS = 10.0
-_MOST_RUNS_A_TURN = 5
+_MIN_GROUPS = 8
+_MAX_ROUNDS_PER_GROUP = 20
+_GROUPS_WITHIN_LIMIT = 12
+_MAX_MEASUREMENT_MS = 10.0
+_MAX_RUNS = 5
 
 
 def predictions(session: Session, arrays: Iterable[Array]) -> Array:
-    """The class with the largest logit, (N,) int64, of all images of `arrays`, each (B, C, H, W); of a network with one
-    logit, class 1 where that is above 0.
+    """The predicted classes (N,), int64, of all images in `arrays`, each (B, C, H, W).
+
+    With a single logit, class 1 is predicted where it is above 0.
 
     Raises:
         InputError: the images do not fit the network, its output is not logits (B, classes), several outputs could be
@@ -55,74 +56,74 @@ def predictions(session: Session, arrays: Iterable[Array]) -> Array:
     """
     if session.logits is None:
         raise InputError(
-            f"the file has the outputs {', '.join(session.outputs)}, and it cannot be told which one is the logits. "
+            f"the file has the outputs {', '.join(session.outputs)}, and it is not clear which one is the logits. "
             "Return them under the key 'logits', or the logits alone, and export again."
         )
-    answers: list[Array] = [np.empty(0, np.int64)]
+    classes: list[Array] = [np.empty(0, np.int64)]
     for array in arrays:
         logits = session.run(array)
         if logits.ndim != 2 or len(logits) != len(array):
             raise InputError(
-                f"a classifier answers {len(array)} images with logits ({len(array)}, classes); this network "
-                f"answered with shape {logits.shape}."
+                f"a classifier returns logits ({len(array)}, classes) for {len(array)} images; this network returned "
+                f"shape {logits.shape}."
             )
-        answers.append(_of_one_logit(logits[:, 0]) if logits.shape[1] == 1 else logits.argmax(axis=1))
-    return np.concatenate(answers)
+        classes.append(_class_of_single_logit(logits[:, 0]) if logits.shape[1] == 1 else logits.argmax(axis=1))
+    return np.concatenate(classes)
 
 
-def _of_one_logit(logits: Array) -> Array:
-    """Class 1 where the only logit (N,) is above 0."""
+def _class_of_single_logit(logits: Array) -> Array:
+    """Class 1 where the single logit (N,) is above 0."""
     if ((logits >= 0) & (logits <= 1)).all():
         raise InputError(
-            "the network has one output for each image, all between 0 and 1: logits, or probabilities behind a "
-            "sigmoid? Export it with two logits, one for each class, or without the sigmoid."
+            "the network has one output per image, all between 0 and 1: it is not clear whether these are logits or "
+            "probabilities. Export it with two logits, one for each class, or without the sigmoid."
         )
     return (logits > 0).astype(np.int64)
 
 
 def measure_latency(
-    contenders: Mapping[str, Callable[[], Session]],
+    openers: Mapping[str, Callable[[], Session]],
     example: Array,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
     ratios: Callable[[Timings, int], Iterable[Ratio]] | None = None,
     seconds: float = 30.0,
 ) -> Timings:
-    """Times `contenders` against each other, interleaved, until their ratios are known well enough.
+    """Time models against each other, interleaved, until the intervals of their ratios are narrow.
 
     Args:
-        contenders: by name, a function that opens a session.
+        openers: functions that open a session, by the model's name.
         example: one image (1, C, H, W), repeated to fill a batch.
-        batch_sizes: images a batch.
-        ratios: from what was timed so far and a batch size, the ratios that are wanted; by default those of every
-            contender against the first. A batch size ends when all their intervals are narrower than 10 %.
-        seconds: or when it has taken this long, opening included, but not before eight groups of rounds.
+        batch_sizes: images per batch.
+        ratios: (timings so far, batch size) -> the ratios of interest; by default those of every model against the
+            first. A batch size ends when all their intervals are narrower than 10 %.
+        seconds: time limit of each batch size, opening included; there are at least eight groups of rounds.
 
     Raises:
-        InputError: a file cannot be opened, or a network does not take the example, or not a batch of that size.
+        InputError: a file cannot be opened, or a network does not accept the example or the batch size.
     """
-    assert contenders, "nothing to time"
+    assert openers, "nothing to time"
     assert len(example) == 1, "one image"
-    names = list(contenders)
+    names = list(openers)
     ratios = ratios or (lambda timings, size: [timings.ratio(name, names[0], size) for name in names[1:]])
     rounds = {size: _Rounds(np.repeat(example, size, axis=0), names, seconds) for size in batch_sizes}
     timings = Timings({name: {size: each.groups[name] for size, each in rounds.items()} for name in names}, {})
     generator = np.random.default_rng(0)
-    openings, turns = _orders(names, generator), _orders(names, generator)
+    opening_orders, run_orders = _orders(names, generator), _orders(names, generator)
     while running := [each for each in rounds.values() if each.ended_by is None]:
         start = time.perf_counter()
-        sessions = {name: contenders[name]() for name in next(openings)}
+        sessions = {name: openers[name]() for name in next(opening_orders)}
         opening = time.perf_counter() - start
         for each in running:
-            each.take(sessions, turns, opening / len(running))
-        sessions.clear()  # before the next ones are opened
+            each.measure_group(sessions, run_orders, opening / len(running))
+        sessions.clear()  # closed before the next ones are opened
         for size, each in rounds.items():
-            each.end(partial(ratios, timings, size))
+            each.end_if_done(partial(ratios, timings, size))
     return replace(timings, ended_by={size: each.ended_by for size, each in rounds.items()})
 
 
 def _orders(names: Sequence[str], generator: np.random.Generator) -> Iterator[Sequence[str]]:
-    """Orders by chance, each followed by its reverse, so that of any two names each comes first equally often."""
+    """Random orders, each followed by its reverse, so that each of two names comes first equally often."""
     while True:
         order: list[str] = generator.permutation(np.array(names)).tolist()
         yield order
@@ -133,8 +134,8 @@ class _Rounds:
     """The rounds of one batch size, group by group.
 
     Attributes:
-        groups: milliseconds by contender, group and round.
-        ended_by: why there are no more, once there are none.
+        groups: milliseconds by model, group and round.
+        ended_by: why the measurement ended; None while it runs.
     """
 
     def __init__(self, batch: Array, names: Sequence[str], seconds: float) -> None:
@@ -146,31 +147,31 @@ class _Rounds:
         self._runs = 0
         self._rounds = 0
 
-    def take(self, sessions: Mapping[str, Session], orders: Iterable[Sequence[str]], opening: float) -> None:
-        """Takes one group of rounds with `sessions`, which took `opening` seconds to open."""
+    def measure_group(self, sessions: Mapping[str, Session], orders: Iterable[Sequence[str]], opening: float) -> None:
+        """Measure one group of rounds with `sessions`, which took `opening` seconds to open."""
         start = time.perf_counter()
         for session in sessions.values():
             session.run(self.batch)  # checks the batch, and warms up
         if not self._rounds:
-            self._fit(sessions)
-        for taken in self.groups.values():
-            taken.append([])
+            self._plan(sessions)
+        for groups in self.groups.values():
+            groups.append([])
         for _, order in zip(range(self._rounds), orders, strict=False):
             for name in order:
-                self.groups[name][-1].append(_turn(sessions[name], self.batch, self._runs))
+                self.groups[name][-1].append(_time_runs(sessions[name], self.batch, self._runs))
         self._spent += opening + time.perf_counter() - start
 
-    def _fit(self, sessions: Mapping[str, Session]) -> None:
-        """How many runs fit a turn, the same number for all, and how many rounds fit a group."""
-        warm = [_turn(session, self.batch, runs=2) for session in sessions.values()]
-        self._runs = int(np.clip(_LONGEST_TURN_MS / max(warm), 1, _MOST_RUNS_A_TURN))
+    def _plan(self, sessions: Mapping[str, Session]) -> None:
+        """Set the number of runs per measurement, the same for all models, and of rounds per group."""
+        warm = [_time_runs(session, self.batch, runs=2) for session in sessions.values()]
+        self._runs = int(np.clip(_MAX_MEASUREMENT_MS / max(warm), 1, _MAX_RUNS))
         milliseconds = sum(warm) * (1 + self._runs)
-        fitting = 1000 * self._seconds / _GROUPS_IN_TIME / milliseconds
-        self._rounds = int(np.clip(fitting, 1, _MOST_ROUNDS_A_GROUP))
+        rounds = 1000 * self._seconds / _GROUPS_WITHIN_LIMIT / milliseconds
+        self._rounds = int(np.clip(rounds, 1, _MAX_ROUNDS_PER_GROUP))
 
-    def end(self, ratios: Callable[[], Iterable[Ratio]]) -> None:
-        """Decides whether there are more, by the ratios that are wanted."""
-        if self.ended_by or len(next(iter(self.groups.values()))) < _FEWEST_GROUPS:
+    def end_if_done(self, ratios: Callable[[], Iterable[Ratio]]) -> None:
+        """End the measurement when all `ratios` are narrow, or the time limit is reached."""
+        if self.ended_by or len(next(iter(self.groups.values()))) < _MIN_GROUPS:
             return
         if all(ratio.width < NARROW for ratio in ratios()):
             self.ended_by = "interval"
@@ -178,16 +179,16 @@ class _Rounds:
             self.ended_by = "time"
 
 
-def _turn(session: Session, batch: Array, runs: int) -> float:
-    """Median of `runs` runs in milliseconds, after one that is not counted."""
+def _time_runs(session: Session, batch: Array, runs: int) -> float:
+    """Median of `runs` runs in milliseconds, after one uncounted run."""
     infer = session.infer
     infer(batch)
-    taken: list[float] = []
+    milliseconds: list[float] = []
     for _ in range(runs):
         start = time.perf_counter()
         infer(batch)
-        taken.append(1000 * (time.perf_counter() - start))
-    return float(np.median(taken))
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return float(np.median(milliseconds))
 
 
 def footprint(
@@ -198,7 +199,7 @@ def footprint(
     precision: str | None = None,
     threads: int | None = None,
 ) -> Footprint:
-    """Load time and memory of a file, measured in a fresh process that holds nothing else (see `footprint.py`).
+    """Load time and peak memory of a file, measured in a new process (see `process_footprint.py`).
 
     Args:
         path, runtime, precision, threads: as for `open_session`.
@@ -206,9 +207,9 @@ def footprint(
 
     Raises:
         InputError: as `open_session` does.
-        subprocess.CalledProcessError: the process died, for instance because memory ran out.
+        subprocess.CalledProcessError: the process died, for example because memory ran out.
     """
-    question = {
+    request = {
         "path": str(path),
         "runtime": runtime,
         "precision": precision,
@@ -216,18 +217,18 @@ def footprint(
         "shape": example.shape,
         "dtype": str(example.dtype),
     }
-    command = [sys.executable, "-P", "-m", "tersor.evaluation.process_footprint", json.dumps(question)]
+    command = [sys.executable, "-P", "-m", "tersor.evaluation.process_footprint", json.dumps(request)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command, child.stdout, child.stderr)
-    answer = json.loads(child.stdout)
-    if "refused" in answer:
-        raise InputError(answer["refused"])
-    return Footprint(**answer)
+    result = json.loads(child.stdout)
+    if "error" in result:
+        raise InputError(result["error"])
+    return Footprint(**result)
 
 
 def size_bytes(path: Path | str) -> int:
-    """Bytes of every file that the runtime needs: an `.onnx` with its external data, an `.xml` with its `.bin`.
+    """Bytes of all files of a model: an `.onnx` with its external data, an `.xml` with its `.bin`.
 
     Raises:
         InputError: one of them is missing, or the `.onnx` file is damaged.
@@ -236,9 +237,9 @@ def size_bytes(path: Path | str) -> int:
 
 
 def compressed_bytes(path: Path | str) -> int:
-    """Bytes of the same files once each is deflated, as zip and gzip and most servers do (zlib, level 6).
+    """Bytes of the same files after compression with deflate, as in zip and gzip (zlib, level 6).
 
-    Zeros that a file stores in full, as under a mask, take next to nothing here.
+    Stored zeros, such as masked weights, take almost no space here.
 
     Raises:
         InputError: as `size_bytes`.
@@ -254,24 +255,24 @@ def _deflated(file: Path) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    """Every file that the runtime needs."""
+    """All files of a model."""
     if not path.is_file():
         raise InputError(f"there is no file {path}.")
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path, *_external_data(path)]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise InputError(f"{path} needs {', '.join(missing)}, which is not there.")
+        raise InputError(f"{path} needs {', '.join(missing)}, which does not exist.")
     return files
 
 
 def _external_data(path: Path) -> set[Path]:
-    import onnx  # here, because it takes longer to import than all the rest
+    import onnx  # here, because it is slow to import
     from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except DecodeError as error:
-        raise InputError(f"{path} is not an ONNX file, or a damaged one: {error}") from error
+        raise InputError(f"{path} is not an ONNX file, or is damaged: {error}") from error
     constants = [attribute.t for node in graph.node for attribute in node.attribute]
     return {
         path.parent / entry.value

@@ -1,4 +1,4 @@
-"""The latency of a network as a fraction of another network's, measured in the target runtime."""
+"""The latency of a network relative to another network, measured in the target runtime."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Where the time of a file goes, by the runtime's own profile of its nodes. Needs numpy, never torch.
+"""Time of each node and layer of a model file, from the runtime's own profiler. Needs numpy, never torch.
 
-Both runtimes fuse nodes before they run them and name what is left after the nodes that it came from. Convolutions and
-matrix products of our files bear the path of their module (`onnx.py`), so that the time of a layer is what is named
-after it. Rounding, additions and changes of layout belong to no layer.
+Both runtimes fuse nodes and name a fused node after one of its parts. In files of `deploy/onnx.py`, convolutions and
+matrix products have the path of their module as name, so that the time of a layer is that of the nodes named after it.
+Rounding, additions and layout changes belong to no layer.
 
-Being watched takes time: ONNX Runtime counts whole microseconds and spends some on each node that it notes down, so
-that the nodes' sum is more than the latency where nodes are short. Shares tell more than milliseconds there.
+Profiling takes time: ONNX Runtime counts whole microseconds and spends some on each node, so that the sum over many
+short nodes exceeds the latency. There, shares are more meaningful than milliseconds.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from tersor.core.errors import InputError
 from tersor.core.machine import default_threads
 from tersor.evaluation.session import Array, load_runtime, onnxruntime_options, openvino_compiled, openvino_config
 
-_WARMING = 3
+_WARMUP_RUNS = 3
 _RUNS = 20
 _PRODUCTS = {"Conv", "Gemm", "MatMul"}
 _FUSED = {"Add", "Clip", "Relu"}
-_TIME_ENDS = "_kernel_time"
+_NODE_TIME_SUFFIX = "_kernel_time"
 
 
 @dataclass(frozen=True)
 class NodeTime:
-    """What one node took.
+    """Time of one node.
 
     Attributes:
-        name: the runtime's: a layer's path, or nearly ("layer1.0.conv1_token_12", "conv1/WithoutBiases").
-        kind: the operator that was run: "QLinearConv", "Convolution".
+        name: the runtime's name: a layer's path, sometimes with a suffix ("layer1.0.conv1_token_12",
+            "conv1/WithoutBiases").
+        kind: the executed operator: "QLinearConv", "Convolution".
         ms: median over the runs, in milliseconds.
     """
 
@@ -50,42 +51,42 @@ class NodeTime:
 def node_times(
     path: Path, runtime: str, batch: Array, *, precision: str | None = None, runs: int = _RUNS
 ) -> list[NodeTime]:
-    """What each node takes that the runtime runs, in the order of running.
+    """Time of each executed node, in the order of execution.
 
     Args:
         path: a file that `open_session` opens.
         runtime: "onnxruntime" or "openvino".
-        batch: images (N, C, H, W) as the file takes them.
+        batch: input images (N, C, H, W).
         precision: as for `open_session`.
-        runs: how many the medians are over, after a few that are not counted.
+        runs: number of runs for the medians, after a few uncounted ones.
     """
     module = load_runtime(runtime)
     profiled = _onnxruntime if runtime == "onnxruntime" else _openvino
-    taken: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for number, run in enumerate(profiled(module, path, batch, precision, _WARMING + runs)):
-        if number < _WARMING:
+    times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for number, run in enumerate(profiled(module, path, batch, precision, _WARMUP_RUNS + runs)):
+        if number < _WARMUP_RUNS:
             continue
-        of_this_run: Counter[tuple[str, str]] = Counter()
-        for node in run:  # OpenVINO may tell of one node in several lines
-            of_this_run[node.name, node.kind] += node.ms  # type: ignore[assignment]
-        for key, ms in of_this_run.items():
-            taken[key].append(ms)
-    return [NodeTime(name, kind, float(np.median(values))) for (name, kind), values in taken.items()]
+        totals: Counter[tuple[str, str]] = Counter()
+        for node in run:  # OpenVINO may report a node in several lines
+            totals[node.name, node.kind] += node.ms  # type: ignore[assignment]
+        for key, ms in totals.items():
+            times[key].append(ms)
+    return [NodeTime(name, kind, float(np.median(values))) for (name, kind), values in times.items()]
 
 
 def profile(
     path: Path, runtime: str, batch: Array, layers: Mapping[str, str], *, precision: str | None = None
 ) -> dict[str, Any]:
-    """Node times summed up by operator and by layer, as plain values.
+    """Node times by operator and by layer, as plain values.
 
     Args:
         path, runtime, batch, precision: as for `node_times`.
-        layers: path of a module -> the layer that its time counts for: a layer's own, and that of the BatchNorm which
-            was folded into it and left it its name.
+        layers: path of a module -> the layer that its time counts for: the layer itself, or the BatchNorm that was
+            folded into it and whose name its node has.
 
     Returns:
-        `ms`: of all nodes. `kinds`: of each operator its `kind`, `nodes` and `ms`, the costliest first. `layers`: of
-        each layer that has nodes its milliseconds.
+        `ms`: total of all nodes. `kinds`: `kind`, `nodes` and `ms` of each operator, slowest first. `layers`:
+        milliseconds by layer.
     """
     times = node_times(path, runtime, batch, precision=precision)
     names = _layers_by_name(path, layers)
@@ -105,14 +106,14 @@ def profile(
 
 
 def layer_of_node(node: str, names: Mapping[str, str]) -> str | None:
-    """The layer that a runtime's node is named after: the longest of `names` that it begins with."""
+    """The layer that a node is named after: that of the longest of `names` that the node's name starts with."""
     parts = [match.start() for match in re.finditer(r"[^0-9A-Za-z]", node)] + [len(node)]
     return next((names[node[:end]] for end in reversed(parts) if node[:end] in names), None)
 
 
 def _layers_by_name(path: Path, layers: Mapping[str, str]) -> dict[str, str]:
-    """Name of a node or of the value that it gives -> layer. ONNX Runtime names what it lays out anew after values."""
-    import onnx  # here, because it takes longer to import than all the rest
+    """Name of a node or of its output -> layer. ONNX Runtime names nodes with a changed layout after their output."""
+    import onnx  # here, because it is slow to import
 
     names: dict[str, str] = {}
     for node in onnx.load(str(path)).graph.node:
@@ -139,9 +140,9 @@ def _onnxruntime(ort: Any, path: Path, batch: Array, _precision: str | None, run
         events = _events(Path(session.end_profiling()))
     nodes: list[NodeTime] = []
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(_TIME_ENDS):
+        if event.get("cat") == "Node" and event["name"].endswith(_NODE_TIME_SUFFIX):
             kind = event["args"]["op_name"]
-            nodes.append(NodeTime(event["name"].removesuffix(_TIME_ENDS), kind, event["dur"] / 1000))
+            nodes.append(NodeTime(event["name"].removesuffix(_NODE_TIME_SUFFIX), kind, event["dur"] / 1000))
         elif event["name"] == "model_run":
             yield nodes
             nodes = []
@@ -152,8 +153,8 @@ def _events(path: Path) -> list[Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise InputError(
-            f"onnxruntime could not write all of its profile to {path.parent.parent}. Make room there, then go on with "
-            "--resume."
+            f"onnxruntime could not write its whole profile to {path.parent.parent}. Free disk space, then run again "
+            "with --resume."
         ) from error
 
 

@@ -1,14 +1,13 @@
-"""What opening a file costs in time and memory, measured in a process of its own: `bench.footprint` starts it.
+"""Load time and memory of a model file, measured in a process of its own, which `latency.footprint` starts.
 
-`load_ms`: opening the session, everything it optimises included; the median of three, the runtime imported and its
-plugins loaded before.
+`load_ms`: time to open the session, graph optimization included; the median of three, with the runtime already loaded.
 
-`peak_memory_bytes`: the largest resident memory of the process after the first opening and one run of a batch, less
-its resident memory before the file was opened (interpreter, numpy and runtime loaded). So it is what the network adds
-to a process that serves: its weights, what the runtime makes of them, the activations of the batch, its threads.
+`peak_memory_bytes`: peak resident memory after the first opening and one run of a batch, minus the resident memory
+before (interpreter, numpy and runtime loaded). This is what the network adds to a serving process: weights, the
+runtime's copies of them, the activations of the batch, threads.
 
-Linux carries `ru_maxrss` over from the process that started this one, so a parent that holds torch would be measured
-instead; the high-water mark in /proc belongs to this process alone. Elsewhere `ru_maxrss` serves.
+On Linux, `ru_maxrss` is inherited from the parent process, which may have torch loaded; the high-water mark in /proc
+belongs to this process alone. Other systems use `ru_maxrss`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _LOADS = 3
 
 @dataclass(frozen=True)
 class Footprint:
-    """Milliseconds to open a file, bytes that it adds to the process; see the module for what is counted."""
+    """Milliseconds to open a file, and bytes that it adds to the process, as the module defines them."""
 
     load_ms: float
     peak_memory_bytes: int
@@ -42,7 +41,7 @@ class Footprint:
 def measure(
     path: str, runtime: str, precision: str | None, threads: int | None, shape: Sequence[int], dtype: str
 ) -> Footprint:
-    """Measures in this process, which should have done nothing else.
+    """Measure in this process, which should have done nothing else.
 
     Raises:
         InputError: as `open_session` and `Session.run` do.
@@ -51,36 +50,36 @@ def measure(
     batch = np.zeros(shape, dtype)
     before = psutil.Process().memory_info().rss
 
-    def opened() -> tuple[Session, float]:
+    def timed_open() -> tuple[Session, float]:
         start = time.perf_counter()
         session = open_session(path, runtime, precision=precision, threads=threads)
         return session, 1000 * (time.perf_counter() - start)
 
-    session, first = opened()
+    session, first = timed_open()
     session.run(batch)
     peak = _peak_bytes()
     del session
-    return Footprint(statistics.median([first, *(opened()[1] for _ in range(_LOADS - 1))]), peak - before)
+    return Footprint(statistics.median([first, *(timed_open()[1] for _ in range(_LOADS - 1))]), peak - before)
 
 
 def _peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        assert found, "Linux tells the high-water mark"
-        return 1024 * int(found[1])
-    import resource  # Linux has better, and Windows has none
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert match, "Linux reports the high-water mark"
+        return 1024 * int(match[1])
+    import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def main() -> None:
-    """Answers the question in the first argument, JSON for JSON."""
+    """Measure the file of the JSON in the first argument, and print the result as JSON."""
     try:
-        answer = asdict(measure(**json.loads(sys.argv[1])))
+        result = asdict(measure(**json.loads(sys.argv[1])))
     except InputError as error:
-        answer = {"refused": str(error)}
-    sys.stdout.write(json.dumps(answer))
+        result = {"error": str(error)}
+    sys.stdout.write(json.dumps(result))
 
 
 if __name__ == "__main__":

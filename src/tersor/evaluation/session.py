@@ -1,4 +1,4 @@
-"""A file opened in the runtime that will serve it: ONNX Runtime or OpenVINO, on the CPU. Needs numpy, never torch."""
+"""Model files opened in ONNX Runtime or OpenVINO, on the CPU. Needs numpy, never torch."""
 
 from __future__ import annotations
 
@@ -32,20 +32,19 @@ _OPENVINO_PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"
 
 @dataclass(frozen=True)
 class Session:
-    """A network that is ready to answer.
+    """A model file that is ready for inference.
 
     Attributes:
         runtime: "onnxruntime" or "openvino".
-        precision: in which layers that the file does not quantize are executed, as the runtime says: "float32",
-            "bfloat16" or "float16".
-        threads: how many work on one batch.
-        input_dtype: what `run` takes.
-        input_shape: (N, C, H, W); None where any size goes.
-        infer: the runtime's own call, without a check: the logits, or the first output where `logits` is None.
+        precision: data type of layers that are not quantized, as reported by the runtime: "float32", "bfloat16" or
+            "float16".
+        threads: number of threads per batch.
+        input_dtype: data type of the images.
+        input_shape: (N, C, H, W); None for any size.
+        infer: the runtime's own call, without checks: the logits, or the first output if `logits` is None.
         outputs: names of all outputs of the file.
-        logits: the place of the logits among them, or None if it cannot be told.
-        batch: images that the file takes at once, or None for any number. Of another number of images it makes
-            several runs, the last one padded.
+        logits: index of the logits among them, or None if unknown.
+        batch: fixed batch size of the file, or None. Other numbers of images take several runs, the last one padded.
     """
 
     runtime: str
@@ -62,15 +61,15 @@ class Session:
         """Logits (N, classes) of images (N, C, H, W).
 
         Raises:
-            InputError: `array` has another type or shape than the network takes.
+            InputError: the type or shape of `array` does not fit the network.
         """
         fits = len(array.shape) == len(self.input_shape) and all(
-            wanted in {None, size} for wanted, size in zip(self.input_shape, array.shape, strict=True)
+            expected in {None, size} for expected, size in zip(self.input_shape, array.shape, strict=True)
         )
         if array.dtype != self.input_dtype or not fits:
-            wanted = ", ".join("any" if size is None else str(size) for size in self.input_shape)
+            shape = ", ".join("any" if size is None else str(size) for size in self.input_shape)
             raise InputError(
-                f"the network takes {self.input_dtype} of shape ({wanted}); it was given {array.dtype} of shape "
+                f"the network takes {self.input_dtype} of shape ({shape}); it was given {array.dtype} of shape "
                 f"{array.shape}."
             )
         return self.infer(array)
@@ -79,23 +78,23 @@ class Session:
 def open_session(
     path: Path | str, runtime: str, *, precision: str | None = None, threads: int | None = None
 ) -> Session:
-    """Opens a model file, optimised as far as the runtime can, for one stream of requests.
+    """Open a model file with all graph optimizations, for one request at a time.
 
     Args:
-        path: an `.onnx` file, or OpenVINO's `.xml` with its `.bin` beside.
+        path: an `.onnx` file, or OpenVINO's `.xml` with its `.bin`.
         runtime: one of `RUNTIMES`.
-        precision: "float32" for what the file does not quantize; by default the runtime chooses, and
-            `Session.precision` says what: OpenVINO bfloat16 where the CPU has units for it, ONNX Runtime float32.
-        threads: threads that work on one batch; `default_threads()` by default.
+        precision: "float32", for layers that are not quantized. By default the runtime chooses, and `Session.precision`
+            has its choice: OpenVINO bfloat16 if the CPU supports it, ONNX Runtime float32.
+        threads: number of threads per batch; `default_threads()` by default.
 
     Raises:
-        InputError: the runtime is unknown or not installed, or cannot run the file, or the file is not an image
-            network: one input, of a type that images have.
+        InputError: the runtime is unknown, not installed or cannot run the file, or the file is not an image network
+            with one input.
     """
     path = Path(path)
     module = load_runtime(runtime)
     if precision not in {None, "float32"}:
-        raise InputError(f"precision is {precision!r}. Possible: 'float32', or None for what the runtime chooses.")
+        raise InputError(f"precision is {precision!r}. Possible: 'float32', or None for the runtime's choice.")
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1; {threads} was given.")
     if not path.is_file():
@@ -114,22 +113,22 @@ def open_session(
 
 
 def installed_runtimes() -> list[str]:
-    """Those of `RUNTIMES` that can be used here."""
-    found: list[str] = []
+    """Those of `RUNTIMES` that are installed."""
+    installed: list[str] = []
     for runtime in RUNTIMES:
         try:
             load_runtime(runtime)
         except InputError:
             continue
-        found.append(runtime)
-    return found
+        installed.append(runtime)
+    return installed
 
 
 def load_runtime(runtime: str) -> Any:
-    """The runtime's module, ready to read files: OpenVINO's CPU plugin is loaded as well.
+    """Import the runtime's module; loads OpenVINO's CPU plugin as well.
 
     Raises:
-        InputError: it is unknown, or cannot be imported; says how to install it.
+        InputError: it is unknown or cannot be imported.
     """
     if runtime not in RUNTIMES:
         raise unknown("runtime", runtime, RUNTIMES)
@@ -155,31 +154,31 @@ def _open_onnxruntime(ort: Any, path: Path, _precision: str | None, threads: int
         raise _unreadable(path, "onnxruntime", error) from error
     inputs = model.get_inputs()
     _require_one_input(path, len(inputs), len(model.get_outputs()))
-    given = inputs[0]
-    if given.type not in _ONNX_TYPES:
-        raise InputError(f"{path} takes {given.type}; images are {', '.join(_ONNX_TYPES)}.")
-    shape = tuple(size if isinstance(size, int) else None for size in given.shape)
+    images = inputs[0]
+    if images.type not in _ONNX_TYPES:
+        raise InputError(f"{path} takes {images.type}; images are {', '.join(_ONNX_TYPES)}.")
+    shape = tuple(size if isinstance(size, int) else None for size in images.shape)
     names = tuple(each.name for each in model.get_outputs())
     place = logits_place(names, [len(each.shape) if each.shape else None for each in model.get_outputs()])
-    wanted = [names[place or 0]]
-    infer: Callable[[Array], Array] = lambda array: model.run(wanted, {given.name: array})[0]  # noqa: E731
-    dtype = np.dtype(_ONNX_TYPES[given.type])
+    output = [names[place or 0]]
+    infer: Callable[[Array], Array] = lambda array: model.run(output, {images.name: array})[0]  # noqa: E731
+    dtype = np.dtype(_ONNX_TYPES[images.type])
     return Session("onnxruntime", "float32", threads, dtype, shape, infer, names, place)
 
 
 def onnxruntime_options(ort: Any, threads: int) -> Any:
-    """How ONNX Runtime is set for one stream of requests, as `SessionOptions`."""
+    """ONNX Runtime's `SessionOptions` for one request at a time."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 4  # what is wrong with a file comes as an exception, and is told once
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # see bench.py
+    options.log_severity_level = 4  # errors are raised as exceptions; do not log them as well
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # see latency.py
     return options
 
 
 def openvino_config(precision: str | None, threads: int) -> dict[str, Any]:
-    """How OpenVINO is set for one stream of requests; `precision` as for `open_session`."""
+    """OpenVINO's options for one request at a time; `precision` as for `open_session`."""
     config: dict[str, Any] = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
@@ -191,11 +190,11 @@ def openvino_config(precision: str | None, threads: int) -> dict[str, Any]:
 
 
 def openvino_compiled(ov: Any, network: Any, config: dict[str, Any]) -> Any:
-    """`network`, a file or a model, compiled for the CPU.
+    """Compile `network`, a file or a model, for the CPU.
 
-    In a thread of its own: the plugin gives the thread that compiles a stack for signals (sigaltstack), and with the
-    model brings back the one before. Of two models in one thread the second brings back that of the first, which may be
-    freed by then: the next Ctrl-C was a segmentation fault (2026.4).
+    This uses a thread of its own: the plugin sets a signal stack (sigaltstack) in the compiling thread, and restores
+    the previous one with the model. With two models in one thread, the second restores the stack of the first, which
+    may be freed by then: the next Ctrl-C was a segmentation fault (2026.4).
     """
     with ThreadPoolExecutor(1) as compiler:
         return compiler.submit(ov.Core().compile_model, network, "CPU", config).result()
@@ -215,22 +214,22 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
         model = openvino_compiled(ov, network, openvino_config(precision, threads))
     except refusals as error:
         raise _unreadable(path, "openvino", error) from error
-    given = network.inputs[0]
-    shape = tuple(size.get_length() if size.is_static else None for size in given.get_partial_shape())
+    images = network.inputs[0]
+    shape = tuple(size.get_length() if size.is_static else None for size in images.get_partial_shape())
     request = model.create_infer_request()
     names = tuple(
         LOGITS if LOGITS in each.get_names() else min(each.get_names(), default="") for each in network.outputs
     )
     ranks = [each.get_partial_shape().rank for each in network.outputs]
     place = logits_place(names, [rank.get_length() if rank.is_static else None for rank in ranks])
-    chosen = place or 0
-    infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[chosen]  # noqa: E731
-    dtype = np.dtype(given.get_element_type().to_dtype())
+    output = place or 0
+    infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[output]  # noqa: E731
+    dtype = np.dtype(images.get_element_type().to_dtype())
     return Session("openvino", _openvino_precision(model), threads, dtype, shape, infer, names, place)
 
 
 def _openvino_precision(model: Any) -> str:
-    """The floats that most products of a compiled model are executed in; where none is in floats, the plugin's own."""
+    """The float type of most products of a compiled model; without float products, the plugin's own."""
     operators = [operator.get_rt_info() for operator in model.get_runtime_model().get_ops()]
     executed = Counter(
         info["runtimePrecision"]
@@ -247,7 +246,7 @@ def _require_one_input(path: Path, inputs: int, outputs: int) -> None:
     if not inputs or not outputs:
         raise InputError(f"{path} is not a network: it has {inputs} inputs and {outputs} outputs.")
     if inputs > 1:
-        raise InputError(f"{path} has {inputs} inputs; only networks with one, the images, can be run.")
+        raise InputError(f"{path} has {inputs} inputs; only networks with one input, the images, are supported.")
 
 
 def _unreadable(path: Path, runtime: str, error: Exception) -> InputError:

@@ -1,16 +1,16 @@
 """Milliseconds of interleaved rounds, and ratios of them with a 95 % interval. Needs numpy, never torch.
 
-**What an interval has to cover.** Rounds that follow each other are alike: the machine drifts, and something else may
-run for a second. And two sessions of the same file differ by a few percent for as long as they are open, because their
-memory lies in other places. More rounds of the same sessions make neither smaller. So rounds come in groups, every
-group opens all sessions anew, and the bootstrap draws whole groups.
+**Sources of variation.** Consecutive rounds are correlated: the machine drifts, and another process may run for a
+second. And two sessions of the same file differ by a few percent as long as they are open, because of their memory
+layout. More rounds of the same sessions reduce neither. So rounds are grouped, every group opens all sessions again,
+and the bootstrap samples whole groups.
 
-**How it is computed.** A ratio compares the times of one round. A group's value is the median of the logarithms of its
-ratios, the estimate is the mean over groups, and 10,000 bootstrap samples draw groups with replacement. Percentiles of
-so few groups are too narrow, so they are taken further out, as Hesterberg proposes ("What Teachers Should Know About
-the Bootstrap", 2015, section 3.2): at the level at which the interval of a normal mean has the width of Student's t.
-Each end then moves out by the resolution of such a measurement: on a quiet machine the bootstrap alone gave 0.3 % to
-either side, and two of ten comparisons of a file with itself missed 1 by 0.1 and 0.2 %.
+**Estimate and interval.** A ratio compares the times of one round. A group's value is the median of the logarithms of
+its ratios, the estimate is the mean over groups, and 10,000 bootstrap samples draw groups with replacement. With so few
+groups, percentile intervals are too narrow, so the percentiles are expanded as Hesterberg proposes ("What Teachers
+Should Know About the Bootstrap", 2015, section 3.2), to the level at which the interval of a normal mean has the width
+of Student's t. Each end is then widened by the resolution of such a measurement: on a quiet machine the bootstrap alone
+gave 0.3 % on either side, and two of ten comparisons of a file with itself missed 1 by 0.1 and 0.2 %.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Groups: TypeAlias = Sequence[Sequence[float]]
-"""Milliseconds a batch, one value a round: `groups[group][round]`, in the order in which they were taken."""
+"""Milliseconds per batch, `groups[group][round]`, in the order of measurement."""
 
 EndedBy: TypeAlias = Literal["interval", "time"]
-"""Why a batch size got no more rounds: every interval is narrow, or the time limit is reached."""
+"""Why the measurement of a batch size ended: every interval is narrow, or the time limit is reached."""
 
 NARROW = 0.1
-"""Rounds end when an interval is narrower than this share of its ratio."""
+"""An interval is narrow if its width is below this fraction of the ratio."""
 
 RESOLUTION = 0.005
-"""How far apart, as a share of the ratio, two measurements of the same file may be without any group showing it."""
+"""Largest difference between two measurements of the same file that no group shows, as a fraction of the ratio."""
 
 _SAMPLES = 10_000
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the normal's, expanded (see `_quantile`)
@@ -52,7 +52,7 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
+        """The spread of one or more values."""
         p10, median, p90 = np.percentile(values, (10, 50, 90)).tolist()
         return Spread(median, p10, p90, len(values))
 
@@ -69,32 +69,32 @@ class Ratio:
 
     @property
     def width(self) -> float:
-        """Of the interval, as a share of the ratio."""
+        """Width of the interval as a fraction of the ratio."""
         return (self.high - self.low) / self.value
 
     @staticmethod
     def of(numerator: Groups, denominator: Groups) -> Ratio:
-        """Time over time, paired round by round. At least two groups."""
+        """Ratio of times, paired by round. At least two groups."""
         pairs = list(zip(numerator, denominator, strict=True))
-        assert len(pairs) > 1, "one group says nothing of how groups differ"
+        assert len(pairs) > 1, "the variation between groups needs at least two"
         values = np.array([np.median(np.log(np.divide(*pair))) for pair in pairs])
         low, high = _interval(values)
-        middle = float(values.mean())
+        center = float(values.mean())
         low, high = low - RESOLUTION, high + RESOLUTION
-        return Ratio(math.exp(middle), math.exp(low), math.exp(high), sum(len(each) for each in numerator), len(pairs))
+        return Ratio(math.exp(center), math.exp(low), math.exp(high), sum(len(each) for each in numerator), len(pairs))
 
 
 def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
     """95 % bootstrap interval of the mean."""
     count = len(values)
-    drawn = np.random.default_rng(0).integers(count, size=(_SAMPLES, count))
+    samples = np.random.default_rng(0).integers(count, size=(_SAMPLES, count))
     outside = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _quantile(count - 1))
-    low, high = np.quantile(values[drawn].mean(axis=1), (outside, 1 - outside)).tolist()
+    low, high = np.quantile(values[samples].mean(axis=1), (outside, 1 - outside)).tolist()
     return low, high
 
 
 def _quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t; from 16 degrees of freedom on by its expansion, exact to 0.001."""
+    """97.5 % quantile of Student's t; beyond 15 degrees of freedom by an expansion, exact to 0.001."""
     if freedom <= len(_STUDENT):
         return _STUDENT[freedom - 1]
     normal = NormalDist().inv_cdf(0.975)
@@ -105,24 +105,24 @@ def _quantile(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Timings:
-    """What `latency` took.
+    """Measured latencies.
 
     Attributes:
-        groups: `groups[contender][batch size]`.
-        ended_by: of each batch size.
+        groups: `groups[model][batch size]`.
+        ended_by: why the measurement ended, by batch size.
     """
 
     groups: Mapping[str, Mapping[int, Groups]]
     ended_by: Mapping[int, EndedBy]
 
-    def spread(self, contender: str, batch_size: int) -> Spread:
-        """Milliseconds a batch, over the rounds."""
-        return Spread.of([value for group in self.groups[contender][batch_size] for value in group])
+    def spread(self, model: str, batch_size: int) -> Spread:
+        """Milliseconds per batch, over all rounds."""
+        return Spread.of([value for group in self.groups[model][batch_size] for value in group])
 
-    def ratio(self, contender: str, against: str, batch_size: int) -> Ratio:
-        """Time of `contender` over time of `against`: under 1 where `contender` is faster."""
-        return Ratio.of(self.groups[contender][batch_size], self.groups[against][batch_size])
+    def ratio(self, model: str, against: str, batch_size: int) -> Ratio:
+        """Time of `model` divided by time of `against`; below 1 if `model` is faster."""
+        return Ratio.of(self.groups[model][batch_size], self.groups[against][batch_size])
 
-    def fastest(self, contenders: Iterable[str], batch_size: int) -> str:
-        """The contender with the smallest median."""
-        return min(contenders, key=lambda name: self.spread(name, batch_size).median)
+    def fastest(self, models: Iterable[str], batch_size: int) -> str:
+        """The model with the smallest median."""
+        return min(models, key=lambda name: self.spread(name, batch_size).median)

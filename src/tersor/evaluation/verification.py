@@ -1,15 +1,15 @@
-"""A file that was written is run beside the network that it was written from, on the example images.
+"""Verification of an exported file: its outputs for the example images are compared with torch's.
 
-In integers a file rounds in other places than torch simulates: a sum that lies between two steps goes up in one and
-down in the other, and biases lie on a grid. That moves the outputs about as far as quantization itself moves them. So
-quantization is the yardstick, whatever the bits and however small the network:
+An integer file rounds in other places than torch's simulation: a value between two steps may be rounded up in one and
+down in the other, and biases are quantized. That changes the outputs about as much as quantization itself. So the
+tolerance is relative to the effect of quantization, for any bit width and network size:
 
-    apart = ||file - torch|| / ||torch||,   moved = ||torch - torch without quantizers|| / ||torch||
+    difference = ||file - torch|| / ||torch||,   quantization = ||torch - torch without quantizers|| / ||torch||
 
-Over ten timm networks with random weights, in one runtime or the other, apart / moved was 0.1 to 1.2. A difference
-beyond `_WARNED` times `moved` is a warning. Beyond `_REFUSED` times `moved` no rounding explains it, and the file is
-refused. Where little or nothing is quantized, `_IN_FLOAT` holds; a runtime may compute in bfloat16 what the
-file does not quantize (OpenVINO).
+For ten timm networks with random weights, in either runtime, difference / quantization was 0.1 to 1.2. A ratio above
+`_WARN_RATIO` gives a warning. A ratio above `_REFUSE_RATIO` cannot be explained by rounding, and the file is refused.
+`_FLOAT_TOLERANCES` applies where little or nothing is quantized; a runtime may compute in bfloat16 what the file does
+not quantize (OpenVINO).
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from tersor.graph.parametrization import in_float32
 from tersor.quantization.fake_quantize import quantizers_disabled
 
 _IMAGES = 16
-_WARNED, _REFUSED = 2.0, 5.0
-_IN_FLOAT = {"float32": (0.002, 0.02), "bfloat16": (0.05, 0.2), "float16": (0.01, 0.1)}
-_LOOSEST = _IN_FLOAT["bfloat16"]
+_WARN_RATIO, _REFUSE_RATIO = 2.0, 5.0
+_FLOAT_TOLERANCES = {"float32": (0.002, 0.02), "bfloat16": (0.05, 0.2), "float16": (0.01, 0.1)}
+_LOOSEST_TOLERANCES = _FLOAT_TOLERANCES["bfloat16"]
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
 
 
 def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalisation | None = None) -> None:
-    """Compares the logits of a file, or its first output, with torch's, on the first images of `example`, and on one.
+    """Compare the logits of a file, or its first output, with torch's, on the first images of `example` and on one.
 
     Args:
-        session: the file, opened in the runtime that will serve it.
-        model: the network that it was written from.
+        session: the file, opened in the target runtime.
+        model: the exported network.
         example: images (N, C, H, W), normalised as for `model`.
-        pixels: mean and standard deviation, where the file takes uint8 pixels.
+        pixels: mean and standard deviation, if the file takes uint8 pixels.
 
     Raises:
         InputError: the outputs differ by more than rounding explains.
 
     Warns:
-        CompressionWarning: they differ by more than is usual.
+        CompressionWarning: they differ by more than usual.
     """
     model = in_float32(model)
     images = example[:_IMAGES].cpu().float()
@@ -60,53 +60,55 @@ def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalis
 def _compare(
     session: Session, model: nn.Module, example: Tensor, pixels: Normalisation | None, *, several: bool
 ) -> None:
-    inputs, images = _of_both(example, pixels)
+    inputs, images = _inputs(example, pixels)
     images = images.to(next(model.parameters(), images))
-    of_file = torch.from_numpy(session.run(np.ascontiguousarray(inputs)))
-    if not of_file.is_floating_point():
-        return  # numbers of classes: the next best one is no nearer than any other
-    of_file, place = of_file.float(), session.logits or 0
-    of_torch = outputs_of(model, images)[place].cpu()
+    file_outputs = torch.from_numpy(session.run(np.ascontiguousarray(inputs)))
+    if not file_outputs.is_floating_point():
+        return  # class numbers, which have no distance
+    file_outputs, index = file_outputs.float(), session.logits or 0
+    torch_outputs = outputs_of(model, images)[index].cpu()
     with quantizers_disabled(model):
-        in_float = outputs_of(model, images)[place].cpu()
-    if of_file.shape != of_torch.shape:
+        float_outputs = outputs_of(model, images)[index].cpu()
+    if file_outputs.shape != torch_outputs.shape:
         raise InputError(
-            f"for {len(images)} images the file in {session.runtime} gives {tuple(of_file.shape)}, and the network in "
-            f"torch {tuple(of_torch.shape)}. The file is not kept. Possible: a forward that takes any number of images."
+            f"for {len(images)} images, the file in {session.runtime} returns shape {tuple(file_outputs.shape)}, the "
+            f"network in torch {tuple(torch_outputs.shape)}. The file is discarded. Possible: a forward that takes any "
+            "number of images."
         )
-    apart, moved = _apart(of_file, of_torch), _apart(in_float, of_torch)
-    warned, refused = (
-        max(limit * moved, in_float_limit)
-        for limit, in_float_limit in zip((_WARNED, _REFUSED), _IN_FLOAT.get(session.precision, _LOOSEST), strict=True)
+    difference, quantization = _difference(file_outputs, torch_outputs), _difference(float_outputs, torch_outputs)
+    tolerances = _FLOAT_TOLERANCES.get(session.precision, _LOOSEST_TOLERANCES)
+    warn_above, refuse_above = (
+        max(ratio * quantization, tolerance)
+        for ratio, tolerance in zip((_WARN_RATIO, _REFUSE_RATIO), tolerances, strict=True)
     )
-    if apart <= warned:
+    if difference <= warn_above:
         return
-    found = (
+    finding = (
         f"on {len(images)} example image{'s' * (len(images) > 1)} the outputs of the file in {session.runtime} differ "
-        f"from torch's by {100 * apart:.3g} %; quantization moves them by {100 * moved:.3g} %"
+        f"from torch's by {100 * difference:.3g} %; quantization changes them by {100 * quantization:.3g} %"
     )
-    again = outputs_of(model, images, seed=1)[place].cpu()
-    if not torch.equal(again, of_torch):
-        apart = 100 * _apart(again, of_torch)
+    again = outputs_of(model, images, seed=1)[index].cpu()
+    if not torch.equal(again, torch_outputs):
+        difference = 100 * _difference(again, torch_outputs)
         raise InputError(
-            f"the forward draws random numbers also in eval: two runs in torch differ by {apart:.3g} %. "
+            f"the forward uses random numbers in eval mode: two runs in torch differ by {difference:.3g} %. "
             "Possible: dropout as a module, or F.dropout(x, training=self.training)."
         )
-    if not apart <= refused:
+    if not difference <= refuse_above:
         raise InputError(
-            f"{found}. Rounding does not explain that, so the file is not kept. "
+            f"{finding}. Rounding does not explain that, so the file is discarded. "
             + (
-                "Possible: another runtime; leaving the layers at fault in float (`exclude`)."
+                "Possible: another runtime, or keeping the faulty layers in float (`exclude`)."
                 if several
                 else "On several images they agree. Possible: a forward that does not depend on the number of images."
             )
         )
     if several:
-        warnings.warn(f"{found}. Compare the accuracy of both.", CompressionWarning, stacklevel=4)
+        warnings.warn(f"{finding}. Compare the accuracy of both.", CompressionWarning, stacklevel=4)
 
 
-def _of_both(images: Tensor, pixels: Normalisation | None) -> tuple[Array, Tensor]:
-    """What the file takes, and what torch takes in its place: pixels are whole numbers."""
+def _inputs(images: Tensor, pixels: Normalisation | None) -> tuple[Array, Tensor]:
+    """The inputs of the file and of the network; pixels are rounded to integers for both."""
     if pixels is None:
         return images.numpy(), images
     mean, deviation = (torch.tensor(each).reshape(1, -1, 1, 1) for each in pixels)
@@ -114,8 +116,8 @@ def _of_both(images: Tensor, pixels: Normalisation | None) -> tuple[Array, Tenso
     return raw.numpy().astype(np.uint8), (raw / 255 - mean) / deviation
 
 
-def _apart(outputs: Tensor, wanted: Tensor) -> float:
-    """The norm of the difference, of that of what is wanted; NaN and infinity in the same places differ by nothing."""
-    same = (outputs == wanted) | (outputs.isnan() & wanted.isnan())
-    apart = torch.where(same, 0.0, outputs - wanted).norm()
-    return float(apart / wanted.nan_to_num(0.0, 0.0, 0.0).norm().clamp(min=torch.finfo(torch.float32).tiny))
+def _difference(outputs: Tensor, expected: Tensor) -> float:
+    """Norm of the difference relative to the norm of `expected`; equal NaN and infinite values differ by 0."""
+    same = (outputs == expected) | (outputs.isnan() & expected.isnan())
+    difference = torch.where(same, 0.0, outputs - expected).norm()
+    return float(difference / expected.nan_to_num(0.0, 0.0, 0.0).norm().clamp(min=torch.finfo(torch.float32).tiny))

@@ -35,7 +35,7 @@ from tersor.quantization.reconstruction import Reconstruction
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
-from tersor.training.reconstruction_attachment import Reconstructed
+from tersor.training.reconstruction_attachment import ReconstructionAttachment
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -63,7 +63,7 @@ class AdaRound:
         Raises:
             InputError: no data, a pattern of `exclude` that matches nothing, no layer left, a grid already there.
         """
-        return Reconstructed(
+        return ReconstructionAttachment(
             model,
             Precision(self.bits, self.activation_bits, self.first_last_bits, self.per_channel),
             exclude=self.exclude,

@@ -1,4 +1,4 @@
-"""Attention transfer: the student looks where the teacher looks.
+"""Attention transfer: the student matches the teacher's spatial attention maps.
 
 Zagoruyko and Komodakis, "Paying More Attention to Attention: Improving the Performance of Convolutional Neural
 Networks via Attention Transfer", ICLR 2017.
@@ -8,10 +8,10 @@ Networks via Attention Transfer", ICLR 2017.
     paper   L = sum over the layers of beta / 2 * mean over N of ||Q(A_student) - Q(A_teacher)||_2,
             beta = loss_weight / (H * W)
 
-The paper writes the norm, its code takes the mean of the squares. The paper's beta of 0.1 is the code's 1000 divided by
-the size of the map and of the batch, so one `loss_weight` does for both. p = 1 is the sum of absolute values, p = 2
-what the code has. Maps of different size are pooled to the smaller, as later implementations do (RepDistiller); the
-paper has none. The authors begin their momentum anew at every drop of the learning rate; here it goes on.
+The paper uses the norm, its code the mean of the squares. The paper's beta of 0.1 is the code's 1000 divided by the
+sizes of map and batch, so `loss_weight` has the same meaning for both. p = 1 is the sum of absolute values; the code
+uses p = 2. Maps of different sizes are pooled to the smaller one, as in later implementations (RepDistiller); the paper
+has no such maps. The authors reset the momentum at every drop of the learning rate; here it is kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import pooled
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import Pair, pairs_of
+from tersor.training.layer_pairs import LayerPair, match_layers
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
@@ -37,13 +37,13 @@ Mode = Literal["code", "paper"]
 
 
 def attention_map(values: Tensor, p: int) -> Tensor:
-    """Feature maps (N, C, H, W) -> attention (N, H * W), of length 1."""
-    powers = values.abs() if p == 1 else values.pow(p)  # of an even power the sign is gone
+    """Feature maps (N, C, H, W) -> attention maps (N, H * W) of norm 1."""
+    powers = values.abs() if p == 1 else values.pow(p)  # an even power needs no absolute value
     return F.normalize(powers.mean(1).flatten(1), dim=1)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, p: int, mode: Mode = "code") -> Tensor:
-    """Distance of the attention in two feature maps of one size (N, C, H, W); the channels may differ."""
+    """Distance of the attention maps of two feature maps (N, C, H, W); the numbers of channels may differ."""
     difference = attention_map(student, p) - attention_map(teacher, p)
     if mode == "code":
         return difference.square().mean()
@@ -51,11 +51,11 @@ def attention_loss(student: Tensor, teacher: Tensor, p: int, mode: Mode = "code"
 
 
 class AttentionTerm(LossTerm):
-    """The weighted sum over pairs of layers."""
+    """The weighted sum over layer pairs."""
 
     name = "attention_transfer"
 
-    def __init__(self, pairs: Sequence[Pair], p: int, mode: Mode, loss_weight: float) -> None:
+    def __init__(self, pairs: Sequence[LayerPair], p: int, mode: Mode, loss_weight: float) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
         self.p = p
@@ -67,8 +67,8 @@ class AttentionTerm(LossTerm):
         assert teacher is not None
         losses = [
             attention_loss(
-                pooled(student.layers[pair.student], pair.smaller),
-                pooled(teacher.layers[pair.teacher], pair.smaller),
+                pooled(student.layers[pair.student], pair.common_size),
+                pooled(teacher.layers[pair.teacher], pair.common_size),
                 self.p,
                 self.mode,
             )
@@ -79,29 +79,27 @@ class AttentionTerm(LossTerm):
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class AttentionTransfer:
-    """Attention maps of a teacher, layer by layer."""
+    """Matches the teacher's spatial attention maps at several layers (attention transfer)."""
 
     needs_teacher: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"p": 1, "mode": "paper", "loss_weight": 500.0}
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
-    layers: Annotated[tuple[str, ...], Field(description="patterns; the last layer at each resolution if left")] = ()
-    teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; as `layers` if left")] = ()
-    p: Annotated[Literal[1, 2, 4], Field(description="power of the absolute values that are summed")] = 2
-    mode: Annotated[Mode, Field(description="mean of squares as in the authors' code, or norm as in the paper")] = (
-        "code"
-    )
-    loss_weight: Annotated[float, Field(ge=0, description="beta; 0 leaves the labels as they are")] = 1000.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
+    layers: Annotated[tuple[str, ...], Field(description="patterns; by default the last layer at each resolution")] = ()
+    teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; by default those of `layers`")] = ()
+    p: Annotated[Literal[1, 2, 4], Field(description="power of the absolute activations")] = 2
+    mode: Annotated[Mode, Field(description="mean of squares (code) or norm (paper)")] = "code"
+    loss_weight: Annotated[float, Field(ge=0, description="beta; 0 turns the loss off")] = 1000.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
-        """Adds the loss; changes nothing in `model`.
+        """Add the loss; changes nothing in `model`.
 
         Raises:
-            InputError: no teacher, no images to see shapes on, layers that are not there or do not pair.
+            InputError: no teacher, no images, or layers that do not exist or cannot be paired.
         """
-        pairs = pairs_of(
+        pairs = match_layers(
             model, context.teacher, self.layers, self.teacher_layers, context.data, method="attention_transfer"
         )
         if not self.loss_weight:

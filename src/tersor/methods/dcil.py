@@ -58,31 +58,29 @@ def mutual_loss(first: Tensor, second: Tensor) -> Tensor:
 
 
 class DensePath(LossTerm):
-    """The loss of the dense path, and what both paths teach each other.
+    """The loss of the dense path, and the mutual loss of both paths.
 
     Args:
-        model: the network, with masks.
-        own: the parts that the dense path has for itself.
+        own: the modules that the dense path does not share with the masked one.
     """
 
     name = "dcil"
     mutual: Tensor
 
-    def __init__(self, model: nn.Module, own: OwnParts) -> None:
+    def __init__(self, own: OwnParts) -> None:
         super().__init__()
         self.own = own
         self.register_buffer("mutual", torch.zeros(()))
-        self._model = (model,)  # in a tuple it is no part of the term
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch."""
         if batch.labels is None:
             raise InputError("dcil trains its dense path on the labels, and the images have none. Give labels.")
-        asked = self.objective
-        with self.autocasting(batch):
-            logits = self.own.dense(asked.model if asked else self._model[0], batch.images).float()
-        smoothing = asked.label_smoothing if asked else 0.0
-        labels = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        context = student.context
+        assert context.model is not None
+        with context.autocasting(batch):
+            logits = self.own.dense(context.model, batch.images).float()
+        labels = F.cross_entropy(logits, batch.labels, label_smoothing=context.label_smoothing)
         return labels + self.mutual * mutual_loss(student.logits, logits)
 
 
@@ -125,7 +123,7 @@ class DCIL:
         check_floor(self.floor, self.sparsity)
         lay_masks(layers, "split" if self.refined_gradient else "all", "dcil")
         own = OwnParts(model, masked=layers if self.own_norms else None)
-        return DCILAttachment(self, model, layers, DensePath(model, own), context.steps)
+        return DCILAttachment(self, model, layers, DensePath(own), context.steps)
 
 
 class DCILAttachment(DynamicMasks):

@@ -1,4 +1,4 @@
-"""DIST: the student's answers correlate with the teacher's, image by image and class by class.
+"""DIST: the student's probabilities are correlated with the teacher's, within each image and within each class.
 
 Huang, You, Wang, Qian and Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
 
@@ -7,8 +7,8 @@ Huang, You, Wang, Qian and Xu, "Knowledge Distillation from A Stronger Teacher",
     intra = T^2 * mean over the classes of d(p_student[:, j], p_teacher[:, j])
     L     = beta * inter + gamma * intra + label_weight * CE
 
-A correlation asks for the order of the answers, not for their values, so that a teacher much stronger than the student
-does no harm. The authors' code multiplies by T^2 where the paper has T = 1 in its formula; that is the same there.
+Correlation compares the relations between predictions, not their values, so that the student can learn from a much
+stronger teacher. The authors' code multiplies by T^2; the paper's formula has T = 1, where both agree.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from tersor.training.layer_pairs import require_teacher
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
-_NOTHING = 1e-8
+_EPSILON = 1e-8
 
 
 def correlation_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - Pearson's correlation of the rows of two matrices (N, M), averaged over N."""
     ours, theirs = (values - values.mean(1, keepdim=True) for values in (student, teacher))
-    return 1 - ((ours * theirs).sum(1) / (ours.norm(dim=1) * theirs.norm(dim=1) + _NOTHING)).mean()
+    return 1 - ((ours * theirs).sum(1) / (ours.norm(dim=1) * theirs.norm(dim=1) + _EPSILON)).mean()
 
 
 class CorrelationTerm(LossTerm):
-    """The weighted distances, between images and between classes."""
+    """The weighted correlation distances, within images and within classes."""
 
     name = "dist"
 
@@ -45,7 +45,7 @@ class CorrelationTerm(LossTerm):
         self.method = method
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
-        """The loss of one batch; the images' labels are not looked at."""
+        """The loss of one batch; labels are not used."""
         assert teacher is not None
         method = self.method
         ours, theirs = ((logits / method.temperature).softmax(1) for logits in (student.logits, teacher.logits))
@@ -55,20 +55,20 @@ class CorrelationTerm(LossTerm):
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class DIST:
-    """Correlation with the teacher's answers."""
+    """Matches the teacher's predictions by correlation, so that a much stronger teacher helps (DIST)."""
 
     needs_teacher: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"beta": 0.5, "gamma": 1.5, "temperature": 2.0}
     off: ClassVar[dict[str, Any]] = {"beta": 0.0, "gamma": 0.0}
 
-    beta: Annotated[float, Field(ge=0, description="weight of the distance within an image")] = 1.0
-    gamma: Annotated[float, Field(ge=0, description="weight of the distance within a class")] = 1.0
+    beta: Annotated[float, Field(ge=0, description="weight of the distance within images")] = 1.0
+    gamma: Annotated[float, Field(ge=0, description="weight of the distance within classes")] = 1.0
     temperature: Annotated[float, Field(gt=0, description="T")] = 4.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
-        """Adds the loss; changes nothing in `model`.
+        """Add the loss; changes nothing in `model`.
 
         Raises:
             InputError: there is no teacher.

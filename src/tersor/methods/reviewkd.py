@@ -1,17 +1,17 @@
-"""Review: the student's late layers are fused into its early ones, and each is compared with the teacher's.
+"""Knowledge review: later student features are fused into earlier ones, and each is compared with the teacher's.
 
 Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021.
 
     from the last layer to the first, of features A_i (N, C_i, H_i, W_i):
-        x_i = 1x1 convolution of A_i to m channels;  where there is a later one, its x is laid over it:
+        x_i = 1x1 convolution of A_i to m channels;  where there is a later layer:
         x_i = a_i * x_i + b_i * up(x_(i+1)),   (a_i, b_i) = sigmoid of a 1x1 convolution of both
         R_i = 3x3 convolution of x_i to the teacher's channels
     L = warm-up * loss_weight * sum over i of HCL(R_i, T_i)
-    HCL(r, t): mean squared distance of r and t, and of both pooled to 4, 2 and 1 pixels a side, by weights 1, 1/2, ...
+    HCL(r, t): mean squared distance of r and t, and of both pooled to 4x4, 2x2 and 1x1, with weights 1, 1/2, ...
 
 The authors' code adds the pooled features before the classifier as one more layer, and compares features before the
-last ReLU of a stage; here they are the outputs of the layers that are named, and the pooled last one. m is the channels
-of the student's last layer, at most 512, as in the code, which also lets the weight rise over 20 of 240 epochs.
+last ReLU of a stage. Here the outputs of the named layers are compared, and the pooled last one. As in the code, m is
+the number of channels of the student's last layer, at most 512, and the weight has a warm-up: there 20 of 240 epochs.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import as_map, layer_paths
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.context import AttachContext
-from tersor.training.layer_pairs import Pair, pairs_of
-from tersor.training.loss_warmup import RisingAttachment, WarmupLossTerm
+from tersor.training.layer_pairs import LayerPair, match_layers
+from tersor.training.loss_warmup import WarmupAttachment, WarmupLossTerm
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import Outputs
 
-_MOST_CHANNELS = 512
+_MAX_CHANNELS = 512
 _LEVELS = (4, 2, 1)
 
 
 class _MeanSquare(torch.autograd.Function):
-    """The mean of squares, a scalar in float32, of values of any precision: one pass forward, one backward."""
+    """Mean of squares in float32, of values of any precision, in one pass forward and one backward."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _MeanSquare(torch.autograd.Function):
 
 
 class _Moments(torch.autograd.Function):
-    """Mean (C,) and covariance (C, C) over the rows of values (P, C): one product forward, one backward."""
+    """Mean (C,) and covariance (C, C) of the rows of values (P, C), with one matrix product each way."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,11 +70,11 @@ class _Moments(torch.autograd.Function):
 
 
 def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """HCL of two features (N, C, H, W): the mean over the levels that are smaller than the map, by weight."""
+    """HCL of two feature maps (N, C, H, W): the weighted mean over the map and all smaller levels."""
     distance = student - teacher.to(student.dtype)
     loss, weight, weights = _MeanSquare.apply(distance), 1.0, 1.0
     height, width = student.shape[2:]
-    nested = not (height % _LEVELS[0] or width % _LEVELS[0])  # then a level is made of the cells of the one before
+    nested = not (height % _LEVELS[0] or width % _LEVELS[0])  # then each level can be pooled from the previous one
     for level in _LEVELS:
         if level < height:
             weight /= 2
@@ -86,8 +86,8 @@ def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return loss / weights
 
 
-def _normalised(norm: nn.Module, values: Tensor) -> Tensor:
-    """BatchNorm of (N, C, H, W); of one value in each channel, by its running statistics."""
+def _batch_norm(norm: nn.Module, values: Tensor) -> Tensor:
+    """BatchNorm of (N, C, H, W); with one value per channel, by the running statistics."""
     assert isinstance(norm, nn.BatchNorm2d)
     if values.numel() > values.shape[1]:
         return norm(values)
@@ -95,18 +95,18 @@ def _normalised(norm: nn.Module, values: Tensor) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """One layer's features and what comes from the later ones -> the teacher's channels, and what goes on.
+    """One layer's features and the fused later ones -> features with the teacher's channels, and the new fused ones.
 
-    All but the sigmoid is linear, and most of the time goes into writing maps of `width` channels. So the 1x1
-    convolution and its BatchNorm are one matrix, which comes behind the product with a_i (of fewer channels), and at
-    the first layer into the kernel of the 3x3 convolution.
+    Everything but the sigmoid is linear, and most of the time goes into writing maps of `width` channels. So the 1x1
+    convolution and its BatchNorm become one matrix, applied after the product with a_i (which has fewer channels); at
+    the first layer it is merged into the kernel of the 3x3 convolution.
 
     Args:
-        channels: of the student's layer.
+        channels: channels of the student's layer.
         width: m.
-        teacher_channels: of the teacher's layer.
-        place: from 0, the last layer's, on.
-        last: the place of the first layer, from which nothing goes on.
+        teacher_channels: channels of the teacher's layer.
+        place: 0 for the last layer, counting backwards.
+        last: place of the first layer, whose fused features are not needed.
     """
 
     def __init__(self, channels: int, width: int, teacher_channels: int, place: int, last: int) -> None:
@@ -116,12 +116,12 @@ class Fusion(nn.Module):
             nn.Conv2d(width, teacher_channels, 3, padding=1, bias=False), nn.BatchNorm2d(teacher_channels)
         )
         self.attention = nn.Conv2d(2 * width, 2, 1) if place else None
-        self.goes_on = place < last
+        self.returns_fused = place < last
         for part in (self.inward, self.outward):
             nn.init.kaiming_uniform_(part[0].weight, a=1)  # pyright: ignore[reportArgumentType]
 
     def forward(self, features: Tensor, later: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Features (N, C, H, W), later ones (N, width, h, w) -> (N, teacher's C, *size), (N, width, *size)."""
+        """Features (N, C, H, W), fused (N, width, h, w) -> (N, teacher's C, *size), fused (N, width, *size)."""
         weight, shift = self._inward(features)
         if torch.is_autocast_enabled(features.device.type):
             features = features.to(torch.get_autocast_dtype(features.device.type))
@@ -136,26 +136,26 @@ class Fusion(nn.Module):
         at_own = F.conv2d(features, (of_own @ weight)[:, :, None, None], of_own @ shift + bias)
         shares = (at_own + enlarged).sigmoid()
         share = shares[:, :1]
-        own = torch.cat([features * share, share], 1)  # the last channel is what the shift is times
+        own = torch.cat([features * share, share], 1)  # the last channel multiplies the shift
         inward = torch.cat([weight, shift[:, None]], 1)
         theirs = F.interpolate(later, features.shape[2:], mode="nearest") * shares[:, 1:]
-        if self.goes_on or features.shape[2:] != size:
+        if self.returns_fused or features.shape[2:] != size:
             return self._outward(F.conv2d(own, inward[:, :, None, None]) + theirs, size)
         convolution, norm = self.outward
         kernel = torch.einsum("omhw,mc->ochw", convolution.weight, inward)
-        return _normalised(norm, F.conv2d(own, kernel, padding=1) + convolution(theirs)), None
+        return _batch_norm(norm, F.conv2d(own, kernel, padding=1) + convolution(theirs)), None
 
     def _outward(self, fused: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if fused.shape[2:] != size:
             fused = F.interpolate(fused, size, mode="nearest")
         convolution, norm = self.outward
-        return _normalised(norm, convolution(fused)), fused
+        return _batch_norm(norm, convolution(fused)), fused
 
     def _inward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """W (width, C) and t (width,) of the 1x1 convolution with its BatchNorm: W x + t at every pixel x.
 
-        In training, mean and variance of what the convolution gives follow from mean and covariance of what it reads;
-        of a single pixel they are the running ones.
+        In training mode, mean and variance of the convolution's output follow from mean and covariance of its input;
+        for a single pixel they are the running ones.
         """
         convolution, norm = self.inward
         assert isinstance(convolution, nn.Conv2d)
@@ -179,64 +179,64 @@ class Fusion(nn.Module):
 
 
 class ReviewTerm(WarmupLossTerm):
-    """The weighted sum over the layers, and the pooled last one."""
+    """The weighted sum over the layers and the pooled last one."""
 
     name = "reviewkd"
 
-    def __init__(self, pairs: Sequence[Pair], loss_weight: float) -> None:
+    def __init__(self, pairs: Sequence[LayerPair], loss_weight: float) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
         self.loss_weight = loss_weight
-        width = min(_MOST_CHANNELS, pairs[-1].student_channels)
+        width = min(_MAX_CHANNELS, pairs[-1].student_channels)
         channels = [(pair.student_channels, pair.teacher_channels) for pair in (pairs[-1], *reversed(pairs))]
         self.fusions = nn.ModuleList(
             Fusion(ours, width, theirs, place, len(pairs)) for place, (ours, theirs) in enumerate(channels)
         )
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
-        """The loss of one batch; the images' labels are not looked at."""
+        """The loss of one batch; labels are not used."""
         assert teacher is not None
         ours = [as_map(student.layers[pair.student]) for pair in reversed(self.pairs)]
         theirs = [as_map(teacher.layers[pair.teacher]) for pair in reversed(self.pairs)]
         pooled = [F.adaptive_avg_pool2d(values[0], 1) for values in (ours, theirs)]
         later: Tensor | None = None
         losses: list[Tensor] = []
-        for fusion, features, wanted in zip(self.fusions, (pooled[0], *ours), (pooled[1], *theirs), strict=True):
-            with self.autocasting(batch):
-                reviewed, later = fusion(features, later, tuple(wanted.shape[2:]))
-            losses.append(hierarchical_loss(reviewed, wanted))
-        return self.rise * self.loss_weight * torch.stack(losses).sum()
+        for fusion, features, target in zip(self.fusions, (pooled[0], *ours), (pooled[1], *theirs), strict=True):
+            with student.context.autocasting(batch):
+                reviewed, later = fusion(features, later, tuple(target.shape[2:]))
+            losses.append(hierarchical_loss(reviewed, target))
+        return self.warmup * self.loss_weight * torch.stack(losses).sum()
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class ReviewKD:
-    """The features of a teacher, each compared with what the student's later layers know of them."""
+    """Matches the teacher's features at several layers with fused student features (knowledge review)."""
 
     needs_teacher: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"loss_weight": 0.6, "warmup": 0.5}
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
-    layers: Annotated[tuple[str, ...], Field(description="patterns; the last layer at each resolution if left")] = ()
-    teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; as `layers` if left")] = ()
-    loss_weight: Annotated[float, Field(ge=0, description="0 leaves the labels as they are")] = 1.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the labels' cross entropy")] = 1.0
+    layers: Annotated[tuple[str, ...], Field(description="patterns; by default the last layer at each resolution")] = ()
+    teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; by default those of `layers`")] = ()
+    loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the fusions' weights")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the fusion modules' weights")] = 0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
-        """Builds the fusions; changes nothing in `model`.
+        """Build the fusion modules; changes nothing in `model`.
 
         Raises:
-            InputError: no teacher, no images to see shapes on, layers that are not there or do not pair.
+            InputError: no teacher, no images, or layers that do not exist or cannot be paired.
         """
-        pairs = pairs_of(model, context.teacher, self.layers, self.teacher_layers, context.data, method="reviewkd")
+        pairs = match_layers(model, context.teacher, self.layers, self.teacher_layers, context.data, method="reviewkd")
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         order = layer_paths(model)
-        pairs.sort(key=lambda pair: order.index(pair.student))  # late ones are fused into early ones
+        pairs.sort(key=lambda pair: order.index(pair.student))  # later layers are fused into earlier ones
         with seeded(self.seed):
             term = ReviewTerm(pairs, self.loss_weight)
         paths = [pair.paths for pair in pairs]
-        rising = round(self.warmup * context.steps)
-        return RisingAttachment(model, term, steps=rising, label_weight=self.label_weight, layers=paths)
+        steps = round(self.warmup * context.steps)
+        return WarmupAttachment(model, term, steps=steps, label_weight=self.label_weight, layers=paths)

@@ -1,4 +1,4 @@
-"""Soft targets: the student learns the teacher's softened answers.
+"""Soft targets: the student matches the teacher's softened class probabilities.
 
 Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531).
 
@@ -6,15 +6,15 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arX
     L = loss_weight * T^2 * KL(p_T(z_teacher) || p_T(z_student)) + label_weight * CE(z_student, y)
 
 Logits are (N, classes). KL is summed over the classes and averaged over the batch; the teacher has no gradient. T^2
-multiplies the KL term alone: the gradient of soft targets shrinks like 1 / T^2, so without it the weight would
-depend on the temperature in silence. The paper prescribes no weights; 0.9 and 0.1 are those of the common
-implementations (Zagoruyko's attention-transfer, RepDistiller).
+multiplies only the KL term: the gradient of soft targets shrinks like 1 / T^2, so without it the effective weight would
+depend on the temperature. The paper prescribes no weights; 0.9 and 0.1 are those of the common implementations
+(Zagoruyko's attention-transfer, RepDistiller).
 
-`standardize` (Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024) brings each image's logits to
-mean 0 and deviation 1 before they are divided by T, so that a student need not repeat how large the teacher's are. Its
-authors take T = 2 and ten times the loss weight, which is not the standardization's doing. They add 1e-7 to the
-deviation; a student whose last layer begins at zero, as torchvision's transformers do, then gets a gradient of 1e6.
-Here deviations count as 0.01 at least.
+`standardize` (Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024) normalizes each image's logits
+to mean 0 and standard deviation 1 before dividing by T, so that the student need not match the teacher's logit scale.
+The authors also use T = 2 and ten times the loss weight. They add 1e-7 to the standard deviation; a student whose last
+layer is initialized with zeros, as in torchvision's transformers, then gets a gradient of 1e6. Here the standard
+deviation is clamped to at least 0.01.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from tersor.training.layer_pairs import require_teacher
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
-_LEAST_DEVIATION = 0.01
+_MIN_DEVIATION = 0.01
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """Logits (N, classes), each row with mean 0 and deviation 1; less, where they hardly deviate."""
-    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=_LEAST_DEVIATION)
+    """Logits (N, classes), each row with mean 0 and standard deviation 1; smaller, where they are nearly constant."""
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=_MIN_DEVIATION)
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -49,7 +49,7 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Te
 
 
 class SoftTargetTerm(LossTerm):
-    """The weighted loss on the softened answers."""
+    """The weighted loss between softened class probabilities."""
 
     name = "soft_targets"
 
@@ -60,7 +60,7 @@ class SoftTargetTerm(LossTerm):
         self.standardize = standardize
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
-        """The loss of one batch; the images' labels are not looked at."""
+        """The loss of one batch; labels are not used."""
         assert teacher is not None
         ours, theirs = student.logits, teacher.logits
         if self.standardize:
@@ -70,25 +70,22 @@ class SoftTargetTerm(LossTerm):
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class SoftTargets:
-    """Soft targets of a teacher (knowledge distillation), beside the labels or without them."""
+    """Distills a teacher's softened class probabilities, with or without labels (knowledge distillation)."""
 
     needs_teacher: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"temperature": 2.0, "loss_weight": 0.5, "standardize": True}
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
-    temperature: Annotated[float, Field(gt=0, description="T; larger is flatter: 1 to 20 are common")] = 4.0
-    loss_weight: Annotated[
-        float, Field(ge=0, description="weight of the soft targets; 0 leaves the labels as they are")
-    ] = 0.9
+    temperature: Annotated[float, Field(gt=0, description="T; larger values soften more; 1 to 20 are common")] = 4.0
+    loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 0.9
     label_weight: Annotated[
-        float, Field(ge=0, description="factor on the labels' cross entropy; 0 needs no labels")
+        float, Field(ge=0, description="factor on the cross entropy with the labels; 0 needs no labels")
     ] = 0.1
-
-    standardize: Annotated[bool, Field(description="each image's logits to mean 0 and deviation 1 first")] = False
+    standardize: Annotated[bool, Field(description="normalize each image's logits to mean 0 and deviation 1")] = False
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
-        """Adds the loss; changes nothing in `model`.
+        """Add the loss; changes nothing in `model`.
 
         Raises:
             InputError: there is no teacher.

@@ -13,7 +13,7 @@ from tersor.pipeline.stages import attach
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.integer_coverage import integer_coverage
 from tersor.recipe import Recipe, Teacher
-from tersor.training.loop import steps_per_epoch
+from tersor.training.schedule import steps_per_epoch
 
 
 def explain(recipe: Recipe, *, progress: ProgressReporter) -> Iterator[str]:

@@ -12,8 +12,8 @@ from tersor.data import Batches, Images, Splits
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.recipe import Recipe, Stage
 from tersor.training.context import LatencyRatio
-from tersor.training.loop import steps_per_epoch
 from tersor.training.options import Training
+from tersor.training.schedule import steps_per_epoch
 
 EVALUATION_BATCH = 500
 

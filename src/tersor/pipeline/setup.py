@@ -22,9 +22,9 @@ from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_witho
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.pipeline.stages import attach
 from tersor.recipe import Network, Recipe, Teacher
-from tersor.training.loop import learning_rates, steps_per_epoch
+from tersor.training.schedule import learning_rates, steps_per_epoch
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
-from tersor.training.teacher_check import doubts
+from tersor.training.teacher_check import teacher_warnings
 
 _FEW = 64
 """Images for the trial attachment of every stage."""
@@ -82,7 +82,7 @@ def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
     _check_teacher(recipe)
     if teacher is not None and experiment.teacher_is_trained:
         few = _few(experiment, TEACHER_IMAGES)
-        for doubt in doubts("the teacher", teacher, experiment.batches(few, EVALUATION_BATCH)):
+        for doubt in teacher_warnings("the teacher", teacher, experiment.batches(few, EVALUATION_BATCH)):
             progress.say(f"warning: {doubt}")
 
 

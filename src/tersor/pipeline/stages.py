@@ -21,12 +21,13 @@ from tersor.evaluation.results import StageRecord
 from tersor.graph.fused_inference import fused
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.recipe import Stage, Teacher
-from tersor.training.accuracy_curve import AccuracyCurve
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
-from tersor.training.loop import fit, steps_per_epoch
+from tersor.training.loop import fit
 from tersor.training.method import chain
-from tersor.training.snapshot import fitting
+from tersor.training.schedule import steps_per_epoch
+from tersor.training.snapshot import restoring
+from tersor.training.validation_curve import ValidationCurve
 
 _CALIBRATION_BATCH = 64
 _EXAMPLE_IMAGES = 8
@@ -50,7 +51,7 @@ def train_teacher(experiment: Experiment, checkpoints: Checkpoints, progress: Pr
         return teacher
     end = checkpoints.end_of(_TEACHER)
     if end is not None:
-        with fitting(str(end.path)):
+        with restoring(str(end.path)):
             teacher.load_state_dict(end.network())
         progress.say("teacher: restored from its checkpoint")
         return teacher
@@ -64,7 +65,7 @@ def train_teacher(experiment: Experiment, checkpoints: Checkpoints, progress: Pr
         progress=progress,
         seed=experiment.recipe.seed,
         task="teacher",
-        keeper=StageCheckpointer(checkpoints, _TEACHER, "teacher", experiment.recipe.checkpoint_every, {}),
+        checkpointer=StageCheckpointer(checkpoints, _TEACHER, "teacher", experiment.recipe.checkpoint_every, {}),
     )
     _validate(experiment, teacher, "teacher", progress)
     _save_end(checkpoints, _TEACHER, "teacher", steps, teacher, {}, {})
@@ -161,7 +162,7 @@ def _run_stage(
 def _begin(attachment: Attachment, name: str, progress: ProgressReporter, keeper: StageCheckpointer) -> None:
     """The slow work before the first step, from where an interrupted run left it."""
     if keeper.setup_state is not None:
-        with fitting(keeper.last):
+        with restoring(keeper.last):
             attachment.model.load_state_dict(keeper.setup_state)
         progress.say(f"{name}: resuming")
     reported = attachment.notes
@@ -193,14 +194,14 @@ def _train(
         progress=progress,
         seed=experiment.recipe.seed,
         task=stage.name,
-        keeper=keeper,
-        once=experiment.batches(experiment.data.train, EVALUATION_BATCH) if stage.cache else None,
+        checkpointer=keeper,
+        cache_batches=experiment.batches(experiment.data.train, EVALUATION_BATCH) if stage.cache else None,
         curve=curve,
     )
     record = {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
     if curve is not None:
         record |= {"validation_by_epoch": curve.values, "validated_at": curve.steps}
-    return record, fitted.earlier
+    return record, fitted.earlier_seconds
 
 
 def _fast_teacher(experiment: Experiment, stage: Stage, attachment: Attachment) -> nn.Module | None:
@@ -212,13 +213,13 @@ def _fast_teacher(experiment: Experiment, stage: Stage, attachment: Attachment) 
     return fused(experiment.teacher, example, [path for _, path in attachment.layers], precision)
 
 
-def _accuracy_curve(experiment: Experiment, stage: Stage) -> AccuracyCurve | None:
+def _accuracy_curve(experiment: Experiment, stage: Stage) -> ValidationCurve | None:
     """Validation accuracy every few epochs, where the stage has `validate_every`."""
     if stage.validate_every is None:
         return None
     validation = experiment.batches(experiment.data.validation, EVALUATION_BATCH)
     every = stage.validate_every * steps_per_epoch(experiment.training_batches(stage), stage)
-    return AccuracyCurve(every, lambda network: accuracy(network, validation))
+    return ValidationCurve(every, lambda network: accuracy(network, validation))
 
 
 def _validate(experiment: Experiment, network: nn.Module, name: str, progress: ProgressReporter) -> float | None:
@@ -236,7 +237,7 @@ def _validate(experiment: Experiment, network: nn.Module, name: str, progress: P
 
 def _restored(model: nn.Module, end: Checkpoint) -> nn.Module:
     """The network of a checkpoint at the end of a stage."""
-    with fitting(str(end.path)):
+    with restoring(str(end.path)):
         network = rebuild(model, end.structure())
         network.load_state_dict(end.network())
     return network

@@ -1,4 +1,4 @@
-"""What an attached method asks of the training loop, and how several are chained into one."""
+"""An attached method as the training loop sees it, and a chain of several."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from tersor.training.objective import LossTerm
 
 
 class Handle:
-    """Takes the hooks that `bind` placed away again; the parametrizations stay until `strip`."""
+    """Removes the hooks of `bind`; parametrizations stay until `strip`."""
 
     def __init__(self, removers: Sequence[Callable[[], None]]) -> None:
         self._removers = list(removers)
 
     def remove(self) -> None:
-        """Leaves no hook behind. Calling it twice does no harm."""
+        """Remove all hooks; a second call does nothing."""
         while self._removers:
             self._removers.pop()()
 
 
 class Attachment:
-    """A method that was laid on a model. The base class asks nothing; a method overrides what it needs.
+    """A method attached to a model. The base class does nothing; a method overrides what it needs.
 
     Attributes:
-        model: train this one from now on: the same object, or its captured graph over the same Parameters.
+        model: the network to train from now on: the same object, or its captured graph with the same Parameters.
         terms: losses that the method adds.
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
-        label_weight: factor on the weight of the labels' own loss.
-        notes: what its user should know of what was laid, and of what `begin` found, a line each.
-        holds_shapes: whether it goes by the shapes that the weights had when it was attached.
+        label_weight: factor on the cross entropy with the labels.
+        notes: what the user should know about `attach` and `begin`, a line each.
+        holds_shapes: whether it depends on the shapes of the weights at the time of `attach`.
     """
 
     holds_shapes = False
@@ -51,37 +51,37 @@ class Attachment:
         self.label_weight = label_weight
         self.notes = tuple(notes)
         if layers:
-            pairs = ", ".join(f"{student} from {of_teacher}" for student, of_teacher in layers)
-            self.notes += (f"{', '.join(term.name for term in terms)} teaches {pairs} of the teacher.",)
+            pairs = ", ".join(f"{student} (student) with {teacher} (teacher)" for student, teacher in layers)
+            self.notes += (f"{', '.join(term.name for term in terms)} compares {pairs}.",)
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What was found on the way, in plain values, for the stage's entry in `numbers.json`. Nothing by default."""
+        """Plain values for the stage's entry in `numbers.json`; empty by default."""
         return {}
 
     @property
     def extra_state(self) -> dict[str, Tensor]:
-        """What a run keeps beside the network at the stage's end: that has learned, and is thrown away otherwise."""
+        """Learned tensors that are stored beside the network at the end of the stage; empty by default."""
         return {}
 
     def begin(self) -> None:
         """Do the slow work before the first step: calibration, reconstruction. Nothing by default."""
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Gradients are there, weights have not moved yet."""
+        """Called with the gradients computed, before the weights are updated."""
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Weights have moved."""
+        """Called after the weights were updated."""
 
     def finish(self) -> None:
-        """Freezes what was in motion."""
+        """Called after the last step: freeze masks, ranges and the like."""
 
     def bind(self, optimizer: Optimizer, start: int = 0) -> Handle:
-        """Calls `before_step` and `after_step` around every step of `optimizer`, in a user's own loop.
+        """Call `before_step` and `after_step` around every step of `optimizer`, in a user's own loop.
 
         Args:
-            optimizer: built over `self.model`'s parameters.
-            start: number of the first step; more than 0 when a run goes on.
+            optimizer: has the parameters of `self.model`.
+            start: number of the first step; more than 0 for a resumed training.
         """
         step = start
 
@@ -98,7 +98,7 @@ class Attachment:
 
 
 def without_loss(model: nn.Module, label_weight: float) -> Attachment:
-    """Of a method whose loss weighs nothing: the labels stay as they are, or weigh nothing either."""
+    """An attachment without a loss term, for a method with loss weight 0; a label weight of 0 stays 0."""
     return Attachment(model, label_weight=1.0 if label_weight else 0.0)
 
 
@@ -119,16 +119,16 @@ class Chain(Attachment):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What all parts have found; lists of the same name as one."""
-        found: dict[str, Any] = {}
+        """The metrics of all parts; lists of the same name are concatenated."""
+        metrics: dict[str, Any] = {}
         for part in self.parts:
             for name, value in part.metrics.items():
-                found[name] = found[name] + value if name in found and isinstance(value, list) else value
-        return found
+                metrics[name] = metrics[name] + value if name in metrics and isinstance(value, list) else value
+        return metrics
 
     @property
     def extra_state(self) -> dict[str, Tensor]:
-        """What all parts keep, by the place of the part and the name there."""
+        """The extra state of all parts, named `<number of the part>.<name>`."""
         return {
             f"{place}.{name}": value
             for place, part in enumerate(self.parts)
@@ -136,7 +136,7 @@ class Chain(Attachment):
         }
 
     def begin(self) -> None:
-        """The work of each part, one after the other."""
+        """Every part's, in order."""
         for part in self.parts:
             part.begin()
         self.notes = self._all_notes()

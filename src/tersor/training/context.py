@@ -1,4 +1,4 @@
-"""What a method may use while it is attached to a network."""
+"""Everything a method may use while it is attached to a network."""
 
 from __future__ import annotations
 

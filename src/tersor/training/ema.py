@@ -1,4 +1,4 @@
-"""The exponential running mean of a model's weights (EMA)."""
+"""Exponential moving average (EMA) of a model's weights."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import torch
 from torch import Tensor, nn
 
 
-class RunningMean:
-    """Running mean of every parameter and of BatchNorm's statistics: `mean = decay * mean + (1 - decay) * weight`.
+class WeightEMA:
+    """EMA of every parameter and of BatchNorm's statistics: `average = decay * average + (1 - decay) * weight`.
 
-    The decay is at most (1 + step) / (10 + step), as in TensorFlow's ExponentialMovingAverage: the weights that
-    training began with fade in a short run too. Other buffers (masks, scales, ranges) have no mean and stay alone.
+    The decay is at most (1 + step) / (10 + step), as in TensorFlow's ExponentialMovingAverage, so that the initial
+    weights fade in a short training too. Other buffers (masks, scales, ranges) are not averaged.
 
     Attributes:
-        values: the means by name. The loop says which step it is, so they are the whole state.
+        averages: the averages by name. The step is passed to `update`, so they are the whole state.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.values = {name: tensor.detach().clone() for name, tensor in _averaged(model)}
+        self.averages = {name: tensor.detach().clone() for name, tensor in _averaged(model)}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the weights that `step` (from 0) has led to."""
+        """Add the weights after `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, tensor in _averaged(model):
-            self.values[name].lerp_(tensor, 1 - decay)
+            self.averages[name].lerp_(tensor, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Gives `model` the means as its weights."""
+        """Replace the weights of `model` by the averages."""
         for name, tensor in _averaged(model):
-            tensor.copy_(self.values[name])
+            tensor.copy_(self.averages[name])
 
     @contextmanager
-    def shown(self, model: nn.Module) -> Generator[None]:
-        """While `model` has the means as its weights; afterwards it has its own again, bit for bit."""
+    def applied(self, model: nn.Module) -> Generator[None]:
+        """Context in which `model` has the averages as its weights; its own are restored exactly."""
         own = {name: tensor.detach().clone() for name, tensor in _averaged(model)}
         self.copy_to(model)
         try:

@@ -1,4 +1,4 @@
-"""What a training has lost and how long it took, also over several processes of which each went on from the last."""
+"""Losses and wall time of a training, across the processes of a resumed one."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from torch import Tensor
 _SECONDS = "seconds"
 
 
-class LossLog:
-    """Losses of the epoch that was begun last, and the clock.
+class LossHistory:
+    """Losses of the current epoch, and the clock.
 
     Attributes:
-        earlier: seconds that processes before this one took.
+        earlier_seconds: seconds that earlier processes of this training took.
 
     Args:
-        kept: what `tensors` gave to the process before; empty at the beginning.
+        state: `state()` of the earlier process; empty for a new training.
     """
 
-    def __init__(self, kept: Mapping[str, Tensor]) -> None:
-        self.earlier = float(kept.get(_SECONDS, 0.0))
-        self._of_epoch = {name: list(values) for name, values in kept.items() if name != _SECONDS}
-        self._begun = time.perf_counter()
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.earlier_seconds = float(state.get(_SECONDS, 0.0))
+        self._losses = {name: list(values) for name, values in state.items() if name != _SECONDS}
+        self._start = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Since the first step of the first process, without what was `paused`."""
-        return self.earlier + time.perf_counter() - self._begun
+        """Seconds since the first step of the first process, without `paused` ones."""
+        return self.earlier_seconds + time.perf_counter() - self._start
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """The clock stands still: what is done here is no training."""
-        began = time.perf_counter()
+        """Stop the clock, for work that is not training."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._begun += time.perf_counter() - began
+            self._start += time.perf_counter() - start
 
     def add(self, losses: Mapping[str, Tensor], *, first: bool) -> None:
-        """Of one step, which may be the first of an epoch."""
+        """Add the losses of one step, the `first` of an epoch or a later one."""
         if first:
-            self._of_epoch.clear()
+            self._losses.clear()
         for name, loss in losses.items():
-            self._of_epoch.setdefault(name, []).append(loss)
+            self._losses.setdefault(name, []).append(loss)
 
     def means(self) -> dict[str, float]:
-        """Of each loss over the epoch that was begun last."""
-        return {name: torch.stack(values).mean().item() for name, values in self._of_epoch.items()}
+        """Mean of each loss over the current epoch."""
+        return {name: torch.stack(values).mean().item() for name, values in self._losses.items()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """For the next process."""
-        told = {name: torch.stack(values).cpu() for name, values in self._of_epoch.items()}
-        return {**told, _SECONDS: torch.tensor(self.seconds)}
+    def state(self) -> dict[str, Tensor]:
+        """The state for the next process."""
+        losses = {name: torch.stack(values).cpu() for name, values in self._losses.items()}
+        return {**losses, _SECONDS: torch.tensor(self.seconds)}

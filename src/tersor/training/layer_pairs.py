@@ -1,4 +1,4 @@
-"""Which layer of a student learns from which of its teacher, and of what shapes they are."""
+"""Pairs of student and teacher layers that a distillation loss compares."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tersor.graph.feature_extraction import last_feature_maps, map_size, matchin
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A layer of the student and one of the teacher, with the shapes of what they give, (N, C, H, W) or (N, L, C)."""
+class LayerPair:
+    """Paths of a student layer and a teacher layer, with their output shapes, (N, C, H, W) or (N, L, C)."""
 
     student: str
     teacher: str
@@ -25,21 +25,21 @@ class Pair:
 
     @property
     def paths(self) -> tuple[str, str]:
-        """As an Attachment asks for them."""
+        """The student's and the teacher's path."""
         return self.student, self.teacher
 
     @property
     def student_channels(self) -> int:
-        """Of a feature map, or the width of a token."""
+        """Channels of the student's feature map, or width of its tokens."""
         return _channels(self.student_shape)
 
     @property
     def teacher_channels(self) -> int:
-        """Of a feature map, or the width of a token."""
+        """Channels of the teacher's feature map, or width of its tokens."""
         return _channels(self.teacher_shape)
 
     @property
-    def smaller(self) -> tuple[int, int]:
+    def common_size(self) -> tuple[int, int]:
         """Height and width to which both maps are pooled."""
         ours, theirs = _size(self.student_shape), self.teacher_size
         return min(ours[0], theirs[0]), min(ours[1], theirs[1])
@@ -71,7 +71,7 @@ def require_teacher(teacher: nn.Module | None, method: str) -> nn.Module:
     return teacher
 
 
-def pairs_of(
+def match_layers(
     student: nn.Module,
     teacher: nn.Module | None,
     layers: Sequence[str],
@@ -79,54 +79,58 @@ def pairs_of(
     data: Iterable[Any] | None,
     *,
     method: str,
-    chosen: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda found: found,
-) -> list[Pair]:
-    """The pairs that are meant, seen in one dry forward of each network.
+    select: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda paths: paths,
+) -> list[LayerPair]:
+    """Pair the layers of student and teacher; shapes come from one forward pass of each.
 
     Args:
-        student: the network that learns.
-        teacher: the one that it learns from.
-        layers: patterns of the student's; where there are none, the last layer at each resolution of either network.
-        teacher_layers: patterns of the teacher's; the same as the student's where there are none.
-        data: batches of images, the first of which is shown.
-        method: how errors call who asks.
-        chosen: which of the layers that were found by themselves are taken.
+        student: the student.
+        teacher: the teacher.
+        layers: patterns of student layers; by default the last layer at each resolution of both networks.
+        teacher_layers: patterns of teacher layers; by default those of the student.
+        data: batches of images, of which the first is used.
+        method: the method's name, for error messages.
+        select: selects from the default layers of each network.
 
     Raises:
-        InputError: no teacher, no images, a pattern that matches nothing, not as many of one network as of the other,
-            a layer that gives no feature map.
+        InputError: no teacher, no images, a pattern without a match, different numbers of layers, a layer whose output
+            is no feature map.
     """
     teacher = require_teacher(teacher, method)
     if teacher_layers and not layers:
         raise InputError(f"{method} has teacher_layers and no layers. Write both, or neither.")
-    images = _example(data, method)
+    images = _example_images(data, method)
     if layers:
-        of_student = matching_paths(student, layers, "the student")
-        of_teacher = matching_paths(teacher, teacher_layers or layers, "the teacher")
-        if len(of_student) != len(of_teacher):
+        student_paths = matching_paths(student, layers, "the student")
+        teacher_paths = matching_paths(teacher, teacher_layers or layers, "the teacher")
+        if len(student_paths) != len(teacher_paths):
             raise InputError(
-                f"{method} pairs layers one by one, and has {len(of_student)} of the student ({', '.join(of_student)}) "
-                f"and {len(of_teacher)} of the teacher ({', '.join(of_teacher)}). Write as many of one as of the other."
+                f"{method} pairs layers one to one; {len(student_paths)} of the student match "
+                f"({', '.join(student_paths)}) and {len(teacher_paths)} of the teacher ({', '.join(teacher_paths)}). "
+                "Write equal numbers."
             )
     else:
         ours, theirs = last_feature_maps(student, images), last_feature_maps(teacher, images)
         count = min(len(ours), len(theirs))  # the last ones: a deeper network has more resolutions before them
-        of_student, of_teacher = chosen(ours[-count:]), chosen(theirs[-count:])
-    shapes, shapes_of_teacher = shapes_of(student, of_student, images), shapes_of(teacher, of_teacher, images)
-    for whose, found in (("student", shapes), ("teacher", shapes_of_teacher)):
-        for path, shape in found.items():
+        student_paths, teacher_paths = select(ours[-count:]), select(theirs[-count:])
+    student_shapes, teacher_shapes = (
+        shapes_of(student, student_paths, images),
+        shapes_of(teacher, teacher_paths, images),
+    )
+    for network, shapes in (("student", student_shapes), ("teacher", teacher_shapes)):
+        for path, shape in shapes.items():
             if map_size(shape) is None:
                 raise InputError(
-                    f"the {whose}'s layer {path} gives {tuple(shape)}. Possible: feature maps (N, C, H, W), tokens "
-                    "(N, L, C) that lie in a square."
+                    f"the output of the {network}'s layer {path} has shape {tuple(shape)}. Possible: feature maps "
+                    "(N, C, H, W), or tokens (N, L, C) that form a square."
                 )
     return [
-        Pair(ours, theirs, shapes[ours], shapes_of_teacher[theirs])
-        for ours, theirs in dict.fromkeys(zip(of_student, of_teacher, strict=True))
+        LayerPair(ours, theirs, student_shapes[ours], teacher_shapes[theirs])
+        for ours, theirs in dict.fromkeys(zip(student_paths, teacher_paths, strict=True))
     ]
 
 
-def pair_of(
+def match_layer(
     student: nn.Module,
     teacher: nn.Module | None,
     layer: str,
@@ -134,34 +138,34 @@ def pair_of(
     data: Iterable[Any] | None,
     *,
     method: str,
-) -> Pair:
-    """The one pair that is meant; the last feature map of either network where nothing is written.
+) -> LayerPair:
+    """Pair one layer of each network, by default the last feature map.
 
     Raises:
-        InputError: as `pairs_of`; a pattern that matches several layers.
+        InputError: as `match_layers`; a pattern that matches several layers.
     """
     teacher = require_teacher(teacher, method)
     if teacher_layer and not layer:
         raise InputError(f"{method} has teacher_layer and no layer. Write both, or neither.")
-    for whose, network, pattern in (("student", student, layer), ("teacher", teacher, teacher_layer or layer)):
-        found = matching_paths(network, [pattern], f"the {whose}") if pattern else ()
-        if len(found) > 1:
+    for name, network, pattern in (("student", student, layer), ("teacher", teacher, teacher_layer or layer)):
+        paths = matching_paths(network, [pattern], f"the {name}") if pattern else ()
+        if len(paths) > 1:
             raise InputError(
-                f"{method} takes one layer, and '{pattern}' is {len(found)} of the {whose}: {', '.join(found)}. Write "
-                "one of them."
+                f"{method} takes one layer, and '{pattern}' matches {len(paths)} of the {name}: {', '.join(paths)}. "
+                "Write one of them."
             )
-    layers, of_teacher = ((name,) if name else () for name in (layer, teacher_layer))
-    (pair,) = pairs_of(student, teacher, layers, of_teacher, data, method=method, chosen=last)
+    student_layers, teacher_layers = ((name,) if name else () for name in (layer, teacher_layer))
+    (pair,) = match_layers(student, teacher, student_layers, teacher_layers, data, method=method, select=last_path)
     return pair
 
 
-def _example(data: Iterable[Any] | None, method: str) -> Tensor:
+def _example_images(data: Iterable[Any] | None, method: str) -> Tensor:
     first = None if data is None else next(iter(data), None)
     if first is None:
-        raise InputError(f"{method} needs images to see the layers' shapes on; none were given. Pass data=...")
+        raise InputError(f"{method} needs images to determine layer shapes; none were given. Pass data=...")
     return images_of(first)[:2]
 
 
-def last(found: tuple[str, ...]) -> tuple[str, ...]:
-    """The last of the layers that were found."""
-    return found[-1:]
+def last_path(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """The last of some paths."""
+    return paths[-1:]

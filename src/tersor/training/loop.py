@@ -1,13 +1,13 @@
-"""The one loop: batches go through an Objective, and its losses move the weights.
+"""The training loop: an optimizer minimises the sum of an Objective's losses.
 
-accelerate prepares two things only, the Objective and the optimizer:
+accelerate prepares only the Objective and the optimizer:
 
-* The Objective autocasts itself (`mixed_precision="no"`): all Accelerators of a process have to share one precision.
-* The hooks of an Attachment bind to torch's own optimizer, inside accelerate's wrapper, which has none. Its `step` is
-  called once for all accumulated batches, after clipping: `before_step` finds the averaged gradient of the whole step.
-* Accumulation is ours, over the batches of one epoch: the last step of an epoch takes what is left, and its gradient
-  is the mean over those. accelerate's counter knows no epoch of batches that it has not prepared.
-* The learning rate is set before every step by a pure function. accelerate's scheduler steps once for each process.
+* The Objective autocasts itself (`mixed_precision="no"`): all Accelerators of a process share one precision.
+* The hooks of an Attachment bind to torch's own optimizer, inside accelerate's wrapper, which has no hooks. Its `step`
+  is called once for all accumulated batches, after clipping, so `before_step` sees the averaged gradient.
+* The loop accumulates gradients itself, within one epoch: the last step of an epoch averages over the batches that are
+  left. accelerate's counter does not know the epochs of batches that it has not prepared.
+* The learning rate is set before every step by a pure function. accelerate's scheduler would step once per process.
 """
 
 from __future__ import annotations
@@ -31,52 +31,38 @@ from tersor.core.resources import enough_memory, smaller_batch
 from tersor.data.batch import Batch
 from tersor.data.batch_errors import explain_batchnorm_error
 from tersor.data.batch_source import BatchSource, Group, groups
-from tersor.training.accuracy_curve import AccuracyCurve
 from tersor.training.attachment import Attachment
-from tersor.training.ema import RunningMean
-from tersor.training.history import LossLog
+from tersor.training.ema import WeightEMA
+from tersor.training.history import LossHistory
 from tersor.training.objective import Objective
 from tersor.training.optimizer import optimizer_for
 from tersor.training.options import Training
-from tersor.training.schedule import learning_rate_factor
-from tersor.training.snapshot import Keeper, defer_sigint, fitting, part, restore, snapshot
+from tersor.training.schedule import learning_rates
+from tersor.training.snapshot import Checkpointer, defer_sigint, restore, restoring, snapshot, with_prefix
 from tersor.training.teacher_cache import TeacherCache
+from tersor.training.validation_curve import ValidationCurve
 
 REPORT_EVERY = 20
-"""Steps between two looks at the losses' values."""
+"""Steps between two reports of the losses; reading them waits for the device."""
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What a run of the loop was.
+class TrainingResult:
+    """The outcome of a training.
 
     Attributes:
         steps: optimizer steps.
-        seconds: wall time of these steps, data included, also of those that a process before took.
-        earlier: of these seconds, those of processes before.
-        losses: mean of each loss, by name, over the steps of the last epoch that was begun.
-        precision: what the networks ran in.
+        seconds: wall time of these steps, data loading and earlier processes included, validation excluded.
+        earlier_seconds: the part of `seconds` that earlier processes of a resumed training took.
+        losses: mean of each loss, by name, over the steps of the last epoch.
+        precision: data type in which the networks ran.
     """
 
     steps: int
     seconds: float
-    earlier: float
+    earlier_seconds: float
     losses: dict[str, float]
     precision: Literal["float32", "bfloat16"]
-
-
-def steps_per_epoch(batches: BatchSource, training: Training) -> int:
-    """Optimizer steps in one epoch; the last may accumulate fewer batches than the others.
-
-    Raises:
-        InputError: there is no batch.
-    """
-    if not len(batches):
-        raise InputError(
-            f"there is no batch to train on: there are fewer images than one batch of {training.batch_size}. "
-            "Give more images, or a smaller batch_size."
-        )
-    return math.ceil(len(batches) / training.accumulate)
 
 
 def fit(
@@ -89,10 +75,10 @@ def fit(
     progress: ProgressReporter | None = None,
     seed: int = 0,
     task: str = "train",
-    keeper: Keeper | None = None,
-    once: BatchSource | None = None,
-    curve: AccuracyCurve | None = None,
-) -> Fitted:
+    checkpointer: Checkpointer | None = None,
+    cache_batches: BatchSource | None = None,
+    curve: ValidationCurve | None = None,
+) -> TrainingResult:
     """Train `attachment.model` in place, on the device that accelerate selects, and return it to eval mode.
 
     The caller runs `attachment.begin` before and `attachment.finish` afterwards.
@@ -106,12 +92,13 @@ def fit(
         progress: reports steps, losses and the learning rate.
         seed: seed of random numbers in modules and methods (dropout); the order of the data has a seed of its own.
         task: its name in the progress.
-        keeper: holds the state to resume from, and saves the state every few steps and on Ctrl-C.
-        once: all images in order, for data without augmentation: the teacher's outputs are computed once and cached.
+        checkpointer: holds the state to resume from, and saves the state every few steps and on Ctrl-C.
+        cache_batches: all images in order, for data without augmentation: the teacher's outputs for them are computed
+            once and cached.
         curve: measures validation accuracy every few steps.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; with a keeper, after the step was finished and saved.
+        KeyboardInterrupt: Ctrl-C; with a checkpointer, after the step was finished and saved.
         InputError: no batch, no loss, a warm-up longer than the training, or too little memory.
         NonFiniteLoss, NonFiniteWeights: a loss or a weight is infinite or NaN.
         ProcessLost: another process has died.
@@ -119,13 +106,13 @@ def fit(
     if not attachment.terms and not attachment.label_weight:
         raise InputError("no loss: label_weight is 0 and no method adds one.")
     rates = learning_rates(batches, training, steps)
-    # without labels nothing may ask the classifier: a term may look at layers alone
-    of_several = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
+    # without the labels' loss the classifier may get no gradient: a term may use inner layers alone
+    ddp_options = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
     accelerator = Accelerator(
         cpu=init_process_group(),
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[of_several],
+        kwargs_handlers=[ddp_options],
     )
     device = accelerator.device
     objective = Objective(
@@ -144,19 +131,19 @@ def fit(
         restore_device_and_layout(objective),
         seeded(seed + accelerator.process_index, device),
     ):
-        loop = _Loop(accelerator, objective, training, progress or NullProgress(), keeper, curve)
-        begun = keeper.resume_state if keeper else None
-        handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
+        loop = _Loop(accelerator, objective, training, progress or NullProgress(), checkpointer, curve)
+        resumed = checkpointer.resume_state if checkpointer else None
+        handle = attachment.bind(loop.torch_optimizer, start=resumed[0] if resumed else 0)
         try:
-            if once is not None and attachment.terms:
-                loop.remember(once, task)
+            if cache_batches is not None and attachment.terms:
+                loop.cache_teacher(cache_batches, task)
             return loop.run(batches, rates, task)
         finally:
             handle.remove()
 
 
 class _Loop:
-    """Batches -> gradients -> moved weights, through accelerate."""
+    """The steps of one training, through accelerate."""
 
     def __init__(
         self,
@@ -164,141 +151,133 @@ class _Loop:
         objective: Objective,
         training: Training,
         progress: ProgressReporter,
-        keeper: Keeper | None,
-        curve: AccuracyCurve | None,
+        checkpointer: Checkpointer | None,
+        curve: ValidationCurve | None,
     ) -> None:
         self.accelerator = accelerator
-        self.plain = objective
+        self.unwrapped = objective
         self.model = objective.model
         self.training = training
         self.progress = progress
-        self.keeper = keeper
+        self.checkpointer = checkpointer
         self.curve = curve
-        self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.autocast else "float32"
+        self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.context.autocast else "float32"
         self.layout = layout_for(accelerator.device)
         set_layout(objective, self.layout)
         self.torch_optimizer = optimizer_for(objective, training.optimizer)
         self.objective, self.optimizer = accelerator.prepare(objective.train(), self.torch_optimizer)
 
-    def remember(self, once: BatchSource, task: str) -> None:
-        """Asks the teacher about all images. Also where a training goes on: the bits are the same, batch by batch."""
-        self.progress.start(f"{task}: what the teacher gives", len(once))
-        kept: TeacherCache | None = None
-        for batch in once:
-            kept = kept or TeacherCache(len(once) * len(batch.images))
-            kept.add(batch, self.plain.teacher_forward(self._placed(batch)))
+    def cache_teacher(self, batches: BatchSource, task: str) -> None:
+        """Compute the teacher's outputs for all images; a resumed training computes the same bits again."""
+        self.progress.start(f"{task}: computing teacher outputs", len(batches))
+        cache: TeacherCache | None = None
+        for batch in batches:
+            cache = cache or TeacherCache(len(batches) * len(batch.images))
+            cache.add(batch, self.unwrapped.teacher_forward(self._to_device(batch)))
             self.progress.advance()
-        self.plain.answers = kept
+        self.unwrapped.teacher_cache = cache
 
-    def run(self, batches: BatchSource, rates: list[float], task: str) -> Fitted:
-        """One step for each of the learning rates."""
-        keeper = self.keeper
+    def run(self, batches: BatchSource, rates: list[float], task: str) -> TrainingResult:
+        """One step for each learning rate."""
         layout = str(self.layout).removeprefix("torch.")
         self.progress.say(f"{task}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
         self.progress.start(task, len(rates))
-        mean = RunningMean(self.model, self.training.ema) if self.training.ema else None
-        first, kept = keeper.resume_state if keeper and keeper.resume_state else (0, None)
-        with fitting(keeper.last if keeper else None):
-            if kept is not None:
-                restore(kept, self.plain, self.torch_optimizer, mean)
-                self.progress.advance(first)
-                if self.curve:
-                    self.curve.go_on(part(kept, "curve"))
-            log = LossLog(part(kept or {}, "log"))
-        shown: dict[str, float] = {}
+        ema = WeightEMA(self.model, self.training.ema) if self.training.ema else None
+        first, history = self._resume(ema)
+        reported: dict[str, float] = {}
         steps = groups(batches, self.training.accumulate, first)
-        with defer_sigint(keeper is not None) as asked:
+        with defer_sigint(self.checkpointer is not None) as interrupted:
             for step, (rate, group) in enumerate(zip(rates[first:], steps, strict=False), first):
-                losses = self._gradients(group)
+                losses = self._backward(group)
                 values = torch.stack([*losses.values()])
-                self._stop_unless_finite(losses, values, step, rate)
-                self._move(rate)
-                if mean:
-                    mean.update(self.model, step)
-                log.add(losses, first=group.first)
-                if step % REPORT_EVERY == 0 or not shown:
-                    shown = dict(zip(losses, values.tolist(), strict=True))
-                measured = self._measured(step + 1, mean, log)
-                self.progress.advance(1, **shown, **measured, learning_rate=rate)
-                if keeper:
-                    self._keep(keeper, step + 1, asked(), mean, log)
+                self._check_finite(losses, values, step, rate)
+                self._optimizer_step(rate)
+                if ema:
+                    ema.update(self.model, step)
+                history.add(losses, first=group.first)
+                if step % REPORT_EVERY == 0 or not reported:
+                    reported = dict(zip(losses, values.tolist(), strict=True))
+                validated = self._validate(step + 1, ema, history)
+                self.progress.advance(1, **reported, **validated, learning_rate=rate)
+                if self.checkpointer:
+                    self._checkpoint(self.checkpointer, step + 1, interrupted(), ema, history)
         if any_rank(not all(bool(weight.isfinite().all()) for weight in self.model.parameters())):
             raise NonFiniteWeights(task)
-        if mean:
-            mean.copy_to(self.model)
-        broadcast_from_rank0(self.model)  # the last batch has moved running statistics and ranges in each apart
-        broadcast_from_rank0(self.plain.terms)
-        return Fitted(len(rates), log.seconds, log.earlier, log.means(), self.precision)
+        if ema:
+            ema.copy_to(self.model)
+        broadcast_from_rank0(self.model)  # running statistics and ranges differ after each process's last batch
+        broadcast_from_rank0(self.unwrapped.terms)
+        return TrainingResult(len(rates), history.seconds, history.earlier_seconds, history.means(), self.precision)
 
-    def _measured(self, done: int, mean: RunningMean | None, log: LossLog) -> dict[str, float]:
-        """What the curve has last, to be shown."""
+    def _resume(self, ema: WeightEMA | None) -> tuple[int, LossHistory]:
+        """The first step, and the loss history up to it."""
+        if self.checkpointer is None or self.checkpointer.resume_state is None:
+            return 0, LossHistory({})
+        first, state = self.checkpointer.resume_state
+        with restoring(self.checkpointer.last):
+            restore(state, self.unwrapped, self.torch_optimizer, ema)
+            self.progress.advance(first)
+            if self.curve:
+                self.curve.load_state(with_prefix(state, "curve"))
+            return first, LossHistory(with_prefix(state, "log"))
+
+    def _validate(self, done: int, ema: WeightEMA | None, history: LossHistory) -> dict[str, float]:
+        """The latest validation accuracy, as the progress shows it."""
         if self.curve is None:
             return {}
-        with log.paused():
-            self.curve.after(done, self.model, mean)
+        with history.paused():
+            self.curve.measure_if_due(done, self.model, ema)
         return self.curve.latest
 
-    def _keep(self, keeper: Keeper, done: int, asked: bool, mean: RunningMean | None, log: LossLog) -> None:
-        """A snapshot every few steps, and where Ctrl-C was pressed in any process; then all stop.
+    def _checkpoint(
+        self, checkpointer: Checkpointer, done: int, interrupted: bool, ema: WeightEMA | None, history: LossHistory
+    ) -> None:
+        """Save a snapshot every few steps, and in all processes where Ctrl-C was pressed in one; then stop.
 
         Raises:
             KeyboardInterrupt: it was pressed.
         """
-        stop = any_rank(asked)
-        if stop or done % keeper.every == 0:
-            told = {f"log.{name}": value for name, value in log.tensors().items()}
+        stop = any_rank(interrupted)
+        if stop or done % checkpointer.every == 0:
+            state = {f"log.{name}": value for name, value in history.state().items()}
             if self.curve:
-                told |= {f"curve.{name}": value for name, value in self.curve.tensors().items()}
-            keeper.keep(done, snapshot(self.plain, self.torch_optimizer, mean) | told)
+                state |= {f"curve.{name}": value for name, value in self.curve.state().items()}
+            checkpointer.save(done, snapshot(self.unwrapped, self.torch_optimizer, ema) | state)
         if stop:
             raise KeyboardInterrupt
 
-    def _gradients(self, group: Group) -> dict[str, Tensor]:
-        """Leaves the gradient of the mean over the group's batches in the parameters; the mean losses by name."""
+    def _backward(self, group: Group) -> dict[str, Tensor]:
+        """Accumulate the gradient of the mean over the group's batches; return the mean losses by name."""
         means: dict[str, Tensor] = {}
         for place, batch in enumerate(group.batches, 1):
-            waits = self.accelerator.no_sync(self.objective) if place < group.size else nullcontext()
-            with waits, explain_batchnorm_error(len(batch.images)):
-                losses: dict[str, Tensor] = self.objective(self._placed(batch))
+            sync = self.accelerator.no_sync(self.objective) if place < group.size else nullcontext()
+            with sync, explain_batchnorm_error(len(batch.images)):
+                losses: dict[str, Tensor] = self.objective(self._to_device(batch))
                 self.accelerator.backward(torch.stack([*losses.values()]).sum() / group.size)
             for name, loss in losses.items():
                 means[name] = means.get(name, 0) + loss.detach() / group.size
         return means
 
-    def _placed(self, batch: Batch) -> Batch:
+    def _to_device(self, batch: Batch) -> Batch:
         batch = batch.to(self.accelerator.device)
         if batch.images.ndim != 4:
             return batch
         return Batch(batch.images.contiguous(memory_format=self.layout), batch.labels, batch.index)
 
-    def _stop_unless_finite(self, names: Iterable[str], values: Tensor, step: int, rate: float) -> None:
-        # Looked at after the backward pass was started: on a GPU the wait is then no longer than the pass.
+    def _check_finite(self, names: Iterable[str], values: Tensor, step: int, rate: float) -> None:
+        # After the backward pass was started: on a GPU the wait is then no longer than the pass.
         if any_rank(not bool(values.isfinite().all())):
-            told = zip(names, values.tolist(), strict=True)
-            name, value = next((pair for pair in told if not math.isfinite(pair[1])), ("of another process", math.nan))
-            last = self.keeper.last if self.keeper else None
+            losses = zip(names, values.tolist(), strict=True)
+            name, value = next(
+                (loss for loss in losses if not math.isfinite(loss[1])), ("of another process", math.nan)
+            )
+            last = self.checkpointer.last if self.checkpointer else None
             raise NonFiniteLoss(step + 1, name, value, rate, last)
 
-    def _move(self, rate: float) -> None:
+    def _optimizer_step(self, rate: float) -> None:
         for group in self.torch_optimizer.param_groups:
             group["lr"] = rate
         if self.training.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.objective.parameters(), self.training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def learning_rates(batches: BatchSource, training: Training, steps: int) -> list[float]:
-    """The rate of every step.
-
-    Raises:
-        InputError: the warm-up is as long as the training.
-    """
-    schedule, base = training.lr_schedule, training.optimizer.learning_rate
-    warmup = round(schedule.warmup_epochs * steps_per_epoch(batches, training))
-    if warmup and steps and warmup >= steps:
-        raise InputError(
-            f"a warm-up of {schedule.warmup_epochs:g} epochs ({warmup} steps) leaves nothing of a stage of {steps} "
-            "steps. Write fewer warmup_epochs, or train longer."
-        )
-    return [base * learning_rate_factor(schedule, step, steps, warmup) for step in range(steps)]

@@ -1,4 +1,4 @@
-"""A loss whose weight rises over the first steps: a student that knows nothing yet learns the labels first."""
+"""A loss term whose weight rises linearly over the first steps."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from tersor.training.objective import LossTerm
 
 
 class WarmupLossTerm(LossTerm):
-    """One that multiplies its loss by `rise`, a buffer, so that a run that goes on has it."""
+    """A term that multiplies its loss by `warmup`, a buffer, so that checkpoints contain it."""
 
-    rise: Tensor
+    warmup: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("rise", torch.ones(()))
+        self.register_buffer("warmup", torch.ones(()))
 
 
-class RisingAttachment(Attachment):
-    """Lets the weight of a term rise linearly to 1.
+class WarmupAttachment(Attachment):
+    """Raises the weight of a term linearly to 1.
 
     Args:
         model: the network.
-        term: what rises.
-        steps: over which it does; 0 for the whole weight at once.
-        label_weight: factor on the weight of the labels' own loss.
+        term: the term.
+        steps: length of the warm-up; 0 for the full weight at once.
+        label_weight: factor on the cross entropy with the labels.
         layers: pairs of paths that the term needs.
     """
 
@@ -48,8 +48,8 @@ class RisingAttachment(Attachment):
         self._set(0)
 
     def _set(self, step: int) -> None:
-        self.term.rise.fill_(min(1.0, (step + 1) / self.steps) if self.steps else 1.0)
+        self.term.warmup.fill_(min(1.0, (step + 1) / self.steps) if self.steps else 1.0)
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """The weight of the next step."""
+        """Set the weight for the next step."""
         self._set(step + 1)

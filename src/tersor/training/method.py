@@ -1,4 +1,4 @@
-"""A method: a frozen, validated record of plain values, which is the recipe entry, and which can be attached."""
+"""A method: a frozen, validated record of plain values (its recipe entry) that can be attached to a network."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ PLAIN_VALUES = ConfigDict(extra="forbid")
 
 @runtime_checkable
 class Method(Protocol):
-    """What every class in `methods/` is.
+    """The protocol of every class in `methods/`.
 
-    Optional class variables: `needs_teacher`, `needs_steps`; `example`, parameters that show the method on a small
-    network; `off`, parameters at which it changes nothing; `exempt`, the laws of `tests/laws` that it cannot pass, each
-    with the reason.
+    Optional class variables: `needs_teacher`, `needs_steps`; `example`, parameters for a small network; `off`,
+    parameters at which the method changes nothing; `exempt`, the laws of `tests/laws` that it cannot pass, each with
+    the reason.
     """
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
-        """Change the structure of `model`; draw no numbers from the global generator.
+        """Change the structure of `model`, without using the global random generator.
 
         Args:
             model: the network; its Parameter objects stay the same.
-            context: data, teacher, number of steps, target, and what else a method may use.
+            context: data, teacher, number of steps, target and more.
         """
         ...
 
@@ -44,9 +44,7 @@ def chain(
     model: nn.Module,
     context: AttachContext,
 ) -> Attachment:
-    """Attaches `methods` one after the other, each on what the one before left, as one attachment. Under masks of
-    earlier stages nothing moves.
-    """
+    """Attach `methods` in order, as one attachment; weights masked in earlier stages stay zero."""
     parts: list[Attachment] = []
     with torch.random.fork_rng(devices=[]):
         for method in methods:
@@ -58,34 +56,34 @@ def chain(
             if isinstance(part, MaskedAttachment):
                 _refuse_masks(method, part, parts)
             parts.append(part)
-    moved = {name for part in parts if isinstance(part, MaskedAttachment) for name in part.masked}
+    masked = {name for part in parts if isinstance(part, MaskedAttachment) for name in part.masked}
     layers = weighted_layers(model).items()
-    still = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in moved}
-    return Chain(model, [*parts, KeptMasks(model, still)] if still else parts)
+    frozen = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in masked}
+    return Chain(model, [*parts, KeptMasks(model, frozen)] if frozen else parts)
 
 
 def _refuse_masks(method: Method, part: MaskedAttachment, parts: Sequence[Attachment]) -> None:
-    """Each would undo what the other masks."""
+    """Refuse two methods that mask the same layer: each would overwrite the other's masks."""
     for other in parts:
         both = [name for name in part.masked if isinstance(other, MaskedAttachment) and name in other.masked]
         if both:
             raise InputError(
-                f"{type(method).__name__} masks {both[0]}, which a method before it in the same stage masks too. Give "
-                "them `layers` apart from each other, or stages of their own."
+                f"{type(method).__name__} masks {both[0]}, which an earlier method of the same stage masks too. Give "
+                "them different `layers`, or separate stages."
             )
 
 
 def _refuse_new_shapes(method: Method, parts: Sequence[Attachment]) -> None:
-    """What learns with layers, or moves weights by their places, was built for the shapes that they had."""
+    """Refuse shape changes after a method that was built for the earlier shapes."""
     for part in parts:
         if part.layers:
             paired = ", ".join(student for student, _ in part.layers)
             raise InputError(
-                f"{type(method).__name__} changes shapes after {paired} were paired with the teacher's. Write it "
-                "before the method that learns from these layers."
+                f"{type(method).__name__} changes shapes after {paired} were paired with teacher layers. Write it "
+                "before the method that compares these layers."
             )
         if part.holds_shapes:
             raise InputError(
-                f"{type(method).__name__} changes shapes that another method of the stage goes by. Write it in a stage "
-                "of its own behind."
+                f"{type(method).__name__} changes shapes that another method of the stage depends on. Write it in a "
+                "later stage of its own."
             )

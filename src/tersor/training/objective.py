@@ -1,16 +1,14 @@
-"""What is asked of the network: a batch goes in, named losses come out.
+"""The training objective: a batch -> named losses.
 
-The Objective is the one thing that a loop calls, and the one that DDP or `torch.compile` wraps: however
-often the model runs inside, there is one forward call and one backward.
+The training loop calls the Objective, and DDP or `torch.compile` wraps it: there is one forward call and one backward
+call a batch, however often the model runs inside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Self
-from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
@@ -22,55 +20,67 @@ from tersor.graph.feature_extraction import FeatureExtractor
 
 
 @dataclass(frozen=True)
+class ForwardContext:
+    """How the objective runs the student, for terms that compute something costly or run the student again.
+
+    Attributes:
+        model: the student.
+        autocast: data type of its forward pass, or None for the model's own.
+        label_smoothing: label smoothing of the cross entropy.
+    """
+
+    model: nn.Module | None = None
+    autocast: torch.dtype | None = None
+    label_smoothing: float = 0.0
+
+    def autocasting(self, batch: Batch) -> torch.autocast:
+        """Autocast as in the networks' forward pass."""
+        return torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None)
+
+
+@dataclass(frozen=True)
 class Outputs:
-    """What a network answered: `logits` (N, classes); `layers`, what those gave that a term asked for, by path."""
+    """Outputs of a network for one batch, in float32.
+
+    Attributes:
+        logits: (N, classes).
+        layers: outputs of the layers that the terms need, by path.
+        context: how the student was run.
+    """
 
     logits: Tensor
     layers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    context: ForwardContext = ForwardContext()
 
 
 class LossTerm(nn.Module):
-    """A scalar that the student should make small, logged under its `name`.
+    """A scalar loss for the student, logged under its `name`.
 
-    `forward(batch, student, teacher)` returns the weighted loss, a scalar tensor. What it is given is in float32;
-    costly work of its own may run under `autocasting(batch)`, but not the loss itself.
+    `forward(batch, student, teacher)` returns the weighted loss, a scalar tensor. Its inputs are in float32. Costly
+    work of its own may run under `student.context.autocasting(batch)`, but not the loss itself.
     """
 
     name: str = ""
-    _asked_by: ReferenceType[Objective] | None = None
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The weighted loss of one batch."""
         raise NotImplementedError
 
-    def join(self, objective: Objective) -> None:
-        """Who asks: a term that runs the network again runs the objective's, as it does."""
-        self._asked_by = ref(objective)
-
-    @property
-    def objective(self) -> Objective | None:
-        """Who asks, while it is there."""
-        return self._asked_by() if self._asked_by else None
-
-    def autocasting(self, batch: Batch) -> AbstractContextManager[object]:
-        """The precision in which the objective's networks run, for those of the term."""
-        return nullcontext() if self.objective is None else self.objective.autocasting(batch)
-
 
 class Objective(nn.Module):
-    """Model, teacher and terms: `forward(batch)` gives the named losses, whose sum is to be minimised.
+    """Student, teacher and loss terms: `forward(batch)` returns the named losses, whose sum is minimised.
 
     Args:
-        model: the network that learns.
-        terms: what the methods ask.
-        teacher: the network that the terms compare with; always in eval, never given a gradient.
-        label_weight: weight of the cross entropy with the labels; 0 leaves the labels alone.
+        model: the student.
+        terms: the methods' losses.
+        teacher: the network that the terms compare with; always in eval mode, without gradients.
+        label_weight: weight of the cross entropy with the labels; 0 ignores the labels.
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
-        label_smoothing: part of the label's probability that is spread over all classes.
+        label_smoothing: fraction of the label's probability that is spread over all classes.
         autocast: data type in which the networks run (bfloat16), or None for the model's own.
 
     Attributes:
-        answers: what gives the teacher's outputs in its place, where they are kept from before.
+        teacher_cache: returns cached teacher outputs for a batch, instead of running the teacher.
     """
 
     def __init__(
@@ -87,23 +97,19 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         pairs = list(layers)
-        self._ask_student = FeatureExtractor(model, [path for path, _ in pairs])
-        self._ask = None if teacher is None else FeatureExtractor(teacher, [path for _, path in pairs])
+        self._student_features = FeatureExtractor(model, [path for path, _ in pairs])
+        self._teacher_features = None if teacher is None else FeatureExtractor(teacher, [path for _, path in pairs])
         self.terms = nn.ModuleList(terms)
         self.teacher = teacher
         self.label_weight = label_weight
-        self.label_smoothing = label_smoothing
-        self.autocast = autocast
-        self.answers: Callable[[Batch], Outputs] | None = None
+        self.context = ForwardContext(model, autocast, label_smoothing)
+        self.teacher_cache: Callable[[Batch], Outputs] | None = None
         if teacher is not None:
             teacher.requires_grad_(requires_grad=False)
-        for term in self.terms:
-            assert isinstance(term, LossTerm)
-            term.join(self)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the model's mode; the teacher stays in eval."""
+        """Set the student's mode; the teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
@@ -115,21 +121,21 @@ class Objective(nn.Module):
         Raises:
             InputError: the network does not return logits, or there is no loss.
         """
-        with self.autocasting(batch):
-            logits, given = self._ask_student(batch.images)
+        with self.context.autocasting(batch):
+            logits, features = self._student_features(batch.images)
         if not isinstance(logits, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(
-                f"in training the network answers with a {type(logits).__name__}, not with logits (N, classes). Build "
-                "it without auxiliary heads (aux_logits=False)."
+                f"in training mode the network returns a {type(logits).__name__}, not logits (N, classes). Build it "
+                "without auxiliary heads (aux_logits=False)."
             )
         teacher = None
         if len(self.terms) and self.teacher is not None:
-            teacher = (self.answers or self.teacher_forward)(batch)
-        student = Outputs(logits.float(), {path: value.float() for path, value in given.items()})
+            teacher = (self.teacher_cache or self.teacher_forward)(batch)
+        student = Outputs(logits.float(), {path: value.float() for path, value in features.items()}, self.context)
         losses: dict[str, Tensor] = {}
         if self.label_weight and batch.labels is not None:
             losses["labels"] = self.label_weight * F.cross_entropy(
-                student.logits, batch.labels, label_smoothing=self.label_smoothing
+                student.logits, batch.labels, label_smoothing=self.context.label_smoothing
             )
         for term in self.terms:
             assert isinstance(term, LossTerm)
@@ -139,14 +145,10 @@ class Objective(nn.Module):
         return losses
 
     def teacher_forward(self, batch: Batch) -> Outputs:
-        """What the teacher gives for the images of `batch`, in float32 and without a gradient."""
-        assert self._ask is not None
-        with torch.inference_mode(), self.autocasting(batch):
-            logits, given = self._ask(batch.images)
-        # a copy outside inference mode may be saved for backward
-        logits, *values = (value.to(torch.float32, copy=True) for value in (logits, *given.values()))
-        return Outputs(logits, dict(zip(given, values, strict=True)))
-
-    def autocasting(self, batch: Batch) -> torch.autocast:
-        """The precision in which the networks run."""
-        return torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None)
+        """The teacher's outputs for a batch, in float32 and without gradients."""
+        assert self._teacher_features is not None
+        with torch.inference_mode(), self.context.autocasting(batch):
+            logits, features = self._teacher_features(batch.images)
+        # a copy made outside inference mode may be saved for backward
+        logits, *values = (value.to(torch.float32, copy=True) for value in (logits, *features.values()))
+        return Outputs(logits, dict(zip(features, values, strict=True)))

@@ -1,4 +1,4 @@
-"""The optimizer of a stage, from its checked data."""
+"""The optimizer of a stage, from its options."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tersor.training.options import OptimizerOptions
 
 
 def optimizer_for(model: nn.Module, options: OptimizerOptions) -> Optimizer:
-    """SGD or AdamW over every parameter of `model` that learns; weight decay is on all of them, as in the papers."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """SGD or AdamW for every trainable parameter of `model`; weight decay applies to all of them, as in the papers."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rate, decay = options.learning_rate, options.weight_decay
     if options.name == "adamw":
-        return AdamW(learning, lr=rate, weight_decay=decay)
-    nesterov = options.nesterov and options.momentum > 0  # without momentum it changes nothing, and torch refuses it
-    return SGD(learning, lr=rate, momentum=options.momentum, nesterov=nesterov, weight_decay=decay)
+        return AdamW(parameters, lr=rate, weight_decay=decay)
+    nesterov = options.nesterov and options.momentum > 0  # torch refuses it without momentum
+    return SGD(parameters, lr=rate, momentum=options.momentum, nesterov=nesterov, weight_decay=decay)

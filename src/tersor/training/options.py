@@ -1,4 +1,4 @@
-"""How a stage trains, as checked data. No tensor is touched here, and torch is not imported."""
+"""Training options of a stage, as validated data; does not import torch."""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ class OptimizerOptions(BaseModel):
     model_config = PLAIN
     name: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD; AdamW has its own")] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD; ignored by AdamW")] = 0.9
     nesterov: Annotated[bool, Field(description="of SGD")] = True
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
 
 
 class LearningRateSchedule(BaseModel):
-    """The factor on the learning rate over a stage, after `warmup_epochs` of linear rise."""
+    """Factor on the learning rate over a stage, after `warmup_epochs` of linear warm-up."""
 
     model_config = PLAIN
     name: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
     milestones: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...],
-        Field(description="of `step`: fractions of the stage after which the rate drops"),
+        Field(description="of `step`: fractions of the stage after which the learning rate drops"),
     ] = (0.5, 0.75)
-    factor: Annotated[float, Field(gt=0, lt=1, description="of `step`: what a drop multiplies by")] = 0.1
+    factor: Annotated[float, Field(gt=0, lt=1, description="of `step`: factor of each drop")] = 0.1
 
 
 class Training(BaseModel):
-    """Everything about a stage's loop but its length and its methods."""
+    """Training options of a stage, except its length and its methods."""
 
     model_config = PLAIN
-    batch_size: Annotated[int, Field(ge=1, description="images a step and process")] = 128
+    batch_size: Annotated[int, Field(ge=1, description="images per batch and process")] = 128
     optimizer: OptimizerOptions = OptimizerOptions()
     lr_schedule: LearningRateSchedule = LearningRateSchedule()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip_norm: Annotated[float | None, Field(gt=0, description="largest norm of the whole gradient")] = None
-    accumulate: Annotated[int, Field(ge=1, description="batches whose gradients make one step")] = 1
-    ema: Annotated[float | None, Field(gt=0, lt=1, description="decay of a running mean of the weights")] = None
+    clip_norm: Annotated[float | None, Field(gt=0, description="maximum norm of the whole gradient")] = None
+    accumulate: Annotated[int, Field(ge=1, description="batches per optimizer step")] = 1
+    ema: Annotated[
+        float | None, Field(gt=0, lt=1, description="decay of an exponential moving average of the weights")
+    ] = None
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Field(description="auto: bfloat16 where the device has matrix units for it, else float32"),

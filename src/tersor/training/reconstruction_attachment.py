@@ -1,4 +1,4 @@
-"""What a method that learns how weights are rounded asks of a run: ranges first, then part by part."""
+"""The attachment of methods that learn weight rounding: calibration first, then block by block."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 
 
-class Reconstructed(Attachment):
-    """Quantizers laid on a captured network; `begin` sets their ranges and learns how weights are rounded.
+class ReconstructionAttachment(Attachment):
+    """Inserts quantizers into a captured network; `begin` calibrates them and learns the rounding of the weights.
 
     Args:
         model: the network.
-        precision: how finely it is to be rounded.
+        precision: bit widths.
         exclude: patterns of layers that stay in float.
         context: data without labels, target, progress.
-        ranges: how ranges are set, and from how many images; the rounding is learned on the same.
-        how: what is learned.
-        method: how errors call who asks.
+        ranges: how ranges are calibrated, and on how many images; the rounding is learned on the same images.
+        how: options of the reconstruction.
+        method: the method's name, for error messages.
 
     Raises:
-        InputError: no data, a pattern of `exclude` that matches nothing, no layer left, a grid already there.
+        InputError: no data, a pattern of `exclude` without a match, no layer left, an already quantized layer.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Reconstructed(Attachment):
     ) -> None:
         if context.data is None:
             raise InputError(
-                f"{method} needs images to look at; none were given. Pass data=..., a few hundred suffice."
+                f"{method} needs images for calibration; none were given. Pass data=...; a few hundred are enough."
             )
         self.quantizers = insert_quantizers(
             capture(model), precision, exclude=exclude, target=context.target, method=method, original=model
@@ -59,10 +59,10 @@ class Reconstructed(Attachment):
         self._original = copy.deepcopy(self.quantizers.graph)
 
     def begin(self) -> None:
-        """Calibrates, then reconstructs part by part; goes on where it was left.
+        """Calibrate, then reconstruct block by block; an interrupted run resumes at its last block.
 
         Raises:
-            InputError: the data holds no image, or cannot be read again.
+            InputError: the data has no image, or cannot be iterated again.
         """
         self.model.eval()
         if not self.quantizers.enabled:

@@ -1,7 +1,4 @@
-"""How a value moves over a stage: the progress, from 0 to 1, goes in; the value comes out.
-
-Pure functions of the time that the loop tells: nothing counts here, so nothing is lost by a checkpoint.
-"""
+"""Schedules: values as pure functions of the progress of a stage, so that checkpoints need no schedule state."""
 
 from __future__ import annotations
 
@@ -11,45 +8,46 @@ from typing import Literal, cast
 
 from tersor.core.errors import InputError
 from tersor.core.import_path import import_function, is_function_path
-from tersor.training.options import LearningRateSchedule
+from tersor.data.batch_source import BatchSource
+from tersor.training.options import LearningRateSchedule, Training
 
 Shape = Literal["constant", "linear", "cubic", "cosine"]
 
 
 def interpolate(shape: Shape, progress: float, start: float, end: float) -> float:
-    """The value at `progress` on the way from `start` (at 0) to `end` (at 1), both met exactly.
+    """The value at `progress` between `start` (exactly, at 0) and `end` (exactly, at 1).
 
-    `constant` is `end` all along. `cubic` moves fast first: `end + (start - end) * (1 - progress)^3` (Zhu and Gupta,
+    `constant` is always `end`. `cubic` changes fast first: `end + (start - end) * (1 - progress)^3` (Zhu and Gupta,
     "To prune, or not to prune", 2017).
     """
     assert 0 <= progress <= 1, progress
     match shape:
         case "constant":
-            left = 0.0
+            remaining = 0.0
         case "linear":
-            left = 1 - progress
+            remaining = 1 - progress
         case "cubic":
-            left = (1 - progress) ** 3
+            remaining = (1 - progress) ** 3
         case "cosine":
-            left = (1 + math.cos(math.pi * progress)) / 2
-    return left * start + (1 - left) * end
+            remaining = (1 + math.cos(math.pi * progress)) / 2
+    return remaining * start + (1 - remaining) * end
 
 
 def curve(name: str) -> Callable[[float], float]:
-    """Progress -> what fraction of the way is done: a shape by name, or a function of the user's.
+    """The function progress -> fraction (0 to 1) of a shape's name, or the user's function at an import path.
 
     Raises:
-        InputError: the function cannot be found; it gives no number from 0 to 1, at the quarters or when it is called.
+        InputError: the function cannot be found; it does not return a number from 0 to 1.
     """
     if not is_function_path(name):
         return lambda progress: interpolate(cast("Shape", name), progress, 0.0, 1.0)
     function = import_function(name)
 
     def checked(progress: float) -> float:
-        found = function(progress)
-        if not isinstance(found, int | float) or not 0 <= found <= 1:
-            raise InputError(f"'{name}' gave {found!r} at progress {progress:g}. Give a number from 0 to 1.")
-        return float(found)
+        value = function(progress)
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InputError(f"'{name}' returned {value!r} at progress {progress:g}. Return a number from 0 to 1.")
+        return float(value)
 
     for quarter in range(5):
         checked(quarter / 4)
@@ -57,10 +55,10 @@ def curve(name: str) -> Callable[[float], float]:
 
 
 def learning_rate_factor(schedule: LearningRateSchedule, step: int, steps: int, warmup_steps: int) -> float:
-    """What the learning rate is multiplied by at optimizer step `step` (from 0) of `steps`.
+    """The factor on the learning rate at optimizer step `step` (from 0) of `steps`.
 
-    The warm-up rises linearly and reaches 1 at its last step. `cosine` and `linear` fall from 1 towards 0 over the
-    steps after it; `step` drops after fractions of the whole stage.
+    The warm-up rises linearly and reaches 1 at its last step. `cosine` and `linear` then fall from 1 towards 0; `step`
+    drops after fractions of the whole stage.
     """
     assert 0 <= step < steps, (step, steps)
     rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
@@ -74,3 +72,33 @@ def learning_rate_factor(schedule: LearningRateSchedule, step: int, steps: int, 
         case "linear" | "cosine":
             fall = interpolate(schedule.name, progress, start=1.0, end=0.0)
     return rise * fall
+
+
+def steps_per_epoch(batches: BatchSource, training: Training) -> int:
+    """Optimizer steps in one epoch; the last may accumulate fewer batches than the others.
+
+    Raises:
+        InputError: there is no batch.
+    """
+    if not len(batches):
+        raise InputError(
+            f"there is no batch to train on: there are fewer images than one batch of {training.batch_size}. "
+            "Give more images, or a smaller batch_size."
+        )
+    return math.ceil(len(batches) / training.accumulate)
+
+
+def learning_rates(batches: BatchSource, training: Training, steps: int) -> list[float]:
+    """The learning rate of every step.
+
+    Raises:
+        InputError: there is no batch; the warm-up is as long as the training.
+    """
+    schedule, base = training.lr_schedule, training.optimizer.learning_rate
+    warmup = round(schedule.warmup_epochs * steps_per_epoch(batches, training))
+    if warmup and steps and warmup >= steps:
+        raise InputError(
+            f"a warm-up of {schedule.warmup_epochs:g} epochs ({warmup} steps) does not fit into a stage of {steps} "
+            "steps. Write fewer warmup_epochs, or train longer."
+        )
+    return [base * learning_rate_factor(schedule, step, steps, warmup) for step in range(steps)]

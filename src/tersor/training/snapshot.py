@@ -1,4 +1,4 @@
-"""Everything that a training at some step is, as tensors by name; and back, so that it goes on as if never stopped."""
+"""The whole state of a training as named tensors, and how it is restored, so that a resumed training is bit-equal."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch.optim import AdamW, Optimizer
 
 from tersor.core.distributed import all_gather, count, rank
 from tersor.core.errors import InputError
-from tersor.training.ema import RunningMean
+from tersor.training.ema import WeightEMA
 from tersor.training.objective import Objective
 
-_OF_ADAMW, _OF_SGD = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+_ADAMW_STATE, _SGD_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
 
 
-class Keeper(Protocol):
-    """Keeps a training, so that it can go on.
+class Checkpointer(Protocol):
+    """Stores snapshots of a training, from which it resumes.
 
     Attributes:
         every: steps between two snapshots.
-        resume_state: steps that were done before, and the snapshot after them; None at the beginning.
-        last: what to call the newest snapshot, to be named where a loss is not finite.
+        resume_state: number of finished steps and the snapshot after them; None for a new training.
+        last: name of the newest checkpoint, for error messages.
     """
 
     every: int
@@ -36,17 +36,17 @@ class Keeper(Protocol):
     @property
     def last(self) -> str | None: ...
 
-    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the snapshot after `step` steps."""
+    def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Save the snapshot after `step` steps."""
         ...
 
 
 @contextmanager
-def fitting(checkpoint: str | None) -> Generator[None]:
-    """While values of a checkpoint are taken back, which may be a stranger's, or of another version.
+def restoring(checkpoint: str | None) -> Generator[None]:
+    """Context that restores values of a checkpoint, which may belong to another run or version.
 
     Raises:
-        InputError: they do not fit what they are taken back into.
+        InputError: they do not fit.
     """
     try:
         yield
@@ -54,20 +54,19 @@ def fitting(checkpoint: str | None) -> Generator[None]:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"the checkpoint {checkpoint} is not of this run: {str(error)[:300]}. Remove the folder that it lies in, "
-            "and begin anew."
+            f"the checkpoint {checkpoint} is not of this run: {str(error)[:300]}. Remove its folder and start again."
         ) from error
 
 
 @contextmanager
-def defer_sigint(heeded: bool) -> Generator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, to be asked between two steps; pressed twice, it interrupts at once.
+def defer_sigint(enabled: bool) -> Generator[Callable[[], bool]]:
+    """Defer Ctrl-C to the end of a step; the yielded function says whether it was pressed.
 
-    A step that is cut in two leaves half of the weights moved. Nothing changes where it is not `heeded`, or outside
-    of the main thread.
+    An interrupted step would leave half of the weights updated. A second Ctrl-C interrupts at once. Nothing is deferred
+    if not `enabled`, or outside of the main thread.
     """
     pressed: list[bool] = []
-    if not heeded or threading.current_thread() is not threading.main_thread():
+    if not enabled or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     before = signal.getsignal(signal.SIGINT)
@@ -83,18 +82,17 @@ def defer_sigint(heeded: bool) -> Generator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def snapshot(objective: Objective, optimizer: Optimizer, mean: RunningMean | None) -> dict[str, Tensor]:
-    """Copies, on the CPU: weights and buffers of model and terms, the optimizer's state, means, random numbers.
+def snapshot(objective: Objective, optimizer: Optimizer, ema: WeightEMA | None) -> dict[str, Tensor]:
+    """Copies on the CPU: weights and buffers of model and terms, optimizer state, weight averages, random state.
 
-    The teacher does not change, and is left out. The step is what the loop says. All processes ask for it together:
-    each has random numbers of its own.
+    The teacher does not change and is left out. All processes call this together, since each has its own random state.
     """
     tensors: dict[str, Tensor] = {f"model.{key}": value for key, value in objective.model.state_dict().items()}
     tensors |= {f"terms.{key}": value for key, value in objective.terms.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-    if mean is not None:
-        tensors |= {f"mean.{key}": value for key, value in mean.values.items()}
+    if ema is not None:
+        tensors |= {f"ema.{key}": value for key, value in ema.averages.items()}
     tensors |= {f"random.cpu{rank}": state for rank, state in enumerate(all_gather(torch.get_rng_state()))}
     if torch.cuda.is_available():
         states = all_gather(torch.cuda.get_rng_state())
@@ -102,27 +100,26 @@ def snapshot(objective: Objective, optimizer: Optimizer, mean: RunningMean | Non
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The tensors of one kind ("model"), by their names within it."""
-    return {name.removeprefix(f"{kind}."): value for name, value in tensors.items() if name.startswith(f"{kind}.")}
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix.`, by the rest of their names."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
-def restore(
-    tensors: Mapping[str, Tensor], objective: Objective, optimizer: Optimizer, mean: RunningMean | None
-) -> None:
-    """Takes back what `snapshot` gave, in the memory layout that is there: sums then come in the same order."""
-    objective.model.load_state_dict(part(tensors, "model"))
-    objective.terms.load_state_dict(part(tensors, "terms"))
-    _restore_optimizer(optimizer, part(tensors, "optimizer"))
-    if mean is not None:
-        for key, value in part(tensors, "mean").items():
-            mean.values[key].copy_(value)
-    random = part(tensors, "random")
+def restore(tensors: Mapping[str, Tensor], objective: Objective, optimizer: Optimizer, ema: WeightEMA | None) -> None:
+    """Load a `snapshot` into the existing memory layout, so that sums are computed in the same order."""
+    objective.model.load_state_dict(with_prefix(tensors, "model"))
+    objective.terms.load_state_dict(with_prefix(tensors, "terms"))
+    _restore_optimizer(optimizer, with_prefix(tensors, "optimizer"))
+    if ema is not None:
+        for key, value in with_prefix(tensors, "ema").items():
+            ema.averages[key].copy_(value)
+    random = with_prefix(tensors, "random")
     here = rank()
-    begun = sum(name.startswith("cpu") for name in random)
-    if begun != count():
+    processes = sum(name.startswith("cpu") for name in random)
+    if processes != count():
         raise InputError(
-            f"the run was begun by {begun} processes, and goes on with {count()}. Start as many as before."
+            f"the run was started with {processes} processes and is resumed with {count()}. Start {processes} again."
         )
     torch.set_rng_state(random[f"cpu{here}"])
     if f"cuda{here}" in random and torch.cuda.is_available():
@@ -140,7 +137,7 @@ def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> N
         elif value.ndim:
             raise ValueError(f"{key} of parameter {index} has another shape than the parameter")
         states.setdefault(int(index), {})[key] = value
-    kept = _OF_ADAMW if isinstance(optimizer, AdamW) else _OF_SGD
-    if any(set(state) != kept for state in states.values()):
-        raise ValueError("the optimizer's state is that of another one")
+    expected = _ADAMW_STATE if isinstance(optimizer, AdamW) else _SGD_STATE
+    if any(set(state) != expected for state in states.values()):
+        raise ValueError("the optimizer state is that of another optimizer")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})

@@ -1,4 +1,4 @@
-"""What a teacher gives for images that come as they are in every epoch: it is asked once."""
+"""A cache of the teacher's outputs, for images that are the same in every epoch."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ _LOGITS = ""
 
 
 class TeacherCache:
-    """Outputs by an image's place in the data set, on the CPU.
+    """Teacher outputs by the image's index in the data set, on the CPU.
 
     Args:
-        images: how many there are at most.
+        images: largest number of images.
     """
 
     def __init__(self, images: int) -> None:
         self._images = images
         self._values: dict[str, Tensor] = {}
 
-    def add(self, batch: Batch, given: Outputs) -> None:
-        """Keeps what the teacher gave for the images of `batch`.
+    def add(self, batch: Batch, outputs: Outputs) -> None:
+        """Store the teacher's outputs for a batch.
 
         Raises:
-            InputError: the memory does not suffice for all images.
+            InputError: the outputs of all images do not fit into memory.
         """
         assert batch.index is not None
-        values = {_LOGITS: given.logits, **given.layers}
+        values = {_LOGITS: outputs.logits, **outputs.layers}
         if not self._values:
             self._values = self._empty(values)
         for path, value in values.items():
             self._values[path][batch.index.cpu()] = value.cpu()
 
     def __call__(self, batch: Batch) -> Outputs:
-        """What the teacher gave for these images."""
+        """The stored outputs for a batch."""
         assert batch.index is not None
         index, device = batch.index.cpu(), batch.images.device
-        found = {path: value[index].to(device) for path, value in self._values.items()}
-        return Outputs(found.pop(_LOGITS), found)
+        values = {path: value[index].to(device) for path, value in self._values.items()}
+        return Outputs(values.pop(_LOGITS), values)
 
     def _empty(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        wanted = sum(value[0].numel() * value.element_size() for value in values.values()) * self._images
-        available = psutil.virtual_memory().available  # what the system can free up counts
-        if wanted > available:
+        required = sum(value[0].numel() * value.element_size() for value in values.values()) * self._images
+        available = psutil.virtual_memory().available  # includes memory that the system can free
+        if required > available:
             layers = ", ".join(path for path in values if path)
             raise InputError(
-                f"what the teacher gives for {self._images:,} images (logits{', ' * bool(layers)}{layers}) takes "
-                f"{wanted / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are available. Write cache: false, or "
-                "methods that learn from fewer or later layers."
+                f"the teacher's outputs for {self._images:,} images (logits{', ' * bool(layers)}{layers}) take "
+                f"{required / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are available. Write cache: false, "
+                "or choose methods that use fewer or later layers."
             )
         return {path: torch.empty((self._images, *value.shape[1:])) for path, value in values.items()}

@@ -1,4 +1,4 @@
-"""Accuracy while a network trains: what is measured, and that the training does not know of it."""
+"""Validation accuracy during training: what is measured, and that it does not change the training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import Hooked, Keeps, Recorder, Toy, linear
+from test_loop import Hooked, InMemoryCheckpointer, Recorder, Toy, linear
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -25,10 +25,10 @@ from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import EMAFakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.recipe import parse
-from tersor.training.accuracy_curve import AccuracyCurve
 from tersor.training.attachment import Attachment
 from tersor.training.loop import fit
 from tersor.training.options import Training
+from tersor.training.validation_curve import ValidationCurve
 
 EPOCH = 8  # steps, of Toy
 
@@ -44,8 +44,8 @@ stages:
 """
 
 
-def all_that_moves():
-    """BatchNorm, dropout, a range that follows what it is shown, a mask."""
+def stateful_network():
+    """A network with BatchNorm, dropout, a moving range and a mask."""
     torch.manual_seed(3)
     quantizer = EMAFakeQuantize(Grid.unsigned(8), 0.1)
     quantizer.set_range(torch.tensor(0.0), torch.tensor(3.0))
@@ -58,8 +58,8 @@ def all_that_moves():
     return model
 
 
-def right(model):
-    """Percent of right answers to images that nobody trains on, drawing numbers on the way."""
+def validation_accuracy(model):
+    """Accuracy on validation images in percent; also draws random numbers."""
     torch.rand(5)
     assert not any(module.training for module in model.modules())
     images = torch.randn(300, 3, 4, 4, generator=torch.Generator().manual_seed(7))
@@ -68,10 +68,10 @@ def right(model):
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
-def test_a_training_that_is_looked_at_ends_with_the_same_bits(ema):
+def test_measuring_does_not_change_the_training(ema):
     ends = []
-    for curve in (None, AccuracyCurve(1, right)):
-        model = all_that_moves()
+    for curve in (None, ValidationCurve(1, validation_accuracy)):
+        model = stateful_network()
         progress = Recorder()
         fit(
             Attachment(model), Toy(shape=(3, 4, 4)), Training(ema=ema), steps=12, seed=5, curve=curve, progress=progress
@@ -83,38 +83,45 @@ def test_a_training_that_is_looked_at_ends_with_the_same_bits(ema):
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
-def test_each_value_is_of_the_weights_after_its_epoch():
+def test_each_value_is_measured_after_its_epoch():
     hooked = Hooked(linear())
-    curve = AccuracyCurve(EPOCH, lambda model: model.weight.double().sum().item())
+    curve = ValidationCurve(EPOCH, lambda model: model.weight.double().sum().item())
     fit(hooked, Toy(), Training(), steps=3 * EPOCH - 1, curve=curve)
     assert curve.steps == [EPOCH, 2 * EPOCH]
     assert curve.values == [hooked.after[step - 1][1].double().sum().item() for step in curve.steps]
 
 
-def test_where_weights_have_a_mean_it_is_the_mean_that_is_measured():
+def test_with_an_ema_the_averages_are_measured():
     hooked = Hooked(linear())
-    curve = AccuracyCurve(5, lambda model: model.weight.double().sum().item())
+    curve = ValidationCurve(5, lambda model: model.weight.double().sum().item())
     fit(hooked, Toy(), Training(ema=0.9), steps=10, curve=curve)
-    assert curve.values[-1] == hooked.model.weight.double().sum().item(), "what the training leaves"
+    assert curve.values[-1] == hooked.model.weight.double().sum().item(), "the final weights"
     assert curve.values[-1] != hooked.after[-1][1].double().sum().item()
 
 
 @pytest.mark.parametrize("until", [2, EPOCH, EPOCH + 3])
-def test_the_curve_goes_on_where_the_training_was_stopped(until):
-    def run(keeper):
-        curve = AccuracyCurve(EPOCH, right)
-        fit(Attachment(all_that_moves()), Toy(shape=(3, 4, 4)), Training(), steps=20, keeper=keeper, curve=curve)
+def test_the_curve_of_a_resumed_training_is_complete(until):
+    def run(checkpointer):
+        curve = ValidationCurve(EPOCH, validation_accuracy)
+        fit(
+            Attachment(stateful_network()),
+            Toy(shape=(3, 4, 4)),
+            Training(),
+            steps=20,
+            checkpointer=checkpointer,
+            curve=curve,
+        )
         return curve.values
 
     expected = run(None)
-    stopped = Keeps(until=until)
+    stopped = InMemoryCheckpointer(until=until)
     with pytest.raises(KeyboardInterrupt):
         run(stopped)
     assert len(expected) == 2
-    assert run(Keeps(resume_state=(until, stopped.kept[until]))) == expected
+    assert run(InMemoryCheckpointer(resume_state=(until, stopped.saved[until]))) == expected
 
 
-def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_out(monkeypatch):
+def test_progress_has_the_latest_accuracy_and_training_time_excludes_validation(monkeypatch):
     now = 0.0
     monkeypatch.setattr("tersor.training.history.time.perf_counter", lambda: now)
 
@@ -130,7 +137,7 @@ def test_the_bar_shows_the_latest_accuracy_and_training_time_leaves_validation_o
                 now += 1.0
                 yield batch
 
-    progress, curve = Recorder(), AccuracyCurve(EPOCH, slow)
+    progress, curve = Recorder(), ValidationCurve(EPOCH, slow)
     fitted = fit(Attachment(linear()), Ticking(), Training(), steps=2 * EPOCH, curve=curve, progress=progress)
     assert "validation" not in progress.values[EPOCH - 2]
     assert [progress.values[step]["validation"] for step in (EPOCH - 1, EPOCH, 2 * EPOCH - 1)] == [50, 50, 51]
@@ -143,29 +150,28 @@ def run_recipe(text, folder):
     return experiment, model, record.model_dump(exclude_unset=True)
 
 
-def test_a_stage_tells_its_curve_of_the_network_under_its_masks(tmp_path):
-    experiment, model, told = run_recipe(RECIPE, tmp_path / "a")
-    assert len(told["validation_by_epoch"]) == 2
-    assert told["validated_at"] == [told["steps"] // 2, told["steps"]]
-    assert told["validation_by_epoch"][-1] == told["validation_accuracy"]
+def test_a_stage_records_the_curve_of_the_masked_network(tmp_path):
+    experiment, model, record = run_recipe(RECIPE, tmp_path / "a")
+    assert len(record["validation_by_epoch"]) == 2
+    assert record["validated_at"] == [record["steps"] // 2, record["steps"]]
+    assert record["validation_by_epoch"][-1] == record["validation_accuracy"]
     for module in model.modules():
         if isinstance(module, Mask):
             module.mask.fill_(True)
-    assert (
-        accuracy(model, experiment.batches(experiment.data.validation, EVALUATION_BATCH)) != told["validation_accuracy"]
-    )
-    *_, unasked = run_recipe(RECIPE.replace("    validate_every: 1\n", ""), tmp_path / "b")
-    assert "validation_by_epoch" not in unasked
-    assert unasked["validation_accuracy"] == told["validation_accuracy"]
+    batches = experiment.batches(experiment.data.validation, EVALUATION_BATCH)
+    assert accuracy(model, batches) != record["validation_accuracy"]
+    *_, without_curve = run_recipe(RECIPE.replace("    validate_every: 1\n", ""), tmp_path / "b")
+    assert "validation_by_epoch" not in without_curve
+    assert without_curve["validation_accuracy"] == record["validation_accuracy"]
 
 
-def test_looking_at_no_images_is_an_error_before_anything_is_trained():
+def test_a_curve_without_validation_images_is_an_error_before_training():
     given = parse(RECIPE.replace("limit: 160", "limit: 320, validation: 0"), "recipe.yaml")
     with pytest.raises(InputError, match=r"'prune' has validate_every.*Write data\.validation"):
         prepare(given, model=None, data=None, progress=NullProgress())
 
 
-def test_looking_on_where_nothing_trains_is_an_error():
+def test_a_curve_without_steps_is_an_error():
     with pytest.raises(InputError, match=r"line 7: .*stage 'prune' has 0 steps\. Leave it out"):
         parse(RECIPE.replace("epochs: 2", "epochs: 0"), "recipe.yaml")
 
@@ -174,7 +180,7 @@ SHARE = """
 import sys, torch
 sys.path.insert(0, {here!r})
 from test_loop import Attachment, Toy, Training, fit, linear
-from tersor.training.accuracy_curve import AccuracyCurve
+from tersor.training.validation_curve import ValidationCurve
 
 rank = int(sys.argv[1])
 
@@ -186,17 +192,17 @@ class Share(Toy):
         return (batch for number, batch in enumerate(super().__iter__()) if number % 2 == rank)
 
 def measure(model):
-    assert rank == 0, "the first alone measures"
+    assert rank == 0, "only the first process measures"
     return model.weight.double().sum().item()
 
-curve = AccuracyCurve(3, measure)
+curve = ValidationCurve(3, measure)
 fit(Attachment(linear()), Share(), Training(precision="float32"), steps=8, curve=curve)
 torch.save(torch.tensor(curve.values, dtype=torch.float64), sys.argv[2])
 """
 
 
 @pytest.mark.slow
-def test_of_several_processes_the_first_measures_and_all_know(tmp_path):
+def test_the_first_process_measures_for_all(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,0 +1,68 @@
+"""Validation accuracy during a training, measured without changing the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from tersor.core import distributed
+from tersor.graph.eval_mode import evaluating
+from tersor.training.ema import WeightEMA
+
+_VALUES = "values"
+
+
+class ValidationCurve:
+    """Validation accuracy every few steps.
+
+    Measuring changes no bit of the training: the network is in eval mode, so that running statistics and ranges stay,
+    and the random state is restored. With an EMA of the weights, the EMA is measured, since the training ends with it.
+
+    Attributes:
+        every: steps between two measurements.
+        values: the accuracies so far in percent, the same in every process.
+
+    Args:
+        every: 1 or more.
+        measure: network in eval mode -> percent. Only the first process calls it; the others wait.
+    """
+
+    def __init__(self, every: int, measure: Callable[[nn.Module], float]) -> None:
+        assert every >= 1
+        self.every = every
+        self.values: list[float] = []
+        self._measure = measure
+
+    @property
+    def steps(self) -> list[int]:
+        """Number of finished steps at each measurement."""
+        return [self.every * place for place in range(1, len(self.values) + 1)]
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The latest accuracy by its name in the progress; empty before the first measurement."""
+        return {"validation": self.values[-1]} if self.values else {}
+
+    def measure_if_due(self, done: int, model: nn.Module, ema: WeightEMA | None) -> None:
+        """Measure after `done` steps, where these are a multiple of `every`."""
+        if done % self.every:
+            return
+        percent = 0.0
+        if not distributed.rank():
+            device = next(model.parameters()).device
+            random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+            with random_state, evaluating(model), ema.applied(model) if ema else nullcontext():
+                percent = self._measure(model)
+        first, *_ = distributed.all_gather(torch.tensor(percent, dtype=torch.float64))
+        self.values.append(first.item())
+
+    def state(self) -> dict[str, Tensor]:
+        """The state for the next process."""
+        return {_VALUES: torch.tensor(self.values, dtype=torch.float64)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state()` of an earlier process; empty for a new curve."""
+        self.values = state[_VALUES].tolist() if state else []
