@@ -23,7 +23,7 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.quantization.fake_quantize import weight_quantizer
 from tersor.quantization.grid import Grid
-from tersor.quantization.precision import Precision
+from tersor.quantization.options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.context import AttachContext
@@ -135,10 +135,10 @@ def test_bits_are_those_that_cost_least_as_measured(average):
     assert sum(errors[n][found[n]] for n in SIZES) == pytest.approx(best(errors, SIZES, average), abs=1e-12)
     assert len(set(found.values())) > 1
     assert attached.metrics == {"bits": found, "average_bits": pytest.approx(mean(found))}
-    assert attached.notes[0].startswith("bits of the weights: ")
+    assert attached.notes[0].startswith("weight bits: ")
     assert f"{mean(found):.2f} on average" in attached.notes[0]
-    measured = [step for step in progress if step.what == "sensitivity"]
-    assert [(step.done, step.total) for step in measured] == [(n, 24) for n in range(1, 25)]
+    measured = [step for step in progress if step.name == "sensitivity"]
+    assert [(step.done, step.total) for step in measured] == [([*range(1, 25)], 24)]
 
 
 def test_weights_and_activations_lie_on_their_grids():
@@ -167,10 +167,10 @@ def test_the_ends_may_have_bits_of_their_own_which_count():
     found = bits_of(attached.model)
     assert found["conv1"] == found["linear"] == 8
     assert mean(found) <= 4.5
-    assert {step.total for step in progress if step.what == "sensitivity"} == {12}, "nothing to choose at the ends"
-    with pytest.raises(InputError, match=r"average_bits: 3 cannot be met.*3\.37 on average.*first_last_bits"):
+    assert {step.total for step in progress if step.name == "sensitivity"} == {12}, "nothing to choose at the ends"
+    with pytest.raises(InputError, match=r"average_bits: 3 is too low.*3\.37.*first_last_bits"):
         MixedPrecision(average_bits=3, first_last_bits=8).attach(Small().eval(), AttachContext(data=[images()]))
-    with pytest.raises(InputError, match=r"average_bits: 3\.5 cannot be met.*4\.00 on average.*`widths`\.$"):
+    with pytest.raises(InputError, match=r"average_bits: 3\.5 is too low.*4\.00.*`widths`\.$"):
         MixedPrecision(average_bits=3.5, widths=(8, 4)).attach(Small().eval(), AttachContext(data=[images()]))
 
 
@@ -232,7 +232,7 @@ def test_training_takes_the_bits_over(method, together):
 
 def test_training_with_other_bits_is_refused():
     attached, _ = begun(MixedPrecision(average_bits=3.5))
-    with pytest.raises(InputError, match="Leave bits out"):
+    with pytest.raises(InputError, match="Leave out bits"):
         QAT(bits=4).attach(attached.model, AttachContext(data=[images()]))
 
 

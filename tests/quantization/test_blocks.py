@@ -9,7 +9,7 @@ from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.models import build
 from tersor.quantization.blocks import Section, between, layer_sections, sections
-from tersor.quantization.precision import Precision
+from tersor.quantization.options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
-from tersor.quantization.learned_step import LearnedFakeQuantize
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lsq.json").read_text())
 
@@ -22,7 +22,7 @@ def draw(seed, *shape):
 
 def learned(grid, scale, zero_point=None, **options):
     scale = torch.as_tensor(scale)
-    quantizer = LearnedFakeQuantize(grid, len(scale) if scale.ndim else None, **options)
+    quantizer = FakeQuantize(grid, len(scale) if scale.ndim else None).learn_step(**options)
     quantizer.set_grid(scale, None if zero_point is None else torch.as_tensor(zero_point))
     return quantizer
 
@@ -62,7 +62,7 @@ def test_one_step_for_all_against_the_formula(seed, bits, step, offset):
     assert values.grad.flatten().tolist() == pytest.approx(told[1], abs=1e-5)
     assert float(quantizer.scale.grad) == pytest.approx(told[2] * factor, rel=1e-3, abs=1e-3)
     if offset:
-        assert float(quantizer.offset.grad) == pytest.approx(told[3] * factor, rel=1e-3, abs=1e-3)
+        assert float(quantizer.learned_step.offset.grad) == pytest.approx(told[3] * factor, rel=1e-3, abs=1e-3)
 
 
 @given(seeds, st.sampled_from([2, 3, 8]))
@@ -124,7 +124,7 @@ def test_a_peers_code_shows_the_same_and_gives_the_same_gradients(case):
 
 def test_until_it_is_ready_it_shows_values_as_they_are():
     values = draw(0, 3, 3)
-    assert LearnedFakeQuantize(Grid.signed(4))(values) is values
+    assert FakeQuantize(Grid.signed(4)).learn_step()(values) is values
 
 
 def test_it_rounds_as_one_that_does_not_learn():
@@ -137,12 +137,12 @@ def test_it_rounds_as_one_that_does_not_learn():
 @torch.no_grad()
 def test_a_step_stays_above_zero_and_the_zero_point_follows_the_offset():
     quantizer = learned(Grid.unsigned(4), torch.tensor(0.1), torch.tensor(3), offset=True)
-    assert float(quantizer.offset) == pytest.approx(-0.3)
-    quantizer.offset.fill_(-0.52)
-    quantizer.follow()
+    assert float(quantizer.learned_step.offset) == pytest.approx(-0.3)
+    quantizer.learned_step.offset.fill_(-0.52)
+    quantizer.follow_step()
     assert int(quantizer.zero_point) == 5
-    quantizer.offset.fill_(-40.0)
+    quantizer.learned_step.offset.fill_(-40.0)
     quantizer.scale.fill_(-2.0)
-    quantizer.follow()
+    quantizer.follow_step()
     assert 0 < float(quantizer.scale) < 1e-5
     assert int(quantizer.zero_point) == 15

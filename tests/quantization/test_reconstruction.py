@@ -16,10 +16,10 @@ from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.graph.parametrization import parametrized
 from tersor.pruning.mask import Mask
-from tersor.quantization.calibration import Ranges, set_ranges
+from tersor.quantization.calibration import set_ranges
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
-from tersor.quantization.precision import Precision
+from tersor.quantization.options import Precision, Ranges
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.reconstruction import Reconstruction, _error, _SoftlyRounded, _undecided, reconstruct
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,8 @@ from tersor.graph.comparison import FEW, require_same
 from tersor.graph.feeding import checked_forward, first_images
 from tersor.graph.norms import record_ranks
 from tersor.quantization.integer_coverage import IMAGE_SHAPE
-from tersor.quantization.observers import Histogram, Range, WeightRange
+from tersor.quantization.observers import Histogram
+from tersor.quantization.options import Ranges
 from tersor.quantization.quantizers import Quantizers
 
 
@@ -67,16 +67,6 @@ def calibrate(
             raise InputError(f"{method} was given data without a single image{again}. Pass batches (N, C, H, W).")
         _refuse_what_is_not_finite(histograms)
     return histograms
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """How ranges are set, and from how many images."""
-
-    weights: WeightRange
-    activations: Range
-    percentile: float
-    images: int
 
 
 def set_ranges(

@@ -14,12 +14,11 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.layer_selection import Layer, weighted_layers, without
-from tersor.graph.parametrization import parametrization_input, parametrizations_of, parametrized
+from tersor.graph.parametrization import parametrization_input, parametrizations_of
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid, affine_parameters
-from tersor.quantization.learned_step import LearnedFakeQuantize
 from tersor.quantization.observers import Histogram, Range, WeightRange, weight_grid, without_saturation
-from tersor.quantization.precision import Precision
+from tersor.quantization.options import Precision, QuantizedTrainingOptions
 from tersor.quantization.qdq_placement import entering, place, quantizable
 
 SATURATION = (
@@ -55,11 +54,6 @@ class Quantizers:
         quantizer = self.graph.get_submodule(name)
         assert isinstance(quantizer, FakeQuantize)
         return quantizer
-
-    def replace_on_weight(self, name: str, quantizer: FakeQuantize) -> None:
-        """Puts another quantizer in the place of the one on the weight of a layer."""
-        chain = parametrized(self.graph.get_submodule(name))
-        chain[list(chain).index(self.of_weight(name))] = quantizer
 
     def all(self) -> tuple[FakeQuantize, ...]:
         """Those of the weights, and those of the activations."""
@@ -186,72 +180,71 @@ def insert_quantizers(
 
 
 def insert_or_reuse_quantizers(
-    model: nn.Module,
-    *,
-    bits: int | None,
-    activation_bits: int | None,
-    first_last_bits: int | None,
-    per_channel: bool | None,
-    exclude: Sequence[str],
-    data: Iterable[Any] | None,
-    target: Target,
-    method: str,
+    model: nn.Module, options: QuantizedTrainingOptions, *, data: Iterable[Any] | None, target: Target, method: str
 ) -> Quantizers:
-    """For a method that trains: the quantizers that a stage before has laid, or new ones on a captured network.
+    """For methods that train: the quantizers of an earlier stage, or new ones on the captured network.
 
     Args:
         model: the network.
-        bits: of a weight; 8 if left, or those that lie.
-        activation_bits: of an activation, likewise.
-        first_last_bits: of the first and last layer, and what enters them, likewise.
-        per_channel: whether each output channel of a weight has a grid; true if left, or as those that lie.
-        exclude: patterns of layers that stay in float.
-        data: images to calibrate with, where quantizers are laid.
-        target: the runtime and processor that the network is made for.
-        method: how errors call who asks.
+        options: bit widths and kinds of the grids, which must agree with those of the earlier stage.
+        data: images to calibrate with; needed for new quantizers.
+        target: runtime and processor that the network is compressed for.
+        method: the method's name, for error messages.
 
     Raises:
-        InputError: no data, a pattern that matches nothing, no layer left, grids of other bits, or that are trained
-            by another method already.
+        InputError: no data, a pattern that matches nothing, no layer left, grids of other options, or grids that
+            another method of the stage trains.
     """
     quantizers = find_quantizers(model)
     if quantizers is None:
-        if data is None:
-            raise InputError(
-                f"{method} needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
-            )
-        precision = Precision(bits or 8, activation_bits or 8, first_last_bits or 8, per_channel is not False)
+        require_data(data, method)
         return insert_quantizers(
-            capture(model), precision, exclude=exclude, target=target, method=method, original=model
+            capture(model), options.precision, exclude=options.exclude, target=target, method=method, original=model
         )
-    if exclude:
-        raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
-    if any(isinstance(each, LearnedFakeQuantize) or getattr(each, "moves", False) for each in quantizers.all()):
-        raise InputError("the network's grids are trained already in this stage. Possible: qat or lsq, one of them.")
+    if options.exclude:
+        raise InputError("an earlier stage has quantized the network. Write `exclude` in that stage.")
+    if any(each.is_trained for each in quantizers.all()):
+        raise InputError("a method of this stage trains the grids already. Write either qat or lsq, not both.")
+    _require_same_options(quantizers, options, method)
+    return quantizers
+
+
+def _require_same_options(quantizers: Quantizers, options: QuantizedTrainingOptions, method: str) -> None:
+    """The options that are set agree with the grids of an earlier stage."""
     first_and_last = ends(quantizers.graph)
     entering = set(map(quantizers.input_of, first_and_last))
-    weights = {quantizers.of_weight(name).grid.bits for name in quantizers.layers if name not in first_and_last}
-    others = {quantizers.of_activation(name).grid.bits for name in quantizers.activations if name not in entering}
-    at_the_ends = {quantizers.of_weight(name).grid.bits for name in first_and_last & {*quantizers.layers}}
-    asked = (
-        ("bits", bits, weights),
-        ("activation_bits", activation_bits, others),
-        ("first_last_bits", first_last_bits, at_the_ends),
-    )
-    for what, wanted, lying in asked:
-        if wanted is not None and lying - {wanted}:
-            told = ", ".join(map(str, sorted(lying)))
+    existing = {
+        "bits": {quantizers.of_weight(name).grid.bits for name in quantizers.layers if name not in first_and_last},
+        "activation_bits": {
+            quantizers.of_activation(name).grid.bits for name in quantizers.activations if name not in entering
+        },
+        "first_last_bits": {quantizers.of_weight(name).grid.bits for name in first_and_last & {*quantizers.layers}},
+    }
+    for key, widths in existing.items():
+        bits = getattr(options, key)
+        if bits is not None and widths - {bits}:
             raise InputError(
-                f"the network lies on grids of {told} bits, and {method} is to train with {what}: {wanted}. Leave "
-                f"{what} out to train with those, or write the same in the stage before."
+                f"{method} has {key}: {bits}, but an earlier stage has quantized the network to "
+                f"{', '.join(map(str, sorted(widths)))} bits. Leave out {key} to train with those, or write the same "
+                "in the earlier stage."
             )
     kinds = {bool(quantizers.of_weight(name).scale.ndim) for name in quantizers.layers}
-    if per_channel is not None and kinds - {per_channel}:
+    if options.per_channel is not None and kinds - {options.per_channel}:
         raise InputError(
-            f"{method} is to train with per_channel: {str(per_channel).lower()}, and the network lies on other grids. "
-            "Leave per_channel out to train with those, or write the same in the stage before."
+            f"{method} has per_channel: {str(options.per_channel).lower()}, but the grids of an earlier stage are of "
+            "the other kind. Leave out per_channel to train with those, or write the same in the earlier stage."
         )
-    return quantizers
+
+
+def require_data(data: Iterable[Any] | None, method: str) -> Iterable[Any]:
+    """`data`, which `method` calibrates with.
+
+    Raises:
+        InputError: there is none.
+    """
+    if data is None:
+        raise InputError(f"{method} needs images to calibrate with. Pass data=...; a few hundred images are enough.")
+    return data
 
 
 def notes(quantizers: Quantizers, target: Target) -> tuple[str, ...]:

@@ -28,7 +28,6 @@ from tersor.graph.parametrization import parametrization_input, parametrized
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.blocks import Section, between, layer_sections, sections
 from tersor.quantization.fake_quantize import FakeQuantize
-from tersor.quantization.learned_step import LearnedFakeQuantize
 from tersor.quantization.quantizers import Quantizers
 
 _BATCH = 32
@@ -101,7 +100,7 @@ class _Dropping(nn.Module):
 
     def __init__(self, quantizer: FakeQuantize, drop: float, draw: torch.Generator) -> None:
         super().__init__()
-        self.learned = LearnedFakeQuantize(quantizer.grid, of_images=True).to(quantizer.scale.device)
+        self.learned = FakeQuantize(quantizer.grid).to(quantizer.scale.device).learn_step(of_images=True)
         self.learned.set_grid(quantizer.scale, quantizer.zero_point)
         self.drop, self.draw = drop, draw
 
@@ -233,7 +232,7 @@ class _Learning:
                 parameter.grad = gradient  # of these alone: the network's own parameters stay as they are
             optimizer.step()
             for each in steps.values():
-                each.learned.follow()
+                each.learned.follow_step()
             if iteration % _TOLD_EVERY == _TOLD_EVERY - 1:
                 yield iteration + 1
 
