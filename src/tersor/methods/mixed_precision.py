@@ -110,8 +110,8 @@ class MixedPrecision(RangeOptions):
         Field(
             ge=2,
             le=8,
-            description="bits of the first and last layer's weights and inputs; default: their weights are chosen "
-            "like the others, their inputs have 8",
+            description="bits of the first and last layer's weights and inputs; default: chosen bits for weights, 8 "
+            "for inputs",
         ),
     ] = None
     per_channel: PerChannel = True

@@ -14,6 +14,7 @@ from tersor.quantization.grid import Grid
 from tersor.quantization.observers import Range, WeightRange
 
 BYTE = 8
+_INHERITED = "default: as in the earlier stage, or"
 
 Bits = Annotated[int, Field(ge=2, le=BYTE)]
 WeightBits = Annotated[Bits, Field(description="bits of a weight")]
@@ -108,27 +109,17 @@ class RangeOptions(CalibrationOptions):
 class QuantizedTrainingOptions:
     """Options of methods that train with quantizers: new ones, or those of an earlier stage, whose widths stay."""
 
-    bits: Annotated[
-        int | None, Field(ge=2, le=BYTE, description="bits of a weight; default: those of the earlier stage, or 8")
-    ] = None
+    bits: Annotated[int | None, Field(ge=2, le=BYTE, description=f"bits of a weight; {_INHERITED} 8")] = None
     activation_bits: Annotated[
-        int | None, Field(ge=2, le=BYTE, description="bits of an activation; default: those of the earlier stage, or 8")
+        int | None, Field(ge=2, le=BYTE, description=f"bits of an activation; {_INHERITED} 8")
     ] = None
     first_last_bits: Annotated[
         int | None,
-        Field(
-            ge=2,
-            le=BYTE,
-            description="bits of the first and last layer's weights and inputs; default: those of the earlier stage, "
-            "or 8",
-        ),
+        Field(ge=2, le=BYTE, description=f"bits of the first and last layer's weights and inputs; {_INHERITED} 8"),
     ] = None
     per_channel: Annotated[
         bool | None,
-        Field(
-            description="one scale per output channel of a weight, or one per weight; default: as in the earlier "
-            "stage, or true"
-        ),
+        Field(description=f"one scale per output channel of a weight, or one per weight; {_INHERITED} true"),
     ] = None
     freeze_norm_at: Annotated[
         float, Field(ge=0, le=1, description="fraction of the stage after which BatchNorm statistics are frozen")
