@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.capture import capture
-from tersor.graph.norms import record_ranks
 from tersor.pruning.mask import Mask
 from tersor.quantization.equalization import equalize
 from tersor.quantization.fake_quantize import FakeQuantize

@@ -26,8 +26,8 @@ from tersor.core.errors import InputError
 from tersor.deploy.int4_packing import pack
 from tersor.deploy.integer_graph import deployed
 from tersor.deploy.outputs import output_names
+from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.feeding import checked_forward
-from tersor.graph.norms import record_ranks
 from tersor.graph.parametrization import in_float32
 from tersor.graph.strip import strip
 

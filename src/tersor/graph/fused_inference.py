@@ -20,11 +20,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tersor.core.errors import InputError
+from tersor.graph.batchnorm_behind import norm_reading
 from tersor.graph.capture import capture, layer_of, sole_user, values_into
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.feature_extraction import FeatureExtractor
-from tersor.graph.norms import plain_norm
-from tersor.graph.plain_modules import is_plain
+from tersor.graph.plain_modules import is_hooked, is_plain
 from tersor.graph.strip import strip
 
 _ADDITIONS = {operator.add, torch.add, "add"}
@@ -156,8 +156,8 @@ def _fuse(captured: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, name:
     bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias
     chain, other, rectified = [node], None, False
     following = _following(chain, asked)
-    norm = plain_norm(following)
-    if following is not None and norm is not None:
+    behind = norm_reading(node)
+    if following is not None and behind is not None and not is_hooked(norm := behind.module):
         of_norm: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         weight, bias = fuse_conv_bn_weights(weight, bias, *of_norm)
         chain.append(following)

@@ -33,10 +33,10 @@ from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
 from tersor.graph.batchnorm import Norm
+from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
 from tersor.graph.feeding import checked_forward, first_images
-from tersor.graph.norms import record_ranks
 from tersor.quantization.accuracy_control import Kept, keep_in_float
 from tersor.quantization.bias_correction import batch_of, correct, moments
 from tersor.quantization.calibration import calibrate

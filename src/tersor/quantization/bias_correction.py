@@ -23,10 +23,10 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Norm
+from tersor.graph.batchnorm_behind import norm_reading
 from tersor.graph.batchnorm_statistics import Moments, fit, in_unit_of
-from tersor.graph.capture import layer_of, parameter_reads, sole_user
+from tersor.graph.capture import layer_of, parameter_reads
 from tersor.graph.layer_selection import Layer
-from tersor.graph.plain_modules import has_plain_forward
 from tersor.quantization.qdq_placement import quantizable
 
 _POSITIONS = 2**20
@@ -107,12 +107,12 @@ def _correctable(graph: fx.GraphModule) -> dict[str, Norm | None]:
     reads = parameter_reads(graph)
     found: dict[str, Norm | None] = {}
     for node in graph.graph.nodes:
-        layer, user = layer_of(node), sole_user(node)
+        layer = layer_of(node)
         if not isinstance(layer, Layer) or calls.count(str(node.target)) > 1:
             continue
-        norm = layer_of(user) if user is not None and calls.count(str(user.target)) == 1 else None
-        if isinstance(norm, Norm) and norm.running_mean is not None and has_plain_forward(norm):
-            found[str(node.target)] = norm
+        norm = norm_reading(node)
+        if norm is not None and calls.count(str(norm.node.target)) == 1:
+            found[str(node.target)] = norm.module
         elif layer.bias is not None and node.target in known and reads[id(layer.bias)] == 1:
             found[str(node.target)] = None
     return found

@@ -13,9 +13,9 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.graph.batchnorm import Norm
+from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.comparison import FEW, require_same
 from tersor.graph.feeding import checked_forward, first_images
-from tersor.graph.norms import record_ranks
 from tersor.quantization.integer_coverage import IMAGE_SHAPE
 from tersor.quantization.observers import Histogram
 from tersor.quantization.options import Ranges

@@ -22,9 +22,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.graph.batchnorm import Norm, gamma_and_beta
+from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, parameter_reads, sole_user
 from tersor.graph.layer_selection import Layer
-from tersor.graph.norms import norm_behind, plain_norm
 from tersor.graph.parametrization import parametrized
 from tersor.graph.plain_modules import is_plain
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -62,14 +62,13 @@ def equalize(graph: fx.GraphModule) -> int:
 def _pairs(graph: fx.GraphModule) -> Iterator[_Pair]:
     known, reads = quantizable(graph), parameter_reads(graph)
     for node in graph.graph.nodes:
-        first, norm, behind = layer_of(node), norm_behind(node), sole_user(node)
-        if norm is not None:
-            behind = sole_user(norm)
+        first, norm_call = layer_of(node), norm_behind(node)
+        behind = sole_user(node if norm_call is None else norm_call.node)
         while behind is not None and _scales_with_its_input(behind):
             behind = sole_user(behind)
         if behind is None or not {node.target, behind.target} <= known:
             continue
-        second, norm = layer_of(behind), plain_norm(norm)
+        second, norm = layer_of(behind), norm_call and norm_call.module
         assert isinstance(first, Layer)
         assert isinstance(second, Layer)
         if any(reads[id(each)] > 1 for part in (first, norm, second) if part is not None for each in part.parameters()):

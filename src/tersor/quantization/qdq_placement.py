@@ -23,9 +23,9 @@ from torch import fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.target import Runtime
+from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, sole_user, values_into
 from tersor.graph.layer_selection import Layer
-from tersor.graph.norms import likely_norm_behind
 from tersor.graph.plain_modules import is_plain
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
@@ -153,14 +153,15 @@ def _let_the_sum_fuse(addition: fx.Node, quantized: dict[fx.Node, fx.Node]) -> N
 
 def _before_norm(node: fx.Node) -> fx.Node:
     before = node.all_input_nodes[0] if node.all_input_nodes else node
-    return before if likely_norm_behind(before) is node else node
+    norm = norm_behind(before, assume_flat=True)
+    return before if norm is not None and norm.node is node else node
 
 
 def fused_end(node: fx.Node) -> fx.Node:
     """The last node of what a runtime fuses into the operator `node`: its BatchNorm, its activation."""
-    user, norm = sole_user(node), likely_norm_behind(node)
+    user, norm = sole_user(node), norm_behind(node, assume_flat=True)
     if norm is not None:
-        node, user = norm, sole_user(norm)
+        node, user = norm.node, sole_user(norm.node)
     if user is not None and _is_activation(user):
         return user
     return node
