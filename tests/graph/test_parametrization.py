@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from tersor.graph.parametrization import parametrizations_of
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import parametrizations_of, strip
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid, affine_parameters, symmetric_scale
 

@@ -15,7 +15,7 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.deploy.onnx import export
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import strip
 from tersor.methods.ptq import PTQ
 from tersor.models import build
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer

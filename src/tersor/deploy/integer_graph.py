@@ -20,8 +20,8 @@ from tersor.graph.batchnorm import Norm, gamma_and_beta
 from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, values_into
 from tersor.graph.layer_selection import Layer
+from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_plain
-from tersor.graph.strip import strip
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid
 from tersor.quantization.qdq_placement import is_nothing_in_eval

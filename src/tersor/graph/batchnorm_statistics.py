@@ -19,8 +19,7 @@ from torch import Tensor, fx
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm import Norm
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import first_images
+from tersor.graph.eval_mode import evaluating, first_images
 from tersor.graph.plain_modules import has_plain_forward
 
 _NOTHING = 1e-6

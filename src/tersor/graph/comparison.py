@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import checked_forward
+from tersor.graph.eval_mode import checked_forward, evaluating
 
 FEW = 4
 TOLERANCE = 1e-3

@@ -24,8 +24,8 @@ from tersor.graph.batchnorm_behind import norm_reading
 from tersor.graph.capture import capture, layer_of, sole_user, values_into
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.feature_extraction import FeatureExtractor
+from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_hooked, is_plain
-from tersor.graph.strip import strip
 
 _ADDITIONS = {operator.add, torch.add, "add"}
 _IN_PLACE = {operator.iadd, "add_"}

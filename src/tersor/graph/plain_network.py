@@ -21,8 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from tersor.core.errors import InputError
-from tersor.graph.parametrization import parametrized
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import parametrized, strip
 
 _UNCOPIED = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, PicklingError)
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
-from tersor.graph.feeding import first_images
+from tersor.graph.eval_mode import first_images
 from tersor.graph.layer_selection import weighted_layers
 from tersor.quantization.calibration import set_ranges
 from tersor.quantization.grid import Grid

@@ -36,7 +36,7 @@ from tersor.graph.batchnorm import Norm
 from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
-from tersor.graph.feeding import checked_forward, first_images
+from tersor.graph.eval_mode import checked_forward, first_images
 from tersor.quantization.accuracy_control import Kept, keep_in_float
 from tersor.quantization.bias_correction import batch_of, correct, moments
 from tersor.quantization.calibration import calibrate

@@ -32,8 +32,7 @@ from torch import Tensor, fx, nn
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm_behind import norm_behind
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import first_images
+from tersor.graph.eval_mode import evaluating, first_images
 from tersor.pruning.activation_moments import ReadMoments, read, reads_whole, with_ridge
 from tersor.pruning.channel_groups import Cut
 

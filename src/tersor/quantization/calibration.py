@@ -15,7 +15,7 @@ from tersor.core.target import Target
 from tersor.graph.batchnorm import Norm
 from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.comparison import FEW, require_same
-from tersor.graph.feeding import checked_forward, first_images
+from tersor.graph.eval_mode import checked_forward, first_images
 from tersor.quantization.integer_coverage import IMAGE_SHAPE
 from tersor.quantization.observers import Histogram
 from tersor.quantization.options import Ranges

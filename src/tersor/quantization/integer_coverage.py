@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
-from tersor.graph.feeding import checked_forward
+from tersor.graph.eval_mode import checked_forward
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import in_float32, parametrizations_of
 from tersor.graph.plain_modules import has_plain_forward, is_hooked

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tersor.graph.capture import capture
-from tersor.graph.feeding import first_images
+from tersor.graph.eval_mode import first_images
 from tersor.quantization.calibration import set_ranges
 from tersor.quantization.integer_coverage import integer_coverage
 from tersor.quantization.options import Precision, Ranges
