@@ -12,7 +12,13 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.models import build
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
-from tersor.quantization.qdq_placement import edges, is_nothing_in_eval, place, quantizable, source_of
+from tersor.quantization.qdq_placement import (
+    activation_quantizers,
+    insert_activation_quantizers,
+    is_nothing_in_eval,
+    quantizable,
+    source_of,
+)
 
 BYTES = Grid.unsigned(8)
 
@@ -20,7 +26,7 @@ BYTES = Grid.unsigned(8)
 def placed(model, runtime="onnxruntime", layers=None):
     """The graph, and the values behind which a quantizer stands, as `value: quantizer`."""
     graph = capture(model.eval())
-    names = place(graph, weighted_layers(graph) if layers is None else layers, BYTES, runtime)
+    names = insert_activation_quantizers(graph, weighted_layers(graph) if layers is None else layers, BYTES, runtime)
     behind = {
         node.all_input_nodes[0].name: node.target.removeprefix("quantizers.")
         for node in graph.graph.nodes
@@ -286,8 +292,8 @@ class Casts(nn.Module):
 def test_no_quantizer_is_named_like_an_attribute_of_a_module():
     graph = capture(Casts().eval())
     expected = ["quantizers.to__", "quantizers.to_"]
-    assert edges(graph, ["to_", "conv"], "onnxruntime") == set(expected)
-    assert place(graph, ["to_", "conv"], Grid.unsigned(8), "onnxruntime") == expected
+    assert activation_quantizers(graph, ["to_", "conv"], "onnxruntime") == set(expected)
+    assert insert_activation_quantizers(graph, ["to_", "conv"], Grid.unsigned(8), "onnxruntime") == expected
     fresh = rebuild(Casts().eval(), structure(graph))
     assert [str(node.target) for node in fresh.graph.nodes] == [str(node.target) for node in graph.graph.nodes]
 

@@ -24,7 +24,7 @@ from tersor.pruning.channel_groups import Cut, remove
 from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import FakeQuantize, MovingAverage, RunningLargest, WeightShare
 from tersor.quantization.grid import Grid
-from tersor.quantization.qdq_placement import show
+from tersor.quantization.qdq_placement import read_through
 
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What graphs and modules raise where a plan of another network is laid on them."""
@@ -211,7 +211,7 @@ def _lay_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Laid]]) -> No
         moved = hasattr(graph.get_submodule("quantizers"), target.removeprefix("quantizers."))
         if not moved:
             graph.add_submodule(target, laid.made())
-        show(graph, next(node for node in graph.graph.nodes if node.name == value), target, moved=moved)
+        read_through(graph, next(node for node in graph.graph.nodes if node.name == value), target, moved=moved)
     graph.recompile()
 
 

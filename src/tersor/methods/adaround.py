@@ -53,8 +53,6 @@ class AdaRound(RangeOptions, BitOptions):
             exclude=self.exclude,
             context=context,
             ranges=self.ranges,
-            how=Reconstruction(
-                whole_sections=False, learn_steps=False, drop=0.0, iterations=self.iterations, seed=self.seed
-            ),
+            how=Reconstruction(by_block=False, learn_steps=False, drop=0.0, iterations=self.iterations, seed=self.seed),
             method="adaround",
         )

@@ -67,7 +67,7 @@ class BRECQ(RangeOptions, BitOptions):
             context=context,
             ranges=self.ranges,
             how=Reconstruction(
-                whole_sections=True, learn_steps=True, drop=self.drop, iterations=self.iterations, seed=self.seed
+                by_block=True, learn_steps=True, drop=self.drop, iterations=self.iterations, seed=self.seed
             ),
             method="brecq",
         )

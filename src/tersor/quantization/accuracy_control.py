@@ -13,7 +13,7 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.data.batch import images_of, labels_of
-from tersor.quantization.qdq_placement import edges
+from tersor.quantization.qdq_placement import activation_quantizers
 from tersor.quantization.quantizers import Quantizers
 
 JUDGED = 2000
@@ -85,7 +85,7 @@ class _Rounding:
         self._target = target
 
     def set(self, layers: set[str]) -> None:
-        needed = edges(self._bare, layers, self._target.runtime)
+        needed = activation_quantizers(self._bare, layers, self._target.runtime)
         for name in self.quantizers.layers:
             self.quantizers.of_weight(name).enabled = name in layers
         for name in self.quantizers.activations:
