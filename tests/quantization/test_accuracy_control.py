@@ -158,7 +158,7 @@ def test_labels_of_some_batches_only_are_no_labels():
 
 
 def test_only_so_many_images_are_judged(monkeypatch):
-    monkeypatch.setattr(accuracy_control, "JUDGED", 100)
+    monkeypatch.setattr(accuracy_control, "EVALUATED", 100)
     x = images()
     labels = answered(Sensitive().eval(), x)
     labels[100:] = 0

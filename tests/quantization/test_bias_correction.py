@@ -248,7 +248,7 @@ def test_behind_a_batch_norm_the_spread_is_that_in_float_too():
             layer.weight.mul_(0.6)
         graph.conv2.weight[1] = 0
     shrunk = spreads_behind_norms(graph, images())
-    correct(graph, images(), before, spreads=True)
+    correct(graph, images(), before, variances=True)
     for name, (spread, mean) in spreads_behind_norms(graph, images()).items():
         alive = torch.ones(8, dtype=torch.bool)
         alive[:2] = name != "bn2"

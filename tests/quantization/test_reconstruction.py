@@ -21,7 +21,7 @@ from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.quantization.options import Precision, Ranges
 from tersor.quantization.quantizers import insert_quantizers
-from tersor.quantization.reconstruction import Reconstruction, _error, _SoftRounding, _undecided, reconstruct
+from tersor.quantization.reconstruction import Reconstruction, _error, _rounding_penalty, _SoftRounding, reconstruct
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "brecq.json").read_text())
 VNNI = Target(cpu="vnni")
@@ -78,14 +78,14 @@ def test_weights_between_two_points_cost_by_the_papers_formula():
     quantizer.set_grid(torch.tensor([0.1, 0.2, 0.3]))
     soft = _SoftRounding(layer, quantizer)
     soft.logits.data = torch.linspace(-4, 4, 15).reshape(3, 5)
-    assert _undecided([soft], 0.1) == 0
+    assert _rounding_penalty([soft], 0.1) == 0
     for progress in (0.2, 0.5, 0.9):
         beta = 20 - 18 * (progress - 0.2) / 0.8
         expected = 0.0
         for logit in soft.logits.flatten().tolist():
             up = min(max(1.2 / (1 + math.exp(-logit)) - 0.1, 0.0), 1.0)
             expected += 0.01 * (1 - abs(2 * up - 1) ** beta)
-        assert float(_undecided([soft], progress).detach()) == pytest.approx(expected, rel=1e-4)
+        assert float(_rounding_penalty([soft], progress).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def of_golden(case):
@@ -125,7 +125,9 @@ def test_the_loss_and_its_gradients_are_those_of_brecqs_code(case):
     soft, told = of_golden(case)
     soft.logits.data = told["alpha"]
     for count, expected in case["losses"].items():
-        loss = _error(soft(told["values"]), told["target"]) + _undecided([soft], int(count) / GOLDEN["iterations"])
+        loss = _error(soft(told["values"]), told["target"]) + _rounding_penalty(
+            [soft], int(count) / GOLDEN["iterations"]
+        )
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
         if count in case["gradients"]:
             (found,) = torch.autograd.grad(loss, soft.logits)

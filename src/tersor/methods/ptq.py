@@ -37,7 +37,7 @@ from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
 from tersor.graph.eval_mode import checked_forward, first_images
-from tersor.quantization.accuracy_control import Kept, keep_in_float
+from tersor.quantization.accuracy_control import FloatLayers, keep_in_float
 from tersor.quantization.bias_correction import batch_of, correct, moments
 from tersor.quantization.calibration import calibrate
 from tersor.quantization.equalization import equalize
@@ -126,7 +126,7 @@ class PTQAttachment(Attachment):
         assert context.data is not None
         self.context, self.data = context, context.data
         self._bare = bare
-        self._kept: Kept | None = None
+        self._float_layers: FloatLayers | None = None
         has_norms = any(isinstance(each, Norm) for each in quantizers.graph.modules())
         default = method.bits < 8 and has_norms
         self._variances = default if method.variance_correction is None else method.variance_correction
@@ -138,7 +138,11 @@ class PTQAttachment(Attachment):
     @property
     def metrics(self) -> dict[str, Any]:
         """With `max_drop`: the layers `left_in_float`, and the remaining accuracy `drop` in points."""
-        return {} if self._kept is None else {"left_in_float": list(self._kept.layers), "drop": self._kept.drop}
+        return (
+            {}
+            if self._float_layers is None
+            else {"left_in_float": list(self._float_layers.layers), "drop": self._float_layers.drop}
+        )
 
     def begin(self) -> None:
         """Calibrates in one or two passes over the images, and sets all ranges. Does nothing a second time.
@@ -149,7 +153,7 @@ class PTQAttachment(Attachment):
         """
         method, graph = self.method, self.model
         assert isinstance(graph, fx.GraphModule)
-        if self.quantizers.enabled or self._kept is not None:
+        if self.quantizers.enabled or self._float_layers is not None:
             return
         if method.equalize:
             self._equalize(graph)
@@ -162,23 +166,23 @@ class PTQAttachment(Attachment):
             method="ptq",
             progress=self.context.progress,
         )
-        settle = self._correction() if method.bias_correction or self._variances else _nothing
+        refit = self._correction() if method.bias_correction or self._variances else _nothing
         self.quantizers.set_activation_grids(histograms, self._activation_range, method.percentile)
         for name in self.quantizers.layers:
             self.quantizers.set_weight_grid(name, self.context.target, self._weight_range, method.percentile)
-        settle()
+        refit()
         if self._bare is not None and method.max_drop is not None:
-            self._kept = keep_in_float(
+            self._float_layers = keep_in_float(
                 self.quantizers,
                 self._bare,
                 self.data,
                 max_drop=method.max_drop,
                 target=self.context.target,
                 method="ptq",
-                settle=settle,
+                refit=refit,
                 progress=self.context.progress,
             )
-            self.notes += _note(self._kept)
+            self.notes += _note(self._float_layers)
         self.notes += calibrated_coverage(graph).notes
 
     def _equalize(self, graph: fx.GraphModule) -> None:
@@ -194,14 +198,16 @@ class PTQAttachment(Attachment):
         graph = self.quantizers.graph
         device = next(graph.parameters()).device
         images = batch_of(first_images(self.data, self.method.calibration_images, device))
-        return partial(correct, graph, images, moments(graph, images), spreads=self._variances)
+        return partial(correct, graph, images, moments(graph, images), variances=self._variances)
 
 
 def _nothing() -> None:
     pass
 
 
-def _note(kept: Kept) -> tuple[str, ...]:
-    if not kept.layers:
+def _note(found: FloatLayers) -> tuple[str, ...]:
+    if not found.layers:
         return ()
-    return (f"left in float to keep max_drop: {', '.join(kept.layers)}; the remaining drop is {kept.drop:.2f} points",)
+    return (
+        f"left in float to keep max_drop: {', '.join(found.layers)}; the remaining drop is {found.drop:.2f} points",
+    )
