@@ -177,7 +177,7 @@ def test_what_is_laid_shows_the_weight_as_it_is():
     assert torch.equal(model(images), before)
     PSGD(range="running").attach(model, AttachContext(steps=1))
     assert sum(isinstance(each, RunningLargest) for each in parametrizations_of(model[0])) == 1
-    with pytest.raises(InputError, match="another kind of grid before"):
+    with pytest.raises(InputError, match="another per_channel"):
         PSGD(range="running", per_channel=False).attach(model, AttachContext(steps=1))
 
 
@@ -188,5 +188,5 @@ def test_what_cannot_be():
     with pytest.raises(InputError, match="no convolution and no fully connected layer"):
         PSGD().attach(nn.Sequential(nn.ReLU()), AttachContext(steps=1))
     parametrize.register_parametrization(model[0], "weight", FakeQuantize(Grid.signed(4), channels=6))
-    with pytest.raises(InputError, match="on a grid already"):
+    with pytest.raises(InputError, match="quantized already"):
         PSGD().attach(model, AttachContext(steps=1))

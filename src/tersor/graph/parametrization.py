@@ -25,6 +25,13 @@ def parametrized(module: nn.Module, name: str = "weight") -> parametrize.Paramet
     return cast("parametrize.ParametrizationList", cast("nn.ModuleDict", module.parametrizations)[name])
 
 
+def original_weight(layer: nn.Module) -> Tensor:
+    """The Parameter of the layer's weight, under its parametrizations if it has some."""
+    weight = parametrized(layer).original if parametrize.is_parametrized(layer, "weight") else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def parametrization_input(module: nn.Module, parametrization: nn.Module, name: str = "weight") -> Tensor:
     """What one of the parametrizations of a parameter of `module` is given: the Parameter as those before show it."""
     chain = parametrized(module, name)

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.layer_selection import Layer
-from tersor.graph.parametrization import parametrization_input, parametrized
+from tersor.graph.parametrization import original_weight, parametrization_input
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.blocks import Block, between, blocks, layer_blocks
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -242,8 +242,7 @@ class _Learning:
         """Sets the weights to the points that they are rounded to; masked weights stay unchanged."""
         for name, each in soft.items():
             layer, _ = self._layer(name)
-            original, mask = parametrized(layer).original, weight_mask(layer)
-            assert isinstance(original, Tensor)
+            original, mask = original_weight(layer), weight_mask(layer)
             points = each.weight((each.h() >= 0.5).to(original.dtype))
             original.copy_(points if mask is None else torch.where(mask.mask, points, original))
 
