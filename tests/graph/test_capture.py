@@ -356,7 +356,9 @@ def test_capture_leaves_nothing_in_the_network(fails):
 def test_a_part_named_like_the_graphs_own_is_refused(name, kind):
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     setattr(model, name, nn.ReLU() if kind == "module" else nn.Parameter(torch.zeros(1)))
-    with pytest.raises(InputError, match=f"Sequential has a part named '{name}', which a captured graph has itself"):
+    with pytest.raises(
+        InputError, match=f"Sequential has a part named '{name}', which is reserved in a captured graph"
+    ):
         capture(model)
     outer = nn.Sequential(model)
     assert torch.equal(capture(outer)(torch.ones(1, 3, 2, 2)), outer(torch.ones(1, 3, 2, 2)))

@@ -73,7 +73,7 @@ def test_a_rewrite_that_moves_outputs_is_undone_and_named():
     before = copy.deepcopy(model.state_dict())
     said = undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1.1), "the rewrite")
     assert said is not None
-    assert said.startswith("the rewrite is undone: it moved the outputs by")
+    assert said.startswith("the rewrite is undone: it changed the outputs by")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1 + 1e-6), "the rewrite") is None
     assert not torch.equal(model[0].weight, before["0.weight"])

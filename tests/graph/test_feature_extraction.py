@@ -91,9 +91,9 @@ def test_layers_survive_removal_and_grids():
 
 
 def test_a_value_that_is_overwritten_is_an_error():
-    with pytest.raises(InputError, match="bn1 gives is changed in place"):
+    with pytest.raises(InputError, match="bn1 is changed in place"):
         FeatureExtractor(Net(inplace=True), ["bn1"])(images())
-    with pytest.raises(InputError, match="bn1 gives is changed in place"):
+    with pytest.raises(InputError, match="bn1 is changed in place"):
         FeatureExtractor(capture(Net(inplace=True)), ["bn1"])(images())
     assert "bn1" not in last_feature_maps(capture(Net(inplace=True)), images())
     with torch.inference_mode():
@@ -118,7 +118,7 @@ def test_a_layer_that_gives_no_tensor():
         def forward(self, x):
             return self.linear(self.twice(x)[0].flatten(1))
 
-    with pytest.raises(InputError, match="twice gives a tuple, not a tensor"):
+    with pytest.raises(InputError, match="twice is a tuple, not a tensor"):
         FeatureExtractor(Outer(), ["twice"])(images())
 
 

@@ -125,19 +125,19 @@ IN_FLOAT = {
     ),
     "function": (
         Multiplies(lambda x, w: F.conv2d(x, w, padding=1), torch.randn(8, 8, 3, 3)),
-        {"2.weight": (8 * 8 * 9 * 64, "it is computed by a function (conv2d), and no layer is called")},
+        {"2.weight": (8 * 8 * 9 * 64, "it is computed by a function (conv2d), not by a layer")},
     ),
     "matrix product with a parameter": (
         Multiplies(lambda x, w: x @ w, torch.randn(8, 8)),
-        {"2.weight": (8 * 8 * 8 * 8, "it is computed by a function (matmul), and no layer is called")},
+        {"2.weight": (8 * 8 * 8 * 8, "it is computed by a function (matmul), not by a layer")},
     ),
     "product with a constant": (
         Multiplies(torch.matmul, torch.randn(8, 8), learns=False),
-        {"2": (8 * 8 * 8 * 8, "it multiplies with a constant")},
+        {"2": (8 * 8 * 8 * 8, "it multiplies by a constant")},
     ),
     "einsum of grids": (
         Multiplies(lambda x, _: torch.einsum("bchw,bchv->bcwv", x, x), torch.zeros(1)),
-        {"2": (8 * 8 * 8 * 8, "there is no operator in integers for einsum")},
+        {"2": (8 * 8 * 8 * 8, "there is no integer operator for einsum")},
     ),
     "product of activations": (
         Multiplies(lambda x, _: x.sin() @ x.cos(), torch.zeros(1)),
@@ -168,7 +168,7 @@ IN_FLOAT = {
     "attention pool": (
         Pool(),
         {
-            f"2.{name}": (macs, "it is computed by a function (multi_head_attention_forward), and no layer is called")
+            f"2.{name}": (macs, "it is computed by a function (multi_head_attention_forward), not by a layer")
             for name, macs in {"q": 64, "k": 64 * 64, "v": 64 * 64, "c": 64}.items()
         }
         | {"2": (2 * 64 * 8, ATTENTION)},

@@ -18,20 +18,19 @@ _CHANNELS = re.compile(r"expected input\[[\d, ]*\] to have (\d+) channels, but g
 
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError, AttributeError)
-_SQUEEZED = "its forward squeezes the dimension of the batch. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
+_SQUEEZED = "its forward squeezes the batch dimension. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
 
 
 _CAPTURED = (
-    "The network itself may run: a captured graph follows no optional inputs, no counters and no branches on what the "
-    "input is. Possible: a forward of one tensor, without them."
+    "The network itself may run, but a captured graph supports no optional inputs, no counters and no branches on the "
+    "input. Possible: a forward of one tensor without these."
 )
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """In eval mode; afterwards every module is in the mode it had, also one that was frozen by hand."""
+def modes_restored(model: nn.Module) -> Generator[None]:
+    """Afterwards restores the mode of each module, including those frozen by hand."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield
     finally:
@@ -40,16 +39,24 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Eval mode meanwhile; afterwards restores the mode of each module."""
+    with modes_restored(model):
+        model.eval()
+        yield
+
+
+@contextmanager
 def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Generator[None]:
-    """While the network called `name`, or its captured graph, runs on `images` (N, C, H, W) for the first time.
+    """Explains the failure when the network `name`, or its captured graph, first runs on `images` (N, C, H, W).
 
     Raises:
-        InputError: it does not: of other channels, another size, another precision; or they hold NaN or infinity.
+        InputError: images of other channels, size or precision than the network takes, or with NaN or infinity.
     """
     if images.is_meta:
-        raise InputError(f"images for {name} are on the meta device and have no values. Give images on the CPU.")
+        raise InputError(f"images for {name} are on the meta device and have no values. Pass images on the CPU.")
     if not images.isfinite().all():
-        raise InputError(f"images for {name} hold NaN or infinity. Give finite ones.")
+        raise InputError(f"images for {name} hold NaN or infinity. Pass finite images.")
     try:
         yield
     except InputError:
@@ -57,34 +64,34 @@ def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Gen
     except _FAILURES as error:
         kind = str(images.dtype).removeprefix("torch.")
         reason = _reason(error)
-        told, advice = f" of {kind}: {reason}", "Give images as the network wants them."
+        details, advice = f" of {kind}: {reason}", "Pass images that the network takes."
         if found := _CHANNELS.search(reason):
-            told, advice = "", f"It takes images (N, {found[1]}, H, W), and these are (N, {found[2]}, H, W)."
+            details, advice = "", f"It takes images (N, {found[1]}, H, W), these are (N, {found[2]}, H, W)."
             if images.shape[1] == 3:
                 advice += (
-                    " Those of a recipe are RGB; the verbs (tersor.quantize, ...) take a loader with any channels."
+                    " Images of a recipe are RGB; the functions (tersor.quantize, ...) take a loader of any channels."
                 )
             if images.shape[3] == int(found[1]):
-                advice = "These have their channels last: give images.permute(0, 3, 1, 2)."
+                advice = "These have their channels last: pass images.permute(0, 3, 1, 2)."
         elif captured:
             name, advice = f"the captured graph of {name}", _CAPTURED
-        raise InputError(f"{name} does not run on images {tuple(images.shape[1:])}{told}. {advice}") from error
+        raise InputError(f"{name} does not run on images {tuple(images.shape[1:])}{details}. {advice}") from error
 
 
 @torch.no_grad()
 def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
-    """Runs the network, in eval, on two images and on one.
+    """Run the network on two images and on one.
 
     Args:
-        name: how an error calls the network.
-        network: in eval mode; its device is where the images go.
-        images: (N, C, H, W), of which the first two are used, or the first one twice.
+        name: name of the network in errors.
+        network: in eval mode; the images are moved to its device.
+        images: (N, C, H, W); the first two are used, or the first one twice.
 
     Returns:
-        What it returns for the two.
+        The outputs for two images.
 
     Raises:
-        InputError: it does not run on them, needs another input, or a batch of one loses its first dimension.
+        InputError: it does not run, needs another input, or drops the batch dimension of a single image.
     """
     required = _required_inputs(network)
     if len(required) > 1:
@@ -93,7 +100,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
             "Give the others a default, or wrap the network in a module that provides them."
         )
     if not images.is_floating_point():
-        raise InputError(f"images for {name} are of {images.dtype}. Pass normalised images in floating point.")
+        raise InputError(f"images for {name} are {images.dtype}. Pass normalised floating-point images.")
     device = next((each.device for each in network.parameters()), images.device)
     two = images[:2] if len(images) > 1 else images[:1].repeat(2, 1, 1, 1)
     with checked_forward(name, two):
@@ -103,7 +110,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
         of_one = network(two[:1].clone())
     except _FAILURES as error:
         raise InputError(
-            f"{name} runs on two images, and not on one: {_reason(error)}. It has to take any number; maybe {_SQUEEZED}"
+            f"{name} runs on two images, and not on one: {_reason(error)}. It must accept any number; maybe {_SQUEEZED}"
         ) from error
     for several, one in zip(tensors_in(outputs), tensors_in(of_one), strict=False):
         if one.ndim < several.ndim and several.shape[:1] == (2,):
@@ -123,7 +130,7 @@ def _required_inputs(model: nn.Module) -> list[str]:
 
 
 def tensors_in(outputs: Any) -> list[Tensor]:
-    """The tensors that a network returned: a tensor, or what a tuple, list or dict holds."""
+    """The tensors in the outputs of a network: a tensor, or those in a tuple, list or dict."""
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, Mapping):
@@ -132,7 +139,7 @@ def tensors_in(outputs: Any) -> list[Tensor]:
 
 
 def only_tensors(outputs: Any) -> bool:
-    """Whether a network returned tensors, and containers of tensors and of None, and nothing else."""
+    """Whether the outputs are tensors, None, and containers of these, and nothing else."""
     if isinstance(outputs, Mapping):
         outputs = list(cast("Mapping[Any, Any]", outputs).values())
     if isinstance(outputs, list | tuple):
@@ -141,7 +148,7 @@ def only_tensors(outputs: Any) -> bool:
 
 
 def described(outputs: Any) -> str:
-    """What a network returned, in words: a shape, or the entries of a container."""
+    """A description of a network's outputs: a shape, or the entries of a container."""
     if isinstance(outputs, Tensor):
         return f"shape {tuple(outputs.shape)}"
     if isinstance(outputs, Mapping):
@@ -156,13 +163,13 @@ def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iter
     """The first `images` of `data`, batch by batch (N, C, H, W), on `device`.
 
     Raises:
-        InputError: a batch is not of images in floating point.
+        InputError: a batch of images is not floating point.
     """
     left = images
     for batch in data:
         found = images_of(batch)[:left]
         if not found.is_floating_point():
-            raise InputError(f"a batch of the data is of {found.dtype}. Pass normalised images in floating point.")
+            raise InputError(f"a batch of the data is {found.dtype}. Pass normalised floating-point images.")
         if len(found):
             yield found.to(device)
         left -= len(found)
