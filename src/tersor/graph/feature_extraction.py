@@ -61,9 +61,9 @@ class FeatureExtractor:
             self._modes = [(mirror, module) for mirror, module in pairs if mirror is not module]
         for mirror, module in self._modes:
             mirror.training = module.training
-        logits, *given = self._graph(images)
+        logits, *outputs = self._graph(images)
         count = len(self.paths)
-        return logits, self._checked(zip(self.paths, given[:count], given[count:], strict=True), images)
+        return logits, self._checked(zip(self.paths, outputs[:count], outputs[count:], strict=True), images)
 
     def _hooked(self, images: Tensor) -> Features:
         seen: dict[str, tuple[object, int]] = {}
@@ -87,10 +87,10 @@ class FeatureExtractor:
                 raise InputError(f"the layer {path} is not called by the network. Choose another layer.")
         return logits, self._checked(((path, *seen[path]) for path in self.paths), images)
 
-    def _checked(self, given: Iterable[tuple[str, object, int]], images: Tensor) -> dict[str, Tensor]:
+    def _checked(self, outputs: Iterable[tuple[str, object, int]], images: Tensor) -> dict[str, Tensor]:
         """The output of each layer, if no later layer has changed it in place."""
         found: dict[str, Tensor] = {}
-        for path, value, version in given:
+        for path, value, version in outputs:
             if not isinstance(value, Tensor):
                 raise InputError(
                     f"the output of layer {path} is a {type(value).__name__}, not a tensor. Choose another layer."
@@ -169,8 +169,8 @@ def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tup
 def shapes_of(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
     """Shapes of the layers' outputs for `images`, from one forward in eval mode."""
     with evaluating(model):
-        _, given = FeatureExtractor(model, paths)(images.to(next(model.parameters(), images)))
-    return {path: value.shape for path, value in given.items()}
+        _, outputs = FeatureExtractor(model, paths)(images.to(next(model.parameters(), images)))
+    return {path: value.shape for path, value in outputs.items()}
 
 
 def last_feature_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
@@ -211,9 +211,9 @@ def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str,
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     with evaluating(model):
         if isinstance(model, fx.GraphModule):
-            _, *given = _with_nodes(model, paths).eval()(images)
+            _, *outputs = _with_nodes(model, paths).eval()(images)
             count = len(paths)
-            seen = dict(zip(paths, zip(given[:count], given[count:], strict=True), strict=True))
+            seen = dict(zip(paths, zip(outputs[:count], outputs[count:], strict=True), strict=True))
         else:
             try:
                 for path in paths:

@@ -100,8 +100,8 @@ def fused(
             same = all(map(_near, _everything(found, images, paths), exact))
             if precision is not None:
                 with torch.autocast("cpu", precision):
-                    given = _everything(found, images, paths), _everything(model, images, paths), exact
-                same = same and all(map(_no_farther, *given))
+                    outputs = _everything(found, images, paths), _everything(model, images, paths), exact
+                same = same and all(map(_no_farther, *outputs))
         except _FAILURES:  # it cannot be captured, or adds tensors of other shapes
             return model
     return found if same else model
@@ -174,8 +174,8 @@ def _fuse(captured: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, name:
         read = (node.args[0],) if other is None else (node.args[0], other)
         put = captured.graph.call_module(name, read)
     last.replace_all_uses_with(put)
-    for path, given in captured.meta["layers"].items():
-        if given == last.name:
+    for path, name_of_node in captured.meta["layers"].items():
+        if name_of_node == last.name:
             captured.meta["layers"][path] = put.name
     for each in reversed(chain):
         captured.graph.erase_node(each)

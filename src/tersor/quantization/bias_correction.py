@@ -56,8 +56,8 @@ def moments(graph: fx.GraphModule, images: Tensor) -> dict[str, Moments]:
     norms, found = _correctable(graph), dict[str, Moments]()
 
     def record(layer: nn.Module, _inputs: object, output: Tensor, *, name: str) -> None:
-        norm, given = norms[name], _moments(output, layer, norms[name])
-        found[name] = given if norm is None else in_unit_of(given, norm)
+        norm, current = norms[name], _moments(output, layer, norms[name])
+        found[name] = current if norm is None else in_unit_of(current, norm)
 
     _run(graph, images, list(norms), record)
     return found

@@ -100,12 +100,11 @@ def between(
         if node in needed:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(copies[nodes[end]])
-    given = instead or {}
     targets = {str(node.target) for node in part.nodes if node.op in {"call_module", "get_attr"}}
-    held = {name: given.get(name, _held(graph, name)) for name in targets}
-    return fx.GraphModule(held, part)
+    members = {name: (instead or {}).get(name, _attribute(graph, name)) for name in targets}
+    return fx.GraphModule(members, part)
 
 
-def _held(graph: fx.GraphModule, name: str) -> object:
+def _attribute(graph: fx.GraphModule, name: str) -> object:
     owner, _, attribute = name.rpartition(".")
     return getattr(graph.get_submodule(owner), attribute)

@@ -144,14 +144,14 @@ class _Recorder(TorchDispatchMode):
 
     def _ran(self, packet: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Records the operator and the origin of its results; returns `output`."""
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        inputs = [self.origin(each) for each in given]
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        inputs = [self.origin(each) for each in tensors]
         results = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
         activation = any(each.activation for each in inputs)
         parameter = next((each.parameter for each in inputs if each.parameter), None)
         if packet in FORMULAS:
             self._count(packet, args, FORMULAS[packet](*args, **kwargs, out_val=output) // 2)
-        elif any(each.is_floating_point() or each.is_complex() for each in given):
+        elif any(each.is_floating_point() or each.is_complex() for each in tensors):
             with_weight = activation and parameter is not None
             if not isinstance(func, OpOverload) or multiplies_uncounted(func, with_weight=with_weight):
                 self.uncounted.append(f"{packet} in {place_of(self.node) or self.running[-1].name or 'the network'}")
@@ -161,8 +161,8 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def _count(self, packet: Any, args: tuple[Any, ...], macs: int) -> None:
-        given = [args[place] for place in MULTIPLICANDS.get(packet, (0, 1)) if place < len(args)]
-        operands = [self.origin(each) for each in given if isinstance(each, Tensor)]
+        multiplicands = [args[place] for place in MULTIPLICANDS.get(packet, (0, 1)) if place < len(args)]
+        operands = [self.origin(each) for each in multiplicands if isinstance(each, Tensor)]
         operands.sort(key=lambda each: not each.activation)
         running, around = self.running[-1], self.running[-2]
         if running.reads is not None and operands[0].activation:

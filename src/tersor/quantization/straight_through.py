@@ -50,10 +50,10 @@ def fake_quantize_learned(
     values: Tensor, scale: Tensor, offset: Tensor | None, zero_point: Tensor, grid: Grid, factor: float
 ) -> Tensor:
     """The same, with gradients for `scale` and `offset`, which are multiplied by `factor`."""
-    given = (values, scale, offset, zero_point, grid, factor)
+    arguments = (values, scale, offset, zero_point, grid, factor)
     if _on_cpu_with_one_step(values, scale):
-        return _LearnedStep.apply(*given)  # pyright: ignore[reportReturnType]
-    return _LearnedSteps.apply(values.float(), *given[1:])  # pyright: ignore[reportReturnType]  # torch leaves apply untyped
+        return _LearnedStep.apply(*arguments)  # pyright: ignore[reportReturnType]
+    return _LearnedSteps.apply(values.float(), *arguments[1:])  # pyright: ignore[reportReturnType]  # torch leaves apply untyped
 
 
 def _on_cpu_with_one_step(values: Tensor, scale: Tensor) -> bool:
