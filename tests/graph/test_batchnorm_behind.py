@@ -68,7 +68,7 @@ def test_which_norm_normalises_the_channels(kind):
     assert (norm_behind(node) is not None) == (kind in FOUND)
 
 
-def test_of_unknown_rank_a_norm_is_likely_at_most():
+def test_an_unknown_rank_needs_assume_flat():
     graph = capture(vectors(nn.BatchNorm1d(5)).eval())
     (node,) = nodes(graph)
     assert norm_behind(node) is None

@@ -46,7 +46,7 @@ def images(count=4):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_layers_of_a_plain_network_are_what_its_modules_give():
+def test_features_of_a_plain_network_are_its_modules_outputs():
     net = Net().eval()
     logits, given = FeatureExtractor(net, ["stage", "conv1"])(images())
     assert torch.equal(logits, net(images()))
@@ -105,7 +105,7 @@ def test_a_layer_that_is_not_called():
         FeatureExtractor(Net(), ["unused"])(images())
 
 
-def test_a_layer_that_gives_no_tensor():
+def test_a_layer_whose_output_is_no_tensor():
     class Twice(nn.Module):
         def forward(self, x):
             return x, x
@@ -219,7 +219,7 @@ class Odd(nn.Module):
         return self.linear(self.pool(x).flatten(1)) + scores.mean()
 
 
-def test_what_is_no_map_to_learn_from_is_passed_over():
+def test_outputs_that_are_no_feature_map_are_skipped():
     pictures = torch.randn(2, 3, 16, 16)
     for each in (Odd(), capture(Odd())):
         assert last_feature_maps(each, pictures) == ("stem", "down")

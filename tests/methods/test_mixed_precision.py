@@ -105,7 +105,7 @@ def test_a_budget_that_is_met_exactly_is_spent():
 
 
 @pytest.mark.parametrize("cells", [3, 10, 50])
-def test_the_budget_holds_however_coarsely_it_is_spent(cells, monkeypatch):
+def test_the_budget_holds_with_coarse_units(cells, monkeypatch):
     monkeypatch.setattr("tersor.methods.mixed_precision._CELLS", cells)
     sizes = {"a": 101, "b": 211, "c": 53, "d": 7}
     errors = {name: {bits: size * 4.0**-bits for bits in (2, 3, 4, 6, 8)} for name, size in sizes.items()}
@@ -151,7 +151,7 @@ def test_weights_and_activations_lie_on_their_grids():
     assert set(edges.values()) == {Grid.unsigned(4)}
 
 
-def test_a_mean_of_the_widest_is_ptq():
+def test_an_average_of_the_largest_width_equals_ptq():
     mixed = begun(MixedPrecision(average_bits=8))[0].model
     mine = copy.deepcopy(Small().eval())
     plain = PTQ(weight_range="mse").attach(mine, AttachContext(data=[images()], target=VNNI))
@@ -161,7 +161,7 @@ def test_a_mean_of_the_widest_is_ptq():
     assert torch.equal(same.model(images()), plain.model(images()))
 
 
-def test_the_ends_may_have_bits_of_their_own_which_count():
+def test_first_last_bits_count_in_the_average():
     method = MixedPrecision(average_bits=4.5, first_last_bits=8)
     attached, progress = begun(method)
     found = bits_of(attached.model)
@@ -174,7 +174,7 @@ def test_the_ends_may_have_bits_of_their_own_which_count():
         MixedPrecision(average_bits=3.5, widths=(8, 4)).attach(Small().eval(), AttachContext(data=[images()]))
 
 
-def test_layers_that_are_left_out_count_nowhere():
+def test_excluded_layers_do_not_count():
     attached, _ = begun(MixedPrecision(average_bits=3, exclude=("conv3",)))
     assert set(attached.metrics["bits"]) == {"conv1", "conv2", "linear"}
     assert weight_quantizer(attached.model.conv3) is None
@@ -205,7 +205,7 @@ def test_a_checkpoint_holds_the_bits():
 
 @pytest.mark.parametrize("method", [QAT, LSQ])
 @pytest.mark.parametrize("together", [True, False], ids=["in one stage", "in the next stage"])
-def test_training_takes_the_bits_over(method, together):
+def test_training_keeps_the_bits(method, together):
     first = MixedPrecision(average_bits=3.5)
     expected = bits_of(begun(first)[0].model)
     if together:
@@ -236,7 +236,7 @@ def test_training_with_other_bits_is_refused():
         QAT(bits=4).attach(attached.model, AttachContext(data=[images()]))
 
 
-def test_the_file_answers_as_torch_does(tmp_path):
+def test_the_exported_file_equals_torch(tmp_path):
     attached, _ = begun(MixedPrecision(average_bits=4))
     found = bits_of(attached.model).values()
     assert min(found) <= 4 < max(found), "weights in nibbles and in bytes"

@@ -120,7 +120,7 @@ def test_scales_follow_the_weights_after_every_step():
 @pytest.mark.parametrize(
     "before", [PTQ(bits=3, weight_range="mse"), PTQ(bits=3, weight_range="mse", symmetric=False), AdaRound(bits=3)]
 )
-def test_grids_of_a_stage_before_that_clip_go_on_to_clip_the_same_share(before):
+def test_clipping_grids_of_an_earlier_stage_keep_their_share(before):
     graph = attached(method=before).model
     images = Loader(1, seed=5).batches[0].images
     expected = graph.eval()(images)
@@ -163,7 +163,7 @@ def test_ranges_are_running_means_of_what_each_batch_reaches():
     assert float(edge.scale) == pytest.approx((high - low) / 255, rel=1e-5)
 
 
-def test_a_range_moves_once_a_batch_however_often_its_values_are_moved():
+def test_a_range_is_updated_once_per_batch():
     class Sliced(nn.Module):
         def __init__(self):
             super().__init__()
@@ -208,14 +208,14 @@ def test_after_the_end_no_range_moves_even_while_it_trains():
             assert torch.equal(value, before[name])
 
 
-def test_in_eval_nothing_moves():
+def test_ranges_do_not_move_in_eval_mode():
     found = attached()
     before = [float(edge.observer.high) for edge in edges(found.model)]
     found.model.eval()(10 * Loader(1).batches[0].images)
     assert [float(edge.observer.high) for edge in edges(found.model)] == before
 
 
-def test_it_takes_over_the_grids_of_a_stage_before():
+def test_it_reuses_the_grids_of_an_earlier_stage():
     first = PTQ(bits=4).attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
     first.begin()
     images = Loader(1, seed=5).batches[0].images
@@ -234,7 +234,7 @@ def test_in_one_stage_with_ptq():
     assert all(edge.enabled and float(edge.observer.high) > 0 for edge in edges(found.model))
 
 
-def test_grids_of_other_bits_are_told():
+def test_grids_of_other_bits_are_refused():
     first = PTQ(bits=4).attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
     first.begin()
     with pytest.raises(InputError, match=r"bits: 6, but an earlier stage .* to 4 bits\. Leave out bits"):
@@ -249,7 +249,7 @@ def test_grids_of_other_bits_are_told():
         QAT(bits=4, exclude=("conv1",)).attach(first.model, AttachContext(steps=4))
 
 
-def test_grids_of_a_stage_before_are_taken_as_they_lie_where_no_bits_are_given():
+def test_grids_of_an_earlier_stage_are_kept_by_default():
     first = PTQ(bits=3, activation_bits=5, symmetric=False, per_channel=False, exclude=("conv1",))
     laid = first.attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
     laid.begin()
@@ -271,7 +271,7 @@ def norms(graph):
     return [module for module in graph.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def test_statistics_stay_after_a_while_and_gamma_learns_on():
+def test_frozen_statistics_stay_while_gamma_trains():
     found = attached(method=QAT(freeze_norm_at=0.5, freeze_ranges_at=0.75), steps=8)
     seen = []
 
@@ -295,7 +295,7 @@ def test_as_if_folded_from_the_first_step():
     assert all(torch.equal(norm.running_var, was) for norm, was in zip(norms(graph), before, strict=True))
 
 
-def test_without_images_it_says_what_to_pass():
+def test_missing_images_are_an_error():
     with pytest.raises(InputError, match="qat needs images to calibrate with"):
         QAT().attach(Small().eval(), AttachContext(steps=4))
     found = QAT().attach(Small().eval(), AttachContext(data=[], steps=4))
@@ -319,7 +319,7 @@ def test_zeros_of_a_mask_stay_zeros_on_the_grid():
         assert torch.allclose(scale, torch.where(kept > 0, kept / 7, 1.0))  # of what is shown, not of what is masked
 
 
-def test_weights_of_a_running_mean_lie_on_grids_of_their_own():
+def test_running_mean_weights_get_their_own_grids():
     found = attached(method=QAT(bits=4, first_last_bits=4))
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.1), ema=0.9), steps=8)
     found.finish()

@@ -26,7 +26,7 @@ class Small(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def test_a_block_is_what_lies_between_values_that_carry_everything():
+def test_blocks_lie_between_single_values():
     found = blocks(capture(Small().eval()))
     assert found == [
         Block("x", "relu", ("conv1",)),
@@ -49,7 +49,7 @@ def test_its_layers_one_by_one_with_what_is_fused_into_them():
 @pytest.mark.parametrize(
     ("name", "layers"), [("resnet20", [1, *[2] * 9, 1]), ("shufflenet_v2_x0_5", [1, *[5, 3, 3, 3], 5, *[3] * 7, 5])]
 )
-def test_sections_one_behind_the_other_are_the_network(name, layers, quantized):
+def test_consecutive_blocks_equal_the_network(name, layers, quantized):
     torch.manual_seed(0)
     graph = capture(build(name, 10).eval())
     if quantized:
@@ -68,7 +68,7 @@ def test_sections_one_behind_the_other_are_the_network(name, layers, quantized):
     ]
 
 
-def test_a_place_to_itself_and_another_module_in_the_place_of_one():
+def test_an_empty_part_and_a_replaced_module():
     graph = capture(Small().eval())
     values = torch.randn(2, 4, 6, 6)
     assert torch.equal(between(graph, "relu", "relu")(values), values)

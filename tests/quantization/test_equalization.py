@@ -165,7 +165,7 @@ def of_golden(told):
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
-def test_a_peers_code_finds_the_same_weights(case):
+def test_weights_equal_those_of_reference_code(case):
     """It folds BatchNorm into the layer before and divides that; here BatchNorm takes the division over."""
     layers = [of_golden(each) for each in case["before"] if each["eps"] != 0]
     behind = [[nn.ReLU()] if isinstance(each, nn.BatchNorm2d) or each.groups > 1 else [] for each in layers]
@@ -296,7 +296,7 @@ def test_norms_of_positions_are_left_alone():
 
 
 @pytest.mark.parametrize("chain", ["BatchNorm", "biases", "depthwise"])
-def test_dead_channels_do_no_harm(chain):
+def test_dead_channels_are_ignored(chain):
     build, pairs = CHAINS[chain]
     model = unequal(build())
     first, norm, second = parts(model, pairs[0])

@@ -85,7 +85,7 @@ def test_a_step_for_each_channel_against_the_formula(seed, bits):
         assert float(quantizer.scale.grad[channel]) == pytest.approx(told[2] * factor, rel=1e-3, abs=1e-4)
 
 
-def test_torch_has_the_same_formula_but_next_to_the_ends():
+def test_torch_has_the_same_formula_except_near_the_ends():
     """Its kernel rounds before it clips, and so counts values as inside that are half a step beyond the ends."""
     values = draw(0, 4, 50)
     beyond = ((values > -0.1) & (values < 0)) | ((values > 15 * 0.2) & (values < 15.5 * 0.2))
@@ -105,7 +105,7 @@ def test_torch_has_the_same_formula_but_next_to_the_ends():
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
-def test_a_peers_code_shows_the_same_and_gives_the_same_gradients(case):
+def test_values_and_gradients_equal_those_of_reference_code(case):
     """It divides the step's gradient by the root of all values; here those of one channel, or of one image, count."""
     told = {key: torch.tensor(value) for key, value in case.items() if isinstance(value, list)}
     values, step = told["values"].requires_grad_(), told["step"]
@@ -122,12 +122,12 @@ def test_a_peers_code_shows_the_same_and_gives_the_same_gradients(case):
     torch.testing.assert_close(quantizer.scale.grad.flatten(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_until_it_is_ready_it_shows_values_as_they_are():
+def test_a_disabled_quantizer_returns_its_input():
     values = draw(0, 3, 3)
     assert FakeQuantize(Grid.signed(4)).learn_step()(values) is values
 
 
-def test_it_rounds_as_one_that_does_not_learn():
+def test_a_learned_step_rounds_like_a_fixed_step():
     values = draw(0, 200)
     quantizer = learned(Grid.unsigned(4), torch.tensor(0.13), torch.tensor(5.0))
     expected = torch.fake_quantize_per_tensor_affine(values, 0.13, 5, 0, 15)

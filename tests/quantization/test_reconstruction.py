@@ -108,7 +108,7 @@ BRECQ = pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["ca
 
 
 @BRECQ
-def test_soft_and_hard_weights_are_those_of_brecqs_code(case):
+def test_soft_and_hard_weights_equal_those_of_brecqs_code(case):
     soft, told = of_golden(case)
     between = (told["weight"] / soft.scale - soft.floor - 0.5).abs() < 0.499  # ours begin off the points
     assert between.float().mean() > 0.98
@@ -160,7 +160,7 @@ def test_every_weight_ends_on_one_of_the_two_points_next_to_it(how):
 
 
 @ALL
-def test_the_network_answers_more_as_before_than_with_the_nearest_points(how):
+def test_learned_rounding_is_closer_to_float_than_nearest_rounding(how):
     quantizers, original = calibrated()
     fresh = images(256, seed=7)
     truth = original(fresh).detach()
@@ -188,7 +188,7 @@ def interrupt():
 
 
 @ALL
-def test_it_goes_on_behind_what_lasts_with_the_same_bits(how):
+def test_resuming_after_a_finished_part_is_bit_equal(how):
     whole, original = calibrated()
     progress = RecordedProgress()
     reconstruct(whole, original, images(), how, progress=progress)
@@ -226,7 +226,7 @@ class Widening(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def test_a_step_that_moved_values_share_is_learned_where_it_lies_and_stays():
+def test_a_step_shared_by_moved_values_is_learned_in_one_part():
     quantizers, original = calibrated(Widening().eval())
     (shared,) = {node.target for node in quantizers.graph.graph.nodes if node.kwargs.get("moved")}
     step = quantizers.of_activation(shared).scale
@@ -237,7 +237,7 @@ def test_a_step_that_moved_values_share_is_learned_where_it_lies_and_stays():
     assert found[1:] == found[1:2] * 3, "what was fitted to it stays fitted, and a run that goes on sees the same"
 
 
-def test_masked_weights_stay_zero_and_where_they_were():
+def test_masked_weights_stay_zero_and_unchanged():
     model = Small().eval()
     mask = Mask(model.conv2.weight.shape)
     mask.mask[:, ::2] = False

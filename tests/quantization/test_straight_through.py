@@ -44,7 +44,7 @@ def test_integers_and_gradients_are_those_of_float32(learned, bits, step, zero):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_every_integer_of_eight_bits_can_be_told_from_the_next(learned):
+def test_all_integers_of_eight_bits_are_distinct(learned):
     quantizer = made(8, 1.0, 0, learned=learned)
     integers = torch.arange(256).bfloat16()
     assert torch.equal(quantizer(integers).detach(), integers)
