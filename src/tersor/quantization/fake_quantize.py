@@ -37,7 +37,7 @@ class MovingAverage(nn.Module):
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
 
-    def update(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def next_range(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The means after one more batch of `values`, of any shape."""
         low, high = torch.aminmax(values.detach())
         return self.low.lerp(low.float(), self.averaging), self.high.lerp(high.float(), self.averaging)
@@ -189,7 +189,7 @@ class FakeQuantize(nn.Module):
         if not self.enabled:
             return values
         if isinstance(self.observer, MovingAverage) and self.observer.active and self.training and not moved:
-            self.set_range(*self.observer.update(values))
+            self.set_range(*self.observer.next_range(values))
         if self.learned_step is None:
             return fake_quantize(values, self.scale, self.zero_point, self.grid)
         shared = values[0].numel() if self.learned_step.of_images else values.numel() // self.scale.numel()

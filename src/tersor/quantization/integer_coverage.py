@@ -75,16 +75,16 @@ class IntegerCoverage:
     @property
     def warning(self) -> str | None:
         """One line if less than 95 % of the MACs are in integers, or if operators are not counted."""
-        beside = f"in float, and in no count of MACs: {', '.join(self.uncounted)}" if self.uncounted else None
+        uncounted = f"in float and not counted in the MACs: {', '.join(self.uncounted)}" if self.uncounted else None
         if self.share >= ENOUGH:
-            return beside
+            return uncounted
         shares = Counter[str]()
         for each in self.operators:
             shares[each.reason] += each.macs
         largest = [f"{reason} ({percent(macs / self.macs)})" for reason, macs in shares.most_common(_REASONS)]
         more = f", and {len(shares) - _REASONS} other reasons" if len(shares) > _REASONS else ""
-        said = f"only {percent(self.share)} of the MACs are in integers. In float: {'; '.join(largest)}{more}"
-        return f"{said}; {beside}" if beside else said
+        warning = f"only {percent(self.share)} of the MACs are in integers. In float: {'; '.join(largest)}{more}"
+        return f"{warning}; {uncounted}" if uncounted else warning
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ class IntegerCoverage:
         lines = [f"{percent(self.share)} of the MACs are in integers"] if grouped else []
         lines += [f"in float, since {reason}: {_listed(members)}" for reason, members in grouped.items()]
         if self.uncounted:
-            lines.append(f"in float, and in no count of MACs: {', '.join(self.uncounted)}")
+            lines.append(f"in float and not counted in the MACs: {', '.join(self.uncounted)}")
         return tuple(lines)
 
 
