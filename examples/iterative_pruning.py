@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tersor.data import Batches, load
 from tersor.evaluation.costs import accuracy, costs
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import strip
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
 from tersor.training.context import AttachContext

@@ -335,8 +335,8 @@ def test_images_are_left_as_they_were_where_a_forward_works_in_place(verb, tmp_p
     ("run", "message"),
     [
         (lambda net, x: net.inner[2:](net.inner[:2](x)), "a slice of a Sequential is a new module"),
-        (lambda net, x: net.inner(nn.ReLU()(x)), "modules made in __init__"),
-        (lambda net, x: net.named["class"](x), "named by a Python keyword"),
+        (lambda net, x: net.inner(nn.ReLU()(x)), "modules created in __init__"),
+        (lambda net, x: net.named["class"](x), "is a Python keyword"),
     ],
 )
 def test_what_cannot_be_captured_is_one_message(run, message):

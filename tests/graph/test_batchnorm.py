@@ -42,7 +42,7 @@ def test_frozen_it_stays_in_eval_while_all_around_trains():
     assert model[1].bias.grad is not None
 
 
-def test_a_state_dict_remembers_that_it_is_frozen():
+def test_the_state_dict_records_freezing():
     saved = network()
     make_freezable(saved)[0].freeze()
     fresh = network()

@@ -261,7 +261,7 @@ class Loops(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [BranchesOnValues, NeedsTwo, Loops])
-def test_what_cannot_be_followed_is_an_error_and_leaves_the_network_alone(kind):
+def test_an_untraceable_network_is_an_error_and_stays_unchanged(kind):
     model = kind().eval()
     before = dict(vars(model))
     with pytest.raises(InputError, match=f"the graph of {kind.__name__} cannot be captured") as refusal:
@@ -288,7 +288,7 @@ def test_a_network_that_runs_after_a_failed_capture():
     assert answers(model, torch.randn(2, 3, 8, 8)).shape == (2, 4)
 
 
-def test_nodes_tell_who_reads_them():
+def test_parameter_reads_count_nodes():
     nodes = {node.name: node for node in capture(Everything()).graph.nodes}
     assert [value.name for value in values_into(nodes["dropout"])] == ["add_1"], "without the mode"
     assert sole_user(nodes["conv"]) is nodes["mul"]
@@ -356,14 +356,16 @@ def test_capture_leaves_nothing_in_the_network(fails):
 def test_a_part_named_like_the_graphs_own_is_refused(name, kind):
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     setattr(model, name, nn.ReLU() if kind == "module" else nn.Parameter(torch.zeros(1)))
-    with pytest.raises(InputError, match=f"Sequential has a part named '{name}', which a captured graph has itself"):
+    with pytest.raises(
+        InputError, match=f"Sequential has a part named '{name}', which is reserved in a captured graph"
+    ):
         capture(model)
     outer = nn.Sequential(model)
     assert torch.equal(capture(outer)(torch.ones(1, 3, 2, 2)), outer(torch.ones(1, 3, 2, 2)))
 
 
 @pytest.mark.parametrize("what", ["forward", "hook", "pre-hook"])
-def test_what_the_outermost_module_would_lose_is_refused(what):
+def test_hooks_and_forwards_of_the_outermost_module_are_refused(what):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     if what == "forward":
         model.forward = lambda x: model[0](x) + 1

@@ -40,7 +40,7 @@ def test_outputs_of_any_structure_in_eval():
     assert model.training
 
 
-def test_drawn_numbers_are_the_same_and_the_callers_are_left():
+def test_random_numbers_repeat_and_the_global_generator_is_untouched():
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
     model.register_forward_hook(lambda _, __, given: given + torch.rand_like(given))
     state = torch.get_rng_state()
@@ -73,7 +73,7 @@ def test_a_rewrite_that_moves_outputs_is_undone_and_named():
     before = copy.deepcopy(model.state_dict())
     said = undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1.1), "the rewrite")
     assert said is not None
-    assert said.startswith("the rewrite is undone: it moved the outputs by")
+    assert said.startswith("the rewrite is undone: it changed the outputs by")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1 + 1e-6), "the rewrite") is None
     assert not torch.equal(model[0].weight, before["0.weight"])
@@ -122,14 +122,14 @@ def test_a_graph_that_computes_something_else_is_refused(verb):
 
 
 @pytest.mark.parametrize("method", [PTQ(), QAT()])
-def test_quantizers_that_change_something_before_they_round_are_refused(method, monkeypatch):
-    place = quantizers.place
+def test_disabled_quantizers_that_change_outputs_are_refused(method, monkeypatch):
+    insert = quantizers.insert_activation_quantizers
 
     def broken(graph, *rest):
         graph.set_submodule("2", nn.Identity())
-        return place(graph, *rest)
+        return insert(graph, *rest)
 
-    monkeypatch.setattr(quantizers, "place", broken)
+    monkeypatch.setattr(quantizers, "insert_activation_quantizers", broken)
     attached = method.attach(chain(), AttachContext(data=[IMAGES], steps=2))
     with pytest.raises(InputError, match="computes something else"):
         attached.begin()

@@ -46,7 +46,7 @@ def images(count=4):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_layers_of_a_plain_network_are_what_its_modules_give():
+def test_features_of_a_plain_network_are_its_modules_outputs():
     net = Net().eval()
     logits, given = FeatureExtractor(net, ["stage", "conv1"])(images())
     assert torch.equal(logits, net(images()))
@@ -91,9 +91,9 @@ def test_layers_survive_removal_and_grids():
 
 
 def test_a_value_that_is_overwritten_is_an_error():
-    with pytest.raises(InputError, match="bn1 gives is changed in place"):
+    with pytest.raises(InputError, match="bn1 is changed in place"):
         FeatureExtractor(Net(inplace=True), ["bn1"])(images())
-    with pytest.raises(InputError, match="bn1 gives is changed in place"):
+    with pytest.raises(InputError, match="bn1 is changed in place"):
         FeatureExtractor(capture(Net(inplace=True)), ["bn1"])(images())
     assert "bn1" not in last_feature_maps(capture(Net(inplace=True)), images())
     with torch.inference_mode():
@@ -105,7 +105,7 @@ def test_a_layer_that_is_not_called():
         FeatureExtractor(Net(), ["unused"])(images())
 
 
-def test_a_layer_that_gives_no_tensor():
+def test_a_layer_whose_output_is_no_tensor():
     class Twice(nn.Module):
         def forward(self, x):
             return x, x
@@ -118,7 +118,7 @@ def test_a_layer_that_gives_no_tensor():
         def forward(self, x):
             return self.linear(self.twice(x)[0].flatten(1))
 
-    with pytest.raises(InputError, match="twice gives a tuple, not a tensor"):
+    with pytest.raises(InputError, match="twice is a tuple, not a tensor"):
         FeatureExtractor(Outer(), ["twice"])(images())
 
 
@@ -219,7 +219,7 @@ class Odd(nn.Module):
         return self.linear(self.pool(x).flatten(1)) + scores.mean()
 
 
-def test_what_is_no_map_to_learn_from_is_passed_over():
+def test_outputs_that_are_no_feature_map_are_skipped():
     pictures = torch.randn(2, 3, 16, 16)
     for each in (Odd(), capture(Odd())):
         assert last_feature_maps(each, pictures) == ("stem", "down")

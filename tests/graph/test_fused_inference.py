@@ -74,7 +74,7 @@ def test_a_layer_that_is_asked_for_ends_a_pass():
         pytest.param("vit_b_16", marks=pytest.mark.slow),
     ],
 )
-def test_what_torchvision_has_answers_the_same(name):
+def test_fused_torchvision_networks_compute_the_same(name):
     torch.manual_seed(0)
     model = settled(build(name, 10))
     faster = fused(model, images(2, 224))
@@ -143,7 +143,7 @@ def test_a_module_called_relu_need_not_be_one():
     torch.testing.assert_close(fused(model, images())(100 * images()), model(100 * images()), rtol=1e-5, atol=1e-5)
 
 
-def test_elsewhere_than_on_a_processor_it_is_torchs_operators(monkeypatch):
+def test_other_devices_use_torch_operators(monkeypatch):
     model = settled(build("resnet20", 10))
     faster = rewritten(model, ())
     monkeypatch.setattr("tersor.graph.fused_inference._ON", "elsewhere")
@@ -195,7 +195,7 @@ def test_what_leaves_autocast_stays_as_it_is_where_there_is_one():
     assert fused(model, images()) is not model
 
 
-def test_what_somebody_looks_at_stays_as_it_is():
+def test_a_network_with_hooks_is_not_fused():
     model = settled(build("resnet20", 10))
     model.layer1[0].conv1.register_forward_hook(lambda *_: None)
     assert fused(model, images()) is model
@@ -207,7 +207,7 @@ def test_the_network_keeps_its_mode():
     assert all(module.training for module in model.modules())
 
 
-def test_what_would_answer_otherwise_stays_as_it_is(monkeypatch):
+def test_a_network_whose_outputs_would_change_is_not_fused(monkeypatch):
     model = Named().eval()
     monkeypatch.setattr("tersor.graph.fused_inference._calls", lambda node, _functions: node.name == "relu")
     assert fused(model, 100 * images()) is model

@@ -23,7 +23,7 @@ NAMES = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer10
         (["*"], NAMES),
     ],
 )
-def test_patterns_match_names_and_what_lies_under_them(patterns, expected):
+def test_patterns_match_names_and_their_children(patterns, expected):
     assert matching(patterns, NAMES) == set(expected)
 
 

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from tersor.graph.parametrization import parametrizations_of
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import parametrizations_of, strip
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid, affine_parameters, symmetric_scale
 
@@ -35,7 +34,7 @@ def network():
 
 
 @given(st.integers(0, 2**31), st.integers(2, 8))
-def test_values_are_shown_rounded_to_the_grid(seed, bits):
+def test_values_are_rounded_to_the_grid(seed, bits):
     values = draw(seed, 40) * 3
     quantizer = FakeQuantize(Grid.unsigned(bits))
     scale, zero_point = affine_parameters(
@@ -58,7 +57,7 @@ def test_channels_have_a_scale_each():
     torch.testing.assert_close(quantizer(weight), torch.tensor([[1.0, 1 / 3], [100.0, 100 / 3]]))
 
 
-def test_until_ready_values_are_shown_as_they_are():
+def test_disabled_quantizers_return_their_input():
     values = draw(0, 3, 4)
     assert FakeQuantize(Grid.signed(2))(values) is values
 
@@ -82,7 +81,7 @@ def test_everything_lies_in_the_state_dict():
     assert not fresh.enabled
 
 
-def test_weight_quantizer_is_the_one_that_rounds():
+def test_weight_quantizer_is_the_enabled_one():
     layer = nn.Linear(3, 2)
     assert weight_quantizer(layer) is None
     assert list(parametrizations_of(layer)) == []

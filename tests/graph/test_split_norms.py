@@ -104,7 +104,7 @@ def test_it_trains_the_same(kind):
 
 
 @pytest.mark.parametrize("kind", ["its child comes before", "its activation is no child"])
-def test_what_is_whole_can_be_frozen_and_keeps_its_forward(kind):
+def test_an_unsplit_norm_is_freezable_and_keeps_its_forward(kind):
     model = network(WHOLE[kind]())
     expected = model(IMAGES)
     (norm,) = make_freezable(model)

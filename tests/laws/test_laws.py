@@ -29,8 +29,7 @@ from tersor.deploy.onnx import export
 from tersor.evaluation.latency import predictions
 from tersor.evaluation.session import open_session
 from tersor.graph.layer_selection import weighted_layers
-from tersor.graph.parametrization import parametrizations_of
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import parametrizations_of, strip
 from tersor.pipeline import stages
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.fake_quantize import FakeQuantize

@@ -177,7 +177,7 @@ def test_looking_at_what_reaches_batchnorm_leaves_it_as_it_was(model):
     model.bn1.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     model(IMAGES)
     assert torch.allclose(found["bn1"].mean, inputs[0].mean((0, 2, 3)), atol=1e-5)
-    assert torch.allclose(found["bn1"].spread, inputs[0].transpose(0, 1).flatten(1).std(1), atol=1e-5)
+    assert torch.allclose(found["bn1"].std, inputs[0].transpose(0, 1).flatten(1).std(1), atol=1e-5)
     assert model.bn1.momentum == 0.1
     assert not model.bn1.training
 

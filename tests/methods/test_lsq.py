@@ -16,7 +16,6 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
-from tersor.quantization.learned_step import LearnedFakeQuantize
 from tersor.quantization.observers import Histogram
 from tersor.training.context import AttachContext
 from tersor.training.loop import fit
@@ -38,7 +37,7 @@ def trained(method=None, steps=8, rate=0.05):
     return found.model
 
 
-def test_where_steps_start():
+def test_initial_steps():
     model = Small().eval()
     graph = attached(model=model).model
     layer = graph.get_submodule("conv2")
@@ -61,12 +60,12 @@ def test_the_paper_has_one_step_for_a_layer():
     assert graph.conv2.parametrizations.weight[0].scale.ndim == 0
 
 
-def test_steps_learn_and_are_plain_numbers_at_the_end():
+def test_steps_are_learned_and_then_constants():
     found = attached(LSQ(bits=4, activation_bits=4, offset=True))
     before = {
         name: (each.scale.detach().clone(), each.zero_point.detach().clone())
         for name, each in found.model.named_modules()
-        if isinstance(each, LearnedFakeQuantize)
+        if isinstance(each, FakeQuantize) and each.learned_step is not None
     }
     assert len(before) >= 6
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.5)), steps=8)
@@ -84,23 +83,23 @@ def test_steps_learn_and_are_plain_numbers_at_the_end():
     assert not any(name.endswith("scale") for name, _ in found.model.named_parameters())
 
 
-def test_it_goes_on_from_the_grids_of_a_stage_before():
+def test_it_starts_from_the_grids_of_an_earlier_stage():
     first = PTQ(bits=4, activation_bits=4, activation_range="mse").attach(
         Small().eval(), AttachContext(data=Loader(), target=VNNI)
     )
     first.begin()
     images = Loader(1, seed=5).batches[0].images
     before = first.model(images)
-    with pytest.raises(InputError, match=r"on grids of 4 bits, and lsq is to train with bits: 2"):
+    with pytest.raises(InputError, match=r"lsq has bits: 2, but an earlier stage has quantized the network to 4 bits"):
         LSQ(bits=2).attach(first.model, AttachContext(steps=4, target=VNNI))
     second = LSQ().attach(first.model, AttachContext(steps=4, target=VNNI))
     second.begin()
     assert torch.allclose(second.model.eval()(images), before, atol=1e-5)
-    with pytest.raises(InputError, match=r"trained already in this stage\. Possible: qat or lsq"):
+    with pytest.raises(InputError, match=r"trains the grids already\. Write either qat or lsq"):
         QAT().attach(second.model, AttachContext(steps=4, target=VNNI))
 
 
-def test_statistics_stay_from_the_first_step_on():
+def test_norm_statistics_can_be_frozen_from_the_first_step():
     model = Small().eval()
     before = [norm.running_var.clone() for norm in norms(model)]
     found = attached(LSQ(bits=4, freeze_norm_at=0), model)
@@ -131,7 +130,7 @@ def test_learned_ranges_go_into_the_file_unchanged(tmp_path, runtime):
     assert alike.float().mean() >= 0.9  # a value next to the middle of two points may go the other way in the file
 
 
-def test_without_images_it_says_what_to_pass():
+def test_missing_images_are_an_error():
     with pytest.raises(InputError, match="lsq needs images to calibrate with"):
         LSQ().attach(Small().eval(), AttachContext(steps=4))
 

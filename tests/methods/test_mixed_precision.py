@@ -23,7 +23,7 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.quantization.fake_quantize import weight_quantizer
 from tersor.quantization.grid import Grid
-from tersor.quantization.precision import Precision
+from tersor.quantization.options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.context import AttachContext
@@ -105,7 +105,7 @@ def test_a_budget_that_is_met_exactly_is_spent():
 
 
 @pytest.mark.parametrize("cells", [3, 10, 50])
-def test_the_budget_holds_however_coarsely_it_is_spent(cells, monkeypatch):
+def test_the_budget_holds_with_coarse_units(cells, monkeypatch):
     monkeypatch.setattr("tersor.methods.mixed_precision._CELLS", cells)
     sizes = {"a": 101, "b": 211, "c": 53, "d": 7}
     errors = {name: {bits: size * 4.0**-bits for bits in (2, 3, 4, 6, 8)} for name, size in sizes.items()}
@@ -135,7 +135,7 @@ def test_bits_are_those_that_cost_least_as_measured(average):
     assert sum(errors[n][found[n]] for n in SIZES) == pytest.approx(best(errors, SIZES, average), abs=1e-12)
     assert len(set(found.values())) > 1
     assert attached.metrics == {"bits": found, "average_bits": pytest.approx(mean(found))}
-    assert attached.notes[0].startswith("bits of the weights: ")
+    assert attached.notes[0].startswith("weight bits: ")
     assert f"{mean(found):.2f} on average" in attached.notes[0]
     assert [task for task in progress if task.name == "sensitivity"] == [Task("sensitivity", 24, [*range(1, 25)])]
 
@@ -150,7 +150,7 @@ def test_weights_and_activations_lie_on_their_grids():
     assert set(edges.values()) == {Grid.unsigned(4)}
 
 
-def test_a_mean_of_the_widest_is_ptq():
+def test_an_average_of_the_largest_width_equals_ptq():
     mixed = begun(MixedPrecision(average_bits=8))[0].model
     mine = copy.deepcopy(Small().eval())
     plain = PTQ(weight_range="mse").attach(mine, AttachContext(data=[images()], target=VNNI))
@@ -160,20 +160,20 @@ def test_a_mean_of_the_widest_is_ptq():
     assert torch.equal(same.model(images()), plain.model(images()))
 
 
-def test_the_ends_may_have_bits_of_their_own_which_count():
+def test_first_last_bits_count_in_the_average():
     method = MixedPrecision(average_bits=4.5, first_last_bits=8)
     attached, progress = begun(method)
     found = bits_of(attached.model)
     assert found["conv1"] == found["linear"] == 8
     assert mean(found) <= 4.5
     assert {task.total for task in progress if task.name == "sensitivity"} == {12}, "nothing to choose at the ends"
-    with pytest.raises(InputError, match=r"average_bits: 3 cannot be met.*3\.37 on average.*first_last_bits"):
+    with pytest.raises(InputError, match=r"average_bits: 3 is too low.*3\.37.*first_last_bits"):
         MixedPrecision(average_bits=3, first_last_bits=8).attach(Small().eval(), AttachContext(data=[images()]))
-    with pytest.raises(InputError, match=r"average_bits: 3\.5 cannot be met.*4\.00 on average.*`widths`\.$"):
+    with pytest.raises(InputError, match=r"average_bits: 3\.5 is too low.*4\.00.*`widths`\.$"):
         MixedPrecision(average_bits=3.5, widths=(8, 4)).attach(Small().eval(), AttachContext(data=[images()]))
 
 
-def test_layers_that_are_left_out_count_nowhere():
+def test_excluded_layers_do_not_count():
     attached, _ = begun(MixedPrecision(average_bits=3, exclude=("conv3",)))
     assert set(attached.metrics["bits"]) == {"conv1", "conv2", "linear"}
     assert weight_quantizer(attached.model.conv3) is None
@@ -204,7 +204,7 @@ def test_a_checkpoint_holds_the_bits():
 
 @pytest.mark.parametrize("method", [QAT, LSQ])
 @pytest.mark.parametrize("together", [True, False], ids=["in one stage", "in the next stage"])
-def test_training_takes_the_bits_over(method, together):
+def test_training_keeps_the_bits(method, together):
     first = MixedPrecision(average_bits=3.5)
     expected = bits_of(begun(first)[0].model)
     if together:
@@ -231,11 +231,11 @@ def test_training_takes_the_bits_over(method, together):
 
 def test_training_with_other_bits_is_refused():
     attached, _ = begun(MixedPrecision(average_bits=3.5))
-    with pytest.raises(InputError, match="Leave bits out"):
+    with pytest.raises(InputError, match="Leave out bits"):
         QAT(bits=4).attach(attached.model, AttachContext(data=[images()]))
 
 
-def test_the_file_answers_as_torch_does(tmp_path):
+def test_the_exported_file_equals_torch(tmp_path):
     attached, _ = begun(MixedPrecision(average_bits=4))
     found = bits_of(attached.model).values()
     assert min(found) <= 4 < max(found), "weights in nibbles and in bytes"

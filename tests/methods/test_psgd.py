@@ -39,7 +39,7 @@ def weights(model):
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"{case['bits']} bits")
-def test_distance_and_running_range_are_the_authors(case):
+def test_distance_and_running_range_equal_the_authors_code(case):
     weight, tracker = torch.tensor(case["weight"]), RunningLargest()
     for step, largest in enumerate(case["largest"]):
         tracker.follow(weight * (1 + step), first=step == 0)
@@ -82,7 +82,7 @@ def test_a_step_by_hand(bits, per_channel):
 
 @pytest.mark.parametrize("strength", [None, 40.0])
 @pytest.mark.parametrize("target", ["grid", "zero"])
-def test_the_control_scales_as_much_in_the_mean(strength, target):
+def test_the_control_has_the_same_mean_scale(strength, target):
     factors = {}
     for scale_by in ("distance", "constant"):
         model = network()
@@ -103,7 +103,7 @@ def test_the_control_scales_as_much_in_the_mean(strength, target):
 
 
 @pytest.mark.parametrize("target", ["grid", "zero"])
-def test_weights_gather_where_they_are_drawn_to(target):
+def test_weights_move_towards_the_target(target):
     """With the same mean scale, more than under the control."""
     ends = {}
     for scale_by in ("distance", "constant"):
@@ -124,7 +124,7 @@ def test_weights_gather_where_they_are_drawn_to(target):
 @pytest.mark.parametrize(
     "options", [{}, {"range": "running"}, {"target": "zero"}, {"per_channel": False}, {"scale_by": "constant"}]
 )
-def test_what_is_told_of_the_way(options):
+def test_metrics_summarise_positions(options):
     """How far weights moved grows with the distance at the beginning, which is remembered; not under the control."""
     model = network()
     attached = PSGD(mean_scale=4.0, **options).attach(model, AttachContext(steps=20))
@@ -146,7 +146,7 @@ def test_what_is_told_of_the_way(options):
     assert (of_all["moved"][-1] > 3 * of_all["moved"][0]) is drawn
 
 
-def test_where_channels_were_removed_since_nobody_knows_which_weight_was_which():
+def test_no_summary_after_channels_were_removed():
     model = network()
     attached = PSGD().attach(model, AttachContext(steps=1))
     for layer in (model[0], model[2], model[4]):
@@ -169,7 +169,7 @@ def test_a_weight_on_its_point_stays_and_a_bias_is_free():
     assert not torch.allclose(model[2].bias, bias)
 
 
-def test_what_is_laid_shows_the_weight_as_it_is():
+def test_tracking_leaves_the_weight_unchanged():
     model = network()
     images = torch.randn(2, 3, 8, 8)
     before = model(images)
@@ -177,7 +177,7 @@ def test_what_is_laid_shows_the_weight_as_it_is():
     assert torch.equal(model(images), before)
     PSGD(range="running").attach(model, AttachContext(steps=1))
     assert sum(isinstance(each, RunningLargest) for each in parametrizations_of(model[0])) == 1
-    with pytest.raises(InputError, match="another kind of grid before"):
+    with pytest.raises(InputError, match="another per_channel"):
         PSGD(range="running", per_channel=False).attach(model, AttachContext(steps=1))
 
 
@@ -188,5 +188,5 @@ def test_what_cannot_be():
     with pytest.raises(InputError, match="no convolution and no fully connected layer"):
         PSGD().attach(nn.Sequential(nn.ReLU()), AttachContext(steps=1))
     parametrize.register_parametrization(model[0], "weight", FakeQuantize(Grid.signed(4), channels=6))
-    with pytest.raises(InputError, match="on a grid already"):
+    with pytest.raises(InputError, match="quantized already"):
         PSGD().attach(model, AttachContext(steps=1))

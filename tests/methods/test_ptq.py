@@ -15,7 +15,7 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.deploy.onnx import export
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import strip
 from tersor.methods.ptq import PTQ
 from tersor.models import build
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
@@ -57,7 +57,7 @@ def quantizers(graph):
     return {name: module for name, module in graph.named_modules() if isinstance(module, FakeQuantize)}
 
 
-def test_attaching_shows_the_network_as_it_was_over_the_same_parameters():
+def test_attaching_changes_no_output_and_no_parameter():
     model = Small().eval()
     before = model(images())
     parameters = {id(parameter) for parameter in model.parameters()}
@@ -213,7 +213,7 @@ def test_without_batch_norm_ranges_are_the_largest_values():
     assert torch.equal(*found)
 
 
-def test_first_and_last_layer_have_bits_of_their_own():
+def test_first_and_last_layer_have_their_own_bits():
     found = quantizers(calibrated(method=PTQ(bits=3, activation_bits=4, first_last_bits=6)).model)
     bits = {
         name.split(".parametrizations")[0].removeprefix("quantizers."): each.grid.bits for name, each in found.items()
@@ -336,7 +336,7 @@ def test_biases_are_corrected():
     ],
     ids=str,
 )
-def test_the_file_answers_as_the_network_does(options, tmp_path):
+def test_the_exported_file_equals_the_network(options, tmp_path):
     model = one_sided()
     nn.init.uniform_(model.bn1.weight, -1.5, 1.5)  # folded, some grids are turned around
     nn.init.uniform_(model.bn2.weight, -1.5, 1.5)
@@ -351,7 +351,7 @@ def test_the_file_answers_as_the_network_does(options, tmp_path):
     assert off.mean() < 0.02 * expected.std(), "but for values that lie between two points of a grid"
 
 
-def test_processors_that_saturate_get_smaller_integers_and_others_all_of_the_range():
+def test_only_saturating_processors_get_smaller_integers():
     def pairs(target):
         graph = calibrated(target=target).model
         layers = [graph.conv1, graph.conv2, graph.linear]
@@ -375,7 +375,7 @@ def test_layers_left_out_stay_in_float():
     assert set(attached.quantizers.activations) == {"quantizers.x", "quantizers.relu"}
 
 
-def test_more_bits_answer_more_like_the_original():
+def test_more_bits_are_closer_to_the_original():
     model = Small().eval()
     x = images()
     with torch.no_grad():
@@ -414,7 +414,7 @@ def test_a_data_loader_calibrates():
         torch.testing.assert_close(found[key], value)
 
 
-def test_only_so_many_images_are_looked_at():
+def test_the_number_of_calibration_images_is_limited():
     endless = (images(4, seed) for seed in iter(int, 1))
     progress = RecordedProgress()
     attached = PTQ(calibration_images=10).attach(Small().eval(), AttachContext(data=endless, progress=progress))
@@ -424,7 +424,7 @@ def test_only_so_many_images_are_looked_at():
     assert attached.model.get_submodule("quantizers.x").scale == expected.model.get_submodule("quantizers.x").scale
 
 
-def test_two_passes_are_told_as_one_work():
+def test_two_passes_are_one_progress_task():
     data = [images(4), images(4)]
     progress = RecordedProgress()
     context = AttachContext(data=data, progress=progress)
@@ -432,7 +432,7 @@ def test_two_passes_are_told_as_one_work():
     assert progress.tasks == [Task("calibration", 16, [4, 8, 12, 16])]
 
 
-def test_an_empty_batch_does_no_harm():
+def test_an_empty_batch_is_ignored():
     found = calibrated(data=[images()[:0], images(), images()[:0]]).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in calibrated().model.state_dict().items())
 
@@ -467,7 +467,7 @@ def test_a_checkpoint_holds_the_calibration():
     assert torch.equal(fresh.model(images()), saved(images()))
 
 
-def test_strip_shows_what_the_quantized_network_showed():
+def test_strip_keeps_the_quantized_weights():
     graph = calibrated().model
     x = images(seed=7)
     before = graph(x)
@@ -490,7 +490,7 @@ def test_a_channel_of_zeros_and_a_value_that_is_always_zero():
     assert graph.get_submodule("quantizers.relu").scale == 1
 
 
-def test_runtimes_get_quantizers_of_their_own():
+def test_quantizers_depend_on_the_runtime():
     onnxruntime = calibrated(target=Target(runtime="onnxruntime")).quantizers.activations
     openvino = calibrated(target=Target(runtime="openvino")).quantizers.activations
     assert set(openvino) < set(onnxruntime)

@@ -22,7 +22,7 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.mask import weight_mask
-from tersor.quantization.fake_quantize import EMAFakeQuantize, FakeQuantize
+from tersor.quantization.fake_quantize import FakeQuantize, MovingAverage
 from tersor.quantization.grid import Grid
 from tersor.training.context import AttachContext
 from tersor.training.loop import fit
@@ -78,7 +78,8 @@ def trained(method=None, steps=8, model=None, rate=0.05):
 
 
 def edges(graph):
-    return [module for module in graph.modules() if isinstance(module, EMAFakeQuantize)]
+    quantizers = (module for module in graph.modules() if isinstance(module, FakeQuantize))
+    return [each for each in quantizers if isinstance(each.observer, MovingAverage)]
 
 
 def test_before_the_first_step_it_is_what_post_training_quantization_gives():
@@ -94,7 +95,7 @@ def test_before_the_first_step_it_is_what_post_training_quantization_gives():
 def test_the_gradient_passes_straight_through_inside_the_range_and_not_outside():
     graph = attached(method=QAT(bits=3)).model.eval()
     edge = edges(graph)[0]
-    values = torch.linspace(-3 * float(edge.high), 3 * float(edge.high), 101, requires_grad=True)
+    values = torch.linspace(-3 * float(edge.observer.high), 3 * float(edge.observer.high), 101, requires_grad=True)
     edge(values).sum().backward()
     low, high = (float((end - edge.zero_point) * edge.scale) for end in (0, 255))
     half = float(edge.scale) / 2
@@ -119,7 +120,7 @@ def test_scales_follow_the_weights_after_every_step():
 @pytest.mark.parametrize(
     "before", [PTQ(bits=3, weight_range="mse"), PTQ(bits=3, weight_range="mse", symmetric=False), AdaRound(bits=3)]
 )
-def test_grids_of_a_stage_before_that_clip_go_on_to_clip_the_same_share(before):
+def test_clipping_grids_of_an_earlier_stage_keep_their_share(before):
     graph = attached(method=before).model
     images = Loader(1, seed=5).batches[0].images
     expected = graph.eval()(images)
@@ -129,11 +130,11 @@ def test_grids_of_a_stage_before_that_clip_go_on_to_clip_the_same_share(before):
     torch.testing.assert_close(found.model.eval()(images), expected, rtol=1e-4, atol=1e-5)
     layer = found.model.get_submodule("conv2")
     quantizer = layer.parametrizations.weight[0]
-    scale, share = quantizer.scale.clone(), quantizer.share.clone()
+    scale, share = quantizer.scale.clone(), quantizer.observer.share.clone()
     parametrized(layer).original.data *= 3
     found.after_step(1, None)
     torch.testing.assert_close(quantizer.scale, 3 * scale)
-    assert torch.equal(quantizer.share, share)
+    assert torch.equal(quantizer.observer.share, share)
     assert (share < 1).any() or isinstance(before, AdaRound), "whose weights end where its grid does"
 
 
@@ -151,18 +152,18 @@ def test_a_channel_of_zeros_may_come_back_over_its_whole_range():
 def test_ranges_are_running_means_of_what_each_batch_reaches():
     found = attached(method=QAT(averaging=0.25))
     edge = edges(found.model)[0]  # on the images themselves: no step changes what it is shown
-    low, high = float(edge.low), float(edge.high)
+    low, high = float(edge.observer.low), float(edge.observer.high)
     fit(found, Loader(), Training(), steps=6)
     for step in range(6):
         images = Loader().batches[step % 4].images
         low += 0.25 * (float(images.min()) - low)
         high += 0.25 * (float(images.max()) - high)
-    assert float(edge.low) == pytest.approx(low, rel=1e-5)
-    assert float(edge.high) == pytest.approx(high, rel=1e-5)
+    assert float(edge.observer.low) == pytest.approx(low, rel=1e-5)
+    assert float(edge.observer.high) == pytest.approx(high, rel=1e-5)
     assert float(edge.scale) == pytest.approx((high - low) / 255, rel=1e-5)
 
 
-def test_a_range_moves_once_a_batch_however_often_its_values_are_moved():
+def test_a_range_is_updated_once_per_batch():
     class Sliced(nn.Module):
         def __init__(self):
             super().__init__()
@@ -181,11 +182,11 @@ def test_a_range_moves_once_a_batch_however_often_its_values_are_moved():
     edge = graph.get_submodule(shared[0].target)
     seen = []
     hook = edge.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].max().item()))
-    before = float(edge.high)
+    before = float(edge.observer.high)
     graph(3 * Loader(1).batches[0].images)
     hook.remove()
     assert len(seen) > 1
-    assert float(edge.high) == pytest.approx(0.5 * before + 0.5 * seen[0], rel=1e-5)
+    assert float(edge.observer.high) == pytest.approx(0.5 * before + 0.5 * seen[0], rel=1e-5)
     assert torch.isfinite(rebuilt(found.model, Sliced())(Loader(1).batches[0].images)).all()
 
 
@@ -207,14 +208,14 @@ def test_after_the_end_no_range_moves_even_while_it_trains():
             assert torch.equal(value, before[name])
 
 
-def test_in_eval_nothing_moves():
+def test_ranges_do_not_move_in_eval_mode():
     found = attached()
-    before = [float(edge.high) for edge in edges(found.model)]
+    before = [float(edge.observer.high) for edge in edges(found.model)]
     found.model.eval()(10 * Loader(1).batches[0].images)
-    assert [float(edge.high) for edge in edges(found.model)] == before
+    assert [float(edge.observer.high) for edge in edges(found.model)] == before
 
 
-def test_it_takes_over_the_grids_of_a_stage_before():
+def test_it_reuses_the_grids_of_an_earlier_stage():
     first = PTQ(bits=4).attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
     first.begin()
     images = Loader(1, seed=5).batches[0].images
@@ -230,25 +231,25 @@ def test_it_takes_over_the_grids_of_a_stage_before():
 def test_in_one_stage_with_ptq():
     found = chain([PTQ(bits=4), QAT(bits=4)], Small().eval(), AttachContext(data=Loader(), steps=4, target=VNNI))
     found.begin()
-    assert all(edge.enabled and float(edge.high) > 0 for edge in edges(found.model))
+    assert all(edge.enabled and float(edge.observer.high) > 0 for edge in edges(found.model))
 
 
-def test_grids_of_other_bits_are_told():
+def test_grids_of_other_bits_are_refused():
     first = PTQ(bits=4).attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
     first.begin()
-    with pytest.raises(InputError, match=r"on grids of 4 bits, and qat is to train with bits: 6\. Leave bits out"):
+    with pytest.raises(InputError, match=r"bits: 6, but an earlier stage .* to 4 bits\. Leave out bits"):
         QAT(bits=6).attach(first.model, AttachContext(steps=4))
-    with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with activation_bits: 4"):
+    with pytest.raises(InputError, match=r"activation_bits: 4, but an earlier stage .* to 8 bits"):
         QAT(activation_bits=4).attach(first.model, AttachContext(steps=4))
-    with pytest.raises(InputError, match=r"on grids of 8 bits, and qat is to train with first_last_bits: 4"):
+    with pytest.raises(InputError, match=r"first_last_bits: 4, but an earlier stage .* to 8 bits"):
         QAT(first_last_bits=4).attach(first.model, AttachContext(steps=4))
-    with pytest.raises(InputError, match="with per_channel: false, and the network lies on other grids"):
+    with pytest.raises(InputError, match="per_channel: false, but the grids of an earlier stage"):
         QAT(per_channel=False).attach(first.model, AttachContext(steps=4))
-    with pytest.raises(InputError, match="Write `exclude` there"):
+    with pytest.raises(InputError, match="Write `exclude` in that stage"):
         QAT(bits=4, exclude=("conv1",)).attach(first.model, AttachContext(steps=4))
 
 
-def test_grids_of_a_stage_before_are_taken_as_they_lie_where_no_bits_are_given():
+def test_grids_of_an_earlier_stage_are_kept_by_default():
     first = PTQ(bits=3, activation_bits=5, symmetric=False, per_channel=False, exclude=("conv1",))
     laid = first.attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
     laid.begin()
@@ -260,7 +261,7 @@ def test_grids_of_a_stage_before_are_taken_as_they_lie_where_no_bits_are_given()
     (quantizer,) = layer.parametrizations.weight
     assert (quantizer.grid, quantizer.scale.ndim) == (Grid.full(3), 0)
     weight = layer.parametrizations.weight.original
-    span = float(quantizer.share) * float((weight.max() - weight.min()).detach())
+    span = float(quantizer.observer.share) * float((weight.max() - weight.min()).detach())
     assert float(quantizer.scale) == pytest.approx(span / 7, rel=1e-4)
     assert not hasattr(found.model.get_submodule("conv1"), "parametrizations")
     assert {edge.grid.bits for edge in edges(found.model)} == {5, 8}
@@ -270,14 +271,14 @@ def norms(graph):
     return [module for module in graph.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def test_statistics_stay_after_a_while_and_gamma_learns_on():
+def test_frozen_statistics_stay_while_gamma_trains():
     found = attached(method=QAT(freeze_norm_at=0.5, freeze_ranges_at=0.75), steps=8)
     seen = []
 
     class Looks(NullProgress):
         def advance(self, amount=1, **shown):
             norm, edge = norms(found.model)[0], edges(found.model)[0]
-            seen.append((norm.running_mean.clone(), norm.weight.detach().clone(), float(edge.high)))
+            seen.append((norm.running_mean.clone(), norm.weight.detach().clone(), float(edge.observer.high)))
 
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=8, progress=Looks())
     means, gammas, highs = zip(*seen, strict=True)
@@ -294,7 +295,7 @@ def test_as_if_folded_from_the_first_step():
     assert all(torch.equal(norm.running_var, was) for norm, was in zip(norms(graph), before, strict=True))
 
 
-def test_without_images_it_says_what_to_pass():
+def test_missing_images_are_an_error():
     with pytest.raises(InputError, match="qat needs images to calibrate with"):
         QAT().attach(Small().eval(), AttachContext(steps=4))
     found = QAT().attach(Small().eval(), AttachContext(data=[], steps=4))
@@ -318,7 +319,7 @@ def test_zeros_of_a_mask_stay_zeros_on_the_grid():
         assert torch.allclose(scale, torch.where(kept > 0, kept / 7, 1.0))  # of what is shown, not of what is masked
 
 
-def test_weights_of_a_running_mean_lie_on_grids_of_their_own():
+def test_running_mean_weights_get_their_own_grids():
     found = attached(method=QAT(bits=4, first_last_bits=4))
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.1), ema=0.9), steps=8)
     found.finish()
@@ -355,7 +356,7 @@ def test_what_was_trained_is_what_runs(tmp_path, runtime):
 
 
 def test_under_bfloat16_every_level_stays():
-    edge = EMAFakeQuantize(Grid.unsigned(8), 0.01)
+    edge = FakeQuantize(Grid.unsigned(8)).track_activations(0.01)
     edge.set_range(torch.tensor(0.0), torch.tensor(3.7))
     with torch.autocast("cpu", torch.bfloat16):
         shown = edge(torch.linspace(0, 3.7, 5000))

@@ -7,7 +7,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import strip
 from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build

@@ -95,7 +95,7 @@ def measured(attached, x, labels=None):
     return 100 * ((exact == labels).float().mean() - (found == labels).float().mean()).item()
 
 
-def test_the_answers_differ():
+def test_the_toy_network_predicts_several_classes():
     """What follows says something only where a constant would not do."""
     assert (answered(Sensitive().eval(), images()).bincount() > 0).sum() == 5
 
@@ -132,7 +132,7 @@ def test_two_in_a_row():
     assert sorted(attached.metrics["left_in_float"]) == ["conv2", "conv3"]
 
 
-def test_nothing_is_told_where_nothing_was_asked():
+def test_no_metrics_without_max_drop():
     assert tolerated(max_drop=None).metrics == {}
 
 
@@ -157,8 +157,8 @@ def test_labels_of_some_batches_only_are_no_labels():
     assert attached.metrics["drop"] == pytest.approx(measured(attached, x))
 
 
-def test_only_so_many_images_are_judged(monkeypatch):
-    monkeypatch.setattr(accuracy_control, "JUDGED", 100)
+def test_the_number_of_evaluated_images_is_limited(monkeypatch):
+    monkeypatch.setattr(accuracy_control, "EVALUATED", 100)
     x = images()
     labels = answered(Sensitive().eval(), x)
     labels[100:] = 0
@@ -180,7 +180,7 @@ def test_all_in_float_is_the_network_as_it_was(bias_correction):
     assert all(torch.equal(value, state[key]) for key, value in attached.model.state_dict().items())
 
 
-def test_progress_is_told():
+def test_progress_is_reported():
     progress = RecordedProgress()
     context = AttachContext(data=[images()], target=Target(cpu="vnni"), progress=progress)
     PTQ(**OPTIONS).attach(Sensitive().eval(), context).begin()
@@ -216,7 +216,7 @@ def test_data_that_can_be_read_only_once():
         tolerated(data=iter([images()]), activation_range="minmax")  # which needs one pass
 
 
-def test_the_file_answers_as_the_network_does(tmp_path):
+def test_the_exported_file_equals_the_network(tmp_path):
     attached = tolerated(target=Target())  # of this processor, which may add products in 16 bits
     path = export(attached.model.eval(), images()[:2], tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -227,7 +227,7 @@ def test_the_file_answers_as_the_network_does(tmp_path):
     assert (torch.from_numpy(np.array(found)) - expected).abs().max() < 0.02 * expected.std()
 
 
-def test_a_checkpoint_holds_what_rounds():
+def test_a_checkpoint_holds_the_enabled_quantizers():
     attached = tolerated()
     again = rebuild(Sensitive(), json.loads(json.dumps(structure(attached.model)))).eval()
     again.load_state_dict(attached.model.state_dict())
@@ -250,7 +250,7 @@ def trains(attached):
 
 
 @pytest.mark.parametrize("method", [QAT(), LSQ()], ids=["qat", "lsq"])
-def test_training_takes_over_the_layers_that_round(method):
+def test_training_reuses_the_enabled_layers(method):
     attached = method.attach(tolerated().model, AttachContext(data=[images()], steps=1))
     assert attached.quantizers.layers == ("conv1", "conv3", "linear")
     ready = trains(attached)

@@ -99,7 +99,7 @@ def corrected(model, bits=3):
     return graph, before, exact, shifted
 
 
-def test_means_are_those_of_the_network_in_float():
+def test_corrected_means_equal_those_in_float():
     graph, before, exact, shifted = corrected(All())
     found = channel_means(graph, images(), LAYERS.values())
     assert before.keys() == LAYERS.keys()
@@ -165,7 +165,7 @@ class Shares(All):
         return self.linear(F.relu(self.bn1(self.conv2(x))).mean((2, 3)))
 
 
-def test_a_norm_of_two_layers_is_left_alone():
+def test_a_norm_shared_by_two_layers_is_not_corrected():
     graph = capture(Shares().eval())
     before = copy.deepcopy(graph.bn1.state_dict())
     assert moments(graph, images()).keys() == {"conv2", "linear"}
@@ -180,13 +180,13 @@ class Doubled(nn.Linear):
         return 2 * F.linear(x, self.weight, self.bias)
 
 
-def test_a_layer_with_a_forward_of_its_own_is_left_alone():
+def test_a_layer_with_its_own_forward_is_skipped():
     graph = capture(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), Doubled(4, 5)).eval())
     assert moments(graph, images()).keys() == {"0"}
 
 
 @pytest.mark.parametrize("options", [{}, {"per_channel": False}, {"symmetric": False}], ids=str)
-def test_a_residual_network_answers_more_like_in_float(options):
+def test_a_residual_network_is_closer_to_float(options):
     model = build("resnet20", 10)
     for _ in range(3):  # statistics of its own
         model.train()(images(64, 9))
@@ -238,7 +238,7 @@ def spreads_behind_norms(graph, x):
     }
 
 
-def test_behind_a_batch_norm_the_spread_is_that_in_float_too():
+def test_a_batch_norm_also_corrects_standard_deviations():
     model = All().eval()
     model.bn2.weight.data[0] = 0  # a channel that is off stays off
     graph = capture(copy.deepcopy(model))
@@ -248,7 +248,7 @@ def test_behind_a_batch_norm_the_spread_is_that_in_float_too():
             layer.weight.mul_(0.6)
         graph.conv2.weight[1] = 0
     shrunk = spreads_behind_norms(graph, images())
-    correct(graph, images(), before, spreads=True)
+    correct(graph, images(), before, variances=True)
     for name, (spread, mean) in spreads_behind_norms(graph, images()).items():
         alive = torch.ones(8, dtype=torch.bool)
         alive[:2] = name != "bn2"
@@ -258,7 +258,7 @@ def test_behind_a_batch_norm_the_spread_is_that_in_float_too():
         assert torch.isfinite(spread).all()
 
 
-def test_with_spreads_clipped_weights_of_three_bits_answer_more_as_in_float():
+def test_variance_correction_brings_three_bits_closer_to_float():
     def error(**options):
         model = build("resnet20", 10).eval()
         torch.manual_seed(1)

@@ -8,8 +8,8 @@ from torch import nn
 from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.models import build
-from tersor.quantization.blocks import Section, between, layer_sections, sections
-from tersor.quantization.precision import Precision
+from tersor.quantization.blocks import Block, between, blocks, layer_blocks
+from tersor.quantization.options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 
 
@@ -26,22 +26,22 @@ class Small(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def test_a_block_is_what_lies_between_values_that_carry_everything():
-    found = sections(capture(Small().eval()))
+def test_blocks_lie_between_single_values():
+    found = blocks(capture(Small().eval()))
     assert found == [
-        Section("x", "relu", ("conv1",)),
-        Section("relu", "mean", ("conv2", "conv3")),
-        Section("mean", "linear", ("linear",)),
+        Block("x", "relu", ("conv1",)),
+        Block("relu", "mean", ("conv2", "conv3")),
+        Block("mean", "linear", ("linear",)),
     ]
 
 
 def test_its_layers_one_by_one_with_what_is_fused_into_them():
     graph = capture(Small().eval())
-    first, second, _ = sections(graph)
-    assert layer_sections(graph, first) == [Section("mul", "relu", ("conv1",))]
-    assert layer_sections(graph, second) == [
-        Section("relu", "relu_1", ("conv2",)),
-        Section("relu_1", "conv3", ("conv3",)),
+    first, second, _ = blocks(graph)
+    assert layer_blocks(graph, first) == [Block("mul", "relu", ("conv1",))]
+    assert layer_blocks(graph, second) == [
+        Block("relu", "relu_1", ("conv2",)),
+        Block("relu_1", "conv3", ("conv3",)),
     ]
 
 
@@ -49,26 +49,26 @@ def test_its_layers_one_by_one_with_what_is_fused_into_them():
 @pytest.mark.parametrize(
     ("name", "layers"), [("resnet20", [1, *[2] * 9, 1]), ("shufflenet_v2_x0_5", [1, *[5, 3, 3, 3], 5, *[3] * 7, 5])]
 )
-def test_sections_one_behind_the_other_are_the_network(name, layers, quantized):
+def test_consecutive_blocks_equal_the_network(name, layers, quantized):
     torch.manual_seed(0)
     graph = capture(build(name, 10).eval())
     if quantized:
         insert_quantizers(graph, Precision(), exclude=(), target=Target(), method="ptq")
-    found = sections(graph)
-    assert [len(section.layers) for section in found][: len(layers)] == layers
+    found = blocks(graph)
+    assert [len(block.layers) for block in found][: len(layers)] == layers
     images = torch.randn(2, 3, 64, 64)
     values = images
-    for section in found:
-        values = between(graph, section.begin, section.end)(values)
+    for block in found:
+        values = between(graph, block.begin, block.end)(values)
     assert torch.equal(values, graph(images))
-    assert [name for section in found for name in section.layers] == [
+    assert [name for block in found for name in block.layers] == [
         str(node.target)
         for node in graph.graph.nodes
         if node.op == "call_module" and isinstance(graph.get_submodule(node.target), nn.Conv2d | nn.Linear)
     ]
 
 
-def test_a_place_to_itself_and_another_module_in_the_place_of_one():
+def test_an_empty_part_and_a_replaced_module():
     graph = capture(Small().eval())
     values = torch.randn(2, 4, 6, 6)
     assert torch.equal(between(graph, "relu", "relu")(values), values)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.capture import capture
-from tersor.graph.norms import record_ranks
 from tersor.pruning.mask import Mask
 from tersor.quantization.equalization import equalize
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -165,7 +165,7 @@ def of_golden(told):
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
-def test_a_peers_code_finds_the_same_weights(case):
+def test_weights_equal_those_of_reference_code(case):
     """It folds BatchNorm into the layer before and divides that; here BatchNorm takes the division over."""
     layers = [of_golden(each) for each in case["before"] if each["eps"] != 0]
     behind = [[nn.ReLU()] if isinstance(each, nn.BatchNorm2d) or each.groups > 1 else [] for each in layers]
@@ -296,7 +296,7 @@ def test_norms_of_positions_are_left_alone():
 
 
 @pytest.mark.parametrize("chain", ["BatchNorm", "biases", "depthwise"])
-def test_dead_channels_do_no_harm(chain):
+def test_dead_channels_are_ignored(chain):
     build, pairs = CHAINS[chain]
     model = unequal(build())
     first, norm, second = parts(model, pairs[0])

@@ -20,7 +20,7 @@ def test_positions_are_in_steps_of_each_channel():
     assert torch.allclose(found, torch.tensor([0.25, 0.0, -0.25, 0.25, 0.0, 1.0])), "8 is outside of the grid"
 
 
-def test_toward_zero_there_is_one_point():
+def test_with_target_zero_there_is_one_point():
     assert around_zero(torch.tensor([[0.0, 1.0, -4.0]])).positions.tolist() == [0.0, 0.125, -0.5]
     assert around_zero(torch.zeros(1, 2)).positions.tolist() == [0.0, 0.0]
 
@@ -35,13 +35,13 @@ def test_what_a_training_has_done_by_hand():
     assert sum(found["before"]) == sum(found["after"]) == 3
 
 
-def test_weights_move_in_steps_of_the_grid_that_they_began_on():
+def test_moves_are_in_steps_of_the_initial_grid():
     found = drawn({"a": laid(0.25, 3.0)}, {"a": laid(0.25, 6.0, largest=6.0)})["all"]
     assert found["moved"][0] == pytest.approx(3.0)
     assert found["distance"] == pytest.approx([0.125, 0.0625])
 
 
-def test_a_few_layers_are_told_and_all_weights_together():
+def test_some_layers_and_all_weights_are_summarised():
     torch.manual_seed(0)
     before = {f"layer{place}": laid(*torch.randn(10 + place).tolist()) for place in range(300)}
     found = drawn(before, before)

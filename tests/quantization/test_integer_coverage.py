@@ -125,19 +125,19 @@ IN_FLOAT = {
     ),
     "function": (
         Multiplies(lambda x, w: F.conv2d(x, w, padding=1), torch.randn(8, 8, 3, 3)),
-        {"2.weight": (8 * 8 * 9 * 64, "it is computed by a function (conv2d), and no layer is called")},
+        {"2.weight": (8 * 8 * 9 * 64, "it is computed by a function (conv2d), not by a layer")},
     ),
     "matrix product with a parameter": (
         Multiplies(lambda x, w: x @ w, torch.randn(8, 8)),
-        {"2.weight": (8 * 8 * 8 * 8, "it is computed by a function (matmul), and no layer is called")},
+        {"2.weight": (8 * 8 * 8 * 8, "it is computed by a function (matmul), not by a layer")},
     ),
     "product with a constant": (
         Multiplies(torch.matmul, torch.randn(8, 8), learns=False),
-        {"2": (8 * 8 * 8 * 8, "it multiplies with a constant")},
+        {"2": (8 * 8 * 8 * 8, "it multiplies by a constant")},
     ),
     "einsum of grids": (
         Multiplies(lambda x, _: torch.einsum("bchw,bchv->bcwv", x, x), torch.zeros(1)),
-        {"2": (8 * 8 * 8 * 8, "there is no operator in integers for einsum")},
+        {"2": (8 * 8 * 8 * 8, "there is no integer operator for einsum")},
     ),
     "product of activations": (
         Multiplies(lambda x, _: x.sin() @ x.cos(), torch.zeros(1)),
@@ -168,7 +168,7 @@ IN_FLOAT = {
     "attention pool": (
         Pool(),
         {
-            f"2.{name}": (macs, "it is computed by a function (multi_head_attention_forward), and no layer is called")
+            f"2.{name}": (macs, "it is computed by a function (multi_head_attention_forward), not by a layer")
             for name, macs in {"q": 64, "k": 64 * 64, "v": 64 * 64, "c": 64}.items()
         }
         | {"2": (2 * 64 * 8, ATTENTION)},
@@ -226,7 +226,7 @@ def test_a_layer_between_grids_is_in_integers(middle):
     assert (covered.share, covered.operators, covered.warning, covered.notes) == (1.0, (), None, ())
 
 
-def test_layers_that_a_user_or_a_limit_leaves_in_float():
+def test_layers_left_in_float_by_exclude_or_max_drop():
     network = around(nn.Conv2d(8, 8, 3, padding=1))
     (left,) = planned(copy.deepcopy(network), exclude=("2",)).operators
     assert (left.name, left.kind, left.reason) == ("2", "Conv2d", "it was excluded")
@@ -248,10 +248,10 @@ def test_a_network_that_is_not_quantized_is_in_float():
     assert integer_coverage(nn.Flatten(), IMAGES).share == 1
 
 
-def test_operators_that_nobody_counts_are_noted():
+def test_uncounted_operators_are_noted():
     covered = planned(around(Multiplies(lambda x, _: torch.fft.irfft2(torch.fft.rfft2(x)), torch.zeros(1))))
     assert covered.share == 1
-    assert covered.notes == ("in float, and in no count of MACs: aten._fft_r2c in 2, aten._fft_c2r in 2",)
+    assert covered.notes == ("in float and not counted in the MACs: aten._fft_r2c in 2, aten._fft_c2r in 2",)
     assert covered.warning == covered.notes[0], "nobody knows that it is next to nothing"
 
 
@@ -291,7 +291,7 @@ def test_many_operators_of_one_reason_are_one_line():
     assert "and 4 more (33.2 %)" in line
 
 
-def test_quantize_warns_where_less_than_all_but_a_twentieth_is_in_integers():
+def test_quantize_warns_below_95_percent_in_integers():
     network = around(SameConv(8, 8, 3))
     with pytest.warns(CompressionWarning, match=r"only 4\.2 % of the MACs.*SameConv is a subclass.*\(95\.8 %\)"):
         quantized = tersor.quantize(network, [IMAGES])

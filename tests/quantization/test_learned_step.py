@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
-from tersor.quantization.learned_step import LearnedFakeQuantize
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lsq.json").read_text())
 
@@ -22,7 +22,7 @@ def draw(seed, *shape):
 
 def learned(grid, scale, zero_point=None, **options):
     scale = torch.as_tensor(scale)
-    quantizer = LearnedFakeQuantize(grid, len(scale) if scale.ndim else None, **options)
+    quantizer = FakeQuantize(grid, len(scale) if scale.ndim else None).learn_step(**options)
     quantizer.set_grid(scale, None if zero_point is None else torch.as_tensor(zero_point))
     return quantizer
 
@@ -62,7 +62,7 @@ def test_one_step_for_all_against_the_formula(seed, bits, step, offset):
     assert values.grad.flatten().tolist() == pytest.approx(told[1], abs=1e-5)
     assert float(quantizer.scale.grad) == pytest.approx(told[2] * factor, rel=1e-3, abs=1e-3)
     if offset:
-        assert float(quantizer.offset.grad) == pytest.approx(told[3] * factor, rel=1e-3, abs=1e-3)
+        assert float(quantizer.learned_step.offset.grad) == pytest.approx(told[3] * factor, rel=1e-3, abs=1e-3)
 
 
 @given(seeds, st.sampled_from([2, 3, 8]))
@@ -85,7 +85,7 @@ def test_a_step_for_each_channel_against_the_formula(seed, bits):
         assert float(quantizer.scale.grad[channel]) == pytest.approx(told[2] * factor, rel=1e-3, abs=1e-4)
 
 
-def test_torch_has_the_same_formula_but_next_to_the_ends():
+def test_torch_has_the_same_formula_except_near_the_ends():
     """Its kernel rounds before it clips, and so counts values as inside that are half a step beyond the ends."""
     values = draw(0, 4, 50)
     beyond = ((values > -0.1) & (values < 0)) | ((values > 15 * 0.2) & (values < 15.5 * 0.2))
@@ -105,7 +105,7 @@ def test_torch_has_the_same_formula_but_next_to_the_ends():
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
-def test_a_peers_code_shows_the_same_and_gives_the_same_gradients(case):
+def test_values_and_gradients_equal_those_of_reference_code(case):
     """It divides the step's gradient by the root of all values; here those of one channel, or of one image, count."""
     told = {key: torch.tensor(value) for key, value in case.items() if isinstance(value, list)}
     values, step = told["values"].requires_grad_(), told["step"]
@@ -122,12 +122,12 @@ def test_a_peers_code_shows_the_same_and_gives_the_same_gradients(case):
     torch.testing.assert_close(quantizer.scale.grad.flatten(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_until_it_is_ready_it_shows_values_as_they_are():
+def test_a_disabled_quantizer_returns_its_input():
     values = draw(0, 3, 3)
-    assert LearnedFakeQuantize(Grid.signed(4))(values) is values
+    assert FakeQuantize(Grid.signed(4)).learn_step()(values) is values
 
 
-def test_it_rounds_as_one_that_does_not_learn():
+def test_a_learned_step_rounds_like_a_fixed_step():
     values = draw(0, 200)
     quantizer = learned(Grid.unsigned(4), torch.tensor(0.13), torch.tensor(5.0))
     expected = torch.fake_quantize_per_tensor_affine(values, 0.13, 5, 0, 15)
@@ -137,12 +137,12 @@ def test_it_rounds_as_one_that_does_not_learn():
 @torch.no_grad()
 def test_a_step_stays_above_zero_and_the_zero_point_follows_the_offset():
     quantizer = learned(Grid.unsigned(4), torch.tensor(0.1), torch.tensor(3), offset=True)
-    assert float(quantizer.offset) == pytest.approx(-0.3)
-    quantizer.offset.fill_(-0.52)
-    quantizer.follow()
+    assert float(quantizer.learned_step.offset) == pytest.approx(-0.3)
+    quantizer.learned_step.offset.fill_(-0.52)
+    quantizer.follow_step()
     assert int(quantizer.zero_point) == 5
-    quantizer.offset.fill_(-40.0)
+    quantizer.learned_step.offset.fill_(-40.0)
     quantizer.scale.fill_(-2.0)
-    quantizer.follow()
+    quantizer.follow_step()
     assert 0 < float(quantizer.scale) < 1e-5
     assert int(quantizer.zero_point) == 15

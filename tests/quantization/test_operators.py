@@ -229,7 +229,7 @@ class Harmless(nn.Module):
         return self.normed(F.normalize(tokens, dim=-1)).std(1)
 
 
-def test_what_is_no_product_by_convention_is_neither_counted_nor_named():
+def test_elementwise_operators_are_neither_counted_nor_reported():
     ran = run_through(Harmless(), torch.randn(1, 4, 8, 8))
     assert ran.uncounted == ()
     assert {product.module for product in ran.products} == {"normed"}

@@ -12,7 +12,13 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.models import build
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
-from tersor.quantization.qdq_placement import edges, is_nothing_in_eval, place, quantizable, source_of
+from tersor.quantization.qdq_placement import (
+    activation_quantizers,
+    insert_activation_quantizers,
+    is_nothing_in_eval,
+    quantizable,
+    source_of,
+)
 
 BYTES = Grid.unsigned(8)
 
@@ -20,7 +26,7 @@ BYTES = Grid.unsigned(8)
 def placed(model, runtime="onnxruntime", layers=None):
     """The graph, and the values behind which a quantizer stands, as `value: quantizer`."""
     graph = capture(model.eval())
-    names = place(graph, weighted_layers(graph) if layers is None else layers, BYTES, runtime)
+    names = insert_activation_quantizers(graph, weighted_layers(graph) if layers is None else layers, BYTES, runtime)
     behind = {
         node.all_input_nodes[0].name: node.target.removeprefix("quantizers.")
         for node in graph.graph.nodes
@@ -46,7 +52,7 @@ class Residual(nn.Module):
         return self.linear(y.mean((2, 3)))
 
 
-def test_onnxruntime_wants_the_end_of_every_integer_operator():
+def test_onnxruntime_needs_the_end_of_every_integer_operator_quantized():
     _, behind = placed(Residual())
     assert list(behind) == ["x", "relu", "bn2", "bn3", "relu_1", "mean"]
 
@@ -75,7 +81,7 @@ def test_layers_left_out_stay_in_float():
     assert list(behind) == ["mean"]
 
 
-def test_quantizers_show_values_as_they_are_until_they_are_ready():
+def test_inserted_quantizers_are_disabled():
     model = build("resnet20", 10).eval()
     images = torch.randn(2, 3, 32, 32)
     before = model(images)
@@ -85,7 +91,7 @@ def test_quantizers_show_values_as_they_are_until_they_are_ready():
     assert "linear" not in behind, "logits are not rounded"
 
 
-def test_a_shortcut_without_parameters_hands_its_grid_on():
+def test_a_shortcut_without_parameters_keeps_the_grid():
     _, behind = placed(build("resnet20", 10))
     moved = {value: grid for value, grid in behind.items() if value.startswith(("getitem", "pad"))}
     assert moved
@@ -105,7 +111,7 @@ class Answers(nn.Module):
         return torch.flatten(F.dropout(self.conv(x), training=self.training), 1)
 
 
-def test_answers_are_not_rounded():
+def test_logits_are_not_quantized():
     _, behind = placed(Answers())
     assert list(behind) == ["x"]
 
@@ -201,7 +207,7 @@ class Padded(nn.Module):
         ({"mode": "constant", "value": -1.0}, False),
     ],
 )
-def test_padding_hands_the_grid_on_if_it_adds_values_of_the_grid(options, moves):
+def test_padding_with_grid_values_keeps_the_grid(options, moves):
     _, behind = placed(Padded(**options))
     assert behind["pad"] == ("first" if moves else "pad")
 
@@ -215,7 +221,7 @@ class Dropped(nn.Module):
         return self.second(self.drop(F.relu(self.first(x))))
 
 
-def test_dropout_is_looked_through_and_never_rounded():
+def test_dropout_is_skipped_and_never_quantized():
     graph, behind = placed(Dropped())
     assert list(behind) == ["x", "relu"]
     nodes = {node.name: node for node in graph.graph.nodes}
@@ -223,7 +229,7 @@ def test_dropout_is_looked_through_and_never_rounded():
     assert not is_nothing_in_eval(nodes["relu"])
 
 
-def test_source_of_follows_movers_to_what_computes():
+def test_source_of_follows_moved_values():
     nodes = {node.name: node for node in capture(Shuffle()).graph.nodes}
     assert source_of(nodes["view_1"]) is nodes["cat"]
     assert source_of(nodes["getitem"]) is nodes["conv"]
@@ -286,8 +292,8 @@ class Casts(nn.Module):
 def test_no_quantizer_is_named_like_an_attribute_of_a_module():
     graph = capture(Casts().eval())
     expected = ["quantizers.to__", "quantizers.to_"]
-    assert edges(graph, ["to_", "conv"], "onnxruntime") == set(expected)
-    assert place(graph, ["to_", "conv"], Grid.unsigned(8), "onnxruntime") == expected
+    assert activation_quantizers(graph, ["to_", "conv"], "onnxruntime") == set(expected)
+    assert insert_activation_quantizers(graph, ["to_", "conv"], Grid.unsigned(8), "onnxruntime") == expected
     fresh = rebuild(Casts().eval(), structure(graph))
     assert [str(node.target) for node in fresh.graph.nodes] == [str(node.target) for node in graph.graph.nodes]
 

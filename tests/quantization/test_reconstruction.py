@@ -16,18 +16,18 @@ from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.graph.parametrization import parametrized
 from tersor.pruning.mask import Mask
-from tersor.quantization.calibration import Ranges, set_ranges
+from tersor.quantization.calibration import set_ranges
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
-from tersor.quantization.precision import Precision
+from tersor.quantization.options import Precision, Ranges
 from tersor.quantization.quantizers import insert_quantizers
-from tersor.quantization.reconstruction import Reconstruction, _error, _SoftlyRounded, _undecided, reconstruct
+from tersor.quantization.reconstruction import Reconstruction, _error, _rounding_penalty, _SoftRounding, reconstruct
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "brecq.json").read_text())
 VNNI = Target(cpu="vnni")
-LAYERS = Reconstruction(whole_sections=False, learn_steps=False, drop=0.0, iterations=60, seed=0)
-BLOCKS = Reconstruction(whole_sections=True, learn_steps=True, drop=0.0, iterations=60, seed=0)
-DROPPING = Reconstruction(whole_sections=True, learn_steps=True, drop=0.5, iterations=60, seed=0)
+LAYERS = Reconstruction(by_block=False, learn_steps=False, drop=0.0, iterations=60, seed=0)
+BLOCKS = Reconstruction(by_block=True, learn_steps=True, drop=0.0, iterations=60, seed=0)
+DROPPING = Reconstruction(by_block=True, learn_steps=True, drop=0.5, iterations=60, seed=0)
 ALL = pytest.mark.parametrize("how", [LAYERS, BLOCKS, DROPPING], ids=["layers", "blocks", "dropping"])
 
 
@@ -65,10 +65,10 @@ def test_before_anything_is_learned_a_weight_is_where_it_was():
     quantizer = FakeQuantize(Grid.signed(4), 4)
     parametrize.register_parametrization(layer, "weight", quantizer)
     quantizer.set_grid(parametrized(layer).original.detach().abs().flatten(1).amax(1) / 7)
-    soft = _SoftlyRounded(layer, quantizer)
+    soft = _SoftRounding(layer, quantizer)
     original = parametrized(layer).original.detach()
-    assert torch.allclose(soft.shown(soft.up()), original, atol=2e-3 * float(quantizer.scale.max()))
-    assert torch.allclose(soft.shown((soft.up() >= 0.5).float()), layer.weight, atol=1e-6)
+    assert torch.allclose(soft.weight(soft.h()), original, atol=2e-3 * float(quantizer.scale.max()))
+    assert torch.allclose(soft.weight((soft.h() >= 0.5).float()), layer.weight, atol=1e-6)
 
 
 def test_weights_between_two_points_cost_by_the_papers_formula():
@@ -76,16 +76,16 @@ def test_weights_between_two_points_cost_by_the_papers_formula():
     quantizer = FakeQuantize(Grid.signed(3), 3)
     parametrize.register_parametrization(layer, "weight", quantizer)
     quantizer.set_grid(torch.tensor([0.1, 0.2, 0.3]))
-    soft = _SoftlyRounded(layer, quantizer)
+    soft = _SoftRounding(layer, quantizer)
     soft.logits.data = torch.linspace(-4, 4, 15).reshape(3, 5)
-    assert _undecided([soft], 0.1) == 0
+    assert _rounding_penalty([soft], 0.1) == 0
     for progress in (0.2, 0.5, 0.9):
         beta = 20 - 18 * (progress - 0.2) / 0.8
         expected = 0.0
         for logit in soft.logits.flatten().tolist():
             up = min(max(1.2 / (1 + math.exp(-logit)) - 0.1, 0.0), 1.0)
             expected += 0.01 * (1 - abs(2 * up - 1) ** beta)
-        assert float(_undecided([soft], progress).detach()) == pytest.approx(expected, rel=1e-4)
+        assert float(_rounding_penalty([soft], progress).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def of_golden(case):
@@ -101,22 +101,22 @@ def of_golden(case):
     quantizer = FakeQuantize(Grid.unsigned(case["bits"]), channels)
     parametrize.register_parametrization(layer, "weight", quantizer)
     quantizer.set_grid(*(told[key] if channels else told[key][0] for key in ("scale", "zero_point")))
-    return _SoftlyRounded(layer, quantizer), told
+    return _SoftRounding(layer, quantizer), told
 
 
 BRECQ = pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
 
 
 @BRECQ
-def test_soft_and_hard_weights_are_those_of_brecqs_code(case):
+def test_soft_and_hard_weights_equal_those_of_brecqs_code(case):
     soft, told = of_golden(case)
     between = (told["weight"] / soft.scale - soft.floor - 0.5).abs() < 0.499  # ours begin off the points
     assert between.float().mean() > 0.98
     torch.testing.assert_close(soft.logits[between], told["alpha_at_start"][between], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(soft.shown(soft.up())[between], told["weight_at_start"][between], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft.weight(soft.h())[between], told["weight_at_start"][between], rtol=0, atol=1e-5)
     soft.logits.data = told["alpha"]
-    torch.testing.assert_close(soft.shown(soft.up()), told["soft"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(soft.shown((soft.up() >= 0.5).float()), told["hard"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft.weight(soft.h()), told["soft"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft.weight((soft.h() >= 0.5).float()), told["hard"], rtol=0, atol=1e-5)
     torch.testing.assert_close(soft(told["values"]), told["answers"], rtol=0, atol=1e-5)
 
 
@@ -125,7 +125,9 @@ def test_the_loss_and_its_gradients_are_those_of_brecqs_code(case):
     soft, told = of_golden(case)
     soft.logits.data = told["alpha"]
     for count, expected in case["losses"].items():
-        loss = _error(soft(told["values"]), told["target"]) + _undecided([soft], int(count) / GOLDEN["iterations"])
+        loss = _error(soft(told["values"]), told["target"]) + _rounding_penalty(
+            [soft], int(count) / GOLDEN["iterations"]
+        )
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
         if count in case["gradients"]:
             (found,) = torch.autograd.grad(loss, soft.logits)
@@ -146,7 +148,7 @@ def test_every_weight_ends_on_one_of_the_two_points_next_to_it(how):
     for name in quantizers.layers:
         layer = quantizers.graph.get_submodule(name)
         quantizer = quantizers.of_weight(name)
-        assert quantizers.lies_on_its_grid(name)
+        assert quantizers.is_on_grid(name)
         scale = quantizer.scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
         steps = before[name].detach() / scale
         found = (layer.weight / scale).round()
@@ -158,7 +160,7 @@ def test_every_weight_ends_on_one_of_the_two_points_next_to_it(how):
 
 
 @ALL
-def test_the_network_answers_more_as_before_than_with_the_nearest_points(how):
+def test_learned_rounding_is_closer_to_float_than_nearest_rounding(how):
     quantizers, original = calibrated()
     fresh = images(256, seed=7)
     truth = original(fresh).detach()
@@ -186,7 +188,7 @@ def interrupt():
 
 
 @ALL
-def test_it_goes_on_behind_what_lasts_with_the_same_bits(how):
+def test_resuming_after_a_finished_part_is_bit_equal(how):
     whole, original = calibrated()
     progress = RecordedProgress()
     reconstruct(whole, original, images(), how, progress=progress)
@@ -224,18 +226,18 @@ class Widening(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def test_a_step_that_moved_values_share_is_learned_where_it_lies_and_stays():
+def test_a_step_shared_by_moved_values_is_learned_in_one_part():
     quantizers, original = calibrated(Widening().eval())
     (shared,) = {node.target for node in quantizers.graph.graph.nodes if node.kwargs.get("moved")}
     step = quantizers.of_activation(shared).scale
     found = [float(step)]
     reconstruct(quantizers, original, images(), DROPPING, checkpoint=lambda: found.append(float(step)))
-    assert len(found) == 4, "one of each section behind the first one"
+    assert len(found) == 4, "one of each block behind the first one"
     assert found[0] != found[1], "learned"
     assert found[1:] == found[1:2] * 3, "what was fitted to it stays fitted, and a run that goes on sees the same"
 
 
-def test_masked_weights_stay_zero_and_where_they_were():
+def test_masked_weights_stay_zero_and_unchanged():
     model = Small().eval()
     mask = Mask(model.conv2.weight.shape)
     mask.mask[:, ::2] = False

@@ -13,7 +13,7 @@ from tersor.graph.parametrization import parametrization_input
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.quantization.grid import Grid
 from tersor.quantization.observers import weight_grid
-from tersor.quantization.precision import Precision
+from tersor.quantization.options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.context import AttachContext
@@ -87,7 +87,7 @@ def test_the_network_is_left_as_it_was_also_between_two_measurements():
         graph.bn1.eval()
 
 
-def test_images_without_labels_tell_no_drop():
+def test_images_without_labels_give_no_drop():
     (cost,) = sensitivity(laid(), [images()], [("conv1", 2)], target=VNNI)
     assert cost.drop is None
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tersor.quantization.fake_quantize import EMAFakeQuantize, FakeQuantize
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
-from tersor.quantization.learned_step import LearnedFakeQuantize
 
 CASES = [(2, 0.9, 0), (4, 0.17, 5), (8, 0.0117, 0), (8, 0.031, 131)]
 
 
-def made(kind, bits, step, zero, **options):
-    quantizer = kind(Grid.unsigned(bits), **options)
+def made(bits, step, zero, *, learned=False):
+    quantizer = FakeQuantize(Grid.unsigned(bits))
+    if learned:
+        quantizer.learn_step()
     quantizer.set_grid(torch.tensor(step), torch.tensor(zero))
     return quantizer
 
@@ -26,43 +27,43 @@ def answered(quantizer, values, gradient):
 
 
 @pytest.mark.parametrize(("bits", "step", "zero"), CASES)
-@pytest.mark.parametrize("kind", [FakeQuantize, LearnedFakeQuantize])
-def test_integers_and_gradients_are_those_of_float32(kind, bits, step, zero):
+@pytest.mark.parametrize("learned", [False, True])
+def test_integers_and_gradients_are_those_of_float32(learned, bits, step, zero):
     torch.manual_seed(0)
     values, gradient = (2 * torch.randn(4000)).bfloat16(), torch.randn(4000).bfloat16()
-    low, precise = made(kind, bits, step, zero), made(kind, bits, step, zero)
+    low, precise = made(bits, step, zero, learned=learned), made(bits, step, zero, learned=learned)
     shown, passed = answered(low, values, gradient)
     expected, expected_passed = answered(precise, values.float(), gradient)
     assert shown.dtype == passed.dtype == torch.bfloat16
     assert torch.equal(shown, expected.bfloat16())
     assert torch.equal(passed.float(), expected_passed)
     assert 0.1 < (passed == 0).float().mean() < 0.9 or bits == 8
-    if kind is LearnedFakeQuantize:
+    if learned:
         of_step, expected_of_step = float(low.scale.grad), float(precise.scale.grad)
         assert of_step == pytest.approx(expected_of_step, rel=0.05, abs=0.02)
 
 
-@pytest.mark.parametrize("kind", [FakeQuantize, LearnedFakeQuantize])
-def test_every_integer_of_eight_bits_can_be_told_from_the_next(kind):
-    quantizer = made(kind, 8, 1.0, 0)
+@pytest.mark.parametrize("learned", [False, True])
+def test_all_integers_of_eight_bits_are_distinct(learned):
+    quantizer = made(8, 1.0, 0, learned=learned)
     integers = torch.arange(256).bfloat16()
     assert torch.equal(quantizer(integers).detach(), integers)
     assert quantizer(torch.tensor([300.0, -3.0]).bfloat16()).tolist() == [255, 0]
 
 
 def test_a_range_follows_values_in_bfloat16():
-    quantizer = EMAFakeQuantize(Grid.unsigned(8), 0.5).train()
+    quantizer = FakeQuantize(Grid.unsigned(8)).track_activations(0.5).train()
     quantizer.set_range(torch.tensor(0.0), torch.tensor(1.0))
     quantizer(torch.tensor([0.0, 3.0]).bfloat16())
-    assert float(quantizer.high) == 2
-    assert quantizer.high.dtype == torch.float32
+    assert float(quantizer.observer.high) == 2
+    assert quantizer.observer.high.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("bits", "step", "zero"), [*CASES[:2], (8, 0.005, 0), (8, 0.007, 131)])
 def test_torchs_kernel_gives_the_same(bits, step, zero):
     torch.manual_seed(1)
     values, gradient = 2 * torch.randn(20_000), torch.randn(20_000)
-    shown, passed = answered(made(FakeQuantize, bits, step, zero), values, gradient)
+    shown, passed = answered(made(bits, step, zero), values, gradient)
     given = values.clone().requires_grad_()
     expected = torch.fake_quantize_per_tensor_affine(given, step, zero, 0, 2**bits - 1)
     expected.backward(gradient)

@@ -22,7 +22,7 @@ from tersor.pipeline.experiment import EVALUATION_BATCH
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages
 from tersor.pruning.mask import Mask
-from tersor.quantization.fake_quantize import EMAFakeQuantize
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.recipe import parse
 from tersor.training.attachment import Attachment
@@ -47,7 +47,7 @@ stages:
 def stateful_network():
     """A network with BatchNorm, dropout, a moving range and a mask."""
     torch.manual_seed(3)
-    quantizer = EMAFakeQuantize(Grid.unsigned(8), 0.1)
+    quantizer = FakeQuantize(Grid.unsigned(8)).track_activations(0.1)
     quantizer.set_range(torch.tensor(0.0), torch.tensor(3.0))
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), quantizer, nn.Dropout(0.3), nn.Flatten(), nn.Linear(16, 3)

@@ -21,10 +21,9 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, remove
 from tersor.pruning.mask import Mask
-from tersor.quantization.fake_quantize import EMAFakeQuantize, FakeQuantize, RunningLargest, WeightTrackingFakeQuantize
+from tersor.quantization.fake_quantize import FakeQuantize, MovingAverage, RunningLargest, WeightShare
 from tersor.quantization.grid import Grid
-from tersor.quantization.learned_step import LearnedFakeQuantize
-from tersor.quantization.qdq_placement import show
+from tersor.quantization.qdq_placement import read_through
 
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What graphs and modules raise for the structure of another network."""
@@ -64,44 +63,38 @@ class _Largest(_Strict):
         return RunningLargest(self.largest)
 
 
+class _LearnedStep(_Strict):
+    offset: bool
+    of_images: bool
+
+
 class _OnGrid(_Strict):
     grid: Annotated[list[_Bound], Field(min_length=2, max_length=2)]
-    channels: _Size | None = None
+    channels: _Size | None
+    averaging: Annotated[float, Field(ge=0, le=1)] | None
+    tracks_weight: bool
+    learned_step: _LearnedStep | None
 
     @model_validator(mode="after")
     def _in_order(self) -> _OnGrid:
         if self.grid[0] >= self.grid[1]:
             raise ValueError(f"a grid from {self.grid[0]} to {self.grid[1]}")
+        if (self.averaging is not None) + self.tracks_weight + (self.learned_step is not None) > 1:
+            raise ValueError("a grid that moves in two ways")
         return self
 
     def made(self) -> nn.Module:
-        return FakeQuantize(Grid(*self.grid), self.channels)
+        quantizer = FakeQuantize(Grid(*self.grid), self.channels)
+        if self.averaging is not None:
+            quantizer.track_activations(self.averaging)
+        if self.tracks_weight:
+            quantizer.track_weight()
+        if (step := self.learned_step) is not None:
+            quantizer.learn_step(offset=step.offset, of_images=step.of_images)
+        return quantizer
 
 
-class _Moving(_OnGrid):
-    averaging: Annotated[float, Field(ge=0, le=1)]
-
-    def made(self) -> nn.Module:
-        return EMAFakeQuantize(Grid(*self.grid), self.averaging)
-
-
-class _Following(_OnGrid):
-    follows: Literal[True]
-
-    def made(self) -> nn.Module:
-        return WeightTrackingFakeQuantize(Grid(*self.grid), self.channels)
-
-
-class _Learned(_OnGrid):
-    offset: bool
-    of_images: bool
-
-    def made(self) -> nn.Module:
-        given = {"offset": self.offset, "of_images": self.of_images}
-        return LearnedFakeQuantize(Grid(*self.grid), self.channels, **given)
-
-
-_Parametrization: TypeAlias = _Mask | _Largest | _Moving | _Following | _Learned | _OnGrid
+_Parametrization: TypeAlias = _Mask | _Largest | _OnGrid
 
 
 class _Plan(_Strict):
@@ -217,7 +210,7 @@ def _insert_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Parametriz
         moved = hasattr(graph.get_submodule("quantizers"), target.removeprefix("quantizers."))
         if not moved:
             graph.add_submodule(target, laid.made())
-        show(graph, next(node for node in graph.graph.nodes if node.name == value), target, moved=moved)
+        read_through(graph, next(node for node in graph.graph.nodes if node.name == value), target, moved=moved)
     graph.recompile()
 
 
@@ -226,14 +219,13 @@ def _described(module: nn.Module) -> dict[str, Any]:
         return {"mask": list(module.mask.shape), "gradient": module.gradient, "logged": module.log is not None}
     if isinstance(module, RunningLargest):
         return {"largest": len(module.largest) if module.largest.ndim else None}
-    if isinstance(module, EMAFakeQuantize):
-        return {"grid": [module.grid.minimum, module.grid.maximum], "averaging": module.averaging}
     if isinstance(module, FakeQuantize):
-        channels = len(module.scale) if module.scale.ndim else None
-        told: dict[str, Any] = {"grid": [module.grid.minimum, module.grid.maximum], "channels": channels}
-        if isinstance(module, WeightTrackingFakeQuantize):
-            told["follows"] = True
-        if isinstance(module, LearnedFakeQuantize):
-            told |= {"offset": module.offset is not None, "of_images": module.of_images}
-        return told
+        observer, step = module.observer, module.learned_step
+        return {
+            "grid": [module.grid.minimum, module.grid.maximum],
+            "channels": module.channels,
+            "averaging": observer.averaging if isinstance(observer, MovingAverage) else None,
+            "tracks_weight": isinstance(observer, WeightShare),
+            "learned_step": step and {"offset": step.offset is not None, "of_images": step.of_images},
+        }
     raise InputError(f"a weight has the parametrization {type(module).__name__}, which tersor cannot save.")

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tersor.graph.batchnorm import Norm, gamma_and_beta
+from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, values_into
 from tersor.graph.layer_selection import Layer
-from tersor.graph.norms import norm_behind, plain_norm
+from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_plain
-from tersor.graph.strip import strip
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid
 from tersor.quantization.qdq_placement import is_nothing_in_eval
@@ -143,12 +143,11 @@ def deployed(model: fx.GraphModule) -> nn.Module:
             node.kwargs = {}
         elif isinstance(module, Layer) and is_plain(module) and weight_quantizer(module) is not None:
             alone = calls[name] == 1  # a layer that is called twice has no one norm and no one input
-            norm_node = norm_behind(node) if alone else None
-            if norm_node is not None:
-                folded.append(norm_node)
-            norm = plain_norm(norm_node)
+            norm = norm_behind(node) if alone else None
+            if norm is not None:
+                folded.append(norm.node)
             input_scale = _input_scale(node) if alone else None
-            modules[name] = _integer_layer(module, plain.get_submodule(name), norm, input_scale)
+            modules[name] = _integer_layer(module, plain.get_submodule(name), norm and norm.module, input_scale)
     for node in folded:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)

@@ -26,10 +26,9 @@ from tersor.core.files import write_file
 from tersor.deploy.int4_packing import pack
 from tersor.deploy.integer_graph import deployed
 from tersor.deploy.outputs import output_names
-from tersor.graph.feeding import checked_forward
-from tersor.graph.norms import record_ranks
-from tersor.graph.parametrization import in_float32
-from tersor.graph.strip import strip
+from tersor.graph.batchnorm_behind import record_ranks
+from tersor.graph.eval_mode import checked_forward
+from tersor.graph.parametrization import in_float32, strip
 
 OPSET = 21
 _FIRST_IR_VERSION_OF_OPSET_21 = 10

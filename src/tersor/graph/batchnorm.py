@@ -1,7 +1,7 @@
-"""BatchNorm whose statistics can be frozen while the network trains, and which remembers that they are.
+"""BatchNorm with statistics that can be frozen during training, which the `state_dict` records.
 
-In eval mode a BatchNorm normalises by its running statistics; but whoever trains calls `train()` on the whole network,
-also when a run goes on. One of these stays in eval once it is frozen, and its `state_dict` says so.
+In eval mode a BatchNorm normalises by its running statistics, but training calls `train()` on the whole network, also
+when a run resumes. A `Freezable` BatchNorm stays in eval mode once it is frozen.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 def gamma_and_beta(norm: Norm) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """Factor and shift of each channel, (C,); each may be missing."""
+    """Scale and shift of each channel, (C,), or None."""
     return cast("nn.Parameter | None", norm.weight), cast("nn.Parameter | None", norm.bias)
 
 
 class Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
-    """Comes first among the bases of `freezable_class`; the forward is that of the class behind."""
+    """First base of the classes of `freezable_class`; the forward is that of the second base."""
 
     frozen = False
 
     def train(self, mode: bool = True) -> Freezable:
-        """Training mode, unless it is frozen; gamma and beta learn on either way."""
+        """Training mode, unless frozen; gamma and beta are trained in either case."""
         return super().train(mode and not self.frozen)
 
     def freeze(self) -> None:
-        """From now on the running statistics normalise, and stay."""
+        """Normalise by the running statistics from now on, and stop updating them."""
         self.frozen = True
         self.eval()
 
@@ -39,19 +39,19 @@ class Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPriva
         return torch.tensor(self.frozen)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes back what `get_extra_state` gave."""
+        """Restores what `get_extra_state` returned."""
         self.frozen = bool(state)
         self.train(self.training)
 
 
 @cache
 def freezable_class(kind: type[Norm]) -> type[Freezable]:
-    """A class that computes what `kind` computes, also where that has a forward of its own, and can be frozen."""
+    """A freezable class with the forward of `kind`."""
     return type(f"Freezable{kind.__name__}", (Freezable, kind), {})
 
 
 def freezable(norm: Norm) -> Freezable:
-    """A BatchNorm that can be frozen, with the forward, the Parameter objects and the buffers of `norm`."""
+    """A freezable BatchNorm with the forward, the Parameter objects and the buffers of `norm`."""
     if isinstance(norm, Freezable):
         return norm
     kind = freezable_class(type(norm))
@@ -61,7 +61,7 @@ def freezable(norm: Norm) -> Freezable:
 
 
 def make_freezable(model: nn.Module) -> tuple[Freezable, ...]:
-    """All BatchNorms of `model` with running statistics, each replaced by one that can be frozen."""
+    """Replaces all BatchNorms of `model` that have running statistics by freezable ones, and returns these."""
     found = {name: each for name, each in model.named_modules() if isinstance(each, Norm)}
     for name, norm in found.items():
         if norm.running_mean is not None:
@@ -70,12 +70,12 @@ def make_freezable(model: nn.Module) -> tuple[Freezable, ...]:
 
 
 class FrozenAt:
-    """Freezes every BatchNorm of a network after so large a fraction of a stage; never, where that is all of it.
+    """Freezes every BatchNorm of a network after a fraction of a stage.
 
     Args:
-        model: the network; its BatchNorms are replaced by ones that can be frozen.
-        fraction: of the stage, 0 to 1.
-        steps: of the stage.
+        model: the network; its BatchNorms are replaced by freezable ones.
+        fraction: fraction of the stage, 0 to 1; 1 never freezes.
+        steps: number of steps of the stage.
     """
 
     def __init__(self, model: nn.Module, fraction: float, steps: int) -> None:
@@ -83,6 +83,6 @@ class FrozenAt:
         self._after = round(fraction * steps)
 
     def done(self, steps: int) -> None:
-        """So many steps are done."""
+        """Called after `steps` steps."""
         for norm in self._norms if steps == self._after else ():
             norm.freeze()

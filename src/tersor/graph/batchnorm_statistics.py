@@ -1,10 +1,10 @@
-"""Moments of what reaches a BatchNorm, and statistics with which it answers as before though other moments reach it.
+"""Moments of BatchNorm inputs, and running statistics that compensate for a change of these moments.
 
     y = gamma (x - mu) / u + beta,   u = sqrt(var + eps)
-    u' = u s' / s,   mu' = m' - (m - mu) u' / u          m, s: mean and standard deviation before; m', s': now
+    u' = u s' / s,   mu' = m' - (m - mu) u' / u          m, s: mean and standard deviation before; m', s': after
 
-Both are taken on the same images (of data that comes in the same order again), so that what sets these apart from those
-of the training (no augmentation, few of them) cancels. With mu' = m', u' = s' it would stay, and be added.
+Both moments are taken on the same images in the same order. So the difference between these and the training images (no
+augmentation, few images) cancels, whereas mu' = m', u' = s' would add it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import Tensor, fx
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm import Norm
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import first_images
+from tersor.graph.eval_mode import evaluating, first_images
 from tersor.graph.plain_modules import has_plain_forward
 
 _NOTHING = 1e-6
@@ -28,45 +27,45 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True)
 class Moments:
-    """Of each channel, (C,): mean and standard deviation; behind a BatchNorm in its own unit, less its running mean."""
+    """Mean and standard deviation of each channel, (C,), possibly normalised by a BatchNorm (`in_unit_of`)."""
 
     mean: Tensor
-    spread: Tensor
+    std: Tensor
 
     def without(self, channels: Sequence[int]) -> Moments:
-        """Of the other channels."""
-        stays = torch.ones_like(self.mean, dtype=torch.bool)
-        stays[list(channels)] = False
-        return Moments(self.mean[stays], self.spread[stays])
+        """The moments of the other channels."""
+        remaining = torch.ones_like(self.mean, dtype=torch.bool)
+        remaining[list(channels)] = False
+        return Moments(self.mean[remaining], self.std[remaining])
 
 
 def unit(norm: Norm) -> Tensor:
-    """What a BatchNorm divides each channel by, (C,)."""
+    """The divisor of each channel in a BatchNorm, (C,)."""
     assert norm.running_var is not None
     return (norm.running_var + norm.eps).sqrt()
 
 
 def in_unit_of(found: Moments, norm: Norm) -> Moments:
-    """The same in the BatchNorm's unit."""
+    """The moments after subtracting the running mean and dividing by the BatchNorm's `unit`."""
     assert norm.running_mean is not None
-    return Moments((found.mean - norm.running_mean) / unit(norm), found.spread / unit(norm))
+    return Moments((found.mean - norm.running_mean) / unit(norm), found.std / unit(norm))
 
 
 @torch.no_grad()
-def fit(norm: Norm, found: Moments, wanted: Moments, *, spreads: bool) -> None:
-    """Sets running statistics so that what comes has the moments that were wanted, in their unit."""
+def fit(norm: Norm, found: Moments, expected: Moments, *, variances: bool) -> None:
+    """Set running statistics, so that inputs with moments `found` are normalised to moments `expected`."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     divisor = unit(norm)
-    if spreads:
-        alive = (wanted.spread > _NOTHING) & (found.spread > _NOTHING * divisor)
-        divisor = torch.where(alive, found.spread / wanted.spread.clamp(min=_NOTHING), divisor)
+    if variances:
+        alive = (expected.std > _NOTHING) & (found.std > _NOTHING * divisor)
+        divisor = torch.where(alive, found.std / expected.std.clamp(min=_NOTHING), divisor)
         norm.running_var.copy_((divisor.square() - norm.eps).clamp(min=0))
-    norm.running_mean.copy_(found.mean - wanted.mean * divisor)
+    norm.running_mean.copy_(found.mean - expected.mean * divisor)
 
 
 def with_statistics(graph: fx.GraphModule) -> dict[str, Norm]:
-    """The BatchNorms that have running statistics, and torch's own forward, which moves them."""
+    """The BatchNorms with running statistics and torch's own forward, which updates them."""
     return {
         name: module
         for name, module in graph.named_modules()
@@ -78,8 +77,9 @@ def with_statistics(graph: fx.GraphModule) -> dict[str, Norm]:
 def moments_of_batches(
     graph: fx.GraphModule, data: Iterable[Any], images: int, progress: ProgressReporter = NO_PROGRESS
 ) -> dict[str, Moments]:
-    """BatchNorm -> moments of what reaches it, averaged over the batches, each BatchNorm before it normalising by its
-    batch; the network comes back as it was.
+    """BatchNorm -> moments of its input, averaged over batches, while all BatchNorms normalise by batch statistics.
+
+    The network is restored afterwards.
 
     Raises:
         InputError: no batch has two images.
@@ -114,5 +114,5 @@ def moments_of_batches(
             for key, value in norm.named_buffers():
                 value.copy_(kept[name][key])
     if not done:
-        raise InputError("BatchNorm's statistics need batches of at least two images. Pass data=... with such.")
+        raise InputError("BatchNorm statistics need batches of at least two images. Pass such batches as data=...")
     return found

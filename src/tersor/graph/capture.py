@@ -1,11 +1,11 @@
-"""A network -> its graph, over the same Parameter objects and with the same keys (torch.fx).
+"""Capture: a network -> its graph (torch.fx), with the same Parameter objects and the same keys.
 
-`torch.export` refuses `train()`, so a captured network could not be trained on; `torch.fx` keeps modules as modules.
-Its own tracer goes wrong in silence where a module reads `self.training` (stochastic depth, dropout): the mode of the
-moment becomes a constant. So while a network is traced, `training` is a value of the graph: what only hands it on
-(`F.dropout(x, training=self.training)`) is traced; a module that branches on it is traced both ways, and becomes a leaf
-unless both do the same (attention without dropout). What the outermost module itself decides by it (auxiliary heads of
-GoogLeNet and Inception) is traced as in eval: these heads are not part of what is compressed.
+`torch.export` refuses `train()`, so an exported network could not be trained; `torch.fx` keeps modules as modules. Its
+own tracer silently fixes the mode if a module reads `self.training` (stochastic depth, dropout). Therefore `training`
+is a value of the graph during tracing: code that only passes it on (`F.dropout(x, training=self.training)`) is traced;
+a module that branches on it is traced in both modes, and becomes a leaf unless both traces are equal (attention without
+dropout). The outermost module's own branches are traced in eval mode: the auxiliary heads of GoogLeNet and Inception
+are not part of the compressed network.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Norm
+from tersor.graph.eval_mode import modes_restored
 from tersor.graph.plain_modules import is_hooked
 from tersor.graph.split_norms import split_norms
 
@@ -32,7 +33,7 @@ _NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.M
 
 
 class _BranchesOnModeError(Exception):
-    """This module asks for its mode; where it runs other code in training than in eval, its class is a leaf."""
+    """A module branches on its mode; its class becomes a leaf if training and eval mode run different code."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(type(module).__name__)
@@ -40,8 +41,8 @@ class _BranchesOnModeError(Exception):
 
 
 class Tracer(fx.Tracer):
-    """Keeps as leaves: torch's own layers, modules with parameters of their own, parametrized ones, and the classes
-    in `leaves`. Everything else is traced through.
+    """Traces through everything but leaves: torch's layers, modules with parameters of their own, parametrized modules
+    and the classes `leaves`.
     """
 
     proxy_buffer_attributes = True
@@ -60,7 +61,7 @@ class Tracer(fx.Tracer):
             return True
         if isinstance(m, nn.Sequential | nn.ModuleList):
             return False
-        if isinstance(m, Norm):  # also one with parts: it is split, or stays whole
+        if isinstance(m, Norm):  # also one with children, which may be split
             return True
         childless = next(m.children(), None) is None
         own_tensors = any(True for _ in m.parameters(recurse=False)) or any(True for _ in m.buffers(recurse=False))
@@ -68,16 +69,16 @@ class Tracer(fx.Tracer):
         return torch_layer or parametrize.is_parametrized(m) or (childless and own_tensors)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """The inputs' placeholders; behind them, the outermost module's mode."""
+        """The placeholders of the inputs, followed by the mode of the outermost module."""
         inputs = super().create_args_for_root(root_fn, is_module, concrete_args)
-        self._show_mode(self.root, "training")
+        self._trace_mode(self.root, "training")
         return inputs
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One node for a leaf; any other module is entered, with its mode as a value of the graph."""
+        """Adds one node for a leaf, or enters the module, with its mode as a value of the graph."""
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
-            self._show_mode(m, f"{path}.training")
+            self._trace_mode(m, f"{path}.training")
         before, stack = len(self.graph.nodes), self.module_stack.copy()
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -100,12 +101,12 @@ class Tracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """As torch.fx has it; the nodes of parameters that were read before are remembered."""
+        """As in torch.fx; also remembers the nodes of parameters that have been read."""
         self._read = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _forget(self, before: int, stack: Any) -> None:
-        """Takes away all nodes but the first `before`."""
+        """Removes all nodes but the first `before`."""
         for node in reversed(list(self.graph.nodes)[before:]):
             self._modes.pop(node, None)
             self.graph.erase_node(node)
@@ -114,7 +115,7 @@ class Tracer(fx.Tracer):
         self.module_stack = stack.copy()
 
     def _made(self, before: int) -> list[Any]:
-        """What all nodes but the first `before` do, to be compared."""
+        """A comparable form of all nodes but the first `before`."""
         nodes = list(self.graph.nodes)
         number = {node: place for place, node in enumerate(nodes)}
         return [
@@ -122,13 +123,13 @@ class Tracer(fx.Tracer):
             for node in nodes[before:]
         ]
 
-    def _show_mode(self, module: nn.Module, name: str) -> None:
+    def _trace_mode(self, module: nn.Module, name: str) -> None:
         mode = self.create_proxy("get_attr", name, (), {})
         self._modes[mode.node] = module
         module.training = cast("bool", mode)
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Of a mode: False in the outermost module; elsewhere, what is assumed to compare both ways."""
+        """A mode is False in the outermost module, and elsewhere the one that is assumed for comparing both modes."""
         module = self._modes.get(obj.node)
         if module is None:
             return super().to_bool(obj)
@@ -139,7 +140,7 @@ class Tracer(fx.Tracer):
         raise _BranchesOnModeError(module)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """The graph, without the modes that nothing reads."""
+        """The graph without unused modes."""
         graph = super().trace(root, concrete_args)
         for node in self._modes:
             if not node.users:
@@ -148,12 +149,12 @@ class Tracer(fx.Tracer):
 
 
 class _Captured(fx.GraphModule):
-    """Copies keep which buffers are not saved; before torch 2.14 those of a GraphModule forget it."""
+    """Copies keep which buffers are not persistent, which those of a GraphModule lose before torch 2.14."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied = super().__deepcopy__(memo)
         originals = dict(self.named_modules())
-        for path, module in copied.named_modules():  # fewer than the originals where `strip` copies
+        for path, module in copied.named_modules():  # `strip` copies fewer modules
             if path in originals:
                 unsaved = originals[path]._non_persistent_buffers_set
                 module._non_persistent_buffers_set |= unsaved & module._buffers.keys()
@@ -161,18 +162,18 @@ class _Captured(fx.GraphModule):
 
 
 def capture(model: nn.Module) -> fx.GraphModule:
-    """The graph of `model`, as a module that trains, loads and saves like it.
+    """Capture the graph of `model` as a module that trains, loads and saves like it.
 
-    `meta["layers"]` remembers, for the path of every module that was called, the node that it gave.
+    `meta["layers"]` maps the path of every called module to the node of its output.
 
     Raises:
-        InputError: the forward depends on its input's values, or does what torch.fx cannot follow.
+        InputError: the forward depends on the values of its input, or does something that torch.fx does not support.
     """
     if isinstance(model, fx.GraphModule):
         return model
-    _refuse_what_is_lost(model)
-    with _as_found(model):
-        with _modes_restored(model):
+    _require_traceable(model)
+    with _attributes_restored(model):
+        with modes_restored(model):
             graph, returned = _trace(model)
         captured = _compiled(model, graph)
     split = split_norms(captured)
@@ -180,7 +181,7 @@ def capture(model: nn.Module) -> fx.GraphModule:
     for key in captured.state_dict().keys() - model.state_dict().keys():
         path, _, name = key.rpartition(".")
         owner = captured.get_submodule(path)
-        owner.register_buffer(name, getattr(owner, name), persistent=False)  # a constant is nothing to save
+        owner.register_buffer(name, getattr(owner, name), persistent=False)  # constants are not saved
     for name, module in captured.named_modules():
         module.training = model.get_submodule(name).training
     return captured
@@ -197,9 +198,9 @@ def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, fx.Node]]:
         except _UNTRACEABLE as error:
             advice = "a forward without branches on the values of tensors (torch.fx traces it)."
             if isinstance(error, NameError):
-                advice = "modules made in __init__, each under a name; a slice of a Sequential is a new module."
-            told = f"the graph of {type(model).__name__} cannot be captured: {str(error).rstrip('. ')}"
-            raise InputError(f"{told}. Possible: {advice}") from error
+                advice = "modules created in __init__, each with a name; a slice of a Sequential is a new module."
+            message = f"the graph of {type(model).__name__} cannot be captured: {str(error).rstrip('. ')}"
+            raise InputError(f"{message}. Possible: {advice}") from error
 
 
 def _compiled(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -208,58 +209,50 @@ def _compiled(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     except SyntaxError as error:
         line = (error.text or "").strip()
         raise InputError(
-            f"the graph of {type(model).__name__} cannot be captured: a part of it is named by a Python keyword "
-            f"({line}). Give that part another name."
+            f"the graph of {type(model).__name__} cannot be captured: the name of a part is a Python keyword ({line}). "
+            "Rename that part."
         ) from error
 
 
 @contextmanager
-def _modes_restored(model: nn.Module) -> Generator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def _attributes_restored(model: nn.Module) -> Generator[None]:
+    """Restores every attribute that the forwards set while they are traced, and the contents of lists and dicts.
 
-
-@contextmanager
-def _as_found(model: nn.Module) -> Generator[None]:
-    """Puts back every attribute that the forwards set while they were traced, and what they put into lists and dicts.
-
-    A forward that keeps what it computed (`self.attention = weights`) would keep a node of the graph; tracing itself
-    keeps the tensors that a forward makes anew each time.
+    A forward that stores its results (`self.attention = weights`) would store a node of the graph; tracing itself
+    stores the tensors that a forward creates.
     """
-    found = [(vars(module), dict(vars(module))) for module in model.modules()]
-    held = [(value, copy.copy(value)) for _, before in found for value in before.values() if type(value) in _CONTAINERS]
+    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
+    contents = [
+        (value, copy.copy(value)) for _, before in saved for value in before.values() if type(value) in _CONTAINERS
+    ]
     try:
         yield
     finally:
-        for attributes, before in found:
+        for attributes, before in saved:
             for name in attributes.keys() - before.keys():
                 del attributes[name]
             attributes.update(before)
-        for value, before in held:
+        for value, before in contents:
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(before)
 
 
-def _refuse_what_is_lost(model: nn.Module) -> None:
-    """What tracing passes over in silence, and names that a captured graph has itself.
+def _require_traceable(model: nn.Module) -> None:
+    """Refuses what tracing would silently ignore, and reserved names.
 
     Raises:
-        InputError: a forward of the instance or hooks on the outermost module; a part that bears such a name.
+        InputError: a forward set on the instance, hooks on the outermost module, or a part with a reserved name.
     """
     kind = type(model).__name__
     if "forward" in vars(model) or is_hooked(model):
         raise InputError(
             f"the graph of {kind} cannot be captured: a forward was set on the instance, or forward hooks are "
-            "registered on it, and the graph would not have them. Write the forward in a class; remove the hooks."
+            "registered on it, and the graph would lose them. Define the forward in a class; remove the hooks."
         )
     names = {name for part in ("_modules", "_parameters", "_buffers") for name in vars(model)[part]}
     if taken := sorted(names & _NAMES_OF_A_GRAPH):
         raise InputError(
-            f"{kind} has a part named '{taken[0]}', which a captured graph has itself. Give it another name, such as "
+            f"{kind} has a part named '{taken[0]}', which is reserved in a captured graph. Rename it, for example to "
             f"'{taken[0]}_'."
         )
 
@@ -274,7 +267,7 @@ def layer_of(node: fx.Node) -> nn.Module | None:
 
 
 def values_into(node: fx.Node) -> list[fx.Node]:
-    """The values that `node` computes with: its inputs but for the modes of modules."""
+    """The inputs of `node` without the modes of modules."""
     return [value for value in node.all_input_nodes if not _is_mode(value)]
 
 
@@ -283,7 +276,7 @@ def _is_mode(node: fx.Node) -> bool:
 
 
 def parameter_reads(graph: fx.GraphModule) -> Counter[int]:
-    """How many nodes read each Parameter, by its id: a layer may be called twice, or share its weight with another."""
+    """The number of nodes that read each Parameter, by its id: layers may be called twice, or share a weight."""
     found: Counter[int] = Counter()
     for node in graph.graph.nodes:
         module = layer_of(node)
@@ -295,5 +288,5 @@ def parameter_reads(graph: fx.GraphModule) -> Counter[int]:
 
 
 def sole_user(node: fx.Node) -> fx.Node | None:
-    """The only node that reads `node`, or None where there are none or several."""
+    """The only node that reads `node`; None if there is none, or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -1,8 +1,8 @@
-"""A rewrite is compared: a network's outputs on a few images before it and after.
+"""Comparing rewrites: a network's outputs on a few images before and after.
 
-Capturing, splitting, freezing, equalising and inserting quantizers that do not round yet leave the outputs as they
-are, but for the order in which float32 sums are added up. Each of them goes by the types and shapes of modules, which
-may say less than is true. Where the outputs move, the rewrite is undone and named, or it is refused.
+Capturing, splitting, freezing, equalising and inserting disabled quantizers do not change the outputs, except for the
+summation order in float32. Each of them relies on the types and shapes of modules, which may not tell everything. If
+the outputs change, the rewrite is undone and reported, or refused.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from torch.utils._pytree import tree_leaves
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import checked_forward
+from tersor.graph.eval_mode import checked_forward, evaluating
 
 FEW = 4
 TOLERANCE = 1e-3
-"""How far an output may lie from what it was, of the largest absolute value of that output."""
+"""Largest allowed change of an output, relative to its largest absolute value."""
 
 
 def few_images(data: Iterable[Any], device: torch.device) -> tuple[Tensor, Iterable[Any]]:
-    """The first images of `data` (N, C, H, W), and the data to read from now on: an iterator is read only once.
+    """The first images of `data` (N, C, H, W), and the data to read afterwards: an iterator is read only once.
 
     Raises:
         InputError: there is no batch.
@@ -34,16 +33,16 @@ def few_images(data: Iterable[Any], device: torch.device) -> tuple[Tensor, Itera
     batches = iter(data)
     first = next(batches, None)
     if first is None:
-        raise InputError("data without a single image was given. Pass batches (N, C, H, W).")
+        raise InputError("the data is without a single image. Pass batches (N, C, H, W).")
     rest = chain([first], batches) if batches is data else data
     return images_of(first)[:FEW].to(device), rest
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, images: Tensor, seed: int = 0) -> list[Tensor]:
-    """All floating-point tensors that `model` returns in eval for `images` (N, C, H, W), whatever holds them.
+    """All floating-point tensors that `model` returns in eval mode for `images` (N, C, H, W), in any container.
 
-    What it draws at random, it draws from `seed`. A forward that works in place changes a copy of the images.
+    Random numbers come from `seed`. A forward that works in place changes a copy of the images.
     """
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -52,9 +51,9 @@ def outputs_of(model: nn.Module, images: Tensor, seed: int = 0) -> list[Tensor]:
 
 
 def difference(after: list[Tensor], before: list[Tensor]) -> float:
-    """The largest difference of two lists of outputs, each relative to the largest absolute value `before`.
+    """The largest difference between two lists of outputs, each relative to the largest absolute value `before`.
 
-    Infinite where their number or shapes differ, or where one has NaN or infinity that the other has not.
+    Infinite if number or shapes differ, or if NaN or infinity differ.
     """
     if [each.shape for each in after] != [each.shape for each in before]:
         return float("inf")
@@ -72,10 +71,10 @@ def _relative(after: Tensor, before: Tensor) -> float:
 
 
 def require_same(after: nn.Module, before: nn.Module, images: Tensor) -> None:
-    """Refuses a captured network that computes something else on `images` (N, C, H, W) than the one before.
+    """Refuse a captured network whose outputs on `images` (N, C, H, W) differ from those before capture.
 
     Raises:
-        InputError: the outputs differ by more than rounding explains.
+        InputError: the outputs differ by more than rounding.
     """
     if after is before:
         return
@@ -86,29 +85,29 @@ def require_same(after: nn.Module, before: nn.Module, images: Tensor) -> None:
         raise InputError(
             f"the captured graph of {kind} computes something else than {kind}: on {len(images)} images the outputs "
             f"differ by {found:.2g} of their largest value, and {TOLERANCE:g} is allowed. Possible: a forward of one "
-            "tensor that depends on its values alone: no optional inputs, no isinstance, no Python values that change."
+            "tensor that depends only on its values: no optional inputs, no isinstance, no changing Python values."
         )
 
 
 @torch.no_grad()
 def undone_unless_same(model: nn.Module, images: Tensor, rewrite: Callable[[], object], what: str) -> str | None:
-    """Rewrites the tensors of `model` in place; takes that back where its outputs on `images` (N, C, H, W) move.
+    """Rewrite the tensors of `model` in place, and undo that if its outputs on `images` (N, C, H, W) change.
 
     Args:
         model: the network.
-        images: a few of the calibration images.
-        rewrite: changes parameters and buffers of `model`, not its structure.
-        what: how the remark calls the rewrite.
+        images: some calibration images.
+        rewrite: changes parameters and buffers of `model`, but not its structure.
+        what: name of the rewrite in the note.
 
     Returns:
-        A remark for the user if it was undone, else None.
+        A note for the user if it was undone, else None.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    kept, before = [each.clone() for each in tensors], outputs_of(model, images)
+    saved, before = [each.clone() for each in tensors], outputs_of(model, images)
     rewrite()
     found = difference(outputs_of(model, images), before)
     if found <= TOLERANCE:
         return None
-    for tensor, value in zip(tensors, kept, strict=True):
+    for tensor, value in zip(tensors, saved, strict=True):
         tensor.copy_(value)
-    return f"{what} is undone: it moved the outputs by {found:.2g} of their largest value, and {TOLERANCE:g} is allowed"
+    return f"{what} is undone: it changed the outputs by {found:.2g} of their largest value; {TOLERANCE:g} is allowed"

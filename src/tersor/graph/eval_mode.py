@@ -1,20 +1,177 @@
-"""A look at a network that leaves it as it was."""
+"""Running a network in eval mode, and on images that may not fit it."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import inspect
+import re
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from tersor.core.errors import InputError
+from tersor.data.batch import images_of
+
+_CHANNELS = re.compile(r"expected input\[[\d, ]*\] to have (\d+) channels, but got (\d+) channels")
+
+
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError, AttributeError)
+_SQUEEZED = "its forward squeezes the batch dimension. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
+
+
+_CAPTURED = (
+    "The network itself may run, but a captured graph supports no optional inputs, no counters and no branches on the "
+    "input. Possible: a forward of one tensor without these."
+)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """In eval mode; afterwards every module is in the mode it had, also one that was frozen by hand."""
+def modes_restored(model: nn.Module) -> Generator[None]:
+    """Afterwards restores the mode of each module, including those frozen by hand."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Eval mode meanwhile; afterwards restores the mode of each module."""
+    with modes_restored(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Generator[None]:
+    """Explains the failure when the network `name`, or its captured graph, first runs on `images` (N, C, H, W).
+
+    Raises:
+        InputError: images of other channels, size or precision than the network takes, or with NaN or infinity.
+    """
+    if images.is_meta:
+        raise InputError(f"images for {name} are on the meta device and have no values. Pass images on the CPU.")
+    if not images.isfinite().all():
+        raise InputError(f"images for {name} hold NaN or infinity. Pass finite images.")
+    try:
+        yield
+    except InputError:
+        raise
+    except _FAILURES as error:
+        kind = str(images.dtype).removeprefix("torch.")
+        reason = _reason(error)
+        details, advice = f" of {kind}: {reason}", "Pass images that the network takes."
+        if found := _CHANNELS.search(reason):
+            details, advice = "", f"It takes images (N, {found[1]}, H, W), these are (N, {found[2]}, H, W)."
+            if images.shape[1] == 3:
+                advice += (
+                    " Images of a recipe are RGB; the functions (tersor.quantize, ...) take a loader of any channels."
+                )
+            if images.shape[3] == int(found[1]):
+                advice = "These have their channels last: pass images.permute(0, 3, 1, 2)."
+        elif captured:
+            name, advice = f"the captured graph of {name}", _CAPTURED
+        raise InputError(f"{name} does not run on images {tuple(images.shape[1:])}{details}. {advice}") from error
+
+
+@torch.no_grad()
+def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
+    """Run the network on two images and on one.
+
+    Args:
+        name: name of the network in errors.
+        network: in eval mode; the images are moved to its device.
+        images: (N, C, H, W); the first two are used, or the first one twice.
+
+    Returns:
+        The outputs for two images.
+
+    Raises:
+        InputError: it does not run, needs another input, or drops the batch dimension of a single image.
+    """
+    required = _required_inputs(network)
+    if len(required) > 1:
+        raise InputError(
+            f"the forward of {name} needs {len(required)} inputs: {', '.join(required)}. Possible: one, the images. "
+            "Give the others a default, or wrap the network in a module that provides them."
+        )
+    if not images.is_floating_point():
+        raise InputError(f"images for {name} are {images.dtype}. Pass normalised floating-point images.")
+    device = next((each.device for each in network.parameters()), images.device)
+    two = images[:2] if len(images) > 1 else images[:1].repeat(2, 1, 1, 1)
+    with checked_forward(name, two):
+        two = two.to(device)
+        outputs = network(two.clone())  # a forward may change its input in place
+    try:
+        of_one = network(two[:1].clone())
+    except _FAILURES as error:
+        raise InputError(
+            f"{name} runs on two images, and not on one: {_reason(error)}. It must accept any number; maybe {_SQUEEZED}"
+        ) from error
+    for several, one in zip(tensors_in(outputs), tensors_in(of_one), strict=False):
+        if one.ndim < several.ndim and several.shape[:1] == (2,):
+            shapes = f"shape {tuple(several.shape)} for two images and {tuple(one.shape)} for one"
+            raise InputError(f"{name} returns {shapes}: {_SQUEEZED}")
+    return outputs
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0].rstrip(".")
+
+
+def _required_inputs(model: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in kinds]
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """The tensors in the outputs of a network: a tensor, or those in a tuple, list or dict."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        outputs = list(cast("Mapping[Any, Any]", outputs).values())
+    return [found for each in outputs for found in tensors_in(each)] if isinstance(outputs, list | tuple) else []
+
+
+def only_tensors(outputs: Any) -> bool:
+    """Whether the outputs are tensors, None, and containers of these, and nothing else."""
+    if isinstance(outputs, Mapping):
+        outputs = list(cast("Mapping[Any, Any]", outputs).values())
+    if isinstance(outputs, list | tuple):
+        return all(only_tensors(each) for each in cast("list[Any]", outputs))
+    return outputs is None or isinstance(outputs, Tensor)
+
+
+def described(outputs: Any) -> str:
+    """A description of a network's outputs: a shape, or the entries of a container."""
+    if isinstance(outputs, Tensor):
+        return f"shape {tuple(outputs.shape)}"
+    if isinstance(outputs, Mapping):
+        entries = cast("Mapping[Any, Any]", outputs).items()
+        return f"a {type(outputs).__name__} with {', '.join(f'{key} ({described(each)})' for key, each in entries)}"
+    if isinstance(outputs, list | tuple):
+        return f"a {type(outputs).__name__} of {', '.join(described(each) for each in outputs)}"
+    return f"a {type(outputs).__name__}"
+
+
+def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iterator[Tensor]:
+    """The first `images` of `data`, batch by batch (N, C, H, W), on `device`.
+
+    Raises:
+        InputError: a batch of images is not floating point.
+    """
+    left = images
+    for batch in data:
+        found = images_of(batch)[:left]
+        if not found.is_floating_point():
+            raise InputError(f"a batch of the data is {found.dtype}. Pass normalised floating-point images.")
+        if len(found):
+            yield found.to(device)
+        left -= len(found)
+        if left <= 0:
+            return

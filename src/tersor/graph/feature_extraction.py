@@ -1,12 +1,11 @@
-"""What a network's layers give, beside its logits.
+"""Feature extraction: the outputs of inner layers, together with the logits.
 
-Of a plain network a forward hook looks, for the length of one call. A captured one has no such module to hang a hook
-on: `layer3` was traced through, and may have lost channels and got quantizers since. There the tracer's memory
-(`graph.meta["layers"]`: path -> node) says which node of the graph it returned, and a second graph over the same
-modules gives that node too.
+A plain network gets forward hooks for the length of one call. A captured network has no module to hook: `layer3` was
+traced through, and may have lost channels and got quantizers since. There, the tracer's record (`graph.meta["layers"]`:
+path -> node) gives the node of the layer's output, and a second graph over the same modules returns that node too.
 
-A map is handed on as (N, C, H, W), also by a layer that gives (N, H, W, C), as Swin's do; which of the two it is, the
-sides of the images tell.
+Feature maps are returned as (N, C, H, W), also for layers that output (N, H, W, C), such as Swin's; the aspect ratio of
+the images tells which of the two it is.
 """
 
 from __future__ import annotations
@@ -23,81 +22,83 @@ from torch import Tensor, fx, nn
 from tersor.core.errors import InputError, nearest
 from tersor.graph.eval_mode import evaluating
 
-Given = tuple[Tensor, dict[str, Tensor]]
-"""Logits, and what each layer gave, by its path."""
+Features = tuple[Tensor, dict[str, Tensor]]
+"""Logits, and the outputs of layers by path."""
 
 _POOLS = nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d
 _OTHER_TOKENS = 5
-"""The most that lie before those of the patches: one for the class, a teacher's, or four registers."""
+"""Largest number of tokens before those of the patches: a class token, or four registers too."""
 
 
 class FeatureExtractor:
-    """Runs a network and keeps what some of its layers give.
+    """Runs a network and returns the outputs of some layers.
 
     Args:
-        model: the network, after all that is laid on it.
-        paths: of modules, such as `layer3`; each is there (`matching_paths`).
+        model: the network, with its parametrizations and quantizers.
+        paths: paths of existing modules, such as `layer3` (`matching_paths`).
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.model = model
         self.paths = tuple(dict.fromkeys(paths))
-        self._view: fx.GraphModule | None = None
+        self._graph: fx.GraphModule | None = None
         self._modes: list[tuple[nn.Module, nn.Module]] = []
 
-    def __call__(self, images: Tensor) -> Given:
-        """Images (N, C, H, W) -> logits (N, classes), and the layers' tensors.
+    def __call__(self, images: Tensor) -> Features:
+        """Images (N, C, H, W) -> logits (N, classes), and the layers' outputs.
 
         Raises:
-            InputError: what a layer gave is no tensor, or is changed in place by what comes after it.
+            InputError: the output of a layer is not a tensor, or is changed in place by a later layer.
         """
         if not self.paths:
             return self.model(images), {}
-        return self._viewed(images, self.model) if isinstance(self.model, fx.GraphModule) else self._hooked(images)
+        return self._traced(images, self.model) if isinstance(self.model, fx.GraphModule) else self._hooked(images)
 
-    def _viewed(self, images: Tensor, graph: fx.GraphModule) -> Given:
-        if self._view is None:  # not before: until the first step the network may move to another device
-            self._view = _with_nodes(graph, self.paths)
-            pairs = [(module, graph.get_submodule(name)) for name, module in self._view.named_modules()]
+    def _traced(self, images: Tensor, graph: fx.GraphModule) -> Features:
+        if self._graph is None:  # not earlier: the network may move to another device before the first step
+            self._graph = _with_nodes(graph, self.paths)
+            pairs = [(module, graph.get_submodule(name)) for name, module in self._graph.named_modules()]
             self._modes = [(mirror, module) for mirror, module in pairs if mirror is not module]
         for mirror, module in self._modes:
             mirror.training = module.training
-        logits, *given = self._view(images)
+        logits, *outputs = self._graph(images)
         count = len(self.paths)
-        return logits, self._checked(zip(self.paths, given[:count], given[count:], strict=True), images)
+        return logits, self._checked(zip(self.paths, outputs[:count], outputs[count:], strict=True), images)
 
-    def _hooked(self, images: Tensor) -> Given:
+    def _hooked(self, images: Tensor) -> Features:
         seen: dict[str, tuple[object, int]] = {}
 
-        def look(path: str) -> None:
-            def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+        def register(path: str) -> None:
+            def record(_module: nn.Module, _inputs: object, output: object) -> None:
                 seen[path] = output, _version(output)
 
-            hooks.append(self.model.get_submodule(path).register_forward_hook(keep))
+            hooks.append(self.model.get_submodule(path).register_forward_hook(record))
 
         hooks: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for path in self.paths:
-                look(path)
+                register(path)
             logits = self.model(images)
         finally:
             for hook in hooks:
                 hook.remove()
         for path in self.paths:
             if path not in seen:
-                raise InputError(f"the layer {path} is not called by the network. Name another.")
+                raise InputError(f"the layer {path} is not called by the network. Choose another layer.")
         return logits, self._checked(((path, *seen[path]) for path in self.paths), images)
 
-    def _checked(self, given: Iterable[tuple[str, object, int]], images: Tensor) -> dict[str, Tensor]:
-        """What each layer gave, if it still is what it was when the layer gave it."""
+    def _checked(self, outputs: Iterable[tuple[str, object, int]], images: Tensor) -> dict[str, Tensor]:
+        """The output of each layer, if no later layer has changed it in place."""
         found: dict[str, Tensor] = {}
-        for path, value, version in given:
+        for path, value, version in outputs:
             if not isinstance(value, Tensor):
-                raise InputError(f"the layer {path} gives a {type(value).__name__}, not a tensor. Name another.")
+                raise InputError(
+                    f"the output of layer {path} is a {type(value).__name__}, not a tensor. Choose another layer."
+                )
             if _version(value) != version:
                 raise InputError(
-                    f"what the layer {path} gives is changed in place by what comes after it. Name the layer after "
-                    "it, or one before it, or build the network with inplace=False."
+                    f"the output of layer {path} is changed in place by a later layer. Choose the layer after it, or "
+                    "one before it, or build the network with inplace=False."
                 )
             found[path] = channels_first(value, images)
         return found
@@ -110,20 +111,20 @@ def _version(value: object) -> int:
 
 
 def channels_first(value: Tensor, images: Tensor) -> Tensor:
-    """A map (N, H, W, C) as (N, C, H, W), its sides being to each other as those of the images; all else as it is."""
-    if value.ndim != 4 or _alike(value.shape[2:], images) or not _alike(value.shape[1:3], images):
+    """A map (N, H, W, C) with the aspect ratio of the images as (N, C, H, W); everything else unchanged."""
+    if value.ndim != 4 or _same_aspect(value.shape[2:], images) or not _same_aspect(value.shape[1:3], images):
         return value
     return value.permute(0, 3, 1, 2)
 
 
-def _alike(sides: Sequence[int], images: Tensor) -> bool:
-    """Whether these are to each other as the sides of the images, but for rounding."""
+def _same_aspect(sides: Sequence[int], images: Tensor) -> bool:
+    """Whether these sides have the aspect ratio of the images, up to rounding."""
     height, width = images.shape[-2:]
     return abs(sides[0] * width - sides[1] * height) <= max(height, width)
 
 
 def _with_nodes(graph: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
-    """A second graph over the same modules: behind the logits, the layers' values, and the versions they had."""
+    """A second graph over the same modules, which returns the logits, the layers' outputs, and their versions."""
     returned: dict[str, str] = graph.meta["layers"]
     copied: dict[fx.Node, fx.Node] = {}
     wider = fx.Graph()
@@ -139,17 +140,17 @@ def _with_nodes(graph: fx.GraphModule, paths: Sequence[str]) -> fx.GraphModule:
 
 
 def layer_paths(model: nn.Module) -> list[str]:
-    """Of the layers whose output can be had."""
+    """The paths of the layers whose output is available."""
     if isinstance(model, fx.GraphModule):
         return list(model.meta["layers"])
     return [path for path, _ in model.named_modules() if path]
 
 
 def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tuple[str, ...]:
-    """The layers that each pattern (`layer3`, `layer?`) matches: pattern by pattern, in the order of the network.
+    """The layers that match each pattern (`layer3`, `layer?`), pattern by pattern, in network order.
 
     Raises:
-        InputError: a pattern matches none.
+        InputError: a pattern matches no layer.
     """
     known = layer_paths(model)
     found: list[str] = []
@@ -159,27 +160,27 @@ def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tup
             close = nearest(pattern, known)
             hint = f" Did you mean '{close}'?" if close else ""
             tops = ", ".join(path for path in known if "." not in path)
-            raise InputError(f"{whose} has no layer '{pattern}'.{hint} Possible: {tops}, and what lies in them.")
+            raise InputError(f"{whose} has no layer '{pattern}'.{hint} Possible: {tops}, and layers inside them.")
         found += matched
     return tuple(found)
 
 
 @torch.no_grad()
 def shapes_of(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
-    """What the layers give for `images`, seen in one dry forward in eval mode."""
+    """Shapes of the layers' outputs for `images`, from one forward in eval mode."""
     with evaluating(model):
-        _, given = FeatureExtractor(model, paths)(images.to(next(model.parameters(), images)))
-    return {path: value.shape for path, value in given.items()}
+        _, outputs = FeatureExtractor(model, paths)(images.to(next(model.parameters(), images)))
+    return {path: value.shape for path, value in outputs.items()}
 
 
 def last_feature_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
-    """The last part of the network at each resolution: `layer1`, `layer2`, `layer3` of a ResNet.
+    """The last module at each resolution: `layer1`, `layer2`, `layer3` of a ResNet.
 
-    Parts are the network's children, or what lies in them where that tells more resolutions apart (`features.6`). Pools
-    are passed over, and what gives no feature map of more than one pixel, or one that is changed in place behind it.
+    Modules are the network's children, or deeper ones if these have more resolutions (`features.6`). Pools are skipped,
+    and so are modules whose output has one pixel, is no feature map, or is changed in place by a later layer.
 
     Raises:
-        InputError: there is no such part.
+        InputError: there is no such module.
     """
     shapes = _called(model, layer_paths(model), images)
     found: dict[tuple[int, ...], str] = {}
@@ -193,13 +194,13 @@ def last_feature_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
         if len(of_size) > len(found):
             found = of_size
     if not found:
-        raise InputError(f"{type(model).__name__} has no part that gives a feature map. Name its layers.")
+        raise InputError(f"{type(model).__name__} has no module whose output is a feature map. Name its layers.")
     return tuple(found.values())
 
 
 @torch.no_grad()
 def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
-    """Shapes of those parts that are called and give a tensor which then stays, in the order of the calls."""
+    """Shapes of the outputs that are tensors and are not changed in place, in the order of the calls."""
     seen: dict[str, tuple[object, int]] = {}
 
     def keep(path: str, output: object) -> None:
@@ -210,9 +211,9 @@ def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str,
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     with evaluating(model):
         if isinstance(model, fx.GraphModule):
-            _, *given = _with_nodes(model, paths).eval()(images)
+            _, *outputs = _with_nodes(model, paths).eval()(images)
             count = len(paths)
-            seen = dict(zip(paths, zip(given[:count], given[count:], strict=True), strict=True))
+            seen = dict(zip(paths, zip(outputs[:count], outputs[count:], strict=True), strict=True))
         else:
             try:
                 for path in paths:
@@ -227,7 +228,7 @@ def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str,
     return {
         path: value.shape
         for path, value in maps.items()
-        if not _is_pool(model, path) and (value.ndim != 4 or _alike(value.shape[2:], images))
+        if not _is_pool(model, path) and (value.ndim != 4 or _same_aspect(value.shape[2:], images))
     }
 
 
@@ -239,7 +240,7 @@ def _is_pool(model: nn.Module, path: str) -> bool:
 
 
 def map_size(shape: torch.Size) -> tuple[int, int] | None:
-    """Height and width of a feature map (N, C, H, W), or of tokens (N, L, C) that lie in a square; else None."""
+    """Height and width of a feature map (N, C, H, W), or of tokens (N, L, C) in a square; else None."""
     if len(shape) == 4:
         return shape[2], shape[3]
     if len(shape) == 3:
@@ -249,7 +250,7 @@ def map_size(shape: torch.Size) -> tuple[int, int] | None:
 
 
 def as_map(values: Tensor) -> Tensor:
-    """(N, C, H, W) as it is; tokens (N, L, C) as (N, C, side, side), without those of no place before them."""
+    """(N, C, H, W) unchanged; tokens (N, L, C) as (N, C, side, side), without class and register tokens."""
     if values.ndim != 3:
         return values
     side = math.isqrt(values.shape[1])
@@ -258,6 +259,6 @@ def as_map(values: Tensor) -> Tensor:
 
 
 def pooled(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, C, H, W), or tokens in a square -> (N, C, *size), averaged; as they are where they have that size."""
+    """Average maps (N, C, H, W), or tokens in a square, to (N, C, *size); maps of that size stay unchanged."""
     values = as_map(values)
     return values if values.shape[2:] == size else F.adaptive_avg_pool2d(values, size)

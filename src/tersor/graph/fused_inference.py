@@ -1,11 +1,11 @@
-"""A network that is only asked, in fewer passes over memory: for teachers, which answer as often as a student learns.
+"""Fused inference on a CPU, for teachers, which run in every training step.
 
-    convolution [+ BatchNorm] [+ another value] [+ ReLU]      one pass by oneDNN, in place of two to four
+    convolution [+ BatchNorm] [+ another value] [+ ReLU]      one oneDNN pass instead of two to four
 
-On a CPU a convolution of a few channels takes less time than writing what it gives and reading it again: a ResNet-56
-answers in 0.6 of the time (`bench/distillation_costs.py`, bfloat16). `torch.compile` finds the same passes, but needs
-a compiler on the machine and half a minute. What was asked for by a layer's path is still there; what lies within a
-pass is not.
+On a CPU, a convolution of few channels takes less time than writing its output and reading it again: fusion reduces the
+time of a ResNet-56 to 0.6 (`bench/distillation_costs.py`, bfloat16). `torch.compile` finds the same fusions, but needs
+a compiler on the machine and half a minute. Requested layers remain available by path; values inside a fused pass do
+not.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tersor.core.errors import InputError
+from tersor.graph.batchnorm_behind import norm_reading
 from tersor.graph.capture import capture, layer_of, sole_user, values_into
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.feature_extraction import FeatureExtractor
-from tersor.graph.norms import plain_norm
-from tersor.graph.plain_modules import is_plain
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import strip
+from tersor.graph.plain_modules import is_hooked, is_plain
 
 _ADDITIONS = {operator.add, torch.add, "add"}
 _IN_PLACE = {operator.iadd, "add_"}
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _NEARLY, _NO_FARTHER = 1e-3, 2.0
-"""In float32, how far answers may lie apart, of the largest value: sums are added up in another order. In fewer bits,
-how much farther from float32 than the network itself, on average."""
+"""Largest allowed difference of float32 outputs, relative to the largest value, because the order of sums changes; and
+largest allowed mean error of low-precision outputs against float32, relative to that of the unfused network."""
 _ON = "cpu"
 _FAILURES = (InputError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class FusedConvolution(nn.Module):
-    """A convolution whose output is added to and rectified before it is written.
+    """A convolution fused with an addition and a ReLU.
 
     Args:
-        convolution: with zero padding.
-        weight: (C_out, C_in / groups, h, w), with what was folded into it.
+        convolution: gives stride, padding (of zeros), dilation and groups.
+        weight: folded weight, (C_out, C_in / groups, h, w).
         bias: (C_out,).
-        rectified: whether a ReLU is the last.
+        rectified: whether a ReLU follows.
     """
 
     def __init__(self, convolution: nn.Conv2d, weight: Tensor, bias: Tensor, *, rectified: bool) -> None:
         super().__init__()
-        # no buffers: several processes would send those around in every step
+        # not buffers, which DistributedDataParallel would broadcast in every step
         self.weight = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last), requires_grad=False)
         self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.geometry: tuple[Any, ...] = (
@@ -61,7 +61,7 @@ class FusedConvolution(nn.Module):
         self.rectified = rectified
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """(N, C_in, H, W), and what is added, (N, C_out, h, w) -> (N, C_out, h, w), in the precision of the moment."""
+        """(N, C_in, H, W), and an addend (N, C_out, h, w) -> (N, C_out, h, w), in the current precision."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
@@ -82,15 +82,15 @@ class FusedConvolution(nn.Module):
 def fused(
     model: nn.Module, images: Tensor, keep: Iterable[str] = (), precision: torch.dtype | None = None
 ) -> nn.Module:
-    """A copy of `model` in eval that answers faster; `model` itself, where none can be had that answers the same.
+    """A faster copy of `model` in eval mode; `model` itself if none computes the same.
 
     Args:
         model: the network.
-        images: (N, C, H, W), to try it on, in float32.
-        keep: paths of layers whose outputs will be asked for.
-        precision: to which it will be autocast.
+        images: float32 images (N, C, H, W) for the comparison.
+        keep: paths of the layers whose outputs are needed.
+        precision: precision of autocast, if it is used.
     """
-    if images.device.type != "cpu" or not torch.backends.mkldnn.is_available() or _is_looked_at(model):
+    if images.device.type != "cpu" or not torch.backends.mkldnn.is_available() or _has_hooks(model):
         return model
     paths = tuple(keep)
     with evaluating(model):
@@ -100,15 +100,15 @@ def fused(
             same = all(map(_near, _everything(found, images, paths), exact))
             if precision is not None:
                 with torch.autocast("cpu", precision):
-                    given = _everything(found, images, paths), _everything(model, images, paths), exact
-                same = same and all(map(_no_farther, *given))
-        except _FAILURES:  # it cannot be captured, or adds what is no feature map of the same size
+                    outputs = _everything(found, images, paths), _everything(model, images, paths), exact
+                same = same and all(map(_no_farther, *outputs))
+        except _FAILURES:  # it cannot be captured, or adds tensors of other shapes
             return model
     return found if same else model
 
 
-def _is_looked_at(model: nn.Module) -> bool:
-    """Whether somebody waits for a call of one of its modules, which would not come."""
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether a module has hooks, which fused modules would not call."""
     return any(vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"] for module in model.modules())
 
 
@@ -127,7 +127,7 @@ def _no_farther(ours: Tensor, theirs: Tensor, exact: Tensor) -> bool:
 
 
 def rewritten(model: nn.Module, paths: tuple[str, ...]) -> fx.GraphModule:
-    """A copy of `model`, every convolution one pass with what may follow within it; nothing is tried.
+    """A fused copy of `model`, without comparison.
 
     Raises:
         InputError: the network cannot be captured, or has no such layer.
@@ -135,12 +135,12 @@ def rewritten(model: nn.Module, paths: tuple[str, ...]) -> fx.GraphModule:
     captured = capture(strip(model)).eval()
     returned: dict[str, str] = captured.meta["layers"]
     if not returned.keys() >= set(paths):
-        raise InputError("a layer that is asked for lies within one that is not traced through.")
-    asked = {returned[path] for path in paths}
+        raise InputError("a requested layer is inside a module that is not traced.")
+    requested = {returned[path] for path in paths}
     for place, node in enumerate(list(captured.graph.nodes)):
         convolution = layer_of(node)
         if isinstance(convolution, nn.Conv2d) and is_plain(convolution) and _with_zeros(convolution) and node.args:
-            _fuse(captured, node, convolution, f"fused_{place}", asked)
+            _fuse(captured, node, convolution, f"fused_{place}", requested)
     captured.delete_all_unused_submodules()
     captured.recompile()
     return captured
@@ -150,21 +150,21 @@ def _with_zeros(convolution: nn.Conv2d) -> bool:
     return convolution.padding_mode == "zeros" and isinstance(convolution.padding, tuple)
 
 
-def _fuse(captured: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, name: str, asked: set[str]) -> None:
-    """Puts one node in the place of a convolution and what may follow within its pass."""
+def _fuse(captured: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, name: str, requested: set[str]) -> None:
+    """Replaces a convolution, and what can be fused with it, by one node."""
     weight, bias = convolution.weight, convolution.bias
     bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias
     chain, other, rectified = [node], None, False
-    following = _following(chain, asked)
-    norm = plain_norm(following)
-    if following is not None and norm is not None:
+    following = _following(chain, requested)
+    behind = norm_reading(node)
+    if following is not None and behind is not None and not is_hooked(norm := behind.module):
         of_norm: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         weight, bias = fuse_conv_bn_weights(weight, bias, *of_norm)
         chain.append(following)
-        following = _following(chain, asked)
+        following = _following(chain, requested)
     if following is not None and (other := _added(following, chain[-1])) is not None:
         chain.append(following)
-        following = _following(chain, asked)
+        following = _following(chain, requested)
     if following is not None and (_calls(following, _RELUS) or _is_relu(layer_of(following))):
         chain.append(following)
         rectified = True
@@ -174,20 +174,20 @@ def _fuse(captured: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, name:
         read = (node.args[0],) if other is None else (node.args[0], other)
         put = captured.graph.call_module(name, read)
     last.replace_all_uses_with(put)
-    for path, given in captured.meta["layers"].items():
-        if given == last.name:
+    for path, name_of_node in captured.meta["layers"].items():
+        if name_of_node == last.name:
             captured.meta["layers"][path] = put.name
     for each in reversed(chain):
         captured.graph.erase_node(each)
 
 
-def _following(chain: list[fx.Node], asked: set[str]) -> fx.Node | None:
-    """What alone reads the last of a chain, unless that is asked for."""
-    return None if chain[-1].name in asked else sole_user(chain[-1])
+def _following(chain: list[fx.Node], requested: set[str]) -> fx.Node | None:
+    """The only reader of the last node of a chain, unless that node is requested."""
+    return None if chain[-1].name in requested else sole_user(chain[-1])
 
 
 def _calls(node: fx.Node, functions: set[Any]) -> bool:
-    """Whether a node calls one of these functions or methods; a module may have any of their names."""
+    """Whether a node calls one of these functions or methods, not a module with such a name."""
     return node.op in ("call_function", "call_method") and node.target in functions
 
 
@@ -196,7 +196,7 @@ def _is_relu(module: nn.Module | None) -> bool:
 
 
 def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
-    """What an addition adds to `value`, or None where `node` is no such addition."""
+    """The other addend if `node` adds something to `value`, else None."""
     in_place = _calls(node, _IN_PLACE) and node.args[0] is value
     if not (in_place or _calls(node, _ADDITIONS)) or "alpha" in node.kwargs or len(node.all_input_nodes) != 2:
         return None

@@ -1,4 +1,4 @@
-"""Which layers: patterns of names -> the layers that they match. A pattern that matches nothing is an error."""
+"""Layer selection by name patterns. A pattern that matches nothing is an error."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Layer = nn.Conv2d | nn.Linear
 
 
 def weighted_layers(model: nn.Module) -> dict[str, Layer]:
-    """The convolutions and fully connected layers of `model` by name, in the order of the model."""
+    """The convolutions and fully connected layers of `model` by name, in order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
 
 
 def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
-    """The `names` that any of the patterns (`layer1.*.conv2`; `*` crosses dots) matches, or lies under.
+    """The `names` that match a pattern (`layer1.*.conv2`; `*` also matches dots), or start with one and a dot.
 
     Raises:
         InputError: a pattern matches no name.
@@ -37,8 +37,8 @@ def matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
 
 
 def prunable(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, Layer]:
-    """The layers that pruning is about: those that `patterns` match; without patterns the convolutions, or the fully
-    connected layers where there is no convolution.
+    """The layers to prune: those that match `patterns`; by default the convolutions, or the fully connected layers if
+    there is no convolution.
 
     Raises:
         InputError: a pattern matches no layer, or there is no layer at all.
@@ -54,6 +54,6 @@ def prunable(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, Layer]
 
 
 def without(layers: Mapping[str, Layer], patterns: Sequence[str]) -> dict[str, Layer]:
-    """The `layers` that no pattern matches."""
+    """The `layers` that match no pattern."""
     left_out = matching(patterns, layers)
     return {name: layer for name, layer in layers.items() if name not in left_out}

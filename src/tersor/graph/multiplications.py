@@ -1,7 +1,7 @@
-"""How many multiplications an operator of torch costs, where torch.utils.flop_counter has no formula for it.
+"""The number of multiplications of torch operators for which torch.utils.flop_counter has no formula.
 
-Elementwise operators, normalisation, pooling, resizing and embeddings are not counted, by convention. Other operators
-that multiply and have no formula, here or in torch, are found by `multiplies_uncounted`, and named.
+By convention, elementwise operators, normalisation, pooling, resizing and embeddings are not counted. Other operators
+that multiply and have no formula, here or in torch, are reported (`multiplies_uncounted`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Shape = Sequence[int]
 
 
 def _product(first: Shape, second: Shape, **_: Any) -> int:
-    """Matrix or vector (..., m, k) times vector or matrix of as many rows (k, n) or (k,)."""
+    """Matrix or vector (..., m, k) times matrix or vector (k, n) or (k,)."""
     return 2 * prod(first) * prod(second[1:])
 
 
@@ -34,17 +34,17 @@ def _added_products(_added: Shape, first: Shape, second: Shape, **_: Any) -> int
 
 
 def _onednn_rnn(images: Shape, weight_ih: Shape, weight_hh: Shape, *_: Any, **__: Any) -> int:
-    """One layer in one direction: both weights are read once for each place of the sequences (T, N, features)."""
+    """One layer in one direction: both weights are used once per position of the sequences (T, N, features)."""
     return 2 * prod(images[:-1]) * (prod(weight_ih) + prod(weight_hh))
 
 
 def _cudnn_rnn(images: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
-    """All layers in all directions, likewise; vectors are biases."""
+    """The same for all layers and directions; vectors are biases."""
     return 2 * prod(images[:-1]) * sum(prod(weight) for weight in weights if len(weight) > 1)
 
 
 def _bilinear(first: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    """Rows (n, i) times weight (o, i, j), and that times rows (n, j)."""
+    """Rows (n, i) times weight (o, i, j), times rows (n, j)."""
     outputs, _inputs, others = weight
     return 2 * first[0] * (prod(weight) + outputs * others)
 
@@ -62,14 +62,14 @@ _OURS: dict[Any, Callable[..., int]] = {
 }
 
 FORMULAS: dict[Any, Callable[..., int]] = FlopCounterMode(display=False, custom_mapping=_OURS).flop_registry
-"""Operator -> a function of its arguments and `out_val`, which gives twice the multiplications."""
+"""Operator -> a function of its arguments and `out_val` that returns twice the number of multiplications."""
 
 MULTIPLICANDS = {
     **dict.fromkeys((_aten.addmm, _aten.baddbmm, _aten.addmv, _aten.addbmm), (1, 2)),
     **dict.fromkeys((_aten._trilinear,), (0, 1, 2)),
     **dict.fromkeys((_aten.mkldnn_rnn_layer,), (0, 1, 2)),
 }
-"""Operator -> which of its arguments are multiplied; the first two of every other one."""
+"""Operator -> the arguments that are multiplied; for all others, the first two."""
 
 _MULTIPLYING = re.compile(
     r"(^|_)(fft|linalg|cholesky|lu|cdist|pdist|grid_sampler|lstm|gru|rnn|attention|b?mm|mv|dot|matmul|linear|conv\w*)"
@@ -83,11 +83,11 @@ _NOT_MULTIPLYING = re.compile(
 
 
 def multiplies_uncounted(operator: OpOverload, *, with_weight: bool) -> bool:
-    """Whether an operator without formula multiplies, or may: nothing is known of what is not of torch itself.
+    """Whether an operator without formula multiplies, or may multiply, as any operator outside of torch.
 
     Args:
-        operator: what ran, on numbers in floating point.
-        with_weight: on an activation together with a parameter.
+        operator: an operator on floating-point tensors.
+        with_weight: whether its operands are an activation and a parameter.
     """
     if operator.namespace not in {"aten", "prim", "prims"}:
         return True

@@ -1,8 +1,8 @@
-"""Whether a module computes what torch's class of it computes, and nothing else.
+"""Whether a module computes exactly what torch's class computes.
 
 Folding, fusing, equalising, correcting and exporting replace the call of a module by a formula. `isinstance` does not
-show that the formula holds: a subclass may define its own forward (timm's `BatchNormAct2d` contains an activation), and
-an instance may have hooks.
+prove that the formula holds: a subclass may define its own forward (timm's `BatchNormAct2d` contains an activation),
+and an instance may have hooks.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of `module` is torch's own forward, and nothing else: no hook is called around it."""
+    """Whether a call of `module` is torch's own forward without hooks."""
     return has_plain_forward(module) and not is_hooked(module)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks are called around its forward, which may change what goes in or out."""
+    """Whether the module has forward hooks, which may change its inputs or outputs."""
     return any(vars(module)[hooks] for hooks in _HOOKS)
 
 
 def has_plain_forward(module: nn.Module) -> bool:
-    """Whether its forward is that of torch's own class, over tensors that are plain attributes.
+    """Whether the forward is that of torch's class, and its tensors are plain attributes.
 
-    Parametrizations (`torch.nn.utils.parametrize`) may lie on it: they change a tensor, not what is computed with it.
+    Parametrizations (`torch.nn.utils.parametrize`) are allowed: they change a tensor, not what is computed with it.
     """
     kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
     known = _torch_class(kind)

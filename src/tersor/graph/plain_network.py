@@ -1,8 +1,8 @@
-"""A user's network as a plain one: without the wrappers of training, and with what torch keeps on its weights folded.
+"""A plain copy of a user's network: without training wrappers, and with torch's weight reparametrizations folded.
 
 DataParallel, DistributedDataParallel, `torch.compile` and AveragedModel wrap a network or a part of it. weight_norm,
-spectral_norm and `torch.nn.utils.prune` compute a weight anew in every forward; in eval that weight is a constant, so
-that folding it is exact. All of it happens on a copy.
+spectral_norm and `torch.nn.utils.prune` recompute a weight in every forward; in eval mode that weight is constant, so
+folding is exact. The user's network stays unchanged.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from tersor.core.errors import InputError
-from tersor.graph.parametrization import parametrized
-from tersor.graph.strip import strip
+from tersor.graph.parametrization import parametrized, strip
 
 _UNCOPIED = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, PicklingError)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, the same object, out of as many wrappers as there are."""
+    """The network inside any number of wrappers."""
     while True:
         if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
             model = cast("nn.Module", model.module)
@@ -39,20 +38,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_copy(model: nn.Module, name: str = "the network") -> nn.Module:
-    """A copy of the network in eval, in float32, without wrappers and without what torch keeps on its weights.
+    """A float32 copy of the network in eval mode, without wrappers and with folded weights.
 
     Args:
-        model: a user's network; it stays as it is.
-        name: how an error calls it.
+        model: a user's network; it stays unchanged.
+        name: name of the network in errors.
 
     Raises:
-        InputError: it is no network with weights that can be computed with, or cannot be copied.
+        InputError: this is no network with usable weights, or it cannot be copied.
     """
     refuse_what_is_no_network(model, name)
     plain = _copied(unwrapped(model), name).eval()
     _unwrap_parts(plain)
     plain = _folded(plain)
-    for module in plain.modules():  # accelerate hides the forward behind one in another precision
+    for module in plain.modules():  # accelerate wraps the forward to change its precision
         if "_original_forward" in vars(module):
             del module._original_forward, module.forward
     if any(each.is_floating_point() and each.dtype != torch.float32 for each in plain.state_dict().values()):
@@ -62,7 +61,7 @@ def plain_copy(model: nn.Module, name: str = "the network") -> nn.Module:
 
 def refuse_what_is_no_network(model: object, name: str = "the network") -> None:
     """Raises:
-    InputError: this is no network, or one without weights that can be computed with.
+    InputError: this is no network with usable weights.
     """
     if isinstance(model, type):
         raise InputError(f"{name} is the class {model.__name__}. Pass an instance: {model.__name__}(...).")
@@ -73,9 +72,9 @@ def refuse_what_is_no_network(model: object, name: str = "the network") -> None:
     named = list(model.named_parameters())
     for key, each in named:
         if isinstance(each, nn.parameter.UninitializedParameter):
-            raise InputError(f"{key} of {name} has no shape yet. Run the network on one batch before.")
+            raise InputError(f"{key} of {name} has no shape yet. Run the network on one batch first.")
         if each.is_meta:
-            raise InputError(f"{key} of {name} is on the meta device and has no values. Load its weights before.")
+            raise InputError(f"{key} of {name} is on the meta device and has no values. Load its weights first.")
         if not each.isfinite().all():
             shown = key.replace("parametrizations.", "").removesuffix(".original")
             raise InputError(f"{shown} of {name} has values that are not finite (NaN or infinity). Load other weights.")
@@ -83,14 +82,16 @@ def refuse_what_is_no_network(model: object, name: str = "the network") -> None:
 
 def refuse_without_weights(model: nn.Module, name: str = "the network") -> None:
     """Raises:
-    InputError: there is no parameter in it.
+    InputError: the network has no parameters.
     """
     if next(model.parameters(), None) is None:
-        raise InputError(f"{name} has no parameters: a {type(model).__name__} without layers that have weights.")
+        raise InputError(
+            f"{name} has no parameters: a {type(model).__name__} without weights. Pass a network with layers."
+        )
 
 
 def masked_by_torch(model: nn.Module) -> list[str]:
-    """The layers under a mask of `torch.nn.utils.prune`."""
+    """The layers with a mask of `torch.nn.utils.prune`."""
     return [
         path
         for path, module in model.named_modules()
@@ -114,12 +115,12 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
         culprit = next(_uncopied(model), "an attribute")
         reason = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
         raise InputError(
-            f"{name} cannot be copied, because of {culprit}: {reason}. Take it off the network."
+            f"{name} cannot be copied, because of {culprit}: {reason}. Remove it from the network."
         ) from error
 
 
 def _computed(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors kept in the modules that a computation gave, which deepcopy refuses: a stored feature map, a weight."""
+    """Computed tensors stored in modules (feature maps, weights), which deepcopy refuses."""
     for module in model.modules():
         for value in vars(module).values():
             held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]

@@ -1,8 +1,8 @@
-"""A BatchNorm with an activation inside -> a BatchNorm and an activation, each a node of its own.
+"""Splitting a BatchNorm with a built-in activation into a BatchNorm node and an activation node.
 
-timm builds EfficientNet, MobileNet, RegNet and others of `BatchNormAct2d`: a subclass of BatchNorm that calls its
-children `drop` and `act` behind the normalisation. As one node it can be neither folded nor fused. It is split where
-that is shown to compute the same: the outputs on drawn values, and the running statistics after a step, are compared.
+timm builds EfficientNet, MobileNet, RegNet and others from `BatchNormAct2d`: a subclass of BatchNorm that calls its
+children `drop` and `act` after normalising. A single node can be neither folded nor fused. It is split if both parts
+together compute the same: outputs on random values, and running statistics after a step, are compared.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tersor.graph.plain_modules import has_plain_forward, is_hooked, is_plain
 
 _PLAIN: tuple[type[Norm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _POSITIONS = {nn.BatchNorm1d: (9,), nn.BatchNorm3d: (2, 3, 3)}
-_SPREAD = 4.0  # of the drawn values: a ReLU6 clips some of them
+_STD = 4.0  # of the random values, so that a ReLU6 clips some
 _CLOSE = 1e-5
 _FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def split_norms(graph: fx.GraphModule) -> dict[str, str]:
-    """Splits the BatchNorms of `graph` that can be; name of a node that was split -> name of its last part."""
+    """Split the BatchNorms of `graph` where possible; returns the name of a split node -> the name of its last part."""
     split: dict[str, str] = {}
     for node in list(graph.graph.nodes):
         norm = graph.get_submodule(node.target) if node.op == "call_module" else None
@@ -45,7 +45,7 @@ def split_norms(graph: fx.GraphModule) -> dict[str, str]:
 
 
 def _plain_part(norm: Norm) -> Norm | None:
-    """torch's BatchNorm over the same tensors and children, where `norm` is that and then its children in a row."""
+    """torch's BatchNorm with the same tensors and children, if `norm` computes that and then calls its children."""
     kind = next(each for each in type(norm).__mro__ if each in _PLAIN)
     plain: Norm = object.__new__(kind)
     plain.__dict__.update(vars(norm))
@@ -54,16 +54,16 @@ def _plain_part(norm: Norm) -> Norm | None:
         return None
     try:
         return plain if _computes_the_same(norm, plain) else None
-    except _FAILURES:  # it takes other inputs, or more of them
+    except _FAILURES:  # it takes other inputs
         return None
 
 
 @torch.no_grad()
 def _computes_the_same(norm: Norm, plain: Norm) -> bool:
-    """In eval, and in a step of training, after which the running statistics are compared too."""
+    """Compares outputs in training and eval mode, and then the running statistics."""
     kind = next(each for each in type(norm).__mro__ if each in _PLAIN)
     shape = (4, norm.num_features, *_POSITIONS.get(kind, (3, 3)))
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * _SPREAD
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * _STD
     assert norm.running_mean is not None
     drawn = drawn.to(norm.running_mean)
     whole, parts = copy.deepcopy(norm), copy.deepcopy(plain)
@@ -95,7 +95,7 @@ def _all_close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _call_children(graph: fx.GraphModule, node: fx.Node, plain: Norm) -> str:
-    """Calls the children behind `node` in the graph; the name of the last node."""
+    """Inserts calls of the children after `node`; returns the name of the last node."""
     last = node
     for name, _ in _children(plain):
         with graph.graph.inserting_after(last):

@@ -1,4 +1,4 @@
-"""Mixed precision: every layer's weight gets the bits that it needs, so many on average.
+"""Mixed precision: chooses bits for each layer's weight, within an average bit width.
 
 Dong et al., "HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision", ICCV 2019 (arXiv 1905.03696);
 Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", ICML 2021 (the bits by integer programming).
@@ -7,16 +7,16 @@ Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", ICML 2021 (the bits b
     bits b_l      minimise sum_l error(l, b_l)  subject to  sum_l n_l b_l <= average_bits * sum_l n_l
     weights       (C_out, ...)   w_hat = s_c * clip(round(w / s_c), -n, n),  n = 2^(b_l-1) - 1
 
-y is what the network answers in float, y_lb with the weight of layer l alone on b bits, n_l the number of its weights.
-Each layer takes one width, so this is a multiple-choice knapsack, solved exactly by dynamic programming over the bits
-that are spent. Errors of layers are added as if they were independent, as in the papers.
+y are the network's logits in float, y_lb those with only the weight of layer l at b bits, n_l the number of its
+weights. Choosing one width per layer is a multiple-choice knapsack, solved exactly by dynamic programming over the
+total number of bits. As in the papers, the errors of layers are added as if they were independent.
 
-The papers estimate a layer's error: HAWQ by the largest eigenvalue of its Hessian, by which it orders the layers and
-leaves the bits to be picked by hand; V3 by the Hessian's trace times |w - w_hat|^2. Here it is measured, on a few
-hundred images without labels, by one pass over them for each layer and width; there is no gradient. V3 bounds latency
-or bit operations too, and gives a layer's input the bits of its weight; here activations have one width. The papers
-train afterwards; here that is a stage of its own, `qat` or `lsq`, which takes the bits over. A layer that is excluded
-counts neither in the sum nor in the average. Files hold up to four bits in a nibble, and five to eight in a byte.
+The papers estimate a layer's error: HAWQ by the largest eigenvalue of its Hessian, which orders the layers and leaves
+the choice of bits to the user; V3 by the Hessian's trace times |w - w_hat|^2. Here the error is measured on a few
+hundred unlabelled images, in one pass for each layer and width, without gradients. V3 can also bound latency or bit
+operations, and gives a layer's input the bits of its weight; here all activations have one width. The papers fine-tune
+afterwards; here that is a separate `qat` or `lsq` stage, which keeps the bits. An excluded layer counts neither in the
+sum nor in the average. In files, up to four bits take half a byte, and five to eight take a byte.
 """
 
 from __future__ import annotations
@@ -33,35 +33,32 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
-from tersor.graph.feeding import first_images
+from tersor.graph.eval_mode import first_images
 from tersor.graph.layer_selection import weighted_layers
-from tersor.quantization.calibration import Ranges, set_ranges
+from tersor.quantization.calibration import set_ranges
 from tersor.quantization.grid import Grid
 from tersor.quantization.integer_coverage import calibrated_coverage
-from tersor.quantization.observers import Range, WeightRange
-from tersor.quantization.precision import CalibrationImages, Exclude, Percentile, PerChannel, Precision
-from tersor.quantization.quantizers import Quantizers, ends, insert_quantizers, notes
+from tersor.quantization.options import ActivationBits, ActivationRange, Bits, PerChannel, Precision, RangeOptions
+from tersor.quantization.quantizers import Quantizers, ends, insert_quantizers, notes, require_data
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
 _CELLS = 2**18
-"""Steps that the budget is spent in, at most: memory, and time for each layer and width."""
-
-Bits = Annotated[int, Field(ge=2, le=8)]
+"""Largest number of units that the bit budget is divided into; bounds memory and time."""
 
 
 def assign(errors: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], average: float) -> dict[str, int]:
-    """The bits of every layer whose errors add up to the least, with at most `average` bits a weight.
+    """Choose bits for every layer with the smallest sum of errors, and at most `average` bits per weight.
 
-    Exact where the sizes have a common divisor that cuts the budget into no more than 2^18 steps; otherwise a layer
-    may be charged up to one step more than it takes. The budget holds in any case. Ties take the fewer bits.
+    The result is exact if a common divisor of the sizes divides the budget into at most 2^18 units; otherwise a layer
+    may be charged up to one unit too much. The budget holds in either case. Ties take the fewer bits.
 
     Args:
-        errors: layer -> bits -> error; the widths may differ from layer to layer.
+        errors: layer -> bits -> error; the possible widths may differ between layers.
         sizes: layer -> number of weights.
-        average: bits of a weight, at least what the layers have on their fewest bits.
+        average: bits per weight; at least the average of every layer's smallest width.
     """
     fewest = {name: min(options) for name, options in errors.items()}
     extra = {name: {bits: sizes[name] * (bits - fewest[name]) for bits in sorted(errors[name])} for name in errors}
@@ -92,14 +89,14 @@ def _most(options: Mapping[int, int]) -> int:
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
-class MixedPrecision:
-    """Post-training quantization in which every layer gets bits of its own, so many on average; no labels."""
+class MixedPrecision(RangeOptions):
+    """Post-training quantization that chooses each layer's bit width within an average; needs no labels."""
 
     example: ClassVar[dict[str, Any]] = {"average_bits": 3.5, "widths": (2, 3, 4, 8), "activation_range": "mse"}
-    exempt: ClassVar[dict[str, str]] = {"off": "a grid rounds, the finest of 8 bits too"}
+    exempt: ClassVar[dict[str, str]] = {"off": "rounds even at 8 bits"}
 
-    average_bits: Annotated[float, Field(gt=2, le=8, description="of a weight, the mean over the weights")] = 5.0
-    widths: Annotated[tuple[Bits, ...], Field(min_length=1, description="bits that a layer may get")] = (
+    average_bits: Annotated[float, Field(gt=2, le=8, description="largest mean bit width over all weights")] = 5.0
+    widths: Annotated[tuple[Bits, ...], Field(min_length=1, description="possible bit widths of a layer")] = (
         2,
         3,
         4,
@@ -107,29 +104,27 @@ class MixedPrecision:
         6,
         8,
     )
-    activation_bits: Annotated[int, Field(ge=2, le=8, description="of an activation; 8 for what enters the ends")] = 8
+    activation_bits: ActivationBits = 8
     first_last_bits: Annotated[
         int | None,
-        Field(ge=2, le=8, description="of the first and last layer, and what enters them; like the others if left"),
+        Field(
+            ge=2,
+            le=8,
+            description="bits of the first and last layer's weights and inputs; default: chosen bits for weights, 8 "
+            "for inputs",
+        ),
     ] = None
     per_channel: PerChannel = True
-    weight_range: Annotated[WeightRange, Field(description="how a weight's range is set")] = "mse"
-    activation_range: Annotated[Range, Field(description="how an activation's range is set")] = "minmax"
-    percentile: Percentile = 99.99
-    calibration_images: CalibrationImages = 512
-    exclude: Exclude = ()
+    activation_range: ActivationRange = "minmax"
 
     def attach(self, model: nn.Module, context: AttachContext) -> MixedPrecisionAttachment:
-        """Captures the network and lays quantizers on weights and edges; `begin` chooses their bits.
+        """Captures the network and inserts quantizers; `begin` chooses their bits.
 
         Raises:
-            InputError: no data, a pattern of `exclude` that matches nothing, no layer left, a grid already there, an
-                average that no choice of widths meets.
+            InputError: no data, an `exclude` pattern that matches nothing, no layer left, a network already quantized,
+                an average that no choice of widths meets.
         """
-        if context.data is None:
-            raise InputError(
-                "mixed_precision needs images to measure on; none were given. Pass data=..., a few hundred suffice."
-            )
+        require_data(context.data, "mixed_precision")
         precision = Precision(max(self.widths), self.activation_bits, self.first_last_bits or 8, self.per_channel)
         quantizers = insert_quantizers(
             capture(model),
@@ -147,14 +142,14 @@ class MixedPrecision:
         least = sum(size * min(options[name]) for name, size in sizes.items()) / sum(sizes.values())
         if least > self.average_bits:
             raise InputError(
-                f"average_bits: {self.average_bits:g} cannot be met: with the fewest bits that they may get, the "
-                f"layers have {least:.2f} on average. Write more than that, or fewer bits in `widths`"
+                f"average_bits: {self.average_bits:g} is too low: the smallest possible average is {least:.2f}. Write "
+                "a larger average_bits, or add a smaller width to `widths`"
                 + (", or leave out first_last_bits." if self.first_last_bits else ".")
             )
 
 
 class MixedPrecisionAttachment(Attachment):
-    """Quantizers laid on a captured network; `begin` chooses the bits of the weights and sets all ranges."""
+    """A captured network with quantizers; `begin` chooses the weights' bits and sets all ranges."""
 
     def __init__(self, method: MixedPrecision, quantizers: Quantizers, context: AttachContext) -> None:
         super().__init__(quantizers.graph)
@@ -174,16 +169,16 @@ class MixedPrecisionAttachment(Attachment):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The `bits` of every layer's weight, and the `average_bits` that came of it."""
+        """The `bits` of every layer's weight, and their average over all weights, `average_bits`."""
         bits = {name: self.quantizers.of_weight(name).grid.bits for name in self.quantizers.layers}
         spent = sum(self.sizes[name] * each for name, each in bits.items())
         return {"bits": bits, "average_bits": spent / sum(self.sizes.values())}
 
     def begin(self) -> None:
-        """Measures every layer on every width, chooses, and calibrates. Does nothing a second time.
+        """Measures every layer at every width, chooses the bits, and calibrates. Does nothing a second time.
 
         Raises:
-            InputError: the data holds no image; values are not finite.
+            InputError: the data contains no image, or a value is not finite.
         """
         if self.quantizers.enabled:
             return
@@ -193,41 +188,40 @@ class MixedPrecisionAttachment(Attachment):
         bits = assign(self._errors(images), self.sizes, method.average_bits)
         for name, each in bits.items():
             self.quantizers.of_weight(name).grid = Grid.signed(each)
-        ranges = Ranges(method.weight_range, method.activation_range, method.percentile, method.calibration_images)
         set_ranges(
             self.quantizers,
             images,
-            ranges,
+            method.ranges,
             target=self.context.target,
             method="mixed_precision",
             progress=self.context.progress,
         )
         self.notes = (
-            self._said(),
+            self._note(),
             *notes(self.quantizers, self.context.target),
             *calibrated_coverage(self.model).notes,
         )
 
     def _errors(self, images: list[Tensor]) -> dict[str, dict[int, float]]:
-        """Layer -> bits -> error of the logits; of a layer without a choice nothing is measured."""
+        """Layer -> bits -> error of the logits; a layer with a single width is not measured."""
         errors = {name: dict.fromkeys(options, 0.0) for name, options in self.options.items()}
-        asked = [(name, bits) for name, options in self.options.items() if len(options) > 1 for bits in options]
+        candidates = [(name, bits) for name, options in self.options.items() if len(options) > 1 for bits in options]
         measured = sensitivity(
             self.quantizers,
             images,
-            asked,
+            candidates,
             target=self.context.target,
             weight_range=self.method.weight_range,
             percentile=self.method.percentile,
         )
-        self.context.progress.start("sensitivity", len(asked))
+        self.context.progress.start("sensitivity", len(candidates))
         for cost in measured:
             errors[cost.layer][cost.bits] = cost.error
             self.context.progress.advance()
         return errors
 
-    def _said(self) -> str:
-        told = self.metrics
-        layers = Counter(told["bits"].values())
+    def _note(self) -> str:
+        metrics = self.metrics
+        layers = Counter(metrics["bits"].values())
         counted = ", ".join(f"{bits} for {layers[bits]}" for bits in sorted(layers))
-        return f"bits of the weights: {counted} layers, {told['average_bits']:.2f} on average"
+        return f"weight bits: {counted} layers, {metrics['average_bits']:.2f} on average"

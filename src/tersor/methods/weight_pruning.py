@@ -38,8 +38,8 @@ from torch.optim import Optimizer
 from tersor.core.errors import InputError
 from tersor.core.import_path import import_function, is_function_path, named
 from tersor.graph.batchnorm import Norm
+from tersor.graph.batchnorm_behind import norms_behind
 from tersor.graph.layer_selection import Layer, prunable
-from tersor.graph.norms import norms_behind
 from tersor.pruning.topk import Scope, known_granularity, masks, pattern, pattern_mask, unit_scores
 from tersor.pruning.weight_importance import (
     IMPORTANCES,

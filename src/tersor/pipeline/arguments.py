@@ -19,8 +19,7 @@ from tersor.data.batch import Batch, images_of
 from tersor.data.batch_errors import labels_error
 from tersor.data.loader import batches_of, unchecked_labels
 from tersor.evaluation.session import Session
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import check_forward, described, only_tensors
+from tersor.graph.eval_mode import check_forward, described, evaluating, only_tensors
 from tersor.graph.plain_network import plain_copy, refuse_what_is_no_network, refuse_without_weights, unwrapped
 
 

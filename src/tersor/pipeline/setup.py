@@ -16,8 +16,7 @@ from tersor.data.image_sets import View
 from tersor.data.stratified import generator
 from tersor.evaluation.costs import macs_ratio
 from tersor.evaluation.session import load_runtime
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import check_forward, described
+from tersor.graph.eval_mode import check_forward, described, evaluating
 from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_without_weights
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.pipeline.stages import attach

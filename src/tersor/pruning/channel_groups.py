@@ -22,8 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import checked_forward
+from tersor.graph.eval_mode import checked_forward, evaluating
 from tersor.pruning.channel_removal import merged, remove
 from tersor.pruning.dependency.groups import Cut, Unit
 from tersor.pruning.dependency.layer_rules import rule_of

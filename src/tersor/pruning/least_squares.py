@@ -31,10 +31,8 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
-from tersor.graph.batchnorm import Norm
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import first_images
-from tersor.graph.norms import norm_behind, plain_norm
+from tersor.graph.batchnorm_behind import norm_behind
+from tersor.graph.eval_mode import evaluating, first_images
 from tersor.pruning.activation_moments import ReadMoments, read, reads_whole, with_ridge
 from tersor.pruning.channel_groups import Cut
 
@@ -122,16 +120,12 @@ def _fit(layer: nn.Module, seen: ReadMoments, gone_in: list[int], gone_out: list
 @torch.no_grad()
 def take_over(graph: fx.GraphModule, fits: Mapping[str, Fit]) -> None:
     """Gives layers what was fitted for them; a bias to the BatchNorm behind where a layer has none."""
+    nodes = {node.target: node for node in reversed(graph.graph.nodes) if node.op == "call_module"}
     for name, fit in fits.items():
-        layer, norm = graph.get_submodule(name), _norm_behind(graph, name)
+        layer, norm = graph.get_submodule(name), norm_behind(nodes[name]) if name in nodes else None
         assert isinstance(layer.weight, Tensor)
         layer.weight.copy_(fit.weight)
         if isinstance(layer.bias, Tensor):
             layer.bias += fit.bias
-        elif norm is not None and norm.running_mean is not None:
-            norm.running_mean -= fit.bias
-
-
-def _norm_behind(graph: fx.GraphModule, name: str) -> Norm | None:
-    node = next((node for node in graph.graph.nodes if node.op == "call_module" and node.target == name), None)
-    return plain_norm(norm_behind(node)) if node is not None else None
+        elif norm is not None and norm.module.running_mean is not None:
+            norm.module.running_mean -= fit.bias

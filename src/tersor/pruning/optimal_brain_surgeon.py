@@ -39,8 +39,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import first_images
+from tersor.graph.eval_mode import evaluating, first_images
 from tersor.pruning.activation_moments import ReadMoments, centred, read, reads_whole, with_ridge
 from tersor.pruning.channel_groups import Group
 

@@ -29,8 +29,7 @@ from torch import Tensor, fx
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm_statistics import with_statistics
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.feeding import first_images
+from tersor.graph.eval_mode import evaluating, first_images
 from tersor.pruning.activation_moments import centred
 from tersor.pruning.channel_groups import Cut, copied, remove, run, twice
 from tersor.pruning.channel_removal import alone

@@ -1,8 +1,8 @@
-"""A captured network cut where a single value carries everything: a residual block is a section, a layer in a row too.
+"""Blocks: a captured network divided at nodes whose value alone carries everything.
 
     x -> [conv1 bn relu] -> [conv bn relu conv bn +] -> [...] -> [mean linear] -> logits
 
-What lies between two such values can be run alone: `between` gives it as a module over the same layers.
+A residual block is one block, and so is each layer of a sequence. `between` runs a part of the network on its own.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tersor.quantization.qdq_placement import fused_end
 
 
 @dataclass(frozen=True)
-class Section:
-    """A part of a network that reads one value and gives one.
+class Block:
+    """A part of a network with one input value and one output value.
 
     Attributes:
-        begin: name of the node that gives what it reads.
-        end: name of the node that gives what it gives.
-        layers: names of the convolutions and fully connected layers in it.
+        begin: name of the node that is its input.
+        end: name of the node that is its output.
+        layers: names of its convolutions and fully connected layers.
     """
 
     begin: str
@@ -33,30 +33,30 @@ class Section:
     layers: tuple[str, ...]
 
 
-def sections(graph: fx.GraphModule) -> list[Section]:
-    """The smallest sections of a network that hold a layer each, one behind the other, in its order.
+def blocks(graph: fx.GraphModule) -> list[Block]:
+    """The smallest blocks of a network that contain at least one layer, in order.
 
-    What follows a layer and needs no other (BatchNorm, an activation, a quantizer) belongs to the layer's section.
+    A block includes the BatchNorms, activations and quantizers behind its layers; the first includes the input too.
     """
     nodes = list(graph.graph.nodes)
     places = {node: place for place, node in enumerate(nodes)}
     last_read = {node: max((places[user] for user in node.users), default=-1) for node in nodes if node.op != "output"}
     cuts = [node for node in nodes if node.op != "output" and _alone(node, nodes, places, last_read)]
-    found: list[Section] = []
+    found: list[Block] = []
     begin = cuts[0]
     for end in cuts[1:]:
         layers = _layers(nodes[places[begin] + 1 : places[end] + 1])
         if layers:
-            found.append(Section(begin.name, end.name, layers))
+            found.append(Block(begin.name, end.name, layers))
         elif found:
-            found[-1] = Section(found[-1].begin, end.name, found[-1].layers)
-        if found:  # what comes before the first layer belongs to it
+            found[-1] = Block(found[-1].begin, end.name, found[-1].layers)
+        if found:
             begin = end
     return found
 
 
 def _alone(node: fx.Node, nodes: list[fx.Node], places: dict[fx.Node, int], last_read: dict[fx.Node, int]) -> bool:
-    """Whether `node` gives a tensor, and nothing that came before it is read after it."""
+    """Whether `node` is a tensor, and no earlier value is read after it."""
     if any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users):
         return False
     here = places[node]
@@ -68,22 +68,22 @@ def _layers(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
     return tuple(str(node.target) for node in nodes if isinstance(layer_of(node), Layer))
 
 
-def layer_sections(graph: fx.GraphModule, section: Section) -> list[Section]:
-    """The layers of a section one by one, each with what a runtime fuses into it: its BatchNorm, its activation."""
+def layer_blocks(graph: fx.GraphModule, block: Block) -> list[Block]:
+    """One block per layer of `block`, each with the BatchNorm and activation that a runtime fuses into the layer."""
     nodes = {node.target: node for node in graph.graph.nodes if isinstance(layer_of(node), Layer)}
-    return [Section(values_into(nodes[name])[0].name, fused_end(nodes[name]).name, (name,)) for name in section.layers]
+    return [Block(values_into(nodes[name])[0].name, fused_end(nodes[name]).name, (name,)) for name in block.layers]
 
 
 def between(
     graph: fx.GraphModule, begin: str, end: str, instead: Mapping[str, nn.Module] | None = None
 ) -> fx.GraphModule:
-    """What computes the value of the node `end` from that of the node `begin`, over the modules of `graph`.
+    """A graph over the modules of `graph` that computes the node `end` from the node `begin`.
 
     Args:
         graph: a captured network.
-        begin: name of a node; all that `end` needs comes from it.
+        begin: name of a node; `end` depends on no other input.
         end: name of a node.
-        instead: modules that take the place of those of these names.
+        instead: replacements of modules, by name.
     """
     nodes = {node.name: node for node in graph.graph.nodes}
     needed, waiting = set[fx.Node](), [nodes[end]]
@@ -100,12 +100,11 @@ def between(
         if node in needed:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(copies[nodes[end]])
-    given = instead or {}
     targets = {str(node.target) for node in part.nodes if node.op in {"call_module", "get_attr"}}
-    held = {name: given.get(name, _held(graph, name)) for name in targets}
-    return fx.GraphModule(held, part)
+    members = {name: (instead or {}).get(name, _attribute(graph, name)) for name in targets}
+    return fx.GraphModule(members, part)
 
 
-def _held(graph: fx.GraphModule, name: str) -> object:
+def _attribute(graph: fx.GraphModule, name: str) -> object:
     owner, _, attribute = name.rpartition(".")
     return getattr(graph.get_submodule(owner), attribute)

@@ -1,9 +1,8 @@
-"""Showing a network images, to see what range every activation has."""
+"""Calibration: runs a network on images to measure the range of every activation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,11 +13,12 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.graph.batchnorm import Norm
+from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.comparison import FEW, require_same
-from tersor.graph.feeding import checked_forward, first_images
-from tersor.graph.norms import record_ranks
+from tersor.graph.eval_mode import checked_forward, first_images
 from tersor.quantization.integer_coverage import IMAGE_SHAPE
-from tersor.quantization.observers import Histogram, Range, WeightRange
+from tersor.quantization.observers import Histogram
+from tersor.quantization.options import Ranges
 from tersor.quantization.quantizers import Quantizers
 
 
@@ -31,32 +31,32 @@ def calibrate(
     method: str,
     progress: ProgressReporter = NO_PROGRESS,
 ) -> dict[str, Histogram]:
-    """Shows the network `images` of `data`, once for the ranges of its activations, twice for how often each value is.
+    """Run the network on `images` of `data`: one pass for the ranges of its activations, a second for histograms.
 
     Args:
-        quantizers: on the network, none of which rounds yet.
+        quantizers: of the network, all disabled.
         data: batches of images, with or without labels.
-        images: how many to look at.
+        images: number of images.
         passes: 1 or 2.
-        method: its name, for error messages.
-        progress: reports the images.
+        method: the method's name, for error messages.
+        progress: reports the number of images.
 
     Returns:
-        A histogram for each of the activations.
+        A histogram per activation.
 
     Raises:
-        InputError: the data holds no image, or cannot be read again; values are not finite; the captured network
+        InputError: the data contains no image, or cannot be read again; a value is not finite; the captured network
             computes something else than the original.
     """
-    _refuse_weights_that_are_not_finite(quantizers.graph)
+    _require_finite_weights(quantizers.graph)
     histograms = {name: Histogram() for name in quantizers.activations}
     quantizers.graph.eval()
     done = 0
     progress.start("calibration", passes * images)
-    for number, look in enumerate((Histogram.widen, Histogram.count)[:passes]):
+    for number, record in enumerate((Histogram.widen, Histogram.count)[:passes]):
         before = done
         for batch in first_images(data, images, next(quantizers.graph.parameters()).device):
-            _observe(quantizers, {name: partial(look, histogram) for name, histogram in histograms.items()}, batch)
+            _observe(quantizers, {name: partial(record, histogram) for name, histogram in histograms.items()}, batch)
             if not done:
                 _compare(quantizers, batch[:FEW])
             done += len(batch)
@@ -65,18 +65,8 @@ def calibrate(
         if done == before:
             again = " when it read it again; a DataLoader or a list can be read twice" if number else ""
             raise InputError(f"{method} was given data without a single image{again}. Pass batches (N, C, H, W).")
-        _refuse_what_is_not_finite(histograms)
+        _require_finite_ranges(histograms)
     return histograms
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """How ranges are set, and from how many images."""
-
-    weights: WeightRange
-    activations: Range
-    percentile: float
-    images: int
 
 
 def set_ranges(
@@ -88,10 +78,10 @@ def set_ranges(
     method: str,
     progress: ProgressReporter = NO_PROGRESS,
 ) -> None:
-    """Calibrates, and sets the grids of all activations and weights.
+    """Calibrate, and set the grids of all activations and weights.
 
     Raises:
-        InputError: the data holds no image, or cannot be read again; values are not finite.
+        InputError: the data contains no image, or cannot be read again; a value is not finite.
     """
     passes = 1 if ranges.activations == "minmax" else 2
     images = ranges.images
@@ -102,18 +92,18 @@ def set_ranges(
 
 
 @torch.inference_mode()
-def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None]], images: Tensor) -> None:
-    """Shows every quantizer's input to its watcher; a value that movers hand on is shown once."""
+def _observe(quantizers: Quantizers, recorders: dict[str, Callable[[Tensor], None]], images: Tensor) -> None:
+    """Records the input of every quantizer; one that is called again with moved values records the first call."""
     seen: set[nn.Module] = set()
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...], watch: Callable[[Tensor], None]) -> None:
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], recorder: Callable[[Tensor], None]) -> None:
         if module not in seen:
             seen.add(module)
-            watch(inputs[0])
+            recorder(inputs[0])
 
     hooks = [
-        quantizers.of_activation(name).register_forward_pre_hook(partial(look, watch=watch))
-        for name, watch in watchers.items()
+        quantizers.of_activation(name).register_forward_pre_hook(partial(record, recorder=recorder))
+        for name, recorder in recorders.items()
     ]
     try:
         with checked_forward(type(quantizers.graph).__name__, images, captured=True):
@@ -124,14 +114,14 @@ def _observe(quantizers: Quantizers, watchers: dict[str, Callable[[Tensor], None
 
 
 def _compare(quantizers: Quantizers, images: Tensor) -> None:
-    """The captured network with quantizers that do not round yet, with the original; and what folding needs to know."""
+    """Compares the captured network, with disabled quantizers, to the original, and records ranks for folding."""
     if quantizers.original is not None and not quantizers.enabled:
         require_same(quantizers.graph, quantizers.original, images)
     record_ranks(quantizers.graph, images)
 
 
-def _refuse_weights_that_are_not_finite(model: nn.Module) -> None:
-    """Of the last layer's no activation would tell; an infinite variance silences a channel."""
+def _require_finite_weights(model: nn.Module) -> None:
+    """Activations do not show these: nothing follows the last layer, and an infinite variance zeroes a channel."""
     statistics = {
         f"{name}.{key}": value
         for name, module in model.named_modules()
@@ -140,14 +130,14 @@ def _refuse_weights_that_are_not_finite(model: nn.Module) -> None:
     }
     for name, value in {**dict(model.named_parameters()), **statistics}.items():
         if not torch.isfinite(value).all():
-            told = name.replace("parametrizations.", "").removesuffix(".original")
-            raise InputError(f"{told} has values that are not finite. Possible: a network without NaN or infinity.")
+            shown = name.replace("parametrizations.", "").removesuffix(".original")
+            raise InputError(f"{shown} has values that are not finite (NaN or infinity). Load other weights.")
 
 
-def _refuse_what_is_not_finite(histograms: dict[str, Histogram]) -> None:
+def _require_finite_ranges(histograms: dict[str, Histogram]) -> None:
     for name, histogram in histograms.items():
         if not torch.isfinite(histogram.high - histogram.low):
             raise InputError(
-                f"the calibration images give values that are not finite at {name.removeprefix('quantizers.')}. "
-                "Possible: images and weights without NaN or infinity."
+                f"the calibration images lead to values that are not finite at {name.removeprefix('quantizers.')}. "
+                "Check images and weights for NaN, infinity and very large values."
             )

@@ -1,4 +1,8 @@
-"""Fake quantization: a tensor rounded to a grid, in floating point, as a parametrization or on an edge of the graph."""
+"""Fake quantization: values rounded to a grid, in floating point, on a weight or on an edge of the graph.
+
+What moves a grid during training is a part of its quantizer: an observer, whose statistics give the grid (QAT), or a
+learned step (LSQ). All of it is in the `state_dict`.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,77 @@ from torch import Tensor, nn
 from tersor.graph.parametrization import parametrizations_of
 from tersor.quantization.grid import Grid, affine_parameters
 from tersor.quantization.observers import weight_grid
-from tersor.quantization.straight_through import FixedStep, rounds_here
+from tersor.quantization.straight_through import fake_quantize, fake_quantize_learned
+
+_SMALLEST_STEP = 1e-6
+
+
+class MovingAverage(nn.Module):
+    """Running means of the smallest and largest activation of each batch, from which the grid is set.
+
+    Args:
+        averaging: weight of a batch in the means.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, averaging: float) -> None:
+        super().__init__()
+        self.averaging = averaging
+        self.active = True
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+
+    def next_range(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The means after one more batch of `values`, of any shape."""
+        low, high = torch.aminmax(values.detach())
+        return self.low.lerp(low.float(), self.averaging), self.high.lerp(high.float(), self.averaging)
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the range still moves."""
+        return torch.tensor([self.active])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restores what `get_extra_state` returned."""
+        self.active = bool(state[0])
+
+
+class WeightShare(nn.Module):
+    """The share of a weight's range that its grid spans, which stays while the weight trains.
+
+    Args:
+        channels: number of scales; None for one scale for the whole weight.
+    """
+
+    share: Tensor
+
+    def __init__(self, channels: int | None = None) -> None:
+        super().__init__()
+        self.register_buffer("share", torch.ones(_shape(channels)))
+
+
+class LearnedStep(nn.Module):
+    """Marks a quantizer whose scale is a Parameter; holds the offset, which may be one too.
+
+    Args:
+        channels: number of steps; None for one step for the whole tensor.
+        offset: whether an offset is learned, which the zero point follows.
+        of_images: whether dimension 0 of the values are images, which do not count among the values that share a step.
+    """
+
+    offset: Tensor | None
+
+    def __init__(self, channels: int | None = None, *, offset: bool = False, of_images: bool = False) -> None:
+        super().__init__()
+        self.of_images = of_images
+        self.register_parameter("offset", nn.Parameter(torch.zeros(_shape(channels))) if offset else None)
 
 
 class FakeQuantize(nn.Module):
-    """Shows a tensor rounded to a grid, in floating point; the gradient passes straight through inside the range.
+    """Rounds values to a grid, in floating point; returns them unchanged until `set_grid` has enabled it.
 
-    Until `ready` it shows the tensor as it is. Scale and zero point are buffers, and `ready` is part of the
-    `state_dict`: a checkpoint holds everything.
+    The gradient passes straight through inside the range. Whether it is enabled is part of the `state_dict`.
 
     Args:
         grid: the integers to round to.
@@ -27,122 +94,133 @@ class FakeQuantize(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    observer: MovingAverage | WeightShare | None
+    learned_step: LearnedStep | None
 
     def __init__(self, grid: Grid, channels: int | None = None) -> None:
         super().__init__()
         self.grid = grid
         self.enabled = False
-        shape = () if channels is None else (channels,)
-        self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("scale", torch.ones(_shape(channels)))
+        self.register_buffer("zero_point", torch.zeros(_shape(channels), dtype=torch.int32))
+        self.register_module("observer", None)
+        self.register_module("learned_step", None)
 
+    @property
+    def channels(self) -> int | None:
+        """Number of scales; None for one scale for the whole tensor."""
+        return len(self.scale) if self.scale.ndim else None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a method of this stage moves its grid: its step is learned, or its range follows activations."""
+        moves = isinstance(self.observer, MovingAverage) and self.observer.active
+        return moves or self.learned_step is not None
+
+    def track_activations(self, averaging: float) -> FakeQuantize:
+        """Sets the grid in training mode from running means of minimum and maximum; see `MovingAverage`."""
+        self.observer = MovingAverage(averaging).to(self.scale.device)
+        return self
+
+    def track_weight(self) -> FakeQuantize:
+        """Sets the grid from the weight in `follow_weight`."""
+        self.observer = WeightShare(self.channels).to(self.scale.device)
+        return self
+
+    def learn_step(self, *, offset: bool = False, of_images: bool = False) -> FakeQuantize:
+        """Makes the scale, and the offset on request, Parameters; see `LearnedStep`."""
+        self.observer = None
+        self.learned_step = LearnedStep(self.channels, offset=offset, of_images=of_images).to(self.scale.device)
+        scale = nn.Parameter(self.scale)
+        del self.scale
+        self.scale = scale
+        self._reset_offset()
+        return self
+
+    @torch.no_grad()
+    def fix_step(self) -> None:
+        """Ends learning: the scale is a buffer again."""
+        scale = self.scale.detach()
+        del self.scale
+        self.register_buffer("scale", scale)
+        self.learned_step = None
+
+    @torch.no_grad()
     def set_grid(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """From now on values are rounded: `scale` and `zero_point` are scalars, or (channels,)."""
-        with torch.no_grad():
-            self.scale.copy_(scale)
-            self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
+        """Sets `scale` and `zero_point`, scalars or (channels,), and enables rounding."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
+        self._reset_offset()
         self.enabled = True
 
-    def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
-        """`values` of any shape; (channels, ...) where there is a scale for each channel.
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Starts the moving averages at two scalars, and sets the grid that spans them; zero is always on it."""
+        assert isinstance(self.observer, MovingAverage)
+        self.observer.low.copy_(low)
+        self.observer.high.copy_(high)
+        self.set_grid(*affine_parameters(self.observer.low, self.observer.high, self.grid))
 
-        `moved` ones are those of another call, in another place or shape: here that changes nothing.
+    def measure_share(self, weight: Tensor) -> None:
+        """Measures the share of the range of `weight` (C, ...) that the grid spans now; 1 for a weight of zeros."""
+        assert isinstance(self.observer, WeightShare)
+        whole = weight_grid(weight, self.grid, per_channel=bool(self.scale.ndim))[0]
+        nonzero = weight.flatten(1).any(1) if self.scale.ndim else weight.any()
+        self.observer.share.copy_(torch.where(nonzero, self.scale / whole, 1.0))
+
+    def follow_weight(self, weight: Tensor) -> None:
+        """Sets the grid to the same share of the range of `weight` (C, ...)."""
+        assert isinstance(self.observer, WeightShare)
+        share = self.observer.share
+        self.set_grid(*weight_grid(weight, self.grid, per_channel=bool(self.scale.ndim), share=share))
+
+    @torch.no_grad()
+    def follow_step(self) -> None:
+        """After an optimizer step: keeps the learned scale above zero, and rounds the zero point from the offset."""
+        self.scale.clamp_(min=_SMALLEST_STEP)
+        if (offset := self._offset) is not None:
+            zero_point = torch.round(-offset / self.scale).clamp(self.grid.minimum, self.grid.maximum)
+            self.zero_point.copy_(zero_point)
+
+    def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
+        """Rounds `values` of any shape, or (channels, ...).
+
+        With `moved`, they are those of another call, only reshaped or moved: the observer has seen them.
         """
         if not self.enabled:
             return values
-        if rounds_here(values, self.scale):
-            return FixedStep.apply(values, self.scale, self.zero_point, self.grid)
-        values = values.float()
-        if self.scale.ndim:
-            return torch.fake_quantize_per_channel_affine(
-                values, self.scale, self.zero_point, 0, self.grid.minimum, self.grid.maximum
-            )
-        return torch.fake_quantize_per_tensor_affine(
-            values, self.scale, self.zero_point, self.grid.minimum, self.grid.maximum
-        )
+        if isinstance(self.observer, MovingAverage) and self.observer.active and self.training and not moved:
+            self.set_range(*self.observer.next_range(values))
+        if self.learned_step is None:
+            return fake_quantize(values, self.scale, self.zero_point, self.grid)
+        shared = values[0].numel() if self.learned_step.of_images else values.numel() // self.scale.numel()
+        factor = (shared * self.grid.maximum) ** -0.5
+        return fake_quantize_learned(values, self.scale, self._offset, self.zero_point, self.grid, factor)
 
     def get_extra_state(self) -> Tensor:
-        """Whether values are rounded, and to which integers, as a tensor, so that it lies in the `state_dict`."""
+        """Whether rounding is enabled, and the grid, as a tensor, so that the `state_dict` holds them."""
         return torch.tensor([self.enabled, self.grid.minimum, self.grid.maximum])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes back what `get_extra_state` gave."""
-        ready, minimum, maximum = state.tolist()
-        self.enabled, self.grid = bool(ready), Grid(minimum, maximum)
+        """Restores what `get_extra_state` returned."""
+        enabled, minimum, maximum = state.tolist()
+        self.enabled, self.grid = bool(enabled), Grid(minimum, maximum)
 
     def extra_repr(self) -> str:
-        """Bits and range of the grid."""
-        return f"{self.grid.minimum}..{self.grid.maximum}, channels={self.scale.numel()}, ready={self.enabled}"
+        """Grid and number of scales."""
+        return f"{self.grid.minimum}..{self.grid.maximum}, channels={self.scale.numel()}, enabled={self.enabled}"
 
+    @property
+    def _offset(self) -> Tensor | None:
+        return None if self.learned_step is None else self.learned_step.offset
 
-class EMAFakeQuantize(FakeQuantize):
-    """One whose range follows what it is shown while the network trains: a running mean of minimum and maximum.
-
-    Args:
-        grid: the integers to round to.
-        averaging: what a batch's minimum and maximum weigh in the mean.
-    """
-
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, grid: Grid, averaging: float) -> None:
-        super().__init__(grid)
-        self.averaging = averaging
-        self.moves = True
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
-
-    def set_range(self, low: Tensor, high: Tensor) -> None:
-        """From now on values are rounded to a grid over [`low`, `high`], two scalars; zero is always on it."""
-        self.low.copy_(low)
-        self.high.copy_(high)
-        self.set_grid(*affine_parameters(self.low, self.high, self.grid))
-
-    def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
-        """`values` of any shape; `moved` ones are those of another call, which has moved the range already."""
-        if self.training and self.moves and self.enabled and not moved:
-            low, high = torch.aminmax(values.detach())
-            self.set_range(self.low.lerp(low.float(), self.averaging), self.high.lerp(high.float(), self.averaging))
-        return super().forward(values)
-
-    def get_extra_state(self) -> Tensor:
-        """What the base class tells, and whether the range follows the values."""
-        return torch.cat([super().get_extra_state(), torch.tensor([self.moves])])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Takes back what `get_extra_state` gave."""
-        super().set_extra_state(state[:3])
-        self.moves = bool(state[3])
-
-
-class WeightTrackingFakeQuantize(FakeQuantize):
-    """One on a weight that trains: its grid spans the same share of the weight's range wherever that goes.
-
-    Args:
-        grid: the integers to round to.
-        channels: number of scales, along dimension 0; None for one scale for the whole weight.
-    """
-
-    share: Tensor
-
-    def __init__(self, grid: Grid, channels: int | None = None) -> None:
-        super().__init__(grid, channels)
-        self.register_buffer("share", torch.ones_like(self.scale))
-
-    def start(self, weight: Tensor) -> None:
-        """Finds the share that the grid, which was set, spans of `weight` (C, ...); of zeros alone it is all."""
-        whole = weight_grid(weight, self.grid, per_channel=bool(self.scale.ndim))[0]
-        some = weight.flatten(1).any(1) if self.scale.ndim else weight.any()
-        self.share.copy_(torch.where(some, self.scale / whole, 1.0))
-
-    def follow(self, weight: Tensor) -> None:
-        """Sets the grid for `weight` (C, ...)."""
-        self.set_grid(*weight_grid(weight, self.grid, per_channel=bool(self.scale.ndim), share=self.share))
+    @torch.no_grad()
+    def _reset_offset(self) -> None:
+        if (offset := self._offset) is not None:
+            offset.copy_(-self.zero_point * self.scale)
 
 
 class RunningLargest(nn.Module):
-    """Shows a weight as it is, and remembers a running mean of its largest absolute value.
+    """Returns a weight unchanged, and keeps a running mean of its largest absolute value.
 
     Args:
         channels: number of values, along dimension 0; None for one value for the whole weight.
@@ -152,32 +230,36 @@ class RunningLargest(nn.Module):
 
     def __init__(self, channels: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("largest", torch.zeros(() if channels is None else (channels,)))
+        self.register_buffer("largest", torch.zeros(_shape(channels)))
 
     def follow(self, weight: Tensor, *, first: bool, momentum: float = 0.1) -> None:
-        """Takes a weight (C, ...) into the mean; the first one is taken as it is."""
-        found = weight.detach().float().abs().flatten(1).amax(1)
-        self.largest.lerp_(found if self.largest.ndim else found.max(), 1.0 if first else momentum)
+        """Adds a weight (C, ...) to the mean, or starts it there if it is the `first`."""
+        largest = weight.detach().float().abs().flatten(1).amax(1)
+        self.largest.lerp_(largest if self.largest.ndim else largest.max(), 1.0 if first else momentum)
 
     def forward(self, values: Tensor) -> Tensor:
         """`values`."""
         return values
 
 
+def _shape(channels: int | None) -> tuple[int, ...]:
+    return () if channels is None else (channels,)
+
+
 @contextmanager
 def quantizers_disabled(model: nn.Module) -> Generator[None]:
-    """Nothing is rounded in `model`: neither weights nor activations. Masks stay."""
-    rounding = [each for each in model.modules() if isinstance(each, FakeQuantize) and each.enabled]
-    for quantizer in rounding:
+    """Rounds neither weights nor activations of `model` meanwhile. Masks stay."""
+    enabled = [each for each in model.modules() if isinstance(each, FakeQuantize) and each.enabled]
+    for quantizer in enabled:
         quantizer.enabled = False
     try:
         yield
     finally:
-        for quantizer in rounding:
+        for quantizer in enabled:
             quantizer.enabled = True
 
 
 def weight_quantizer(module: nn.Module) -> FakeQuantize | None:
-    """The quantizer of the module's weight, if it has one that rounds already."""
+    """The enabled quantizer of the module's weight, if there is one."""
     quantizers = (each for each in parametrizations_of(module) if isinstance(each, FakeQuantize))
     return next((each for each in quantizers if each.enabled), None)

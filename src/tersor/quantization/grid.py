@@ -3,7 +3,7 @@
     q = clip(round(x / scale) + zero_point, minimum, maximum),   x_hat = (q - zero_point) * scale
 
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-Inference", CVPR 2018. A range of width zero gets scale 1: a zero scale divides by zero at run time.
+Inference", CVPR 2018. A range of width zero gets scale 1, because a runtime divides by the scale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers that a value may become: `minimum` to `maximum`, both included."""
+    """The integers that values are rounded to: `minimum` to `maximum`, inclusive."""
 
     minimum: int
     maximum: int
@@ -28,7 +28,7 @@ class Grid:
 
     @staticmethod
     def full(bits: int) -> Grid:
-        """All that a signed integer holds, for values that are not symmetric around zero: -128..127 for 8 bits."""
+        """All signed integers, for grids with a zero point: -128..127 for 8 bits."""
         return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     @staticmethod
@@ -38,17 +38,17 @@ class Grid:
 
     @property
     def bits(self) -> int:
-        """The fewest bits that hold every integer of the grid."""
+        """Number of bits that represent every integer of the grid."""
         return (self.maximum - self.minimum).bit_length()
 
     @property
     def symmetric(self) -> bool:
-        """Whether zero lies in the middle, so that no zero point is needed."""
+        """Whether zero is in the middle, so that no zero point is needed."""
         return self.minimum == -self.maximum
 
 
 def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
-    """Scale that puts `largest` (>= 0, any shape) on the grid's last point; 1 where `largest` is 0."""
+    """The scale at which `largest` (>= 0, any shape) is the grid's last point; 1 where `largest` is 0."""
     scale = largest.float() / grid.maximum
     return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
 

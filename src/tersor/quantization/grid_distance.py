@@ -1,7 +1,7 @@
-"""Where weights lie between the points of a grid, before a training and after it, and how far each has moved.
+"""Positions of weights between the points of a grid, before and after training, and how far the weights moved.
 
 w         (C, ...)   a weight
-scale                the step of its grid, broadcasts against w
+scale                step of its grid, broadcasts against w
 position  = w / scale - q, with q the nearest integer of the grid: 0 on a point, -0.5 and 0.5 halfway to the next
 """
 
@@ -16,15 +16,15 @@ from torch import Tensor
 from tersor.quantization.grid import Grid, symmetric_scale
 
 _POSITIONS = 33
-"""Bins from -0.5 to 0.5: an odd number, so that weights on a point have one of their own."""
+"""Bins from -0.5 to 0.5; an odd number, so that one bin is centred on the points."""
 _DISTANCES = 10
 """Bins from 0 to 0.5."""
 _LAYERS = 6
-"""Told one by one, from the first to the last."""
+"""Number of layers reported one by one, evenly from the first to the last."""
 
 
-class Laid(NamedTuple):
-    """A weight and the grid that it would be rounded to."""
+class WeightOnGrid(NamedTuple):
+    """A weight, and the grid that it would be rounded to."""
 
     weight: Tensor
     scale: Tensor
@@ -32,40 +32,40 @@ class Laid(NamedTuple):
 
     @property
     def integers(self) -> Tensor:
-        """Of the nearest points, as the weight, in its data type."""
+        """The nearest integers of the grid, in the shape and data type of the weight."""
         return (self.weight / self.scale).round_().clamp_(self.grid.minimum, self.grid.maximum)
 
     @property
     def distances(self) -> Tensor:
-        """From the nearest points, as large as weights are."""
+        """Distances to the nearest points, in the unit of the weight."""
         return torch.addcmul(self.weight, self.integers, self.scale, value=-1).abs_()
 
     @property
     def positions(self) -> Tensor:
-        """Of all weights, in steps, (weights,); beyond -0.5 and 0.5 where a weight lies outside of the grid."""
+        """Positions of all weights, in steps, (weights,); beyond -0.5 and 0.5 for weights outside the grid."""
         return (self.weight / self.scale - self.integers).flatten()
 
 
-def on_grid(weight: Tensor, largest: Tensor, grid: Grid) -> Laid:
-    """A symmetric grid whose last point is `largest`, () or (C,)."""
-    return Laid(weight, symmetric_scale(largest, grid).view(-1, *[1] * (weight.ndim - 1)), grid)
+def on_grid(weight: Tensor, largest: Tensor, grid: Grid) -> WeightOnGrid:
+    """`weight` on a symmetric grid whose last point is `largest`, () or (C,)."""
+    return WeightOnGrid(weight, symmetric_scale(largest, grid).view(-1, *[1] * (weight.ndim - 1)), grid)
 
 
-def around_zero(weight: Tensor) -> Laid:
-    """Zero is the only point, and the largest weight lies halfway to a next one."""
-    return Laid(weight, symmetric_scale(2 * weight.abs().max(), Grid(-1, 1)), Grid(0, 0))
+def around_zero(weight: Tensor) -> WeightOnGrid:
+    """`weight` on a grid whose only point is zero, with a step of twice the largest weight."""
+    return WeightOnGrid(weight, symmetric_scale(2 * weight.abs().max(), Grid(-1, 1)), Grid(0, 0))
 
 
 @torch.no_grad()
-def drawn(before: Mapping[str, Laid], after: Mapping[str, Laid]) -> dict[str, Any]:
-    """What a training has done, in plain values: of `all` weights, and of a few `layers` with their `name` and `bits`.
+def drawn(before: Mapping[str, WeightOnGrid], after: Mapping[str, WeightOnGrid]) -> dict[str, Any]:
+    """Summarise the effect of training on positions: for `all` weights, and for some `layers` (`name`, `bits`).
 
-    Each has `before` and `after` (how many weights lie at each position, in bins from -0.5 to 0.5), `distance` (the
-    mean |position| before and after) and `moved` (the mean |w' - w|, in bins over the |position| before from 0 to 0.5;
-    None where no weight lay). All in steps, those moved in steps of the grid before.
+    Each summary has `before` and `after` (histograms of positions from -0.5 to 0.5), `distance` (mean |position| before
+    and after), and `moved` (mean |w' - w|, in bins of |position| before from 0 to 0.5; None for an empty bin). The unit
+    is a step of the grid, for `moved` of the grid before.
 
     Args:
-        before: layer -> its weight at the beginning.
+        before: layer -> its weight at the start.
         after: the same layers, at the end.
     """
     tallies = {name: _tally(before[name], after[name]) for name in before}
@@ -77,8 +77,8 @@ def drawn(before: Mapping[str, Laid], after: Mapping[str, Laid]) -> dict[str, An
     return {"all": _plain(together), "layers": layers}
 
 
-def _tally(before: Laid, after: Laid) -> list[Tensor]:
-    """Sums, so that those of several layers add up."""
+def _tally(before: WeightOnGrid, after: WeightOnGrid) -> list[Tensor]:
+    """Sums, which can be added over layers."""
     start, end = before.positions.double(), after.positions.double()
     path = ((after.weight - before.weight) / before.scale).abs().flatten().double()
     places = (start.abs() * 2 * _DISTANCES).long().clamp(max=_DISTANCES - 1)
@@ -97,7 +97,7 @@ def _counts(positions: Tensor) -> Tensor:
 
 
 def _plain(tally: list[Tensor]) -> dict[str, Any]:
-    start, end, far, path, lay = tally
-    moved = [total / count if count else None for total, count in zip(path.tolist(), lay.tolist(), strict=True)]
+    start, end, far, path, count = tally
+    moved = [total / weights if weights else None for total, weights in zip(path.tolist(), count.tolist(), strict=True)]
     distance = (far / start.sum()).tolist()
     return {"before": start.tolist(), "after": end.tolist(), "distance": distance, "moved": moved}

@@ -1,8 +1,8 @@
-"""Which share of a network's multiplications is in integers, and what stays in float, with the reason.
+"""Integer coverage: the share of a network's multiplications computed in integers, and the reasons for the rest.
 
-A product is in integers where every operand lies on a grid of at most 8 bits: the weight under a quantizer that rounds,
-the input on a quantized edge. It is seen in a forward pass of one image, and not derived from types, so that a layer
-whose weight somebody else reads is found as well.
+A product is in integers if every operand is on a grid of at most 8 bits: the weight through an enabled quantizer, the
+input through a quantized edge. This is observed in a forward pass of one image, not derived from types, so it also
+holds for layers whose weights are read by other code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
-from tersor.graph.feeding import checked_forward
+from tersor.graph.eval_mode import checked_forward
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import in_float32, parametrizations_of
 from tersor.graph.plain_modules import has_plain_forward, is_hooked
@@ -26,10 +26,10 @@ from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.operators import Operand, Product, place_of, run_through
 
 ENOUGH = 0.95
-"""Share of the MACs in integers under which a user is warned."""
+"""Share of the MACs in integers below which the user is warned."""
 
 IMAGE_SHAPE = "image_shape"
-"""In a captured network's `meta`: channels, height and width of the images that it was calibrated with."""
+"""Key in a captured network's `meta`: channels, height and width of the calibration images."""
 
 _MOST_BITS = 8
 _MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
@@ -42,7 +42,7 @@ class FloatOperator:
     """A convolution, matrix product or recurrent layer that is not computed in integers.
 
     Attributes:
-        name: path of the layer, or of the module whose code multiplies; empty for the network's own.
+        name: path of the layer, or of the module whose code multiplies; empty for the network itself.
         kind: class of the layer, or name of the function.
         reason: why it stays in float.
         macs: for one image.
@@ -58,13 +58,13 @@ class FloatOperator:
 
 @dataclass(frozen=True)
 class IntegerCoverage:
-    """How much of a network is computed in integers.
+    """The share of a network that is computed in integers.
 
     Attributes:
-        share: of the MACs that are computed in integers, from 0 to 1.
-        macs: all of them, for one image.
-        operators: what stays in float, the largest first.
-        uncounted: operators that multiply and are in none of these numbers, see `tersor.evaluation.costs.Costs`.
+        share: share of the MACs computed in integers, from 0 to 1.
+        macs: total MACs for one image.
+        operators: operators in float, the largest first.
+        uncounted: operators that multiply but are not counted in these numbers, see `tersor.evaluation.costs.Costs`.
     """
 
     share: float
@@ -74,38 +74,38 @@ class IntegerCoverage:
 
     @property
     def warning(self) -> str | None:
-        """One line where less than 95 % of the MACs are in integers, or nobody knows, since operators have no count."""
-        beside = f"in float, and in no count of MACs: {', '.join(self.uncounted)}" if self.uncounted else None
+        """One line if less than 95 % of the MACs are in integers, or if operators are not counted."""
+        uncounted = f"in float and not counted in the MACs: {', '.join(self.uncounted)}" if self.uncounted else None
         if self.share >= ENOUGH:
-            return beside
+            return uncounted
         shares = Counter[str]()
         for each in self.operators:
             shares[each.reason] += each.macs
         largest = [f"{reason} ({percent(macs / self.macs)})" for reason, macs in shares.most_common(_REASONS)]
         more = f", and {len(shares) - _REASONS} other reasons" if len(shares) > _REASONS else ""
-        said = f"only {percent(self.share)} of the MACs are in integers. In float: {'; '.join(largest)}{more}"
-        return f"{said}; {beside}" if beside else said
+        warning = f"only {percent(self.share)} of the MACs are in integers. In float: {'; '.join(largest)}{more}"
+        return f"{warning}; {uncounted}" if uncounted else warning
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for the share, and one for each reason with the operators it holds for; none where nothing is left."""
+        """A line for the share, and one per reason with its operators; empty if everything is in integers."""
         grouped: dict[str, list[FloatOperator]] = defaultdict(list)
         for each in self.operators:
             grouped[each.reason].append(each)
         lines = [f"{percent(self.share)} of the MACs are in integers"] if grouped else []
         lines += [f"in float, since {reason}: {_listed(members)}" for reason, members in grouped.items()]
         if self.uncounted:
-            lines.append(f"in float, and in no count of MACs: {', '.join(self.uncounted)}")
+            lines.append(f"in float and not counted in the MACs: {', '.join(self.uncounted)}")
         return tuple(lines)
 
 
 def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False) -> IntegerCoverage:
-    """How much of `model` is computed in integers, and what stays in float.
+    """Measure how much of `model` is computed in integers, and what stays in float.
 
     Args:
-        model: the network, as `tersor.quantize` gives it; it stays as it is.
-        example: images (N, C, H, W) as the network wants them; the first is run.
-        planned: whether quantizers that are not calibrated yet count as if they were.
+        model: a network, such as the result of `tersor.quantize`; it stays unchanged.
+        example: input images (N, C, H, W), of which the first is used.
+        planned: whether quantizers count before calibration.
 
     Raises:
         InputError: this is no network, or it does not run on the example.
@@ -113,7 +113,7 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
     refuse_what_is_no_network(model)
     images = images_of(example)[:1]
     if not len(images):
-        raise InputError("the example holds no image. Pass at least one.")
+        raise InputError("the example contains no image. Pass at least one.")
     with checked_forward("the network", images):
         ran = run_through(model, images, planned=planned)
     quantized = any(isinstance(module, FakeQuantize) for module in model.modules())
@@ -121,21 +121,21 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
     for product in ran.products:
         macs += product.macs
         if not _in_integers(model, product):
-            name, kind, reason = _told(model, product)
+            name, kind, reason = _description(model, product)
             left[name, kind, reason if quantized else "the network is not quantized"] += product.macs
-    operators = [FloatOperator(*told, spent, spent / macs if macs else 0.0) for told, spent in left.most_common()]
+    operators = [FloatOperator(*key, spent, spent / macs if macs else 0.0) for key, spent in left.most_common()]
     share = 1 - left.total() / macs if macs else 1.0
     return IntegerCoverage(share, macs, tuple(operators), ran.uncounted)
 
 
 def calibrated_coverage(graph: nn.Module) -> IntegerCoverage:
-    """The same of a captured network that `calibrate` has just seen: the shape of its images suffices."""
+    """The coverage of a captured network after `calibrate`, which has recorded the shape of the images."""
     assert isinstance(graph, fx.GraphModule)
     return integer_coverage(in_float32(graph), torch.zeros(1, *graph.meta[IMAGE_SHAPE]))
 
 
 def percent(share: float) -> str:
-    """`98.7 %`; what is next to nothing or next to all is not rounded to it."""
+    """`98.7 %`; small and large shares are not rounded to 0 or 100 %."""
     if 0 < share < 0.001:
         return "<0.1 %"
     return ">99.9 %" if 0.999 < share < 1 else f"{100 * share:.1f} %"
@@ -150,7 +150,7 @@ def _listed(members: Sequence[FloatOperator]) -> str:
 
 
 def _in_integers(model: nn.Module, product: Product) -> bool:
-    """Whether a runtime finds an operator of its own between grids: a layer, or a matrix product in the graph."""
+    """Whether a runtime has an integer operator for it: a layer, or a matrix product, between quantized tensors."""
     module = model.get_submodule(product.module)
     known = (isinstance(module, Layer) and has_plain_forward(module)) or _function(product.node) in _MATRIX_PRODUCTS
     return known and all(map(_on_grid, product.operands))
@@ -160,7 +160,7 @@ def _on_grid(operand: Operand) -> bool:
     return operand.bits is not None and operand.bits <= _MOST_BITS
 
 
-def _told(model: nn.Module, product: Product) -> tuple[str, str, str]:
+def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
     """Name, kind and reason of a product in float."""
     module = model.get_submodule(product.module)
     kind = parametrize.type_before_parametrizations(module).__name__
@@ -168,22 +168,22 @@ def _told(model: nn.Module, product: Product) -> tuple[str, str, str]:
     place = place_of(product.node) if function else product.module
     parameter = next((each.parameter for each in product.operands if each.parameter), None)
     if all(map(_on_grid, product.operands)):
-        return place, function or kind, f"there is no operator in integers for {function or f'the code of {kind}'}"
+        return place, function or kind, f"there is no integer operator for {function or f'the code of {kind}'}"
     if parameter is None:
         both = sum(each.activation for each in product.operands) > 1
-        reason = "both operands are activations, as in attention" if both else "it multiplies with a constant"
+        reason = "both operands are activations, as in attention" if both else "it multiplies by a constant"
         return place, function or kind, reason
     owner = parameter.rpartition(".")[0].partition(".parametrizations")[0].removeprefix("parametrizations")
     name = owner if owner != place or owner == product.module != "" else parameter
     if function is not None:
-        return name, function, f"it is computed by a function ({function}), and no layer is called"
+        return name, function, f"it is computed by a function ({function}), not by a layer"
     if owner == product.module:
         return name, kind, _reason(model, module, product)
     return name, kind, f"{kind} reads its weights itself"
 
 
 def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
-    """Why a module that multiplies with a parameter of its own stays in float."""
+    """Why a module that multiplies by its own parameter stays in float."""
     kind = parametrize.type_before_parametrizations(module).__name__
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent layers are not supported"

@@ -1,10 +1,10 @@
-"""Values -> the range that a grid should span.
+"""Observers: values -> the range that a grid should span.
 
-`minmax` clips nothing. `percentile` clips a share of the values on each side. `mse` takes, among ranges shrunk from
-minmax, the one with the smallest mean squared rounding error (as in "Post training 4-bit quantization", Banner et
-al. 2019, and the MSE search of every later toolkit). `entropy` takes the one whose rounded values are distributed most
-like the values (Migacz, "8-bit inference with TensorRT", GTC 2017: the least Kullback-Leibler divergence). Activations
-are judged on a histogram, weights directly.
+`minmax` clips nothing. `percentile` clips a share of the values on each side. `mse` takes the range, among those shrunk
+from minmax, with the smallest mean squared rounding error (as in "Post training 4-bit quantization", Banner et al.
+2019, and the MSE search of every later toolkit). `entropy` takes the one whose rounded values have the distribution
+most similar to that of the values (Migacz, "8-bit inference with TensorRT", GTC 2017: the smallest Kullback-Leibler
+divergence). Activations are judged by a histogram, weights directly.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from tersor.quantization.grid import Grid, affine_parameters, symmetric_scale, to_integers
 
 SHRINK = torch.linspace(1.0, 0.1, 91)
-"""Fractions of the full range that a search tries."""
+"""Fractions of the full range that the search tries."""
 
 WeightRange = Literal["minmax", "percentile", "mse"]
 Range = Literal["minmax", "percentile", "mse", "entropy"]
 
 
 class Histogram:
-    """Counts of values between their smallest and largest, filled in two passes: `widen` all, then `count` all."""
+    """A histogram filled in two passes: `widen` for the range, then `count`."""
 
     def __init__(self, bins: int = 2048) -> None:
         self.low = torch.tensor(0.0)
@@ -32,12 +32,12 @@ class Histogram:
         self.counts = torch.zeros(bins, dtype=torch.float64)
 
     def widen(self, values: Tensor) -> None:
-        """Makes room for `values` (any shape); zero is always inside."""
+        """Extend the range to `values`, of any shape; zero is always inside."""
         low, high = torch.aminmax(values.detach().float())
         self.low, self.high = torch.minimum(self.low, low.cpu()), torch.maximum(self.high, high.cpu())
 
     def count(self, values: Tensor) -> None:
-        """Counts `values`, which `widen` has seen before."""
+        """Count `values`, to which `widen` has extended the range."""
         flat = values.detach().float().flatten().cpu()
         span = (self.high - self.low).clamp(min=torch.finfo(torch.float32).tiny)
         bins = self.counts.numel()
@@ -46,12 +46,12 @@ class Histogram:
 
     @property
     def centres(self) -> Tensor:
-        """The middle of every bin (bins,)."""
+        """The centre of every bin (bins,)."""
         bins = self.counts.numel()
         return self.low + (torch.arange(bins) + 0.5) * ((self.high - self.low) / bins)
 
     def percentile(self, percent: float) -> tuple[Tensor, Tensor]:
-        """The range that keeps the middle `percent` of the values."""
+        """The range of the middle `percent` of the values."""
         cumulative = self.counts.cumsum(0) / self.counts.sum().clamp(min=1)
         tail = (100 - percent) / 200
         edges = torch.tensor([tail, 1 - tail], dtype=cumulative.dtype)
@@ -63,17 +63,17 @@ class Histogram:
         best, chosen = torch.tensor(torch.inf, dtype=torch.float64), (self.low, self.high)
         for shrink in SHRINK:
             scale, zero_point = affine_parameters(self.low * shrink, self.high * shrink, grid)
-            shown = (to_integers(self.centres, scale, zero_point, grid) - zero_point) * scale
-            error = (self.counts * (shown - self.centres).square()).sum()
+            rounded = (to_integers(self.centres, scale, zero_point, grid) - zero_point) * scale
+            error = (self.counts * (rounded - self.centres).square()).sum()
             if error < best:
                 best, chosen = error, (self.low * shrink, self.high * shrink)
         return chosen
 
     def least_divergence(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """The shrunk range in which the values, rounded, are distributed most like the values clipped to it.
+        """The shrunk range whose rounded values have the distribution most similar to that of the clipped values.
 
-        The divergence is that of the clipped values from the rounded ones, each level's share spread over the bins of
-        it that hold any value.
+        It minimises the divergence of the clipped values from the rounded ones, whose levels are spread evenly over
+        their non-empty bins.
         """
         best, chosen = torch.tensor(torch.inf, dtype=torch.float64), (self.low, self.high)
         for shrink in SHRINK:
@@ -97,7 +97,7 @@ class Histogram:
         return chosen
 
     def range(self, kind: Range, grid: Grid, percentile: float) -> tuple[Tensor, Tensor]:
-        """The range that `kind` gives; `percentile` percent of the values are kept by the one of that name."""
+        """The range of a `kind`; `percentile` is used by the kind of that name."""
         match kind:
             case "minmax":
                 return self.low, self.high
@@ -109,9 +109,9 @@ class Histogram:
                 return self.least_divergence(grid)
 
 
-def _divergence(found: Tensor, shown: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of two histograms (bins,), which need not sum to 1; what `shown` lacks costs much."""
-    p, q = found / found.sum().clamp(min=1), shown / shown.sum().clamp(min=1)
+def _divergence(clipped: Tensor, rounded: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of two histograms (bins,), which need not sum to 1."""
+    p, q = clipped / clipped.sum().clamp(min=1), rounded / rounded.sum().clamp(min=1)
     some = p > 0
     return (p[some] * (p[some] / q[some].clamp(min=1e-9)).log()).sum()
 
@@ -130,15 +130,15 @@ def weight_grid(
     percentile: float = 99.99,
     share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a weight (C, ...): (C,) each, or () where there is one grid for all channels.
+    """Scale and zero point of a weight (C, ...): (C,) each, or () with one grid for all channels.
 
     Args:
-        weight: as its quantizer is shown it.
-        grid: its integers; where they are not symmetric, zero has a point of its own.
-        per_channel: whether each output channel has a grid.
-        weight_range: how the range is set.
-        percentile: of `weight_range: percentile`: percent of the values kept.
-        share: of that range, what the grid spans, (C,) or (); all of it if left.
+        weight: input of the quantizer.
+        grid: its integers; if they are not symmetric, there is a zero point.
+        per_channel: whether each output channel has its own scale.
+        weight_range: how the range is chosen.
+        percentile: percent of the values inside the range, for `weight_range: percentile`.
+        share: share of that range that the grid spans, (C,) or (); default: all of it.
     """
     flat = weight.detach().float()
     flat = flat.flatten(1) if per_channel else flat.reshape(1, -1)
@@ -165,25 +165,25 @@ def _spanning(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _least_squares(flat: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """For each row of (R, n) the shrunk range with the smallest squared rounding error."""
+    """For each row of (R, n), the grid of the shrunk range with the smallest squared rounding error."""
     least = torch.full_like(low, torch.inf)
     scale, zero_point = _spanning(low, high, grid)
     for shrink in SHRINK:
         tried, zero = _spanning(low * shrink, high * shrink, grid)
-        shown = (to_integers(flat, tried[:, None], zero[:, None], grid) - zero[:, None]) * tried[:, None]
-        error = (shown - flat).square().sum(1)
+        rounded = (to_integers(flat, tried[:, None], zero[:, None], grid) - zero[:, None]) * tried[:, None]
+        error = (rounded - flat).square().sum(1)
         scale, zero_point = torch.where(error < least, tried, scale), torch.where(error < least, zero, zero_point)
         least = torch.minimum(error, least)
     return scale, zero_point
 
 
 def without_saturation(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Widens `scale`, (C,) or (), until no two integers of a channel of `weight` (C, ...) exceed 128 together.
+    """Widen `scale`, (C,) or (), until no two integers of a channel of `weight` (C, ...) exceed 128 in sum.
 
-    The integers are those that a runtime multiplies: less the zero point, where the grid has one.
+    The integers are those that a runtime multiplies, minus the zero point if the grid has one.
 
-    AVX2 multiplies unsigned by signed bytes and adds two products in 16 bits: 255 * 128 still fits into 32767. The
-    usual remedy, half the range for all weights, costs every channel a bit; this one only those that need it.
+    AVX2 multiplies unsigned by signed bytes and adds two products in 16 bits, where 255 * 128 still fits. The usual
+    remedy, half the range for all weights, costs every channel one bit; this costs only the channels that need it.
     """
     reach = grid.maximum if grid.symmetric else grid.maximum - grid.minimum
     if reach <= 64:

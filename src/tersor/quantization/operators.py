@@ -1,7 +1,7 @@
-"""What a network multiplies: one forward pass, and of each convolution and matrix product who called it and on what.
+"""Records the multiplications of a forward pass: each convolution and matrix product with its module and operands.
 
-`torch.utils.flop_counter` has the formulas. Its own mode tells neither which operands an operator had nor, in a
-captured graph, which layer it belongs to.
+`torch.utils.flop_counter` has the formulas. Its own mode shows neither the operands of an operator nor, in a captured
+graph, its layer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Operand:
 
     Attributes:
         activation: whether it depends on the images.
-        parameter: name of the Parameter that it is, or is computed from; None for activations and other constants.
+        parameter: name of the Parameter that it is or is computed from; None for activations and constants.
         bits: bit width of its quantization grid; None if it is not quantized.
     """
 
@@ -44,15 +44,15 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """One operator that multiplies, as it ran.
+    """One executed operator that multiplies.
 
     Attributes:
-        module: name of the innermost module that was running; empty for the network itself.
-        parent: name of the module around that one.
+        module: name of the innermost running module; empty for the network itself.
+        parent: name of the module around it.
         operator: torch's name, `aten.addmm`.
-        macs: multiplications that are added up.
-        operands: what is multiplied, the input of the layer first.
-        node: of the captured graph, where the network is one.
+        macs: number of multiply-accumulate operations.
+        operands: the multiplied tensors, the input of the layer first.
+        node: node of the graph, for a captured network.
     """
 
     module: str
@@ -65,11 +65,11 @@ class Product:
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward pass multiplied.
+    """The multiplications of a forward pass.
 
     Attributes:
-        products: what was counted, in the order of the pass.
-        uncounted: operators that multiply and have no formula, each as `aten._fft_r2c in blocks.0`.
+        products: the counted ones, in order.
+        uncounted: operators that multiply and have no formula, such as `aten._fft_r2c in blocks.0`.
     """
 
     products: tuple[Product, ...]
@@ -77,12 +77,12 @@ class Pass:
 
 
 def run_through(model: nn.Module, images: Tensor, *, planned: bool = False) -> Pass:
-    """Runs `model` in eval mode on `images` (N, C, H, W), which leaves it as it was.
+    """Run `model` in eval mode on `images` (N, C, H, W); the model stays unchanged.
 
     Args:
-        model: the network, plain or with masks and quantizers on it.
-        images: as the network wants them, on any device.
-        planned: whether quantizers that do not round yet count as if they did.
+        model: the network, plain or with masks and quantizers.
+        images: input of the network, on any device.
+        planned: whether disabled quantizers count as enabled.
     """
     recorder = _Recorder(model, planned=planned)
     first = next(model.parameters(), None)
@@ -100,7 +100,7 @@ def run_through(model: nn.Module, images: Tensor, *, planned: bool = False) -> P
 class _Running:
     name: str
     reads: Operand | None
-    """What enters it, where it is a layer with torch's own forward: padding it in whatever mode changes no grid."""
+    """Its input, for a layer with torch's own forward, since padding in any mode does not change the grid."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -143,15 +143,15 @@ class _Recorder(TorchDispatchMode):
         return self._ran(func._overloadpacket, func, args, kwargs, func(*args, **kwargs))
 
     def _ran(self, packet: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Notes what ran and what its results come from; returns `output`."""
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        inputs = [self.origin(each) for each in given]
+        """Records the operator and the origin of its results; returns `output`."""
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        inputs = [self.origin(each) for each in tensors]
         results = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
         activation = any(each.activation for each in inputs)
         parameter = next((each.parameter for each in inputs if each.parameter), None)
         if packet in FORMULAS:
             self._count(packet, args, FORMULAS[packet](*args, **kwargs, out_val=output) // 2)
-        elif any(each.is_floating_point() or each.is_complex() for each in given):
+        elif any(each.is_floating_point() or each.is_complex() for each in tensors):
             with_weight = activation and parameter is not None
             if not isinstance(func, OpOverload) or multiplies_uncounted(func, with_weight=with_weight):
                 self.uncounted.append(f"{packet} in {place_of(self.node) or self.running[-1].name or 'the network'}")
@@ -161,8 +161,8 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def _count(self, packet: Any, args: tuple[Any, ...], macs: int) -> None:
-        given = [args[place] for place in MULTIPLICANDS.get(packet, (0, 1)) if place < len(args)]
-        operands = [self.origin(each) for each in given if isinstance(each, Tensor)]
+        multiplicands = [args[place] for place in MULTIPLICANDS.get(packet, (0, 1)) if place < len(args)]
+        operands = [self.origin(each) for each in multiplicands if isinstance(each, Tensor)]
         operands.sort(key=lambda each: not each.activation)
         running, around = self.running[-1], self.running[-2]
         if running.reads is not None and operands[0].activation:
@@ -171,7 +171,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class _ByNode(fx.Interpreter):
-    """Runs a graph, and tells the recorder at which node it is."""
+    """Runs a graph, and sets the recorder's current node."""
 
     def __init__(self, graph: fx.GraphModule, recorder: _Recorder) -> None:
         super().__init__(graph)
@@ -183,7 +183,7 @@ class _ByNode(fx.Interpreter):
 
 
 def place_of(node: fx.Node | None) -> str:
-    """The path of the module that a node of a captured graph was traced in; empty where none is known."""
+    """The path of the module in which a node of a captured graph was traced; empty if unknown."""
     stack = node.meta.get("nn_module_stack") if node is not None else None
     return list(stack.values())[-1][0] if stack else ""
 
@@ -206,7 +206,7 @@ def _hooked(model: nn.Module, recorder: _Recorder) -> Generator[None]:
 
 @contextmanager
 def _attention_in_parts() -> Generator[None]:
-    """Attention computed as matrix products: there are no formulas for the fused kernels of the CPU."""
+    """Computes attention as matrix products, because there are no formulas for the fused CPU kernels."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

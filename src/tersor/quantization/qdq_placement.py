@@ -1,14 +1,14 @@
-"""Where activations are quantized, for the runtime that will execute the graph.
+"""Which activations to quantize, so that a runtime computes layers in integers.
 
-A runtime computes an operator in integers only if it finds quantized values where its fusion looks for them:
+A runtime uses an integer operator only if its fusion finds quantized values in the expected places:
 
-* ONNX Runtime fuses a convolution only when its *output* is quantized too, so the end of every integer operator
+* ONNX Runtime fuses a convolution only if its *output* is quantized too, so the end of every integer operator
   (convolution + BatchNorm + activation; addition + activation; pooling) gets a quantizer.
-* OpenVINO fuses a residual addition into the convolution before it, and keeps that sum in float until it is
-  rounded once; a quantizer between the two breaks the fusion.
+* OpenVINO fuses a residual addition into the convolution before it, and keeps the sum in float until it is rounded
+  once; a quantizer between the two prevents the fusion.
 
-Operators that only move values (reshape, slicing, zero padding, max pooling) hand the same grid on: rounding twice to
-one grid changes nothing, and the runtime sees an integer operator.
+Operators that only move values (reshape, slicing, zero padding, max pooling) keep the grid of their input: rounding to
+the same grid twice changes nothing, and the runtime sees an integer operator.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.target import Runtime
+from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, sole_user, values_into
 from tersor.graph.layer_selection import Layer
-from tersor.graph.norms import likely_norm_behind
 from tersor.graph.plain_modules import is_plain
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
@@ -57,23 +57,25 @@ _NOTHING_IN_EVAL_MODULES = (nn.Dropout, nn.Dropout2d, nn.Identity)
 _ANY_MODULE = nn.Module()
 
 
-def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Runtime) -> list[str]:
-    """Inserts activation quantizers, not ready yet, so that `layers` compute in integers on `runtime`.
+def insert_activation_quantizers(
+    graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Runtime
+) -> list[str]:
+    """Insert disabled activation quantizers, so that `runtime` computes `layers` in integers.
 
     Args:
         graph: a captured network; it is changed.
         layers: names of the convolutions and fully connected layers to compute in integers.
         grid: the grid of the activations.
-        runtime: what will execute the graph.
+        runtime: the runtime that will execute the graph.
 
     Returns:
         The names of the inserted modules, in the order of the graph.
 
     Raises:
-        InputError: the network has a part of that name already.
+        InputError: the network has a part named `quantizers` already.
     """
     if hasattr(graph, "quantizers"):
-        raise InputError("a part of the network is named 'quantizers', as those that are to be inserted. Rename it.")
+        raise InputError("a part of the network is named 'quantizers', which is reserved. Rename it.")
     values = _values_to_quantize(graph, set(layers), runtime)
     names: list[str] = []
     graph.add_submodule("quantizers", nn.Module())
@@ -82,18 +84,18 @@ def place(graph: fx.GraphModule, layers: Iterable[str], grid: Grid, runtime: Run
         if value is source:
             graph.add_submodule(name, FakeQuantize(grid))
             names.append(name)
-        show(graph, value, name, moved=value is not source)
+        read_through(graph, value, name, moved=value is not source)
     graph.recompile()
     return names
 
 
-def edges(graph: fx.GraphModule, layers: Iterable[str], runtime: Runtime) -> set[str]:
-    """The names of the modules that `place` would insert in `graph`, which stays as it is, for these `layers`."""
+def activation_quantizers(graph: fx.GraphModule, layers: Iterable[str], runtime: Runtime) -> set[str]:
+    """The names of the quantizers that `insert_activation_quantizers` would insert; `graph` stays unchanged."""
     return {_name(source) for source in _values_to_quantize(graph, set(layers), runtime).values()}
 
 
 def _name(source: fx.Node) -> str:
-    """Of the quantizer behind `source`: that of the node, unless it is an attribute of any module (`to`, `type`)."""
+    """A quantizer is named like its node, unless every module has such an attribute (`to`, `type`)."""
     name, others = source.name, {node.name for node in source.graph.nodes}
     while hasattr(_ANY_MODULE, name):
         name += "_"
@@ -102,20 +104,20 @@ def _name(source: fx.Node) -> str:
     return f"quantizers.{name}"
 
 
-def show(graph: fx.GraphModule, value: fx.Node, name: str, *, moved: bool) -> None:
-    """Lets all that read `value`, but for the network's output, read it through the quantizer `name`.
+def read_through(graph: fx.GraphModule, value: fx.Node, name: str, *, moved: bool) -> None:
+    """Inserts a call of the quantizer `name` between `value` and its readers, except for the network's output.
 
-    One whose range follows what it is shown is told which values were only `moved` since it has seen them.
+    `moved` marks values that the quantizer has seen before in another place or shape, so that its observer skips them.
     """
     readers = [user for user in value.users if user.op != "output"]
     with graph.graph.inserting_after(value):
-        shown = graph.graph.call_module(name, (value,), {"moved": True} if moved else {})
+        quantized = graph.graph.call_module(name, (value,), {"moved": True} if moved else {})
     for reader in readers:
-        reader.replace_input_with(value, shown)
+        reader.replace_input_with(value, quantized)
 
 
 def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtime) -> dict[fx.Node, fx.Node]:
-    """Value -> the value whose grid it shares (itself, or what a mover moved), in the order of the graph."""
+    """Value -> the value whose grid it shares (itself, or the one that it was moved from), in graph order."""
     quantized: dict[fx.Node, fx.Node] = {}
     integer: list[fx.Node] = []
     for node in graph.graph.nodes:
@@ -126,25 +128,25 @@ def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtim
             for value in values_into(node):
                 quantized.setdefault(source_of(value), source_of(value))
             end = fused_end(node)
-            if not _is_an_answer(end):
+            if not _is_output(end):
                 quantized[end] = end
     if runtime == "openvino":
         for node in integer:
             if _is_addition(node):
-                _let_the_sum_fuse(node, quantized)
+                _keep_addend_in_float(node, quantized)
     for node in graph.graph.nodes:
         if _is_mover(node) and source_of(node) in quantized and _read_in_integers(node, integer):
             quantized[node] = source_of(node)
     return {node: quantized[node] for node in graph.graph.nodes if node in quantized}
 
 
-def _is_an_answer(node: fx.Node) -> bool:
-    """Whether `node` only leaves the network: rounding logits would make ties."""
-    return all(user.op == "output" or (_hands_on(user) and _is_an_answer(user)) for user in node.users)
+def _is_output(node: fx.Node) -> bool:
+    """Whether `node` is only an output of the network, which stays in float: rounded logits would have ties."""
+    return all(user.op == "output" or (_only_moves(user) and _is_output(user)) for user in node.users)
 
 
-def _let_the_sum_fuse(addition: fx.Node, quantized: dict[fx.Node, fx.Node]) -> None:
-    """Leaves one convolution's result that only `addition` reads in float: the runtime adds within the convolution."""
+def _keep_addend_in_float(addition: fx.Node, quantized: dict[fx.Node, fx.Node]) -> None:
+    """Leaves one convolution's output in float if only `addition` reads it: the runtime adds within the convolution."""
     for value in values_into(addition):
         if sole_user(value) is addition and isinstance(layer_of(_before_norm(value)), Layer):
             quantized.pop(value, None)
@@ -153,30 +155,31 @@ def _let_the_sum_fuse(addition: fx.Node, quantized: dict[fx.Node, fx.Node]) -> N
 
 def _before_norm(node: fx.Node) -> fx.Node:
     before = node.all_input_nodes[0] if node.all_input_nodes else node
-    return before if likely_norm_behind(before) is node else node
+    norm = norm_behind(before, assume_flat=True)
+    return before if norm is not None and norm.node is node else node
 
 
 def fused_end(node: fx.Node) -> fx.Node:
-    """The last node of what a runtime fuses into the operator `node`: its BatchNorm, its activation."""
-    user, norm = sole_user(node), likely_norm_behind(node)
+    """The last node that a runtime fuses into the operator `node`: its BatchNorm or activation."""
+    user, norm = sole_user(node), norm_behind(node, assume_flat=True)
     if norm is not None:
-        node, user = norm, sole_user(norm)
+        node, user = norm.node, sole_user(norm.node)
     if user is not None and _is_activation(user):
         return user
     return node
 
 
 def source_of(node: fx.Node) -> fx.Node:
-    """The node whose values `node` only moves: itself where it computes."""
-    while _hands_on(node):
+    """The node whose values `node` only moves; `node` itself if it computes."""
+    while _only_moves(node):
         node = node.all_input_nodes[0]
     return node
 
 
 def quantizable(graph: fx.GraphModule) -> set[str]:
-    """Names of the layers that a runtime can compute in integers: a node each, with torch's own forward.
+    """Names of the layers that a runtime can compute in integers: those with a node and with torch's own forward.
 
-    A layer inside a leaf (attention) is read by its parent, and a subclass may do anything with its weight.
+    The parent of a layer inside a leaf (attention) reads its weight directly, and so may a subclass.
     """
     called = {cast("str", node.target): layer_of(node) for node in graph.graph.nodes if node.op == "call_module"}
     return {name for name, layer in called.items() if isinstance(layer, Layer) and is_plain(layer)}
@@ -187,7 +190,7 @@ def _called(node: fx.Node) -> Any:
 
 
 def _is_a(node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether `node` calls a module of one of these kinds, which computes what torch's own does."""
+    """Whether `node` calls a module of one of these kinds with torch's own forward."""
     module = layer_of(node)
     return isinstance(module, kinds) and is_plain(module)
 
@@ -205,27 +208,27 @@ def _is_addition(node: fx.Node) -> bool:
 
 
 def _joins(node: fx.Node) -> bool:
-    """Whether `node` is an addition, product, concatenation or average of tensors, which runtimes have in integers."""
+    """Whether `node` adds, multiplies, concatenates or averages tensors, for which runtimes have integer operators."""
     if _called(node) in _AVERAGES or _is_a(node, _AVERAGE_MODULES):
         return True
     return _called(node) in _JOINS and (len(node.all_input_nodes) > 1 or _called(node) in {torch.cat, torch.concat})
 
 
-def _hands_on(node: fx.Node) -> bool:
-    """Whether the values of `node` are those of its first input, in another place or shape, or several of them."""
+def _only_moves(node: fx.Node) -> bool:
+    """Whether `node` returns the values of its first input in another place or shape, or split."""
     return _is_mover(node) or is_nothing_in_eval(node) or _called(node) in _SPLITTERS
 
 
 def is_nothing_in_eval(node: fx.Node) -> bool:
-    """Whether `node` gives its input in eval: no operator for a runtime, and no more on the grid in training."""
-    if _called(node) in _NOTHING_IN_EVAL:  # unless it drops in eval too, which is its default
+    """Whether `node` returns its input in eval mode; in training, its output is not on the input's grid."""
+    if _called(node) in _NOTHING_IN_EVAL:  # unless `training` has its default, True
         given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
         return given.get("training", True) is not True
     return _is_a(node, _NOTHING_IN_EVAL_MODULES)
 
 
 def entering(node: fx.Node) -> fx.Node:
-    """The value that `node` computes with first, before what gives its input in eval."""
+    """The first input of `node`, looking through nodes that do nothing in eval mode."""
     value = values_into(node)[0]
     while is_nothing_in_eval(value):
         value = values_into(value)[0]
@@ -233,11 +236,11 @@ def entering(node: fx.Node) -> fx.Node:
 
 
 def _is_mover(node: fx.Node) -> bool:
-    """Whether `node` gives the values of its first input, a tensor, as a tensor in another place or shape."""
+    """Whether `node` returns the values of its first input as one tensor in another place or shape."""
     if _called(node) is F.pad:
         return _pads_with_values_of_the_grid(node)
     if _called(node) is operator.getitem:
-        # a number takes one of several results, and what gave them is known to be a tensor only after a split
+        # an int index takes one of several results, which are known to be tensors only after a split
         return not isinstance(node.args[1], int) or _called(node.all_input_nodes[0]) in _SPLITTERS
     return _called(node) in _MOVERS or _is_a(node, _MOVER_MODULES)
 
@@ -248,5 +251,5 @@ def _pads_with_values_of_the_grid(node: fx.Node) -> bool:
 
 
 def _read_in_integers(node: fx.Node, integer: list[fx.Node]) -> bool:
-    """Whether an integer operator reads `node`, directly or through others that hand it on."""
-    return any(user in integer or (_hands_on(user) and _read_in_integers(user, integer)) for user in node.users)
+    """Whether an integer operator reads `node`, directly or through nodes that only move it."""
+    return any(user in integer or (_only_moves(user) and _read_in_integers(user, integer)) for user in node.users)

@@ -1,4 +1,4 @@
-"""Quantizers on a captured network: how finely they round, where they lie, and the grids of the weights."""
+"""Quantizers on a captured network: inserting, finding and calibrating them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.layer_selection import Layer, weighted_layers, without
-from tersor.graph.parametrization import parametrization_input, parametrizations_of, parametrized
+from tersor.graph.parametrization import parametrization_input, parametrizations_of
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid, affine_parameters
-from tersor.quantization.learned_step import LearnedFakeQuantize
 from tersor.quantization.observers import Histogram, Range, WeightRange, weight_grid, without_saturation
-from tersor.quantization.precision import Precision
-from tersor.quantization.qdq_placement import entering, place, quantizable
+from tersor.quantization.options import Precision, QuantizedTrainingOptions
+from tersor.quantization.qdq_placement import entering, insert_activation_quantizers, quantizable
 
 SATURATION = (
-    "the processor adds 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened where two "
-    "of its weights would saturate there; write target: {cpu: vnni} for one that adds in 32 bits"
+    "the processor adds 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened if two of "
+    "its weights would saturate; write target: {cpu: vnni} for a processor that adds in 32 bits"
 )
 
 
 @dataclass(frozen=True)
 class Quantizers:
-    """What lies on a captured network.
+    """The quantizers of a captured network.
 
     Attributes:
         graph: the network.
-        layers: names of those whose weight is on a grid.
-        activations: names of the modules on its edges.
-        original: the network that was captured, with which it is compared; None where that was compared before.
+        layers: names of the layers with a quantized weight.
+        activations: names of the quantizers of activations.
+        original: the network before capture, for comparison; None if they were compared already.
     """
 
     graph: fx.GraphModule
@@ -45,34 +44,29 @@ class Quantizers:
     original: nn.Module | None = None
 
     def of_weight(self, name: str) -> FakeQuantize:
-        """The quantizer on the weight of a layer."""
+        """The quantizer of a layer's weight."""
         return next(
             each for each in parametrizations_of(self.graph.get_submodule(name)) if isinstance(each, FakeQuantize)
         )
 
     def of_activation(self, name: str) -> FakeQuantize:
-        """The quantizer on an edge."""
+        """The quantizer of an activation."""
         quantizer = self.graph.get_submodule(name)
         assert isinstance(quantizer, FakeQuantize)
         return quantizer
 
-    def replace_on_weight(self, name: str, quantizer: FakeQuantize) -> None:
-        """Puts another quantizer in the place of the one on the weight of a layer."""
-        chain = parametrized(self.graph.get_submodule(name))
-        chain[list(chain).index(self.of_weight(name))] = quantizer
-
     def all(self) -> tuple[FakeQuantize, ...]:
-        """Those of the weights, and those of the activations."""
+        """The quantizers of all weights, then of all activations."""
         return (*map(self.of_weight, self.layers), *map(self.of_activation, self.activations))
 
     @property
     def enabled(self) -> bool:
-        """Whether they round; layers that are left in float do not."""
+        """Whether any of them is enabled."""
         return any(each.enabled for each in self.all())
 
     @property
     def rounding(self) -> Quantizers:
-        """Those that round; the others belong to layers that stay in float."""
+        """The enabled ones; the others belong to layers that stay in float."""
         layers = tuple(name for name in self.layers if self.of_weight(name).enabled)
         return Quantizers(
             self.graph, layers, tuple(name for name in self.activations if self.of_activation(name).enabled)
@@ -81,7 +75,7 @@ class Quantizers:
     def set_weight_grid(
         self, name: str, target: Target, weight_range: WeightRange = "minmax", percentile: float = 99.99
     ) -> None:
-        """Fits scale and zero point of a layer to the weight that its quantizer is shown."""
+        """Sets the grid of a layer's weight from the input of its quantizer."""
         quantizer = self.of_weight(name)
         grid, per_channel = quantizer.grid, bool(quantizer.scale.ndim)
         weight = parametrization_input(self.graph.get_submodule(name), quantizer)
@@ -93,7 +87,7 @@ class Quantizers:
 
     @torch.no_grad()
     def limit_for_avx2_saturation(self, name: str, target: Target) -> None:
-        """Widens the scale of a layer's weight as far as the processor needs it."""
+        """Widens the scale of a layer's weight if the processor would saturate otherwise."""
         if target.cpu == "avx2":
             quantizer = self.of_weight(name)
             weight = parametrization_input(self.graph.get_submodule(name), quantizer)
@@ -102,30 +96,30 @@ class Quantizers:
     def set_activation_grids(
         self, histograms: Mapping[str, Histogram], activation_range: Range = "minmax", percentile: float = 99.99
     ) -> None:
-        """Fits scale and zero point of every activation to what was seen of it."""
+        """Sets the grids of all activations from their histograms."""
         for name in self.activations:
             quantizer = self.of_activation(name)
             low, high = histograms[name].range(activation_range, quantizer.grid, percentile)
             quantizer.set_grid(*affine_parameters(low, high, quantizer.grid))
 
     @torch.no_grad()
-    def lies_on_its_grid(self, name: str) -> bool:
+    def is_on_grid(self, name: str) -> bool:
         """Whether rounding the weight of a layer changes nothing."""
         quantizer = self.of_weight(name)
         weight = parametrization_input(self.graph.get_submodule(name), quantizer)
         return quantizer.enabled and torch.equal(quantizer(weight), weight)
 
     def input_of(self, name: str) -> str | None:
-        """The activation that enters a layer, if it has a quantizer."""
+        """The name of the quantizer of a layer's input, if there is one."""
         node = next(node for node in self.graph.graph.nodes if node.op == "call_module" and node.target == name)
         value = entering(node)
         return str(value.target) if isinstance(layer_of(value), FakeQuantize) else None
 
 
 def find_quantizers(model: nn.Module) -> Quantizers | None:
-    """What lies on a captured network already; None where no grid does.
+    """The quantizers of a captured network; None if there are none.
 
-    Where some round and some do not, these belong to layers that stay in float, and are left out.
+    If some are enabled, the disabled ones belong to layers that stay in float, and are left out.
     """
     if not isinstance(model, fx.GraphModule):
         return None
@@ -135,10 +129,10 @@ def find_quantizers(model: nn.Module) -> Quantizers | None:
         for name, layer in weighted_layers(model).items()
         if any(isinstance(each, FakeQuantize) for each in parametrizations_of(layer))
     ]
-    all_of_them = Quantizers(model, tuple(layers), tuple(edges))
-    if not all_of_them.enabled:
-        return all_of_them if edges or layers else None
-    return all_of_them.rounding
+    quantizers = Quantizers(model, tuple(layers), tuple(edges))
+    if not quantizers.enabled:
+        return quantizers if edges or layers else None
+    return quantizers.rounding
 
 
 def insert_quantizers(
@@ -150,32 +144,32 @@ def insert_quantizers(
     method: str,
     original: nn.Module | None = None,
 ) -> Quantizers:
-    """Lays quantizers that do not round yet: on the weights of layers, and where the runtime wants them on edges.
+    """Insert disabled quantizers on the weights of layers, and on the activations that the runtime needs quantized.
 
     Args:
-        graph: a captured network without grids; it is changed.
-        precision: how finely it is to be rounded.
+        graph: a captured network without quantizers; it is changed.
+        precision: bit widths and kinds of the grids.
         exclude: patterns of layers that stay in float.
-        target: the runtime and processor that the network is made for.
-        method: how errors call who asks.
-        original: the network that was captured; calibration compares the outputs.
+        target: runtime and processor that the network is compressed for.
+        method: the method's name, for error messages.
+        original: the network before capture; calibration compares its outputs.
 
     Raises:
-        InputError: a pattern that matches nothing, no layer left, a grid already there.
+        InputError: a pattern that matches nothing, no layer left, a network already quantized.
     """
     if any(isinstance(module, FakeQuantize) for module in graph.modules()):
         raise InputError(
-            "the network is quantized already. Possible: one of ptq, adaround, brecq and mixed_precision, and then "
-            "qat or lsq."
+            "the network is quantized already. Write one of ptq, adaround, brecq and mixed_precision, then qat or lsq "
+            "if you want to train."
         )
     known = quantizable(graph)
     layers = {name: layer for name, layer in without(weighted_layers(graph), exclude).items() if name in known}
     if not layers:
         raise InputError(f"{method} found no convolution or fully connected layer to quantize.")
     first_and_last = ends(graph)
-    activations = place(graph, layers, precision.activation(end=False), target.runtime)
+    activations = insert_activation_quantizers(graph, layers, precision.activation(end=False), target.runtime)
     for name, layer in layers.items():
-        _lay_on_weight(layer, precision.weight(end=name in first_and_last), per_channel=precision.per_channel)
+        _insert_on_weight(layer, precision.weight(end=name in first_and_last), per_channel=precision.per_channel)
     quantizers = Quantizers(graph, tuple(layers), tuple(activations), None if original is graph else original)
     for name in map(quantizers.input_of, first_and_last & layers.keys()):
         if name is not None:
@@ -186,86 +180,85 @@ def insert_quantizers(
 
 
 def insert_or_reuse_quantizers(
-    model: nn.Module,
-    *,
-    bits: int | None,
-    activation_bits: int | None,
-    first_last_bits: int | None,
-    per_channel: bool | None,
-    exclude: Sequence[str],
-    data: Iterable[Any] | None,
-    target: Target,
-    method: str,
+    model: nn.Module, options: QuantizedTrainingOptions, *, data: Iterable[Any] | None, target: Target, method: str
 ) -> Quantizers:
-    """For a method that trains: the quantizers that a stage before has laid, or new ones on a captured network.
+    """For methods that train: the quantizers of an earlier stage, or new ones on the captured network.
 
     Args:
         model: the network.
-        bits: of a weight; 8 if left, or those that lie.
-        activation_bits: of an activation, likewise.
-        first_last_bits: of the first and last layer, and what enters them, likewise.
-        per_channel: whether each output channel of a weight has a grid; true if left, or as those that lie.
-        exclude: patterns of layers that stay in float.
-        data: images to calibrate with, where quantizers are laid.
-        target: the runtime and processor that the network is made for.
-        method: how errors call who asks.
+        options: bit widths and kinds of the grids, which must agree with those of the earlier stage.
+        data: images to calibrate with; needed for new quantizers.
+        target: runtime and processor that the network is compressed for.
+        method: the method's name, for error messages.
 
     Raises:
-        InputError: no data, a pattern that matches nothing, no layer left, grids of other bits, or that are trained
-            by another method already.
+        InputError: no data, a pattern that matches nothing, no layer left, grids of other options, or grids that
+            another method of the stage trains.
     """
     quantizers = find_quantizers(model)
     if quantizers is None:
-        if data is None:
-            raise InputError(
-                f"{method} needs images to calibrate with; none were given. Pass data=..., a few hundred suffice."
-            )
-        precision = Precision(bits or 8, activation_bits or 8, first_last_bits or 8, per_channel is not False)
+        require_data(data, method)
         return insert_quantizers(
-            capture(model), precision, exclude=exclude, target=target, method=method, original=model
+            capture(model), options.precision, exclude=options.exclude, target=target, method=method, original=model
         )
-    if exclude:
-        raise InputError("the network lies on the grids of a stage before. Write `exclude` there.")
-    if any(isinstance(each, LearnedFakeQuantize) or getattr(each, "moves", False) for each in quantizers.all()):
-        raise InputError("the network's grids are trained already in this stage. Possible: qat or lsq, one of them.")
-    first_and_last = ends(quantizers.graph)
-    entering = set(map(quantizers.input_of, first_and_last))
-    weights = {quantizers.of_weight(name).grid.bits for name in quantizers.layers if name not in first_and_last}
-    others = {quantizers.of_activation(name).grid.bits for name in quantizers.activations if name not in entering}
-    at_the_ends = {quantizers.of_weight(name).grid.bits for name in first_and_last & {*quantizers.layers}}
-    asked = (
-        ("bits", bits, weights),
-        ("activation_bits", activation_bits, others),
-        ("first_last_bits", first_last_bits, at_the_ends),
-    )
-    for what, wanted, lying in asked:
-        if wanted is not None and lying - {wanted}:
-            told = ", ".join(map(str, sorted(lying)))
-            raise InputError(
-                f"the network lies on grids of {told} bits, and {method} is to train with {what}: {wanted}. Leave "
-                f"{what} out to train with those, or write the same in the stage before."
-            )
-    kinds = {bool(quantizers.of_weight(name).scale.ndim) for name in quantizers.layers}
-    if per_channel is not None and kinds - {per_channel}:
-        raise InputError(
-            f"{method} is to train with per_channel: {str(per_channel).lower()}, and the network lies on other grids. "
-            "Leave per_channel out to train with those, or write the same in the stage before."
-        )
+    if options.exclude:
+        raise InputError("an earlier stage has quantized the network. Write `exclude` in that stage.")
+    if any(each.is_trained for each in quantizers.all()):
+        raise InputError("a method of this stage trains the grids already. Write either qat or lsq, not both.")
+    _require_same_options(quantizers, options, method)
     return quantizers
 
 
+def _require_same_options(quantizers: Quantizers, options: QuantizedTrainingOptions, method: str) -> None:
+    """The options that are set agree with the grids of an earlier stage."""
+    first_and_last = ends(quantizers.graph)
+    entering = set(map(quantizers.input_of, first_and_last))
+    existing = {
+        "bits": {quantizers.of_weight(name).grid.bits for name in quantizers.layers if name not in first_and_last},
+        "activation_bits": {
+            quantizers.of_activation(name).grid.bits for name in quantizers.activations if name not in entering
+        },
+        "first_last_bits": {quantizers.of_weight(name).grid.bits for name in first_and_last & {*quantizers.layers}},
+    }
+    for key, widths in existing.items():
+        bits = getattr(options, key)
+        if bits is not None and widths - {bits}:
+            raise InputError(
+                f"{method} has {key}: {bits}, but an earlier stage has quantized the network to "
+                f"{', '.join(map(str, sorted(widths)))} bits. Leave out {key} to train with those, or write the same "
+                "in the earlier stage."
+            )
+    kinds = {bool(quantizers.of_weight(name).scale.ndim) for name in quantizers.layers}
+    if options.per_channel is not None and kinds - {options.per_channel}:
+        raise InputError(
+            f"{method} has per_channel: {str(options.per_channel).lower()}, but the grids of an earlier stage are of "
+            "the other kind. Leave out per_channel to train with those, or write the same in the earlier stage."
+        )
+
+
+def require_data(data: Iterable[Any] | None, method: str) -> Iterable[Any]:
+    """`data`, which `method` calibrates with.
+
+    Raises:
+        InputError: there is none.
+    """
+    if data is None:
+        raise InputError(f"{method} needs images to calibrate with. Pass data=...; a few hundred images are enough.")
+    return data
+
+
 def notes(quantizers: Quantizers, target: Target) -> tuple[str, ...]:
-    """What a user should know of the grids that were laid."""
+    """Notes for the user about the inserted quantizers."""
     wide = any(quantizers.of_weight(name).grid.maximum > 64 for name in quantizers.layers)
     return (SATURATION,) if target.cpu == "avx2" and wide else ()
 
 
 def ends(graph: fx.GraphModule) -> set[str]:
-    """The names of the layers that are called first and last."""
+    """The names of the first and last layer called."""
     called = [str(node.target) for node in graph.graph.nodes if isinstance(layer_of(node), Layer)]
     return {called[0], called[-1]}
 
 
-def _lay_on_weight(layer: Layer, grid: Grid, *, per_channel: bool) -> None:
+def _insert_on_weight(layer: Layer, grid: Grid, *, per_channel: bool) -> None:
     quantizer = FakeQuantize(grid, channels=layer.weight.shape[0] if per_channel else None)
     parametrize.register_parametrization(layer, "weight", quantizer.to(layer.weight.device))

@@ -1,9 +1,9 @@
-"""What a layer costs on so many bits: its weight alone is rounded, all else stays in float.
+"""Sensitivity: the output error when the weight of a single layer is quantized and all else stays in float.
 
     error(l, b) = sum over images of |y_lb - y|^2 / sum over images of |y|^2         y, y_lb: logits (N, classes)
 
-y is what the network answers in float, y_lb with the weight of layer l on b bits. No labels are needed; where there
-are some, the points of accuracy that are lost are told too.
+y are the network's logits in float, y_lb those with the weight of layer l at b bits. Needs no labels; with labels, the
+loss of accuracy is measured too.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tersor.quantization.quantizers import Quantizers
 
 @dataclass(frozen=True)
 class Cost:
-    """What it costs to round the weight of one layer.
+    """The cost of quantizing the weight of one layer.
 
     Attributes:
-        layer: its name.
-        bits: of its weight.
+        layer: name of the layer.
+        bits: bit width of its weight.
         error: mean squared difference of the logits from those in float, as a fraction of their mean square.
-        drop: points of accuracy that are lost; None where the images have no labels.
+        drop: loss of accuracy in points; None if the images have no labels.
     """
 
     layer: str
@@ -46,38 +46,40 @@ class Cost:
 def sensitivity(
     quantizers: Quantizers,
     data: Iterable[Any],
-    asked: Iterable[tuple[str, int]],
+    candidates: Iterable[tuple[str, int]],
     *,
     target: Target,
     weight_range: WeightRange = "mse",
     percentile: float = 99.99,
 ) -> Iterator[Cost]:
-    """Measures one layer on one width after the other, each when it is asked for. The network is left in float.
+    """Measure the cost of each layer and width, one at a time, when the iterator reaches it.
 
     Args:
-        quantizers: on the network, none of which rounds yet.
-        data: batches of images (N, C, H, W), with labels or without; the same at every iteration.
-        asked: layers and bits.
-        target: the processor that the network is made for.
-        weight_range: how a weight's range is set.
-        percentile: of a range of that name: percent of the values kept.
+        quantizers: of the network, all disabled; they stay disabled.
+        data: batches of images (N, C, H, W), with labels or without; every iteration yields the same.
+        candidates: names of layers, and bits.
+        target: processor that the network is compressed for.
+        weight_range: how a weight's range is chosen.
+        percentile: percent of the values inside the range, for `weight_range: percentile`.
 
     Raises:
-        InputError: the data holds no image; the network answers with numbers that are not finite.
+        InputError: the data contains no image, or a logit is not finite.
     """
-    assert not quantizers.enabled, "all else is in float"
-    exact = list(_answers(quantizers, data))
-    _refuse_what_cannot_be_compared([logits for logits, _ in exact])
-    for layer, bits in asked:
-        with _rounded(quantizers, layer, bits):
+    assert not quantizers.enabled
+    exact = list(_logits_and_labels(quantizers, data))
+    _require_finite([logits for logits, _ in exact])
+    for layer, bits in candidates:
+        with _quantized(quantizers, layer, bits):
             quantizers.set_weight_grid(layer, target, weight_range, percentile)
-            found = [logits for logits, _ in _answers(quantizers, data)]
-        yield Cost(layer, bits, *_compared(found, exact))  # in float, whatever the caller does meanwhile
+            quantized = [logits for logits, _ in _logits_and_labels(quantizers, data)]
+        yield Cost(
+            layer, bits, *_cost(quantized, exact)
+        )  # outside the `with`: the network is in float while the caller runs
 
 
 @contextmanager
-def _rounded(quantizers: Quantizers, layer: str, bits: int) -> Generator[None]:
-    """One layer's weight on another grid; afterwards its quantizer is as it was, but for a scale that is not shown."""
+def _quantized(quantizers: Quantizers, layer: str, bits: int) -> Generator[None]:
+    """Gives one layer's weight another grid; then restores its quantizer, except for the scale, which is not in use."""
     quantizer = quantizers.of_weight(layer)
     before = quantizer.grid
     quantizer.grid = Grid.signed(bits)
@@ -87,7 +89,7 @@ def _rounded(quantizers: Quantizers, layer: str, bits: int) -> Generator[None]:
         quantizer.grid, quantizer.enabled = before, False
 
 
-def _answers(quantizers: Quantizers, data: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _logits_and_labels(quantizers: Quantizers, data: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Logits (N, classes) and labels (N,) of each batch."""
     graph = quantizers.graph
     device = next(graph.parameters()).device
@@ -98,22 +100,22 @@ def _answers(quantizers: Quantizers, data: Iterable[Any]) -> Iterator[tuple[Tens
             yield logits, labels_of(batch)
 
 
-def _refuse_what_cannot_be_compared(logits: list[Tensor]) -> None:
+def _require_finite(logits: list[Tensor]) -> None:
     if not sum(map(len, logits)):
         raise InputError("sensitivity was given data without a single image. Pass batches (N, C, H, W).")
     if not all(torch.isfinite(batch).all() for batch in logits):
         raise InputError(
-            "the network answers some of the images with numbers that are not finite. Possible: images and weights "
-            "without NaN or infinity."
+            "the network's logits are not finite for some images. Check images and weights for NaN, infinity and very "
+            "large values."
         )
 
 
-def _compared(found: list[Tensor], exact: list[tuple[Tensor, Tensor | None]]) -> tuple[float, float | None]:
-    """Relative error of the logits, and points of accuracy lost."""
+def _cost(quantized: list[Tensor], exact: list[tuple[Tensor, Tensor | None]]) -> tuple[float, float | None]:
+    """Relative error of the logits, and loss of accuracy in points."""
     wrong = whole = 0.0
     images = lost = 0
     labelled = True
-    for now, (before, labels) in zip(found, exact, strict=True):
+    for now, (before, labels) in zip(quantized, exact, strict=True):
         wrong += float((now - before).double().square().sum())
         whole += float(before.double().square().sum())
         images += len(now)

@@ -7,13 +7,12 @@ import copy
 import torch
 from torch import nn
 
-from tersor.core.errors import InputError
 from tersor.graph.capture import capture
-from tersor.graph.feeding import first_images
-from tersor.quantization.calibration import Ranges, set_ranges
+from tersor.graph.eval_mode import first_images
+from tersor.quantization.calibration import set_ranges
 from tersor.quantization.integer_coverage import integer_coverage
-from tersor.quantization.precision import Precision
-from tersor.quantization.quantizers import insert_quantizers, notes
+from tersor.quantization.options import Precision, Ranges
+from tersor.quantization.quantizers import insert_quantizers, notes, require_data
 from tersor.quantization.reconstruction import Reconstruction, reconstruct
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
@@ -46,15 +45,12 @@ class ReconstructionAttachment(Attachment):
         how: Reconstruction,
         method: str,
     ) -> None:
-        if context.data is None:
-            raise InputError(
-                f"{method} needs images for calibration; none were given. Pass data=...; a few hundred are enough."
-            )
+        data = require_data(context.data, method)
         self.quantizers = insert_quantizers(
             capture(model), precision, exclude=exclude, target=context.target, method=method, original=model
         )
         super().__init__(self.quantizers.graph, notes=notes(self.quantizers, context.target))
-        self.context, self.data = context, context.data
+        self.context, self.data = context, data
         self.ranges, self.how, self.method = ranges, how, method
         self._original = copy.deepcopy(self.quantizers.graph)
 

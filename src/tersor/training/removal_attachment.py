@@ -48,4 +48,4 @@ class RemovalAttachment(Attachment):
         self.before = None
         found = moments_of_batches(graph, data, self.images, progress)
         for name, norm in with_statistics(graph).items():
-            fit(norm, found[name], wanted[name], spreads=True)
+            fit(norm, found[name], wanted[name], variances=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from tersor.graph.batchnorm_behind import norm_behind, record_ranks
 from tersor.graph.capture import capture
-from tersor.graph.norms import likely_norm_behind, norm_behind, record_ranks
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -68,11 +68,11 @@ def test_which_norm_normalises_the_channels(kind):
     assert (norm_behind(node) is not None) == (kind in FOUND)
 
 
-def test_of_unknown_rank_a_norm_is_likely_at_most():
+def test_an_unknown_rank_needs_assume_flat():
     graph = capture(vectors(nn.BatchNorm1d(5)).eval())
     (node,) = nodes(graph)
     assert norm_behind(node) is None
-    assert likely_norm_behind(node) is not None
+    assert norm_behind(node, assume_flat=True) is not None
 
 
 def test_recording_leaves_nothing_and_a_copy_of_the_graph_knows():
@@ -101,4 +101,4 @@ def test_a_layer_with_two_norms_and_two_layers_with_one():
 
     first, second = nodes(capture(Two().eval()))
     assert norm_behind(first) is None
-    assert norm_behind(second).target == "one"
+    assert norm_behind(second).node.target == "one"
