@@ -92,7 +92,7 @@ def _mark_phases(module: Any, file: Path) -> None:
     marked("checkpoint", store.Checkpoints, "save")
     marked("export", module, "export")
     marked("measuring", module, "measure")
-    marked("measuring", module, "gather")
+    marked("measuring", module, "collect_evidence")
     marked("writing", module, "write_folder")
 
 
