@@ -178,7 +178,9 @@ def told(out: Path) -> list[dict[str, Any]]:
     """What the last stage's end tells of all stages, but for the clock."""
     *_, end = sorted((out / "checkpoints").iterdir())
     stages = json.loads((end / "clock.json").read_text())["told"]["stages"]
-    return [{key: stage[key] for key in stage if key not in {"minutes", "training_seconds"}} for stage in stages]
+    for stage in stages:
+        stage["training"].pop("training_seconds", None)
+    return [{key: stage[key] for key in stage if key != "minutes"} for stage in stages]
 
 
 def _weights(out: Path) -> dict[str, dict[str, Any]]:

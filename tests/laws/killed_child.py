@@ -42,7 +42,7 @@ def run(folder: Path, out: Path, *fault: Any) -> None:
     _leave_out(module)
     _mark_phases(module, out.with_name(f"{out.name}.phases"))
     writes = _Writes(out, *fault)
-    sys.addaudithook(writes.watch)
+    sys.addaudithook(writes.audit)
     if fault[:1] == ("EFBIG",):
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault[1], resource.RLIM_INFINITY))
     try:
@@ -112,7 +112,7 @@ class _Writes:
 
         store.save_file = saved
 
-    def progress(self, event: str, given: tuple[Any, ...]) -> None:
+    def audit(self, event: str, given: tuple[Any, ...]) -> None:
         """An audit hook."""
         opened = event == "open" and isinstance(given[0], str | os.PathLike) and given[2] & (os.O_WRONLY | os.O_RDWR)
         removed = event in ("os.remove", "os.rmdir")  # which a full disk allows, and a read-only one does not

@@ -18,9 +18,9 @@ from tersor.methods.dpf import DPF
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.dense_path import masks_and_quantizers_disabled
 from tersor.pruning.mask import Mask
-from tersor.pruning.mask_log import POINTS, MaskLog, stride
 from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import DynamicMasks, MaskedAttachment, dense_of, lay_masks, mask_of
+from tersor.training.mask_log import MAX_ROWS, MaskLog, log_interval
 from tersor.training.method import chain
 
 IMAGES, LABELS = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
@@ -138,17 +138,14 @@ def test_all_is_a_step_of_the_dense_weights(name):
 
 
 @pytest.mark.parametrize("method", [WeightPruning(sparsity_schedule="linear"), DPF(), DCIL()], ids=type)
-def test_structure_holds_the_gradient_and_the_log(method):
+def test_structure_holds_the_gradient(method):
     attached = method.attach(network(), AttachContext(steps=10))
     found = structure(attached.model)
     again = rebuild(network(), found)
     again.load_state_dict(attached.model.state_dict())
     assert structure(again) == found
     wanted = {WeightPruning: "kept", DPF: "all", DCIL: "split"}[type(method)]
-    assert [(mask_of(again[place]).gradient, mask_of(again[place]).log is None) for place in (0, 2)] == [
-        (wanted, False),
-        (wanted, True),
-    ]
+    assert [mask_of(again[place]).gradient for place in (0, 2)] == [wanted, wanted]
     attached.finish()
     assert {each["gradient"] for told in structure(attached.model)["weights"].values() for each in told} == {"kept"}
 
@@ -183,15 +180,31 @@ def test_what_is_told_of_moving_masks():
 
 def test_a_log_of_a_long_stage_is_thinned():
     log = MaskLog()
-    every = stride(5000)
+    every = log_interval(5000)
     for number in range(5000):
         if number % every == 0:
             log.add(number * 16, 0.5, 0.25)
     log.add(80_000, 0.9, 0.0)
-    assert 150 < len(log.told["steps"]) <= POINTS
-    assert (log.told["steps"][0], log.told["steps"][-1]) == (0, 80_000)
-    assert log.told["sparsity"][-1] == 0.9
-    assert stride(POINTS - 2) == 1
+    columns = log.columns
+    assert 150 < len(columns["steps"]) <= MAX_ROWS
+    assert (columns["steps"][0], columns["steps"][-1]) == (0, 80_000)
+    assert columns["sparsity"][-1] == 0.9
+    assert log_interval(MAX_ROWS - 2) == 1
+
+
+def test_a_resumed_chain_has_the_log_of_each_part():
+    methods = [DPF(layers=("0",), every=1), WeightPruning(layers=("2",))]
+    first = chain(methods, network(), AttachContext(steps=10))
+    first.begin()
+    optimizer = torch.optim.SGD(first.model.parameters(), lr=0.0)
+    for step in range(3):
+        first.after_step(step, optimizer)
+    resumed = chain(methods, network(), AttachContext(steps=10))
+    resumed.load_state_dict(first.state_dict())
+    assert [log["steps"] for log in resumed.metrics["masks"]] == [[1, 2, 3], [0]]
+    assert resumed.metrics == first.metrics
+    with pytest.raises(ValueError, match="mask log of shape"):
+        resumed.parts[0].load_state_dict({"mask_log": torch.zeros(3)})
 
 
 def test_one_stage_one_method_that_masks_a_layer():
@@ -200,7 +213,7 @@ def test_one_stage_one_method_that_masks_a_layer():
     apart = chain([DPF(layers=("0",)), WeightPruning(layers=("2",))], network(), AttachContext(steps=10))
     assert [len(part.masked) for part in apart.parts] == [1, 1]
     apart.begin()
-    assert [len(told["steps"]) for told in apart.told["masks"]] == [0, 1], "each tells of its own"
+    assert [len(told["steps"]) for told in apart.metrics["masks"]] == [0, 1], "each tells of its own"
     model = network()
     chain([WeightPruning(sparsity=0.5)], model, AttachContext())
     chain([DPF(sparsity=0.8)], model, AttachContext(steps=10))

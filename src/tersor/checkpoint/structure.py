@@ -52,10 +52,9 @@ class _Strict(BaseModel):
 class _Mask(_Strict):
     mask: Annotated[list[_Size], Field(min_length=1, max_length=8)]
     gradient: Literal["kept", "all", "split"]
-    logged: bool
 
     def made(self) -> nn.Module:
-        return Mask(self.mask, self.gradient, logged=self.logged)
+        return Mask(self.mask, self.gradient)
 
 
 class _Largest(_Strict):
@@ -224,7 +223,7 @@ def _lay_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Laid]]) -> No
 
 def _told(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Mask):
-        return {"mask": list(module.mask.shape), "gradient": module.gradient, "logged": module.log is not None}
+        return {"mask": list(module.mask.shape), "gradient": module.gradient}
     if isinstance(module, RunningLargest):
         return {"largest": len(module.largest) if module.largest.ndim else None}
     if isinstance(module, EMAFakeQuantize):

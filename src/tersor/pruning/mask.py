@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from tersor.graph.parametrization import parametrizations_of
-from tersor.pruning.mask_log import MaskLog
 
 Gradient = Literal["kept", "all", "split"]
 
@@ -27,7 +26,6 @@ class Mask(nn.Module):
     Args:
         shape: of the weight. All of it is shown until `mask` is set.
         gradient: which of the three.
-        logged: whether it holds the log of all masks of the network.
 
     Attributes:
         dense: whether the weight is shown as it is for the moment.
@@ -35,11 +33,10 @@ class Mask(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, shape: Sequence[int], gradient: Gradient = "kept", *, logged: bool = False) -> None:
+    def __init__(self, shape: Sequence[int], gradient: Gradient = "kept") -> None:
         super().__init__()
         self.register_buffer("mask", torch.ones(tuple(shape), dtype=torch.bool))
         self.gradient: Gradient = gradient
-        self.log = MaskLog() if logged else None
         self.dense = False
 
     def forward(self, values: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def fit(
         restore_device_and_layout(objective),
         seeded(seed + accelerator.process_index, device),
     ):
-        loop = _Loop(accelerator, objective, training, progress or NullProgress(), keeper, curve)
+        loop = _Loop(accelerator, objective, attachment, training, progress or NullProgress(), keeper, curve)
         begun = keeper.resume_state if keeper else None
         handle = attachment.bind(loop.torch_optimizer, start=begun[0] if begun else 0)
         try:
@@ -164,6 +164,7 @@ class _Loop:
         self,
         accelerator: Accelerator,
         objective: Objective,
+        attachment: Attachment,
         training: Training,
         progress: ProgressReporter,
         keeper: Keeper | None,
@@ -171,6 +172,7 @@ class _Loop:
     ) -> None:
         self.accelerator = accelerator
         self.plain = objective
+        self.attachment = attachment
         self.model = objective.model
         self.training = training
         self.progress = progress
@@ -203,6 +205,7 @@ class _Loop:
         with fitting(keeper.last if keeper else None):
             if kept is not None:
                 restore(kept, self.plain, self.torch_optimizer, mean)
+                self.attachment.load_state_dict(part(kept, "attachment"))
                 self.progress.advance(first)
                 if self.curve:
                     self.curve.go_on(part(kept, "curve"))
@@ -249,6 +252,7 @@ class _Loop:
         stop = any_rank(asked)
         if stop or done % keeper.every == 0:
             told = {f"log.{name}": value for name, value in log.tensors().items()}
+            told |= {f"attachment.{name}": value for name, value in self.attachment.state_dict().items()}
             if self.curve:
                 told |= {f"curve.{name}": value for name, value in self.curve.tensors().items()}
             keeper.keep(done, snapshot(self.plain, self.torch_optimizer, mean) | told)

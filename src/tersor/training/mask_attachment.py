@@ -21,10 +21,10 @@ from tersor.core.errors import InputError
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.pruning.mask import Gradient, Mask, weight_mask
-from tersor.pruning.mask_log import MaskLog, stride
 from tersor.pruning.topk import masks
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.training.attachment import Attachment
+from tersor.training.mask_log import MaskLog, log_interval
 from tersor.training.objective import LossTerm
 from tersor.training.schedule import interpolate
 
@@ -60,9 +60,9 @@ def lay_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -> N
                 f"the weight of {name} is on a grid already, and masks lie under grids: zeros stay zeros only so. "
                 f"Write {method} before ptq and qat."
             )
-    for place, layer in enumerate(layers.values()):
+    for layer in layers.values():
         if weight_mask(layer) is None:
-            mask = Mask(layer.weight.shape, logged=not place).to(layer.weight.device)
+            mask = Mask(layer.weight.shape).to(layer.weight.device)
             parametrize.register_parametrization(layer, "weight", mask)
         mask_of(layer).gradient = gradient
 
@@ -136,20 +136,22 @@ class MaskedAttachment(KeptMasks):
         notes: Sequence[str] = (),
     ) -> None:
         super().__init__(model, layers, terms=terms, notes=notes)
-        self.stride = stride(remaskings)
+        self.log = MaskLog()
+        self.log_interval = log_interval(remaskings)
         self.total = sum(mask_of(layer).mask.numel() for layer in self.masked.values())
-        first = mask_of(next(iter(self.masked.values())))
-        if first.log is None:  # laid by an earlier stage, on other layers too
-            first.log = MaskLog().to(first.mask.device)
-        first.log.clear()
-        self.log = first.log
 
     @property
-    def told(self) -> dict[str, Any]:
-        """`masks`, a list of one: at up to 200 of the `steps` at which they were set, the `sparsity`, and what fraction
-        `changed`.
-        """
-        return {"masks": [self.log.told]}
+    def metrics(self) -> dict[str, Any]:
+        """`masks`, a list with one mask log: `steps`, `sparsity` and `changed`."""
+        return {"masks": [self.log.columns]}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mask log."""
+        return {"mask_log": self.log.rows}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the mask log."""
+        self.log.load(state["mask_log"])
 
     @property
     def sparsity(self) -> float:
@@ -168,7 +170,7 @@ class MaskedAttachment(KeptMasks):
         changed = sum(int((mask_of(self.masked[name]).mask != mask).sum()) for name, mask in found.items())
         for name, mask in found.items():
             mask_of(self.masked[name]).mask.copy_(mask)
-        if number % self.stride == 0:
+        if number % self.log_interval == 0:
             self.log.add(step, self.sparsity, changed / self.total)
         broadcast_from_rank0(nn.ModuleList(mask_of(layer) for layer in self.masked.values()))
 
