@@ -51,7 +51,7 @@ class _Strict(BaseModel):
 
 class _Mask(_Strict):
     mask: Annotated[list[_Size], Field(min_length=1, max_length=8)]
-    gradient: Literal["kept", "all", "split"]
+    gradient: Literal["masked", "straight_through", "split"]
 
     def made(self) -> nn.Module:
         return Mask(self.mask, self.gradient)

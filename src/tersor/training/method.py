@@ -14,7 +14,7 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.training.attachment import Attachment, Chain
 from tersor.training.context import AttachContext
-from tersor.training.mask_attachment import KeptMasks, MaskedAttachment
+from tersor.training.mask_attachment import FrozenMaskedWeights, MaskedAttachment
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
 """The pydantic configuration of every method: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
@@ -61,7 +61,7 @@ def chain(
     moved = {name for part in parts if isinstance(part, MaskedAttachment) for name in part.masked}
     layers = weighted_layers(model).items()
     still = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in moved}
-    return Chain(model, [*parts, KeptMasks(model, still)] if still else parts)
+    return Chain(model, [*parts, FrozenMaskedWeights(model, still)] if still else parts)
 
 
 def _refuse_masks(method: Method, part: MaskedAttachment, parts: Sequence[Attachment]) -> None:
