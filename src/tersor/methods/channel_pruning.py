@@ -31,7 +31,7 @@ DepGraph's code also weights the scores of a group by BatchNorm and reports the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as record
 from typing import Annotated, Any, ClassVar
 
@@ -40,7 +40,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import ProgressReporter
 from tersor.data.batch import images_of
 from tersor.evaluation.costs import Costs, costs
 from tersor.graph.capture import capture
@@ -67,18 +66,11 @@ from tersor.training.removal_attachment import RemovalAttachment
 
 @record(frozen=True)
 class _Budget:
-    """What has to be met.
-
-    Attributes:
-        kind: of cost: `macs`, `parameters`, `channels` or `latency`.
-        keep: the target fraction.
-        before: costs of the network before any removal.
-        example: one image (1, C, H, W).
-        latency_ratio: a network's latency as a fraction of the original one, for `latency`.
-    """
+    """The target: `keep` of the original network's `kind` of cost. `example`: one image (1, C, H, W)."""
 
     kind: str
     keep: float
+    original: fx.GraphModule
     before: Costs
     example: Tensor
     latency_ratio: Callable[[nn.Module], float] | None
@@ -139,37 +131,33 @@ class ChannelPruning:
         """
         kind, keep = self._target()
         first = next(iter(context.data), None) if context.data is not None else None
-        if first is None or context.data is None:
+        if first is None:
             raise InputError("channel_pruning needs images to run the network on; none were given. Pass data=...")
-        latency = context.latency
-        if kind == "latency" and latency is None:
+        if kind == "latency" and context.latency is None:
             raise InputError(
                 "keep_latency needs latency measurements, and the context has none. Pass AttachContext(..., "
                 "latency=tersor.evaluation.latency_ratio.latency_ratio), or write keep_macs."
             )
-        graph, example = capture(model), images_of(first)[:1]
-        require_same(graph, model, images_of(first)[:FEW].to(next(graph.parameters()).device))
+        graph, images = capture(model), images_of(first)
+        require_same(graph, model, images[:FEW].to(next(graph.parameters()).device))
         if keep == 1 and not self.branches:
             return Attachment(graph)
         refuse_parametrized(graph, "channel_pruning")
-        original, remaining = copy_graph(graph), graph
-        ratio = (lambda network: latency(network, original, example, context.target)) if latency is not None else None
-        with checked_forward(type(graph).__name__, example, captured=True):
-            before = costs(graph, example)
-        budget = _Budget(kind, keep, before, example, ratio if kind == "latency" else None)
+        budget = _budget(kind, keep, graph, images[:1], context)
         branches, notes, cuts = list[Branch](), list[str](), list[Cut]()
+        remaining, now = graph, budget.before
         if self.branches:
-            branches = self._cheapest_branches(budget, graph, context.data, context.progress)
+            branches = self._cheapest_branches(budget, graph, context)
             notes = [f"removed whole: the branches from {', '.join(map(str, branches))}"]
             remaining = copy_graph(graph)  # so that an error below leaves the network unchanged
             remove(remaining, [branch.cut for branch in branches])
-        now = costs(remaining, example) if branches else before
+            now = costs(remaining, budget.example)
         if not (branches and kind in ("macs", "parameters") and budget.fraction(now) <= keep):
             cuts, notes = self._channels(budget, remaining, now, context, notes)
         for each in ([branch.cut for branch in branches], cuts):
             if each:
                 remove(graph, each)
-        return RemovalAttachment(graph, original, cuts, context, self.estimation_images, tuple(notes))
+        return RemovalAttachment(graph, budget.original, cuts, context, self.estimation_images, tuple(notes))
 
     def _target(self) -> tuple[str, float]:
         keeps = {kind: getattr(self, f"keep_{kind}") for kind in ("macs", "parameters", "channels", "latency")}
@@ -178,10 +166,9 @@ class ChannelPruning:
             raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(targets)}. Write one.")
         return next(iter(targets.items()), ("macs", 0.5))
 
-    def _cheapest_branches(
-        self, budget: _Budget, graph: fx.GraphModule, data: Iterable[Any], progress: ProgressReporter
-    ) -> list[Branch]:
+    def _cheapest_branches(self, budget: _Budget, graph: fx.GraphModule, context: AttachContext) -> list[Branch]:
         """The branches to remove, in the order of the graph."""
+        assert context.data is not None
         branches = find_branches(graph, budget.example)
         if len(branches) < self.branches:
             possible = f"{len(branches)}: {branches[0]} ... {branches[-1]}" if branches else "none"
@@ -190,7 +177,7 @@ class ChannelPruning:
                 f"{possible}. Write fewer."
             )
         rates = dict[Branch, float]()
-        changes = removal_cost(graph, branches, data, self.importance_images, progress)
+        changes = removal_cost(graph, branches, context.data, self.importance_images, context.progress)
         for branch, change in zip(branches, changes, strict=True):
             network = copy_graph(graph)
             remove(network, [branch.cut])
@@ -242,9 +229,7 @@ class ChannelPruning:
             if each is None
         }
         if not scored:
-            raise InputError(
-                f"importance: {self.importance} does not apply to any channel of this network. Write another."
-            )
+            raise InputError(f"importance: {self.importance} applies to no channel of this network. Write another.")
         chosen, of_chosen = zip(*scored, strict=True)
         each_cost = None
         if self.importance in COMPARED_BY_COST and self.scope == "global":
@@ -275,6 +260,14 @@ class ChannelPruning:
             f"{fraction - keep:.3f} more than the target. Remaining fraction of all {what}: {reasons}. Write "
             f"{math.ceil(1000 * fraction) / 1000:.3f} or more{finer}."
         )
+
+
+def _budget(kind: str, keep: float, graph: fx.GraphModule, example: Tensor, context: AttachContext) -> _Budget:
+    original, latency = copy_graph(graph), context.latency
+    with checked_forward(type(graph).__name__, example, captured=True):
+        before = costs(graph, example)
+    ratio = (lambda network: latency(network, original, example, context.target)) if latency is not None else None
+    return _Budget(kind, keep, original, before, example, ratio if kind == "latency" else None)
 
 
 def _blocks_for(

@@ -24,7 +24,7 @@ from tersor.core.resources import enough_memory, writable
 from tersor.data import Splits
 from tersor.deploy.float_operators import float_operators
 from tersor.deploy.onnx import export
-from tersor.deploy.static_batch import batch_for, reason
+from tersor.deploy.static_batch import batch_for, static_batch_reason
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.results import OF_STAGES, measure
 from tersor.pipeline import latency_cache
@@ -147,7 +147,7 @@ def _fill(
             export(network, example, path, classes=data.classes, pixels=pixels, batch=batch)
             progress.advance()
         if batch_for(compressed, recipe.target) != recipe.target.batch:
-            progress.say(reason())
+            progress.say(static_batch_reason())
         numbers, answers = measure(
             original, compressed, folder, test, recipe.target, seed=recipe.seed, progress=progress, stages=left
         )
