@@ -118,7 +118,7 @@ def ours(name: str) -> dict[str, Any]:
     from tersor.evaluation.costs import costs
     from tersor.graph.capture import capture
     from tersor.methods.channel_pruning import ChannelPruning
-    from tersor.pruning.channel_groups import Cut, difference
+    from tersor.pruning.channel_groups import Cut, removal_difference
 
     model = network(name)
     inputs = images(name, model)
@@ -130,9 +130,9 @@ def ours(name: str) -> dict[str, Any]:
     found["seconds"] = round(time.perf_counter() - begun, 2)
     pruned = attached.model.eval()
     found["fewer_macs"] = round(before / costs(pruned, inputs).macs, 3)
-    found["left_whole"] = sum(note.startswith("left whole") for note in attached.notes)
+    found["left_whole"] = sum(note.startswith("not removed") for note in attached.notes)
     cuts = [Cut(layer, axis, tuple(places)) for layer, axis, places in pruned.meta["cuts"]]
-    found["cut_is_mask"] = difference(whole, cuts, inputs) or True
+    found["cut_is_mask"] = removal_difference(whole, cuts, inputs) or True
     with torch.no_grad():
         expected = pruned(inputs)
     with tempfile.TemporaryDirectory() as folder:

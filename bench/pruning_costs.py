@@ -39,7 +39,7 @@ from tersor.methods.dcil import DCIL
 from tersor.methods.dpf import DPF
 from tersor.methods.rigl import RigL
 from tersor.methods.weight_pruning import WeightPruning
-from tersor.pruning.channel_groups import coupled_channels, merged, remove
+from tersor.pruning.channel_groups import coupled_channels, merge_cuts, remove
 from tersor.pruning.topk import masks
 from tersor.training.context import AttachContext
 from tersor.training.objective import Objective
@@ -171,7 +171,7 @@ def planned(model: nn.Module, image: torch.Tensor) -> None:
     """Capture, plan, and remove half of the channels of every group."""
     graph = capture(model)
     groups, _ = coupled_channels(graph, image)
-    remove(graph, merged(cut for group in groups for cut in group.cuts(range(len(group.slices) // 2))))
+    remove(graph, merge_cuts(cut for group in groups for cut in group.cuts(range(len(group.slices) // 2))))
 
 
 def planned_by_torch_pruning(model: nn.Module, image: torch.Tensor) -> None:

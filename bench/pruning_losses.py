@@ -28,7 +28,7 @@ from tersor.graph.capture import capture
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.pruning.channel_groups import Group
 from tersor.pruning.channel_importance import importances
-from tersor.pruning.channel_selection import removable
+from tersor.pruning.channel_selection import removable_groups
 from tersor.training.context import AttachContext
 
 RESULT = "pruning_losses"
@@ -76,7 +76,7 @@ def original() -> tuple[fx.GraphModule, Tensor]:
 def said() -> tuple[list[Group], list[Tensor]]:
     """Return the groups of the inner layers, and the losses that `obs` predicts for each, in ascending order."""
     graph, _ = original()
-    groups, _ = removable(graph, EXAMPLE, STREAM, "channel_pruning")
+    groups, _ = removable_groups(graph, EXAMPLE, STREAM, "channel_pruning")
     found = importances("obs", graph, groups, data=batches(), images=ChannelPruning.importance_images, seed=0)
     return groups, [each.sort().values for each in found if each is not None]
 

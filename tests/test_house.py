@@ -24,7 +24,7 @@ FLOORS = [
     ("deploy",),
     ("pruning",),
     ("quantization",),
-    ("pruning.mask", "pruning.mask_log"),
+    ("pruning.mask",),
     ("models",),
     ("graph",),
     ("data",),

@@ -21,7 +21,7 @@ from tersor.core.target import Runtime, Target
 from tersor.data.batch import images_of
 from tersor.data.loader import Loader, batches_of, unchecked_labels
 from tersor.deploy.onnx import export as write_onnx
-from tersor.deploy.static_batch import batch_for, reason
+from tersor.deploy.static_batch import batch_for, static_batch_reason
 from tersor.evaluation.latency import BATCH_SIZES, Array, compressed_bytes, measure_latency, predictions, size_bytes
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.session import open_session
@@ -218,7 +218,7 @@ def export(
     network = to_export(model, images, "the network")
     fixed = batch_for(network, _made(Target, runtime=runtime, batch=batch))
     if fixed != batch:
-        warnings.warn(reason(), CompressionWarning, stacklevel=2)
+        warnings.warn(static_batch_reason(), CompressionWarning, stacklevel=2)
     try:  # a file that the runtime rejects must not replace an existing one
         with TemporaryDirectory(dir=path.parent) as folder:
             written = write_onnx(network, images, Path(folder) / path.name, classes=classes, pixels=pixels, batch=fixed)

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from tersor.deploy.int4_packing import pack
+from tersor.deploy.int4_packing import pack_int4
 
 
 def dequantized(integers: np.ndarray) -> onnx.ModelProto:
@@ -51,7 +51,7 @@ def test_sixteen_neighbours_lie_in_half_a_byte_each_and_come_back(channels, shap
     draw = np.random.default_rng(seed)
     integers = np.stack([draw.integers(low, min(low + span, 127) + 1, shape) for low, span in channels]).astype(np.int8)
     proto = dequantized(integers)
-    pack(proto.graph)
+    pack_int4(proto.graph)
     (tensor,) = packed(proto).values()
     assert len(tensor.raw_data) == (integers.size + 1) // 2
     np.testing.assert_array_equal(shown(proto), integers)
@@ -67,13 +67,13 @@ def test_sixteen_neighbours_lie_in_half_a_byte_each_and_come_back(channels, shap
 def test_what_is_no_weight_of_few_bits_stays(integers):
     proto = dequantized(integers)
     before = proto.SerializeToString()
-    pack(proto.graph)
+    pack_int4(proto.graph)
     assert proto.SerializeToString() == before
 
 
 def test_zero_points_stay():
     proto = dequantized(np.zeros((3, 2), np.int8))
-    pack(proto.graph)
+    pack_int4(proto.graph)
     assert list(packed(proto)) == ["weight.int4"]
 
 
@@ -81,6 +81,6 @@ def test_a_weight_that_two_layers_share_is_packed_once():
     proto = dequantized(np.arange(-8, 8, dtype=np.int8).reshape(4, 4))
     proto.graph.node.append(helper.make_node("DequantizeLinear", ["weight", "scale"], ["again"], axis=0))
     proto.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, (4, 4)))
-    pack(proto.graph)
+    pack_int4(proto.graph)
     assert len(packed(proto)) == 1
     np.testing.assert_array_equal(shown(proto), np.arange(-8, 8).reshape(4, 4))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from tersor.core.target import Target
-from tersor.deploy.integer_graph import IntegerLayer, QuantizeDequantize, deployed
+from tersor.deploy.integer_graph import IntegerLayer, QuantizeDequantize, to_integer_graph
 from tersor.methods.ptq import PTQ
 from tersor.training.context import AttachContext
 
@@ -77,7 +77,7 @@ def test_batch_norm_folds_exactly(on_affine_grids, gamma, beta, bias, bits, kind
     x = graph.get_submodule("quantizers.x")(images())
     expected = norm(graph.layer(x)).double()
 
-    layer = deployed(graph).layer
+    layer = to_integer_graph(graph).layer
     assert isinstance(layer, IntegerLayer)
     assert layer.weight.dtype == torch.int8
     if kind == "symmetric":
@@ -102,7 +102,7 @@ def test_integers_stay_as_they_are_and_a_negative_gamma_flips_them():
     scale = graph.layer.parametrizations.weight[0].scale
     integers = torch.round(graph.layer.weight / scale[:, None, None, None])
     signs = torch.tensor([1, -1, 1, -1])[:, None, None, None]
-    assert torch.equal(deployed(graph).layer.weight.float(), integers * signs)
+    assert torch.equal(to_integer_graph(graph).layer.weight.float(), integers * signs)
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
@@ -116,7 +116,7 @@ def test_a_negative_gamma_mirrors_affine_integers_in_their_grid(on_affine_grids,
     zero_point = quantizer.zero_point.expand(4)
     integers = torch.round(graph.layer.weight / quantizer.scale.expand(4)[:, None, None, None])
     integers += zero_point[:, None, None, None]
-    layer = deployed(graph).layer
+    layer = to_integer_graph(graph).layer
     for channel, mirrored in enumerate([False, True, False, True]):
         q, z = integers[channel], zero_point[channel]
         assert torch.equal(layer.weight[channel].float(), -1 - q if mirrored else q)
@@ -129,7 +129,7 @@ def test_affine_weights_that_fit_into_a_byte_without_their_zero_point_have_none(
     graph = on_affine_grids(quantize(Pair(nn.Conv2d(3, 4, 3)), images()), bits, per_tensor=False)
     quantizer = graph.layer.parametrizations.weight[0]
     assert quantizer.zero_point.any()
-    layer = deployed(graph).layer
+    layer = to_integer_graph(graph).layer
     assert layer.zero_point is None
     assert torch.equal(layer.weight.float() * quantizer.scale[:, None, None, None], graph.layer.weight)
 
@@ -142,13 +142,13 @@ def test_a_channel_that_is_switched_off_keeps_its_bias_exactly():
         model.behind[0].weight.copy_(torch.tensor([0.0, 1.0, 1e-14]))
         model.behind[0].bias.copy_(torch.tensor([0.123456, 0.3, 0.654321]))
     graph = quantize(model, images())
-    _, shift = weight_and_bias(deployed(graph).layer)
+    _, shift = weight_and_bias(to_integer_graph(graph).layer)
     exact = graph.behind.get_submodule("0")(graph.layer(images()))[0, :, 0, 0].double()
     torch.testing.assert_close(shift, exact, rtol=1e-6, atol=0)
 
 
 def modules_of(graph, kind):
-    network = deployed(graph)
+    network = to_integer_graph(graph)
     assert isinstance(network, fx.GraphModule)
     used = {node.target for node in network.graph.nodes if node.op == "call_module"}
     return {name: module for name, module in network.named_modules() if name in used and isinstance(module, kind)}
@@ -182,7 +182,7 @@ def test_a_norm_without_gamma_folds():
     model.behind[0].running_mean.normal_()
     graph = quantize(model, images())
     x = graph.get_submodule("quantizers.x")(images())
-    layer = deployed(graph).layer
+    layer = to_integer_graph(graph).layer
     weight, shift = weight_and_bias(layer)
     difference = F.conv2d(x.double(), weight.double(), shift) - graph.behind.get_submodule("0")(graph.layer(x))
     assert (difference.abs() <= 0.51 * layer.bias_scale[:, None, None] + 1e-5).all()
@@ -225,7 +225,7 @@ def test_a_layer_with_two_inputs_has_its_bias_in_float():
 def test_what_is_nothing_in_eval_does_not_hide_the_scale_of_the_input(between):
     torch.manual_seed(0)
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), between, nn.Conv2d(4, 2, 1)), images())
-    layer = deployed(graph).behind.get_submodule("2")
+    layer = to_integer_graph(graph).behind.get_submodule("2")
     assert layer.bias.dtype == torch.int32
     expected = layer.scale * graph.get_submodule("quantizers.behind_0").scale
     torch.testing.assert_close(layer.bias_scale, expected)
@@ -233,7 +233,7 @@ def test_what_is_nothing_in_eval_does_not_hide_the_scale_of_the_input(between):
 
 def test_a_layer_left_out_stays_a_layer():
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), images(), exclude=("layer",))
-    network = deployed(graph)
+    network = to_integer_graph(graph)
     assert type(network.layer) is nn.Conv2d
     assert isinstance(network.behind.get_submodule("1"), IntegerLayer)
 
@@ -242,7 +242,7 @@ def test_quantizers_that_are_not_ready_are_nothing():
     model = Pair(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     before = model(images())
     graph = PTQ().attach(model, AttachContext(data=[images()])).model
-    assert torch.equal(deployed(graph)(images()), before)
+    assert torch.equal(to_integer_graph(graph)(images()), before)
 
 
 def test_quantizers_become_the_two_operators():

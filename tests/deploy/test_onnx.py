@@ -269,10 +269,9 @@ def test_packed_weights_answer_as_if_they_lay_in_bytes(on_affine_grids, tmp_path
     graph, x = quantize(Small(), images(), runtime, bits=4, first_last_bits=4), images().numpy()
     if affine:
         on_affine_grids(graph, 4, per_tensor=False)
-    pack, unpacked = sys.modules["tersor.deploy.onnx"].pack, []
-    monkeypatch.setattr(
-        sys.modules["tersor.deploy.onnx"], "pack", lambda graph: (unpacked.append(copy.deepcopy(graph)), pack(graph))
-    )
+    module, unpacked = sys.modules["tersor.deploy.onnx"], []
+    pack = module.pack_int4
+    monkeypatch.setattr(module, "pack_int4", lambda graph: (unpacked.append(copy.deepcopy(graph)), pack(graph)))
     path, bytewise = export(graph, images(), tmp_path / "packed.onnx"), tmp_path / "bytewise.onnx"
     proto = onnx.load(path)
     assert sum(t.data_type == TensorProto.INT4 for t in proto.graph.initializer) == 4

@@ -10,7 +10,7 @@ from torch import nn
 import tersor
 from tersor.core.errors import InputError
 from tersor.deploy.onnx import export
-from tersor.deploy.outputs import logits_place
+from tersor.deploy.outputs import logits_index
 from tersor.evaluation.session import open_session
 
 Given = namedtuple("Given", ["logits", "embedding", "maps"])
@@ -66,8 +66,8 @@ def test_compare_refuses_outputs_of_which_several_may_be_the_logits(tmp_path):
 
 
 def test_the_logits_are_chosen_by_name_then_alone_then_by_shape():
-    assert logits_place(["a", "logits"], [2, 2]) == 1
-    assert logits_place(["a"], [4]) == 0
-    assert logits_place(["a", "b"], [4, 2]) == 1
-    assert logits_place(["a", "b"], [2, 2]) is None
-    assert logits_place(["a", "b"], [None, 2]) is None
+    assert logits_index(["a", "logits"], [2, 2]) == 1
+    assert logits_index(["a"], [4]) == 0
+    assert logits_index(["a", "b"], [4, 2]) == 1
+    assert logits_index(["a", "b"], [2, 2]) is None
+    assert logits_index(["a", "b"], [None, 2]) is None

@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d, StdConv2d
 from torch import nn
 
 import tersor
-from tersor.deploy.integer_graph import IntegerLayer, deployed
+from tersor.deploy.integer_graph import IntegerLayer, to_integer_graph
 from tersor.evaluation.session import open_session
 from tersor.graph.capture import layer_of
 
@@ -227,7 +227,7 @@ def test_quantized_and_exported_it_computes_what_it_did(kind, outputs):
 def test_a_norm_that_can_be_is_folded(kind):
     torch.manual_seed(0)
     quantized = tersor.quantize(with_statistics(KINDS[kind]()), [IMAGES])
-    network = deployed(quantized)
+    network = to_integer_graph(quantized)
     assert not any(isinstance(layer_of(node), nn.modules.batchnorm._BatchNorm) for node in network.graph.nodes)
     assert any(isinstance(layer_of(node), IntegerLayer) for node in network.graph.nodes)
 

@@ -42,7 +42,7 @@ def run(folder: Path, out: Path, *fault: Any) -> None:
     _skip_slow_parts(module)
     _mark_phases(module, out.with_name(f"{out.name}.phases"))
     writes = _Writes(out, *fault)
-    sys.addaudithook(writes.watch)
+    sys.addaudithook(writes.audit)
     if fault[:1] == ("EFBIG",):
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault[1], resource.RLIM_INFINITY))
     try:
@@ -112,7 +112,7 @@ class _Writes:
 
         store.save_file = saved
 
-    def watch(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """An audit hook."""
         named = event == "open" and isinstance(arguments[0], str | os.PathLike)
         opened = named and arguments[2] & (os.O_WRONLY | os.O_RDWR)

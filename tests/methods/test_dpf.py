@@ -14,7 +14,7 @@ from torch import nn
 from tersor.core.errors import InputError
 from tersor.methods.dpf import DPF
 from tersor.training.context import AttachContext
-from tersor.training.mask_attachment import dense_of, mask_of
+from tersor.training.mask_attachment import dense_weight, mask_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dpf.json").read_text())
 IMAGES, LABELS = torch.tensor(GOLDEN["images"]), torch.tensor(GOLDEN["labels"])
@@ -27,7 +27,9 @@ def network():
 
 
 def tensors_of(model):
-    return {"0.weight": dense_of(model[0]), "2.weight": dense_of(model[2])} | dict(model[4].named_parameters("4"))
+    return {"0.weight": dense_weight(model[0]), "2.weight": dense_weight(model[2])} | dict(
+        model[4].named_parameters("4")
+    )
 
 
 def test_three_steps_are_those_of_the_code():
@@ -38,7 +40,7 @@ def test_three_steps_are_those_of_the_code():
             tensor.copy_(torch.tensor(GOLDEN["before"][name]))
     optimizer = torch.optim.SGD(model.parameters(), **GOLDEN["optimizer"])
     for step in GOLDEN["steps"]:
-        attached._renew(step["sparsity"], 0, 0)
+        attached._update(step["sparsity"], 0, 0)
         ours = torch.cat([mask_of(model[place]).mask.flatten() for place in (0, 2)])
         theirs = torch.cat([torch.tensor(step["masks"][f"{place}.mask"]).flatten().bool() for place in (0, 2)])
         assert int((ours != theirs).sum()) <= 1, "the code also masks what is as large as the threshold"
@@ -85,7 +87,7 @@ def test_the_ramp_is_cubic_and_then_fixed_while_masks_move_on():
 
 def test_masks_are_the_largest_dense_weights_of_the_whole_network():
     model, attached, _ = trained(steps=8, rate=0.0, sparsity=0.7)
-    together = torch.cat([dense_of(model[place]).detach().abs().flatten() for place in (0, 2)])
+    together = torch.cat([dense_weight(model[place]).detach().abs().flatten() for place in (0, 2)])
     kept = torch.cat([mask_of(model[place]).mask.flatten() for place in (0, 2)])
     assert together[kept].min() > together[~kept].max()
     assert attached.sparsity == round(0.7 * len(kept)) / len(kept)
@@ -95,7 +97,7 @@ def test_masks_are_the_largest_dense_weights_of_the_whole_network():
 def test_it_ends_exactly_however_few_the_steps(steps):
     model, attached, _ = trained(steps=steps, every=16)
     assert round(attached.sparsity * 288) == round(0.8 * 288)
-    assert {mask_of(model[place]).gradient for place in (0, 2)} == {"kept"}
+    assert {mask_of(model[place]).gradient for place in (0, 2)} == {"masked"}
 
 
 def test_a_mask_that_is_exact_at_the_end_is_the_one_that_was_trained_with():
@@ -108,7 +110,7 @@ def test_a_floor_holds_each_layer():
     with torch.no_grad():
         model[0].weight.mul_(1e-3)
     attached = DPF(sparsity=0.7, floor=0.25, every=2).attach(model, AttachContext(steps=4))
-    attached._renew(0.7, 0, 0)
+    attached._update(0.7, 0, 0)
     assert int(mask_of(model[0]).mask.sum()) == 27
     assert int(mask_of(model[2]).mask.sum()) == 288 - round(0.7 * 288) - 27
 
@@ -123,7 +125,7 @@ def test_it_begins_with_the_sparsity_that_is_there():
 
 
 def test_no_steps_no_masks():
-    with pytest.raises(InputError, match="dpf moves masks while a network trains"):
+    with pytest.raises(InputError, match="dpf updates masks during training"):
         DPF().attach(network(), AttachContext())
     with pytest.raises(InputError, match=r"floor of 0\.2"):
         DPF(sparsity=0.9, floor=0.2).attach(network(), AttachContext(steps=5))

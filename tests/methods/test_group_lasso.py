@@ -10,7 +10,7 @@ from torch import nn
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
 from tersor.methods.channel_pruning import ChannelPruning
-from tersor.methods.group_lasso import GroupLasso, pull
+from tersor.methods.group_lasso import GroupLasso, decay_factors
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.channel_groups import coupled_channels
 from tersor.training.context import AttachContext
@@ -89,8 +89,8 @@ def test_it_is_torch_prunings(net):
 
 
 def test_the_least_important_are_pulled_hardest():
-    assert torch.allclose(pull(torch.tensor([1.0, 2.0, 3.0]), 4), torch.tensor([16.0, 4.0, 1.0]))
-    assert torch.equal(pull(torch.ones(3), 4), torch.ones(3))
+    assert torch.allclose(decay_factors(torch.tensor([1.0, 2.0, 3.0]), 4), torch.tensor([16.0, 4.0, 1.0]))
+    assert torch.equal(decay_factors(torch.ones(3), 4), torch.ones(3))
 
 
 def test_channels_part_company(net):

@@ -12,7 +12,7 @@ from torch import nn
 from tersor.core.errors import InputError
 from tersor.methods.rigl import RigL, layer_counts
 from tersor.training.context import AttachContext
-from tersor.training.mask_attachment import dense_of, mask_of
+from tersor.training.mask_attachment import dense_weight, mask_of
 
 DRAW = torch.Generator().manual_seed(1)
 IMAGES, LABELS = torch.randn(16, 3, 6, 6, generator=DRAW), torch.arange(16) % 3
@@ -34,7 +34,7 @@ def begun(steps=40, **options):
 def gradients(model):
     model.zero_grad()
     F.cross_entropy(model(IMAGES), LABELS).backward()
-    return {place: dense_of(model[place]).grad.clone() for place in (0, 2)}
+    return {place: dense_weight(model[place]).grad.clone() for place in (0, 2)}
 
 
 def optimizers(model):
@@ -45,7 +45,7 @@ def optimizers(model):
 
 
 def pair_of(layer):
-    return mask_of(layer).mask, dense_of(layer)
+    return mask_of(layer).mask, dense_weight(layer)
 
 
 def memory(optimizer, weight):
@@ -60,18 +60,18 @@ def test_a_change_by_hand(name):
     attached.bind(optimizer)
     for step in range(4):
         before = {
-            place: (mask_of(model[place]).mask.clone(), dense_of(model[place]).detach().clone()) for place in (0, 2)
+            place: (mask_of(model[place]).mask.clone(), dense_weight(model[place]).detach().clone()) for place in (0, 2)
         }
         dense = gradients(model)
         optimizer.step()
         for place, (mask, weight) in before.items():
             if step < 3:
                 assert torch.equal(mask_of(model[place]).mask, mask)
-                assert torch.equal(dense_of(model[place])[~mask], weight[~mask]), "what is masked does not move"
-                assert torch.equal(dense_of(model[place]).grad, dense[place] * mask)
+                assert torch.equal(dense_weight(model[place])[~mask], weight[~mask]), "what is masked does not move"
+                assert torch.equal(dense_weight(model[place]).grad, dense[place] * mask)
     grown = 0
     for place, (mask, _) in before.items():
-        new, weight = mask_of(model[place]).mask, dense_of(model[place]).detach()
+        new, weight = mask_of(model[place]).mask, dense_weight(model[place]).detach()
         count = math.floor(int(mask.sum()) * 0.3 * (1 + math.cos(math.pi * 4 / 30)) / 2)
         assert count > 2
         was, gradient, kept = (
@@ -89,8 +89,8 @@ def test_a_change_by_hand(name):
         assert comes
         for index in comes:
             assert weight.flatten()[index] == 0
-            assert all(each.flatten()[index] == 0 for each in memory(optimizer, dense_of(model[place])))
-        assert all(bool(each.flatten()[list(stays)].any()) for each in memory(optimizer, dense_of(model[place])))
+            assert all(each.flatten()[index] == 0 for each in memory(optimizer, dense_weight(model[place])))
+        assert all(bool(each.flatten()[list(stays)].any()) for each in memory(optimizer, dense_weight(model[place])))
         grown += len(comes)
     changed = attached.metrics["masks"][0]["changed"]
     assert changed[1] == pytest.approx(2 * grown / 288, abs=1e-5)
@@ -118,7 +118,7 @@ def test_sizes_stay_and_masks_stand_still_after_the_end():
 def test_it_begins_with_the_largest_of_each_layer():
     model, _ = begun(distribution="uniform")
     for place in (0, 2):
-        size, mask = dense_of(model[place]).detach().abs(), mask_of(model[place]).mask
+        size, mask = dense_weight(model[place]).detach().abs(), mask_of(model[place]).mask
         assert size[mask].min() > size[~mask].max()
         assert int(mask.sum()) == pytest.approx(0.2 * mask.numel(), abs=1)
 
@@ -153,5 +153,5 @@ def test_few_weights_and_many_layers():
 
 
 def test_no_steps_no_masks():
-    with pytest.raises(InputError, match="rigl moves masks while a network trains"):
+    with pytest.raises(InputError, match="rigl updates masks during training"):
         RigL().attach(network(), AttachContext())

@@ -126,7 +126,7 @@ def test_nothing_comes_back_whatever_is_masked_later(model, before, behind):
     attached = pruned(model, **behind)
     second = masks_of(model)
     assert not any((second[name] & ~mask).any() for name, mask in first.items() if name in attached.masked)
-    assert attached.sparsity >= attached.method.wanted - 1e-3
+    assert attached.sparsity >= attached.method.target - 1e-3
     if "floor" in behind and "granularity" not in behind:
         assert attached.sparsity == pytest.approx(behind["sparsity"], abs=1e-3), "a floor takes no place of others"
 
@@ -148,13 +148,13 @@ def test_layers_may_be_named(model):
 def test_mistakes_are_told(model):
     with pytest.raises(InputError, match="matches no layer"):
         WeightPruning(layers=("nothing",)).attach(model, AttachContext())
-    with pytest.raises(InputError, match="rises over the steps"):
+    with pytest.raises(InputError, match="rises over the training steps"):
         WeightPruning(sparsity_schedule="cubic").attach(model, AttachContext())
     pruned(model, sparsity=0.5)
-    with pytest.raises(InputError, match="sparse already"):
+    with pytest.raises(InputError, match=r"sparsity of .* already"):
         WeightPruning(sparsity=0.4).attach(model, AttachContext())
     quantized = PTQ().attach(build("resnet20", 10), AttachContext(data=[IMAGES])).model
-    with pytest.raises(InputError, match="masks lie under grids"):
+    with pytest.raises(InputError, match="masks come before quantizers"):
         WeightPruning().attach(quantized, AttachContext())
 
 
@@ -185,7 +185,7 @@ def test_every_importance_masks_as_much_and_others(model, importance, granularit
     options = {"importance": path, "granularity": granularity, "scope": "global", "sparsity": 0.5}
     of_filters = importance in ("batchnorm", "fpgm")
     if (of_filters or importance == "own") and granularity != "filter":
-        with pytest.raises(InputError, match=r"(granularity: filter|Give a tensor)"):
+        with pytest.raises(InputError, match=r"(granularity: filter|Return a tensor)"):
             WeightPruning(**options).attach(model, AttachContext(data=DATA)).begin()
         return
     if importance == "magnitude_l2" and granularity == "weight":
@@ -212,7 +212,7 @@ def test_every_importance_masks_as_much_and_others(model, importance, granularit
 
 def test_two_of_four(model):
     attached = pruned(model, granularity="2:4")
-    assert attached.notes == ("left whole, since 4 does not divide their input channels: conv1",)
+    assert attached.notes == ("not masked, since 4 does not divide their input channels: conv1",)
     for mask in masks_of(model).values():
         groups = mask.movedim(1, -1).reshape(-1, 4)
         assert (groups.sum(1) == 2).all()
@@ -272,21 +272,24 @@ def test_what_just_fits_is_not_refused(model, options):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"granularity": "1:4", "sparsity": 0.5}, "masks 0.75 of the weights, and sparsity 0.5 is asked"),
+        ({"granularity": "1:4", "sparsity": 0.5}, "has a sparsity of 0.75, given 0.5"),
         ({"granularity": "2:4", "scope": "global"}, "Leave out scope: global"),
         ({"granularity": "2:7"}, "needs layers whose input channels 7 divides"),
-        ({"floor": 0.1}, "Write scope: global with it"),
-        ({"floor": 0.6, "scope": "global"}, "at most 0.4 can be masked"),
+        ({"floor": 0.1}, "Write scope: global"),
+        ({"floor": 0.6, "scope": "global"}, "allows a sparsity of 0.4 at most"),
         ({"importance": "taylor"}, "there is no data"),
         ({"importance": "nowhere:function"}, "there is no module 'nowhere'"),
         ({"sparsity_schedule": "nowhere:function"}, "there is no module 'nowhere'"),
-        ({"importance": "batchnorm", "granularity": "filter", "layers": ("linear",)}, "BatchNorm behind linear"),
+        (
+            {"importance": "batchnorm", "granularity": "filter", "layers": ("linear",)},
+            "with a factor behind linear",
+        ),
     ],
 )
 def test_options_that_contradict_or_do_nothing(model, options, told):
     with pytest.raises(InputError, match=told):
         WeightPruning(**options).attach(model, AttachContext(steps=10))
-    assert not masks_of(model), "nothing was laid"
+    assert not masks_of(model), "no masks were inserted"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
 from tersor.graph.capture import capture
 from tersor.models import build
-from tersor.pruning.channel_groups import Cut, coupled_channels, merged, remove
+from tersor.pruning.channel_groups import Cut, coupled_channels, merge_cuts, remove
 
 
 class OverSome(nn.Module):
@@ -80,7 +80,7 @@ def check(model, images):
     parameters = {key: id(parameter) for key, parameter in graph.named_parameters()}
     draw = random.Random(1)
     halves = [draw.sample(range(len(group.slices)), len(group.slices) // 2) for group in groups]
-    cuts = merged(cut for group, half in zip(groups, halves, strict=True) for cut in group.cuts(half))
+    cuts = merge_cuts(cut for group, half in zip(groups, halves, strict=True) for cut in group.cuts(half))
     fresh, spent = copy.deepcopy(graph), costs(graph, images).macs
     expected = masked(graph, cuts)(images).detach()
     remove(graph, cuts)
@@ -245,7 +245,7 @@ def test_families_of_timm(name):
     images = torch.randn(2, 3, 224, 224)
     groups, _ = coupled_channels(graph, images)
     spent = costs(graph, images).macs
-    remove(graph, merged(cut for group in groups for cut in group.cuts(range(len(group.slices) // 2))))
+    remove(graph, merge_cuts(cut for group in groups for cut in group.cuts(range(len(group.slices) // 2))))
     assert costs(graph, images).macs < spent / 1.9
     graph.train()(images).square().mean().backward()
 
@@ -253,7 +253,7 @@ def test_families_of_timm(name):
 def test_zeros_that_pad_channels_go_along():
     torch.manual_seed(0)
     graph, whole = check(build("resnet20", 10), torch.randn(2, 3, 16, 16))
-    assert whole == {"linear": "they are the answers"}
+    assert whole == {"linear": "they are outputs of the network"}
     widths = [graph.get_submodule(name).out_channels for name in ("conv1", "layer2.0.conv2", "layer3.0.conv2")]
     assert widths == [8, 16, 32]
     amounts = [node.args[1][4:] for node in graph.graph.nodes if node.name.startswith("pad")]
@@ -264,7 +264,7 @@ def test_heads_and_places_of_every_head_are_groups():
     torch.manual_seed(0)
     graph = capture(PlainViT().eval())
     groups, whole = coupled_channels(graph, torch.randn(1, 3, 16, 16))
-    found = sorted((group.root, len(group.slices), group.width, group.within) for group in groups)
+    found = sorted((group.root, len(group.slices), group.width, group.within_heads) for group in groups)
     blocks = [(f"blocks.{place}.{name}", *rest) for place in (0, 1) for name, *rest in (
         ("qkv", 4, 24, False), ("qkv", 8, 1, True), ("up", 128, 1, False)
     )]  # fmt: skip
@@ -293,8 +293,8 @@ def test_what_stays_whole_is_said():
     groups, whole = coupled_channels(graph, torch.randn(1, 3, 8, 8))
     assert [group.root for group in groups] == ["free"]
     assert {name: why for name, why in whole.items() if name != "head"} == {
-        "first": "getitem takes one of them by its number",
-        "second": "amax (amax) goes across them",
+        "first": "getitem selects one of them by its index",
+        "second": "amax (amax) reduces them",
         "third": "they go into sort (sort), for which there is no rule",
     }
 

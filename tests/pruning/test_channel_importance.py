@@ -159,7 +159,7 @@ def test_a_function_of_ones_own(graph, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert scores(graph, "mine:last_first")[1].tolist() == [0, -1, -2, -3, -4, -5]
     assert torch.equal(scores(graph, "mine:by_gamma")[1], 2 * graph.get_submodule("norm").weight.detach())
-    with pytest.raises(InputError, match=r"gave a tensor of shape \(2,\) for the 6 channels.*shape \(6,\)"):
+    with pytest.raises(InputError, match=r"returned a tensor of shape \(2,\) for the 6 channels.*shape \(6,\)"):
         scores(graph, "mine:wrong")
     with pytest.raises(InputError, match="finite"):
         scores(graph, "mine:endless")

@@ -11,7 +11,7 @@ from tersor.evaluation.costs import costs
 from tersor.graph.capture import capture
 from tersor.models import build
 from tersor.pruning.channel_groups import Cut, Group, coupled_channels, remove
-from tersor.pruning.channel_selection import left, ordered, prices, removable
+from tersor.pruning.channel_selection import channel_costs, remaining_costs, removable_groups, removal_order
 
 IMAGES = torch.rand(1, 3, 32, 32)
 
@@ -23,13 +23,13 @@ def group(root, size, places=1):
 def order_of(sizes, scores, **options):
     groups = [group(f"layer{number}", size, options.pop("places", 1)) for number, size in enumerate(sizes)]
     given = {"scope": "layer", "round_to": 1, "floor": 0.0, **options}
-    return ordered(groups, [torch.tensor(each) for each in scores], **given)
+    return removal_order(groups, [torch.tensor(each) for each in scores], **given)
 
 
 def test_layers_take_turns():
     order = order_of([2, 4], [[9.0, 8.0], [1.0, 4.0, 2.0, 3.0]])
     assert order.blocks == [(1, 1), (1, 2), (0, 1), (1, 3)]
-    assert order.gone(3) == [[1], [0, 2]]
+    assert order.removed(3) == [[1], [0, 2]]
     assert order.cuts(3) == [Cut("layer0", "out", (1,)), Cut("layer1", "out", (0, 2))]
 
 
@@ -40,17 +40,17 @@ def test_the_least_important_go_first_anywhere():
 
 def test_importances_are_compared_for_each_unit_of_the_price():
     scores = [[3.0, 4.0, 9.0], [1.0, 2.0, 9.0]]
-    order = order_of([3, 3], scores, scope="global", prices=[10.0, 1.0])
+    order = order_of([3, 3], scores, scope="global", channel_costs=[10.0, 1.0])
     assert order.blocks == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    free = order_of([3, 3], scores, scope="global", prices=[0.0, 1.0])
+    free = order_of([3, 3], scores, scope="global", channel_costs=[0.0, 1.0])
     assert free.blocks == [(1, 1), (1, 2), (0, 1), (0, 2)], "what costs nothing saves nothing"
 
 
 @pytest.mark.parametrize("kind", ["macs", "parameters", "channels"])
 def test_a_price_is_what_the_network_costs_less(kind):
     graph = capture(build("resnet20", 10).eval())
-    groups, _ = removable(graph, IMAGES, (), "channel_pruning")
-    found = prices(kind, graph, groups, {layer.name: layer.macs for layer in costs(graph, IMAGES).layers})
+    groups, _ = removable_groups(graph, IMAGES, (), "channel_pruning")
+    found = channel_costs(kind, graph, groups, {layer.name: layer.macs for layer in costs(graph, IMAGES).layers})
     before = costs(graph, IMAGES)
     for number in range(len(groups)):
         cut = copy.deepcopy(graph)
@@ -93,9 +93,11 @@ def test_what_is_left_is_what_the_network_says(kind):
     torch.manual_seed(0)
     graph, image = capture(Mixed().eval()), torch.rand(1, 3, 8, 8)
     groups, _ = coupled_channels(graph, image)
-    order = ordered(groups, [torch.rand(len(each.slices)) for each in groups], scope="global", round_to=3, floor=0.1)
+    order = removal_order(
+        groups, [torch.rand(len(each.slices)) for each in groups], scope="global", round_to=3, floor=0.1
+    )
     spent = costs(graph, image)
-    found = left(kind, graph, order, {layer.name: layer.macs for layer in spent.layers})
+    found = remaining_costs(kind, graph, order, {layer.name: layer.macs for layer in spent.layers})
     assert len(found) == len(order.blocks) + 1 == 6
     assert found == sorted(found, reverse=True)
     for blocks, fraction in enumerate(found):
@@ -106,28 +108,30 @@ def test_what_is_left_is_what_the_network_says(kind):
 
 def test_channels_are_counted():
     order = order_of([2, 4], [[9.0, 8.0], [1.0, 4.0, 2.0, 3.0]])
-    assert left("channels", capture(nn.Sequential()), order, {}) == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6])
+    assert remaining_costs("channels", capture(nn.Sequential()), order, {}) == pytest.approx(
+        [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6]
+    )
 
 
 def test_thousands_of_blocks_walk_over_the_network_once(monkeypatch):
     """2,500 blocks of 4 channels in 6 layers: a walk over the network for each would take minutes."""
     graph = capture(nn.Sequential(*[nn.Linear(10_000, 1, bias=False) for _ in range(6)]))
     slices = tuple(tuple(Cut(str(layer), "in", (c,)) for layer in range(6)) for c in range(10_000))
-    order = ordered([Group("0", slices)], [torch.rand(10_000)], scope="global", round_to=4, floor=0.0)
+    order = removal_order([Group("0", slices)], [torch.rand(10_000)], scope="global", round_to=4, floor=0.0)
     walks = []
     named_modules = graph.named_modules
     monkeypatch.setattr(
         graph, "named_modules", lambda *given, **options: walks.append(1) or named_modules(*given, **options)
     )
-    found = left("parameters", graph, order, {})
+    found = remaining_costs("parameters", graph, order, {})
     assert len(walks) < 10
     assert found[-1] == pytest.approx(4 / 10_000)
 
 
 def test_what_cannot_go_is_told():
     graph = capture(build("resnet20", 10).eval())
-    groups, whole = removable(graph, IMAGES, ["layer1"], "channel_pruning")
+    groups, whole = removable_groups(graph, IMAGES, ["layer1"], "channel_pruning")
     assert {group.root.split(".")[0] for group in groups} == {"layer2", "layer3"}
     assert "linear" in whole
     with pytest.raises(InputError, match="matches no layer"):
-        removable(graph, IMAGES, ["layr1"], "channel_pruning")
+        removable_groups(graph, IMAGES, ["layr1"], "channel_pruning")

@@ -8,8 +8,8 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
-from tersor.pruning.channel_groups import coupled_channels, merged, remove
-from tersor.pruning.least_squares import fitted, take_over
+from tersor.pruning.channel_groups import coupled_channels, merge_cuts, remove
+from tersor.pruning.least_squares import apply_fits, fit_layers
 
 IMAGES = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 """So small that a layer behind a 3x3 convolution has at most 16 positions, and all of them are looked at."""
@@ -28,10 +28,10 @@ def cut(model, channels, *, made_up=True, images=IMAGES):
     """Channels of the first convolution removed, and made up for or not."""
     graph = capture(copy.deepcopy(model))
     (group,) = [group for group in coupled_channels(graph, images)[0] if group.root == "0"]
-    cuts = merged(group.cuts(channels))
-    found = fitted(graph, cuts, [images[:6], images[6:]], 16) if made_up else {}
+    cuts = merge_cuts(group.cuts(channels))
+    found = fit_layers(graph, cuts, [images[:6], images[6:]], 16) if made_up else {}
     remove(graph, cuts)
-    take_over(graph, found)
+    apply_fits(graph, found)
     return graph
 
 
@@ -101,13 +101,13 @@ def test_of_a_reader_that_loses_channels_itself_those_that_stay_get_theirs():
     model = kill(net(nn.Conv2d(6, 5, 3), nn.ReLU(), *pooled(5)), (1, 4))
     graph = capture(copy.deepcopy(model))
     roots = {group.root: group for group in coupled_channels(graph, IMAGES)[0]}
-    cuts = merged([*roots["0"].cuts([1, 4]), *roots["3"].cuts([2])])
-    found = fitted(graph, cuts, [IMAGES], 16)
+    cuts = merge_cuts([*roots["0"].cuts([1, 4]), *roots["3"].cuts([2])])
+    found = fit_layers(graph, cuts, [IMAGES], 16)
     assert {name: tuple(fit.weight.shape) for name, fit in found.items()} == {"3": (4, 4, 3, 3), "7": (4, 4)}
     dead = copy.deepcopy(model)
     dead[3].weight.data[2], dead[3].bias.data[2] = 0, 0
     remove(graph, cuts)
-    take_over(graph, {"3": found["3"]})
+    apply_fits(graph, {"3": found["3"]})
     assert torch.allclose(graph(IMAGES), dead(IMAGES), atol=1e-5)
 
 
@@ -115,11 +115,11 @@ def test_looking_leaves_the_network_as_it_was():
     model = capture(net(*pooled(6)).train())
     (group,) = [group for group in coupled_channels(model, IMAGES)[0] if group.root == "0"]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    fitted(model, group.cuts([0]), [IMAGES], 16)
+    fit_layers(model, group.cuts([0]), [IMAGES], 16)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     with pytest.raises(InputError, match="none were given"):
-        fitted(model, group.cuts([0]), [], 16)
+        fit_layers(model, group.cuts([0]), [], 16)
 
 
 class Shared(nn.Module):
@@ -139,7 +139,7 @@ def test_a_layer_that_is_used_at_several_sizes_is_fitted_to_all_of_them():
     torch.manual_seed(0)
     graph = capture(Shared().eval())
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]
-    fit = fitted(graph, merged(group.cuts([1, 4])), [IMAGES[:6], IMAGES[6:]], 16)["shared"]
+    fit = fit_layers(graph, merge_cuts(group.cuts([1, 4])), [IMAGES[:6], IMAGES[6:]], 16)["shared"]
     x = torch.relu(graph.first(IMAGES))
     read = torch.cat([each.movedim(1, -1).flatten(0, -2) for each in (x, nn.functional.avg_pool2d(x, 2))])
     given = read @ graph.shared.weight.flatten(1).T

@@ -8,9 +8,9 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
-from tersor.pruning.channel_groups import coupled_channels, merged, remove
-from tersor.pruning.least_squares import fitted, take_over
-from tersor.pruning.optimal_brain_surgeon import losses
+from tersor.pruning.channel_groups import coupled_channels, merge_cuts, remove
+from tersor.pruning.least_squares import apply_fits, fit_layers
+from tersor.pruning.optimal_brain_surgeon import loss_increases
 
 IMAGES = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 DATA = IMAGES.split(16)
@@ -28,7 +28,7 @@ def lost(model, data=DATA, images=64):
     """The group of the first layer, and what is lost by its channels."""
     graph = capture(copy.deepcopy(model))
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
-    (found,) = losses(graph, [group], data, images)
+    (found,) = loss_increases(graph, [group], data, images)
     return group, found
 
 
@@ -36,10 +36,10 @@ def lost(model, data=DATA, images=64):
 def measured(model, group, channels):
     """Half of the mean squared change of the centred logits, the layer behind fitted."""
     graph = capture(copy.deepcopy(model))
-    cuts, before = merged(group.cuts(channels)), graph(IMAGES)
-    fits = fitted(graph, cuts, DATA, len(IMAGES))
+    cuts, before = merge_cuts(group.cuts(channels)), graph(IMAGES)
+    fits = fit_layers(graph, cuts, DATA, len(IMAGES))
     remove(graph, cuts)
-    take_over(graph, fits)
+    apply_fits(graph, fits)
     change = graph(IMAGES) - before
     return float((change - change.mean(1, keepdim=True)).square().sum(1).mean()) / 2
 
@@ -115,7 +115,7 @@ def test_all_layers_that_read_a_channel_are_asked():
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]
     graph.left.weight.data[:, :3] = 0
     graph.right.weight.data[:, 2:] = 0
-    (found,) = losses(graph, [group], DATA, len(IMAGES))
+    (found,) = loss_increases(graph, [group], DATA, len(IMAGES))
     assert int(found.argmin()) == 2, "which neither reads"
     assert float(found[2]) < 1e-30
     assert float(found[[0, 1, 3, 4, 5]].min()) > 0
@@ -125,7 +125,7 @@ def test_where_no_layer_reads_whole_nothing_is_said():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     graph = capture(model.eval())
     groups = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
-    assert losses(graph, groups, DATA, 64) == [None] * len(groups)
+    assert loss_increases(graph, groups, DATA, 64) == [None] * len(groups)
 
 
 def test_the_network_comes_back_as_it_was():
@@ -134,7 +134,7 @@ def test_the_network_comes_back_as_it_was():
     graph = capture(model)
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
     before = {name: tensor.clone() for name, tensor in graph.state_dict().items()}
-    (found,) = losses(graph, [group], DATA, 32)
+    (found,) = loss_increases(graph, [group], DATA, 32)
     assert float(found.sum()) > 0, "frozen weights lose no less"
     assert all(torch.equal(tensor, before[name]) for name, tensor in graph.state_dict().items())
     assert graph.training
@@ -187,7 +187,7 @@ class Wrapped(nn.Module):
 def lost_by(model, data=DATA):
     graph = capture(model.eval())
     groups, _ = coupled_channels(graph, IMAGES)
-    return losses(graph, groups, data, 64)
+    return loss_increases(graph, groups, data, 64)
 
 
 def test_networks_that_change_what_they_are_given_and_images_made_for_inference():
@@ -204,7 +204,7 @@ def test_gradients_are_there_where_the_caller_wants_none():
     graph = capture(net())
     groups, _ = coupled_channels(graph, IMAGES)
     with torch.inference_mode():
-        found = losses(graph, groups, DATA, 64)
+        found = loss_increases(graph, groups, DATA, 64)
     assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
 
 
@@ -234,7 +234,7 @@ def test_what_the_answers_do_not_hang_on_is_not_asked():
 
     graph = capture(Apart().eval())
     groups, _ = coupled_channels(graph, IMAGES)
-    found = dict(zip([group.root for group in groups], losses(graph, groups, DATA, 64), strict=True))
+    found = dict(zip([group.root for group in groups], loss_increases(graph, groups, DATA, 64), strict=True))
     assert found["first"] is None
     assert found["inner.0"] is not None
 
@@ -248,14 +248,14 @@ def test_attention_whose_last_layer_is_never_called():
     graph = capture(model.eval())
     images = torch.randn(8, 3, 32, 32)
     groups, _ = coupled_channels(graph, images)
-    assert any(each is not None and float(each.sum()) > 0 for each in losses(graph, groups, [images], 8))
+    assert any(each is not None and float(each.sum()) > 0 for each in loss_increases(graph, groups, [images], 8))
 
 
 @pytest.mark.parametrize(
     ("model", "data", "told"),
     [
-        (Wrapped(net(), behind=lambda x: {"logits": x}), DATA, "gives a dict"),
-        (Wrapped(net(), behind=lambda x: x.detach()), DATA, "no image moves"),
+        (Wrapped(net(), behind=lambda x: {"logits": x}), DATA, "returns a dict"),
+        (Wrapped(net(), behind=lambda x: x.detach()), DATA, "do not depend on the images"),
         (net(), [torch.full_like(IMAGES, torch.nan)], "not finite"),
     ],
 )

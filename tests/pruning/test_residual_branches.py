@@ -8,8 +8,8 @@ from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
 from tersor.models import build
-from tersor.pruning.channel_groups import copied, coupled_channels, merged, remove
-from tersor.pruning.residual_branches import branches, removal_cost
+from tersor.pruning.channel_groups import copy_graph, coupled_channels, merge_cuts, remove
+from tersor.pruning.residual_branches import find_branches, removal_cost
 
 IMAGES = torch.rand(4, 3, 32, 32)
 
@@ -51,15 +51,15 @@ def test_without_a_branch_a_network_gives_what_it_gave_without_adding_it(name):
     make, count = NETWORKS[name]
     torch.manual_seed(0)
     graph = captured(make())
-    found = branches(graph, IMAGES[:1])
+    found = find_branches(graph, IMAGES[:1])
     assert len(found) == count
     some = found[::2]
     with torch.no_grad():
-        expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.stays] for each in some}).run(
+        expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.keep] for each in some}).run(
             IMAGES
         )
         assert not torch.equal(expected, graph(IMAGES))
-        cut = copied(graph)
+        cut = copy_graph(graph)
         remove(cut, [each.cut for each in some])
         assert torch.equal(cut(IMAGES), expected)
         there = {name for name, _ in cut.named_modules()}
@@ -69,7 +69,7 @@ def test_without_a_branch_a_network_gives_what_it_gave_without_adding_it(name):
         again.load_state_dict(cut.state_dict())
         assert torch.equal(again(IMAGES), expected)
     groups, _ = coupled_channels(cut, IMAGES[:1])
-    remove(cut, merged(each for group in groups for each in group.cuts([0])))
+    remove(cut, merge_cuts(each for group in groups for each in group.cuts([0])))
     assert cut(IMAGES).shape == (4, 10), "channels go from what is left"
 
 
@@ -97,7 +97,7 @@ class Shared(nn.Module):
 
 
 def test_what_others_read_or_is_larger_than_what_stays_does_not_go():
-    assert branches(captured(Shared()), IMAGES[:1]) == []
+    assert find_branches(captured(Shared()), IMAGES[:1]) == []
 
 
 class Nested(nn.Module):
@@ -117,7 +117,7 @@ class Nested(nn.Module):
 
 def test_of_branches_in_each_other_the_smaller_one_goes():
     graph = captured(Nested())
-    (branch,) = branches(graph, IMAGES[:1])
+    (branch,) = find_branches(graph, IMAGES[:1])
     assert branch.layers == ("inner", "back")
     remove(graph, [branch.cut])
     layers = dict(graph.named_modules())
@@ -146,14 +146,14 @@ class Later(nn.Module):
 def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make, with_mean):
     torch.manual_seed(0)
     graph = captured(make())
-    found = branches(graph, IMAGES[:1])
+    found = find_branches(graph, IMAGES[:1])
     before = {key: value.clone() for key, value in graph.state_dict().items()}
     told = removal_cost(graph, found, [IMAGES[:3], IMAGES[3:]], 4)
     assert all(torch.equal(before[key], value) for key, value in graph.state_dict().items())
     with torch.no_grad():
         for branch, change in zip(found, told, strict=True):
             sides = {
-                branch.total: lambda *sides, each=branch: sides[each.stays] + with_mean * sides[1 - each.stays].mean(0)
+                branch.total: lambda *sides, each=branch: sides[each.keep] + with_mean * sides[1 - each.keep].mean(0)
             }
             other = Otherwise(graph, sides).run(IMAGES.clone()) - graph(IMAGES.clone())
             expected = (other - other.mean(1, keepdim=True)).square().sum(1).mean() / 2
@@ -162,7 +162,7 @@ def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make, with_
 
 def test_what_cannot_be_told_is_said():
     graph = captured(build("resnet20", 10))
-    found = branches(graph, IMAGES[:1])
+    found = find_branches(graph, IMAGES[:1])
     with pytest.raises(InputError, match="on 2 images at least; given 0"):
         removal_cost(graph, found, [], 4)
     with pytest.raises(InputError, match=r"not finite.* branches: 0"):
@@ -172,7 +172,7 @@ def test_what_cannot_be_told_is_said():
 @pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "mobilenet_v2"])
 def test_what_is_left_trains_though_layers_change_what_they_read(name):
     graph = captured(torchvision(name))
-    remove(graph, [each.cut for each in branches(graph, IMAGES[:1])])
+    remove(graph, [each.cut for each in find_branches(graph, IMAGES[:1])])
     graph.train()(IMAGES).square().mean().backward()
     assert all(each.grad is not None for each in graph.parameters())
 
@@ -194,9 +194,9 @@ class InPlace(nn.Module):
 
 def test_what_others_read_is_not_changed_by_what_comes_behind_a_sum():
     graph = captured(InPlace())
-    (branch,) = branches(graph, IMAGES[:1])
+    (branch,) = find_branches(graph, IMAGES[:1])
     assert branch.layers == ("third",), "the other one changes what stays"
-    expected = Otherwise(graph, {branch.total: lambda *sides: sides[branch.stays].clone()}).run(IMAGES)
+    expected = Otherwise(graph, {branch.total: lambda *sides: sides[branch.keep].clone()}).run(IMAGES)
     remove(graph, [branch.cut])
     assert torch.equal(graph(IMAGES), expected)
 
@@ -216,9 +216,9 @@ class Tied(nn.Module):
 
 def test_what_is_left_keeps_the_weights_that_it_reads():
     graph = captured(Tied())
-    found = branches(graph, IMAGES[:1])
+    found = find_branches(graph, IMAGES[:1])
     assert len(found) == 2
-    expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.stays] for each in found}).run(IMAGES)
+    expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.keep] for each in found}).run(IMAGES)
     remove(graph, [each.cut for each in found])
     assert torch.equal(graph(IMAGES), expected)
     assert set(graph.state_dict()) == {"first.weight", "first.bias"}
@@ -229,7 +229,7 @@ def test_what_is_left_keeps_the_weights_that_it_reads():
 )
 def test_layers_that_are_learned_from_are_those_that_are_left(make, of):
     graph = captured(make())
-    found = branches(graph, IMAGES[:1])
+    found = find_branches(graph, IMAGES[:1])
     blocks = {path for path in graph.meta["layers"] if path.count(".") == 1 and path.startswith(of)}
     assert blocks
     remove(graph, [each.cut for each in found])
@@ -251,8 +251,8 @@ def test_of_tokens_the_mean_is_not_taken_where_batches_come_second(images):
             return self.head(x.mean(0))
 
     graph = captured(SequenceFirst())
-    (branch,) = branches(graph, IMAGES[:1])
+    (branch,) = find_branches(graph, IMAGES[:1])
     (told,) = removal_cost(graph, [branch], [IMAGES[:images], IMAGES[images:]], 4)
     with torch.no_grad():
-        change = Otherwise(graph, {branch.total: lambda *sides: sides[branch.stays]}).run(IMAGES) - graph(IMAGES)
+        change = Otherwise(graph, {branch.total: lambda *sides: sides[branch.keep]}).run(IMAGES) - graph(IMAGES)
     assert told == pytest.approx(float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4)

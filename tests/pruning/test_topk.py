@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tersor.core.errors import InputError
-from tersor.pruning.topk import best_of, known_granularity, masks, pattern, pattern_mask, unit_scores
+from tersor.pruning.topk import check_granularity, masks, n_of_m, n_of_m_mask, top_k_mask, unit_scores
 
 
 def slowly(scores, sparsity):
@@ -111,9 +111,9 @@ def test_pieces_are_one():
 
 
 def test_best_of():
-    assert best_of(torch.tensor([[1.0, 3.0], [3.0, 2.0]]), 1).tolist() == [[False, True], [False, False]]
-    assert int(best_of(torch.rand(3, 5), 0).sum()) == 0
-    assert best_of(torch.rand(3, 5), 15).all()
+    assert top_k_mask(torch.tensor([[1.0, 3.0], [3.0, 2.0]]), 1).tolist() == [[False, True], [False, False]]
+    assert int(top_k_mask(torch.rand(3, 5), 0).sum()) == 0
+    assert top_k_mask(torch.rand(3, 5), 15).all()
 
 
 def test_a_global_threshold_takes_less_than_twice_the_weights():
@@ -155,18 +155,18 @@ def test_kernels_are_masked_whole():
 @pytest.mark.parametrize(("kept", "of"), [(2, 4), (1, 4), (3, 8)])
 def test_of_any_m_input_channels_n_stay(kept, of):
     weight = torch.randn(5, 2 * of, 3, 3)
-    found = pattern_mask(weight.abs(), kept, of)
+    found = n_of_m_mask(weight.abs(), kept, of)
     for out, row, column in ((0, 0, 0), (4, 2, 1), (2, 1, 2)):
         for start in (0, of):
             line = weight[out, start : start + of, row, column].abs().tolist()
             stay = sorted(range(of), key=lambda index, line=line: -line[index])[:kept]
             assert found[out, start : start + of, row, column].nonzero().flatten().tolist() == sorted(stay)
-    assert pattern_mask(torch.ones(1, of), kept, of).tolist() == [[place < kept for place in range(of)]]
+    assert n_of_m_mask(torch.ones(1, of), kept, of).tolist() == [[place < kept for place in range(of)]]
 
 
 def test_granularities():
-    assert [known_granularity(text) for text in ("weight", "kernel", "filter", "2:4")]
-    assert (pattern("2:4"), pattern("weight"), pattern("4:2")) == ((2, 4), None, None)
+    assert [check_granularity(text) for text in ("weight", "kernel", "filter", "2:4")]
+    assert (n_of_m("2:4"), n_of_m("weight"), n_of_m("4:2")) == ((2, 4), None, None)
     for text in ("channel", "4:2", "0:4", "2:"):
         with pytest.raises(InputError, match="N:M such as 2:4"):
-            known_granularity(text)
+            check_granularity(text)

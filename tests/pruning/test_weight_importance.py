@@ -9,11 +9,11 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.pruning.weight_importance import (
-    drawn,
+    function_scores,
     geometric_median,
     gradient_products,
     magnitudes,
-    of_function,
+    random_scores,
     root_mean_squares,
 )
 
@@ -28,9 +28,9 @@ def test_magnitudes_are_means_over_a_unit(unit, count):
     squares = [(sum(value**2 for value in row) / len(row)) ** 0.5 for row in rows]
     assert magnitudes(WEIGHT, unit).tolist() == pytest.approx(means)
     assert root_mean_squares(WEIGHT, unit).tolist() == pytest.approx(squares)
-    assert len(drawn(WEIGHT, unit, 3)) == count
-    assert torch.equal(drawn(WEIGHT, unit, 3), drawn(WEIGHT, unit, 3))
-    assert not torch.equal(drawn(WEIGHT, unit, 3), drawn(WEIGHT, unit, 4))
+    assert len(random_scores(WEIGHT, unit, 3)) == count
+    assert torch.equal(random_scores(WEIGHT, unit, 3), random_scores(WEIGHT, unit, 3))
+    assert not torch.equal(random_scores(WEIGHT, unit, 3), random_scores(WEIGHT, unit, 4))
 
 
 def test_fpgm_is_the_distance_to_the_other_filters():
@@ -100,15 +100,15 @@ def infinite(weight):
 
 @pytest.mark.parametrize(("function", "unit"), [("by_name", "weight"), ("by_name", "filter"), ("of_units", "filter")])
 def test_a_function_of_the_users(function, unit):
-    found = of_function(f"{__name__}:{function}", WEIGHT, unit, name="second", layer=LAYER)
+    found = function_scores(f"{__name__}:{function}", WEIGHT, unit, name="second", layer=LAYER)
     wanted = torch.arange(4.0) if function == "of_units" else magnitudes(WEIGHT, unit) + 1
     assert torch.allclose(found, wanted)
 
 
 def test_a_function_that_gives_something_else():
-    with pytest.raises(InputError, match=r"gave \(1, 3, 2, 2\) for conv1. Give a tensor of the weight's shape"):
-        of_function(f"{__name__}:broken", WEIGHT, "filter", name="conv1", layer=LAYER)
+    with pytest.raises(InputError, match=r"returned \(1, 3, 2, 2\) for conv1. Return a tensor of the weight's shape"):
+        function_scores(f"{__name__}:broken", WEIGHT, "filter", name="conv1", layer=LAYER)
     with pytest.raises(InputError, match="not finite"):
-        of_function(f"{__name__}:infinite", WEIGHT, "filter", name="conv1", layer=LAYER)
+        function_scores(f"{__name__}:infinite", WEIGHT, "filter", name="conv1", layer=LAYER)
     with pytest.raises(InputError, match="has no 'nothing'"):
-        of_function(f"{__name__}:nothing", WEIGHT, "filter", name="conv1", layer=LAYER)
+        function_scores(f"{__name__}:nothing", WEIGHT, "filter", name="conv1", layer=LAYER)

@@ -18,9 +18,9 @@ from tersor.methods.dpf import DPF
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.dense_path import masks_and_quantizers_disabled
 from tersor.pruning.mask import Mask
-from tersor.pruning.mask_log import POINTS, MaskLog, stride
 from tersor.training.context import AttachContext
-from tersor.training.mask_attachment import DynamicMasks, MaskedAttachment, dense_of, lay_masks, mask_of
+from tersor.training.mask_attachment import DynamicMasks, MaskedAttachment, dense_weight, insert_masks, mask_of
+from tersor.training.mask_log import MAX_ROWS, MaskLog, log_interval
 from tersor.training.method import chain
 
 IMAGES, LABELS = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
@@ -34,7 +34,7 @@ def network():
 def masked(gradient):
     model = network()
     layers = {"0": model[0], "2": model[2]}
-    lay_masks(layers, gradient, "a method")
+    insert_masks(layers, gradient, "a method")
     for layer in layers.values():
         mask_of(layer).mask.copy_(torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(2)) > 0.7)
     return model, MaskedAttachment(model, layers)
@@ -50,28 +50,28 @@ def shown_gradients(model):
     return {place: plain[place].weight.grad for place in (0, 2)}
 
 
-@pytest.mark.parametrize("gradient", ["kept", "all", "split"])
+@pytest.mark.parametrize("gradient", ["masked", "straight_through", "split"])
 def test_what_is_shown_and_its_gradient(gradient):
     model, _ = masked(gradient)
     for place in (0, 2):
-        mask, dense = mask_of(model[place]).mask, dense_of(model[place])
+        mask, dense = mask_of(model[place]).mask, dense_weight(model[place])
         assert torch.equal(model[place].weight, torch.where(mask, dense, torch.zeros(())))
     F.cross_entropy(model(IMAGES), LABELS).backward()
     for place, wanted in shown_gradients(model).items():
-        mask, found = mask_of(model[place]).mask, dense_of(model[place]).grad
+        mask, found = mask_of(model[place]).mask, dense_weight(model[place]).grad
         assert wanted[~mask].abs().max() > 0
-        assert torch.equal(found, wanted if gradient == "all" else wanted * mask)
+        assert torch.equal(found, wanted if gradient == "straight_through" else wanted * mask)
 
 
-@pytest.mark.parametrize("gradient", ["kept", "all", "split"])
+@pytest.mark.parametrize("gradient", ["masked", "straight_through", "split"])
 def test_the_dense_weight_and_its_gradient(gradient):
     model, _ = masked(gradient)
     factor = torch.randn(4, 3, 3, 3)
     with masks_and_quantizers_disabled(model):
-        assert torch.equal(model[0].weight, dense_of(model[0]))
+        assert torch.equal(model[0].weight, dense_weight(model[0]))
         (model[0].weight * factor).sum().backward()
     mask = mask_of(model[0]).mask
-    assert torch.equal(dense_of(model[0]).grad, factor * ~mask if gradient == "split" else factor)
+    assert torch.equal(dense_weight(model[0]).grad, factor * ~mask if gradient == "split" else factor)
     assert torch.equal(model[0].weight[~mask], torch.zeros(int((~mask).sum())))
 
 
@@ -91,7 +91,7 @@ def step(model, optimizer):
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_kept_never_moves_a_masked_weight(name):
     """Also one that momentum was gathered for before it was masked; the others move as if nothing held them."""
-    model, attached = masked("kept")
+    model, attached = masked("masked")
     masks = {place: mask_of(model[place]).mask for place in (0, 2)}
     later = {place: mask.clone() for place, mask in masks.items()}
     optimizer = optimizers(model)[name]
@@ -102,68 +102,65 @@ def test_kept_never_moves_a_masked_weight(name):
         step(model, optimizer)
     for place, mask in masks.items():
         mask.copy_(later[place])
-    before = {place: dense_of(model[place]).detach().clone() for place in masks}
+    before = {place: dense_weight(model[place]).detach().clone() for place in masks}
     free = copy.deepcopy(model)
     other = optimizers(free)[name]
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     step(free, other)
     step(model, optimizer)
     for place, mask in masks.items():
-        moved = dense_of(free[place])
-        assert torch.equal(dense_of(model[place])[mask], moved[mask])
+        moved = dense_weight(free[place])
+        assert torch.equal(dense_weight(model[place])[mask], moved[mask])
         assert not torch.equal(moved[~mask], before[place][~mask]), "without help, it moves"
     for _ in range(3):
         step(model, optimizer)
     for place, mask in masks.items():
-        assert torch.equal(dense_of(model[place])[~mask], before[place][~mask])
+        assert torch.equal(dense_weight(model[place])[~mask], before[place][~mask])
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_all_is_a_step_of_the_dense_weights(name):
     """The gradient of what is shown moves all of w, and decay is on all of it."""
-    model, attached = masked("all")
+    model, attached = masked("straight_through")
     optimizer = optimizers(model)[name]
     attached.bind(optimizer)
-    twins = {place: nn.Parameter(dense_of(model[place]).detach().clone()) for place in (0, 2)}
+    twins = {place: nn.Parameter(dense_weight(model[place]).detach().clone()) for place in (0, 2)}
     same = optimizers(nn.ParameterList(twins.values()))[name]
     for _ in range(3):
         optimizer.zero_grad()
         F.cross_entropy(model(IMAGES), LABELS).backward()
         for place, twin in twins.items():
-            twin.grad = dense_of(model[place]).grad.clone()
+            twin.grad = dense_weight(model[place]).grad.clone()
         optimizer.step()
         same.step()
         for place, twin in twins.items():
-            assert torch.equal(dense_of(model[place]), twin)
+            assert torch.equal(dense_weight(model[place]), twin)
 
 
 @pytest.mark.parametrize("method", [WeightPruning(sparsity_schedule="linear"), DPF(), DCIL()], ids=type)
-def test_structure_holds_the_gradient_and_the_log(method):
+def test_structure_holds_the_gradient(method):
     attached = method.attach(network(), AttachContext(steps=10))
     found = structure(attached.model)
     again = rebuild(network(), found)
     again.load_state_dict(attached.model.state_dict())
     assert structure(again) == found
-    wanted = {WeightPruning: "kept", DPF: "all", DCIL: "split"}[type(method)]
-    assert [(mask_of(again[place]).gradient, mask_of(again[place]).log is None) for place in (0, 2)] == [
-        (wanted, False),
-        (wanted, True),
-    ]
+    wanted = {WeightPruning: "masked", DPF: "straight_through", DCIL: "split"}[type(method)]
+    assert [mask_of(again[place]).gradient for place in (0, 2)] == [wanted, wanted]
     attached.finish()
-    assert {each["gradient"] for told in structure(attached.model)["weights"].values() for each in told} == {"kept"}
+    assert {each["gradient"] for told in structure(attached.model)["weights"].values() for each in told} == {"masked"}
 
 
 def test_what_is_told_of_moving_masks():
     model = network()
     layers = {"0": model[0], "2": model[2]}
-    lay_masks(layers, "all", "a method")
-    attached = DynamicMasks(model, layers, sparsity=0.5, every=2, end=0.5, floor=0.0, steps=12)
+    insert_masks(layers, "straight_through", "a method")
+    attached = DynamicMasks(model, layers, DPF(sparsity=0.5, every=2, end=0.5), steps=12)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     masks = [torch.cat([mask_of(layer).mask.flatten() for layer in layers.values()]).clone()]
     for step in range(12):
         if step == 9:
             with torch.no_grad():
-                dense_of(model[0]).neg_().reciprocal_()
+                dense_weight(model[0]).neg_().reciprocal_()
         attached.before_step(step, optimizer)
         attached.after_step(step, optimizer)
         if step % 2:
@@ -183,15 +180,31 @@ def test_what_is_told_of_moving_masks():
 
 def test_a_log_of_a_long_stage_is_thinned():
     log = MaskLog()
-    every = stride(5000)
+    every = log_interval(5000)
     for number in range(5000):
         if number % every == 0:
             log.add(number * 16, 0.5, 0.25)
     log.add(80_000, 0.9, 0.0)
-    assert 150 < len(log.told["steps"]) <= POINTS
-    assert (log.told["steps"][0], log.told["steps"][-1]) == (0, 80_000)
-    assert log.told["sparsity"][-1] == 0.9
-    assert stride(POINTS - 2) == 1
+    columns = log.columns
+    assert 150 < len(columns["steps"]) <= MAX_ROWS
+    assert (columns["steps"][0], columns["steps"][-1]) == (0, 80_000)
+    assert columns["sparsity"][-1] == 0.9
+    assert log_interval(MAX_ROWS - 2) == 1
+
+
+def test_a_resumed_chain_has_the_log_of_each_part():
+    methods = [DPF(layers=("0",), every=1), WeightPruning(layers=("2",))]
+    first = chain(methods, network(), AttachContext(steps=10))
+    first.begin()
+    optimizer = torch.optim.SGD(first.model.parameters(), lr=0.0)
+    for step in range(3):
+        first.after_step(step, optimizer)
+    resumed = chain(methods, network(), AttachContext(steps=10))
+    resumed.load_state_dict(first.state_dict())
+    assert [log["steps"] for log in resumed.metrics["masks"]] == [[1, 2, 3], [0]]
+    assert resumed.metrics == first.metrics
+    with pytest.raises(ValueError, match="mask log of shape"):
+        resumed.parts[0].load_state_dict({"mask_log": torch.zeros(3)})
 
 
 def test_one_stage_one_method_that_masks_a_layer():
@@ -212,14 +225,14 @@ def test_what_is_masked_does_not_move_in_later_stages_either():
     first = chain([WeightPruning(sparsity=0.5)], model, AttachContext())
     first.begin()
     first.finish()
-    before = {place: (mask_of(model[place]).mask.clone(), dense_of(model[place]).clone()) for place in (0, 2)}
+    before = {place: (mask_of(model[place]).mask.clone(), dense_weight(model[place]).clone()) for place in (0, 2)}
     behind = chain([DPF(sparsity=0.6, layers=("2",))], model, AttachContext(steps=3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     behind.bind(optimizer)
     for _ in range(3):
         model(IMAGES).square().mean().backward()
         optimizer.step()
-    moved = {place: dense_of(model[place]) != weight for place, (_, weight) in before.items()}
+    moved = {place: dense_weight(model[place]) != weight for place, (_, weight) in before.items()}
     assert not moved[0][~before[0][0]].any()
     assert moved[0][before[0][0]].all()
     assert moved[2][~before[2][0]].any(), "dpf moves what it masks"
@@ -228,5 +241,5 @@ def test_what_is_masked_does_not_move_in_later_stages_either():
 def test_masks_lie_under_grids():
     model = network()
     parametrize.register_parametrization(model[0], "weight", Mask(model[0].weight.shape))
-    lay_masks({"0": model[0]}, "split", "a method")
+    insert_masks({"0": model[0]}, "split", "a method")
     assert mask_of(model[0]).gradient == "split"

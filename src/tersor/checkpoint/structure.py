@@ -49,11 +49,10 @@ class _Strict(BaseModel):
 
 class _Mask(_Strict):
     mask: Annotated[list[_Size], Field(min_length=1, max_length=8)]
-    gradient: Literal["kept", "all", "split"]
-    logged: bool
+    gradient: Literal["masked", "straight_through", "split"]
 
     def made(self) -> nn.Module:
-        return Mask(self.mask, self.gradient, logged=self.logged)
+        return Mask(self.mask, self.gradient)
 
 
 class _Largest(_Strict):
@@ -216,7 +215,7 @@ def _insert_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Parametriz
 
 def _described(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Mask):
-        return {"mask": list(module.mask.shape), "gradient": module.gradient, "logged": module.log is not None}
+        return {"mask": list(module.mask.shape), "gradient": module.gradient}
     if isinstance(module, RunningLargest):
         return {"largest": len(module.largest) if module.largest.ndim else None}
     if isinstance(module, FakeQuantize):

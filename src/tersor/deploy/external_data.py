@@ -1,4 +1,4 @@
-"""ONNX files whose weights lie in other files, which a stranger's file may look for anywhere."""
+"""External data of ONNX files: an untrusted file must not read files outside of its folder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tersor.core.errors import InputError
 
 
 def refuse_outside(path: Path) -> None:
-    """Refuses a model that reads files outside of its own folder: by an absolute path, by `..`, by a link.
+    """Refuse a model with external data outside of its folder: by an absolute path, `..` or a link.
 
-    What is no ONNX file at all is left to the runtime, which refuses it.
+    Files that are no ONNX are left to the runtime.
 
     Raises:
-        InputError: it does.
+        InputError: the model reads such a file.
     """
     if path.suffix != ".onnx":
         return
-    import onnx  # here, because it takes longer to import than all the rest
+    import onnx  # slow to import
     from google.protobuf.message import DecodeError
 
     try:
@@ -31,7 +31,7 @@ def refuse_outside(path: Path) -> None:
         for entry in tensor.external_data:
             if entry.key == "location" and not _inside(folder, entry.value):
                 raise InputError(
-                    f"{path} reads {entry.value[:100]!r}, a file outside of its folder, so it is refused. Put its "
+                    f"{path} reads {entry.value[:100]!r}, a file outside of its folder, and is refused. Put its "
                     "weights beside it, or into it: onnx.save(onnx.load(path), path)."
                 )
 
@@ -39,12 +39,12 @@ def refuse_outside(path: Path) -> None:
 def _inside(folder: Path, location: str) -> bool:
     try:
         return (folder / location).resolve().is_relative_to(folder)
-    except (OSError, ValueError):  # a name that no file has
+    except (OSError, ValueError):  # not a file name
         return False
 
 
 def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor in a message, at any depth: of graphs, of their nodes, of functions."""
+    """Every tensor in a message, at any depth: in graphs, nodes, functions."""
     for field, value in message.ListFields():
         if field.type != field.TYPE_MESSAGE:
             continue

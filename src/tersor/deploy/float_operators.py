@@ -1,4 +1,4 @@
-"""Operators of an artifact that are not computed in integers, for `numbers.json`."""
+"""Operators of an artifact that run in float, for `numbers.json`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tersor.quantization.integer_coverage import integer_coverage
 def float_operators(model: nn.Module, example: Tensor) -> dict[str, Any]:
     """Fields of the artifact in `numbers.json`.
 
-    `integer_macs_share`, from 0 to 1, is None and `float_operators` is empty for a network that is not quantized.
+    Without quantizers `integer_macs_share`, in [0, 1], is None and `float_operators` is empty.
 
     Args:
-        model: the compressed network, as torch has it.
-        example: images (N, C, H, W); the first is run.
+        model: the compressed network in PyTorch.
+        example: images (N, C, H, W); the first one is run.
     """
     covered = integer_coverage(model, example)
     quantized = any(isinstance(module, FakeQuantize) and module.enabled for module in model.modules())

@@ -1,11 +1,11 @@
-"""Weights of up to four bits lie two in a byte, and are unpacked when a runtime opens the file.
+"""INT4 packing: weights of up to four bits are stored two in a byte, and unpacked when a runtime loads the file.
 
-ONNX has INT4 behind a DequantizeLinear for this, but ONNX Runtime computes such a layer in float. With a Cast to INT8
-between the two, both runtimes fold the Cast when they open the file, and run the network with weights of 8 bits.
-ONNX Runtime can since 1.23; OpenVINO was tried from 2025.3 on.
+ONNX Runtime computes a layer with INT4 weights behind a DequantizeLinear in float. With a Cast to INT8 between the two,
+runtimes fold the Cast when they load the file, and run the network with 8-bit weights: ONNX Runtime since 1.23,
+OpenVINO tested from 2025.3 on.
 
-Weights of an affine grid of 4 bits are -15..15 without their zero point (see `deployed.py`): each channel is shifted
-into -8..7, and an Add behind the Cast shifts it back.
+Affine 4-bit weights without their zero point are in -15..15 (see `integer_graph.py`): each channel is shifted into
+-8..7, and an Add behind the Cast shifts it back.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 _MINIMUM, _MAXIMUM = -8, 7
 
 
-def pack(graph: onnx.GraphProto) -> None:
-    """Packs every int8 weight (C, ...) of `graph` whose channels each span 16 neighbouring integers at most.
+def pack_int4(graph: onnx.GraphProto) -> None:
+    """Pack every int8 input (C, ...) of a DequantizeLinear whose channels each span at most 16 neighbouring integers.
 
-    No value changes: it goes by the integers alone. A weight is what a DequantizeLinear takes.
+    No value changes.
     """
     weights = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     unpacking: list[onnx.NodeProto] = []
@@ -49,7 +49,7 @@ def pack(graph: onnx.GraphProto) -> None:
 
 
 def _nibbles(integers: NDArray[np.int32]) -> bytes:
-    """Integers -8..7 as ONNX lays them: the first of two in the lower half of a byte."""
+    """Integers -8..7 in ONNX's layout: the first of two in the lower half of a byte."""
     flat = integers.ravel()
     pairs = np.pad(flat, (0, flat.size % 2)).reshape(-1, 2) & 15
     return (pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8).tobytes()

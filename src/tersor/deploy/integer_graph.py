@@ -1,8 +1,9 @@
-"""A captured, quantized network -> the same network as a runtime should see it: integers, Q/DQ, BatchNorm folded.
+"""The integer graph: a quantized network with QuantizeLinear/DequantizeLinear, int8 weights and folded BatchNorm.
 
-Weights w = s (q - z) on an affine grid lie as q - z wherever that fits into a byte, as it does up to 7 bits: then they
-are symmetric ones for the runtime. With a zero point that is not zero OpenVINO computes the layer in float, and ONNX
-Runtime before 1.27 refuses it at the first batch unless all channels share one.
+Where quantizers were placed in training (`quantization/qdq_placement.py`), the file gets Q/DQ pairs. Weights w =
+s (q - z) are stored as q - z where that fits into int8, as it does up to 7 bits: runtimes then see symmetric weights.
+With zero points that are not zero OpenVINO computes the layer in float, and ONNX Runtime before 1.27 refuses it at the
+first batch unless all channels share one.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid
 from tersor.quantization.qdq_placement import is_nothing_in_eval
 
-_LARGEST_BIAS = 2**30  # the products that are added to it need the rest of 32 bits
-_NOTHING = 1e-20
+_LARGEST_BIAS = 2**30  # the accumulated products need the rest of 32 bits
+_TINY = 1e-20
 
 
 class QuantizeDequantize(nn.Module):
-    """An activation rounded to its grid, as the two operators that runtimes fuse."""
+    """A quantized activation: the Q/DQ pair that runtimes fuse."""
 
     scale: Tensor
     zero_point: Tensor
@@ -49,7 +50,7 @@ class QuantizeDequantize(nn.Module):
         quantized = torch.onnx.ops.symbolic(
             "QuantizeLinear", [values, *grid], dtype=torch.uint8, shape=values.shape, version=21
         )
-        if self.ends is not None:  # of the integers: before them it would keep the layer from computing in integers
+        if self.ends is not None:  # a clip before the pair would keep the layer in float
             quantized = quantized.clamp(*self.ends)
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", [quantized, *grid], dtype=torch.float32, shape=values.shape, version=21
@@ -57,15 +58,15 @@ class QuantizeDequantize(nn.Module):
 
 
 class IntegerLayer(nn.Module):
-    """A convolution or fully connected layer whose weight lies as int8, and whose bias as int32.
+    """A convolution or fully connected layer with an int8 weight and an int32 bias.
 
     Args:
-        layer: the plain layer, BatchNorm not folded.
+        layer: the layer without quantizers; its settings are used.
         weight: integers (C_out, ...), int8.
         scale: of the weight, (C_out,).
         zero_point: of the weight, (C_out,) int8; None where it is zero.
         bias: (C_out,) in float, or None.
-        input_scale: scale of the activations that come in, a scalar; None where they come in float.
+        input_scale: scale of the input activations, a scalar; None where they are float.
     """
 
     weight: Tensor
@@ -85,12 +86,11 @@ class IntegerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = copy.copy(layer)
-        # only its settings are used; the tensors are the buffers below
         self.layer._parameters = {"weight": None, "bias": None}
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         if zero_point is None and isinstance(layer, nn.Linear):
-            # ONNX Runtime computes a matrix product in integers only if its weight has a zero point, be it zero
+            # ONNX Runtime computes a matrix product in integers only if its weight has a zero point, even 0
             zero_point = torch.zeros_like(weight[:, 0])
         self.register_buffer("zero_point", zero_point)
         bias_scale = None
@@ -101,7 +101,7 @@ class IntegerLayer(nn.Module):
         self.register_buffer("bias_scale", bias_scale)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the layer gives for `inputs`, from its integers."""
+        """The layer's output from its dequantized weight and bias."""
         weight = _dequantize(self.weight, self.scale, self.zero_point)
         bias = self.bias
         if bias is not None and self.bias_scale is not None:
@@ -112,7 +112,7 @@ class IntegerLayer(nn.Module):
 
 
 def _dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Integers (C, ...) times their channel's scale (C,), as one operator of the file."""
+    """Integers (C, ...) with scales (C,), as one DequantizeLinear."""
     return torch.onnx.ops.symbolic(
         "DequantizeLinear",
         [integers, scale] if zero_point is None else [integers, scale, zero_point],
@@ -123,8 +123,8 @@ def _dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None = Non
     )
 
 
-def deployed(model: fx.GraphModule) -> nn.Module:
-    """A copy of `model` for conversion; `model` stays as it is. It traces, but computes only as ONNX."""
+def to_integer_graph(model: fx.GraphModule) -> nn.Module:
+    """A copy of `model` for the ONNX exporter; it can be traced, but runs only as ONNX."""
     if not any(isinstance(module, FakeQuantize) and module.enabled for module in model.modules()):
         return strip(model)
     plain = strip(model)
@@ -142,7 +142,7 @@ def deployed(model: fx.GraphModule) -> nn.Module:
             modules[name] = QuantizeDequantize(module) if module.enabled else nn.Identity()
             node.kwargs = {}
         elif isinstance(module, Layer) and is_plain(module) and weight_quantizer(module) is not None:
-            alone = calls[name] == 1  # a layer that is called twice has no one norm and no one input
+            alone = calls[name] == 1  # a layer that is called twice may have several norms and inputs
             norm = norm_behind(node) if alone else None
             if norm is not None:
                 folded.append(norm.node)
@@ -151,16 +151,16 @@ def deployed(model: fx.GraphModule) -> nn.Module:
     for node in folded:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
-    _keep_what_is_read(plain, graph, modules)
+    _keep_read_tensors(plain, graph, modules)
     for name, module in modules.items():
         plain.set_submodule(name, module)
     return fx.GraphModule(plain, graph, class_name=type(model).__name__)
 
 
-def _keep_what_is_read(plain: nn.Module, graph: fx.Graph, replaced: Container[str]) -> None:
-    """Tensors of replaced layers that the forward itself reads stay as they were: in float, of the same shape.
+def _keep_read_tensors(plain: nn.Module, graph: fx.Graph, replaced: Container[str]) -> None:
+    """Keep float copies of those tensors of replaced layers that the forward reads directly.
 
-    A forward may read a weight's values (a shared one), or only its dtype (`x.to(self.conv.weight.dtype)`).
+    It may read the values of a shared weight, or only a dtype (`x.to(self.conv.weight.dtype)`).
     """
     for node in graph.nodes:
         owner, _, name = str(node.target).rpartition(".")
@@ -182,7 +182,7 @@ def _input_scale(node: fx.Node) -> Tensor | None:
 
 @torch.no_grad()
 def _integer_layer(layer: Layer, plain: nn.Module, norm: Norm | None, input_scale: Tensor | None) -> nn.Module:
-    """The layer's integers, with `norm` folded into scale, sign and bias: the integers' sizes do not change."""
+    """The integer layer; `norm` is folded into scale, sign and bias, so that magnitudes of integers do not change."""
     quantizer = weight_quantizer(layer)
     assert quantizer is not None
     assert isinstance(plain, Layer)
@@ -192,20 +192,20 @@ def _integer_layer(layer: Layer, plain: nn.Module, norm: Norm | None, input_scal
     integers = torch.round(layer.weight / scale.reshape(shape))
     bias = layer.bias
     if norm is not None:
-        factor, bias = _folded(norm, bias)
+        factor, bias = _fold(norm, bias)
         integers = integers * torch.sign(factor).reshape(shape)
         zero_point = torch.where(factor < 0, -1 - zero_point, zero_point)  # -(q - z) = (-1 - q) - (-1 - z)
         scale = scale * factor.abs()
     if bias is not None and not bias.any():
-        bias = None  # its scales would lie in the file for nothing
-    fitting = _fitting_scale(integers, scale, bias, input_scale)
-    integers = torch.round(integers * (scale / fitting).reshape(shape))
-    stored, zero_point = _as_bytes(integers, zero_point)
-    return IntegerLayer(plain, stored, fitting, zero_point, bias, input_scale)
+        bias = None  # saves its scales in the file
+    safe_scale = _bias_safe_scale(integers, scale, bias, input_scale)
+    integers = torch.round(integers * (scale / safe_scale).reshape(shape))
+    stored, zero_point = _to_int8(integers, zero_point)
+    return IntegerLayer(plain, stored, safe_scale, zero_point, bias, input_scale)
 
 
-def _as_bytes(integers: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Integers q - z (C, ...) as int8 and None, or as q and z (C,) where they do not fit; `zero_point` is z."""
+def _to_int8(integers: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor | None]:
+    """q - z (C, ...) as int8 and None, or q and z (C,) where q - z does not fit; `integers` are q - z."""
     if _fits_int8(integers):
         return integers.to(torch.int8), None
     stored = integers + zero_point.reshape(-1, *[1] * (integers.ndim - 1))
@@ -217,26 +217,26 @@ def _fits_int8(integers: Tensor) -> bool:
     return bool(integers.min() >= -128 and integers.max() <= 127)
 
 
-def _fitting_scale(integers: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
-    """`scale` (C,), but for channels that BatchNorm or training has switched off.
+def _bias_safe_scale(integers: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
+    """`scale` (C,), adapted for channels whose weights are zero or tiny.
 
-    Where all `integers` are zero the bias alone chooses, so that it loses nothing. Where it would not fit beside
-    weights next to nothing, these get coarser. A channel of nothing gets 1.
+    Where all integers are zero, the scale follows from the bias. Where the bias would overflow beside tiny weights, the
+    scale is raised. A channel without weights and bias gets 1.
     """
     silent = integers.flatten(1).eq(0).all(1)
     scale = torch.where(silent, torch.zeros_like(scale), scale)
     if bias is not None and input_scale is not None:
         scale = torch.maximum(scale, bias.abs() / (_LARGEST_BIAS * input_scale))
-    return torch.where(scale > _NOTHING, scale, torch.ones_like(scale))
+    return torch.where(scale > _TINY, scale, torch.ones_like(scale))
 
 
-def _folded(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `norm` multiplies each channel by, and the bias that it leaves."""
+def _fold(norm: Norm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The factor of each channel, and the new bias."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var + norm.eps)
     gamma, beta = gamma_and_beta(norm)
     if gamma is not None:
         factor = factor * gamma
-    centred = -norm.running_mean if bias is None else bias - norm.running_mean
-    return factor, centred * factor + (0 if beta is None else beta)
+    centered = -norm.running_mean if bias is None else bias - norm.running_mean
+    return factor, centered * factor + (0 if beta is None else beta)

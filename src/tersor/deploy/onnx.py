@@ -1,10 +1,10 @@
-"""A network with parametrizations -> one ONNX file with Q/DQ, whose weights lie on disk as integers.
+"""ONNX export: one file with Q/DQ pairs and integer weights.
 
-The fake quantizers of training do not export with a dynamic batch, and leave weights as float32 behind a
-QuantizeLinear. So the graph is rebuilt first: every activation quantizer becomes QuantizeLinear + DequantizeLinear,
-every quantized layer an int8 buffer behind a DequantizeLinear with an int32 bias on the grid of its products (what a
-runtime needs to stay in integers), with its BatchNorm folded into scale and bias. Then `torch.onnx.export` only
-converts, and what it writes about this machine (stack traces with paths) is taken out again.
+Fake quantizers do not export with a dynamic batch, and would store float32 weights before a QuantizeLinear. So the
+graph is rebuilt first (`integer_graph.py`): activation quantizers become QuantizeLinear + DequantizeLinear, quantized
+layers an int8 weight behind a DequantizeLinear with an int32 bias at the scale of the products, which integer kernels
+need, and BatchNorm is folded into scale and bias. `torch.onnx.export` then converts the graph; metadata that names this
+machine (stack traces with paths) is removed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tersor.core.errors import InputError
 from tersor.core.files import write_file
-from tersor.deploy.int4_packing import pack
-from tersor.deploy.integer_graph import deployed
+from tersor.deploy.int4_packing import pack_int4
+from tersor.deploy.integer_graph import to_integer_graph
 from tersor.deploy.outputs import output_names
 from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.eval_mode import checked_forward
@@ -34,11 +34,11 @@ OPSET = 21
 _FIRST_IR_VERSION_OF_OPSET_21 = 10
 
 
-class Average(nn.Module):
-    """The average over all pixels, as a mean.
+class MeanPool(nn.Module):
+    """Global average pooling as a mean.
 
-    torch's own lays its result out anew where channels lie last (Swin), which becomes a dozen operators on indices:
-    in a network with such, OpenVINO 2026.4 gives every channel of the first convolution the first channel's bias.
+    In channels-last networks (Swin) torch's own pooling exports a dozen index operators, with which OpenVINO 2026.4
+    adds the first channel's bias to every channel of the first convolution.
     """
 
     def forward(self, values: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ class Average(nn.Module):
         return values.mean((-2, -1), keepdim=True)
 
 
-class Pixels(nn.Module):
-    """Takes raw uint8 pixels (N, 3, H, W) and shows the network what it was trained on: (pixel / 255 - mean) / std."""
+class PixelInput(nn.Module):
+    """A network with its normalization: takes uint8 pixels (N, 3, H, W) and runs on (pixel / 255 - mean) / std."""
 
     factor: Tensor
     offset: Tensor
@@ -73,18 +73,18 @@ def export(
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
     batch: int | None = None,
 ) -> Path:
-    """Writes `model` to `path` as one ONNX file, whole or not at all.
+    """Export `model` to `path` as one ONNX file; the file is written atomically.
 
     Args:
-        model: any network; one that `ptq` or `qat` quantized becomes an integer network.
-        example: images (N, C, H, W) float32 of the size to export for, normalised as for `model`.
+        model: any network; one quantized by `ptq` or `qat` becomes an integer network.
+        example: normalized images (N, C, H, W) float32 of the size to export for.
         path: file to write, `*.onnx`; an existing one is replaced.
-        classes: names of the classes, kept in the file's metadata as JSON under `classes`.
-        pixels: mean and standard deviation; the file then takes uint8 pixels (N, 3, H, W) and normalises them itself.
-        batch: images a batch; by default any number.
+        classes: class names, stored in the file's metadata as JSON under `classes`.
+        pixels: mean and standard deviation; the file then takes uint8 pixels (N, 3, H, W) and normalizes them itself.
+        batch: batch size; dynamic by default.
 
     Raises:
-        InputError: the network cannot be converted, or `path` is not a file that can be written.
+        InputError: the network cannot be converted, or `path` cannot be written.
     """
     path = Path(path)
     if path.suffix != ".onnx" and not path.is_dir():
@@ -96,18 +96,18 @@ def export(
         few = example[:2].to(next(model.parameters()))
         with checked_forward(type(model).__name__, few):
             record_ranks(model, few)
-    network = deployed(model) if isinstance(model, fx.GraphModule) else strip(model)
+    network = to_integer_graph(model) if isinstance(model, fx.GraphModule) else strip(model)
     network = network.cpu().float().eval()
-    _averages_as_means(network)
+    _replace_global_pooling(network)
     inputs = example[:1].cpu().float()
     if pixels is not None:
-        network = Pixels(network, *pixels).eval()
+        network = PixelInput(network, *pixels).eval()
         inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
     images = inputs.expand(batch or 2, *inputs.shape[1:]).contiguous()
     program = _convert(network, images, dynamic=batch is None)
     proto = program.model_proto
-    pack(proto.graph)
-    _tidy(proto, output_names(program))
+    pack_int4(proto.graph)
+    _strip_metadata(proto, output_names(program))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
     onnx.checker.check_model(proto, full_check=True)
@@ -115,19 +115,19 @@ def export(
     return path
 
 
-def _averages_as_means(network: nn.Module) -> None:
+def _replace_global_pooling(network: nn.Module) -> None:
     for name, module in list(network.named_modules()):
         if name and isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1]):
-            network.set_submodule(name, Average())
+            network.set_submodule(name, MeanPool())
 
 
 def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> torch.onnx.ONNXProgram:
     batch = {0: torch.export.Dim("batch", min=1)} if dynamic else None
     try:
-        # The exporter breaks attention up into matrix products. Captured by a fused kernel, whose answer lies in memory
-        # in another order, a `reshape` behind it would have become a view that there cannot be.
+        # The exporter decomposes attention into matrix products. A fused kernel returns another memory layout, for
+        # which a `reshape` behind it would be captured as a view that is invalid after the decomposition.
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-            warnings.simplefilter("ignore")  # the exporter warns of its own internals; the file is checked below
+            warnings.simplefilter("ignore")  # about the exporter itself; the file is checked below
             program = torch.onnx.export(
                 network,
                 (inputs,),
@@ -145,17 +145,17 @@ def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> torch.onnx
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong at first; the exporter wraps it in advice on how to report its own bugs."""
+    """The first line of the original error; the exporter wraps it in advice on how to report bugs."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
 
 
-def _tidy(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
-    """Leaves only what a runtime reads, under short names: no stack traces, no paths, no shapes it can infer.
+def _strip_metadata(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
+    """Remove stack traces, paths and inferred shapes; shorten the names of values.
 
-    Convolutions and matrix products keep the path of their module as the node's name: profiles then name layers.
+    Convolutions and matrix products have the path of their module as the node's name, for profiles.
     """
     graph = proto.graph
     proto.producer_name, proto.producer_version, proto.doc_string = "tersor", "", ""
@@ -181,7 +181,7 @@ def _tidy(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
     for node in graph.node:
         node.name = _module_path(node) if node.op_type in {"Conv", "Gemm", "MatMul"} else ""
         paths[node.name] += 1
-        if node.name and paths[node.name] > 1:  # attention has several products; runtimes refuse a name given twice
+        if node.name and paths[node.name] > 1:  # attention has several products, and names have to be unique
             node.name += f".{paths[node.name]}"
         node.doc_string = ""
         del node.metadata_props[:]
@@ -190,7 +190,7 @@ def _tidy(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
 
 
 def _module_path(node: onnx.NodeProto) -> str:
-    """The path of the module that gave the node, without the wrapper of the pixels."""
+    """The path of the module that the node was exported from, without `PixelInput`."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             scopes = cast("list[str]", json.loads(entry.value.replace("'", '"')))

@@ -1,4 +1,4 @@
-"""The names of a network's outputs in its ONNX file, and which of them are the logits. Needs no torch to choose."""
+"""Output names of an ONNX file, and which output is the logits (needs no torch)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 LOGITS = "logits"
-_TAKEN = re.compile(r"images|v\d+")
-"""Names that the file's input and inner values have."""
+_RESERVED = re.compile(r"images|v\d+")
+"""Names of the file's input and inner values."""
 
 
 def output_names(program: ONNXProgram) -> list[str]:
-    """A name for each output of the file: a lone one is `logits`, a dict's have their keys, a tuple's are `output_0`,
-    `output_1`; of containers in containers, the keys and places joined by a dot. None is no output.
+    """A name for each output: a single one is `logits`, those of a dict have their keys, those of a tuple are
+    `output_0`, `output_1`; nested keys and indices are joined by dots. None is no output.
     """
     from torch.export.graph_signature import ConstantArgument
     from torch.utils import _pytree as pytree
@@ -25,9 +25,9 @@ def output_names(program: ONNXProgram) -> list[str]:
     assert exported is not None
     spec = exported.call_spec.out_spec
     assert spec is not None
-    found, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
     specs = exported.graph_signature.output_specs[-spec.num_leaves :]
-    paths = [path for (path, _), each in zip(found, specs, strict=True) if not isinstance(each.arg, ConstantArgument)]
+    paths = [path for (path, _), each in zip(leaves, specs, strict=True) if not isinstance(each.arg, ConstantArgument)]
     if len(paths) == 1:
         return [_name(paths[0]) if any(isinstance(each, pytree.MappingKey) for each in paths[0]) else LOGITS]
     return _unique([_name(path) for path in paths])
@@ -36,20 +36,19 @@ def output_names(program: ONNXProgram) -> list[str]:
 def _name(path: Sequence[Any]) -> str:
     parts = [str(getattr(each, "key", getattr(each, "idx", getattr(each, "name", each)))) for each in path]
     name = ".".join(parts)
-    return f"output_{name}" if parts[0].isdecimal() or _TAKEN.fullmatch(name) else name
+    return f"output_{name}" if parts[0].isdecimal() or _RESERVED.fullmatch(name) else name
 
 
 def _unique(names: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names)]
 
 
-def logits_place(names: Sequence[str], ranks: Sequence[int | None]) -> int | None:
-    """Which output is the logits: the one named so, a lone one, the only one of shape (N, classes); None if it cannot
-    be told.
+def logits_index(names: Sequence[str], ranks: Sequence[int | None]) -> int | None:
+    """Index of the logits: the output of that name, a single output, or the only one of shape (N, classes); else None.
 
     Args:
         names: of the outputs, in their order.
-        ranks: number of dimensions of each; None where the file does not say.
+        ranks: number of dimensions of each; None where the file has none.
     """
     if LOGITS in names:
         return names.index(LOGITS)

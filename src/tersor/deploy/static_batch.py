@@ -1,7 +1,7 @@
-"""Which networks are written with a fixed number of images a batch.
+"""Static batch sizes: which networks are exported with a fixed batch size, and why.
 
-OpenVINO 2026.1 to 2026.3 ends with a segmentation fault where an 8-bit network with a dynamic batch is run on small
-images on a processor with AMX (openvino issue 37577). With a static batch it does not.
+OpenVINO 2026.1 to 2026.3 crashes with a segmentation fault when an 8-bit network with a dynamic batch runs on small
+images on a processor with AMX (openvino issue 37577). A static batch avoids it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def crashes_on_dynamic_batches(openvino: str, flags: frozenset[str]) -> bool:
 
 
 def batch_for(model: nn.Module, target: Target) -> int | None:
-    """Images a batch in the file of `model`: the target's, 1 where any number would crash, or None for any number."""
+    """The batch size in the file of `model`: the target's, 1 where a dynamic one would crash, or None for dynamic."""
     if target.batch is not None or target.runtime != "openvino":
         return target.batch
-    laid, version = find_quantizers(model), installed_version("openvino")
-    integers = laid is not None and bool(laid.activations)
+    quantizers, version = find_quantizers(model), installed_version("openvino")
+    integers = quantizers is not None and bool(quantizers.activations)
     return 1 if integers and version and crashes_on_dynamic_batches(version, cpu_flags()) else None
 
 
-def reason() -> str:
-    """Why `batch_for` fixed a batch that the target leaves open."""
+def static_batch_reason() -> str:
+    """Why `batch_for` fixed a batch size that the target leaves open."""
     return (
-        f"the file takes one image at a time: OpenVINO {installed_version('openvino')} crashes on this "
-        "processor (AMX) where an 8-bit network has a dynamic batch. A batch is measured as that many runs. With "
-        "OpenVINO 2026.4 or later the file takes any batch; target.batch sets another number."
+        f"the file has a batch size of 1: OpenVINO {installed_version('openvino')} crashes on this processor (AMX) "
+        "with a dynamic batch and 8 bits. A batch is measured as that many runs. With OpenVINO 2026.4 or later the "
+        "batch size is dynamic; target.batch sets another one."
     )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tersor.core.errors import InputError, unknown
 from tersor.core.machine import default_threads
 from tersor.core.target import Runtime
-from tersor.deploy.outputs import LOGITS, logits_place
+from tersor.deploy.outputs import LOGITS, logits_index
 from tersor.evaluation.batch_padding import in_batches_of
 
 Array: TypeAlias = NDArray[Any]
@@ -159,7 +159,7 @@ def _open_onnxruntime(ort: Any, path: Path, _precision: str | None, threads: int
         raise InputError(f"{path} takes {images.type}; images are {', '.join(_ONNX_TYPES)}.")
     shape = tuple(size if isinstance(size, int) else None for size in images.shape)
     names = tuple(each.name for each in model.get_outputs())
-    place = logits_place(names, [len(each.shape) if each.shape else None for each in model.get_outputs()])
+    place = logits_index(names, [len(each.shape) if each.shape else None for each in model.get_outputs()])
     output = [names[place or 0]]
     infer: Callable[[Array], Array] = lambda array: model.run(output, {images.name: array})[0]  # noqa: E731
     dtype = np.dtype(_ONNX_TYPES[images.type])
@@ -221,7 +221,7 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
         LOGITS if LOGITS in each.get_names() else min(each.get_names(), default="") for each in network.outputs
     )
     ranks = [each.get_partial_shape().rank for each in network.outputs]
-    place = logits_place(names, [rank.get_length() if rank.is_static else None for rank in ranks])
+    place = logits_index(names, [rank.get_length() if rank.is_static else None for rank in ranks])
     output = place or 0
     infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[output]  # noqa: E731
     dtype = np.dtype(images.get_element_type().to_dtype())

@@ -1,4 +1,4 @@
-"""Channel pruning: the channels that matter least are removed for real, from every layer that shares them.
+"""Channel pruning: removes the least important channels from all layers that share them, until a budget is met.
 
 Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 (magnitude of filters); Fang et al., "DepGraph: Towards
 Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed together).
@@ -6,32 +6,33 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
     I_c = mean over the layers of the group of ||W[c]||_2^2 / mean_c ||W[c]||_2^2      W: (C_out, C_in, ...)
     W[c]  the rows that write channel c, the columns that read it
 
-This is `magnitude`; `pruning/channel_importance.py` has the formulas and papers of the others, and takes a function of
-yours. Channels go in blocks, so that a multiple of `round_to` stays: runtimes compute ragged widths slowly (a ResNet-18
-with 47 % of its channels gone took 17.6 ms in ONNX Runtime unrounded, 6.7 ms with 50 % gone and rounded to 8;
-bench/pruning_rounding.py measures 1, 4, 8 and 16). One after the other the block goes that is next: of the group that
-has lost the smallest fraction (scope `layer`), or of lowest importance (`global`; `obs` by what it saves), until the
-network is at least as small as asked. No group falls below `floor`.
+This is `magnitude`; `pruning/channel_importance.py` has the formulas and papers of the others, and accepts a function
+of yours. Channels are removed in blocks that leave a multiple of `round_to`, since runtimes are slow at odd widths: a
+ResNet-18 with 47 % of its channels removed took 17.6 ms in ONNX Runtime unrounded, 6.7 ms with 50 % removed and rounded
+to 8 (bench/pruning_rounding.py measures 1, 4, 8 and 16). The next block is that of the group that has lost the smallest
+fraction (scope `layer`), or the one with the lowest importance (`global`; `obs` per saved cost), until the budget is
+met. No group falls below `floor`.
 
-`keep_latency` is a fraction of the latency, at batch size 1 in the target's runtime, that the network had when it came
-here: copies of it are cut to a few fractions of its MACs, and timed in turns with it (`latency_ratio.py`).
+`keep_latency` is a fraction of the latency, at batch size 1 in the target's runtime, of the network before the stage:
+copies with a few fractions of the MACs are timed in turns with it (`latency_ratio.py`).
 
-With `branches`, as many residual branches go whole before (`pruning/residual_branches.py`): those that the answers
-change least without, for each MAC (or parameter) that they cost. Half of a ResNet-56's MACs gone by `obs` and `global`,
-it takes 1.05 of the time of one with half of every layer (ONNX Runtime, AVX2, batch 32); where two branches went
-before, 0.99.
+With `branches`, so many residual branches are removed first (`pruning/residual_branches.py`): those with the smallest
+change of the logits per saved MAC (or parameter). With half of a ResNet-56's MACs removed by `obs` and `global`, it
+takes 1.05 of the time of one with half of every layer (ONNX Runtime, AVX2, batch 32); with two branches removed first,
+0.99.
 
-What the removed channels gave is given by those that stay, by least squares (`pruning/least_squares.py`), and
-BatchNorm's statistics are moved so that it gives what it gave, by mean and spread on training images
+The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`), and BatchNorm
+statistics are moved so that mean and spread of its outputs on training images are kept
 (`graph/batchnorm_statistics.py`).
 
-DepGraph's code also weighs the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
+DepGraph's code also weights the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass as record
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -39,255 +40,261 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import ProgressReporter
 from tersor.data.batch import images_of
 from tersor.evaluation.costs import Costs, costs
 from tersor.graph.capture import capture
 from tersor.graph.comparison import FEW, require_same
-from tersor.pruning.budget import meet_cost, meet_latency
-from tersor.pruning.channel_groups import Cut, Group, copied, remove
-from tersor.pruning.channel_importance import FOR_THE_COST, FunctionPath, Importance, importances
-from tersor.pruning.channel_selection import Order, Scope, left, ordered, prices, refuse_what_lies_on, removable
-from tersor.pruning.residual_branches import Branch, branches, removal_cost
-from tersor.pruning.shortfall import shortfall
+from tersor.graph.eval_mode import checked_forward
+from tersor.pruning.budget import explain_shortfall, meet_cost, meet_latency
+from tersor.pruning.channel_groups import Cut, Group, copy_graph, remove
+from tersor.pruning.channel_importance import COMPARED_BY_COST, FunctionPath, Importance, importances
+from tersor.pruning.channel_selection import (
+    RemovalOrder,
+    Scope,
+    channel_costs,
+    refuse_parametrized,
+    remaining_costs,
+    removable_groups,
+    removal_order,
+)
+from tersor.pruning.residual_branches import Branch, find_branches, removal_cost
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.removal_attachment import RemovalAttachment
 
 
+@record(frozen=True)
+class _Budget:
+    """The target: `keep` of the original network's `kind` of cost. `example`: one image (1, C, H, W)."""
+
+    kind: str
+    keep: float
+    original: fx.GraphModule
+    before: Costs
+    example: Tensor
+    latency_ratio: Callable[[nn.Module], float] | None
+
+    def fraction(self, now: Costs) -> float:
+        """The remaining fraction of the parameters, or else of the MACs."""
+        if self.kind == "parameters":
+            return now.parameters / self.before.parameters
+        return now.macs / self.before.macs
+
+
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class ChannelPruning:
-    """Removal of channels until a fraction of the MACs, parameters, channels or of the latency stays."""
+    """Remove the least important coupled channels until a fraction of the MACs, parameters or latency remains."""
 
     example: ClassVar[dict[str, Any]] = {"keep_macs": 0.7, "scope": "global", "round_to": 4}
     off: ClassVar[dict[str, Any]] = {"keep_macs": 1.0}
 
-    keep_macs: Annotated[float | None, Field(gt=0, le=1, description="fraction that stays; 0.5 if none is given")] = (
-        None
-    )
-    keep_parameters: Annotated[float | None, Field(gt=0, le=1, description="fraction that stays")] = None
-    keep_channels: Annotated[float | None, Field(gt=0, le=1, description="fraction that stays, of the removable")] = (
-        None
-    )
+    keep_macs: Annotated[
+        float | None, Field(gt=0, le=1, description="fraction of the MACs to keep; 0.5 if no target is given")
+    ] = None
+    keep_parameters: Annotated[float | None, Field(gt=0, le=1, description="fraction of the parameters to keep")] = None
+    keep_channels: Annotated[
+        float | None, Field(gt=0, le=1, description="fraction of the removable channels to keep")
+    ] = None
     keep_latency: Annotated[
-        float | None, Field(gt=0, le=1, description="fraction that stays, at batch size 1 in the target's runtime")
+        float | None,
+        Field(gt=0, le=1, description="fraction of the latency to keep, at batch size 1 in the target's runtime"),
     ] = None
     importance: Annotated[
-        Importance | FunctionPath, Field(description="which go first; or a function of yours, package.module:function")
+        Importance | FunctionPath,
+        Field(description="score of a channel; or a function, package.module:function"),
     ] = "magnitude"
-    scope: Annotated[Scope, Field(description="the same fraction everywhere, or the least important anywhere")] = (
-        "layer"
-    )
-    round_to: Annotated[int, Field(ge=1, description="channels that stay are a multiple of it")] = 8
-    floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always stays")] = 0.1
-    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels stay")] = ()
+    scope: Annotated[
+        Scope, Field(description="remove the same fraction of every group, or the least important channels of all")
+    ] = "layer"
+    round_to: Annotated[int, Field(ge=1, description="remaining channels are a multiple of it")] = 8
+    floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always remains")] = 0.1
+    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not removed")] = ()
     branches: Annotated[
-        int, Field(ge=0, description="residual branches that go whole before: those least missed for what they cost")
+        int, Field(ge=0, description="residual branches to remove first: those with the least change per saved cost")
     ] = 0
     importance_images: Annotated[
         int, Field(ge=1, description="images for `importance: taylor` and `obs`, and for `branches`")
     ] = 256
     estimation_images: Annotated[
-        int, Field(ge=1, description="images for what channels gave, and BatchNorm's statistics")
+        int, Field(ge=1, description="images for the least-squares fit and BatchNorm statistics")
     ] = 1024
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of `importance: random`")] = 0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
-        """Captures the network and removes channels, every Parameter object the same; before an optimizer exists.
+        """Capture the network and remove channels; every Parameter stays the same object.
 
         Raises:
-            InputError: two targets or one that cannot be met, no data, masks or grids on the network, a network whose
-                channels cannot be followed, fewer branches than are to go or one image to tell them by, answers that
-                are no logits or not finite, `keep_latency` without latency measurements. The network is as it was.
+            InputError: two targets or one that cannot be met, no data, a masked or quantized network, no removable
+                channels, fewer branches than requested or one image to compare them on, outputs that are no logits or
+                not finite, `keep_latency` without latency measurements. The network is then unchanged.
         """
         kind, keep = self._target()
         first = next(iter(context.data), None) if context.data is not None else None
-        if first is None or context.data is None:
+        if first is None:
             raise InputError("channel_pruning needs images to run the network on; none were given. Pass data=...")
         if kind == "latency" and context.latency is None:
             raise InputError(
                 "keep_latency needs latency measurements, and the context has none. Pass AttachContext(..., "
                 "latency=tersor.evaluation.latency_ratio.latency_ratio), or write keep_macs."
             )
-        graph, example = _captured(model, images_of(first)), images_of(first)[:1]
+        graph, images = capture(model), images_of(first)
+        require_same(graph, model, images[:FEW].to(next(graph.parameters()).device))
         if keep == 1 and not self.branches:
             return Attachment(graph)
-        refuse_what_lies_on(graph, "channel_pruning")
-        before, left_over = copied(graph), graph
-        gone = self._least_missed(kind, graph, example, context.data, context.progress) if self.branches else []
-        notes = [f"gone whole: the branches from {', '.join(map(str, gone))}"] if gone else []
-        if gone:  # from a copy: what is refused below is as it was
-            left_over = copied(graph)
-            remove(left_over, [branch.cut for branch in gone])
-        cuts, enough = list[Cut](), False
-        if gone and kind in ("macs", "parameters"):
-            enough = _fraction(kind, costs(graph, example), costs(left_over, example)) <= keep
-        if not enough:
-            groups, whole = removable(left_over, example, self.exclude, "channel_pruning")
-            spent = costs(graph, example)
-            now = costs(left_over, example) if gone else spent
-            scores = importances(
-                self.importance,
-                left_over,
-                groups,
-                data=context.data,
-                images=self.importance_images,
-                seed=self.seed,
-                progress=context.progress,
-            )
-            order = self._order(kind, left_over, now, groups, whole, scores)
-            timed = context.latency if kind == "latency" else None
-            ratio = (lambda network: timed(network, before, example, context.target)) if timed else None
-            blocks, found, told = _enough(kind, spent, now, left_over, order, example, keep, ratio)
-            if found > keep:
-                raise self._unreached(kind, keep, found, spent, left_over, order, example, whole)
-            total = sum(len(group.slices) for group in order.groups)
-            told.insert(0, f"{total - sum(map(len, order.gone(blocks)))} of {total} removable channels stay")
-            notes = [
-                *told,
-                *notes,
-                *(f"left whole: the channels of {root}, since {why}" for root, why in whole.items()),
-            ]
-            cuts = order.cuts(blocks)
-        for each in ([branch.cut for branch in gone], cuts):
+        refuse_parametrized(graph, "channel_pruning")
+        budget = _budget(kind, keep, graph, images[:1], context)
+        branches, notes, cuts = list[Branch](), list[str](), list[Cut]()
+        remaining, now = graph, budget.before
+        if self.branches:
+            branches = self._cheapest_branches(budget, graph, context)
+            notes = [f"removed whole: the branches from {', '.join(map(str, branches))}"]
+            remaining = copy_graph(graph)  # so that an error below leaves the network unchanged
+            remove(remaining, [branch.cut for branch in branches])
+            now = costs(remaining, budget.example)
+        if not (branches and kind in ("macs", "parameters") and budget.fraction(now) <= keep):
+            cuts, notes = self._channels(budget, remaining, now, context, notes)
+        for each in ([branch.cut for branch in branches], cuts):
             if each:
                 remove(graph, each)
-        return RemovalAttachment(graph, before, cuts, context, self.estimation_images, tuple(notes))
+        return RemovalAttachment(graph, budget.original, cuts, context, self.estimation_images, tuple(notes))
 
     def _target(self) -> tuple[str, float]:
-        kinds = {
-            "macs": self.keep_macs,
-            "parameters": self.keep_parameters,
-            "channels": self.keep_channels,
-            "latency": self.keep_latency,
-        }
-        given = {kind: keep for kind, keep in kinds.items() if keep is not None}
-        if len(given) > 1:
-            raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(given)}. Write one.")
-        return next(iter(given.items()), ("macs", 0.5))
+        keeps = {kind: getattr(self, f"keep_{kind}") for kind in ("macs", "parameters", "channels", "latency")}
+        targets: dict[str, float] = {kind: keep for kind, keep in keeps.items() if keep is not None}
+        if len(targets) > 1:
+            raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(targets)}. Write one.")
+        return next(iter(targets.items()), ("macs", 0.5))
 
-    def _least_missed(
-        self, kind: str, graph: fx.GraphModule, example: Tensor, data: Iterable[Any], progress: ProgressReporter
-    ) -> list[Branch]:
-        """The branches that go, in the order of the graph."""
-        found = branches(graph, example)
-        if len(found) < self.branches:
-            there = f"{len(found)} that can: {found[0]} ... {found[-1]}" if found else "none that can"
+    def _cheapest_branches(self, budget: _Budget, graph: fx.GraphModule, context: AttachContext) -> list[Branch]:
+        """The branches to remove, in the order of the graph."""
+        assert context.data is not None
+        branches = find_branches(graph, budget.example)
+        if len(branches) < self.branches:
+            possible = f"{len(branches)}: {branches[0]} ... {branches[-1]}" if branches else "none"
             raise InputError(
-                f"branches: {self.branches} residual branches are to go, and {type(graph).__name__} has {there}. "
-                "Write fewer."
+                f"branches: {self.branches} residual branches requested; removable in {type(graph).__name__}: "
+                f"{possible}. Write fewer."
             )
-        spent, rates = costs(graph, example), dict[Branch, float]()
-        changes = removal_cost(graph, found, data, self.importance_images, progress)
-        for branch, change in zip(found, changes, strict=True):
-            network = copied(graph)
+        rates = dict[Branch, float]()
+        changes = removal_cost(graph, branches, context.data, self.importance_images, context.progress)
+        for branch, change in zip(branches, changes, strict=True):
+            network = copy_graph(graph)
             remove(network, [branch.cut])
-            rates[branch] = change / max(1 - _fraction(kind, spent, costs(network, example)), 1e-9)
-        least = set(sorted(found, key=rates.__getitem__)[: self.branches])
-        return [branch for branch in found if branch in least]
+            rates[branch] = change / max(1 - budget.fraction(costs(network, budget.example)), 1e-9)
+        cheapest = set(sorted(branches, key=rates.__getitem__)[: self.branches])
+        return [branch for branch in branches if branch in cheapest]
+
+    def _channels(
+        self, budget: _Budget, graph: fx.GraphModule, now: Costs, context: AttachContext, notes: Sequence[str]
+    ) -> tuple[list[Cut], list[str]]:
+        """The channels to remove from `graph`, whose costs are `now`, and all notes."""
+        assert context.data is not None
+        groups, unprunable = removable_groups(graph, budget.example, self.exclude, "channel_pruning")
+        scores = importances(
+            self.importance,
+            graph,
+            groups,
+            data=context.data,
+            images=self.importance_images,
+            seed=self.seed,
+            progress=context.progress,
+        )
+        order = self._order(budget.kind, graph, now, groups, unprunable, scores)
+        blocks, fraction, found = _blocks_for(budget, graph, now, order)
+        if fraction > budget.keep:
+            raise self._unreachable(budget, fraction, graph, order, unprunable)
+        total = sum(len(group.slices) for group in order.groups)
+        return order.cuts(blocks), [
+            f"{total - sum(map(len, order.removed(blocks)))} of {total} removable channels remain",
+            *found,
+            *notes,
+            *(f"not removed: the channels of {root}, since {reason}" for root, reason in unprunable.items()),
+        ]
 
     def _order(
         self,
         kind: str,
         graph: fx.GraphModule,
-        spent: Costs,
+        now: Costs,
         groups: list[Group],
-        whole: dict[str, str],
+        unprunable: dict[str, str],
         scores: Sequence[Tensor | None],
-    ) -> Order:
-        """In which order channels go; groups of which the importance says nothing are added to `whole`."""
-        told = [(group, each) for group, each in zip(groups, scores, strict=True) if each is not None]
-        whole |= {
-            group.root: f"importance: {self.importance} says nothing of them"
+    ) -> RemovalOrder:
+        """The order of removal; groups without a score are added to `unprunable`."""
+        scored = [(group, each) for group, each in zip(groups, scores, strict=True) if each is not None]
+        unprunable |= {
+            group.root: f"importance: {self.importance} does not apply to them"
             for group, each in zip(groups, scores, strict=True)
             if each is None
         }
-        if not told:
-            raise InputError(
-                f"importance: {self.importance} says nothing of any channel of this network. Write another."
-            )
-        chosen, found = zip(*told, strict=True)
-        each = None
-        if self.importance in FOR_THE_COST and self.scope == "global":
-            each = prices("macs" if kind == "latency" else kind, graph, chosen, _macs(spent))
-        return ordered(chosen, found, scope=self.scope, round_to=self.round_to, floor=self.floor, prices=each)
+        if not scored:
+            raise InputError(f"importance: {self.importance} applies to no channel of this network. Write another.")
+        chosen, of_chosen = zip(*scored, strict=True)
+        each_cost = None
+        if self.importance in COMPARED_BY_COST and self.scope == "global":
+            each_cost = channel_costs("macs" if kind == "latency" else kind, graph, chosen, _macs(now))
+        return removal_order(
+            chosen, of_chosen, scope=self.scope, round_to=self.round_to, floor=self.floor, channel_costs=each_cost
+        )
 
-    def _unreached(
+    def _unreachable(
         self,
-        kind: str,
-        keep: float,
-        found: float,
-        spent: Costs,
+        budget: _Budget,
+        fraction: float,
         graph: fx.GraphModule,
-        order: Order,
-        example: Tensor,
-        whole: Mapping[str, str],
+        order: RemovalOrder,
+        unprunable: Mapping[str, str],
     ) -> InputError:
-        """What to tell where `found` stays of what was `spent` once all channels of `graph` are gone that may go."""
-        layers = costs(order.without(graph, len(order.blocks)), example).layers
-        of = {each.name: each.parameters if kind == "parameters" else each.macs for each in layers}
-        what, total = ("parameters", spent.parameters) if kind == "parameters" else ("MACs", spent.macs)
+        """The error for a target below the `fraction` that remains without any removable channel of `graph`."""
+        keep, before = budget.keep, budget.before
+        layers = costs(order.pruned_copy(graph, len(order.blocks)), budget.example).layers
+        of = {each.name: each.parameters if budget.kind == "parameters" else each.macs for each in layers}
+        what, total = ("parameters", before.parameters) if budget.kind == "parameters" else ("MACs", before.macs)
         shares = {name: cost / total for name, cost in of.items()}
         cuts = [cut for group in order.groups for cut in group.slices[0]]
-        held = shortfall(graph, shares, cuts, whole, self.exclude)
+        reasons = explain_shortfall(graph, shares, cuts, unprunable, self.exclude)
         finer = ", or a lower `floor` or `round_to`" if self.floor or self.round_to > 1 else ""
         return InputError(
-            f"keep_{kind}: {keep:g} cannot be met: {found:.3f} stay when all goes that may, {found - keep:.3f} more "
-            f"than asked. What stays of all {what}: {held}. Write {math.ceil(1000 * found) / 1000:.3f} or "
-            f"more{finer}."
+            f"keep_{budget.kind}: {keep:g} cannot be met: {fraction:.3f} remain without any removable channel, "
+            f"{fraction - keep:.3f} more than the target. Remaining fraction of all {what}: {reasons}. Write "
+            f"{math.ceil(1000 * fraction) / 1000:.3f} or more{finer}."
         )
 
 
-def _captured(model: nn.Module, images: Tensor) -> fx.GraphModule:
-    """The graph of `model`, compared with it on a few images."""
-    graph = capture(model)
-    require_same(graph, model, images[:FEW].to(next(graph.parameters()).device))
-    return graph
+def _budget(kind: str, keep: float, graph: fx.GraphModule, example: Tensor, context: AttachContext) -> _Budget:
+    original, latency = copy_graph(graph), context.latency
+    with checked_forward(type(graph).__name__, example, captured=True):
+        before = costs(graph, example)
+    ratio = (lambda network: latency(network, original, example, context.target)) if latency is not None else None
+    return _Budget(kind, keep, original, before, example, ratio if kind == "latency" else None)
 
 
-def _enough(
-    kind: str,
-    spent: Costs,
-    now: Costs,
-    graph: fx.GraphModule,
-    order: Order,
-    example: Tensor,
-    keep: float,
-    ratio: Callable[[nn.Module], float] | None,
+def _blocks_for(
+    budget: _Budget, graph: fx.GraphModule, now: Costs, order: RemovalOrder
 ) -> tuple[int, float, list[str]]:
-    """The blocks without which at most `keep` of what was `spent` stays, if any will do; what stays, what to say of it.
+    """The blocks to remove from `graph`, whose costs are `now`; the remaining fraction, and notes on it."""
+    ratio, kind = budget.latency_ratio, budget.kind
+    share = 1.0 if kind == "channels" else budget.fraction(now)
+    remaining = [share * each for each in remaining_costs("macs" if ratio else kind, graph, order, _macs(now))]
 
-    Args:
-        now: what `graph` costs, which has lost its branches.
-        ratio: a network's latency as a fraction of what it was, if that is the cost.
-    """
-    share = 1.0 if kind == "channels" else _fraction(kind, spent, now)
-    stays = [share * each for each in left("macs" if ratio else kind, graph, order, _macs(now))]
-
-    def really(blocks: int) -> float:
+    def exact(blocks: int) -> float:
         if kind == "channels":
-            return stays[blocks]
-        return _fraction(kind, spent, costs(order.without(graph, blocks), example))
+            return remaining[blocks]
+        return budget.fraction(costs(order.pruned_copy(graph, blocks), budget.example))
 
+    notes: list[str] = []
     if ratio is not None:
-        blocks, found = meet_latency(stays, lambda blocks: ratio(order.without(graph, blocks)), keep)
-    else:
-        blocks, found = meet_cost(stays, really, keep)
-    told: list[str] = []
-    if ratio is not None:
-        told.append(
-            f"{found:.3f} of the latency at batch size 1 stays, as measured, and {stays[blocks]:.3f} of the MACs"
+        blocks, fraction = meet_latency(remaining, lambda blocks: ratio(order.pruned_copy(graph, blocks)), budget.keep)
+        notes.append(
+            f"{fraction:.3f} of the measured latency at batch size 1 remains, and {remaining[blocks]:.3f} of the MACs"
         )
-    if spent.uncounted and kind in ("macs", "latency"):
-        told.append(f"the MACs are without these, which have no count: {', '.join(spent.uncounted)}")
-    return blocks, found, told
+    else:
+        blocks, fraction = meet_cost(remaining, exact, budget.keep)
+    if budget.before.uncounted and kind in ("macs", "latency"):
+        notes.append(f"the MACs do not include these uncounted operators: {', '.join(budget.before.uncounted)}")
+    return blocks, fraction, notes
 
 
-def _fraction(kind: str, spent: Costs, now: Costs) -> float:
-    """How much there is of the parameters, or else of the MACs, that there were."""
-    return now.parameters / spent.parameters if kind == "parameters" else now.macs / spent.macs
-
-
-def _macs(spent: Costs) -> dict[str, int]:
-    return {layer.name: layer.macs for layer in spent.layers}
+def _macs(of: Costs) -> dict[str, int]:
+    return {layer.name: layer.macs for layer in of.layers}

@@ -1,18 +1,18 @@
-"""Group lasso: coupled channels are pulled to zero while the network trains, the least important ones hardest.
+"""Group lasso: sparse training that decays coupled channels, the least important ones most.
 
-Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023. A stage with this comes before `channel_pruning`:
-what has shrunk goes without being missed.
+Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023. Use it in a stage before `channel_pruning`, which
+then removes channels that are almost zero.
 
-    W.grad += strength * gamma_c * W[c]            of every layer W (C_out, C_in, ...) that channel c has a part in:
-                                                   its rows, its columns, its BatchNorm's factor
+    W.grad += strength * gamma_c * W[c]            for every layer W (C_out, C_in, ...) with slices of channel c:
+                                                   rows, columns, the factor of a BatchNorm
     gamma_c = 2^(alpha * (I_max - I_c) / (I_max - I_min))          from 1, the most important, to 2^alpha = 16
     I_c     = sqrt of the mean over the layers of ||W[c]||_2^2, of the group
 
-The paper's regulariser is the sum of gamma_c * I_c with I_c = sum over the layers of ||W[c]||_2^2; the authors' code
-(GroupNormPruner of torch-pruning), which is followed here, takes the root of I_c for gamma, and leaves the factor 2 of
-the gradient to `strength`. Neither divides by the norm: despite its name it is a weighted L2, and no lasso. Biases are
-left alone. Where all channels matter the same, the code's gamma is 0 / 0, and here 1. Its strength is 1e-4 by default,
-and 5e-4 in the CIFAR runs of the paper.
+The paper's regularizer is the sum of gamma_c * I_c with I_c = sum over the layers of ||W[c]||_2^2. The authors' code
+(GroupNormPruner of torch-pruning), which this file follows, takes the root of I_c for gamma, and leaves the factor 2 of
+the gradient to `strength`. Neither divides by the norm: despite its name it is a weighted L2 penalty, no lasso. Biases
+are not decayed. If all channels are equally important, the code's gamma is 0 / 0, here 1. The code's default strength
+is 1e-4; the paper's CIFAR runs use 5e-4.
 """
 
 from __future__ import annotations
@@ -30,64 +30,64 @@ from torch.optim import Optimizer
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
 from tersor.graph.capture import capture
-from tersor.pruning.channel_importance import Part, norms, parts
-from tersor.pruning.channel_selection import removable
+from tersor.pruning.channel_importance import WeightSlice, row_norms, weight_slices
+from tersor.pruning.channel_selection import removable_groups
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
 
-def pull(importance: Tensor, alpha: float) -> Tensor:
-    """gamma (channels,): 1 for the most important channel to 2^alpha for the least; 1 where all are alike."""
+def decay_factors(importance: Tensor, alpha: float) -> Tensor:
+    """gamma (channels,): from 1, the most important channel, to 2^alpha, the least; 1 if all are equal."""
     spread = importance.max() - importance.min()
     return 2 ** (alpha * (importance.max() - importance) / spread) if spread > 0 else torch.ones_like(importance)
 
 
 @validated(frozen=True, config=PLAIN_VALUES)
 class GroupLasso:
-    """Sparse training of channels, before their removal."""
+    """Decay unimportant coupled channels during training, before their removal."""
 
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"strength": 0.01, "alpha": 2.0}
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}
 
-    strength: Annotated[float, Field(ge=0, description="of the pull, beside the loss's gradient")] = 5e-4
-    alpha: Annotated[float, Field(ge=0, description="the least important is pulled 2^alpha times as hard")] = 4.0
-    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are left alone")] = ()
+    strength: Annotated[float, Field(ge=0, description="of the decay, relative to the gradient of the loss")] = 5e-4
+    alpha: Annotated[float, Field(ge=0, description="the least important channel decays 2^alpha times as fast")] = 4.0
+    exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not decayed")] = ()
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
-        """Finds the coupled channels; the network stays as it is.
+        """Find the coupled channels; the network is not changed.
 
         Raises:
-            InputError: no data, masks or grids on the network, a network whose channels cannot be followed.
+            InputError: no data, a masked or quantized network, or one without removable channels.
         """
         first = next(iter(context.data), None) if context.data is not None else None
         if first is None:
             raise InputError("group_lasso needs images to run the network on; none were given. Pass data=...")
         graph = capture(model)
-        groups, whole = removable(graph, images_of(first)[:1], self.exclude, "group_lasso")
-        found = [_Group(len(group.slices), parts(graph, group)) for group in groups]
-        notes = [f"left alone: the channels of {root}, since {why}" for root, why in whole.items()]
-        return GroupLassoAttachment(self, model, found, notes)
+        groups, unprunable = removable_groups(graph, images_of(first)[:1], self.exclude, "group_lasso")
+        decayed = [_Group(len(group.slices), weight_slices(graph, group)) for group in groups]
+        notes = [f"not decayed: the channels of {root}, since {reason}" for root, reason in unprunable.items()]
+        return GroupLassoAttachment(self, model, decayed, notes)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """How many channels there are, and what they own of every weight. These are held as Parameters: a mask that is laid
-    later stands before them.
-    """
+    """The number of channels, and their slices. They hold Parameters, so that a mask inserted later does not matter."""
 
     channels: int
-    parts: Sequence[Part]
+    slices: Sequence[WeightSlice]
 
     def importance(self) -> Tensor:
-        """I (channels,) as the weights are now."""
-        energies = [part.summed(norms(part.rows(part.weight.detach()), 2), self.channels) for part in self.parts]
+        """I (channels,) of the current weights."""
+        energies = [
+            part.sum_by_channel(row_norms(part.rows(part.weight.detach()), 2), self.channels) for part in self.slices
+        ]
         return torch.stack(energies).mean(0).sqrt()
 
 
 class GroupLassoAttachment(Attachment):
-    """Gradients that a pull to zero is added to."""
+    """Adds the decay to the gradients."""
 
     holds_shapes = True
 
@@ -98,11 +98,11 @@ class GroupLassoAttachment(Attachment):
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Adds strength * gamma * w to the gradients; a weight without one is left."""
+        """Add strength * gamma * w to the gradients; weights without a gradient are not decayed."""
         if not self.method.strength:
             return
         for group in self.groups:
-            gamma = self.method.strength * pull(group.importance(), self.method.alpha)
-            for part in group.parts:
+            gamma = self.method.strength * decay_factors(group.importance(), self.method.alpha)
+            for part in group.slices:
                 if part.weight.grad is not None:
-                    part.weight.grad += part.spread(gamma) * part.weight
+                    part.weight.grad += part.expand(gamma) * part.weight

@@ -1,26 +1,26 @@
-"""Weight pruning: the weights, kernels or filters that matter least are masked to zero.
+"""Weight pruning: masks the least important weights, kernels or filters, at once or gradually during training.
 
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015 (magnitude); Zhu and
-Gupta, "To prune, or not to prune", 2017 (arXiv 1710.01878: sparsity that rises while the network trains).
+Gupta, "To prune, or not to prune", 2017 (arXiv 1710.01878: gradual pruning).
 
-    w_hat = m * w       m in {0, 1}, of the shape of w (C_out, C_in, ...): what is shown of a weight
+    w_hat = m * w       m in {0, 1}, of the shape of w (C_out, C_in, ...)
     one-shot            m before the first step: sparsity s
-    linear, cubic       s_t = s + (s_0 - s) * (1 - t / t_end)^p, p = 1 or 3, renewed every few steps; s_0 is what was
-                        masked before, t_end a fraction of the stage
+    linear, cubic       s_t = s + (s_0 - s) * (1 - t / t_end)^p, p = 1 or 3, updated every few steps; s_0 is the
+                        sparsity before the stage, t_end a fraction of the stage
     a function          s_t = s_0 + (s - s_0) * f(t / t_end)
 
-Four values say how: which go first (`importance`, see `tersor.pruning.weight_importance`), each layer or all together
-(`scope`), what is masked as a whole (`granularity`), and when (`sparsity_schedule`). Two of them may be a function of
-your own: an importance takes `weight` (C_out, C_in, ...), `name` and `layer`, as far as it names them, and gives
-scores; a schedule takes the progress from 0 to 1 and gives the fraction of the way.
+Four parameters: which weights are masked first (`importance`, see `tersor.pruning.weight_importance`), in each layer or
+in all together (`scope`), in which units (`granularity`), and when (`sparsity_schedule`). Importance and schedule may
+be a function of yours: an importance takes those of `weight` (C_out, C_in, ...), `name` and `layer` that it accepts,
+and returns scores; a schedule takes the progress from 0 to 1 and returns the fraction of the way.
 
-What is masked gets no gradient and does not move, by momentum or weight decay neither, and it stays masked: the masks
-are nested. Where masks of an earlier stage lie across what this one masks as a whole (other units, N:M, layers that
-were sparser), more is masked than was asked. Zhu and Gupta let a masked weight come back only by way of a gradient that
-their graph does not pass on either; `dpf` lets it come back. With N:M, of any M weights along the input channels N
-stay (NVIDIA's sparse tensor cores take 2:4); where M does not divide them a layer is left whole, as in NVIDIA's ASP. A
-masked filter's BatchNorm still sends its constant on. Masks leave the shapes, so dense runtimes are not faster:
-`channel_pruning` removes for real.
+Masked weights have no gradient, are not moved by momentum or weight decay, and stay masked: the masks are nested. Where
+masks of an earlier stage do not fit the units of this one (other granularity, N:M, sparser layers), the sparsity is
+higher than requested. Zhu and Gupta would let a masked weight come back through its gradient, which is zero in their
+graph, too; with `dpf` it does come back. With N:M, N of any M weights along the input channels remain (NVIDIA's sparse
+tensor cores use 2:4); layers whose input channels M does not divide are not masked, as in NVIDIA's ASP. A masked
+filter's BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes are not faster:
+`channel_pruning` removes channels.
 """
 
 from __future__ import annotations
@@ -40,20 +40,27 @@ from tersor.core.import_path import import_function, is_function_path, named
 from tersor.graph.batchnorm import Norm
 from tersor.graph.batchnorm_behind import norms_behind
 from tersor.graph.layer_selection import Layer, prunable
-from tersor.pruning.topk import Scope, known_granularity, masks, pattern, pattern_mask, unit_scores
+from tersor.pruning.topk import Scope, check_granularity, masks, n_of_m, n_of_m_mask, unit_scores
 from tersor.pruning.weight_importance import (
+    FILTER_IMPORTANCES,
     IMPORTANCES,
-    OF_FILTERS,
-    drawn,
+    function_scores,
     geometric_median,
     gradient_products,
     magnitudes,
-    of_function,
+    random_scores,
     root_mean_squares,
 )
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
-from tersor.training.mask_attachment import MaskedAttachment, check_floor, dense_of, lay_masks, mask_of
+from tersor.training.mask_attachment import (
+    MaskedAttachment,
+    MaskedLayers,
+    check_floor,
+    dense_weight,
+    insert_masks,
+    mask_of,
+)
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.schedule import curve
 
@@ -62,64 +69,67 @@ _SCHEDULES = ("one_shot", "linear", "cubic")
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class WeightPruning:
-    """Masks on weights, kernels or filters, at once or while the network trains; the shapes stay."""
+    """Mask the least important weights, kernels or filters, at once or gradually during training."""
 
     example: ClassVar[dict[str, Any]] = {"sparsity": 0.7, "sparsity_schedule": "cubic", "every": 2}
     off: ClassVar[dict[str, Any]] = {"sparsity": 0.0}
 
     sparsity: Annotated[
-        float | None, Field(ge=0, lt=1, description="fraction that is masked; half if left, with N:M 1 - N/M")
+        float | None, Field(ge=0, lt=1, description="fraction that is masked; default: 0.5, with N:M 1 - N/M")
     ] = None
     importance: Annotated[
         str,
         AfterValidator(named("importance", IMPORTANCES)),
-        Field(description=f"which stay: {', '.join(IMPORTANCES)}, or package.module:function"),
+        Field(description=f"which are kept: {', '.join(IMPORTANCES)}, or package.module:function"),
     ] = "magnitude"
     granularity: Annotated[
         str,
-        AfterValidator(known_granularity),
-        Field(description="what is masked as a whole: weight, kernel, filter; or N:M, of any M weights N stay"),
+        AfterValidator(check_granularity),
+        Field(description="unit of masking: weight, kernel, filter; or N:M: N of any M weights remain"),
     ] = "weight"
-    scope: Annotated[Scope, Field(description="sparsity of each layer, or of all together")] = "layer"
+    scope: Annotated[Scope, Field(description="sparsity of each layer, or of all layers together")] = "layer"
     floor: Annotated[
-        float, Field(ge=0, lt=1, description="of `scope: global`: fraction of each layer that stays; 0 is one unit")
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="with `scope: global`: fraction of each layer that always remains",
+        ),
     ] = 0.0
     sparsity_schedule: Annotated[
         str,
         AfterValidator(named("sparsity_schedule", _SCHEDULES)),
-        Field(description=f"how it rises over the stage: {', '.join(_SCHEDULES)}, or package.module:function"),
+        Field(description=f"rise of the sparsity over the stage: {', '.join(_SCHEDULES)}, or package.module:function"),
     ] = "one_shot"
-    end: Annotated[float, Field(gt=0, le=1, description="fraction of the stage after which it rises no more")] = 0.75
-    every: Annotated[int, Field(ge=1, description="steps between two masks of a rising sparsity")] = 16
-    layers: Annotated[
-        tuple[str, ...],
-        Field(description="patterns; all convolutions if left, or all fully connected layers where there are none"),
-    ] = ()
-    images: Annotated[int, Field(ge=1, description="of `importance: taylor`: how many are looked at")] = 512
+    end: Annotated[float, Field(gt=0, le=1, description="fraction of the stage over which the sparsity rises")] = 0.75
+    every: Annotated[int, Field(ge=1, description="steps between two mask updates")] = 16
+    layers: MaskedLayers = ()
+    images: Annotated[int, Field(ge=1, description="used by `importance: taylor`")] = 512
     seed: Annotated[int, Field(ge=0, lt=2**32, description="of `importance: random`")] = 0
 
     @property
     def needs_steps(self) -> bool:
-        """Whether it works while a network trains."""
+        """Whether the sparsity rises during training."""
         return self.sparsity_schedule != "one_shot"
 
     @property
-    def wanted(self) -> float:
+    def target(self) -> float:
         """The sparsity at the end."""
-        of_pattern = pattern(self.granularity)
-        follows = 0.5 if of_pattern is None else 1 - of_pattern[0] / of_pattern[1]
-        return follows if self.sparsity is None else self.sparsity
+        if self.sparsity is not None:
+            return self.sparsity
+        pattern = n_of_m(self.granularity)
+        return 0.5 if pattern is None else 1 - pattern[0] / pattern[1]
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
-        """Lays a mask of ones on every chosen weight; `begin` masks at once, a schedule from step to step.
+        """Insert masks of ones; `begin` sets them at once, or a schedule during training.
 
         Raises:
-            InputError: a pattern that matches nothing, a weight on a grid already, a network that is sparser already,
-                a rising sparsity without steps, values that contradict each other or do nothing, a function that
-                cannot be found, an importance that needs data or BatchNorm where there is none.
+            InputError: a pattern that matches nothing, a quantized weight, a network that is sparser already, a
+                schedule without steps, parameters that contradict each other or have no effect, a function that does
+                not exist, an importance that needs data or a BatchNorm that is missing.
         """
         layers = prunable(model, self.layers)
-        if not self.wanted:
+        if not self.target:
             return Attachment(model)
         self._check(context.steps)
         if self.importance == "taylor" and context.data is None:
@@ -129,54 +139,54 @@ class WeightPruning:
         for name in layers if self.importance == "batchnorm" else ():
             if name not in norms or not norms[name].affine:
                 raise InputError(
-                    f"importance: batchnorm asks for the factor of the BatchNorm behind {name}, and there is none. "
-                    f"Name the layers that have one, or another importance: {', '.join(IMPORTANCES)}."
+                    f"importance: batchnorm needs a BatchNorm with a factor behind {name}, and there is none. "
+                    f"Write layers that have one, or another importance: {', '.join(IMPORTANCES)}."
                 )
-        lay_masks(layers, "kept", "weight_pruning")
+        insert_masks(layers, "masked", "weight_pruning")
         return WeightPruningAttachment(self, model, layers, context.data, norms, steps=context.steps, notes=notes)
 
     def _check(self, steps: int) -> None:
         if self.needs_steps and not steps:
             raise InputError(
-                f"sparsity_schedule: {self.sparsity_schedule} rises over the steps of a stage, and there are 0. "
+                f"sparsity_schedule: {self.sparsity_schedule} rises over the training steps, and there are 0. "
                 "Write epochs or steps, or one_shot."
             )
         for name in (self.importance, self.sparsity_schedule):
             if is_function_path(name):
                 import_function(name)
-        if self.importance in OF_FILTERS and self.granularity != "filter":
-            raise InputError(f"importance: {self.importance} is one of filters. Write granularity: filter.")
+        if self.importance in FILTER_IMPORTANCES and self.granularity != "filter":
+            raise InputError(f"importance: {self.importance} is defined for filters. Write granularity: filter.")
         if self.importance == "magnitude_l2" and self.granularity not in ("kernel", "filter"):
             raise InputError("magnitude_l2 orders single weights as magnitude does. Write importance: magnitude.")
-        of_pattern = pattern(self.granularity)
-        if of_pattern is not None and self.scope == "global":
-            raise InputError(f"with {self.granularity} all layers are as sparse. Leave out scope: global.")
-        if of_pattern is not None and not math.isclose(self.wanted, 1 - of_pattern[0] / of_pattern[1]):
+        pattern = n_of_m(self.granularity)
+        if pattern is not None and self.scope == "global":
+            raise InputError(f"with {self.granularity} all layers have the same sparsity. Leave out scope: global.")
+        if pattern is not None and not math.isclose(self.target, 1 - pattern[0] / pattern[1]):
             raise InputError(
-                f"granularity {self.granularity} masks {1 - of_pattern[0] / of_pattern[1]:g} of the weights, and "
-                f"sparsity {self.sparsity:g} is asked. Leave out sparsity: it follows from N:M."
+                f"granularity {self.granularity} has a sparsity of {1 - pattern[0] / pattern[1]:g}, given "
+                f"{self.sparsity:g}. Leave out sparsity."
             )
         if self.floor and self.scope == "layer":
-            raise InputError("floor holds weights of a layer against a global threshold. Write scope: global with it.")
-        check_floor(self.floor, self.wanted)
+            raise InputError("floor limits the sparsity of layers under a global threshold. Write scope: global.")
+        check_floor(self.floor, self.target)
 
     def _divided(self, layers: dict[str, Layer]) -> tuple[dict[str, Layer], list[str]]:
-        """Those of the layers that N:M can be laid on, and a note on the others."""
-        of_pattern = pattern(self.granularity)
-        if of_pattern is None:
+        """The layers whose input channels M divides, and a note on the others."""
+        pattern = n_of_m(self.granularity)
+        if pattern is None:
             return layers, []
-        whole = [name for name, layer in layers.items() if layer.weight.shape[1] % of_pattern[1]]
+        whole = [name for name, layer in layers.items() if layer.weight.shape[1] % pattern[1]]
         if len(whole) == len(layers):
             raise InputError(
-                f"{self.granularity} needs layers whose input channels {of_pattern[1]} divides, and there is none."
+                f"{self.granularity} needs layers whose input channels {pattern[1]} divides; there are none."
             )
         shown = ", ".join(whole[:6]) + (f" and {len(whole) - 6} more" if len(whole) > 6 else "")
-        notes = [f"left whole, since {of_pattern[1]} does not divide their input channels: {shown}"] if whole else []
+        notes = [f"not masked, since {pattern[1]} does not divide their input channels: {shown}"] if whole else []
         return {name: layer for name, layer in layers.items() if name not in whole}, notes
 
 
 class WeightPruningAttachment(MaskedAttachment):
-    """Masks laid on a model, and how they grow."""
+    """Masks that only grow."""
 
     def __init__(
         self,
@@ -189,67 +199,65 @@ class WeightPruningAttachment(MaskedAttachment):
         steps: int,
         notes: list[str],
     ) -> None:
-        super().__init__(model, layers, remaskings=steps // method.every, notes=notes)
+        super().__init__(model, layers, updates=steps // method.every, notes=notes)
         self.method = method
         self.data = data
         self.norms = norms
         self.steps = steps
         self.ramp = max(1, round(method.end * steps))
         self.start = self.sparsity
-        if self.start > method.wanted and pattern(method.granularity) is None:
+        if self.start > method.target and n_of_m(method.granularity) is None:
             raise InputError(
-                f"the network is {self.start:.4f} sparse already, more than the {method.wanted:g} that is asked. "
-                "Masks only grow: write a higher sparsity."
+                f"the network has a sparsity of {self.start:.4f} already, given {method.target:g}. Masks only grow: "
+                "write a higher sparsity."
             )
         self.curve = curve(method.sparsity_schedule) if method.needs_steps else None
 
     def begin(self) -> None:
-        """Masks at once where no schedule is asked for."""
+        """Set the masks at once, without a schedule."""
         if self.curve is None:
-            self._mask(self.method.wanted, 0)
+            self._mask(self.method.target, 0)
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Masks anew, every few steps until the final sparsity."""
+        """Update the masks every few steps until the final sparsity."""
         super().after_step(step, optimizer)
         done, every = step + 1, self.method.every
         if self.curve is not None and done <= self.ramp and (done % every == 0 or done == self.ramp):
-            reached = self.start + (self.method.wanted - self.start) * self.curve(done / self.ramp)
+            reached = self.start + (self.method.target - self.start) * self.curve(done / self.ramp)
             last = done == self.ramp
             self._mask(max(self.sparsity, reached), done, 0 if last else done // every)
 
     def finish(self) -> None:
-        """Lands on the exact sparsity, however few the steps were."""
-        if round(self.sparsity * self.total) < round(self.method.wanted * self.total):
-            self._mask(self.method.wanted, self.steps)
+        """Reach the exact sparsity, however few the steps were."""
+        if round(self.sparsity * self.total) < round(self.method.target * self.total):
+            self._mask(self.method.target, self.steps)
         super().finish()
 
     @torch.no_grad()
     def _mask(self, sparsity: float, done: int, number: int = 0) -> None:
         scores = self._scores()
-        of_pattern = pattern(self.method.granularity)
-        if of_pattern is not None:
-            kept, of = of_pattern
-            staying = max(kept, of - round(sparsity * of))
-            shapes = {name: dense_of(layer).shape for name, layer in self.masked.items()}
-            found = {name: pattern_mask(each.reshape(shapes[name]), staying, of) for name, each in scores.items()}
+        shapes = {name: dense_weight(layer).shape for name, layer in self.masked.items()}
+        pattern = n_of_m(self.method.granularity)
+        if pattern is not None:
+            kept, of = max(pattern[0], pattern[1] - round(sparsity * pattern[1])), pattern[1]
+            updated = {name: n_of_m_mask(each.reshape(shapes[name]), kept, of) for name, each in scores.items()}
         else:
-            shapes = {name: dense_of(layer).shape for name, layer in self.masked.items()}
-            found = masks(scores, shapes, sparsity, self.method.scope, self.method.floor)
-        nested = {name: mask & mask_of(self.masked[name]).mask for name, mask in found.items()}
+            updated = masks(scores, shapes, sparsity, self.method.scope, self.method.floor)
+        nested = {name: mask & mask_of(self.masked[name]).mask for name, mask in updated.items()}
         self.set_masks(nested, done, number)
 
     def _scores(self) -> dict[str, Tensor]:
-        """Layer -> (units,); what is masked already goes first."""
-        method, found = self.method, dict[str, Tensor]()
-        unit = "weight" if pattern(method.granularity) else method.granularity
-        weights = {name: dense_of(layer) for name, layer in self.masked.items()}
+        """Layer -> (units,); -inf for units that are masked already."""
+        method, by_layer = self.method, dict[str, Tensor]()
+        unit = "weight" if n_of_m(method.granularity) else method.granularity
+        weights = {name: dense_weight(layer) for name, layer in self.masked.items()}
         products = (
             gradient_products(self.model, weights, self.data, method.images) if method.importance == "taylor" else {}
         )
         for number, (name, layer) in enumerate(self.masked.items()):
             scores = self._score(name, weights[name].detach(), unit, number, products)
-            found[name] = scores.masked_fill(unit_scores(mask_of(layer).mask.float(), unit) == 0, -torch.inf)
-        return found
+            by_layer[name] = scores.masked_fill(unit_scores(mask_of(layer).mask.float(), unit) == 0, -torch.inf)
+        return by_layer
 
     def _score(self, name: str, weight: Tensor, unit: str, number: int, products: dict[str, Tensor]) -> Tensor:
         match self.method.importance:
@@ -264,6 +272,6 @@ class WeightPruningAttachment(MaskedAttachment):
             case "fpgm":
                 return geometric_median(weight)
             case "random":
-                return drawn(weight, unit, self.method.seed + number)
+                return random_scores(weight, unit, self.method.seed + number)
             case path:
-                return of_function(path, weight, unit, name=name, layer=self.masked[name])
+                return function_scores(path, weight, unit, name=name, layer=self.masked[name])

@@ -22,7 +22,7 @@ from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, writable
 from tersor.data import Splits
 from tersor.deploy.onnx import export
-from tersor.deploy.static_batch import batch_for, reason
+from tersor.deploy.static_batch import batch_for, static_batch_reason
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.measurement import measure
 from tersor.evaluation.results import StageRecord
@@ -150,7 +150,7 @@ def _fill(
             export(network, example, path, classes=data.classes, pixels=pixels, batch=batch)
             progress.advance()
         if batch_for(compressed, recipe.target) != recipe.target.batch:
-            progress.say(reason())
+            progress.say(static_batch_reason())
         results, predictions = measure(
             original,
             compressed,

@@ -1,55 +1,110 @@
-"""How many blocks of channels go, so that a fraction of a cost stays that was asked for."""
+"""How many blocks of channels are removed to meet a cost or latency, and what keeps a network from meeting it."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
-_MISCOUNTED = 0.005
-"""Of a fraction that stays; more is not rounding."""
+from torch import fx
+from torch.nn.utils import parametrize
+
+from tersor.graph.layer_selection import Layer, matching
+from tersor.pruning.channel_groups import Cut
+
+_ROUNDING = 0.005
+"""Larger differences between the estimated and the exact fraction are not rounding."""
 
 _PROBES = 7
 _CLOSE = 0.02
-"""Fractions of a latency that differ by less are not told apart."""
+"""Smaller differences of a latency, as a fraction, are noise."""
+
+_REASONS = 4
+_LAYERS = 3
 
 
-def meet_cost(stays: Sequence[float], really: Callable[[int], float], keep: float) -> tuple[int, float]:
-    """The fewest blocks without which at most `keep` stays, if any number will do, and what stays then.
-
-    Args:
-        stays: of a cost without none, the first, the first two ... blocks, as counted from the widths of layers. That
-            misses what is computed between them, as in attention.
-        really: the same, asked of the network without so many blocks: it decides where the count is off.
-        keep: the fraction.
-    """
-    numbers = range(len(stays))
-    blocks = min(bisect_left(numbers, x=True, key=lambda number: stays[number] <= keep), numbers[-1])
-    if abs(really(blocks) - stays[blocks]) > _MISCOUNTED:
-        blocks = min(bisect_left(numbers, x=True, key=lambda number: really(number) <= keep), numbers[-1])
-    return blocks, really(blocks)
-
-
-def meet_latency(stays: Sequence[float], ratio: Callable[[int], float], keep: float) -> tuple[int, float]:
-    """Blocks without which `ratio` is at most `keep`, if any number will do, and nearly that; what it is then.
-
-    Bisection on the fraction of the MACs that stays, in which a latency is more even than in blocks.
+def meet_cost(estimated: Sequence[float], exact: Callable[[int], float], keep: float) -> tuple[int, float]:
+    """The fewest blocks to remove for a cost of at most `keep`, or all, and the exact remaining fraction.
 
     Args:
-        stays: of the MACs, without none, the first, the first two ... blocks.
-        ratio: the latency without so many blocks, as a fraction.
-        keep: the fraction.
+        estimated: remaining fraction without the first 0, 1, 2 ... blocks, from the widths of layers. Attention and
+            other operators between layers are not in it.
+        exact: the remaining fraction, counted on the network without so many blocks; used where the estimate is off.
+        keep: the target fraction.
     """
-    slow, fast, found = 0, len(stays) - 1, 0.0
+    numbers = range(len(estimated))
+    blocks = min(bisect_left(numbers, x=True, key=lambda number: estimated[number] <= keep), numbers[-1])
+    if abs(exact(blocks) - estimated[blocks]) > _ROUNDING:
+        blocks = min(bisect_left(numbers, x=True, key=lambda number: exact(number) <= keep), numbers[-1])
+    return blocks, exact(blocks)
+
+
+def meet_latency(macs: Sequence[float], ratio: Callable[[int], float], keep: float) -> tuple[int, float]:
+    """Nearly the fewest blocks to remove for a latency of at most `keep`, or all, and the measured fraction.
+
+    Bisects the fraction of the MACs, in which latency is smoother than in blocks.
+
+    Args:
+        macs: remaining fraction of the MACs without the first 0, 1, 2 ... blocks.
+        ratio: measures the latency without so many blocks, as a fraction of the original one.
+        keep: the target fraction.
+    """
+    slow, fast, measured_fast = 0, len(macs) - 1, 0.0
     for _ in range(_PROBES):
-        middle = (stays[slow] + stays[fast]) / 2
-        blocks = min(bisect_left(range(len(stays)), -middle, key=lambda number: -stays[number]), fast - 1)
+        middle = (macs[slow] + macs[fast]) / 2
+        blocks = min(bisect_left(range(len(macs)), -middle, key=lambda number: -macs[number]), fast - 1)
         if blocks <= slow:
             break
         measured = ratio(blocks)
         if measured > keep:
             slow = blocks
             continue
-        fast, found = blocks, measured
+        fast, measured_fast = blocks, measured
         if measured > keep - _CLOSE:
             break
-    return fast, found or ratio(fast)
+    return fast, measured_fast or ratio(fast)
+
+
+def explain_shortfall(
+    graph: fx.GraphModule,
+    shares: Mapping[str, float],
+    cuts: Sequence[Cut],
+    unprunable: Mapping[str, str],
+    exclude: Sequence[str],
+) -> str:
+    """The largest remaining costs and their reasons: `0.763 in rnn (no part of LSTM is removed), 0.016 in ...`.
+
+    Args:
+        graph: the unpruned network.
+        shares: layer -> its cost after removal of everything removable, as a fraction of the original network's cost.
+        cuts: of one channel of every removable group.
+        unprunable: root of a group that is not removed -> the reason.
+        exclude: patterns of layers whose channels are not removed.
+    """
+    layers: defaultdict[str, list[str]] = defaultdict(list)
+    for name in sorted(shares, key=lambda name: -shares[name]):
+        if shares[name] > 0:
+            layers[_reason(graph, name, cuts, unprunable, exclude)].append(name)
+    totals = {reason: sum(shares[name] for name in names) for reason, names in layers.items()}
+    largest = sorted(totals, key=lambda reason: -totals[reason])[:_REASONS]
+    return ", ".join(f"{totals[reason]:.3f} in {_listed(layers[reason])} ({reason})" for reason in largest)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(name or "products outside of layers" for name in names[:_LAYERS])
+    return shown if len(names) <= _LAYERS else f"{shown}, ... ({len(names)} in all)"
+
+
+def _reason(
+    graph: fx.GraphModule, name: str, cuts: Sequence[Cut], unprunable: Mapping[str, str], exclude: Sequence[str]
+) -> str:
+    module = graph.get_submodule(name)
+    roots = [root for root in unprunable if name and (root == name or root.startswith(f"{name}."))]
+    if roots:
+        return f"its output channels are not removed, since {unprunable[roots[0]]}"
+    if exclude and name in matching(exclude, [each for each, _ in graph.named_modules() if each]):
+        return "it is excluded"
+    if any(cut.layer == name or cut.layer.startswith(f"{name}.") for cut in cuts):
+        return "as narrow as `floor` and `round_to` allow"
+    kind = parametrize.type_before_parametrizations(module).__name__
+    return "no rule follows its channels" if isinstance(module, Layer) else f"no part of {kind} is removed"

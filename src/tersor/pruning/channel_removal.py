@@ -1,6 +1,4 @@
-"""Channels gone for real: from the tensors of layers, from parameters, from the arguments of nodes that count them; and
-branches, with all that is computed for them alone.
-"""
+"""Removal of channels from layers, parameters and the arguments of nodes, and of whole residual branches."""
 
 from __future__ import annotations
 
@@ -19,99 +17,100 @@ from tersor.pruning.narrow_attention import Attention, windowed_attention
 _AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
-def merged(cuts: Iterable[Cut]) -> list[Cut]:
-    """One cut for each layer and axis: places are those of the network before any of the cuts."""
-    places: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+def merge_cuts(cuts: Iterable[Cut]) -> list[Cut]:
+    """One cut for each layer and axis; all indices are those before any of the cuts."""
+    channels: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for cut in cuts:
-        places[cut.layer, cut.axis].update(cut.channels)
-    return [Cut(layer, axis, tuple(sorted(chosen))) for (layer, axis), chosen in places.items()]
+        channels[cut.layer, cut.axis].update(cut.channels)
+    return [Cut(layer, axis, tuple(sorted(chosen))) for (layer, axis), chosen in channels.items()]
 
 
 def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
-    """Removes channels and branches in place, every Parameter that stays the same object, and adds it to the rounds in
-    `graph.meta["cuts"]`.
+    """Remove channels and branches in place, and append the cuts as a round to `graph.meta["cuts"]`.
+
+    Every remaining Parameter stays the same object.
 
     Args:
         graph: a captured network.
-        cuts: those that groups give, `merged`, and those of branches.
+        cuts: of groups (`merge_cuts`) and of branches.
     """
     modules = dict(graph.named_modules())
     tensors = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
     nodes = {node.name: node for node in graph.graph.nodes}
     of_layer: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    left_out: list[tuple[fx.Node, int]] = []
-    for cut in sorted(cuts, key=lambda cut: not cut.axis.startswith("pin ")):  # a number first, then what it counts
+    branches: list[tuple[fx.Node, int]] = []
+    for cut in sorted(cuts, key=lambda cut: not cut.axis.startswith("pin ")):  # constants come before what counts them
         if cut.axis.startswith("gives="):
-            left_out.append((nodes[cut.layer], int(cut.axis.removeprefix("gives="))))
+            branches.append((nodes[cut.layer], int(cut.axis.removeprefix("gives="))))
         elif "=" in cut.axis:
-            _rewrite(nodes[cut.layer], cut)
+            _rewrite_argument(nodes[cut.layer], cut)
         elif cut.axis.isdecimal():
-            _own_attention(graph, cut.layer)
-            _shorten(tensors[cut.layer], int(cut.axis), _kept(tensors[cut.layer].shape[int(cut.axis)], cut.channels))
+            _replace_attention(graph, cut.layer)
+            size = tensors[cut.layer].shape[int(cut.axis)]
+            _select(tensors[cut.layer], int(cut.axis), _remaining(size, cut.channels))
         else:
             of_layer[cut.layer][cut.axis] = cut.channels
-    for name, places in of_layer.items():
-        if "heads" in places:
-            _own_attention(graph, f"{name}.in_proj_weight")
-            graph.get_submodule(name).num_heads -= len(places["heads"])  # pyright: ignore[reportOperatorIssue]
+    for name, channels in of_layer.items():
+        if "heads" in channels:
+            _replace_attention(graph, f"{name}.in_proj_weight")
+            graph.get_submodule(name).num_heads -= len(channels["heads"])  # pyright: ignore[reportOperatorIssue]
         else:
-            _shrink(modules[name], places)
-    for node, stays in left_out:
-        _leave_out(graph, node, stays)
+            _shrink(modules[name], channels)
+    for node, keep in branches:
+        _remove_branch(graph, node, keep)
     graph.recompile()
     round_ = [[cut.layer, cut.axis, list(cut.channels)] for cut in cuts]
     graph.meta["cuts"] = [*graph.meta.get("cuts", []), round_]
 
 
-def alone(value: fx.Node) -> set[fx.Node]:
-    """What is computed for the one reader of `value` alone, and it; nothing where it has more readers."""
-    found: set[fx.Node] = set()
-    waiting = [value] if sum(not _idle(reader) for reader in value.users) == 1 else []
+def exclusive_nodes(value: fx.Node) -> set[fx.Node]:
+    """`value` and the nodes computed for it alone; empty if it has more than one user."""
+    nodes: set[fx.Node] = set()
+    waiting = [value] if sum(not _unused(user) for user in value.users) == 1 else []
     while waiting:
         node = waiting.pop()
-        found |= {node, *_idlers(node)}
-        read = [each for each in node.all_input_nodes if each.op != "placeholder" and each not in found]
-        waiting += [each for each in read if all(reader in found or _idle(reader) for reader in each.users)]
-    return found
+        nodes |= {node, *_unused_users(node)}
+        inputs = [each for each in node.all_input_nodes if each.op != "placeholder" and each not in nodes]
+        waiting += [each for each in inputs if all(user in nodes or _unused(user) for user in each.users)]
+    return nodes
 
 
-def _idlers(node: fx.Node) -> Iterator[fx.Node]:
-    """What reads `node`, and is read by nothing."""
-    for reader in node.users:
-        if _idle(reader):
-            yield from (reader, *_idlers(reader))
+def _unused_users(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if _unused(user):
+            yield from (user, *_unused_users(user))
 
 
-def _idle(node: fx.Node) -> bool:
-    """Whether a node looks at a size or takes a part, and nothing reads that."""
-    return node.target in (getattr, operator.getitem, "size", "dim") and all(map(_idle, node.users))
+def _unused(node: fx.Node) -> bool:
+    """Whether a node reads a size or an item, and nothing uses the result."""
+    return node.target in (getattr, operator.getitem, "size", "dim") and all(map(_unused, node.users))
 
 
-def _leave_out(graph: fx.GraphModule, total: fx.Node, stays: int) -> None:
-    """A sum gives its argument number `stays`: the other goes, with all that was computed for it alone."""
-    if total not in set(graph.graph.nodes):  # it was computed for another one's
+def _remove_branch(graph: fx.GraphModule, total: fx.Node, keep: int) -> None:
+    """Replace a sum with its argument number `keep`; remove the other one with everything computed for it alone."""
+    if total not in set(graph.graph.nodes):  # it belonged to another removed branch
         return
-    left, added = total.args[stays], total.args[1 - stays]
-    assert isinstance(left, fx.Node)
+    kept, added = total.args[keep], total.args[1 - keep]
+    assert isinstance(kept, fx.Node)
     assert isinstance(added, fx.Node)
-    gone = {total, *alone(added)}
-    if any(_in_place(graph, reader) for reader in total.users):  # which may not change what others read, too
+    removed = {total, *exclusive_nodes(added)}
+    if any(_is_inplace(graph, user) for user in total.users):  # it must not change what others read
         with graph.graph.inserting_before(total):
-            left = graph.graph.call_method("clone", (left,))
-    total.replace_all_uses_with(left)
+            kept = graph.graph.call_method("clone", (kept,))
+    total.replace_all_uses_with(kept)
     for node in reversed([*graph.graph.nodes]):
-        if node in gone:
+        if node in removed:
             graph.graph.erase_node(node)
-    for node in gone:
+    for node in removed:
         if node.op in ("call_module", "get_attr"):
-            _forget(graph, str(node.target))
-    names = {node.name for node in gone}
-    layers = {path: left.name if name == total.name else name for path, name in graph.meta.get("layers", {}).items()}
+            _delete_unused(graph, str(node.target))
+    names = {node.name for node in removed}
+    layers = {path: kept.name if name == total.name else name for path, name in graph.meta.get("layers", {}).items()}
     graph.meta["layers"] = {path: name for path, name in layers.items() if name not in names}
 
 
-def _in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether it may change what it reads."""
+def _is_inplace(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may change its input in place."""
     if node.op == "call_module":
         return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
     if node.target in _AUGMENTED or node.kwargs.get("inplace") is True:
@@ -122,94 +121,96 @@ def _in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
     return name.endswith("_")
 
 
-def _forget(graph: fx.GraphModule, name: str) -> None:
-    """A layer, parameter or buffer, if no node reads it or what lies in it any more; modes stay."""
-    read = {str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")}
-    if any(each == name or each.startswith(f"{name}.") or name.startswith(f"{each}.") for each in read):
+def _delete_unused(graph: fx.GraphModule, name: str) -> None:
+    """Delete a layer, parameter or buffer if no node reads it, its parent or a part of it."""
+    used = {str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")}
+    if any(each == name or each.startswith(f"{name}.") or name.startswith(f"{each}.") for each in used):
         return
     owner: Any = graph
     *path, last = name.split(".")
     for step in path:
-        owner = getattr(owner, step, None)  # which went before, with all in it
+        owner = getattr(owner, step, None)  # None if it was deleted before
     if isinstance(getattr(owner, last, None), nn.Module | Tensor):
         delattr(owner, last)
 
 
-def _kept(size: int, gone: Iterable[int]) -> Tensor:
-    kept = torch.ones(size, dtype=torch.bool)
-    kept[list(gone)] = False
-    return kept
+def _remaining(size: int, removed: Iterable[int]) -> Tensor:
+    """Bool mask (size,)."""
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[list(removed)] = False
+    return mask
 
 
-def _shorten(tensor: Tensor, axis: int, kept: Tensor) -> None:
-    """Takes places out of a tensor that stays the same object."""
-    tensor.data = tensor.data.index_select(axis, kept.nonzero().flatten().to(tensor.device)).contiguous()
+def _select(tensor: Tensor, axis: int, mask: Tensor) -> None:
+    """Shorten a tensor, which stays the same object."""
+    tensor.data = tensor.data.index_select(axis, mask.nonzero().flatten().to(tensor.device)).contiguous()
     tensor.grad = None
 
 
-def _own_attention(graph: fx.GraphModule, parameter: str) -> None:
-    """Puts our own attention in the place of torch's, which cannot be narrower than its embedding."""
+def _replace_attention(graph: fx.GraphModule, parameter: str) -> None:
+    """Replace `nn.MultiheadAttention`, whose heads have to be as wide as the embedding, by `Attention`."""
     path = parameter.rpartition(".")[0]
     owner = graph.get_submodule(path)
     if isinstance(owner, nn.MultiheadAttention):
         graph.set_submodule(path, Attention(owner))
 
 
-def _shrink(module: nn.Module, places: dict[str, tuple[int, ...]]) -> None:
-    """Takes the places out of every tensor of the module, and tells its sizes."""
+def _shrink(module: nn.Module, channels: dict[str, tuple[int, ...]]) -> None:
+    """Remove channels from every tensor of a module, and update its attributes."""
     if isinstance(module, _ConvNd):
-        _shrink_convolution(module, places)
+        _shrink_convolution(module, channels)
     elif isinstance(module, nn.Linear):
-        if "in" in places:
-            kept = _kept(module.in_features, places["in"])
-            _shorten(module.weight, 1, kept)
-            module.in_features = int(kept.sum())
-        if "out" in places:
-            kept = _kept(module.out_features, places["out"])
+        if "in" in channels:
+            mask = _remaining(module.in_features, channels["in"])
+            _select(module.weight, 1, mask)
+            module.in_features = int(mask.sum())
+        if "out" in channels:
+            mask = _remaining(module.out_features, channels["out"])
             for tensor in module.parameters(recurse=False):
-                _shorten(tensor, 0, kept)
-            module.out_features = int(kept.sum())
+                _select(tensor, 0, mask)
+            module.out_features = int(mask.sum())
     else:
-        _shrink_per_channel(module, places["out"])
+        _shrink_per_channel(module, channels["out"])
 
 
-def _shrink_convolution(layer: _ConvNd, places: dict[str, tuple[int, ...]]) -> None:
-    """Whole groups of channels may go, or the same number from each group."""
+def _shrink_convolution(layer: _ConvNd, channels: dict[str, tuple[int, ...]]) -> None:
+    """Remove whole groups of channels, or the same channels of every group."""
     rows, columns = layer.weight.shape[:2]
-    if "out" in places and "in" not in places and layer.groups == layer.in_channels == rows:
-        places = {**places, "in": places["out"]}  # it hands every channel on by itself
-    kept_out, kept_in = _kept(rows, places.get("out", ())), _kept(layer.in_channels, places.get("in", ()))
-    by_group = kept_in.reshape(layer.groups, columns)
+    if "out" in channels and "in" not in channels and layer.groups == layer.in_channels == rows:
+        channels = {**channels, "in": channels["out"]}  # depthwise
+    out_mask = _remaining(rows, channels.get("out", ()))
+    in_mask = _remaining(layer.in_channels, channels.get("in", ()))
+    by_group = in_mask.reshape(layer.groups, columns)
     groups = by_group.any(1)
     of_group = by_group[int(groups.nonzero()[0])]
-    assert bool((by_group[groups] == of_group).all()), "the same places of every group"
-    _shorten(layer.weight, 1, of_group)
+    assert bool((by_group[groups] == of_group).all()), "the same channels of every group"
+    _select(layer.weight, 1, of_group)
     for tensor in [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]:
         if tensor.ndim and len(tensor) == rows:
-            _shorten(tensor, 0, kept_out)
+            _select(tensor, 0, out_mask)
     layer.groups = int(groups.sum())
-    layer.in_channels, layer.out_channels = int(kept_in.sum()), int(kept_out.sum())
+    layer.in_channels, layer.out_channels = int(in_mask.sum()), int(out_mask.sum())
 
 
-def _shrink_per_channel(module: nn.Module, gone: tuple[int, ...]) -> None:
+def _shrink_per_channel(module: nn.Module, removed: tuple[int, ...]) -> None:
     tensors = [each for each in [*module.parameters(), *module.buffers()] if each.numel() > 1]
-    kept = _kept(tensors[0].numel(), gone)
+    mask = _remaining(tensors[0].numel(), removed)
     for tensor in tensors:
-        _shorten(tensor, next(axis for axis, size in enumerate(tensor.shape) if size > 1), kept)
-    left = int(kept.sum())
+        _select(tensor, next(axis for axis, size in enumerate(tensor.shape) if size > 1), mask)
+    width = int(mask.sum())
     if isinstance(module, nn.GroupNorm):
-        module.num_groups = int(kept.reshape(module.num_groups, -1).any(1).sum())
-    told: dict[str, Any] = dict.fromkeys(("num_features", "num_channels", "num_parameters"), left)
-    told["normalized_shape"] = (left,)
-    if isinstance(laid_out := getattr(module, "shape", None), tuple):  # a scale that is laid out anew
-        told["shape"] = tuple(left if size == len(kept) else size for size in laid_out)
-    for name, size in told.items():
+        module.num_groups = int(mask.reshape(module.num_groups, -1).any(1).sum())
+    attributes: dict[str, Any] = dict.fromkeys(("num_features", "num_channels", "num_parameters"), width)
+    attributes["normalized_shape"] = (width,)
+    if isinstance(shape := getattr(module, "shape", None), tuple):  # of a scale that is reshaped
+        attributes["shape"] = tuple(width if size == len(mask) else size for size in shape)
+    for name, size in attributes.items():
         if hasattr(module, name):
             setattr(module, name, size)
 
 
-def _rewrite(node: fx.Node, cut: Cut) -> None:
-    """An argument counts less than it did; `axis` says which, and what it counted."""
+def _rewrite_argument(node: fx.Node, cut: Cut) -> None:
+    """Lower an argument that counts channels; `cut.axis` is its path and its value before."""
     argument, _, before = cut.axis.partition("=")
     if argument == "sections":
         _rewrite_sections(node, [int(size) for size in before.split(",")], cut.channels)
@@ -228,17 +229,17 @@ def _rewrite(node: fx.Node, cut: Cut) -> None:
         setattr(node, first, value)
 
 
-def _rewrite_sections(node: fx.Node, sizes: list[int], gone: tuple[int, ...]) -> None:
-    """chunk and split, from now on by the sizes of their parts."""
-    kept = _kept(sum(sizes), gone)
-    left = [int(part.sum()) for part in kept.split(sizes)]
+def _rewrite_sections(node: fx.Node, sizes: list[int], removed: tuple[int, ...]) -> None:
+    """Rewrite chunk and split as `torch.split` with the remaining sizes."""
+    mask = _remaining(sum(sizes), removed)
+    remaining = [int(part.sum()) for part in mask.split(sizes)]
     dim = [*node.args[2:], node.kwargs.get("dim", 0)][0]
     node.op, node.target = "call_function", torch.split
-    node.args, node.kwargs = (node.args[0], left, dim), {}
+    node.args, node.kwargs = (node.args[0], remaining, dim), {}
 
 
 def _replaced(value: Any, path: Sequence[str], new: int) -> Any:
-    """`value` with `new` at the end of `path`, within lists, tuples and slices."""
+    """`value` with `new` at the end of `path`, within lists, tuples, dicts and slices."""
     if not path:
         return new
     step, *rest = path

@@ -1,8 +1,8 @@
-"""Which channels go, in which order, and what is left after each.
+"""The order in which channels are removed, and the remaining cost after each block.
 
-Channels go in blocks, since runtimes compute ragged widths slowly: what stays of a group is a multiple of `round_to`.
-What a block saves is counted from what it takes of each layer, so that the whole order costs one walk over the blocks
-and not one over the network for each of them.
+Channels are removed in blocks that leave a multiple of `round_to` in each group: runtimes are slow at odd widths. What
+a block saves is computed from the shapes of the layers it shrinks, so that all blocks together take one pass over the
+network.
 """
 
 from __future__ import annotations
@@ -18,188 +18,190 @@ from torch.nn.utils import parametrize
 from tersor.core.errors import InputError
 from tersor.graph.layer_selection import matching
 from tersor.graph.parametrization import parametrizations_of
-from tersor.pruning.channel_groups import Cut, Group, copied, coupled_channels, merged, remove
+from tersor.pruning.channel_groups import Cut, Group, copy_graph, coupled_channels, merge_cuts, remove
 from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
 
 Scope = Literal["layer", "global"]
 
 _REASONS = 3
-"""Of groups that stay whole, where all do."""
+"""Reasons that an error names where no group can be removed."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """Groups of channels, and the blocks of them that go one after the other.
+class RemovalOrder:
+    """Blocks of channels in the order of their removal.
 
     Attributes:
         groups: of coupled channels.
-        channels: of every group, its channels, the least important first.
-        blocks: the number of a group, and how many of its channels are gone with this block.
+        channels: of every group, the least important first.
+        blocks: the number of a group, and how many of its channels are removed from this block on.
     """
 
     groups: Sequence[Group]
     channels: Sequence[Sequence[int]]
     blocks: Sequence[tuple[int, int]]
 
-    def gone(self, blocks: int) -> list[Sequence[int]]:
-        """Of every group the channels that are gone with the first `blocks`."""
+    def removed(self, blocks: int) -> list[Sequence[int]]:
+        """The channels of every group in the first `blocks` blocks."""
         ends = [0] * len(self.groups)
         for number, end in self.blocks[:blocks]:
             ends[number] = end
         return [channels[:end] for channels, end in zip(self.channels, ends, strict=True)]
 
     def cuts(self, blocks: int) -> list[Cut]:
-        """What goes with the first `blocks`."""
-        pairs = zip(self.groups, self.gone(blocks), strict=True)
-        return merged(cut for group, gone in pairs for cut in group.cuts(gone))
+        """The cuts of the first `blocks` blocks."""
+        pairs = zip(self.groups, self.removed(blocks), strict=True)
+        return merge_cuts(cut for group, removed in pairs for cut in group.cuts(removed))
 
-    def without(self, graph: fx.GraphModule, blocks: int) -> fx.GraphModule:
-        """A copy of `graph`, whose groups these are, without the first `blocks`."""
-        network = copied(graph)
+    def pruned_copy(self, graph: fx.GraphModule, blocks: int) -> fx.GraphModule:
+        """A copy of `graph` without the first `blocks` blocks."""
+        network = copy_graph(graph)
         remove(network, self.cuts(blocks))
         return network
 
 
-def removable(
+def removable_groups(
     graph: fx.GraphModule, example: Tensor, exclude: Sequence[str], method: str
 ) -> tuple[list[Group], dict[str, str]]:
-    """The groups of channels that may go, and of every other group's root why it stays whole.
+    """The groups that can be removed, and root -> reason for all others.
 
     Args:
         graph: a captured network.
-        example: images (N, C, H, W); the first is run.
-        exclude: patterns of layers whose channels stay.
-        method: how errors call who asks.
+        example: images (N, C, H, W); the first one is run.
+        exclude: patterns of layers whose channels are not removed.
+        method: its name, for errors.
 
     Raises:
-        InputError: masks, grids or parametrizations of others lie on the network, a pattern matches nothing, no
+        InputError: the network has masks, quantizers or other parametrizations, a pattern matches nothing, or no
             channel can be removed.
     """
-    refuse_what_lies_on(graph, method)
+    refuse_parametrized(graph, method)
     excluded = matching(exclude, [name for name, _ in graph.named_modules() if name]) if exclude else set[str]()
-    groups, whole = coupled_channels(graph, example)
-    chosen = [group for group in groups if not any(_writer(cut) in excluded for cut in group.slices[0])]
+    groups, unprunable = coupled_channels(graph, example)
+    chosen = [group for group in groups if not any(_written_layer(cut) in excluded for cut in group.slices[0])]
     if not chosen:
-        reasons = "".join(f" {root}: {why}." for root, why in list(whole.items())[:_REASONS])
+        reasons = "".join(f" {root}: {reason}." for root, reason in list(unprunable.items())[:_REASONS])
         raise InputError(
             f"no channel of {type(graph).__name__} can be removed.{reasons} Possible: weight_pruning, which masks"
             + (", or a shorter `exclude`." if exclude else ".")
         )
-    return chosen, whole
+    return chosen, unprunable
 
 
-def refuse_what_lies_on(graph: fx.GraphModule, method: str) -> None:
-    """Masks, grids and parametrizations of others: channels of weights under them cannot be cut.
+def refuse_parametrized(graph: fx.GraphModule, method: str) -> None:
+    """Refuse masks, quantizers and parametrizations of others: the weights under them cannot be cut.
 
     Raises:
-        InputError: there is one.
+        InputError: the network has one.
     """
     for name, module in graph.named_modules():
-        strange = [
+        foreign = [
             each for each in parametrizations_of(module) if not isinstance(each, Mask | FakeQuantize | RunningLargest)
         ]
-        if strange:
+        if foreign:
             raise InputError(
-                f"the weight of {name} lies under a {type(strange[0]).__name__}, and its channels cannot be cut. Call "
-                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') before."
+                f"the weight of {name} has a {type(foreign[0]).__name__} parametrization, so its channels cannot be "
+                "removed. Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first."
             )
         if isinstance(module, FakeQuantize) or parametrize.is_parametrized(module):
             raise InputError(
-                f"{name or 'the network'} lies under a mask or a grid already, and channels are removed before. "
+                f"{name or 'the network'} is masked or quantized already, and channels are removed before. "
                 f"Write {method} in a stage before weight_pruning, ptq and qat."
             )
 
 
-def _writer(cut: Cut) -> str:
-    """The layer or module whose channels a cut takes, where it does not take columns that read."""
+def _written_layer(cut: Cut) -> str:
+    """The layer whose output channels are cut; "" for input channels."""
     if str(cut.axis) == "0":
         return cut.layer.rpartition(".")[0]
     return cut.layer if cut.axis == "out" else ""
 
 
-def ordered(
+def removal_order(
     groups: Sequence[Group],
     importances: Sequence[Tensor],
     *,
     scope: Scope,
     round_to: int,
     floor: float,
-    prices: Sequence[float] | None = None,
-) -> Order:
-    """The order in which channels go.
+    channel_costs: Sequence[float] | None = None,
+) -> RemovalOrder:
+    """Sort blocks of channels by importance.
 
     Args:
         groups: of coupled channels.
         importances: of every group (channels,).
-        scope: `layer`: next is a block of the group that has lost the smallest fraction; `global`: the block of the
-            lowest mean importance, among all groups.
-        round_to: places of the layer that produces them, of which a multiple stays.
-        floor: fraction of a group that always stays.
-        prices: of every group what a channel costs: importances are compared for each unit of it; as they are if None.
+        scope: `layer`: the next block is of the group that has lost the smallest fraction; `global`: the block with
+            the lowest mean importance.
+        round_to: a multiple of it remains of the root's output channels.
+        floor: fraction of a group that always remains.
+        channel_costs: of one channel of every group; importances are divided by them.
     """
-    if prices is not None:
-        importances = [each / max(price, 1e-9) for each, price in zip(importances, prices, strict=True)]
+    if channel_costs is not None:
+        importances = [each / max(cost, 1e-9) for each, cost in zip(importances, channel_costs, strict=True)]
     blocks = sorted(
         (priority, number, end)
         for number, (group, scores) in enumerate(zip(groups, importances, strict=True))
         for priority, end in _blocks(scores.sort().values, scope, round_to // math.gcd(round_to, group.width), floor)
     )
     channels = [scores.argsort(stable=True).tolist() for scores in importances]
-    return Order(groups, channels, [(number, end) for _, number, end in blocks])
+    return RemovalOrder(groups, channels, [(number, end) for _, number, end in blocks])
 
 
 def _blocks(ascending: Tensor, scope: Scope, unit: int, floor: float) -> Iterator[tuple[tuple[float, float], int]]:
-    """When the next channels of a group go, lowest first, and how many are gone then."""
+    """The priority of each block of a group (lowest first), and how many channels are removed after it."""
     size = len(ascending)
     least = max(1, math.ceil(floor * size), min(size, unit))
     start = 0
-    for kept in range((size - 1) // unit * unit, least - 1, -unit):
-        end = size - kept
+    for remaining in range((size - 1) // unit * unit, least - 1, -unit):
+        end = size - remaining
         importance = float(ascending[start:end].mean())
         yield ((end / size, importance) if scope == "layer" else (importance, end / size)), end
         start = end
 
 
-def left(kind: str, graph: fx.GraphModule, order: Order, macs: Mapping[str, int]) -> list[float]:
-    """Fraction of the cost that stays after each number of blocks, from none to all.
+def remaining_costs(kind: str, graph: fx.GraphModule, order: RemovalOrder, macs: Mapping[str, int]) -> list[float]:
+    """The fraction of the cost that remains after each number of blocks, from none to all.
 
     Args:
         kind: of cost: `macs`, `parameters`, or `channels` of the groups.
-        graph: the network before anything goes.
-        order: of what goes.
+        graph: the unpruned network.
+        order: of the removal.
         macs: of the network, by layer.
     """
     if kind == "channels":
-        return _walked(order, sum(len(group.slices) for group in order.groups), lambda _number, gone: len(gone))
-    layers = _layers(kind, graph, macs)
+        channels = sum(len(group.slices) for group in order.groups)
+        return _remaining_fractions(order, channels, lambda _number, removed: len(removed))
+    layers = _layer_costs(kind, graph, macs)
     total = sum(macs.values()) if kind == "macs" else sum(parameter.numel() for parameter in graph.parameters())
-    taken = [[_taken(layers, cuts) for cuts in group.slices] for group in order.groups]
+    slices = [[_costly_slices(layers, cuts) for cuts in group.slices] for group in order.groups]
 
-    def saved(number: int, gone: Sequence[int]) -> float:
-        return sum(layer.saved_by(axis, places) for channel in gone for layer, axis, places in taken[number][channel])
+    def saved(number: int, removed: Sequence[int]) -> float:
+        each = (part for channel in removed for part in slices[number][channel])
+        return sum(layer.remove(axis, count) for layer, axis, count in each)
 
-    return _walked(order, total, saved)
+    return _remaining_fractions(order, total, saved)
 
 
-def prices(kind: str, graph: fx.GraphModule, groups: Sequence[Group], macs: Mapping[str, int]) -> list[float]:
-    """What a channel of each group costs, while all others are there; arguments as of `left`."""
+def channel_costs(kind: str, graph: fx.GraphModule, groups: Sequence[Group], macs: Mapping[str, int]) -> list[float]:
+    """The cost of the first channel of each group in the unpruned network; arguments as in `remaining_costs`."""
     if kind == "channels":
         return [1.0] * len(groups)
     found: list[float] = []
     for group in groups:
-        taken = _taken(_layers(kind, graph, macs), group.slices[0])
-        found.append(sum(layer.saved_by(axis, places) for layer, axis, places in taken))
+        slices = _costly_slices(_layer_costs(kind, graph, macs), group.slices[0])
+        found.append(sum(layer.remove(axis, count) for layer, axis, count in slices))
     return found
 
 
-def _layers(kind: str, graph: fx.GraphModule, macs: Mapping[str, int]) -> dict[str, _Layer]:
+def _layer_costs(kind: str, graph: fx.GraphModule, macs: Mapping[str, int]) -> dict[str, _LayerCost]:
     counted = kind == "macs"
-    return {name: _Layer(module, macs.get(name, 0) if counted else None) for name, module in graph.named_modules()}
+    return {name: _LayerCost(module, macs.get(name, 0) if counted else None) for name, module in graph.named_modules()}
 
 
-def _taken(layers: Mapping[str, _Layer], cuts: Sequence[Cut]) -> list[tuple[_Layer, str, int]]:
-    """Layer, axis and number of places. Where a whole group of a convolution goes, its rows say it all."""
+def _costly_slices(layers: Mapping[str, _LayerCost], cuts: Sequence[Cut]) -> list[tuple[_LayerCost, str, int]]:
+    """Layer, axis and number of channels. Where whole groups of a convolution go, only the rows are counted."""
     return [
         (layers[cut.layer], cut.axis, len(cut.channels))
         for cut in cuts
@@ -207,18 +209,20 @@ def _taken(layers: Mapping[str, _Layer], cuts: Sequence[Cut]) -> list[tuple[_Lay
     ]
 
 
-def _walked(order: Order, total: float, saved: Callable[[int, Sequence[int]], float]) -> list[float]:
-    """What stays of `total` after each number of blocks, where `saved` tells what channels of a group save."""
-    stays, found, ends = total, [1.0], [0] * len(order.groups)
+def _remaining_fractions(
+    order: RemovalOrder, total: float, saved: Callable[[int, Sequence[int]], float]
+) -> list[float]:
+    """The remaining fraction of `total` after each number of blocks."""
+    remaining, fractions, ends = total, [1.0], [0] * len(order.groups)
     for number, end in order.blocks:
-        stays -= saved(number, order.channels[number][ends[number] : end])
+        remaining -= saved(number, order.channels[number][ends[number] : end])
         ends[number] = end
-        found.append(stays / total)
-    return found
+        fractions.append(remaining / total)
+    return fractions
 
 
-class _Layer:
-    """What a layer still costs, while places of it go: rows * columns of a matrix, and numbers for each row."""
+class _LayerCost:
+    """The cost of a layer while channels are removed: rows * columns of a matrix, plus parameters of each row."""
 
     def __init__(self, module: nn.Module, macs: int | None) -> None:
         shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
@@ -227,20 +231,20 @@ class _Layer:
         self.rows = shapes[0][0] if shapes else 0
         self.columns = matrices[0][1] * self.groups if matrices else 1
         if macs is not None:
-            self.each, self.beside = macs / max(1, self.rows * self.columns), 0.0
+            self.per_entry, self.per_row = macs / max(1, self.rows * self.columns), 0.0
         else:
-            self.each = sum(math.prod(shape) for shape in matrices) / max(1, self.rows * self.columns)
-            self.beside = float(sum(1 for shape in shapes if len(shape) == 1))
+            self.per_entry = sum(math.prod(shape) for shape in matrices) / max(1, self.rows * self.columns)
+            self.per_row = float(sum(1 for shape in shapes if len(shape) == 1))
 
-    def loses_groups(self, places: Sequence[int]) -> bool:
-        """Whether columns are all those of some groups of a convolution, and not the same of every group."""
+    def loses_groups(self, channels: Sequence[int]) -> bool:
+        """Whether the columns are those of whole groups of a convolution, not the same of every group."""
         width = self.columns // self.groups
-        return self.groups > 1 and len({place // width for place in places}) < self.groups
+        return self.groups > 1 and len({channel // width for channel in channels}) < self.groups
 
-    def saved_by(self, axis: str, places: int) -> float:
-        """What goes with so many places, behind all that went before."""
+    def remove(self, axis: str, count: int) -> float:
+        """Remove rows or columns; return the saved cost."""
         if axis == "in":
-            self.columns -= places
-            return self.each * self.rows * places
-        self.rows -= places
-        return (self.each * self.columns + self.beside) * places
+            self.columns -= count
+            return self.per_entry * self.rows * count
+        self.rows -= count
+        return (self.per_entry * self.columns + self.per_row) * count

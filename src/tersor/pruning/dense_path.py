@@ -1,7 +1,7 @@
-"""A second path through one network: the same modules and weights, but for parts that the path has for itself.
+"""The dense path of a masked network (DCIL): the same weights without masks, with BatchNorms and a head of its own.
 
-The parts are swapped in for the length of one call (`torch.func.functional_call`), by their names. So the path also
-runs through a captured graph, and what runs is the same whatever was laid on the network since.
+`torch.func.functional_call` swaps the path's own tensors in by name for one call, so that the path also runs through a
+captured graph with further parametrizations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tersor.quantization.fake_quantize import quantizers_disabled
 
 @contextmanager
 def masks_and_quantizers_disabled(model: nn.Module) -> Generator[None]:
-    """Masks of `model` show the weight as it is, and nothing is rounded: neither weights nor activations."""
+    """Use dense weights, and quantize neither weights nor activations."""
     masks = [each for each in model.modules() if isinstance(each, Mask)]
     for mask in masks:
         mask.dense = True
@@ -34,8 +34,8 @@ def masks_and_quantizers_disabled(model: nn.Module) -> Generator[None]:
             mask.dense = False
 
 
-class _Part(nn.Module):
-    """Copies of the tensors of one module, under their own names."""
+class _Copy(nn.Module):
+    """Copies of the tensors of one module, under their names there."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__()
@@ -50,38 +50,37 @@ class _Part(nn.Module):
             self.register_buffer(name, buffer.clone())
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
-        """The copies, by the names that the originals have in `model`."""
+        """The copies, by the names of the originals in `model`."""
         module = model.get_submodule(self.path)
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, value in (*self.named_parameters(), *self.named_buffers()):
-            shown = parametrize.is_parametrized(module, name)
-            found[f"{self.path}.{f'parametrizations.{name}.original' if shown else name}"] = value
-        return found
+            key = f"parametrizations.{name}.original" if parametrize.is_parametrized(module, name) else name
+            tensors[f"{self.path}.{key}"] = value
+        return tensors
 
 
-class OwnParts(nn.Module):
-    """What the dense path of a masked network has for itself: every BatchNorm, and the head.
+class DensePathModules(nn.Module):
+    """The dense path's own copies of every BatchNorm and of the head, the last convolution or fully connected layer.
 
     Args:
         model: the network; its tensors are copied.
-        masked: the layers that have masks, by name. The head, which is the last of the convolutions and fully
-            connected layers, is shared where it has one. None: all is shared.
+        masked: the layers with masks, by name; a masked head is shared. None: everything is shared.
     """
 
     def __init__(self, model: nn.Module, masked: Iterable[str] | None) -> None:
         super().__init__()
-        found: list[tuple[str, nn.Module]] = []
+        copied: list[tuple[str, nn.Module]] = []
         if masked is not None:
-            found = [(name, each) for name, each in model.named_modules() if isinstance(each, Norm)]
+            copied = [(name, each) for name, each in model.named_modules() if isinstance(each, Norm)]
             *_, head = weighted_layers(model).items()
-            found += [head] if head[0] not in set(masked) else []
-        self.parts = nn.ModuleList(_Part(path, module) for path, module in found)
+            copied += [head] if head[0] not in set(masked) else []
+        self.parts = nn.ModuleList(_Copy(path, module) for path, module in copied)
 
-    def dense(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), by the dense weights and the path's own parts."""
+    def dense_logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> logits (N, classes) of the dense path."""
         own: dict[str, Tensor] = {}
         for part in self.parts:
-            assert isinstance(part, _Part)
+            assert isinstance(part, _Copy)
             own |= part.named(model)
         with masks_and_quantizers_disabled(model):
             return torch.func.functional_call(model, own, (images,))

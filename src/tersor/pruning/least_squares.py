@@ -1,22 +1,21 @@
-"""What removed channels gave to the layers behind is given by those that stay, as far as they can tell it.
+"""Least-squares reconstruction: the layers behind removed channels are refitted to the remaining ones.
 
-He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, choose channels by lasso and
-then fit the filters behind; of that the second step is here, in closed form and for every layer that reads.
+He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, select channels by lasso and
+refit the next layer. This is their second step, in closed form and for every layer that reads the channels.
 
-    min over V, b of E ||V k + b - W x||_2^2 + r ||V - W_k||^2   x: (C_in * kernel,), what a position of the layer reads
-                                                                 k: the part of x that stays, g: the part that goes
+    min over V, b of E ||V k + b - W x||_2^2 + r ||V - W_k||^2   x: (C_in * kernel,), inputs at one position
+                                                                 k: the remaining part of x, g: the removed part
     V = W_k + W_g S_gk (S_kk + r I)^-1,   b = W E[x] - V E[k]    S: covariance of x
 
-over images and up to 16 positions of each, drawn by a fixed seed; r is a thousandth of the mean variance of k. A
-channel whose filter or BatchNorm factor is zero sends a constant on, which is all in b. A layer without a bias hands b
-to the BatchNorm behind it (running mean -= b); one with neither is left without. Where the positions are too few to
-tell (fewer than twice the numbers that stay), or a layer reads more than 4,608 numbers, V = W_k, and b makes up for the
-mean alone. Convolutions by groups stay as they are.
+over images and up to 16 positions of each, drawn with a fixed seed; r is a thousandth of the mean variance of k. A
+channel whose filter or BatchNorm factor is zero outputs a constant, which b covers. A layer without a bias passes b to
+the BatchNorm behind it (running mean -= b); one with neither drops it. With fewer positions than twice the remaining
+features, or more than 4,608 features, V = W_k and b restores the mean alone. Grouped convolutions are not refitted.
 
-DCIL's released checkpoints show the need of b: of 492 dead filters 346 send on a constant that is not zero. A ResNet-56
-on CIFAR-10 JPEG, half of its MACs gone by magnitude, on the test images without any training: 75.8 % with new
-statistics of BatchNorm, 81.3 % with this before, 83.4 % where statistics are moved, not taken anew (`statistics.py`).
-Trained on, it was not seen to gain by it.
+DCIL's released checkpoints show why b is needed: of 492 dead filters 346 output a constant that is not zero. A
+ResNet-56 on CIFAR-10 JPEG, half of its MACs removed by magnitude, reaches on test images without any training: 75.8 %
+with new BatchNorm statistics, 81.3 % with this before, 83.4 % with moved instead of new statistics
+(`graph/batchnorm_statistics.py`). No gain was seen after further training.
 """
 
 from __future__ import annotations
@@ -33,16 +32,22 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.eval_mode import evaluating, first_images
-from tersor.pruning.activation_moments import ReadMoments, read, reads_whole, with_ridge
+from tersor.pruning.activation_moments import (
+    InputMoments,
+    add_ridge,
+    reads_all_channels,
+    removed_afterwards,
+    sampled_inputs,
+)
 from tersor.pruning.channel_groups import Cut
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a layer gets for what it loses.
+    """The new weight of a layer that loses input channels.
 
     Attributes:
-        weight: (C_out, C_in, ...), of what stays.
+        weight: (C_out, C_in, ...), of the remaining channels.
         bias: (C_out,), to be added.
     """
 
@@ -50,76 +55,68 @@ class Fit:
     bias: Tensor
 
 
-def fitted(
+def fit_layers(
     graph: fx.GraphModule,
     cuts: Sequence[Cut],
     data: Iterable[Any],
     images: int,
     progress: ProgressReporter = NO_PROGRESS,
 ) -> dict[str, Fit]:
-    """Layer -> what it gets, where its columns in `cuts` go.
+    """Fit every layer whose input channels are in `cuts`.
 
     Args:
         graph: the network before the cuts.
-        cuts: what goes.
+        cuts: the channels to be removed.
         data: batches of images (N, C, H, W).
-        images: how many of them are looked at.
+        images: how many of them are used.
 
     Raises:
         InputError: there is no image.
     """
-    gone = {(cut.layer, cut.axis): list(cut.channels) for cut in cuts}
-    moments = {layer: ReadMoments() for layer, axis in gone if axis == "in" and reads_whole(graph, layer)}
-    drawn = torch.Generator().manual_seed(0)
+    removed = {(cut.layer, cut.axis): list(cut.channels) for cut in cuts}
+    moments = {layer: InputMoments() for layer, axis in removed if axis == "in" and reads_all_channels(graph, layer)}
+    generator = torch.Generator().manual_seed(0)
 
-    def look(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        moments[name].add(read(layer, given[0], drawn).float())
+    def observe(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        moments[name].add(sampled_inputs(layer, inputs[0], generator).float())
 
-    hooks = [graph.get_submodule(name).register_forward_pre_hook(partial(look, name)) for name in moments]
-    try:
-        with evaluating(graph), torch.no_grad():
-            _run(graph, data, images, progress)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [graph.get_submodule(name).register_forward_pre_hook(partial(observe, name)) for name in moments]
+    done = 0
+    progress.start("least squares: layer inputs", images)
+    with removed_afterwards(hooks), evaluating(graph), torch.no_grad():
+        for batch in first_images(data, images, next(graph.parameters()).device):
+            graph(batch)
+            done += len(batch)
+            progress.advance(len(batch))
+    if not done:
+        raise InputError("the least-squares fit needs images; none were given. Pass data=...")
     return {
-        name: _fit(graph.get_submodule(name), found, gone[name, "in"], gone.get((name, "out"), []))
+        name: _fit(graph.get_submodule(name), found, removed[name, "in"], removed.get((name, "out"), []))
         for name, found in moments.items()
         if found.count
     }
 
 
-def _run(graph: fx.GraphModule, data: Iterable[Any], images: int, progress: ProgressReporter) -> None:
-    done = 0
-    progress.start("least squares: layer inputs", images)
-    for some in first_images(data, images, next(graph.parameters()).device):
-        graph(some)
-        done += len(some)
-        progress.advance(len(some))
-    if not done:
-        raise InputError("what channels send on is seen on images; none were given. Pass data=...")
-
-
 @torch.no_grad()
-def _fit(layer: nn.Module, seen: ReadMoments, gone_in: list[int], gone_out: list[int]) -> Fit:
+def _fit(layer: nn.Module, moments: InputMoments, removed_in: list[int], removed_out: list[int]) -> Fit:
     assert isinstance(layer.weight, Tensor)
     rows = torch.ones(len(layer.weight), dtype=torch.bool)
-    rows[gone_out] = False
-    stays = torch.ones(layer.weight.shape[1], dtype=torch.bool)
-    stays[gone_in] = False
-    kept = stays.repeat_interleave(layer.weight[0, 0].numel())
-    weight, mean = layer.weight.cpu()[rows].flatten(1).double(), seen.mean
-    found, covariance = weight[:, kept], seen.covariance(int(kept.sum()))
+    rows[removed_out] = False
+    channels = torch.ones(layer.weight.shape[1], dtype=torch.bool)
+    channels[removed_in] = False
+    kept = channels.repeat_interleave(layer.weight[0, 0].numel())
+    weight, mean = layer.weight.cpu()[rows].flatten(1).double(), moments.mean
+    fitted, covariance = weight[:, kept], moments.covariance(int(kept.sum()))
     if covariance is not None:
-        inner = with_ridge(covariance[kept][:, kept])
-        found = found + weight[:, ~kept] @ torch.linalg.solve(inner, covariance[kept][:, ~kept]).T
-    shape = int(rows.sum()), int(stays.sum()), *layer.weight.shape[2:]
-    return Fit(found.reshape(shape).to(layer.weight), (weight @ mean - found @ mean[kept]).to(layer.weight))
+        inner = add_ridge(covariance[kept][:, kept])
+        fitted = fitted + weight[:, ~kept] @ torch.linalg.solve(inner, covariance[kept][:, ~kept]).T
+    shape = int(rows.sum()), int(channels.sum()), *layer.weight.shape[2:]
+    return Fit(fitted.reshape(shape).to(layer.weight), (weight @ mean - fitted @ mean[kept]).to(layer.weight))
 
 
 @torch.no_grad()
-def take_over(graph: fx.GraphModule, fits: Mapping[str, Fit]) -> None:
-    """Gives layers what was fitted for them; a bias to the BatchNorm behind where a layer has none."""
+def apply_fits(graph: fx.GraphModule, fits: Mapping[str, Fit]) -> None:
+    """Set the fitted weights and biases; the BatchNorm behind takes the bias of a layer without one."""
     nodes = {node.target: node for node in reversed(graph.graph.nodes) if node.op == "call_module"}
     for name, fit in fits.items():
         layer, norm = graph.get_submodule(name), norm_behind(nodes[name]) if name in nodes else None

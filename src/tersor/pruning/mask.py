@@ -1,4 +1,4 @@
-"""Weight masks, as parametrizations of the weights that they prune."""
+"""Weight masks: parametrizations that set weights to zero."""
 
 from __future__ import annotations
 
@@ -9,50 +9,47 @@ import torch
 from torch import Tensor, nn
 
 from tersor.graph.parametrization import parametrizations_of
-from tersor.pruning.mask_log import MaskLog
 
-Gradient = Literal["kept", "all", "split"]
+Gradient = Literal["masked", "straight_through", "split"]
 
 
 class Mask(nn.Module):
-    """Shows a weight with zeros where it is masked.
+    """Multiplies a weight by a mask m of ones and zeros.
 
-    What gradient the weight gets from the gradient g of what is shown, with a mask m of ones and zeros:
+    The gradient of the dense weight, where g is that of the masked weight:
 
-        kept    m * g           the chain rule: what is masked stays as it was (`mask_attachment.py` sees to momentum
-                                and weight decay)
-        all     g               straight through, as if nothing were masked
-        split   m * g           and, where the dense weight is shown (`masks_and_quantizers_disabled`), (1 - m) * g
+        masked              m * g   the chain rule: masked weights do not learn (`mask_attachment.py` also undoes
+                                    momentum and weight decay)
+        straight_through    g       as if nothing were masked
+        split               m * g   and (1 - m) * g on the dense path (`masks_and_quantizers_disabled`)
 
     Args:
-        shape: of the weight. All of it is shown until `mask` is set.
-        gradient: which of the three.
-        logged: whether it holds the log of all masks of the network.
+        shape: of the weight; the mask starts with ones.
+        gradient: one of the three.
 
     Attributes:
-        dense: whether the weight is shown as it is for the moment.
+        dense: whether the mask is disabled.
     """
 
     mask: Tensor
 
-    def __init__(self, shape: Sequence[int], gradient: Gradient = "kept", *, logged: bool = False) -> None:
+    def __init__(self, shape: Sequence[int], gradient: Gradient = "masked") -> None:
         super().__init__()
         self.register_buffer("mask", torch.ones(tuple(shape), dtype=torch.bool))
         self.gradient: Gradient = gradient
-        self.log = MaskLog() if logged else None
         self.dense = False
 
     def forward(self, values: Tensor) -> Tensor:
-        """`values` of the shape of the mask."""
+        """The masked weight, of the mask's shape."""
         if self.dense:
             return torch.where(self.mask, values.detach(), values) if self.gradient == "split" else values
         zero = torch.zeros((), dtype=values.dtype, device=values.device)
-        if self.gradient == "all":  # w - 0 and w - w are exact, and their gradient is that of the first w
+        if self.gradient == "straight_through":  # w - 0 and w - w are exact, with the gradient of the first w
             return values - torch.where(self.mask, zero, values.detach())
         return torch.where(self.mask, values, zero)
 
     def extra_repr(self) -> str:
-        """How much is masked."""
+        """The sparsity and the gradient."""
         return f"sparsity={1 - self.mask.float().mean().item():.4f}, gradient={self.gradient}"
 
 

@@ -1,4 +1,4 @@
-"""Attention with fewer or narrower heads than the embedding asks for, which torch's and torchvision's do not allow."""
+"""Attention with fewer or narrower heads than the embedding is wide, which torch and torchvision do not support."""
 
 from __future__ import annotations
 
@@ -12,27 +12,24 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Over the parameters of an `nn.MultiheadAttention`, under the same keys, whatever is left of them.
+    """`nn.MultiheadAttention` with pruned heads: the same parameters under the same keys, and the original scale.
 
     in_proj_weight    (3 heads width, E)
     out_proj.weight   (E, heads width)
-
-    Args:
-        given: whose parameters these are; a factor of its scores stays what it was.
     """
 
     in_proj_bias: Tensor | None
 
-    def __init__(self, given: nn.MultiheadAttention) -> None:
+    def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.in_proj_weight = given.in_proj_weight
-        self.register_parameter("in_proj_bias", given.in_proj_bias)
-        self.out_proj = given.out_proj
-        self.num_heads = given.num_heads
-        self.scale = given.head_dim**-0.5
-        self.dropout = given.dropout
-        self.batch_first = given.batch_first
-        self.train(given.training)
+        self.in_proj_weight = original.in_proj_weight
+        self.register_parameter("in_proj_bias", original.in_proj_bias)
+        self.out_proj = original.out_proj
+        self.num_heads = original.num_heads
+        self.scale = original.head_dim**-0.5
+        self.dropout = original.dropout
+        self.batch_first = original.batch_first
+        self.train(original.training)
 
     def forward(
         self,
@@ -44,15 +41,15 @@ class Attention(nn.Module):
         attn_mask: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Query, key and value (N, tokens, E), or (tokens, N, E) -> the same as query, and no weights.
+        """Attend; return a tensor of the query's shape, and None for the weights. Without batch_first, N is second.
 
         Args:
-            query: what asks.
-            key: what is asked.
-            value: what answers.
-            key_padding_mask: has to be None.
-            need_weights: read by nobody where a network was captured for classification.
-            attn_mask: added to the scores, or False where not to attend.
+            query: (N, tokens, E).
+            key: as query.
+            value: as query.
+            key_padding_mask: must be None.
+            need_weights: ignored.
+            attn_mask: added to the scores, or bool: False masks a position.
         """
         assert key_padding_mask is None
         if not self.batch_first:
@@ -64,9 +61,9 @@ class Attention(nn.Module):
             for each, weight, bias in zip((query, key, value), weights, biases, strict=True)
         ]
         dropout = self.dropout if self.training else 0.0
-        found = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask, dropout_p=dropout, scale=self.scale)
-        found = self.out_proj(found.transpose(1, 2).flatten(2))
-        return (found if self.batch_first else found.transpose(0, 1)), None
+        attended = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask, dropout_p=dropout, scale=self.scale)
+        output = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return (output if self.batch_first else output.transpose(0, 1)), None
 
 
 def windowed_attention(
@@ -86,12 +83,12 @@ def windowed_attention(
     *,
     scale: float,
 ) -> Tensor:
-    """torchvision's `shifted_window_attention`, whose heads need not be as wide together as the images (N, H, W, C).
+    """torchvision's `shifted_window_attention` for heads that together are narrower than the images (N, H, W, C).
 
-    Its arguments are those of torchvision's; `scale` is what query times key is multiplied with, where no
-    `logit_scale` (heads, 1, 1) is learned (Swin Transformer V2).
+    The arguments are torchvision's, and `scale`, which query times key is multiplied with where no `logit_scale`
+    (heads, 1, 1) is learned (Swin Transformer V2).
     """
-    size, shift, padded = _fitted(images, window_size, shift_size)
+    size, shift, padded = _padded(images, window_size, shift_size)
     windows = _windows(torch.roll(padded, (-shift[0], -shift[1]), (1, 2)) if sum(shift) else padded, size)
     if logit_scale is not None and qkv_bias is not None:
         third = len(qkv_bias) // 3
@@ -108,15 +105,15 @@ def windowed_attention(
         mask = _shift_mask(padded, size, shift)
         scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
     weights = F.dropout(scores.softmax(-1), attention_dropout, training)
-    found = F.linear((weights @ value).transpose(1, 2).flatten(2), proj_weight, proj_bias)
-    found = _images(F.dropout(found, dropout, training), size, padded.shape)
+    output = F.linear((weights @ value).transpose(1, 2).flatten(2), proj_weight, proj_bias)
+    output = _images(F.dropout(output, dropout, training), size, padded.shape)
     if sum(shift):
-        found = torch.roll(found, (shift[0], shift[1]), (1, 2))
-    return found[:, : images.shape[1], : images.shape[2]].contiguous()
+        output = torch.roll(output, (shift[0], shift[1]), (1, 2))
+    return output[:, : images.shape[1], : images.shape[2]].contiguous()
 
 
-def _fitted(images: Tensor, size: Sequence[int], shift: Sequence[int]) -> tuple[list[int], list[int], Tensor]:
-    """Images padded to whole windows; where one window holds all, nothing is shifted."""
+def _padded(images: Tensor, size: Sequence[int], shift: Sequence[int]) -> tuple[list[int], list[int], Tensor]:
+    """Pad images to whole windows; a dimension within one window is not shifted."""
     height, width = images.shape[1:3]
     padded = F.pad(images, (0, 0, 0, -width % size[1], 0, -height % size[0]))
     sides = padded.shape[1:3]
@@ -125,25 +122,25 @@ def _fitted(images: Tensor, size: Sequence[int], shift: Sequence[int]) -> tuple[
 
 
 def _windows(images: Tensor, size: Sequence[int]) -> Tensor:
-    """(N, H, W, C) -> (N windows, places, C)."""
+    """(N, H, W, C) -> (N windows, positions, C)."""
     parts = images.unflatten(2, (-1, size[1])).unflatten(1, (-1, size[0]))
     return parts.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def _images(windows: Tensor, size: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """(N windows, places, C) -> (N, H, W, C)."""
+    """(N windows, positions, C) -> (N, H, W, C)."""
     parts = windows.unflatten(1, (size[0], size[1])).unflatten(0, (-1, shape[1] // size[0], shape[2] // size[1]))
     return parts.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def _shift_mask(images: Tensor, size: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """(windows, places, places): -100 between places that a shift has brought together."""
+    """(windows, positions, positions): -100 between positions that were not neighbours before the shift."""
     region = images.new_zeros((1, *images.shape[1:3], 1))
     number = 0
     for rows in (slice(0, -size[0]), slice(-size[0], -shift[0]), slice(-shift[0], None)):
         for columns in (slice(0, -size[1]), slice(-size[1], -shift[1]), slice(-shift[1], None)):
             region[:, rows, columns] = number
             number += 1
-    places = _windows(region, size).squeeze(-1)
-    apart = places.unsqueeze(1) != places.unsqueeze(2)
+    regions = _windows(region, size).squeeze(-1)
+    apart = regions.unsqueeze(1) != regions.unsqueeze(2)
     return torch.where(apart, -100.0, 0.0).to(images.dtype)

@@ -1,28 +1,27 @@
-"""What the answers lose when channels go, and the layers that read them are fitted to what stays: `importance: obs`.
+"""Optimal Brain Surgeon for channels (`importance: obs`): the loss increase after the layers behind are refitted.
 
-Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS 1992, in whole channels
+Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS 1992, for whole channels
 and factored by layer as in Wang et al., "EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", ICML
 2019 (their Kron-OBS):
 
     I_c = 1/2 sum over the layers that read c of tr(inv(H_cc) W_c^T G W_c)    W: (C_out, C_in * kernel), W_c: of c
     W  <-  W - W_c X,   H  <-  H - H_c^T X,   X = inv(H_cc) H_c               H = inv(S + r I)
-    S = covariance of what a position reads                                   (C_in * kernel, C_in * kernel)
+    S = covariance of the inputs at a position                                (C_in * kernel, C_in * kernel)
     G = E over images of sum over positions of g g^T                          (C_out, C_out)
     g = gradient of sum_k s_k (z_k - mean z) at the position's output, z: logits, s: random signs
 
-The paper has the Fisher matrix of the labels' loss in place of G. Here G is the Gauss-Newton matrix of squared logits:
-a network that is sure of its training images has hardly a gradient there. One channel after the other goes, the one of
-which least is lost; the next are told what is lost without it (the largest so far, so that the scores are in that
-order). Of a wide group up to a 64th goes at once: those that lose less than any other behind each other, too. Where
-the positions of `images`, or else of 1,024 images, are too few to tell what a layer reads apart (fewer than twice the
-numbers, or more than 4,608 of these), S is taken to be diagonal. A layer that reads groups of channels, or that the
-answers do not hang on, is passed over.
+The paper has the Fisher matrix of the labels' loss for G. Here G is the Gauss-Newton matrix of squared logits: the
+Fisher matrix is almost zero for a network that is confident on its training images. Channels are removed greedily, the
+one with the smallest loss increase first; an importance is at least that of the channel before, so that the scores keep
+this order. Wide groups lose up to a 64th at once: channels whose increase, after those before them, stays below that of
+all others. S is diagonal where the positions of `images`, or else of 1,024 images, are fewer than twice the features,
+and with more than 4,608 features. Grouped convolutions, and layers that do not influence the logits, are skipped.
 
-Of a ResNet-56 on CIFAR-10 JPEG 99 prunings of one layer by an eighth to seven eighths were measured by hand, by KL
-divergence from the original on 1,024 training images: the logarithms of I and of what was measured correlate by 0.96,
-with a slope of 1.07. `bench/pruning_losses.py` has rows of the like. Half of the MACs gone from all inner layers,
-before any training, the divergence is 0.36 by magnitude, the same fraction everywhere; 0.32 with these channels; 0.22
-where the widths are chosen by I for each MAC that goes, too (scope `global`).
+On a ResNet-56 on CIFAR-10 JPEG, for 99 prunings of one layer by an eighth to seven eighths, log I and the log of the
+measured KL divergence from the original (1,024 training images) correlate by 0.96, with a slope of 1.07
+(`bench/pruning_losses.py`). With half of the MACs removed from all inner layers, before any training, the divergence is
+0.36 by magnitude with the same fraction everywhere; 0.32 with these channels; 0.22 with widths chosen by I per MAC, too
+(scope `global`).
 """
 
 from __future__ import annotations
@@ -40,205 +39,202 @@ from torch import Tensor, fx, nn
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.eval_mode import evaluating, first_images
-from tersor.pruning.activation_moments import ReadMoments, centred, read, reads_whole, with_ridge
+from tersor.pruning.activation_moments import (
+    InputMoments,
+    add_ridge,
+    centered_logits,
+    reads_all_channels,
+    removed_afterwards,
+    sampled_inputs,
+)
 from tersor.pruning.channel_groups import Group
 
-_STEPS = 64
-"""At least as many the removal of a whole group takes."""
+_MIN_STEPS = 64
+"""The removal of a whole group takes at least so many steps."""
 
-_MOST_IMAGES = 1024
-"""That are looked at where a layer's positions are too few on those that were asked for."""
+_MAX_IMAGES = 1024
+"""Images used where the positions of fewer are too few for a covariance."""
 
 
 @dataclass
-class _Seen:
-    """Of a layer: what its positions read, and sums of g g^T over images and positions, (C_out, C_out)."""
+class _Statistics:
+    """Of a layer: moments of its inputs, and sums of g g^T over images and positions, (C_out, C_out)."""
 
-    read: ReadMoments = field(default_factory=ReadMoments)
+    inputs: InputMoments = field(default_factory=InputMoments)
     gradients: Tensor | None = None
 
-    def add(self, gradient: Tensor, *, convolved: bool) -> None:
-        """Takes in (N, C, H, W), or (N, ..., C)."""
-        each = (gradient.movedim(1, -1) if convolved else gradient).flatten(0, -2).float()
-        products = each.T @ each
+    def add_gradient(self, gradient: Tensor, *, convolution: bool) -> None:
+        """Add (N, C, H, W), or (N, ..., C)."""
+        rows = (gradient.movedim(1, -1) if convolution else gradient).flatten(0, -2).float()
+        products = rows.T @ rows
         self.gradients = products if self.gradients is None else self.gradients + products
 
 
-def losses(
+def loss_increases(
     graph: fx.GraphModule,
     groups: Sequence[Group],
     data: Iterable[Any],
     images: int,
     progress: ProgressReporter = NO_PROGRESS,
 ) -> list[Tensor | None]:
-    """Of every group what the answers lose by each of its channels, (channels,); None where no layer tells.
+    """The loss increase without each channel, (channels,) for every group; None where no layer has statistics.
 
     Args:
-        graph: a captured network without masks and grids; it comes back as it was.
+        graph: a captured network without masks and quantizers; unchanged afterwards.
         groups: of its channels.
         data: batches of images (N, C, H, W).
-        images: how many of them are looked at, at least.
+        images: how many of them are used, at least.
         progress: reports both passes.
 
     Raises:
-        InputError: there is no image, the network gives no logits, or something is not finite.
+        InputError: there is no image, the network returns no logits, or a value is not finite.
     """
     columns = [_columns(graph, group) for group in groups]
-    seen, count = _look(graph, {name for each in columns for name in each}, data, images, progress)
-    found: list[Tensor | None] = []
+    statistics, count = _collect(graph, {name for each in columns for name in each}, data, images, progress)
+    increases: list[Tensor | None] = []
     progress.start("loss increase of each channel group", len(groups))
-    for group, places in zip(groups, columns, strict=True):
-        readers = [
-            _Reader(graph.get_submodule(name), seen[name], count, each)
-            for name, each in places.items()
-            if seen[name].gradients is not None  # it was called, and the answers hang on it
+    for group, of_layers in zip(groups, columns, strict=True):
+        layers = [
+            _LayerHessian(graph.get_submodule(name), statistics[name], count, each)
+            for name, each in of_layers.items()
+            if statistics[name].gradients is not None  # it was called, and influences the logits
         ]
-        found.append(_lost(readers, len(group.slices)) if readers else None)
+        increases.append(_remove_all(layers, len(group.slices)) if layers else None)
         progress.advance()
-    if not all(each is None or each.isfinite().all() for each in found):
+    if not all(each is None or each.isfinite().all() for each in increases):
         raise InputError(
-            "importance: obs found losses that are not finite. Give images, and a network, without NaN and infinity, "
-            "or write importance: magnitude."
+            "importance: obs computed losses that are not finite. Give images, and a network, without NaN and "
+            "infinity, or write importance: magnitude."
         )
-    return found
+    return increases
 
 
 def _columns(graph: fx.GraphModule, group: Group) -> dict[str, Tensor]:
     """Layer that reads the group -> columns of its weight for every channel, (channels, columns)."""
-    found: dict[str, list[tuple[int, ...]]] = {}
-    for unit in group.slices:
-        for cut in unit:
-            if cut.axis == "in" and reads_whole(graph, cut.layer):
-                found.setdefault(cut.layer, []).append(cut.channels)
-    made: dict[str, Tensor] = {}
-    for name, places in found.items():
+    channels: dict[str, list[tuple[int, ...]]] = {}
+    for slices in group.slices:
+        for cut in slices:
+            if cut.axis == "in" and reads_all_channels(graph, cut.layer):
+                channels.setdefault(cut.layer, []).append(cut.channels)
+    columns: dict[str, Tensor] = {}
+    for name, each in channels.items():
         weight = graph.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         kernel = weight[0, 0].numel()
-        made[name] = (torch.tensor(places)[..., None] * kernel + torch.arange(kernel)).flatten(1)
-    return made
+        columns[name] = (torch.tensor(each)[..., None] * kernel + torch.arange(kernel)).flatten(1)
+    return columns
 
 
-def _look(
-    graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: int, progress: ProgressReporter = NO_PROGRESS
-) -> tuple[dict[str, _Seen], int]:
-    """Layer -> what was seen of it, and on how many images."""
-    seen, count, most = {name: _Seen() for name in layers}, 0, max(images, _MOST_IMAGES)
-    drawn, signs = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+def _collect(
+    graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: int, progress: ProgressReporter
+) -> tuple[dict[str, _Statistics], int]:
+    """Statistics by layer, and the number of images."""
+    statistics, count, most = {name: _Statistics() for name in layers}, 0, max(images, _MAX_IMAGES)
+    positions, signs = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
 
-    def watch(name: str, layer: nn.Module, given: tuple[Tensor, ...], gives: Tensor) -> None:
-        seen[name].read.add(read(layer, given[0].detach(), drawn).float())
-        gives.register_hook(partial(seen[name].add, convolved=isinstance(layer, nn.Conv2d)))
+    def observe(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        statistics[name].inputs.add(sampled_inputs(layer, inputs[0].detach(), positions).float())
+        output.register_hook(partial(statistics[name].add_gradient, convolution=isinstance(layer, nn.Conv2d)))
 
-    hooks = [graph.get_submodule(name).register_forward_hook(partial(watch, name)) for name in sorted(layers)]
+    hooks = [graph.get_submodule(name).register_forward_hook(partial(observe, name)) for name in sorted(layers)]
     progress.start("Hessian statistics", most)
-    try:
-        with evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
-            for some in first_images(data, most, next(graph.parameters()).device):
-                given = some.clone().requires_grad_()
-                own = given.clone()  # where the network changes what it is given
-                answers = centred(_logits(graph(own)))
-                sign = torch.randint(0, 2, answers.shape, generator=signs).to(answers) * 2 - 1
-                torch.autograd.grad((answers * sign).sum(), given, allow_unused=True)
-                count += len(some)
-                progress.advance(len(some))
-                if count >= images and all(each.read.enough for each in seen.values()):
-                    break
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removed_afterwards(hooks), evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
+        for batch in first_images(data, most, next(graph.parameters()).device):
+            inputs = batch.clone().requires_grad_()
+            logits = centered_logits(graph(inputs.clone()), "importance: obs", "importance: magnitude")
+            if not logits.requires_grad:
+                raise InputError(
+                    "importance: obs needs gradients, and the logits of the network do not depend on the images. "
+                    "Write importance: magnitude."
+                )
+            sign = torch.randint(0, 2, logits.shape, generator=signs).to(logits) * 2 - 1
+            torch.autograd.grad((logits * sign).sum(), inputs, allow_unused=True)
+            count += len(batch)
+            progress.advance(len(batch))
+            if count >= images and all(each.inputs.sufficient for each in statistics.values()):
+                break
     if not count:
         raise InputError("importance: obs needs images; none were given. Pass data=...")
-    return seen, count
+    return statistics, count
 
 
-def _logits(answers: Any) -> Tensor:
-    """What the network gave, if it can be followed back to the images."""
-    if not isinstance(answers, Tensor) or not answers.requires_grad:
-        what = "answers that no image moves" if isinstance(answers, Tensor) else f"a {type(answers).__name__}"
-        raise InputError(
-            f"importance: obs follows logits (N, classes) back to the images, and the network gives {what}. Write "
-            "importance: magnitude."
-        )
-    return answers
+class _LayerHessian:
+    """H and P = W^T G W of a layer that reads a group, updated at each removal; with a diagonal S, the increases."""
 
-
-class _Reader:
-    """A layer that reads a group, while channels of the group go: H and P = W^T G W, or what each loses alone."""
-
-    def __init__(self, layer: nn.Module, seen: _Seen, images: int, columns: Tensor) -> None:
+    def __init__(self, layer: nn.Module, statistics: _Statistics, images: int, columns: Tensor) -> None:
         assert isinstance(layer.weight, Tensor)
-        assert seen.gradients is not None
+        assert statistics.gradients is not None
         self.columns = columns
         weight = layer.weight.detach().cpu().flatten(1).double()
-        weighed = seen.gradients.cpu().double() / images @ weight
-        covariance = seen.read.covariance(weight.shape[1])
-        self.apart = covariance is None
+        weighted = statistics.gradients.cpu().double() / images @ weight
+        covariance = statistics.inputs.covariance(weight.shape[1])
+        self.diagonal = covariance is None
         if covariance is None:
-            self.alone = ((weight * weighed).sum(0) * seen.read.variance)[columns].sum(1) / 2
+            self.increases = ((weight * weighted).sum(0) * statistics.inputs.variance)[columns].sum(1) / 2
         else:
-            self.inverse, self.products = torch.linalg.inv(with_ridge(covariance)), weight.T @ weighed
+            self.inverse, self.products = torch.linalg.inv(add_ridge(covariance)), weight.T @ weighted
 
-    def of(self, channels: Tensor) -> _Reader:
-        """The same of these channels alone, while all others stay."""
+    def restricted_to(self, channels: Tensor) -> _LayerHessian:
+        """The same for a few channels, while all others stay."""
         part = copy.copy(self)
         part.columns = torch.arange(self.columns[channels].numel()).reshape(len(channels), -1)
-        if self.apart:
-            part.alone = self.alone[channels]
+        if self.diagonal:
+            part.increases = self.increases[channels]
         else:
-            gone = self.columns[channels].flatten()
-            part.inverse, part.products = self.inverse[gone][:, gone], self.products[gone][:, gone]
+            columns = self.columns[channels].flatten()
+            part.inverse, part.products = self.inverse[columns][:, columns], self.products[columns][:, columns]
         return part
 
-    def lost(self, channels: Tensor) -> Tensor:
-        """By each of these channels, (channels,)."""
-        if self.apart:
-            return self.alone[channels]
+    def loss_increase(self, channels: Tensor) -> Tensor:
+        """Of each of these channels, (channels,)."""
+        if self.diagonal:
+            return self.increases[channels]
         columns = self.columns[channels]
         inner = columns[:, :, None], columns[:, None, :]
         return (torch.linalg.inv(self.inverse[inner]) * self.products[inner]).sum((1, 2)) / 2
 
     def remove(self, channels: Tensor) -> None:
-        """What stays is fitted: W <- W - W_c X, X = inv(H_cc) H_c."""
-        if self.apart:
+        """Refit the remaining weights: W <- W - W_c X, X = inv(H_cc) H_c."""
+        if self.diagonal:
             return
-        gone = self.columns[channels].flatten()
-        fit = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
-        self.inverse -= self.inverse[:, gone] @ fit
-        half = self.products[gone] - self.products[gone][:, gone] @ fit / 2
+        columns = self.columns[channels].flatten()
+        fit = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])
+        self.inverse -= self.inverse[:, columns] @ fit
+        half = self.products[columns] - self.products[columns][:, columns] @ fit / 2
         self.products -= fit.T @ half + half.T @ fit
 
 
-def _lost(readers: Sequence[_Reader], channels: int) -> Tensor:
-    """By every channel, behind all of which less is lost, (channels,)."""
-    found, stays = torch.zeros(channels), torch.arange(channels)
-    while len(stays):
-        gone = _next(readers, stays, max(1, channels // _STEPS))
-        for channel, lost in gone.items():
-            found[channel] = max(lost, float(torch.nextafter(found.max(), torch.tensor(torch.inf))))
-        for reader in readers:
-            reader.remove(torch.tensor([*gone]))
-        stays = stays[torch.isin(stays, torch.tensor([*gone]), invert=True)]
-    return found
+def _remove_all(layers: Sequence[_LayerHessian], channels: int) -> Tensor:
+    """Remove all channels greedily; return the increase at each one's removal, (channels,), strictly rising."""
+    increases, remaining = torch.zeros(channels), torch.arange(channels)
+    while len(remaining):
+        removed = _next_channels(layers, remaining, max(1, channels // _MIN_STEPS))
+        for channel, increase in removed.items():
+            increases[channel] = max(increase, float(torch.nextafter(increases.max(), torch.tensor(torch.inf))))
+        for layer in layers:
+            layer.remove(torch.tensor([*removed]))
+        remaining = remaining[torch.isin(remaining, torch.tensor([*removed]), invert=True)]
+    return increases
 
 
-def _next(readers: Sequence[_Reader], stays: Tensor, most: int) -> dict[int, float]:
-    """Up to `most` channels that go next, and what each loses behind those before: less than any other, as it was."""
-    lost = _lost_by(readers, stays)
-    order = lost.argsort(stable=True)
-    chosen, bar = stays[order[:most]], float(lost[order[most]]) if len(order) > most else math.inf
-    among, left, found = [reader.of(chosen) for reader in readers], torch.arange(len(chosen)), dict[int, float]()
+def _next_channels(layers: Sequence[_LayerHessian], remaining: Tensor, most: int) -> dict[int, float]:
+    """Up to `most` channels to remove next, each with its increase after those before; below that of all others."""
+    increases = _total_increase(layers, remaining)
+    order = increases.argsort(stable=True)
+    chosen, bar = remaining[order[:most]], float(increases[order[most]]) if len(order) > most else math.inf
+    parts, left = [layer.restricted_to(chosen) for layer in layers], torch.arange(len(chosen))
+    removed: dict[int, float] = {}
     while len(left):
-        each = _lost_by(among, left)
+        each = _total_increase(parts, left)
         lowest = int(each.argmin())
-        if found and not float(each[lowest]) <= bar:
+        if removed and not float(each[lowest]) <= bar:
             break
-        found[int(chosen[left[lowest]])] = float(each[lowest])
-        for reader in among:
-            reader.remove(left[lowest : lowest + 1])
+        removed[int(chosen[left[lowest]])] = float(each[lowest])
+        for part in parts:
+            part.remove(left[lowest : lowest + 1])
         left = left[torch.arange(len(left)) != lowest]
-    return found
+    return removed
 
 
-def _lost_by(readers: Sequence[_Reader], channels: Tensor) -> Tensor:
-    return torch.stack([reader.lost(channels) for reader in readers]).sum(0)
+def _total_increase(layers: Sequence[_LayerHessian], channels: Tensor) -> Tensor:
+    return torch.stack([layer.loss_increase(channels) for layer in layers]).sum(0)

@@ -1,14 +1,11 @@
-"""Scores -> exact masks. What is masked is counted in weights, and ties go by index: the later one is masked.
+"""Exact top-k masks from scores. Sparsity counts weights; of equal scores the later index is masked.
 
-A unit is what a mask keeps or drops as a whole: a weight, a kernel (all weights between two channels) or a filter. A
-fraction of them is rounded to a whole number of weights, so that a sparsity is met exactly; where units are larger
-than a weight, it is met from above. With N:M, N of any M weights stay that lie one behind the other along the input
-channels.
+A unit is masked as a whole: a weight, a kernel (all weights between two channels) or a filter. The sparsity is rounded
+to a whole number of weights and met exactly; with units larger than a weight it is met from above. With N:M, N of any M
+consecutive weights along the input channels remain.
 
-The threshold of a whole network is found digit by digit: the bits of a float32 are in the order of its values, so
-three passes count how many scores have which bits, in small pieces. Nothing is sorted and nothing is laid end to end:
-beside the scores there are two bits of memory for each of them, as bools, where sorting takes several times the
-weights.
+The global threshold is a radix select: float32 bits have the order of the values, so three passes of digit histograms
+over small pieces find it. Sorting would take several times the memory of the weights; this takes two bools per score.
 """
 
 from __future__ import annotations
@@ -33,30 +30,30 @@ _DIGITS = ((21, 11), (10, 11), (0, 10))
 _LARGEST = 2**31 - 1
 
 
-def known_granularity(text: str) -> str:
-    """`text`, if it is one: "weight", "kernel", "filter" or "N:M".
+def check_granularity(text: str) -> str:
+    """`text`, if it is "weight", "kernel", "filter" or "N:M".
 
     Raises:
-        InputError: it is none.
+        InputError: it is something else.
     """
-    if text in UNITS or pattern(text) is not None:
+    if text in UNITS or n_of_m(text) is not None:
         return text
     raise InputError(
-        f"granularity '{text}' is none. Possible: {', '.join(UNITS)}, or N:M such as 2:4 (of any M weights N stay, "
+        f"unknown granularity '{text}'. Possible: {', '.join(UNITS)}, or N:M such as 2:4 (N of any M weights remain, "
         "0 < N < M)."
     )
 
 
-def pattern(granularity: str) -> tuple[int, int] | None:
+def n_of_m(granularity: str) -> tuple[int, int] | None:
     """N and M of "N:M", or None."""
-    found = re.fullmatch(r"(\d+):(\d+)", granularity)
-    if found is None or not 0 < int(found[1]) < int(found[2]):
+    match = re.fullmatch(r"(\d+):(\d+)", granularity)
+    if match is None or not 0 < int(match[1]) < int(match[2]):
         return None
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def unit_scores(values: Tensor, granularity: str) -> Tensor:
-    """Scores (C_out, C_in, ...) of weights -> (units,): as they are, or their mean over each kernel or filter."""
+    """Scores (C_out, C_in, ...) of weights -> (units,): unchanged, or their mean over each kernel or filter."""
     if granularity == "filter":
         return values.flatten(1).mean(1)
     if granularity == "kernel" and values.ndim > 2:
@@ -71,31 +68,33 @@ def masks(
     scope: Scope,
     floor: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Bool masks (C_out, ...) by layer, False at the units of lowest score; the best unit of a layer always stays.
+    """Bool masks (C_out, ...) by layer, False for the lowest scores; the best unit of a layer always remains.
 
     Args:
-        scores: layer -> (units,), as many as weights, kernels or filters; what has -inf goes first.
+        scores: layer -> (units,), one for each weight, kernel or filter; -inf is masked first.
         shapes: layer -> shape of its weight.
         sparsity: fraction of the weights that is masked, in each layer or in all together.
         scope: "layer" or "global".
-        floor: fraction of each layer's units, the best ones, that stays whatever the others are.
+        floor: fraction of each layer's units, the best ones, that always remains.
     """
-    units = {name: _Units(each, _best(each, floor), shapes[name].numel() // len(each)) for name, each in scores.items()}
-    found: dict[str, Tensor] = {}
+    units = {
+        name: _Units(each, _protected(each, floor), shapes[name].numel() // len(each)) for name, each in scores.items()
+    }
+    by_layer: dict[str, Tensor] = {}
     for names in [[name] for name in units] if scope == "layer" else [list(units)]:
         target = round(sparsity * sum(shapes[name].numel() for name in names))
-        kept = _kept([units[name] for name in names], target)
-        found |= {name: _in_shape(part, shapes[name]) for name, part in zip(names, kept, strict=True)}
-    return found
+        kept = _mask_lowest([units[name] for name in names], target)
+        by_layer |= {name: _expanded(part, shapes[name]) for name, part in zip(names, kept, strict=True)}
+    return by_layer
 
 
-def best_of(scores: Tensor, count: int) -> Tensor:
-    """Bool, of the shape of the scores: the `count` largest; of equal ones the first."""
-    return _kept([_Units(scores.flatten(), None, 1)], scores.numel() - count)[0].reshape(scores.shape)
+def top_k_mask(scores: Tensor, count: int) -> Tensor:
+    """Bool mask of the scores' shape: the `count` largest; of equal ones the first."""
+    return _mask_lowest([_Units(scores.flatten(), None, 1)], scores.numel() - count)[0].reshape(scores.shape)
 
 
-def pattern_mask(scores: Tensor, kept: int, of: int) -> Tensor:
-    """Bool mask of scores (C_out, C_in, ...): of any `of` neighbours along C_in, which it divides, the best `kept`."""
+def n_of_m_mask(scores: Tensor, kept: int, of: int) -> Tensor:
+    """Bool mask of scores (C_out, C_in, ...): the best `kept` of any `of` neighbours along C_in, a multiple of `of`."""
     grouped = scores.movedim(1, -1)
     rows = grouped.reshape(-1, of)
     best = rows.argsort(dim=1, descending=True, stable=True)[:, :kept]
@@ -105,56 +104,56 @@ def pattern_mask(scores: Tensor, kept: int, of: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Units:
-    """`scores` and what `stays`, each (units,), and how many weights a unit has: its `size`."""
+    """`scores` (units,), the `protected` ones (units,), and the number of weights in a unit: its `size`."""
 
     scores: Tensor
-    stays: Tensor | None
+    protected: Tensor | None
     size: int
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Places, and int32 keys in the order of the scores there; the last places first."""
+        """Slices, the last one first, with int32 keys that have the order of the scores."""
         for start in reversed(range(0, len(self.scores), _PIECE)):
-            place = slice(start, start + _PIECE)
-            bits = (self.scores[place].float() + 0.0).view(torch.int32)  # -0.0 is as large as 0.0
+            piece = slice(start, start + _PIECE)
+            bits = (self.scores[piece].float() + 0.0).view(torch.int32)  # -0.0 equals 0.0
             keys = (bits >> 31).bitwise_and_(_LARGEST).bitwise_xor_(bits)
-            yield place, keys if self.stays is None else keys.masked_fill_(self.stays[place], _LARGEST)
+            yield piece, keys if self.protected is None else keys.masked_fill_(self.protected[piece], _LARGEST)
 
 
-def _best(scores: Tensor, floor: float) -> Tensor:
-    """Bool (units,): so large a fraction that is best, at least one; a layer without a weight passes nothing on. What
-    is masked already, -inf, is not among them.
-    """
+def _protected(scores: Tensor, floor: float) -> Tensor:
+    """Bool (units,): the best fraction, at least one unit; units that are masked already (-inf) are not in it."""
     count = max(1, math.ceil(floor * len(scores) - 1e-9))
     if count > 1:
-        stays = _kept([_Units(scores, None, 1)], len(scores) - count)[0] & (scores != -torch.inf)
+        protected = _mask_lowest([_Units(scores, None, 1)], len(scores) - count)[0] & (scores != -torch.inf)
     else:
-        stays = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    stays[scores.argmax()] = True
-    return stays
+        protected = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    protected[scores.argmax()] = True
+    return protected
 
 
-def _kept(groups: Sequence[_Units], target: int) -> list[Tensor]:
-    """Bool (units,) for each: all but the units of lowest score that together have `target` weights."""
-    free = sum((len(each.scores) - (0 if each.stays is None else int(each.stays.sum()))) * each.size for each in groups)
+def _mask_lowest(groups: Sequence[_Units], target: int) -> list[Tensor]:
+    """Bool (units,) for each: False for the lowest scores, whose units have `target` weights together."""
+    free = sum(
+        (len(each.scores) - (0 if each.protected is None else int(each.protected.sum()))) * each.size for each in groups
+    )
     target = min(target, free)
-    found = [torch.ones(len(each.scores), dtype=torch.bool, device=each.scores.device) for each in groups]
+    remaining = [torch.ones(len(each.scores), dtype=torch.bool, device=each.scores.device) for each in groups]
     if target <= 0:
-        return found
+        return remaining
     threshold, below = _threshold(groups, target)
     left = target - below
-    for units, kept in zip(reversed(groups), reversed(found), strict=True):
-        for place, keys in units.pieces():
-            torch.ge(keys, threshold, out=kept[place])
+    for units, kept in zip(reversed(groups), reversed(remaining), strict=True):
+        for piece, keys in units.pieces():
+            torch.ge(keys, threshold, out=kept[piece])
             if left > 0:
                 equal = (keys == threshold).nonzero().flatten()
                 masked = equal[max(0, len(equal) - math.ceil(left / units.size)) :]
-                kept[place][masked] = False
+                kept[piece][masked] = False
                 left -= len(masked) * units.size
-    return found
+    return remaining
 
 
 def _threshold(groups: Sequence[_Units], target: int) -> tuple[int, int]:
-    """The key with which at least `target` weights are reached, and how many weights lie below it."""
+    """The lowest key with at least `target` weights up to it, and the number of weights below it."""
     prefix, below = 0, 0
     for shift, width in _DIGITS:
         first = shift + width == 32
@@ -167,13 +166,13 @@ def _threshold(groups: Sequence[_Units], target: int) -> tuple[int, int]:
                     digits = (keys[(keys >> (shift + width)) == prefix] >> shift) & (2**width - 1)
                 counts += (torch.bincount(digits, minlength=2**width) * units.size).to(counts.device)
         reached = counts.cumsum(0) + below
-        place = int((reached < target).sum())
-        below = int(reached[place - 1]) if place else below
-        prefix = place - 2 ** (width - 1) if first else prefix << width | place
+        digit = int((reached < target).sum())
+        below = int(reached[digit - 1]) if digit else below
+        prefix = digit - 2 ** (width - 1) if first else prefix << width | digit
     return prefix, below
 
 
-def _in_shape(kept: Tensor, shape: torch.Size) -> Tensor:
+def _expanded(kept: Tensor, shape: torch.Size) -> Tensor:
     if len(kept) == shape.numel():
         return kept.reshape(shape)
     whole = shape[:1] if len(kept) == shape[0] else shape[:2]

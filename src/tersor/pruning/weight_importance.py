@@ -1,15 +1,15 @@
-"""How much each unit of a weight matters, by name: what has the lowest score is masked first.
+"""Importance of single weights, kernels and filters: units with the lowest score are masked first.
 
-w (C_out, C_in, ...) is a weight, a unit one of its weights, kernels or filters. Scores are means over a unit, so that
-layers with small and with large filters compare.
+A unit of a weight w (C_out, C_in, ...) is a single weight, a kernel or a filter. Scores are means over a unit, so that
+layers with small and large filters compare.
 
     magnitude       mean |w|                        Han et al., 2015; Li et al., "Pruning Filters", ICLR 2017
-    magnitude_l2    root of the mean w^2, of kernels and filters; of single weights the order would be that of |w|
+    magnitude_l2    root of the mean w^2, for kernels and filters; single weights have the order of |w|
     taylor          mean |w * dL/dw| over batches   Molchanov et al., CVPR 2019
     batchnorm       |gamma| of the filter's channel Liu et al., "Network Slimming", ICCV 2017
-    fpgm            mean distance of a filter to the others of its layer; what lies in their middle can be replaced
-                    by them                         He et al., "Filter Pruning via Geometric Median", CVPR 2019
-    random          drawn, the same at every time
+    fpgm            mean distance of a filter to the others of its layer: filters near the geometric median are
+                    replaceable                     He et al., "Filter Pruning via Geometric Median", CVPR 2019
+    random          uniform, with a fixed seed
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tersor.graph.eval_mode import evaluating
 from tersor.pruning.topk import unit_scores
 
 IMPORTANCES = ("magnitude", "magnitude_l2", "taylor", "batchnorm", "fpgm", "random")
-OF_FILTERS = ("batchnorm", "fpgm")
-"""Those that say nothing of a smaller unit."""
+FILTER_IMPORTANCES = ("batchnorm", "fpgm")
+"""Those defined for filters alone."""
 
 
 def magnitudes(weight: Tensor, granularity: str) -> Tensor:
@@ -44,72 +44,104 @@ def root_mean_squares(weight: Tensor, granularity: str) -> Tensor:
 
 
 def geometric_median(weight: Tensor) -> Tensor:
-    """Mean distance of each filter to all of its layer, by the root of a filter's weights, (C_out,)."""
+    """Mean distance of each filter to all of its layer, divided by the root of the filter's size, (C_out,)."""
     filters = weight.flatten(1)
     far = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist")
     return far.mean(1) / filters.shape[1] ** 0.5
 
 
-def drawn(weight: Tensor, granularity: str, seed: int) -> Tensor:
-    """Numbers from 0 to 1, (units,)."""
-    units = len(unit_scores(torch.empty(weight.shape, device="meta"), granularity))
-    return torch.rand(units, generator=torch.Generator().manual_seed(seed)).to(weight.device)
+def random_scores(weight: Tensor, granularity: str, seed: int) -> Tensor:
+    """Uniform in [0, 1), (units,)."""
+    return torch.rand(_units(weight, granularity), generator=torch.Generator().manual_seed(seed)).to(weight.device)
+
+
+def _units(weight: Tensor, granularity: str) -> int:
+    return len(unit_scores(torch.empty(weight.shape, device="meta"), granularity))
 
 
 def gradient_products(
     model: nn.Module, weights: Mapping[str, nn.Parameter], data: Iterable[Any] | None, images: int
 ) -> dict[str, Tensor]:
-    """Mean over batches of |w * dL/dw|, as each weight; L is the cross entropy with the labels, in eval mode.
+    """Sum over batches of |w * dL/dw|, of each weight's shape; L is the mean cross entropy of a batch, in eval mode.
 
     Args:
-        model: the network; gradients that its parameters hold stay, and those may be frozen.
+        model: the network; its parameters may be frozen, and their gradients are kept.
         weights: layer -> its weight.
         data: batches of images (N, C, H, W) with labels (N,).
-        images: so many are looked at, at least.
+        images: how many of them are used, at least.
 
     Raises:
         InputError: there is no data, it is empty, or it has no labels.
     """
-    given = "importance: taylor asks how the loss changes"
     if data is None:
-        raise InputError(f"{given}, and there is no data. Pass data=... with batches of images and labels.")
+        raise _unusable("there is no data")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    views = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    swapped = {names[id(weight)]: views[name] for name, weight in weights.items()}
-    found = {name: torch.zeros_like(view) for name, view in views.items()}
-    seen = 0
-    with evaluating(model), torch.enable_grad():
-        for batch in data:
-            labels = labels_of(batch)
-            if labels is None:
-                raise InputError(f"{given}, and the images have no labels. Pass batches of images and labels.")
-            device = next(iter(weights.values())).device
-            loss = F.cross_entropy(functional_call(model, swapped, images_of(batch).to(device)), labels.to(device))
-            for name, gradient in zip(found, torch.autograd.grad(loss, [*views.values()]), strict=True):
-                found[name] += (views[name].detach() * gradient).abs()
-            seen += len(labels)
-            if seen >= images:
-                break
-    if not seen:
-        raise InputError(f"{given}, and the data is empty. Pass data=... with batches of images and labels.")
-    return found
+    parameters = {names[id(weight)]: weight for weight in weights.values()}
+    products, _ = accumulate_gradients(model, parameters, data, images, whole_batches=True)
+    return {name: products[names[id(weight)]] for name, weight in weights.items()}
 
 
-def of_function(path: str, weight: Tensor, granularity: str, *, name: str, layer: nn.Module) -> Tensor:
-    """What a user's function gives, (units,): called with those of `weight`, `name` and `layer` that it accepts.
+def accumulate_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], data: Iterable[Any], images: int, *, whole_batches: bool
+) -> tuple[dict[str, Tensor], int]:
+    """Sums by name over the labels' cross entropy in eval mode, and the number of images.
+
+    Args:
+        model: the network; gradients are those of detached views, so it is unchanged.
+        parameters: name in the model -> parameter.
+        data: batches of images (N, C, H, W) with labels (N,).
+        images: how many of them are used.
+        whole_batches: sum |w * g| over batches, g the gradient of the batch's mean loss; else sum the gradients of
+            exactly `images` images.
 
     Raises:
-        InputError: it cannot be found, or gives anything but one finite score for each weight or unit.
+        InputError: the data is empty, or has no labels.
     """
-    found = call_with(path, import_function(path), weight=weight, name=name, layer=layer)
-    units = len(unit_scores(torch.empty(weight.shape, device="meta"), granularity))
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    views = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+    sums = {name: torch.zeros_like(view) for name, view in views.items()}
+    device, count = next(model.parameters()).device, 0
+    with evaluating(model), torch.enable_grad():
+        for batch in data:
+            inputs, labels = images_of(batch), labels_of(batch)
+            if labels is None:
+                raise _unusable("the images have no labels")
+            if not whole_batches:
+                inputs, labels = inputs[: images - count], labels[: images - count]
+            logits = functional_call(model, views, inputs.to(device))
+            loss = F.cross_entropy(logits, labels.to(device), reduction="mean" if whole_batches else "sum")
+            gradients = torch.autograd.grad(loss, [*views.values()], materialize_grads=True)
+            for (name, view), gradient in zip(views.items(), gradients, strict=True):
+                sums[name] += (view.detach() * gradient).abs() if whole_batches else gradient
+            count += len(labels)
+            if count >= images:
+                break
+    if not count:
+        raise _unusable("the data is empty")
+    return sums, count
+
+
+def _unusable(problem: str) -> InputError:
+    return InputError(
+        f"importance: taylor needs gradients of the labels' loss, and {problem}. Pass data=... with batches of images "
+        "and labels, or write importance: magnitude."
+    )
+
+
+def function_scores(path: str, weight: Tensor, granularity: str, *, name: str, layer: nn.Module) -> Tensor:
+    """The scores (units,) of a user's function, called with those of `weight`, `name` and `layer` that it accepts.
+
+    Raises:
+        InputError: it does not exist, or does not return one finite score for each weight or unit.
+    """
+    scores = call_with(path, import_function(path), weight=weight, name=name, layer=layer)
+    units = _units(weight, granularity)
+    shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
     if shape not in (tuple(weight.shape), (units,)):
         raise InputError(
-            f"'{path}' gave {shape} for {name}. Give a tensor of the weight's shape {tuple(weight.shape)}, or of one "
-            f"score for each {granularity}, ({units},)."
+            f"'{path}' returned {shape} for {name}. Return a tensor of the weight's shape {tuple(weight.shape)}, or "
+            f"one score for each {granularity}, ({units},)."
         )
-    scores = found.detach().float()
+    scores = scores.detach().float()
     if not torch.isfinite(scores).all():
-        raise InputError(f"'{path}' gave scores for {name} that are not finite. Give numbers.")
+        raise InputError(f"'{path}' returned scores for {name} that are not finite. Return finite numbers.")
     return unit_scores(scores, granularity) if scores.shape == weight.shape else scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,6 +63,13 @@ class Attachment:
     def extra_state(self) -> dict[str, Tensor]:
         """Learned tensors that are stored beside the network at the end of the stage; empty by default."""
         return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Training state beside the buffers of model and terms; a snapshot holds it, so that a run can resume."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
 
     def begin(self) -> None:
         """Do the slow work before the first step: calibration, reconstruction. Nothing by default."""
@@ -128,12 +135,18 @@ class Chain(Attachment):
 
     @property
     def extra_state(self) -> dict[str, Tensor]:
-        """The extra state of all parts, named `<number of the part>.<name>`."""
-        return {
-            f"{place}.{name}": value
-            for place, part in enumerate(self.parts)
-            for name, value in part.extra_state.items()
-        }
+        """What all parts keep, by the place of the part and the name there."""
+        return _by_place([part.extra_state for part in self.parts])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of all parts, by the place of the part and the name there."""
+        return _by_place([part.state_dict() for part in self.parts])
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the state of all parts."""
+        for place, part in enumerate(self.parts):
+            own = [name for name in state if name.startswith(f"{place}.")]
+            part.load_state_dict({name.removeprefix(f"{place}."): state[name] for name in own})
 
     def begin(self) -> None:
         """Every part's, in order."""
@@ -155,3 +168,8 @@ class Chain(Attachment):
         """Every part's, in order."""
         for part in self.parts:
             part.finish()
+
+
+def _by_place(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors in one dict, each under the index of its state and its name there."""
+    return {f"{place}.{name}": value for place, state in enumerate(states) for name, value in state.items()}

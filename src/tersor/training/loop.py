@@ -131,7 +131,7 @@ def fit(
         restore_device_and_layout(objective),
         seeded(seed + accelerator.process_index, device),
     ):
-        loop = _Loop(accelerator, objective, training, progress or NullProgress(), checkpointer, curve)
+        loop = _Loop(accelerator, objective, attachment, training, progress or NullProgress(), checkpointer, curve)
         resumed = checkpointer.resume_state if checkpointer else None
         handle = attachment.bind(loop.torch_optimizer, start=resumed[0] if resumed else 0)
         try:
@@ -149,6 +149,7 @@ class _Loop:
         self,
         accelerator: Accelerator,
         objective: Objective,
+        attachment: Attachment,
         training: Training,
         progress: ProgressReporter,
         checkpointer: Checkpointer | None,
@@ -156,6 +157,7 @@ class _Loop:
     ) -> None:
         self.accelerator = accelerator
         self.unwrapped = objective
+        self.attachment = attachment
         self.model = objective.model
         self.training = training
         self.progress = progress
@@ -216,6 +218,7 @@ class _Loop:
         first, state = self.checkpointer.resume_state
         with restoring(self.checkpointer.last):
             restore(state, self.unwrapped, self.torch_optimizer, ema)
+            self.attachment.load_state_dict(with_prefix(state, "attachment"))
             self.progress.advance(first)
             if self.curve:
                 self.curve.load_state(with_prefix(state, "curve"))
@@ -240,6 +243,7 @@ class _Loop:
         stop = any_rank(interrupted)
         if stop or done % checkpointer.every == 0:
             state = {f"log.{name}": value for name, value in history.state().items()}
+            state |= {f"attachment.{name}": value for name, value in self.attachment.state_dict().items()}
             if self.curve:
                 state |= {f"curve.{name}": value for name, value in self.curve.state().items()}
             checkpointer.save(done, snapshot(self.unwrapped, self.torch_optimizer, ema) | state)

@@ -14,7 +14,7 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.training.attachment import Attachment, Chain
 from tersor.training.context import AttachContext
-from tersor.training.mask_attachment import KeptMasks, MaskedAttachment
+from tersor.training.mask_attachment import FrozenMaskedWeights, MaskedAttachment
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
 """The pydantic configuration of every method: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
@@ -59,7 +59,7 @@ def chain(
     masked = {name for part in parts if isinstance(part, MaskedAttachment) for name in part.masked}
     layers = weighted_layers(model).items()
     frozen = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in masked}
-    return Chain(model, [*parts, KeptMasks(model, frozen)] if frozen else parts)
+    return Chain(model, [*parts, FrozenMaskedWeights(model, frozen)] if frozen else parts)
 
 
 def _refuse_masks(method: Method, part: MaskedAttachment, parts: Sequence[Attachment]) -> None:

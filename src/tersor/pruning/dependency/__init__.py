@@ -1,3 +1,5 @@
-"""Which channels belong together: shapes recorded on one run, an atom for every place of every dimension, and a rule
-for each operator that says which atoms are the same.
+"""Channel coupling: which channels of which layers have to be removed together (DepGraph, Fang et al., CVPR 2023).
+
+`shape_recording` runs the network once, `propagation` and the `*_rules` couple channel ids operator by operator,
+`groups` collects coupled channels, `search` and `removal_check` verify that they can be removed.
 """

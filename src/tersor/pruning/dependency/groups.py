@@ -1,4 +1,4 @@
-"""Atoms that are the same and where they lie -> groups of channels that can go, and why the others stay."""
+"""Coupled channel ids -> groups of channels that can be removed, and the reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tersor.pruning.dependency.propagation import ChannelPropagation, Place
+from tersor.pruning.dependency.propagation import ChannelPropagation, PrunableAxis
 from tersor.pruning.dependency.union_find import Ids
 
 
 class Cut(NamedTuple):
-    """Places that go.
+    """Channels to remove along one axis.
 
     Attributes:
         layer: a layer, a parameter or buffer by its path, or a node of the graph.
-        axis: `out` (filters and what hands channels on) or `in` (columns that read) of a layer; of a parameter the
-            number of a dimension; `heads` of an attention; of a node `ARGUMENT=BEFORE`, which counts the places, or
-            `gives=ARGUMENT`, of a sum that is one of its arguments from then on.
-        channels: the places, as they were numbered before any of the cuts that are made at once.
+        axis: `out` (filters, per-channel parameters) or `in` (columns that read) of a layer; the number of a dimension
+            of a parameter; `heads` of an attention; `ARGUMENT=BEFORE` of a node whose argument counts the channels;
+            `gives=ARGUMENT` of a sum that is replaced with one of its arguments.
+        channels: indices before any of the cuts that are made at once.
     """
 
     layer: str
@@ -28,93 +28,95 @@ class Cut(NamedTuple):
     channels: tuple[int, ...]
 
 
-Unit = tuple[Cut, ...]
+CoupledSlices = tuple[Cut, ...]
+"""Everything that is removed with one channel."""
 
 _bare = tuple.__new__
 
 
 @dataclass(eq=False)
-class Sorted:
-    """Units that lie in the same places, the same number in each: one group of channels."""
+class ChannelGroup:
+    """Channels whose slices have the same layers, axes and sizes.
+
+    Attributes:
+        root: the layer that writes the channels.
+        representatives: of the channel sets.
+        slices: of every channel.
+    """
 
     root: str
-    roots: list[int]
-    units: list[Unit]
+    representatives: list[int]
+    slices: list[CoupledSlices]
 
 
-def sort(walk: ChannelPropagation) -> tuple[list[Sorted], dict[str, str]]:
-    """Groups in the order of the graph, and root -> why its channels stay."""
-    kept = walk.atoms.kept()
-    learned = {name for name, _ in walk.graph.named_parameters()}
-    groups: dict[tuple[tuple[str, str, int], ...], Sorted] = {}
-    whole: dict[str, str] = {}
+def find_groups(propagation: ChannelPropagation) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """Groups in the order of the graph, and root -> why its channels cannot be removed."""
+    frozen = propagation.sets.frozen()
+    learned = {name for name, _ in propagation.graph.named_parameters()}
+    groups: dict[tuple[tuple[str, str, int], ...], ChannelGroup] = {}
+    unprunable: dict[str, str] = {}
     patterns: dict[bytes, _Pattern] = {}
-    places = [(place, atoms) for place, atoms in walk.places.items() if atoms is not None]
-    for root, lies, numbers in _lying(walk, [atoms for _, atoms in places]):
-        pattern = patterns.get(lies.tobytes())
+    axes = [(axis, ids) for axis, ids in propagation.axes.items() if ids is not None]
+    for representative, members, indices in _occurrences(propagation, [ids for _, ids in axes]):
+        pattern = patterns.get(members.tobytes())
         if pattern is None:
-            pattern = patterns[lies.tobytes()] = _pattern([places[each][0] for each in lies], learned)
+            pattern = patterns[members.tobytes()] = _pattern([axes[each][0] for each in members], learned)
         if not pattern.root:
             continue
-        if root in kept:
-            if pattern.written:  # places of a parameter that count pixels are no channels
-                whole.setdefault(pattern.root, kept[root])
+        if representative in frozen:
+            if pattern.written:  # axes of a parameter that count pixels are no channels
+                unprunable.setdefault(pattern.root, frozen[representative])
             continue
-        group = groups.setdefault(pattern.signature, Sorted(pattern.root, [], []))
-        group.roots.append(root)
+        group = groups.setdefault(pattern.signature, ChannelGroup(pattern.root, [], []))
+        group.representatives.append(representative)
         # a DenseNet has 97,000 of them, and `Cut(...)` takes more than twice as long
-        group.units.append(
-            tuple([_bare(Cut, (layer, axis, tuple(numbers[begin:end]))) for (layer, axis), begin, end in pattern.runs])
+        group.slices.append(
+            tuple([_bare(Cut, (layer, axis, tuple(indices[begin:end]))) for (layer, axis), begin, end in pattern.runs])
         )
     for group in groups.values():
-        if len(group.units) == 1:
-            whole.setdefault(group.root, "it has one channel")
-    return [group for group in groups.values() if len(group.units) > 1], whole
+        if len(group.slices) == 1:
+            unprunable.setdefault(group.root, "it has one channel")
+    return [group for group in groups.values() if len(group.slices) > 1], unprunable
 
 
-def _lying(walk: ChannelPropagation, atoms: list[Ids]) -> Iterator[tuple[int, Ids, list[int]]]:
-    """Roots in the order in which they are met; in which of the lists of atoms each lies, and at which numbers."""
-    if not atoms:
+def _occurrences(propagation: ChannelPropagation, axes: list[Ids]) -> Iterator[tuple[int, Ids, list[int]]]:
+    """Every channel set in the order of its first occurrence: representative, numbers of its axes, indices there."""
+    if not axes:
         return
-    roots = np.concatenate([walk.atoms.roots(each) for each in atoms])
-    lists = np.repeat(np.arange(len(atoms)), [len(each) for each in atoms])
-    numbers = np.concatenate([np.arange(len(each)) for each in atoms])
-    together = np.argsort(roots, kind="stable")
-    found, first, counts = np.unique(roots, return_index=True, return_counts=True)
+    representatives = np.concatenate([propagation.sets.find_all(each) for each in axes])
+    numbers = np.repeat(np.arange(len(axes)), [len(each) for each in axes])
+    indices = np.concatenate([np.arange(len(each)) for each in axes])
+    by_set = np.argsort(representatives, kind="stable")
+    unique, first, counts = np.unique(representatives, return_index=True, return_counts=True)
     ends = np.cumsum(counts)
     for place in np.argsort(first):
-        mine = together[ends[place] - counts[place] : ends[place]]
-        yield int(found[place]), lists[mine], numbers[mine].tolist()
+        members = by_set[ends[place] - counts[place] : ends[place]]
+        yield int(unique[place]), numbers[members], indices[members].tolist()
 
 
 class _Pattern(NamedTuple):
-    """What is the same for all atoms that lie in the same places.
+    """What all channel sets on the same axes share.
 
     Attributes:
         root: the layer that writes them, or the parameter that holds them; empty for constants.
         written: whether a layer writes them.
-        runs: each place with the part of the numbers that lie in it; arguments come last, since not all of a group need
-            be counted by the same ones.
-        signature: what a group has in common.
+        runs: each axis with the range of the indices on it; arguments come last, since not all channels of a group
+            need be counted by the same ones.
+        signature: what all channels of a group have in common.
     """
 
     root: str
     written: bool
-    runs: list[tuple[Place, int, int]]
+    runs: list[tuple[PrunableAxis, int, int]]
     signature: tuple[tuple[str, str, int], ...]
 
 
-def _pattern(found: list[Place], learned: set[str]) -> _Pattern:
-    ends = {place: end for end, place in enumerate(found, 1)}  # the same place comes in a row
+def _pattern(axes: list[PrunableAxis], learned: set[str]) -> _Pattern:
+    ends = {axis: end for end, axis in enumerate(axes, 1)}  # equal axes are neighbours
     begins = [0, *ends.values()]
-    runs = [(place, begin, end) for (place, end), begin in zip(ends.items(), begins, strict=False)]
+    runs = [(axis, begin, end) for (axis, end), begin in zip(ends.items(), begins, strict=False)]
     runs.sort(key=lambda run: "=" in run[0][1])
-    signature = tuple((*place, end - begin) for place, begin, end in runs if "=" not in place[1])
-    return _Pattern(_root_name(found, learned), any(axis == "out" for _, axis in found), runs, signature)
-
-
-def _root_name(places: list[Place], learned: set[str]) -> str:
-    """The layer that writes the channels, or else the parameter that they lie in; empty for constants."""
-    written = [name for name, axis in places if axis == "out"]
-    held = [name for name, axis in places if axis.isdecimal() and name in learned]
-    return (written or held or [""])[0]
+    signature = tuple((*axis, end - begin) for axis, begin, end in runs if "=" not in axis[1])
+    written = [name for name, axis in axes if axis == "out"]
+    held = [name for name, axis in axes if axis.isdecimal() and name in learned]
+    return _Pattern((written or held or [""])[0], bool(written), runs, signature)

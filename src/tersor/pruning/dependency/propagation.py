@@ -1,4 +1,4 @@
-"""The walk along a captured graph that gives every value its atoms, one rule for each operator."""
+"""Channel propagation: every value of a captured graph gets channel ids, one rule for each operator."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ import numpy as np
 from torch import fx, nn
 
 from tersor.pruning.dependency.shape_recording import Recorded, Shape, attribute
-from tersor.pruning.dependency.union_find import Atoms, Ids, Labelled
+from tersor.pruning.dependency.union_find import ChannelSets, Ids, TrackedShape
 
-Place = tuple[str, str]
-"""What can be made smaller: (layer, "out" or "in"), (parameter, dimension), (node, its argument)."""
+PrunableAxis = tuple[str, str]
+"""What removal shortens: (layer, "out" or "in"), (parameter, dimension), or (node, its argument)."""
 
 
 @dataclass
 class Call:
-    """A node that is walked through.
+    """A node of the graph, as a rule sees it.
 
     Attributes:
         node: the node itself.
-        name: of what it calls, `conv2d`; of a module's class.
-        args: tensors as `Labelled`, everything else as it was on the recorded run.
+        name: of the function, method or module class that it calls: `conv2d`.
+        args: tensors as `TrackedShape`, everything else as recorded.
         kwargs: the same.
-        gives: what it gave on that run, with `Shape` in the place of tensors.
-        module: that it calls, if it does.
+        output: the recorded output, with `Shape` in the place of tensors.
+        module: the module that it calls, if any.
     """
 
     node: fx.Node
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    gives: Any
+    output: Any
     module: nn.Module | None = None
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """By position or by name."""
+        """An argument, by position or by name."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
     @property
-    def tensors(self) -> list[Labelled]:
-        """All that it reads, also within lists."""
-        return list(flat([*self.args, *self.kwargs.values()]))
+    def tensors(self) -> list[TrackedShape]:
+        """All tensor inputs, also within lists."""
+        return list(tensors_in([*self.args, *self.kwargs.values()]))
 
 
 Rule = Callable[["ChannelPropagation", Call], Any]
@@ -51,135 +51,136 @@ Rule = Callable[["ChannelPropagation", Call], Any]
 
 @dataclass
 class ChannelPropagation:
-    """What is known of the graph so far.
+    """The channel ids of a graph, as far as it was traversed.
 
     Attributes:
         graph: the captured network.
-        recorded: of one run of it.
-        inner: where a dimension splits into several (heads and their width, groups), whether the inner one shrinks.
-        atoms: all of them.
-        values: node -> its value, tensors as `Labelled`.
-        places: what can be made smaller -> the atoms there.
-        across: nodes that normalise across channels: without some of them, they give other values for the rest.
-        forked: whether `inner` made a difference.
-        mixed: whether a dimension holds several images and channels.
+        recorded: the values of one run.
+        inner: where a dimension splits in two (heads and head width, groups and channels), whether the inner one
+            shrinks.
+        sets: the sets of coupled channels.
+        values: node -> its value, tensors as `TrackedShape`.
+        axes: prunable axis -> the channel ids along it.
+        cross_channel: nodes that normalize across channels: removing some changes the output of the others.
+        ambiguous_split: whether `inner` made a difference.
+        mixes_batch: whether a dimension merges the batch with channels.
     """
 
     graph: fx.GraphModule
     recorded: Recorded
     inner: bool
-    atoms: Atoms = field(default_factory=Atoms)
+    sets: ChannelSets = field(default_factory=ChannelSets)
     values: dict[fx.Node, Any] = field(default_factory=dict)
-    places: dict[Place, Ids | None] = field(default_factory=dict)
-    across: set[fx.Node] = field(default_factory=set)
-    forked: bool = False
-    mixed: bool = False
+    axes: dict[PrunableAxis, Ids | None] = field(default_factory=dict)
+    cross_channel: set[fx.Node] = field(default_factory=set)
+    ambiguous_split: bool = False
+    mixes_batch: bool = False
 
-    def new(self, size: int) -> Ids | None:
-        """Atoms of a dimension; one that has a single place cannot shrink."""
-        return self.atoms.new(size) if size > 1 else None
-
-    def bind(self, name: str, axis: str, atoms: Ids | None) -> Ids | None:
-        """Says which atoms lie at a place, and gives those that do."""
-        place = (name, axis)
-        if place in self.places:
-            self.places[place] = self.atoms.match(self.places[place], atoms, f"{name} reads what cannot shrink")
+    def bind(self, name: str, axis: str, ids: Ids | None) -> Ids | None:
+        """Couple `ids` with the axis of a layer or parameter; return the ids of the axis."""
+        key = (name, axis)
+        if key in self.axes:
+            self.axes[key] = self.sets.couple(self.axes[key], ids, f"{name} reads what cannot shrink")
         else:
-            self.places[place] = atoms
-        return self.places[place]
+            self.axes[key] = ids
+        return self.axes[key]
 
-    def bound(self, name: str, axis: str, size: int) -> Ids | None:
-        """The atoms at a place, new ones at the first time."""
-        return self.places[name, axis] if (name, axis) in self.places else self.bind(name, axis, self.new(size))
+    def ids_of(self, name: str, axis: str, size: int) -> Ids | None:
+        """The ids of an axis, new ones at its first use; an axis of size 1 cannot shrink."""
+        if (name, axis) not in self.axes:
+            self.bind(name, axis, self.sets.new(size) if size > 1 else None)
+        return self.axes[name, axis]
 
-    def united(self, parts: Ids, axis: int) -> Ids:
-        """All atoms of a place along `axis` of `parts` go together: one for each place."""
+    def merge(self, parts: Ids, axis: int) -> Ids:
+        """Couple all ids that share an index along `axis` of `parts`; return one id for each index."""
         rows = np.moveaxis(parts, axis, 0).reshape(parts.shape[axis], -1)
         for column in range(1, rows.shape[1]):
-            self.atoms.unite(rows[:, 0], rows[:, column])
+            self.sets.union(rows[:, 0], rows[:, column])
         return rows[:, 0].copy()
 
-    def either(self, parts: Ids, outer: int, inner: int) -> Ids:
-        """As `united`, along one of two dimensions: heads, or places of every head."""
-        self.forked |= outer != inner
-        return self.united(parts, inner if self.inner else outer)
+    def merge_split(self, parts: Ids, outer: int, inner: int) -> Ids:
+        """`merge` along one of two dimensions: heads, or positions within every head."""
+        self.ambiguous_split |= outer != inner
+        return self.merge(parts, inner if self.inner else outer)
 
-    def literal(self, call: Call, path: str, old: int, atoms: Ids | None) -> None:
-        """An argument of the node counts `atoms`; one that another node computes follows by itself."""
-        if atoms is not None and _reaches(call.node, path):
-            self.places[call.node.name, f"{path}={old}"] = atoms
+    def track_argument(self, call: Call, path: str, old: int, ids: Ids | None) -> None:
+        """Record that a constant argument counts `ids`; an argument that another node computes needs no change."""
+        if ids is not None and _is_constant(call.node, path):
+            self.axes[call.node.name, f"{path}={old}"] = ids
 
-    def keep(self, call: Call, why: str = "") -> Any:
-        """Nothing of what the node reads can go, nor of what it gives."""
-        why = why or f"they go into {call.node.name} ({call.name}), for which there is no rule"
+    def freeze(self, call: Call, reason: str = "") -> Any:
+        """Freeze every input of a call; its output has no ids."""
+        reason = reason or f"they go into {call.node.name} ({call.name}), for which there is no rule"
         for tensor in call.tensors:
-            for atoms in tensor.atoms:
-                self.atoms.keep(atoms, why)
-        return fixed(call.gives)
+            for ids in tensor.ids:
+                self.sets.freeze(ids, reason)
+        return frozen(call.output)
 
-    def tensor(self, path: str) -> Labelled:
-        """A parameter or buffer that the graph reads by itself; of a layer, the same as the layer's."""
-        found = attribute(self.graph, path)
-        if not found.is_floating_point():  # numbers of places
-            return Labelled.fixed(found.shape)
+    def track_attribute(self, path: str) -> TrackedShape:
+        """A parameter or buffer that the graph reads directly; that of a layer shares the layer's axes."""
+        value = attribute(self.graph, path)
+        if not value.is_floating_point():  # indices
+            return TrackedShape.frozen(value.shape)
         owner, _, name = path.rpartition(".")
         layer = self.graph.get_submodule(owner)
         if isinstance(layer, nn.Linear | nn.Conv2d) and name in {"weight", "bias"} and getattr(layer, "groups", 1) == 1:
             axes = [(owner, axis) for axis in ("out", "in", "2", "3")]
         else:
-            axes = [(path, str(axis)) for axis in range(found.ndim)]
-        atoms = [self.bound(*axis, size) for axis, size in zip(axes[: found.ndim], found.shape, strict=True)]
-        return Labelled(tuple(found.shape), tuple(atoms))
+            axes = [(path, str(axis)) for axis in range(value.ndim)]
+        ids = [self.ids_of(*axis, size) for axis, size in zip(axes[: value.ndim], value.shape, strict=True)]
+        return TrackedShape(tuple(value.shape), tuple(ids))
 
 
-def walked(
+def propagate(
     graph: fx.GraphModule, recorded: Recorded, rule_of: Callable[[Call], Rule], *, inner: bool
 ) -> ChannelPropagation:
-    """The whole graph."""
-    walk = ChannelPropagation(graph, recorded, inner)
+    """Apply the rules to all nodes, in the order of the graph."""
+    propagation = ChannelPropagation(graph, recorded, inner)
     for node in graph.graph.nodes:
-        walk.values[node] = _value(walk, node, rule_of)
-    return walk
+        propagation.values[node] = _value(propagation, node, rule_of)
+    return propagation
 
 
-def _value(walk: ChannelPropagation, node: fx.Node, rule_of: Callable[[Call], Rule]) -> Any:
-    gives = walk.recorded[node]
+def _value(propagation: ChannelPropagation, node: fx.Node, rule_of: Callable[[Call], Rule]) -> Any:
+    output = propagation.recorded[node]
     if node.op == "placeholder":
-        return fixed(gives)
+        return frozen(output)
     if node.op == "get_attr":
-        return walk.tensor(str(node.target)) if isinstance(gives, Shape) else gives
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: walk.values[read])
-    module = walk.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    call = Call(node, called(node, module), tuple(args), dict(kwargs), gives, module)
+        return propagation.track_attribute(str(node.target)) if isinstance(output, Shape) else output
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: propagation.values[read])
+    module = propagation.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    call = Call(node, called(node, module), tuple(args), dict(kwargs), output, module)
     if node.op == "output":
-        return walk.keep(call, "they are the answers")
-    if not any(True for _ in _shapes(gives)):
-        return gives  # a size, a device
+        return propagation.freeze(call, "they are outputs of the network")
+    if not _has_shapes(output):
+        return output  # a size, a device
     if call.name in {"zeros", "new_zeros"}:
-        return _zeros(walk, call)
+        return _zeros(propagation, call)
     if not call.tensors:
-        return fixed(gives)
+        return frozen(output)
     try:
-        return rule_of(call)(walk, call)
+        return rule_of(call)(propagation, call)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        return walk.keep(call, f"they go into {node.name} ({call.name}) in a way that its rule does not know: {error}")
+        reason = f"they go into {node.name} ({call.name}) in a way that its rule does not cover: {error}"
+        return propagation.freeze(call, reason)
 
 
-def _zeros(walk: ChannelPropagation, call: Call) -> Labelled:
-    """Of zeros that are made with sizes of their own, any may go: they pad channels."""
+def _zeros(propagation: ChannelPropagation, call: Call) -> TrackedShape:
+    """Zeros of constant sizes pad channels: any of them can be removed."""
     first = 1 if call.name == "new_zeros" else 0
     nested = len(call.node.args) > first and isinstance(call.node.args[first], tuple | list)
     sizes = call.node.args[first] if nested else call.node.args[first:]
     assert isinstance(sizes, tuple | list)
-    atoms: list[Ids | None] = []
+    ids: list[Ids | None] = []
     for axis, size in enumerate(sizes):
-        atoms.append(walk.new(size) if isinstance(size, int) else None)
-        walk.literal(call, f"args.{first}.{axis}" if nested else f"args.{first + axis}", call.gives[axis], atoms[-1])
-    return Labelled(tuple(call.gives), tuple(atoms)) if len(atoms) == len(call.gives) else fixed(call.gives)
+        ids.append(propagation.sets.new(size) if isinstance(size, int) and size > 1 else None)
+        path = f"args.{first}.{axis}" if nested else f"args.{first + axis}"
+        propagation.track_argument(call, path, call.output[axis], ids[-1])
+    return TrackedShape(tuple(call.output), tuple(ids)) if len(ids) == len(call.output) else frozen(call.output)
 
 
-def _reaches(node: fx.Node, path: str) -> bool:
-    """Whether `path` leads to an argument, through lists and slices that are written in the graph itself."""
+def _is_constant(node: fx.Node, path: str) -> bool:
+    """Whether `path` leads to an argument through lists and slices, and not through another node."""
     if not path.startswith(("args.", "pin args.", "kwargs.")):
         return True
     first, *steps = path.removeprefix("pin ").split(".")
@@ -192,37 +193,35 @@ def _reaches(node: fx.Node, path: str) -> bool:
 
 
 def called(node: fx.Node, module: nn.Module | None = None) -> str:
-    """The name of what a node calls."""
+    """The name of the function, method or module class that a node calls."""
     if module is not None:
         return type(module).__name__
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def fixed(value: Any) -> Any:
-    """A recorded value, of whose tensors nothing can go."""
+def frozen(value: Any) -> Any:
+    """A recorded value, of whose tensors nothing can be removed."""
     if isinstance(value, Shape):
-        return Labelled.fixed(value)
+        return TrackedShape.frozen(value)
     if isinstance(value, tuple | list) and type(value) in {tuple, list}:
-        return type(value)(fixed(each) for each in value)
+        return type(value)(frozen(each) for each in value)
     if isinstance(value, dict):
-        return {key: fixed(each) for key, each in value.items()}
+        return {key: frozen(each) for key, each in value.items()}
     return value
 
 
-def flat(value: Any) -> Iterator[Labelled]:
-    """All tensors in a value."""
-    if isinstance(value, Labelled):
+def tensors_in(value: Any) -> Iterator[TrackedShape]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(value, TrackedShape):
         yield value
     elif isinstance(value, tuple | list):
         for each in value:
-            yield from flat(each)
+            yield from tensors_in(each)
     elif isinstance(value, dict):
-        yield from flat(list(value.values()))
+        yield from tensors_in(list(value.values()))
 
 
-def _shapes(value: Any) -> Iterator[Shape]:
-    if isinstance(value, Shape):
-        yield value
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _shapes(each)
+def _has_shapes(value: Any) -> bool:
+    if isinstance(value, tuple | list) and not isinstance(value, Shape):
+        return any(map(_has_shapes, value))
+    return isinstance(value, Shape)

@@ -1,4 +1,4 @@
-"""Whether a network whose channels were removed computes what it computed with these channels silent, node by node."""
+"""Verification of a removal: every node of the pruned network equals that of the network with the channels at zero."""
 
 from __future__ import annotations
 
@@ -11,145 +11,140 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from tersor.pruning.dependency.propagation import ChannelPropagation, flat
-from tersor.pruning.dependency.shape_recording import computed, given, last_readers
-from tersor.pruning.dependency.union_find import Labelled
+from tersor.pruning.dependency.propagation import ChannelPropagation, tensors_in
+from tersor.pruning.dependency.shape_recording import run_node, user_to_last_uses
+from tersor.pruning.dependency.union_find import TrackedShape
 
 _TOLERANCE = 1e-4
 
-Stay = list[tuple[int, NDArray[np.bool_]]]
-"""Every dimension of a tensor of which something is gone, and which of its places stay."""
+Remaining = list[tuple[int, NDArray[np.bool_]]]
+"""Every axis of a tensor along which something is removed, and a mask of what remains."""
 
 
-class Trial:
-    """Walks along one network, and what is to be silent in it.
+class RemovalCheck:
+    """Compares a pruned network with the original whose removed channels are zero.
 
     Args:
-        sides: each a walk, and roots of the atoms that were removed.
+        removed: propagations of one network, each with the representatives of the removed channel sets.
     """
 
-    def __init__(self, sides: Sequence[tuple[ChannelPropagation, set[int]]]) -> None:
-        self.sides = sides
-        self._stay = [walk.atoms.outside(gone) for walk, gone in sides]
-        self.graph = sides[0][0].graph
-        self.across = set[fx.Node]().union(*(walk.across for walk, _ in sides))
+    def __init__(self, removed: Sequence[tuple[ChannelPropagation, set[int]]]) -> None:
+        self.removed = removed
+        self._remaining = [propagation.sets.outside(sets) for propagation, sets in removed]
+        self.graph = removed[0][0].graph
+        self.cross_channel = set[fx.Node]().union(*(propagation.cross_channel for propagation, _ in removed))
 
-    def difference(self, cut: fx.GraphModule, example: Tensor) -> tuple[fx.Node, str] | None:
-        """The first node of the network as it was that `cut` gives otherwise, and what happened there."""
+    def first_difference(self, pruned: fx.GraphModule, example: Tensor) -> tuple[fx.Node, str] | None:
+        """The first node of the original whose output differs in `pruned`, and the reason; None if all agree."""
         before: dict[fx.Node, Any] = {}
         after: dict[fx.Node, Any] = {}
-        stays: dict[fx.Node, Any] = {}
-        last = last_readers(self.graph)
-        partner = dict(zip(self.graph.graph.nodes, cut.graph.nodes, strict=True))
+        remaining: dict[fx.Node, Any] = {}
+        last_uses = user_to_last_uses(self.graph)
+        partner = dict(zip(self.graph.graph.nodes, pruned.graph.nodes, strict=True))
         for node, other in partner.items():
-            stays[node] = self._stays([walk.values[node] for walk, _ in self.sides])
-            if node.op == "placeholder":
-                before[node] = after[other] = given(node, example)
-                continue
+            remaining[node] = self._remaining_of([propagation.values[node] for propagation, _ in self.removed])
             try:
-                after[other] = computed(cut, other, after)
+                after[other] = run_node(pruned, other, after, example)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 return node, f"without some of them {node.name} cannot run: {str(error).splitlines()[0]}"
-            if node in self.across:
-                value = _alone(
-                    cut, other, {partner[read]: (before[read], stays[read]) for read in node.all_input_nodes}
-                )
-                before[node] = _laid(value, stays[node], self.sides[0][0].values[node])
+            if node.op == "placeholder":
+                before[node] = after[other]
+                continue
+            if node in self.cross_channel:
+                inputs = {partner[read]: _select(before[read], remaining[read]) for read in node.all_input_nodes}
+                normalized = run_node(pruned, other, inputs)
+                before[node] = _scatter(normalized, remaining[node], self.removed[0][0].values[node])
             else:
-                before[node] = _silent(self._computed(node, before), stays[node])
-            if not _same(_left(before[node], stays[node]), after[other]):
+                before[node] = _zero_removed(self._run_original(node, before), remaining[node])
+            if not _allclose(_select(before[node], remaining[node]), after[other]):
                 return node, f"without some of them {node.name} gives other values than with these at zero"
-            for read in last.get(node, ()):
+            for read in last_uses.get(node, ()):
                 del before[read]
                 after.pop(partner[read], None)
         return None
 
-    def guilty(self, node: fx.Node) -> list[set[int]]:
-        """For every side, roots of what is gone from `node` and from what it reads."""
-        found: list[set[int]] = []
-        for walk, gone in self.sides:
-            labels = flat([walk.values[each] for each in (node, *node.all_input_nodes)])
-            atoms = [ids for each in labels for ids in each.atoms if ids is not None]
-            found.append({root for ids in atoms for root in walk.atoms.roots(ids).tolist()} & gone)
-        return found
+    def removed_at(self, node: fx.Node) -> list[set[int]]:
+        """For every propagation, the removed sets in the output and the inputs of `node`."""
+        at_node: list[set[int]] = []
+        for propagation, removed in self.removed:
+            tensors = tensors_in([propagation.values[each] for each in (node, *node.all_input_nodes)])
+            axes = [ids for tensor in tensors for ids in tensor.ids if ids is not None]
+            at_node.append({each for ids in axes for each in propagation.sets.find_all(ids).tolist()} & removed)
+        return at_node
 
-    def _computed(self, node: fx.Node, before: dict[fx.Node, Any]) -> Any:
-        """What the whole network gives; of an attention that is one node, what it sums up within is silent too."""
+    def _run_original(self, node: fx.Node, before: dict[fx.Node, Any]) -> Any:
+        """The output of the original; within an attention module the removed channels are zeroed, too."""
         module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(module, nn.MultiheadAttention):
-            return computed(self.graph, node, before)
+            return run_node(self.graph, node, before)
         weight = module.out_proj.weight
-        summed = [walk.places.get((f"{node.target}.out_proj", "in")) for walk, _ in self.sides]
-        stay = self._stays([Labelled(tuple(weight.shape), (None, atoms)) for atoms in summed])
+        inner = [propagation.axes.get((f"{node.target}.out_proj", "in")) for propagation, _ in self.removed]
+        remaining = self._remaining_of([TrackedShape(tuple(weight.shape), (None, ids)) for ids in inner])
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: before[read])
-        return functional_call(module, {"out_proj.weight": _silent(weight, stay)}, tuple(args), dict(kwargs))
+        weights = {"out_proj.weight": _zero_removed(weight, remaining)}
+        return functional_call(module, weights, tuple(args), dict(kwargs))
 
-    def _stays(self, values: Sequence[Any]) -> Any:
-        """What is left of a value that every side has labelled: `Stay` in the place of its tensors."""
+    def _remaining_of(self, values: Sequence[Any]) -> Any:
+        """`Remaining` for every tensor of a value, given the value's ids in each propagation."""
         if isinstance(values[0], tuple | list):
-            return [self._stays(each) for each in zip(*values, strict=True)]
-        if not isinstance(values[0], Labelled):
+            return [self._remaining_of(each) for each in zip(*values, strict=True)]
+        if not isinstance(values[0], TrackedShape):
             return None
-        found: Stay = []
+        remaining: Remaining = []
         for axis, size in enumerate(values[0].shape):
-            stay = np.ones(size, bool)
-            for stays, value in zip(self._stay, values, strict=True):
-                atoms = value.atoms[axis]
-                if atoms is not None:
-                    stay &= stays[atoms]
-            if not stay.all():
-                found.append((axis, stay))
-        return found
+            mask = np.ones(size, bool)
+            for of_ids, value in zip(self._remaining, values, strict=True):
+                ids = value.ids[axis]
+                if ids is not None:
+                    mask &= of_ids[ids]
+            if not mask.all():
+                remaining.append((axis, mask))
+        return remaining
 
 
-def _alone(cut: fx.GraphModule, node: fx.Node, read: dict[fx.Node, tuple[Any, Any]]) -> Tensor:
-    """A normalisation over the channels that stay."""
-    return computed(cut, node, {each: _left(value, stay) for each, (value, stay) in read.items()})
-
-
-def _laid(value: Tensor, stay: Stay, labels: Labelled) -> Tensor:
-    """What was computed of the channels that stay, between silent ones."""
-    for axis, places in stay:
-        sizes = [*value.shape[:axis], labels.shape[axis], *value.shape[axis + 1 :]]
-        value = value.new_zeros(sizes).index_copy(axis, _numbers(places, value), value)
+def _scatter(value: Tensor, remaining: Remaining, tracked: TrackedShape) -> Tensor:
+    """The original's shape, with zeros where something was removed."""
+    for axis, mask in remaining:
+        sizes = [*value.shape[:axis], tracked.shape[axis], *value.shape[axis + 1 :]]
+        value = value.new_zeros(sizes).index_copy(axis, _indices(mask, value), value)
     return value
 
 
-def _left(value: Any, stay: Any) -> Any:
-    """`value` without what is gone."""
+def _select(value: Any, remaining: Any) -> Any:
+    """`value` without the removed channels."""
     if isinstance(value, Tensor):
-        for axis, places in stay or ():
-            value = value.index_select(axis, _numbers(places, value))
+        for axis, mask in remaining or ():
+            value = value.index_select(axis, _indices(mask, value))
         return value
-    if isinstance(value, tuple | list) and isinstance(stay, list):
-        return [_left(*each) for each in zip(value, stay, strict=True)]
+    if isinstance(value, tuple | list) and isinstance(remaining, list):
+        return [_select(*each) for each in zip(value, remaining, strict=True)]
     return value
 
 
-def _silent(value: Any, stay: Any) -> Any:
-    """`value` with zeros where something is gone."""
+def _zero_removed(value: Any, remaining: Any) -> Any:
+    """`value` with zeros where something is removed."""
     if isinstance(value, Tensor):
-        for axis, places in stay or ():
-            value = value.index_fill(axis, _numbers(~places, value), 0)
+        for axis, mask in remaining or ():
+            value = value.index_fill(axis, _indices(~mask, value), 0)
         return value
-    if isinstance(value, tuple | list) and isinstance(stay, list) and any(stay):
-        return tuple(_silent(*each) for each in zip(value, stay, strict=True))
+    if isinstance(value, tuple | list) and isinstance(remaining, list) and any(remaining):
+        return tuple(_zero_removed(*each) for each in zip(value, remaining, strict=True))
     return value
 
 
-def _numbers(mask: NDArray[np.bool_], beside: Tensor) -> Tensor:
-    return torch.from_numpy(mask.nonzero()[0]).to(beside.device)
+def _indices(mask: NDArray[np.bool_], like: Tensor) -> Tensor:
+    return torch.from_numpy(mask.nonzero()[0]).to(like.device)
 
 
-def _same(expected: Any, found: Any) -> bool:
-    if isinstance(expected, Tensor) and isinstance(found, Tensor):
-        if expected.shape != found.shape:
+def _allclose(expected: Any, actual: Any) -> bool:
+    if isinstance(expected, Tensor) and isinstance(actual, Tensor):
+        if expected.shape != actual.shape:
             return False
         if not expected.is_floating_point():
-            return torch.equal(found, expected)
+            return torch.equal(actual, expected)
         if not expected.numel():
             return True
-        return bool((found - expected).abs_().max() <= _TOLERANCE * expected.abs().max())
-    if isinstance(expected, list) and isinstance(found, tuple | list):
-        return all(_same(*each) for each in zip(expected, found, strict=True))
+        return bool((actual - expected).abs_().max() <= _TOLERANCE * expected.abs().max())
+    if isinstance(expected, list) and isinstance(actual, tuple | list):
+        return all(_allclose(*each) for each in zip(expected, actual, strict=True))
     return True

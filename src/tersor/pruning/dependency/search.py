@@ -1,4 +1,4 @@
-"""What can go at once: groups are tried together, half of everything; what fails is left out until nothing does."""
+"""Which groups can be removed together: half of every group is removed on trial, groups that fail are left out."""
 
 from __future__ import annotations
 
@@ -9,94 +9,98 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tersor.pruning.channel_removal import merged, remove
-from tersor.pruning.dependency.groups import Cut, Sorted, Unit, sort
+from tersor.pruning.channel_removal import merge_cuts, remove
+from tersor.pruning.dependency.groups import ChannelGroup, CoupledSlices, Cut, find_groups
 from tersor.pruning.dependency.propagation import ChannelPropagation
-from tersor.pruning.dependency.removal_check import Trial
+from tersor.pruning.dependency.removal_check import RemovalCheck
 
 
-class Plan:
-    """What can go at once, and why the rest cannot.
+class GroupSearch:
+    """The groups that can be removed at once, and why the others cannot.
 
     Args:
-        example: images to try it on.
+        example: images for the trial runs.
+
+    Attributes:
+        groups: those of each propagation.
+        unprunable: root -> why its channels cannot be removed.
     """
 
     def __init__(self, example: Tensor) -> None:
         self.example = example
-        self.sides: list[tuple[ChannelPropagation, list[Sorted]]] = []
-        self.whole: dict[str, str] = {}
-        self._seen: list[list[set[Cut]]] = []
+        self.groups: list[tuple[ChannelPropagation, list[ChannelGroup]]] = []
+        self.unprunable: dict[str, str] = {}
+        self._known: list[list[set[Cut]]] = []
 
-    def add(self, walk: ChannelPropagation) -> None:
-        """Adds the groups of a walk that were not seen in an earlier one; those that fail are left out."""
-        found, kept = sort(walk)
-        groups = [each for each in found if not (walk.inner and _weights(each) in self._seen)]
-        if walk.forked:
-            self._seen += [_weights(each) for each in groups]
-        self.whole = {**kept, **self.whole}
-        self.sides.append((walk, groups))
-        while self.sides[-1][1]:
-            failed = self._failed()
-            if failed is None:
+    def add(self, propagation: ChannelPropagation) -> None:
+        """Add the groups of a propagation that no earlier one has; leave out those that fail the trial."""
+        groups, unprunable = find_groups(propagation)
+        groups = [each for each in groups if not (propagation.inner and _without_arguments(each) in self._known)]
+        if propagation.ambiguous_split:
+            self._known += [_without_arguments(each) for each in groups]
+        self.unprunable = {**unprunable, **self.unprunable}
+        self.groups.append((propagation, groups))
+        while self.groups[-1][1]:
+            failure = self._try_half()
+            if failure is None:
                 return
-            guilty, why = failed
-            self.sides[-1] = (walk, [each for each in self.sides[-1][1] if each not in guilty])
-            self.whole.update((each.root, why) for each in guilty)
+            failed, reason = failure
+            self.groups[-1] = (propagation, [each for each in self.groups[-1][1] if each not in failed])
+            self.unprunable.update((each.root, reason) for each in failed)
 
-    def _failed(self) -> tuple[list[Sorted], str] | None:
-        """Those of the last walk's groups that have to stay, where half of everything is removed."""
+    def _try_half(self) -> tuple[list[ChannelGroup], str] | None:
+        """Remove half of every group; return those groups of the last propagation that fail, and the reason."""
         draw = random.Random(0)  # noqa: S311
-        gone: list[set[int]] = []
-        units: dict[int, list[Unit]] = {}
-        for _, groups in self.sides:
-            halves = [(each, draw.sample(range(len(each.units)), len(each.units) // 2)) for each in groups]
-            gone.append({each.roots[number] for each, half in halves for number in half})
-            units |= {id(each): [each.units[number] for number in half] for each, half in halves}
-        trial = Trial([(walk, roots) for (walk, _), roots in zip(self.sides, gone, strict=True)])
-        last = self.sides[-1][1]
-        cut = _without(trial.graph, [unit for some in units.values() for unit in some])
-        if cut is None:
-            guilty = [each for each in last if _without(trial.graph, units[id(each)]) is None]
-            return guilty or last, "their places cannot be taken out of all that holds them"
-        found = trial.difference(cut, self.example)
-        if found is None:
+        removed: list[set[int]] = []
+        slices: dict[int, list[CoupledSlices]] = {}
+        for _, groups in self.groups:
+            halves = [(each, draw.sample(range(len(each.slices)), len(each.slices) // 2)) for each in groups]
+            removed.append({each.representatives[number] for each, half in halves for number in half})
+            slices |= {id(each): [each.slices[number] for number in half] for each, half in halves}
+        check = RemovalCheck([(each, sets) for (each, _), sets in zip(self.groups, removed, strict=True)])
+        last = self.groups[-1][1]
+        pruned = _pruned_copy(check.graph, [each for half in slices.values() for each in half])
+        if pruned is None:
+            failed = [each for each in last if _pruned_copy(check.graph, slices[id(each)]) is None]
+            return failed or last, "they cannot be removed from every tensor that holds them"
+        difference = check.first_difference(pruned, self.example)
+        if difference is None:
             return None
-        node, why = found
-        roots = trial.guilty(node)[-1]
-        return [each for each in last if not roots.isdisjoint(each.roots)] or last, why
+        node, reason = difference
+        sets = check.removed_at(node)[-1]
+        return [each for each in last if not sets.isdisjoint(each.representatives)] or last, reason
 
 
-def _without(graph: fx.GraphModule, units: Sequence[Unit]) -> fx.GraphModule | None:
-    """A copy without these, or None where they cannot be taken out."""
-    cut = copied(graph)
+def _pruned_copy(graph: fx.GraphModule, slices: Sequence[CoupledSlices]) -> fx.GraphModule | None:
+    """A copy without these slices, or None where they cannot be removed."""
+    pruned = copy_graph(graph)
     try:
-        remove(cut, merged(each for unit in units for each in unit))
+        remove(pruned, merge_cuts(cut for each in slices for cut in each))
     except (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError):
         return None
-    return cut
+    return pruned
 
 
-def _weights(group: Sorted) -> list[set[Cut]]:
-    """The units without the arguments that count them."""
-    return [{cut for cut in unit if "=" not in cut.axis} for unit in group.units]
+def _without_arguments(group: ChannelGroup) -> list[set[Cut]]:
+    """The slices without the arguments that count them."""
+    return [{cut for cut in each if "=" not in cut.axis} for each in group.slices]
 
 
-def copied(graph: fx.GraphModule) -> fx.GraphModule:
-    """With parameters of its own over the same numbers, which removal leaves alone."""
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy with Parameters of its own that share the storage; removal leaves the original unchanged."""
     shared: dict[int, Any] = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in graph.parameters()}
     shared |= {id(each): each.detach() for each in graph.buffers()}
-    # in a layer there is nothing deeper to copy, and deepcopy looks for it in a dozen empty dicts
+    # layers without children are copied by hand: deepcopy visits a dozen empty dicts in each
     shared |= {
-        id(each): _twin(each, shared) for each in graph.modules() if each is not graph and not [*each.children()]
+        id(each): _copy_layer(each, shared) for each in graph.modules() if each is not graph and not [*each.children()]
     }
     return copy.deepcopy(graph, shared)
 
 
-def _twin(layer: nn.Module, tensors: dict[int, Any]) -> nn.Module:
-    twin = copy.copy(layer)
+def _copy_layer(layer: nn.Module, tensors: dict[int, Any]) -> nn.Module:
+    copied = copy.copy(layer)
     own = {name: each.copy() for name, each in vars(layer).items() if isinstance(each, dict)}
     for kind in ("_parameters", "_buffers"):
         own[kind] = {name: tensors.get(id(each), each) for name, each in own[kind].items()}
-    vars(twin).update(own)
-    return twin
+    vars(copied).update(own)
+    return copied

@@ -1,8 +1,8 @@
-"""One run of a captured network: the shape of every value, and what every node computed that is no tensor."""
+"""One run of a captured network: the shape of every tensor, and every value that is no tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,63 +13,53 @@ Recorded = dict[fx.Node, Any]
 
 
 class Shape(tuple[int, ...]):
-    """Of a tensor; `torch.Size` in a graph is a value of its own."""
+    """The shape of a tensor; `torch.Size` in a graph is a value of its own."""
 
     __slots__ = ()
 
 
 def record(graph: fx.GraphModule, example: Tensor) -> Recorded:
-    """Runs `graph` on `example`; values are forgotten when their last reader has run."""
-    found: Recorded = {}
-    for node, value in steps(graph, example):
-        found[node] = mapped(value, lambda tensor: Shape(tensor.shape))
-    return found
+    """Run `graph` on `example`; every value is freed after its last use."""
+    last_uses = user_to_last_uses(graph)
+    values, recorded = dict[fx.Node, Any](), Recorded()
+    for node in graph.graph.nodes:
+        values[node] = run_node(graph, node, values, example)
+        recorded[node] = map_tensors(values[node], lambda tensor: Shape(tensor.shape))
+        for read in last_uses.get(node, ()):
+            del values[read]
+    return recorded
 
 
-def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """`value` with `change` on every tensor in it."""
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """`value` with `change` applied to every tensor in it."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, torch.Size):
         return value
     if isinstance(value, tuple | list):
-        found = [mapped(each, change) for each in value]
-        return found if isinstance(value, list) else tuple(found)
+        changed = [map_tensors(each, change) for each in value]
+        return changed if isinstance(value, list) else tuple(changed)
     if isinstance(value, dict):
-        return {key: mapped(each, change) for key, each in value.items()}
+        return {key: map_tensors(each, change) for key, each in value.items()}
     return value
 
 
-def steps(graph: fx.GraphModule, example: Tensor) -> Iterator[tuple[fx.Node, Any]]:
-    """Every node with its value, in order."""
-    last = last_readers(graph)
-    values: dict[fx.Node, Any] = {}
-    for node in graph.graph.nodes:
-        values[node] = given(node, example) if node.op == "placeholder" else computed(graph, node, values)
-        yield node, values[node]
-        for read in last.get(node, ()):
-            del values[read]
-
-
-def given(node: fx.Node, example: Tensor) -> Any:
-    """What a placeholder stands for: the images, or the default of another argument."""
-    return node.args[0] if node.args else example
-
-
-def last_readers(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> the values that nothing after it reads."""
-    reader: dict[fx.Node, fx.Node] = {}
+def user_to_last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the values that no later node reads."""
+    last_user: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
         for read in node.all_input_nodes:
-            reader[read] = node
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for read, node in reader.items():
-        found.setdefault(node, []).append(read)
-    return found
+            last_user[read] = node
+    last_uses: dict[fx.Node, list[fx.Node]] = {}
+    for read, node in last_user.items():
+        last_uses.setdefault(node, []).append(read)
+    return last_uses
 
 
-def computed(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """What `node` gives."""
+def run_node(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], example: Tensor | None = None) -> Any:
+    """The output of one node; a placeholder is `example`, or its default where it has one."""
+    if node.op == "placeholder":
+        return node.args[0] if node.args else example
     if node.op == "get_attr":
         return attribute(graph, str(node.target))
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: values[read])
@@ -84,8 +74,8 @@ def computed(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -
 
 
 def attribute(graph: nn.Module, path: str) -> Any:
-    """What lies at `path`: a parameter, a buffer, a mode."""
-    found: Any = graph
+    """The parameter, buffer or other attribute at a dotted path."""
+    value: Any = graph
     for name in path.split("."):
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value

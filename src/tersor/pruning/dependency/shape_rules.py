@@ -1,4 +1,4 @@
-"""Rules for operators that move places and compute nothing: reshape, permute, slice, split, concatenation, padding."""
+"""Coupling rules for operators that rearrange: reshape, permute, concatenate, pad, expand, repeat, roll."""
 
 from __future__ import annotations
 
@@ -8,263 +8,242 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from tersor.pruning.dependency.axes import blocks, order_of
 from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule
-from tersor.pruning.dependency.split_axes import candidates
-from tersor.pruning.dependency.union_find import Ids, Labelled
+from tersor.pruning.dependency.split_axes import corresponding_axes, permutation, prunable_parts
+from tersor.pruning.dependency.union_find import Ids, TrackedShape
 
-Atoms = list[Ids | None]
+AxisIds = list[Ids | None]
 
 
-def reshape(walk: ChannelPropagation, call: Call) -> Labelled:
-    """view, reshape, flatten, unflatten, squeeze, unsqueeze: sizes on both sides that hold the same are matched."""
-    given, gives = call.args[0], tuple(call.gives)
-    atoms, mixed, parts = reshaped(walk, call.node, given, gives)
-    _sizes(walk, call, 1, gives, [None if axis in mixed else each for axis, each in enumerate(atoms)])
-    _pin(walk, call, gives, parts - mixed)
-    return Labelled(gives, tuple(atoms))
+def reshape(propagation: ChannelPropagation, call: Call) -> TrackedShape:
+    """view, reshape, flatten, unflatten, squeeze, unsqueeze."""
+    tensor, output = call.args[0], tuple(call.output)
+    ids, mixed, parts = reshaped(propagation, call.node, tensor, output)
+    _track_sizes(propagation, call, output, [None if axis in mixed else each for axis, each in enumerate(ids)])
+    _pin_sizes(propagation, call, output, parts - mixed)
+    return TrackedShape(output, tuple(ids))
 
 
 def reshaped(
-    walk: ChannelPropagation, node: fx.Node, given: Labelled, gives: tuple[int, ...]
-) -> tuple[Atoms, set[int], set[int]]:
-    """The atoms of the result, which of its dimensions hold several images too, and which are parts of channels."""
-    atoms: Atoms = [None] * len(gives)
+    propagation: ChannelPropagation, node: fx.Node, tensor: TrackedShape, output: tuple[int, ...]
+) -> tuple[AxisIds, set[int], set[int]]:
+    """The ids of the output, which of its axes merge the batch with channels, and which are parts of channels."""
+    ids: AxisIds = [None] * len(output)
     mixed: set[int] = set()
     parts: set[int] = set()
-    for read, made in blocks(given.shape, gives):
-        tracked = [axis for axis in read if given.atoms[axis] is not None]
+    for old, new in corresponding_axes(tensor.shape, output):
+        tracked = [axis for axis in old if tensor.ids[axis] is not None]
         if not tracked:
             continue
-        if len(read) == len(made) == 1:
-            atoms[made[0]] = given.atoms[read[0]]
+        if len(old) == len(new) == 1:
+            ids[new[0]] = tensor.ids[old[0]]
             continue
-        if 0 in read:
-            mixed.update(made)
-            walk.mixed = True
-        parts.update(made)
+        if 0 in old:
+            mixed.update(new)
+            propagation.mixes_batch = True
+        parts.update(new)
         for axis in tracked[:-1]:
-            walk.atoms.keep(given.atoms[axis], f"{node.name} merges two dimensions of channels")
-        sizes = [given.shape[axis] for axis in read]
-        place = read.index(tracked[-1])
-        ids = given.atoms[tracked[-1]]
-        assert ids is not None
-        whole = np.broadcast_to(ids.reshape([-1] + [1] * (len(sizes) - 1 - place)), sizes).reshape(-1)
-        if len(made) == 1:
-            atoms[made[0]] = whole
+            propagation.sets.freeze(tensor.ids[axis], f"{node.name} merges two dimensions of channels")
+        sizes = [tensor.shape[axis] for axis in old]
+        position = old.index(tracked[-1])
+        channels = tensor.ids[tracked[-1]]
+        assert channels is not None
+        flat = np.broadcast_to(channels.reshape([-1] + [1] * (len(sizes) - 1 - position)), sizes).reshape(-1)
+        if len(new) == 1:
+            ids[new[0]] = flat
         else:
-            axis, carried = split(walk, node, whole, gives, made)
-            if carried is not None:
-                atoms[made[axis]] = carried
-    return atoms, mixed, parts
+            axis, kept = _split(propagation, node, flat, output, new)
+            if kept is not None:
+                ids[new[axis]] = kept
+    return ids, mixed, parts
 
 
-def split(
-    walk: ChannelPropagation, node: fx.Node, whole: Ids, gives: Sequence[int], made: Sequence[int]
+def _split(
+    propagation: ChannelPropagation, node: fx.Node, flat: Ids, output: Sequence[int], axes: Sequence[int]
 ) -> tuple[int, Ids | None]:
-    """One dimension becomes several: which of them can shrink, and its atoms."""
-    parts = whole.reshape([gives[axis] for axis in made])
-    for axis in range(len(made)):
-        rows = np.moveaxis(parts, axis, 0).reshape(parts.shape[axis], -1)
+    """One dimension becomes several: the number of the one that can shrink, and its ids."""
+    parts = flat.reshape([output[axis] for axis in axes])
+    for number in range(len(axes)):
+        rows = np.moveaxis(parts, number, 0).reshape(parts.shape[number], -1)
         if (rows == rows[:, :1]).all():
-            return axis, rows[:, 0].copy()
-    able = [made.index(axis) for axis in candidates(walk, node, made)]
-    if not able:
-        walk.atoms.keep(whole, f"{node.name} splits them into parts that cannot shrink")
+            return number, rows[:, 0].copy()
+    prunable = [axes.index(axis) for axis in prunable_parts(propagation, node, axes)]
+    if not prunable:
+        propagation.sets.freeze(flat, f"{node.name} splits them into parts that cannot shrink")
         return 0, None
-    return able[-1 if walk.inner else 0], walk.either(parts, able[0], able[-1])
+    return prunable[-1 if propagation.inner else 0], propagation.merge_split(parts, prunable[0], prunable[-1])
 
 
-def _sizes(walk: ChannelPropagation, call: Call, first: int, gives: Sequence[int], atoms: Atoms) -> None:
-    """Sizes that are arguments: one by one, or as a list."""
-    if call.name not in {"view", "reshape", "expand", "unflatten", "new_zeros", "zeros"}:
-        return None
+def _track_sizes(propagation: ChannelPropagation, call: Call, output: Sequence[int], ids: AxisIds) -> None:
+    """Constant sizes among the arguments: one by one, or as a list."""
     if call.name == "unflatten":
-        return _unflattened(walk, call, gives, atoms)
-    several = len(call.args) > first and isinstance(call.args[first], tuple | list)
-    sizes = call.args[first] if several else call.args[first:]
-    for axis, (size, ids) in enumerate(zip(sizes, atoms, strict=False)):
-        if isinstance(size, int) and size != -1:
-            walk.literal(call, f"args.{first}.{axis}" if several else f"args.{first + axis}", gives[axis], ids)
-    return None
+        start = call.args[1] % len(call.args[0].shape)
+        for position, size in enumerate(call.args[2]):
+            if size != -1:
+                axis = start + position
+                propagation.track_argument(call, f"args.2.{position}", output[axis], ids[axis])
+    elif call.name in {"view", "reshape", "expand"}:
+        rest = call.args[1:]
+        nested = bool(rest) and isinstance(rest[0], tuple | list)
+        for axis, (size, each) in enumerate(zip(rest[0] if nested else rest, ids, strict=False)):
+            if isinstance(size, int) and size != -1:
+                path = f"args.1.{axis}" if nested else f"args.{1 + axis}"
+                propagation.track_argument(call, path, output[axis], each)
 
 
-def _pin(walk: ChannelPropagation, call: Call, gives: Sequence[int], axes: set[int]) -> None:
-    """Sizes that are computed from what may shrink by itself (embedding / heads) become numbers when it does."""
+def _pin_sizes(propagation: ChannelPropagation, call: Call, output: Sequence[int], axes: set[int]) -> None:
+    """Sizes computed from another size that may shrink (embedding / heads) become constants when it does."""
     if call.name not in {"view", "reshape"}:
         return
-    several = isinstance(call.node.args[1], tuple | list)
-    sizes = call.node.args[1] if several else call.node.args[1:]
+    nested = isinstance(call.node.args[1], tuple | list)
+    sizes = call.node.args[1] if nested else call.node.args[1:]
     assert isinstance(sizes, tuple | list)
     for axis in axes:
         size = sizes[axis]
         if isinstance(size, fx.Node):
-            sources = [ids for each in _sources(walk, size) for ids in each.atoms if ids is not None]
+            sources = [ids for each in _sources(propagation, size) for ids in each.ids if ids is not None]
             if sources:
-                path = f"args.1.{axis}" if several else f"args.{1 + axis}"
-                walk.literal(call, f"pin {path}", gives[axis], np.concatenate(sources))
+                path = f"args.1.{axis}" if nested else f"args.{1 + axis}"
+                propagation.track_argument(call, f"pin {path}", output[axis], np.concatenate(sources))
 
 
-def _sources(walk: ChannelPropagation, node: fx.Node) -> Iterator[Labelled]:
+def _sources(propagation: ChannelPropagation, node: fx.Node) -> Iterator[TrackedShape]:
     """The tensors whose sizes a number was computed from."""
-    value = walk.values[node]
-    if isinstance(value, Labelled):
+    value = propagation.values[node]
+    if isinstance(value, TrackedShape):
         yield value
     else:
         for read in node.all_input_nodes:
-            yield from _sources(walk, read)
+            yield from _sources(propagation, read)
 
 
-def _unflattened(walk: ChannelPropagation, call: Call, gives: Sequence[int], atoms: Atoms) -> None:
-    start = call.args[1] % len(call.args[0].shape)
-    for place, size in enumerate(call.args[2]):
-        if size != -1:
-            walk.literal(call, f"args.2.{place}", gives[start + place], atoms[start + place])
-
-
-def permute(_: ChannelPropagation, call: Call) -> Labelled:
+def permute(_: ChannelPropagation, call: Call) -> TrackedShape:
     """permute, transpose, swapaxes, movedim, t."""
-    order = order_of(call)
-    given = call.args[0]
-    return Labelled(tuple(given.shape[axis] for axis in order), tuple(given.atoms[axis] for axis in order))
+    order = permutation(call)
+    tensor = call.args[0]
+    return TrackedShape(tuple(tensor.shape[axis] for axis in order), tuple(tensor.ids[axis] for axis in order))
 
 
-def concatenation(walk: ChannelPropagation, call: Call) -> Any:
-    """cat: one behind the other along one dimension, the same along all others."""
+def concatenate(propagation: ChannelPropagation, call: Call) -> Any:
+    """cat: ids are concatenated along one dimension and coupled along all others."""
     tensors = list(call.args[0])
-    if not all(isinstance(each, Labelled) for each in tensors):
-        return walk.keep(call)
-    dimension = call.argument(1, "dim", 0) % len(call.gives)
-    atoms = list(matched(walk, call, tensors, skip=dimension))
-    along = [each.atoms[dimension] for each in tensors]
-    if any(ids is not None for ids in along):
+    if not all(isinstance(each, TrackedShape) for each in tensors):
+        return propagation.freeze(call)
+    dimension = call.argument(1, "dim", 0) % len(call.output)
+    ids = list(broadcast(propagation, call, tensors, skip=dimension))
+    along = [each.ids[dimension] for each in tensors]
+    if any(each is not None for each in along):
         parts = [
-            _standing(walk, each.shape[dimension]) if ids is None else ids
-            for each, ids in zip(tensors, along, strict=True)
+            _frozen_ids(propagation, tensor.shape[dimension]) if each is None else each
+            for tensor, each in zip(tensors, along, strict=True)
         ]
-        atoms[dimension] = np.concatenate(parts)
-    return Labelled(tuple(call.gives), tuple(atoms))
+        ids[dimension] = np.concatenate(parts)
+    return TrackedShape(tuple(call.output), tuple(ids))
 
 
-def stacked(walk: ChannelPropagation, call: Call) -> Any:
-    """stack: beside each other along a new dimension, the same along all others."""
+def stack(propagation: ChannelPropagation, call: Call) -> Any:
+    """stack: a new dimension without ids; all others are coupled."""
     tensors = list(call.args[0])
-    if not all(isinstance(each, Labelled) for each in tensors):
-        return walk.keep(call)
-    dimension = call.argument(1, "dim", 0) % len(call.gives)
-    atoms = list(matched(walk, call, tensors))
-    return Labelled(tuple(call.gives), (*atoms[:dimension], None, *atoms[dimension:]))
+    if not all(isinstance(each, TrackedShape) for each in tensors):
+        return propagation.freeze(call)
+    dimension = call.argument(1, "dim", 0) % len(call.output)
+    ids = list(broadcast(propagation, call, tensors))
+    return TrackedShape(tuple(call.output), (*ids[:dimension], None, *ids[dimension:]))
 
 
-def _standing(walk: ChannelPropagation, size: int) -> Ids:
-    ids = walk.atoms.new(size)
-    walk.atoms.keep(ids, "they stand beside what cannot shrink")
+def _frozen_ids(propagation: ChannelPropagation, size: int) -> Ids:
+    ids = propagation.sets.new(size)
+    propagation.sets.freeze(ids, "they are concatenated with what can shrink")
     return ids
 
 
-def matched(
-    walk: ChannelPropagation, call: Call, tensors: Sequence[Labelled], skip: int | None = None
+def broadcast(
+    propagation: ChannelPropagation, call: Call, tensors: Sequence[TrackedShape], skip: int | None = None
 ) -> Iterator[Ids | None]:
-    """Dimension by dimension of tensors that are broadcast, last to last; a single place goes with everything."""
+    """Couple the dimensions of broadcast tensors, aligned at the last one; a size of 1 couples with nothing."""
     rank = max(len(each.shape) for each in tensors)
-    why = f"{call.node.name} ({call.name}) meets them with what cannot shrink"
+    reason = f"{call.node.name} ({call.name}) combines them with what cannot shrink"
     for axis in range(-rank, 0):
-        seen = [(each.atoms[axis], each.shape[axis]) for each in tensors if len(each.shape) >= -axis]
-        full = [ids for ids, size in seen if size > 1 or skip is not None]
+        aligned = [(each.ids[axis], each.shape[axis]) for each in tensors if len(each.shape) >= -axis]
+        full = [ids for ids, size in aligned if size > 1 or skip is not None]
         if rank + axis == skip or not full:
             yield None
             continue
         first = full[0]
         for ids in full[1:]:
-            first = walk.atoms.match(first, ids, why)
+            first = propagation.sets.couple(first, ids, reason)
         yield first
 
 
-def padding(walk: ChannelPropagation, call: Call) -> Any:
-    """pad: channels that are constant stand before and behind; they may go like any other."""
-    given = call.args[0]
+def pad(propagation: ChannelPropagation, call: Call) -> Any:
+    """pad: constant channels before and after, which can be removed like any other."""
     amounts = list(call.args[1])
     mode = call.argument(2, "mode", "constant")
-    atoms = list(given.atoms)
+    padded = list(call.args[0].ids)
     for number in range(len(amounts) // 2):
-        axis = len(atoms) - 1 - number
-        ids, (before, behind) = atoms[axis], amounts[2 * number : 2 * number + 2]
-        if ids is None or not (before or behind):
+        axis = len(padded) - 1 - number
+        ids, (before, after) = padded[axis], amounts[2 * number : 2 * number + 2]
+        if ids is None or not (before or after):
             continue
-        if mode != "constant" or before < 0 or behind < 0:
-            walk.atoms.keep(ids, f"{call.node.name} pads them")
-            atoms[axis] = None
+        if mode != "constant" or before < 0 or after < 0:
+            propagation.sets.freeze(ids, f"{call.node.name} pads them")
+            padded[axis] = None
             continue
-        new = walk.atoms.new(before), walk.atoms.new(behind)
-        walk.literal(call, f"args.1.{2 * number}", before, new[0] if before else None)
-        walk.literal(call, f"args.1.{2 * number + 1}", behind, new[1] if behind else None)
-        atoms[axis] = np.concatenate([new[0], ids, new[1]])
-    return Labelled(tuple(call.gives), tuple(atoms))
+        new = propagation.sets.new(before), propagation.sets.new(after)
+        propagation.track_argument(call, f"args.1.{2 * number}", before, new[0] if before else None)
+        propagation.track_argument(call, f"args.1.{2 * number + 1}", after, new[1] if after else None)
+        padded[axis] = np.concatenate([new[0], ids, new[1]])
+    return TrackedShape(tuple(call.output), tuple(padded))
 
 
-def expand(walk: ChannelPropagation, call: Call) -> Labelled:
-    """Single places are repeated; every other dimension stays."""
-    given = call.args[0]
-    gives = tuple(call.gives)
-    ahead = len(gives) - len(given.shape)
-    atoms: Atoms = [*[None] * ahead, *given.atoms]
+def expand(propagation: ChannelPropagation, call: Call) -> TrackedShape:
+    """expand, broadcast_to: dimensions of size 1 are repeated, all others keep their ids."""
+    tensor, output = call.args[0], tuple(call.output)
+    ids: AxisIds = [*[None] * (len(output) - len(tensor.shape)), *tensor.ids]
     if call.name == "expand":
-        _sizes(walk, call, 1, gives, atoms)
-    return Labelled(gives, tuple(atoms))
+        _track_sizes(propagation, call, output, ids)
+    return TrackedShape(output, tuple(ids))
 
 
-def repeat(_: ChannelPropagation, call: Call) -> Labelled:
-    """Dimensions one after the other, again and again."""
-    given, gives = call.args[0], tuple(call.gives)
-    atoms: Atoms = [*[None] * (len(gives) - len(given.shape)), *given.atoms]
-    tiles = [None if ids is None else np.tile(ids, size // len(ids)) for ids, size in zip(atoms, gives, strict=True)]
-    return Labelled(gives, tuple(tiles))
+def repeat(_: ChannelPropagation, call: Call) -> TrackedShape:
+    """repeat: ids are tiled."""
+    tensor, output = call.args[0], tuple(call.output)
+    ids: AxisIds = [*[None] * (len(output) - len(tensor.shape)), *tensor.ids]
+    tiles = [None if each is None else np.tile(each, size // len(each)) for each, size in zip(ids, output, strict=True)]
+    return TrackedShape(output, tuple(tiles))
 
 
-def rolled(walk: ChannelPropagation, call: Call) -> Any:
-    """roll, flip: along dimensions whose places all stay."""
-    given = call.args[0]
+def roll(propagation: ChannelPropagation, call: Call) -> Any:
+    """roll, flip: the dimensions along which elements move are frozen."""
+    tensor = call.args[0]
     dimensions = call.argument(2 if call.name == "roll" else 1, "dims")
     if dimensions is None:
-        return walk.keep(call)
+        return propagation.freeze(call)
     for axis in [dimensions] if isinstance(dimensions, int) else dimensions:
-        walk.atoms.keep(given.atoms[axis], f"{call.node.name} moves them along")
-    return given
+        propagation.sets.freeze(tensor.ids[axis], f"{call.node.name} moves them")
+    return tensor
 
 
-def interleaved(walk: ChannelPropagation, call: Call) -> Any:
-    """repeat_interleave: along a dimension whose places all stay."""
-    given, dimension = call.args[0], call.argument(2, "dim")
+def repeat_interleave(propagation: ChannelPropagation, call: Call) -> Any:
+    """repeat_interleave: its dimension is frozen."""
+    tensor, dimension = call.args[0], call.argument(2, "dim")
     if dimension is None:
-        return walk.keep(call)
-    walk.atoms.keep(given.atoms[dimension], f"{call.node.name} repeats them")
-    atoms = list(given.atoms)
-    atoms[dimension] = None
-    return Labelled(tuple(call.gives), tuple(atoms))
+        return propagation.freeze(call)
+    propagation.sets.freeze(tensor.ids[dimension], f"{call.node.name} repeats them")
+    ids = list(tensor.ids)
+    ids[dimension] = None
+    return TrackedShape(tuple(call.output), tuple(ids))
 
 
+_RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "Flatten", "Unflatten", "view_as")
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        (
-            "view",
-            "reshape",
-            "flatten",
-            "unflatten",
-            "squeeze",
-            "unsqueeze",
-            "Flatten",
-            "Unflatten",
-            "view_as",
-            "reshape_as",
-        ),
-        reshape,
-    ),
+    **dict.fromkeys((*_RESHAPES, "reshape_as"), reshape),
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "movedim", "t"), permute),
-    **dict.fromkeys(("cat", "concat", "concatenate"), concatenation),
-    **dict.fromkeys(("pad", "_pad"), padding),
+    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
+    **dict.fromkeys(("pad", "_pad"), pad),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
     "repeat": repeat,
-    "stack": stacked,
-    "repeat_interleave": interleaved,
-    **dict.fromkeys(("roll", "flip"), rolled),
+    "stack": stack,
+    "repeat_interleave": repeat_interleave,
+    **dict.fromkeys(("roll", "flip"), roll),
 }

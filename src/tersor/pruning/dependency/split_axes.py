@@ -1,115 +1,138 @@
-"""What becomes of the parts into which a dimension is split: which of them can shrink.
+"""Which axes correspond when a dimension is split or merged, and which part of a split can shrink.
 
-(3, heads, width): the 3 are taken apart, so heads or width; (groups, channels) that are merged again in another order:
-a shuffle, whose larger part shrinks.
+(3, heads, width): the 3 are unbound later, so heads or width can shrink. (groups, channels) that are merged again in
+another order are a channel shuffle, whose larger part shrinks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from tersor.pruning.dependency.axes import blocks, order_of
-from tersor.pruning.dependency.propagation import Call, ChannelPropagation, called, fixed
+from tersor.pruning.dependency.propagation import Call, ChannelPropagation, called, frozen
 from tersor.pruning.dependency.shape_recording import Shape
-from tersor.pruning.dependency.union_find import Labelled
+from tersor.pruning.dependency.union_find import TrackedShape
 
 _REDUCED = {
-    *(
-        "sum",
-        "mean",
-        "softmax",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "argmax",
-        "norm",
-        "normalize",
-        "var",
-        "std",
-        "log_softmax",
-    )
+    *("sum", "mean", "softmax", "amax", "amin", "max", "min", "argmax", "norm", "normalize", "var", "std"),
+    "log_softmax",
 }
-_MOVED = {"permute", "transpose", "swapaxes", "swapdims", "movedim"}
+_PERMUTED = {"permute", "transpose", "swapaxes", "swapdims", "movedim"}
 _MERGED = {"view", "reshape", "flatten"}
 _DEPTH = 12
 
 Axes = dict[int, int]
-"""Dimension of the split -> where it lies in a later value."""
+"""Axis of the split -> its position in a later value."""
 
 
-def candidates(walk: ChannelPropagation, node: fx.Node, made: Sequence[int]) -> list[int]:
-    """Those of the dimensions `made` that can shrink, outer ones first."""
-    barred: set[int] = {axis for axis in made if walk.recorded[node][axis] == 1}
+def corresponding_axes(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The smallest groups of axes that hold the same elements in two shapes; axes of size 1 are left out."""
+    left = [axis for axis, size in enumerate(before) if size != 1]
+    right = [axis for axis, size in enumerate(after) if size != 1]
+    while left and right:
+        group = [left.pop(0)], [right.pop(0)]
+        while (old := math.prod(before[axis] for axis in group[0])) != (
+            new := math.prod(after[axis] for axis in group[1])
+        ):
+            if old < new:
+                group[0].append(left.pop(0))
+            else:
+                group[1].append(right.pop(0))
+        yield group
+
+
+def permutation(call: Call) -> list[int]:
+    """The old axis of every new one: for permute, transpose, swapaxes, movedim, t."""
+    rank = len(call.args[0].shape)
+    options = call.args[1:]
+    if call.name == "permute":
+        order = options or (call.kwargs["dims"],)
+        return [axis % rank for axis in (order[0] if isinstance(order[0], tuple | list) else order)]
+    order = list(range(rank))
+    if call.name == "t":
+        return order[::-1]
+    first, second = (axis % rank for axis in [*options, *call.kwargs.values()])
+    if call.name == "movedim":
+        order.insert(second, order.pop(first))
+    else:
+        order[first], order[second] = order[second], order[first]
+    return order
+
+
+def prunable_parts(propagation: ChannelPropagation, node: fx.Node, axes: Sequence[int]) -> list[int]:
+    """Those of the `axes` of a split that can shrink, outer ones first."""
+    excluded: set[int] = {axis for axis in axes if propagation.recorded[node][axis] == 1}
     shuffled: set[int] = set()
-    _follow(walk, node, {axis: axis for axis in made}, barred, shuffled, _DEPTH)
-    able = [axis for axis in made if axis not in barred]
+    _follow(propagation, node, {axis: axis for axis in axes}, excluded, shuffled, _DEPTH)
+    prunable = [axis for axis in axes if axis not in excluded]
     if shuffled:
-        return [max(able, key=lambda axis: walk.recorded[node][axis])] if able else []
-    return able
+        return [max(prunable, key=lambda axis: propagation.recorded[node][axis])] if prunable else []
+    return prunable
 
 
 def _follow(
-    walk: ChannelPropagation, node: fx.Node, axes: Axes, barred: set[int], shuffled: set[int], depth: int
+    propagation: ChannelPropagation, node: fx.Node, axes: Axes, excluded: set[int], shuffled: set[int], depth: int
 ) -> None:
+    recorded = propagation.recorded
     for user in node.users if depth else ():
-        gives = walk.recorded[user]
         if user.op == "output" or (user.args and user.args[0] is not node and called(user) not in {"add", "mul"}):
             continue
-        module = walk.graph.get_submodule(str(user.target)) if user.op == "call_module" else None
-        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda read: fixed(walk.recorded[read]))
-        call = Call(user, called(user, module), tuple(args), dict(kwargs), gives, module)
-        onward = _onward(walk, call, node, axes, barred, shuffled)
-        if onward:
-            _follow(walk, user, onward, barred, shuffled, depth - 1)
+        module = propagation.graph.get_submodule(str(user.target)) if user.op == "call_module" else None
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda read: frozen(recorded[read]))
+        call = Call(user, called(user, module), tuple(args), dict(kwargs), recorded[user], module)
+        next_axes = _after_call(call, tuple(recorded[node]), axes, excluded, shuffled)
+        if next_axes:
+            _follow(propagation, user, next_axes, excluded, shuffled, depth - 1)
 
 
-def _onward(
-    walk: ChannelPropagation, call: Call, node: fx.Node, axes: Axes, barred: set[int], shuffled: set[int]
-) -> Axes:
-    """Where the dimensions lie behind one more node; what it makes of them is noted."""
+def _after_call(call: Call, shape: tuple[int, ...], axes: Axes, excluded: set[int], shuffled: set[int]) -> Axes:
+    """The positions of the axes after one more node that reads a value of `shape`."""
     if call.name == "unbind":
-        _bar(call, axes, barred, call.argument(1, "dim", 0))
-    elif call.name == "getitem" and isinstance(call.args[0], Labelled):
-        return _behind_index(call, axes, barred)
+        _exclude(call, axes, excluded, call.argument(1, "dim", 0))
+    elif call.name == "getitem" and isinstance(call.args[0], TrackedShape):
+        return _after_getitem(call, axes, excluded)
     elif call.name in _REDUCED:
-        _bar(call, axes, barred, call.argument(1, "dim"))
-    elif not isinstance(call.gives, Shape):
+        _exclude(call, axes, excluded, call.argument(1, "dim"))
+    elif not isinstance(call.output, Shape):
         return {}
-    elif call.name in _MOVED:
-        order = order_of(call)
-        return {axis: order.index(place) for axis, place in axes.items()}
+    elif call.name in _PERMUTED:
+        order = permutation(call)
+        return {axis: order.index(position) for axis, position in axes.items()}
     elif call.name in _MERGED:
-        _merged(walk.recorded[node], tuple(call.gives), axes, shuffled)
-    elif tuple(call.gives) == tuple(walk.recorded[node]) and not (call.module and any(call.module.parameters())):
+        _find_shuffle(shape, tuple(call.output), axes, shuffled)
+    elif tuple(call.output) == shape and not (call.module and any(call.module.parameters())):
         return axes
     return {}
 
 
-def _bar(call: Call, axes: Axes, barred: set[int], dimensions: int | Sequence[int] | None) -> None:
+def _exclude(call: Call, axes: Axes, excluded: set[int], dimensions: int | Sequence[int] | None) -> None:
     rank = len(call.args[0].shape)
     if dimensions is None:
-        barred.update(axes)
+        excluded.update(axes)
         return
     taken = {axis % rank for axis in ([dimensions] if isinstance(dimensions, int) else dimensions)}
-    barred.update(axis for axis, place in axes.items() if place in taken)
+    excluded.update(axis for axis, position in axes.items() if position in taken)
 
 
-def _behind_index(call: Call, axes: Axes, barred: set[int]) -> Axes:
+def _after_getitem(call: Call, axes: Axes, excluded: set[int]) -> Axes:
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
     if not all(isinstance(each, int | slice) for each in index):
         return {}
-    gone = [place for place, each in enumerate(index) if isinstance(each, int)]
-    barred.update(axis for axis, place in axes.items() if place in gone)
-    return {axis: place - sum(each < place for each in gone) for axis, place in axes.items() if place not in gone}
+    selected = [position for position, each in enumerate(index) if isinstance(each, int)]
+    excluded.update(axis for axis, position in axes.items() if position in selected)
+    return {
+        axis: position - sum(each < position for each in selected)
+        for axis, position in axes.items()
+        if position not in selected
+    }
 
 
-def _merged(read: Sequence[int], gives: Sequence[int], axes: Axes, shuffled: set[int]) -> None:
-    """A shuffle: parts lie in one dimension again, in another order."""
-    for block, made in blocks(read, gives):
-        inside = [axis for axis, place in axes.items() if place in block]
+def _find_shuffle(before: Sequence[int], after: Sequence[int], axes: Axes, shuffled: set[int]) -> None:
+    """A channel shuffle: the parts are merged into one dimension again, in another order."""
+    for old, new in corresponding_axes(before, after):
+        inside = [axis for axis, position in axes.items() if position in old]
         ordered = sorted(inside, key=lambda axis: axes[axis])
-        if len(inside) > 1 and len(made) == 1 and ordered != sorted(inside):
+        if len(inside) > 1 and len(new) == 1 and ordered != sorted(inside):
             shuffled.update(inside)

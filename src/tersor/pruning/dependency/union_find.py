@@ -1,4 +1,4 @@
-"""Atoms: the smallest things that can go from a network, one for each place of a dimension, and which are the same."""
+"""Sets of coupled channels: a union-find over channel ids, one id for each index of each dimension of a tensor."""
 
 from __future__ import annotations
 
@@ -12,82 +12,82 @@ Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A tensor: its sizes, and for each dimension an atom for every place, or None where nothing can go."""
+class TrackedShape:
+    """The shape of a tensor, and for each dimension the channel ids along it; None where nothing can be removed."""
 
     shape: tuple[int, ...]
-    atoms: tuple[Ids | None, ...]
+    ids: tuple[Ids | None, ...]
 
     @staticmethod
-    def fixed(shape: Sequence[int]) -> Labelled:
-        """A tensor of which nothing can go."""
-        return Labelled(tuple(shape), (None,) * len(shape))
+    def frozen(shape: Sequence[int]) -> TrackedShape:
+        """A tensor of which nothing can be removed."""
+        return TrackedShape(tuple(shape), (None,) * len(shape))
 
 
-class Atoms:
-    """A union-find over atoms, and why some of them have to stay."""
+class ChannelSets:
+    """A union-find over channel ids, and the reasons why some sets are frozen: cannot be removed."""
 
     def __init__(self) -> None:
         self._parents: list[int] = []
         self._flat: Ids | None = None
-        self._kept: list[tuple[Ids, str]] = []
+        self._frozen: list[tuple[Ids, str]] = []
 
     def new(self, count: int) -> Ids:
-        """`count` atoms that belong to nothing yet."""
+        """`count` ids, each a set of its own."""
         start, self._flat = len(self._parents), None
         self._parents.extend(range(start, start + count))
         return np.arange(start, start + count)
 
-    def root(self, atom: int) -> int:
-        """The one that stands for all that are the same as `atom`."""
+    def find(self, channel: int) -> int:
+        """The representative of the set of `channel`."""
         parents = self._parents
-        while parents[atom] != atom:
-            parents[atom] = parents[parents[atom]]
-            atom = parents[atom]
-        return atom
+        while parents[channel] != channel:
+            parents[channel] = parents[parents[channel]]
+            channel = parents[channel]
+        return channel
 
-    def roots(self, atoms: Ids) -> Ids:
-        """The root of each."""
-        if self._flat is None:  # all at once, until the next two are united
+    def find_all(self, ids: Ids) -> Ids:
+        """The representatives of all `ids`."""
+        if self._flat is None:  # for all ids at once, valid until the next union
             flat = np.array(self._parents, np.int64)
             while not np.array_equal(flat, above := flat[flat]):
                 flat = above
             self._flat = flat
-        return self._flat[atoms]
+        return self._flat[ids]
 
-    def outside(self, roots: Iterable[int]) -> NDArray[np.bool_]:
-        """For every atom, whether its root is none of these."""
-        inside = np.fromiter(roots, np.int64)
-        return ~np.isin(self.roots(np.arange(len(self._parents))), inside)
+    def outside(self, representatives: Iterable[int]) -> NDArray[np.bool_]:
+        """For every id, whether its set is none of these."""
+        inside = np.fromiter(representatives, np.int64)
+        return ~np.isin(self.find_all(np.arange(len(self._parents))), inside)
 
-    def unite(self, first: Ids, second: Ids) -> None:
-        """Place by place, the two are the same."""
+    def union(self, first: Ids, second: Ids) -> None:
+        """Join the sets of the ids at each index."""
         if first is second or np.array_equal(first, second):
             return
         self._flat = None
         for one, other in zip(first.tolist(), second.tolist(), strict=True):
-            a, b = self.root(one), self.root(other)
+            a, b = self.find(one), self.find(other)
             if a != b:
                 self._parents[max(a, b)] = min(a, b)
 
-    def keep(self, atoms: Ids | None, why: str) -> None:
-        """All of `atoms` stay."""
-        if atoms is not None and len(atoms):
-            self._kept.append((atoms, why))
+    def freeze(self, ids: Ids | None, reason: str) -> None:
+        """Forbid the removal of all `ids`."""
+        if ids is not None and len(ids):
+            self._frozen.append((ids, reason))
 
-    def match(self, first: Ids | None, second: Ids | None, why: str) -> Ids | None:
-        """The same dimension, seen twice; where nothing of one can go, nothing of the other can."""
+    def couple(self, first: Ids | None, second: Ids | None, reason: str) -> Ids | None:
+        """Join two views of the same dimension; where one cannot shrink, freeze the other."""
         if first is None or second is None:
-            self.keep(first, why)
-            self.keep(second, why)
+            self.freeze(first, reason)
+            self.freeze(second, reason)
             return None
-        self.unite(first, second)
+        self.union(first, second)
         return first
 
-    def kept(self) -> dict[int, str]:
-        """Root -> the first reason why it stays."""
-        found: dict[int, str] = {}
-        for atoms, why in self._kept:
-            for root in np.unique(self.roots(atoms)).tolist():
-                found.setdefault(root, why)
-        return found
+    def frozen(self) -> dict[int, str]:
+        """Representative -> the first reason why its set is frozen."""
+        reasons: dict[int, str] = {}
+        for ids, reason in self._frozen:
+            for representative in np.unique(self.find_all(ids)).tolist():
+                reasons.setdefault(representative, reason)
+        return reasons
