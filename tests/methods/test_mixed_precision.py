@@ -23,7 +23,7 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.quantization.fake_quantize import weight_quantizer
 from tersor.quantization.grid import Grid
-from tersor.quantization.options import Precision
+from tersor.quantization.quantizer_options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.context import AttachContext

@@ -9,7 +9,7 @@ from tersor.core.target import Target
 from tersor.graph.capture import capture
 from tersor.models import build
 from tersor.quantization.blocks import Block, between, blocks, layer_blocks
-from tersor.quantization.options import Precision
+from tersor.quantization.quantizer_options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 
 

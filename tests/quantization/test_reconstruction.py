@@ -19,7 +19,7 @@ from tersor.pruning.mask import Mask
 from tersor.quantization.calibration import set_ranges
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
-from tersor.quantization.options import Precision, Ranges
+from tersor.quantization.quantizer_options import Precision, Ranges
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.reconstruction import Reconstruction, _error, _rounding_penalty, _SoftRounding, reconstruct
 

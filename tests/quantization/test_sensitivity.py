@@ -13,7 +13,7 @@ from tersor.graph.parametrization import parametrization_input
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.quantization.grid import Grid
 from tersor.quantization.observers import weight_grid
-from tersor.quantization.options import Precision
+from tersor.quantization.quantizer_options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.context import AttachContext

@@ -31,7 +31,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from tersor.quantization.options import BitOptions, RangeOptions, ReconstructionImages, Seed, WeightBits
+from tersor.quantization.quantizer_options import BitOptions, RangeOptions, ReconstructionImages, Seed, WeightBits
 from tersor.quantization.reconstruction import Reconstruction
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext

@@ -33,7 +33,7 @@ from tersor.graph.parametrization import parametrization_input
 from tersor.quantization.calibration import calibrate
 from tersor.quantization.grid import Grid
 from tersor.quantization.integer_coverage import calibrated_coverage
-from tersor.quantization.options import QuantizedTrainingOptions
+from tersor.quantization.quantizer_options import QuantizedTrainingOptions
 from tersor.quantization.quantizers import Quantizers, insert_or_reuse_quantizers, notes
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext

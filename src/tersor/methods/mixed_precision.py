@@ -38,7 +38,14 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.quantization.calibration import set_ranges
 from tersor.quantization.grid import Grid
 from tersor.quantization.integer_coverage import calibrated_coverage
-from tersor.quantization.options import ActivationBits, ActivationRange, Bits, PerChannel, Precision, RangeOptions
+from tersor.quantization.quantizer_options import (
+    ActivationBits,
+    ActivationRange,
+    Bits,
+    PerChannel,
+    Precision,
+    RangeOptions,
+)
 from tersor.quantization.quantizers import Quantizers, ends, insert_quantizers, notes, require_data
 from tersor.quantization.sensitivity import sensitivity
 from tersor.training.attachment import Attachment

@@ -45,7 +45,7 @@ from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
 from tersor.quantization.grid import Grid
 from tersor.quantization.grid_distance import WeightOnGrid, around_zero, drawn, on_grid
 from tersor.quantization.observers import channel_maxima
-from tersor.quantization.options import PerChannel
+from tersor.quantization.quantizer_options import PerChannel
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES

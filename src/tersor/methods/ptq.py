@@ -43,7 +43,7 @@ from tersor.quantization.calibration import calibrate
 from tersor.quantization.equalization import equalize
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.observers import Range, WeightRange
-from tersor.quantization.options import BitOptions, CalibrationOptions
+from tersor.quantization.quantizer_options import BitOptions, CalibrationOptions
 from tersor.quantization.quantizers import Quantizers, insert_quantizers, notes, require_data
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext

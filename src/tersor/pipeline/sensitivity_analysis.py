@@ -22,7 +22,7 @@ from tersor.graph.capture import capture
 from tersor.graph.layer_selection import weighted_layers
 from tersor.pipeline.experiment import EVALUATION_BATCH
 from tersor.pipeline.setup import prepare
-from tersor.quantization.options import Precision
+from tersor.quantization.quantizer_options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import Cost, sensitivity
 from tersor.recipe import Recipe

@@ -18,7 +18,7 @@ from tersor.graph.comparison import FEW, require_same
 from tersor.graph.eval_mode import checked_forward, first_images
 from tersor.quantization.integer_coverage import IMAGE_SHAPE
 from tersor.quantization.observers import Histogram
-from tersor.quantization.options import Ranges
+from tersor.quantization.quantizer_options import Ranges
 from tersor.quantization.quantizers import Quantizers
 
 

@@ -18,8 +18,8 @@ from tersor.graph.parametrization import parametrization_input, parametrizations
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid, affine_parameters
 from tersor.quantization.observers import Histogram, Range, WeightRange, weight_grid, without_saturation
-from tersor.quantization.options import Precision, QuantizedTrainingOptions
 from tersor.quantization.qdq_placement import entering, insert_activation_quantizers, quantizable
+from tersor.quantization.quantizer_options import Precision, QuantizedTrainingOptions
 
 SATURATION = (
     "the processor adds 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened if two of "

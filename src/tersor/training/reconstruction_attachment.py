@@ -11,7 +11,7 @@ from tersor.graph.capture import capture
 from tersor.graph.eval_mode import first_images
 from tersor.quantization.calibration import set_ranges
 from tersor.quantization.integer_coverage import integer_coverage
-from tersor.quantization.options import Precision, Ranges
+from tersor.quantization.quantizer_options import Precision, Ranges
 from tersor.quantization.quantizers import insert_quantizers, notes, require_data
 from tersor.quantization.reconstruction import Reconstruction, reconstruct
 from tersor.training.attachment import Attachment
