@@ -15,7 +15,7 @@ from tersor.training.snapshot import restoring
 
 def save(checkpoints, unit, step, *, done=False):
     tensors = {"a": torch.full((3,), float(step))}
-    return checkpoints.save(unit, "train", step=step, done=done, tensors=tensors, structure={"cuts": []}, told={})
+    return checkpoints.save(unit, "train", step=step, done=done, tensors=tensors, structure={"cuts": []}, record={})
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def rewritten(path, **changes):
         {"step": -1},
         {"step": "4"},
         {"step": 10**30},
-        {"told": []},
+        {"record": []},
         {"sha256": {}},
         {"sha256": {"../../secret": "0"}},
         {"sha256": []},
@@ -134,9 +134,9 @@ def test_a_clock_that_is_no_clock_is_passed_over(checkpoints, clock):
     assert checkpoints.damaged == [path]
 
 
-@pytest.mark.parametrize("told", [{}, {"stages": 1}, {"stages": [1]}, {"stages": {"a": {}}}])
+@pytest.mark.parametrize("record", [{}, {"stages": 1}, {"stages": [1]}, {"stages": {"a": {}}}])
 def test_stages_of_another_shape_are_told(checkpoints, told):
-    checkpoints.save(1, "train", step=1, done=True, tensors={}, structure={}, told=told)
+    checkpoints.save(1, "train", step=1, done=True, tensors={}, structure={}, record=told)
     with pytest.raises(InputError, match="is not of this run"), restoring("01"):
         _ = checkpoints.end_of(1).stages
 

@@ -177,7 +177,7 @@ def remove(out: Path) -> None:
 def stage_records(out: Path) -> list[dict[str, Any]]:
     """The records of all stages, without times."""
     *_, end = sorted((out / "checkpoints").iterdir())
-    stages = json.loads((end / "clock.json").read_text())["told"]["stages"]
+    stages = json.loads((end / "clock.json").read_text())["record"]["stages"]
     for stage in stages:
         stage.pop("minutes")
         stage["training"].pop("training_seconds", None)

@@ -153,7 +153,7 @@ def stage_record(folder: Path) -> dict[str, Any]:
     """The record of the stage, without times."""
     found = Checkpoints(folder).end_of(1)
     assert found is not None
-    (stage,) = found.told["stages"]
+    (stage,) = found.record["stages"]
     return {key: value for key, value in stage.items() if key not in {"minutes", "training_seconds"}}
 
 

@@ -26,7 +26,7 @@ class _Clock(BaseModel):
     unit: Annotated[int, Field(ge=0, lt=2**31)]
     step: Annotated[int, Field(ge=0, lt=2**62)]
     done: bool
-    told: dict[str, Any]
+    record: dict[str, Any]
     sha256: Annotated[dict[Literal["structure.json", "tensors.safetensors"], str], Field(min_length=2)]
 
 
@@ -39,14 +39,14 @@ class Checkpoint:
         unit: 0 is the teacher; the stages are 1, 2, ...
         step: completed optimizer steps.
         done: whether the unit is finished.
-        told: the records of the run up to here, as JSON values.
+        record: the records of the run up to here, as JSON values.
     """
 
     path: Path
     unit: int
     step: int
     done: bool
-    told: dict[str, Any]
+    record: dict[str, Any]
 
     def structure(self) -> Any:
         """Parametrizations, quantizers and removed channels, as JSON values."""
@@ -55,7 +55,7 @@ class Checkpoint:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes of the attachment."""
-        notes = self.told.get(NOTES, ())
+        notes = self.record.get(NOTES, ())
         return tuple(map(str, notes)) if isinstance(notes, list) else ()
 
     @property
@@ -65,7 +65,7 @@ class Checkpoint:
         Raises:
             ValueError: it is of another shape.
         """
-        return TypeAdapter(list[dict[str, Any]]).validate_python(self.told.get("stages"), strict=True)
+        return TypeAdapter(list[dict[str, Any]]).validate_python(self.record.get("stages"), strict=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: `model.` is the network, `kept.` is the extra state of a finished stage.
@@ -93,4 +93,4 @@ def read(path: Path) -> Checkpoint | None:
             return None
     except (OSError, ValueError):
         return None
-    return Checkpoint(path, clock.unit, clock.step, clock.done, clock.told)
+    return Checkpoint(path, clock.unit, clock.step, clock.done, clock.record)

@@ -133,7 +133,7 @@ class Checkpoints:
         done: bool,
         tensors: Mapping[str, Tensor],
         structure: dict[str, Any],
-        told: dict[str, Any],
+        record: dict[str, Any],
     ) -> Path:
         """Write a checkpoint atomically; keep the newest two of unfinished units.
 
@@ -146,7 +146,7 @@ class Checkpoints:
             scratch.mkdir(parents=True)
             save_file({key: value.contiguous().clone() for key, value in tensors.items()}, scratch / TENSORS)
             (scratch / STRUCTURE).write_text(json.dumps(structure))
-            clock = {"unit": unit, "step": step, "done": done, "told": told}
+            clock = {"unit": unit, "step": step, "done": done, "record": record}
             clock["sha256"] = {file: sha256(scratch / file) for file in (STRUCTURE, TENSORS)}
             (scratch / CLOCK).write_text(json.dumps(clock))
             place = _END if done else f"{step:07d}"
@@ -217,7 +217,7 @@ class StageCheckpointer:
         self.resume_state: tuple[int, Mapping[str, Tensor]] | None = None
         self.setup_state: Mapping[str, Tensor] | None = None
         self.notes: tuple[str, ...] = ()
-        if found is not None and found.told.get(_SETUP):
+        if found is not None and found.record.get(_SETUP):
             self.setup_state = found.network()
         elif found is not None:
             self.resume_state = found.step, found.tensors()
@@ -232,9 +232,9 @@ class StageCheckpointer:
         """Save the network in the middle of `Attachment.begin`."""
         if not distributed.rank():
             tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
-            self._keep(step=0, tensors=tensors, told={_SETUP: True})
+            self._keep(step=0, tensors=tensors, record={_SETUP: True})
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Save the training state after `step` steps, in the first process."""
         if not distributed.rank():
-            self._keep(step=step, tensors=tensors, told={NOTES: self.notes})
+            self._keep(step=step, tensors=tensors, record={NOTES: self.notes})

@@ -133,7 +133,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
         "cuts": list(model.meta.get("cuts", [])) if isinstance(model, fx.GraphModule) else [],
         "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
         "edges": edges,
-        "weights": {name: told for name, told in layers.items() if told},
+        "weights": {name: each for name, each in layers.items() if each},
     }
 
 
@@ -182,10 +182,10 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
         norm = model.get_submodule(name)
         assert isinstance(norm, Norm), f"{name} is no BatchNorm"
         model.set_submodule(name, freezable(norm))
-    for name, told in plan.weights.items():
+    for name, parametrizations in plan.weights.items():
         layer = model.get_submodule(name)
         shape = list(cast("nn.Linear", layer).weight.shape)
-        for each in told:
+        for each in parametrizations:
             _require_fit(each, shape, name)
             parametrize.register_parametrization(layer, "weight", each.made())
     return model

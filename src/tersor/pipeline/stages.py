@@ -88,8 +88,8 @@ def run_stages(
         result = _run_stage(experiment, number, stage, model, checkpoints, progress)
         model = result.model
         records.append(result.record)
-        told = {"stages": [record.model_dump(exclude_unset=True) for record in records]}
-        _save_end(checkpoints, number, stage.name, result.record.steps, model, told, result.extra_state)
+        record = {"stages": [record.model_dump(exclude_unset=True) for record in records]}
+        _save_end(checkpoints, number, stage.name, result.record.steps, model, record, result.extra_state)
     return model, records
 
 
@@ -249,11 +249,11 @@ def _save_end(
     name: str,
     steps: int,
     network: nn.Module,
-    told: dict[str, Any],
+    record: dict[str, Any],
     extra_state: dict[str, Tensor],
 ) -> None:
     if distributed.rank():
         return
     tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"kept.{key}": value for key, value in extra_state.items()}
-    checkpoints.save(unit, name, step=steps, done=True, tensors=tensors, structure=structure(network), told=told)
+    checkpoints.save(unit, name, step=steps, done=True, tensors=tensors, structure=structure(network), record=record)

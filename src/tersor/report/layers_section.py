@@ -11,7 +11,7 @@ from tersor.report.charts import Groups
 from tersor.report.templating import number
 from tersor.report.verdict import Reference
 
-Layers = Sequence[Mapping[str, Any]]
+LayerRows = Sequence[Mapping[str, Any]]
 
 _OPERATORS = 7
 
@@ -26,7 +26,7 @@ def operator_times(profile: Mapping[str, Any]) -> Iterator[tuple[str, int, float
         yield operator, nodes, ms, share
 
 
-def layer_times(layers: Layers, profiles: Mapping[str, Any], reference: Reference) -> Groups:
+def layer_times(layers: LayerRows, profiles: Mapping[str, Any], reference: Reference) -> Groups:
     """Milliseconds of each layer; also of the reference, if it has the same layers."""
     return [
         (
@@ -40,12 +40,12 @@ def layer_times(layers: Layers, profiles: Mapping[str, Any], reference: Referenc
     ]
 
 
-def output_errors(layers: Layers) -> Groups:
+def output_errors(layers: LayerRows) -> Groups:
     """Output error of each layer in percent; None for a layer that is not quantized."""
     return [(layer["name"], None if layer["error"] is None else 100 * layer["error"]) for layer in layers]
 
 
-def sparsity(layers: Layers) -> Groups:
+def sparsity(layers: LayerRows) -> Groups:
     """Zeros of each layer in percent, and those under a mask if any layer has one."""
     masked = any(layer["masked"] for layer in layers)
     return [
@@ -54,12 +54,12 @@ def sparsity(layers: Layers) -> Groups:
     ]
 
 
-def narrowed(widths: Layers) -> int:
+def narrowed(widths: LayerRows) -> int:
     """How many layers lost channels."""
     return sum(layer["after"] != layer["before"] for layer in widths)
 
 
-def bit_groups(layers: Layers) -> list[tuple[tuple[int, int], list[Mapping[str, Any]]]]:
+def bit_groups(layers: LayerRows) -> list[tuple[tuple[int, int], list[Mapping[str, Any]]]]:
     """Layers grouped by the bits of weights and activations, the widest first.
 
     Raises:
