@@ -72,7 +72,7 @@ _ELSEWHERE = re.compile(r"_NOTHING|eps|cuda|mps|darwin|Darwin|windows|arm64|plat
 """Lines that no test on this machine can run, that only affect a message, or that only keep a divisor above 0."""
 
 _MIRRORS = 8
-_TOO_LONG_S = {"mirror": 1800, "whole": 7200}
+_TOO_LONG_S = {"mirror": 600, "whole": 7200}
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-rfE"]
 WHOLE = ["-n", "2", "--dist", "loadfile"]
 
