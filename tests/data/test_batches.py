@@ -207,11 +207,11 @@ class Snapshots:
 
 
 def test_a_resumed_training_with_transforms_has_the_same_bits(transform):
-    def trained(keeper):
+    def trained(checkpointer):
         torch.manual_seed(3)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.3), nn.Flatten(), nn.Linear(168, 3))
         source = batches(decoded(some_images(20)), shuffle=True, augment=transform)
-        return fit(Attachment(model), source, Training(), steps=12, keeper=keeper) and model.state_dict()
+        return fit(Attachment(model), source, Training(), steps=12, checkpointer=checkpointer) and model.state_dict()
 
     whole, stopped = trained(Snapshots()), Snapshots(until=7)
     with pytest.raises(KeyboardInterrupt):

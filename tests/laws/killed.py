@@ -180,7 +180,7 @@ def stage_records(out: Path) -> list[dict[str, Any]]:
     stages = json.loads((end / "clock.json").read_text())["record"]["stages"]
     for stage in stages:
         stage.pop("minutes")
-        stage["training"].pop("training_seconds", None)
+        stage.pop("training_seconds", None)
     return stages
 
 

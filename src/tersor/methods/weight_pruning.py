@@ -16,7 +16,7 @@ and returns scores; a schedule takes the progress from 0 to 1 and returns the fr
 
 Masked weights have no gradient, are not moved by momentum or weight decay, and stay masked: the masks are nested. Where
 masks of an earlier stage do not fit the units of this one (other granularity, N:M, sparser layers), the sparsity is
-higher than requested. Zhu and Gupta would let a masked weight come back through its gradient, which is zero in their
+higher than requested. Zhu and Gupta let a masked weight come back only through its gradient, which is zero in their
 graph, too; with `dpf` it does come back. With N:M, N of any M weights along the input channels remain (NVIDIA's sparse
 tensor cores use 2:4); layers whose input channels M does not divide are not masked, as in NVIDIA's ASP. A masked
 filter's BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes are not faster:
