@@ -87,7 +87,7 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
         correct += int((classes == batch.labels.cpu()).sum())
         images += len(classes)
     if not images:
-        raise InputError("accuracy cannot be measured on no images. Give at least one labelled batch.")
+        raise InputError("accuracy cannot be measured without images. Give at least one labelled batch.")
     return 100 * correct / images
 
 

@@ -64,12 +64,13 @@ def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Gen
     except _FAILURES as error:
         kind = str(images.dtype).removeprefix("torch.")
         reason = _reason(error)
-        details, advice = f" of {kind}: {reason}", "Pass images that the network takes."
+        details, advice = f" of {kind}: {reason}", "Pass images that the network accepts."
         if found := _CHANNELS.search(reason):
             details, advice = "", f"It takes images (N, {found[1]}, H, W), these are (N, {found[2]}, H, W)."
             if images.shape[1] == 3:
                 advice += (
-                    " Images of a recipe are RGB; the functions (tersor.quantize, ...) take a loader of any channels."
+                    " Images of a recipe are RGB; the functions (tersor.quantize, ...) accept images with any number of "
+                    "channels."
                 )
             if images.shape[3] == int(found[1]):
                 advice = "These have their channels last: pass images.permute(0, 3, 1, 2)."
@@ -110,7 +111,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
         of_one = network(two[:1].clone())
     except _FAILURES as error:
         raise InputError(
-            f"{name} runs on two images, and not on one: {_reason(error)}. It must accept any number; maybe {_SQUEEZED}"
+            f"{name} runs on two images, but not on one: {_reason(error)}. It must accept any number; maybe {_SQUEEZED}"
         ) from error
     for several, one in zip(tensors_in(outputs), tensors_in(of_one), strict=False):
         if one.ndim < several.ndim and several.shape[:1] == (2,):

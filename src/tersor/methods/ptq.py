@@ -16,8 +16,9 @@ bits.
 Options: cross-layer equalisation and bias correction (Nagel et al., ICCV 2019: `quantization/equalization.py`,
 `quantization/bias_correction.py`), and `max_drop`, which leaves the most harmful layers in float. The other defaults
 come from `bench/ptq_defaults.py`: at 8 bits a range ends at the largest values; below 8 bits a range minimises the
-squared error, and a BatchNorm compensates for the changed means and variances. On a processor that adds 8-bit products
-in 16 bits (AVX2 without VNNI), weight scales are widened until no channel saturates: `quantization/observers.py`.
+squared error, and a BatchNorm compensates for the changed means and variances. On a processor that accumulates 8-bit
+products in 16 bits (AVX2 without VNNI), weight scales are widened until no channel saturates:
+`quantization/observers.py`.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ Gupta, "To prune, or not to prune", 2017 (arXiv 1710.01878: gradual pruning).
     a function          s_t = s_0 + (s - s_0) * f(t / t_end)
 
 Four parameters: which weights are masked first (`importance`, see `tersor.pruning.weight_importance`), in each layer or
-in all together (`scope`), in which units (`granularity`), and when (`sparsity_schedule`). Importance and schedule may
-be a function of yours: an importance takes those of `weight` (C_out, C_in, ...), `name` and `layer` that it accepts,
-and returns scores; a schedule takes the progress from 0 to 1 and returns the fraction of the way.
+in all together (`scope`), in which units (`granularity`), and when (`sparsity_schedule`). Importance and schedule can
+be your own function: an importance takes those of `weight` (C_out, C_in, ...), `name` and `layer` that it accepts, and
+returns scores; a schedule takes the progress from 0 to 1 and returns the fraction of the rise.
 
 Masked weights have no gradient, are not moved by momentum or weight decay, and stay masked: the masks are nested. Where
 masks of an earlier stage do not fit the units of this one (other granularity, N:M, sparser layers), the sparsity is
@@ -104,8 +104,8 @@ class WeightPruning:
     end: Annotated[float, Field(gt=0, le=1, description="fraction of the stage over which the sparsity rises")] = 0.75
     every: Annotated[int, Field(ge=1, description="steps between two mask updates")] = 16
     layers: MaskedLayers = ()
-    images: Annotated[int, Field(ge=1, description="used by `importance: taylor`")] = 512
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of `importance: random`")] = 0
+    images: Annotated[int, Field(ge=1, description="number of images for `importance: taylor`")] = 512
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of `importance: random`")] = 0
 
     @property
     def needs_steps(self) -> bool:

@@ -46,7 +46,9 @@ def batch_of(images: Iterable[Tensor]) -> Tensor:
         if room <= len(some):
             break
     if not taken:
-        raise InputError("bias correction reads the data again, and found no image. Pass a DataLoader or a list.")
+        raise InputError(
+            "bias correction reads the data a second time, and found no image. Pass a DataLoader or a list."
+        )
     return torch.cat(taken)
 
 

@@ -75,7 +75,7 @@ def insert_activation_quantizers(
         InputError: the network has a part named `quantizers` already.
     """
     if hasattr(graph, "quantizers"):
-        raise InputError("a part of the network is named 'quantizers', which is reserved. Rename it.")
+        raise InputError("a submodule of the network is named 'quantizers', which is reserved. Rename it.")
     values = _values_to_quantize(graph, set(layers), runtime)
     names: list[str] = []
     graph.add_submodule("quantizers", nn.Module())

@@ -64,9 +64,11 @@ class _Reader:
     def convert(self, node: Node, line: int) -> Located:
         self.values += 1
         if self.values > _MOST:  # aliases of aliases: a few lines name more values than any memory holds
-            raise InputError(f"{self.place(line)}: there are more than {_MOST:,} values, with what aliases repeat.")
+            raise InputError(
+                f"{self.place(line)}: there are more than {_MOST:,} values, including those that aliases repeat."
+            )
         if id(node) in self.open:
-            self.complain(line, f"*{node.anchor} stands inside of what it names.")
+            self.complain(line, f"*{node.anchor} refers to a value that contains it.")
             return Located(None, line, self.place(line))
         if len(self.open) > _DEEPEST:
             self.complain(line, "this is nested too deeply for a recipe.")

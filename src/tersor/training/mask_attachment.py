@@ -30,7 +30,8 @@ from tersor.training.objective import LossTerm
 from tersor.training.schedule import interpolate
 
 MaskedLayers = Annotated[
-    tuple[str, ...], Field(description="patterns; default: all convolutions, or all fully connected layers without any")
+    tuple[str, ...],
+    Field(description="patterns; default: all convolutions, or all fully connected layers if there is no convolution"),
 ]
 """The parameter `layers` of the methods that mask weights."""
 
