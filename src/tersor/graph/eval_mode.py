@@ -69,8 +69,8 @@ def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Gen
             details, advice = "", f"It takes images (N, {found[1]}, H, W), these are (N, {found[2]}, H, W)."
             if images.shape[1] == 3:
                 advice += (
-                    " Images of a recipe are RGB; the functions (tersor.quantize, ...) accept images with any number of "
-                    "channels."
+                    " Images of a recipe are RGB; the functions (tersor.quantize, ...) accept images with any "
+                    "number of channels."
                 )
             if images.shape[3] == int(found[1]):
                 advice = "These have their channels last: pass images.permute(0, 3, 1, 2)."
