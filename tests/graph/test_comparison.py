@@ -146,7 +146,7 @@ def test_equalisation_that_is_not_exact_is_undone_and_named(monkeypatch):
     monkeypatch.setattr("tersor.methods.ptq.equalize", wrong)
     attached = PTQ(equalize=True).attach(model, AttachContext(data=iter([IMAGES])))
     attached.begin()
-    assert any(note.startswith("cross-layer equalisation is undone") for note in attached.notes)
+    assert any(note.startswith("cross-layer equalization is undone") for note in attached.notes)
     assert torch.equal(attached.model.get_submodule("1").weight, state["1.weight"])
 
 

@@ -558,7 +558,7 @@ def test_quantized_already():
         ([], "a batch of the data is of type list"),
         ((torch.zeros(4), images()), r"a tensor of shape \(4,\)"),
         (images().numpy(), "a batch of the data is of type ndarray"),
-        (images().to(torch.uint8), r"of torch\.uint8.*floating point"),
+        (images().to(torch.uint8), r"torch\.uint8.*floating-point"),
     ],
     ids=["dict", "text", "one image", "empty list", "labels first", "numpy", "pixels"],
 )

@@ -62,7 +62,7 @@ class Costs:
         masked: fraction of the same weights that is masked.
         layers: every layer with MACs or a weight.
         uncounted: multiplying operators that are not included, each with its module: `aten._fft_r2c in blocks.0`. By
-            convention, elementwise operators, normalisation, pooling and resizing are not counted.
+            convention, elementwise operators, normalization, pooling and resizing are not counted.
     """
 
     parameters: int

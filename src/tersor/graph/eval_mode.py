@@ -101,7 +101,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
             "Give the others a default, or wrap the network in a module that provides them."
         )
     if not images.is_floating_point():
-        raise InputError(f"images for {name} are {images.dtype}. Pass normalised floating-point images.")
+        raise InputError(f"images for {name} are {images.dtype}. Pass normalized floating-point images.")
     device = next((each.device for each in network.parameters()), images.device)
     two = images[:2] if len(images) > 1 else images[:1].repeat(2, 1, 1, 1)
     with checked_forward(name, two):
@@ -170,7 +170,7 @@ def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iter
     for batch in data:
         found = images_of(batch)[:left]
         if not found.is_floating_point():
-            raise InputError(f"a batch of the data is {found.dtype}. Pass normalised floating-point images.")
+            raise InputError(f"a batch of the data is {found.dtype}. Pass normalized floating-point images.")
         if len(found):
             yield found.to(device)
         left -= len(found)

@@ -1,4 +1,4 @@
-"""The registry: this folder. `soft_targets` is `soft_targets.py`, and only the file that is named is imported."""
+"""The registry of methods is this folder: `soft_targets` is `soft_targets.py`. Only the requested file is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdaRound: learns for each weight whether to round it up or down, to minimise its layer's output error.
+"""AdaRound: learns for each weight whether to round it up or down, to minimize its layer's output error.
 
 Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020 (arXiv 2004.10568).
 

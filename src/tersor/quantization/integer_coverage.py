@@ -110,7 +110,7 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
         planned: whether quantizers count before calibration.
 
     Raises:
-        InputError: this is no network, or it does not run on the example.
+        InputError: this is not a network, or it does not run on the example.
     """
     refuse_what_is_no_network(model)
     images = images_of(example)[:1]

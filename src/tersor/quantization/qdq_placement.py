@@ -8,7 +8,7 @@ A runtime uses an integer operator only if its fusion finds quantized values in 
   once; a quantizer between the two prevents the fusion.
 
 Operators that only move values (reshape, slicing, zero padding, max pooling) keep the grid of their input: rounding to
-the same grid twice changes nothing, and the runtime sees an integer operator.
+the same grid twice changes nothing, and the runtime finds an integer operator.
 """
 
 from __future__ import annotations

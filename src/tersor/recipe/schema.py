@@ -52,7 +52,7 @@ class Network(BaseModel):
 
 
 class Teacher(Network):
-    """The network to learn from. Without weights it is trained first, on the labels alone."""
+    """The network to learn from. Without weights, it is first trained with the labels only."""
 
     epochs: Annotated[int, Field(ge=0, description="epochs of training before the first stage")] = 0
     training: Annotated[Training, Field(description="training options, as in a stage")] = Training()

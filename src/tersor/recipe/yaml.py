@@ -1,7 +1,7 @@
 """The text of a recipe: YAML 1.2 to plain values that remember their line, and plain values to text.
 
-PyYAML speaks YAML 1.1: `2:4` is 124, `1e-4` is text, `on` is true and a key may stand twice. ruamel.yaml's nodes are
-read here, before any Python object is made of them, so that every value knows where it stands.
+PyYAML implements YAML 1.1: `2:4` is 124, `1e-4` is text, `on` is true, and a key may occur twice. Here, the nodes of
+ruamel.yaml are read before any Python object is created from them, so that every value has a line number.
 """
 
 from __future__ import annotations

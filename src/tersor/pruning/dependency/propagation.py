@@ -18,7 +18,7 @@ PrunableAxis = tuple[str, str]
 
 @dataclass
 class Call:
-    """A node of the graph, as a rule sees it.
+    """A node of the graph: the input of a rule.
 
     Attributes:
         node: the node itself.
