@@ -238,7 +238,7 @@ def test_explain_and_methods_train_nothing(tmp_path, weights, monkeypatch, capfd
     assert tersor(monkeypatch, "run", "recipe.yaml", "--explain", *excluding) == 0
     told = " ".join(capfd.readouterr().out.split())
     assert "in float, since it was excluded: layer1.0.conv1 (5.8 % of the MACs)" in told
-    assert "warning: only 65.1 % of the MACs are in integers" in told
+    assert "warning: only 65.1 % of the MACs are computed in integers" in told
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert tersor(monkeypatch, "methods", "ptq") == 0
     assert "activation_bits" in capfd.readouterr().out

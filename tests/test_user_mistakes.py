@@ -180,7 +180,7 @@ REFUSED = {
     "two inputs": (NeedsMask, "needs 2 inputs: images, mask"),
     "squeeze, then flatten": (
         lambda: Around(lambda self, x: self.inner[-1](self.inner[:-2](x).squeeze().flatten(1))),
-        "runs on two images, and not on one: .*squeezes",
+        "runs on two images, but not on one: .*squeezes",
     ),
     "squeeze": (lambda: Around(squeezing), r"\(2, 10\) for two images and \(10,\) for one"),
 }

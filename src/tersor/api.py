@@ -101,8 +101,8 @@ def prune(
         model: a trained network; it is not changed.
         example: normalized images (N, C, H, W), or batches of them; a few hundred, at most 1,024 are used.
         keep_macs: largest fraction of the MACs to keep; 0.5 by default.
-        keep_latency: instead, largest fraction of the latency to keep, measured at batch size 1 in `runtime`; this
-            takes about a minute.
+        keep_latency: largest fraction of the latency to keep, instead of `keep_macs`; it is measured at batch size 1 in
+            `runtime`, which takes about a minute.
         importance: the importance score of a channel; `taylor` needs labels.
         scope: `layer` removes the same fraction in every layer, `global` compares all layers (best with `obs`).
         branches: number of residual branches to remove first, those with the smallest effect on the logits.

@@ -47,7 +47,7 @@ def test_other_errors_propagate(error):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO])
 def test_disk_errors_are_one_message_for_any_file(number):
-    words = r"runs/out could not be written.*Nothing is left half-written"
+    words = r"runs/out could not be written.*No incomplete output remains"
     with pytest.raises(InputError, match=words), writable(Path("runs/out")):
         raise OSError(number, "words", "/tmp/elsewhere")
 

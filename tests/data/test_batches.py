@@ -200,7 +200,7 @@ class Snapshots:
     def __init__(self, until=None, resume_state=None):
         self.until, self.resume_state, self.kept = until, resume_state, {}
 
-    def keep(self, step, tensors):
+    def save(self, step, tensors):
         self.kept[step] = tensors
         if step == self.until:
             raise KeyboardInterrupt

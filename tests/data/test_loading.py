@@ -95,7 +95,7 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
     [
         ({}, "has neither"),
         ({"name": "digits", "folder": "."}, "not both"),
-        ({"folder": ".", "root": "."}, "root belongs to a data set by name"),
+        ({"folder": ".", "root": "."}, "root is used only with name"),
         ({"name": "digits", "validation": 1}, "validation is 1"),
         ({"name": "digits", "validation": -0.1}, "validation is -0.1"),
         ({"name": "digits", "validation": float("nan")}, "validation is nan"),

@@ -357,7 +357,7 @@ def test_a_part_named_like_the_graphs_own_is_refused(name, kind):
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     setattr(model, name, nn.ReLU() if kind == "module" else nn.Parameter(torch.zeros(1)))
     with pytest.raises(
-        InputError, match=f"Sequential has a part named '{name}', which is reserved in a captured graph"
+        InputError, match=f"Sequential has an attribute named '{name}', which is reserved in a captured graph"
     ):
         capture(model)
     outer = nn.Sequential(model)

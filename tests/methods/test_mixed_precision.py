@@ -260,7 +260,7 @@ def test_it_costs_less_than_the_same_bits_everywhere():
 def test_what_it_needs():
     with pytest.raises(InputError, match="needs images"):
         MixedPrecision().attach(Small(), AttachContext())
-    with pytest.raises(InputError, match="without a single image"):
+    with pytest.raises(InputError, match="found no image in the data"):
         begun(MixedPrecision(), data=[images(0)])
     with pytest.raises(InputError, match="not finite"):
         begun(MixedPrecision(), data=[images() / 0])

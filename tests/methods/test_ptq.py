@@ -514,13 +514,13 @@ def test_no_data():
 
 @pytest.mark.parametrize("data", [[], [images()[:0]]], ids=["no batch", "no image"])
 def test_empty_data(data):
-    with pytest.raises(InputError, match="without a single image"):
+    with pytest.raises(InputError, match="found no image in the data"):
         calibrated(data=data)
 
 
 def test_data_that_can_be_read_only_once():
     calibrated(data=iter([images()]))  # one pass needs no more
-    with pytest.raises(InputError, match="without a single image when it read it again; a DataLoader"):
+    with pytest.raises(InputError, match="found no image in the data when it read it again; a DataLoader"):
         calibrated(method=PTQ(activation_range="mse"), data=iter([images()]))
 
 

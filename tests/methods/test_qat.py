@@ -299,7 +299,7 @@ def test_missing_images_are_an_error():
     with pytest.raises(InputError, match="qat needs images to calibrate with"):
         QAT().attach(Small().eval(), AttachContext(steps=4))
     found = QAT().attach(Small().eval(), AttachContext(data=[], steps=4))
-    with pytest.raises(InputError, match="qat was given data without a single image"):
+    with pytest.raises(InputError, match="qat found no image in the data"):
         found.begin()
 
 

@@ -314,7 +314,7 @@ def test_what_no_rule_foresaw_is_found_by_trying():
     graph = capture(Scaled().eval())
     groups, whole = coupled_channels(graph, torch.randn(1, 3, 8, 8))
     assert groups == []
-    assert "truediv gives other values" in whole["conv"]
+    assert "truediv computes other values" in whole["conv"]
 
 
 def test_images_that_do_not_fit_are_told():

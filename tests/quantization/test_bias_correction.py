@@ -217,7 +217,7 @@ def test_one_batch_is_no_larger_than_needed(monkeypatch):
 
 def test_data_that_can_be_read_only_once():
     attached = PTQ(bias_correction=True).attach(All().eval(), AttachContext(data=iter([images()])))
-    with pytest.raises(InputError, match=r"reads the data again.*DataLoader"):
+    with pytest.raises(InputError, match=r"reads the data a second time.*DataLoader"):
         attached.begin()
 
 

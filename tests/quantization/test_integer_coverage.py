@@ -272,7 +272,7 @@ def test_every_method_notes_it_once_it_has_begun(method):
     attached.begin()
     found = [note for note in attached.notes if "float" in note or "integers" in note]
     assert found == [
-        "4.2 % of the MACs are in integers",
+        "4.2 % of the MACs are computed in integers",
         "in float, since SameConv is a subclass with a forward of its own: 2 (95.8 % of the MACs)",
     ]
 

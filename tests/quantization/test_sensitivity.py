@@ -112,7 +112,7 @@ def test_a_processor_that_saturates_is_measured_with_its_grids():
 
 @pytest.mark.parametrize("data", [[], [images(0)]])
 def test_no_image(data):
-    with pytest.raises(InputError, match="without a single image"):
+    with pytest.raises(InputError, match="found no image in the data"):
         next(sensitivity(laid(), data, [("conv1", 2)], target=VNNI))
 
 

@@ -305,7 +305,9 @@ def test_a_name_that_no_file_has_is_told(name):
 def test_a_billion_aliases_are_not_followed():
     lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi")]  # noqa: B905
-    with pytest.raises(InputError, match=r"line 1: there are more than 20,000 values, with what aliases repeat"):
+    with pytest.raises(
+        InputError, match=r"line 1: there are more than 20,000 values, including those that aliases repeat"
+    ):
         parse("\n".join(lines), "recipe.yaml")
 
 

@@ -66,7 +66,7 @@ def load(fresh: nn.Module, folder: Path | str) -> nn.Module:
         folder: the folder to read.
 
     Raises:
-        InputError: not such a folder, damaged, or of another network.
+        InputError: the folder was not written by `save` or a run, is damaged, or belongs to another network.
     """
     plain = plain_copy(fresh, "the fresh network")
     folder = Path(folder)

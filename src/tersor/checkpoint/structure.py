@@ -180,7 +180,7 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
         _insert_edges(model, plan.edges)
     for name in plan.freezable:
         norm = model.get_submodule(name)
-        assert isinstance(norm, Norm), f"{name} is no BatchNorm"
+        assert isinstance(norm, Norm), f"{name} is not a BatchNorm"
         model.set_submodule(name, freezable(norm))
     for name, parametrizations in plan.weights.items():
         layer = model.get_submodule(name)

@@ -23,7 +23,9 @@ def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
     def check(name: str) -> str:
         if name in options or is_function_path(name):
             return name
-        raise InputError(f"{unknown(kind, name, options)} Or your own function: package.module:function.")
+        raise InputError(
+            f"{unknown(kind, name, options)} You can also write your own function as package.module:function."
+        )
 
     return check
 

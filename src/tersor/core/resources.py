@@ -66,6 +66,6 @@ def writable(out: Path) -> Generator[None]:
         if error.errno not in _REFUSED and not of_out:
             raise
         raise InputError(
-            f"{out} could not be written: {error}. Nothing is left half-written. Free disk space, or choose another "
+            f"{out} could not be written: {error}. No incomplete output remains. Free disk space, or choose another "
             "folder. A run can be continued with --resume."
         ) from error

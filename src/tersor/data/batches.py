@@ -23,8 +23,8 @@ class Batches:
     """Batches of an epoch; each iteration repeats them, and `set_epoch` selects another order and augmentation.
 
     Without `shuffle`, every image occurs once and the last batch may be smaller. With `shuffle`, an incomplete last
-    batch is dropped unless it is the only one, so that BatchNorm never sees a handful of images. In a distributed run,
-    processes get different images and the same number of batches.
+    batch is dropped unless it is the only one, so that BatchNorm never normalizes over a few images only. In a
+    distributed run, processes get different images and the same number of batches.
 
     Args:
         images: the images.

@@ -41,7 +41,7 @@ def from_folder(folder: Path, image_size: int | None) -> Splits:
     if names == {"train"}:
         raise InputError(
             f"'{folder}' holds 'train', but neither 'test' nor 'val'. Add test/<class>/*.jpg, or write "
-            f"'{folder}/train' as the folder to have it split."
+            f"'{folder}/train' as the folder, and it will be split."
         )
     train_files = _class_files(folder / "train")
     classes = tuple(train_files)

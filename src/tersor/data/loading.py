@@ -109,7 +109,7 @@ def _source(folder: str | Path | None, name: str | None, root: str | Path | None
         assert name is not None
         return from_name(name, None if root is None else Path(root).expanduser(), image_size)
     if root is not None:
-        raise InputError("root belongs to a data set by name, not to a folder. Leave root out.")
+        raise InputError("root is used only with name, not with folder. Leave root out.")
     return from_folder(Path(folder).expanduser(), image_size)
 
 
@@ -122,7 +122,7 @@ def _with_validation(splits: Splits, share: float, seed: int) -> Splits:
     if count > most:
         raise InputError(
             f"validation {share} would hold out {count} of {len(labels)} training images, but at most {most} are "
-            "possible: one of every class must stay. Add images, or write validation: 0."
+            "possible: at least one image of every class must remain for training. Add images, or write validation: 0."
         )
     held_out, rest = stratified(labels, count, generator(seed, _VALIDATION), leave=1)
     return replace(splits, train=View(splits.train, rest), validation=View(splits.train, held_out))

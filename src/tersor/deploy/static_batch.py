@@ -36,6 +36,6 @@ def static_batch_reason() -> str:
     """Why `batch_for` fixed a batch size that the target leaves open."""
     return (
         f"the file has a batch size of 1: OpenVINO {installed_version('openvino')} crashes on this processor (AMX) "
-        "with a dynamic batch and 8 bits. A batch is measured as that many runs. With OpenVINO 2026.4 or later the "
+        "with a dynamic batch and 8 bits. A batch of n images is measured as n runs. With OpenVINO 2026.4 or later the "
         "batch size is dynamic; target.batch sets another one."
     )

@@ -62,7 +62,7 @@ class Costs:
         masked: fraction of the same weights that is masked.
         layers: every layer with MACs or a weight.
         uncounted: multiplying operators that are not included, each with its module: `aten._fft_r2c in blocks.0`. By
-            convention, elementwise operators, normalisation, pooling and resizing are not counted.
+            convention, elementwise operators, normalization, pooling and resizing are not counted.
     """
 
     parameters: int
@@ -87,7 +87,7 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
         correct += int((classes == batch.labels.cpu()).sum())
         images += len(classes)
     if not images:
-        raise InputError("accuracy cannot be measured on no images. Give at least one labelled batch.")
+        raise InputError("accuracy cannot be measured without images. Give at least one labelled batch.")
     return 100 * correct / images
 
 

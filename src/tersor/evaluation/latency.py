@@ -64,8 +64,8 @@ def predictions(session: Session, arrays: Iterable[Array]) -> Array:
         logits = session.run(array)
         if logits.ndim != 2 or len(logits) != len(array):
             raise InputError(
-                f"a classifier returns logits ({len(array)}, classes) for {len(array)} images; this network returned "
-                f"shape {logits.shape}."
+                f"a classifier returns logits ({len(array)}, classes) for {len(array)} images, but this network "
+                f"returned shape {logits.shape}."
             )
         classes.append(_class_of_single_logit(logits[:, 0]) if logits.shape[1] == 1 else logits.argmax(axis=1))
     return np.concatenate(classes)

@@ -31,7 +31,7 @@ def latency_ratio(
     Args:
         network: the network to measure.
         original: the network that it is compared with.
-        example: one image (1, C, H, W), normalised as for the networks.
+        example: one image (1, C, H, W), normalized as for the networks.
         target: the runtime.
         seconds: time limit of the rounds, as for `measure_latency`.
         progress: reports the ratio in one line.

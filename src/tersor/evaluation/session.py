@@ -69,7 +69,7 @@ class Session:
         if array.dtype != self.input_dtype or not fits:
             shape = ", ".join("any" if size is None else str(size) for size in self.input_shape)
             raise InputError(
-                f"the network takes {self.input_dtype} of shape ({shape}); it was given {array.dtype} of shape "
+                f"the network takes {self.input_dtype} of shape ({shape}), but the input is {array.dtype} of shape "
                 f"{array.shape}."
             )
         return self.infer(array)

@@ -32,16 +32,16 @@ _WARN_RATIO, _REFUSE_RATIO = 2.0, 5.0
 _FLOAT_TOLERANCES = {"float32": (0.002, 0.02), "bfloat16": (0.05, 0.2), "float16": (0.01, 0.1)}
 _LOOSEST_TOLERANCES = _FLOAT_TOLERANCES["bfloat16"]
 
-Normalisation = tuple[Sequence[float], Sequence[float]]
+Normalization = tuple[Sequence[float], Sequence[float]]
 
 
-def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalisation | None = None) -> None:
+def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalization | None = None) -> None:
     """Compare the logits of a file, or its first output, with torch's, on the first images of `example` and on one.
 
     Args:
         session: the file, opened in the target runtime.
         model: the exported network.
-        example: images (N, C, H, W), normalised as for `model`.
+        example: images (N, C, H, W), normalized as for `model`.
         pixels: mean and standard deviation, if the file takes uint8 pixels.
 
     Raises:
@@ -58,7 +58,7 @@ def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalis
 
 
 def _compare(
-    session: Session, model: nn.Module, example: Tensor, pixels: Normalisation | None, *, several: bool
+    session: Session, model: nn.Module, example: Tensor, pixels: Normalization | None, *, several: bool
 ) -> None:
     inputs, images = _inputs(example, pixels)
     images = images.to(next(model.parameters(), images))
@@ -107,7 +107,7 @@ def _compare(
         warnings.warn(f"{finding}. Compare the accuracy of both.", CompressionWarning, stacklevel=4)
 
 
-def _inputs(images: Tensor, pixels: Normalisation | None) -> tuple[Array, Tensor]:
+def _inputs(images: Tensor, pixels: Normalization | None) -> tuple[Array, Tensor]:
     """The inputs of the file and of the network; pixels are rounded to integers for both."""
     if pixels is None:
         return images.numpy(), images

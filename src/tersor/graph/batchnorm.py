@@ -1,6 +1,6 @@
 """BatchNorm with statistics that can be frozen during training, which the `state_dict` records.
 
-In eval mode a BatchNorm normalises by its running statistics, but training calls `train()` on the whole network, also
+In eval mode a BatchNorm normalizes by its running statistics, but training calls `train()` on the whole network, also
 when a run resumes. A `Freezable` BatchNorm stays in eval mode once it is frozen.
 """
 
@@ -30,7 +30,7 @@ class Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPriva
         return super().train(mode and not self.frozen)
 
     def freeze(self) -> None:
-        """Normalise by the running statistics from now on, and stop updating them."""
+        """Normalize by the running statistics from now on, and stop updating them."""
         self.frozen = True
         self.eval()
 

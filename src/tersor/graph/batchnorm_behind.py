@@ -1,7 +1,7 @@
 """The BatchNorm behind a layer: the one that alone reads the layer's output.
 
-A convolution has its channels along dimension 1, which BatchNorm normalises. A fully connected layer has its features
-along the last dimension, which is dimension 1 only for (N, F). For (N, T, F) a BatchNorm behind it normalises T and
+A convolution has its channels along dimension 1, which BatchNorm normalizes. A fully connected layer has its features
+along the last dimension, which is dimension 1 only for (N, F). For (N, T, F) a BatchNorm behind it normalizes T and
 cannot be folded, and where T == F no shape of a tensor shows the difference. So `record_ranks` records the rank.
 """
 
@@ -39,7 +39,7 @@ def norm_reading(node: fx.Node) -> NormCall | None:
 
 
 def norm_behind(node: fx.Node, *, assume_flat: bool = False) -> NormCall | None:
-    """The BatchNorm that can be folded into the layer `node`: it alone reads the layer, and normalises its channels.
+    """The BatchNorm that can be folded into the layer `node`: it alone reads the layer, and normalizes its channels.
 
     None also if one of the two has hooks or a forward of its own.
 

@@ -27,7 +27,7 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and standard deviation of each channel, (C,), possibly normalised by a BatchNorm (`in_unit_of`)."""
+    """Mean and standard deviation of each channel, (C,), possibly normalized by a BatchNorm (`in_unit_of`)."""
 
     mean: Tensor
     std: Tensor
@@ -53,7 +53,7 @@ def in_unit_of(found: Moments, norm: Norm) -> Moments:
 
 @torch.no_grad()
 def fit(norm: Norm, found: Moments, expected: Moments, *, variances: bool) -> None:
-    """Set running statistics, so that inputs with moments `found` are normalised to moments `expected`."""
+    """Set running statistics, so that inputs with moments `found` are normalized to moments `expected`."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     divisor = unit(norm)
@@ -77,7 +77,7 @@ def with_statistics(graph: fx.GraphModule) -> dict[str, Norm]:
 def moments_of_batches(
     graph: fx.GraphModule, data: Iterable[Any], images: int, progress: ProgressReporter = NO_PROGRESS
 ) -> dict[str, Moments]:
-    """BatchNorm -> moments of its input, averaged over batches, while all BatchNorms normalise by batch statistics.
+    """BatchNorm -> moments of its input, averaged over batches, while all BatchNorms normalize by batch statistics.
 
     The network is restored afterwards.
 

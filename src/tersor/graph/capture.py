@@ -209,8 +209,8 @@ def _compiled(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     except SyntaxError as error:
         line = (error.text or "").strip()
         raise InputError(
-            f"the graph of {type(model).__name__} cannot be captured: the name of a part is a Python keyword ({line}). "
-            "Rename that part."
+            f"the graph of {type(model).__name__} cannot be captured: the name of a submodule is a Python keyword "
+            f"({line}). Rename that submodule."
         ) from error
 
 
@@ -252,8 +252,8 @@ def _require_traceable(model: nn.Module) -> None:
     names = {name for part in ("_modules", "_parameters", "_buffers") for name in vars(model)[part]}
     if taken := sorted(names & _NAMES_OF_A_GRAPH):
         raise InputError(
-            f"{kind} has a part named '{taken[0]}', which is reserved in a captured graph. Rename it, for example to "
-            f"'{taken[0]}_'."
+            f"{kind} has an attribute named '{taken[0]}', which is reserved in a captured graph. Rename it, for "
+            f"example to '{taken[0]}_'."
         )
 
 

@@ -1,6 +1,6 @@
 """Comparing rewrites: a network's outputs on a few images before and after.
 
-Capturing, splitting, freezing, equalising and inserting disabled quantizers do not change the outputs, except for the
+Capturing, splitting, freezing, equalizing and inserting disabled quantizers do not change the outputs, except for the
 summation order in float32. Each of them relies on the types and shapes of modules, which may not tell everything. If
 the outputs change, the rewrite is undone and reported, or refused.
 """
@@ -33,7 +33,7 @@ def few_images(data: Iterable[Any], device: torch.device) -> tuple[Tensor, Itera
     batches = iter(data)
     first = next(batches, None)
     if first is None:
-        raise InputError("the data is without a single image. Pass batches (N, C, H, W).")
+        raise InputError("the data contains no image. Pass batches (N, C, H, W).")
     rest = chain([first], batches) if batches is data else data
     return images_of(first)[:FEW].to(device), rest
 
@@ -83,7 +83,7 @@ def require_same(after: nn.Module, before: nn.Module, images: Tensor) -> None:
         found = difference(outputs_of(after, images), expected)
     if not found <= TOLERANCE:
         raise InputError(
-            f"the captured graph of {kind} computes something else than {kind}: on {len(images)} images the outputs "
+            f"the captured graph of {kind} is not equivalent to {kind}: on {len(images)} images the outputs "
             f"differ by {found:.2g} of their largest value, and {TOLERANCE:g} is allowed. Possible: a forward of one "
             "tensor that depends only on its values: no optional inputs, no isinstance, no changing Python values."
         )

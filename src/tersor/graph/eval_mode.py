@@ -64,12 +64,13 @@ def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Gen
     except _FAILURES as error:
         kind = str(images.dtype).removeprefix("torch.")
         reason = _reason(error)
-        details, advice = f" of {kind}: {reason}", "Pass images that the network takes."
+        details, advice = f" of {kind}: {reason}", "Pass images that the network accepts."
         if found := _CHANNELS.search(reason):
             details, advice = "", f"It takes images (N, {found[1]}, H, W), these are (N, {found[2]}, H, W)."
             if images.shape[1] == 3:
                 advice += (
-                    " Images of a recipe are RGB; the functions (tersor.quantize, ...) take a loader of any channels."
+                    " Images of a recipe are RGB; the functions (tersor.quantize, ...) accept images with any "
+                    "number of channels."
                 )
             if images.shape[3] == int(found[1]):
                 advice = "These have their channels last: pass images.permute(0, 3, 1, 2)."
@@ -100,7 +101,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
             "Give the others a default, or wrap the network in a module that provides them."
         )
     if not images.is_floating_point():
-        raise InputError(f"images for {name} are {images.dtype}. Pass normalised floating-point images.")
+        raise InputError(f"images for {name} are {images.dtype}. Pass normalized floating-point images.")
     device = next((each.device for each in network.parameters()), images.device)
     two = images[:2] if len(images) > 1 else images[:1].repeat(2, 1, 1, 1)
     with checked_forward(name, two):
@@ -110,7 +111,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
         of_one = network(two[:1].clone())
     except _FAILURES as error:
         raise InputError(
-            f"{name} runs on two images, and not on one: {_reason(error)}. It must accept any number; maybe {_SQUEEZED}"
+            f"{name} runs on two images, but not on one: {_reason(error)}. It must accept any number; maybe {_SQUEEZED}"
         ) from error
     for several, one in zip(tensors_in(outputs), tensors_in(of_one), strict=False):
         if one.ndim < several.ndim and several.shape[:1] == (2,):
@@ -169,7 +170,7 @@ def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iter
     for batch in data:
         found = images_of(batch)[:left]
         if not found.is_floating_point():
-            raise InputError(f"a batch of the data is {found.dtype}. Pass normalised floating-point images.")
+            raise InputError(f"a batch of the data is {found.dtype}. Pass normalized floating-point images.")
         if len(found):
             yield found.to(device)
         left -= len(found)

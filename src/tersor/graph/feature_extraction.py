@@ -5,7 +5,7 @@ traced through, and may have lost channels and got quantizers since. There, the 
 path -> node) gives the node of the layer's output, and a second graph over the same modules returns that node too.
 
 Feature maps are returned as (N, C, H, W), also for layers that output (N, H, W, C), such as Swin's; the aspect ratio of
-the images tells which of the two it is.
+the images decides which of the two layouts it is.
 """
 
 from __future__ import annotations

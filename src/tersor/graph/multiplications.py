@@ -1,6 +1,6 @@
 """The number of multiplications of torch operators for which torch.utils.flop_counter has no formula.
 
-By convention, elementwise operators, normalisation, pooling, resizing and embeddings are not counted. Other operators
+By convention, elementwise operators, normalization, pooling, resizing and embeddings are not counted. Other operators
 that multiply and have no formula, here or in torch, are reported (`multiplies_uncounted`).
 """
 

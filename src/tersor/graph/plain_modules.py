@@ -1,6 +1,6 @@
 """Whether a module computes exactly what torch's class computes.
 
-Folding, fusing, equalising, correcting and exporting replace the call of a module by a formula. `isinstance` does not
+Folding, fusing, equalizing, correcting and exporting replace the call of a module by a formula. `isinstance` does not
 prove that the formula holds: a subclass may define its own forward (timm's `BatchNormAct2d` contains an activation),
 and an instance may have hooks.
 """

@@ -45,7 +45,7 @@ def plain_copy(model: nn.Module, name: str = "the network") -> nn.Module:
         name: name of the network in errors.
 
     Raises:
-        InputError: this is no network with usable weights, or it cannot be copied.
+        InputError: this is not a network with usable weights, or it cannot be copied.
     """
     refuse_what_is_no_network(model, name)
     plain = _copied(unwrapped(model), name).eval()
@@ -61,7 +61,7 @@ def plain_copy(model: nn.Module, name: str = "the network") -> nn.Module:
 
 def refuse_what_is_no_network(model: object, name: str = "the network") -> None:
     """Raises:
-    InputError: this is no network with usable weights.
+    InputError: this is not a network with usable weights.
     """
     if isinstance(model, type):
         raise InputError(f"{name} is the class {model.__name__}. Pass an instance: {model.__name__}(...).")

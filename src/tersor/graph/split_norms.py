@@ -1,7 +1,7 @@
 """Splitting a BatchNorm with a built-in activation into a BatchNorm node and an activation node.
 
 timm builds EfficientNet, MobileNet, RegNet and others from `BatchNormAct2d`: a subclass of BatchNorm that calls its
-children `drop` and `act` after normalising. A single node can be neither folded nor fused. It is split if both parts
+children `drop` and `act` after normalizing. A single node can be neither folded nor fused. It is split if both parts
 together compute the same: outputs on random values, and running statistics after a step, are compared.
 """
 

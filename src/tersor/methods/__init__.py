@@ -1,4 +1,4 @@
-"""The registry: this folder. `soft_targets` is `soft_targets.py`, and only the file that is named is imported."""
+"""The registry of methods is this folder: `soft_targets` is `soft_targets.py`. Only the requested file is imported."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _ALSO_CALLED = {
     "group_lasso": ("sparse_training", "group_sparsity", "group_norm", "growing_regularization"),
     "channel_pruning": ("filter_pruning", "structured", "structured_pruning", "slimming"),
 }
-"""File -> the names people say for it. They are met with a hint: one method has one name in a recipe."""
+"""File -> other common names of the method. They lead to a hint, because a method has one name in a recipe."""
 
 
 def names() -> tuple[str, ...]:
-    """The methods there are: the files of this folder, by name."""
+    """The names of all methods: the files of this folder, sorted."""
     return tuple(sorted(file.name for file in pkgutil.iter_modules(__path__) if not file.name.startswith("_")))
 
 
@@ -49,7 +49,7 @@ def get(name: str) -> type[Method]:
         name: a file of this folder, such as `soft_targets`, or a class of your own as `package.module:Class`.
 
     Raises:
-        InputError: there is no such method, or the class is none.
+        InputError: the method does not exist, or the class is not a method.
         ImportError: the file lacks something that it imports.
     """
     if ":" in name:
@@ -76,7 +76,7 @@ def _is_method(value: object) -> bool:
 def _of_the_user(name: str) -> type[Method]:
     path, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*path.split("."), attribute)):
-        raise InputError(f"method '{name}' is no name. Write package.module:Class, or one of {', '.join(names())}.")
+        raise InputError(f"method '{name}' is not a name. Write package.module:Class, or one of {', '.join(names())}.")
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
@@ -90,7 +90,7 @@ def _of_the_user(name: str) -> type[Method]:
     if not _is_method(found):
         possible = ", ".join(key for key, value in vars(module).items() if _is_method(value)) or "none"
         raise InputError(
-            f"method '{name}': '{attribute}' is no method. Possible: {possible}. A method is a class with `attach`, "
+            f"method '{name}': '{attribute}' is not a method. Possible: {possible}. A method is a class with `attach`, "
             "made by @pydantic.dataclasses.dataclass(frozen=True, config=tersor.training.method.PLAIN_VALUES)."
         )
     return cast("type[Method]", found)

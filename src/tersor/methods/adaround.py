@@ -1,4 +1,4 @@
-"""AdaRound: learns for each weight whether to round it up or down, to minimise its layer's output error.
+"""AdaRound: learns for each weight whether to round it up or down, to minimize its layer's output error.
 
 Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020 (arXiv 2004.10568).
 
@@ -8,7 +8,7 @@ Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", IC
 f is the layer's BatchNorm and activation, x its input in float, x_hat its input from the layers that are already
 rounded. It needs a few hundred images and no labels. `quantization/reconstruction.py` has the formulas.
 
-The paper folds BatchNorm first. Here it stays behind the layer, which leaves the same choices per channel. The paper
+The paper folds BatchNorm first. Here it stays a module after the layer; the choices per channel are the same. The paper
 runs 10,000 iterations; the default here is 1,000 at ten times the learning rate. Activations are quantized after all
 weights are rounded.
 """

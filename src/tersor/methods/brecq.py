@@ -1,4 +1,4 @@
-"""BRECQ: learns rounding block by block to minimise each block's output error; with `drop`, QDrop.
+"""BRECQ: learns rounding block by block to minimize each block's output error; with `drop`, QDrop.
 
 Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", ICLR 2021 (arXiv
 2102.05426); Wei et al., "QDrop: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization", ICLR
@@ -19,8 +19,8 @@ ResNet-20 classifies 94.3 and 94.5 % of the validation images correctly, against
 
 BRECQ's paper weights the error by the squared gradient of the task loss (Fisher). Its released code does not by
 default, and neither does this. The papers run 20,000 iterations per block; the default here is 2,000 at ten times the
-learning rate, so that each of a block's two layers gets as many as in `adaround`. BatchNorm stays behind its layer,
-which leaves the same choices per channel as folding.
+learning rate, so that each of a block's two layers gets as many as in `adaround`. BatchNorm stays a module after its
+layer; the choices per channel are the same as with folding.
 """
 
 from __future__ import annotations

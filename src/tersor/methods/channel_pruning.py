@@ -6,20 +6,20 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
     I_c = mean over the layers of the group of ||W[c]||_2^2 / mean_c ||W[c]||_2^2      W: (C_out, C_in, ...)
     W[c]  the rows that write channel c, the columns that read it
 
-This is `magnitude`; `pruning/channel_importance.py` has the formulas and papers of the others, and accepts a function
-of yours. Channels are removed in blocks that leave a multiple of `round_to`, since runtimes are slow at odd widths: a
+This is `magnitude`; `pruning/channel_importance.py` has the formulas and papers of the others, and accepts your own
+function. Channels are removed in blocks that leave a multiple of `round_to`, since runtimes are slow at odd widths: a
 ResNet-18 with 47 % of its channels removed took 17.6 ms in ONNX Runtime unrounded, 6.7 ms with 50 % removed and rounded
 to 8 (bench/pruning_rounding.py measures 1, 4, 8 and 16). The next block is that of the group that has lost the smallest
 fraction (scope `layer`), or the one with the lowest importance (`global`; `obs` per saved cost), until the budget is
 met. No group falls below `floor`.
 
 `keep_latency` is a fraction of the latency, at batch size 1 in the target's runtime, of the network before the stage:
-copies with a few fractions of the MACs are timed in turns with it (`latency_ratio.py`).
+copies with a few fractions of the MACs are timed in interleaved rounds with it (`latency_ratio.py`).
 
-With `branches`, so many residual branches are removed first (`pruning/residual_branches.py`): those with the smallest
-change of the logits per saved MAC (or parameter). With half of a ResNet-56's MACs removed by `obs` and `global`, it
-takes 1.05 of the time of one with half of every layer (ONNX Runtime, AVX2, batch 32); with two branches removed first,
-0.99.
+With `branches`, that number of residual branches is removed first (`pruning/residual_branches.py`): those with the
+smallest change of the logits per saved MAC (or parameter). With half of a ResNet-56's MACs removed by `obs` and
+`global`, it takes 1.05 of the time of one with half of every layer (ONNX Runtime, AVX2, batch 32); with two branches
+removed first, 0.99.
 
 The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`), and BatchNorm
 statistics are moved so that mean and spread of its outputs on training images are kept
@@ -107,7 +107,7 @@ class ChannelPruning:
     scope: Annotated[
         Scope, Field(description="remove the same fraction of every group, or the least important channels of all")
     ] = "layer"
-    round_to: Annotated[int, Field(ge=1, description="remaining channels are a multiple of it")] = 8
+    round_to: Annotated[int, Field(ge=1, description="the number of remaining channels is a multiple of this")] = 8
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always remains")] = 0.1
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not removed")] = ()
     branches: Annotated[
@@ -148,7 +148,7 @@ class ChannelPruning:
         remaining, now = graph, budget.before
         if self.branches:
             branches = self._cheapest_branches(budget, graph, context)
-            notes = [f"removed whole: the branches from {', '.join(map(str, branches))}"]
+            notes = [f"removed branches: from {', '.join(map(str, branches))}"]
             remaining = copy_graph(graph)  # so that an error below leaves the network unchanged
             remove(remaining, [branch.cut for branch in branches])
             now = costs(remaining, budget.example)

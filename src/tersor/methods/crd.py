@@ -140,8 +140,8 @@ class CRD:
     negatives: Annotated[int, Field(ge=1, description="K: negatives per image")] = 16384
     width: Annotated[int, Field(ge=1, description="d: size of the embeddings")] = 128
     tau: Annotated[float, Field(gt=0, description="temperature of the similarity")] = 0.07
-    momentum: Annotated[float, Field(ge=0, lt=1, description="of the memory updates")] = 0.5
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the linear layers and the initial memories")] = 0
+    momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of the memory updates")] = 0.5
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the linear layers and the initial memories")] = 0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Build linear layers and memories; changes nothing in `model`.

@@ -136,10 +136,12 @@ class FactorTransfer:
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 11.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
     reconstruction: Annotated[Reconstruction, Field(description="error that the paraphraser minimizes")] = "absolute"
-    batch_norm: Annotated[bool, Field(description="in paraphraser and translator")] = False
-    paraphraser_epochs: Annotated[int, Field(ge=1, description="training of the paraphraser")] = 6
-    paraphraser_learning_rate: Annotated[float, Field(gt=0, description="of its SGD, with momentum 0.9")] = 0.1
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the weights of paraphraser and translator")] = 0
+    batch_norm: Annotated[bool, Field(description="use BatchNorm in paraphraser and translator")] = False
+    paraphraser_epochs: Annotated[int, Field(ge=1, description="training epochs of the paraphraser")] = 6
+    paraphraser_learning_rate: Annotated[
+        float, Field(gt=0, description="learning rate of the paraphraser's SGD, with momentum 0.9")
+    ] = 0.1
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the weights of paraphraser and translator")] = 0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Build paraphraser and translator; changes nothing in `model`. `begin` trains the paraphraser.

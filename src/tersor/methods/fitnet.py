@@ -73,7 +73,7 @@ class FitNet:
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 10.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
     regressor: Annotated[bool, Field(description="1x1 convolution to the teacher's channels")] = True
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the regressors' weights")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the regressors' weights")] = 0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Build the regressors; changes nothing in `model`.

@@ -51,7 +51,9 @@ class GroupLasso:
     example: ClassVar[dict[str, Any]] = {"strength": 0.01, "alpha": 2.0}
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}
 
-    strength: Annotated[float, Field(ge=0, description="of the decay, relative to the gradient of the loss")] = 5e-4
+    strength: Annotated[float, Field(ge=0, description="factor of the decay, relative to the gradient of the loss")] = (
+        5e-4
+    )
     alpha: Annotated[float, Field(ge=0, description="the least important channel decays 2^alpha times as fast")] = 4.0
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not decayed")] = ()
 

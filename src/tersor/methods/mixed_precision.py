@@ -4,7 +4,7 @@ Dong et al., "HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Pre
 Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", ICML 2021 (the bits by integer programming).
 
     error(l, b) = sum over images of |y_lb - y|^2 / sum over images of |y|^2         y, y_lb: logits (N, classes)
-    bits b_l      minimise sum_l error(l, b_l)  subject to  sum_l n_l b_l <= average_bits * sum_l n_l
+    bits b_l      minimize sum_l error(l, b_l)  subject to  sum_l n_l b_l <= average_bits * sum_l n_l
     weights       (C_out, ...)   w_hat = s_c * clip(round(w / s_c), -n, n),  n = 2^(b_l-1) - 1
 
 y are the network's logits in float, y_lb those with only the weight of layer l at b bits, n_l the number of its

@@ -4,7 +4,7 @@ Kim, Yoo and Kwak, "Position-based Scaled Gradient for Model Quantization and Pr
 
     w       (C, ...)            weight of a layer with C output channels
     d(w)    = |w - w_hat|       w_hat: the nearest point of the target, a grid of b bits, or zero
-    dL/dw  <- dL/dw * s(w)      s = lambda * d(w): a weight moves fast far from its point, and not at all on it
+    dL/dw  <- dL/dw * s(w)      s = lambda * d(w): the step grows with the distance from the point
     lambda  = strength, or the value for which the mean of s over all weights is `mean_scale` at the start
 
 As in the paper, lambda is constant, so s falls as weights approach their points, and they settle there. If lambda rose
@@ -18,8 +18,8 @@ the optimizer: weight decay is not scaled, and momentum accumulates scaled gradi
 `scale_by: constant` is the control: the same mean scale for all weights. What the method gains over it is not explained
 by a larger learning rate.
 
-The paper has s = lambda * (d + epsilon), its code no epsilon, so that a weight on its point does not move; neither has
-this. The code's lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence
+The paper has s = lambda * (d + epsilon), its code no epsilon, so a weight on its point does not move; the same holds
+here. The code's lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence
 `mean_scale`. Its grid spans a whole layer and a running mean of the largest weight: `per_channel: false` with `range:
 running`. By default the grid is that of `ptq` with the same `first_last_bits` and `weight_range: minmax`; note that
 `ptq` clips below 8 bits by default if the network has BatchNorm. Below 4 bits, the first and last layer aim at 8 bits,

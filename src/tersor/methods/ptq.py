@@ -13,11 +13,12 @@ its integers unchanged (a negative gamma flips their sign), so export folds exac
 without it, a flipped sign stays on the grid. As in every later paper, the first and last layer and their inputs have 8
 bits.
 
-Options: cross-layer equalisation and bias correction (Nagel et al., ICCV 2019: `quantization/equalization.py`,
+Options: cross-layer equalization and bias correction (Nagel et al., ICCV 2019: `quantization/equalization.py`,
 `quantization/bias_correction.py`), and `max_drop`, which leaves the most harmful layers in float. The other defaults
-come from `bench/ptq_defaults.py`: at 8 bits a range ends at the largest values; below 8 bits a range minimises the
-squared error, and a BatchNorm compensates for the changed means and variances. On a processor that adds 8-bit products
-in 16 bits (AVX2 without VNNI), weight scales are widened until no channel saturates: `quantization/observers.py`.
+come from `bench/ptq_defaults.py`: at 8 bits a range ends at the largest values; below 8 bits a range minimizes the
+squared error, and a BatchNorm compensates for the changed means and variances. On a processor that accumulates 8-bit
+products in 16 bits (AVX2 without VNNI), weight scales are widened until no channel saturates:
+`quantization/observers.py`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class PTQ(CalibrationOptions, BitOptions):
         Range | None,
         Field(description="how an activation's range is chosen; default: minmax if everything has 8 bits, else mse"),
     ] = None
-    equalize: Annotated[bool, Field(description="cross-layer equalisation before quantization")] = False
+    equalize: Annotated[bool, Field(description="cross-layer equalization before quantization")] = False
     bias_correction: Annotated[
         bool, Field(description="correct the means of channels, which rounding shifts, in biases and BatchNorms")
     ] = False
@@ -186,11 +187,11 @@ class PTQAttachment(Attachment):
         self.notes += calibrated_coverage(graph).notes
 
     def _equalize(self, graph: fx.GraphModule) -> None:
-        """Equalises, and takes it back if the outputs on a few images change."""
+        """Equalizes, and takes it back if the outputs on a few images change."""
         few, self.data = few_images(self.data, next(graph.parameters()).device)
         with checked_forward(type(graph).__name__, few, captured=True):
             record_ranks(graph, few)
-            undone = undone_unless_same(graph, few, partial(equalize, graph), "cross-layer equalisation")
+            undone = undone_unless_same(graph, few, partial(equalize, graph), "cross-layer equalization")
         self.notes += () if undone is None else (undone,)
 
     def _correction(self) -> Callable[[], None]:

@@ -222,7 +222,7 @@ class ReviewKD:
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 1.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of the fusion modules' weights")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the fusion modules' weights")] = 0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Build the fusion modules; changes nothing in `model`.

@@ -12,9 +12,9 @@ Between updates, masked weights have no gradient and do not move. As in the auth
 dropped may be grown again and then keeps its value, and the momentum of grown weights is set to zero.
 
 The paper starts from a random network with random masks. Here the given network, usually a trained one, keeps the
-largest weights of each layer. The authors' code updates masks instead of a step; here the step is taken first, and its
-gradient decides the growth. The paper's uniform sparsities leave the first layer dense; here no layer is left out, so
-that a sparsity means the same in all methods. A `clip_norm` sees the dense gradient.
+largest weights of each layer. The authors' code skips the optimizer step when it updates masks; here the step is taken
+first, and its gradient decides the growth. The paper's uniform sparsities leave the first layer dense; here no layer is
+left out, so that a sparsity means the same in all methods. `clip_norm` applies to the dense gradient.
 """
 
 from __future__ import annotations

@@ -10,16 +10,16 @@ Gupta, "To prune, or not to prune", 2017 (arXiv 1710.01878: gradual pruning).
     a function          s_t = s_0 + (s - s_0) * f(t / t_end)
 
 Four parameters: which weights are masked first (`importance`, see `tersor.pruning.weight_importance`), in each layer or
-in all together (`scope`), in which units (`granularity`), and when (`sparsity_schedule`). Importance and schedule may
-be a function of yours: an importance takes those of `weight` (C_out, C_in, ...), `name` and `layer` that it accepts,
-and returns scores; a schedule takes the progress from 0 to 1 and returns the fraction of the way.
+in all together (`scope`), in which units (`granularity`), and when (`sparsity_schedule`). Importance and schedule can
+be your own function: an importance takes those of `weight` (C_out, C_in, ...), `name` and `layer` that it accepts, and
+returns scores; a schedule takes the progress from 0 to 1 and returns the fraction of the rise.
 
 Masked weights have no gradient, are not moved by momentum or weight decay, and stay masked: the masks are nested. Where
 masks of an earlier stage do not fit the units of this one (other granularity, N:M, sparser layers), the sparsity is
-higher than requested. Zhu and Gupta let a masked weight come back only through its gradient, which is zero in their
-graph, too; with `dpf` it does come back. With N:M, N of any M weights along the input channels remain (NVIDIA's sparse
-tensor cores use 2:4); layers whose input channels M does not divide are not masked, as in NVIDIA's ASP. A masked
-filter's BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes are not faster:
+higher than requested. Zhu and Gupta let a masked weight come back through its gradient, which is zero in their
+graph, too; `dpf` lets it come back. With N:M, N of any M weights along the input channels remain (NVIDIA's sparse
+tensor cores use 2:4); as in NVIDIA's ASP, layers are not masked if their number of input channels is not a multiple of
+M. A masked filter's BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes are not faster:
 `channel_pruning` removes channels.
 """
 
@@ -104,8 +104,8 @@ class WeightPruning:
     end: Annotated[float, Field(gt=0, le=1, description="fraction of the stage over which the sparsity rises")] = 0.75
     every: Annotated[int, Field(ge=1, description="steps between two mask updates")] = 16
     layers: MaskedLayers = ()
-    images: Annotated[int, Field(ge=1, description="used by `importance: taylor`")] = 512
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of `importance: random`")] = 0
+    images: Annotated[int, Field(ge=1, description="number of images for `importance: taylor`")] = 512
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of `importance: random`")] = 0
 
     @property
     def needs_steps(self) -> bool:
@@ -139,7 +139,7 @@ class WeightPruning:
         for name in layers if self.importance == "batchnorm" else ():
             if name not in norms or not norms[name].affine:
                 raise InputError(
-                    f"importance: batchnorm needs a BatchNorm with a factor behind {name}, and there is none. "
+                    f"importance: batchnorm needs a BatchNorm with a factor after {name}, but there is none. "
                     f"Write layers that have one, or another importance: {', '.join(IMPORTANCES)}."
                 )
         insert_masks(layers, "masked", "weight_pruning")
@@ -148,8 +148,8 @@ class WeightPruning:
     def _check(self, steps: int) -> None:
         if self.needs_steps and not steps:
             raise InputError(
-                f"sparsity_schedule: {self.sparsity_schedule} rises over the training steps, and there are 0. "
-                "Write epochs or steps, or one_shot."
+                f"sparsity_schedule: {self.sparsity_schedule} rises over the training steps, but the stage has 0 "
+                "steps. Write epochs or steps, or one_shot."
             )
         for name in (self.importance, self.sparsity_schedule):
             if is_function_path(name):
@@ -178,10 +178,15 @@ class WeightPruning:
         whole = [name for name, layer in layers.items() if layer.weight.shape[1] % pattern[1]]
         if len(whole) == len(layers):
             raise InputError(
-                f"{self.granularity} needs layers whose input channels {pattern[1]} divides; there are none."
+                f"{self.granularity} needs layers whose number of input channels is a multiple of {pattern[1]}; there "
+                "are none."
             )
         shown = ", ".join(whole[:6]) + (f" and {len(whole) - 6} more" if len(whole) > 6 else "")
-        notes = [f"not masked, since {pattern[1]} does not divide their input channels: {shown}"] if whole else []
+        notes = (
+            [f"not masked, since their number of input channels is not a multiple of {pattern[1]}: {shown}"]
+            if whole
+            else []
+        )
         return {name: layer for name, layer in layers.items() if name not in whole}, notes
 
 

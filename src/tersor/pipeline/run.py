@@ -59,8 +59,9 @@ def run(
         model: a trained network, instead of the one in the recipe; it is not changed.
         data: images, instead of those in the recipe.
         out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.
-        resume: resume the interrupted run into `out`, with the same `model` and `data`; without one, start anew.
-        progress: reports the progress.
+        resume: resume the interrupted run of `out`, with the same `model` and `data`; if there is none, start a
+            new run.
+        progress: receives the progress.
 
     Returns:
         The folder.
@@ -200,7 +201,6 @@ def _disagreement(percent: float, model: nn.Module) -> str:
         return f"warning: only {percent:.2f} % of the artifact's predictions agree with torch's. Do not deploy it."
     return (
         f"{percent:.2f} % of the artifact's predictions agree with torch's. With few bits, rounding biases to int32 "
-        "can "
-        "shift an activation by a whole quantization step, in this layer and the following ones. Trust the accuracy "
-        "measured in the runtime."
+        "can shift an activation by a whole quantization step, in this layer and the following ones. Trust the "
+        "accuracy measured in the runtime."
     )

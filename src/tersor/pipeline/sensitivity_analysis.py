@@ -86,7 +86,7 @@ def measure(
     known = {(cost.layer, cost.bits) for cost in found.costs}
     asked = [(name, bits) for name in quantizers.layers for bits in WIDTHS if (name, bits) not in known]
     if known:
-        progress.say(f"{out}: resuming after {len(known)} measurements, {len(asked)} left")
+        progress.say(f"{out}: resuming after {len(known)} measurements, {len(asked)} remain")
     progress.start("sensitivity", len(known) + len(asked))
     progress.advance(len(known))
     for cost in sensitivity(quantizers, experiment.batches(shown, EVALUATION_BATCH), asked, target=recipe.target):

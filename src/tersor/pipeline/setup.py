@@ -48,7 +48,8 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
     network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)
     for path in masked_by_torch(network):
         progress.say(
-            f"{path}: its mask of torch.nn.utils.prune is folded; training moves the weights that are zero now"
+            f"{path}: the mask of torch.nn.utils.prune was applied to the weight; training can change the masked "
+            "weights"
         )
     network = plain_copy(network, "model" if model else recipe.model.name)
     teacher, of_teacher = _teacher(recipe, network, splits)
@@ -193,7 +194,7 @@ def _refuse_labels_from_one(data: Splits, whose: str) -> None:
         return
     last = int(labels.max())
     raise InputError(
-        f"the labels go from 1 to {last}; class 0 has no image. The data counts as {last + 1} classes, and {whose} has "
-        f"{last}. Number the classes from 0 to {last - 1}: subtract 1 from every label. If class 0 is meant to have no "
-        f"image, the network needs {last + 1} logits, and weights for them."
+        f"the labels range from 1 to {last}; class 0 has no image. The data counts as {last + 1} classes, and {whose} "
+        f"has {last}. Number the classes from 0 to {last - 1}: subtract 1 from every label. If class 0 is meant to "
+        f"have no image, the network needs {last + 1} logits, and weights for them."
     )

@@ -107,4 +107,4 @@ def _reason(
     if any(cut.layer == name or cut.layer.startswith(f"{name}.") for cut in cuts):
         return "as narrow as `floor` and `round_to` allow"
     kind = parametrize.type_before_parametrizations(module).__name__
-    return "no rule follows its channels" if isinstance(module, Layer) else f"no part of {kind} is removed"
+    return "no rule covers its channels" if isinstance(module, Layer) else f"no part of {kind} is removed"

@@ -103,7 +103,7 @@ def loss_increases(
         progress.advance()
     if not all(each is None or each.isfinite().all() for each in increases):
         raise InputError(
-            "importance: obs computed losses that are not finite. Give images, and a network, without NaN and "
+            "importance: obs computed losses that are not finite. Use images and a network without NaN and "
             "infinity, or write importance: magnitude."
         )
     return increases

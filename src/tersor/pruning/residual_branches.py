@@ -134,7 +134,7 @@ def removal_cost(
         count = sum(map(len, batches))
         if count <= means:
             raise InputError(
-                f"the cost of branches is measured on {1 + means} images at least; given {count}. "
+                f"the cost of branches is measured on at least {1 + means} images; {count} were given. "
                 "Pass more as data=..., or write branches: 0."
             )
         replacements = _means(graph, branches, batches) if means else {}
@@ -149,7 +149,7 @@ def removal_cost(
                 progress.advance()
     if not all(map(math.isfinite, changes.values())):
         raise InputError(
-            "the change of the logits without a branch is not finite. Give images, and a network, without NaN and "
+            "the change of the logits without a branch is not finite. Use images and a network without NaN and "
             "infinity, or write branches: 0."
         )
     return [change / count for change in changes.values()]

@@ -4,9 +4,9 @@ Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Corre
 
     bias_c <- bias_c - (E[y'_c] - E[y_c])       y, y' (N, C, ...): outputs in float, and quantized
 
-The means are over images and positions. The layers are corrected in order, in one pass over one large batch, so each
-sees the corrected outputs of those before it. A BatchNorm behind a layer takes the difference into its running mean. A
-layer with neither BatchNorm nor bias stays unchanged; in the paper every layer has a bias.
+The means are over images and positions. The layers are corrected in order, in one pass over one large batch, so the
+input of each includes the corrections of those before it. A BatchNorm behind a layer takes the difference into its
+running mean. A layer with neither BatchNorm nor bias stays unchanged; in the paper every layer has a bias.
 
 Clipped weights also shrink the outputs of their layer, and this accumulates with depth. Beyond the paper, the running
 variance of a BatchNorm can be set so that its outputs have the same standard deviations as in float.
@@ -46,7 +46,9 @@ def batch_of(images: Iterable[Tensor]) -> Tensor:
         if room <= len(some):
             break
     if not taken:
-        raise InputError("bias correction reads the data again, and found no image. Pass a DataLoader or a list.")
+        raise InputError(
+            "bias correction reads the data a second time, and found no image. Pass a DataLoader or a list."
+        )
     return torch.cat(taken)
 
 

@@ -1,4 +1,4 @@
-"""Cross-layer equalisation: equalises the channel ranges of consecutive layers without changing the network's output.
+"""Cross-layer equalization: equalizes the channel ranges of consecutive layers without changing the network's output.
 
 Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", ICCV 2019. With ReLU between
 two layers, channel i can be divided by s_i > 0 in the first and multiplied by it in the second:
@@ -46,7 +46,7 @@ class _Pair:
 
 @torch.no_grad()
 def equalize(graph: fx.GraphModule) -> int:
-    """Equalise all pairs of consecutive layers until the ranges converge; returns the number of pairs.
+    """Equalize all pairs of consecutive layers until the ranges converge; returns the number of pairs.
 
     Args:
         graph: a captured network; its weights, biases and BatchNorms change, its outputs do not.

@@ -58,7 +58,7 @@ def around_zero(weight: Tensor) -> WeightOnGrid:
 
 @torch.no_grad()
 def drawn(before: Mapping[str, WeightOnGrid], after: Mapping[str, WeightOnGrid]) -> dict[str, Any]:
-    """Summarise the effect of training on positions: for `all` weights, and for some `layers` (`name`, `bits`).
+    """Summarize the effect of training on positions: for `all` weights, and for some `layers` (`name`, `bits`).
 
     Each summary has `before` and `after` (histograms of positions from -0.5 to 0.5), `distance` (mean |position| before
     and after), and `moved` (mean |w' - w|, in bins of |position| before from 0 to 0.5; None for an empty bin). The unit

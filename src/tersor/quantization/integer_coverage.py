@@ -74,7 +74,7 @@ class IntegerCoverage:
 
     @property
     def warning(self) -> str | None:
-        """One line if less than 95 % of the MACs are in integers, or if operators are not counted."""
+        """One line if less than 95 % of the MACs are computed in integers, or if operators are not counted."""
         uncounted = f"in float and not counted in the MACs: {', '.join(self.uncounted)}" if self.uncounted else None
         if self.share >= ENOUGH:
             return uncounted
@@ -83,7 +83,9 @@ class IntegerCoverage:
             shares[each.reason] += each.macs
         largest = [f"{reason} ({percent(macs / self.macs)})" for reason, macs in shares.most_common(_REASONS)]
         more = f", and {len(shares) - _REASONS} other reasons" if len(shares) > _REASONS else ""
-        warning = f"only {percent(self.share)} of the MACs are in integers. In float: {'; '.join(largest)}{more}"
+        warning = (
+            f"only {percent(self.share)} of the MACs are computed in integers. In float: {'; '.join(largest)}{more}"
+        )
         return f"{warning}; {uncounted}" if uncounted else warning
 
     @property
@@ -92,7 +94,7 @@ class IntegerCoverage:
         grouped: dict[str, list[FloatOperator]] = defaultdict(list)
         for each in self.operators:
             grouped[each.reason].append(each)
-        lines = [f"{percent(self.share)} of the MACs are in integers"] if grouped else []
+        lines = [f"{percent(self.share)} of the MACs are computed in integers"] if grouped else []
         lines += [f"in float, since {reason}: {_listed(members)}" for reason, members in grouped.items()]
         if self.uncounted:
             lines.append(f"in float and not counted in the MACs: {', '.join(self.uncounted)}")
@@ -108,7 +110,7 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
         planned: whether quantizers count before calibration.
 
     Raises:
-        InputError: this is no network, or it does not run on the example.
+        InputError: this is not a network, or it does not run on the example.
     """
     refuse_what_is_no_network(model)
     images = images_of(example)[:1]

@@ -72,7 +72,7 @@ class Histogram:
     def least_divergence(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """The shrunk range whose rounded values have the distribution most similar to that of the clipped values.
 
-        It minimises the divergence of the clipped values from the rounded ones, whose levels are spread evenly over
+        It minimizes the divergence of the clipped values from the rounded ones, whose levels are spread evenly over
         their non-empty bins.
         """
         best, chosen = torch.tensor(torch.inf, dtype=torch.float64), (self.low, self.high)

@@ -8,7 +8,7 @@ A runtime uses an integer operator only if its fusion finds quantized values in 
   once; a quantizer between the two prevents the fusion.
 
 Operators that only move values (reshape, slicing, zero padding, max pooling) keep the grid of their input: rounding to
-the same grid twice changes nothing, and the runtime sees an integer operator.
+the same grid twice changes nothing, and the runtime finds an integer operator.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def insert_activation_quantizers(
         InputError: the network has a part named `quantizers` already.
     """
     if hasattr(graph, "quantizers"):
-        raise InputError("a part of the network is named 'quantizers', which is reserved. Rename it.")
+        raise InputError("a submodule of the network is named 'quantizers', which is reserved. Rename it.")
     values = _values_to_quantize(graph, set(layers), runtime)
     names: list[str] = []
     graph.add_submodule("quantizers", nn.Module())

@@ -22,8 +22,8 @@ from tersor.quantization.qdq_placement import entering, insert_activation_quanti
 from tersor.quantization.quantizer_options import Precision, QuantizedTrainingOptions
 
 SATURATION = (
-    "the processor adds 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened if two of "
-    "its weights would saturate; write target: {cpu: vnni} for a processor that adds in 32 bits"
+    "the processor accumulates 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened if "
+    "two of its weights would saturate; write target: {cpu: vnni} for a processor that accumulates in 32 bits"
 )
 
 

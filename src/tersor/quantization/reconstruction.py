@@ -1,4 +1,4 @@
-"""Block reconstruction: learns the rounding of weights, part by part, to minimise each part's output error.
+"""Block reconstruction: learns the rounding of weights, part by part, to minimize each part's output error.
 
     w_hat = s * (clip(floor(w / s) + h(v) + z, n, p) - z)         v of the shape of w, (C_out, ...)
     h(v)  = clip(1.2 sigmoid(v) - 0.1, 0, 1)                      rectified sigmoid: reaches 0 and 1

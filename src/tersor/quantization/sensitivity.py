@@ -102,7 +102,7 @@ def _logits_and_labels(quantizers: Quantizers, data: Iterable[Any]) -> Iterator[
 
 def _require_finite(logits: list[Tensor]) -> None:
     if not sum(map(len, logits)):
-        raise InputError("sensitivity was given data without a single image. Pass batches (N, C, H, W).")
+        raise InputError("sensitivity found no image in the data. Pass batches (N, C, H, W).")
     if not all(torch.isfinite(batch).all() for batch in logits):
         raise InputError(
             "the network's logits are not finite for some images. Check images and weights for NaN, infinity and very "

@@ -52,7 +52,7 @@ class Network(BaseModel):
 
 
 class Teacher(Network):
-    """The network to learn from. Without weights it is trained first, on the labels alone."""
+    """The network to learn from. Without weights, it is first trained with the labels only."""
 
     epochs: Annotated[int, Field(ge=0, description="epochs of training before the first stage")] = 0
     training: Annotated[Training, Field(description="training options, as in a stage")] = Training()
@@ -76,11 +76,11 @@ class DataSource(BaseModel):
     validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images to hold out")] = 0.1
     limit: Annotated[int | None, Field(ge=1, description="number of training images; all by default")] = None
     mean: Annotated[
-        Channels | None, Field(description="of red, green, blue, in 0..1; that of the weights file by default")
+        Channels | None, Field(description="values of red, green, blue, in 0..1; those of the weights file by default")
     ] = None
     std: Annotated[
         tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None,
-        Field(description="of red, green, blue, in 0..1; that of the weights file by default"),
+        Field(description="values of red, green, blue, in 0..1; those of the weights file by default"),
     ] = None
 
     @model_validator(mode="after")
@@ -173,7 +173,7 @@ class Recipe(BaseModel):
     target: Annotated[Target, Field(default_factory=Target)]
     seed: Annotated[int, Field(ge=0, lt=2**32, description="random seed")] = 0
     checkpoint_every: Annotated[int, Field(ge=1, description="steps between checkpoints within a stage")] = 200
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="run one after the other")]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="stages, run one after the other")]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,7 +1,7 @@
 """The text of a recipe: YAML 1.2 to plain values that remember their line, and plain values to text.
 
-PyYAML speaks YAML 1.1: `2:4` is 124, `1e-4` is text, `on` is true and a key may stand twice. ruamel.yaml's nodes are
-read here, before any Python object is made of them, so that every value knows where it stands.
+PyYAML implements YAML 1.1: `2:4` is 124, `1e-4` is text, `on` is true, and a key may occur twice. Here, the nodes of
+ruamel.yaml are read before any Python object is created from them, so that every value has a line number.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ class _Reader:
     def convert(self, node: Node, line: int) -> Located:
         self.values += 1
         if self.values > _MOST:  # aliases of aliases: a few lines name more values than any memory holds
-            raise InputError(f"{self.place(line)}: there are more than {_MOST:,} values, with what aliases repeat.")
+            raise InputError(
+                f"{self.place(line)}: there are more than {_MOST:,} values, including those that aliases repeat."
+            )
         if id(node) in self.open:
-            self.complain(line, f"*{node.anchor} stands inside of what it names.")
+            self.complain(line, f"*{node.anchor} refers to a value that contains it.")
             return Located(None, line, self.place(line))
         if len(self.open) > _DEEPEST:
             self.complain(line, "this is nested too deeply for a recipe.")

@@ -1,4 +1,4 @@
-"""An attached method as the training loop sees it, and a chain of several."""
+"""Attachment: a method attached to a network, with the hooks that the training loop calls; and a chain of several."""
 
 from __future__ import annotations
 

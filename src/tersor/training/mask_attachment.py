@@ -30,7 +30,8 @@ from tersor.training.objective import LossTerm
 from tersor.training.schedule import interpolate
 
 MaskedLayers = Annotated[
-    tuple[str, ...], Field(description="patterns; default: all convolutions, or all fully connected layers without any")
+    tuple[str, ...],
+    Field(description="patterns; default: all convolutions, or all fully connected layers if there is no convolution"),
 ]
 """The parameter `layers` of the methods that mask weights."""
 
@@ -71,7 +72,7 @@ def check_steps(steps: int, method: str) -> None:
     InputError: there are no training steps.
     """
     if not steps:
-        raise InputError(f"{method} updates masks during training, and there are 0 steps. Write epochs or steps.")
+        raise InputError(f"{method} updates masks during training, but the stage has 0 steps. Write epochs or steps.")
 
 
 def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -> None:

@@ -68,7 +68,7 @@ class LossTerm(nn.Module):
 
 
 class Objective(nn.Module):
-    """Student, teacher and loss terms: `forward(batch)` returns the named losses, whose sum is minimised.
+    """Student, teacher and loss terms: `forward(batch)` returns the named losses, whose sum is minimized.
 
     Args:
         model: the student.

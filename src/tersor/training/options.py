@@ -15,7 +15,7 @@ class OptimizerOptions(BaseModel):
     model_config = PLAIN
     name: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD; ignored by AdamW")] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD; ignored by AdamW")] = 0.9
     nesterov: Annotated[bool, Field(description="of SGD")] = True
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
 
@@ -28,9 +28,9 @@ class LearningRateSchedule(BaseModel):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
     milestones: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...],
-        Field(description="of `step`: fractions of the stage after which the learning rate drops"),
+        Field(description="`step` schedule: fractions of the stage after which the learning rate drops"),
     ] = (0.5, 0.75)
-    factor: Annotated[float, Field(gt=0, lt=1, description="of `step`: factor of each drop")] = 0.1
+    factor: Annotated[float, Field(gt=0, lt=1, description="`step` schedule: factor of each drop")] = 0.1
 
 
 class Training(BaseModel):

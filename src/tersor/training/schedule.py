@@ -82,7 +82,7 @@ def steps_per_epoch(batches: BatchSource, training: Training) -> int:
     """
     if not len(batches):
         raise InputError(
-            f"there is no batch to train on: there are fewer images than one batch of {training.batch_size}. "
+            f"there is no batch to train on: the data has fewer images than one batch of {training.batch_size}. "
             "Give more images, or a smaller batch_size."
         )
     return math.ceil(len(batches) / training.accumulate)

@@ -54,7 +54,8 @@ def restoring(checkpoint: str | None) -> Generator[None]:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"the checkpoint {checkpoint} is not of this run: {str(error)[:300]}. Remove its folder and start again."
+            f"the checkpoint {checkpoint} does not belong to this run: {str(error)[:300]}. Remove its folder and start "
+            "again."
         ) from error
 
 
@@ -139,5 +140,5 @@ def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> N
         states.setdefault(int(index), {})[key] = value
     expected = _ADAMW_STATE if isinstance(optimizer, AdamW) else _SGD_STATE
     if any(set(state) != expected for state in states.values()):
-        raise ValueError("the optimizer state is that of another optimizer")
+        raise ValueError("the optimizer state belongs to another optimizer")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})

@@ -81,8 +81,8 @@ def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
         examples = ", ".join(f"label {label} as class {number}" for label, number in list(swapped.items())[:4])
         more = f" and {len(swapped) - 4} more" if len(swapped) > 4 else ""
         return (
-            f"{accuracy}, and {len(swapped)} classes consistently as another one: {examples}{more}. Its classes "
-            "probably have another order than those of the data: compare the lists of classes."
+            f"{accuracy}, and {len(swapped)} classes are consistently predicted as another class: {examples}{more}. "
+            "Its classes probably have another order than those of the data: compare the lists of classes."
         )
     if chance > _SIGNIFICANCE:
         return (

@@ -63,7 +63,9 @@ def layer_norm(propagation: ChannelPropagation, call: Call) -> Any:
     if len(sizes) > 1:
         return propagation.freeze(call)
     for factor in call.tensors[1:]:
-        ids = propagation.sets.couple(ids, factor.ids[-1], f"{call.node.name} combines them with what cannot shrink")
+        ids = propagation.sets.couple(
+            ids, factor.ids[-1], f"{call.node.name} combines them with a tensor that cannot shrink"
+        )
     path = "args.1" if len(call.args) > 1 else "kwargs.normalized_shape"
     propagation.track_argument(call, f"{path}.0", sizes[0], ids)
     propagation.cross_channel.add(call.node)
@@ -77,7 +79,9 @@ def matmul(propagation: ChannelPropagation, call: Call) -> Any:
         return propagation.freeze(call)
     if min(len(first.shape), len(second.shape)) < 2:
         return propagation.freeze(call)
-    propagation.sets.couple(first.ids[-1], second.ids[-2], f"{call.node.name} combines them with what cannot shrink")
+    propagation.sets.couple(
+        first.ids[-1], second.ids[-2], f"{call.node.name} combines them with a tensor that cannot shrink"
+    )
     batches = [TrackedShape(each.shape[:-2], each.ids[:-2]) for each in (first, second)]
     batch = list(broadcast(propagation, call, batches)) if any(each.shape for each in batches) else []
     return TrackedShape(tuple(call.output), (*batch, first.ids[-2], second.ids[-1]))
@@ -89,7 +93,7 @@ def einsum(propagation: ChannelPropagation, call: Call) -> Any:
         return propagation.freeze(call)
     inputs, _, output = call.args[0].replace(" ", "").partition("->")
     letters: dict[str, Ids | None] = {}
-    reason = f"{call.node.name} combines them with what cannot shrink"
+    reason = f"{call.node.name} combines them with a tensor that cannot shrink"
     for names, tensor in zip(inputs.split(","), call.tensors, strict=True):
         for letter, ids in zip(names, tensor.ids, strict=True):
             letters[letter] = propagation.sets.couple(letters[letter], ids, reason) if letter in letters else ids
@@ -101,12 +105,12 @@ def attention(propagation: ChannelPropagation, call: Call) -> Any:
     query, key, value = (call.argument(position, name) for position, name in enumerate(("query", "key", "value")))
     batches = [TrackedShape(each.shape[:-2], each.ids[:-2]) for each in (query, key, value)]
     batch = list(broadcast(propagation, call, batches))
-    reason = f"{call.node.name} combines them with what cannot shrink"
+    reason = f"{call.node.name} combines them with a tensor that cannot shrink"
     width = propagation.sets.couple(query.ids[-1], key.ids[-1], reason)
     if call.kwargs.get("scale") is None:
         propagation.track_argument(call, "scale", query.shape[-1], width)
     for each in (key, value):
-        propagation.sets.freeze(each.ids[-2], f"{call.node.name} attends to them")
+        propagation.sets.freeze(each.ids[-2], f"{call.node.name} computes attention over them")
     mask = call.argument(3, "attn_mask")
     if mask is not None:
         scores = TrackedShape((*query.shape[:-1], key.shape[-2]), (*batch, query.ids[-2], None))
@@ -117,10 +121,10 @@ def attention(propagation: ChannelPropagation, call: Call) -> Any:
 def linear(propagation: ChannelPropagation, call: Call) -> Any:
     """F.linear with weights that the graph reads directly."""
     tensor, weight, bias = call.args[0], call.argument(1, "weight"), call.argument(2, "bias")
-    propagation.sets.couple(tensor.ids[-1], weight.ids[1], f"{call.node.name} reads what cannot shrink")
+    propagation.sets.couple(tensor.ids[-1], weight.ids[1], f"{call.node.name} reads a tensor that cannot shrink")
     out = weight.ids[0]
     if bias is not None:
-        out = propagation.sets.couple(out, bias.ids[0], f"{call.node.name} adds what cannot shrink")
+        out = propagation.sets.couple(out, bias.ids[0], f"{call.node.name} adds a tensor that cannot shrink")
     return TrackedShape(tuple(call.output), (*tensor.ids[:-1], out))
 
 

@@ -34,7 +34,7 @@ def convolution(propagation: ChannelPropagation, call: Call) -> Any:
     if "Std" in call.name:  # its weights are standardized over the input channels
         propagation.cross_channel.add(call.node)
     for ids in tensor.ids[2:]:
-        propagation.sets.freeze(ids, f"{name} slides over them")
+        propagation.sets.freeze(ids, f"{name} convolves along them")
     read, groups = tensor.ids[1], layer.groups
     if groups == layer.in_channels == layer.out_channels and groups > 1:
         written = propagation.bind(name, "out", read)
@@ -115,9 +115,9 @@ def multihead_attention(propagation: ChannelPropagation, call: Call) -> Any:
         return propagation.freeze(call)
     read = tensors[0].ids[-1]
     for each in tensors:
-        read = propagation.sets.couple(read, each.ids[-1], f"{name} combines them with what cannot shrink")
+        read = propagation.sets.couple(read, each.ids[-1], f"{name} combines them with a tensor that cannot shrink")
         for ids in each.ids[:-1]:
-            propagation.sets.freeze(ids, f"{name} attends to them")
+            propagation.sets.freeze(ids, f"{name} computes attention over them")
     propagation.bind(f"{name}.in_proj_weight", "1", read)
     inner = propagation.ids_of(f"{name}.in_proj_weight", "0", 3 * layer.embed_dim)
     assert inner is not None

@@ -18,7 +18,7 @@ PrunableAxis = tuple[str, str]
 
 @dataclass
 class Call:
-    """A node of the graph, as a rule sees it.
+    """A node of the graph: the input of a rule.
 
     Attributes:
         node: the node itself.
@@ -80,7 +80,7 @@ class ChannelPropagation:
         """Couple `ids` with the axis of a layer or parameter; return the ids of the axis."""
         key = (name, axis)
         if key in self.axes:
-            self.axes[key] = self.sets.couple(self.axes[key], ids, f"{name} reads what cannot shrink")
+            self.axes[key] = self.sets.couple(self.axes[key], ids, f"{name} reads a tensor that cannot shrink")
         else:
             self.axes[key] = ids
         return self.axes[key]

@@ -57,7 +57,7 @@ class RemovalCheck:
             else:
                 before[node] = _zero_removed(self._run_original(node, before), remaining[node])
             if not _allclose(_select(before[node], remaining[node]), after[other]):
-                return node, f"without some of them {node.name} gives other values than with these at zero"
+                return node, f"without some of them {node.name} computes other values than with these set to zero"
             for read in last_uses.get(node, ()):
                 del before[read]
                 after.pop(partner[read], None)

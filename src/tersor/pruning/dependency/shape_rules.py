@@ -153,7 +153,7 @@ def stack(propagation: ChannelPropagation, call: Call) -> Any:
 
 def _frozen_ids(propagation: ChannelPropagation, size: int) -> Ids:
     ids = propagation.sets.new(size)
-    propagation.sets.freeze(ids, "they are concatenated with what can shrink")
+    propagation.sets.freeze(ids, "they are concatenated with a tensor that can shrink")
     return ids
 
 
@@ -162,7 +162,7 @@ def broadcast(
 ) -> Iterator[Ids | None]:
     """Couple the dimensions of broadcast tensors, aligned at the last one; a size of 1 couples with nothing."""
     rank = max(len(each.shape) for each in tensors)
-    reason = f"{call.node.name} ({call.name}) combines them with what cannot shrink"
+    reason = f"{call.node.name} ({call.name}) combines them with a tensor that cannot shrink"
     for axis in range(-rank, 0):
         aligned = [(each.ids[axis], each.shape[axis]) for each in tensors if len(each.shape) >= -axis]
         full = [ids for ids, size in aligned if size > 1 or skip is not None]

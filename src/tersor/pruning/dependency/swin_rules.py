@@ -13,7 +13,7 @@ from tersor.pruning.dependency.union_find import TrackedShape
 def shifted_window_attention(propagation: ChannelPropagation, call: Call) -> Any:
     """Heads, or positions within every head, are coupled in query, key, value and the relative position bias."""
     images, weight, projection, bias, _, heads = call.args[:6]
-    couple, reason = propagation.sets.couple, f"{call.node.name} combines them with what cannot shrink"
+    couple, reason = propagation.sets.couple, f"{call.node.name} combines them with a tensor that cannot shrink"
     embedding = couple(images.ids[-1], weight.ids[1], reason)
     inner = weight.ids[0]
     if inner is None:
@@ -25,7 +25,11 @@ def shifted_window_attention(propagation: ChannelPropagation, call: Call) -> Any
     couple(parts[2].reshape(-1), projection.ids[1], reason)
     for each, axis in ((bias, 1), (call.kwargs.get("logit_scale"), 0)):
         if each is not None:
-            couple(each.ids[axis], None if propagation.inner else merged, f"{call.node.name} counts its heads")
+            couple(
+                each.ids[axis],
+                None if propagation.inner else merged,
+                f"{call.node.name} depends on the number of heads",
+            )
     if not propagation.inner:
         propagation.track_argument(call, "args.5", heads, merged)
     counted = inner if embedding is None else np.concatenate([embedding, inner])

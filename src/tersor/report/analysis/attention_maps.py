@@ -24,7 +24,7 @@ def attention_maps(networks: Mapping[str, nn.Module], test: Batches, index: Tens
 
     Args:
         networks: by name, in eval mode, on the CPU.
-        test: images, normalised as the networks expect them.
+        test: images, normalized as the networks expect them.
         index: (N,) indices of the images to choose from.
 
     Returns:

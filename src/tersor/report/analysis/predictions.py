@@ -86,7 +86,7 @@ def soft_targets(network: nn.Module, test: Batches, index: Tensor) -> list[dict[
 
     Args:
         network: in eval mode, on the CPU.
-        test: images, normalised as the network expects them.
+        test: images, normalized as the network expects them.
         index: (N,) indices of the images to choose from.
 
     Returns:
@@ -115,7 +115,7 @@ def class_similarity(network: nn.Module, test: Batches, temperature: float = 4.0
 
     Args:
         network: in eval mode, on the CPU.
-        test: images, normalised as the network expects them; up to 2,000, evenly spaced, are used.
+        test: images, normalized as the network expects them; up to 2,000, evenly spaced, are used.
         temperature: T of softmax(logits / T).
 
     Returns:
