@@ -1,4 +1,4 @@
-"""DCIL: a masked and a dense path share the weights; masked weights learn on the dense path alone.
+"""DCIL: a masked and a dense path share the weights; masked weights are trained on the dense path only.
 
 Kim, Yoo, Song, Yoo and Kwak, "Dynamic Collective Intelligence Learning: Finding Efficient Sparse Model via Refined
 Gradients for Pruned Weights", 2021 (arXiv 2109.04660).
@@ -93,7 +93,7 @@ class DCIL:
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="final fraction of masked weights")] = 0.9
     refined_gradient: Annotated[
-        bool, Field(description="masked weights learn on the dense path alone, the others on the masked path alone")
+        bool, Field(description="train masked weights on the dense path only, and the others on the masked path only")
     ] = True
     own_norms: Annotated[bool, Field(description="BatchNorm and head of its own for the dense path")] = True
     mutual: Annotated[bool, Field(description="mutual distillation of both paths")] = True

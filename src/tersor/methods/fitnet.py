@@ -1,4 +1,4 @@
-"""FitNets: the student's features regress the teacher's (hints).
+"""FitNets: the teacher's features (hints) are regressed from the student's.
 
 Romero, Ballas, Kahou, Chassang, Gatta and Bengio, "FitNets: Hints for Thin Deep Nets", ICLR 2015.
 
