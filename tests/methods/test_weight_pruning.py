@@ -274,7 +274,7 @@ def test_what_just_fits_is_not_refused(model, options):
     [
         ({"granularity": "1:4", "sparsity": 0.5}, "has a sparsity of 0.75, given 0.5"),
         ({"granularity": "2:4", "scope": "global"}, "Leave out scope: global"),
-        ({"granularity": "2:7"}, "needs layers whose input channels 7 divides"),
+        ({"granularity": "2:7"}, "whose number of input channels is a multiple of 7"),
         ({"floor": 0.1}, "Write scope: global"),
         ({"floor": 0.6, "scope": "global"}, "allows a sparsity of 0.4 at most"),
         ({"importance": "taylor"}, "there is no data"),
@@ -282,7 +282,7 @@ def test_what_just_fits_is_not_refused(model, options):
         ({"sparsity_schedule": "nowhere:function"}, "there is no module 'nowhere'"),
         (
             {"importance": "batchnorm", "granularity": "filter", "layers": ("linear",)},
-            "with a factor behind linear",
+            "with a factor after linear",
         ),
     ],
 )

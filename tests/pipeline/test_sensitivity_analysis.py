@@ -88,7 +88,7 @@ def test_stopped_it_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     found, _ = measure(recipe, out=out, images=30, progress=progress)
     assert found == whole
     assert progress.done == progress.total == 40
-    assert f"{out}: resuming after 7 measurements, 33 left" in progress.said
+    assert f"{out}: resuming after 7 measurements, 33 remain" in progress.said
     assert out.read_text() == (tmp_path / "whole.json").read_text()
     assert (tmp_path / "stopped.svg").read_text() == (tmp_path / "whole.svg").read_text()
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", lambda *_, **__: iter(()))

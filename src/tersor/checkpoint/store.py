@@ -108,8 +108,7 @@ class Checkpoints:
         if not resume:
             raise InputError(
                 f"{self.folder} holds an unfinished run. Add --resume to resume it, remove the folder, or choose "
-                "another one "
-                "with --out."
+                "another one with --out."
             )
         before = begun.read_text(errors="replace").splitlines()
         changed = [line.strip() for line in recipe.splitlines() if line not in before]

@@ -167,8 +167,7 @@ def rebuild(fresh: nn.Module, found: Any) -> nn.Module:
 def _of_another(fresh: nn.Module, why: str) -> InputError:
     return InputError(
         f"structure.json belongs to another network than this {type(fresh).__name__} ({why[:300]}). Pass a new "
-        "network of "
-        "the same class and size."
+        "network of the same class and size."
     )
 
 

@@ -8,9 +8,9 @@ Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reco
     activations   (N, ...)        x_hat = s * (clip(round(x / s) + z, 0, 2^b - 1) - z),  s learned as in LSQ
     loss          of each block   |B(x) - B_hat(x_hat)|^2 + lambda sum(1 - |2 h(v) - 1|^beta)
 
-A block lies between two nodes of the graph whose single value carries everything: a residual block, or one layer of a
-sequence. x is its input in float, x_hat its input from the blocks that are already rounded. It needs a few hundred
-images and no labels. `quantization/reconstruction.py` has the formulas.
+A block is the part of the graph between two nodes whose values are the only inputs of all later nodes: a residual
+block, or one layer of a sequence. x is its input in float, x_hat its input from the blocks that are already rounded. It
+needs a few hundred images and no labels. `quantization/reconstruction.py` has the formulas.
 
 As in QDrop, activation steps are learned together with the rounding, on rounded activations; `drop` is the share of
 them, and of the block's input, that stays in float in each iteration (QDrop: 0.5). BRECQ's paper learns the rounding on

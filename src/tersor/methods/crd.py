@@ -1,4 +1,4 @@
-"""Contrastive distillation: student and teacher embeddings agree for the same image and differ for different images.
+"""Contrastive distillation: aligns student and teacher embeddings of the same image and separates those of others.
 
 Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020.
 

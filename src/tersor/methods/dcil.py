@@ -1,4 +1,4 @@
-"""DCIL: a masked and a dense path share the weights; masked weights learn on the dense path alone.
+"""DCIL: a masked and a dense path share the weights; masked weights are trained on the dense path only.
 
 Kim, Yoo, Song, Yoo and Kwak, "Dynamic Collective Intelligence Learning: Finding Efficient Sparse Model via Refined
 Gradients for Pruned Weights", 2021 (arXiv 2109.04660).
@@ -8,9 +8,9 @@ Gradients for Pruned Weights", 2021 (arXiv 2109.04660).
     KL   = T^2 * KL of softmax(./T), T = 2; the first argument is detached
 
 z (N, classes) are the logits of the masked network, z' those of the dense one. The masks are updated as in `dpf`. The
-paper shows the refined gradient alone. The authors' code has two more parts, which can be switched off here: BatchNorm
-and head of its own for the dense path (`own_norms`), and mutual distillation of both paths (`mutual`) after 70 of 300
-epochs. Without `refined_gradient` both paths update all weights, as the code's other settings do.
+paper describes only the refined gradient. The authors' code has two more parts, which can be switched off here:
+BatchNorm and head of its own for the dense path (`own_norms`), and mutual distillation of both paths (`mutual`) after
+70 of 300 epochs. Without `refined_gradient` both paths update all weights, as the code's other settings do.
 
 A step runs the network twice, at twice the cost. The dense path's own modules start as copies of the network's and are
 discarded at the end of the stage. The dense path is not quantized where `qat` quantizes the network. Its labels' loss
@@ -93,7 +93,7 @@ class DCIL:
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="final fraction of masked weights")] = 0.9
     refined_gradient: Annotated[
-        bool, Field(description="masked weights learn on the dense path alone, the others on the masked path alone")
+        bool, Field(description="train masked weights on the dense path only, and the others on the masked path only")
     ] = True
     own_norms: Annotated[bool, Field(description="BatchNorm and head of its own for the dense path")] = True
     mutual: Annotated[bool, Field(description="mutual distillation of both paths")] = True

@@ -1,4 +1,4 @@
-"""DIST: the student's probabilities are correlated with the teacher's, within each image and within each class.
+"""DIST: maximizes the correlation of student and teacher probabilities within each image and within each class.
 
 Huang, You, Wang, Qian and Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
 

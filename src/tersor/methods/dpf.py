@@ -1,4 +1,4 @@
-"""Dynamic pruning with feedback (DPF): magnitude masks are renewed during training, and masked weights still learn.
+"""Dynamic pruning with feedback (DPF): magnitude masks change during training, and masked weights are still trained.
 
 Lin, Stich, Barba, Dmitriev and Jaggi, "Dynamic Model Pruning with Feedback", ICLR 2020 (arXiv 2006.07253).
 

@@ -1,11 +1,11 @@
-"""FitNets: the student's features regress the teacher's (hints).
+"""FitNets: the teacher's features (hints) are regressed from the student's.
 
 Romero, Ballas, Kahou, Chassang, Gatta and Bengio, "FitNets: Hints for Thin Deep Nets", ICLR 2015.
 
     L = loss_weight * sum over the layers of mean (r(A_student) - A_teacher)^2
     A: (N, C, H, W);  r: a convolution to the teacher's channels, trained with the student, then discarded
 
-The paper first trains the student up to the layer with this loss alone, then the whole network with soft targets: two
+The paper first trains the student up to the layer with this loss only, then the whole network with soft targets: two
 stages, the first with `label_weight: 0`. Later implementations (RepDistiller, mdistiller) use both losses at once, with
 the mean over all elements, weight 100, a middle layer, and a regressor with BatchNorm and ReLU. The mean here is
 theirs; without BatchNorm in the regressor, a weight of 100 keeps a ResNet-20 from learning anything, so the default is

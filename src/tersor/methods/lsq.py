@@ -1,4 +1,4 @@
-"""Learned step size quantization: trains the step of every grid together with the weights, by the same loss.
+"""Learned step size quantization: trains the step size of every grid together with the weights.
 
 Esser et al., "Learned Step Size Quantization", ICLR 2020; Bhalgat et al., "LSQ+: Improving low-bit quantization through
 learnable offsets and better initialization", CVPR Workshops 2020.

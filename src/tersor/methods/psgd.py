@@ -73,7 +73,7 @@ class PSGD:
     off: ClassVar[dict[str, Any]] = {"scale_by": "constant", "mean_scale": 1.0}
 
     bits: Annotated[int, Field(ge=2, le=8, description="bits of the grid that weights move towards")] = 4
-    target: Annotated[Literal["grid", "zero"], Field(description="what weights move towards")] = "grid"
+    target: Annotated[Literal["grid", "zero"], Field(description="target of the weights: grid points or zero")] = "grid"
     per_channel: PerChannel = True
     range: Annotated[
         Literal["exact", "running"], Field(description="grid over the largest weight, or over its running mean")
