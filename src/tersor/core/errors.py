@@ -43,8 +43,9 @@ class ProcessLost(InputError):  # noqa: N818 - names the event
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """Return the option most similar to `name`, or None."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
-    return close[0] if close else None
+    close = difflib.get_close_matches(name, list(options), n=3, cutoff=0.6)
+    swapped = [each for each in close if sorted(each) == sorted(name)]  # two letters in the wrong order
+    return next(iter([*swapped, *close]), None)
 
 
 def unknown(kind: str, name: str, options: Iterable[str]) -> InputError:

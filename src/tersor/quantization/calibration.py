@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
+from tersor.data import Batches
 from tersor.graph.batchnorm import Norm
 from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.comparison import FEW, require_same
@@ -52,7 +53,8 @@ def calibrate(
     histograms = {name: Histogram() for name in quantizers.activations}
     quantizers.graph.eval()
     done = 0
-    progress.start("calibration", passes * images)
+    available = len(data.images) if isinstance(data, Batches) else images
+    progress.start("calibration", passes * min(images, available))
     for number, record in enumerate((Histogram.widen, Histogram.count)[:passes]):
         before = done
         for batch in first_images(data, images, next(quantizers.graph.parameters()).device):

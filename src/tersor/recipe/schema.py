@@ -285,15 +285,3 @@ def _records(annotation: Any) -> Iterator[Any]:
         yield annotation
     for argument in get_args(annotation):
         yield from _records(argument)
-
-
-def parameters(method: Any) -> Iterator[tuple[str, str, str, str]]:
-    """Name, type, default and description of every parameter of a method class."""
-    for name, field in method.__pydantic_fields__.items():
-        kind = field.annotation
-        yield (
-            name,
-            getattr(kind, "__name__", str(kind).replace("typing.", "")),
-            str(field.default),
-            field.description or "",
-        )
