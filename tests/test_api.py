@@ -148,7 +148,7 @@ def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeyp
     def refuse(*_):
         raise InputError("not installed")
 
-    with pytest.raises(InputError, match=r"a file \*\.onnx"):
+    with pytest.raises(InputError, match=r"an \.onnx file"):
         tersor.export(model, IMAGES, tmp_path / "model.xml")
     with pytest.raises(InputError, match=r"\(N, C, H, W\)"):
         tersor.export(model, IMAGES[0], tmp_path / "model.onnx")

@@ -232,7 +232,7 @@ def test_a_fraction_that_is_not_reached_says_by_how_much_and_because_of_which_la
     with pytest.raises(InputError) as caught:
         attached(network, keep_macs=0.3, round_to=4)
     told = str(caught.value)
-    assert f"keep_macs: 0.3 cannot be met: {left:.3f} remain without any removable channel, " in told
+    assert f"keep_macs: 0.3 cannot be met: {left:.3f} remain after all possible removals, " in told
     assert f", {left - 0.3:.3f} more than the target" in told
     assert f"Remaining fraction of all MACs: {spent['rnn'] / total:.3f} in rnn (no part of LSTM is removed), " in told
     share = spent["b"] / 4 / total

@@ -282,7 +282,7 @@ def test_what_just_fits_is_not_refused(model, options):
         ({"sparsity_schedule": "nowhere:function"}, "there is no module 'nowhere'"),
         (
             {"importance": "batchnorm", "granularity": "filter", "layers": ("linear",)},
-            "with a factor after linear",
+            "with a scale after linear",
         ),
     ],
 )

@@ -111,7 +111,7 @@ def test_code_that_a_folder_names_is_not_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "strange.py").write_text("import os\nos.mkdir('executed')\ndef data(): ...\n")
     recipe = "{model: {name: resnet20}, data: {name: 'strange:data'}, stages: [{name: a}]}"
-    with pytest.raises(InputError, match=r"Code named by a folder is never executed\. If the function is yours, write"):
+    with pytest.raises(InputError, match=r"Code of an artifact is never executed\. If the function is yours, write"):
         evaluate(folder_saying(tmp_path, recipe=recipe, numbers="{}"), None, None, progress=NullProgress())
     assert not (tmp_path / "executed").exists()
 

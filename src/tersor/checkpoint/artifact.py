@@ -142,7 +142,7 @@ def read_artifact(path: Path | str) -> Artifact:
     path = Path(path)
     if path.is_file():
         if path.suffix not in _BARE:
-            raise InputError(f"{path} is not a model. Pass the folder of an artifact, or a file {' or '.join(_BARE)}.")
+            raise InputError(f"{path} is not a model. Pass the folder of an artifact, or an {' or '.join(_BARE)} file.")
         refuse_outside(path)
         return Artifact(path, path, {path.name: path})
     if not path.is_dir():

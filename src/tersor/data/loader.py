@@ -94,7 +94,7 @@ class Loader:
             if not len(images):
                 raise InputError("a batch of the data is empty. Leave empty batches out.")
             if not images.is_floating_point():
-                raise InputError(f"a batch of the data is of {images.dtype}. Pass normalized floating-point images.")
+                raise InputError(f"a batch of the data has type {images.dtype}. Pass normalized floating-point images.")
             yield Batch(images, None if self.classes is None else self._checked(unchecked_labels(batch), len(images)))
 
     def set_epoch(self, epoch: int) -> None:

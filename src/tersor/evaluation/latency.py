@@ -56,8 +56,8 @@ def predictions(session: Session, arrays: Iterable[Array]) -> Array:
     """
     if session.logits is None:
         raise InputError(
-            f"the file has the outputs {', '.join(session.outputs)}, and it is not clear which one is the logits. "
-            "Return them under the key 'logits', or the logits alone, and export again."
+            f"the file has the outputs {', '.join(session.outputs)}, and it is not clear which one contains the "
+            "logits. Return them under the key 'logits', or the logits alone, and export again."
         )
     classes: list[Array] = [np.empty(0, np.int64)]
     for array in arrays:

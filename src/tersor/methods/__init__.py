@@ -84,7 +84,7 @@ def _of_the_user(name: str) -> type[Method]:
             raise  # the module is there and lacks something of its own: that is the error to show
         raise InputError(
             f"method '{name}': there is no module '{error.name}'. Write package.module:Class, where Python finds the "
-            "package: installed, or in a folder that PYTHONPATH names."
+            "package: installed, or in a folder on PYTHONPATH."
         ) from None
     found = getattr(module, attribute, None)
     if not _is_method(found):

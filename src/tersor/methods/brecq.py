@@ -15,7 +15,8 @@ needs a few hundred images and no labels. `quantization/reconstruction.py` has t
 As in QDrop, activation steps are learned together with the rounding, on rounded activations; `drop` is the share of
 them, and of the block's input, that stays in float in each iteration (QDrop: 0.5). BRECQ's paper learns the rounding on
 activations in float, and the steps afterwards. QDrop found learning both together better, and so did we: a W4A4
-ResNet-20 classifies 94.3 and 94.5 % of the validation images correctly, against 93.8 % one after the other.
+ResNet-20 classifies 94.3 and 94.5 % of the validation images correctly, compared with 93.8 % if they are learned one
+after the other.
 
 BRECQ's paper weights the error by the squared gradient of the task loss (Fisher). Its released code does not by
 default, and neither does this. The papers run 20,000 iterations per block; the default here is 2,000 at ten times the

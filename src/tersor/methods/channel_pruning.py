@@ -9,20 +9,21 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
 This is `magnitude`; `pruning/channel_importance.py` has the formulas and papers of the others, and accepts your own
 function. Channels are removed in blocks that leave a multiple of `round_to`, since runtimes are slow at odd widths: a
 ResNet-18 with 47 % of its channels removed took 17.6 ms in ONNX Runtime unrounded, 6.7 ms with 50 % removed and rounded
-to 8 (bench/pruning_rounding.py measures 1, 4, 8 and 16). The next block is that of the group that has lost the smallest
-fraction (scope `layer`), or the one with the lowest importance (`global`; `obs` per saved cost), until the budget is
-met. No group falls below `floor`.
+to 8 (bench/pruning_rounding.py measures 1, 4, 8 and 16). Until the budget is met, scope `layer` takes the next block
+from the group that has lost the smallest fraction, and `global` takes the block with the lowest importance (for `obs`,
+per saved cost). No group falls below `floor`.
 
-`keep_latency` is a fraction of the latency, at batch size 1 in the target's runtime, of the network before the stage:
-copies with a few fractions of the MACs are timed in interleaved rounds with it (`latency_ratio.py`).
+`keep_latency` is a fraction of the latency that the network had before the stage, at batch size 1 in the target's
+runtime. Copies with a few fractions of the MACs are timed against that network in interleaved rounds
+(`latency_ratio.py`).
 
 With `branches`, that number of residual branches is removed first (`pruning/residual_branches.py`): those with the
-smallest change of the logits per saved MAC (or parameter). With half of a ResNet-56's MACs removed by `obs` and
-`global`, it takes 1.05 of the time of one with half of every layer (ONNX Runtime, AVX2, batch 32); with two branches
-removed first, 0.99.
+smallest change of the logits per saved MAC (or parameter). A ResNet-56 from which `obs` and `global` removed half of
+the MACs takes 1.05 of the time of one that lost half of every layer (ONNX Runtime, AVX2, batch 32); with two branches
+removed first, it takes 0.99.
 
 The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`), and BatchNorm
-statistics are moved so that mean and spread of its outputs on training images are kept
+statistics are adjusted so that the mean and spread of BatchNorm outputs on training images are kept
 (`graph/batchnorm_statistics.py`).
 
 DepGraph's code also weights the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
@@ -119,7 +120,7 @@ class ChannelPruning:
     estimation_images: Annotated[
         int, Field(ge=1, description="images for the least-squares fit and BatchNorm statistics")
     ] = 1024
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="of `importance: random`")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of `importance: random`")] = 0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Capture the network and remove channels; every Parameter stays the same object.
@@ -256,7 +257,7 @@ class ChannelPruning:
         reasons = explain_shortfall(graph, shares, cuts, unprunable, self.exclude)
         finer = ", or a lower `floor` or `round_to`" if self.floor or self.round_to > 1 else ""
         return InputError(
-            f"keep_{budget.kind}: {keep:g} cannot be met: {fraction:.3f} remain without any removable channel, "
+            f"keep_{budget.kind}: {keep:g} cannot be met: {fraction:.3f} remain after all possible removals, "
             f"{fraction - keep:.3f} more than the target. Remaining fraction of all {what}: {reasons}. Write "
             f"{math.ceil(1000 * fraction) / 1000:.3f} or more{finer}."
         )

@@ -8,17 +8,17 @@ Gradients for Pruned Weights", 2021 (arXiv 2109.04660).
     KL   = T^2 * KL of softmax(./T), T = 2; the first argument is detached
 
 z (N, classes) are the logits of the masked network, z' those of the dense one. The masks are updated as in `dpf`. The
-paper describes only the refined gradient. The authors' code has two more parts, which can be switched off here:
-BatchNorm and head of its own for the dense path (`own_norms`), and mutual distillation of both paths (`mutual`) after
-70 of 300 epochs. Without `refined_gradient` both paths update all weights, as the code's other settings do.
+paper describes only the refined gradient. The authors' code has two more parts, which can be switched off here: a
+separate BatchNorm and head for the dense path (`own_norms`), and mutual distillation of both paths (`mutual`) after 70
+of 300 epochs. Without `refined_gradient` both paths update all weights, as the code's other settings do.
 
 A step runs the network twice, at twice the cost. The dense path's own modules start as copies of the network's and are
-discarded at the end of the stage. The dense path is not quantized where `qat` quantizes the network. Its labels' loss
-has the weight 1, and no teacher.
+discarded at the end of the stage. The dense path is not quantized where `qat` quantizes the network. The dense path has
+a label loss of weight 1 and no teacher.
 
 The code's sparsity rises per epoch, here per step. The code adds 1e-7 to probabilities; the logarithms here do not need
 it. The paper's checkpoints are the best on the test set, partly from before the final sparsity; here the stage ends
-exactly at it.
+exactly at the final sparsity.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class DCIL:
     refined_gradient: Annotated[
         bool, Field(description="train masked weights on the dense path only, and the others on the masked path only")
     ] = True
-    own_norms: Annotated[bool, Field(description="BatchNorm and head of its own for the dense path")] = True
+    own_norms: Annotated[bool, Field(description="separate BatchNorm and head for the dense path")] = True
     mutual: Annotated[bool, Field(description="mutual distillation of both paths")] = True
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage before `mutual`")] = 0.23
     every: Annotated[int, Field(ge=1, description="steps between two mask updates")] = 16

@@ -7,11 +7,11 @@ Lin, Stich, Barba, Dmitriev and Jaggi, "Dynamic Model Pruning with Feedback", IC
     m     = |w| among the largest       of all convolutions together, every 16 steps
     s_t   = s + (s_0 - s) * (1 - t / t_n)^3    until t_n, then s; s_0 is the sparsity before the stage, usually 0
 
-A weight that was masked by mistake grows and comes back: the difference of w and w_hat is the error that is fed back.
-t_n is the second drop of the learning rate, at 0.75 of the paper's 300 epochs. The final network is m * w.
+A weight that was masked by mistake grows and comes back: the difference between w and w_hat is the error that is fed
+back. t_n is the second drop of the learning rate, at 0.75 of the paper's 300 epochs. The final network is m * w.
 
-The authors' code was not found. Two reimplementations disagree after t_n: INCHEON-CHO fixes the masks, Kim et al.
-(DCIL) renew them. The paper's algorithm renews the mask to the end at constant sparsity; so does this file.
+The authors' code was not found. Two reimplementations disagree after t_n: INCHEON-CHO keeps the masks constant, Kim et
+al. (DCIL) renew them. The paper's algorithm renews the mask to the end at constant sparsity; so does this file.
 INCHEON-CHO's code squares weights, which gives the same order, and masks up to a threshold; here the sparsity is exact,
 with ties by index. The first mask is set after `every` steps, and the last layer is dense, as in both codes.
 """

@@ -132,7 +132,7 @@ class FactorTransfer:
     paraphrase_rate: Annotated[float, Field(gt=0, description="k: channels of the factor / channels of the layer")] = (
         0.5
     )
-    p: Annotated[Literal[1, 2], Field(description="power of the difference of the factors")] = 1
+    p: Annotated[Literal[1, 2], Field(description="power of the difference between the factors")] = 1
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 11.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
     reconstruction: Annotated[Reconstruction, Field(description="error that the paraphraser minimizes")] = "absolute"

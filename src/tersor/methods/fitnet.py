@@ -7,10 +7,10 @@ Romero, Ballas, Kahou, Chassang, Gatta and Bengio, "FitNets: Hints for Thin Deep
 
 The paper first trains the student up to the layer with this loss only, then the whole network with soft targets: two
 stages, the first with `label_weight: 0`. Later implementations (RepDistiller, mdistiller) use both losses at once, with
-the mean over all elements, weight 100, a middle layer, and a regressor with BatchNorm and ReLU. The mean here is
-theirs; without BatchNorm in the regressor, a weight of 100 keeps a ResNet-20 from learning anything, so the default is
-10. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A student that was pruned from
-its teacher has the same channels along the residual stream and needs no regressor: `regressor: false`.
+the mean over all elements, weight 100, a middle layer, and a regressor with BatchNorm and ReLU. The mean here is the
+same as theirs; without BatchNorm in the regressor, a weight of 100 keeps a ResNet-20 from learning anything, so the
+default is 10. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A student that was
+pruned from its teacher has the same channels along the residual stream and needs no regressor: `regressor: false`.
 """
 
 from __future__ import annotations

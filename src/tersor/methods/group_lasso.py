@@ -4,15 +4,15 @@ Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023. Use it in a 
 then removes channels that are almost zero.
 
     W.grad += strength * gamma_c * W[c]            for every layer W (C_out, C_in, ...) with slices of channel c:
-                                                   rows, columns, the factor of a BatchNorm
+                                                   rows, columns, the scale of a BatchNorm
     gamma_c = 2^(alpha * (I_max - I_c) / (I_max - I_min))          from 1, the most important, to 2^alpha = 16
     I_c     = sqrt of the mean over the layers of ||W[c]||_2^2, of the group
 
 The paper's regularizer is the sum of gamma_c * I_c with I_c = sum over the layers of ||W[c]||_2^2. The authors' code
 (GroupNormPruner of torch-pruning), which this file follows, takes the root of I_c for gamma, and leaves the factor 2 of
-the gradient to `strength`. Neither divides by the norm: despite its name it is a weighted L2 penalty, no lasso. Biases
-are not decayed. If all channels are equally important, the code's gamma is 0 / 0, here 1. The code's default strength
-is 1e-4; the paper's CIFAR runs use 5e-4.
+the gradient to `strength`. Neither divides by the norm: despite its name it is a weighted L2 penalty, not a lasso.
+Biases are not decayed. If all channels are equally important, the code's gamma is 0 / 0, here 1. The code's default
+strength is 1e-4; the paper's CIFAR runs use 5e-4.
 """
 
 from __future__ import annotations

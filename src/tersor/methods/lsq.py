@@ -12,8 +12,8 @@ The paper has one step per weight tensor, and uses the point -2^(b-1) too. Here 
 (`per_channel: false` is the paper's), and learning starts from the grids of an earlier stage if there is one. In the
 paper activations are positive and their steps start like those of weights. Here they may be negative, have a zero
 point, and start from the range with the smallest squared error, as in LSQ+. `offset: true` learns that zero point. As
-in the paper, N is the number of weights that share a step, and the number of activations in one image; the code in
-circulation counts those of the whole batch.
+in the paper, N is the number of weights that share a step, and the number of activations in one image; common
+reimplementations count those of the whole batch.
 
 As in the paper, the first and last layer have 8 bits. At the end the steps become constants, which are exported.
 """

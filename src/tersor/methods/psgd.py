@@ -20,11 +20,12 @@ by a larger learning rate.
 
 The paper has s = lambda * (d + epsilon), its code no epsilon, so a weight on its point does not move; the same holds
 here. The code's lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence
-`mean_scale`. Its grid spans a whole layer and a running mean of the largest weight: `per_channel: false` with `range:
-running`. By default the grid is that of `ptq` with the same `first_last_bits` and `weight_range: minmax`; note that
-`ptq` clips below 8 bits by default if the network has BatchNorm. Below 4 bits, the first and last layer aim at 8 bits,
-as in the code, and as in `ptq` by default. The code also trains 2 bits without weight decay (write `optimizer:
-{weight_decay: 0}`), and gives the classifier's bias a grid. Here biases have none, because they run in 32 bits.
+`mean_scale`. Its grid is shared by a whole layer and reaches to a running mean of the largest weight; here that is
+`per_channel: false` with `range: running`. By default the grid is that of `ptq` with the same `first_last_bits` and
+`weight_range: minmax`; note that `ptq` clips below 8 bits by default if the network has BatchNorm. Below 4 bits, the
+first and last layer aim at 8 bits, as in the code, and as in `ptq` by default. The code also trains without weight
+decay at 2 bits (write `optimizer: {weight_decay: 0}`), and gives the classifier's bias a grid. Here biases have none,
+because they have 32 bits in the exported file.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ def _track(name: str, layer: Layer, per_channel: bool) -> None:
         parametrize.register_parametrization(layer, "weight", tracker)
     elif bool(tracked.largest.ndim) != per_channel:
         raise InputError(
-            f"an earlier psgd stage tracks {name} with another per_channel. Write the same per_channel as there."
+            f"an earlier psgd stage used a different per_channel for {name}. Write the same per_channel as there."
         )
 
 

@@ -82,7 +82,9 @@ class SoftTargets:
     label_weight: Annotated[
         float, Field(ge=0, description="factor on the cross entropy with the labels; 0 needs no labels")
     ] = 0.1
-    standardize: Annotated[bool, Field(description="normalize each image's logits to mean 0 and deviation 1")] = False
+    standardize: Annotated[
+        bool, Field(description="normalize each image's logits to mean 0 and standard deviation 1")
+    ] = False
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Add the loss; changes nothing in `model`.

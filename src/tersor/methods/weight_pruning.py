@@ -11,16 +11,16 @@ Gupta, "To prune, or not to prune", 2017 (arXiv 1710.01878: gradual pruning).
 
 Four parameters: which weights are masked first (`importance`, see `tersor.pruning.weight_importance`), in each layer or
 in all together (`scope`), in which units (`granularity`), and when (`sparsity_schedule`). Importance and schedule can
-be your own function: an importance takes those of `weight` (C_out, C_in, ...), `name` and `layer` that it accepts, and
-returns scores; a schedule takes the progress from 0 to 1 and returns the fraction of the rise.
+be your own function: an importance function may take any of the arguments `weight` (C_out, C_in, ...), `name` and
+`layer`, and returns scores; a schedule function takes the progress from 0 to 1 and returns the fraction of the rise.
 
 Masked weights have no gradient, are not moved by momentum or weight decay, and stay masked: the masks are nested. Where
 masks of an earlier stage do not fit the units of this one (other granularity, N:M, sparser layers), the sparsity is
-higher than requested. Zhu and Gupta let a masked weight come back through its gradient, which is zero in their
-graph, too; `dpf` lets it come back. With N:M, N of any M weights along the input channels remain (NVIDIA's sparse
-tensor cores use 2:4); as in NVIDIA's ASP, layers are not masked if their number of input channels is not a multiple of
-M. A masked filter's BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes are not faster:
-`channel_pruning` removes channels.
+higher than requested. In Zhu and Gupta's method a masked weight could come back only through its gradient, which is
+zero in their graph as well; `dpf` lets weights come back. With N:M, N of any M weights along the input channels remain
+(NVIDIA's sparse tensor cores use 2:4); as in NVIDIA's ASP, layers are not masked if their number of input channels is
+not a multiple of M. A masked filter's BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes
+are not faster: `channel_pruning` removes channels.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class WeightPruning:
         for name in layers if self.importance == "batchnorm" else ():
             if name not in norms or not norms[name].affine:
                 raise InputError(
-                    f"importance: batchnorm needs a BatchNorm with a factor after {name}, but there is none. "
+                    f"importance: batchnorm needs a BatchNorm with a scale after {name}, but there is none. "
                     f"Write layers that have one, or another importance: {', '.join(IMPORTANCES)}."
                 )
         insert_masks(layers, "masked", "weight_pruning")

@@ -178,10 +178,10 @@ def onnx_path(path: object) -> Path:
         InputError: it is not a path `*.onnx` in an existing folder.
     """
     if not isinstance(path, str | os.PathLike):
-        raise InputError(f"the path is of type {type(path).__name__}. Pass the path of a file *.onnx.")
+        raise InputError(f"the path is of type {type(path).__name__}. Pass the path of an .onnx file.")
     path = Path(cast("str", path))
     if "\0" in str(path) or path.suffix != ".onnx" or not path.parent.is_dir():
-        raise InputError(f"cannot write {str(path)!r}. Possible: a file *.onnx in an existing folder.")
+        raise InputError(f"cannot write {str(path)!r}. Possible: an .onnx file in an existing folder.")
     return path
 
 

@@ -128,7 +128,7 @@ def _source(artifact: Artifact, data: str | None) -> dict[str, Any]:
     source = read(recipe).data
     if source.name is not None and is_function_path(source.name):
         raise InputError(
-            f"the recipe in {artifact.path} loads images with the function '{source.name}'. Code named by a folder is "
+            f"the recipe in {artifact.path} loads images with the function '{source.name}'. Code of an artifact is "
             f"never executed. If the function is yours, write --data {source.name}."
         )
     return source.model_dump(exclude={"augment", "mean", "std"})

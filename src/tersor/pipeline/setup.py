@@ -185,7 +185,7 @@ def _check_answers(experiment: Experiment, network: nn.Module, name: str) -> Non
         needed += "Write a function package.module:function that wraps the network and returns its logits alone."
     else:
         needed += f"Write num_classes: {classes}, and weights of such a network."
-    raise InputError(f"{name} returns for two images {described(logits)}, and the data has {classes} classes: {needed}")
+    raise InputError(f"for two images {name} returns {described(logits)}, but the data has {classes} classes: {needed}")
 
 
 def _refuse_labels_from_one(data: Splits, whose: str) -> None:
@@ -194,7 +194,7 @@ def _refuse_labels_from_one(data: Splits, whose: str) -> None:
         return
     last = int(labels.max())
     raise InputError(
-        f"the labels range from 1 to {last}; class 0 has no image. The data counts as {last + 1} classes, and {whose} "
+        f"the labels range from 1 to {last}; class 0 has no image. The data is read as {last + 1} classes, but {whose} "
         f"has {last}. Number the classes from 0 to {last - 1}: subtract 1 from every label. If class 0 is meant to "
         f"have no image, the network needs {last + 1} logits, and weights for them."
     )

@@ -83,8 +83,8 @@ def removable_groups(
     if not chosen:
         reasons = "".join(f" {root}: {reason}." for root, reason in list(unprunable.items())[:_REASONS])
         raise InputError(
-            f"no channel of {type(graph).__name__} can be removed.{reasons} Possible: weight_pruning, which masks"
-            + (", or a shorter `exclude`." if exclude else ".")
+            f"no channel of {type(graph).__name__} can be removed.{reasons} Possible: weight_pruning, which masks "
+            "weights instead" + (", or a shorter `exclude`." if exclude else ".")
         )
     return chosen, unprunable
 
@@ -106,7 +106,7 @@ def refuse_parametrized(graph: fx.GraphModule, method: str) -> None:
             )
         if isinstance(module, FakeQuantize) or parametrize.is_parametrized(module):
             raise InputError(
-                f"{name or 'the network'} is masked or quantized already, and channels are removed before. "
+                f"{name or 'the network'} is masked or quantized already, but channels are removed before that. "
                 f"Write {method} in a stage before weight_pruning, ptq and qat."
             )
 

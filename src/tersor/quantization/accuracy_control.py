@@ -52,7 +52,8 @@ class _Reference:
                 break
         if not self.images:
             raise InputError(
-                f"{method} reads the data several times, and it cannot be read again. Pass a DataLoader or a list."
+                f"{method} reads the data several times, but the data cannot be read again. "
+                "Pass a DataLoader or a list."
             )
         self.logits = self.logits_of(self.images)
         known = [each for each in labels if each is not None]

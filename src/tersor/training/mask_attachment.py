@@ -84,7 +84,7 @@ def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -
     for name, layer in layers.items():
         if any(isinstance(each, FakeQuantize) for each in parametrizations_of(layer)):
             raise InputError(
-                f"the weight of {name} is quantized already, and masks come before quantizers, which keep zeros. "
+                f"the weight of {name} is quantized already, but masks come before quantizers. "
                 f"Write {method} before ptq and qat."
             )
     for layer in layers.values():
