@@ -135,8 +135,8 @@ def test_a_clock_that_is_no_clock_is_passed_over(checkpoints, clock):
 
 
 @pytest.mark.parametrize("record", [{}, {"stages": 1}, {"stages": [1]}, {"stages": {"a": {}}}])
-def test_stages_of_another_shape_are_told(checkpoints, told):
-    checkpoints.save(1, "train", step=1, done=True, tensors={}, structure={}, record=told)
+def test_stages_of_another_shape_are_told(checkpoints, record):
+    checkpoints.save(1, "train", step=1, done=True, tensors={}, structure={}, record=record)
     with pytest.raises(InputError, match="does not belong to this run"), restoring("01"):
         _ = checkpoints.end_of(1).stages
 

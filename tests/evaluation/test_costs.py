@@ -85,7 +85,7 @@ def test_inference_mode_is_off_between_batches():
 
 
 def test_accuracy_of_no_images():
-    with pytest.raises(InputError, match="no images"):
+    with pytest.raises(InputError, match="without images"):
         accuracy(Largest(), [])
 
 
