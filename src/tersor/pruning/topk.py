@@ -39,8 +39,8 @@ def check_granularity(text: str) -> str:
     if text in UNITS or n_of_m(text) is not None:
         return text
     raise InputError(
-        f"unknown granularity '{text}'. Possible: {', '.join(UNITS)}, or N:M such as 2:4 (N of any M weights remain, "
-        "0 < N < M)."
+        f"unknown granularity '{text}'. Possible: {', '.join(UNITS)}, or N:M such as 2:4 (N of every M consecutive "
+        "weights remain, 0 < N < M)."
     )
 
 
