@@ -58,7 +58,10 @@ def test_the_steps_create_a_method_and_a_test():
     assert len(COMMANDS) == 2
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(each, marks=[pytest.mark.slow] if "tests/laws" in each else []) for each in COMMANDS],
+)
 def test_the_commands_succeed(command, checkout):
     python, *arguments = shlex.split(command)
     assert python == ".venv/bin/python"

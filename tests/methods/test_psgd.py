@@ -177,7 +177,7 @@ def test_tracking_leaves_the_weight_unchanged():
     assert torch.equal(model(images), before)
     PSGD(range="running").attach(model, AttachContext(steps=1))
     assert sum(isinstance(each, RunningLargest) for each in parametrizations_of(model[0])) == 1
-    with pytest.raises(InputError, match="another per_channel"):
+    with pytest.raises(InputError, match="different per_channel"):
         PSGD(range="running", per_channel=False).attach(model, AttachContext(steps=1))
 
 
