@@ -123,6 +123,6 @@ def test_a_run_measures_once_and_tells(tmp_path, monkeypatch):
     folder = run(parse(RECIPE, "latency.yaml"), out=tmp_path / "out")
     (told,) = json.loads((folder / "numbers.json").read_text())["stages"]
     assert 0 < noisy.asked <= 8
-    assert any("of the latency at batch size 1" in note for note in told["notes"])
+    assert any("of the measured latency at batch size 1" in note for note in told["notes"])
     again = load(build(10), folder)
     assert again(IMAGE.repeat(1, 1, 2, 2)).shape == (1, 10)
