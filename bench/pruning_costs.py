@@ -47,7 +47,8 @@ from tersor.training.objective import Objective
 RESULT = "pruning_costs"
 BATCH, EVERY, ROUNDS, WARM_ROUNDS = 128, 16, 12, 1
 SPARSITY, STEPS = 0.95, 100_000
-"""The length of the stage, so long that every round lies on its ramp; it starts where half is masked."""
+"""Final sparsity, and steps of the stage: so many that all timed steps are within the ramp. Timing starts at half of
+the final sparsity."""
 METHODS: dict[str, Any] = {
     "weight_pruning": WeightPruning(sparsity=SPARSITY, scope="global", sparsity_schedule="cubic", every=EVERY),
     "dpf": DPF(sparsity=SPARSITY, every=EVERY),

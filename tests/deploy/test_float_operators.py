@@ -9,7 +9,6 @@ from torch import nn
 
 from tersor.deploy.float_operators import float_operators
 from tersor.methods.ptq import PTQ
-from tersor.quantization.integer_coverage import integer_coverage
 from tersor.training.context import AttachContext
 
 IMAGES = torch.rand(4, 3, 8, 8)
@@ -24,7 +23,7 @@ def network():
 def test_the_operators_in_float_are_plain_values_with_a_warning():
     attached = PTQ().attach(network(), AttachContext(data=[IMAGES]))
     attached.begin()
-    entries, warning = float_operators(attached.model, IMAGES), integer_coverage(attached.model, IMAGES).warning
+    entries, warning = float_operators(attached.model, IMAGES)
     total = 3 * 8 * 64 + 8 * 8 * 64 + 512 * 10
     expected = {"name": "2", "kind": "ConvTranspose2d", "reason": "ConvTranspose2d is not supported"}
     assert entries["float_operators"] == [{**expected, "macs": 4096, "share": 4096 / total}]

@@ -130,6 +130,9 @@ def measure(
         number: _stage_results(contenders[name], answers[name], labels, timings, name) for number, name in names.items()
     }
     of_stages[len(records)] = _stage_results(contenders["artifact"], answers["artifact"], labels, timings, "artifact")
+    in_float, warning = float_operators(model, example)
+    if warning is not None:
+        progress.say(f"warning: {warning}")
     fastest = {size: timings.fastest(candidates.values(), size) for size in BATCH_SIZES}
     numbers = {
         "version": VERSION,
@@ -143,7 +146,7 @@ def measure(
         "baseline": {
             str(size): {key: measured[name][key] for key in ("runtime", "precision")} for size, name in fastest.items()
         },
-        "artifact": measured["artifact"] | float_operators(model, example),
+        "artifact": measured["artifact"] | in_float,
         "agreement_with_torch": agreement(torch.from_numpy(answers["artifact"]), in_torch),
         "speedup": {
             "original": _speedups(timings, dict.fromkeys(BATCH_SIZES, "original"), "artifact"),

@@ -1,7 +1,7 @@
 """Comparing rewrites: a network's outputs on a few images before and after.
 
 Capturing, splitting, freezing, equalizing and inserting disabled quantizers do not change the outputs, except for the
-summation order in float32. Each of them relies on the types and shapes of modules, which may not tell everything. If
+summation order in float32. Each rewrite is chosen by the types and shapes of modules, which can be insufficient. If
 the outputs change, the rewrite is undone and reported, or refused.
 """
 

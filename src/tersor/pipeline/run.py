@@ -31,7 +31,6 @@ from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.pipeline.latency_cache import CachedLatencyRatio
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages, stage_models, train_teacher
-from tersor.quantization.integer_coverage import integer_coverage
 from tersor.quantization.quantizers import find_quantizers
 from tersor.recipe import Recipe
 from tersor.report.analysis.evidence import collect_evidence
@@ -169,9 +168,6 @@ def _fill(
     assert results.agreement_with_torch is not None
     if results.agreement_with_torch < _AGREEMENT:
         progress.say(_disagreement(results.agreement_with_torch, compressed))
-    warning = integer_coverage(compressed, example).warning
-    if warning is not None and results.artifact.integer_macs_share is not None:
-        progress.say(f"warning: {warning}")
     (folder / "numbers.json").write_text(results.to_json())
     evidence = collect_evidence(
         original,

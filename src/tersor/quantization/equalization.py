@@ -97,7 +97,7 @@ def _reads_channels(first: Layer, second: Layer) -> bool:
 
 
 def _equalize(pair: _Pair) -> float:
-    """Applies one factor per channel; returns the largest distance of a factor from 1."""
+    """Scale each channel by a factor, and return the largest difference of a factor from 1."""
     first, second = pair.first.weight, pair.second.weight
     produced = channel_maxima(first)
     if pair.norm is not None:

@@ -25,7 +25,7 @@ class Call:
         name: of the function, method or module class that it calls: `conv2d`.
         args: tensors as `TrackedShape`, everything else as recorded.
         kwargs: the same.
-        output: the recorded output, with `Shape` in the place of tensors.
+        output: the recorded output, with a `Shape` instead of each tensor.
         module: the module that it calls, if any.
     """
 

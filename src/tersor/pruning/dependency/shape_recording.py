@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 Recorded = dict[fx.Node, Any]
-"""Node -> its value, with `Shape` in the place of tensors."""
+"""Value of each node, with a `Shape` instead of each tensor."""
 
 
 class Shape(tuple[int, ...]):
