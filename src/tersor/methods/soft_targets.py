@@ -6,8 +6,8 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arX
     L = loss_weight * T^2 * KL(p_T(z_teacher) || p_T(z_student)) + label_weight * CE(z_student, y)
 
 Logits are (N, classes). KL is summed over the classes and averaged over the batch; the teacher has no gradient. T^2
-multiplies only the KL term: the gradient of the soft targets decreases as 1 / T^2, so without it the effective weight would
-depend on the temperature. The paper prescribes no weights; 0.9 and 0.1 are those of the common implementations
+multiplies only the KL term: the gradient of the soft targets decreases as 1 / T^2, so without it the effective weight
+would depend on the temperature. The paper prescribes no weights; 0.9 and 0.1 are those of the common implementations
 (Zagoruyko's attention-transfer, RepDistiller).
 
 `standardize` (Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024) normalizes each image's logits
