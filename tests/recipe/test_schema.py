@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import pytest
+from example_recipe import WHOLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
@@ -19,25 +20,6 @@ from tersor.methods.soft_targets import SoftTargets
 from tersor.recipe import DataSource, Network, Recipe, Stage, Teacher, parse, read, schema, write
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.options import LearningRateSchedule, OptimizerOptions, Training
-
-WHOLE = """\
-# from a trained network to an artifact
-model: {name: resnet20, num_classes: 10}
-teacher: {name: resnet56, num_classes: 10, weights: teacher.safetensors}
-data: {folder: data/cifar10}
-target: {runtime: openvino}
-stages:
-  - name: distil
-    epochs: 30
-    clip_norm: 1e-4
-    methods: [{soft_targets: {temperature: 3, loss_weight: 0.5}}]
-  - name: quantize
-    optimizer:
-      name: adamw
-    methods:
-      - ptq:
-          bits: 4
-"""
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)

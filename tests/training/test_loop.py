@@ -3,9 +3,6 @@ from __future__ import annotations
 import copy
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from tersor.training.loop import fit
 from tersor.training.objective import LossTerm
 from tersor.training.options import LearningRateSchedule, OptimizerOptions, Training
 from tersor.training.schedule import steps_per_epoch
+from two_processes import run_in_two_processes
 
 STEADY = LearningRateSchedule(name="constant")
 PLAIN_SGD = OptimizerOptions(learning_rate=0.1, momentum=0, nesterov=False, weight_decay=0)
@@ -480,20 +478,7 @@ torch.save(weights(model), sys.argv[2])
 
 @pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates_twice_as_many_batches(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    script = SHARE.format(here=str(Path(__file__).parent))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / str(rank))],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
+    first, second = run_in_two_processes(SHARE.format(here=str(Path(__file__).parent)), tmp_path)
     alone = linear()
     training = Training(optimizer=PLAIN_SGD, lr_schedule=STEADY, precision="float32", accumulate=4, clip_norm=0.5)
     fit(Attachment(alone), Toy(), training, steps=6)

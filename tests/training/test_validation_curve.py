@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +25,7 @@ from tersor.training.attachment import Attachment
 from tersor.training.loop import fit
 from tersor.training.options import Training
 from tersor.training.validation_curve import ValidationCurve
+from two_processes import run_in_two_processes
 
 EPOCH = 8  # steps, of Toy
 
@@ -203,19 +200,6 @@ torch.save(torch.tensor(curve.values, dtype=torch.float64), sys.argv[2])
 
 @pytest.mark.slow
 def test_the_first_process_measures_for_all(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    script = SHARE.format(here=str(Path(__file__).parent))
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / str(rank))],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
+    first, second = run_in_two_processes(SHARE.format(here=str(Path(__file__).parent)), tmp_path)
     assert len(first) == 2
     assert torch.equal(first, second)
