@@ -50,10 +50,8 @@ def test_the_ratio_of_measured_times_is_returned_and_reported(runtime, monkeypat
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
     monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
     recorded = RecordedLines()
-    less, more = (
-        latency_ratio.latency_ratio(net(width), net(2), IMAGE, Target(runtime=runtime), seconds=0.5, progress=recorded)
-        for width in (0, 4)
-    )
+    ratio = latency_ratio.latency_ratio(net(2), IMAGE, Target(runtime=runtime), seconds=0.5, progress=recorded)
+    less, more = ratio(net(0)), ratio(net(4))
     small, middle, large = sorted(set(sizes))
     assert less == pytest.approx(small / middle)
     assert more == pytest.approx(large / middle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,42 +19,47 @@ from tersor.evaluation.session import open_session
 
 
 def latency_ratio(
-    network: nn.Module,
     original: nn.Module,
     example: Tensor,
     target: Target,
     *,
     seconds: float = 4.0,
     progress: ProgressReporter = NO_PROGRESS,
-) -> float:
-    """Export both networks and time them in interleaved rounds at batch size 1, at the runtime's default precision.
+) -> Callable[[nn.Module], float]:
+    """Export a network, to time others against it in interleaved rounds at batch size 1.
+
+    Both run at the runtime's default precision, so that only their shapes differ.
 
     Args:
-        network: the network to measure.
-        original: the network that it is compared with.
+        original: the network that others are compared with, as it is now.
         example: one image (1, C, H, W), normalized as for the networks.
         target: the runtime.
         seconds: time limit of the rounds, as for `measure_latency`.
-        progress: reports the ratio in one line.
+        progress: reports each ratio in one line.
 
     Returns:
-        The latency of `network` divided by that of `original`.
+        A function of a network: its latency divided by that of `original`.
 
     Raises:
         InputError: a network cannot be exported, or the runtime is not installed or cannot run it.
     """
+    folder = TemporaryDirectory()  # deleted with the returned function
     image = np.ascontiguousarray(example[:1].cpu().float().numpy())
-    with TemporaryDirectory() as folder:
-        files = {
-            name: export(each, example, Path(folder) / f"{name}.onnx", batch=batch_for(each, target))
-            for name, each in (("original", original), ("network", network))
-        }
+
+    def exported(network: nn.Module, name: str) -> Path:
+        return export(network, example, Path(folder.name) / name, batch=batch_for(network, target))
+
+    original_file = exported(original, "original.onnx")
+
+    def ratio(network: nn.Module) -> float:
+        files = {"original": original_file, "network": exported(network, "network.onnx")}
         sessions = {name: partial(open_session, file, target.runtime) for name, file in files.items()}
         timings = measure_latency(sessions, image, [1], seconds=seconds)
-    ratio = timings.ratio("network", "original", 1)
-    milliseconds = timings.spread("network", 1).median
-    progress.say(
-        f"{milliseconds:.2f} ms at batch 1 in {target.runtime}, {ratio.value:.3f} of the original's "
-        f"({ratio.low:.3f} to {ratio.high:.3f})"
-    )
-    return ratio.value
+        measured = timings.ratio("network", "original", 1)
+        progress.say(
+            f"{timings.spread('network', 1).median:.2f} ms at batch 1 in {target.runtime}, {measured.value:.3f} of the "
+            f"original's ({measured.low:.3f} to {measured.high:.3f})"
+        )
+        return measured.value
+
+    return ratio

@@ -266,7 +266,7 @@ def _budget(kind: str, keep: float, graph: fx.GraphModule, example: Tensor, cont
     original, latency = copy_graph(graph), context.latency
     with checked_forward(type(graph).__name__, example, captured=True):
         before = costs(graph, example)
-    ratio = (lambda network: latency(network, original, example, context.target)) if latency is not None else None
+    ratio = latency(original, example, context.target) if kind == "latency" and latency is not None else None
     return _Budget(kind, keep, original, before, example, ratio if kind == "latency" else None)
 
 

@@ -94,9 +94,8 @@ def run(
     with enough_memory(_MEMORY), writable(out), checkpoints.held(text, resume=resume):
         experiment = prepare(recipe, model=model, data=data, progress=progress)
         if not (resume or distributed.rank()):
-            (checkpoints.folder / latency_cache.FILE).unlink(
-                missing_ok=True
-            )  # of a run that was killed before a checkpoint
+            # left by a run that was killed before its first checkpoint
+            (checkpoints.folder / latency_cache.FILE).unlink(missing_ok=True)
         measure_ratio = partial(latency_ratio, progress=progress)
         cached = CachedLatencyRatio(measure_ratio, checkpoints.folder / latency_cache.FILE)
         experiment = replace(experiment, latency=cached)

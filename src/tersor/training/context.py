@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.target import Target
 
-LatencyRatio = Callable[[nn.Module, nn.Module, Tensor, Target], float]
-"""`ratio(network, original, example, target)`: the latency of a network as a fraction of the original's, both measured
-at batch size 1 in the target runtime on the image `example` (1, C, H, W).
+LatencyRatio = Callable[[nn.Module, Tensor, Target], Callable[[nn.Module], float]]
+"""`latency_ratio(original, example, target)(network)`: the latency of a network as a fraction of the original's, both
+measured at batch size 1 in the target runtime on the image `example` (1, C, H, W).
 """
 
 
