@@ -40,8 +40,8 @@ _HALF_BITS = 16
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A file measured in a runtime, and the costs of its network."""
+class File:
+    """A file in a runtime, and the costs of its network."""
 
     path: Path
     runtime: str
@@ -51,6 +51,88 @@ class Contender:
     def open(self) -> Session:
         """Open a session."""
         return open_session(self.path, self.runtime, precision=self.precision)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The measurements of all files, by name.
+
+    Attributes:
+        candidates: by runtime, the name of the original file at the default precision.
+        predictions: classes (N,) of the test images.
+        labels: (N,).
+        example: one image in the input format of the files.
+    """
+
+    files: Mapping[str, File]
+    sessions: Mapping[str, Session]
+    candidates: Mapping[str, str]
+    predictions: Mapping[str, Array]
+    timings: Timings
+    labels: torch.Tensor
+    example: Array
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """The fields of a `StageRecord` that are measured."""
+        file = self.files[name]
+        return {
+            "accuracy": self._agreement(name, self.labels),
+            "bytes": size_bytes(file.path),
+            "compressed_bytes": compressed_bytes(file.path),
+            "macs": file.costs.macs,
+            "sparsity": file.costs.sparsity,
+            "latency_ms": {str(size): asdict(self.timings.spread(name, size)) for size in BATCH_SIZES},
+            "speedup": self.speedups(dict.fromkeys(BATCH_SIZES, "original"), name),
+        }
+
+    def file(self, name: str) -> dict[str, Any]:
+        """The fields of a `FileResults`."""
+        file, session = self.files[name], self.sessions[name]
+        used = footprint(file.path, file.runtime, self.example, precision=file.precision)
+        return {
+            "runtime": file.runtime,
+            "precision": session.precision,
+            "batch": session.batch,
+            "accuracy": self._agreement(name, self.labels),
+            "agreement": self._agreement(name, torch.from_numpy(self.predictions["original"])),
+            "bytes": size_bytes(file.path),
+            "compressed_bytes": compressed_bytes(file.path),
+            "parameters": file.costs.parameters,
+            "macs": file.costs.macs,
+            "bit_operations": _bit_operations(file.costs, session.precision),
+            "sparsity": file.costs.sparsity,
+            "masked": file.costs.masked,
+            "peak_memory_bytes": used.peak_memory_bytes,
+            "load_ms": used.load_ms,
+            "latency_ms": {str(size): asdict(self.timings.spread(name, size)) for size in BATCH_SIZES},
+            "latency_runs_ms": {str(size): self.timings.groups[name][size] for size in BATCH_SIZES},
+        }
+
+    def speedups(self, slow: Mapping[int, str], fast: str) -> dict[str, Any]:
+        """By batch size: latency of `slow` over that of `fast`, with a 95 % interval."""
+        return {str(size): asdict(self.timings.ratio(name, fast, size)) for size, name in slow.items()}
+
+    def latency_results(self, seconds: float) -> dict[str, Any]:
+        """The fields of `Results` that compare the artifact with the original and the baseline."""
+        fastest = {size: self.timings.fastest(self.candidates.values(), size) for size in BATCH_SIZES}
+        return {
+            "baseline": {
+                str(size): {"runtime": self.files[name].runtime, "precision": self.sessions[name].precision}
+                for size, name in fastest.items()
+            },
+            "speedup": {
+                "original": self.speedups(dict.fromkeys(BATCH_SIZES, "original"), "artifact"),
+                "baseline": self.speedups(fastest, "artifact"),
+            },
+            "rounds": {
+                "time_limit_seconds": seconds,
+                "interval_width": NARROW,
+                "ended_by": {str(size): reason for size, reason in self.timings.ended_by.items()},
+            },
+        }
+
+    def _agreement(self, name: str, classes: torch.Tensor) -> float:
+        return agreement(torch.from_numpy(self.predictions[name]), classes)
 
 
 def arrays(batches: Batches, input_kind: str) -> Iterator[Array]:
@@ -96,149 +178,95 @@ def measure(
         The results, and the predicted classes (N,) of the original, the candidates and the artifact.
     """
     example = next(iter(test)).images[:1].contiguous()
-    contenders = {
-        "original": Contender(folder / "original.onnx", target.runtime, "float32", costs(original, example)),
-        "artifact": Contender(folder / "model.onnx", target.runtime, None, costs(model, example)),
+    files = {
+        "original": File(folder / "original.onnx", target.runtime, "float32", costs(original, example)),
+        "artifact": File(folder / "model.onnx", target.runtime, None, costs(model, example)),
     }
-    sessions = {name: contender.open() for name, contender in contenders.items()}
-    candidates: dict[str, str] = {}
-    for runtime, candidate in _candidates(contenders["original"]).items():
-        session = candidate.open()
-        candidates[runtime] = "original" if _alike(session, sessions["original"]) else runtime
-        if candidates[runtime] == runtime:
-            contenders[runtime], sessions[runtime] = candidate, session
-    entries = list(contenders)
-    names = {number: f"stage {number}" for number in stages or {}}
+    sessions = {name: file.open() for name, file in files.items()}
+    candidates = _add_candidates(files, sessions)
+    compared = list(files)
     for number, (network, path) in (stages or {}).items():
-        contenders[names[number]] = Contender(path, target.runtime, None, costs(network, example))
-        sessions[names[number]] = contenders[names[number]].open()
-    progress.start("test set in the runtime", len(contenders) + 1)
-    answers: dict[str, Array] = {}
-    for name, session in sessions.items():
-        answers[name] = predictions(session, arrays(test, target.input))
-        progress.advance()
-    in_torch = torch_predictions(model, test)
-    progress.advance()
-    progress.say("latency: interleaved rounds, batch " + ", ".join(map(str, BATCH_SIZES)))
-    pixels = next(arrays(test, target.input))[:1]
-    timings = _timed(contenders, list(candidates.values()), pixels, seconds)
-    labels = test.images.labels
-    measured = {
-        name: _entry(contenders[name], sessions[name], answers, name, labels, timings, pixels) for name in entries
-    }
-    of_stages = {
-        number: _stage_results(contenders[name], answers[name], labels, timings, name) for number, name in names.items()
-    }
-    of_stages[len(records)] = _stage_results(contenders["artifact"], answers["artifact"], labels, timings, "artifact")
+        name = f"stage {number}"
+        files[name] = File(path, target.runtime, None, costs(network, example))
+        sessions[name] = files[name].open()
+    measured = _measured(files, sessions, candidates, test, target, seconds, progress)
+    agreement_with_torch = agreement(torch.from_numpy(measured.predictions["artifact"]), torch_predictions(model, test))
     in_float, warning = float_operators(model, example)
     if warning is not None:
         progress.say(f"warning: {warning}")
-    fastest = {size: timings.fastest(candidates.values(), size) for size in BATCH_SIZES}
-    numbers = {
-        "version": VERSION,
-        "runtime": target.runtime,
-        "target": target,
-        "machine": machine(),
-        "seed": seed,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "original": measured["original"],
-        "candidates": {runtime: measured[name] for runtime, name in candidates.items()},
-        "baseline": {
-            str(size): {key: measured[name][key] for key in ("runtime", "precision")} for size, name in fastest.items()
-        },
-        "artifact": measured["artifact"] | in_float,
-        "agreement_with_torch": agreement(torch.from_numpy(answers["artifact"]), in_torch),
-        "speedup": {
-            "original": _speedups(timings, dict.fromkeys(BATCH_SIZES, "original"), "artifact"),
-            "baseline": _speedups(timings, fastest, "artifact"),
-        },
-        "rounds": {
-            "time_limit_seconds": seconds,
-            "interval_width": NARROW,
-            "ended_by": {str(size): reason for size, reason in timings.ended_by.items()},
-        },
-        "test_images": len(labels),
-        "stages": [
-            {**record.model_dump(exclude_unset=True), **of_stages.get(number, {})}
-            for number, record in enumerate(records, 1)
-        ],
-        **data,
-    }
-    return Results.model_validate(numbers), {name: answers[name] for name in entries}
+    by_file = {name: measured.file(name) for name in compared}
+    by_stage = {number: measured.stage(f"stage {number}") for number in stages or {}}
+    by_stage[len(records)] = measured.stage("artifact")
+    results = Results.model_validate(
+        {
+            "version": VERSION,
+            "runtime": target.runtime,
+            "target": target,
+            "machine": machine(),
+            "seed": seed,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "original": by_file["original"],
+            "candidates": {runtime: by_file[name] for runtime, name in candidates.items()},
+            "artifact": by_file["artifact"] | in_float,
+            "agreement_with_torch": agreement_with_torch,
+            **measured.latency_results(seconds),
+            "test_images": len(measured.labels),
+            "stages": [
+                {**record.model_dump(exclude_unset=True), **by_stage.get(number, {})}
+                for number, record in enumerate(records, 1)
+            ],
+            **data,
+        }
+    )
+    return results, {name: measured.predictions[name] for name in compared}
 
 
-def _candidates(original: Contender) -> dict[str, Contender]:
-    """The original file in every installed runtime at its default precision."""
-    return {runtime: replace(original, runtime=runtime, precision=None) for runtime in installed_runtimes()}
+def _measured(
+    files: Mapping[str, File],
+    sessions: Mapping[str, Session],
+    candidates: Mapping[str, str],
+    test: Batches,
+    target: Target,
+    seconds: float,
+    progress: ProgressReporter,
+) -> _Measured:
+    """Run all files on the test set, then time them."""
+    progress.start("test set in the runtime", len(files))
+    classes: dict[str, Array] = {}
+    for name, session in sessions.items():
+        classes[name] = predictions(session, arrays(test, target.input))
+        progress.advance()
+    progress.say("latency: interleaved rounds, batch " + ", ".join(map(str, BATCH_SIZES)))
+    image = next(arrays(test, target.input))[:1]
+    timings = _timed(files, list(candidates.values()), image, seconds)
+    return _Measured(files, sessions, candidates, classes, timings, test.images.labels, image)
 
 
-def _timed(contenders: Mapping[str, Contender], candidates: Sequence[str], image: Array, seconds: float) -> Timings:
+def _add_candidates(files: dict[str, File], sessions: dict[str, Session]) -> dict[str, str]:
+    """Add the original file in every installed runtime at its default precision; return their names by runtime."""
+    names: dict[str, str] = {}
+    original, reference = files["original"], sessions["original"]
+    for runtime in installed_runtimes():
+        candidate = replace(original, runtime=runtime, precision=None)
+        session = candidate.open()
+        same = (session.runtime, session.precision) == (reference.runtime, reference.precision)
+        names[runtime] = "original" if same else runtime
+        if not same:
+            files[runtime], sessions[runtime] = candidate, session
+    return names
+
+
+def _timed(files: Mapping[str, File], candidates: Sequence[str], image: Array, seconds: float) -> Timings:
     """Time all files until the speedups of the artifact over original and baseline have narrow intervals."""
 
     def wanted(timings: Timings, size: int) -> list[Ratio]:
         references = ("original", timings.fastest(candidates, size))
         return [timings.ratio(name, "artifact", size) for name in references]
 
-    return measure_latency(
-        {name: each.open for name, each in contenders.items()}, image, ratios=wanted, seconds=seconds
-    )
-
-
-def _alike(one: Session, other: Session) -> bool:
-    return (one.runtime, one.precision) == (other.runtime, other.precision)
-
-
-def _stage_results(
-    contender: Contender, answers: Array, labels: torch.Tensor, timings: Timings, name: str
-) -> dict[str, Any]:
-    return {
-        "accuracy": agreement(torch.from_numpy(answers), labels),
-        "bytes": size_bytes(contender.path),
-        "compressed_bytes": compressed_bytes(contender.path),
-        "macs": contender.costs.macs,
-        "sparsity": contender.costs.sparsity,
-        "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},
-        "speedup": _speedups(timings, dict.fromkeys(BATCH_SIZES, "original"), name),
-    }
-
-
-def _entry(
-    contender: Contender,
-    session: Session,
-    answers: dict[str, Array],
-    name: str,
-    labels: torch.Tensor,
-    timings: Timings,
-    example: Array,
-) -> dict[str, Any]:
-    answer = torch.from_numpy(answers[name])
-    spent = footprint(contender.path, contender.runtime, example, precision=contender.precision)
-    return {
-        "runtime": contender.runtime,
-        "precision": session.precision,
-        "batch": session.batch,
-        "accuracy": agreement(answer, labels),
-        "agreement": agreement(answer, torch.from_numpy(answers["original"])),
-        "bytes": size_bytes(contender.path),
-        "compressed_bytes": compressed_bytes(contender.path),
-        "parameters": contender.costs.parameters,
-        "macs": contender.costs.macs,
-        "bit_operations": _bit_operations(contender.costs, session.precision),
-        "sparsity": contender.costs.sparsity,
-        "masked": contender.costs.masked,
-        "peak_memory_bytes": spent.peak_memory_bytes,
-        "load_ms": spent.load_ms,
-        "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},
-        "latency_runs_ms": {str(size): timings.groups[name][size] for size in BATCH_SIZES},
-    }
+    return measure_latency({name: each.open for name, each in files.items()}, image, ratios=wanted, seconds=seconds)
 
 
 def _bit_operations(counted: Costs, precision: str) -> int:
     """Bit operations of the network; of a float network, at the precision that the runtime executes."""
     in_float = counted.bit_operations == counted.macs * FLOAT_BITS**2
     return counted.macs * _HALF_BITS**2 if in_float and precision != "float32" else counted.bit_operations
-
-
-def _speedups(timings: Timings, slow: Mapping[int, str], fast: str) -> dict[str, Any]:
-    """By batch size: latency of `slow` over that of `fast`, with a 95 % interval."""
-    return {str(size): asdict(timings.ratio(name, fast, size)) for size, name in slow.items()}
