@@ -8,15 +8,17 @@ may come from an untrusted file, so its schema is checked first, and its sizes a
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Freezable, Norm, freezable
-from tersor.graph.capture import capture, layer_of
+from tersor.graph.capture import IMAGE_SHAPE, capture, layer_of
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, remove
@@ -28,6 +30,8 @@ from tersor.quantization.qdq_placement import read_through
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What graphs and modules raise for the structure of another network."""
 
+_LARGEST_IMAGE = 2**26
+
 _Place = Annotated[int, Field(ge=0, lt=2**31)]
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Bound = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -36,8 +40,8 @@ _Quantizer = Annotated[str, Field(pattern=r"^quantizers\.[A-Za-z_][A-Za-z0-9_]*$
 _Axis = Annotated[
     str,
     Field(
-        pattern=r"^(out|in|heads|[0-9]{1,2}|gives=[01]|sections=[0-9]{1,9}(,[0-9]{1,9})*|(scale|windowed)=[0-9]{1,9}"
-        r"|(pin )?(args|kwargs)(\.[A-Za-z0-9_]+)+=[0-9]{1,9})$",
+        pattern=r"^(out|in|[0-9]{1,2}|gives=[01]|sections=[0-9]{1,9}(,[0-9]{1,9})*|scale=[0-9]{1,9}"
+        r"|(args|kwargs)(\.[A-Za-z0-9_]+)+=[0-9]{1,9})$",
         max_length=2000,
     ),
 ]
@@ -99,7 +103,7 @@ _Parametrization: TypeAlias = _Mask | _Largest | _OnGrid
 class _Plan(_Strict):
     """The JSON schema of `structure`."""
 
-    captured: bool
+    image_shape: Annotated[list[_Size], Field(min_length=3, max_length=3)] | None
     cuts: list[list[tuple[str, _Axis, list[_Place]]]]
     freezable: list[str]
     edges: list[tuple[str, _Quantizer, _Parametrization]]
@@ -107,8 +111,10 @@ class _Plan(_Strict):
 
     @model_validator(mode="after")
     def _on_a_graph(self) -> _Plan:
-        if not self.captured and (self.cuts or self.edges):
+        if self.image_shape is None and (self.cuts or self.edges):
             raise ValueError("removed channels and quantized activations need a captured network")
+        if math.prod(self.image_shape or ()) > _LARGEST_IMAGE:
+            raise ValueError("an image that is too large")
         return self
 
 
@@ -129,7 +135,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
         for name, layer in weighted_layers(model).items()
     }
     return {
-        "captured": isinstance(model, fx.GraphModule),
+        "image_shape": list(model.meta[IMAGE_SHAPE]) if isinstance(model, fx.GraphModule) else None,
         "cuts": list(model.meta.get("cuts", [])) if isinstance(model, fx.GraphModule) else [],
         "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
         "edges": edges,
@@ -172,7 +178,7 @@ def _of_another(fresh: nn.Module, why: str) -> InputError:
 
 
 def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
-    model = capture(fresh) if plan.captured else fresh
+    model = fresh if plan.image_shape is None else capture(fresh, torch.zeros(2, *plan.image_shape))
     if isinstance(model, fx.GraphModule):
         for cuts in plan.cuts:
             remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in cuts])

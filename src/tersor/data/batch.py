@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,3 +60,18 @@ def labels_of(batch: Any) -> Tensor | None:
     if not isinstance(second, Tensor) or second.ndim != 1 or second.is_floating_point():
         return None
     return second if len(second) == len(images_of(batch)) else None
+
+
+def first_batch(data: Iterable[Any] | None, method: str) -> Tensor:
+    """The images of the first batch of `data`.
+
+    Raises:
+        InputError: there is none, which `method` needs, or they are not floating point.
+    """
+    first = next(iter(data), None) if data is not None else None
+    if first is None:
+        raise InputError(f"{method} needs images to run the network on; none were given. Pass data=...")
+    images = images_of(first)
+    if not images.is_floating_point():
+        raise InputError(f"a batch of the data is {images.dtype}. Pass normalized floating-point images.")
+    return images

@@ -26,8 +26,6 @@ from tersor.core.files import write_file
 from tersor.deploy.int4_packing import pack_int4
 from tersor.deploy.integer_graph import to_integer_graph
 from tersor.deploy.outputs import output_names
-from tersor.graph.batchnorm_behind import record_ranks
-from tersor.graph.eval_mode import checked_forward
 from tersor.graph.parametrization import in_float32, strip
 
 OPSET = 21
@@ -92,10 +90,6 @@ def export(
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
     model = in_float32(model)
-    if isinstance(model, fx.GraphModule):
-        few = example[:2].to(next(model.parameters()))
-        with checked_forward(type(model).__name__, few):
-            record_ranks(model, few)
     network = to_integer_graph(model) if isinstance(model, fx.GraphModule) else strip(model)
     network = network.cpu().float().eval()
     _replace_global_pooling(network)

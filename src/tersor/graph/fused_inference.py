@@ -10,7 +10,6 @@ not.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tersor.core.errors import InputError
+from tersor.graph.aten import arguments, operator_name
 from tersor.graph.batchnorm_behind import norm_reading
 from tersor.graph.capture import capture, layer_of, sole_user, values_into
 from tersor.graph.eval_mode import evaluating
@@ -27,9 +27,7 @@ from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_hooked, is_plain
 
-_ADDITIONS = {operator.add, torch.add, "add"}
-_IN_PLACE = {operator.iadd, "add_"}
-_RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+_RELUS = {"relu", "relu_"}
 _NEARLY, _NO_FARTHER = 1e-3, 2.0
 """Largest allowed difference of float32 outputs, relative to the largest value, because the order of sums changes; and
 largest allowed mean error of low-precision outputs against float32, relative to that of the unfused network."""
@@ -96,7 +94,7 @@ def fused(
     with evaluating(model):
         exact = _everything(model, images, paths)
         try:
-            found = rewritten(model, paths)
+            found = rewritten(model, images, paths)
             same = all(map(_near, _everything(found, images, paths), exact))
             if precision is not None:
                 with torch.autocast("cpu", precision):
@@ -126,13 +124,13 @@ def _no_farther(ours: Tensor, theirs: Tensor, exact: Tensor) -> bool:
     return ours.dtype == theirs.dtype and bool(errors[0] <= _NO_FARTHER * errors[1] + 1e-6)
 
 
-def rewritten(model: nn.Module, paths: tuple[str, ...]) -> fx.GraphModule:
-    """A fused copy of `model`, without comparison.
+def rewritten(model: nn.Module, images: Tensor, paths: tuple[str, ...]) -> fx.GraphModule:
+    """A fused copy of `model`, captured on `images` (N, C, H, W), without comparison.
 
     Raises:
         InputError: the network cannot be captured, or has no such layer.
     """
-    captured = capture(strip(model)).eval()
+    captured = capture(strip(model), images).eval()
     returned: dict[str, str] = captured.meta["layers"]
     if not returned.keys() >= set(paths):
         raise InputError("a requested layer is inside a module that is not traced.")
@@ -165,7 +163,7 @@ def _fuse(captured: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, name:
     if following is not None and (other := _added(following, chain[-1])) is not None:
         chain.append(following)
         following = _following(chain, requested)
-    if following is not None and (_calls(following, _RELUS) or _is_relu(layer_of(following))):
+    if following is not None and (operator_name(following) in _RELUS or _is_relu(layer_of(following))):
         chain.append(following)
         rectified = True
     captured.add_module(name, FusedConvolution(convolution, weight, bias, rectified=rectified))
@@ -186,18 +184,15 @@ def _following(chain: list[fx.Node], requested: set[str]) -> fx.Node | None:
     return None if chain[-1].name in requested else sole_user(chain[-1])
 
 
-def _calls(node: fx.Node, functions: set[Any]) -> bool:
-    """Whether a node calls one of these functions or methods, not a module with such a name."""
-    return node.op in ("call_function", "call_method") and node.target in functions
-
-
 def _is_relu(module: nn.Module | None) -> bool:
     return isinstance(module, nn.ReLU) and is_plain(module)
 
 
 def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
     """The other addend if `node` adds something to `value`, else None."""
-    in_place = _calls(node, _IN_PLACE) and node.args[0] is value
-    if not (in_place or _calls(node, _ADDITIONS)) or "alpha" in node.kwargs or len(node.all_input_nodes) != 2:
+    in_place = operator_name(node) == "add_" and node.args[0] is value
+    if not in_place and operator_name(node) != "add":
+        return None
+    if len(values_into(node)) != 2 or arguments(node)["alpha"] != 1:
         return None
     return next(each for each in values_into(node) if each is not value)

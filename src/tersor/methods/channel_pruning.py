@@ -40,10 +40,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
-from tersor.data.batch import images_of
+from tersor.data.batch import first_batch
 from tersor.evaluation.costs import Costs, costs
 from tersor.graph.capture import capture
-from tersor.graph.comparison import FEW, require_same
 from tersor.graph.eval_mode import checked_forward
 from tersor.pruning.budget import explain_shortfall, meet_cost, meet_latency
 from tersor.pruning.channel_groups import Cut, Group, copy_graph, remove
@@ -130,16 +129,13 @@ class ChannelPruning:
                 not finite, `keep_latency` without latency measurements. The network is then unchanged.
         """
         kind, keep = self._target()
-        first = next(iter(context.data), None) if context.data is not None else None
-        if first is None:
-            raise InputError("channel_pruning needs images to run the network on; none were given. Pass data=...")
+        images = first_batch(context.data, "channel_pruning")
         if kind == "latency" and context.latency is None:
             raise InputError(
                 "keep_latency needs latency measurements, and the context has none. Pass AttachContext(..., "
                 "latency=tersor.evaluation.latency_ratio.latency_ratio), or write keep_macs."
             )
-        graph, images = capture(model), images_of(first)
-        require_same(graph, model, images[:FEW].to(next(graph.parameters()).device))
+        graph = capture(model, images)
         if keep == 1 and not self.branches:
             return Attachment(graph)
         refuse_parametrized(graph, "channel_pruning")

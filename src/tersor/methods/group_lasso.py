@@ -27,8 +27,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.errors import InputError
-from tersor.data.batch import images_of
+from tersor.data.batch import first_batch
 from tersor.graph.capture import capture
 from tersor.pruning.channel_importance import WeightSlice, row_norms, weight_slices
 from tersor.pruning.channel_selection import removable_groups
@@ -63,11 +62,9 @@ class GroupLasso:
         Raises:
             InputError: no data, a masked or quantized network, or one without removable channels.
         """
-        first = next(iter(context.data), None) if context.data is not None else None
-        if first is None:
-            raise InputError("group_lasso needs images to run the network on; none were given. Pass data=...")
-        graph = capture(model)
-        groups, unprunable = removable_groups(graph, images_of(first)[:1], self.exclude, "group_lasso")
+        images = first_batch(context.data, "group_lasso")
+        graph = capture(model, images)
+        groups, unprunable = removable_groups(graph, images[:1], self.exclude, "group_lasso")
         decayed = [_Group(len(group.slices), weight_slices(graph, group)) for group in groups]
         notes = [f"not decayed: the channels of {root}, since {reason}" for root, reason in unprunable.items()]
         return GroupLassoAttachment(self, model, decayed, notes)

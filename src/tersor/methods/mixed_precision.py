@@ -32,6 +32,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
+from tersor.data.batch import first_batch
 from tersor.graph.capture import capture
 from tersor.graph.eval_mode import first_images
 from tersor.graph.layer_selection import weighted_layers
@@ -134,12 +135,11 @@ class MixedPrecision(RangeOptions):
         require_data(context.data, "mixed_precision")
         precision = Precision(max(self.widths), self.activation_bits, self.first_last_bits or 8, self.per_channel)
         quantizers = insert_quantizers(
-            capture(model),
+            capture(model, first_batch(context.data, "mixed_precision")),
             precision,
             exclude=self.exclude,
             target=context.target,
             method="mixed_precision",
-            original=model,
         )
         attachment = MixedPrecisionAttachment(self, quantizers, context)
         self._refuse_what_cannot_be_met(attachment.options, attachment.sizes)

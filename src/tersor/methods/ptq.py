@@ -33,8 +33,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
+from tersor.data.batch import first_batch
 from tersor.graph.batchnorm import Norm
-from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
 from tersor.graph.eval_mode import checked_forward, first_images
@@ -102,7 +102,7 @@ class PTQ(CalibrationOptions, BitOptions):
             InputError: no data, an `exclude` pattern that matches nothing, no layer left, a network already quantized.
         """
         require_data(context.data, "ptq")
-        graph = capture(model)
+        graph = capture(model, first_batch(context.data, "ptq"))
         bare = None if self.max_drop is None else fx.GraphModule(graph, copy.deepcopy(graph.graph))
         quantizers = insert_quantizers(
             graph,
@@ -110,7 +110,6 @@ class PTQ(CalibrationOptions, BitOptions):
             exclude=self.exclude,
             target=context.target,
             method="ptq",
-            original=model,
         )
         return PTQAttachment(self, quantizers, context, bare)
 
@@ -190,7 +189,6 @@ class PTQAttachment(Attachment):
         """Equalizes, and takes it back if the outputs on a few images change."""
         few, self.data = few_images(self.data, next(graph.parameters()).device)
         with checked_forward(type(graph).__name__, few, captured=True):
-            record_ranks(graph, few)
             undone = undone_unless_same(graph, few, partial(equalize, graph), "cross-layer equalization")
         self.notes += () if undone is None else (undone,)
 

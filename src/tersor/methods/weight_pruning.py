@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 
 from tersor.core.errors import InputError
 from tersor.core.import_path import import_function, is_function_path, named
+from tersor.data.batch import first_batch
 from tersor.graph.batchnorm import Norm
 from tersor.graph.batchnorm_behind import norms_behind
 from tersor.graph.layer_selection import Layer, prunable
@@ -135,7 +136,8 @@ class WeightPruning:
         if self.importance == "taylor" and context.data is None:
             gradient_products(model, {}, context.data, self.images)
         layers, notes = self._divided(layers)
-        norms = norms_behind(model) if self.importance == "batchnorm" else {}
+        by_norm = self.importance == "batchnorm"
+        norms = norms_behind(model, first_batch(context.data, "importance: batchnorm")) if by_norm else {}
         for name in layers if self.importance == "batchnorm" else ():
             if name not in norms or not norms[name].affine:
                 raise InputError(

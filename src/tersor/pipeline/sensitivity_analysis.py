@@ -74,12 +74,11 @@ def measure(
     shown = _some(experiment.data.validation, images, recipe.seed)
     layers = weighted_layers(experiment.model)
     quantizers = insert_quantizers(
-        capture(experiment.model),
+        capture(experiment.model, next(iter(experiment.batches(shown, EVALUATION_BATCH))).images),
         Precision(),
         exclude=(),
         target=recipe.target,
         method="sensitivity",
-        original=experiment.model,
     )
     weights = {name: layers[name].weight.numel() for name in quantizers.layers}
     found = _begun(out, BitCosts(measured_with=_measured_with(recipe, len(shown)), weights=weights, costs=[]))

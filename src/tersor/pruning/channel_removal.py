@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
+from tersor.graph.aten import arguments, operator_name
 from tersor.pruning.dependency.groups import Cut
-from tersor.pruning.narrow_attention import Attention, windowed_attention
-
-_AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def merge_cuts(cuts: Iterable[Cut]) -> list[Cut]:
@@ -39,23 +36,18 @@ def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
     nodes = {node.name: node for node in graph.graph.nodes}
     of_layer: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     branches: list[tuple[fx.Node, int]] = []
-    for cut in sorted(cuts, key=lambda cut: not cut.axis.startswith("pin ")):  # constants come before what counts them
+    for cut in cuts:
         if cut.axis.startswith("gives="):
             branches.append((nodes[cut.layer], int(cut.axis.removeprefix("gives="))))
         elif "=" in cut.axis:
             _rewrite_argument(nodes[cut.layer], cut)
         elif cut.axis.isdecimal():
-            _replace_attention(graph, cut.layer)
             size = tensors[cut.layer].shape[int(cut.axis)]
             _select(tensors[cut.layer], int(cut.axis), _remaining(size, cut.channels))
         else:
             of_layer[cut.layer][cut.axis] = cut.channels
     for name, channels in of_layer.items():
-        if "heads" in channels:
-            _replace_attention(graph, f"{name}.in_proj_weight")
-            graph.get_submodule(name).num_heads -= len(channels["heads"])  # pyright: ignore[reportOperatorIssue]
-        else:
-            _shrink(modules[name], channels)
+        _shrink(modules[name], channels)
     for node, keep in branches:
         _remove_branch(graph, node, keep)
     graph.recompile()
@@ -83,7 +75,7 @@ def _unused_users(node: fx.Node) -> Iterator[fx.Node]:
 
 def _unused(node: fx.Node) -> bool:
     """Whether a node reads a size or an item, and nothing uses the result."""
-    return node.target in (getattr, operator.getitem, "size", "dim") and all(map(_unused, node.users))
+    return operator_name(node) in ("getitem", "sym_size") and all(map(_unused, node.users))
 
 
 def _remove_branch(graph: fx.GraphModule, total: fx.Node, keep: int) -> None:
@@ -96,7 +88,7 @@ def _remove_branch(graph: fx.GraphModule, total: fx.Node, keep: int) -> None:
     removed = {total, *exclusive_nodes(added)}
     if any(_is_inplace(graph, user) for user in total.users):  # it must not change what others read
         with graph.graph.inserting_before(total):
-            kept = graph.graph.call_method("clone", (kept,))
+            kept = graph.graph.call_function(torch.ops.aten.clone.default, (kept,))
     total.replace_all_uses_with(kept)
     for node in reversed([*graph.graph.nodes]):
         if node in removed:
@@ -113,12 +105,8 @@ def _is_inplace(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node may change its input in place."""
     if node.op == "call_module":
         return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
-    if node.target in _AUGMENTED or node.kwargs.get("inplace") is True:
-        return True
-    if getattr(node.target, "__module__", "") == "torch.nn.functional":
-        return any(each is True for each in node.args)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_")
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _delete_unused(graph: fx.GraphModule, name: str) -> None:
@@ -147,14 +135,6 @@ def _select(tensor: Tensor, axis: int, mask: Tensor) -> None:
     tensor.grad = None
 
 
-def _replace_attention(graph: fx.GraphModule, parameter: str) -> None:
-    """Replace `nn.MultiheadAttention`, whose heads have to be as wide as the embedding, by `Attention`."""
-    path = parameter.rpartition(".")[0]
-    owner = graph.get_submodule(path)
-    if isinstance(owner, nn.MultiheadAttention):
-        graph.set_submodule(path, Attention(owner))
-
-
 def _shrink(module: nn.Module, channels: dict[str, tuple[int, ...]]) -> None:
     """Remove channels from every tensor of a module, and update its attributes."""
     if isinstance(module, _ConvNd):
@@ -175,6 +155,9 @@ def _shrink(module: nn.Module, channels: dict[str, tuple[int, ...]]) -> None:
 
 def _shrink_convolution(layer: _ConvNd, channels: dict[str, tuple[int, ...]]) -> None:
     """Remove whole groups of channels, or the same channels of every group."""
+    if layer.transposed:
+        _shrink_transposed(layer, channels)
+        return
     rows, columns = layer.weight.shape[:2]
     if "out" in channels and "in" not in channels and layer.groups == layer.in_channels == rows:
         channels = {**channels, "in": channels["out"]}  # depthwise
@@ -189,6 +172,17 @@ def _shrink_convolution(layer: _ConvNd, channels: dict[str, tuple[int, ...]]) ->
         if tensor.ndim and len(tensor) == rows:
             _select(tensor, 0, out_mask)
     layer.groups = int(groups.sum())
+    layer.in_channels, layer.out_channels = int(in_mask.sum()), int(out_mask.sum())
+
+
+def _shrink_transposed(layer: _ConvNd, channels: dict[str, tuple[int, ...]]) -> None:
+    """The weight of a transposed convolution is (in, out, ...)."""
+    in_mask = _remaining(layer.in_channels, channels.get("in", ()))
+    out_mask = _remaining(layer.out_channels, channels.get("out", ()))
+    _select(layer.weight, 0, in_mask)
+    _select(layer.weight, 1, out_mask)
+    if layer.bias is not None:
+        _select(layer.bias, 0, out_mask)
     layer.in_channels, layer.out_channels = int(in_mask.sum()), int(out_mask.sum())
 
 
@@ -214,15 +208,8 @@ def _rewrite_argument(node: fx.Node, cut: Cut) -> None:
     argument, _, before = cut.axis.partition("=")
     if argument == "sections":
         _rewrite_sections(node, [int(size) for size in before.split(",")], cut.channels)
-    elif argument.startswith("pin "):
-        first, *path = argument.removeprefix("pin ").split(".")
-        setattr(node, first, _replaced(getattr(node, first), path, int(before)))
     elif argument == "scale":
         node.kwargs = {**node.kwargs, "scale": int(before) ** -0.5}
-    elif argument == "windowed":
-        if node.target is not windowed_attention:
-            node.target = windowed_attention
-            node.kwargs = {**node.kwargs, "scale": int(before) ** -0.5}
     else:
         first, *path = argument.split(".")
         value = _replaced(getattr(node, first), path, int(before) - len(cut.channels))
@@ -230,23 +217,18 @@ def _rewrite_argument(node: fx.Node, cut: Cut) -> None:
 
 
 def _rewrite_sections(node: fx.Node, sizes: list[int], removed: tuple[int, ...]) -> None:
-    """Rewrite chunk and split as `torch.split` with the remaining sizes."""
+    """Rewrite chunk and split with the remaining sizes."""
     mask = _remaining(sum(sizes), removed)
     remaining = [int(part.sum()) for part in mask.split(sizes)]
-    dim = [*node.args[2:], node.kwargs.get("dim", 0)][0]
-    node.op, node.target = "call_function", torch.split
-    node.args, node.kwargs = (node.args[0], remaining, dim), {}
+    node.args, node.kwargs = (node.args[0], remaining, arguments(node)["dim"]), {}
+    node.target = torch.ops.aten.split_with_sizes.default
 
 
 def _replaced(value: Any, path: Sequence[str], new: int) -> Any:
-    """`value` with `new` at the end of `path`, within lists, tuples, dicts and slices."""
+    """`value` with `new` at the end of `path`, within lists, tuples and dicts."""
     if not path:
         return new
     step, *rest = path
-    if isinstance(value, slice):
-        parts = {name: getattr(value, name) for name in ("start", "stop", "step")}
-        parts[step] = new
-        return slice(*parts.values())
     if isinstance(value, dict):
         return {**value, step: _replaced(value[step], rest, new)}
     place = int(step)

@@ -17,7 +17,6 @@ mean over the images replaces the branch in z'. The cost is about half as many f
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,15 +27,13 @@ from torch import Tensor, fx
 
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
+from tersor.graph.aten import operator_name
 from tersor.graph.batchnorm_statistics import with_statistics
 from tersor.graph.eval_mode import evaluating, first_images
 from tersor.pruning.activation_moments import centered_logits
 from tersor.pruning.channel_groups import Cut, copy_graph, record_run, remove, two_images
 from tersor.pruning.channel_removal import exclusive_nodes
 from tersor.pruning.dependency.shape_recording import map_tensors, run_node, user_to_last_uses
-
-_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-_METHODS = ("add", "add_")
 
 
 @dataclass(frozen=True)
@@ -173,10 +170,7 @@ def _means(graph: fx.GraphModule, branches: Sequence[Branch], batches: Sequence[
 
 def _sides(node: fx.Node) -> Iterator[tuple[int, fx.Node, fx.Node]]:
     """For both sides of a sum: number of the side that could stay, that side, and the other one."""
-    adds = (node.op == "call_function" and node.target in _FUNCTIONS) or (
-        node.op == "call_method" and node.target in _METHODS
-    )
-    if adds and not node.kwargs and len(node.args) == 2:
+    if operator_name(node) in ("add", "add_") and not node.kwargs:
         left, right = node.args
         if isinstance(left, fx.Node) and isinstance(right, fx.Node) and left is not right:
             yield from ((0, left, right), (1, right, left))

@@ -7,13 +7,13 @@ A residual block is one block, and so is each layer of a sequence. `between` run
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
 
-from tersor.graph.capture import layer_of, values_into
+from tersor.graph.aten import operator_name
+from tersor.graph.capture import has_batch_dimension, is_size, layer_of, values_into
 from tersor.graph.layer_selection import Layer
 from tersor.quantization.qdq_placement import fused_end
 
@@ -56,11 +56,11 @@ def blocks(graph: fx.GraphModule) -> list[Block]:
 
 
 def _alone(node: fx.Node, nodes: list[fx.Node], places: dict[fx.Node, int], last_read: dict[fx.Node, int]) -> bool:
-    """Whether `node` is a tensor, and no earlier value is read after it."""
-    if any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users):
+    """Whether `node` is a tensor with a batch dimension, and no earlier value is read after it, sizes apart."""
+    if any(operator_name(user) == "getitem" for user in node.users) or is_size(node) or not has_batch_dimension(node):
         return False
     here = places[node]
-    earlier = (before for before in nodes[:here] if before.op != "get_attr")
+    earlier = (before for before in nodes[:here] if before.op != "get_attr" and not is_size(before))
     return last_read[node] > here and all(last_read[before] <= here for before in earlier)
 
 
@@ -91,6 +91,9 @@ def between(
         node = waiting.pop()
         if node in needed or node.name == begin:
             continue
+        if operator_name(node) == "sym_size":  # the batch size, which the values at `begin` have too
+            needed.add(node)
+            continue
         assert node.op != "placeholder", f"{end} needs more than {begin}"
         needed.add(node)
         waiting += node.all_input_nodes
@@ -98,7 +101,9 @@ def between(
     copies = {nodes[begin]: part.placeholder("values")}
     for node in graph.graph.nodes:
         if node in needed:
-            copies[node] = part.node_copy(node, copies.__getitem__)
+            from_begin = operator_name(node) == "sym_size" and node.args[0] not in copies
+            read = (lambda _: copies[nodes[begin]]) if from_begin else copies.__getitem__
+            copies[node] = part.node_copy(node, read)
     part.output(copies[nodes[end]])
     targets = {str(node.target) for node in part.nodes if node.op in {"call_module", "get_attr"}}
     members = {name: (instead or {}).get(name, _attribute(graph, name)) for name in targets}

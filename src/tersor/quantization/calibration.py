@@ -14,10 +14,7 @@ from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.graph.batchnorm import Norm
-from tersor.graph.batchnorm_behind import record_ranks
-from tersor.graph.comparison import FEW, require_same
 from tersor.graph.eval_mode import checked_forward, first_images
-from tersor.quantization.integer_coverage import IMAGE_SHAPE
 from tersor.quantization.observers import Histogram
 from tersor.quantization.quantizer_options import Ranges
 from tersor.quantization.quantizers import Quantizers
@@ -46,8 +43,7 @@ def calibrate(
         A histogram per activation.
 
     Raises:
-        InputError: the data contains no image, or cannot be read again; a value is not finite; the captured network
-            computes something else than the original.
+        InputError: the data contains no image, or cannot be read again; a value is not finite.
     """
     _require_finite_weights(quantizers.graph)
     histograms = {name: Histogram() for name in quantizers.activations}
@@ -59,10 +55,7 @@ def calibrate(
         before = done
         for batch in first_images(data, images, next(quantizers.graph.parameters()).device):
             _observe(quantizers, {name: partial(record, histogram) for name, histogram in histograms.items()}, batch)
-            if not done:
-                _compare(quantizers, batch[:FEW])
             done += len(batch)
-            quantizers.graph.meta[IMAGE_SHAPE] = tuple(batch.shape[1:])
             progress.advance(len(batch))
         if done == before:
             again = " when it read it again; a DataLoader or a list can be read twice" if number else ""
@@ -113,13 +106,6 @@ def _observe(quantizers: Quantizers, recorders: dict[str, Callable[[Tensor], Non
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _compare(quantizers: Quantizers, images: Tensor) -> None:
-    """Compares the captured network, with disabled quantizers, to the original, and records ranks for folding."""
-    if quantizers.original is not None and not quantizers.enabled:
-        require_same(quantizers.graph, quantizers.original, images)
-    record_ranks(quantizers.graph, images)
 
 
 def _require_finite_weights(model: nn.Module) -> None:

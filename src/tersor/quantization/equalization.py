@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tersor.graph.aten import operator_name
 from tersor.graph.batchnorm import Norm, gamma_and_beta
 from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, parameter_reads, sole_user
@@ -82,7 +82,7 @@ def _scales_with_its_input(node: fx.Node) -> bool:
     if module is not None:
         disabled = isinstance(module, FakeQuantize) and not module.enabled
         return disabled or (isinstance(module, nn.ReLU) and is_plain(module)) or is_nothing_in_eval(node)
-    return is_nothing_in_eval(node) or node.target in {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+    return is_nothing_in_eval(node) or operator_name(node) in {"relu", "relu_"}
 
 
 def _divides(norm: Norm | None) -> bool:

@@ -17,6 +17,8 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
+from tersor.graph.aten import operator_name
+from tersor.graph.capture import IMAGE_SHAPE
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import in_float32, parametrizations_of
@@ -27,9 +29,6 @@ from tersor.quantization.operators import Operand, Product, place_of, run_throug
 
 ENOUGH = 0.95
 """Share of the MACs in integers below which the user is warned."""
-
-IMAGE_SHAPE = "image_shape"
-"""Key in a captured network's `meta`: channels, height and width of the calibration images."""
 
 _MOST_BITS = 8
 _MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
@@ -131,7 +130,7 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
 
 
 def calibrated_coverage(graph: nn.Module) -> IntegerCoverage:
-    """The coverage of a captured network after `calibrate`, which has recorded the shape of the images."""
+    """The coverage of a captured network."""
     assert isinstance(graph, fx.GraphModule)
     return integer_coverage(in_float32(graph), torch.zeros(1, *graph.meta[IMAGE_SHAPE]))
 
@@ -204,7 +203,5 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
 
 
 def _function(node: fx.Node | None) -> str | None:
-    """The function or method that a node of a captured graph calls."""
-    if node is None or node.op not in {"call_function", "call_method"}:
-        return None
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    """The operator that a node of a captured graph calls."""
+    return (operator_name(node) or None) if node is not None else None

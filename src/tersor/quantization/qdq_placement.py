@@ -13,16 +13,14 @@ the same grid twice changes nothing, and the runtime finds an integer operator.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import cast
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.target import Runtime
+from tersor.graph.aten import arguments, operator_name
 from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, sole_user, values_into
 from tersor.graph.layer_selection import Layer
@@ -31,28 +29,18 @@ from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-_ACTIVATION_FUNCTIONS = {F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, "relu", "relu_"}
-_JOINS = {
-    operator.add,
-    operator.iadd,
-    torch.add,
-    "add",
-    "add_",
-    torch.cat,
-    torch.concat,
-    operator.mul,
-    torch.mul,
-}
-_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_AVERAGES = {F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean"}
+_ACTIVATION_OPERATORS = {"relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_"}
+_ADDITIONS = {"add", "add_"}
+_JOINS = {*_ADDITIONS, "mul", "mul_"}
+_AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}
 _AVERAGE_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
-_MOVERS: set[Callable[..., Any] | str] = {
-    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, F.max_pool2d),
-    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
+_MOVERS = {
+    *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "t"),
+    *("slice", "select", "max_pool2d"),
 }
-_MOVER_MODULES = (nn.Flatten, nn.MaxPool2d, nn.ZeroPad2d)
-_SPLITTERS = {torch.chunk, torch.split, "chunk", "split"}
-_NOTHING_IN_EVAL = {F.dropout, F.dropout2d}
+_MOVER_MODULES = (nn.Flatten, nn.Unflatten, nn.MaxPool2d, nn.ZeroPad2d)
+_SPLITTERS = {"chunk", "split", "split_with_sizes", "unbind"}
+_NOTHING_IN_EVAL = {"alias", "detach"}
 _NOTHING_IN_EVAL_MODULES = (nn.Dropout, nn.Dropout2d, nn.Identity)
 _ANY_MODULE = nn.Module()
 
@@ -154,14 +142,14 @@ def _keep_addend_in_float(addition: fx.Node, quantized: dict[fx.Node, fx.Node]) 
 
 
 def _before_norm(node: fx.Node) -> fx.Node:
-    before = node.all_input_nodes[0] if node.all_input_nodes else node
-    norm = norm_behind(before, assume_flat=True)
+    before = values_into(node)[0] if values_into(node) else node
+    norm = norm_behind(before)
     return before if norm is not None and norm.node is node else node
 
 
 def fused_end(node: fx.Node) -> fx.Node:
     """The last node that a runtime fuses into the operator `node`: its BatchNorm or activation."""
-    user, norm = sole_user(node), norm_behind(node, assume_flat=True)
+    user, norm = sole_user(node), norm_behind(node)
     if norm is not None:
         node, user = norm.node, sole_user(norm.node)
     if user is not None and _is_activation(user):
@@ -172,21 +160,17 @@ def fused_end(node: fx.Node) -> fx.Node:
 def source_of(node: fx.Node) -> fx.Node:
     """The node whose values `node` only moves; `node` itself if it computes."""
     while _only_moves(node):
-        node = node.all_input_nodes[0]
+        node = values_into(node)[0]
     return node
 
 
 def quantizable(graph: fx.GraphModule) -> set[str]:
     """Names of the layers that a runtime can compute in integers: those with a node and with torch's own forward.
 
-    The parent of a layer inside a leaf (attention) reads its weight directly, and so may a subclass.
+    A layer with forward hooks may have other inputs and outputs than its weight suggests.
     """
     called = {cast("str", node.target): layer_of(node) for node in graph.graph.nodes if node.op == "call_module"}
     return {name for name, layer in called.items() if isinstance(layer, Layer) and is_plain(layer)}
-
-
-def _called(node: fx.Node) -> Any:
-    return node.target if node.op in {"call_function", "call_method"} else None
 
 
 def _is_a(node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> bool:
@@ -200,31 +184,29 @@ def _is_layer(node: fx.Node, layers: set[str]) -> bool:
 
 
 def _is_activation(node: fx.Node) -> bool:
-    return _called(node) in _ACTIVATION_FUNCTIONS or _is_a(node, _ACTIVATIONS)
+    return operator_name(node) in _ACTIVATION_OPERATORS or _is_a(node, _ACTIVATIONS)
 
 
 def _is_addition(node: fx.Node) -> bool:
-    return _called(node) in _ADDITIONS
+    return operator_name(node) in _ADDITIONS
 
 
 def _joins(node: fx.Node) -> bool:
     """Whether `node` adds, multiplies, concatenates or averages tensors, for which runtimes have integer operators."""
-    if _called(node) in _AVERAGES or _is_a(node, _AVERAGE_MODULES):
+    name = operator_name(node)
+    if name in _AVERAGES or _is_a(node, _AVERAGE_MODULES):
         return True
-    return _called(node) in _JOINS and (len(node.all_input_nodes) > 1 or _called(node) in {torch.cat, torch.concat})
+    return name == "cat" or (name in _JOINS and len(values_into(node)) > 1)
 
 
 def _only_moves(node: fx.Node) -> bool:
     """Whether `node` returns the values of its first input in another place or shape, or split."""
-    return _is_mover(node) or is_nothing_in_eval(node) or _called(node) in _SPLITTERS
+    return _is_mover(node) or is_nothing_in_eval(node) or operator_name(node) in _SPLITTERS
 
 
 def is_nothing_in_eval(node: fx.Node) -> bool:
     """Whether `node` returns its input in eval mode; in training, its output is not on the input's grid."""
-    if _called(node) in _NOTHING_IN_EVAL:  # unless `training` has its default, True
-        given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-        return given.get("training", True) is not True
-    return _is_a(node, _NOTHING_IN_EVAL_MODULES)
+    return operator_name(node) in _NOTHING_IN_EVAL or _is_a(node, _NOTHING_IN_EVAL_MODULES)
 
 
 def entering(node: fx.Node) -> fx.Node:
@@ -237,17 +219,17 @@ def entering(node: fx.Node) -> fx.Node:
 
 def _is_mover(node: fx.Node) -> bool:
     """Whether `node` returns the values of its first input as one tensor in another place or shape."""
-    if _called(node) is F.pad:
+    name = operator_name(node)
+    if name == "pad":
         return _pads_with_values_of_the_grid(node)
-    if _called(node) is operator.getitem:
-        # an int index takes one of several results, which are known to be tensors only after a split
-        return not isinstance(node.args[1], int) or _called(node.all_input_nodes[0]) in _SPLITTERS
-    return _called(node) in _MOVERS or _is_a(node, _MOVER_MODULES)
+    if name == "getitem":  # of several results, which are known to be on one grid only after a split
+        return operator_name(node.all_input_nodes[0]) in _SPLITTERS
+    return name in _MOVERS or _is_a(node, _MOVER_MODULES)
 
 
 def _pads_with_values_of_the_grid(node: fx.Node) -> bool:
-    given: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-    return given.get("mode", "constant") != "constant" or given.get("value") in {None, 0}
+    given = arguments(node)
+    return given["mode"] != "constant" or given["value"] in (None, 0)
 
 
 def _read_in_integers(node: fx.Node, integer: list[fx.Node]) -> bool:

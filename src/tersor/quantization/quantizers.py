@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.core.target import Target
+from tersor.data.batch import first_batch
 from tersor.graph.capture import capture, layer_of
 from tersor.graph.layer_selection import Layer, weighted_layers, without
 from tersor.graph.parametrization import parametrization_input, parametrizations_of
@@ -35,13 +36,11 @@ class Quantizers:
         graph: the network.
         layers: names of the layers with a quantized weight.
         activations: names of the quantizers of activations.
-        original: the network before capture, for comparison; None if they were compared already.
     """
 
     graph: fx.GraphModule
     layers: tuple[str, ...]
     activations: tuple[str, ...]
-    original: nn.Module | None = None
 
     def of_weight(self, name: str) -> FakeQuantize:
         """The quantizer of a layer's weight."""
@@ -142,7 +141,6 @@ def insert_quantizers(
     exclude: Sequence[str],
     target: Target,
     method: str,
-    original: nn.Module | None = None,
 ) -> Quantizers:
     """Insert disabled quantizers on the weights of layers, and on the activations that the runtime needs quantized.
 
@@ -152,7 +150,6 @@ def insert_quantizers(
         exclude: patterns of layers that stay in float.
         target: runtime and processor that the network is compressed for.
         method: the method's name, for error messages.
-        original: the network before capture; calibration compares its outputs.
 
     Raises:
         InputError: a pattern that matches nothing, no layer left, a network already quantized.
@@ -170,7 +167,7 @@ def insert_quantizers(
     activations = insert_activation_quantizers(graph, layers, precision.activation(end=False), target.runtime)
     for name, layer in layers.items():
         _insert_on_weight(layer, precision.weight(end=name in first_and_last), per_channel=precision.per_channel)
-    quantizers = Quantizers(graph, tuple(layers), tuple(activations), None if original is graph else original)
+    quantizers = Quantizers(graph, tuple(layers), tuple(activations))
     for name in map(quantizers.input_of, first_and_last & layers.keys()):
         if name is not None:
             quantizers.of_activation(name).grid = precision.activation(end=True)
@@ -197,9 +194,9 @@ def insert_or_reuse_quantizers(
     """
     quantizers = find_quantizers(model)
     if quantizers is None:
-        require_data(data, method)
+        images = first_batch(require_data(data, method), method)
         return insert_quantizers(
-            capture(model), options.precision, exclude=options.exclude, target=target, method=method, original=model
+            capture(model, images), options.precision, exclude=options.exclude, target=target, method=method
         )
     if options.exclude:
         raise InputError("an earlier stage has quantized the network. Write `exclude` in that stage.")

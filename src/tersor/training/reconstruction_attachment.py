@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from tersor.data.batch import first_batch
 from tersor.graph.capture import capture
 from tersor.graph.eval_mode import first_images
 from tersor.quantization.calibration import set_ranges
@@ -47,7 +48,11 @@ class ReconstructionAttachment(Attachment):
     ) -> None:
         data = require_data(context.data, method)
         self.quantizers = insert_quantizers(
-            capture(model), precision, exclude=exclude, target=context.target, method=method, original=model
+            capture(model, first_batch(data, method)),
+            precision,
+            exclude=exclude,
+            target=context.target,
+            method=method,
         )
         super().__init__(self.quantizers.graph, notes=notes(self.quantizers, context.target))
         self.context, self.data = context, data

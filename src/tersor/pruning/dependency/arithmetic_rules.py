@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule
+from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule, frozen
 from tersor.pruning.dependency.shape_recording import Shape
 from tersor.pruning.dependency.shape_rules import broadcast
 from tersor.pruning.dependency.union_find import Ids, TrackedShape
@@ -22,14 +22,14 @@ def elementwise(propagation: ChannelPropagation, call: Call) -> Any:
 
 
 def reduction(propagation: ChannelPropagation, call: Call) -> Any:
-    """sum, mean, max along dimensions. Terms of a sum can be removed; a mean or maximum would change."""
+    """sum, norm, mean, max along dimensions. Terms of a sum can be removed; a mean or maximum would change."""
     tensor = call.args[0]
-    dimensions = call.argument(1, "dim")
-    if dimensions is None:
+    dimensions = call.argument(2 if call.name == "linalg_vector_norm" else 1, "dim")
+    if dimensions is None or dimensions == []:
         return propagation.freeze(call, f"{call.node.name} ({call.name}) reduces all of them")
     along = {axis % len(tensor.shape) for axis in ([dimensions] if isinstance(dimensions, int) else dimensions)}
     for axis in along:
-        if call.name != "sum":
+        if call.name not in _SUMS:
             propagation.sets.freeze(tensor.ids[axis], f"{call.node.name} ({call.name}) reduces them")
     keepdim = tuple(None if axis in along else ids for axis, ids in enumerate(tensor.ids))
     squeezed = tuple(ids for axis, ids in enumerate(tensor.ids) if axis not in along)
@@ -43,22 +43,18 @@ def reduction(propagation: ChannelPropagation, call: Call) -> Any:
 
 
 def along_dimension(propagation: ChannelPropagation, call: Call) -> Any:
-    """softmax, normalize, cumsum: elements along one dimension depend on each other."""
+    """softmax, cumsum: elements along one dimension depend on each other."""
     tensor = call.tensors[0]
-    position = {"normalize": 2, "cumsum": 1}.get(call.name, 1)
-    dimension = call.argument(position, "dim", 1 if call.name == "normalize" else None)
-    if call.module is not None:
-        dimension = getattr(call.module, "dim", None)
+    dimension = call.argument(1, "dim") if call.module is None else getattr(call.module, "dim", None)
     if not isinstance(dimension, int):
         return propagation.freeze(call)
-    if call.name != "normalize":  # a norm is a sum: its terms can be removed
-        propagation.sets.freeze(tensor.ids[dimension], f"{call.node.name} ({call.name}) mixes them")
+    propagation.sets.freeze(tensor.ids[dimension], f"{call.node.name} ({call.name}) mixes them")
     return tensor
 
 
 def layer_norm(propagation: ChannelPropagation, call: Call) -> Any:
-    """F.layer_norm over the last dimension; weight and bias have the same channels."""
-    tensor, sizes = call.args[0], call.args[1] if len(call.args) > 1 else call.kwargs["normalized_shape"]
+    """layer_norm over the last dimension, with weight and bias that the graph reads directly."""
+    tensor, sizes = call.args[:2]
     ids = tensor.ids[-1]
     if len(sizes) > 1:
         return propagation.freeze(call)
@@ -66,8 +62,7 @@ def layer_norm(propagation: ChannelPropagation, call: Call) -> Any:
         ids = propagation.sets.couple(
             ids, factor.ids[-1], f"{call.node.name} combines them with a tensor that cannot shrink"
         )
-    path = "args.1" if len(call.args) > 1 else "kwargs.normalized_shape"
-    propagation.track_argument(call, f"{path}.0", sizes[0], ids)
+    propagation.track_argument(call, "args.1.0", sizes[0], ids)
     propagation.cross_channel.add(call.node)
     return TrackedShape(tensor.shape, (*tensor.ids[:-1], ids))
 
@@ -119,7 +114,7 @@ def attention(propagation: ChannelPropagation, call: Call) -> Any:
 
 
 def linear(propagation: ChannelPropagation, call: Call) -> Any:
-    """F.linear with weights that the graph reads directly."""
+    """linear with weights that the graph computes or reads directly."""
     tensor, weight, bias = call.args[0], call.argument(1, "weight"), call.argument(2, "bias")
     propagation.sets.couple(tensor.ids[-1], weight.ids[1], f"{call.node.name} reads a tensor that cannot shrink")
     out = weight.ids[0]
@@ -142,34 +137,53 @@ def pooling(propagation: ChannelPropagation, call: Call) -> Any:
     return tracked(call.output)
 
 
+def recurrent(propagation: ChannelPropagation, call: Call) -> Any:
+    """lstm, gru: the features that go in can be removed, those inside cannot."""
+    tensor, _, weights = call.args[:3]
+    read = tensor.ids[-1]
+    inputs = 2 if call.argument(7, "bidirectional") else 1
+    step = len(weights) // (call.argument(4, "num_layers") * inputs)
+    reason = f"{call.node.name} ({call.name}) reads them"
+    for each in weights[: inputs * step : step]:
+        read = propagation.sets.couple(read, each.ids[1], reason)
+    for each in (*tensor.ids[:-1], *(weight.ids[0] for weight in weights)):
+        propagation.sets.freeze(each, reason)
+    for number, each in enumerate(weights):
+        if (len(each.shape) > 1 and number % step != 0) or number >= inputs * step:
+            propagation.sets.freeze(each.ids[-1], reason)
+    return frozen(call.output)
+
+
+_SUMS = {"sum", "linalg_vector_norm"}
 _UNARY = [
-    *("relu", "relu_", "relu6", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardswish", "hardsigmoid"),
-    *("hardtanh", "leaky_relu", "elu", "celu", "selu", "softplus", "mish", "exp", "log", "log2", "sqrt"),
-    *("rsqrt", "pow", "neg", "abs", "clamp", "clamp_", "dropout", "dropout1d", "dropout2d", "dropout3d"),
-    *("alpha_dropout", "contiguous", "clone", "detach", "to", "type", "type_as", "float", "half"),
-    *("bfloat16", "double", "square", "erf", "sin", "cos", "sign", "stochastic_depth", "drop_path"),
-    *("round", "floor", "ceil", "nan_to_num", "reciprocal", "log1p", "expm1", "logsigmoid", "sigmoid_"),
-    *("tanh_", "hardswish_", "mish_", "prelu", "requires_grad_", "_assert"),
+    *("relu", "relu_", "relu6", "relu6_", "gelu", "silu", "silu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "hardswish"),
+    *("hardswish_", "hardsigmoid", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "selu"),
+    *("softplus", "mish", "mish_", "exp", "log", "log2", "sqrt", "rsqrt", "pow", "neg", "abs", "clamp", "clamp_"),
+    *("clamp_min", "clamp_max", "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "detach"),
+    *("alias", "to", "_to_copy", "type_as", "square", "erf", "sin", "cos", "sign", "round", "floor", "ceil"),
+    *("nan_to_num", "reciprocal", "log1p", "expm1", "log_sigmoid", "prelu", "zeros_like", "ones_like"),
 ]
 _BROADCASTING = [
-    *("add", "sub", "mul", "truediv", "div", "iadd", "imul", "isub", "itruediv", "where", "maximum"),
-    *("minimum", "addcmul", "addcdiv", "lerp", "masked_fill", "add_", "sub_", "mul_", "div_", "rsub", "eq"),
-    *("ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "multiply", "divide", "subtract"),
+    *("add", "sub", "mul", "div", "rsub", "add_", "sub_", "mul_", "div_", "where", "maximum", "minimum", "addcmul"),
+    *("addcdiv", "lerp", "masked_fill", "eq", "ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "multiply"),
+    *("divide", "subtract"),
 ]
-_REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "min", "norm", "var", "std", "argmax", "logsumexp")
+_REDUCTIONS = ("sum", "linalg_vector_norm", "mean", "amax", "amin", "max", "min", "var", "std", "argmax", "logsumexp")
 _POOLS = [
-    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample"),
-    *("lp_pool2d", "max_pool1d", "avg_pool1d"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d"),
+    *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d"),
+    *("upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest3d", "upsample_trilinear3d", "upsample_linear1d"),
 ]
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys([*_UNARY, *_BROADCASTING], elementwise),
     **dict.fromkeys(_REDUCTIONS, reduction),
-    **dict.fromkeys(("softmax", "log_softmax", "normalize", "cumsum", "Softmax", "LogSoftmax"), along_dimension),
+    **dict.fromkeys(("softmax", "log_softmax", "cumsum"), along_dimension),
     "layer_norm": layer_norm,
     **dict.fromkeys(("matmul", "bmm"), matmul),
     "einsum": einsum,
     "scaled_dot_product_attention": attention,
     "linear": linear,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     **dict.fromkeys(_POOLS, pooling),
 }

@@ -18,8 +18,8 @@ class Cut(NamedTuple):
     Attributes:
         layer: a layer, a parameter or buffer by its path, or a node of the graph.
         axis: `out` (filters, per-channel parameters) or `in` (columns that read) of a layer; the number of a dimension
-            of a parameter; `heads` of an attention; `ARGUMENT=BEFORE` of a node whose argument counts the channels;
-            `gives=ARGUMENT` of a sum that is replaced with one of its arguments.
+            of a parameter; `ARGUMENT=BEFORE` of a node whose argument counts the channels; `gives=ARGUMENT` of a sum
+            that is replaced with one of its arguments.
         channels: indices before any of the cuts that are made at once.
     """
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
-from tersor.pruning.dependency import arithmetic_rules, shape_rules, slice_rules, swin_rules
+from tersor.pruning.dependency import arithmetic_rules, shape_rules, slice_rules
 from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule, frozen
 from tersor.pruning.dependency.union_find import Ids, TrackedShape
 
@@ -26,13 +26,11 @@ def _no_rule(propagation: ChannelPropagation, call: Call) -> Any:
 
 
 def convolution(propagation: ChannelPropagation, call: Call) -> Any:
-    """A convolution: over all channels, grouped, or depthwise."""
+    """A convolution, also a transposed one: over all channels, grouped, or depthwise."""
     layer, tensor, name = call.module, call.args[0], str(call.node.target)
     assert isinstance(layer, _ConvNd)
-    if layer.transposed:
-        return propagation.freeze(call)
-    if "Std" in call.name:  # its weights are standardized over the input channels
-        propagation.cross_channel.add(call.node)
+    if layer.transposed and layer.groups > 1:
+        return propagation.freeze(call, f"{name} is a grouped transposed convolution")
     for ids in tensor.ids[2:]:
         propagation.sets.freeze(ids, f"{name} convolves along them")
     read, groups = tensor.ids[1], layer.groups
@@ -106,33 +104,6 @@ def _channel_axis(layer: nn.Module, tensor: TrackedShape, size: int) -> int | No
     return (tracked or axes or [None])[0]
 
 
-def multihead_attention(propagation: ChannelPropagation, call: Call) -> Any:
-    """nn.MultiheadAttention: heads, or positions within every head, are coupled in query, key and value."""
-    layer, name = call.module, str(call.node.target)
-    assert isinstance(layer, nn.MultiheadAttention)
-    tensors = [call.argument(position, each) for position, each in enumerate(("query", "key", "value"))]
-    if getattr(layer, "in_proj_weight", None) is None or layer.bias_k is not None or layer.add_zero_attn:
-        return propagation.freeze(call)
-    read = tensors[0].ids[-1]
-    for each in tensors:
-        read = propagation.sets.couple(read, each.ids[-1], f"{name} combines them with a tensor that cannot shrink")
-        for ids in each.ids[:-1]:
-            propagation.sets.freeze(ids, f"{name} computes attention over them")
-    propagation.bind(f"{name}.in_proj_weight", "1", read)
-    inner = propagation.ids_of(f"{name}.in_proj_weight", "0", 3 * layer.embed_dim)
-    assert inner is not None
-    parts = inner.reshape(3, layer.num_heads, -1)
-    propagation.merge_split(parts, 1, 2)
-    if getattr(layer, "in_proj_bias", None) is not None:
-        propagation.bind(f"{name}.in_proj_bias", "0", inner)
-    if not propagation.inner:
-        propagation.axes[name, "heads"] = parts[0, :, 0].copy()
-    propagation.bind(f"{name}.out_proj", "in", parts[2].reshape(-1))
-    written = propagation.ids_of(f"{name}.out_proj", "out", layer.embed_dim)
-    shape, *rest = call.output
-    return (TrackedShape(tuple(shape), (*[None] * (len(shape) - 1), written)), *map(frozen, rest))
-
-
 def pixel_shuffle(propagation: ChannelPropagation, call: Call) -> Any:
     """(N, C r r, H, W) -> (N, C, H r, W r): the r r inputs of an output channel are coupled."""
     tensor, output = call.args[0], tuple(call.output)
@@ -143,7 +114,7 @@ def pixel_shuffle(propagation: ChannelPropagation, call: Call) -> Any:
 
 
 def _flatten(propagation: ChannelPropagation, call: Call) -> Any:
-    ids, *_ = shape_rules.reshaped(propagation, call.node, call.args[0], tuple(call.output))
+    ids, _ = shape_rules.reshaped(propagation, call.node, call.args[0], tuple(call.output))
     return TrackedShape(tuple(call.output), tuple(ids))
 
 
@@ -156,7 +127,6 @@ _SPATIAL = tuple(
 _MODULES: list[tuple[Any, Rule]] = [
     (_ConvNd, convolution),
     (nn.Linear, fully_connected),
-    (nn.MultiheadAttention, multihead_attention),
     (_SPATIAL, arithmetic_rules.pooling),
     ((nn.Flatten, nn.Unflatten), _flatten),
     ((nn.Softmax, nn.LogSoftmax), arithmetic_rules.along_dimension),
@@ -167,6 +137,5 @@ _FUNCTIONS: dict[str, Rule] = {
     **shape_rules.RULES,
     **slice_rules.RULES,
     **arithmetic_rules.RULES,
-    **swin_rules.RULES,
     "pixel_shuffle": pixel_shuffle,
 }

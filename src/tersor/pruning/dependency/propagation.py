@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
+from tersor.graph.aten import called_name
 from tersor.pruning.dependency.shape_recording import Recorded, Shape, attribute
 from tersor.pruning.dependency.union_find import ChannelSets, Ids, TrackedShape
 
@@ -22,7 +23,7 @@ class Call:
 
     Attributes:
         node: the node itself.
-        name: of the function, method or module class that it calls: `conv2d`.
+        name: of the operator or module class that it calls: `matmul`, `Conv2d`.
         args: tensors as `TrackedShape`, everything else as recorded.
         kwargs: the same.
         output: the recorded output, with a `Shape` instead of each tensor.
@@ -149,7 +150,7 @@ def _value(propagation: ChannelPropagation, node: fx.Node, rule_of: Callable[[Ca
         return propagation.track_attribute(str(node.target)) if isinstance(output, Shape) else output
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: propagation.values[read])
     module = propagation.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    call = Call(node, called(node, module), tuple(args), dict(kwargs), output, module)
+    call = Call(node, called_name(node, module), tuple(args), dict(kwargs), output, module)
     if node.op == "output":
         return propagation.freeze(call, "they are outputs of the network")
     if not _has_shapes(output):
@@ -168,35 +169,26 @@ def _value(propagation: ChannelPropagation, node: fx.Node, rule_of: Callable[[Ca
 def _zeros(propagation: ChannelPropagation, call: Call) -> TrackedShape:
     """Zeros of constant sizes pad channels: any of them can be removed."""
     first = 1 if call.name == "new_zeros" else 0
-    nested = len(call.node.args) > first and isinstance(call.node.args[first], tuple | list)
-    sizes = call.node.args[first] if nested else call.node.args[first:]
+    sizes = call.node.args[first]
     assert isinstance(sizes, tuple | list)
     ids: list[Ids | None] = []
     for axis, size in enumerate(sizes):
         ids.append(propagation.sets.new(size) if isinstance(size, int) and size > 1 else None)
-        path = f"args.{first}.{axis}" if nested else f"args.{first + axis}"
-        propagation.track_argument(call, path, call.output[axis], ids[-1])
-    return TrackedShape(tuple(call.output), tuple(ids)) if len(ids) == len(call.output) else frozen(call.output)
+        propagation.track_argument(call, f"args.{first}.{axis}", call.output[axis], ids[-1])
+    return TrackedShape(tuple(call.output), tuple(ids))
 
 
 def _is_constant(node: fx.Node, path: str) -> bool:
     """Whether `path` leads to an argument through lists and slices, and not through another node."""
-    if not path.startswith(("args.", "pin args.", "kwargs.")):
+    if not path.startswith(("args.", "kwargs.")):
         return True
-    first, *steps = path.removeprefix("pin ").split(".")
+    first, *steps = path.split(".")
     value: Any = getattr(node, first)
     for step in steps:
         if isinstance(value, fx.Node):
             return False
-        value = getattr(value, step) if isinstance(value, slice) else value[int(step) if step.isdecimal() else step]
+        value = value[int(step) if step.isdecimal() else step]
     return True
-
-
-def called(node: fx.Node, module: nn.Module | None = None) -> str:
-    """The name of the function, method or module class that a node calls."""
-    if module is not None:
-        return type(module).__name__
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def frozen(value: Any) -> Any:

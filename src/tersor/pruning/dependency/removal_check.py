@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
-from torch.func import functional_call
+from torch import Tensor, fx
 
 from tersor.pruning.dependency.propagation import ChannelPropagation, tensors_in
 from tersor.pruning.dependency.shape_recording import run_node, user_to_last_uses
@@ -55,7 +54,7 @@ class RemovalCheck:
                 normalized = run_node(pruned, other, inputs)
                 before[node] = _scatter(normalized, remaining[node], self.removed[0][0].values[node])
             else:
-                before[node] = _zero_removed(self._run_original(node, before), remaining[node])
+                before[node] = _zero_removed(run_node(self.graph, node, before), remaining[node])
             if not _allclose(_select(before[node], remaining[node]), after[other]):
                 return node, f"without some of them {node.name} computes other values than with these set to zero"
             for read in last_uses.get(node, ()):
@@ -71,18 +70,6 @@ class RemovalCheck:
             axes = [ids for tensor in tensors for ids in tensor.ids if ids is not None]
             at_node.append({each for ids in axes for each in propagation.sets.find_all(ids).tolist()} & removed)
         return at_node
-
-    def _run_original(self, node: fx.Node, before: dict[fx.Node, Any]) -> Any:
-        """The output of the original; within an attention module the removed channels are zeroed, too."""
-        module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(module, nn.MultiheadAttention):
-            return run_node(self.graph, node, before)
-        weight = module.out_proj.weight
-        inner = [propagation.axes.get((f"{node.target}.out_proj", "in")) for propagation, _ in self.removed]
-        remaining = self._remaining_of([TrackedShape(tuple(weight.shape), (None, ids)) for ids in inner])
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: before[read])
-        weights = {"out_proj.weight": _zero_removed(weight, remaining)}
-        return functional_call(module, weights, tuple(args), dict(kwargs))
 
     def _remaining_of(self, values: Sequence[Any]) -> Any:
         """`Remaining` for every tensor of a value, given the value's ids in each propagation."""

@@ -57,9 +57,9 @@ def user_to_last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
 
 
 def run_node(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], example: Tensor | None = None) -> Any:
-    """The output of one node; a placeholder is `example`, or its default where it has one."""
+    """The output of one node; a placeholder is `example`."""
     if node.op == "placeholder":
-        return node.args[0] if node.args else example
+        return example
     if node.op == "get_attr":
         return attribute(graph, str(node.target))
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: values[read])
@@ -67,8 +67,6 @@ def run_node(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], e
         return args[0]
     if node.op == "call_module":
         return graph.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
 

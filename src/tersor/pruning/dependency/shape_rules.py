@@ -16,21 +16,19 @@ AxisIds = list[Ids | None]
 
 
 def reshape(propagation: ChannelPropagation, call: Call) -> TrackedShape:
-    """view, reshape, flatten, unflatten, squeeze, unsqueeze."""
+    """reshape, flatten, unflatten, squeeze, unsqueeze."""
     tensor, output = call.args[0], tuple(call.output)
-    ids, mixed, parts = reshaped(propagation, call.node, tensor, output)
+    ids, mixed = reshaped(propagation, call.node, tensor, output)
     _track_sizes(propagation, call, output, [None if axis in mixed else each for axis, each in enumerate(ids)])
-    _pin_sizes(propagation, call, output, parts - mixed)
     return TrackedShape(output, tuple(ids))
 
 
 def reshaped(
     propagation: ChannelPropagation, node: fx.Node, tensor: TrackedShape, output: tuple[int, ...]
-) -> tuple[AxisIds, set[int], set[int]]:
-    """The ids of the output, which of its axes merge the batch with channels, and which are parts of channels."""
+) -> tuple[AxisIds, set[int]]:
+    """The ids of the output, and which of its axes merge the batch with channels."""
     ids: AxisIds = [None] * len(output)
     mixed: set[int] = set()
-    parts: set[int] = set()
     for old, new in corresponding_axes(tensor.shape, output):
         tracked = [axis for axis in old if tensor.ids[axis] is not None]
         if not tracked:
@@ -41,7 +39,6 @@ def reshaped(
         if 0 in old:
             mixed.update(new)
             propagation.mixes_batch = True
-        parts.update(new)
         for axis in tracked[:-1]:
             propagation.sets.freeze(tensor.ids[axis], f"{node.name} merges two dimensions of channels")
         sizes = [tensor.shape[axis] for axis in old]
@@ -55,7 +52,7 @@ def reshaped(
             axis, kept = _split(propagation, node, flat, output, new)
             if kept is not None:
                 ids[new[axis]] = kept
-    return ids, mixed, parts
+    return ids, mixed
 
 
 def _split(
@@ -82,43 +79,14 @@ def _track_sizes(propagation: ChannelPropagation, call: Call, output: Sequence[i
             if size != -1:
                 axis = start + position
                 propagation.track_argument(call, f"args.2.{position}", output[axis], ids[axis])
-    elif call.name in {"view", "reshape", "expand"}:
-        rest = call.args[1:]
-        nested = bool(rest) and isinstance(rest[0], tuple | list)
-        for axis, (size, each) in enumerate(zip(rest[0] if nested else rest, ids, strict=False)):
+    elif call.name in {"reshape", "expand"}:
+        for axis, (size, each) in enumerate(zip(call.args[1], ids, strict=True)):
             if isinstance(size, int) and size != -1:
-                path = f"args.1.{axis}" if nested else f"args.{1 + axis}"
-                propagation.track_argument(call, path, output[axis], each)
-
-
-def _pin_sizes(propagation: ChannelPropagation, call: Call, output: Sequence[int], axes: set[int]) -> None:
-    """Sizes computed from another size that may shrink (embedding / heads) become constants when it does."""
-    if call.name not in {"view", "reshape"}:
-        return
-    nested = isinstance(call.node.args[1], tuple | list)
-    sizes = call.node.args[1] if nested else call.node.args[1:]
-    assert isinstance(sizes, tuple | list)
-    for axis in axes:
-        size = sizes[axis]
-        if isinstance(size, fx.Node):
-            sources = [ids for each in _sources(propagation, size) for ids in each.ids if ids is not None]
-            if sources:
-                path = f"args.1.{axis}" if nested else f"args.{1 + axis}"
-                propagation.track_argument(call, f"pin {path}", output[axis], np.concatenate(sources))
-
-
-def _sources(propagation: ChannelPropagation, node: fx.Node) -> Iterator[TrackedShape]:
-    """The tensors whose sizes a number was computed from."""
-    value = propagation.values[node]
-    if isinstance(value, TrackedShape):
-        yield value
-    else:
-        for read in node.all_input_nodes:
-            yield from _sources(propagation, read)
+                propagation.track_argument(call, f"args.1.{axis}", output[axis], each)
 
 
 def permute(_: ChannelPropagation, call: Call) -> TrackedShape:
-    """permute, transpose, swapaxes, movedim, t."""
+    """permute, transpose, movedim, t."""
     order = permutation(call)
     tensor = call.args[0]
     return TrackedShape(tuple(tensor.shape[axis] for axis in order), tuple(tensor.ids[axis] for axis in order))
@@ -197,11 +165,10 @@ def pad(propagation: ChannelPropagation, call: Call) -> Any:
 
 
 def expand(propagation: ChannelPropagation, call: Call) -> TrackedShape:
-    """expand, broadcast_to: dimensions of size 1 are repeated, all others keep their ids."""
+    """expand: dimensions of size 1 are repeated, all others keep their ids."""
     tensor, output = call.args[0], tuple(call.output)
     ids: AxisIds = [*[None] * (len(output) - len(tensor.shape)), *tensor.ids]
-    if call.name == "expand":
-        _track_sizes(propagation, call, output, ids)
+    _track_sizes(propagation, call, output, ids)
     return TrackedShape(output, tuple(ids))
 
 
@@ -235,13 +202,12 @@ def repeat_interleave(propagation: ChannelPropagation, call: Call) -> Any:
     return TrackedShape(tuple(call.output), tuple(ids))
 
 
-_RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "Flatten", "Unflatten", "view_as")
 RULES: dict[str, Rule] = {
-    **dict.fromkeys((*_RESHAPES, "reshape_as"), reshape),
-    **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "movedim", "t"), permute),
-    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
-    **dict.fromkeys(("pad", "_pad"), pad),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+    **dict.fromkeys(("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "Flatten", "Unflatten"), reshape),
+    **dict.fromkeys(("permute", "transpose", "movedim", "t", "numpy_T"), permute),
+    "cat": concatenate,
+    "pad": pad,
+    "expand": expand,
     "repeat": repeat,
     "stack": stack,
     "repeat_interleave": repeat_interleave,

@@ -1,4 +1,4 @@
-"""Coupling rules for operators that take parts of a dimension: indexing, chunk, split, unbind."""
+"""Coupling rules for operators that take parts of a dimension: slice, select, index, chunk, split, unbind."""
 
 from __future__ import annotations
 
@@ -7,59 +7,49 @@ from typing import Any
 import numpy as np
 
 from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule
-from tersor.pruning.dependency.union_find import Ids, TrackedShape
+from tersor.pruning.dependency.union_find import TrackedShape
 
 
-def getitem(propagation: ChannelPropagation, call: Call) -> Any:
-    """values[...]: whole dimensions, slices, single indices."""
-    tensor, index = call.args
-    if not isinstance(tensor, TrackedShape):
-        return tensor[index]
-    index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(each, TrackedShape | list) for each in index):
-        return _index_by_tensor(propagation, call, tensor, index)
-    indexed = sum(each is not None and each is not Ellipsis for each in index)
-    if Ellipsis not in index:
-        index = (*index, Ellipsis)
-    ellipsis = index.index(Ellipsis)
-    nested = isinstance(call.node.args[1], tuple)
-    steps = [(each, f"args.1.{number}" if nested else "args.1") for number, each in enumerate(index)]
-    steps[ellipsis : ellipsis + 1] = [(slice(None), "")] * (len(tensor.shape) - indexed)
-    output: list[Ids | None] = []
-    axis = 0
-    for each, path in steps:
-        if each is None:
-            output.append(None)
-            continue
-        ids = tensor.ids[axis]
-        if isinstance(each, slice):
-            output.append(_slice(propagation, call, ids, each, path))
-        else:
-            propagation.sets.freeze(ids, f"{call.node.name} selects one of them by its index")
-        axis += 1
-    return TrackedShape(tuple(call.output), tuple(output))
+def getitem(_: ChannelPropagation, call: Call) -> Any:
+    """One of the results of an operator that returns several."""
+    values, index = call.args
+    return values[index]
 
 
-def _slice(propagation: ChannelPropagation, call: Call, ids: Ids | None, part: slice, path: str) -> Ids | None:
-    if ids is None or part == slice(None):
-        return ids
-    if part.step not in {None, 1}:
-        propagation.sets.freeze(ids, f"{call.node.name} selects every {part.step}th of them")
-        return None
-    start, stop, _ = part.indices(len(ids))
-    if part.start is not None and start:
-        propagation.track_argument(call, f"{path}.start", start, ids[:start])
-    if part.stop is not None and stop < len(ids):
-        propagation.track_argument(call, f"{path}.stop", stop, ids[:stop])
-    return ids[start:stop]
+def take_slice(propagation: ChannelPropagation, call: Call) -> TrackedShape:
+    """slice: a range of one dimension."""
+    tensor = call.args[0]
+    axis = call.argument(1, "dim", 0) % len(tensor.shape)
+    ids, step = list(tensor.ids), call.argument(4, "step", 1)
+    channels = ids[axis]
+    if channels is not None and step != 1:
+        propagation.sets.freeze(channels, f"{call.node.name} selects every {step}th of them")
+        ids[axis] = None
+    elif channels is not None:
+        start, stop, _ = slice(call.argument(2, "start"), call.argument(3, "end")).indices(len(channels))
+        if start:
+            propagation.track_argument(call, "args.2", start, channels[:start])
+        if stop < len(channels):
+            propagation.track_argument(call, "args.3", stop, channels[:stop])
+        ids[axis] = channels[start:stop]
+    return TrackedShape(tuple(call.output), tuple(ids))
 
 
-def _index_by_tensor(propagation: ChannelPropagation, call: Call, tensor: TrackedShape, index: tuple[Any, ...]) -> Any:
-    """table[indices]: the rows are frozen, their columns can shrink."""
-    if len(index) != 1 or not isinstance(index[0], TrackedShape):
+def select(propagation: ChannelPropagation, call: Call) -> TrackedShape:
+    """select: one index of a dimension."""
+    tensor = call.args[0]
+    axis = call.argument(1, "dim", 0) % len(tensor.shape)
+    propagation.sets.freeze(tensor.ids[axis], f"{call.node.name} selects one of them by its index")
+    return TrackedShape(tuple(call.output), (*tensor.ids[:axis], *tensor.ids[axis + 1 :]))
+
+
+def index(propagation: ChannelPropagation, call: Call) -> Any:
+    """index: table[indices]; the rows are frozen, their columns can shrink."""
+    tensor, indices = call.args
+    if len(indices) != 1 or not isinstance(indices[0], TrackedShape):
         return propagation.freeze(call)
     propagation.sets.freeze(tensor.ids[0], f"{call.node.name} selects rows by their index")
-    return TrackedShape(tuple(call.output), (*[None] * len(index[0].shape), *tensor.ids[1:]))
+    return TrackedShape(tuple(call.output), (*[None] * len(indices[0].shape), *tensor.ids[1:]))
 
 
 def split(propagation: ChannelPropagation, call: Call) -> Any:
@@ -83,5 +73,8 @@ def split(propagation: ChannelPropagation, call: Call) -> Any:
 
 RULES: dict[str, Rule] = {
     "getitem": getitem,
-    **dict.fromkeys(("chunk", "split", "tensor_split", "unbind", "split_with_sizes"), split),
+    "slice": take_slice,
+    "select": select,
+    "index": index,
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split", "unbind"), split),
 }

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from tersor.pruning.dependency.propagation import Call, ChannelPropagation, called, frozen
+from tersor.graph.aten import called_name
+from tersor.pruning.dependency.propagation import Call, ChannelPropagation, frozen
 from tersor.pruning.dependency.shape_recording import Shape
-from tersor.pruning.dependency.union_find import TrackedShape
 
 _REDUCED = {
-    *("sum", "mean", "softmax", "amax", "amin", "max", "min", "argmax", "norm", "normalize", "var", "std"),
-    "log_softmax",
+    *("sum", "mean", "softmax", "log_softmax", "amax", "amin", "max", "min", "argmax", "var", "std"),
+    "linalg_vector_norm",
 }
-_PERMUTED = {"permute", "transpose", "swapaxes", "swapdims", "movedim"}
-_MERGED = {"view", "reshape", "flatten"}
+_PERMUTED = {"permute", "transpose", "movedim", "t"}
+_MERGED = {"reshape", "flatten"}
 _DEPTH = 12
 
 Axes = dict[int, int]
@@ -44,16 +44,14 @@ def corresponding_axes(before: Sequence[int], after: Sequence[int]) -> Iterator[
 
 
 def permutation(call: Call) -> list[int]:
-    """The old axis of every new one: for permute, transpose, swapaxes, movedim, t."""
+    """The old axis of every new one: for permute, transpose, movedim, t."""
     rank = len(call.args[0].shape)
-    options = call.args[1:]
-    if call.name == "permute":
-        order = options or (call.kwargs["dims"],)
-        return [axis % rank for axis in (order[0] if isinstance(order[0], tuple | list) else order)]
     order = list(range(rank))
-    if call.name == "t":
+    if call.name == "permute":
+        return [axis % rank for axis in call.args[1]]
+    if call.name in ("t", "numpy_T"):
         return order[::-1]
-    first, second = (axis % rank for axis in [*options, *call.kwargs.values()])
+    first, second = (axis % rank for axis in call.args[1:3])
     if call.name == "movedim":
         order.insert(second, order.pop(first))
     else:
@@ -77,11 +75,11 @@ def _follow(
 ) -> None:
     recorded = propagation.recorded
     for user in node.users if depth else ():
-        if user.op == "output" or (user.args and user.args[0] is not node and called(user) not in {"add", "mul"}):
+        if user.op == "output" or (user.args and user.args[0] is not node and called_name(user) not in {"add", "mul"}):
             continue
         module = propagation.graph.get_submodule(str(user.target)) if user.op == "call_module" else None
         args, kwargs = fx.map_arg((user.args, user.kwargs), lambda read: frozen(recorded[read]))
-        call = Call(user, called(user, module), tuple(args), dict(kwargs), recorded[user], module)
+        call = Call(user, called_name(user, module), tuple(args), dict(kwargs), recorded[user], module)
         next_axes = _after_call(call, tuple(recorded[node]), axes, excluded, shuffled)
         if next_axes:
             _follow(propagation, user, next_axes, excluded, shuffled, depth - 1)
@@ -91,10 +89,10 @@ def _after_call(call: Call, shape: tuple[int, ...], axes: Axes, excluded: set[in
     """The positions of the axes after one more node that reads a value of `shape`."""
     if call.name == "unbind":
         _exclude(call, axes, excluded, call.argument(1, "dim", 0))
-    elif call.name == "getitem" and isinstance(call.args[0], TrackedShape):
-        return _after_getitem(call, axes, excluded)
+    elif call.name == "select":
+        return _after_select(call, axes, excluded)
     elif call.name in _REDUCED:
-        _exclude(call, axes, excluded, call.argument(1, "dim"))
+        _exclude(call, axes, excluded, call.argument(2 if call.name == "linalg_vector_norm" else 1, "dim"))
     elif not isinstance(call.output, Shape):
         return {}
     elif call.name in _PERMUTED:
@@ -116,17 +114,10 @@ def _exclude(call: Call, axes: Axes, excluded: set[int], dimensions: int | Seque
     excluded.update(axis for axis, position in axes.items() if position in taken)
 
 
-def _after_getitem(call: Call, axes: Axes, excluded: set[int]) -> Axes:
-    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-    if not all(isinstance(each, int | slice) for each in index):
-        return {}
-    selected = [position for position, each in enumerate(index) if isinstance(each, int)]
-    excluded.update(axis for axis, position in axes.items() if position in selected)
-    return {
-        axis: position - sum(each < position for each in selected)
-        for axis, position in axes.items()
-        if position not in selected
-    }
+def _after_select(call: Call, axes: Axes, excluded: set[int]) -> Axes:
+    selected = call.args[1] % len(call.args[0].shape)
+    excluded.update(axis for axis, position in axes.items() if position == selected)
+    return {axis: position - (position > selected) for axis, position in axes.items() if position != selected}
 
 
 def _find_shuffle(before: Sequence[int], after: Sequence[int], axes: Axes, shuffled: set[int]) -> None:

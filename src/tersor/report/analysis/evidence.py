@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.core.progress import ProgressReporter
@@ -113,7 +114,7 @@ def _profiles(
     target: Target,
     baseline: Mapping[str, Execution],
 ) -> dict[str, Any]:
-    before, after = _layers_by_module(original), _layers_by_module(model)
+    before, after = (_layers_by_module(network, torch.from_numpy(image)) for network in (original, model))
     profiles: dict[str, Any] = {}
     fixed = batch_for(model, target)
     for size in PROFILED_BATCH_SIZES if fixed is None else (fixed,):
@@ -129,11 +130,11 @@ def _profiles(
     return profiles
 
 
-def _layers_by_module(network: nn.Module) -> dict[str, str]:
+def _layers_by_module(network: nn.Module, images: Tensor) -> dict[str, str]:
     """Layers by their path and by the path of the BatchNorm after them, which names the two once they are folded."""
     names = {name: name for name in weighted_layers(network)}
     try:
-        graph = capture(network)
+        graph = capture(network, images)
     except InputError:  # some networks can be exported but not captured; their folded layers have no name
         return names
     for node in graph.graph.nodes:

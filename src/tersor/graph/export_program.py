@@ -1,0 +1,198 @@
+"""Running torch.export on a copy of a user's network, and explaining why it refuses one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_unflatten
+
+from tersor.core.errors import InputError
+from tersor.graph.aten import arguments, operator_name
+from tersor.graph.parametrization import strip
+from tersor.graph.plain_attention import with_plain_attention
+
+_FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n\s+(.+)')
+_CONVERSIONS = {"to", "type_as", "_to_copy"}
+_LIBRARY = re.compile(r"/(torch|torchvision|tersor)/")
+_WAY_OUT = (
+    "A forward must not branch on the values of tensors or create tensors of data-dependent size. Possible: pass the "
+    "submodule without that part (such as model.backbone), and keep the rest as it is."
+)
+
+
+def exported(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """The graph of aten operators that `model` runs in eval mode, with a dynamic batch size.
+
+    Args:
+        model: the network; it stays unchanged, because a copy is run.
+        images: (N, C, H, W), N >= 2, on the device of the network.
+
+    Raises:
+        InputError: torch.export cannot record the network; the message names the line of the network.
+    """
+    network = _copied(model)
+    try:
+        program = _exported(network, images, Dim.DYNAMIC)
+    except _Refused as first:
+        program = _with_batch_found(images, model, first)
+    graph = program.module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
+    _plain_signature(graph, program)
+    _simplify(graph.graph)
+    return graph
+
+
+class _Refused(Exception):  # noqa: N818 - never leaves this module
+    """torch.export has refused the network."""
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy in eval mode with computed weights in place of parametrizations; what a forward stores stays in it."""
+    network = with_plain_attention(strip(model).eval())
+    for parameter in network.parameters():  # without gradients, torch would take the fast path of attention
+        if parameter.is_floating_point():
+            parameter.requires_grad_()
+    return network
+
+
+def _exported(network: nn.Module, images: Tensor, batch: Any) -> ExportedProgram:
+    try:
+        with _quiet():
+            return torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
+    except Exception as error:  # whatever the forward and torch.export raise
+        raise _Refused from error
+
+
+def _with_batch_found(images: Tensor, model: nn.Module, first: _Refused) -> ExportedProgram:
+    """Where the code compares the batch size with a cached one, a fresh copy keeps it dynamic with `Dim.AUTO`."""
+    error = first.__cause__
+    assert isinstance(error, Exception)
+    if "Constraints violated" not in str(error) and "specialize" not in str(error).lower():
+        raise _refusal(model, error) from error
+    try:
+        program = _exported(_copied(model), images, Dim.AUTO)
+    except _Refused:
+        raise _refusal(model, error) from error
+    sizes = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs).meta["val"]
+    if isinstance(sizes.shape[0], int):
+        raise InputError(
+            f"the graph of {type(model).__name__} cannot be captured: its forward fixes the batch size. Possible: a "
+            "forward that reads the batch size from its input (x.shape[0], -1) and stores no tensor of that size."
+        ) from error
+    return program
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without the exporter's own warnings and logs; errors are explained by `_refusal`."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _refusal(model: nn.Module, error: Exception) -> InputError:
+    """What the forward does that cannot be recorded, with file and line."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)).rstrip(".")
+    if "Could not guard on data-dependent" in reason or "data-dependent" in type(error).__name__.lower():
+        reason = "it branches on the values of a tensor"
+    return InputError(
+        f"the graph of {type(model).__name__} cannot be captured: {reason[:300]}{_place(error)}. {_WAY_OUT}"
+    )
+
+
+def _place(error: Exception) -> str:
+    """` (file.py, line 12: if x.sum() > 0:)`: the innermost line of the user's code."""
+    frames = [(each.filename, each.lineno, each.line or "") for each in traceback.extract_tb(error.__traceback__)]
+    frames += [(file, int(line), code) for file, line, _, code in _FRAME.findall(str(error))]
+    own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and "/lib/python" not in frame[0]]
+    inside = [frame for frame in frames if "/torchvision/" in frame[0] or "/site-packages/" in frame[0]]
+    inside = [frame for frame in inside if "/site-packages/torch/" not in frame[0]]
+    file, line, code = next(iter([*reversed(inside), *reversed(own)]), ("", 0, ""))
+    return f" ({Path(file).name}, line {line}: {code.strip()})" if file else ""
+
+
+def _plain_signature(graph: fx.GraphModule, program: ExportedProgram) -> None:
+    """Replace the exporter's flattened output by the network's own tuples, lists and dicts; remove its checks."""
+    output = next(iter(graph.graph.find_nodes(op="output")))
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    output.args = (_unflattened(list(output.args[0]), spec, graph),)  # type: ignore[arg-type]
+    graph.graph.set_codegen(CodeGen())
+    for node in reversed(list(graph.graph.nodes)):
+        if str(node.target).startswith(("aten._assert", "_guards_fn", "aten.sym_constrain")) and not node.users:
+            graph.graph.erase_node(node)
+
+
+def _simplify(graph: fx.Graph) -> None:
+    """Remove what does nothing, and write sizes of reshapes that depend on the batch as -1."""
+    for node in graph.nodes:
+        name, value = operator_name(node), node.meta.get("val")
+        if name in _CONVERSIONS and isinstance(value, Tensor):
+            before = node.args[0].meta["val"]
+            if (value.dtype, value.device) == (before.dtype, before.device):
+                node.replace_all_uses_with(node.args[0])
+        elif name == "slice" and _takes_all(arguments(node)):
+            node.replace_all_uses_with(node.args[0])
+        elif name in ("view", "reshape"):  # a view fails where autocast or training changes the memory layout
+            node.target = torch.ops.aten.reshape.default
+            sizes = list(node.args[1])
+            if -1 not in sizes and sum(isinstance(size, fx.Node) for size in sizes) == 1:
+                node.args = (node.args[0], [-1 if isinstance(size, fx.Node) else size for size in sizes])
+
+
+def _takes_all(given: dict[str, Any]) -> bool:
+    """Whether a slice is `x[:]`."""
+    return given["start"] in (None, 0) and given["end"] in (None, sys.maxsize) and given["step"] == 1
+
+
+def _unflattened(leaves: list[Any], spec: Any, graph: fx.GraphModule) -> Any:
+    if spec.is_leaf():
+        return leaves.pop(0)
+    children = [_unflattened(leaves, each, graph) for each in spec.children()]
+    if spec.type in (tuple, list):
+        return spec.type(children)
+    if spec.type is dict:
+        return dict(zip(spec.context, children, strict=True))
+    return _constructed(spec, children, graph)
+
+
+def _constructed(spec: Any, children: list[Any], graph: fx.GraphModule) -> Any:
+    """Other containers (named tuples, Hugging Face's ModelOutput) are built by a module at the end of the graph."""
+    output = next(iter(graph.graph.find_nodes(op="output")))
+    name = "container"
+    while hasattr(graph, name):
+        name += "_"
+    graph.add_module(name, Container(spec))
+    with graph.graph.inserting_before(output):
+        return graph.graph.call_module(name, tuple(children))
+
+
+class Container(nn.Module):
+    """Builds the container that a network returns from the values in it."""
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__()
+        self.spec = copy.deepcopy(spec)
+
+    def forward(self, *values: Any) -> Any:
+        """The container with these values."""
+        return tree_unflatten(values, self.spec)
