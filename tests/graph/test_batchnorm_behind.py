@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.graph.batchnorm_behind import norm_behind, record_ranks
+from tersor.graph.batchnorm_behind import norm_behind, norms_behind
 from tersor.graph.capture import capture
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -62,30 +62,21 @@ def nodes(graph):
 
 @pytest.mark.parametrize("kind", FOUND | NOT_FOUND)
 def test_which_norm_normalises_the_channels(kind):
-    graph = capture((FOUND | NOT_FOUND)[kind]().eval())
-    record_ranks(graph, IMAGES)
-    (node,) = nodes(graph)
+    model = (FOUND | NOT_FOUND)[kind]().eval()
+    (node,) = nodes(capture(model, IMAGES))
     assert (norm_behind(node) is not None) == (kind in FOUND)
+    assert list(norms_behind(model, IMAGES)) == ([node.target] if kind in FOUND else [])
 
 
-def test_an_unknown_rank_needs_assume_flat():
-    graph = capture(vectors(nn.BatchNorm1d(5)).eval())
-    (node,) = nodes(graph)
-    assert norm_behind(node) is None
-    assert norm_behind(node, assume_flat=True) is not None
-
-
-def test_recording_leaves_nothing_and_a_copy_of_the_graph_knows():
-    graph = capture(vectors(nn.BatchNorm1d(5)))
-    before = copy.deepcopy(graph.state_dict())
-    record_ranks(graph, IMAGES)
-    assert all(torch.equal(value, before[key]) for key, value in graph.state_dict().items())
+def test_a_copy_of_the_graph_knows_the_ranks():
+    graph = capture(vectors(nn.BatchNorm1d(5)), IMAGES)
     assert graph.training
-    assert not any(module._forward_hooks for module in graph.modules())
     copied = copy.deepcopy(graph.graph)
     copied.owning_module = graph
     (node,) = [node for node in copied.nodes if node.target == "1"]
-    assert norm_behind(node) is not None
+    assert norm_behind(node).node.target == "2"
+    (node,) = nodes(copy.deepcopy(graph))
+    assert norm_behind(node).node.target == "2"
 
 
 def test_a_layer_with_two_norms_and_two_layers_with_one():
@@ -99,6 +90,6 @@ def test_a_layer_with_two_norms_and_two_layers_with_one():
             a, b = self.a(x), self.b(x)
             return self.one(a) + self.other(a) + self.one(b)
 
-    first, second = nodes(capture(Two().eval()))
+    first, second = nodes(capture(Two().eval(), IMAGES))
     assert norm_behind(first) is None
     assert norm_behind(second).node.target == "one"

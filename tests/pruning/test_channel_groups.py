@@ -72,7 +72,7 @@ def drawn(model):
 
 def check(model, images):
     """Half of every group is removed, drawn at random; gives the graph and what stayed whole."""
-    graph = capture(drawn(model).eval())
+    graph = capture(drawn(model).eval(), images)
     with torch.no_grad():
         before = graph(images)
         groups, whole = coupled_channels(graph, images)
@@ -198,7 +198,7 @@ def test_every_group_goes_alone(name):
     torch.manual_seed(0)
     make, size = TINY[name]
     images = torch.randn(2, 3, size, size)
-    graph = capture(drawn(make()).eval())
+    graph = capture(drawn(make()).eval(), images)
     groups, _ = coupled_channels(graph, images)
     for group in groups:
         cuts = group.cuts(range(1, len(group.slices), 2))
@@ -241,8 +241,8 @@ def test_the_smallest_of_every_family(name):
 def test_families_of_timm(name):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    graph = capture(drawn(timm.create_model(name, num_classes=10)).eval())
     images = torch.randn(2, 3, 224, 224)
+    graph = capture(drawn(timm.create_model(name, num_classes=10)).eval(), images)
     groups, _ = coupled_channels(graph, images)
     spent = costs(graph, images).macs
     remove(graph, merge_cuts(cut for group in groups for cut in group.cuts(range(len(group.slices) // 2))))
@@ -262,8 +262,8 @@ def test_zeros_that_pad_channels_go_along():
 
 def test_heads_and_places_of_every_head_are_groups():
     torch.manual_seed(0)
-    graph = capture(PlainViT().eval())
-    groups, whole = coupled_channels(graph, torch.randn(1, 3, 16, 16))
+    images = torch.randn(1, 3, 16, 16)
+    groups, whole = coupled_channels(capture(PlainViT().eval(), images), images)
     found = sorted((group.root, len(group.slices), group.width, group.within_heads) for group in groups)
     blocks = [(f"blocks.{place}.{name}", *rest) for place in (0, 1) for name, *rest in (
         ("qkv", 4, 24, False), ("qkv", 8, 1, True), ("up", 128, 1, False)
@@ -289,20 +289,35 @@ class Odd(nn.Module):
 
 
 def test_what_stays_whole_is_said():
-    graph = capture(Odd().eval())
-    groups, whole = coupled_channels(graph, torch.randn(1, 3, 8, 8))
+    images = torch.randn(1, 3, 8, 8)
+    groups, whole = coupled_channels(capture(Odd().eval(), images), images)
     assert [group.root for group in groups] == ["free"]
     assert {name: why for name, why in whole.items() if name != "head"} == {
-        "first": "getitem selects one of them by its index",
+        "first": "select selects one of them by its index",
         "second": "amax (amax) reduces them",
         "third": "they go into sort (sort), for which there is no rule",
     }
 
 
 def test_what_no_rule_foresaw_is_found_by_trying():
-    class Scaled(nn.Module):
-        """Divides by the number of its channels, which no rule reads."""
+    class Smallest(nn.Module):
+        """The smallest absolute value of all channels, which is written as a norm: only some norms are sums."""
 
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(36, 10)
+
+        def forward(self, x):
+            return self.head(torch.linalg.vector_norm(self.conv(x), -torch.inf, dim=1).flatten(1))
+
+    images = torch.randn(1, 3, 8, 8)
+    groups, whole = coupled_channels(capture(Smallest().eval(), images), images)
+    assert groups == []
+    assert "linalg_vector_norm computes other values" in whole["conv"]
+
+
+def test_a_number_of_channels_that_scales_values_stays_as_it_was():
+    class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
@@ -311,14 +326,11 @@ def test_what_no_rule_foresaw_is_found_by_trying():
             x = self.conv(x)
             return self.head((x / x.shape[1]).mean((2, 3)))
 
-    graph = capture(Scaled().eval())
-    groups, whole = coupled_channels(graph, torch.randn(1, 3, 8, 8))
-    assert groups == []
-    assert "truediv computes other values" in whole["conv"]
+    check(Scaled(), torch.randn(2, 3, 8, 8))
 
 
 def test_images_that_do_not_fit_are_told():
-    graph = capture(vit().eval())
+    graph = capture(vit().eval(), torch.randn(1, 3, 16, 16))
     with pytest.raises(InputError, match=r"does not run on images \(3, 20, 20\)"):
         coupled_channels(graph, torch.randn(1, 3, 20, 20))
 
@@ -335,8 +347,9 @@ class Bare(nn.Module):
 
 
 def test_a_network_without_modules_stays_as_it_was_while_removal_is_tried():
-    graph = capture(Bare().eval())
+    images = torch.randn(2, 3, 2, 2)
+    graph = capture(Bare().eval(), images)
     code = graph.code
-    groups, _ = coupled_channels(graph, torch.randn(2, 3, 2, 2))
+    groups, _ = coupled_channels(graph, images)
     assert [len(group.slices) for group in groups] == [8]
     assert graph.code == code

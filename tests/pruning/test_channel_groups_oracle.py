@@ -41,7 +41,7 @@ def theirs(model, images):
 
 
 def ours(model, images):
-    groups, whole = coupled_channels(capture(model), images)
+    groups, whole = coupled_channels(capture(model, images), images)
     assert len(whole) == 1, "the answers"
     return {
         frozenset((cut.layer, cut.axis, place) for cut in unit if "=" not in cut.axis for place in cut.channels)

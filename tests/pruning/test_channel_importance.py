@@ -40,7 +40,7 @@ def graph():
     net = Net().eval()
     nn.init.normal_(net.norm.weight)
     net.norm.running_mean.normal_()
-    return capture(net)
+    return capture(net, IMAGES)
 
 
 def scores(graph, kind, **options):
@@ -129,7 +129,7 @@ def test_batchnorm_is_its_factor(graph):
 
 
 def test_batchnorm_says_nothing_of_channels_that_have_none():
-    graph = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4)))
+    graph = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4)), IMAGES)
     groups, _ = coupled_channels(graph, IMAGES)
     assert importances("batchnorm", graph, groups, data=DATA, images=1, seed=0) == [None] * len(groups)
 
@@ -241,14 +241,14 @@ def test_taylor_is_torch_prunings(plain):
 
 
 def of_the_first(net, kind):
-    graph = capture(copy.deepcopy(net))
+    graph = capture(copy.deepcopy(net), IMAGES)
     groups, _ = coupled_channels(graph, IMAGES)
     group = next(group for group in groups if group.root == "0")
     return importances(kind, graph, [group], data=DATA, images=12, seed=0)[0]
 
 
 def test_a_channel_may_have_several_places_of_a_layer():
-    graph = capture(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(8, 1)))
+    graph = capture(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(8, 1)), torch.rand(1, 1, 2, 2))
     cut = [tuple(range(4)), tuple(range(4, 8))]
     group = Group("0", tuple((Cut("0", "out", (c,)), Cut("2", "in", cut[c])) for c in range(2)))
     graph.get_submodule("0").weight.data[:] = torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)

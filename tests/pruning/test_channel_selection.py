@@ -48,7 +48,7 @@ def test_importances_are_compared_for_each_unit_of_the_price():
 
 @pytest.mark.parametrize("kind", ["macs", "parameters", "channels"])
 def test_a_price_is_what_the_network_costs_less(kind):
-    graph = capture(build("resnet20", 10).eval())
+    graph = capture(build("resnet20", 10).eval(), IMAGES)
     groups, _ = removable_groups(graph, IMAGES, (), "channel_pruning")
     found = channel_costs(kind, graph, groups, {layer.name: layer.macs for layer in costs(graph, IMAGES).layers})
     before = costs(graph, IMAGES)
@@ -91,7 +91,8 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("kind", ["macs", "parameters"])
 def test_what_is_left_is_what_the_network_says(kind):
     torch.manual_seed(0)
-    graph, image = capture(Mixed().eval()), torch.rand(1, 3, 8, 8)
+    image = torch.rand(1, 3, 8, 8)
+    graph = capture(Mixed().eval(), image)
     groups, _ = coupled_channels(graph, image)
     order = removal_order(
         groups, [torch.rand(len(each.slices)) for each in groups], scope="global", round_to=3, floor=0.1
@@ -108,14 +109,21 @@ def test_what_is_left_is_what_the_network_says(kind):
 
 def test_channels_are_counted():
     order = order_of([2, 4], [[9.0, 8.0], [1.0, 4.0, 2.0, 3.0]])
-    assert remaining_costs("channels", capture(nn.Sequential()), order, {}) == pytest.approx(
+    assert remaining_costs("channels", capture(nn.Sequential(), IMAGES), order, {}) == pytest.approx(
         [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6]
     )
 
 
+class Sum(nn.Sequential):
+    """The sum of what all its layers compute from the pixels."""
+
+    def forward(self, images):
+        return sum(layer(images.flatten(1)) for layer in self)
+
+
 def test_thousands_of_blocks_walk_over_the_network_once(monkeypatch):
     """2,500 blocks of 4 channels in 6 layers: a walk over the network for each would take minutes."""
-    graph = capture(nn.Sequential(*[nn.Linear(10_000, 1, bias=False) for _ in range(6)]))
+    graph = capture(Sum(*[nn.Linear(10_000, 1, bias=False) for _ in range(6)]), torch.rand(1, 1, 100, 100))
     slices = tuple(tuple(Cut(str(layer), "in", (c,)) for layer in range(6)) for c in range(10_000))
     order = removal_order([Group("0", slices)], [torch.rand(10_000)], scope="global", round_to=4, floor=0.0)
     walks = []
@@ -129,7 +137,7 @@ def test_thousands_of_blocks_walk_over_the_network_once(monkeypatch):
 
 
 def test_what_cannot_go_is_told():
-    graph = capture(build("resnet20", 10).eval())
+    graph = capture(build("resnet20", 10).eval(), IMAGES)
     groups, whole = removable_groups(graph, IMAGES, ["layer1"], "channel_pruning")
     assert {group.root.split(".")[0] for group in groups} == {"layer2", "layer3"}
     assert "linear" in whole

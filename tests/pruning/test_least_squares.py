@@ -26,7 +26,7 @@ def pooled(width):
 
 def cut(model, channels, *, made_up=True, images=IMAGES):
     """Channels of the first convolution removed, and made up for or not."""
-    graph = capture(copy.deepcopy(model))
+    graph = capture(copy.deepcopy(model), IMAGES)
     (group,) = [group for group in coupled_channels(graph, images)[0] if group.root == "0"]
     cuts = merge_cuts(group.cuts(channels))
     found = fit_layers(graph, cuts, [images[:6], images[6:]], 16) if made_up else {}
@@ -99,7 +99,7 @@ def test_of_too_few_positions_the_mean_is_given(layer):
 
 def test_of_a_reader_that_loses_channels_itself_those_that_stay_get_theirs():
     model = kill(net(nn.Conv2d(6, 5, 3), nn.ReLU(), *pooled(5)), (1, 4))
-    graph = capture(copy.deepcopy(model))
+    graph = capture(copy.deepcopy(model), IMAGES)
     roots = {group.root: group for group in coupled_channels(graph, IMAGES)[0]}
     cuts = merge_cuts([*roots["0"].cuts([1, 4]), *roots["3"].cuts([2])])
     found = fit_layers(graph, cuts, [IMAGES], 16)
@@ -112,7 +112,7 @@ def test_of_a_reader_that_loses_channels_itself_those_that_stay_get_theirs():
 
 
 def test_looking_leaves_the_network_as_it_was():
-    model = capture(net(*pooled(6)).train())
+    model = capture(net(*pooled(6)).train(), IMAGES)
     (group,) = [group for group in coupled_channels(model, IMAGES)[0] if group.root == "0"]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fit_layers(model, group.cuts([0]), [IMAGES], 16)
@@ -137,7 +137,7 @@ class Shared(nn.Module):
 
 def test_a_layer_that_is_used_at_several_sizes_is_fitted_to_all_of_them():
     torch.manual_seed(0)
-    graph = capture(Shared().eval())
+    graph = capture(Shared().eval(), IMAGES)
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]
     fit = fit_layers(graph, merge_cuts(group.cuts([1, 4])), [IMAGES[:6], IMAGES[6:]], 16)["shared"]
     x = torch.relu(graph.first(IMAGES))

@@ -26,7 +26,7 @@ def net(width=6):
 
 def lost(model, data=DATA, images=64):
     """The group of the first layer, and what is lost by its channels."""
-    graph = capture(copy.deepcopy(model))
+    graph = capture(copy.deepcopy(model), IMAGES)
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
     (found,) = loss_increases(graph, [group], data, images)
     return group, found
@@ -35,7 +35,7 @@ def lost(model, data=DATA, images=64):
 @torch.no_grad()
 def measured(model, group, channels):
     """Half of the mean squared change of the centred logits, the layer behind fitted."""
-    graph = capture(copy.deepcopy(model))
+    graph = capture(copy.deepcopy(model), IMAGES)
     cuts, before = merge_cuts(group.cuts(channels)), graph(IMAGES)
     fits = fit_layers(graph, cuts, DATA, len(IMAGES))
     remove(graph, cuts)
@@ -111,7 +111,7 @@ def test_all_layers_that_read_a_channel_are_asked():
             return (self.left(x).relu() + self.right(x).relu()).mean((2, 3))
 
     torch.manual_seed(0)
-    graph = capture(Forked().eval())
+    graph = capture(Forked().eval(), IMAGES)
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]
     graph.left.weight.data[:, :3] = 0
     graph.right.weight.data[:, 2:] = 0
@@ -123,7 +123,7 @@ def test_all_layers_that_read_a_channel_are_asked():
 
 def test_where_no_layer_reads_whole_nothing_is_said():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    graph = capture(model.eval())
+    graph = capture(model.eval(), IMAGES)
     groups = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
     assert loss_increases(graph, groups, DATA, 64) == [None] * len(groups)
 
@@ -131,7 +131,7 @@ def test_where_no_layer_reads_whole_nothing_is_said():
 def test_the_network_comes_back_as_it_was():
     model = net().train()
     model.requires_grad_(requires_grad=False)
-    graph = capture(model)
+    graph = capture(model, IMAGES)
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
     before = {name: tensor.clone() for name, tensor in graph.state_dict().items()}
     (found,) = loss_increases(graph, [group], DATA, 32)
@@ -185,7 +185,7 @@ class Wrapped(nn.Module):
 
 
 def lost_by(model, data=DATA):
-    graph = capture(model.eval())
+    graph = capture(model.eval(), IMAGES)
     groups, _ = coupled_channels(graph, IMAGES)
     return loss_increases(graph, groups, data, 64)
 
@@ -201,7 +201,7 @@ def test_networks_that_change_what_they_are_given_and_images_made_for_inference(
 
 def test_gradients_are_there_where_the_caller_wants_none():
     expected = lost_by(net())
-    graph = capture(net())
+    graph = capture(net(), IMAGES)
     groups, _ = coupled_channels(graph, IMAGES)
     with torch.inference_mode():
         found = loss_increases(graph, groups, DATA, 64)
@@ -232,7 +232,7 @@ def test_what_the_answers_do_not_hang_on_is_not_asked():
         def forward(self, x):
             return self.inner(x) + self.second(self.first(self.table).relu()).mean()
 
-    graph = capture(Apart().eval())
+    graph = capture(Apart().eval(), IMAGES)
     groups, _ = coupled_channels(graph, IMAGES)
     found = dict(zip([group.root for group in groups], loss_increases(graph, groups, DATA, 64), strict=True))
     assert found["first"] is None
@@ -245,8 +245,8 @@ def test_attention_whose_last_layer_is_never_called():
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, 1, 4, 64, 128, num_classes=10)
     nn.init.normal_(model.heads.head.weight)
-    graph = capture(model.eval())
     images = torch.randn(8, 3, 32, 32)
+    graph = capture(model.eval(), images)
     groups, _ = coupled_channels(graph, images)
     assert any(each is not None and float(each.sum()) > 0 for each in loss_increases(graph, groups, [images], 8))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
-from tersor.graph.comparison import require_same
+from tersor.graph.comparison import outputs_of, require_same
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.export_program import exported
 from tersor.graph.layer_restoration import calls_of, restore_layers
@@ -25,6 +25,7 @@ from tersor.graph.plain_modules import is_hooked
 IMAGE_SHAPE = "image_shape"
 """Key in a captured network's `meta`: channels, height and width of the images."""
 
+_NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
 _SHAPE, _IS_SIZE = "shape", "is_size"
 
 
@@ -47,25 +48,32 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     device = next((each.device for each in model.parameters()), images.device)
     images = (images[:2] if len(images) > 1 else images[:1].expand(2, *images.shape[1:])).contiguous().to(device)
     with checked_forward(type(model).__name__, images):
-        graph = exported(model, images)
+        expected = outputs_of(model, images)
+    graph = exported(model, images)
     modules = restore_layers(graph, model)
     captured = _assembled(model, graph, modules)
     captured.meta[IMAGE_SHAPE] = tuple(images.shape[1:])
     captured.meta["layers"] = _layer_outputs(captured)
     _keep_shapes(captured)
-    require_same(captured, model, images)
+    require_same(captured, expected, images)
     return captured
 
 
 def _require_own_forward(model: nn.Module) -> None:
     """Raises:
-    InputError: a forward set on the instance, or hooks on the outermost module.
+    InputError: a forward set on the instance, hooks on the outermost module, or a part with a reserved name.
     """
     if "forward" in vars(model) or is_hooked(model):
         raise InputError(
             f"the graph of {type(model).__name__} cannot be captured: a forward was set on the instance, or forward "
             "hooks are registered on it, and the graph would lose them. Define the forward in a class; remove the "
             "hooks."
+        )
+    names = {name for part in ("_modules", "_parameters", "_buffers") for name in vars(model)[part]}
+    if taken := sorted(names & _NAMES_OF_A_GRAPH):
+        raise InputError(
+            f"{type(model).__name__} has an attribute named '{taken[0]}', which is reserved in a captured graph. "
+            f"Rename it, for example to '{taken[0]}_'."
         )
 
 

@@ -48,7 +48,8 @@ def exported(model: nn.Module, images: Tensor) -> fx.GraphModule:
         program = _exported(network, images, Dim.DYNAMIC)
     except _Refused as first:
         program = _with_batch_found(images, model, first)
-    graph = program.module(check_guards=False)
+    with _quiet():
+        graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     _plain_signature(graph, program)
     _simplify(graph.graph)
