@@ -16,6 +16,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.evaluation.costs import accuracy, agreement, costs, predictions
+from tersor.graph.capture import capture
 from tersor.models import build, load_weights, normalization
 from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -158,14 +159,15 @@ class Crnn(nn.Module):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_an_lstm_is_a_layer_with_macs(captured):
-    model = Crnn()
-    measured = costs(fx.symbolic_trace(model) if captured else model, torch.randn(2, 3, 32, 32))
+    model, images = Crnn(), torch.randn(2, 3, 32, 32)
+    measured = costs(capture(model, images) if captured else model, images)
     convolutions, head = {"a": 16 * 27 * 16 * 16, "b": 32 * 144 * 8 * 8}, {"head": 1280}
     columns, gates, directions = 8, 4, 2
     lstm = {"rnn": columns * directions * gates * 64 * (256 + 64)}
     assert {layer.name: layer.macs for layer in measured.layers} == convolutions | lstm | head
     (rnn,) = (layer for layer in measured.layers if layer.name == "rnn")
-    assert (rnn.kind, rnn.weight_shape) == ("LSTM", ())
+    assert rnn.kind == ("Module" if captured else "LSTM"), "a captured LSTM is an operator over its weights"
+    assert rnn.weight_shape == ()
     assert rnn.parameters == directions * (gates * 64 * (256 + 64) + 2 * gates * 64)
     assert measured.bit_operations == measured.macs * 32 * 32
 
@@ -216,7 +218,35 @@ def test_costs_of_each_layer_for_one_input():
 
 def test_a_captured_graph_has_the_costs_of_its_network():
     model, example = build("resnet20"), torch.zeros(1, 3, 16, 16)
-    assert costs(fx.symbolic_trace(model), example) == costs(model, example)
+    assert costs(capture(model, example), example) == costs(model, example)
+
+
+class Scores(nn.Module):
+    """Products of all pairs of positions; no parameters, so that a captured network has no module for it."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values @ values.transpose(1, 2)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.scores = nn.Linear(8, 4), Scores()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.scores(self.embedding(tokens)).sum(-1)
+
+
+def test_products_of_a_captured_network_belong_to_the_module_that_computes_them():
+    model = nn.Sequential(nn.Flatten(2), Attending())
+    images = torch.randn(2, 5, 2, 4)
+    captured = capture(model, images)
+    found = {layer.name: layer.macs for layer in costs(model, images).layers}
+    assert found == {"1.embedding": 5 * 8 * 4, "1.scores": 5 * 4 * 5}
+    assert {layer.name: layer.macs for layer in costs(captured, images).layers} == {
+        "1.embedding": 5 * 8 * 4,
+        "1": 5 * 4 * 5,
+    }
 
 
 class Zero(nn.Module):
@@ -270,11 +300,12 @@ def test_bit_widths_are_those_of_enabled_quantizers():
     parametrize.register_parametrization(model[1], "weight", FakeQuantize(Grid.signed(8)))
     model.eval()
 
-    class LeavesOnly(fx.Tracer):
-        def is_leaf_module(self, m, module_qualified_name):
-            return not isinstance(m, nn.Sequential)
-
-    graph = fx.GraphModule(model, LeavesOnly().trace(model))
+    recorded = fx.Graph()
+    value = recorded.placeholder("images")
+    for name, _ in model.named_children():
+        value = recorded.call_module(name, (value,))
+    recorded.output(value)
+    graph = fx.GraphModule(model, recorded)
     first, second, third, _ = (node for node in graph.graph.nodes if node.op == "call_module")
     for name, node, made in [
         ("a", first, quantizer(Grid.unsigned(8))),

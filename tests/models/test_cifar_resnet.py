@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx
 
+from tersor.graph.capture import capture
 from tersor.models.cifar_resnet import DEPTHS, Block, CifarResNet
 
 
@@ -43,9 +43,9 @@ def test_images_of_any_size(size):
     assert model(torch.randn(2, 3, *size)).shape == (2, 7)
 
 
-def test_it_can_be_traced_and_keeps_its_keys():
+def test_it_can_be_captured_and_keeps_its_keys():
     model = CifarResNet(20).eval()
-    traced = fx.symbolic_trace(model)
     x = torch.randn(1, 3, 24, 24)
-    assert torch.equal(traced(x), model(x))
-    assert list(traced.state_dict()) == list(model.state_dict())
+    captured = capture(model, x)
+    assert torch.equal(captured(x), model(x))
+    assert list(captured.state_dict()) == list(model.state_dict())

@@ -17,7 +17,7 @@ from tersor.graph.eval_mode import evaluating
 from tersor.graph.layer_selection import prunable, weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.fake_quantize import weight_quantizer
-from tersor.quantization.operators import run_through
+from tersor.quantization.operators import place_of, run_through
 
 FLOAT_BITS = 32
 
@@ -27,7 +27,7 @@ class LayerCosts:
     """Costs of one layer for one input.
 
     Attributes:
-        name: path in the network; empty for matrix products outside any layer.
+        name: path in the network; empty for matrix products outside any module.
         kind: class name, such as `Conv2d`.
         weight_shape: shape of the weight; empty without a single weight.
         macs: multiply-accumulate operations of convolutions, matrix products, attention and recurrent layers.
@@ -112,15 +112,18 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
         example: input images (N, C, H, W); the first is run through the network.
     """
     ran = run_through(model, example[:1])
+    modules = dict(model.named_modules())
     macs, activation_bits = Counter[str](), dict[str, int]()
     for product in ran.products:
-        name = product.module
+        name = product.module or place_of(product.node)
+        while name not in modules:  # a captured network has no modules without parameters
+            name = name.rpartition(".")[0]
         macs[name] += product.macs
         activation_bits[name] = max(activation_bits.get(name, 0), product.operands[0].bits or FLOAT_BITS)
     weighted = weighted_layers(model)
     layers = tuple(
         _layer_costs(name, module, macs[name], activation_bits.get(name, FLOAT_BITS))
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if macs[name] or name in weighted
     )
     prunable_layers = [*prunable(model).values()] if weighted else []

@@ -80,11 +80,12 @@ def _require_own_forward(model: nn.Module) -> None:
 def _assembled(model: nn.Module, recorded: fx.GraphModule, modules: dict[str, nn.Module]) -> fx.GraphModule:
     """A GraphModule over `modules`, and over the parameters and buffers of `model` that the graph reads."""
     captured = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
-    for path in sorted(modules, key=lambda path: path.count(".")):
+    originals = dict(model.named_modules(remove_duplicate=False))
+    order = {path: place for place, path in enumerate(originals)}  # parents first
+    for path in sorted(modules, key=lambda path: order.get(path, len(order))):
         _container(captured, path).add_module(path.rpartition(".")[2], modules[path])
     for node in recorded.graph.find_nodes(op="get_attr"):
         _place_tensor(captured, model, recorded, str(node.target))
-    originals = dict(model.named_modules(remove_duplicate=False))
     for path, module in captured.named_modules():
         if path not in modules:
             module.training = originals.get(path, model).training
