@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,13 +63,30 @@ def labels_of(batch: Any) -> Tensor | None:
     return second if len(second) == len(images_of(batch)) else None
 
 
+class OnePass(Iterator[Any]):
+    """Batches that can be read once; `peek` leaves the first one to be read."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def peek(self) -> Any:
+        """The next batch, or None."""
+        for first in self._batches:
+            self._batches = chain([first], self._batches)
+            return first
+        return None
+
+
 def first_batch(data: Iterable[Any] | None, method: str) -> Tensor:
     """The images of the first batch of `data`.
 
     Raises:
         InputError: there is none, which `method` needs, or they are not floating point.
     """
-    first = next(iter(data), None) if data is not None else None
+    first = None if data is None else data.peek() if isinstance(data, OnePass) else next(iter(data), None)
     if first is None:
         raise InputError(f"{method} needs images to run the network on; none were given. Pass data=...")
     images = images_of(first)

@@ -9,13 +9,15 @@ import sys
 import traceback
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_unflatten
 
@@ -88,7 +90,7 @@ def _with_batch_found(images: Tensor, model: nn.Module, first: _Refused) -> Expo
     except _Refused:
         raise _refusal(model, error) from error
     sizes = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs).meta["val"]
-    if isinstance(sizes.shape[0], int):
+    if is_concrete_int(sizes.shape[0]):
         raise InputError(
             f"the graph of {type(model).__name__} cannot be captured: its forward fixes the batch size. Possible: a "
             "forward that reads the batch size from its input (x.shape[0], -1) and stores no tensor of that size."
@@ -103,7 +105,7 @@ def _quiet() -> Generator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # it prints the graph up to an error
             warnings.simplefilter("ignore")
             yield
     finally:

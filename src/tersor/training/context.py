@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.target import Target
+from tersor.data.batch import OnePass
 
 LatencyRatio = Callable[[nn.Module, Tensor, Target], Callable[[nn.Module], float]]
 """`latency_ratio(original, example, target)(network)`: the latency of a network as a fraction of the original's, both
@@ -27,7 +28,7 @@ class AttachContext:
 
     Attributes:
         data: batches of images for methods that look at data: tensors (N, C, H, W), tuples that begin with one, or
-            `Batch`es. It is iterated anew for every pass.
+            `Batch`es. It is iterated anew for every pass; an iterator is enough for a method that needs one pass.
         teacher: the network to learn from.
         steps: number of optimizer steps that follow.
         target: runtime and processor that the network is compressed for.
@@ -43,3 +44,7 @@ class AttachContext:
     latency: LatencyRatio | None = None
     progress: ProgressReporter = field(default_factory=NullProgress)
     checkpoint: Callable[[nn.Module], None] = _no_checkpoint
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, Iterator) and not isinstance(self.data, OnePass):
+            object.__setattr__(self, "data", OnePass(self.data))
