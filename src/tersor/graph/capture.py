@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections import Counter, defaultdict
 from functools import partial
+from keyword import iskeyword
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from tersor.graph.comparison import outputs_of, require_same
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.export_program import exported
 from tersor.graph.layer_restoration import calls_of, restore_layers
+from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_hooked
 
 IMAGE_SHAPE = "image_shape"
@@ -47,15 +49,16 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     _require_own_forward(model)
     device = next((each.device for each in model.parameters()), images.device)
     images = (images[:2] if len(images) > 1 else images[:1].expand(2, *images.shape[1:])).contiguous().to(device)
+    three = torch.cat([images, images[:1]])  # another number than the exporter sees
     with checked_forward(type(model).__name__, images):
-        expected = outputs_of(model, images)
+        expected = outputs_of(strip(model), three)  # of a copy: a forward may store what it computes
     graph = exported(model, images)
     modules = restore_layers(graph, model)
     captured = _assembled(model, graph, modules)
     captured.meta[IMAGE_SHAPE] = tuple(images.shape[1:])
     captured.meta["layers"] = _layer_outputs(captured)
     _keep_shapes(captured)
-    require_same(captured, expected, images)
+    require_same(captured, expected, three)
     return captured
 
 
@@ -74,6 +77,11 @@ def _require_own_forward(model: nn.Module) -> None:
         raise InputError(
             f"{type(model).__name__} has an attribute named '{taken[0]}', which is reserved in a captured graph. "
             f"Rename it, for example to '{taken[0]}_'."
+        )
+    if keywords := [path for path, _ in model.named_modules() if any(map(iskeyword, path.split(".")))]:
+        raise InputError(
+            f"the graph of {type(model).__name__} cannot be captured: the name of the submodule {keywords[0]} is a "
+            "Python keyword. Rename that submodule."
         )
 
 
