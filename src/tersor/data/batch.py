@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import tee
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def labels_of(batch: Any) -> Tensor | None:
 
 
 class OnePass(Iterator[Any]):
-    """Batches that can be read once; `peek` leaves the first one to be read."""
+    """Batches that can be read once, apart from those that `ahead` has shown."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self._batches = batches
@@ -72,24 +72,24 @@ class OnePass(Iterator[Any]):
     def __next__(self) -> Any:
         return next(self._batches)
 
-    def peek(self) -> Any:
-        """The next batch, or None."""
-        for first in self._batches:
-            self._batches = chain([first], self._batches)
-            return first
-        return None
+    def ahead(self) -> Iterator[Any]:
+        """The next batches, all of which remain to be read."""
+        self._batches, ahead = tee(self._batches)
+        return ahead
 
 
 def first_batch(data: Iterable[Any] | None, method: str) -> Tensor:
-    """The images of the first batch of `data`.
+    """The images of the first batch of `data` that is not empty.
 
     Raises:
         InputError: there is none, which `method` needs, or they are not floating point.
     """
-    first = None if data is None else data.peek() if isinstance(data, OnePass) else next(iter(data), None)
-    if first is None:
+    if data is None:
         raise InputError(f"{method} needs images to run the network on; none were given. Pass data=...")
-    images = images_of(first)
-    if not images.is_floating_point():
-        raise InputError(f"a batch of the data is {images.dtype}. Pass normalized floating-point images.")
-    return images
+    for batch in data.ahead() if isinstance(data, OnePass) else data:
+        images = images_of(batch)
+        if not images.is_floating_point():
+            raise InputError(f"a batch of the data is {images.dtype}. Pass normalized floating-point images.")
+        if len(images):
+            return images
+    raise InputError(f"{method} found no image in the data. Pass batches (N, C, H, W).")
