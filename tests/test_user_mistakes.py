@@ -331,30 +331,74 @@ def test_images_are_left_as_they_were_where_a_forward_works_in_place(verb, tmp_p
     assert torch.equal(images, IMAGES)
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        (lambda net, x: net.inner[2:](net.inner[:2](x)), "a slice of a Sequential is a new module"),
-        (lambda net, x: net.inner(nn.ReLU()(x)), "modules created in __init__"),
-        (lambda net, x: net.named["class"](x), "is a Python keyword"),
-    ],
-)
-def test_what_cannot_be_captured_is_one_message(run, message):
-    network = Around(run, named=nn.ModuleDict({"class": small()})).eval()
-    for verb in (tersor.quantize, tersor.prune):
-        with pytest.raises(InputError, match=message):
-            verb(network, [IMAGES])
-
-
 class OptionalMask(Around):
     def forward(self, images, mask=None):
         return self.inner(images if mask is None else images * mask)
 
 
-def test_a_captured_graph_that_does_not_run_is_not_blamed_on_the_images():
+SPELLED = {
+    "a slice of a Sequential": lambda: Around(lambda net, x: net.inner[2:](net.inner[:2](x))),
+    "a module made in forward": lambda: Around(lambda net, x: net.inner(nn.ReLU()(x))),
+    "an optional input": lambda: OptionalMask(None),
+    "a branch on the shape": lambda: Around(lambda net, x: net.inner(x) if x.shape[1] == 3 else x),
+    "isinstance": lambda: Around(lambda net, x: net.inner(x) if isinstance(x, torch.Tensor) else x),
+    "a functional convolution": lambda: Around(
+        lambda net, x: net.inner[1:](nn.functional.conv2d(x, net.inner[0].weight, net.inner[0].bias))
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spelling", SPELLED)
+def test_however_a_forward_is_spelled_it_is_quantized_and_pruned(spelling):
+    network = SPELLED[spelling]().eval()
+    with torch.no_grad():
+        expected = network(IMAGES)
+    quantized = tersor.quantize(network, [IMAGES])
+    assert 0 < (quantized(IMAGES) - expected).abs().max() < 0.1
+    assert tersor.integer_coverage(quantized, IMAGES).share == 1
+    pruned = tersor.prune(network, IMAGES, round_to=2)
+    convolution, linear = (each for each in pruned.modules() if isinstance(each, nn.Conv2d | nn.Linear))
+    assert convolution.out_channels == linear.in_features < 8
+    kept = [
+        channel
+        for channel, weight in enumerate(network.inner[0].weight)
+        if any(torch.equal(weight, each) for each in convolution.weight)
+    ]
+    assert len(kept) == convolution.out_channels
+    with torch.no_grad():  # what is fitted after the removal
+        network.inner[4].weight.zero_()[:, kept] = linear.weight
+        network.inner[4].bias.copy_(linear.bias)
+        torch.testing.assert_close(pruned(IMAGES), network(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            lambda net, x: net.inner(x) if x.sum() > 0 else -net.inner(x),
+            r"branches on the values of a tensor \(test_user_mistakes\.py, line \d+: .*x\.sum\(\) > 0",
+        ),
+        (lambda net, x: net.inner(x) if len(x) == 2 else 2 * net.inner(x), "its forward fixes the batch size"),
+        (lambda net, x: net.named["class"](x), r"named\.class is a Python keyword"),
+    ],
+)
+def test_what_cannot_be_captured_is_one_message(run, message):
+    named = {"named": nn.ModuleDict({"class": small()})} if "keyword" in message else {}
+    network = Around(run, **named).eval()
     for verb in (tersor.quantize, tersor.prune):
-        with pytest.raises(InputError, match=r"captured graph of OptionalMask does not run.*no optional inputs"):
-            verb(OptionalMask(None).eval(), [IMAGES])
+        with pytest.raises(InputError, match=message) as caught:
+            verb(network, [IMAGES])
+        assert "\n" not in str(caught.value)
+
+
+def test_batches_of_several_sizes_where_the_network_depends_on_the_size():
+    def positions(network, images):
+        return network.inner(images + nn.functional.interpolate(network.position, images.shape[2:]))
+
+    network = Around(positions, position=nn.Parameter(torch.randn(1, 3, 8, 8))).eval()
+    with pytest.raises(InputError, match=r"captured graph of Around does not run on images \(3, 8, 12\).*in this size"):
+        tersor.quantize(network, [IMAGES[:8], torch.randn(8, 3, 8, 12)])
 
 
 @pytest.mark.parametrize(

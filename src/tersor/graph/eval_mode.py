@@ -21,10 +21,7 @@ _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, Ke
 _SQUEEZED = "its forward squeezes the batch dimension. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
 
 
-_CAPTURED = (
-    "The network itself may run, but a captured graph supports no optional inputs, no counters and no branches on the "
-    "input. Possible: a forward of one tensor without these."
-)
+_CAPTURED = "It was captured for the size of the first images. Pass all images in this size."
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from tersor.core.progress import NullProgress
 from tersor.core.target import Target
@@ -14,6 +15,7 @@ from tersor.data import Batches
 from tersor.data.image_sets import Pixels
 from tersor.deploy.onnx import export
 from tersor.evaluation.latency import predictions
+from tersor.evaluation.measurement import arrays
 from tersor.evaluation.results import Execution
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
@@ -45,10 +47,11 @@ def networks(tmp_path_factory):
     return folder, original, attached.model, test
 
 
-def collected(networks, teacher=None):
+def collected(networks, teacher=None, target=None):
     folder, original, model, test = networks
+    target = target or Target()
     classes = {
-        entry: predictions(open_session(folder / file, "onnxruntime"), (batch.images.numpy() for batch in test))
+        entry: predictions(open_session(folder / file, "onnxruntime"), arrays(test, target.input))
         for entry, file in (("original", "original.onnx"), ("artifact", "model.onnx"))
     }
     return collect_evidence(
@@ -58,7 +61,7 @@ def collected(networks, teacher=None):
         original,
         folder,
         test,
-        Target(),
+        target,
         predictions=classes,
         baseline=BASELINE,
         progress=NullProgress(),
@@ -112,6 +115,48 @@ def test_the_profile_names_every_layer_of_either_file(evidence):
             assert set(profiles[file]["layers"]) == {"first", "second", "answer"}
         assert "first" in profiles["baseline"]["layers"]
     assert evidence["profile"]["1"]["baseline"] == evidence["profile"]["1"]["original"], "nothing is profiled twice"
+
+
+def test_the_profile_of_files_that_read_pixels_names_the_same_layers(networks, evidence, tmp_path):
+    _, original, model, test = networks
+    example, pixels = next(iter(test)).images[:1], ([0.5] * 3, [0.2] * 3)
+    export(original, example, tmp_path / "original.onnx", pixels=pixels)
+    export(model, example, tmp_path / "model.onnx", pixels=pixels)
+    profile = collected((tmp_path, original, model, test), target=Target(input="uint8"))["profile"]
+    for size, profiles in evidence["profile"].items():
+        for file in ("original", "artifact"):
+            assert set(profile[size][file]["layers"]) == set(profiles[file]["layers"])
+
+
+class Attending(nn.Module):
+    """A convolution, and attention over its positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 2, stride=2)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.answer = nn.Linear(16, 5)
+
+    def forward(self, images):
+        tokens = self.stem(images).flatten(2).transpose(1, 2)
+        return self.answer(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+
+def test_layers_of_attention_are_compared_with_the_original(networks, tmp_path):
+    test = networks[-1]
+    torch.manual_seed(0)
+    original, model = Attending().eval(), Attending().eval()
+    attached = PTQ(bits=8).attach(model, AttachContext(data=test))
+    attached.begin()
+    example = next(iter(test)).images[:1]
+    export(original, example, tmp_path / "original.onnx")
+    export(attached.model, example, tmp_path / "model.onnx")
+    found = collected((tmp_path, original, attached.model, test))
+    names = ["stem", "attention.out_proj", "attention.in_proj", "answer"]
+    assert [each["name"] for each in found["layers"]] == [each["name"] for each in found["widths"]] == names
+    assert found["layers"][2]["original_shape"] == found["layers"][2]["shape"] == [48, 16]
+    assert found["layers"][2]["weight_bits"] == 8
+    assert [(each["before"], each["after"]) for each in found["widths"]] == [(16, 16), (16, 16), (48, 48), (5, 5)]
 
 
 def test_soft_targets_are_the_teachers_if_there_is_one(networks, evidence):

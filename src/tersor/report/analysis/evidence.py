@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.progress import ProgressReporter
@@ -76,7 +75,7 @@ def collect_evidence(
     compared = compare_predictions(test.images, predictions["original"], predictions["artifact"])
     progress.advance()
     original, model = _eval_copy(original), _eval_copy(model)
-    layers = layer_table(original, model, images)
+    layers = layer_table(_with_layers_of(model, original, images), model, images)
     source = original if teacher is None else _eval_copy(teacher)
     targets = {
         "network": "original" if teacher is None else "teacher",
@@ -87,12 +86,12 @@ def collect_evidence(
     networks = {"before": before, "after": model}
     attention = attention_maps(networks if teacher is None else {"teacher": source, **networks}, test, index)
     progress.advance()
-    profiles = _profiles(original, model, folder, next(arrays(test, target.input))[:1], target, baseline)
+    profiles = _profiles(original, model, images, folder, next(arrays(test, target.input))[:1], target, baseline)
     progress.advance()
     return {
         "observed_images": len(images),
         "layers": layers,
-        "widths": widths(before, model),
+        "widths": widths(_with_layers_of(model, before, images), model),
         "masks": masks(model),
         "profile": profiles,
         "soft_targets": targets,
@@ -106,15 +105,21 @@ def _eval_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).cpu().float().eval()
 
 
+def _with_layers_of(model: nn.Module, network: nn.Module, images: Tensor) -> nn.Module:
+    """`network`, captured if `model` is: operators that became layers in one have the same names in the other."""
+    return capture(network, images) if isinstance(model, fx.GraphModule) else network
+
+
 def _profiles(
     original: nn.Module,
     model: nn.Module,
+    images: Tensor,
     folder: Path,
     image: Array,
     target: Target,
     baseline: Mapping[str, Execution],
 ) -> dict[str, Any]:
-    before, after = (_layers_by_module(network, torch.from_numpy(image)) for network in (original, model))
+    before, after = (_layers_by_module(network, images) for network in (original, model))
     profiles: dict[str, Any] = {}
     fixed = batch_for(model, target)
     for size in PROFILED_BATCH_SIZES if fixed is None else (fixed,):
