@@ -93,7 +93,7 @@ def _with_batch_found(images: Tensor, model: nn.Module, first: _Refused) -> Expo
     if is_concrete_int(sizes.shape[0]):
         raise InputError(
             f"the graph of {type(model).__name__} cannot be captured: its forward fixes the batch size. Possible: a "
-            "forward that reads the batch size from its input (x.shape[0], -1) and stores no tensor of that size."
+            "forward that reads the batch size as x.shape[0], not as len(x), and stores no tensor of that size."
         ) from error
     return program
 
@@ -141,8 +141,14 @@ def _plain_signature(graph: fx.GraphModule, program: ExportedProgram) -> None:
     output.args = (_unflattened(list(output.args[0]), spec, graph),)  # type: ignore[arg-type]
     graph.graph.set_codegen(CodeGen())
     for node in reversed(list(graph.graph.nodes)):
-        if str(node.target).startswith(("aten._assert", "_guards_fn", "aten.sym_constrain")) and not node.users:
+        check = str(node.target).startswith(("aten._assert", "_guards_fn", "aten.sym_constrain"))
+        if (check or _overwrites_input(node)) and not node.users:
             graph.graph.erase_node(node)
+
+
+def _overwrites_input(node: fx.Node) -> bool:
+    """Whether a tensor is copied onto the images: so the exporter writes a buffer that the forward itself registers."""
+    return operator_name(node) == "copy_" and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
 
 
 def _simplify(graph: fx.Graph) -> None:

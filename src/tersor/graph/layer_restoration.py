@@ -9,6 +9,7 @@ that it can be pruned and quantized. torch.export runs a network in eval mode; m
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.graph.aten import arguments, operator_name
+from tersor.graph.computed_weights import computed_weight, has_effects
 from tersor.graph.plain_modules import is_plain
 
 _CONVOLUTIONS: dict[str, type[nn.Module]] = {
@@ -59,7 +61,7 @@ def calls_of(node: fx.Node) -> list[Call]:
 
 class _Restoration:
     def __init__(self, graph: fx.GraphModule, model: nn.Module) -> None:
-        self.graph, self.model = graph.graph, model
+        self.recorded, self.graph, self.model = graph, graph.graph, model
         self.graph.owning_module = None  # it has no such modules yet
         self.called = {name: each for name, each in graph.named_children() if name.startswith("container")}
         self.modules = dict(model.named_modules(remove_duplicate=False))
@@ -80,7 +82,9 @@ class _Restoration:
         for node in list(self.graph.nodes):
             if rule := rules.get(operator_name(node)):
                 rule(node, arguments(node))
-        self.graph.eliminate_dead_code(is_impure_node=_has_effects)
+        self.graph.eliminate_dead_code(
+            is_impure_node=lambda node: node.op in ("placeholder", "output") or has_effects(node)
+        )
         return self.called
 
     def _groups(self) -> Iterator[list[fx.Node]]:
@@ -128,7 +132,7 @@ class _Restoration:
         return call
 
     def _convolution(self, node: fx.Node, given: dict[str, Any]) -> None:
-        weight, bias = self._parameter(given["weight"]), self._parameter(given["bias"])
+        weight, bias = self._learned(node, "weight"), self._learned(node, "bias")
         if weight is None or (given["bias"] is not None and bias is None):
             return
         kind, groups = _CONVOLUTIONS[operator_name(node)], given["groups"]
@@ -140,11 +144,11 @@ class _Restoration:
         self._put(node, given, layer, weight, bias)
 
     def _linear(self, node: fx.Node, given: dict[str, Any]) -> None:
-        weight, bias = self._parameter(given["weight"]), self._parameter(given["bias"])
+        weight, bias = self._learned(node, "weight"), self._learned(node, "bias")
         if weight is None or weight.ndim != 2:
             return
         layer = _empty(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
-        added = given["bias"] if bias is None else None  # a computed bias is added behind the layer
+        added = given["bias"] if bias is None else None  # a bias that depends on the images is added behind the layer
         call = self._put(node, given, layer, weight, bias)
         if added is not None and call is not None:
             with self.graph.inserting_after(call):
@@ -157,7 +161,9 @@ class _Restoration:
         self, node: fx.Node, given: dict[str, Any], layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None
     ) -> fx.Node | None:
         """Call `layer` over `weight` and `bias` in place of an operator."""
-        path = self._path(str(given["weight"].target), alone=bias is not None or given["bias"] is None)
+        alone = bias is not None or given["bias"] is None
+        is_read = given["weight"].op == "get_attr"
+        path = self._path(str(given["weight"].target), alone=alone) if is_read else self._path_of_call(node)
         known = self.called.get(path)
         layer.register_parameter("weight", weight)
         layer.register_parameter("bias", bias)
@@ -178,6 +184,12 @@ class _Restoration:
             return owner
         path = weight.removesuffix("_weight")
         return path if path != weight and path not in self.modules else f"{weight}_layer"
+
+    def _path_of_call(self, node: fx.Node) -> str:
+        """Where a layer over a computed weight goes: in place of the module that computes it, or inside that."""
+        path = calls_of(node)[-1][1]
+        free = path and path not in self.called and not any(True for _ in self.modules[path].children())
+        return path if free and hasattr(self.modules[path], "weight") else f"{path}.{node.name}".lstrip(".")
 
     def _holds_only_a_layer(self, owner: str) -> bool:
         module = self.modules[owner]
@@ -226,14 +238,21 @@ class _Restoration:
         value = getattr(self.modules.get(owner), name, None)
         return value if isinstance(value, Tensor) else None
 
+    def _learned(self, reader: fx.Node, name: str) -> nn.Parameter | None:
+        """The Parameter that an operator reads, or a new one with what the graph computes from Parameters alone."""
+        node = arguments(reader)[name]
+        if isinstance(node, fx.Node) and node.op != "get_attr":
+            return computed_weight(node, reader, self._attribute, self.called)
+        return self._parameter(node)
+
+    def _attribute(self, path: str) -> Any:
+        owner, _, name = path.rpartition(".")
+        known = hasattr(self.modules.get(owner), name)
+        return getattr(self.modules[owner], name) if known else operator.attrgetter(path)(self.recorded)
+
     def _parameter(self, node: object) -> nn.Parameter | None:
         value = self._tensor(node)
         return value if isinstance(value, nn.Parameter) else None
-
-
-def _has_effects(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
 
 
 def _below(node: fx.Node, own: str) -> bool:

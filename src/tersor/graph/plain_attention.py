@@ -71,5 +71,5 @@ def with_plain_attention(network: nn.Module) -> nn.Module:
 
 
 def _is_supported(module: nn.MultiheadAttention) -> bool:
-    packed = vars(module)["_parameters"].get("in_proj_weight") is not None
-    return packed and module.bias_k is None and not module.add_zero_attn
+    own = vars(module)["_parameters"]
+    return own["in_proj_weight"] is not None and own["bias_k"] is None and not module.add_zero_attn

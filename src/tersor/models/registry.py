@@ -8,10 +8,10 @@ from tersor.core.errors import InputError, unknown
 from tersor.core.import_path import call_with, import_function, is_function_path
 from tersor.graph.plain_network import unwrapped
 from tersor.models.cifar_resnet import DEPTHS, CifarResNet
+from tersor.models.libraries import from_library, from_torchvision, is_of_library
 from tersor.models.wide_resnet import FOURFOLD_RESNETS, WIDE_RESNETS, FourfoldResNet, WideResNet
 
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in DEPTHS}
-_WITH_AUXILIARY_HEADS = {"googlenet", "inception_v3"}
 
 
 def names() -> list[str]:
@@ -26,8 +26,8 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
 
     Args:
         name: a network for CIFAR (`resnet20`, 32, 44, 56, 110, `resnet8x4`, `wrn_16_2`), a torchvision network
-            (`resnet18`, `mobilenet_v2`), or `package.module:function`, which is called with `num_classes` if it
-            accepts that, and returns a network.
+            (`resnet18`, `mobilenet_v2`), a network of another library (`timm:resnet18`, see `libraries.py`), or
+            `package.module:function`, which is called with `num_classes` if it accepts that, and returns a network.
         num_classes: number of logits; None for the network's own (10 for CIFAR, 1000 in torchvision).
 
     Raises:
@@ -36,6 +36,8 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
     if num_classes is not None and num_classes < 1:
         raise InputError(f"num_classes is {num_classes}. Write 1 or more.")
     options = {} if num_classes is None else {"num_classes": num_classes}
+    if is_of_library(name):
+        return from_library(name, num_classes)
     if is_function_path(name):
         return _from_function(name, options)
     if name in CIFAR_RESNETS:
@@ -47,7 +49,7 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
     known = names()
     if name not in known:
         raise unknown("model", name, known)
-    return _from_torchvision(name, options)
+    return from_torchvision(name, num_classes)
 
 
 def _from_function(path: str, options: dict[str, int]) -> nn.Module:
@@ -58,12 +60,3 @@ def _from_function(path: str, options: dict[str, int]) -> nn.Module:
             "Write a function that returns a torch.nn.Module."
         )
     return unwrapped(model)
-
-
-def _from_torchvision(name: str, options: dict[str, int]) -> nn.Module:
-    from torchvision import models
-
-    if name in _WITH_AUXILIARY_HEADS:
-        # auxiliary heads return further outputs in training and are unused in eval
-        return models.get_model(name, weights=None, aux_logits=False, init_weights=True, **options)
-    return models.get_model(name, weights=None, **options)

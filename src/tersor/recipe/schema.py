@@ -44,7 +44,10 @@ class Network(BaseModel):
     """A network and its weights file."""
 
     model_config = PLAIN
-    name: Annotated[Named, Field(description="resnet20, a model of torchvision, or package.module:function")]
+    name: Annotated[
+        Named,
+        Field(description="resnet20, a model of torchvision, timm:NAME, hf:CLASS:CONFIG, or package.module:function"),
+    ]
     num_classes: Annotated[int | None, Field(ge=1, description="number of classes; that of the data by default")] = None
     weights: Annotated[
         Path | None, Field(description="safetensors or a torch checkpoint; random weights by default")
