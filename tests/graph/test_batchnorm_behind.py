@@ -36,17 +36,25 @@ class Shifted(nn.BatchNorm2d):
         return super().forward(values) + 1
 
 
+class Doubled(nn.BatchNorm2d):
+    """Its operator comes before the normalization, which then reads no layer."""
+
+    def forward(self, values):
+        return super().forward(2 * values)
+
+
 FOUND = {
     "maps": lambda: maps(nn.BatchNorm2d(5)),
     "maps, of several processes": lambda: maps(nn.SyncBatchNorm(5)),
     "not affine": lambda: maps(nn.BatchNorm2d(5, affine=False)),
+    "with an operator behind it": lambda: maps(Shifted(5)),
     "vectors": lambda: vectors(nn.BatchNorm1d(5)),
     "vectors, of several processes": lambda: vectors(nn.SyncBatchNorm(5)),
 }
 NOT_FOUND = {
     "tokens": lambda: Tokens(nn.BatchNorm1d(8)),
     "tokens, of several processes": lambda: Tokens(nn.SyncBatchNorm(8)),
-    "a forward of its own": lambda: maps(Shifted(5)),
+    "on another value": lambda: maps(Doubled(5)),
     "no statistics": lambda: maps(nn.BatchNorm2d(5, track_running_stats=False)),
     "groups": lambda: maps(nn.GroupNorm(1, 5)),
 }
