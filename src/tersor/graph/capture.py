@@ -29,6 +29,7 @@ IMAGE_SHAPE = "image_shape"
 
 _NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
 _SHAPE, _IS_SIZE = "shape", "is_size"
+_EVAL_ONLY = "recorded_in_eval_mode"
 
 
 def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
@@ -57,6 +58,7 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     captured = _assembled(model, graph, modules)
     captured.meta[IMAGE_SHAPE] = tuple(images.shape[1:])
     captured.meta["layers"] = _layer_outputs(captured)
+    captured.meta[_EVAL_ONLY] = _inactive(model, graph.graph)
     _keep_shapes(captured)
     require_same(captured, expected, three)
     return captured
@@ -90,10 +92,12 @@ def _assembled(model: nn.Module, recorded: fx.GraphModule, modules: dict[str, nn
     captured = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
     originals = dict(model.named_modules(remove_duplicate=False))
     order = {path: place for place, path in enumerate(originals)}  # parents first
-    for path in sorted(modules, key=lambda path: order.get(path, len(order))):
-        _container(captured, path).add_module(path.rpartition(".")[2], modules[path])
-    for node in recorded.graph.find_nodes(op="get_attr"):
-        _place_tensor(captured, model, recorded, str(node.target))
+    tensors = [str(node.target) for node in recorded.graph.find_nodes(op="get_attr")]
+    for path in sorted([*modules, *tensors], key=lambda path: order.get(path, order.get(path.rpartition(".")[0], -1))):
+        if path in modules:
+            _container(captured, path).add_module(path.rpartition(".")[2], modules[path])
+        else:
+            _place_tensor(captured, model, recorded, path)
     for path, module in captured.named_modules():
         if path not in modules:
             module.training = originals.get(path, model).training
@@ -181,6 +185,29 @@ def _keep_shapes(captured: fx.GraphModule) -> None:
             node.meta[_SHAPE] = tuple(size if type(size) is int else str(size) for size in value.shape)
         elif isinstance(value, torch.SymInt):
             node.meta[_IS_SIZE] = True
+
+
+def _inactive(model: nn.Module, graph: fx.Graph) -> list[str]:
+    """The paths of modules that drop something in training alone, such as stochastic depth: the graph lacks them."""
+    called = {path for node in graph.nodes for _, path in calls_of(node)}
+    rates = ("p", "drop_prob", "drop_rate")
+    return [
+        path
+        for path, module in model.named_modules()
+        if path not in called
+        and not type(module).__module__.startswith("torch.nn.")
+        and next(module.parameters(), None) is None
+        and any(isinstance(rate := vars(module).get(name), float) and rate > 0 for name in rates)
+    ]
+
+
+def training_note(model: nn.Module) -> str | None:
+    """A line for the user about what a captured network no longer does in training; None if there is nothing."""
+    paths = model.meta.get(_EVAL_ONLY) if isinstance(model, fx.GraphModule) else None
+    if not paths:
+        return None
+    shown = f"{paths[0]} to {paths[-1]}" if len(paths) > 1 else paths[0]
+    return f"networks are captured in eval mode: this one trains without stochastic depth ({shown})"
 
 
 def rank_of(node: fx.Node) -> int | None:

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
-from torch.nn.utils import parametrize
 
 from tersor.graph.layer_selection import Layer, matching
 from tersor.pruning.channel_groups import Cut
@@ -72,7 +71,7 @@ def explain_shortfall(
     unprunable: Mapping[str, str],
     exclude: Sequence[str],
 ) -> str:
-    """The largest remaining costs and their reasons: `0.763 in rnn (no part of LSTM is removed), 0.016 in ...`.
+    """The largest remaining costs and their reasons: `0.763 in rnn (no part of it is removed), 0.016 in ...`.
 
     Args:
         graph: the unpruned network.
@@ -106,5 +105,4 @@ def _reason(
         return "it is excluded"
     if any(cut.layer == name or cut.layer.startswith(f"{name}.") for cut in cuts):
         return "as narrow as `floor` and `round_to` allow"
-    kind = parametrize.type_before_parametrizations(module).__name__
-    return "no rule covers its channels" if isinstance(module, Layer) else f"no part of {kind} is removed"
+    return "no rule covers its channels" if isinstance(module, Layer) else "no part of it is removed"
