@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import tee
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,8 +34,26 @@ class Batch:
         return Batch(self.images.to(device, non_blocking=True), move(self.labels), move(self.index))
 
 
+def parts_of(batch: Any) -> tuple[Any, Any]:
+    """Return what a user's batch holds as images and as labels, unchecked; None where there is nothing.
+
+    In a mapping (`{"pixel_values": ..., "labels": ...}`), images are the only value of four dimensions, and labels the
+    only other tensor or array of one dimension.
+    """
+    if isinstance(batch, Batch):
+        return batch.images, batch.labels
+    if isinstance(batch, Mapping):
+        values = list(cast("Mapping[Any, Any]", batch).values())
+        images, labels = ([value for value in values if getattr(value, "ndim", None) == rank] for rank in (4, 1))
+        return images[0] if len(images) == 1 else None, labels[0] if len(labels) == 1 else None
+    if isinstance(batch, list | tuple) and batch:
+        items = cast("list[Any]", batch)
+        return items[0], items[1] if len(items) > 1 else None
+    return batch, None
+
+
 def images_of(batch: Any) -> Tensor:
-    """Return a copy of the images of a user's batch: a tensor, a `Batch`, or a tuple or list that begins with one.
+    """Return a copy of the images of a user's batch: a tensor, a `Batch`, a tuple or list that begins with one, a dict.
 
     Floating-point images are converted to float32, as every network is. A copy, because a forward pass may change its
     input in place.
@@ -43,9 +61,7 @@ def images_of(batch: Any) -> Tensor:
     Raises:
         InputError: the batch does not begin with a tensor (N, C, H, W) that has values.
     """
-    first = batch.images if isinstance(batch, Batch) else batch
-    if isinstance(first, list | tuple) and first:
-        first = first[0]
+    first, _ = parts_of(batch)
     if not isinstance(first, Tensor) or first.ndim != 4:
         raise images_error(batch)
     if first.is_meta:
@@ -55,9 +71,7 @@ def images_of(batch: Any) -> Tensor:
 
 def labels_of(batch: Any) -> Tensor | None:
     """Return the class numbers (N,) of a user's batch, or None if it has no valid ones."""
-    if isinstance(batch, Batch):
-        return batch.labels
-    second = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    _, second = parts_of(batch)
     if not isinstance(second, Tensor) or second.ndim != 1 or second.is_floating_point():
         return None
     return second if len(second) == len(images_of(batch)) else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from tersor.core.errors import InputError
 
 _ONE_VALUE = "Expected more than 1 value per channel"
-_POSSIBLE = "Possible: a tensor (N, C, H, W), or a tuple or list that begins with one."
+_POSSIBLE = "Possible: a tensor (N, C, H, W), a tuple or list that begins with one, or a dict that holds one."
 
 
 def images_error(batch: Any) -> InputError:
@@ -31,7 +31,10 @@ def images_error(batch: Any) -> InputError:
     kind = type(first).__name__
     if isinstance(first, dict):
         keys = ", ".join(repr(key) for key in cast("dict[Any, Any]", first))
-        advice = f"It has the keys {keys}: pass [(batch[...], batch[...]) for batch in loader]."
+        advice = (
+            f"It has the keys {keys}, and not exactly one tensor of four dimensions: pass "
+            "[(batch[...], batch[...]) for batch in loader]."
+        )
     elif type(first).__module__.partition(".")[0] == "numpy":
         advice = "Pass torch.from_numpy(array)."
     elif type(first).__module__.partition(".")[0] == "PIL":

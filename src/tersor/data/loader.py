@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.data.batch import Batch, images_of
+from tersor.data.batch import Batch, images_of, parts_of
 from tersor.data.batch_errors import labels_error
 
 
@@ -19,9 +19,7 @@ def unchecked_labels(batch: Any) -> Tensor | None:
     Raises:
         InputError: they are a numpy array.
     """
-    if isinstance(batch, Batch):
-        return batch.labels
-    second = cast("Any", batch[1]) if isinstance(batch, list | tuple) and len(cast("list[Any]", batch)) > 1 else None
+    _, second = parts_of(batch)
     if type(second).__module__ == "numpy":
         raise InputError("the labels of a batch are a numpy array. Write torch.from_numpy(labels).")
     return second if isinstance(second, Tensor) else None

@@ -7,6 +7,7 @@ none can be removed. This module has the same parameters under the same keys, an
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ class PlainAttention(nn.MultiheadAttention):
         return (output if self.batch_first else output.transpose(0, 1)), weights
 
     def _projected(self, inputs: list[Tensor], *, same: bool) -> list[Tensor]:
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight, bias = self.in_proj_weight, cast("Tensor | None", self.in_proj_bias)
         if same:
             return list(F.linear(inputs[0], weight, bias).chunk(3, -1))
         biases = (None,) * 3 if bias is None else bias.chunk(3)
@@ -71,5 +72,5 @@ def with_plain_attention(network: nn.Module) -> nn.Module:
 
 
 def _is_supported(module: nn.MultiheadAttention) -> bool:
-    own = vars(module)["_parameters"]
-    return own["in_proj_weight"] is not None and own["bias_k"] is None and not module.add_zero_attn
+    packed = getattr(module, "in_proj_weight", None) is not None
+    return packed and getattr(module, "bias_k", None) is None and not module.add_zero_attn

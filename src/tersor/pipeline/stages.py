@@ -18,6 +18,7 @@ from tersor.core.device import precision_for
 from tersor.core.progress import ProgressReporter, StageProgress
 from tersor.evaluation.costs import accuracy
 from tersor.evaluation.results import StageRecord
+from tersor.graph.capture import training_note
 from tersor.graph.fused_inference import fused
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.recipe import Stage, Teacher
@@ -137,12 +138,14 @@ def _run_stage(
     attachment = attach(experiment, stage, model, progress, lambda network: keeper.keep_setup(network))
     every = experiment.recipe.checkpoint_every
     keeper = StageCheckpointer(checkpoints, number, stage.name, every, structure(attachment.model))
+    steps = experiment.steps_of(stage)
+    if steps and (note := training_note(attachment.model)) is not None:
+        attachment.notes += (note,)
     for note in attachment.notes:
         progress.say(f"{stage.name}: {note}")
     if keeper.resume_state is None:
         _begin(attachment, stage.name, progress, keeper)
     training, earlier_seconds = dict[str, Any](), 0.0
-    steps = experiment.steps_of(stage)
     if steps:
         training, earlier_seconds = _train(experiment, stage, attachment, steps, progress, keeper)
     attachment.finish()
