@@ -59,7 +59,7 @@ def test_features_of_a_plain_network_are_its_modules_outputs():
 @pytest.mark.parametrize("training", [False, True])
 def test_a_captured_network_gives_the_same_also_of_what_was_traced_through(training):
     net = Net().train(training)
-    graph = capture(copy.deepcopy(net))
+    graph = capture(copy.deepcopy(net), images())
     torch.manual_seed(3)
     logits, given = FeatureExtractor(net, ["stage", "last"])(images())
     torch.manual_seed(3)
@@ -69,7 +69,7 @@ def test_a_captured_network_gives_the_same_also_of_what_was_traced_through(train
 
 
 def test_the_mode_of_a_captured_network_is_followed():
-    graph = capture(Net().train())
+    graph = capture(Net().train(), images())
     ask = FeatureExtractor(graph, ["stage"])
     ask(images())
     graph.eval()
@@ -94,8 +94,8 @@ def test_a_value_that_is_overwritten_is_an_error():
     with pytest.raises(InputError, match="bn1 is changed in place"):
         FeatureExtractor(Net(inplace=True), ["bn1"])(images())
     with pytest.raises(InputError, match="bn1 is changed in place"):
-        FeatureExtractor(capture(Net(inplace=True)), ["bn1"])(images())
-    assert "bn1" not in last_feature_maps(capture(Net(inplace=True)), images())
+        FeatureExtractor(capture(Net(inplace=True), images()), ["bn1"])(images())
+    assert "bn1" not in last_feature_maps(capture(Net(inplace=True), images()), images())
     with torch.inference_mode():
         assert FeatureExtractor(Net(), ["bn1"])(images())[1]["bn1"].shape == (4, 16, 8, 8)
 
@@ -125,7 +125,7 @@ def test_a_layer_whose_output_is_no_tensor():
 def test_patterns():
     net = build("resnet20", 10)
     assert matching_paths(net, ["layer?"], "the student") == ("layer1", "layer2", "layer3")
-    assert matching_paths(capture(net), ["layer?"], "the student") == ("layer1", "layer2", "layer3")
+    assert matching_paths(capture(net, torch.zeros(1, 3, 32, 32)), ["layer?"], "the student") == ("layer1", "layer2", "layer3")
     with pytest.raises(InputError, match=r"the teacher has no layer 'layer4'\. Did you mean 'layer\d'\?"):
         matching_paths(net, ["layer4"], "the teacher")
 
@@ -146,7 +146,7 @@ def test_the_last_layer_at_each_resolution(name, expected):
     net = build(name, 10)
     pictures = torch.randn(2, 3, 32, 32)
     assert last_feature_maps(net, pictures) == expected
-    assert last_feature_maps(capture(net), pictures) == expected
+    assert last_feature_maps(capture(net, pictures), pictures) == expected
     assert net.training
 
 
@@ -192,7 +192,7 @@ def test_the_maps_of_a_swin_transformer():
     pictures = torch.randn(2, 3, 32, 32)
     seen = {}
     net.features[1].register_forward_hook(lambda _m, _i, value: seen.update(raw=value))
-    for each in (net, capture(net)):
+    for each in (net, capture(net, pictures)):
         assert last_feature_maps(each, pictures) == ("features.1", "features.3")
         assert shapes_of(each, ["features.1"], pictures)["features.1"] == (2, 8, 16, 16)
     _, given = FeatureExtractor(net, ["features.1"])(pictures)
@@ -221,5 +221,5 @@ class Odd(nn.Module):
 
 def test_outputs_that_are_no_feature_map_are_skipped():
     pictures = torch.randn(2, 3, 16, 16)
-    for each in (Odd(), capture(Odd())):
+    for each in (Odd(), capture(Odd(), pictures)):
         assert last_feature_maps(each, pictures) == ("stem", "down")

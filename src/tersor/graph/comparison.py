@@ -1,8 +1,8 @@
 """Comparing rewrites: a network's outputs on a few images before and after.
 
-Capturing, splitting, freezing, equalizing and inserting disabled quantizers do not change the outputs, except for the
-summation order in float32. Each rewrite is chosen by the types and shapes of modules, which can be insufficient. If
-the outputs change, the rewrite is undone and reported, or refused.
+Capturing and equalizing do not change the outputs, except for the summation order in float32. Equalizing is chosen by
+the types and shapes of modules, which can be insufficient. If the outputs change, the rewrite is undone and reported,
+or refused.
 """
 
 from __future__ import annotations
