@@ -175,7 +175,7 @@ def test_batchnorm_gives_what_it_gave_by_mean_and_spread(model):
 def test_looking_at_what_reaches_batchnorm_leaves_it_as_it_was(model):
     model(IMAGES)
     before = copy.deepcopy(model.state_dict())
-    found = moments_of_batches(capture(model), [IMAGES], 8)
+    found = moments_of_batches(capture(model, IMAGES), [IMAGES], 8)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     inputs = []
     model.bn1.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
@@ -225,23 +225,27 @@ def test_the_fraction_is_of_all_macs_those_of_recurrent_layers_too(kind):
     assert before.macs == 16 * 27 * 64 + 32 * 144 * 64 + inside + 320
     after = costs(attached(network, keep_macs=0.8, round_to=2).model, IMAGES[:1])
     assert 0.6 < after.macs / before.macs <= 0.8
-    assert after.layers[2] == before.layers[2]
+    read = 8 * after.layers[1].weight_shape[0]
+    assert read < 256, "features that a removed channel wrote are read no more"
+    assert [layer.name for layer in after.layers] == ["a", "b", "rnn", "head"]
+    assert after.layers[2].macs * (256 + 32) == inside * (read + 32)
 
 
 def test_a_fraction_that_is_not_reached_says_by_how_much_and_because_of_which_layers():
-    network = Crnn(nn.LSTM).eval()
+    network = nn.Sequential(Crnn(nn.LSTM), nn.Unflatten(1, (5, 2)), nn.LSTM(2, 64, batch_first=True)).eval()
     spent = {layer.name: layer.macs for layer in costs(network, IMAGES[:1]).layers}
     total = sum(spent.values())
-    left = (spent["rnn"] + spent["head"] + (spent["a"] + spent["b"]) / 4) / total
+    narrow = spent["0.a"] / 4 + spent["0.b"] / 4 / 8 + spent["0.rnn"] * (256 / 8 + 32) / (256 + 32)
+    left = (narrow + spent["0.head"] + spent["2"]) / total
     with pytest.raises(InputError) as caught:
-        attached(network, keep_macs=0.3, round_to=4)
+        attached(network, keep_macs=0.1, round_to=4)
     told = str(caught.value)
-    assert f"keep_macs: 0.3 cannot be met: {left:.3f} remain after all possible removals, " in told
-    assert f", {left - 0.3:.3f} more than the target" in told
-    assert f"Remaining fraction of all MACs: {spent['rnn'] / total:.3f} in rnn (no part of LSTM is removed), " in told
-    share = spent["b"] / 4 / total
-    assert f"{share:.3f} in b (its output channels are not removed, since they go into rnn (LSTM)" in told
-    assert f"{spent['a'] / 4 / total:.3f} in a (as narrow as `floor` and `round_to` allow)" in told
+    assert f"keep_macs: 0.1 cannot be met: {left:.3f} remain after all possible removals, " in told
+    assert f", {left - 0.1:.3f} more than the target" in told
+    assert f"Remaining fraction of all MACs: {spent['2'] / total:.3f} in 2 (no part of it is removed), " in told
+    assert f"{narrow / total:.3f} in 0.rnn, 0.b, 0.a (as narrow as `floor` and `round_to` allow)" in told
+    share = spent["0.head"] / total
+    assert f"{share:.3f} in 0.head (its output channels are not removed, since without some of them _1 cannot run: " in told
     assert told.endswith(f"Write {math.ceil(1000 * left) / 1000:.3f} or more, or a lower `floor` or `round_to`.")
 
 
@@ -355,7 +359,7 @@ def test_branches_alone_may_be_enough(model):
 
 
 def test_a_network_that_is_refused_is_as_it_was(model):
-    graph = capture(model)
+    graph = capture(model, IMAGES)
     before = {key: value.clone() for key, value in graph.state_dict().items()}
     with pytest.raises(InputError, match="cannot be met"):
         attached(graph, keep_macs=0.01, branches=3)

@@ -102,7 +102,7 @@ def tensors_of(objective):
 @pytest.mark.parametrize("captured", [False, True])
 def test_two_steps_are_the_authors(captured):
     model = small()
-    attached = attached_to(capture(model) if captured else model)
+    attached = attached_to(capture(model, BATCH.images) if captured else model)
     objective = objective_of(attached)
     with torch.no_grad():
         for name, tensor in tensors_of(objective).items():

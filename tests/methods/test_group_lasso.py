@@ -50,7 +50,7 @@ def pulled(net, **options):
 
 def test_what_is_added_is_the_formula(net):
     reference = copy.deepcopy(net)
-    groups, _ = coupled_channels(capture(copy.deepcopy(net)), IMAGES)
+    groups, _ = coupled_channels(capture(copy.deepcopy(net), IMAGES), IMAGES)
     expected = {name: torch.zeros_like(parameter) for name, parameter in net.named_parameters()}
     for group in groups:
         energies = []

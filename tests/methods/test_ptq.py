@@ -159,7 +159,7 @@ def test_values_that_are_only_moved_count_once():
     assert [node.target for node in graph.graph.nodes].count("quantizers.relu") == 2
 
 
-def test_layers_that_only_their_parent_reads_stay_in_float():
+def test_the_projections_of_attention_are_quantized():
     class Attentive(nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,9 +170,17 @@ def test_layers_that_only_their_parent_reads_stay_in_float():
             y, _ = self.attention(x, x, x)
             return self.last(y)
 
-    attached = calibrated(Attentive().eval())
-    assert attached.quantizers.layers == ("last",)
-    assert not parametrize.is_parametrized(attached.model.attention.out_proj)
+    torch.manual_seed(0)
+    model = Attentive().eval()
+    keys, before = set(model.state_dict()), model(images())
+    attached = calibrated(model, PTQ(bits=4))
+    graph = attached.model
+    assert set(attached.quantizers.layers) == {"attention.in_proj", "attention.out_proj", "last"}
+    bits = {name: weight_quantizer(graph.get_submodule(name)).grid.bits for name in attached.quantizers.layers}
+    assert bits == {"attention.in_proj": 8, "attention.out_proj": 4, "last": 8}
+    assert graph.get_submodule("attention.in_proj").parametrizations.weight.original is model.attention.in_proj_weight
+    assert 0 < (graph(images()) - before).abs().max() < 0.2 * before.std()
+    assert {key for key in strip(graph).state_dict() if not key.startswith("quantizers.")} == keys
 
 
 def test_mse_weights_round_with_less_error():
@@ -456,9 +464,9 @@ def test_calibration_changes_no_statistics_even_of_a_network_in_training():
 def test_a_checkpoint_holds_the_calibration():
     saved = calibrated(method=PTQ(bits=5, activation_bits=6)).model
     torch.manual_seed(99)
-    fresh = PTQ(bits=5, activation_bits=6).attach(Small().eval(), AttachContext(data=[]))
+    fresh = PTQ(bits=5, activation_bits=6).attach(Small().eval(), AttachContext(data=[100 * images()]))
     fresh.model.load_state_dict(saved.state_dict())
-    fresh.begin()  # without an image: it is calibrated already
+    fresh.begin()  # does nothing: it is calibrated already
     found = quantizers(fresh.model)
     for name, quantizer in quantizers(saved).items():
         assert found[name].enabled
