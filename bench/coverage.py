@@ -124,7 +124,7 @@ def ours(name: str) -> dict[str, Any]:
     inputs = images(name, model)
     found: dict[str, Any] = {"side": inputs.shape[-1]}
     before = costs(model, inputs).macs
-    whole = capture(network(name))
+    whole = capture(network(name), inputs)
     begun = time.perf_counter()
     attached = ChannelPruning(keep_macs=KEEP).attach(model, AttachContext(data=[inputs]))
     found["seconds"] = round(time.perf_counter() - begun, 2)

@@ -170,7 +170,7 @@ def measure_memory() -> None:
 
 def planned(model: nn.Module, image: torch.Tensor) -> None:
     """Capture, plan, and remove half of the channels of every group."""
-    graph = capture(model)
+    graph = capture(model, image)
     groups, _ = coupled_channels(graph, image)
     remove(graph, merge_cuts(cut for group in groups for cut in group.cuts(range(len(group.slices) // 2))))
 

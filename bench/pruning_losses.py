@@ -68,7 +68,7 @@ def answers(model: nn.Module) -> Tensor:
 @cache
 def original() -> tuple[fx.GraphModule, Tensor]:
     """Return the captured original and its log-probabilities."""
-    graph = capture(SUBJECT.network()).eval()
+    graph = capture(SUBJECT.network(), EXAMPLE).eval()
     return graph, answers(graph)
 
 

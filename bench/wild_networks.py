@@ -93,8 +93,7 @@ _add("timm", "crossvit_tiny_240", _timm, 240)
 _add("timm", "levit_128s efficientformer_l1 tiny_vit_5m_224 mvitv2_tiny", _timm, 224)
 _add(
     "pytorchcv",
-    "resnet10 preresnet10 seresnet10 mobilenet_w1 squeezenext23_w1 menet108_8x1_g3 condensenet74_c4_g4 igcv3_w1 "
-    "diracnet18v2 peleenet",
+    "resnet10 preresnet10 seresnet10 mobilenet_w1 menet108_8x1_g3 condensenet74_c4_g4 igcv3_w1 diracnet18v2 peleenet",
     _pytorchcv,
     224,
 )
@@ -145,7 +144,7 @@ NETWORKS.update(
             (
                 "SwinForImageClassification",
                 64,
-                {**_STAGES, "image_size": 64, "embed_dim": 32, "num_heads": [2, 2, 4, 4], "window_size": 4},
+                {**_STAGES, "image_size": 64, "embed_dim": 32, "num_heads": [2, 2, 4, 4], "window_size": 2},
             ),
             ("ConvNextV2ForImageClassification", 64, _WIDTHS),
             ("ResNetForImageClassification", 64, {**_WIDTHS, "embedding_size": 16}),

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Freezable, Norm, freezable
-from tersor.graph.capture import IMAGE_SHAPE, capture, layer_of
+from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture, layer_of
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, remove
@@ -104,6 +104,7 @@ class _Plan(_Strict):
     """The JSON schema of `structure`."""
 
     image_shape: Annotated[list[_Size], Field(min_length=3, max_length=3)] | None
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None
     cuts: list[list[tuple[str, _Axis, list[_Place]]]]
     freezable: list[str]
     edges: list[tuple[str, _Quantizer, _Parametrization]]
@@ -136,6 +137,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
     }
     return {
         "image_shape": list(model.meta[IMAGE_SHAPE]) if isinstance(model, fx.GraphModule) else None,
+        "fingerprint": model.meta[FINGERPRINT] if isinstance(model, fx.GraphModule) else None,
         "cuts": list(model.meta.get("cuts", [])) if isinstance(model, fx.GraphModule) else [],
         "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
         "edges": edges,
@@ -180,6 +182,7 @@ def _of_another(fresh: nn.Module, why: str) -> InputError:
 def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
     model = fresh if plan.image_shape is None else capture(fresh, torch.zeros(2, *plan.image_shape))
     if isinstance(model, fx.GraphModule):
+        assert model.meta[FINGERPRINT] == plan.fingerprint, "its operators or the settings of its layers differ"
         for cuts in plan.cuts:
             remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in cuts])
         _insert_edges(model, plan.edges)

@@ -7,6 +7,7 @@ a network does in training mode alone is lost: stochastic depth, auxiliary heads
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections import Counter, defaultdict
 from functools import partial
@@ -15,8 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
+from tersor.graph.aten import operator_name
+from tersor.graph.batchnorm import Freezable
 from tersor.graph.comparison import outputs_of, require_same
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.export_program import exported
@@ -28,6 +32,9 @@ IMAGE_SHAPE = "image_shape"
 """Key in a captured network's `meta`: channels, height and width of the images."""
 
 _NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
+FINGERPRINT = "fingerprint"
+"""Key in a captured network's `meta`: a hash of its operators and of the settings of its layers when captured."""
+
 _SHAPE, _IS_SIZE = "shape", "is_size"
 _EVAL_ONLY = "recorded_in_eval_mode"
 
@@ -58,6 +65,7 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     captured = _assembled(model, graph, modules)
     captured.meta[IMAGE_SHAPE] = tuple(images.shape[1:])
     captured.meta["layers"] = _layer_outputs(captured)
+    captured.meta[FINGERPRINT] = _fingerprint(captured)
     captured.meta[_EVAL_ONLY] = _inactive(model, graph.graph)
     _keep_shapes(captured)
     require_same(captured, expected, three)
@@ -185,6 +193,22 @@ def _keep_shapes(captured: fx.GraphModule) -> None:
             node.meta[_SHAPE] = tuple(size if type(size) is int else str(size) for size in value.shape)
         elif isinstance(value, torch.SymInt):
             node.meta[_IS_SIZE] = True
+
+
+def _fingerprint(captured: fx.GraphModule) -> str:
+    """Equal for networks of one class and size; another stride, activation or order of operators changes it."""
+    parts: list[str] = []
+    for node in captured.graph.nodes:
+        layer = captured.get_submodule(str(node.target)) if node.op == "call_module" else None
+        settings = "" if layer is None else f"{_kind(layer)}({layer.extra_repr()})"
+        parts.append(f"{node.op} {operator_name(node)} {settings}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _kind(layer: nn.Module) -> str:
+    """The class of a layer without what masks, quantizers and freezing add to it."""
+    kind = parametrize.type_before_parametrizations(layer)
+    return next(each.__name__ for each in kind.__mro__ if not issubclass(each, Freezable))
 
 
 def _inactive(model: nn.Module, graph: fx.Graph) -> list[str]:

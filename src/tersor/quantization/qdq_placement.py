@@ -100,6 +100,7 @@ def read_through(graph: fx.GraphModule, value: fx.Node, name: str, *, moved: boo
     readers = [user for user in value.users if user.op != "output"]
     with graph.graph.inserting_after(value):
         quantized = graph.graph.call_module(name, (value,), {"moved": True} if moved else {})
+    quantized.meta = dict(value.meta)  # the shape
     for reader in readers:
         reader.replace_input_with(value, quantized)
 
