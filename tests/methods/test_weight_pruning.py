@@ -280,15 +280,19 @@ def test_what_just_fits_is_not_refused(model, options):
         ({"importance": "taylor"}, "there is no data"),
         ({"importance": "nowhere:function"}, "there is no module 'nowhere'"),
         ({"sparsity_schedule": "nowhere:function"}, "there is no module 'nowhere'"),
-        (
-            {"importance": "batchnorm", "granularity": "filter", "layers": ("linear",)},
-            "with a scale after linear",
-        ),
+        ({"importance": "batchnorm", "granularity": "filter"}, "batchnorm needs images to run the network on"),
     ],
 )
 def test_options_that_contradict_or_do_nothing(model, options, told):
     with pytest.raises(InputError, match=told):
         WeightPruning(**options).attach(model, AttachContext(steps=10))
+    assert not masks_of(model), "no masks were inserted"
+
+
+def test_a_layer_without_batchnorm_behind_it_is_refused(model):
+    method = WeightPruning(importance="batchnorm", granularity="filter", layers=("linear",))
+    with pytest.raises(InputError, match="with a scale after linear"):
+        method.attach(model, AttachContext(data=[IMAGES]))
     assert not masks_of(model), "no masks were inserted"
 
 
