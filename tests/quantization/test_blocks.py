@@ -12,6 +12,8 @@ from tersor.quantization.blocks import Block, between, blocks, layer_blocks
 from tersor.quantization.quantizer_options import Precision
 from tersor.quantization.quantizers import insert_quantizers
 
+IMAGES = torch.randn(2, 3, 6, 6)
+
 
 class Small(nn.Module):
     def __init__(self):
@@ -27,16 +29,16 @@ class Small(nn.Module):
 
 
 def test_blocks_lie_between_single_values():
-    found = blocks(capture(Small().eval()))
+    found = blocks(capture(Small().eval(), IMAGES))
     assert found == [
         Block("x", "relu", ("conv1",)),
         Block("relu", "mean", ("conv2", "conv3")),
-        Block("mean", "linear", ("linear",)),
+        Block("mean", "linear_1", ("linear",)),
     ]
 
 
 def test_its_layers_one_by_one_with_what_is_fused_into_them():
-    graph = capture(Small().eval())
+    graph = capture(Small().eval(), IMAGES)
     first, second, _ = blocks(graph)
     assert layer_blocks(graph, first) == [Block("mul", "relu", ("conv1",))]
     assert layer_blocks(graph, second) == [
@@ -51,12 +53,13 @@ def test_its_layers_one_by_one_with_what_is_fused_into_them():
 )
 def test_consecutive_blocks_equal_the_network(name, layers, quantized):
     torch.manual_seed(0)
-    graph = capture(build(name, 10).eval())
+    images = torch.randn(2, 3, 64, 64)
+    graph = capture(build(name, 10).eval(), images)
     if quantized:
         insert_quantizers(graph, Precision(), exclude=(), target=Target(), method="ptq")
     found = blocks(graph)
     assert [len(block.layers) for block in found][: len(layers)] == layers
-    images = torch.randn(2, 3, 64, 64)
+    assert all(block.end.startswith("quantizers") for block in found[:-1]) is quantized, "they belong to what they round"
     values = images
     for block in found:
         values = between(graph, block.begin, block.end)(values)
@@ -69,7 +72,7 @@ def test_consecutive_blocks_equal_the_network(name, layers, quantized):
 
 
 def test_an_empty_part_and_a_replaced_module():
-    graph = capture(Small().eval())
+    graph = capture(Small().eval(), IMAGES)
     values = torch.randn(2, 4, 6, 6)
     assert torch.equal(between(graph, "relu", "relu")(values), values)
     instead = between(graph, "relu", "conv3", {"conv2": nn.Identity()})

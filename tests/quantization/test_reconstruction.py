@@ -51,7 +51,7 @@ def images(count=64, seed=1):
 
 def calibrated(model=None, bits=2, activation_bits=4):
     """Quantizers with ranges on a network, and the network in float."""
-    graph = capture(model or Small().eval())
+    graph = capture(model or Small().eval(), images())
     quantizers = insert_quantizers(
         graph, Precision(bits, activation_bits, bits), exclude=(), target=VNNI, method="adaround"
     )

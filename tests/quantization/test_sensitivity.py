@@ -39,7 +39,7 @@ def images(count=12, seed=1):
 
 
 def laid(model=None, target=VNNI):
-    graph = capture(model or Small().eval())
+    graph = capture(model or Small().eval(), images())
     return insert_quantizers(graph, Precision(), exclude=(), target=target, method="test")
 
 
