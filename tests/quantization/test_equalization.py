@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from tersor.graph.batchnorm_behind import record_ranks
 from tersor.graph.capture import capture
 from tersor.pruning.mask import Mask
 from tersor.quantization.equalization import equalize
@@ -90,13 +89,6 @@ def images(seed=5):
     return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def captured(model, x):
-    """With the ranks of what fully connected layers give."""
-    graph = capture(model)
-    record_ranks(graph, x)
-    return graph
-
-
 def ranges(first, norm, second):
     """r1 and r2 of the paper for each channel, in plain numbers."""
     made = [max(map(abs, row)) for row in first.weight.flatten(1).tolist()]
@@ -116,7 +108,7 @@ def same_after(model, pairs, x=None):
     """Equalised: so many pairs, and the same answers of a network that has changed, or has not."""
     x = images() if x is None else x
     before, state = model(x), copy.deepcopy(model.state_dict())
-    assert equalize(captured(model, x)) == pairs
+    assert equalize(capture(model, x)) == pairs
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, state[key])]
     assert bool(changed) == bool(pairs)
@@ -145,7 +137,7 @@ def test_as_the_paper_writes_it(chain):
         for tensor in (first.weight, first.bias) if norm is None else (norm.weight, norm.bias):
             tensor.data[channel] /= s
         second.weight.data[:, channel] *= s
-    equalize(captured(model, images()))
+    equalize(capture(model, images()))
     for found, expected in zip(parts(model, places), (first, norm, second), strict=True):
         for one, other in zip(found.parameters(), expected.parameters(), strict=True) if found is not None else ():
             torch.testing.assert_close(one, other)
@@ -171,8 +163,9 @@ def test_weights_equal_those_of_reference_code(case):
     behind = [[nn.ReLU()] if isinstance(each, nn.BatchNorm2d) or each.groups > 1 else [] for each in layers]
     chain = [each for layer, relu in zip(layers, behind, strict=True) for each in (layer, *relu)]
     model = nn.Sequential(*chain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
-    assert equalize(capture(model)) == len(case["after"]) - 1
     first, norm, *rest = layers
+    inputs = first.in_channels
+    assert equalize(capture(model, torch.randn(2, inputs, 8, 8))) == len(case["after"]) - 1
     for found, expected in zip([fuse_conv_bn_eval(first, norm), *rest], case["after"], strict=True):
         for name, values in expected.items():
             torch.testing.assert_close(getattr(found, name).detach(), torch.tensor(values), rtol=1e-3, atol=1e-5)
@@ -181,7 +174,7 @@ def test_weights_equal_those_of_reference_code(case):
 def test_parameters_stay_the_same_objects():
     model = unequal(CHAINS["BatchNorm"][0]())
     before = [id(each) for each in model.parameters()]
-    graph = capture(model)
+    graph = capture(model, images())
     equalize(graph)
     assert [id(each) for each in graph.parameters()] == [id(each) for each in model.parameters()] == before
 
@@ -270,7 +263,6 @@ LEFT_ALONE = {
     "another axis": lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.Linear(8, 3)),
     "no gamma": lambda: classified(conv(3, 4), nn.BatchNorm2d(4, affine=False), nn.ReLU(), conv(4, 5)),
     "no statistics": lambda: classified(conv(3, 4), nn.BatchNorm2d(4, track_running_stats=False), conv(4, 5)),
-    "a forward of its own": lambda: classified(conv(3, 4), nn.ReLU(), Standardized(4, 5, 3)),
     "residual": Residual,
     "read twice": Twice,
     "called twice": Again,
@@ -285,14 +277,33 @@ LEFT_ALONE = {
 def test_left_alone(kind):
     model = unequal(LEFT_ALONE[kind]())
     before = copy.deepcopy(model.state_dict())
-    assert equalize(capture(model)) == 0
+    assert equalize(capture(model, images())) == 0
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_computed_weight_is_a_parameter_of_the_graph():
+    model = unequal(classified(conv(3, 4), nn.ReLU(), Standardized(4, 5, 3)))
+    graph, standardized = capture(model, images()), model[2].weight.detach().clone()
+    before = graph(images())
+    assert equalize(graph) == 1
+    torch.testing.assert_close(graph(images()), before, rtol=1e-4, atol=1e-5)
+    made, read = ranges(graph.get_submodule("0"), None, graph.get_submodule("2"))
+    assert made == pytest.approx(read, rel=0.01)
+    assert torch.equal(model[2].weight, standardized), "the network keeps the weight that it standardizes"
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(6, 2))
+
+    def forward(self, x):
+        return self.layers(x[:, 0])
 
 
 def test_norms_of_positions_are_left_alone():
     """BatchNorm1d behind a Linear of (N, L, C) normalises the L positions."""
-    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(6, 2)).eval()
-    same_after(model, 0, torch.randn(4, 3, 8))
+    same_after(Positions().eval(), 0)
 
 
 @pytest.mark.parametrize("chain", ["BatchNorm", "biases", "depthwise"])

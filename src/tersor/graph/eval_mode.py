@@ -91,7 +91,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
     Raises:
         InputError: it does not run, needs another input, or drops the batch dimension of a single image.
     """
-    required = _required_inputs(network)
+    required = required_inputs(network)
     if len(required) > 1:
         raise InputError(
             f"the forward of {name} needs {len(required)} inputs: {', '.join(required)}. Possible: one, the images. "
@@ -121,7 +121,8 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [repr(error)])[0].rstrip(".")
 
 
-def _required_inputs(model: nn.Module) -> list[str]:
+def required_inputs(model: nn.Module) -> list[str]:
+    """The names of the inputs without a default."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
     return [each.name for each in parameters if each.default is each.empty and each.kind not in kinds]

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from tersor.graph.aten import arguments, operator_name
 from tersor.graph.computed_weights import computed_weight, has_effects
+from tersor.graph.eval_mode import required_inputs
 from tersor.graph.plain_modules import is_plain
 
 _CONVOLUTIONS: dict[str, type[nn.Module]] = {
@@ -103,7 +104,7 @@ class _Restoration:
         kind = parametrize.type_before_parametrizations(module)
         of_torch = any(each.__module__.startswith("torch.nn.") and each is not nn.Module for each in kind.__mro__)
         parts = [name for name, _ in module.named_children() if name != "parametrizations"]
-        return of_torch and not parts and is_plain(module)
+        return of_torch and not parts and is_plain(module) and len(required_inputs(module)) == 1
 
     def _as_module(self, nodes: list[fx.Node]) -> None:
         """Replace the operators of one call by a `call_module` node, if the module reads and returns one tensor."""

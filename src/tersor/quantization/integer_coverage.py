@@ -32,6 +32,7 @@ ENOUGH = 0.95
 
 _MOST_BITS = 8
 _MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _LISTED = 8
 _REASONS = 3
 
@@ -176,6 +177,10 @@ def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
         return place, function or kind, reason
     owner = parameter.rpartition(".")[0].partition(".parametrizations")[0].removeprefix("parametrizations")
     name = owner if owner != place or owner == product.module != "" else parameter
+    if function in _RECURRENT:
+        return owner, str(function), "recurrent layers are not supported"
+    if function == "bilinear":
+        return owner, function, "Bilinear is not supported"
     if function is not None:
         return name, function, f"it is computed by a function ({function}), not by a layer"
     if owner == product.module:
