@@ -172,6 +172,10 @@ def processes(out: Path) -> None:
     """Run every method and the demo as one of several processes, and save the models."""
     distributed.init_process_group()
     here = distributed.rank()
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, here)
+    distributed.broadcast_from_rank0(layer)
+    save_file(layer.state_dict(), out / f"broadcast-{here}.safetensors")
     given = {name: recipe(build_method(name, "example"), seed=here) for name in registry.names()}
     shorter = ["data.limit=192", "teacher.epochs=1", "stages.0.epochs=1", "stages.1.epochs=1", f"seed={here}"]
     shorter += [f"{training}.lr_schedule.warmup_epochs=0" for training in ("teacher.training", "stages.0")]

@@ -66,6 +66,11 @@ def test_processes(name, two_processes):
     require_same_ends(name, two_processes)
 
 
+def test_the_second_process_gets_the_weights_of_the_first(two_processes):
+    require_same_ends("broadcast", two_processes)
+    assert load_file(two_processes / "broadcast-1.safetensors")["weight"] == 0
+
+
 def require_same_ends(name, out):
     first, second = (load_file(out / f"{name}-{rank}.safetensors") for rank in range(2))
     assert equal_states(first, second)
