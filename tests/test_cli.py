@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from tersor import cli, models
 from tersor.core.errors import InputError
@@ -63,12 +64,23 @@ def tersor(monkeypatch, *arguments: object) -> int:
     return int(stopped.value.code or 0)
 
 
-def test_a_run_writes_the_folder_with_every_figure(tmp_path, weights, monkeypatch, capfd):
+def small(num_classes):
+    """A network that is exported in a fraction of a ResNet-20's time."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 128, 3, stride=2, bias=False), nn.BatchNorm2d(128), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes)),
+    )
+
+
+def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd):
     module = importlib.import_module("tersor.pipeline.run")
     monkeypatch.setattr(module, "measure", partial(module.measure, seconds=0.2))
     monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)))
+    weights = tmp_path / "small.safetensors"
+    models.save_weights(small(10), weights)
+    recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)).replace("name: resnet20", f'name: "{__name__}:small"'))
     out = tmp_path / "out"
     assert tersor(monkeypatch, "run", recipe, "--out", out) == 0
     assert {

@@ -1,4 +1,4 @@
-"""The house keeps its shape: floors, sizes, names, and what it may import."""
+"""The house keeps its shape: levels, sizes, names, and what it may import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersor"
 FILES = sorted(SOURCE.rglob("*.py"))
-FLOORS = [
+LEVELS = [
     ("__main__", "cli", "progress_bars"),
     ("api",),
     ("pipeline",),
@@ -114,9 +114,9 @@ FLOORS = [
     ("data",),
     ("core",),
 ]
-"""From the top down. A module imports only what is on a lower floor; `docs/architecture.md` shows this list.
+"""From the top down. A module imports only what is on a lower level; `docs/architecture.md` shows this list.
 
-Four folders have floors inside. The modules of any other folder may import each other.
+Four folders are divided into several levels. The modules of any other folder may import each other.
 """
 
 
@@ -125,12 +125,12 @@ def name_of(file):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def floor(module):
-    """The number of its floor, from the ground up, and the entry of `FLOORS` that it belongs to."""
+def level(module):
+    """The number of its level, from the ground up, and the entry of `LEVELS` that it belongs to."""
     path = module.removeprefix("tersor.")
-    entries = {entry: len(FLOORS) - place for place, row in enumerate(FLOORS) for entry in row}
+    entries = {entry: len(LEVELS) - place for place, row in enumerate(LEVELS) for entry in row}
     own = [entry for entry in entries if path == entry or path.startswith(f"{entry}.")]
-    assert own, f"{module} has no floor"
+    assert own, f"{module} has no level"
     longest = max(own, key=len)
     return entries[longest], longest
 
@@ -141,7 +141,7 @@ def imports(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "an import that begins with a dot hides its floor"
+            assert node.level == 0, "an import that begins with a dot hides its level"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -149,8 +149,8 @@ def misplaced(importer, imported):
     """Whether `importer` may not know `imported`."""
     if importer == "tersor":  # loads each verb when it is first used
         return False
-    (own, own_entry), (other, other_entry) = floor(importer), floor(imported)
-    return not (other < own or (other == own and (own_entry == other_entry or own_entry in FLOORS[0])))
+    (own, own_entry), (other, other_entry) = level(importer), level(imported)
+    return not (other < own or (other == own and (own_entry == other_entry or own_entry in LEVELS[0])))
 
 
 IMPORTS = {name_of(file): list(imports(ast.parse(file.read_text()))) for file in FILES}
@@ -195,10 +195,10 @@ def test_imports_point_down():
     assert not wrong
 
 
-def test_the_architecture_page_lists_the_floors():
+def test_the_architecture_page_lists_the_levels():
     page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text()
-    (listed,) = re.findall(r"^```floors\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert [tuple(line.split(", ")) for line in listed.splitlines()] == FLOORS
+    (listed,) = re.findall(r"^```levels\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [tuple(line.split(", ")) for line in listed.splitlines()] == LEVELS
 
 
 def test_the_architecture_page_lists_every_folder():

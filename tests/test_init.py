@@ -1,6 +1,7 @@
 """A verb stays a verb, whatever was imported before: two modules bear the names of verbs."""
 
-import subprocess
+import importlib
+import inspect
 import sys
 
 import pytest
@@ -10,18 +11,26 @@ import tersor
 FIRST = ["tersor.deploy.onnx", "tersor.pipeline.run", "tersor.api", None]
 
 
-def test_verbs_are_functions_whatever_was_imported_first():
-    code = f"""
-import importlib, inspect, sys
-for first in {FIRST!r}:
+@pytest.fixture
+def not_imported():
+    """Forget every module of tersor, and restore the same modules at the end."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "tersor"}
+    for name in before:
+        del sys.modules[name]
+    yield
     for name in [name for name in sys.modules if name.split(".")[0] == "tersor"]:
         del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.usefixtures("not_imported")
+def test_verbs_are_functions_whatever_was_imported_first(first):
     if first:
         importlib.import_module(first)
-    import tersor
-    assert all(inspect.isfunction(getattr(tersor, verb)) for verb in {tersor.__all__[1:]!r}), first
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    imported = importlib.import_module("tersor")
+    assert imported is not tersor
+    assert all(inspect.isfunction(getattr(imported, verb)) for verb in tersor.__all__[1:])
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -52,13 +52,13 @@ def brief(path: Path) -> Experiment:
     """Set up the recipe with two small training steps per stage."""
     recipe = read(path, OVERRIDES)
     assert recipe.teacher is not None
-    small = {"batch_size": 16}
+    small = {"batch_size": 4}
     stages = tuple(stage.model_copy(update={"epochs": 0, "steps": 2, **small}) for stage in recipe.stages)
     training = recipe.teacher.training.model_copy(update=small)
     teacher = recipe.teacher.model_copy(update={"epochs": 1, "training": training})
     given = recipe.model_copy(update={"stages": stages, "teacher": teacher})
     experiment = prepare(given, model=None, data=None, progress=NullProgress())
-    few = View(experiment.data.train, torch.arange(32))
+    few = View(experiment.data.train, torch.arange(8))
     experiment = replace(experiment, data=replace(experiment.data, train=few))
     assert experiment.teacher is not None
     for module in experiment.teacher.modules():

@@ -34,11 +34,23 @@ def network(width):
     )
 
 
-def test_python_in_the_readme_runs_as_pasted(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="as pasted", marks=pytest.mark.slow),
+        pytest.param(
+            {"torchvision.models.resnet18(num_classes=10)": "network(8)", "seconds=1": "seconds=0.1"}, id="small"
+        ),
+    ],
+)
+def test_python_in_the_readme_runs(changes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(latency, "_MIN_GROUPS", 2)  # fewer rounds than a user gets
     (block,) = blocks("README.md", "python")
-    exec(block, {})
+    for text, smaller in changes.items():
+        assert text in block
+        block = block.replace(text, smaller)
+    exec(block, {"network": network})
     assert (tmp_path / "model.onnx").is_file()
 
 

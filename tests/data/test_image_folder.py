@@ -149,6 +149,7 @@ def test_one_image_of_a_class(draw_images):
         from_folder(draw_images("dog", 1), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data/cifar10-jpeg.tar.gz beside the checkout")
 def test_real_photographs(tmp_path):
     with tarfile.open(SHARED, "r|gz") as archive:

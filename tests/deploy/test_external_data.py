@@ -28,7 +28,7 @@ def network(location, *, inside_a_node=False):
 
 @pytest.mark.parametrize("inside_a_node", [False, True])
 @pytest.mark.parametrize("location", ["/etc/hostname", "../secret.bin", "a/../../secret.bin", "link.bin", "\x00"])
-def test_a_file_outside_is_refused(tmp_path, location, inside_a_node):
+def test_external_data_outside_the_folder_is_refused(tmp_path, location, inside_a_node):
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret.bin").write_bytes(bytes(48))
@@ -38,13 +38,13 @@ def test_a_file_outside_is_refused(tmp_path, location, inside_a_node):
         read_artifact(folder / "model.onnx")
 
 
-def test_a_file_beside_is_read(tmp_path):
+def test_external_data_in_the_folder_is_read(tmp_path):
     (tmp_path / "weights.bin").write_bytes(np.zeros(12, np.float32).tobytes())
     (tmp_path / "model.onnx").write_bytes(network("weights.bin"))
     assert read_artifact(tmp_path / "model.onnx").model == tmp_path / "model.onnx"
 
 
-def test_every_network_of_a_folder_is_looked_at(tmp_path):
+def test_every_onnx_file_of_a_folder_is_checked(tmp_path):
     def fill(folder):
         (folder / "model.onnx").write_bytes(b"")
         (folder / "original.onnx").write_bytes(network("/etc/hostname"))
@@ -53,6 +53,6 @@ def test_every_network_of_a_folder_is_looked_at(tmp_path):
         read_artifact(write_folder(tmp_path / "out", fill))
 
 
-def test_what_is_no_network_is_left_to_the_runtime(tmp_path):
+def test_a_file_that_is_no_network_is_left_to_the_runtime(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"network")
     refuse_outside(tmp_path / "model.onnx")

@@ -47,7 +47,7 @@ def packed(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 @example([(-8, 15), (-9, 1)], (3, 3, 3), 0)
 @example([(127, 0), (-128, 15)], (5,), 0)
 @settings(max_examples=60)
-def test_sixteen_neighbours_lie_in_half_a_byte_each_and_come_back(channels, shape, seed):
+def test_sixteen_consecutive_integers_are_packed_and_unpacked_exactly(channels, shape, seed):
     draw = np.random.default_rng(seed)
     integers = np.stack([draw.integers(low, min(low + span, 127) + 1, shape) for low, span in channels]).astype(np.int8)
     proto = dequantized(integers)
@@ -64,14 +64,14 @@ def test_sixteen_neighbours_lie_in_half_a_byte_each_and_come_back(channels, shap
     [np.array([[0, 0], [-8, 8]], np.int8), np.array([[0, 1], [2, 3]], np.int32), np.array([[0, 1], [2, 3]], np.uint8)],
     ids=["17 neighbours", "int32", "uint8"],
 )
-def test_what_is_no_weight_of_few_bits_stays(integers):
+def test_other_tensors_are_not_packed(integers):
     proto = dequantized(integers)
     before = proto.SerializeToString()
     pack_int4(proto.graph)
     assert proto.SerializeToString() == before
 
 
-def test_zero_points_stay():
+def test_zero_points_are_not_packed():
     proto = dequantized(np.zeros((3, 2), np.int8))
     pack_int4(proto.graph)
     assert list(packed(proto)) == ["weight.int4"]

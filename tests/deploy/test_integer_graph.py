@@ -62,7 +62,7 @@ awkward = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-12, -1e-12, 1e-30, 1e3, -0.3
 @example(gamma=[1.0, -1.0, -0.3, 1e-12], beta=[0.5] * 4, bias=True, bits=8, kind="channel")
 @example(gamma=[1.0, -1.0, -0.3, 0.0], beta=[0.5] * 4, bias=True, bits=8, kind="tensor")
 @settings(max_examples=40)
-def test_batch_norm_folds_exactly(on_affine_grids, gamma, beta, bias, bits, kind):
+def test_batchnorm_is_folded_exactly(on_affine_grids, gamma, beta, bias, bits, kind):
     torch.manual_seed(0)
     model = Pair(nn.Conv2d(3, 4, 3, bias=bias), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     norm = model.behind[0]
@@ -93,7 +93,7 @@ def test_batch_norm_folds_exactly(on_affine_grids, gamma, beta, bias, bits, kind
     assert ((found - expected).abs() <= bound).all()
 
 
-def test_integers_stay_as_they_are_and_a_negative_gamma_flips_them():
+def test_folding_keeps_integers_and_a_negative_gamma_flips_their_sign():
     torch.manual_seed(0)
     model = Pair(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_integers_stay_as_they_are_and_a_negative_gamma_flips_them():
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
-def test_a_negative_gamma_mirrors_affine_integers_in_their_grid(on_affine_grids, per_tensor):
+def test_a_negative_gamma_mirrors_affine_integers_within_their_grid(on_affine_grids, per_tensor):
     torch.manual_seed(0)
     model = Pair(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_a_negative_gamma_mirrors_affine_integers_in_their_grid(on_affine_grids,
 
 
 @pytest.mark.parametrize("bits", [7, 4, 2])
-def test_affine_weights_that_fit_into_a_byte_without_their_zero_point_have_none(on_affine_grids, bits):
+def test_affine_weights_that_fit_into_a_byte_are_stored_without_a_zero_point(on_affine_grids, bits):
     torch.manual_seed(0)
     graph = on_affine_grids(quantize(Pair(nn.Conv2d(3, 4, 3)), images()), bits, per_tensor=False)
     quantizer = graph.layer.parametrizations.weight[0]
@@ -134,7 +134,7 @@ def test_affine_weights_that_fit_into_a_byte_without_their_zero_point_have_none(
     assert torch.equal(layer.weight.float() * quantizer.scale[:, None, None, None], graph.layer.weight)
 
 
-def test_a_channel_that_is_switched_off_keeps_its_bias_exactly():
+def test_a_channel_scaled_to_zero_keeps_its_bias_exactly():
     torch.manual_seed(0)
     model = Pair(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
     with torch.no_grad():
@@ -154,7 +154,7 @@ def modules_of(graph, kind):
     return {name: module for name, module in network.named_modules() if name in used and isinstance(module, kind)}
 
 
-def test_the_norm_is_gone_and_the_original_untouched():
+def test_the_batchnorm_is_removed_and_the_original_network_unchanged():
     model = Pair(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     graph = quantize(model, images())
     before = graph(images())
@@ -170,12 +170,12 @@ def test_the_norm_is_gone_and_the_original_untouched():
     [nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4), nn.GroupNorm(2, 4)],
     ids=lambda norm: type(norm).__name__,
 )
-def test_norms_without_statistics_stay(norm):
+def test_a_batchnorm_without_statistics_is_not_folded(norm):
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), norm), images())
     assert modules_of(graph, type(norm))
 
 
-def test_a_norm_without_gamma_folds():
+def test_a_batchnorm_without_gamma_is_folded():
     torch.manual_seed(0)
     model = Pair(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
     model.behind[0].running_var.uniform_(0.1, 3)
@@ -210,7 +210,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [BothReadTheConvolution, Twice])
-def test_a_norm_that_is_not_the_convolutions_own_stays(kind):
+def test_a_batchnorm_with_several_inputs_or_readers_is_not_folded(kind):
     graph = quantize(kind(), images())
     assert modules_of(graph, nn.BatchNorm2d)
 
@@ -222,7 +222,7 @@ def test_a_layer_with_two_inputs_has_its_bias_in_float():
 
 
 @pytest.mark.parametrize("between", [nn.Dropout(0.5), nn.Identity(), nn.Dropout2d(0.1)], ids=lambda m: type(m).__name__)
-def test_what_is_nothing_in_eval_does_not_hide_the_scale_of_the_input(between):
+def test_identities_in_eval_mode_do_not_hide_the_input_scale(between):
     torch.manual_seed(0)
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), between, nn.Conv2d(4, 2, 1)), images())
     layer = to_integer_graph(graph).behind.get_submodule("2")
@@ -231,21 +231,21 @@ def test_what_is_nothing_in_eval_does_not_hide_the_scale_of_the_input(between):
     torch.testing.assert_close(layer.bias_scale, expected)
 
 
-def test_a_layer_left_out_stays_a_layer():
+def test_an_excluded_layer_stays_a_plain_layer():
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), images(), exclude=("layer",))
     network = to_integer_graph(graph)
     assert type(network.layer) is nn.Conv2d
     assert isinstance(network.behind.get_submodule("1"), IntegerLayer)
 
 
-def test_quantizers_that_are_not_ready_are_nothing():
+def test_quantizers_that_are_not_enabled_have_no_effect():
     model = Pair(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     before = model(images())
     graph = PTQ().attach(model, AttachContext(data=[images()])).model
     assert torch.equal(to_integer_graph(graph)(images()), before)
 
 
-def test_quantizers_become_the_two_operators():
+def test_quantizers_become_quantize_and_dequantize():
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), images())
     found = modules_of(graph, QuantizeDequantize)
     assert set(found) == {"quantizers.x", "quantizers.behind_0"}

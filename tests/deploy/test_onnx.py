@@ -131,7 +131,7 @@ def pixels(small, plain, tmp_path_factory):
 
 @runtimes
 @pytest.mark.parametrize("count", [1, 3, 7, 32])
-def test_the_file_answers_like_torch_at_any_batch(small, runtime, count):
+def test_the_file_agrees_with_torch_at_any_batch_size(small, runtime, count):
     graphs, paths = small
     x = images(count)
     expected = answers(graphs[runtime], x)
@@ -142,7 +142,7 @@ def test_the_file_answers_like_torch_at_any_batch(small, runtime, count):
     assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.95
 
 
-def test_weights_lie_as_bytes_and_biases_as_int32(small):
+def test_weights_are_stored_as_int8_and_biases_as_int32(small):
     _, paths = small
     tensors = initializers(paths["onnxruntime"])
     shapes = Counter(array.shape for array in tensors.values() if array.dtype == np.int8 and array.ndim > 1)
@@ -162,7 +162,7 @@ def test_onnxruntime_computes_every_layer_in_integers(small, tmp_path):
     assert not MATRIX_PRODUCTS & set(operators)
 
 
-def test_a_file_tells_nothing_but_its_classes(small):
+def test_the_metadata_holds_only_the_classes(small):
     _, paths = small
     proto = onnx.load(paths["onnxruntime"])
     assert {entry.key: json.loads(entry.value) for entry in proto.metadata_props} == {"classes": list(CLASSES)}
@@ -181,7 +181,7 @@ def texts(path):
     return [match.decode() for match in re.findall(rb"[\x20-\x7e]{5,}", path.read_bytes())]
 
 
-def test_no_file_knows_this_machine(small, plain, pixels):
+def test_the_file_does_not_describe_this_machine(small, plain, pixels):
     secrets = {str(Path.cwd()), str(Path.home()), sys.prefix, str(plain[1].parent), os.uname().nodename}
     for path in [*small[1].values(), plain[1], *pixels[1].values()]:
         for text in texts(path):
@@ -189,7 +189,7 @@ def test_no_file_knows_this_machine(small, plain, pixels):
             assert not any(secret in text for secret in secrets if len(secret) > 3), text
 
 
-def test_products_bear_the_names_of_their_layers(small, pixels):
+def test_operators_have_the_names_of_their_layers(small, pixels):
     for path in (*small[1].values(), pixels[1]["quantized"]):
         names = [node.name for node in onnx.load(path).graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}]
         assert names == ["conv1", "conv2", "conv3", "linear"]
@@ -207,7 +207,7 @@ def test_older_runtimes_can_read_the_file(small):
     assert proto.ir_version == 10
 
 
-def test_exporting_changes_nothing_in_the_network(tmp_path):
+def test_export_does_not_change_the_network(tmp_path):
     graph = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout()), images())
     expected = answers(graph, images())
     graph.train()
@@ -227,7 +227,7 @@ def test_a_plain_network_is_exported_in_float(plain, runtime):
 
 @runtimes
 @pytest.mark.parametrize("kind", ["quantized", "plain"])
-def test_pixels_answer_like_normalised_images(pixels, runtime, kind):
+def test_uint8_pixels_give_the_outputs_of_normalized_images(pixels, runtime, kind):
     x = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     shape = (1, 3, 1, 1)
     normalised = (x / 255 - torch.tensor(MEAN).reshape(shape)) / torch.tensor(STD).reshape(shape)
@@ -239,7 +239,7 @@ def test_pixels_answer_like_normalised_images(pixels, runtime, kind):
 
 
 @pytest.mark.parametrize("bits", [(8, 4), (2, 6)], ids=str)
-def test_fewer_bits_answer_alike_far_outside_the_calibrated_range_too(tmp_path, bits):
+def test_low_bit_files_agree_with_torch_outside_the_calibrated_range(tmp_path, bits):
     graph = quantize(Small(), images(), bits=bits[0], activation_bits=bits[1])
     path = export(graph, images(), tmp_path / "m.onnx")
     for factor in (1, 10):
@@ -265,7 +265,7 @@ def computed_by_openvino(path, x):
 
 @runtimes
 @pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
-def test_packed_weights_answer_as_if_they_lay_in_bytes(on_affine_grids, tmp_path, monkeypatch, runtime, affine):
+def test_packed_weights_give_the_outputs_of_unpacked_ones(on_affine_grids, tmp_path, monkeypatch, runtime, affine):
     graph, x = quantize(Small(), images(), runtime, bits=4, first_last_bits=4), images().numpy()
     if affine:
         on_affine_grids(graph, 4, per_tensor=False)
@@ -290,7 +290,7 @@ def test_packed_weights_answer_as_if_they_lay_in_bytes(on_affine_grids, tmp_path
 @pytest.mark.parametrize("per_tensor", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["channel", "tensor"])
 @pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("kind", ["small", "perceptron"])
-def test_affine_weights_answer_like_torch(on_affine_grids, tmp_path, runtime, per_tensor, bits, kind):
+def test_files_with_affine_weights_agree_with_torch(on_affine_grids, tmp_path, runtime, per_tensor, bits, kind):
     graph = quantize({"small": Small, "perceptron": Perceptron}[kind](), images(), runtime)
     on_affine_grids(graph, bits, per_tensor=per_tensor)
     path = export(graph, images(), tmp_path / "m.onnx")
@@ -377,7 +377,7 @@ class Attends(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Twice, Perceptron, Mirrored, Split])
-def test_unusual_networks_answer_like_torch(tmp_path, kind):
+def test_files_of_unusual_networks_agree_with_torch(tmp_path, kind):
     graph = quantize(kind(), images())
     path = export(graph, images(), tmp_path / "m.onnx")
     expected = answers(graph, images())
@@ -387,7 +387,7 @@ def test_unusual_networks_answer_like_torch(tmp_path, kind):
             assert np.abs(found - expected[:count]).max() < 0.1 * expected.std()
 
 
-def test_attention_with_a_learned_shift_answers_like_torch(tmp_path):
+def test_the_file_of_attention_with_a_learned_shift_agrees_with_torch(tmp_path):
     network = Attends().eval()
     path = export(network, images(), tmp_path / "m.onnx")
     assert np.abs(run(path, images().numpy(), "onnxruntime") - answers(network, images())).max() < 1e-5
@@ -407,7 +407,7 @@ def test_networks_of_another_precision_are_exported_in_float32(tmp_path, dtype):
 @pytest.mark.parametrize(
     "size", [1, *[pytest.param(each, marks=pytest.mark.slow) for each in [(1, 1), [1, 1]]]], ids=str
 )
-def test_an_average_where_channels_lie_last_is_one_operator(tmp_path, size):
+def test_average_pooling_of_channels_last_values_is_one_operator(tmp_path, size):
     class ChannelsLast(nn.Module):
         def __init__(self):
             super().__init__()
@@ -422,7 +422,7 @@ def test_an_average_where_channels_lie_last_is_one_operator(tmp_path, size):
     np.testing.assert_allclose(run(path, images().numpy()), answers(model, images()), rtol=1e-3, atol=1e-4)
 
 
-def test_layers_left_out_stay_in_float(tmp_path):
+def test_excluded_layers_stay_in_float(tmp_path):
     path = export(quantize(Small(), images(), exclude=("conv1", "linear")), images(), tmp_path / "m.onnx")
     dtypes = {array.shape: array.dtype for array in initializers(path).values() if array.ndim > 1}
     assert dtypes[8, 3, 3, 3] == np.float32
@@ -430,7 +430,7 @@ def test_layers_left_out_stay_in_float(tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "size"), [(8, 320_000), pytest.param(4, 160_000, marks=pytest.mark.slow)])
-def test_a_quantized_residual_network_is_all_integers(tmp_path, bits, size):
+def test_a_quantized_residual_network_runs_entirely_in_integers(tmp_path, bits, size):
     torch.manual_seed(0)
     x = images(8, 32)
     graph = quantize(build("resnet20", 10), x, bits=bits)
@@ -448,13 +448,13 @@ def test_a_quantized_residual_network_is_all_integers(tmp_path, bits, size):
 # writing
 
 
-def test_the_file_has_the_permissions_of_any_other(small, tmp_path):
+def test_the_file_has_default_permissions(small, tmp_path):
     other = tmp_path / "other"
     other.touch()
     assert stat.S_IMODE(small[1]["openvino"].stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
 
-def test_an_existing_file_is_replaced_and_nothing_else_left(tmp_path):
+def test_an_existing_file_is_replaced_and_no_other_file_remains(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")
     assert export(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), images(), str(path)) == path
@@ -467,7 +467,7 @@ class Unconvertible(nn.Module):
         return torch.linalg.eigvals(x[:, 0])
 
 
-def test_a_network_that_cannot_be_converted_leaves_the_old_file(tmp_path):
+def test_a_failed_conversion_keeps_the_old_file(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")
     with pytest.raises(InputError, match="the network cannot be converted to ONNX: ") as refusal:
@@ -478,7 +478,7 @@ def test_a_network_that_cannot_be_converted_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
 
-def test_paths_that_cannot_be_written(tmp_path):
+def test_unwritable_paths_are_errors(tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*there is no folder .*absent"):
         export(Small(), images(), tmp_path / "absent" / "m.onnx")
     with pytest.raises(InputError, match=r"cannot write .*irectory"):

@@ -47,7 +47,7 @@ class Several(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_are_named_as_the_network_names_them_and_the_logits_are_found(kind, tmp_path):
+def test_outputs_keep_the_networks_names_and_the_logits_are_found(kind, tmp_path):
     torch.manual_seed(0)
     give, names = KINDS[kind]
     network = Several(give).eval()
@@ -58,14 +58,14 @@ def test_outputs_are_named_as_the_network_names_them_and_the_logits_are_found(ki
     torch.testing.assert_close(torch.from_numpy(found.run(IMAGES.numpy())), network.logits(IMAGES).detach())
 
 
-def test_compare_refuses_outputs_of_which_several_may_be_the_logits(tmp_path):
+def test_compare_refuses_outputs_if_several_can_be_the_logits(tmp_path):
     network = Several(lambda each: (each.embedding, each.logits)).eval()
     path = tersor.export(network, IMAGES, tmp_path / "n.onnx")
     with pytest.raises(InputError, match="outputs output_0, output_1, and it is not clear which"):
         tersor.compare(network, path, [(IMAGES, LABELS)], seconds=0.01)
 
 
-def test_the_logits_are_chosen_by_name_then_alone_then_by_shape():
+def test_the_logits_are_found_by_name_then_as_the_only_output_then_by_shape():
     assert logits_index(["a", "logits"], [2, 2]) == 1
     assert logits_index(["a"], [4]) == 0
     assert logits_index(["a", "b"], [4, 2]) == 1

@@ -214,7 +214,7 @@ def outputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
-def test_quantized_and_exported_it_computes_what_it_did(kind, outputs):
+def test_quantized_and_exported_networks_keep_their_outputs(kind, outputs):
     kinds = QUICK if kind in QUICK else SLOW
     at = WIDTH * kinds.index(kind)
     original, quantized, of_file = (each[:, at : at + WIDTH] for each in outputs(kinds))
@@ -224,7 +224,7 @@ def test_quantized_and_exported_it_computes_what_it_did(kind, outputs):
 
 
 @pytest.mark.parametrize("kind", ["SyncBatchNorm", "timm's norm with SiLU", "a norm that is not affine", "vectors"])
-def test_a_norm_that_can_be_is_folded(kind):
+def test_a_foldable_batchnorm_is_folded(kind):
     torch.manual_seed(0)
     quantized = tersor.quantize(with_statistics(KINDS[kind]()), [IMAGES])
     network = to_integer_graph(quantized)
@@ -242,7 +242,7 @@ NETWORKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_timm_and_torchvision(name, tmp_path):
+def test_timm_and_torchvision_networks_keep_their_outputs(name, tmp_path):
     torch.manual_seed(0)
     images = torch.randn(16, 3, 64, 64)
     model = NETWORKS[name](name, num_classes=10).train()

@@ -39,7 +39,7 @@ OPENVINO = Target(runtime="openvino")
         ("2027.1.0", AMX, False),
     ],
 )
-def test_which_versions_crash_on_which_processors(version, flags, expected):
+def test_affected_openvino_versions_and_processors(version, flags, expected):
     assert crashes_on_dynamic_batches(version, flags) is expected
 
 
@@ -79,7 +79,7 @@ def test_only_an_integer_network_for_openvino_needs_a_static_batch(network, quan
     assert batch_for(quantized, Target(runtime="openvino", batch=8)) == 8
 
 
-def test_any_batch_where_openvino_is_not_affected(quantized, monkeypatch):
+def test_the_batch_is_dynamic_if_openvino_is_not_affected(quantized, monkeypatch):
     monkeypatch.setattr(static_batch, "cpu_flags", lambda: AMX)
     for version in ("2026.4.1", None):
         monkeypatch.setattr(static_batch, "installed_version", lambda _package, version=version: version)
@@ -98,7 +98,7 @@ def files(quantized, tmp_path_factory):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_a_file_with_a_static_batch_is_measured_like_any(runtime, files):
+def test_a_file_with_a_static_batch_can_be_measured(runtime, files):
     pytest.importorskip(runtime)
     assert [batch_in(path) for path in files.values()] == [0, 1, 4]
     sessions = {str(size): open_session(path, runtime) for size, path in files.items()}
@@ -112,19 +112,19 @@ def test_a_file_with_a_static_batch_is_measured_like_any(runtime, files):
     assert all(timings.spread(name, size).median > 0 for name in sessions for size in (1, 6))
 
 
-def test_the_export_for_an_affected_runtime_says_so(network, quantized, affected, tmp_path):
+def test_the_export_for_an_affected_runtime_warns(network, quantized, affected, tmp_path):
     with pytest.warns(UserWarning, match=r"batch size of 1: OpenVINO 2026.2.0 crashes .*target\.batch"):
         written = tersor.export(quantized, IMAGES, tmp_path / "model.onnx", runtime="openvino")
     assert batch_in(written) == 1
 
 
-def test_a_batch_of_none_is_refused(network, tmp_path):
+def test_a_batch_of_zero_is_refused(network, tmp_path):
     with pytest.raises(InputError, match=r"batch: .*greater than or equal to 1, given 0"):
         tersor.export(network, IMAGES, tmp_path / "model.onnx", batch=0)
     assert not list(tmp_path.iterdir())
 
 
-def test_pieces_are_padded_and_cut():
+def test_incomplete_batches_are_padded_and_the_padding_is_dropped():
     seen = []
 
     def infer(images):

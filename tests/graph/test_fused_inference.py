@@ -78,8 +78,9 @@ def test_a_layer_that_is_asked_for_ends_a_pass():
 def test_fused_torchvision_networks_compute_the_same(name):
     torch.manual_seed(0)
     model = settled(build(name, 10))
-    faster = fused(model, images(2, 224))
-    ours, theirs = faster(images(2, 224, seed=2)), model(images(2, 224, seed=2))
+    size = 224 if name == "vit_b_16" else 64
+    faster = fused(model, images(2, size))
+    ours, theirs = faster(images(2, size, seed=2)), model(images(2, size, seed=2))
     assert float((ours - theirs).detach().abs().max()) <= 1e-3 * float(theirs.detach().abs().max())
     assert passes(faster) == sum(type(module) is nn.Conv2d for module in model.modules())
 

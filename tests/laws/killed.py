@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 from safetensors.torch import load_file
 
 from tersor.checkpoint.artifact import read_artifact
@@ -49,8 +47,6 @@ def build(num_classes):
     return nn.Sequential(*conv(3, 16), *conv(16, 16), nn.Dropout(0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(16, num_classes))
 """
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["killed_child"])
 
 
 @dataclass(frozen=True)
@@ -72,22 +68,12 @@ def prepare(folder: Path, steps: int) -> None:
 def start(folder: Path, out: Path, *fault: object) -> Any:
     """Start or resume a run into `out` in a child process.
 
-    The child is forked from a process that has already imported torch, which saves most of the time.
-
     Args:
         folder: folder of the recipe.
         out: output folder.
         fault: EROFS or ENOSPC and the number of writes before it, or EFBIG and the largest file size in bytes.
     """
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the imports of the forked process
-    try:
-        child = _FORKS.Process(target=_run, args=(folder, out, *fault))
-        child.start()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        os.environ.update({} if before is None else {"PYTHONPATH": before})
-    return child
+    return forked.start(_run, folder, out, *fault)
 
 
 def _run(*arguments: Any) -> None:

@@ -1,13 +1,11 @@
-"""A small network and data for the laws, and runs of every method on them; also the script of child processes.
+"""A small network and data for the laws, and runs of every method on them.
 
-As a script it runs every method, or resumes interrupted runs:
-
-    python subjects.py processes OUT        under `accelerate launch`
-    python subjects.py resume FOLDER
+As a script, under `accelerate launch`, it runs every method in several processes: python subjects.py OUT
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -157,14 +155,27 @@ def stage_record(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in stage.items() if key not in {"minutes", "training_seconds"}}
 
 
-def _resume(folder: Path) -> None:
+def resume(folder: Path) -> None:
+    """Resume the interrupted runs of all methods."""
     for name in registry.names():
         run_recipe(recipe(build_method(name, "example")), folder / name)
 
 
-def _processes(out: Path) -> None:
+def rank_of_two(rank: int, port: int, out: Path) -> None:
+    """Run every method as one of two processes, as `accelerate launch` starts them."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes(out)
+
+
+def processes(out: Path) -> None:
+    """Run every method and the demo as one of several processes, and save the models."""
     distributed.init_process_group()
     here = distributed.rank()
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, here)
+    distributed.broadcast_from_rank0(layer)
+    save_file(layer.state_dict(), out / f"broadcast-{here}.safetensors")
     given = {name: recipe(build_method(name, "example"), seed=here) for name in registry.names()}
     shorter = ["data.limit=192", "teacher.epochs=1", "stages.0.epochs=1", "stages.1.epochs=1", f"seed={here}"]
     shorter += [f"{training}.lr_schedule.warmup_epochs=0" for training in ("teacher.training", "stages.0")]
@@ -179,4 +190,4 @@ def _processes(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"resume": _resume, "processes": _processes}[sys.argv[1]](Path(sys.argv[2]))
+    processes(Path(sys.argv[1]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
+import forked
 import pytest
 import subjects
 from safetensors.torch import load_file
@@ -26,9 +28,15 @@ def resumed(tmp_path_factory):
         *_, newest = sorted(path.name for path in (folder / "stopped" / name).glob("01-law-*"))
         assert newest[:15] == f"01-law-{subjects.CHECKPOINT_STEP:07d}-"
     sys.path.remove(str(FOLDER))
-    child = [sys.executable, "subjects.py", "resume", str(folder / "stopped")]
-    subprocess.run(child, cwd=FOLDER, check=True, timeout=300)
+    join(forked.start(subjects.resume, folder / "stopped"))
     return folder
+
+
+def join(*children):
+    """Wait until the processes have ended without an error."""
+    for child in children:
+        child.join(300)
+    assert [child.exitcode for child in children] == [0] * len(children)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,21 +49,12 @@ def test_resume(name, resumed):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """All methods and the demo recipe, in one launch of two gloo processes with different seeds."""
+    """All methods and the demo recipe in two gloo processes with different seeds."""
     out = tmp_path_factory.mktemp("processes")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "subjects.py", "processes", str(out)],
-        cwd=FOLDER,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    join(*(forked.start(subjects.rank_of_two, rank, port, out) for rank in range(2)))
     return out
 
 
@@ -64,5 +63,34 @@ def test_processes(name, two_processes):
     """Two processes with different seeds and images end with the same masks, scales and weights."""
     if name in NAMES:
         skip_if_exempt(name, "processes")
-    first, second = (load_file(two_processes / f"{name}-{rank}.safetensors") for rank in range(2))
+    require_same_ends(name, two_processes)
+
+
+def test_the_second_process_gets_the_weights_of_the_first(two_processes):
+    require_same_ends("broadcast", two_processes)
+    assert load_file(two_processes / "broadcast-1.safetensors")["weight"] == 0
+
+
+def require_same_ends(name, out):
+    first, second = (load_file(out / f"{name}-{rank}.safetensors") for rank in range(2))
     assert equal_states(first, second)
+
+
+@pytest.mark.slow
+def test_processes_that_accelerate_launches(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "subjects.py", str(tmp_path)],
+        cwd=FOLDER,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in NAMES:
+        if subjects.exempt(name, "processes") is None:
+            require_same_ends(name, tmp_path)

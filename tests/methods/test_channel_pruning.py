@@ -69,6 +69,14 @@ def test_a_latency_that_no_width_reaches_is_told(model):
         attached(model, keep_latency=0.6)
 
 
+@pytest.mark.parametrize("kind", ["macs", "parameters", "channels"])
+def test_no_latency_is_measured_for_another_target(model, kind):
+    def measure(*_arguments):
+        pytest.fail("latency was measured")
+
+    attached(model, latency=measure, **{f"keep_{kind}": 0.8})
+
+
 def test_what_is_timed_are_copies(model):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(InputError):

@@ -54,6 +54,7 @@ def test_a_name_gives_the_class():
         ("quantize", "ptq"),
         ("PTQ", "ptq"),
         ("ptk", "ptq"),
+        ("pqt", "ptq"),
     ],
 )
 def test_what_people_say_is_met_with_the_name(given: str, meant: str):

@@ -85,6 +85,14 @@ def test_loss_and_gradients_are_those_of_the_paper(ours, theirs, training):
             torch.testing.assert_close(ours_now, theirs_now, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(("channels", "width"), [(8, 8), (513, 512)])
+def test_fused_features_have_the_channels_of_the_last_layer_but_at_most_512(channels, width):
+    shapes = torch.Size((2, channels, 4, 4)), torch.Size((2, 5, 4, 4))
+    (pooled, fusion) = ReviewTerm([LayerPair("layer", "layer", *shapes)], 1.0).fusions
+    assert pooled.inward(torch.zeros(2, channels, 1, 1)).shape == (2, width, 1, 1)
+    assert fusion.inward(torch.zeros(2, channels, 4, 4)).shape == (2, width, 4, 4)
+
+
 def test_statistics_of_features_with_a_large_mean():
     torch.manual_seed(0)
     fusion = Fusion(4, 8, 5, 0, 1).train()

@@ -5,7 +5,7 @@ import pytest
 from tersor.pruning.budget import meet_cost, meet_latency
 
 
-def test_the_network_is_asked_where_the_count_is_off():
+def test_the_network_is_measured_if_the_predicted_cost_is_wrong():
     counted = [1.0, 0.8, 0.6, 0.4, 0.2]
     assert meet_cost(counted, lambda blocks: counted[blocks], 0.6) == (2, 0.6)
     assert meet_cost(counted, lambda blocks: counted[blocks] + 0.1 * blocks, 0.6) == (4, pytest.approx(0.6))

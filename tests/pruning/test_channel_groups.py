@@ -187,14 +187,14 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_what_is_cut_is_what_was_masked(name):
+def test_removed_channels_equal_masked_channels(name):
     torch.manual_seed(0)
     make, size = TINY[name]
     check(make(), torch.randn(2, 3, size, size))
 
 
 @pytest.mark.parametrize("name", ["option A", "torchvision's ViT", "timm's ViT", "Swin", "Swin V2"])
-def test_every_group_goes_alone(name):
+def test_every_group_can_be_removed_alone(name):
     torch.manual_seed(0)
     make, size = TINY[name]
     images = torch.randn(2, 3, size, size)
@@ -218,7 +218,7 @@ def test_every_group_goes_alone(name):
         *("googlenet", "inception_v3"),
     ],
 )
-def test_the_smallest_of_every_family(name):
+def test_the_smallest_network_of_every_torchvision_family(name):
     torch.manual_seed(0)
     options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
     check(torchvision.models.get_model(name, num_classes=10, **options), torch.randn(2, 3, 224, 224))
@@ -238,7 +238,7 @@ def test_the_smallest_of_every_family(name):
         *("coat_lite_tiny", "pvt_v2_b0", "xcit_nano_12_p16_224", "mixer_s32_224", "poolformer_s12", "hrnet_w18_small"),
     ],
 )
-def test_families_of_timm(name):
+def test_timm_families(name):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     images = torch.randn(2, 3, 224, 224)
@@ -250,7 +250,7 @@ def test_families_of_timm(name):
     graph.train()(images).square().mean().backward()
 
 
-def test_zeros_that_pad_channels_go_along():
+def test_zero_padded_channels_are_removed_with_their_group():
     torch.manual_seed(0)
     graph, whole = check(build("resnet20", 10), torch.randn(2, 3, 16, 16))
     assert whole == {"linear": "they are outputs of the network"}
@@ -260,7 +260,7 @@ def test_zeros_that_pad_channels_go_along():
     assert [sum(amount) for amount in amounts] == [8, 16]
 
 
-def test_heads_and_places_of_every_head_are_groups():
+def test_attention_heads_and_channels_within_heads_are_groups():
     torch.manual_seed(0)
     images = torch.randn(1, 3, 16, 16)
     groups, whole = coupled_channels(capture(PlainViT().eval(), images), images)
@@ -288,7 +288,7 @@ class Odd(nn.Module):
         return self.head(self.free(x).mean((2, 3))) + (one + most + sorted_)[:, None]
 
 
-def test_what_stays_whole_is_said():
+def test_unprunable_channels_are_reported_with_a_reason():
     images = torch.randn(1, 3, 8, 8)
     groups, whole = coupled_channels(capture(Odd().eval(), images), images)
     assert [group.root for group in groups] == ["free"]
@@ -299,7 +299,7 @@ def test_what_stays_whole_is_said():
     }
 
 
-def test_what_no_rule_foresaw_is_found_by_trying():
+def test_the_trial_removal_excludes_what_no_rule_covers():
     class Smallest(nn.Module):
         """The smallest absolute value of all channels, which is written as a norm: only some norms are sums."""
 
@@ -329,7 +329,7 @@ def test_a_number_of_channels_that_scales_values_stays_as_it_was():
     check(Scaled(), torch.randn(2, 3, 8, 8))
 
 
-def test_images_that_do_not_fit_are_told():
+def test_images_of_a_wrong_shape_are_an_error():
     graph = capture(vit().eval(), torch.randn(1, 3, 16, 16))
     with pytest.raises(InputError, match=r"does not run on images \(3, 20, 20\)"):
         coupled_channels(graph, torch.randn(1, 3, 20, 20))
@@ -346,7 +346,7 @@ class Bare(nn.Module):
         return F.linear(F.relu(F.linear(x.flatten(1), self.first).reshape(-1, 8)), self.second)
 
 
-def test_a_network_without_modules_stays_as_it_was_while_removal_is_tried():
+def test_the_trial_removal_does_not_change_a_network_without_modules():
     images = torch.randn(2, 3, 2, 2)
     graph = capture(Bare().eval(), images)
     code = graph.code

@@ -61,7 +61,7 @@ def owned_slowly(graph, of, group, channel):
 
 
 @pytest.mark.parametrize("kind", ["magnitude", "magnitude_l1", "fpgm"])
-def test_of_weights_is_relative_to_each_layer(graph, kind):
+def test_weight_scores_are_relative_to_the_mean_of_each_layer(graph, kind):
     group, found = scores(graph, kind)
     size = len(group.slices)
     owned = [
@@ -88,7 +88,7 @@ def test_of_weights_is_relative_to_each_layer(graph, kind):
     assert float(found.mean()) == pytest.approx(1, abs=1e-5)
 
 
-def test_taylor_is_the_sum_of_what_the_loss_says_of_every_weight(graph):
+def test_taylor_sums_gradient_times_weight_over_a_channel(graph):
     group, found = scores(graph, "taylor")
     reference = copy.deepcopy(graph)
     F.cross_entropy(reference(IMAGES), LABELS).backward()
@@ -104,7 +104,7 @@ def test_taylor_is_the_sum_of_what_the_loss_says_of_every_weight(graph):
     assert torch.allclose(found, torch.tensor(expected), rtol=1e-4)
 
 
-def test_taylor_leaves_the_network_to_the_bit(graph):
+def test_taylor_does_not_change_the_network(graph):
     graph.train()
     graph.get_submodule("first").weight.grad = torch.ones(6, 3, 3, 3)
     graph.get_submodule("second").requires_grad_(False)
@@ -123,12 +123,12 @@ def test_taylor_leaves_the_network_to_the_bit(graph):
         assert torch.allclose(found[parameter], reference.get_parameter(name).grad, atol=1e-6)
 
 
-def test_batchnorm_is_its_factor(graph):
+def test_batchnorm_importance_is_the_absolute_gamma(graph):
     _, found = scores(graph, "batchnorm")
     assert torch.equal(found, graph.get_submodule("norm").weight.detach().abs())
 
 
-def test_batchnorm_says_nothing_of_channels_that_have_none():
+def test_batchnorm_importance_is_none_without_batchnorm():
     graph = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4)), IMAGES)
     groups, _ = coupled_channels(graph, IMAGES)
     assert importances("batchnorm", graph, groups, data=DATA, images=1, seed=0) == [None] * len(groups)
@@ -153,7 +153,7 @@ def endless(group): return torch.full((len(group.slices),), torch.inf)
 """
 
 
-def test_a_function_of_ones_own(graph, tmp_path, monkeypatch):
+def test_a_function_of_the_user(graph, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -165,7 +165,7 @@ def test_a_function_of_ones_own(graph, tmp_path, monkeypatch):
         scores(graph, "mine:endless")
 
 
-def test_taylor_without_labels_is_told(graph):
+def test_taylor_without_labels_is_an_error(graph):
     (group,), _ = coupled_channels(graph, IMAGES)
     with pytest.raises(InputError, match="no labels"):
         importances("taylor", graph, [group], data=[IMAGES], images=4, seed=0)
@@ -173,7 +173,7 @@ def test_taylor_without_labels_is_told(graph):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 10**6))
-def test_distances_are_those_to_every_other(rows, numbers, seed):
+def test_distances_are_summed_over_all_other_rows(rows, numbers, seed):
     given = torch.randn(rows, numbers, generator=torch.Generator().manual_seed(seed))
     expected = [sum(float((one - other).square().sum()) ** 0.5 for other in given) for one in given]
     assert torch.allclose(distances(given), torch.tensor(expected), rtol=1e-3, atol=1e-4)
@@ -206,7 +206,7 @@ WEIGHTS = (nn.Conv2d, nn.Linear)
 
 
 @pytest.mark.parametrize(("kind", "power"), [("magnitude", 2), ("magnitude_l1", 1)])
-def test_magnitude_is_torch_prunings(plain, kind, power):
+def test_magnitude_equals_torch_pruning(plain, kind, power):
     theirs = peers(
         plain,
         tp.importance.GroupMagnitudeImportance(p=power, group_reduction=None, normalizer=None, target_types=WEIGHTS),
@@ -215,7 +215,7 @@ def test_magnitude_is_torch_prunings(plain, kind, power):
     assert torch.allclose(of_the_first(plain, kind), expected, rtol=1e-5)
 
 
-def test_fpgm_is_torch_prunings_where_no_weight_is_negative(plain):
+def test_fpgm_equals_torch_pruning_if_no_weight_is_negative(plain):
     for layer in (plain[0], plain[3]):
         layer.weight.data.abs_()
     theirs = peers(plain, tp.importance.FPGMImportance(p=1, group_reduction=None, normalizer=None))
@@ -223,14 +223,14 @@ def test_fpgm_is_torch_prunings_where_no_weight_is_negative(plain):
     assert torch.allclose(of_the_first(plain, "fpgm"), expected, rtol=1e-3)
 
 
-def test_batchnorm_is_torch_prunings(plain):
+def test_batchnorm_equals_torch_pruning(plain):
     nn.init.normal_(plain[1].weight)
     assert torch.allclose(
         of_the_first(plain, "batchnorm"), peers(plain, tp.importance.BNScaleImportance(normalizer=None))
     )
 
 
-def test_taylor_is_torch_prunings(plain):
+def test_taylor_equals_torch_pruning(plain):
     plain.eval()
     ours = of_the_first(plain, "taylor")
     F.cross_entropy(plain(IMAGES), LABELS).backward()
@@ -247,7 +247,7 @@ def of_the_first(net, kind):
     return importances(kind, graph, [group], data=DATA, images=12, seed=0)[0]
 
 
-def test_a_channel_may_have_several_places_of_a_layer():
+def test_a_channel_may_cover_several_columns_of_a_layer():
     graph = capture(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(8, 1)), torch.rand(1, 1, 2, 2))
     cut = [tuple(range(4)), tuple(range(4, 8))]
     group = Group("0", tuple((Cut("0", "out", (c,)), Cut("2", "in", cut[c])) for c in range(2)))

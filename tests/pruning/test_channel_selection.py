@@ -26,19 +26,19 @@ def order_of(sizes, scores, **options):
     return removal_order(groups, [torch.tensor(each) for each in scores], **given)
 
 
-def test_layers_take_turns():
+def test_scope_layer_removes_from_the_layers_in_turn():
     order = order_of([2, 4], [[9.0, 8.0], [1.0, 4.0, 2.0, 3.0]])
     assert order.blocks == [(1, 1), (1, 2), (0, 1), (1, 3)]
     assert order.removed(3) == [[1], [0, 2]]
     assert order.cuts(3) == [Cut("layer0", "out", (1,)), Cut("layer1", "out", (0, 2))]
 
 
-def test_the_least_important_go_first_anywhere():
+def test_scope_global_removes_the_least_important_of_all_layers_first():
     order = order_of([2, 3], [[9.0, 8.0], [1.0, 4.0, 2.0]], scope="global")
     assert order.blocks == [(1, 1), (1, 2), (0, 1)]
 
 
-def test_importances_are_compared_for_each_unit_of_the_price():
+def test_importances_are_divided_by_cost():
     scores = [[3.0, 4.0, 9.0], [1.0, 2.0, 9.0]]
     order = order_of([3, 3], scores, scope="global", channel_costs=[10.0, 1.0])
     assert order.blocks == [(0, 1), (0, 2), (1, 1), (1, 2)]
@@ -47,7 +47,7 @@ def test_importances_are_compared_for_each_unit_of_the_price():
 
 
 @pytest.mark.parametrize("kind", ["macs", "parameters", "channels"])
-def test_a_price_is_what_the_network_costs_less(kind):
+def test_the_cost_of_a_channel_is_what_its_removal_saves(kind):
     graph = capture(build("resnet20", 10).eval(), IMAGES)
     groups, _ = removable_groups(graph, IMAGES, (), "channel_pruning")
     found = channel_costs(kind, graph, groups, {layer.name: layer.macs for layer in costs(graph, IMAGES).layers})
@@ -64,12 +64,12 @@ def test_a_price_is_what_the_network_costs_less(kind):
     ("size", "round_to", "floor", "kept"),
     [(10, 4, 0.0, [8, 4]), (16, 8, 0.0, [8]), (16, 4, 0.6, [12]), (3, 8, 0.0, []), (5, 1, 0.5, [4, 3])],
 )
-def test_widths_are_round_and_have_a_floor(size, round_to, floor, kept):
+def test_widths_are_rounded_and_respect_the_floor(size, round_to, floor, kept):
     order = order_of([size], [[*map(float, range(size))]], round_to=round_to, floor=floor)
     assert [size - end for _, end in order.blocks] == kept
 
 
-def test_a_channel_of_many_places_is_round_by_itself():
+def test_rounding_counts_all_positions_of_a_channel():
     assert [end for _, end in order_of([6], [[*map(float, range(6))]], places=64, round_to=8).blocks] == [1, 2, 3, 4, 5]
     assert [end for _, end in order_of([6], [[*map(float, range(6))]], places=4, round_to=8).blocks] == [2, 4]
 
@@ -89,7 +89,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["macs", "parameters"])
-def test_what_is_left_is_what_the_network_says(kind):
+def test_predicted_remaining_costs_equal_those_of_the_pruned_network(kind):
     torch.manual_seed(0)
     image = torch.rand(1, 3, 8, 8)
     graph = capture(Mixed().eval(), image)
@@ -107,7 +107,7 @@ def test_what_is_left_is_what_the_network_says(kind):
         assert fraction == pytest.approx(getattr(costs(network, image), kind) / getattr(spent, kind), abs=1e-9)
 
 
-def test_channels_are_counted():
+def test_remaining_fraction_of_channels():
     order = order_of([2, 4], [[9.0, 8.0], [1.0, 4.0, 2.0, 3.0]])
     assert remaining_costs("channels", capture(nn.Sequential(), IMAGES), order, {}) == pytest.approx(
         [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6]
@@ -121,7 +121,7 @@ class Sum(nn.Sequential):
         return sum(layer(images.flatten(1)) for layer in self)
 
 
-def test_thousands_of_blocks_walk_over_the_network_once(monkeypatch):
+def test_costs_of_thousands_of_blocks_need_one_pass_over_the_network(monkeypatch):
     """2,500 blocks of 4 channels in 6 layers: a walk over the network for each would take minutes."""
     graph = capture(Sum(*[nn.Linear(10_000, 1, bias=False) for _ in range(6)]), torch.rand(1, 1, 100, 100))
     slices = tuple(tuple(Cut(str(layer), "in", (c,)) for layer in range(6)) for c in range(10_000))
@@ -136,7 +136,7 @@ def test_thousands_of_blocks_walk_over_the_network_once(monkeypatch):
     assert found[-1] == pytest.approx(4 / 10_000)
 
 
-def test_what_cannot_go_is_told():
+def test_unremovable_groups_are_reported():
     graph = capture(build("resnet20", 10).eval(), IMAGES)
     groups, whole = removable_groups(graph, IMAGES, ["layer1"], "channel_pruning")
     assert {group.root.split(".")[0] for group in groups} == {"layer2", "layer3"}

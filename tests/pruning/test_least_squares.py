@@ -52,14 +52,14 @@ def kill(model, channels):
     ],
     ids=["linear", "bias", "batchnorm", "flattened"],
 )
-def test_a_dead_channel_goes_and_nothing_changes(behind):
+def test_removing_a_dead_channel_changes_no_output(behind):
     model = kill(net(*behind), (1, 4))
     assert torch.allclose(cut(model, [1, 4])(IMAGES), model(IMAGES), atol=1e-5)
     assert not torch.allclose(cut(model, [1, 4], made_up=False)(IMAGES), model(IMAGES), atol=1e-2)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(6, 5, 3, padding="same", bias=False)])
-def test_no_filter_on_what_stays_comes_nearer(layer):
+def test_the_fit_is_the_least_squares_solution(layer):
     model = net(layer, *(() if layer.bias is not None else (nn.BatchNorm2d(5),)))
     wanted, bare = model(IMAGES), cut(model, [0, 2], made_up=False)(IMAGES)
     features = nn.functional.unfold(model[:3](IMAGES)[:, [1, 3, 4, 5]], 3, padding=1).movedim(1, -1).flatten(0, 1)
@@ -82,7 +82,7 @@ def test_no_filter_on_what_stays_comes_nearer(layer):
     ],
     ids=["stride", "dilation", "reflect", "linear"],
 )
-def test_of_too_few_positions_the_mean_is_given(layer):
+def test_with_too_few_positions_only_the_mean_is_corrected(layer):
     torch.manual_seed(1)
     if isinstance(layer, nn.Linear):
         layer = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
@@ -97,7 +97,7 @@ def test_of_too_few_positions_the_mean_is_given(layer):
     assert torch.allclose(offset, lost.expand_as(offset), atol=1e-5)
 
 
-def test_of_a_reader_that_loses_channels_itself_those_that_stay_get_theirs():
+def test_a_layer_that_also_loses_output_channels_is_fitted():
     model = kill(net(nn.Conv2d(6, 5, 3), nn.ReLU(), *pooled(5)), (1, 4))
     graph = capture(copy.deepcopy(model), IMAGES)
     roots = {group.root: group for group in coupled_channels(graph, IMAGES)[0]}
@@ -111,7 +111,7 @@ def test_of_a_reader_that_loses_channels_itself_those_that_stay_get_theirs():
     assert torch.allclose(graph(IMAGES), dead(IMAGES), atol=1e-5)
 
 
-def test_looking_leaves_the_network_as_it_was():
+def test_fitting_does_not_change_the_network():
     model = capture(net(*pooled(6)).train(), IMAGES)
     (group,) = [group for group in coupled_channels(model, IMAGES)[0] if group.root == "0"]
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -135,7 +135,7 @@ class Shared(nn.Module):
         return self.shared(x).mean((2, 3)) + self.shared(nn.functional.avg_pool2d(x, 2)).mean((2, 3))
 
 
-def test_a_layer_that_is_used_at_several_sizes_is_fitted_to_all_of_them():
+def test_a_layer_called_at_several_resolutions_is_fitted_to_all_of_them():
     torch.manual_seed(0)
     graph = capture(Shared().eval(), IMAGES)
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]

@@ -56,7 +56,7 @@ def even_signs(monkeypatch):
 
 
 @pytest.mark.usefixtures("even_signs")
-def test_what_is_lost_is_what_is_measured_for_the_first_and_behind_it():
+def test_predicted_loss_equals_measured_loss_for_one_and_for_several_channels():
     model = net()
     group, found = lost(model)
     order = found.argsort().tolist()
@@ -67,7 +67,7 @@ def test_what_is_lost_is_what_is_measured_for_the_first_and_behind_it():
         assert together == pytest.approx(measured(model, group, order[:gone]), rel=0.01), gone
 
 
-def test_a_channel_that_another_can_stand_in_for_costs_nothing_and_then_that_one_costs():
+def test_of_two_proportional_channels_only_the_second_removal_costs():
     model = net()
     for tensor in (model[0].weight, model[0].bias):
         tensor.data[4] = 2 * tensor.data[1]
@@ -77,7 +77,7 @@ def test_a_channel_that_another_can_stand_in_for_costs_nothing_and_then_that_one
 
 
 @pytest.mark.usefixtures("even_signs")
-def test_what_costs_less_behind_another_is_not_taken_before_it():
+def test_a_channel_that_is_cheap_only_after_another_does_not_come_first():
     """Two that nearly cancel each other: without the one, hardly anything is left of the other's weight."""
     model = net()
     model[0].weight.data[4] = model[0].weight.data[1] + 0.5 * model[0].weight.data[0]
@@ -89,7 +89,7 @@ def test_what_costs_less_behind_another_is_not_taken_before_it():
     assert float(found[order[0]]) == pytest.approx(measured(model, group, order[:1]), rel=0.1)
 
 
-def test_what_too_few_positions_cannot_tell_apart_counts_as_apart():
+def test_with_too_few_positions_equal_channels_do_not_replace_each_other():
     """Neither twin stands in for the other then."""
     model = net()
     for tensor in (model[0].weight, model[0].bias):
@@ -100,7 +100,7 @@ def test_what_too_few_positions_cannot_tell_apart_counts_as_apart():
     assert float(found[1]) > 0
 
 
-def test_all_layers_that_read_a_channel_are_asked():
+def test_the_losses_of_all_layers_that_read_a_channel_are_added():
     class Forked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -121,14 +121,14 @@ def test_all_layers_that_read_a_channel_are_asked():
     assert float(found[[0, 1, 3, 4, 5]].min()) > 0
 
 
-def test_where_no_layer_reads_whole_nothing_is_said():
+def test_a_group_read_only_by_a_grouped_convolution_has_no_score():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     graph = capture(model.eval(), IMAGES)
     groups = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
     assert loss_increases(graph, groups, DATA, 64) == [None] * len(groups)
 
 
-def test_the_network_comes_back_as_it_was():
+def test_the_network_is_not_changed():
     model = net().train()
     model.requires_grad_(requires_grad=False)
     graph = capture(model, IMAGES)
@@ -143,7 +143,7 @@ def test_the_network_comes_back_as_it_was():
 
 
 @pytest.mark.parametrize("width", [6, 256])
-def test_of_twins_one_is_free(width):
+def test_one_of_two_equal_channels_costs_nothing(width):
     """In a group so wide that several go at once, too."""
     model = net(width)
     for tensor in (model[0].weight, model[0].bias):
@@ -154,7 +154,7 @@ def test_of_twins_one_is_free(width):
     assert float(found[[1, 4]].max()) > 50 * float(found[[1, 4]].min())
 
 
-def test_a_mean_that_is_large_beside_the_spread_changes_nothing():
+def test_a_mean_much_larger_than_the_spread_does_not_change_the_scores():
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
     model = nn.Sequential(*layers).eval()
@@ -166,7 +166,7 @@ def test_a_mean_that_is_large_beside_the_spread_changes_nothing():
     assert torch.allclose(near, far, rtol=0.02)
 
 
-def test_a_network_of_one_logit_loses_that_one():
+def test_a_network_with_one_logit_has_nonzero_scores():
     model = net()
     model[-1] = nn.Linear(6, 1)
     _, found = lost(model)
@@ -190,7 +190,7 @@ def lost_by(model, data=DATA):
     return loss_increases(graph, groups, data, 64)
 
 
-def test_networks_that_change_what_they_are_given_and_images_made_for_inference():
+def test_networks_that_change_their_input_in_place_and_inference_tensors():
     expected = lost_by(Wrapped(net(), before=lambda x: x - 0.5))
     with torch.inference_mode():
         data = [images.clone() for images in DATA]
@@ -199,7 +199,7 @@ def test_networks_that_change_what_they_are_given_and_images_made_for_inference(
     assert torch.equal(data[0], DATA[0])
 
 
-def test_gradients_are_there_where_the_caller_wants_none():
+def test_gradients_are_computed_under_inference_mode():
     expected = lost_by(net())
     graph = capture(net(), IMAGES)
     groups, _ = coupled_channels(graph, IMAGES)
@@ -209,7 +209,7 @@ def test_gradients_are_there_where_the_caller_wants_none():
 
 
 @pytest.mark.parametrize(("width", "batches"), [(6, 1), (20, 3)])
-def test_more_images_are_looked_at_only_where_a_layer_needs_their_positions(width, batches):
+def test_more_images_are_read_only_if_a_layer_needs_more_positions(width, batches):
     """One position an image: 16 tell 6 numbers apart, and 40 are asked for 20."""
     looked_at = []
 
@@ -222,7 +222,7 @@ def test_more_images_are_looked_at_only_where_a_layer_needs_their_positions(widt
     assert len(looked_at) == batches
 
 
-def test_what_the_answers_do_not_hang_on_is_not_asked():
+def test_a_group_that_the_images_do_not_reach_has_no_score():
     class Apart(nn.Module):
         def __init__(self):
             super().__init__()
@@ -259,11 +259,11 @@ def test_attention_whose_last_layer_is_never_called():
         (net(), [torch.full_like(IMAGES, torch.nan)], "not finite"),
     ],
 )
-def test_what_cannot_be_asked(model, data, told):
+def test_outputs_without_usable_gradients_are_errors(model, data, told):
     with pytest.raises(InputError, match=told):
         lost_by(model, data)
 
 
-def test_no_images():
+def test_missing_images_are_an_error():
     with pytest.raises(InputError, match="needs images"):
         lost(net(), [])

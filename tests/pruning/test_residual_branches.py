@@ -47,7 +47,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_without_a_branch_a_network_gives_what_it_gave_without_adding_it(name):
+def test_removing_a_branch_equals_skipping_its_addition(name):
     make, count = NETWORKS[name]
     torch.manual_seed(0)
     graph = captured(make())
@@ -96,7 +96,7 @@ class Shared(nn.Module):
         return self.head((x * inner).mean((2, 3)))
 
 
-def test_what_others_read_or_is_larger_than_what_stays_does_not_go():
+def test_branches_that_are_read_elsewhere_or_broadcast_are_not_removable():
     assert find_branches(captured(Shared()), IMAGES[:1]) == []
 
 
@@ -115,7 +115,7 @@ class Nested(nn.Module):
         return self.head(self.relu(x).mean((2, 3)))
 
 
-def test_of_branches_in_each_other_the_smaller_one_goes():
+def test_of_two_nested_branches_the_inner_one_is_found():
     graph = captured(Nested())
     (branch,) = find_branches(graph, IMAGES[:1])
     assert branch.layers == ("inner", "back")
@@ -143,7 +143,7 @@ class Later(nn.Module):
 @pytest.mark.parametrize(
     ("make", "with_mean"), [(lambda: build("resnet20", 10), True), (Nested, False), (Later, False)]
 )
-def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make, with_mean):
+def test_the_cost_is_half_the_squared_change_of_centred_logits(make, with_mean):
     torch.manual_seed(0)
     graph = captured(make())
     found = find_branches(graph, IMAGES[:1])
@@ -160,7 +160,7 @@ def test_what_is_missed_is_half_the_squared_change_of_centred_logits(make, with_
             assert change == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_what_cannot_be_told_is_said():
+def test_too_few_images_and_nonfinite_costs_are_errors():
     graph = captured(build("resnet20", 10))
     found = find_branches(graph, IMAGES[:1])
     with pytest.raises(InputError, match="on at least 2 images; 0 were given"):
@@ -170,7 +170,7 @@ def test_what_cannot_be_told_is_said():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "mobilenet_v2"])
-def test_what_is_left_trains_though_layers_change_what_they_read(name):
+def test_networks_with_in_place_layers_train_after_removal(name):
     graph = captured(torchvision(name))
     remove(graph, [each.cut for each in find_branches(graph, IMAGES[:1])])
     graph.train()(IMAGES).square().mean().backward()
@@ -193,7 +193,7 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("layers", [["second"], ["third"], ["second", "third"]])
-def test_what_others_read_is_not_changed_by_what_comes_behind_a_sum(layers):
+def test_in_place_layers_after_a_removed_addition_do_not_change_other_values(layers):
     model = InPlace()
     graph = captured(model)
     branches = {branch.layers: branch for branch in find_branches(graph, IMAGES[:1])}
@@ -218,7 +218,7 @@ class Tied(nn.Module):
         return torch.nn.functional.conv2d(x, self.first.weight, padding=1).mean((2, 3))
 
 
-def test_what_is_left_keeps_the_weights_that_it_reads():
+def test_weights_shared_with_a_removed_branch_are_kept():
     graph = captured(Tied())
     found = find_branches(graph, IMAGES[:1])
     assert len(found) == 2
@@ -231,7 +231,7 @@ def test_what_is_left_keeps_the_weights_that_it_reads():
 @pytest.mark.parametrize(
     ("make", "of"), [(lambda: build("resnet20", 10), "layer"), (NETWORKS["inverted, depthwise"][0], "features")]
 )
-def test_layers_that_are_learned_from_are_those_that_are_left(make, of):
+def test_layer_names_lead_to_remaining_nodes_after_removal(make, of):
     graph = captured(make())
     found = find_branches(graph, IMAGES[:1])
     blocks = {path for path in graph.meta["layers"] if path.count(".") == 1 and path.startswith(of)}
@@ -243,7 +243,7 @@ def test_layers_that_are_learned_from_are_those_that_are_left(make, of):
 
 
 @pytest.mark.parametrize("images", [1, 2])
-def test_of_tokens_the_mean_is_not_taken_where_batches_come_second(images):
+def test_no_mean_is_taken_if_the_batch_is_the_second_dimension(images):
     class SequenceFirst(nn.Module):
         def __init__(self):
             super().__init__()

@@ -19,7 +19,7 @@ def slowly(scores, sparsity):
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.floats(0, 0.95))
-def test_the_lowest_go_and_ties_go_by_index(values, sparsity):
+def test_the_lowest_scores_are_masked_and_ties_are_broken_by_index(values, sparsity):
     scores = torch.tensor(values, dtype=torch.float32)
     found = masks({"a": scores}, {"a": torch.Size([len(values)])}, sparsity, "layer")["a"]
     assert found.tolist() == slowly(values, sparsity)
@@ -37,7 +37,7 @@ def test_sparsity_is_exact(sparsity, scope):
         assert sum(int((~found[name]).sum()) for name in names) == round(sparsity * total)
 
 
-def test_global_takes_from_where_the_scores_are_low_but_leaves_a_survivor():
+def test_a_global_threshold_leaves_one_weight_in_every_layer():
     shapes = {"low": torch.Size([4, 1, 1, 1]), "high": torch.Size([12, 1, 1, 1])}
     scores = {"low": torch.full((4,), 0.1), "high": torch.arange(12) + 1.0}
     found = masks(scores, shapes, 0.5, "global")
@@ -45,7 +45,7 @@ def test_global_takes_from_where_the_scores_are_low_but_leaves_a_survivor():
     assert int((~found["high"]).sum()) == 5
 
 
-def test_filters_are_masked_whole_and_at_least_as_many_as_asked():
+def test_whole_filters_are_masked_to_at_least_the_sparsity():
     weight = torch.rand(10, 4, 3, 3)
     found = masks({"a": unit_scores(weight, "filter")}, {"a": weight.shape}, 0.25, "layer")["a"]
     dead = ~found.flatten(1).any(1)
@@ -55,7 +55,7 @@ def test_filters_are_masked_whole_and_at_least_as_many_as_asked():
     assert weight.flatten(1).mean(1)[dead].max() < weight.flatten(1).mean(1)[~dead].min()
 
 
-def test_the_best_unit_of_a_layer_stays():
+def test_the_unit_with_the_highest_score_is_never_masked():
     scores = torch.tensor([0.2, 0.9, 0.1])
     assert masks({"a": scores}, {"a": torch.Size([3, 1, 1, 1])}, 0.99, "layer")["a"].flatten().tolist() == [0, 1, 0]
 
@@ -90,7 +90,7 @@ VALUES = st.one_of(st.integers(-2, 2).map(float), st.floats(-3, 3, width=32), st
     st.booleans(),
 )
 @example(values=[[0.0, 0.0], [-math.inf, 0.0]], sparsity=0.5, floor=0.5625, filters=False)  # masked before: goes first
-def test_a_global_threshold_slowly(values, sparsity, floor, filters):
+def test_a_global_threshold_equals_a_slow_reference(values, sparsity, floor, filters):
     """Of any finite scores and what was masked before, with units of one weight or of several."""
     sizes = [3 * (place + 1) if filters else 1 for place in range(len(values))]
     names = [str(place) for place in range(len(values))]
@@ -100,7 +100,7 @@ def test_a_global_threshold_slowly(values, sparsity, floor, filters):
     assert [found[name][:, 0].tolist() for name in names] == slowly_together(values, sizes, sparsity, floor)
 
 
-def test_pieces_are_one():
+def test_scores_in_several_chunks_are_ranked_together():
     """More scores than lie in one piece, and most of them equal."""
     scores = torch.randint(0, 3, (200_000,), generator=torch.Generator().manual_seed(0)).float()
     kept = masks({"a": scores}, {"a": scores.shape}, 0.5, "layer")["a"]
@@ -110,13 +110,13 @@ def test_pieces_are_one():
     assert int(kept.sum()) == 100_000
 
 
-def test_best_of():
+def test_top_k_mask():
     assert top_k_mask(torch.tensor([[1.0, 3.0], [3.0, 2.0]]), 1).tolist() == [[False, True], [False, False]]
     assert int(top_k_mask(torch.rand(3, 5), 0).sum()) == 0
     assert top_k_mask(torch.rand(3, 5), 15).all()
 
 
-def test_a_global_threshold_takes_less_than_twice_the_weights():
+def test_a_global_threshold_takes_less_memory_than_twice_the_weights():
     """Scores among it; sorting would take eight times as much for the order alone."""
     weights = {f"layer{place}": torch.randn(512, 256, 3, 3) for place in range(3)}
 
@@ -142,7 +142,7 @@ def most_allocated(work):
     return most
 
 
-def test_kernels_are_masked_whole():
+def test_whole_kernels_are_masked():
     weight = torch.rand(6, 4, 3, 3)
     found = masks({"a": unit_scores(weight, "kernel")}, {"a": weight.shape}, 0.5, "layer")["a"]
     whole = found.flatten(2)
@@ -153,7 +153,7 @@ def test_kernels_are_masked_whole():
 
 
 @pytest.mark.parametrize(("kept", "of"), [(2, 4), (1, 4), (3, 8)])
-def test_of_any_m_input_channels_n_stay(kept, of):
+def test_n_of_every_m_input_channels_remain(kept, of):
     weight = torch.randn(5, 2 * of, 3, 3)
     found = n_of_m_mask(weight.abs(), kept, of)
     for out, row, column in ((0, 0, 0), (4, 2, 1), (2, 1, 2)):
@@ -164,7 +164,7 @@ def test_of_any_m_input_channels_n_stay(kept, of):
     assert n_of_m_mask(torch.ones(1, of), kept, of).tolist() == [[place < kept for place in range(of)]]
 
 
-def test_granularities():
+def test_valid_and_invalid_granularities():
     assert [check_granularity(text) for text in ("weight", "kernel", "filter", "2:4")]
     assert (n_of_m("2:4"), n_of_m("weight"), n_of_m("4:2")) == ((2, 4), None, None)
     for text in ("channel", "4:2", "0:4", "2:"):

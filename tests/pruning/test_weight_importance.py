@@ -45,7 +45,7 @@ def test_fpgm_is_the_distance_to_the_other_filters():
     assert torch.allclose(geometric_median(WEIGHT), geometric_median(WEIGHT + 5), atol=1e-5)
 
 
-def test_taylor_is_what_the_loss_changes_by():
+def test_taylor_is_the_change_of_the_loss():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).train()
     model[0].bias.grad = torch.ones(4)
@@ -99,13 +99,13 @@ def infinite(weight):
 
 
 @pytest.mark.parametrize(("function", "unit"), [("by_name", "weight"), ("by_name", "filter"), ("of_units", "filter")])
-def test_a_function_of_the_users(function, unit):
+def test_a_function_of_the_user(function, unit):
     found = function_scores(f"{__name__}:{function}", WEIGHT, unit, name="second", layer=LAYER)
     wanted = torch.arange(4.0) if function == "of_units" else magnitudes(WEIGHT, unit) + 1
     assert torch.allclose(found, wanted)
 
 
-def test_a_function_that_gives_something_else():
+def test_invalid_scores_of_a_user_function_are_errors():
     with pytest.raises(InputError, match=r"returned \(1, 3, 2, 2\) for conv1. Return a tensor of the weight's shape"):
         function_scores(f"{__name__}:broken", WEIGHT, "filter", name="conv1", layer=LAYER)
     with pytest.raises(InputError, match="not finite"):

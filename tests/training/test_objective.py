@@ -42,6 +42,15 @@ def test_cross_entropy_without_terms(batch):
     assert torch.equal(losses["labels"], expected)
 
 
+def test_the_teacher_is_not_trained(batch):
+    teacher = network()
+    objective = Objective(network(), [Mean(2.0)], teacher)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    sum(objective.train()(batch).values()).backward()
+    assert not teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
 def test_label_weight_zero_ignores_the_labels(batch):
     objective = Objective(network(), [Mean(2.0)], label_weight=0)
     assert list(objective(batch)) == ["mean"]

@@ -153,7 +153,7 @@ def _strip_metadata(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
     """
     graph = proto.graph
     proto.producer_name, proto.producer_version, proto.doc_string = "tersor", "", ""
-    proto.ir_version = max(_FIRST_IR_VERSION_OF_OPSET_21, min(proto.ir_version, _FIRST_IR_VERSION_OF_OPSET_21))
+    proto.ir_version = _FIRST_IR_VERSION_OF_OPSET_21  # the exporter may write a later one, which older runtimes refuse
     del proto.metadata_props[:]
     del proto.functions[:]
     del graph.value_info[:]

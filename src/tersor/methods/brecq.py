@@ -51,7 +51,7 @@ class BRECQ(RangeOptions, BitOptions):
     calibration_images: ReconstructionImages = 512
     iterations: Annotated[int, Field(ge=1, description="iterations per block, with batches of 32 images")] = 2000
     drop: Annotated[
-        float, Field(ge=0, lt=1, description="share of activations left in float in each iteration; QDrop: 0.5")
+        float, Field(ge=0, lt=1, description="fraction of activations left in float in each iteration; QDrop: 0.5")
     ] = 0.0
     seed: Seed = 0
 

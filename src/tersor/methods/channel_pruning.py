@@ -110,7 +110,7 @@ class ChannelPruning:
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always remains")] = 0.1
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not removed")] = ()
     branches: Annotated[
-        int, Field(ge=0, description="residual branches to remove first: those with the least change per saved cost")
+        int, Field(ge=0, description="residual branches to remove first: least change of the logits per cost")
     ] = 0
     importance_images: Annotated[
         int, Field(ge=1, description="images for `importance: taylor` and `obs`, and for `branches`")

@@ -97,7 +97,7 @@ class DCIL:
     ] = True
     own_norms: Annotated[bool, Field(description="separate BatchNorm and head for the dense path")] = True
     mutual: Annotated[bool, Field(description="mutual distillation of both paths")] = True
-    warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage before `mutual`")] = 0.23
+    warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage after which `mutual` starts")] = 0.23
     every: Annotated[int, Field(ge=1, description="steps between two mask updates")] = 16
     end: Annotated[float, Field(gt=0, le=1, description="fraction of the stage over which the sparsity rises")] = 0.75
     floor: Annotated[

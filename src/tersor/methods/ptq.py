@@ -77,7 +77,7 @@ class PTQ(CalibrationOptions, BitOptions):
     ] = None
     equalize: Annotated[bool, Field(description="cross-layer equalization before quantization")] = False
     bias_correction: Annotated[
-        bool, Field(description="correct channel means that rounding shifts, through biases and BatchNorms")
+        bool, Field(description="correct the channel means that rounding shifts, by changing biases and BatchNorms")
     ] = False
     variance_correction: Annotated[
         bool | None,

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.graph.eval_mode import check_forward
+
+
+class Squeezed(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)).squeeze()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_network_is_run_on_two_images(count):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    images = torch.randn(count, 3, 2, 2)
+    two = torch.cat([images, images])[:2] if count == 1 else images[:2]
+    assert torch.equal(check_forward("the network", network, images), network(two))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_squeezed_batch_dimension_is_an_error(count):
+    with pytest.raises(InputError, match=r"shape \(2, 3\) for two images and \(3,\) for one"):
+        check_forward("the network", Squeezed().eval(), torch.randn(count, 3, 2, 2))
