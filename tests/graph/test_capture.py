@@ -288,8 +288,8 @@ class Loops(nn.Module):
     [
         (
             BranchesOnValues,
-            r"the graph of BranchesOnValues cannot be captured: it branches on the values of a tensor "
-            r"\(test_capture.py, line \d+: return x if x.sum\(\) > 0 else -x\).*Possible",
+            r"the graph of BranchesOnValues cannot be captured: it branches on the values of a tensor \(test_capture.py, "
+            + r"line \d+: return x if x.sum\(\) > 0 else -x\).*Possible",
         ),
         (NeedsTwo, r"NeedsTwo does not run on images \(3, 8, 8\) of float32: tuple index out of range"),
         (Counts, r"the graph of Counts cannot be captured: its forward fixes the batch size.*not as len\(x\)"),
@@ -438,7 +438,7 @@ def test_a_part_named_like_the_graphs_own_is_refused(name, kind):
 def test_a_part_named_like_a_keyword_of_python_is_refused():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)))
     model[0].add_module("class", nn.ReLU())
-    with pytest.raises(InputError, match="the name of the submodule 0.class is a Python keyword"):
+    with pytest.raises(InputError, match=r"the name of the submodule 0\.class is a Python keyword"):
         capture(model, SMALL)
 
 

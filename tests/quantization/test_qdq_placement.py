@@ -326,7 +326,9 @@ def test_no_quantizer_is_named_like_an_attribute_of_a_module():
 
 
 @pytest.mark.parametrize(
-    ("module", "handed_on"), [(nn.Dropout(), True), (Always(), False), (Plus(), False)], ids=["Dropout", "drops", "adds"]
+    ("module", "handed_on"),
+    [(nn.Dropout(), True), (Always(), False), (Plus(), False)],
+    ids=["Dropout", "drops", "adds"],
 )
 def test_what_is_nothing_in_eval(module, handed_on):
     graph = capture(nn.Sequential(module).eval(), IMAGES).graph
