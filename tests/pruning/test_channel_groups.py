@@ -260,6 +260,36 @@ def test_zeros_that_pad_channels_go_along():
     assert [sum(amount) for amount in amounts] == [8, 16]
 
 
+class Recurrent(nn.Module):
+    """A convolution whose columns a recurrent layer reads."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.conv, self.layer, self.head = nn.Conv2d(3, 8, 3), layer, nn.LazyLinear(5)
+
+    def forward(self, x):
+        x = self.conv(x).relu().permute(0, 3, 1, 2).flatten(2)
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2, "bias": False}], ids=str)
+def test_features_that_go_into_a_recurrent_layer_can_be_removed(kind, options):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 6, 6)
+    model = Recurrent(kind(32, 7, batch_first=True, **options))
+    model(images)
+    graph = capture(model.eval(), images)
+    groups, unprunable = coupled_channels(graph, images)
+    assert [(group.root, len(group.slices)) for group in groups] == [("conv", 8)]
+    assert set(unprunable) == {"head"}
+    cuts = groups[0].cuts([1, 4, 6])
+    expected = masked(graph, cuts)(images)
+    remove(graph, cuts)
+    assert graph.get_submodule("layer").weight_ih_l0.shape[1] == 4 * 5
+    assert torch.allclose(graph(images), expected, atol=1e-6)
+
+
 def test_heads_and_places_of_every_head_are_groups():
     torch.manual_seed(0)
     images = torch.randn(1, 3, 16, 16)

@@ -129,7 +129,9 @@ def test_batchnorm_is_its_factor(graph):
 
 
 def test_batchnorm_says_nothing_of_channels_that_have_none():
-    graph = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4)), IMAGES)
+    graph = capture(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4)), IMAGES
+    )
     groups, _ = coupled_channels(graph, IMAGES)
     assert importances("batchnorm", graph, groups, data=DATA, images=1, seed=0) == [None] * len(groups)
 
