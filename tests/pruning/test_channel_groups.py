@@ -12,6 +12,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
+from tersor.graph.aten import arguments
 from tersor.graph.capture import capture
 from tersor.models import build
 from tersor.pruning.channel_groups import Cut, coupled_channels, merge_cuts, remove
@@ -26,15 +27,13 @@ class OverSome(nn.Module):
         self.kept = [place for place in range(len(norm.weight)) if place not in gone]
 
     def forward(self, x):
-        channels = 1 if type(self.norm) is not nn.LayerNorm else -1
-        x = x.movedim(channels, -1)
         some = x[..., self.kept]
         mean = some.mean(-1, keepdim=True)
         variance = (some - mean).square().mean(-1, keepdim=True)
         found = torch.zeros_like(x)
         found[..., self.kept] = (some - mean) / (variance + self.norm.eps).sqrt() * self.norm.weight[self.kept]
         found[..., self.kept] += self.norm.bias[self.kept]
-        return found.movedim(-1, channels)
+        return found
 
 
 def masked(graph, cuts):
@@ -55,6 +54,15 @@ def masked(graph, cuts):
                 tensor.data[:, places] = 0
         if isinstance(module, nn.LayerNorm):
             network.set_submodule(cut.layer, OverSome(module, set(places)))
+    for node in network.graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default):
+        given = arguments(node)
+        gone = {place for cut in cuts if cut.layer == given["weight"].target for place in cut.channels}
+        norm = nn.LayerNorm(given["normalized_shape"], given["eps"])
+        norm.weight, norm.bias = (tensors[given[name].target] for name in ("weight", "bias"))
+        network.add_module(f"some_of_{node.name}", OverSome(norm, gone))
+        with network.graph.inserting_before(node):
+            node.replace_all_uses_with(network.graph.call_module(f"some_of_{node.name}", (given["input"],)))
+    network.recompile()
     return network
 
 
