@@ -131,7 +131,8 @@ def ours(name: str) -> dict[str, Any]:
     pruned = attached.model.eval()
     found["fewer_macs"] = round(before / costs(pruned, inputs).macs, 3)
     found["left_whole"] = sum(note.startswith("not removed") for note in attached.notes)
-    cuts = [Cut(layer, axis, tuple(places)) for layer, axis, places in pruned.meta["cuts"]]
+    [removed] = pruned.meta["cuts"]
+    cuts = [Cut(layer, axis, tuple(places)) for layer, axis, places in removed]
     found["cut_is_mask"] = removal_difference(whole, cuts, inputs) or True
     with torch.no_grad():
         expected = pruned(inputs)

@@ -232,7 +232,8 @@ LOADERS = {
     "none": (None, "of type NoneType"),
     "a batch": ((IMAGES, LABELS), r"Pass a list of batches: \[\(images, labels\)\]"),
     "single images": ([(IMAGES[0], 1)], r"a single image.*DataLoader"),
-    "dicts": ([{"image": IMAGES}], r"of type dict.*'image'.*\[\(batch"),
+    "dicts with two images": ([{"image": IMAGES, "mask": IMAGES}], r"of type dict.*'image', 'mask'.*\[\(batch"),
+    "dicts without images": ([{"labels": LABELS}], r"of type dict.*'labels'.*\[\(batch"),
     "numpy": ([(IMAGES.numpy(), LABELS)], r"torch.from_numpy"),
     "uint8": ([IMAGES.to(torch.uint8)], "torch.uint8"),
     "channels last": ([IMAGES.permute(0, 2, 3, 1)], r"permute\(0, 3, 1, 2\)"),
@@ -248,6 +249,22 @@ def test_a_loader_of_something_else(kind):
     for verb in (tersor.quantize, tersor.prune):
         with pytest.raises(InputError, match=words):
             verb(small(), loader)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_batches_may_be_dicts_with_one_value_of_images():
+    torch.manual_seed(0)
+    network, student, same = small(), small(), small()
+    same.load_state_dict(student.state_dict())
+    named = [{"labels": LABELS, "pixel_values": IMAGES}]
+    pairs = [(IMAGES, LABELS)]
+    assert torch.equal(tersor.quantize(network, named)(IMAGES), tersor.quantize(network, pairs)(IMAGES))
+    assert torch.equal(
+        tersor.prune(network, named, round_to=2)(IMAGES), tersor.prune(network, pairs, round_to=2)(IMAGES)
+    )
+    tersor.distill(student, network, named)
+    tersor.distill(same, network, pairs)
+    assert torch.equal(student(IMAGES), same(IMAGES))
 
 
 def test_a_generator_is_kept_as_far_as_it_is_needed_and_other_precisions_are_converted():

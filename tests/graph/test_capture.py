@@ -50,6 +50,9 @@ SLOW_NETWORKS = {
 }
 IN_TRAINING_ALONE = {"efficientnet_b0", "efficientnet_v2_s", "convnext_tiny", "swin_t", "swin_v2_t", "maxvit_t"}
 """Networks with stochastic depth, which is not part of the graph."""
+COMPUTED = {"swin_v2_t": "attn.qkv.bias"}
+"""Networks that compute a bias from a Parameter (keys have no bias): the graph holds a Parameter of its own."""
+
 every_network = pytest.mark.parametrize(
     "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_NETWORKS)]
 )
@@ -79,8 +82,10 @@ def test_the_graph_is_the_network(name):
 
     state = model.state_dict()
     assert set(graph.state_dict()) == set(state)
-    assert all(value.data_ptr() == state[key].data_ptr() for key, value in graph.state_dict().items())
-    assert set(map(id, graph.parameters())) == set(map(id, model.parameters()))
+    computed = COMPUTED.get(name, "-")
+    own = {key for key, value in graph.state_dict().items() if value.data_ptr() != state[key].data_ptr()}
+    assert own == {key for key in state if key.endswith(computed)}
+    assert {id(each) for key, each in model.named_parameters() if key not in own} <= set(map(id, graph.parameters()))
     for count in (1, 2, 5):
         several = torch.cat([images, images, images])[:count]
         torch.testing.assert_close(answers(graph.eval(), several), answers(model.eval(), several), rtol=1e-4, atol=1e-5)
@@ -288,8 +293,7 @@ class Loops(nn.Module):
     [
         (
             BranchesOnValues,
-            r"the graph of BranchesOnValues cannot be captured: it branches on the values of a tensor "
-            r"\(test_capture.py, line \d+: return x if x.sum\(\) > 0 else -x\).*Possible",
+            r"BranchesOnValues cannot be captured: .* values of a tensor \(test_capture.py, line \d+: return x if.*Poss",
         ),
         (NeedsTwo, r"NeedsTwo does not run on images \(3, 8, 8\) of float32: tuple index out of range"),
         (Counts, r"the graph of Counts cannot be captured: its forward fixes the batch size.*not as len\(x\)"),
@@ -438,7 +442,7 @@ def test_a_part_named_like_the_graphs_own_is_refused(name, kind):
 def test_a_part_named_like_a_keyword_of_python_is_refused():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)))
     model[0].add_module("class", nn.ReLU())
-    with pytest.raises(InputError, match="the name of the submodule 0.class is a Python keyword"):
+    with pytest.raises(InputError, match=r"the name of the submodule 0\.class is a Python keyword"):
         capture(model, SMALL)
 
 

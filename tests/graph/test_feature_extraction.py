@@ -125,7 +125,8 @@ def test_a_layer_whose_output_is_no_tensor():
 def test_patterns():
     net = build("resnet20", 10)
     assert matching_paths(net, ["layer?"], "the student") == ("layer1", "layer2", "layer3")
-    assert matching_paths(capture(net, torch.zeros(1, 3, 32, 32)), ["layer?"], "the student") == ("layer1", "layer2", "layer3")
+    graph = capture(net, torch.zeros(1, 3, 32, 32))
+    assert matching_paths(graph, ["layer?"], "the student") == ("layer1", "layer2", "layer3")
     with pytest.raises(InputError, match=r"the teacher has no layer 'layer4'\. Did you mean 'layer\d'\?"):
         matching_paths(net, ["layer4"], "the teacher")
 

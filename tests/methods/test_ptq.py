@@ -405,8 +405,9 @@ def test_more_bits_are_closer_to_the_original():
         lambda x: (x, torch.zeros(len(x)), "path"),
         lambda x: Batch(x),
         lambda x: Batch(x, torch.zeros(len(x), dtype=torch.int64)),
+        lambda x: {"labels": torch.zeros(len(x), dtype=torch.int64), "pixel_values": x},
     ],
-    ids=["tensor", "tuple of one", "list", "tuple of three", "Batch", "Batch with labels"],
+    ids=["tensor", "tuple of one", "list", "tuple of three", "Batch", "Batch with labels", "dict"],
 )
 def test_batches_may_come_with_labels_or_without(wrap):
     expected = calibrated(data=[images(4, 1), images(4, 2)]).model.state_dict()
@@ -560,7 +561,7 @@ def test_quantized_already():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"image": images()}, "a batch of the data is of type dict"),
+        ({"left": images(), "right": images()}, "of type dict.* It has the keys 'left', 'right', and not exactly one"),
         ("images", "a batch of the data is of type str"),
         (images()[0], r"a tensor of shape \(3, 8, 8\)"),
         ([], "a batch of the data is of type list"),

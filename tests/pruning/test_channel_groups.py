@@ -12,6 +12,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
+from tersor.graph.aten import arguments
 from tersor.graph.capture import capture
 from tersor.models import build
 from tersor.pruning.channel_groups import Cut, coupled_channels, merge_cuts, remove
@@ -26,15 +27,13 @@ class OverSome(nn.Module):
         self.kept = [place for place in range(len(norm.weight)) if place not in gone]
 
     def forward(self, x):
-        channels = 1 if type(self.norm) is not nn.LayerNorm else -1
-        x = x.movedim(channels, -1)
         some = x[..., self.kept]
         mean = some.mean(-1, keepdim=True)
         variance = (some - mean).square().mean(-1, keepdim=True)
         found = torch.zeros_like(x)
         found[..., self.kept] = (some - mean) / (variance + self.norm.eps).sqrt() * self.norm.weight[self.kept]
         found[..., self.kept] += self.norm.bias[self.kept]
-        return found.movedim(-1, channels)
+        return found
 
 
 def masked(graph, cuts):
@@ -55,6 +54,15 @@ def masked(graph, cuts):
                 tensor.data[:, places] = 0
         if isinstance(module, nn.LayerNorm):
             network.set_submodule(cut.layer, OverSome(module, set(places)))
+    for node in network.graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default):
+        given = arguments(node)
+        gone = {place for cut in cuts if cut.layer == given["weight"].target for place in cut.channels}
+        norm = nn.LayerNorm(given["normalized_shape"], given["eps"])
+        norm.weight, norm.bias = (tensors[given[name].target] for name in ("weight", "bias"))
+        network.add_module(f"some_of_{node.name}", OverSome(norm, gone))
+        with network.graph.inserting_before(node):
+            node.replace_all_uses_with(network.graph.call_module(f"some_of_{node.name}", (given["input"],)))
+    network.recompile()
     return network
 
 
@@ -258,6 +266,36 @@ def test_zero_padded_channels_are_removed_with_their_group():
     assert widths == [8, 16, 32]
     amounts = [node.args[1][4:] for node in graph.graph.nodes if node.name.startswith("pad")]
     assert [sum(amount) for amount in amounts] == [8, 16]
+
+
+class Recurrent(nn.Module):
+    """A convolution whose columns a recurrent layer reads."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.conv, self.layer, self.head = nn.Conv2d(3, 8, 3), layer, nn.LazyLinear(5)
+
+    def forward(self, x):
+        x = self.conv(x).relu().permute(0, 3, 1, 2).flatten(2)
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2, "bias": False}], ids=str)
+def test_features_that_go_into_a_recurrent_layer_can_be_removed(kind, options):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 6, 6)
+    model = Recurrent(kind(32, 7, batch_first=True, **options))
+    model(images)
+    graph = capture(model.eval(), images)
+    groups, unprunable = coupled_channels(graph, images)
+    assert [(group.root, len(group.slices)) for group in groups] == [("conv", 8)]
+    assert set(unprunable) == {"head"}
+    cuts = groups[0].cuts([1, 4, 6])
+    expected = masked(graph, cuts)(images)
+    remove(graph, cuts)
+    assert graph.get_submodule("layer").weight_ih_l0.shape[1] == 4 * 5
+    assert torch.allclose(graph(images), expected, atol=1e-6)
 
 
 def test_attention_heads_and_channels_within_heads_are_groups():

@@ -129,7 +129,9 @@ def test_batchnorm_importance_is_the_absolute_gamma(graph):
 
 
 def test_batchnorm_importance_is_none_without_batchnorm():
-    graph = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4)), IMAGES)
+    graph = capture(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4)), IMAGES
+    )
     groups, _ = coupled_channels(graph, IMAGES)
     assert importances("batchnorm", graph, groups, data=DATA, images=1, seed=0) == [None] * len(groups)
 

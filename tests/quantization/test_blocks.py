@@ -59,7 +59,8 @@ def test_consecutive_blocks_equal_the_network(name, layers, quantized):
         insert_quantizers(graph, Precision(), exclude=(), target=Target(), method="ptq")
     found = blocks(graph)
     assert [len(block.layers) for block in found][: len(layers)] == layers
-    assert all(block.end.startswith("quantizers") for block in found[:-1]) is quantized, "they belong to what they round"
+    # a quantizer belongs to the value that it rounds
+    assert all(block.end.startswith("quantizers") for block in found[:-1]) is quantized
     values = images
     for block in found:
         values = between(graph, block.begin, block.end)(values)

@@ -272,7 +272,7 @@ def test_many_operators_of_one_reason_are_one_line():
 
 def test_quantize_warns_below_95_percent_in_integers():
     network = around(nn.ConvTranspose2d(8, 8, 3, padding=1))
-    with pytest.warns(CompressionWarning, match=r"only 4\.2 % of the MACs.*ConvTranspose2d is not supported.*\(95\.8 %\)"):
+    with pytest.warns(CompressionWarning, match=r"only 4\.2 % of.*ConvTranspose2d is not supported.*\(95\.8 %\)"):
         quantized = tersor.quantize(network, [IMAGES])
     assert [each.name for each in tersor.integer_coverage(quantized, IMAGES).operators] == ["2"]
     with warnings.catch_warnings():
@@ -289,6 +289,4 @@ def test_the_list_is_that_of_a_copy_and_of_what_was_saved(tmp_path):
     for other in (copy.deepcopy(quantized), again):
         assert tersor.integer_coverage(other, IMAGES) == expected
     inside = tersor.integer_coverage(nn.Sequential(nn.Identity(), quantized), IMAGES)
-    assert [(each.name, each.reason) for each in inside.operators] == [
-        ("1.2", "ConvTranspose2d is not supported")
-    ]
+    assert [(each.name, each.reason) for each in inside.operators] == [("1.2", "ConvTranspose2d is not supported")]

@@ -23,9 +23,12 @@ from tersor.quantization.qdq_placement import (
 BYTES = Grid.unsigned(8)
 
 
-def placed(model, runtime="onnxruntime", layers=None):
+IMAGES = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def placed(model, runtime="onnxruntime", layers=None, images=IMAGES):
     """The graph, and the values behind which a quantizer stands, as `value: quantizer`."""
-    graph = capture(model.eval())
+    graph = capture(model.eval(), images)
     names = insert_activation_quantizers(graph, weighted_layers(graph) if layers is None else layers, BYTES, runtime)
     behind = {
         node.all_input_nodes[0].name: node.target.removeprefix("quantizers.")
@@ -146,6 +149,25 @@ def test_splits_are_passed_through_and_their_parts_share_the_grid():
     assert graph(images).shape == (2, 5)
 
 
+class Spread(nn.Module):
+    """An operator of two results, of which one is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x):
+        _, mean = torch.var_mean(x, (2, 3))
+        return self.linear(mean)
+
+
+def test_one_of_several_results_is_a_value_of_its_own():
+    graph, behind = placed(Spread())
+    assert behind == {"getitem_1": "getitem_1"}
+    graph.get_submodule("quantizers.getitem_1").set_grid(torch.tensor(0.05), torch.tensor(128))
+    assert graph(IMAGES).shape == (2, 4)
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -153,16 +175,21 @@ class Attention(nn.Module):
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
         y, _ = self.attention(x, x, x, need_weights=False)
         return self.linear(y)
 
 
-def test_one_of_several_results_is_a_value_of_its_own():
-    model = Attention()
-    graph, behind = placed(model)
-    assert list(behind) == ["getitem"]
-    graph.get_submodule("quantizers.getitem").set_grid(torch.tensor(0.05), torch.tensor(128))
-    assert graph(torch.randn(2, 3, 4)).shape == (2, 3, 4)
+def test_the_projections_of_attention_are_quantized():
+    images = torch.randn(2, 4, 3, 3)
+    model = Attention().eval()
+    expected = model(images)
+    graph, _ = placed(model, images=images)
+    torch.testing.assert_close(graph(images), expected)
+    assert quantizable(graph) == {"attention.in_proj", "attention.out_proj", "linear"}
+    calls = [node for node in graph.graph.nodes if node.target in quantizable(graph)]
+    assert [type(layer_of(node.args[0])) for node in calls] == [FakeQuantize] * 3
+    assert graph.attention.in_proj.weight is model.attention.in_proj_weight
 
 
 def test_what_a_runtime_cannot_compute_in_integers_is_not_offered():
@@ -176,14 +203,14 @@ def test_what_a_runtime_cannot_compute_in_integers_is_not_offered():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.own, self.same, self.linear = Own(3, 3, 1), Same(3, 4, 1), Attention()
+            self.own, self.same, self.up = Own(3, 3, 1), Same(3, 4, 1), nn.ConvTranspose2d(4, 4, 2)
 
         def forward(self, x):
-            return self.linear(self.same(self.own(x)).flatten(2).transpose(1, 2))
+            return self.up(self.same(self.own(x)))
 
-    graph = capture(Model())
-    assert {"own", "linear.attention.out_proj"} <= set(weighted_layers(graph))
-    assert quantizable(graph) == {"same", "linear.linear"}
+    graph = capture(Model(), IMAGES)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["own", "same", "up"]
+    assert quantizable(graph) == {"own", "same"}
 
 
 class Padded(nn.Module):
@@ -218,19 +245,19 @@ class Dropped(nn.Module):
         self.first, self.drop, self.second = nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)
 
     def forward(self, x):
-        return self.second(self.drop(F.relu(self.first(x))))
+        return self.second(self.drop(F.relu(self.first(x.mean((2, 3))))))
 
 
 def test_dropout_is_skipped_and_never_quantized():
     graph, behind = placed(Dropped())
-    assert list(behind) == ["x", "relu"]
+    assert list(behind) == ["mean", "relu"]
     nodes = {node.name: node for node in graph.graph.nodes}
     assert is_nothing_in_eval(nodes["drop"])
     assert not is_nothing_in_eval(nodes["relu"])
 
 
 def test_source_of_follows_moved_values():
-    nodes = {node.name: node for node in capture(Shuffle()).graph.nodes}
+    nodes = {node.name: node for node in capture(Shuffle(), IMAGES).graph.nodes}
     assert source_of(nodes["view_1"]) is nodes["cat"]
     assert source_of(nodes["getitem"]) is nodes["conv"]
     assert source_of(nodes["cat"]) is nodes["cat"]
@@ -286,11 +313,11 @@ class Casts(nn.Module):
         self.to_, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
 
     def forward(self, x):
-        return self.conv(self.to_(x.to(torch.float32)))
+        return self.conv(self.to_((x > 0).to(torch.float32)))
 
 
 def test_no_quantizer_is_named_like_an_attribute_of_a_module():
-    graph = capture(Casts().eval())
+    graph = capture(Casts().eval(), IMAGES)
     expected = ["quantizers.to__", "quantizers.to_"]
     assert activation_quantizers(graph, ["to_", "conv"], "onnxruntime") == set(expected)
     assert insert_activation_quantizers(graph, ["to_", "conv"], Grid.unsigned(8), "onnxruntime") == expected
@@ -300,9 +327,15 @@ def test_no_quantizer_is_named_like_an_attribute_of_a_module():
 
 @pytest.mark.parametrize(
     ("module", "handed_on"),
-    [(nn.Dropout(), True), (Always(), False), (nn.Identity(), True), (Plus(), False)],
-    ids=["Dropout", "drops in eval", "Identity", "adds"],
+    [(nn.Dropout(), True), (Always(), False), (Plus(), False)],
+    ids=["Dropout", "drops", "adds"],
 )
 def test_what_is_nothing_in_eval(module, handed_on):
-    node = next(node for node in capture(nn.Sequential(module)).graph.nodes if node.op not in ("placeholder", "output"))
+    graph = capture(nn.Sequential(module).eval(), IMAGES).graph
+    (node,) = (node for node in graph.nodes if node.op not in ("placeholder", "output"))
     assert is_nothing_in_eval(node) == handed_on
+
+
+def test_an_identity_is_no_node():
+    graph = capture(nn.Sequential(nn.Identity()), IMAGES).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "output"]

@@ -11,14 +11,13 @@ import json
 import math
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Freezable, Norm, freezable
-from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture, layer_of
+from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture_again, layer_of
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, remove
@@ -30,7 +29,7 @@ from tersor.quantization.qdq_placement import read_through
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What graphs and modules raise for the structure of another network."""
 
-_LARGEST_IMAGE = 2**26
+_LARGEST_IMAGE = 2**24
 
 _Place = Annotated[int, Field(ge=0, lt=2**31)]
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -180,7 +179,10 @@ def _of_another(fresh: nn.Module, why: str) -> InputError:
 
 
 def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
-    model = fresh if plan.image_shape is None else capture(fresh, torch.zeros(2, *plan.image_shape))
+    try:
+        model = fresh if plan.image_shape is None else capture_again(fresh, plan.image_shape)
+    except InputError as error:  # the saved network runs on these images
+        raise _of_another(fresh, str(error).rstrip(".")) from error
     if isinstance(model, fx.GraphModule):
         assert model.meta[FINGERPRINT] == plan.fingerprint, "its operators or the settings of its layers differ"
         for cuts in plan.cuts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import partial
 from keyword import iskeyword
 from typing import Any, cast
@@ -60,6 +61,23 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     three = torch.cat([images, images[:1]])  # another number than the exporter sees
     with checked_forward(type(model).__name__, images):
         expected = outputs_of(strip(model), three)  # of a copy: a forward may store what it computes
+    captured = _recorded(model, images)
+    require_same(captured, expected, three)
+    return captured
+
+
+def capture_again(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
+    """Capture a new network of the class of one that was captured before, without running it.
+
+    Args:
+        model: the network.
+        image_shape: channels, height and width of the images it was captured on.
+    """
+    device = next((each.device for each in model.parameters()), None)
+    return _recorded(model, torch.zeros(2, *image_shape, device=device))
+
+
+def _recorded(model: nn.Module, images: Tensor) -> fx.GraphModule:
     graph = exported(model, images)
     modules = restore_layers(graph, model)
     captured = _assembled(model, graph, modules)
@@ -68,7 +86,6 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     captured.meta[FINGERPRINT] = _fingerprint(captured)
     captured.meta[_EVAL_ONLY] = _inactive(model, graph.graph)
     _keep_shapes(captured)
-    require_same(captured, expected, three)
     return captured
 
 
@@ -118,11 +135,11 @@ def _keep_keys(captured: fx.GraphModule, model: nn.Module) -> None:
     """Save and load Parameters that have moved into a new layer under their keys in `model`."""
     keys = {id(each): key for key, each in model.named_parameters(remove_duplicate=False)}
     known = {key for key, _ in model.named_parameters(remove_duplicate=False)}
-    own = dict(captured.named_parameters())
+    own = dict(captured.named_parameters(remove_duplicate=False))
     renamed = {key: keys[id(each)] for key, each in own.items() if key not in known and id(each) in keys}
     if renamed:
         captured.register_state_dict_post_hook(partial(_rename, renamed))
-        captured.register_load_state_dict_pre_hook(partial(_rename_back, renamed))
+        captured.register_load_state_dict_pre_hook(partial(_rename_back, renamed, own.keys() & known))
 
 
 def _rename(renamed: dict[str, str], _module: nn.Module, state: dict[str, Any], prefix: str, _meta: object) -> None:
@@ -132,11 +149,15 @@ def _rename(renamed: dict[str, str], _module: nn.Module, state: dict[str, Any], 
 
 
 def _rename_back(
-    renamed: dict[str, str], _module: nn.Module, state: dict[str, Any], prefix: str, *_others: object
+    renamed: dict[str, str], kept: set[str], _module: nn.Module, state: dict[str, Any], prefix: str, *_others: object
 ) -> None:
+    """`kept`: keys that an operator reads too."""
+    given = {original for original in renamed.values() if prefix + original in state}
     for key, original in renamed.items():
-        if prefix + original in state:
-            state[prefix + key] = state.pop(prefix + original)
+        if original in given:
+            state[prefix + key] = state[prefix + original]
+    for original in given - kept:
+        del state[prefix + original]
 
 
 def _container(root: nn.Module, path: str) -> nn.Module:

@@ -32,11 +32,12 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _ACTIVATION_OPERATORS = {"relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_"}
 _ADDITIONS = {"add", "add_"}
 _JOINS = {*_ADDITIONS, "mul", "mul_"}
+_CONCATENATIONS = {"cat", "concat", "concatenate"}
 _AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}
 _AVERAGE_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
 _MOVERS = {
     *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "t"),
-    *("slice", "select", "max_pool2d"),
+    *("slice", "select", "max_pool2d", "swapaxes", "swapdims", "movedim", "moveaxis", "reshape_as", "view_as"),
 }
 _MOVER_MODULES = (nn.Flatten, nn.Unflatten, nn.MaxPool2d, nn.ZeroPad2d)
 _SPLITTERS = {"chunk", "split", "split_with_sizes", "unbind"}
@@ -197,7 +198,7 @@ def _joins(node: fx.Node) -> bool:
     name = operator_name(node)
     if name in _AVERAGES or _is_a(node, _AVERAGE_MODULES):
         return True
-    return name == "cat" or (name in _JOINS and len(values_into(node)) > 1)
+    return name in _CONCATENATIONS or (name in _JOINS and len(values_into(node)) > 1)
 
 
 def _only_moves(node: fx.Node) -> bool:

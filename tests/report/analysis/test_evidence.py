@@ -152,11 +152,12 @@ def test_layers_of_attention_are_compared_with_the_original(networks, tmp_path):
     export(original, example, tmp_path / "original.onnx")
     export(attached.model, example, tmp_path / "model.onnx")
     found = collected((tmp_path, original, attached.model, test))
-    names = ["stem", "attention.out_proj", "attention.in_proj", "answer"]
+    names = ["stem", "attention.in_proj", "attention.out_proj", "answer"]
     assert [each["name"] for each in found["layers"]] == [each["name"] for each in found["widths"]] == names
-    assert found["layers"][2]["original_shape"] == found["layers"][2]["shape"] == [48, 16]
-    assert found["layers"][2]["weight_bits"] == 8
-    assert [(each["before"], each["after"]) for each in found["widths"]] == [(16, 16), (16, 16), (48, 48), (5, 5)]
+    projection = found["layers"][1]
+    assert projection["original_shape"] == projection["shape"] == [48, 16]
+    assert projection["weight_bits"] == 8
+    assert [(each["before"], each["after"]) for each in found["widths"]] == [(16, 16), (48, 48), (16, 16), (5, 5)]
 
 
 def test_soft_targets_are_the_teachers_if_there_is_one(networks, evidence):

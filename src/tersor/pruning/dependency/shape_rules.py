@@ -9,7 +9,7 @@ import numpy as np
 from torch import fx
 
 from tersor.pruning.dependency.propagation import Call, ChannelPropagation, Rule
-from tersor.pruning.dependency.split_axes import corresponding_axes, permutation, prunable_parts
+from tersor.pruning.dependency.split_axes import TRANSPOSED, corresponding_axes, permutation, prunable_parts
 from tersor.pruning.dependency.union_find import Ids, TrackedShape
 
 AxisIds = list[Ids | None]
@@ -204,10 +204,11 @@ def repeat_interleave(propagation: ChannelPropagation, call: Call) -> Any:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "Flatten", "Unflatten"), reshape),
-    **dict.fromkeys(("permute", "transpose", "movedim", "t", "numpy_T"), permute),
-    "cat": concatenate,
+    **dict.fromkeys(("reshape_as", "view_as"), reshape),
+    **dict.fromkeys(("permute", *TRANSPOSED, "movedim", "moveaxis", "t", "numpy_T"), permute),
+    **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
     "pad": pad,
-    "expand": expand,
+    **dict.fromkeys(("expand", "expand_as"), expand),
     "repeat": repeat,
     "stack": stack,
     "repeat_interleave": repeat_interleave,

@@ -15,12 +15,13 @@ from tersor.graph.aten import called_name
 from tersor.pruning.dependency.propagation import Call, ChannelPropagation, frozen
 from tersor.pruning.dependency.shape_recording import Shape
 
+TRANSPOSED = ("transpose", "swapaxes", "swapdims")
 _REDUCED = {
     *("sum", "mean", "softmax", "log_softmax", "amax", "amin", "max", "min", "argmax", "var", "std"),
     "linalg_vector_norm",
 }
-_PERMUTED = {"permute", "transpose", "movedim", "t"}
-_MERGED = {"reshape", "flatten"}
+_PERMUTED = {"permute", *TRANSPOSED, "movedim", "moveaxis", "t"}
+_MERGED = {"reshape", "flatten", "reshape_as", "view_as"}
 _DEPTH = 12
 
 Axes = dict[int, int]
@@ -52,7 +53,7 @@ def permutation(call: Call) -> list[int]:
     if call.name in ("t", "numpy_T"):
         return order[::-1]
     first, second = (axis % rank for axis in call.args[1:3])
-    if call.name == "movedim":
+    if call.name in ("movedim", "moveaxis"):
         order.insert(second, order.pop(first))
     else:
         order[first], order[second] = order[second], order[first]

@@ -1,0 +1,42 @@
+"""The first images of a user's data, which stay to be read."""
+
+import itertools
+
+import pytest
+import torch
+
+from tersor.core.errors import InputError
+from tersor.data.batch import first_batch
+from tersor.training.context import AttachContext
+
+BATCHES = [torch.rand(0, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.rand(3, 3, 4, 4)]
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_looking_at_the_first_images_takes_none_away(once):
+    data = AttachContext(data=iter(BATCHES) if once else BATCHES).data
+    for _ in range(2):
+        assert torch.equal(first_batch(data, "ptq"), BATCHES[1]), "the first batch that is not empty"
+    assert [len(batch) for batch in data] == [0, 2, 3]
+    assert len(list(data)) == (0 if once else 3)
+
+
+def test_of_endless_data_no_more_is_read_than_needed():
+    read = []
+    data = AttachContext(data=(read.append(number) or BATCHES[1] for number in itertools.count())).data
+    first_batch(data, "ptq")
+    assert read == [0]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (None, "ptq needs images"),
+        ([], "ptq found no image in the data"),
+        (BATCHES[:1], "ptq found no image in the data"),
+        ([torch.zeros(2, 3, 4, 4, dtype=torch.uint8)], r"torch\.uint8.*floating-point"),
+    ],
+)
+def test_data_without_images_is_told(data, told):
+    with pytest.raises(InputError, match=told):
+        first_batch(data, "ptq")

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tersor.graph.aten import arguments, operator_name
+from tersor.graph.capture import capture, layer_of
+
+IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class SameConv(nn.Conv2d):
+    """Pads itself, as TensorFlow does."""
+
+    def forward(self, images):
+        return F.conv2d(F.pad(images, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    def forward(self, images):
+        return F.relu(super().forward(images))
+
+
+class Function(nn.Module):
+    """A function of the images and of a weight of its own."""
+
+    def __init__(self, function, *shapes):
+        super().__init__()
+        self.function = function
+        self.inner = nn.Module()
+        for name, shape in zip(("weight", "bias"), shapes, strict=False):
+            setattr(self.inner, name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, images):
+        return self.function(images, *self.inner.parameters())
+
+
+def along_channels(images, weight, bias=None):
+    return F.linear(images.permute(0, 2, 3, 1), weight, bias)
+
+
+RESTORED = {
+    "subclass": (lambda: SameConv(4, 5, 3, stride=2), nn.Conv2d, "0"),
+    "function": (lambda: Function(lambda x, w: F.conv2d(x, w, stride=2), (5, 4, 3, 3)), nn.Conv2d, "0.inner"),
+    "function with groups and a bias": (
+        lambda: Function(lambda x, w, b: F.conv2d(x, w, b, padding="same", groups=2), (6, 2, 3, 3), (6,)),
+        nn.Conv2d,
+        "0.inner",
+    ),
+    "transposed": (
+        lambda: Function(lambda x, w: F.conv_transpose2d(x, w, stride=2, output_padding=1, groups=2), (4, 3, 3, 3)),
+        nn.ConvTranspose2d,
+        "0.inner",
+    ),
+    "linear": (lambda: Function(along_channels, (5, 4), (5,)), nn.Linear, "0.inner"),
+    "BatchNorm": (lambda: BatchNormAct(4), nn.BatchNorm2d, "0"),
+    "GroupNorm": (
+        lambda: Function(lambda x, w, b: F.group_norm(x, 2, w, b, 1e-3), (4,), (4,)),
+        nn.GroupNorm,
+        "0.inner",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RESTORED)
+def test_an_operator_is_a_layer_over_the_same_parameters(kind):
+    build, expected, path = RESTORED[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(build()).eval()
+    graph = capture(model, IMAGES)
+    layer = graph.get_submodule(path)
+    assert type(layer) is expected
+    assert {id(each) for each in layer.parameters()} == {id(each) for each in model.parameters()}
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == [path]
+    assert torch.equal(graph(IMAGES), model(IMAGES))
+    assert graph.state_dict().keys() == model.state_dict().keys()
+    fresh = nn.Sequential(build()).eval()
+    graph.load_state_dict(fresh.state_dict())
+    assert torch.equal(graph(IMAGES), fresh(IMAGES))
+    assert torch.equal(copy.deepcopy(graph)(IMAGES), fresh(IMAGES))
+
+
+def test_a_batch_norm_with_its_own_forward_trains_as_before():
+    model = nn.Sequential(BatchNormAct(4)).train()
+    graph = capture(copy.deepcopy(model), IMAGES)
+    assert torch.equal(graph(IMAGES), model(IMAGES))
+    torch.testing.assert_close(graph.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert graph.get_submodule("0").num_batches_tracked == 1
+
+
+class TwoGeometries(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(F.conv2d(x, self.weight, padding=1), self.weight, padding=2, dilation=2)
+
+
+def test_one_weight_in_two_geometries_is_computed_as_before():
+    model = TwoGeometries()
+    graph = capture(model, IMAGES)
+    assert torch.equal(graph(IMAGES), model(IMAGES))
+    (convolution,) = (node for node in graph.graph.nodes if operator_name(node) == "conv2d")
+    assert arguments(convolution)["dilation"] == [2, 2]
+    assert graph.state_dict().keys() == model.state_dict().keys()
+    fresh = TwoGeometries()
+    graph.load_state_dict(fresh.state_dict())
+    assert torch.equal(graph(IMAGES), fresh(IMAGES))
+
+
+class ComputedBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        return F.linear(x, self.linear.weight, self.linear.bias * x.mean())
+
+
+def test_a_bias_that_depends_on_the_images_is_added_behind_the_layer():
+    model = ComputedBias()
+    graph = capture(model, IMAGES)
+    torch.testing.assert_close(graph(IMAGES), model(IMAGES))
+    (layer,) = (layer_of(node) for node in graph.graph.nodes if isinstance(layer_of(node), nn.Linear))
+    assert layer.weight is model.linear.weight
+    assert layer.bias is None
+
+
+class TwoInputs(nn.Module):
+    """A module of torch that reads two tensors, here the same one twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.bilinear = nn.Bilinear(6, 6, 3)
+
+    def forward(self, x):
+        return self.bilinear(x, x)
+
+
+class LargerOutput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 4, 3, stride=2)
+
+    def forward(self, x):
+        return self.up(x, output_size=(14, 14))
+
+
+@pytest.mark.parametrize("kind", [TwoInputs, LargerOutput])
+def test_a_call_with_another_input_keeps_its_result(kind):
+    model = kind()
+    graph = capture(model, IMAGES)
+    assert torch.equal(graph(IMAGES), model(IMAGES))
+    assert graph.state_dict().keys() == model.state_dict().keys()
+
+
+def test_modules_of_torch_stay_the_objects_that_they_were():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Hardswish(), nn.MaxPool2d(2), nn.Flatten())
+    graph = capture(model, IMAGES)
+    assert [layer_of(node) for node in graph.graph.nodes if node.op == "call_module"] == list(model)
+
+
+def test_a_hook_is_recorded_as_operators():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1))
+    model[0].register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    graph = capture(model, IMAGES)
+    assert [operator_name(node) or node.target for node in graph.graph.nodes] == ["input", "0", "mul", "output"]
+    assert torch.equal(graph(IMAGES), model(IMAGES))
