@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -286,6 +286,30 @@ def caught_by(tree: Path, wanted: Break, tests: Sequence[str], *, whole: bool) -
     return None
 
 
+def run_together(commit: str, only: Sequence[int]) -> None:
+    """Try several breaks at once, of different modules, on all of `make test`: if nothing fails, none is caught."""
+    chosen = [Break(**each) for each in json.loads(CHOSEN.read_text())]
+    revision = _git("rev-parse", "--short=12", commit).strip()
+    with rows.alone(), checked_out(revision) as tree:
+        lines = {number: place(tree, chosen[number]) for number in only}
+        start, failing_anyway = time.monotonic(), list[str]()
+        while True:
+            ignored = [f"--deselect={test}" for test in failing_anyway]
+            with ExitStack() as stack:
+                for number in only:
+                    stack.enter_context(broken(tree, chosen[number]))
+                failure = first_failure(tree, [*WHOLE, *ignored], _TOO_LONG_S["whole"])
+            if failure is None or first_failure(tree, [failure], _TOO_LONG_S["mirror"]) is None:
+                break
+            failing_anyway.append(failure)
+        seconds = round(time.monotonic() - start, 1)
+    print(f"{list(only)}: {failure or 'not caught'}, {seconds:.0f} s; failing anyway: {failing_anyway}", flush=True)
+    if failure is None:
+        for number in only:
+            numbers = {"line": lines[number], "caught": False, "by": None, "seconds": seconds, "n": 1, "spread": None}
+            rows.add(RESULT, {"tested": revision, **asdict(chosen[number])}, numbers, [SEED])
+
+
 def run(commit: str, *, whole: bool, only: Sequence[int], tests: Sequence[str]) -> None:
     """Try every break that has no row yet, and print how many were caught."""
     chosen = [Break(**each) for each in json.loads(CHOSEN.read_text())]
@@ -324,12 +348,15 @@ def main() -> None:
     running.add_argument(
         "--tests", nargs="+", default=[], help="try these tests of `make test` instead of the mirroring ones"
     )
+    running.add_argument("--together", action="store_true", help="try the breaks of --only at once on all tests")
     given = parser.parse_args()
     if given.command == "choose":
         chosen = choose(given.commits, SEED)
         CHOSEN.write_text(json.dumps([asdict(each) for each in chosen], indent=1) + "\n")
         for number, each in enumerate(chosen):
             print(f"{number:2} {each.kind:10} {each.file}: {each.before}  ->  {each.after}")
+    elif given.together:
+        run_together(given.commit, given.only)
     else:
         run(given.commit, whole=not given.mirrors_only, only=given.only, tests=given.tests)
 
