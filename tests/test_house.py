@@ -110,6 +110,7 @@ LEVELS = [
         "graph.eval_mode",
         "graph.layer_selection",
         "graph.multiplications",
+        "graph.original_keys",
         "graph.parametrization",
         "graph.plain_modules",
     ),

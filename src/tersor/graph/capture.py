@@ -11,7 +11,6 @@ import hashlib
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from functools import partial
 from keyword import iskeyword
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from tersor.graph.comparison import outputs_of, require_same
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.export_program import exported
 from tersor.graph.layer_restoration import calls_of, restore_layers
+from tersor.graph.original_keys import keep_keys
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_hooked
 
@@ -127,37 +127,8 @@ def _assembled(model: nn.Module, recorded: fx.GraphModule, modules: dict[str, nn
         if path not in modules:
             module.training = originals.get(path, model).training
     captured.graph = recorded.graph
-    _keep_keys(captured, model)
+    keep_keys(captured, model)
     return captured
-
-
-def _keep_keys(captured: fx.GraphModule, model: nn.Module) -> None:
-    """Save and load Parameters that have moved into a new layer under their keys in `model`."""
-    keys = {id(each): key for key, each in model.named_parameters(remove_duplicate=False)}
-    known = {key for key, _ in model.named_parameters(remove_duplicate=False)}
-    own = dict(captured.named_parameters(remove_duplicate=False))
-    renamed = {key: keys[id(each)] for key, each in own.items() if key not in known and id(each) in keys}
-    if renamed:
-        captured.register_state_dict_post_hook(partial(_rename, renamed))
-        captured.register_load_state_dict_pre_hook(partial(_rename_back, renamed, own.keys() & known))
-
-
-def _rename(renamed: dict[str, str], _module: nn.Module, state: dict[str, Any], prefix: str, _meta: object) -> None:
-    for key, original in renamed.items():
-        if prefix + key in state:  # not where the weight has parametrizations
-            state[prefix + original] = state.pop(prefix + key)
-
-
-def _rename_back(
-    renamed: dict[str, str], kept: set[str], _module: nn.Module, state: dict[str, Any], prefix: str, *_others: object
-) -> None:
-    """`kept`: keys that an operator reads too."""
-    given = {original for original in renamed.values() if prefix + original in state}
-    for key, original in renamed.items():
-        if original in given:
-            state[prefix + key] = state[prefix + original]
-    for original in given - kept:
-        del state[prefix + original]
 
 
 def _container(root: nn.Module, path: str) -> nn.Module:

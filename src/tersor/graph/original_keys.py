@@ -1,0 +1,37 @@
+"""Keys of a captured network: Parameters that have moved into a new layer keep those of the user's network."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import fx, nn
+
+
+def keep_keys(captured: fx.GraphModule, model: nn.Module) -> None:
+    """Save and load Parameters that have moved into a new layer under their keys in `model`."""
+    keys = {id(each): key for key, each in model.named_parameters(remove_duplicate=False)}
+    known = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    own = dict(captured.named_parameters(remove_duplicate=False))
+    renamed = {key: keys[id(each)] for key, each in own.items() if key not in known and id(each) in keys}
+    if renamed:
+        captured.register_state_dict_post_hook(partial(_rename, renamed))
+        captured.register_load_state_dict_pre_hook(partial(_rename_back, renamed, own.keys() & known))
+
+
+def _rename(renamed: dict[str, str], _module: nn.Module, state: dict[str, Any], prefix: str, _meta: object) -> None:
+    for key, original in renamed.items():
+        if prefix + key in state:  # not where the weight has parametrizations
+            state[prefix + original] = state.pop(prefix + key)
+
+
+def _rename_back(
+    renamed: dict[str, str], kept: set[str], _module: nn.Module, state: dict[str, Any], prefix: str, *_others: object
+) -> None:
+    """`kept`: keys that an operator reads too."""
+    given = {original for original in renamed.values() if prefix + original in state}
+    for key, original in renamed.items():
+        if original in given:
+            state[prefix + key] = state[prefix + original]
+    for original in given - kept:
+        del state[prefix + original]
