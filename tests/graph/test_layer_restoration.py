@@ -172,3 +172,23 @@ def test_a_hook_is_recorded_as_operators():
     graph = capture(model, IMAGES)
     assert [operator_name(node) or node.target for node in graph.graph.nodes] == ["input", "0", "mul", "output"]
     assert torch.equal(graph(IMAGES), model(IMAGES))
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.weight.std(), self.bias, padding=1)
+
+
+def test_raw_weights_do_not_load_into_a_graph_with_computed_ones():
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardized(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    images = torch.randn(2, 3, 6, 6)
+    graph = capture(model, images)
+    layers = [each for each in graph.modules() if isinstance(each, nn.Conv2d)]
+    assert len(layers) == 2
+    assert torch.allclose(layers[0].weight, model[0].weight / model[0].weight.std())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        graph.load_state_dict(model.state_dict())
+    before = graph(images)
+    graph.load_state_dict(graph.state_dict())
+    assert torch.equal(graph(images), before)

@@ -162,9 +162,7 @@ class _Restoration:
         self, node: fx.Node, given: dict[str, Any], layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None
     ) -> fx.Node | None:
         """Call `layer` over `weight` and `bias` in place of an operator."""
-        alone = bias is not None or given["bias"] is None
-        is_read = given["weight"].op == "get_attr"
-        path = self._path(str(given["weight"].target), alone=alone) if is_read else self._path_of_call(node)
+        path = self._path(node, given)
         known = self.called.get(path)
         layer.register_parameter("weight", weight)
         layer.register_parameter("bias", bias)
@@ -175,22 +173,20 @@ class _Restoration:
             return None  # the same weight with another geometry stays an operator
         return self._replace(node, path, known, given["input"])
 
-    def _path(self, weight: str, *, alone: bool) -> str:
-        """Where a layer over the parameter `weight` goes: in place of its module, or beside the parameter.
+    def _path(self, node: fx.Node, given: dict[str, Any]) -> str:
+        """Where a new layer goes: in place of a module that holds its weight and bias, or else beside the weight.
 
-        `alone` is False if the graph computes the bias, and reads the module's own bias for that.
+        What the graph computes has no key of the network, so that loading the network's own weights cannot replace it.
         """
+        if given["weight"].op != "get_attr":
+            return f"{calls_of(node)[-1][1]}.{node.name}".lstrip(".")
+        weight = str(given["weight"].target)
         owner, _, name = weight.rpartition(".")
-        if name == "weight" and owner and alone and self._holds_only_a_layer(owner):
+        bias_is_own = given["bias"] is None or given["bias"].op == "get_attr"
+        if name == "weight" and owner and bias_is_own and self._holds_only_a_layer(owner):
             return owner
         path = weight.removesuffix("_weight")
         return path if path != weight and path not in self.modules else f"{weight}_layer"
-
-    def _path_of_call(self, node: fx.Node) -> str:
-        """Where a layer over a computed weight goes: in place of the module that computes it, or inside that."""
-        path = calls_of(node)[-1][1]
-        free = path and path not in self.called and not any(True for _ in self.modules[path].children())
-        return path if free and hasattr(self.modules[path], "weight") else f"{path}.{node.name}".lstrip(".")
 
     def _holds_only_a_layer(self, owner: str) -> bool:
         module = self.modules[owner]
