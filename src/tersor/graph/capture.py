@@ -58,11 +58,12 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     _require_own_forward(model)
     device = next((each.device for each in model.parameters()), images.device)
     images = (images[:2] if len(images) > 1 else images[:1].expand(2, *images.shape[1:])).contiguous().to(device)
-    three = torch.cat([images, images[:1]])  # another number than the exporter sees
+    several = [torch.cat([images, images[:1]]), images[:1]]  # other numbers than the exporter sees
     with checked_forward(type(model).__name__, images):
-        expected = outputs_of(strip(model), three)  # of a copy: a forward may store what it computes
+        expected = [outputs_of(strip(model), each) for each in several]  # a copy: a forward may store what it computes
     captured = _recorded(model, images)
-    require_same(captured, expected, three)
+    for each, outputs in zip(several, expected, strict=True):
+        require_same(captured, outputs, each)
     return captured
 
 
@@ -105,6 +106,8 @@ def _require_own_forward(model: nn.Module) -> None:
             f"{type(model).__name__} has an attribute named '{taken[0]}', which is reserved in a captured graph. "
             f"Rename it, for example to '{taken[0]}_'."
         )
+    if "self" in names:
+        raise InputError(f"{type(model).__name__} has a submodule named 'self', which a captured graph cannot call.")
     if keywords := [path for path, _ in model.named_modules() if any(map(iskeyword, path.split(".")))]:
         raise InputError(
             f"the graph of {type(model).__name__} cannot be captured: the name of the submodule {keywords[0]} is a "

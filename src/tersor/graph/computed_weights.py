@@ -19,6 +19,14 @@ def has_effects(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def source_of(node: fx.Node) -> str:
+    """How a value is computed, from names of Parameters on: equal for a weight that is computed twice."""
+    if node.op != "call_function":
+        return str(node.target)
+    parts = fx.map_arg((node.args, node.kwargs), source_of)
+    return f"{node.target}{parts}"
+
+
 def computed_weight(
     node: fx.Node, reader: fx.Node, attribute: Callable[[str], Any], modules: Mapping[str, nn.Module]
 ) -> nn.Parameter | None:

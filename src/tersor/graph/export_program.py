@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import SUPPORTED_NODES
 
 from tersor.core.errors import InputError
 from tersor.graph.aten import arguments, operator_name
+from tersor.graph.inlined_regions import inline_regions
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_attention import with_plain_attention
 
@@ -54,6 +55,7 @@ def exported(model: nn.Module, images: Tensor) -> fx.GraphModule:
         graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     _plain_signature(graph, program)
+    inline_regions(graph)
     _simplify(graph.graph)
     return graph
 
@@ -196,7 +198,7 @@ def _constructed(spec: Any, children: list[Any], graph: fx.GraphModule) -> Any:
 
 
 class Container(nn.Module):
-    """Builds the container that a network returns from the values in it."""
+    """Builds the container that a network returns from the values, or other containers, in it."""
 
     def __init__(self, spec: Any) -> None:
         super().__init__()
@@ -204,4 +206,4 @@ class Container(nn.Module):
 
     def forward(self, *values: Any) -> Any:
         """The container with these values."""
-        return tree_unflatten(values, self.spec)
+        return SUPPORTED_NODES[self.spec.type].unflatten_fn(list(values), self.spec.context)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.graph.aten import arguments, operator_name
-from tersor.graph.computed_weights import computed_weight, has_effects
+from tersor.graph.computed_weights import computed_weight, has_effects, source_of
 from tersor.graph.eval_mode import required_inputs
 from tersor.graph.plain_modules import is_plain
 
@@ -67,6 +67,8 @@ class _Restoration:
         self.called = {name: each for name, each in graph.named_children() if name.startswith("container")}
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.numbers = count()
+        self.computed: dict[str, nn.Parameter | None] = {}
+        self.paths: dict[nn.Parameter, str] = {}
 
     def run(self) -> dict[str, nn.Module]:
         for nodes in list(self._groups()):
@@ -162,7 +164,7 @@ class _Restoration:
         self, node: fx.Node, given: dict[str, Any], layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None
     ) -> fx.Node | None:
         """Call `layer` over `weight` and `bias` in place of an operator."""
-        path = self._path(node, given)
+        path = self.paths.setdefault(weight, self._path(node, given))
         known = self.called.get(path)
         layer.register_parameter("weight", weight)
         layer.register_parameter("bias", bias)
@@ -239,7 +241,10 @@ class _Restoration:
         """The Parameter that an operator reads, or a new one with what the graph computes from Parameters alone."""
         node = arguments(reader)[name]
         if isinstance(node, fx.Node) and node.op != "get_attr":
-            return computed_weight(node, reader, self._attribute, self.called)
+            source = source_of(node)  # a layer that is called twice computes its weight twice
+            if source not in self.computed:
+                self.computed[source] = computed_weight(node, reader, self._attribute, self.called)
+            return self.computed[source]
         return self._parameter(node)
 
     def _attribute(self, path: str) -> Any:

@@ -17,7 +17,7 @@ from tersor.graph.plain_modules import is_plain
 
 
 class PlainAttention(nn.MultiheadAttention):
-    """The forward of `nn.MultiheadAttention` in eval mode, without masks of padding."""
+    """The forward of `nn.MultiheadAttention` in eval mode; torch's own if there is a mask of padding."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -32,7 +32,9 @@ class PlainAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention`: the attended values, and the weights if `need_weights`."""
         if key_padding_mask is not None or query.ndim != 3:
-            raise NotImplementedError("key_padding_mask, and attention without a batch, are not supported")
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         same = query is key and key is value
         inputs = [each if self.batch_first else each.transpose(0, 1) for each in (query, key, value)]
         query, key, value = (

@@ -10,6 +10,7 @@ import numpy as np
 from torch import fx, nn
 
 from tersor.graph.aten import called_name
+from tersor.graph.export_program import Container
 from tersor.pruning.dependency.shape_recording import Recorded, Shape, attribute
 from tersor.pruning.dependency.union_find import ChannelSets, Ids, TrackedShape
 
@@ -151,7 +152,7 @@ def _value(propagation: ChannelPropagation, node: fx.Node, rule_of: Callable[[Ca
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: propagation.values[read])
     module = propagation.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     call = Call(node, called_name(node, module), tuple(args), dict(kwargs), output, module)
-    if node.op == "output":
+    if node.op == "output" or isinstance(module, Container):
         return propagation.freeze(call, "they are outputs of the network")
     if not _has_shapes(output):
         return output  # a size, a device
