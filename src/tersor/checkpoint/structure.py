@@ -11,6 +11,7 @@ import json
 import math
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrize
 from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Freezable, Norm, freezable
 from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture_again, layer_of
+from tersor.graph.eval_mode import evaluating
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, remove
@@ -29,7 +31,7 @@ from tersor.quantization.qdq_placement import read_through
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What graphs and modules raise for the structure of another network."""
 
-_LARGEST_IMAGE = 2**24
+_LARGEST_IMAGE = 2**22
 
 _Place = Annotated[int, Field(ge=0, lt=2**31)]
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -180,7 +182,7 @@ def _of_another(fresh: nn.Module, why: str) -> InputError:
 
 def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
     try:
-        model = fresh if plan.image_shape is None else capture_again(fresh, plan.image_shape)
+        model = fresh if plan.image_shape is None else _captured(fresh, plan.image_shape, plan.fingerprint)
     except InputError as error:  # the saved network runs on these images
         raise _of_another(fresh, str(error).rstrip(".")) from error
     if isinstance(model, fx.GraphModule):
@@ -199,6 +201,15 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
             _require_fit(each, shape, name)
             parametrize.register_parametrization(layer, "weight", each.made())
     return model
+
+
+def _captured(fresh: nn.Module, image_shape: list[int], fingerprint: str | None) -> fx.GraphModule:
+    captured = capture_again(fresh, image_shape)
+    if captured.meta[FINGERPRINT] != fingerprint:  # the saved network had run: a forward may store a table then
+        with evaluating(fresh), torch.no_grad():
+            fresh(torch.zeros(1, *image_shape))
+        captured = capture_again(fresh, image_shape)
+    return captured
 
 
 def _require_fit(laid: _Parametrization, shape: list[int], name: str) -> None:

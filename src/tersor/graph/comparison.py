@@ -80,10 +80,10 @@ def require_same(after: nn.Module, expected: list[Tensor], images: Tensor) -> No
     if not found <= TOLERANCE:
         kind = type(after).__name__
         raise InputError(
-            f"the captured graph of {kind} is not equivalent to {kind}: for a batch of {len(images)} the outputs differ "
-            f"by {found:.2g} of their largest value, and {TOLERANCE:g} is allowed. Possible: a forward that depends only "
-            "on its input: no random numbers in eval mode, no counters, no changing Python values, no branch on the "
-            "number of images."
+            f"the captured graph of {kind} is not equivalent to {kind}: on a batch of {len(images)} outputs differ by "
+            f"{found:.2g} of their largest value, {TOLERANCE:g} is allowed. Possible: a forward that depends only on "
+            "its input: no random numbers in eval mode, no counters, no changing Python values, no branch on the batch "
+            "size."
         )
 
 

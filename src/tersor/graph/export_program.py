@@ -116,11 +116,12 @@ def _quiet() -> Generator[None]:
 
 def _refusal(model: nn.Module, error: Exception) -> InputError:
     """What the forward does that cannot be recorded, with file and line."""
+    way_out = _WAY_OUT if "data-dependent" in str(error) or "data-dependent" in type(error).__name__ else ""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)).rstrip(".")
     if "Could not guard on data-dependent" in reason or "data-dependent" in type(error).__name__.lower():
         reason = "it branches on the values of a tensor"
     return InputError(
-        f"the graph of {type(model).__name__} cannot be captured: {reason[:300]}{_place(error)}. {_WAY_OUT}"
+        f"the graph of {type(model).__name__} cannot be captured: {reason[:300]}{_place(error)}. {way_out}".rstrip()
     )
 
 
