@@ -287,7 +287,8 @@ def test_a_computed_weight_is_a_parameter_of_the_graph():
     before = graph(images())
     assert equalize(graph) == 1
     torch.testing.assert_close(graph(images()), before, rtol=1e-4, atol=1e-5)
-    made, read = ranges(graph.get_submodule("0"), None, graph.get_submodule("2"))
+    layer = graph.get_submodule("2.conv2d_1")
+    made, read = ranges(graph.get_submodule("0"), None, layer)
     assert made == pytest.approx(read, rel=0.01)
     assert torch.equal(model[2].weight, standardized), "the network keeps the weight that it standardizes"
 

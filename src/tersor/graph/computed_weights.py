@@ -12,11 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-
-def has_effects(node: fx.Node) -> bool:
-    """Whether an operator changes one of its inputs in place."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+from tersor.graph.dead_code import has_effects
 
 
 def source_of(node: fx.Node) -> str:

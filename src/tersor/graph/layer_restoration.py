@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.graph.aten import arguments, operator_name
-from tersor.graph.computed_weights import computed_weight, has_effects, source_of
+from tersor.graph.computed_weights import computed_weight, source_of
+from tersor.graph.dead_code import remove_unused
 from tersor.graph.eval_mode import required_inputs
 from tersor.graph.plain_modules import is_plain
 
@@ -85,9 +86,7 @@ class _Restoration:
         for node in list(self.graph.nodes):
             if rule := rules.get(operator_name(node)):
                 rule(node, arguments(node))
-        self.graph.eliminate_dead_code(
-            is_impure_node=lambda node: node.op in ("placeholder", "output") or has_effects(node)
-        )
+        remove_unused(self.graph)
         return self.called
 
     def _groups(self) -> Iterator[list[fx.Node]]:

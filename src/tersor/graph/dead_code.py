@@ -1,0 +1,44 @@
+"""Dead code in a graph with operators that change their input in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+from torch._ops import OpOverload
+
+
+def has_effects(node: fx.Node) -> bool:
+    """Whether an operator changes one of its inputs in place."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def remove_unused(graph: fx.Graph) -> None:
+    """Remove operators whose results nobody reads. An in-place change stays if what it changes is read."""
+    live: set[fx.Node] = set()
+    waiting = [node for node in graph.nodes if node.op in ("placeholder", "output")]
+    while waiting:
+        while waiting:
+            node = waiting.pop()
+            if node not in live:
+                live.add(node)
+                waiting += node.all_input_nodes
+        waiting = [node for node in graph.nodes if node not in live and has_effects(node) and _changes(node, live)]
+    for node in reversed(list(graph.nodes)):
+        if node not in live:
+            graph.erase_node(node)
+
+
+def _changes(node: fx.Node, live: set[fx.Node]) -> bool:
+    """Whether an operator changes a live value, an input of the network or one of its tensors."""
+    return any(each in live or each.op in ("placeholder", "get_attr") for each in _viewed(node))
+
+
+def _viewed(node: fx.Node) -> Iterator[fx.Node]:
+    """What an operator changes in place: its first input, and the values that this is a view of."""
+    value = node.args[0]
+    while isinstance(value, fx.Node):
+        yield value
+        is_view = isinstance(value.target, OpOverload) and (value.target.is_view or has_effects(value))
+        value = value.args[0] if is_view and value.args else None
