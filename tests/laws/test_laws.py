@@ -228,7 +228,7 @@ def test_strip(name, kind):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_seed(name, optimizer):
     """The same seed gives the same bits, with both optimizers and with accumulated gradients."""
     skip_if_exempt(name, "seed")

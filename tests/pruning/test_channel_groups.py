@@ -201,7 +201,9 @@ def test_removed_channels_equal_masked_channels(name):
     check(make(), torch.randn(2, 3, size, size))
 
 
-@pytest.mark.parametrize("name", ["option A", "torchvision's ViT", "timm's ViT", "Swin", "Swin V2"])
+@pytest.mark.parametrize(
+    "name", ["option A", "torchvision's ViT", "timm's ViT", "Swin", pytest.param("Swin V2", marks=pytest.mark.slow)]
+)
 def test_every_group_can_be_removed_alone(name):
     torch.manual_seed(0)
     make, size = TINY[name]

@@ -46,7 +46,12 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+LARGE = ("bottleneck, changed in place", "inverted, with squeeze and excitation")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in NETWORKS]
+)
 def test_removing_a_branch_equals_skipping_its_addition(name):
     make, count = NETWORKS[name]
     torch.manual_seed(0)

@@ -339,3 +339,22 @@ def test_what_is_nothing_in_eval(module, handed_on):
 def test_an_identity_is_no_node():
     graph = capture(nn.Sequential(nn.Identity()), IMAGES).graph
     assert [node.op for node in graph.nodes] == ["placeholder", "output"]
+
+
+class WithSiLU(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.first, self.act, self.second = nn.Conv2d(3, 4, 3), act, nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.second(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.SiLU(inplace=True), F.silu])
+def test_silu_is_two_operators_with_integers_in_onnxruntime_alone(act):
+    model, images = WithSiLU(act).eval(), torch.randn(2, 3, 8, 8)
+    graph = capture(model, images)
+    assert torch.allclose(graph(images), model(images), atol=1e-6)
+    inside = {"quantizers.sigmoid", "quantizers.mul"}
+    assert activation_quantizers(graph, ["first", "second"], "onnxruntime") >= inside
+    assert "quantizers.sigmoid" not in activation_quantizers(graph, ["first", "second"], "openvino")

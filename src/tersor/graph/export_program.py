@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -162,6 +162,8 @@ def _simplify(graph: fx.Graph) -> None:
             before = node.args[0].meta["val"]
             if (value.dtype, value.device) == (before.dtype, before.device):
                 node.replace_all_uses_with(node.args[0])
+        elif name == "silu" or (name == "silu_" and len(node.args[0].users) == 1):
+            _divide_silu(node)
         elif name == "slice" and _takes_all(arguments(node)):
             node.replace_all_uses_with(node.args[0])
         elif name in ("view", "reshape"):  # a view fails where autocast or training changes the memory layout
@@ -169,6 +171,17 @@ def _simplify(graph: fx.Graph) -> None:
             sizes = list(node.args[1])
             if -1 not in sizes and sum(isinstance(size, fx.Node) for size in sizes) == 1:
                 node.args = (node.args[0], [-1 if isinstance(size, fx.Node) else size for size in sizes])
+
+
+def _divide_silu(node: fx.Node) -> None:
+    """x sigmoid(x): ONNX Runtime has integer operators for both, and none for SiLU."""
+    value = cast("fx.Node", node.args[0])
+    with node.graph.inserting_before(node):
+        factor = node.graph.call_function(torch.ops.aten.sigmoid.default, (value,), name="sigmoid")
+        product = node.graph.call_function(torch.ops.aten.mul.Tensor, (value, factor), name="mul")
+    factor.meta, product.meta = dict(node.meta), dict(node.meta)
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
 
 
 def _takes_all(given: dict[str, Any]) -> bool:

@@ -38,7 +38,7 @@ _NORMS: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {  # pyright: ignore[
     4: nn.BatchNorm2d,
     5: nn.BatchNorm3d,
 }
-_IN_PARTS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Transformer, nn.Sequential)
+_IN_PARTS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Transformer, nn.Sequential, nn.SiLU)
 _GEOMETRY = ("stride", "padding", "dilation", "output_padding")
 
 Call = tuple[str, str]

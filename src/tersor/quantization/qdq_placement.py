@@ -112,7 +112,8 @@ def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtim
     integer: list[fx.Node] = []
     for node in graph.graph.nodes:
         if _is_layer(node, layers) or (
-            _joins(node) and all(source_of(value) in quantized for value in values_into(node))
+            (_joins(node) or (runtime == "onnxruntime" and _is_factor_of_silu(node)))
+            and all(source_of(value) in quantized for value in values_into(node))
         ):
             integer.append(node)
             for value in values_into(node):
@@ -199,6 +200,14 @@ def _joins(node: fx.Node) -> bool:
     if name in _AVERAGES or _is_a(node, _AVERAGE_MODULES):
         return True
     return name in _CONCATENATIONS or (name in _JOINS and len(values_into(node)) > 1)
+
+
+def _is_factor_of_silu(node: fx.Node) -> bool:
+    """Whether `node` is the sigmoid in x sigmoid(x)."""
+    product = sole_user(node)
+    if operator_name(node) != "sigmoid" or product is None:
+        return False
+    return operator_name(product) in ("mul", "mul_") and set(values_into(product)) == {node, *values_into(node)}
 
 
 def _only_moves(node: fx.Node) -> bool:
