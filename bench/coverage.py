@@ -25,6 +25,7 @@ from typing import Any
 
 import rows
 from tersor.training.context import AttachContext
+from wild import trained_like
 
 SEED = 0
 FEWER = 1.9
@@ -70,7 +71,6 @@ def networks(library: str) -> list[str]:
 def network(name: str) -> Any:
     """Build the network with random weights as if it were trained: no factor is 0, no statistics are 0 and 1."""
     import torch
-    from torch import nn
 
     torch.manual_seed(SEED)
     library, _, builder = name.partition("/")
@@ -83,14 +83,7 @@ def network(name: str) -> Any:
 
         options = {"init_weights": False} if builder in {"googlenet", "inception_v3"} else {}
         model = torchvision.models.get_model(builder, **options)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    for parameter in model.parameters():
-        if parameter.ndim < 2 or parameter.std() < 1e-3:
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
+    return trained_like(model)
 
 
 def images(name: str, model: Any) -> Any:
