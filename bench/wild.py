@@ -1,10 +1,13 @@
 """Networks that others wrote, with random weights: what tersor does for each, beside ONNX Runtime's own quantization.
 
-A row says whether the network is captured (or the message), the seconds that took, the share of the MACs in integers
-and the largest operators in float, the distance of the int8 file from the float network in both runtimes and of
-`quantize_static`'s file, the latency of the three files at batch size 1 in ONNX Runtime, the MACs that are left when
-half are asked for and the seconds of that, a training step of the pruned network, and whether it is the same after
-saving and loading. The distance is the mean absolute difference of the outputs relative to their mean absolute value.
+A row has:
+- whether the network is captured, or the message; the seconds
+- the share of the MACs in integers, and the largest operators in float
+- the distance from the float network of the int8 file and of `quantize_static`'s file, in both runtimes: the mean
+  absolute difference of the outputs, relative to their mean absolute value
+- the latency of the float file and of these two, at batch size 1 in ONNX Runtime
+- the share of the MACs that remains if half are to be removed, and the seconds
+- whether the pruned network trains, and whether it is the same after it is saved and loaded
 
 Every network runs in its own process. The packages: `pip install -e '.[bench,wild]'`.
 
