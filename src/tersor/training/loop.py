@@ -6,8 +6,8 @@ accelerate prepares only the Objective and the optimizer:
 * The hooks of an Attachment bind to torch's own optimizer, inside accelerate's wrapper, which has no hooks. Its `step`
   is called once for all accumulated batches, after clipping, so `before_step` receives the averaged gradient.
 * The loop accumulates gradients itself, within one epoch: the last step of an epoch averages over the remaining
-batches. accelerate's counter does not include the epochs of batches that it has not prepared. * The learning rate is
-set before every step by a pure function. accelerate's scheduler would step once per process.
+  batches. accelerate's counter does not include the epochs of batches that it has not prepared.
+* The learning rate is set before every step by a pure function. accelerate's scheduler would step once per process.
 """
 
 from __future__ import annotations
