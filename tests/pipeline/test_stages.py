@@ -112,3 +112,23 @@ def test_attaching_shows_how_far_it_is_and_its_rehearsal_looks_at_few_images(tmp
         assert branches[1:] == [9 * images // 64] * 2
         assert seen[2] == images <= seen[1]
         assert groups[1] == groups[2] > 1
+
+
+TWO_STAGES = """\
+model: {name: resnet20, num_classes: 10}
+data: {name: digits, limit: 64}
+stages:
+  - {name: scratch, steps: 1, batch_size: 32}
+  - {name: further, steps: 1, batch_size: 32, optimizer: {name: adamw}}
+  - {name: explicit, steps: 1, batch_size: 32, optimizer: {learning_rate: 0.02}}
+"""
+
+
+def test_the_default_learning_rate_depends_on_trained_weights(tmp_path):
+    experiment = prepare(parse(TWO_STAGES, "recipe.yaml"), model=None, data=None, progress=NullProgress())
+    _, records = run_stages(experiment, Checkpoints(tmp_path), NullProgress())
+    assert [list(record.notes) for record in records] == [
+        ["learning rate 0.1, the default for random weights"],
+        ["learning rate 0.0001, the default for trained weights"],
+        [],
+    ]

@@ -60,3 +60,8 @@ class Experiment:
     def steps_of(self, stage: Stage) -> int:
         """Optimizer steps of a stage."""
         return stage.steps or stage.epochs * steps_per_epoch(self.training_batches(stage), stage)
+
+    def starts_trained(self, stage: Stage) -> bool:
+        """Whether the weights at the start of a stage are trained: from a file, or by an earlier stage."""
+        stages = self.recipe.stages
+        return self.model_is_trained or any(self.steps_of(earlier) for earlier in stages[: stages.index(stage)])

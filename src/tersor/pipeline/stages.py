@@ -139,12 +139,12 @@ def _run_stage(
     every = experiment.recipe.checkpoint_every
     keeper = StageCheckpointer(checkpoints, number, stage.name, every, structure(attachment.model))
     steps = experiment.steps_of(stage)
-    if steps and (note := training_note(attachment.model)) is not None:
-        attachment.notes += (note,)
-    for note in attachment.notes:
+    of_training = training_notes(experiment, stage, attachment.model) if steps else ()
+    for note in (*attachment.notes, *of_training):
         progress.say(f"{stage.name}: {note}")
     if keeper.resume_state is None:
         _begin(attachment, stage.name, progress, keeper)
+        keeper.notes = (*attachment.notes, *of_training)
     training, earlier_seconds = dict[str, Any](), 0.0
     if steps:
         training, earlier_seconds = _train(experiment, stage, attachment, steps, progress, keeper)
@@ -162,6 +162,18 @@ def _run_stage(
     return StageResult(attachment.model, record, attachment.extra_state)
 
 
+def training_notes(experiment: Experiment, stage: Stage, network: nn.Module) -> tuple[str, ...]:
+    """What a user should know about the training of a stage: the default learning rate, and layers without effect."""
+    notes: list[str] = []
+    if stage.optimizer.learning_rate is None:
+        trained = experiment.starts_trained(stage)
+        weights = "trained" if trained else "random"
+        notes.append(f"learning rate {stage.learning_rate(trained=trained):g}, the default for {weights} weights")
+    if (note := training_note(network)) is not None:
+        notes.append(note)
+    return tuple(notes)
+
+
 def _begin(attachment: Attachment, name: str, progress: ProgressReporter, keeper: StageCheckpointer) -> None:
     """The slow work before the first step, from where an interrupted run left it."""
     if keeper.setup_state is not None:
@@ -174,7 +186,6 @@ def _begin(attachment: Attachment, name: str, progress: ProgressReporter, keeper
         progress.say(f"{name}: {note}")
     for module in (attachment.model, *attachment.terms):
         distributed.broadcast_from_rank0(module)
-    keeper.notes = attachment.notes
 
 
 def _train(
@@ -191,7 +202,7 @@ def _train(
     fitted = fit(
         attachment,
         batches,
-        stage,
+        stage.with_learning_rate(trained=experiment.starts_trained(stage)),
         steps=steps,
         teacher=_fast_teacher(experiment, stage, attachment),
         progress=progress,

@@ -166,7 +166,7 @@ class _Loop:
         self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.context.autocast else "float32"
         self.layout = layout_for(accelerator.device)
         set_layout(objective, self.layout)
-        self.torch_optimizer = optimizer_for(objective, training.optimizer)
+        self.torch_optimizer = optimizer_for(objective, training)
         self.objective, self.optimizer = accelerator.prepare(objective.train(), self.torch_optimizer)
 
     def cache_teacher(self, batches: BatchSource, task: str) -> None:

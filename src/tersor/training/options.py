@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 PLAIN = ConfigDict(extra="forbid", frozen=True)
+
+
+FROM_SCRATCH = {"sgd": 0.1, "adamw": 1e-3}
+FINE_TUNING = {"sgd": 0.01, "adamw": 1e-4}
+"""Default learning rates; those for fine-tuning were chosen by `bench/fine_tuning_rates.py`."""
 
 
 class OptimizerOptions(BaseModel):
@@ -14,7 +19,13 @@ class OptimizerOptions(BaseModel):
 
     model_config = PLAIN
     name: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    learning_rate: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="by default 0.1 (adamw: 0.001) from random weights and 0.01 (adamw: 0.0001) from trained ones",
+        ),
+    ] = None
     momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD; ignored by AdamW")] = 0.9
     nesterov: Annotated[bool, Field(description="of SGD")] = True
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
@@ -50,3 +61,13 @@ class Training(BaseModel):
         Literal["auto", "float32", "bfloat16"],
         Field(description="auto: bfloat16 where the device has matrix units for it, else float32"),
     ] = "auto"
+
+    def learning_rate(self, *, trained: bool = False) -> float:
+        """The peak learning rate: as given, or the default for random or `trained` weights."""
+        defaults = FINE_TUNING if trained else FROM_SCRATCH
+        return self.optimizer.learning_rate or defaults[self.optimizer.name]
+
+    def with_learning_rate(self, *, trained: bool) -> Self:
+        """The same options with the learning rate written out."""
+        rate = {"learning_rate": self.learning_rate(trained=trained)}
+        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update=rate)})

@@ -94,7 +94,7 @@ def learning_rates(batches: BatchSource, training: Training, steps: int) -> list
     Raises:
         InputError: there is no batch; the warm-up is as long as the training.
     """
-    schedule, base = training.lr_schedule, training.optimizer.learning_rate
+    schedule, base = training.lr_schedule, training.learning_rate()
     warmup = round(schedule.warmup_epochs * steps_per_epoch(batches, training))
     if warmup and steps and warmup >= steps:
         raise InputError(
