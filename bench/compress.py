@@ -241,7 +241,7 @@ def artifact(made: Path, runtime: Runtime) -> Path:
 
 def report_accuracy(contender: Contender, made: Path, seed: int, versions: dict[str, str]) -> None:
     """Write a row for each runtime: accuracy on all test images, points lost, bytes, MACs."""
-    images, labels = normalised(cifar().test), cifar().test.labels.numpy()
+    images, labels = normalised(cifar().test), cifar().test.targets.numpy()
     seen = json.loads((made / "seen.json").read_text())
     files: list[tuple[Runtime, Path, str]] = [(runtime, artifact(made, runtime), "int8") for runtime in RUNTIMES]
     if (made / "onnxruntime-7-bits.onnx").exists():

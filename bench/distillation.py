@@ -264,7 +264,7 @@ def likeness() -> None:
     if rows.known(RESULT, identity, anywhere=True):
         return
     teacher, test = TRAINED["resnet56"].network(), Batches(cifar().test, 500, mean=MEAN, std=STD)
-    given = [(teacher(batch.images.contiguous()).detach(), batch.labels) for batch in test]
+    given = [(teacher(batch.images.contiguous()).detach(), batch.targets) for batch in test]
     softened = torch.cat([(logits / TEMPERATURE).softmax(1) for logits, _ in given])
     labels = torch.cat([each for _, each in given])
     means = {name: softened[labels == number].mean(0).tolist() for number, name in enumerate(cifar().classes)}

@@ -107,7 +107,7 @@ def made(subject: Subject, artifact: str, seed: int) -> Made:
 def test_set() -> tuple[list[Array], Array]:
     """Return batches of images (500, 3, 32, 32), and all labels."""
     images = cifar().test
-    return [batch.numpy() for batch in normalised(images)], images.labels.numpy()
+    return [batch.numpy() for batch in normalised(images)], images.targets.numpy()
 
 
 @cache

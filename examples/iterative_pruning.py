@@ -29,7 +29,7 @@ def main(epochs: int = 4, sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)) -> N
         for epoch in range(epochs):
             batches.set_epoch(epoch)
             for batch in batches:
-                loss = F.cross_entropy(model.train()(batch.images), batch.labels)
+                loss = F.cross_entropy(model.train()(batch.images), batch.targets)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -116,6 +116,7 @@ LEVELS = [
         "graph.parametrization",
         "graph.plain_modules",
     ),
+    ("tasks",),
     ("data",),
     ("core",),
 ]

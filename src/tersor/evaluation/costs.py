@@ -82,9 +82,9 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
     """
     correct = images = 0
     for batch, classes in _predictions(model, batches):
-        if batch.labels is None:
+        if batch.targets is None:
             raise InputError("accuracy cannot be measured on images without labels. Give labelled batches.")
-        correct += int((classes == batch.labels.cpu()).sum())
+        correct += int((classes == batch.targets.cpu()).sum())
         images += len(classes)
     if not images:
         raise InputError("accuracy cannot be measured without images. Give at least one labelled batch.")

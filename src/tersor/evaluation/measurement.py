@@ -239,7 +239,7 @@ def _measured(
     progress.say("latency: interleaved rounds, batch " + ", ".join(map(str, BATCH_SIZES)))
     image = next(arrays(test, target.input))[:1]
     timings = _timed(files, list(candidates.values()), image, seconds)
-    return _Measured(files, sessions, candidates, classes, timings, test.images.labels, image)
+    return _Measured(files, sessions, candidates, classes, timings, test.images.targets, image)
 
 
 def _add_candidates(files: dict[str, File], sessions: dict[str, Session]) -> dict[str, str]:

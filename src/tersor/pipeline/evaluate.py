@@ -62,7 +62,7 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress:
     progress.start("test set", 1)
     answers = predictions(session, arrays(batches, kind))
     progress.advance()
-    right = float((answers == splits.test.labels.numpy()).mean())
+    right = float((answers == splits.test.targets.numpy()).mean())
     return Evaluation(100 * right, len(answers), session.runtime, session.precision)
 
 

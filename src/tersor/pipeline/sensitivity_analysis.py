@@ -117,7 +117,7 @@ def _some(images: Images, count: int | None, seed: int) -> Images:
         )
     if count is None or count >= len(images):
         return images
-    drawn, _ = stratified(images.labels, count, generator(seed, count))
+    drawn, _ = stratified(images.targets, count, generator(seed, count))
     return View(images, drawn)
 
 

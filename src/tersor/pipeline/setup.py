@@ -122,7 +122,7 @@ def _check_teacher(recipe: Recipe) -> None:
 
 
 def _say_what_has_no_image(splits: Splits, progress: ProgressReporter) -> None:
-    present = set(splits.train.labels.unique().tolist())
+    present = set(splits.train.targets.unique().tolist())
     missing = [str(number) for number in range(len(splits.classes)) if number not in present]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -189,7 +189,7 @@ def _check_answers(experiment: Experiment, network: nn.Module, name: str) -> Non
 
 
 def _refuse_labels_from_one(data: Splits, whose: str) -> None:
-    labels = torch.cat([data.train.labels, data.test.labels])
+    labels = torch.cat([data.train.targets, data.test.targets])
     if int(labels.min()) != 1:
         return
     last = int(labels.max())

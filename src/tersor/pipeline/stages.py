@@ -65,7 +65,7 @@ def train_teacher(experiment: Experiment, checkpoints: Checkpoints, progress: Pr
         steps=steps,
         progress=progress,
         seed=experiment.recipe.seed,
-        task="teacher",
+        name="teacher",
         checkpointer=StageCheckpointer(checkpoints, _TEACHER, "teacher", experiment.recipe.checkpoint_every, {}),
     )
     _validate(experiment, teacher, "teacher", progress)
@@ -196,7 +196,7 @@ def _train(
         teacher=_fast_teacher(experiment, stage, attachment),
         progress=progress,
         seed=experiment.recipe.seed,
-        task=stage.name,
+        name=stage.name,
         checkpointer=keeper,
         cache_batches=experiment.batches(experiment.data.train, EVALUATION_BATCH) if stage.cache else None,
         curve=curve,

@@ -94,7 +94,7 @@ def test_class_similarity_is_the_mean_soft_prediction(networks, evidence):
     softened = torch.cat([(original(batch.images) / 4).softmax(1).detach() for batch in test])
     assert similarity["images"] == 300
     for label, row in similarity["rows"]:
-        assert row == pytest.approx(softened[test.images.labels == label].mean(0).tolist(), abs=1e-4)
+        assert row == pytest.approx(softened[test.images.targets == label].mean(0).tolist(), abs=1e-4)
 
 
 def test_attention_maps_of_each_network_and_resolution(evidence):

@@ -40,7 +40,7 @@ def compare_predictions(images: Images, before: Array, after: Array) -> dict[str
         its number of `images` and of right predictions `before` and `after`; `changes`: [from, to, count], the most
         frequent first; `examples`: up to 24 changed images, alternating between the three kinds, as PNG.
     """
-    labels = images.labels.numpy()
+    labels = images.targets.numpy()
     was_right, is_right = before == labels, after == labels
     kinds = {
         "lost": was_right & ~is_right,
@@ -125,7 +125,7 @@ def class_similarity(network: nn.Module, test: Batches, temperature: float = 4.0
     index = evenly_spaced(len(test.images), _SIMILARITY_IMAGES)
     batches = [test.take(part) for part in index.split(test.batch_size)]
     softened = torch.cat([(network(batch.images).double() / temperature).softmax(1) for batch in batches])
-    labels = test.images.labels[index]
+    labels = test.images.targets[index]
     classes = labels.unique().tolist() if softened.shape[1] <= _MATRIX_CLASSES else []
     rows = [[label, [round(value, 5) for value in softened[labels == label].mean(0).tolist()]] for label in classes]
     return {"temperature": temperature, "images": len(index), "rows": rows}
@@ -143,7 +143,7 @@ def evenly_spaced(count: int, most: int) -> Tensor:
 
 def image_entry(images: Images, index: int) -> dict[str, Any]:
     """Index, label and PNG of an image."""
-    return {"index": index, "label": int(images.labels[index]), "png": png(images.take(torch.tensor([index]))[0])}
+    return {"index": index, "label": int(images.targets[index]), "png": png(images.take(torch.tensor([index]))[0])}
 
 
 def png(pixels: Tensor) -> str:
