@@ -226,7 +226,7 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
     experiment, told = training.walked(given, RESULT, cifar(IMAGES), prepared=record)
     found = {
         "accuracy": training.accuracy_on_test(experiment),
-        "validation_accuracy": told["validation_accuracy"],
+        "validation_accuracy": told["validation_score"],
         "seconds_without_teacher": told["training_seconds"],
         "steps": told["steps"],
         "precision": told["precision"],

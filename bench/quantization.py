@@ -39,7 +39,8 @@ from images import MEAN, STD, TRAINED, cifar, normalised
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.deploy.onnx import export
-from tersor.evaluation.latency import measure_latency, predictions, size_bytes
+from tersor.evaluation.latency import measure_latency, size_bytes
+from tersor.evaluation.predictions import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
@@ -132,7 +133,7 @@ def _by_runtime(model: nn.Module, runtime: Any = "onnxruntime") -> float:
     images, labels = normalised(cifar().test), cifar().test.targets.numpy()
     with tempfile.TemporaryDirectory() as made:
         session = open_session(export(model, images[0], Path(made) / "model.onnx"), runtime)
-        return 100 * float((predictions(session, [batch.numpy() for batch in images]) == labels).mean())
+        return 100 * float((file_predictions(session, [batch.numpy() for batch in images]).numpy() == labels).mean())
 
 
 def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:

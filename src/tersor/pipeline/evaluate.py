@@ -1,11 +1,11 @@
-"""Existing artifacts: accuracy on a test set (`tersor eval`) and interleaved latency (`tersor bench`)."""
+"""Existing artifacts: the metric on a test set (`tersor eval`) and interleaved latency (`tersor bench`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -15,31 +15,44 @@ from tersor.core.errors import InputError
 from tersor.core.files import read_json
 from tersor.core.import_path import is_function_path
 from tersor.core.progress import ProgressReporter
-from tersor.evaluation.latency import BATCH_SIZES, measure_latency, predictions, size_bytes
+from tersor.evaluation.latency import BATCH_SIZES, measure_latency, size_bytes
 from tersor.evaluation.session import Array, Session, installed_runtimes, open_session
 from tersor.evaluation.timings import EndedBy, Ratio, Timings
 from tersor.report.verdict import describe_speedup
+
+if TYPE_CHECKING:  # it imports torch
+    from tersor.tasks.task import Task
 
 _BATCH = 500
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Test accuracy in percent, and the runtime that it was measured in."""
+    """The metric on the test images, and the runtime that it was measured in."""
 
-    accuracy: float
+    metric: str
+    score: float
+    shown: str
     images: int
     runtime: str
     precision: str
 
+    def __str__(self) -> str:
+        """ "91.20 % of 360 test images, onnxruntime in float32"."""
+        score = f"{self.shown} of" if self.metric == "accuracy" else f"{self.metric} {self.shown} on"
+        return f"{score} {self.images} test images, {self.runtime} in {self.precision}"
 
-def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress: ProgressReporter) -> Evaluation:
-    """Measure the accuracy of `artifact` on the test images of `data`.
+
+def evaluate(
+    artifact: Path, data: str | None, runtime: str | None, task: str | None = None, *, progress: ProgressReporter
+) -> Evaluation:
+    """Measure the metric of `artifact` on the test images of `data`.
 
     Args:
         artifact: the folder of a run, or an ONNX file.
         data: an image folder or the name of a data set; by default the data of the folder's recipe.
         runtime: by default that of the folder's recipe, else ONNX Runtime.
+        task: its name; by default that of the folder's recipe, else classification.
         progress: reports the progress.
 
     Raises:
@@ -47,6 +60,7 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress:
     """
     from tersor.data import Batches, load
     from tersor.evaluation.measurement import arrays
+    from tersor.evaluation.predictions import file_predictions, score, targets_of
 
     found = read_artifact(artifact)
     numbers = _numbers(found)
@@ -54,16 +68,46 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress:
     progress.say("reading the images")
     options = _source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
     splits = load(**options)
+    asked = _task(found, task)
     _refuse_other_classes(_classes(found.model), splits.classes)
     assert splits.mean is not None
     assert splits.std is not None
     batches = Batches(splits.test, _BATCH, mean=splits.mean, std=splits.std)
     kind = "uint8" if session.input_dtype == np.uint8 else "normalized"
     progress.start("test set", 1)
-    answers = predictions(session, arrays(batches, kind))
+    predictions = file_predictions(session, arrays(batches, kind), asked)
+    targets = targets_of(batches)
+    if asked.from_original:
+        original = _original(found)
+        targets = file_predictions(open_session(original, session.runtime), arrays(batches, kind), asked)
     progress.advance()
-    right = float((answers == splits.test.targets.numpy()).mean())
-    return Evaluation(100 * right, len(answers), session.runtime, session.precision)
+    result = score(asked, predictions, targets)
+    return Evaluation(asked.metric, result, asked.shown(result), len(splits.test), session.runtime, session.precision)
+
+
+def _task(artifact: Artifact, name: str | None) -> Task:
+    """The task of this name, else of the folder's recipe, else classification."""
+    from tersor import tasks
+    from tersor.recipe import read
+
+    path = artifact.files.get("recipe.yaml")
+    if name is not None or path is None:
+        return tasks.build(name or "classification")
+    entry = read(path).task
+    if entry.is_own:
+        raise InputError(
+            f"the recipe in {artifact.path} has the task '{entry.name}'. Code of an artifact is never executed. If the "
+            f"task is yours, write --task {entry.name}."
+        )
+    return entry.build()
+
+
+def _original(artifact: Artifact) -> Path:
+    if "original.onnx" not in artifact.files:
+        raise InputError(
+            f"{artifact.path} has no original.onnx to compare with. Give the folder of a run, or a task with targets."
+        )
+    return artifact.files["original.onnx"]
 
 
 def _classes(model: Path) -> list[str] | None:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.tasks.network_outputs import logits_in
+from tersor.tasks.network_outputs import described, logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required, whole
 
 
@@ -50,11 +50,15 @@ class Classification(Task):
             InputError: the outputs are no logits, or could be logits or probabilities.
         """
         logits = self.logits(outputs)
-        if logits is None or logits.ndim != 2:
-            shape = type(outputs).__name__ if logits is None else f"shape {tuple(logits.shape)}"
+        if logits is None:
             raise InputError(
-                f"a classifier returns logits (N, classes), but this network returned {shape}. Return logits alone or "
-                "under the key 'logits', or write the task that the network is for."
+                f"the network returns {described(outputs)}, and it is not clear which one contains the logits. Return "
+                "them under the key 'logits', or the logits alone."
+            )
+        if logits.ndim != 2:
+            raise InputError(
+                f"a classifier returns logits (N, classes), but this network returned {described(logits)}. If it is no "
+                "classifier, write its task."
             )
         logits = logits.detach().cpu()
         return _class_of_single_logit(logits[:, 0]) if logits.shape[1] == 1 else logits.argmax(1)

@@ -19,7 +19,7 @@ def in_float32(outputs: Any) -> Any:
 
 
 def logits_in(outputs: Any, rank: int | None = None, names: tuple[str, ...] = ("logits",)) -> Tensor | None:
-    """The tensor of logits: the only tensor, or the one of these names, or the only one of `rank` dimensions in a dict.
+    """The tensor of logits: the only tensor, the one of these names in a dict, or the only one of `rank` dimensions.
 
     Returns:
         None where that is not clear.
@@ -31,12 +31,21 @@ def logits_in(outputs: Any, rank: int | None = None, names: tuple[str, ...] = ("
         for name in names:
             if isinstance(entries.get(name), Tensor):
                 return entries[name]
-        outputs = [value for value in entries.values() if isinstance(value, Tensor)]
-        fitting = [value for value in outputs if value.ndim == rank]
-        if len(fitting) == 1:
-            return fitting[0]
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return leaves[0] if len(leaves) == 1 else None
+    fitting = leaves if len(leaves) == 1 else [leaf for leaf in leaves if leaf.ndim == rank]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def described(outputs: Any) -> str:
+    """The outputs in words: a shape, or the entries of a container."""
+    if isinstance(outputs, Tensor):
+        return f"shape {tuple(outputs.shape)}"
+    if isinstance(outputs, Mapping):
+        entries = cast("Mapping[Any, Any]", outputs).items()
+        return f"a {type(outputs).__name__} with {', '.join(f'{key} ({described(each)})' for key, each in entries)}"
+    if isinstance(outputs, list | tuple):
+        return f"a {type(outputs).__name__} of {', '.join(described(each) for each in outputs)}"
+    return f"a {type(outputs).__name__}"
 
 
 def floats_of_both(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:

@@ -68,6 +68,10 @@ class Task:
         """The metric of each class (classes,), NaN for a class that does not occur; None if it has no classes."""
         return None
 
+    def shown(self, score: float) -> str:
+        """A score in words: "71.20 %", or "0.1234" without a unit."""
+        return f"{score:.2f} {self.unit}" if self.unit else f"{score:.4g}"
+
     def agreement(self, predictions: Any, reference: Any) -> Tensor:
         """For each image (N,), float64, how much of the prediction stays the same, from 0 to 1."""
         return (1 - relative_errors(predictions, reference)).clamp(min=0)

@@ -99,7 +99,7 @@ def fit(
         checkpointer: holds the state to resume from, and saves the state every few steps and on Ctrl-C.
         cache_batches: all images in order, for data without augmentation: the teacher's outputs for them are computed
             once and cached.
-        curve: measures validation accuracy every few steps.
+        curve: measures the metric on the validation images every few steps.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; with a checkpointer, after the step was finished and saved.
@@ -139,7 +139,7 @@ def fit(
         resumed = checkpointer.resume_state if checkpointer else None
         handle = attachment.bind(loop.torch_optimizer, start=resumed[0] if resumed else 0)
         try:
-            if cache_batches is not None and attachment.terms:
+            if cache_batches is not None and (attachment.terms or objective.context.task.from_original):
                 loop.cache_teacher(cache_batches, name)
             return loop.run(batches, rates, name)
         finally:
@@ -229,7 +229,7 @@ class _Loop:
             return first, LossHistory(with_prefix(state, "log"))
 
     def _validate(self, done: int, ema: WeightEMA | None, history: LossHistory) -> dict[str, float]:
-        """The latest validation accuracy, as the progress shows it."""
+        """The latest validation score, as the progress shows it."""
         if self.curve is None:
             return {}
         with history.paused():

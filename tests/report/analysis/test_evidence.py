@@ -14,12 +14,13 @@ from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.data.image_sets import Pixels
 from tersor.deploy.onnx import export
-from tersor.evaluation.latency import predictions
 from tersor.evaluation.measurement import arrays
+from tersor.evaluation.predictions import file_predictions
 from tersor.evaluation.results import Execution
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
 from tersor.report.analysis.evidence import collect_evidence
+from tersor.tasks.classification import Classification
 from tersor.training.context import AttachContext
 from toy_networks import Small
 
@@ -51,7 +52,7 @@ def collected(networks, teacher=None, target=None):
     folder, original, model, test = networks
     target = target or Target()
     classes = {
-        entry: predictions(open_session(folder / file, "onnxruntime"), arrays(test, target.input))
+        entry: file_predictions(open_session(folder / file, "onnxruntime"), arrays(test, target.input))
         for entry, file in (("original", "original.onnx"), ("artifact", "model.onnx"))
     }
     return collect_evidence(
@@ -62,7 +63,9 @@ def collected(networks, teacher=None, target=None):
         folder,
         test,
         target,
+        Classification(),
         predictions=classes,
+        classes=tuple("0123456789"),
         baseline=BASELINE,
         progress=NullProgress(),
     )

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tersor.data import Batches, Images
+from tersor.data.image_sets import class_numbers
 from tersor.evaluation.session import Array
 
 TEMPERATURES = (1, 2, 4, 8, 16)
@@ -142,14 +143,16 @@ def evenly_spaced(count: int, most: int) -> Tensor:
 
 
 def image_entry(images: Images, index: int) -> dict[str, Any]:
-    """Index, label and PNG of an image."""
-    return {"index": index, "label": int(images.targets[index]), "png": png(images.take(torch.tensor([index]))[0])}
+    """Index, label (None if it has no class) and PNG of an image."""
+    labels = class_numbers(images)
+    label = None if labels is None else int(labels[index])
+    return {"index": index, "label": label, "png": png(images.take(torch.tensor([index]))[0])}
 
 
-def png(pixels: Tensor) -> str:
-    """An image (3, H, W) uint8 as a data URI, downsized to at most 96 pixels a side."""
+def png(pixels: Tensor, side: int = _LONGEST_SIDE) -> str:
+    """An image (3, H, W) uint8 as a data URI, downsized to at most `side` pixels a side."""
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
