@@ -135,3 +135,18 @@ def splits(task: str) -> Splits:
 def segmentation_splits() -> Splits:
     """The data of a segmentation, for a recipe or `tersor eval`."""
     return splits("segmentation")
+
+
+def unlabelled() -> Splits:
+    """Images without targets."""
+    return splits("distance")
+
+
+def masks() -> nn.Module:
+    """A network for segmentation."""
+    return network("segmentation")
+
+
+def several() -> nn.Module:
+    """A network of no known task."""
+    return network("distance")

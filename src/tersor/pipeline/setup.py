@@ -86,6 +86,11 @@ def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
         raise InputError(
             "teacher: original means the model before compression, which has no weights. Write model.weights."
         )
+    if experiment.task.from_original and teacher is None and not experiment.model_is_trained:
+        raise InputError(
+            f"task {tasks.name_of(experiment.task)} compares with the outputs of the model before compression, which "
+            "has no weights. Write model.weights."
+        )
     _check_teacher(recipe)
     if isinstance(experiment.task, Classification) and teacher is not None and experiment.teacher_is_trained:
         few = _few(experiment, TEACHER_IMAGES)

@@ -211,12 +211,18 @@ def _train(
 
 
 def _fast_teacher(experiment: Experiment, stage: Stage, attachment: Attachment) -> nn.Module | None:
-    """A copy of the teacher with fused layers, where a loss needs its outputs."""
-    if experiment.teacher is None or not (attachment.terms or experiment.task.from_original):
-        return experiment.teacher
+    """A copy of the teacher with fused layers, where a loss needs its outputs.
+
+    Of a task whose targets are the outputs of the original, the original is the teacher where there is no other.
+    """
+    teacher, from_original = experiment.teacher, experiment.task.from_original
+    if teacher is None and from_original:
+        teacher = copy.deepcopy(experiment.original).eval()
+    if teacher is None or not (attachment.terms or from_original):
+        return teacher
     example = next(iter(experiment.batches(experiment.data.train, _EXAMPLE_IMAGES))).images.contiguous()
     precision = precision_for(example.device, stage.precision)
-    return fused(experiment.teacher, example, [path for _, path in attachment.layers], precision)
+    return fused(teacher, example, [path for _, path in attachment.layers], precision)
 
 
 def _validation_curve(experiment: Experiment, stage: Stage) -> ValidationCurve | None:
