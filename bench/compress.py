@@ -43,7 +43,7 @@ from tersor.data import Batches
 from tersor.deploy.onnx import export
 from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import measure_latency, size_bytes
-from tersor.evaluation.predictions import file_predictions, network_score
+from tersor.evaluation.scoring import file_predictions, network_score
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets

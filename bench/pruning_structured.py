@@ -48,7 +48,7 @@ from tersor.data import Batches
 from tersor.deploy.onnx import export
 from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import measure_latency
-from tersor.evaluation.predictions import network_score
+from tersor.evaluation.scoring import network_score
 from tersor.evaluation.session import open_session
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.training.attachment import Attachment

@@ -28,7 +28,7 @@ import training
 from images import MEAN, STD, cifar
 from tersor.core.target import Target
 from tersor.data import Batches, Images
-from tersor.evaluation.predictions import network_score
+from tersor.evaluation.scoring import network_score
 from tersor.graph.layer_selection import weighted_layers
 from tersor.methods.adaround import AdaRound
 from tersor.methods.weight_pruning import WeightPruning

@@ -29,7 +29,7 @@ from images import IMAGENET, TRAINED, Subject, cifar, normalised
 from tersor.core.target import Target
 from tersor.deploy.onnx import export
 from tersor.evaluation.latency import measure_latency, size_bytes
-from tersor.evaluation.predictions import file_predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Array, Session, open_session
 from tersor.methods.ptq import PTQ
 from tersor.training.context import AttachContext

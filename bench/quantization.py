@@ -40,7 +40,7 @@ from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.deploy.onnx import export
 from tersor.evaluation.latency import measure_latency, size_bytes
-from tersor.evaluation.predictions import file_predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ

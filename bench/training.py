@@ -13,7 +13,7 @@ from images import SHARED, cifar, folder
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NullProgress
 from tersor.data import Splits
-from tersor.evaluation.predictions import network_score
+from tersor.evaluation.scoring import network_score
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tersor.data import Batches, load
 from tersor.evaluation.costs import costs
-from tersor.evaluation.predictions import network_score
+from tersor.evaluation.scoring import network_score
 from tersor.graph.parametrization import strip
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build

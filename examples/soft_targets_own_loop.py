@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tersor.data import Batches, load
-from tersor.evaluation.predictions import network_score
+from tersor.evaluation.scoring import network_score
 from tersor.methods.soft_targets import SoftTargets
 from tersor.models import build
 from tersor.training.context import AttachContext

@@ -12,7 +12,7 @@ from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NullProgress
 from tersor.deploy.onnx import export
 from tersor.evaluation.costs import costs
-from tersor.evaluation.predictions import file_predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.models import build
 from tersor.pipeline.setup import prepare

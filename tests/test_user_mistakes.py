@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import tersor
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.data.loader import batches_of
-from tersor.evaluation.predictions import file_predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Session
 from tersor.graph.plain_network import plain_copy, unwrapped
 from tersor.pipeline.arguments import student_of

@@ -24,7 +24,7 @@ from tersor.deploy.onnx import export as write_onnx
 from tersor.deploy.static_batch import batch_for, static_batch_reason
 from tersor.evaluation.latency import BATCH_SIZES, Array, compressed_bytes, measure_latency, size_bytes
 from tersor.evaluation.latency_ratio import latency_ratio
-from tersor.evaluation.predictions import agreement, file_outputs, file_predictions, score
+from tersor.evaluation.scoring import agreement, file_outputs, file_predictions, score
 from tersor.evaluation.session import open_session
 from tersor.evaluation.verification import verify
 from tersor.methods.channel_pruning import ChannelPruning

@@ -19,7 +19,7 @@ from tersor.deploy import static_batch
 from tersor.deploy.static_batch import batch_for, crashes_on_dynamic_batches
 from tersor.evaluation.batch_padding import in_batches_of
 from tersor.evaluation.latency import measure_latency
-from tersor.evaluation.predictions import file_predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.recipe import parse
 

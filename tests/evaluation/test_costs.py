@@ -16,7 +16,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.evaluation.costs import costs
-from tersor.evaluation.predictions import agreement, network_predictions, network_score
+from tersor.evaluation.scoring import agreement, network_predictions, network_score
 from tersor.graph.capture import capture
 from tersor.models import build, load_weights, normalization
 from tersor.pruning.mask import Mask

@@ -15,7 +15,7 @@ import torch
 from tersor.core.errors import InputError
 from tersor.evaluation import latency
 from tersor.evaluation.latency import compressed_bytes, footprint, measure_latency, size_bytes
-from tersor.evaluation.predictions import file_predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Session, open_session
 from tersor.evaluation.timings import Ratio
 

@@ -26,7 +26,7 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
 from tersor.data import load
 from tersor.deploy.onnx import export
-from tersor.evaluation.predictions import file_predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import parametrizations_of, strip

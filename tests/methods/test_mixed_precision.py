@@ -14,7 +14,7 @@ from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.deploy.onnx import export
-from tersor.evaluation.predictions import file_predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.graph.capture import capture
 from tersor.methods.lsq import LSQ

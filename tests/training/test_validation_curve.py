@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
-from tersor.evaluation.predictions import network_score
+from tersor.evaluation.scoring import network_score
 from tersor.pipeline.experiment import EVALUATION_BATCH
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages

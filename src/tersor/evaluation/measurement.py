@@ -30,8 +30,8 @@ from tersor.evaluation.latency import (
     measure_latency,
     size_bytes,
 )
-from tersor.evaluation.predictions import agreement, file_predictions, network_predictions, score, targets_of
 from tersor.evaluation.results import VERSION, Results, StageRecord
+from tersor.evaluation.scoring import agreement, file_predictions, network_predictions, score, targets_of
 from tersor.evaluation.session import Session, installed_runtimes, open_session
 from tersor.evaluation.timings import NARROW, Ratio, Timings
 from tersor.tasks.task import Task

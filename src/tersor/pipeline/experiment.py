@@ -10,16 +10,14 @@ from torch import nn
 from tersor.core import distributed
 from tersor.data import Batches, Images, Splits
 from tersor.evaluation.latency_ratio import latency_ratio
+from tersor.evaluation.scoring import images_at_once
 from tersor.recipe import Recipe, Stage
-from tersor.recipe.task_entry import TaskEntry
 from tersor.tasks.task import Task
 from tersor.training.context import LatencyRatio
 from tersor.training.options import Training
 from tersor.training.schedule import steps_per_epoch
 
 EVALUATION_BATCH = 500
-_PIXELS_AT_ONCE = 2**22
-"""Of a batch whose outputs may have as many pixels as the images."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,7 @@ class Experiment:
     @property
     def evaluation_batch(self) -> int:
         """Images per batch of a measurement."""
-        if self.recipe.task == TaskEntry():
-            return EVALUATION_BATCH
-        height, width = self.data.test.size
-        return max(1, min(EVALUATION_BATCH, _PIXELS_AT_ONCE // (height * width)))
+        return images_at_once(self.task, self.data.test.size)
 
     def batches(self, images: Images, batch_size: int, **options: Any) -> Batches:
         """Batches, normalized as the networks were trained."""

@@ -16,8 +16,8 @@ from tersor.checkpoint.structure import rebuild, structure
 from tersor.core import distributed
 from tersor.core.device import precision_for
 from tersor.core.progress import ProgressReporter, StageProgress
-from tersor.evaluation.predictions import network_score
 from tersor.evaluation.results import StageRecord
+from tersor.evaluation.scoring import network_score
 from tersor.graph.capture import training_note
 from tersor.graph.fused_inference import fused
 from tersor.pipeline.experiment import Experiment

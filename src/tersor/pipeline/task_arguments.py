@@ -16,7 +16,7 @@ from tersor.core.errors import InputError
 from tersor.data.batch import Batch, images_of
 from tersor.data.batch_errors import labels_error
 from tersor.data.loader import targets_in, unchecked_labels
-from tersor.evaluation.predictions import file_outputs, joined
+from tersor.evaluation.scoring import file_outputs, joined
 from tersor.evaluation.session import Session
 from tersor.graph.eval_mode import check_forward, evaluating
 from tersor.tasks.classification import Classification

@@ -15,8 +15,8 @@ from tersor.data import Batches
 from tersor.data.image_sets import Pixels
 from tersor.deploy.onnx import export
 from tersor.evaluation.measurement import arrays
-from tersor.evaluation.predictions import file_predictions
 from tersor.evaluation.results import Execution
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
 from tersor.report.analysis.evidence import collect_evidence

@@ -20,14 +20,14 @@ from tersor.data import Batches
 from tersor.deploy.static_batch import batch_for
 from tersor.evaluation.measurement import arrays
 from tersor.evaluation.node_profile import profile
-from tersor.evaluation.predictions import targets_of
 from tersor.evaluation.results import Execution
+from tersor.evaluation.scoring import targets_of
 from tersor.evaluation.session import Array
 from tersor.graph.capture import capture, layer_of, values_into
 from tersor.graph.layer_selection import Layer, weighted_layers
 from tersor.report.analysis.attention_maps import attention_maps
+from tersor.report.analysis.changed_outputs import compare_outputs
 from tersor.report.analysis.layers import layer_table
-from tersor.report.analysis.outputs import compare_outputs
 from tersor.report.analysis.predictions import class_similarity, compare_predictions, evenly_spaced, soft_targets
 from tersor.report.analysis.pruning import masks, widths
 from tersor.tasks.classification import Classification

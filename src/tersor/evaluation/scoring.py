@@ -21,7 +21,17 @@ from tersor.tasks.classification import Classification
 from tersor.tasks.network_outputs import in_float32
 from tersor.tasks.task import Task
 
+_IMAGES_AT_ONCE = 500
+_PIXELS_AT_ONCE = 2**22
+"""Of a batch whose outputs may have as many pixels as the images."""
 _OF_A_TUPLE = re.compile(r"output_\d+")
+
+
+def images_at_once(task: Task, size: tuple[int, int]) -> int:
+    """Images of this height and width per batch of a measurement."""
+    if isinstance(task, Classification):
+        return _IMAGES_AT_ONCE
+    return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (size[0] * size[1])))
 
 
 def network_predictions(model: nn.Module, batches: Iterable[Batch], task: Task | None = None) -> Any:

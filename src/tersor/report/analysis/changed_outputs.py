@@ -17,7 +17,7 @@ from tersor.tasks.detection import CONFIDENT, Detection
 from tersor.tasks.segmentation import Segmentation
 from tersor.tasks.task import Task
 
-_EXAMPLES = 12
+_EXAMPLES = 8
 _VALUES = 8
 _SIDE = 160
 _GOLDEN_ANGLE = 137.508
@@ -39,7 +39,7 @@ def compare_outputs(
 
     Returns:
         Number of `images` and prediction `agreement` (percent); `classes`: name and scores `before` and `after` (None
-        where a class does not occur); `examples`: the 12 images with the least agreement, each with its `agreement`,
+        where a class does not occur); `examples`: the 8 images with the least agreement, each with its `agreement`,
         and `pictures` (title -> PNG) or `values` (title -> text).
     """
     agreement = task.agreement(after, before)
@@ -96,10 +96,11 @@ def with_boxes(pixels: Tensor, found: Mapping[str, Tensor]) -> Tensor:
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     draw = ImageDraw.Draw(image)
     scores = found.get("scores", torch.ones(len(found["labels"])))
-    width = max(1, max(image.size) // 100)
+    width = max(2, max(image.size) // 60)
     for box, label, score in zip(found["boxes"].tolist(), found["labels"].tolist(), scores.tolist(), strict=True):
         left, top, right, bottom = (scale * each for each in box)
         if score >= CONFIDENT and left <= right and top <= bottom:
+            draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(0, 0, 0), width=width + 2)
             draw.rectangle((left, top, right, bottom), outline=_colour(int(label)), width=width)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*pixels.shape[1:], 3).permute(2, 0, 1)
 
