@@ -41,8 +41,9 @@ from tersor.checkpoint.structure import rebuild
 from tersor.core.target import Runtime, Target
 from tersor.data import Batches
 from tersor.deploy.onnx import export
-from tersor.evaluation.costs import accuracy, costs
-from tersor.evaluation.latency import measure_latency, predictions, size_bytes
+from tersor.evaluation.costs import costs
+from tersor.evaluation.latency import measure_latency, size_bytes
+from tersor.evaluation.scoring import file_predictions, network_score
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
@@ -205,7 +206,7 @@ def artifacts(contender: Contender, seed: int, steps: int) -> Path:
         if contender.pruned:
             assert spent.macs <= before.macs / 1.9, f"{contender.name}: {before.macs / spent.macs:.2f} times fewer MACs"
         seen = {
-            "float_accuracy": accuracy(model, test),
+            "float_accuracy": network_score(model, test),
             "macs": spent.macs,
             "macs_ratio": before.macs / spent.macs,
             "parameters": spent.parameters,
@@ -241,7 +242,7 @@ def artifact(made: Path, runtime: Runtime) -> Path:
 
 def report_accuracy(contender: Contender, made: Path, seed: int, versions: dict[str, str]) -> None:
     """Write a row for each runtime: accuracy on all test images, points lost, bytes, MACs."""
-    images, labels = normalised(cifar().test), cifar().test.labels.numpy()
+    images, labels = normalised(cifar().test), cifar().test.targets.numpy()
     seen = json.loads((made / "seen.json").read_text())
     files: list[tuple[Runtime, Path, str]] = [(runtime, artifact(made, runtime), "int8") for runtime in RUNTIMES]
     if (made / "onnxruntime-7-bits.onnx").exists():
@@ -251,7 +252,7 @@ def report_accuracy(contender: Contender, made: Path, seed: int, versions: dict[
         identity |= {"model": SUBJECT.name, "steps": seen["steps"], "versions": versions}
         if rows.known(RESULT, identity):
             continue
-        answers = predictions(open_session(file, runtime), [batch.numpy() for batch in images])
+        answers = file_predictions(open_session(file, runtime), [batch.numpy() for batch in images]).numpy()
         reached = 100 * float(np.mean(answers == labels))
         numbers = {"accuracy": reached, "lost": _original(runtime, images, labels) - reached, **seen}
         numbers |= {"bytes": size_bytes(file), "n": 1, "spread": rows.spread([reached])}
@@ -264,7 +265,7 @@ def _original(runtime: Runtime, images: Sequence[Tensor], labels: Any) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         path = export(SUBJECT.network(), images[0], Path(scratch) / "fp32.onnx")
         session = open_session(path, runtime, precision="float32")
-        answers = predictions(session, [batch.numpy() for batch in images])
+        answers = file_predictions(session, [batch.numpy() for batch in images]).numpy()
     return 100 * float(np.mean(answers == labels))
 
 

@@ -226,7 +226,7 @@ def trained(contender: Contender, weights: tuple[float, ...], seed: int, epochs:
     experiment, told = training.walked(given, RESULT, cifar(IMAGES), prepared=record)
     found = {
         "accuracy": training.accuracy_on_test(experiment),
-        "validation_accuracy": told["validation_accuracy"],
+        "validation_accuracy": told["validation_score"],
         "seconds_without_teacher": told["training_seconds"],
         "steps": told["steps"],
         "precision": told["precision"],
@@ -264,7 +264,7 @@ def likeness() -> None:
     if rows.known(RESULT, identity, anywhere=True):
         return
     teacher, test = TRAINED["resnet56"].network(), Batches(cifar().test, 500, mean=MEAN, std=STD)
-    given = [(teacher(batch.images.contiguous()).detach(), batch.labels) for batch in test]
+    given = [(teacher(batch.images.contiguous()).detach(), batch.targets) for batch in test]
     softened = torch.cat([(logits / TEMPERATURE).softmax(1) for logits, _ in given])
     labels = torch.cat([each for _, each in given])
     means = {name: softened[labels == number].mean(0).tolist() for number, name in enumerate(cifar().classes)}

@@ -64,7 +64,7 @@ def bare() -> Step:
         with torch.autocast("cpu", PRECISION, enabled=PRECISION is not None):
             with torch.inference_mode():
                 teacher(batch.images)
-            loss = F.cross_entropy(network(batch.images), batch.labels)
+            loss = F.cross_entropy(network(batch.images), batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -123,7 +123,7 @@ def batches() -> Iterator[Batch]:
     while True:
         source.set_epoch(epoch)
         for batch in source:
-            yield Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels, batch.index)
+            yield Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.targets, batch.index)
         epoch += 1
 
 

@@ -61,7 +61,7 @@ def bare_loop(model: nn.Module, batches: Batches, steps: int) -> Iterator[None]:
         for batch in (batch.to(DEVICE) for batch in batches):
             images = batch.images.contiguous(memory_format=torch.channels_last)
             with torch.autocast(DEVICE.type, PRECISION, enabled=PRECISION is not None):
-                loss = F.cross_entropy(model(images), batch.labels)
+                loss = F.cross_entropy(model(images), batch.targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -80,7 +80,7 @@ def plain() -> Step:
 
     def step(batch: Batch) -> None:
         with torch.autocast("cpu", PRECISION, enabled=PRECISION is not None):
-            loss = F.cross_entropy(network(batch.images), batch.labels)
+            loss = F.cross_entropy(network(batch.images), batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,7 +112,7 @@ def batches() -> Iterator[Batch]:
     while True:
         source.set_epoch(epoch)
         for batch in source:
-            yield Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels, batch.index)
+            yield Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.targets, batch.index)
         epoch += 1
 
 

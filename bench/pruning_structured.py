@@ -46,8 +46,9 @@ from compress import RUNTIMES, SUBJECT
 from images import MEAN, STD, cifar, folder
 from tersor.data import Batches
 from tersor.deploy.onnx import export
-from tersor.evaluation.costs import accuracy, costs
+from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import measure_latency
+from tersor.evaluation.scoring import network_score
 from tersor.evaluation.session import open_session
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.training.attachment import Attachment
@@ -232,7 +233,7 @@ def made(contender: Contender, times: float, seed: int, steps: int) -> Path:
         model, seconds = trained(contender, times, seed, steps)
         export(model, EXAMPLE, partial / "model.onnx")
         spent, before = costs(model, EXAMPLE), costs(SUBJECT.network(), EXAMPLE)
-        reached = accuracy(model, Batches(cifar().test, 500, mean=MEAN, std=STD))
+        reached = network_score(model, Batches(cifar().test, 500, mean=MEAN, std=STD))
         seen = {"accuracy": reached, "macs": spent.macs, "macs_ratio": before.macs / spent.macs}
         seen |= {"parameters": spent.parameters, "training_seconds": seconds, "trained_on": rows.machine()}
         (partial / "seen.json").write_text(json.dumps(seen))
@@ -243,7 +244,7 @@ def made(contender: Contender, times: float, seed: int, steps: int) -> Path:
 @cache
 def accuracy_of_the_original() -> float:
     """Return the original's test accuracy in percent."""
-    return accuracy(SUBJECT.network(), Batches(cifar().test, 500, mean=MEAN, std=STD))
+    return network_score(SUBJECT.network(), Batches(cifar().test, 500, mean=MEAN, std=STD))
 
 
 def report_accuracy(contender: Contender, times: float, seed: int, steps: int, budget: str) -> Path:

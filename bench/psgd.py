@@ -28,7 +28,7 @@ import training
 from images import MEAN, STD, cifar
 from tersor.core.target import Target
 from tersor.data import Batches, Images
-from tersor.evaluation.costs import accuracy
+from tersor.evaluation.scoring import network_score
 from tersor.graph.layer_selection import weighted_layers
 from tersor.methods.adaround import AdaRound
 from tersor.methods.weight_pruning import WeightPruning
@@ -99,11 +99,11 @@ def measured(model: nn.Module, told: Numbers) -> Numbers:
     """Return the accuracy in float and at every width, the fraction rounded to zero, and the mean rounding distance."""
     layers = weighted_layers(model)
     total = sum(layer.weight.numel() for layer in layers.values())
-    found: Numbers = {"float": accuracy(model, _batches("test")), "precision": told["precision"], "n": 1}
+    found: Numbers = {"float": network_score(model, _batches("test")), "precision": told["precision"], "n": 1}
     for bits in WIDTHS:
         copied = rounded(model, bits)
         pairs = [(layers[name].weight, layer.weight) for name, layer in weighted_layers(copied).items()]
-        found[f"{bits} bits"] = accuracy(copied, _batches("test"))
+        found[f"{bits} bits"] = network_score(copied, _batches("test"))
         found[f"zeros at {bits}"] = sum(int((shown == 0).sum()) for _, shown in pairs) / total
         found[f"error at {bits}"] = sum(float((was - shown).abs().sum()) for was, shown in pairs) / total
     return {**found, "spread": rows.spread([found["4 bits"]])}
@@ -112,7 +112,7 @@ def measured(model: nn.Module, told: Numbers) -> Numbers:
 def laid_afterwards(name: str, model: nn.Module, seed: int) -> Numbers:
     """Return the accuracy after each method that is attached to this contender's weights."""
     wanted = LAID.get(name, []) if seed == SEEDS[0] else []
-    return {each: accuracy(laid(model, AFTERWARDS[each]), _batches("test")) for each in wanted}
+    return {each: network_score(laid(model, AFTERWARDS[each]), _batches("test")) for each in wanted}
 
 
 def chosen_scale() -> float:
@@ -122,8 +122,8 @@ def chosen_scale() -> float:
         identity = {"kind": "scale", "bits": CHOSEN_AT, "mean_scale": scale, "epochs": EPOCHS}
         if not rows.known(RESULT, identity, anywhere=True):
             model, _ = trained(drawn(CHOSEN_AT, scale), 0)
-            found = accuracy(rounded(model, CHOSEN_AT), _batches("validation"))
-            in_float = accuracy(model, _batches("validation"))
+            found = network_score(rounded(model, CHOSEN_AT), _batches("validation"))
+            in_float = network_score(model, _batches("validation"))
             numbers = {"validation_accuracy": found, "validation_in_float": in_float, "spread": rows.spread([found])}
             rows.add(RESULT, identity, {**numbers, "n": 1}, [0])
             print(f"mean scale {scale:g}: {found:.2f} % validation at 4 bits, {in_float:.2f} in float", flush=True)

@@ -28,7 +28,8 @@ import tables
 from images import IMAGENET, TRAINED, Subject, cifar, normalised
 from tersor.core.target import Target
 from tersor.deploy.onnx import export
-from tersor.evaluation.latency import measure_latency, predictions, size_bytes
+from tersor.evaluation.latency import measure_latency, size_bytes
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Array, Session, open_session
 from tersor.methods.ptq import PTQ
 from tersor.training.context import AttachContext
@@ -107,14 +108,14 @@ def made(subject: Subject, artifact: str, seed: int) -> Made:
 def test_set() -> tuple[list[Array], Array]:
     """Return batches of images (500, 3, 32, 32), and all labels."""
     images = cifar().test
-    return [batch.numpy() for batch in normalised(images)], images.labels.numpy()
+    return [batch.numpy() for batch in normalised(images)], images.targets.numpy()
 
 
 @cache
 def answers(subject: Subject, contender: Contender, seed: int) -> tuple[Array, str]:
     """Return the predicted classes of all test images, and the precision in use."""
     session = opened(subject, contender, seed)
-    return predictions(session, test_set()[0]), session.precision
+    return file_predictions(session, test_set()[0]).numpy(), session.precision
 
 
 def opened(subject: Subject, contender: Contender, seed: int = 0) -> Session:

@@ -39,7 +39,8 @@ from images import MEAN, STD, TRAINED, cifar, normalised
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.deploy.onnx import export
-from tersor.evaluation.latency import measure_latency, predictions, size_bytes
+from tersor.evaluation.latency import measure_latency, size_bytes
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
@@ -129,10 +130,10 @@ def _in_float() -> Tensor:
 
 def _by_runtime(model: nn.Module, runtime: Any = "onnxruntime") -> float:
     """Return the test accuracy of the exported file in the runtime, in percent."""
-    images, labels = normalised(cifar().test), cifar().test.labels.numpy()
+    images, labels = normalised(cifar().test), cifar().test.targets.numpy()
     with tempfile.TemporaryDirectory() as made:
         session = open_session(export(model, images[0], Path(made) / "model.onnx"), runtime)
-        return 100 * float((predictions(session, [batch.numpy() for batch in images]) == labels).mean())
+        return 100 * float((file_predictions(session, [batch.numpy() for batch in images]).numpy() == labels).mean())
 
 
 def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
@@ -155,7 +156,7 @@ def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
         model = attached.model.cpu()
     seconds = time.perf_counter() - begun
     answers, before = _answers(model), _in_float()
-    reached = 100 * float((answers.argmax(1) == cifar().test.labels).double().mean())
+    reached = 100 * float((answers.argmax(1) == cifar().test.targets).double().mean())
     divergence = float((before.exp() * (before - answers.log_softmax(1))).sum(1).mean())
     numbers: dict[str, Any] = {"accuracy": reached, "divergence": divergence, "seconds": seconds}
     numbers |= {"n": 1, "spread": rows.spread([reached])}

@@ -68,8 +68,13 @@ def results(folder: Path) -> dict[str, Any]:
     found = {"model.onnx": digest(folder / "model.onnx"), "original.onnx": digest(folder / "original.onnx")}
     weights = sorted(folder.glob("*.safetensors"))
     found |= {path.name: digest(path) for path in weights}
-    found["accuracy"] = [numbers["original"]["accuracy"], numbers["artifact"]["accuracy"]]
-    found["validation"] = [stage["validation_accuracy"] for stage in numbers["stages"]]
+    # an accuracy, at commits before there were other metrics
+    found["accuracy"] = [
+        entry.get("score", entry.get("accuracy")) for entry in (numbers["original"], numbers["artifact"])
+    ]
+    found["validation"] = [
+        stage.get("validation_score", stage.get("validation_accuracy")) for stage in numbers["stages"]
+    ]
     return found
 
 

@@ -61,7 +61,7 @@ def by_hand(model: nn.Module) -> Step:
 
     def step(batch: Batch) -> None:
         with torch.autocast("cpu", PRECISION, enabled=PRECISION is not None):
-            loss = F.cross_entropy(model(batch.images), batch.labels)
+            loss = F.cross_entropy(model(batch.images), batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -104,7 +104,7 @@ def batches() -> Iterator[Batch]:
         source.set_epoch(epoch)
         for batch in source:
             if len(batch.images) == BATCH:
-                yield Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels, batch.index)
+                yield Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.targets, batch.index)
 
 
 def measure(names: list[str]) -> None:

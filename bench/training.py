@@ -13,7 +13,7 @@ from images import SHARED, cifar, folder
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NullProgress
 from tersor.data import Splits
-from tersor.evaluation.costs import accuracy
+from tersor.evaluation.scoring import network_score
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages
@@ -72,4 +72,4 @@ def walked(
 
 def accuracy_on_test(experiment: Experiment) -> float:
     """Return the test accuracy on 10,000 images in percent, computed in torch."""
-    return accuracy(experiment.model, experiment.batches(experiment.data.test, EVALUATION_BATCH))
+    return network_score(experiment.model, experiment.batches(experiment.data.test, EVALUATION_BATCH))

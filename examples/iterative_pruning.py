@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from tersor.data import Batches, load
-from tersor.evaluation.costs import accuracy, costs
+from tersor.evaluation.costs import costs
+from tersor.evaluation.scoring import network_score
 from tersor.graph.parametrization import strip
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.models import build
@@ -29,13 +30,13 @@ def main(epochs: int = 4, sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)) -> N
         for epoch in range(epochs):
             batches.set_epoch(epoch)
             for batch in batches:
-                loss = F.cross_entropy(model.train()(batch.images), batch.labels)
+                loss = F.cross_entropy(model.train()(batch.images), batch.targets)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
         slim = strip(model).eval()  # a plain network with zeros for the masked weights
         zeros = costs(slim, digits.test.take(torch.arange(1)).float()).sparsity
-        print(f"{100 * zeros:.1f} % of the convolutions' weights are zero: {accuracy(slim, test):.2f} %")
+        print(f"{100 * zeros:.1f} % of the convolutions' weights are zero: {network_score(slim, test):.2f} %")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ def train(batches: Batches, epochs: int) -> nn.Module:
     for epoch in range(epochs):
         batches.set_epoch(epoch)
         for batch in batches:
-            assert batch.labels is not None
+            assert batch.targets is not None
             optimizer.zero_grad()
-            F.cross_entropy(network(batch.images), batch.labels).backward()
+            F.cross_entropy(network(batch.images), batch.targets).backward()
             optimizer.step()
     return network.eval()
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tersor.data import Batches, load
-from tersor.evaluation.costs import accuracy
+from tersor.evaluation.scoring import network_score
 from tersor.methods.soft_targets import SoftTargets
 from tersor.models import build
 from tersor.training.context import AttachContext
@@ -48,7 +48,8 @@ def main(epochs: int = 6, sizes: tuple[str, str] = ("resnet32", "resnet20")) -> 
     objective = Objective(student, attached.terms, teacher, label_weight=attached.label_weight)
     train(objective, batches, epochs)
 
-    print(f"teacher {accuracy(teacher, test):.2f} %, student {accuracy(student, test):.2f} % of {len(digits.test)}")
+    scores = [network_score(network, test) for network in (teacher, student)]
+    print(f"teacher {scores[0]:.2f} %, student {scores[1]:.2f} % of {len(digits.test)}")
 
 
 if __name__ == "__main__":

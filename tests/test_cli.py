@@ -98,7 +98,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     for entry in (numbers["original"], numbers["artifact"]):
         for key in ("parameters", "macs", "bit_operations", "peak_memory_bytes", "load_ms", "bytes"):
             assert entry[key] > 0, key
-        assert {"accuracy", "agreement", "sparsity"} <= set(entry)
+        assert {"score", "agreement", "sparsity"} <= set(entry)
         assert all(entry["latency_ms"][size]["median"] > 0 for size in ("1", "32", "128"))
     assert numbers["original"]["agreement"] == 100
     assert numbers["artifact"]["bytes"] < numbers["original"]["bytes"] / 3
@@ -109,7 +109,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert not list(tmp_path.glob("*.partial*"))
     capfd.readouterr()
     assert tersor(monkeypatch, "eval", out) == 0
-    assert f"{numbers['artifact']['accuracy']:.2f} %" in capfd.readouterr().out
+    assert f"{numbers['artifact']['score']:.2f} %" in capfd.readouterr().out
     # the run above had every runtime
     monkeypatch.setattr(
         importlib.import_module("tersor.pipeline.evaluate"), "installed_runtimes", lambda: ["onnxruntime"]

@@ -93,7 +93,7 @@ def test_serving_needs_neither_tersor_nor_torch(exported, tmp_path, kind):
     )
     assert served.returncode == 0, served.stderr
     predicted = [line.split()[-1] for line in served.stdout.splitlines()]
-    labels = [digits.classes[label] for label in digits.test.labels[:40]]
+    labels = [digits.classes[label] for label in digits.test.targets[:40]]
     assert sum(map(str.__eq__, predicted, labels)) > 30  # chance: 4
 
 

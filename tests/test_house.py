@@ -30,6 +30,7 @@ LEVELS = [
     (
         "training.attachment",
         "training.optimizer",
+        "training.output_distance",
         "training.schedule",
         "training.snapshot",
         "training.teacher_cache",
@@ -116,6 +117,7 @@ LEVELS = [
         "graph.parametrization",
         "graph.plain_modules",
     ),
+    ("tasks",),
     ("data",),
     ("core",),
 ]

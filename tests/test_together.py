@@ -12,7 +12,7 @@ from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NullProgress
 from tersor.deploy.onnx import export
 from tersor.evaluation.costs import costs
-from tersor.evaluation.latency import predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.models import build
 from tersor.pipeline.setup import prepare
@@ -47,7 +47,7 @@ def test_zeros_are_exact_in_the_file_and_it_runs(tmp_path):
     for kernel, mask in zip(kernels, masks.values(), strict=True):
         assert not kernel[~mask.mask.numpy()].any(), "what is masked is zero"
         assert kernel[mask.mask.numpy()].any()
-    answers = predictions(open_session(file, "onnxruntime"), [images.numpy()])
+    answers = file_predictions(open_session(file, "onnxruntime"), [images.numpy()])
     with torch.no_grad():
         expected = model(images).argmax(1).numpy()
     assert (np.asarray(answers) == expected).mean() >= 0.9

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import tersor
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.data.loader import batches_of
-from tersor.evaluation.latency import predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Session
 from tersor.graph.plain_network import plain_copy, unwrapped
 from tersor.pipeline.arguments import student_of
@@ -319,9 +319,9 @@ def test_one_logit_is_a_class_above_zero_unless_it_may_be_a_probability():
         "onnxruntime", "float32", 1, IMAGES.numpy().dtype, (None, 3, 8, 8), lambda array: array[:, 0, 0, :1]
     )
     expected = (IMAGES[:, 0, 0, 0] > 0).long()
-    assert predictions(session, [IMAGES.numpy()]).tolist() == expected.tolist()
+    assert file_predictions(session, [IMAGES.numpy()]).tolist() == expected.tolist()
     with pytest.raises(InputError, match="not clear whether these are logits or probabilities"):
-        predictions(session, [IMAGES.sigmoid().numpy()])
+        file_predictions(session, [IMAGES.sigmoid().numpy()])
 
 
 def test_distill_warns_of_its_teacher_and_trains():

@@ -19,27 +19,21 @@ from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.progress import ProgressReporter
 from tersor.core.target import Runtime, Target
 from tersor.data.batch import images_of
-from tersor.data.loader import Loader, batches_of, unchecked_labels
+from tersor.data.loader import batches_of, targets_in
 from tersor.deploy.onnx import export as write_onnx
 from tersor.deploy.static_batch import batch_for, static_batch_reason
-from tersor.evaluation.latency import BATCH_SIZES, Array, compressed_bytes, measure_latency, predictions, size_bytes
+from tersor.evaluation.latency import BATCH_SIZES, Array, compressed_bytes, measure_latency, size_bytes
 from tersor.evaluation.latency_ratio import latency_ratio
+from tersor.evaluation.scoring import agreement, file_outputs, file_predictions, score
 from tersor.evaluation.session import open_session
 from tersor.evaluation.verification import verify
-from tersor.graph.eval_mode import evaluating
-from tersor.graph.fused_inference import fused
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
 from tersor.pipeline.arguments import (
-    all_labels,
     check_classes,
-    check_labels,
     check_metadata,
-    check_same_logits,
-    classes_of_both,
     example_of,
-    labelled,
     onnx_path,
     refuse_shared_weights,
     student_of,
@@ -47,18 +41,25 @@ from tersor.pipeline.arguments import (
     to_compress,
     to_export,
 )
+from tersor.pipeline.distillation import train_on_outputs
+from tersor.pipeline.task_arguments import Loss, check_targets, targets_for, task_of, task_of_files
 from tersor.quantization.integer_coverage import calibrated_coverage
+from tersor.tasks.classification import Classification
+from tersor.tasks.task import Task
 from tersor.training.context import AttachContext
-from tersor.training.loop import fit
 from tersor.training.options import OptimizerOptions, Training
-from tersor.training.schedule import steps_per_epoch
-from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
-from tersor.training.teacher_check import teacher_warnings
 
 _T = TypeVar("_T")
 
 
-def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime: Runtime = "onnxruntime") -> nn.Module:
+def quantize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    bits: int = 8,
+    runtime: Runtime = "onnxruntime",
+    task: str | Task | None = None,
+) -> nn.Module:
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
     A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers;
@@ -69,13 +70,15 @@ def quantize(model: nn.Module, loader: Iterable[Any], *, bits: int = 8, runtime:
         loader: batches of images (N, C, H, W), with or without labels; a few hundred images are enough.
         bits: bits per weight, 2 to 8.
         runtime: the runtime to quantize for.
+        task: what the network is for.
 
     Raises:
         InputError: the network cannot be captured, its forward pass fails, or the batches have no images.
     """
     method, target = _made(PTQ, bits=bits), _made(Target, runtime=runtime)
     network, data = to_compress(model, loader, method.calibration_images)
-    attached = method.attach(network, AttachContext(data=data, target=target))
+    goal = task_of(task) or Classification()
+    attached = method.attach(network, AttachContext(data=data, task=goal, target=target))
     attached.begin()
     warning = calibrated_coverage(attached.model).warning
     if warning is not None:
@@ -94,6 +97,8 @@ def prune(
     branches: int = 0,
     round_to: int = 8,
     runtime: Runtime = "onnxruntime",
+    task: str | Task | None = None,
+    loss: Loss | None = None,
 ) -> nn.Module:
     """Remove channels from a copy of a trained network; the remaining weights and BatchNorm statistics are refitted.
 
@@ -103,11 +108,13 @@ def prune(
         keep_macs: largest fraction of the MACs to keep; 0.5 by default.
         keep_latency: largest fraction of the latency to keep, instead of `keep_macs`; it is measured at batch size 1 in
             `runtime`, which takes about a minute.
-        importance: the importance score of a channel; `taylor` needs labels.
+        importance: the importance score of a channel; `taylor` needs targets and a task.
         scope: `layer` removes the same fraction in every layer, `global` compares all layers (best with `obs`).
-        branches: number of residual branches to remove first, those with the smallest effect on the logits.
+        branches: number of residual branches to remove first, those with the smallest effect on the outputs.
         round_to: keep a multiple of this many channels.
         runtime: the runtime that measures latency.
+        task: what the network is for, for `taylor`; classification by default.
+        loss: (outputs, targets) -> scalar tensor, in place of the task's loss.
 
     Raises:
         InputError: no channel can be removed, or too few (the message names the layers that limit it), or the
@@ -117,9 +124,10 @@ def prune(
     method = _made(ChannelPruning, **options, branches=branches, round_to=round_to)
     target = _made(Target, runtime=runtime)
     network, data = to_compress(model, example, max(method.estimation_images, method.importance_images))
+    goal = task_of(task, loss) or Classification()
     if method.importance == "taylor":
-        check_labels(network, data, method.importance_images)
-    attached = method.attach(network, AttachContext(data=data, target=target, latency=latency_ratio))
+        check_targets(goal, network, data, method.importance_images)
+    attached = method.attach(network, AttachContext(data=data, task=goal, target=target, latency=latency_ratio))
     attached.begin()
     return attached.model
 
@@ -135,19 +143,26 @@ def distill(
     label_weight: float = 0.1,
     learning_rate: float = 0.05,
     progress: ProgressReporter | None = None,
+    task: str | Task | None = None,
+    loss: Loss | None = None,
 ) -> nn.Module:
-    """Train a student on the softened outputs of a teacher (Hinton et al., 2015); it is returned in eval mode.
+    """Train a student on the outputs of a teacher; it is returned in eval mode.
+
+    Logits are softened (Hinton et al., 2015). Of any other outputs, the relative squared distance is minimized.
 
     Args:
         student: the network to train, in place.
-        teacher: a trained network for the same images and classes.
-        loader: batches (images, labels), with a length; images alone if `label_weight` is 0.
+        teacher: a trained network for the same images, with outputs of the same shapes.
+        loader: batches (images, targets), with a length; images alone if `label_weight` is 0, or if the outputs are no
+            logits (N, classes) and neither `task` nor `loss` is given.
         epochs: passes over `loader`.
         temperature: temperature T of the softened outputs.
-        loss_weight: weight of the soft-target loss.
-        label_weight: weight of the cross entropy with the labels.
+        loss_weight: weight of the loss between student and teacher.
+        label_weight: weight of the task's loss, such as the cross entropy with the labels.
         learning_rate: peak learning rate of SGD with momentum and cosine decay.
         progress: receives the progress.
+        task: what the networks are for; by default classification, if they return logits (N, classes).
+        loss: (outputs, targets) -> scalar tensor, in place of the task's loss.
 
     Raises:
         InputError: a batch has the wrong form, or a loss is not finite.
@@ -160,29 +175,8 @@ def distill(
         raise InputError(f"epochs is {epochs}. Write a whole number, 1 or more.")
     method = _made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
     training = Training(optimizer=_made(OptimizerOptions, learning_rate=learning_rate))
-    loader, first = batches_of(loader)
-    few = first[:8].to(next(teacher.parameters()).device)
-    classes = classes_of_both(student, teacher, first)
-    batches = Loader(loader, classes if label_weight else None)
-    for doubt in teacher_warnings("the teacher", teacher, labelled(loader, classes, TEACHER_IMAGES)):
-        warnings.warn(doubt, CompressionWarning, stacklevel=2)
-    attached = method.attach(student, AttachContext(teacher=teacher))
-    steps = epochs * steps_per_epoch(batches, training)
-    learning = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
-    try:
-        with evaluating(teacher):
-            fit(
-                attached,
-                batches,
-                training,
-                steps=steps,
-                teacher=fused(teacher, few),
-                progress=progress,
-            )
-    finally:
-        for parameter in learning:
-            parameter.requires_grad = True
-    return attached.model
+    asked = task_of(task, loss)
+    return train_on_outputs(student, teacher, loader, method, training, epochs=epochs, task=asked, progress=progress)
 
 
 def export(
@@ -238,15 +232,19 @@ def compare(
     *,
     runtime: Runtime = "onnxruntime",
     seconds: float = 10.0,
+    task: str | Task | None = None,
+    metric: Any = None,
 ) -> dict[str, Any]:
-    """Measure two networks in a runtime: accuracy, prediction agreement, file size, latency in interleaved rounds.
+    """Measure two networks in a runtime: the metric by its name ("accuracy"), prediction agreement, file size, latency.
 
     Args:
         original: a network, or its ONNX file.
         artifact: an ONNX file, or the folder of a run.
-        loader: batches (images, labels) in the input format of the files; without labels, accuracy is None.
+        loader: batches (images, targets) in the input format of the files; without targets, the metric is None.
         runtime: the runtime for both.
-        seconds: time limit for the latency of one batch size.
+        seconds: time limit for the latency of one batch size, measured in interleaved rounds.
+        task: what the network is for; by default classification if it returns logits (N, classes), else distance.
+        metric: (outputs, targets) -> number, averaged over the images, or a torchmetrics Metric; by default the task's.
 
     Raises:
         InputError: a file or a batch cannot be used.
@@ -256,7 +254,7 @@ def compare(
     if not isinstance(artifact, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"the artifact is a {type(artifact).__name__}. Export it and pass the path of the file.")
     loader, _ = batches_of(loader)
-    batches = [(images.cpu(), unchecked_labels(batch)) for batch in loader if len(images := images_of(batch))]
+    batches = [(images.cpu(), targets_in(batch)) for batch in loader if len(images := images_of(batch))]
     if not isinstance(original, str | Path):
         original = to_export(original, batches[0][0].float(), "original")
     with TemporaryDirectory() as folder:
@@ -265,15 +263,18 @@ def compare(
             write_onnx(original, batches[0][0], path)
         files = {"original": Path(path), "artifact": read_artifact(artifact).model}
         sessions = {name: open_session(file, runtime) for name, file in files.items()}
-        check_same_logits(sessions, next(_arrays(batches))[:2])
-        answers = {name: predictions(session, _arrays(batches)) for name, session in sessions.items()}
-        labels = all_labels(batches, max(2, sessions["original"].run(next(_arrays(batches))).shape[1]))
+        few = next(_arrays(batches))[:2]
+        goal = task_of_files(task_of(task, metric=metric), sessions, few)
+        answers = {name: file_predictions(session, _arrays(batches), goal) for name, session in sessions.items()}
+        targets = targets_for(goal, batches, file_outputs(sessions["original"], few))
+        if goal.from_original:
+            targets = answers["original"]
         openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
         timings = measure_latency(openers, next(_arrays(batches))[:1], seconds=seconds)
         return {
             name: {
-                "accuracy": None if labels is None else 100 * float((answers[name] == labels).mean()),
-                "agreement": 100 * float((answers[name] == answers["original"]).mean()),
+                goal.metric: None if targets is None else score(goal, answers[name], targets),
+                "agreement": agreement(goal, answers[name], answers["original"]),
                 "bytes": size_bytes(files[name]),
                 "compressed_bytes": compressed_bytes(files[name]),
                 "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},

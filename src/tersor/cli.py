@@ -106,13 +106,14 @@ def evaluate(
     artifact: Annotated[Path, typer.Argument(help="folder of a run, or ONNX file", show_default=False)],
     data: Annotated[str | None, typer.Option(help="image folder or data set [default: from the recipe]")] = None,
     runtime: Annotated[str | None, typer.Option(help="onnxruntime or openvino [default: from the recipe]")] = None,
+    task: Annotated[str | None, typer.Option(help="what the network is for [default: from the recipe]")] = None,
 ) -> None:
-    """Measure the test accuracy of an artifact in its runtime."""
+    """Measure an artifact on test images in its runtime: accuracy, or the metric of its task."""
     from tersor.pipeline.evaluate import evaluate as measured
 
     with Bars(console) as bars:
-        found = measured(artifact, data, runtime, progress=bars)
-    console.print(f"{found.accuracy:.2f} % of {found.images} test images, {found.runtime} in {found.precision}")
+        found = measured(artifact, data, runtime, task, progress=bars)
+    console.print(str(found))
 
 
 @app.command()
@@ -202,7 +203,8 @@ def _table(results: Results) -> Table:
         table.add_column(column, justify="right" if column else "left")
     table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
     table.add_row("float precision", *[entry.precision for entry in columns.values()])
-    table.add_row("accuracy, %", *[f"{entry.accuracy:.2f}" for entry in columns.values()])
+    metric = results.metric
+    table.add_row(metric.title, *[f"{entry.score:.{metric.digits}f}" for entry in columns.values()])
     table.add_row("prediction agreement, %", *[f"{entry.agreement:.2f}" for entry in columns.values()])
     for label, key, unit in (
         ("MB", "bytes", 1e6),

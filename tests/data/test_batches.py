@@ -28,7 +28,7 @@ def some_images(count: int) -> Pixels:
 
 def decoded(images: Pixels) -> Decoded:
     """The same images, but as if they had to be decoded."""
-    return Decoded(images.labels, lambda number: images.take(torch.tensor([number]))[0].permute(1, 2, 0).numpy(), 2)
+    return Decoded(images.targets, lambda number: images.take(torch.tensor([number]))[0].permute(1, 2, 0).numpy(), 2)
 
 
 def batches(images, size=4, **options) -> Batches:
@@ -42,7 +42,7 @@ def places(of: Batches) -> list[list[int]]:
 def same(one: Batches, other: Batches) -> bool:
     pairs = list(zip(one, other, strict=True))
     return all(
-        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.index, b.index)
+        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and torch.equal(a.index, b.index)
         for a, b in pairs
     )
 
@@ -59,7 +59,7 @@ def test_take_normalizes_and_does_not_augment():
     index = torch.tensor([7, 0, 7])
     taken = batches(images, 4, shuffle=True, augment="crop_flip").take(index)
     assert torch.equal(taken.images, batch.images[index])
-    assert torch.equal(taken.labels, batch.labels[index])
+    assert torch.equal(taken.targets, batch.targets[index])
     assert torch.equal(taken.index, index)
 
 
@@ -70,7 +70,7 @@ def test_images_are_normalized():
         slow = (pixels / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         torch.testing.assert_close(batch.images, slow)
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(batch.labels, images.labels[batch.index])
+        assert torch.equal(batch.targets, images.targets[batch.index])
 
 
 @given(

@@ -20,12 +20,12 @@ def test_digits():
     splits = from_name("digits", None, None)
     assert splits.classes == tuple("0123456789")
     assert (len(splits.train), len(splits.test), splits.train.size) == (1438, 359, (8, 8))
-    assert min(torch.bincount(splits.test.labels)) >= 34
+    assert min(torch.bincount(splits.test.targets)) >= 34
     pixels = torch.cat([everything(splits.train), everything(splits.test)])
     assert torch.equal(pixels[:, 0], pixels[:, 2])
     found = {
         (image.numpy().tobytes(), int(label))
-        for image, label in zip(pixels[:, 0], torch.cat([splits.train.labels, splits.test.labels]), strict=True)
+        for image, label in zip(pixels[:, 0], torch.cat([splits.train.targets, splits.test.targets]), strict=True)
     }
     original = load_digits()
     for image, label in zip(original.images, original.target, strict=True):
@@ -86,7 +86,7 @@ def test_a_torchvision_set_from_its_files(tmp_path):
         (raw / f"{which}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x00000801, count) + labels.tobytes())
     splits = from_name("fashionmnist", tmp_path, None)
     assert splits.classes[0] == "T-shirt/top"
-    assert splits.train.labels.tolist() == [number % 10 for number in range(30)]
+    assert splits.train.targets.tolist() == [number % 10 for number in range(30)]
     assert np.array_equal(everything(splits.test)[:, 1], pixels["t10k"])
 
 
@@ -111,13 +111,13 @@ def own(tmp_path, monkeypatch):
 def test_a_pair_from_a_function(own):
     splits = own("def make(): return [(image, 0), (image.flip(2), 1), (image, 2)], [(image, 1)]")
     assert splits.classes == ("0", "1", "2")
-    assert splits.train.labels.tolist() == [0, 1, 2]
+    assert splits.train.targets.tolist() == [0, 1, 2]
     assert torch.equal(everything(splits.train)[1], torch.arange(48, dtype=torch.uint8).view(3, 4, 4).flip(2))
 
 
 def test_a_function_may_accept_root_and_return_pil_images(own, tmp_path):
     splits = own("def make(root): return [(picture, len(root)), (picture, 0)], [(picture, 0)]", tmp_path, 3)
-    assert splits.train.labels.tolist() == [len(str(tmp_path)), 0]
+    assert splits.train.targets.tolist() == [len(str(tmp_path)), 0]
     assert everything(splits.test)[0, :, 2, 2].tolist() == [1, 2, 3]
     assert splits.test.size == (3, 3)
 
@@ -134,7 +134,7 @@ def make(): return Set(), Set()
 """
     splits = own(code)
     assert splits.classes == ("cat", "dog")
-    assert splits.train.labels.tolist() == [1, 0, 1]
+    assert splits.train.targets.tolist() == [1, 0, 1]
 
 
 def test_listed_labels_are_checked(own):

@@ -23,8 +23,8 @@ def everything(images) -> torch.Tensor:
 def test_train_and_test(two_classes):
     splits = from_folder(two_classes, None)
     assert splits.classes == ("cat", "dog")
-    assert splits.train.labels.tolist() == [0] * 8 + [1] * 8
-    assert splits.test.labels.tolist() == [0] * 2 + [1] * 2
+    assert splits.train.targets.tolist() == [0] * 8 + [1] * 8
+    assert splits.test.targets.tolist() == [0] * 2 + [1] * 2
     assert len(splits.validation) == 0
     assert splits.train.size == (4, 6)
     pixels = everything(splits.test)
@@ -41,7 +41,7 @@ def test_val_is_the_test_set_where_there_is_no_other(two_classes):
 def test_val_beside_test_is_for_validation(two_classes, draw_images):
     draw_images("val/dog", 3)
     splits = from_folder(two_classes, None)
-    assert splits.validation.labels.tolist() == [1, 1, 1]
+    assert splits.validation.targets.tolist() == [1, 1, 1]
     assert len(splits.test) == 4
 
 
@@ -50,8 +50,8 @@ def test_class_folders_alone_get_a_test_set(draw_images):
     draw_images("dog", 10)
     folder = draw_images("emu", 2)
     splits, again = from_folder(folder, None), from_folder(folder, None)
-    assert torch.bincount(splits.test.labels).tolist() == [3, 2, 1]
-    assert torch.bincount(splits.train.labels).tolist() == [17, 8, 1]
+    assert torch.bincount(splits.test.targets).tolist() == [3, 2, 1]
+    assert torch.bincount(splits.train.targets).tolist() == [17, 8, 1]
     assert torch.equal(everything(splits.test), everything(again.test))
     whole = torch.cat([everything(splits.train), everything(splits.test)])
     assert len(whole.flatten(1).unique(dim=0)) == 32

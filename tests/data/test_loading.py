@@ -25,7 +25,7 @@ def test_validation_images_are_split_off_the_training_images():
     whole, cut = load(name="digits", validation=0), load(name="digits", validation=0.25)
     assert len(whole.validation) == 0
     assert len(cut.validation) == round(0.25 * len(whole.train))
-    shares = torch.bincount(cut.validation.labels) / torch.bincount(whole.train.labels)
+    shares = torch.bincount(cut.validation.targets) / torch.bincount(whole.train.targets)
     assert (shares - 0.25).abs().max() < 0.01
     together = torch.cat([everything(cut.train), everything(cut.validation)])
     assert torch.equal(
@@ -43,9 +43,9 @@ def test_the_seed_changes_validation_but_not_test_images():
 
 def test_limit_keeps_every_class_and_the_validation_images():
     few, all_of_them = load(name="digits", limit=50), load(name="digits")
-    assert torch.bincount(few.train.labels).tolist() == [5] * 10
+    assert torch.bincount(few.train.targets).tolist() == [5] * 10
     assert torch.equal(everything(few.validation), everything(all_of_them.validation))
-    assert len(load(name="digits", limit=10).train.labels.unique()) == 10
+    assert len(load(name="digits", limit=10).train.targets.unique()) == 10
 
 
 def test_a_large_set_is_decoded_on_demand_to_the_same_images(two_classes, monkeypatch):
@@ -56,7 +56,7 @@ def test_a_large_set_is_decoded_on_demand_to_the_same_images(two_classes, monkey
     assert not isinstance(lazy.train, Pixels)
     for one, other in ((held.train, lazy.train), (held.validation, lazy.validation), (held.test, lazy.test)):
         assert torch.equal(everything(one), everything(other))
-        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.targets, other.targets)
     assert (held.mean, held.std) == (lazy.mean, lazy.std)
 
 

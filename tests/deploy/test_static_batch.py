@@ -18,7 +18,8 @@ from tersor.core.target import Target
 from tersor.deploy import static_batch
 from tersor.deploy.static_batch import batch_for, crashes_on_dynamic_batches
 from tersor.evaluation.batch_padding import in_batches_of
-from tersor.evaluation.latency import measure_latency, predictions
+from tersor.evaluation.latency import measure_latency
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.recipe import parse
 
@@ -106,7 +107,7 @@ def test_a_file_with_a_static_batch_can_be_measured(runtime, files):
     expected = sessions["None"].run(IMAGES.numpy())
     for session in sessions.values():
         np.testing.assert_allclose(session.run(IMAGES.numpy()), expected, rtol=1e-5, atol=1e-6)
-        assert len(predictions(session, [IMAGES.numpy(), IMAGES[:3].numpy()])) == 10
+        assert len(file_predictions(session, [IMAGES.numpy(), IMAGES[:3].numpy()])) == 10
     openers = {name: partial(lambda session: session, session) for name, session in sessions.items()}
     timings = measure_latency(openers, IMAGES[:1].numpy(), (1, 6), seconds=0)
     assert all(timings.spread(name, size).median > 0 for name in sessions for size in (1, 6))

@@ -15,12 +15,14 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
-from tersor.evaluation.costs import accuracy, agreement, costs, predictions
+from tersor.evaluation.costs import costs
+from tersor.evaluation.scoring import agreement, network_predictions, network_score
 from tersor.graph.capture import capture
 from tersor.models import build, load_weights, normalization
 from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
+from tersor.tasks.classification import Classification
 
 SHARED = Path(__file__).parents[1] / "../shared"
 
@@ -48,10 +50,10 @@ def test_accuracy_and_predictions_over_batches_of_unequal_size():
         Batch(one_hot([5]), torch.tensor([4])),
     ]
     model = Largest()
-    assert accuracy(model, batches) == 60.0
-    assert predictions(model, batches).tolist() == [3, 1, 7, 2, 5]
+    assert network_score(model, batches) == 60.0
+    assert network_predictions(model, batches).tolist() == [3, 1, 7, 2, 5]
     assert set(model.modes) == {(False, True)}
-    assert predictions(model, []).shape == (0,)
+    assert network_predictions(model, []) is None
 
 
 def test_every_module_keeps_its_mode_even_after_an_error():
@@ -60,12 +62,12 @@ def test_every_module_keeps_its_mode_even_after_an_error():
     modes = [module.training for module in model.modules()]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batch = Batch(torch.randn(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))
-    accuracy(model, [batch])
+    network_score(model, [batch])
     costs(model, batch.images)
     with pytest.raises(InputError, match="without labels"):
-        accuracy(model, [Batch(batch.images)])
+        network_score(model, [Batch(batch.images)])
     with pytest.raises(RuntimeError):
-        predictions(model, [Batch(torch.randn(1, 3, 9, 9))])
+        network_predictions(model, [Batch(torch.randn(1, 3, 9, 9))])
     with pytest.raises(RuntimeError):
         costs(model, torch.randn(1, 3, 9, 9))
     assert [module.training for module in model.modules()] == modes
@@ -81,19 +83,19 @@ def test_inference_mode_is_off_between_batches():
             seen.append(torch.is_inference_mode_enabled())
             yield Batch(one_hot([1]), torch.tensor([1]))
 
-    accuracy(Largest(), batches())
+    network_score(Largest(), batches())
     assert seen == [False, False]
 
 
 def test_accuracy_of_no_images():
     with pytest.raises(InputError, match="without images"):
-        accuracy(Largest(), [])
+        network_score(Largest(), [])
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
 def test_agreement(pairs):
     first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    assert agreement(first, second) == pytest.approx(100 * sum(a == b for a, b in pairs) / len(pairs))
+    assert agreement(Classification(), first, second) == pytest.approx(100 * sum(a == b for a, b in pairs) / len(pairs))
 
 
 @pytest.mark.parametrize(
@@ -344,4 +346,4 @@ def test_the_accuracy_of_the_shared_network_is_as_published():
         for label, name in enumerate(sorted(images))
     ]
     assert sum(len(batch.images) for batch in batches) == 1000
-    assert accuracy(model, batches) == pytest.approx(89.2, abs=0.2)
+    assert network_score(model, batches) == pytest.approx(89.2, abs=0.2)

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from tersor.core.errors import InputError
 from tersor.evaluation import latency
-from tersor.evaluation.latency import compressed_bytes, footprint, measure_latency, predictions, size_bytes
+from tersor.evaluation.latency import compressed_bytes, footprint, measure_latency, size_bytes
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Session, open_session
 from tersor.evaluation.timings import Ratio
 
@@ -26,18 +28,18 @@ def fake_session(infer) -> Session:
 
 def test_predictions_are_the_largest_logits_of_all_batches(tiny):
     session = open_session(tiny.path, "onnxruntime")
-    answers = predictions(session, [tiny.images[:4], tiny.images[4:]])
+    answers = file_predictions(session, [tiny.images[:4], tiny.images[4:]])
     np.testing.assert_array_equal(answers, tiny.logits.argmax(axis=1))
-    assert answers.dtype == np.int64
+    assert answers.dtype == torch.int64
 
 
-def test_predictions_of_no_images_are_empty(tiny):
-    assert predictions(open_session(tiny.path, "onnxruntime"), []).shape == (0,)
+def test_no_images_have_no_predictions(tiny):
+    assert file_predictions(open_session(tiny.path, "onnxruntime"), []) is None
 
 
 def test_an_output_that_is_not_logits_is_refused(tiny):
-    with pytest.raises(InputError, match=r"logits \(6, classes\).*shape \(6, 3, 8, 8\)"):
-        predictions(fake_session(lambda array: array), [tiny.images])
+    with pytest.raises(InputError, match=r"logits \(N, classes\).*shape \(6, 3, 8, 8\)"):
+        file_predictions(fake_session(lambda array: array), [tiny.images])
 
 
 @pytest.fixture

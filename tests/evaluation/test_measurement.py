@@ -21,6 +21,7 @@ from tersor.evaluation.measurement import measure
 from tersor.evaluation.process_footprint import Footprint
 from tersor.evaluation.results import Results, StageRecord
 from tersor.evaluation.timings import NARROW, Timings
+from tersor.tasks.classification import Classification
 from toy_networks import Small
 
 MS = {
@@ -74,6 +75,7 @@ def run(tmp_path, monkeypatch):
             tmp_path,
             test,
             Target(runtime=target),
+            Classification(),
             seed=0,
             progress=NullProgress(),
             records=RECORDS,

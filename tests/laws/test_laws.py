@@ -26,7 +26,7 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
 from tersor.data import load
 from tersor.deploy.onnx import export
-from tersor.evaluation.latency import predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import parametrizations_of, strip
@@ -344,7 +344,7 @@ def test_export(name, tmp_path, learned, exported):
     model.eval()
     images = subjects.images()
     path = export(model, images, tmp_path / "model.onnx")
-    classes = torch.from_numpy(predictions(open_session(path, "onnxruntime"), [images.numpy()]))
+    classes = file_predictions(open_session(path, "onnxruntime"), [images.numpy()])
     with torch.no_grad():
         expected = model(images).argmax(1)
     assert (classes == expected).float().mean() >= 0.99

@@ -149,7 +149,7 @@ def test_the_refined_gradient_to_the_bit(refined):
     paths = []
     for kind in ("masked", "dense"):
         again = objective_of(attached_to(other := small(), refined_gradient=False))
-        (dense_loss(again) if kind == "dense" else F.cross_entropy(other(BATCH.images), BATCH.labels)).backward()
+        (dense_loss(again) if kind == "dense" else F.cross_entropy(other(BATCH.images), BATCH.targets)).backward()
         paths.append(copied(other))
     for name, gradient in found.items():
         mask = weight_mask(model.get_submodule(name)).mask
@@ -201,7 +201,7 @@ def test_both_learn_from_each_other_after_a_while(mutual):
         losses = objective(BATCH)
         with torch.no_grad(), masks_and_quantizers_disabled(attached.model):
             dense = objective.terms[0].own.dense_logits(attached.model, BATCH.images)
-        seen.append(float(losses["dcil"].detach() - F.cross_entropy(dense, BATCH.labels)))
+        seen.append(float(losses["dcil"].detach() - F.cross_entropy(dense, BATCH.targets)))
         attached.after_step(step, torch.optim.SGD(objective.parameters(), lr=0.1))
     assert seen[:3] == pytest.approx([0, 0, 0], abs=1e-5)
     assert (min(seen[3:]) > 1e-3) is mutual

@@ -122,7 +122,7 @@ def test_a_paraphraser_that_diverges_is_refused(networks):
 def test_decoupled(networks):
     method = DKD(alpha=0.5, beta=3, temperature=2, label_weight=0.2, warmup=0.5)
     attached, batch, ours, theirs = attached_outputs(method, networks)
-    target, others = decoupled(ours.logits, theirs.logits, batch.labels, 2)
+    target, others = decoupled(ours.logits, theirs.logits, batch.targets, 2)
     same(attached.terms[0](batch, ours, theirs), 0.25 * (0.5 * target + 3 * others))
     attached.after_step(0, None)
     same(attached.terms[0](batch, ours, theirs), 0.5 * (0.5 * target + 3 * others))
@@ -176,7 +176,7 @@ def test_review_of_a_single_image(networks):
     student, teacher = networks
     attached = ReviewKD().attach(student, AttachContext(data=Loader(), teacher=teacher, steps=4))
     objective = Objective(student, attached.terms, teacher, layers=attached.layers).train()
-    losses = objective(Batch(Loader().images[:1], Loader().labels[:1]))
+    losses = objective(Batch(Loader().images[:1], Loader().targets[:1]))
     torch.stack([*losses.values()]).sum().backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(bool(buffer.isfinite().all()) for buffer in attached.terms[0].buffers())
@@ -259,7 +259,7 @@ def test_notes_name_the_layer_pairs(networks):
 
 def test_a_paraphraser_accepts_features_of_any_precision(networks):
     student, teacher = networks
-    batch = Batch(Loader().images.double(), Loader().labels)
+    batch = Batch(Loader().images.double(), Loader().targets)
     method = FactorTransfer(paraphraser_epochs=1, paraphraser_learning_rate=0.01)
     attached = method.attach(student.double(), AttachContext(data=[batch], teacher=teacher.double()))
     attached.begin()

@@ -111,7 +111,7 @@ def test_norm_statistics_can_be_frozen_from_the_first_step():
 def test_training_lowers_the_loss_that_quantization_alone_gives(offset):
     method = LSQ(bits=4, activation_bits=4, offset=offset)
     before, after = (
-        sum(float(F.cross_entropy(model(batch.images), batch.labels).detach()) for batch in Loader())
+        sum(float(F.cross_entropy(model(batch.images), batch.targets).detach()) for batch in Loader())
         for model in (attached(method).model.eval(), trained(method, steps=120, rate=0.1).eval())
     )
     assert after < 0.7 * before

@@ -14,7 +14,7 @@ from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.deploy.onnx import export
-from tersor.evaluation.latency import predictions
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.graph.capture import capture
 from tersor.methods.lsq import LSQ
@@ -242,7 +242,7 @@ def test_the_exported_file_equals_torch(tmp_path):
     assert min(found) <= 4 < max(found), "weights in nibbles and in bytes"
     x = images(300, seed=5)
     path = export(attached.model, x[:1], tmp_path / "model.onnx")
-    answers = torch.from_numpy(predictions(open_session(path, "onnxruntime"), [x.numpy()]))
+    answers = file_predictions(open_session(path, "onnxruntime"), [x.numpy()])
     assert (answers == attached.model(x).argmax(1)).float().mean() >= 0.99
 
 

@@ -333,7 +333,7 @@ def test_training_lowers_the_loss_that_quantization_alone_gives():
         trained(QAT(bits=4, activation_bits=4), steps=120),
     )
     before, after = (
-        sum(float(F.cross_entropy(model(batch.images), batch.labels).detach()) for batch in Loader())
+        sum(float(F.cross_entropy(model(batch.images), batch.targets).detach()) for batch in Loader())
         for model in (alone, learned)
     )
     assert after < 0.75 * before

@@ -148,7 +148,7 @@ def test_soft_targets_with_labels():
     batch = Batch(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
     found, student, teacher = losses(SoftTargets(temperature=3, loss_weight=0.7, label_weight=0.2), batch)
     logits_now = student(batch.images)
-    torch.testing.assert_close(found["labels"], 0.2 * nn.functional.cross_entropy(logits_now, batch.labels))
+    torch.testing.assert_close(found["labels"], 0.2 * nn.functional.cross_entropy(logits_now, batch.targets))
     torch.testing.assert_close(found["soft_targets"], 0.7 * soft_target_loss(logits_now, teacher(batch.images), 3))
 
 

@@ -177,7 +177,7 @@ def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeyp
     seen = []
 
     def looked(_quantizers, data, _asked, **_):
-        seen.append(torch.cat([batch.labels for batch in data]))
+        seen.append(torch.cat([batch.targets for batch in data]))
         return iter([Cost("conv1", 2, 0.5, 1.0)])
 
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", looked)

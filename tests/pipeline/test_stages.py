@@ -82,10 +82,13 @@ class Counted:
     """Images that know how many of them were looked at."""
 
     def __init__(self, images):
-        self.images, self.labels, self.size, self.looked_at = images, images.labels, images.size, set()
+        self.images, self.targets, self.size, self.looked_at = images, images.targets, images.size, set()
 
     def __len__(self):
         return len(self.images)
+
+    def targets_at(self, index):
+        return self.targets[index]
 
     def take(self, index):
         self.looked_at |= set(index.tolist())

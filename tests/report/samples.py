@@ -16,14 +16,14 @@ SIZES = ("1", "32")
 
 
 def entry(
-    ms: float, *, runtime="onnxruntime", precision="float32", accuracy=90.0, size=4_000_000, bits=32, macs=10_000_000
+    ms: float, *, runtime="onnxruntime", precision="float32", score=90.0, size=4_000_000, bits=32, macs=10_000_000
 ):
     runs = [[ms * factor for factor in group] for group in ((0.99, 1.0, 1.01), (1.02, 1.0))]
     spread = {"median": ms, "p10": 0.99 * ms, "p90": 1.02 * ms, "n": 5}
     return {
         "runtime": runtime,
         "precision": precision,
-        "accuracy": accuracy,
+        "score": score,
         "agreement": 100.0,
         "bytes": size,
         "compressed_bytes": size // 2,
@@ -69,6 +69,7 @@ def alone(ms: float, **changes):
 def numbers_of(**changes):
     numbers = {
         "runtime": "onnxruntime",
+        "metric": {"name": "accuracy", "unit": "%", "higher_is_better": True},
         "machine": {
             "cpu": "Some CPU",
             "cpu_kind": "vnni",
@@ -81,17 +82,17 @@ def numbers_of(**changes):
         "original": entry(4.0),
         "candidates": {
             "onnxruntime": entry(4.0),
-            "openvino": entry(2.0, runtime="openvino", precision="bfloat16", accuracy=89.9),
+            "openvino": entry(2.0, runtime="openvino", precision="bfloat16", score=89.9),
         },
         "baseline": {key: {"runtime": "openvino", "precision": "bfloat16"} for key in SIZES},
-        "artifact": entry(1.0, accuracy=89.6, size=1_000_000, bits=8, macs=5_000_000),
+        "artifact": entry(1.0, score=89.6, size=1_000_000, bits=8, macs=5_000_000),
         "speedup": speedups(4.0, 2.0),
         "rounds": {"time_limit_seconds": 10.0, "interval_width": 0.1, "ended_by": {"1": "interval", "32": "time"}},
         "test_images": 1000,
         "classes": ["cat", "dog"],
         "stages": [
             {"name": "distil", "methods": [{"soft_targets": {"temperature": 4}}], "steps": 100, "minutes": 3.0,
-             "validation_accuracy": 90.5, "accuracy": 90.2, "bytes": 4_000_000, "macs": 10_000_000, "sparsity": 0.0,
+             "validation_score": 90.5, "score": 90.2, "bytes": 4_000_000, "macs": 10_000_000, "sparsity": 0.0,
              "latency_ms": {"1": {"median": 3.5, "p10": 3.4, "p90": 3.6, "n": 5}}, "speedup": {"1": ratio_of(1.14)},
              "reconstruction": {"layer": "layer3", "errors": [0.9, 0.4], "before": [[[0.1, 0.7], [0.3, 0.2]]] * 6,
                                 "after": [[[0.1, 0.6], [0.3, 0.3]]] * 6}},

@@ -73,8 +73,7 @@ def test_masks_and_accuracy_during_training(page):
     assert "from 0 to 50.0 %" in section
     assert "from 60.00 to 80.00 %" in section
     sparsity, changed, accuracy = (
-        re.search(rf'class="line {kind}".*?<path d="([^"]+)"', section)[1]
-        for kind in ("sparsity", "changed", "accuracy")
+        re.search(rf'class="line {kind}".*?<path d="([^"]+)"', section)[1] for kind in ("sparsity", "changed", "score")
     )
     assert sparsity == "M64 32L128 20L192 14"
     assert changed == "M64 2L128 32L192 47"

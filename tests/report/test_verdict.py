@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from samples import alone, entry, evidence_of, numbers_at, numbers_of, profile_of, ratio_of, speedups
 
-from tersor.evaluation.results import FileResults, Results, Speedup
+from tersor.evaluation.results import FileResults, Metric, Results, Speedup
 from tersor.report import verdict as module
-from tersor.report.verdict import accuracy_change, by_batch_size
+from tersor.report.verdict import by_batch_size
 
 
 def verdict(numbers, evidence=None):
@@ -124,7 +124,7 @@ def test_equally_fast_and_not_smaller_is_not_recommended():
 
 
 def test_equally_fast_and_smaller_but_inaccurate_is_not_recommended():
-    expected = verdict(alone(4.0, artifact=entry(4.0, accuracy=88.9, size=1_000_000)))
+    expected = verdict(alone(4.0, artifact=entry(4.0, score=88.9, size=1_000_000)))
     assert "Ship original.onnx in ONNX Runtime (float32) instead." in expected
 
 
@@ -136,7 +136,7 @@ def test_equally_fast_and_smaller_but_inaccurate_is_not_recommended():
     ],
 )
 def test_a_baseline_that_loses_more_than_a_point_is_not_recommended(ms, expected):
-    candidates = {"onnxruntime": entry(4.0), "openvino": entry(1.0, accuracy=88.9, **BF16)}
+    candidates = {"onnxruntime": entry(4.0), "openvino": entry(1.0, score=88.9, **BF16)}
     assert verdict(numbers_at(ms, candidates=candidates, speedup=speedups(4 / ms, 1 / ms))).endswith(expected)
 
 
@@ -172,4 +172,4 @@ def test_size(before, after, expected):
     ],
 )
 def test_points(after, expected):
-    assert accuracy_change(90.0, after) == expected
+    assert Metric(name="accuracy", unit="%", higher_is_better=True).change(90.0, after) == expected

@@ -28,7 +28,7 @@ class Toy:
     def __init__(self, count=64, batch_size=8, shape=(5,)):
         draw = torch.Generator().manual_seed(1)
         self.images = torch.randn(count, *shape, generator=draw)
-        self.labels = self.images.flatten(1)[:, :3].argmax(1)
+        self.targets = self.images.flatten(1)[:, :3].argmax(1)
         self.batch_size = batch_size
         self.epochs = []
 
@@ -41,7 +41,7 @@ class Toy:
     def __iter__(self):
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epochs[-1]))
         for index in order.split(self.batch_size):
-            yield Batch(self.images[index], self.labels[index], index)
+            yield Batch(self.images[index], self.targets[index], index)
 
 
 class Recorder:
@@ -97,9 +97,9 @@ def test_a_linear_model_learns(optimizer, schedule):
     training = Training(
         optimizer=optimizer, lr_schedule=LearningRateSchedule(name=schedule, warmup_epochs=1), precision="float32"
     )
-    right = lambda: (model(batches.images).argmax(1) == batches.labels).float().mean().item()  # noqa: E731
+    right = lambda: (model(batches.images).argmax(1) == batches.targets).float().mean().item()  # noqa: E731
     assert right() < 0.6
-    fitted = fit(Attachment(model), batches, training, steps=80, progress=progress, task="toy")
+    fitted = fit(Attachment(model), batches, training, steps=80, progress=progress, name="toy")
     assert right() > 0.9
     assert fitted.steps == 80
     assert fitted.seconds > 0
@@ -154,7 +154,7 @@ def test_the_last_step_of_an_epoch_averages_over_the_remaining_batches():
     fit(Attachment(alone), batches, training, steps=1)
     batches.set_epoch(0)
     *_, last = batches
-    nn.functional.cross_entropy(alone(last.images), last.labels).backward()
+    nn.functional.cross_entropy(alone(last.images), last.targets).backward()
     with torch.no_grad():
         for parameter in alone.parameters():
             parameter -= 0.1 * parameter.grad
@@ -372,7 +372,7 @@ def test_without_a_checkpoint_the_message_says_so():
 def test_weights_that_are_not_finite_after_the_last_step_are_an_error():
     wild = OptimizerOptions(learning_rate=1e38, momentum=0, weight_decay=1e3)
     with pytest.raises(NonFiniteWeights, match="toy: the last step made weights"):
-        fit(Attachment(linear()), Toy(), Training(optimizer=wild, lr_schedule=STEADY), steps=1, task="toy")
+        fit(Attachment(linear()), Toy(), Training(optimizer=wild, lr_schedule=STEADY), steps=1, name="toy")
 
 
 class Follows(LossTerm):

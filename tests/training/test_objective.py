@@ -7,6 +7,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch, labels_of
+from tersor.tasks.classification import Classification
 from tersor.training.objective import LossTerm, Objective
 
 
@@ -35,9 +36,9 @@ def batch():
 
 def test_cross_entropy_without_terms(batch):
     model = network().eval()
-    objective = Objective(model, label_smoothing=0.1).eval()
+    objective = Objective(model, task=Classification(label_smoothing=0.1)).eval()
     losses = objective(batch)
-    expected = F.cross_entropy(model(batch.images), batch.labels, label_smoothing=0.1)
+    expected = F.cross_entropy(model(batch.images), batch.targets, label_smoothing=0.1)
     assert list(losses) == ["labels"]
     assert torch.equal(losses["labels"], expected)
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
-from tersor.evaluation.costs import accuracy
+from tersor.evaluation.scoring import network_score
 from tersor.pipeline.experiment import EVALUATION_BATCH
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages
@@ -151,15 +151,15 @@ def test_a_stage_records_the_curve_of_the_masked_network(tmp_path):
     experiment, model, record = run_recipe(RECIPE, tmp_path / "a")
     assert len(record["validation_by_epoch"]) == 2
     assert record["validated_at"] == [record["steps"] // 2, record["steps"]]
-    assert record["validation_by_epoch"][-1] == record["validation_accuracy"]
+    assert record["validation_by_epoch"][-1] == record["validation_score"]
     for module in model.modules():
         if isinstance(module, Mask):
             module.mask.fill_(True)
     batches = experiment.batches(experiment.data.validation, EVALUATION_BATCH)
-    assert accuracy(model, batches) != record["validation_accuracy"]
+    assert network_score(model, batches) != record["validation_score"]
     *_, without_curve = run_recipe(RECIPE.replace("    validate_every: 1\n", ""), tmp_path / "b")
     assert "validation_by_epoch" not in without_curve
-    assert without_curve["validation_accuracy"] == record["validation_accuracy"]
+    assert without_curve["validation_score"] == record["validation_score"]
 
 
 def test_a_curve_without_validation_images_is_an_error_before_training():

@@ -1,4 +1,4 @@
-"""A batch of labelled images, and reading it from what a user's loader yields."""
+"""A batch of images and targets, and reading it from what a user's loader yields."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from tersor.core.errors import InputError
 from tersor.data.batch_errors import images_error
@@ -16,32 +17,33 @@ from tersor.data.batch_errors import images_error
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of labelled images.
+    """A batch of images and their targets.
 
     Attributes:
         images: (N, C, H, W), normalized.
-        labels: (N,) class numbers, or None.
+        targets: what the task needs: class numbers (N,), masks (N, H, W), values (N, k), a list with a dict of boxes
+            and labels for each image, or any other pytree; None where the images have none.
         index: (N,) indices in the data set, or None.
     """
 
     images: Tensor
-    labels: Tensor | None = None
+    targets: Any = None
     index: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
-        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
-        return Batch(self.images.to(device, non_blocking=True), move(self.labels), move(self.index))
+        move = lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        return Batch(move(self.images), tree_map(move, self.targets), move(self.index))
 
 
 def parts_of(batch: Any) -> tuple[Any, Any]:
-    """Return what a user's batch holds as images and as labels, unchecked; None where there is nothing.
+    """Return what a user's batch holds as images and as targets, unchecked; None where there is nothing.
 
-    In a mapping (`{"pixel_values": ..., "labels": ...}`), images are the only value of four dimensions, and labels the
+    In a mapping (`{"pixel_values": ..., "labels": ...}`), images are the only value of four dimensions, and targets the
     only other tensor or array of one dimension.
     """
     if isinstance(batch, Batch):
-        return batch.images, batch.labels
+        return batch.images, batch.targets
     if isinstance(batch, Mapping):
         values = list(cast("Mapping[Any, Any]", batch).values())
         images, labels = ([value for value in values if getattr(value, "ndim", None) == rank] for rank in (4, 1))

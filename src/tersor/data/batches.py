@@ -133,7 +133,7 @@ class Batches:
     def _normalized(self, pixels: Tensor, index: Tensor) -> Batch:
         """Pixels (B, H, W, 3) uint8 -> a batch."""
         values = pixels.view(len(index), -1).to(torch.float32).sub_(self._mean).div_(self._std)
-        return Batch(values.view(pixels.shape).permute(0, 3, 1, 2), self.images.labels[index], index)
+        return Batch(values.view(pixels.shape).permute(0, 3, 1, 2), self.images.targets_at(index), index)
 
 
 def _one_ahead(worker: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:

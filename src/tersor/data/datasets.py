@@ -116,7 +116,7 @@ def _from_pair(name: str, train: Any, test: Any, image_size: int | None, threads
         _from_dataset(f"{name}, {which} set", dataset, image_size, threads)
         for which, dataset in (("training", train), ("test", test))
     ]
-    count = 1 + int(max(images.labels.max() for images in sets))
+    count = 1 + int(max(images.targets.max() for images in sets))
     names = getattr(train, "classes", None) or range(count)
     classes = tuple(", ".join(each) if isinstance(each, tuple) else str(each) for each in names)
     return Splits(sets[0], View(sets[0], torch.arange(0)), sets[1], classes)

@@ -46,7 +46,7 @@ def from_folder(folder: Path, image_size: int | None) -> Splits:
     train_files = _class_files(folder / "train")
     classes = tuple(train_files)
     test = _set_of(classes, folder / ("test" if "test" in names else "val"), image_size)
-    missing = [name for number, name in enumerate(classes) if not (test.labels == number).any()]
+    missing = [name for number, name in enumerate(classes) if not (test.targets == number).any()]
     if missing:
         raise InputError(
             f"the test set of '{folder}' lacks {len(missing)} of the {len(classes)} classes: "
@@ -69,7 +69,7 @@ def _split_off_test_set(files: dict[str, list[str]], folder: Path, image_size: i
             )
     images = _images(tuple(files), files, image_size)
     count = max(len(files), round(TEST_SHARE * len(images)))
-    test, train = stratified(images.labels, count, generator(_TEST_SEED), at_least=1, leave=1)
+    test, train = stratified(images.targets, count, generator(_TEST_SEED), at_least=1, leave=1)
     return Splits(View(images, train), View(images, torch.arange(0)), View(images, test), tuple(files))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import chain
 from typing import Any, cast
 
@@ -69,17 +69,39 @@ def _first_batches(batches: Iterable[Any], images: int | None) -> list[Any]:
     return kept
 
 
+_TARGETS = ("targets", "target", "labels", "label", "masks", "mask")
+
+
+def targets_in(batch: Any) -> Any:
+    """Return the targets of a user's batch, whatever they are; None where there are none.
+
+    In a tuple they are the second entry. In a mapping they have one of the keys `targets`, `labels` or `masks`, in
+    singular or plural, or are the only value besides the images.
+    """
+    if isinstance(batch, Mapping):
+        entries = cast("Mapping[Any, Any]", batch)
+        others = [value for value in entries.values() if getattr(value, "ndim", None) != 4]
+        found = next((entries[key] for key in _TARGETS if key in entries), others[0] if len(others) == 1 else None)
+    else:
+        _, found = parts_of(batch)
+    if type(found).__module__ == "numpy":
+        raise InputError("the targets of a batch are a numpy array. Write torch.from_numpy(targets).")
+    return found
+
+
 class Loader:
     """A `BatchSource` over a user's loader, which shuffles by itself.
 
     Args:
-        loader: has a length; batches are (images, labels), or images alone.
-        classes: number of classes; None if labels are not needed.
+        loader: has a length; batches are (images, targets), or images alone.
+        classes: number of classes, if the targets are class numbers; None otherwise.
+        targets: whether other targets are needed.
     """
 
-    def __init__(self, loader: Iterable[Any], classes: int | None) -> None:
+    def __init__(self, loader: Iterable[Any], classes: int | None, *, targets: bool = False) -> None:
         self.loader = loader
         self.classes = classes
+        self.targets = targets
         self._least: int | None = None
 
     def __len__(self) -> int:
@@ -93,13 +115,21 @@ class Loader:
                 raise InputError("a batch of the data is empty. Leave empty batches out.")
             if not images.is_floating_point():
                 raise InputError(f"a batch of the data has type {images.dtype}. Pass normalized floating-point images.")
-            yield Batch(images, None if self.classes is None else self._checked(unchecked_labels(batch), len(images)))
+            yield Batch(images, self._targets(batch, len(images)))
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch to a sampler that depends on it, as in distributed runs."""
         set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
+
+    def _targets(self, batch: Any, images: int) -> Any:
+        if self.classes is not None:
+            return self._checked(unchecked_labels(batch), images)
+        found = targets_in(batch) if self.targets else None
+        if self.targets and found is None:
+            raise InputError("a batch has no targets. Pass batches (images, targets), or write label_weight=0.")
+        return found
 
     def _checked(self, labels: Tensor | None, images: int) -> Tensor:
         """Return valid labels (N,) as int64."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from tersor.core.errors import InputError
 from tersor.data.datasets import from_name
 from tersor.data.image_folder import from_folder
-from tersor.data.image_sets import CHUNK, Channels, Images, Splits, View, bytes_in_memory, in_memory
+from tersor.data.image_sets import CHUNK, Channels, Images, Splits, View, bytes_in_memory, class_numbers, in_memory
 from tersor.data.stratified import generator, stratified
 
 MEMORY = 2 * 2**30
@@ -116,7 +116,7 @@ def _source(folder: str | Path | None, name: str | None, root: str | Path | None
 def _with_validation(splits: Splits, share: float, seed: int) -> Splits:
     if len(splits.validation) or not share:
         return splits
-    labels = splits.train.labels
+    labels = _strata(splits.train)
     count = max(1, round(share * len(labels)))
     most = len(labels) - int((torch.bincount(labels) > 0).sum())
     if count > most:
@@ -128,10 +128,16 @@ def _with_validation(splits: Splits, share: float, seed: int) -> Splits:
     return replace(splits, train=View(splits.train, rest), validation=View(splits.train, held_out))
 
 
+def _strata(images: Images) -> Tensor:
+    """What splits are stratified by (N,): class numbers, or a single stratum for other targets."""
+    labels = class_numbers(images)
+    return torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+
+
 def _limited(splits: Splits, limit: int | None, seed: int) -> Splits:
     if limit is None:
         return splits
-    labels = splits.train.labels
+    labels = _strata(splits.train)
     classes = int((torch.bincount(labels) > 0).sum())
     if not classes <= limit <= len(labels):
         raise InputError(
@@ -166,7 +172,8 @@ def _check(
 def _check_splits(splits: Splits, image_size: int | None) -> None:
     sets = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     classes = len(splits.classes)
-    if classes < 2:
+    labelled = class_numbers(splits.train) is not None
+    if labelled and classes < 2:
         raise InputError(f"the data has a single class ({''.join(splits.classes)}). At least two are needed.")
     if len(splits.train) < 2 or not len(splits.test):
         raise InputError(
@@ -174,7 +181,8 @@ def _check_splits(splits: Splits, image_size: int | None) -> None:
             "images and one test image are needed."
         )
     for which, images in sets.items():
-        _check_labels(which, images.labels, classes)
+        if labelled:
+            _check_labels(which, images.targets, classes)
         if len(images) and images.size != splits.train.size:
             raise InputError(
                 f"training images have {splits.train.size[1]}x{splits.train.size[0]} pixels, {which} images "

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+Inference = Callable[[NDArray[Any]], NDArray[Any]]
+InferenceOfAll = Callable[[NDArray[Any]], Sequence[NDArray[Any]]]
+"""Images (N, C, H, W) -> one output, or all outputs of a file."""
 
-def in_batches_of(infer: Callable[[NDArray[Any]], NDArray[Any]], size: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
+
+def in_batches_of(infer: Inference, size: int) -> Inference:
     """A function of any number of images (N, C, H, W), from `infer`, which takes `size`; the last batch is padded."""
+    infer_all = all_in_batches_of(lambda images: [infer(images)], size)
+    return lambda images: infer_all(images)[0]
 
-    def infer_batches(images: NDArray[Any]) -> NDArray[Any]:
+
+def all_in_batches_of(infer: InferenceOfAll, size: int) -> InferenceOfAll:
+    """The same for all outputs of a file."""
+
+    def infer_batches(images: NDArray[Any]) -> Sequence[NDArray[Any]]:
         if len(images) == size:
             return infer(images)
-        outputs: list[NDArray[Any]] = []
+        batches: list[list[NDArray[Any]]] = []
         for start in range(0, len(images), size):
             batch = images[start : start + size]
-            output = infer(np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)]))
-            if output.shape[:1] != (size,):
-                return output  # not one row per image, which the caller refuses
-            outputs.append(output[: len(batch)])
-        return np.concatenate(outputs)
+            outputs = infer(np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)]))
+            if any(output.shape[:1] != (size,) for output in outputs):
+                return outputs  # not one row per image, which the caller refuses
+            batches.append([output[: len(batch)] for output in outputs])
+        return [np.concatenate(each) for each in zip(*batches, strict=True)]
 
     return infer_batches

@@ -1,19 +1,16 @@
-"""Accuracy, predictions and costs (MACs, parameters, sparsity, bits) of a network, which is not changed."""
+"""Costs (MACs, parameters, sparsity, bits) of a network, which is not changed."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tersor.core.errors import InputError
 from tersor.core.target import Target
-from tersor.data.batch import Batch
-from tersor.graph.eval_mode import evaluating
 from tersor.graph.layer_selection import prunable, weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.fake_quantize import weight_quantizer
@@ -74,36 +71,6 @@ class Costs:
     uncounted: tuple[str, ...] = ()
 
 
-def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Top-1 accuracy of `model` in eval mode, in percent.
-
-    Raises:
-        InputError: a batch has no labels, or there is no image.
-    """
-    correct = images = 0
-    for batch, classes in _predictions(model, batches):
-        if batch.labels is None:
-            raise InputError("accuracy cannot be measured on images without labels. Give labelled batches.")
-        correct += int((classes == batch.labels.cpu()).sum())
-        images += len(classes)
-    if not images:
-        raise InputError("accuracy cannot be measured without images. Give at least one labelled batch.")
-    return 100 * correct / images
-
-
-def predictions(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """The predicted classes (N,) of `model` in eval mode, int64 on the CPU, in the order of the images."""
-    classes = [classes for _, classes in _predictions(model, batches)]
-    return torch.cat(classes) if classes else torch.empty(0, dtype=torch.int64)
-
-
-def agreement(first: Tensor, second: Tensor) -> float:
-    """Prediction agreement in percent: how often two predictions (N,) have the same class; N is at least 1."""
-    assert first.shape == second.shape, "predictions for the same images"
-    assert len(first), "no images"
-    return 100 * (first == second).double().mean().item()
-
-
 def costs(model: nn.Module, example: Tensor) -> Costs:
     """The costs of `model` for one input.
 
@@ -136,21 +103,6 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
         layers=layers,
         uncounted=ran.uncounted,
     )
-
-
-def _predictions(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch with the predicted classes (N,) of `model`, on the CPU."""
-    device = _device(model)
-    with evaluating(model):
-        for batch in batches:
-            with torch.inference_mode():  # not around the loop: the caller runs between batches
-                classes = model(batch.images.to(device)).argmax(dim=1)
-            yield batch, classes.cpu()
-
-
-def _device(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Predictions, latency, size and memory of model files in their target runtimes. Needs numpy, never torch.
+"""Latency, size and memory of model files in their target runtimes. Needs numpy, never torch.
 
 **Latency is interleaved.** A machine's speed drifts by more than two models differ. So every round times each model
 once, in a new order, and ratios compare times of the same round. After some rounds all files are opened again, since
@@ -43,42 +43,6 @@ _MAX_ROUNDS_PER_GROUP = 20
 _GROUPS_WITHIN_LIMIT = 12
 _MAX_MEASUREMENT_MS = 10.0
 _MAX_RUNS = 5
-
-
-def predictions(session: Session, arrays: Iterable[Array]) -> Array:
-    """The predicted classes (N,), int64, of all images in `arrays`, each (B, C, H, W).
-
-    With a single logit, class 1 is predicted where it is above 0.
-
-    Raises:
-        InputError: the images do not fit the network, its output is not logits (B, classes), several outputs could be
-            the logits, or a single output could be a logit or a probability.
-    """
-    if session.logits is None:
-        raise InputError(
-            f"the file has the outputs {', '.join(session.outputs)}, and it is not clear which one contains the "
-            "logits. Return them under the key 'logits', or the logits alone, and export again."
-        )
-    classes: list[Array] = [np.empty(0, np.int64)]
-    for array in arrays:
-        logits = session.run(array)
-        if logits.ndim != 2 or len(logits) != len(array):
-            raise InputError(
-                f"a classifier returns logits ({len(array)}, classes) for {len(array)} images, but this network "
-                f"returned shape {logits.shape}."
-            )
-        classes.append(_class_of_single_logit(logits[:, 0]) if logits.shape[1] == 1 else logits.argmax(axis=1))
-    return np.concatenate(classes)
-
-
-def _class_of_single_logit(logits: Array) -> Array:
-    """Class 1 where the single logit (N,) is above 0."""
-    if ((logits >= 0) & (logits <= 1)).all():
-        raise InputError(
-            "the network has one output per image, all between 0 and 1: it is not clear whether these are logits or "
-            "probabilities. Export it with two logits, one for each class, or without the sigmoid."
-        )
-    return (logits > 0).astype(np.int64)
 
 
 def measure_latency(

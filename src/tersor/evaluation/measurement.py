@@ -1,4 +1,4 @@
-"""Measure the files of a run in the runtimes: accuracy on the whole test set, and interleaved latency.
+"""Measure the files of a run in the runtimes: the metric on the whole test set, and interleaved latency.
 
 The baseline of a batch size is the candidate with the lowest median in the same rounds that its ratio is computed from.
 Choosing among several candidates favors a lucky one, so the speedup over the baseline is, if anything, underestimated.
@@ -21,20 +21,20 @@ from tersor.core.progress import ProgressReporter
 from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.deploy.float_operators import float_operators
-from tersor.evaluation.costs import FLOAT_BITS, Costs, agreement, costs
-from tersor.evaluation.costs import predictions as torch_predictions
+from tersor.evaluation.costs import FLOAT_BITS, Costs, costs
 from tersor.evaluation.latency import (
     BATCH_SIZES,
     Array,
     compressed_bytes,
     footprint,
     measure_latency,
-    predictions,
     size_bytes,
 )
 from tersor.evaluation.results import VERSION, Results, StageRecord
+from tersor.evaluation.scoring import agreement, file_predictions, network_predictions, score, targets_of
 from tersor.evaluation.session import Session, installed_runtimes, open_session
 from tersor.evaluation.timings import NARROW, Ratio, Timings
+from tersor.tasks.task import Task
 
 _HALF_BITS = 16
 
@@ -59,24 +59,25 @@ class _Measured:
 
     Attributes:
         candidates: by runtime, the name of the original file at the default precision.
-        predictions: classes (N,) of the test images.
-        labels: (N,).
+        predictions: of the test images, as `task.predictions` returns them.
+        targets: of the test images.
         example: one image in the input format of the files.
     """
 
     files: Mapping[str, File]
     sessions: Mapping[str, Session]
     candidates: Mapping[str, str]
-    predictions: Mapping[str, Array]
+    predictions: Mapping[str, Any]
     timings: Timings
-    labels: torch.Tensor
+    targets: Any
+    task: Task
     example: Array
 
     def stage(self, name: str) -> dict[str, Any]:
         """The fields of a `StageRecord` that are measured."""
         file = self.files[name]
         return {
-            "accuracy": self._agreement(name, self.labels),
+            "score": score(self.task, self.predictions[name], self.targets),
             "bytes": size_bytes(file.path),
             "compressed_bytes": compressed_bytes(file.path),
             "macs": file.costs.macs,
@@ -93,8 +94,8 @@ class _Measured:
             "runtime": file.runtime,
             "precision": session.precision,
             "batch": session.batch,
-            "accuracy": self._agreement(name, self.labels),
-            "agreement": self._agreement(name, torch.from_numpy(self.predictions["original"])),
+            "score": score(self.task, self.predictions[name], self.targets),
+            "agreement": agreement(self.task, self.predictions[name], self.predictions["original"]),
             "bytes": size_bytes(file.path),
             "compressed_bytes": compressed_bytes(file.path),
             "parameters": file.costs.parameters,
@@ -131,9 +132,6 @@ class _Measured:
             },
         }
 
-    def _agreement(self, name: str, classes: torch.Tensor) -> float:
-        return agreement(torch.from_numpy(self.predictions[name]), classes)
-
 
 def arrays(batches: Batches, input_kind: str) -> Iterator[Array]:
     """The images in the input format of a file: normalized float32, or uint8 pixels."""
@@ -151,6 +149,7 @@ def measure(
     folder: Path,
     test: Batches,
     target: Target,
+    task: Task,
     *,
     seed: int,
     progress: ProgressReporter,
@@ -158,7 +157,7 @@ def measure(
     stages: Mapping[int, tuple[nn.Module, Path]] | None = None,
     seconds: float = 10.0,
     **data: Any,
-) -> tuple[Results, dict[str, Array]]:
+) -> tuple[Results, dict[str, Any]]:
     """Measure the original, the baseline candidates, the artifact, and the files after each stage.
 
     Args:
@@ -167,6 +166,7 @@ def measure(
         folder: contains `original.onnx` and `model.onnx`.
         test: the whole test set, in order.
         target: the runtime to measure in.
+        task: what the network is for.
         seed: the seed of the recipe.
         progress: reports the progress.
         records: records of the stages, which are completed with the measurements.
@@ -175,7 +175,7 @@ def measure(
         data: `mean`, `std` and `classes` of the data, for the results.
 
     Returns:
-        The results, and the predicted classes (N,) of the original, the candidates and the artifact.
+        The results, and the predictions of the original, the candidates and the artifact.
     """
     example = next(iter(test)).images[:1].contiguous()
     files = {
@@ -189,8 +189,8 @@ def measure(
         name = f"stage {number}"
         files[name] = File(path, target.runtime, None, costs(network, example))
         sessions[name] = files[name].open()
-    measured = _measured(files, sessions, candidates, test, target, seconds, progress)
-    agreement_with_torch = agreement(torch.from_numpy(measured.predictions["artifact"]), torch_predictions(model, test))
+    measured = _measured(files, sessions, candidates, test, target, task, seconds, progress)
+    agreement_with_torch = agreement(task, measured.predictions["artifact"], network_predictions(model, test, task))
     in_float, warning = float_operators(model, example)
     if warning is not None:
         progress.say(f"warning: {warning}")
@@ -202,6 +202,7 @@ def measure(
             "version": VERSION,
             "runtime": target.runtime,
             "target": target,
+            "metric": {"name": task.metric, "unit": task.unit, "higher_is_better": task.higher_is_better},
             "machine": machine(),
             "seed": seed,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -210,7 +211,7 @@ def measure(
             "artifact": by_file["artifact"] | in_float,
             "agreement_with_torch": agreement_with_torch,
             **measured.latency_results(seconds),
-            "test_images": len(measured.labels),
+            "test_images": len(test.images),
             "stages": [
                 {**record.model_dump(exclude_unset=True), **by_stage.get(number, {})}
                 for number, record in enumerate(records, 1)
@@ -227,19 +228,21 @@ def _measured(
     candidates: Mapping[str, str],
     test: Batches,
     target: Target,
+    task: Task,
     seconds: float,
     progress: ProgressReporter,
 ) -> _Measured:
     """Run all files on the test set, then time them."""
     progress.start("test set in the runtime", len(files))
-    classes: dict[str, Array] = {}
+    predictions: dict[str, Any] = {}
     for name, session in sessions.items():
-        classes[name] = predictions(session, arrays(test, target.input))
+        predictions[name] = file_predictions(session, arrays(test, target.input), task)
         progress.advance()
     progress.say("latency: interleaved rounds, batch " + ", ".join(map(str, BATCH_SIZES)))
     image = next(arrays(test, target.input))[:1]
     timings = _timed(files, list(candidates.values()), image, seconds)
-    return _Measured(files, sessions, candidates, classes, timings, test.images.labels, image)
+    targets = predictions["original"] if task.from_original else targets_of(test)
+    return _Measured(files, sessions, candidates, predictions, timings, targets, task, image)
 
 
 def _add_candidates(files: dict[str, File], sessions: dict[str, Session]) -> dict[str, str]:

@@ -68,6 +68,44 @@ class Execution(_Record):
     precision: Text
 
 
+class Metric(_Record):
+    """The task's metric, which every `score` has: "accuracy" in "%"."""
+
+    name: Text
+    unit: Text
+    higher_is_better: bool
+
+    @property
+    def digits(self) -> int:
+        """Decimal places to show."""
+        return 2 if self.unit else 4
+
+    @property
+    def title(self) -> str:
+        """ "accuracy, %"."""
+        return self.titled(self.name)
+
+    def titled(self, name: str) -> str:
+        """ "validation, %": the name of a score, with the unit of the metric."""
+        return f"{name}, {self.unit}" if self.unit else name
+
+    def shown(self, score: float) -> str:
+        """ "91.20 %"."""
+        return f"{score:.{self.digits}f} {self.unit}".rstrip()
+
+    def loss(self, before: float, after: float) -> float:
+        """By how much `after` is worse than `before`."""
+        return before - after if self.higher_is_better else after - before
+
+    def change(self, before: float, after: float) -> str:
+        """ "accuracy 0.4 points lower", from two scores."""
+        change = after - before
+        if abs(change) < (0.005 if self.unit else 0.0005 * abs(before)):
+            return f"{self.name} unchanged"
+        size = f"{abs(change):.{1 if abs(change) >= 0.1 else 2}f} points" if self.unit else f"{abs(change):.3g}"
+        return f"{self.name} {size} {'lower' if change < 0 else 'higher'}"
+
+
 class FloatOperator(_Record):
     """An operator that is not computed in integers."""
 
@@ -82,7 +120,7 @@ class FileResults(Execution):
     """Everything measured of one file in one runtime.
 
     Attributes:
-        accuracy: on the test set, in percent.
+        score: the metric on the test set.
         agreement: share of predictions that equal those of the original file, in percent.
         latency_ms, latency_runs_ms: by batch size; the runs in groups of interleaved rounds.
         masked: fraction of the prunable weights under masks.
@@ -90,7 +128,7 @@ class FileResults(Execution):
     """
 
     batch: int | None = None
-    accuracy: Percent
+    score: float
     agreement: Percent
     bytes: Count
     compressed_bytes: Count
@@ -113,10 +151,10 @@ class StageRecord(BaseModel):
 
     Attributes:
         methods: as in the recipe.
-        validation_accuracy: in percent; None without validation images.
+        validation_score: the metric on the validation images; None without any.
         losses: mean of each loss over the last epoch, by name.
-        validation_by_epoch, validated_at: accuracies in percent, and the steps at which they were measured.
-        accuracy, ..., speedup: of the exported file after the stage; the speedup is over the original.
+        validation_by_epoch, validated_at: validation scores, and the steps at which they were measured.
+        score, ..., speedup: of the exported file after the stage; the speedup is over the original.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -125,13 +163,13 @@ class StageRecord(BaseModel):
     steps: Count
     notes: list[Text] = []
     minutes: float
-    validation_accuracy: Percent | None = None
+    validation_score: float | None = None
     losses: dict[str, float] = {}
     precision: Text | None = None
     training_seconds: float | None = None
-    validation_by_epoch: list[Percent] = []
+    validation_by_epoch: list[float] = []
     validated_at: list[Count] = []
-    accuracy: Percent | None = None
+    score: float | None = None
     bytes: Count | None = None
     compressed_bytes: Count | None = None
     macs: Count | None = None
@@ -156,14 +194,15 @@ class Rounds(_Record):
 class Results(_Record):
     """`numbers.json`.
 
-    `original` is the uncompressed file in float32 in the target runtime. `candidates` are the same file in every
-    installed runtime at its default precision; the fastest of them is the `baseline` of a batch size. `artifact` is the
-    compressed file in the target runtime.
+    `metric` is that of every score. `original` is the uncompressed file in float32 in the target runtime. `candidates`
+    are the same file in every installed runtime at its default precision; the fastest of them is the `baseline` of a
+    batch size. `artifact` is the compressed file in the target runtime.
     """
 
     version: Literal[1] = VERSION
     runtime: Runtime
     target: Target | None = None
+    metric: Metric
     machine: Machine
     seed: Count
     date: Text

@@ -17,7 +17,7 @@ from tersor.core.errors import InputError, unknown
 from tersor.core.machine import default_threads
 from tersor.core.target import Runtime
 from tersor.deploy.outputs import LOGITS, logits_index
-from tersor.evaluation.batch_padding import in_batches_of
+from tersor.evaluation.batch_padding import InferenceOfAll, all_in_batches_of, in_batches_of
 
 Array: TypeAlias = NDArray[Any]
 
@@ -42,6 +42,7 @@ class Session:
         input_dtype: data type of the images.
         input_shape: (N, C, H, W); None for any size.
         infer: the runtime's own call, without checks: the logits, or the first output if `logits` is None.
+        infer_all: the same for all outputs; None if the file has one.
         outputs: names of all outputs of the file.
         logits: index of the logits among them, or None if unknown.
         batch: fixed batch size of the file, or None. Other numbers of images take several runs, the last one padded.
@@ -53,16 +54,31 @@ class Session:
     input_dtype: np.dtype[Any]
     input_shape: tuple[int | None, ...]
     infer: Callable[[Array], Array]
+    infer_all: InferenceOfAll | None = None
     outputs: tuple[str, ...] = (LOGITS,)
     logits: int | None = 0
     batch: int | None = None
 
     def run(self, array: Array) -> Array:
-        """Logits (N, classes) of images (N, C, H, W).
+        """Logits (N, classes), or the first output, of images (N, C, H, W).
 
         Raises:
             InputError: the type or shape of `array` does not fit the network.
         """
+        self._check(array)
+        return self.infer(array)
+
+    def run_all(self, array: Array) -> dict[str, Array]:
+        """All outputs of images (N, C, H, W) by name.
+
+        Raises:
+            InputError: the type or shape of `array` does not fit the network.
+        """
+        self._check(array)
+        values = [self.infer(array)] if self.infer_all is None else self.infer_all(array)
+        return dict(zip(self.outputs, values, strict=True))
+
+    def _check(self, array: Array) -> None:
         fits = len(array.shape) == len(self.input_shape) and all(
             expected in {None, size} for expected, size in zip(self.input_shape, array.shape, strict=True)
         )
@@ -72,7 +88,6 @@ class Session:
                 f"the network takes {self.input_dtype} of shape ({shape}), but the input is {array.dtype} of shape "
                 f"{array.shape}."
             )
-        return self.infer(array)
 
 
 def open_session(
@@ -107,7 +122,9 @@ def open_session(
     session = opener(module, path, precision, threads or default_threads())
     match session.input_shape:
         case (int(batch), *image):
-            return replace(session, batch=batch, input_shape=(None, *image), infer=in_batches_of(session.infer, batch))
+            infer_all = session.infer_all and all_in_batches_of(session.infer_all, batch)
+            infer = in_batches_of(session.infer, batch)
+            return replace(session, batch=batch, input_shape=(None, *image), infer=infer, infer_all=infer_all)
         case _:
             return session
 
@@ -162,8 +179,9 @@ def _open_onnxruntime(ort: Any, path: Path, _precision: str | None, threads: int
     place = logits_index(names, [len(each.shape) if each.shape else None for each in model.get_outputs()])
     output = [names[place or 0]]
     infer: Callable[[Array], Array] = lambda array: model.run(output, {images.name: array})[0]  # noqa: E731
+    infer_all: InferenceOfAll = lambda array: model.run(list(names), {images.name: array})  # noqa: E731
     dtype = np.dtype(_ONNX_TYPES[images.type])
-    return Session("onnxruntime", "float32", threads, dtype, shape, infer, names, place)
+    return Session("onnxruntime", "float32", threads, dtype, shape, infer, infer_all, names, place)
 
 
 def onnxruntime_options(ort: Any, threads: int) -> Any:
@@ -224,8 +242,9 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
     place = logits_index(names, [rank.get_length() if rank.is_static else None for rank in ranks])
     output = place or 0
     infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[output]  # noqa: E731
+    infer_all: InferenceOfAll = lambda array: list(request.infer([array], share_inputs=True).values())  # noqa: E731
     dtype = np.dtype(images.get_element_type().to_dtype())
-    return Session("openvino", _openvino_precision(model), threads, dtype, shape, infer, names, place)
+    return Session("openvino", _openvino_precision(model), threads, dtype, shape, infer, infer_all, names, place)
 
 
 def _openvino_precision(model: Any) -> str:

@@ -36,7 +36,7 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 
 
 def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalization | None = None) -> None:
-    """Compare the logits of a file, or its first output, with torch's, on the first images of `example` and on one.
+    """Compare the logits of a file, or all its outputs, with torch's, on the first images of `example` and on one.
 
     Args:
         session: the file, opened in the target runtime.
@@ -62,17 +62,17 @@ def _compare(
 ) -> None:
     inputs, images = _inputs(example, pixels)
     images = images.to(next(model.parameters(), images))
-    file_outputs = torch.from_numpy(session.run(np.ascontiguousarray(inputs)))
-    if not file_outputs.is_floating_point():
+    file_outputs = _of_file(session, np.ascontiguousarray(inputs))
+    if not file_outputs:
         return  # class numbers, which have no distance
-    file_outputs, index = file_outputs.float(), session.logits or 0
-    torch_outputs = outputs_of(model, images)[index].cpu()
+    torch_outputs = _of_torch(session, model, images)
     with quantizers_disabled(model):
-        float_outputs = outputs_of(model, images)[index].cpu()
-    if file_outputs.shape != torch_outputs.shape:
+        float_outputs = _of_torch(session, model, images)
+    shapes = [", ".join(str(tuple(each.shape)) for each in outputs) for outputs in (file_outputs, torch_outputs)]
+    if shapes[0] != shapes[1]:
         raise InputError(
-            f"for {len(images)} images, the file in {session.runtime} returns shape {tuple(file_outputs.shape)}, the "
-            f"network in torch {tuple(torch_outputs.shape)}. The file is discarded. Possible: a forward that takes any "
+            f"for {len(images)} images, the file in {session.runtime} returns shape {shapes[0]}, the "
+            f"network in torch {shapes[1]}. The file is discarded. Possible: a forward that takes any "
             "number of images."
         )
     difference, quantization = _difference(file_outputs, torch_outputs), _difference(float_outputs, torch_outputs)
@@ -87,8 +87,8 @@ def _compare(
         f"on {len(images)} example image{'s' * (len(images) > 1)} the outputs of the file in {session.runtime} differ "
         f"from torch's by {100 * difference:.3g} %; quantization changes them by {100 * quantization:.3g} %"
     )
-    again = outputs_of(model, images, seed=1)[index].cpu()
-    if not torch.equal(again, torch_outputs):
+    again = _of_torch(session, model, images, seed=1)
+    if not all(map(torch.equal, again, torch_outputs)):
         difference = 100 * _difference(again, torch_outputs)
         raise InputError(
             f"the forward uses random numbers in eval mode: two runs in torch differ by {difference:.3g} %. "
@@ -116,7 +116,24 @@ def _inputs(images: Tensor, pixels: Normalization | None) -> tuple[Array, Tensor
     return raw.numpy().astype(np.uint8), (raw / 255 - mean) / deviation
 
 
-def _difference(outputs: Tensor, expected: Tensor) -> float:
+def _of_file(session: Session, inputs: Array) -> list[Tensor]:
+    """The logits of a file, or if it is not known which output holds them, all; floating-point outputs only."""
+    values = [session.run(inputs)] if session.logits is not None else session.run_all(inputs).values()
+    return [each.float() for each in map(torch.from_numpy, values) if each.is_floating_point()]
+
+
+def _of_torch(session: Session, model: nn.Module, images: Tensor, seed: int = 0) -> list[Tensor]:
+    """The same outputs of the network."""
+    outputs = [each.cpu() for each in outputs_of(model, images, seed)]
+    return outputs if session.logits is None else [outputs[session.logits]]
+
+
+def _difference(outputs: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference of a tensor."""
+    return max(map(_difference_of_one, outputs, expected))
+
+
+def _difference_of_one(outputs: Tensor, expected: Tensor) -> float:
     """Norm of the difference relative to the norm of `expected`; equal NaN and infinite values differ by 0."""
     same = (outputs == expected) | (outputs.isnan() & expected.isnan())
     difference = torch.where(same, 0.0, outputs - expected).norm()

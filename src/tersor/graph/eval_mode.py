@@ -146,18 +146,6 @@ def only_tensors(outputs: Any) -> bool:
     return outputs is None or isinstance(outputs, Tensor)
 
 
-def described(outputs: Any) -> str:
-    """A description of a network's outputs: a shape, or the entries of a container."""
-    if isinstance(outputs, Tensor):
-        return f"shape {tuple(outputs.shape)}"
-    if isinstance(outputs, Mapping):
-        entries = cast("Mapping[Any, Any]", outputs).items()
-        return f"a {type(outputs).__name__} with {', '.join(f'{key} ({described(each)})' for key, each in entries)}"
-    if isinstance(outputs, list | tuple):
-        return f"a {type(outputs).__name__} of {', '.join(described(each) for each in outputs)}"
-    return f"a {type(outputs).__name__}"
-
-
 def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iterator[Tensor]:
     """The first `images` of `data`, batch by batch (N, C, H, W), on `device`.
 

@@ -1,4 +1,4 @@
-"""Feature extraction: the outputs of inner layers, together with the logits.
+"""Feature extraction: the outputs of inner layers, together with those of the network.
 
 A plain network gets forward hooks for the length of one call. A captured network has no module to hook: `layer3` was
 traced through, and may have lost channels and got quantizers since. There, the tracer's record (`graph.meta["layers"]`:
@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,8 @@ from torch import Tensor, fx, nn
 from tersor.core.errors import InputError, nearest
 from tersor.graph.eval_mode import evaluating
 
-Features = tuple[Tensor, dict[str, Tensor]]
-"""Logits, and the outputs of layers by path."""
+Features = tuple[Any, dict[str, Tensor]]
+"""What the network returns, and the outputs of layers by path."""
 
 _POOLS = nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d
 _OTHER_TOKENS = 5
@@ -44,15 +45,21 @@ class FeatureExtractor:
         self._graph: fx.GraphModule | None = None
         self._modes: list[tuple[nn.Module, nn.Module]] = []
 
-    def __call__(self, images: Tensor) -> Features:
-        """Images (N, C, H, W) -> logits (N, classes), and the layers' outputs.
+    def __call__(self, images: Tensor, *others: Any) -> Features:
+        """Images (N, C, H, W) -> the network's outputs, and the layers' outputs.
+
+        Args:
+            images: the first argument of the network.
+            others: its other arguments, such as the targets of a detector in training mode.
 
         Raises:
             InputError: the output of a layer is not a tensor, or is changed in place by a later layer.
         """
         if not self.paths:
-            return self.model(images), {}
-        return self._traced(images, self.model) if isinstance(self.model, fx.GraphModule) else self._hooked(images)
+            return self.model(images, *others), {}
+        if isinstance(self.model, fx.GraphModule):
+            return self._traced(images, self.model)
+        return self._hooked(images, *others)
 
     def _traced(self, images: Tensor, graph: fx.GraphModule) -> Features:
         if self._graph is None:  # not earlier: the network may move to another device before the first step
@@ -61,11 +68,11 @@ class FeatureExtractor:
             self._modes = [(mirror, module) for mirror, module in pairs if mirror is not module]
         for mirror, module in self._modes:
             mirror.training = module.training
-        logits, *outputs = self._graph(images)
+        returned, *outputs = self._graph(images)
         count = len(self.paths)
-        return logits, self._checked(zip(self.paths, outputs[:count], outputs[count:], strict=True), images)
+        return returned, self._checked(zip(self.paths, outputs[:count], outputs[count:], strict=True), images)
 
-    def _hooked(self, images: Tensor) -> Features:
+    def _hooked(self, images: Tensor, *others: Any) -> Features:
         seen: dict[str, tuple[object, int]] = {}
 
         def register(path: str) -> None:
@@ -78,14 +85,14 @@ class FeatureExtractor:
         try:
             for path in self.paths:
                 register(path)
-            logits = self.model(images)
+            returned = self.model(images, *others)
         finally:
             for hook in hooks:
                 hook.remove()
         for path in self.paths:
             if path not in seen:
                 raise InputError(f"the layer {path} is not called by the network. Choose another layer.")
-        return logits, self._checked(((path, *seen[path]) for path in self.paths), images)
+        return returned, self._checked(((path, *seen[path]) for path in self.paths), images)
 
     def _checked(self, outputs: Iterable[tuple[str, object, int]], images: Tensor) -> dict[str, Tensor]:
         """The output of each layer, if no later layer has changed it in place."""

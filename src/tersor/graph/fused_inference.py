@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._pytree import tree_leaves
 
 from tersor.core.errors import InputError
 from tersor.graph.aten import arguments, operator_name
@@ -111,8 +112,8 @@ def _has_hooks(model: nn.Module) -> bool:
 
 
 def _everything(model: nn.Module, images: Tensor, paths: tuple[str, ...]) -> list[Tensor]:
-    logits, layers = FeatureExtractor(model, paths)(images)
-    return [logits, *layers.values()]
+    leaves = tree_leaves(FeatureExtractor(model, paths)(images))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _near(ours: Tensor, theirs: Tensor) -> bool:

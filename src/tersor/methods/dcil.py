@@ -73,13 +73,13 @@ class DensePath(LossTerm):
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch."""
-        if batch.labels is None:
+        if batch.targets is None:
             raise InputError("dcil trains its dense path on the labels, and the images have none. Give labels.")
         context = student.context
         assert context.model is not None
         with context.autocasting(batch):
             logits = self.own.dense_logits(context.model, batch.images).float()
-        labels = F.cross_entropy(logits, batch.labels, label_smoothing=context.label_smoothing)
+        labels = context.task.loss(logits, batch.targets)
         return labels + self.mutual * mutual_loss(student.logits, logits)
 
 

@@ -62,9 +62,9 @@ class DecoupledTerm(WarmupLossTerm):
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch."""
         assert teacher is not None
-        if batch.labels is None:
+        if batch.targets is None:
             raise InputError("dkd needs the target class of every image, and the images have no labels. Give labels.")
-        tckd, nckd = decoupled(student.logits, teacher.logits, batch.labels, self.method.temperature)
+        tckd, nckd = decoupled(student.logits, teacher.logits, batch.targets, self.method.temperature)
         return self.warmup * (self.method.alpha * tckd + self.method.beta * nckd)
 
 

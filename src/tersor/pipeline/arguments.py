@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
-from tersor.data.batch import Batch, images_of
-from tersor.data.batch_errors import labels_error
-from tersor.data.loader import batches_of, unchecked_labels
+from tersor.data.batch import images_of
+from tersor.data.loader import batches_of
 from tersor.evaluation.session import Session
-from tersor.graph.eval_mode import check_forward, described, evaluating, only_tensors
+from tersor.graph.eval_mode import check_forward, only_tensors
 from tersor.graph.plain_network import plain_copy, refuse_what_is_no_network, refuse_without_weights, unwrapped
+from tersor.tasks.network_outputs import described
 
 
 def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, Iterable[Any]]:
@@ -80,80 +78,6 @@ def teacher_of(model: nn.Module) -> nn.Module:
     if any(each.is_floating_point() and each.dtype != torch.float32 for each in teacher.state_dict().values()):
         return copy.deepcopy(teacher).float()
     return teacher
-
-
-def classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> int:
-    """Number of classes of student and teacher, from one forward pass on two images.
-
-    Raises:
-        InputError: a forward pass fails, or the two do not return logits of the same shape.
-    """
-    outputs: list[Any] = []
-    for name, network in (("the student", student), ("the teacher", teacher)):
-        with evaluating(network):
-            outputs.append(check_forward(name, network, images))
-    shapes = [each.shape if isinstance(each, Tensor) else () for each in outputs]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
-        raise InputError(
-            f"for two images the student returns {described(outputs[0])}, the teacher {described(outputs[1])}. Both "
-            "must return one tensor of logits (2, classes), with the same classes."
-        )
-    if shapes[0][1] < 2:
-        raise InputError(
-            "student and teacher return one logit for each image, and distillation needs a distribution over classes. "
-            "Give both networks two logits, one for each class."
-        )
-    return int(shapes[0][1])
-
-
-def labelled(batches: Iterable[Any], classes: int, most: int) -> Iterator[Batch]:
-    """The first `most` batches, with labels where those are class indices."""
-    for batch in islice(batches, most):
-        images, labels = images_of(batch), unchecked_labels(batch)
-        usable = labels is not None and labels_error(labels, len(images), classes) is None
-        yield Batch(images, labels.long() if labels is not None and usable else None)
-
-
-def check_labels(network: nn.Module, batches: Iterable[Any], images: int) -> None:
-    """Check the labels of the first `images` images.
-
-    Raises:
-        InputError: they are not class indices of the network, or it does not return logits.
-    """
-    seen: list[tuple[Tensor, Tensor | None]] = []
-    left = images
-    for batch in batches:
-        seen.append((images_of(batch), unchecked_labels(batch)))
-        left -= len(seen[-1][0])
-        if left <= 0:
-            break
-    outputs = check_forward("the network", network, seen[0][0])
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
-        raise InputError(
-            f"for two images the network returns {described(outputs)}; the cross entropy needs logits (2, classes). "
-            "Write importance='magnitude', or return only the logits, one for each class."
-        )
-    all_labels(seen, outputs.shape[1])
-
-
-def all_labels(batches: Sequence[tuple[Tensor, Tensor | None]], classes: int) -> NDArray[Any] | None:
-    """The labels (N,) of all batches; None if a batch has no labels.
-
-    Raises:
-        InputError: they are not indices of these classes.
-    """
-    found: list[Tensor] = []
-    least: int | None = None
-    for images, labels in batches:
-        if labels is None:
-            return None
-        error = labels_error(labels, len(images), classes, least)
-        if error is not None:
-            raise error
-        if len(labels):
-            least = min(int(labels.min()), int(labels.min()) if least is None else least)
-        found.append(labels.cpu())
-    return torch.cat(found).numpy() if found else np.empty(0, np.int64)
 
 
 def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
@@ -240,19 +164,3 @@ def check_classes(session: Session, classes: Sequence[str]) -> None:
             f"{len(classes)} class names are given, and the network has {logits.shape[1]} logits. Give one name per "
             "logit."
         )
-
-
-def check_same_logits(sessions: Mapping[str, Session], images: NDArray[Any]) -> None:
-    """Raises:
-    InputError: the files differ in the number of logits, or one returns NaN.
-    """
-    logits = {name: session.run(images) for name, session in sessions.items()}
-    shapes = {name: each.shape[1:] for name, each in logits.items()}
-    if len(set(shapes.values())) > 1:
-        told = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
-        raise InputError(
-            f"the files differ in the number of logits per image: {told}. Compare files of the same network."
-        )
-    for name, each in logits.items():
-        if np.isnan(each).any():
-            raise InputError(f"{name} returns NaN for the first images, so it has no valid predictions.")

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 
 from tersor.core.progress import ProgressReporter
 from tersor.evaluation.costs import costs
+from tersor.graph.comparison import outputs_of
 from tersor.methods import name_of
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import attach, training_notes
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.integer_coverage import integer_coverage
 from tersor.recipe import Recipe, Teacher
+from tersor.tasks import name_of as task_name
+from tersor.tasks.classification import Classification
 from tersor.training.schedule import steps_per_epoch
 
 
@@ -22,15 +25,19 @@ def explain(recipe: Recipe, *, progress: ProgressReporter) -> Iterator[str]:
     example = next(iter(experiment.batches(experiment.data.test, 1))).images
     size = " x ".join(map(str, example.shape[1:]))
     classes = len(experiment.data.classes)
+    classifies = isinstance(experiment.task, Classification)
     counts = {"train": experiment.data.train, "validation": experiment.data.validation, "test": experiment.data.test}
     yield (
         f"data: {', '.join(f'{len(images)} {name}' for name, images in counts.items())} images of {size}, "
-        f"{classes} classes"
+        + (f"{classes} classes" if classifies else f"task {task_name(experiment.task)}: {experiment.task.metric}")
     )
     for name, network in (("model", experiment.model), ("teacher", experiment.teacher)):
         if network is not None:
             spent = costs(network, example)
-            shapes = f"({size}) -> ({classes}), {len(spent.layers)} layers"
+            returned = f"({classes})"
+            if not classifies:
+                returned = ", ".join(str(tuple(each.shape[1:])) for each in outputs_of(network, example))
+            shapes = f"({size}) -> {returned}, {len(spent.layers)} layers"
             yield f"{name}: {shapes}, {spent.parameters:,} parameters, {spent.macs:,} MACs"
             if spent.uncounted:
                 yield f"{name}: operators not included in the MACs: {', '.join(spent.uncounted)}"

@@ -1,45 +1,58 @@
-"""Existing artifacts: accuracy on a test set (`tersor eval`) and interleaved latency (`tersor bench`)."""
+"""Existing artifacts: the metric on a test set (`tersor eval`) and interleaved latency (`tersor bench`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from tersor.checkpoint.artifact import Artifact, read_artifact
+from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import InputError
-from tersor.core.files import read_json
-from tersor.core.import_path import is_function_path
 from tersor.core.progress import ProgressReporter
-from tersor.evaluation.latency import BATCH_SIZES, measure_latency, predictions, size_bytes
+from tersor.evaluation.latency import BATCH_SIZES, measure_latency, size_bytes
 from tersor.evaluation.session import Array, Session, installed_runtimes, open_session
 from tersor.evaluation.timings import EndedBy, Ratio, Timings
+from tersor.pipeline.artifact_settings import (
+    class_names,
+    data_source,
+    numbers_of,
+    original_file,
+    refuse_other_classes,
+    task_of_artifact,
+)
 from tersor.report.verdict import describe_speedup
-
-_BATCH = 500
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Test accuracy in percent, and the runtime that it was measured in."""
+    """The metric on the test images, and the runtime that it was measured in."""
 
-    accuracy: float
+    metric: str
+    score: float
+    shown: str
     images: int
     runtime: str
     precision: str
 
+    def __str__(self) -> str:
+        """ "91.20 % of 360 test images, onnxruntime in float32"."""
+        score = f"{self.shown} of" if self.metric == "accuracy" else f"{self.metric} {self.shown} on"
+        return f"{score} {self.images} test images, {self.runtime} in {self.precision}"
 
-def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress: ProgressReporter) -> Evaluation:
-    """Measure the accuracy of `artifact` on the test images of `data`.
+
+def evaluate(
+    artifact: Path, data: str | None, runtime: str | None, task: str | None = None, *, progress: ProgressReporter
+) -> Evaluation:
+    """Measure the metric of `artifact` on the test images of `data`.
 
     Args:
         artifact: the folder of a run, or an ONNX file.
         data: an image folder or the name of a data set; by default the data of the folder's recipe.
         runtime: by default that of the folder's recipe, else ONNX Runtime.
+        task: its name; by default that of the folder's recipe, else classification.
         progress: reports the progress.
 
     Raises:
@@ -47,91 +60,29 @@ def evaluate(artifact: Path, data: str | None, runtime: str | None, *, progress:
     """
     from tersor.data import Batches, load
     from tersor.evaluation.measurement import arrays
+    from tersor.evaluation.scoring import file_predictions, images_at_once, score, targets_of
 
     found = read_artifact(artifact)
-    numbers = _numbers(found)
+    numbers = numbers_of(found)
     session = open_session(found.model, runtime or numbers.get("runtime", "onnxruntime"))
     progress.say("reading the images")
-    options = _source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
+    options = data_source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
     splits = load(**options)
-    _refuse_other_classes(_classes(found.model), splits.classes)
+    asked = task_of_artifact(found, task)
+    refuse_other_classes(class_names(found.model), splits.classes)
     assert splits.mean is not None
     assert splits.std is not None
-    batches = Batches(splits.test, _BATCH, mean=splits.mean, std=splits.std)
+    batches = Batches(splits.test, images_at_once(asked, splits.test.size), mean=splits.mean, std=splits.std)
     kind = "uint8" if session.input_dtype == np.uint8 else "normalized"
     progress.start("test set", 1)
-    answers = predictions(session, arrays(batches, kind))
+    predictions = file_predictions(session, arrays(batches, kind), asked)
+    targets = targets_of(batches)
+    if asked.from_original:
+        original = original_file(found)
+        targets = file_predictions(open_session(original, session.runtime), arrays(batches, kind), asked)
     progress.advance()
-    right = float((answers == splits.test.labels.numpy()).mean())
-    return Evaluation(100 * right, len(answers), session.runtime, session.precision)
-
-
-def _classes(model: Path) -> list[str] | None:
-    """Class names from the file's metadata, in the order of the logits."""
-    if model.suffix != ".onnx":
-        return None
-    import onnx  # slow to import
-
-    told = {entry.key: entry.value for entry in onnx.load(model, load_external_data=False).metadata_props}
-    try:
-        return TypeAdapter(list[str]).validate_json(told["classes"]) if "classes" in told else None
-    except ValidationError as error:
-        raise InputError(f"the class names in the metadata of {model} are damaged. Export it again.") from error
-
-
-def _refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[str]) -> None:
-    if of_artifact is None or list(of_artifact) == list(of_data):
-        return
-    lacking, strange = (
-        ", ".join(sorted(each)) for each in (set(of_artifact) - set(of_data), set(of_data) - set(of_artifact))
-    )
-    raise InputError(
-        "the classes of the data differ from those of the artifact: "
-        + "; ".join(
-            [f"the data lacks {lacking}"] * bool(lacking) + [f"the artifact lacks {strange}"] * bool(strange)
-            or ["their order"]
-        )
-        + ". Give data with the same classes."
-    )
-
-
-class _Told(BaseModel):
-    """What `numbers.json` says of how the network is run."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-    runtime: str = "onnxruntime"
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-
-
-def _numbers(artifact: Artifact) -> dict[str, Any]:
-    path = artifact.files.get("numbers.json")
-    if path is None:
-        return {}
-    again = "Run its recipe.yaml again."
-    try:
-        return _Told.model_validate(read_json(path, again)).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        raise InputError(f"{path} is not what this version of tersor writes. {again}") from error
-
-
-def _source(artifact: Artifact, data: str | None) -> dict[str, Any]:
-    if data is not None:
-        return {"folder": data} if Path(data).is_dir() else {"name": data}
-    recipe = artifact.files.get("recipe.yaml")
-    if recipe is None:
-        raise InputError(
-            f"{artifact.path} does not name its data. Write --data with an image folder or the name of a data set."
-        )
-    from tersor.recipe import read
-
-    source = read(recipe).data
-    if source.name is not None and is_function_path(source.name):
-        raise InputError(
-            f"the recipe in {artifact.path} loads images with the function '{source.name}'. Code of an artifact is "
-            f"never executed. If the function is yours, write --data {source.name}."
-        )
-    return source.model_dump(exclude={"augment", "mean", "std"})
+    result = score(asked, predictions, targets)
+    return Evaluation(asked.metric, result, asked.shown(result), len(splits.test), session.runtime, session.precision)
 
 
 @dataclass(frozen=True)
@@ -210,7 +161,7 @@ def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
     for artifact in artifacts:
         found = read_artifact(artifact)
         if "original.onnx" in found.files:
-            runtime = _numbers(found).get("runtime", "onnxruntime")
+            runtime = numbers_of(found).get("runtime", "onnxruntime")
             names = {f"{artifact}/{name}": found.files[name] for name in ("original.onnx", "model.onnx")}
             groups.setdefault(_images(found.model), []).append(_family(names, runtime))
         else:

@@ -10,7 +10,9 @@ from torch import nn
 from tersor.core import distributed
 from tersor.data import Batches, Images, Splits
 from tersor.evaluation.latency_ratio import latency_ratio
+from tersor.evaluation.scoring import images_at_once
 from tersor.recipe import Recipe, Stage
+from tersor.tasks.task import Task
 from tersor.training.context import LatencyRatio
 from tersor.training.options import Training
 from tersor.training.schedule import steps_per_epoch
@@ -24,6 +26,7 @@ class Experiment:
 
     Attributes:
         recipe: the checked recipe.
+        task: what the networks are for.
         model: the network before the first stage. Stages change copies of it.
         teacher: the network to learn from.
         data: training, validation and test images.
@@ -33,6 +36,7 @@ class Experiment:
     """
 
     recipe: Recipe
+    task: Task
     model: nn.Module
     teacher: nn.Module | None
     data: Splits
@@ -44,6 +48,11 @@ class Experiment:
     def original(self) -> nn.Module:
         """The network that the artifact is compared with: the model, or the teacher of a model without weights."""
         return self.model if self.model_is_trained or self.teacher is None else self.teacher
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Images per batch of a measurement."""
+        return images_at_once(self.task, self.data.test.size)
 
     def batches(self, images: Images, batch_size: int, **options: Any) -> Batches:
         """Batches, normalized as the networks were trained."""

@@ -27,7 +27,7 @@ from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.measurement import measure
 from tersor.evaluation.results import StageRecord
 from tersor.pipeline import latency_cache
-from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
+from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.latency_cache import CachedLatencyRatio
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages, stage_models, train_teacher
@@ -133,7 +133,7 @@ def _fill(
     recipe, data, original = experiment.recipe, experiment.data, experiment.original
     assert data.mean is not None
     assert data.std is not None
-    test = experiment.batches(data.test, EVALUATION_BATCH)
+    test = experiment.batches(data.test, experiment.evaluation_batch)
     example = next(iter(test)).images[:1]
     pixels = (data.mean, data.std) if recipe.target.input == "uint8" else None
     with TemporaryDirectory() as scratch:
@@ -156,6 +156,7 @@ def _fill(
             folder,
             test,
             recipe.target,
+            experiment.task,
             seed=recipe.seed,
             progress=progress,
             records=records,
@@ -166,7 +167,7 @@ def _fill(
         )
     assert results.agreement_with_torch is not None
     if results.agreement_with_torch < _AGREEMENT:
-        progress.say(_disagreement(results.agreement_with_torch, compressed))
+        progress.say(_disagreement(results.agreement_with_torch, compressed, results.metric.name))
     (folder / "numbers.json").write_text(results.to_json())
     evidence = collect_evidence(
         original,
@@ -176,7 +177,9 @@ def _fill(
         folder,
         test,
         recipe.target,
+        experiment.task,
         predictions=predictions,
+        classes=data.classes,
         baseline=results.baseline,
         progress=progress,
     )
@@ -189,7 +192,7 @@ def _fill(
         shutil.copytree(each.path, folder / "checkpoints" / each.path.name)
 
 
-def _disagreement(percent: float, model: nn.Module) -> str:
+def _disagreement(percent: float, model: nn.Module, metric: str) -> str:
     laid = find_quantizers(model)
     coarse = laid is not None and any(laid.of_activation(name).grid.bits < _BYTE for name in laid.activations)
     if not coarse:
@@ -197,5 +200,5 @@ def _disagreement(percent: float, model: nn.Module) -> str:
     return (
         f"{percent:.2f} % of the artifact's predictions agree with torch's. With few bits, rounding biases to int32 "
         "can shift an activation by a whole quantization step, in this layer and the following ones. Trust the "
-        "accuracy measured in the runtime."
+        f"{metric} measured in the runtime."
     )

@@ -10,13 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ValidationError
 
 from tersor.core.errors import InputError
 from tersor.core.files import sha256, write_file
 from tersor.core.progress import ProgressReporter
 from tersor.data import Images
-from tersor.data.image_sets import View
+from tersor.data.image_sets import View, class_numbers
 from tersor.data.stratified import generator, stratified
 from tersor.graph.capture import capture
 from tersor.graph.layer_selection import weighted_layers
@@ -117,7 +118,9 @@ def _some(images: Images, count: int | None, seed: int) -> Images:
         )
     if count is None or count >= len(images):
         return images
-    drawn, _ = stratified(images.labels, count, generator(seed, count))
+    labels = class_numbers(images)
+    strata = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+    drawn, _ = stratified(strata, count, generator(seed, count))
     return View(images, drawn)
 
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from tersor import models
+from tersor import models, tasks
 from tersor.core.errors import InputError
 from tersor.core.progress import ProgressReporter
 from tersor.data import Splits, load
-from tersor.data.image_sets import View
+from tersor.data.image_sets import View, class_numbers
 from tersor.data.stratified import generator
 from tersor.evaluation.costs import macs_ratio
 from tersor.evaluation.session import load_runtime
-from tersor.graph.eval_mode import check_forward, described, evaluating
+from tersor.graph.eval_mode import check_forward, evaluating
 from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_without_weights
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.pipeline.stages import attach
 from tersor.recipe import Network, Recipe, Teacher
+from tersor.tasks.classification import Classification
+from tersor.tasks.network_outputs import described, in_float32
+from tersor.tasks.task import Task
 from tersor.training.schedule import learning_rates, steps_per_epoch
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
 from tersor.training.teacher_check import teacher_warnings
@@ -44,6 +48,8 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
     splits = data or load(
         seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
     )
+    task = recipe.task.build()
+    _check_targets(task, splits)
     _say_what_has_no_image(splits, progress)
     network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)
     for path in masked_by_torch(network):
@@ -55,6 +61,7 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
     teacher, of_teacher = _teacher(recipe, network, splits)
     experiment = Experiment(
         recipe,
+        task,
         network,
         teacher,
         _normalised(splits, recipe, metadata, of_teacher),
@@ -72,15 +79,20 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
 def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
     recipe, teacher = experiment.recipe, experiment.teacher
     refuse_without_weights(experiment.model, recipe.model.name)
-    _check_answers(experiment, experiment.model, recipe.model.name)
+    _check_outputs(experiment, experiment.model, recipe.model.name)
     if teacher is not None and recipe.teacher != "original":
-        _check_answers(experiment, teacher, "the teacher")
+        _check_outputs(experiment, teacher, "the teacher")
     if recipe.teacher == "original" and not experiment.model_is_trained:
         raise InputError(
             "teacher: original means the model before compression, which has no weights. Write model.weights."
         )
+    if experiment.task.from_original and teacher is None and not experiment.model_is_trained:
+        raise InputError(
+            f"task {tasks.name_of(experiment.task)} compares with the outputs of the model before compression, which "
+            "has no weights. Write model.weights."
+        )
     _check_teacher(recipe)
-    if teacher is not None and experiment.teacher_is_trained:
+    if isinstance(experiment.task, Classification) and teacher is not None and experiment.teacher_is_trained:
         few = _few(experiment, TEACHER_IMAGES)
         for doubt in teacher_warnings("the teacher", teacher, experiment.batches(few, EVALUATION_BATCH)):
             progress.say(f"warning: {doubt}")
@@ -121,8 +133,24 @@ def _check_teacher(recipe: Recipe) -> None:
         )
 
 
+def _check_targets(task: Task, splits: Splits) -> None:
+    if not task.from_original and splits.test.targets is None:
+        raise InputError(
+            f"the images have no targets, and {tasks.name_of(task)} needs some for its loss and for {task.metric}. "
+            "Give targets, or write task: distance, which compares with the outputs of the original network."
+        )
+    if isinstance(task, Classification) and class_numbers(splits.test) is None:
+        raise InputError(
+            "the targets of the images are no class numbers. Write the task that they belong to, such as task: "
+            f"segmentation. Possible: {', '.join(tasks.NAMES)}, package.module:Task."
+        )
+
+
 def _say_what_has_no_image(splits: Splits, progress: ProgressReporter) -> None:
-    present = set(splits.train.labels.unique().tolist())
+    labels = class_numbers(splits.train)
+    if labels is None:
+        return
+    present = set(labels.unique().tolist())
     missing = [str(number) for number in range(len(splits.classes)) if number not in present]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -134,7 +162,7 @@ Built = tuple[nn.Module, dict[str, str]]
 
 def _build(network: Network, splits: Splits | None, seed: int) -> Built:
     """The network; without a weights file, its random weights depend on `seed` alone."""
-    classes = network.num_classes or (len(splits.classes) if splits else None)
+    classes = network.num_classes or (len(splits.classes) if splits and splits.classes else None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = plain_copy(models.build(network.name, classes), network.name)
@@ -170,11 +198,22 @@ def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Sp
     return replace(splits, mean=told[0][0], std=told[0][1]) if told else splits
 
 
-def _check_answers(experiment: Experiment, network: nn.Module, name: str) -> None:
-    """Check by one forward pass that the network accepts the images and returns logits of the classes."""
-    images = next(iter(experiment.batches(experiment.data.test, 2))).images
+def _check_outputs(experiment: Experiment, network: nn.Module, name: str) -> None:
+    """Check by one forward pass that the network accepts the images, and that its outputs fit the task."""
+    batch, task = next(iter(experiment.batches(experiment.data.test, 2))), experiment.task
     with evaluating(network):
-        logits = check_forward(name, network, images)
+        outputs = check_forward(name, network, batch.images)
+    if isinstance(task, Classification):
+        _check_logits(experiment, outputs, name)
+        return
+    try:
+        predictions = task.predictions(in_float32(outputs))
+        task.score([(predictions, predictions if task.from_original else batch.targets)])
+    except InputError as error:
+        raise InputError(f"{name} does not fit task {tasks.name_of(task)}: {error}") from error
+
+
+def _check_logits(experiment: Experiment, logits: Any, name: str) -> None:
     classes = len(experiment.data.classes)
     if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[1] == classes:
         return
@@ -189,7 +228,7 @@ def _check_answers(experiment: Experiment, network: nn.Module, name: str) -> Non
 
 
 def _refuse_labels_from_one(data: Splits, whose: str) -> None:
-    labels = torch.cat([data.train.labels, data.test.labels])
+    labels = torch.cat([data.train.targets, data.test.targets])
     if int(labels.min()) != 1:
         return
     last = int(labels.max())

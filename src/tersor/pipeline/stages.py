@@ -16,11 +16,11 @@ from tersor.checkpoint.structure import rebuild, structure
 from tersor.core import distributed
 from tersor.core.device import precision_for
 from tersor.core.progress import ProgressReporter, StageProgress
-from tersor.evaluation.costs import accuracy
 from tersor.evaluation.results import StageRecord
+from tersor.evaluation.scoring import network_score
 from tersor.graph.capture import training_note
 from tersor.graph.fused_inference import fused
-from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
+from tersor.pipeline.experiment import Experiment
 from tersor.recipe import Stage, Teacher
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
@@ -65,7 +65,8 @@ def train_teacher(experiment: Experiment, checkpoints: Checkpoints, progress: Pr
         steps=steps,
         progress=progress,
         seed=experiment.recipe.seed,
-        task="teacher",
+        name="teacher",
+        task=experiment.task,
         checkpointer=StageCheckpointer(checkpoints, _TEACHER, "teacher", experiment.recipe.checkpoint_every, {}),
     )
     _validate(experiment, teacher, "teacher", progress)
@@ -111,6 +112,7 @@ def attach(
     context = AttachContext(
         data=experiment.batches(experiment.data.train, _CALIBRATION_BATCH, shuffle=True, seed=experiment.recipe.seed),
         teacher=experiment.teacher,
+        task=experiment.task,
         steps=experiment.steps_of(stage),
         target=experiment.recipe.target,
         latency=experiment.latency,
@@ -155,7 +157,7 @@ def _run_stage(
         steps=steps,
         notes=list(keeper.notes),
         minutes=(time.perf_counter() - start + earlier_seconds) / 60,
-        validation_accuracy=_validate(experiment, attachment.model, stage.name, progress),
+        validation_score=_validate(experiment, attachment.model, stage.name, progress),
         **training,
         **attachment.metrics,
     )
@@ -198,7 +200,7 @@ def _train(
 ) -> tuple[dict[str, Any], float]:
     """The record of the training, and the seconds that earlier processes spent on it."""
     batches = experiment.training_batches(stage)
-    curve = _accuracy_curve(experiment, stage)
+    curve = _validation_curve(experiment, stage)
     fitted = fit(
         attachment,
         batches,
@@ -207,9 +209,10 @@ def _train(
         teacher=_fast_teacher(experiment, stage, attachment),
         progress=progress,
         seed=experiment.recipe.seed,
-        task=stage.name,
+        name=stage.name,
+        task=experiment.task,
         checkpointer=keeper,
-        cache_batches=experiment.batches(experiment.data.train, EVALUATION_BATCH) if stage.cache else None,
+        cache_batches=experiment.batches(experiment.data.train, experiment.evaluation_batch) if stage.cache else None,
         curve=curve,
     )
     record = {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
@@ -219,34 +222,45 @@ def _train(
 
 
 def _fast_teacher(experiment: Experiment, stage: Stage, attachment: Attachment) -> nn.Module | None:
-    """A copy of the teacher with fused layers, where a loss needs its outputs."""
-    if experiment.teacher is None or not attachment.terms:
-        return experiment.teacher
+    """A copy of the teacher with fused layers, where a loss needs its outputs.
+
+    Of a task whose targets are the outputs of the original, the original is the teacher where there is no other.
+    """
+    teacher, from_original = experiment.teacher, experiment.task.from_original
+    if teacher is None and from_original:
+        teacher = copy.deepcopy(experiment.original).eval()
+    if teacher is None or not (attachment.terms or from_original):
+        return teacher
     example = next(iter(experiment.batches(experiment.data.train, _EXAMPLE_IMAGES))).images.contiguous()
     precision = precision_for(example.device, stage.precision)
-    return fused(experiment.teacher, example, [path for _, path in attachment.layers], precision)
+    return fused(teacher, example, [path for _, path in attachment.layers], precision)
 
 
-def _accuracy_curve(experiment: Experiment, stage: Stage) -> ValidationCurve | None:
-    """Validation accuracy every few epochs, where the stage has `validate_every`."""
+def _validation_curve(experiment: Experiment, stage: Stage) -> ValidationCurve | None:
+    """The metric on the validation images every few epochs, where the stage has `validate_every`."""
     if stage.validate_every is None:
         return None
-    validation = experiment.batches(experiment.data.validation, EVALUATION_BATCH)
     every = stage.validate_every * steps_per_epoch(experiment.training_batches(stage), stage)
-    return ValidationCurve(every, lambda network: accuracy(network, validation))
+    return ValidationCurve(every, lambda network: _validation_score(experiment, network))
 
 
 def _validate(experiment: Experiment, network: nn.Module, name: str, progress: ProgressReporter) -> float | None:
-    """Accuracy in percent on the held-out images; None without them, and in every process but the first."""
+    """The metric on the held-out images; None without them, and in every process but the first."""
     if distributed.rank():
         return None
     validation = experiment.data.validation
     if not len(validation):
         progress.say(f"{name}: done (no validation images: data.validation is 0)")
         return None
-    percent = accuracy(network, experiment.batches(validation, EVALUATION_BATCH))
-    progress.say(f"{name}: {percent:.2f} % on {len(validation)} validation images")
-    return percent
+    score, task = _validation_score(experiment, network), experiment.task
+    metric = "" if task.metric == "accuracy" else f"{task.metric} "
+    progress.say(f"{name}: {metric}{task.shown(score)} on {len(validation)} validation images")
+    return score
+
+
+def _validation_score(experiment: Experiment, network: nn.Module) -> float:
+    batches = experiment.batches(experiment.data.validation, experiment.evaluation_batch)
+    return network_score(network, batches, experiment.task, experiment.original)
 
 
 def _restored(model: nn.Module, end: Checkpoint) -> nn.Module:

@@ -30,6 +30,7 @@ from tersor.core.errors import InputError
 from tersor.core.import_path import named
 from tersor.core.target import Target
 from tersor.recipe.recipe_file import text_of
+from tersor.recipe.task_entry import RecipeTask, TaskEntry
 from tersor.recipe.validation_errors import explain
 from tersor.recipe.yaml import Located, Location, complete, dump, load, override, plain, shown
 from tersor.training.options import PLAIN, Training
@@ -172,6 +173,10 @@ class Recipe(BaseModel):
         Teacher | Literal["original"] | None,
         Field(description="the network to learn from; original: the model before compression"),
     ] = None
+    task: Annotated[
+        RecipeTask,
+        Field(description="classification, segmentation, ..., with parameters if any; or package.module:Task"),
+    ] = TaskEntry()
     data: DataSource
     target: Annotated[Target, Field(default_factory=Target)]
     seed: Annotated[int, Field(ge=0, lt=2**32, description="random seed")] = 0

@@ -14,8 +14,10 @@ Rows = list[tuple[str, list[tuple[str, int]]]]
 """Of a matrix: name of the class, and text and shade (0 to 4) of each cell."""
 
 
-def class_name(numbers: Results, index: int) -> str:
-    """The name of a class, or its number if the data has no names."""
+def class_name(numbers: Results, index: int | None) -> str:
+    """The name of a class, or its number if the data has no names; empty for an image without a class."""
+    if index is None:
+        return ""
     names = numbers.classes
     return str(names[index]) if index < len(names) else f"class {index}"
 
@@ -59,6 +61,12 @@ def most_changed(classes: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str
     if len(ordered) <= _MATRIX_CLASSES:
         return ordered, "All classes"
     return ordered[: _ROWS // 2] + ordered[-_ROWS // 2 :], f"The {_ROWS} classes with the largest changes"
+
+
+def most_changed_scores(classes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Classes by the size of the change of their score, the largest first; of many, those with the largest changes."""
+    size = lambda each: -1.0 if None in (each["before"], each["after"]) else abs(each["after"] - each["before"])  # noqa: E731
+    return sorted(classes, key=size, reverse=True)[:_ROWS]
 
 
 def change_rows(numbers: Results, changes: Sequence[Sequence[int]]) -> tuple[list[str], Rows] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from tersor.evaluation.results import Results
+from tersor.evaluation.results import Metric, Results
 from tersor.report.charts import Groups
 from tersor.report.templating import number
 
@@ -17,12 +17,12 @@ _LAST = 5
 
 
 class StageCurves(NamedTuple):
-    """Curves of one stage over its steps: `sparsity` and `changed` of each method's masks, accuracies in percent."""
+    """Curves of one stage over its steps: `sparsity` and `changed` of each method's masks, and validation scores."""
 
     name: str
     steps: int
     masks: Sequence[Mapping[str, Points]]
-    accuracies: Points
+    scores: Points
 
 
 def curves(numbers: Results) -> Iterator[StageCurves]:
@@ -33,18 +33,18 @@ def curves(numbers: Results) -> Iterator[StageCurves]:
             for log in stage.metrics.get("masks", ())
             if log["steps"]
         ]
-        accuracies = list(zip(stage.validated_at, stage.validation_by_epoch, strict=True))
-        if stage.steps and (masks or accuracies):
-            yield StageCurves(stage.name, stage.steps, masks, accuracies)
+        scores = list(zip(stage.validated_at, stage.validation_by_epoch, strict=True))
+        if stage.steps and (masks or scores):
+            yield StageCurves(stage.name, stage.steps, masks, scores)
 
 
-def describe_spread(accuracies: Points) -> str:
+def describe_spread(metric: Metric, scores: Points) -> str:
     """Mean and standard deviation of the last validations; empty if there are too few."""
-    last = [value for _, value in accuracies[-_LAST:]]
+    last = [value for _, value in scores[-_LAST:]]
     if len(last) < _LAST:
         return ""
-    total = f"last {_LAST} of {len(accuracies)} validations"
-    return f"{total}: mean {mean(last):.2f} %, standard deviation {stdev(last):.2f}"
+    total = f"last {_LAST} of {len(scores)} validations"
+    return f"{total}: mean {metric.shown(mean(last))}, standard deviation {stdev(last):.{metric.digits}f}"
 
 
 def position_histogram(positions: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ Evidence = Mapping[str, Any]
 
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
-_LARGEST_ACCURACY_LOSS = 1.0
-"""In percentage points; a file that loses more is not recommended."""
+_LARGEST_LOSS = 1.0
+"""In percentage points, or in percent of a metric without a unit; a file that loses more is not recommended."""
 _CONVERSION_SHARE = 0.2
 """Of the node time, from which conversions are named as a reason."""
 _CONVERSIONS = {
@@ -23,17 +23,17 @@ _CONVERSIONS = {
 
 
 def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
-    """Latency at batch 1 against the original and the baseline; size and accuracy against the original.
+    """Latency at batch 1 against the original and the baseline; size and metric against the original.
 
     If the artifact is not faster than the baseline, also possible reasons and which file to ship: the fastest at batch
-    1 that loses at most one point of accuracy.
+    1 that loses at most one point of the metric.
 
     Args:
         numbers: the content of `numbers.json`.
         evidence: the content of `evidence.json`, whose node profile may give a reason.
     """
     before, after = numbers.original, numbers.artifact
-    change = f"{size_change(before, after)}, {accuracy_change(before.accuracy, after.accuracy)}"
+    change = f"{size_change(before, after)}, {numbers.metric.change(before.score, after.score)}"
     sentences = [f"{_speedups(numbers)} at batch 1, {change}."]
     speedups = numbers.speedup["baseline"]
     if _direction(speedups["1"]) <= 0:
@@ -105,14 +105,6 @@ def size_change(before: FileResults, after: FileResults) -> str:
     return f"{ratio:.1f}x smaller" if ratio > 1 else f"{1 / ratio:.1f}x larger"
 
 
-def accuracy_change(before: float, after: float) -> str:
-    """ "accuracy 0.4 points lower", from two accuracies in percent."""
-    lost = before - after
-    if abs(lost) < 0.005:
-        return "accuracy unchanged"
-    return f"accuracy {abs(lost):.{1 if abs(lost) >= 0.1 else 2}f} points {'lower' if lost > 0 else 'higher'}"
-
-
 def _speedups(numbers: Results) -> str:
     original, baseline = (numbers.speedup[name]["1"] for name in ("original", "baseline"))
     if same_runtime(numbers.baseline["1"], numbers.original):
@@ -143,15 +135,18 @@ def _reasons(numbers: Results, evidence: Evidence | None) -> list[str]:
 
 def _recommendation(numbers: Results) -> str:
     """Which file to ship if the artifact is not faster than the baseline."""
-    sufficient = numbers.original.accuracy - _LARGEST_ACCURACY_LOSS
-    accurate = reference_entry(numbers, "baseline", "1").accuracy >= sufficient
-    name: Reference = "baseline" if accurate else "original"
+    metric, before = numbers.metric, numbers.original.score
+    largest = _LARGEST_LOSS if metric.unit else _LARGEST_LOSS / 100 * abs(before)
+    sufficient = lambda entry: metric.loss(before, entry.score) <= largest  # noqa: E731
+    name: Reference = "baseline" if sufficient(reference_entry(numbers, "baseline", "1")) else "original"
     alternative, artifact = reference_entry(numbers, name, "1"), numbers.artifact
     direction = _direction(numbers.speedup[name]["1"])
-    if artifact.accuracy >= sufficient:
+    if sufficient(artifact):
         model = f"Ship model.onnx in {RUNTIMES[artifact.runtime]}"
         if direction > 0:
-            return f"{model}: the baseline loses more than one point of accuracy."
+            return (
+                f"{model}: the baseline loses more than one {'point' if metric.unit else 'percent'} of {metric.name}."
+            )
         if direction == 0 and artifact.bytes * 1.05 < alternative.bytes:
             return f"{model} only for its smaller size."
     return f"Ship original.onnx in {RUNTIMES[alternative.runtime]} ({alternative.precision}) instead."

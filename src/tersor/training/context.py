@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.target import Target
 from tersor.data.batch import OnePass
+from tersor.tasks.classification import Classification
+from tersor.tasks.task import Task
 
 LatencyRatio = Callable[[nn.Module, Tensor, Target], Callable[[nn.Module], float]]
 """`latency_ratio(original, example, target)(network)`: the latency of a network as a fraction of the original's, both
@@ -30,6 +32,7 @@ class AttachContext:
         data: batches of images for methods that look at data: tensors (N, C, H, W), tuples that begin with one, or
             `Batch`es. It is iterated anew for every pass; an iterator is enough for a method that needs one pass.
         teacher: the network to learn from.
+        task: what the network is for: its loss, logits and metric.
         steps: number of optimizer steps that follow.
         target: runtime and processor that the network is compressed for.
         latency: measures latency, for methods with a latency budget.
@@ -39,6 +42,7 @@ class AttachContext:
 
     data: Iterable[Any] | None = None
     teacher: nn.Module | None = None
+    task: Task = field(default_factory=Classification)
     steps: int = 0
     target: Target = field(default_factory=Target)
     latency: LatencyRatio | None = None

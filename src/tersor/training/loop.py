@@ -31,6 +31,8 @@ from tersor.core.resources import enough_memory, smaller_batch
 from tersor.data.batch import Batch
 from tersor.data.batch_errors import explain_batchnorm_error
 from tersor.data.batch_source import BatchSource, Group, groups
+from tersor.tasks.classification import Classification
+from tersor.tasks.task import Task, with_label_smoothing
 from tersor.training.attachment import Attachment
 from tersor.training.ema import WeightEMA
 from tersor.training.history import LossHistory
@@ -74,7 +76,8 @@ def fit(
     teacher: nn.Module | None = None,
     progress: ProgressReporter | None = None,
     seed: int = 0,
-    task: str = "train",
+    name: str = "train",
+    task: Task | None = None,
     checkpointer: Checkpointer | None = None,
     cache_batches: BatchSource | None = None,
     curve: ValidationCurve | None = None,
@@ -91,11 +94,12 @@ def fit(
         teacher: the network to learn from, in eval mode and without gradients.
         progress: reports steps, losses and the learning rate.
         seed: seed of random numbers in modules and methods (dropout); the order of the data has a seed of its own.
-        task: its name in the progress.
+        name: of the training in the progress.
+        task: what the network is for; classification by default.
         checkpointer: holds the state to resume from, and saves the state every few steps and on Ctrl-C.
         cache_batches: all images in order, for data without augmentation: the teacher's outputs for them are computed
             once and cached.
-        curve: measures validation accuracy every few steps.
+        curve: measures the metric on the validation images every few steps.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; with a checkpointer, after the step was finished and saved.
@@ -121,7 +125,7 @@ def fit(
         teacher,
         label_weight=attachment.label_weight,
         layers=attachment.layers,
-        label_smoothing=training.label_smoothing,
+        task=with_label_smoothing(task or Classification(), training.label_smoothing),
         autocast=precision_for(device, training.precision),
     )
     remedy = smaller_batch(training.batch_size, training.accumulate)
@@ -135,9 +139,9 @@ def fit(
         resumed = checkpointer.resume_state if checkpointer else None
         handle = attachment.bind(loop.torch_optimizer, start=resumed[0] if resumed else 0)
         try:
-            if cache_batches is not None and attachment.terms:
-                loop.cache_teacher(cache_batches, task)
-            return loop.run(batches, rates, task)
+            if cache_batches is not None and (attachment.terms or objective.context.task.from_original):
+                loop.cache_teacher(cache_batches, name)
+            return loop.run(batches, rates, name)
         finally:
             handle.remove()
 
@@ -169,9 +173,9 @@ class _Loop:
         self.torch_optimizer = optimizer_for(objective, training)
         self.objective, self.optimizer = accelerator.prepare(objective.train(), self.torch_optimizer)
 
-    def cache_teacher(self, batches: BatchSource, task: str) -> None:
+    def cache_teacher(self, batches: BatchSource, name: str) -> None:
         """Compute the teacher's outputs for all images; a resumed training computes the same bits again."""
-        self.progress.start(f"{task}: computing teacher outputs", len(batches))
+        self.progress.start(f"{name}: computing teacher outputs", len(batches))
         cache: TeacherCache | None = None
         for batch in batches:
             cache = cache or TeacherCache(len(batches) * len(batch.images))
@@ -179,11 +183,11 @@ class _Loop:
             self.progress.advance()
         self.unwrapped.teacher_cache = cache
 
-    def run(self, batches: BatchSource, rates: list[float], task: str) -> TrainingResult:
+    def run(self, batches: BatchSource, rates: list[float], name: str) -> TrainingResult:
         """One step for each learning rate."""
         layout = str(self.layout).removeprefix("torch.")
-        self.progress.say(f"{task}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
-        self.progress.start(task, len(rates))
+        self.progress.say(f"{name}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
+        self.progress.start(name, len(rates))
         ema = WeightEMA(self.model, self.training.ema) if self.training.ema else None
         first, history = self._resume(ema)
         reported: dict[str, float] = {}
@@ -204,7 +208,7 @@ class _Loop:
                 if self.checkpointer:
                     self._checkpoint(self.checkpointer, step + 1, interrupted(), ema, history)
         if any_rank(not all(bool(weight.isfinite().all()) for weight in self.model.parameters())):
-            raise NonFiniteWeights(task)
+            raise NonFiniteWeights(name)
         if ema:
             ema.copy_to(self.model)
         broadcast_from_rank0(self.model)  # running statistics and ranges differ after each process's last batch
@@ -225,7 +229,7 @@ class _Loop:
             return first, LossHistory(with_prefix(state, "log"))
 
     def _validate(self, done: int, ema: WeightEMA | None, history: LossHistory) -> dict[str, float]:
-        """The latest validation accuracy, as the progress shows it."""
+        """The latest validation score, as the progress shows it."""
         if self.curve is None:
             return {}
         with history.paused():
@@ -266,7 +270,7 @@ class _Loop:
         batch = batch.to(self.accelerator.device)
         if batch.images.ndim != 4:
             return batch
-        return Batch(batch.images.contiguous(memory_format=self.layout), batch.labels, batch.index)
+        return Batch(batch.images.contiguous(memory_format=self.layout), batch.targets, batch.index)
 
     def _check_finite(self, names: Iterable[str], values: Tensor, step: int, rate: float) -> None:
         # After the backward pass was started: on a GPU the wait is then no longer than the pass.

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import FeatureExtractor
+from tersor.tasks.classification import Classification
+from tersor.tasks.network_outputs import in_float32
+from tersor.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,12 @@ class ForwardContext:
     Attributes:
         model: the student.
         autocast: data type of its forward pass, or None for the model's own.
-        label_smoothing: label smoothing of the cross entropy.
+        task: what the networks are for.
     """
 
     model: nn.Module | None = None
     autocast: torch.dtype | None = None
-    label_smoothing: float = 0.0
+    task: Task = field(default_factory=Classification)
 
     def autocasting(self, batch: Batch) -> torch.autocast:
         """Autocast as in the networks' forward pass."""
@@ -43,14 +46,29 @@ class Outputs:
     """Outputs of a network for one batch, in float32.
 
     Attributes:
-        logits: (N, classes).
+        outputs: what the network returned: a tensor, or tensors in any container.
         layers: outputs of the layers that the terms need, by path.
-        context: how the student was run.
+        context: how the network was run, and for which task.
     """
 
-    logits: Tensor
+    outputs: Any
     layers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    context: ForwardContext = ForwardContext()
+    context: ForwardContext = field(default_factory=ForwardContext)
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits (N, classes, ...).
+
+        Raises:
+            InputError: the task has none; a method that needs them finds that out earlier, in `attach`.
+        """
+        logits = self.context.task.logits(self.outputs)
+        if logits is None:
+            raise InputError(
+                f"the network returns a {type(self.outputs).__name__}, in which {type(self.context.task).__name__} "
+                "finds no logits. Choose a method that compares the outputs of layers."
+            )
+        return logits
 
 
 class LossTerm(nn.Module):
@@ -74,9 +92,9 @@ class Objective(nn.Module):
         model: the student.
         terms: the methods' losses.
         teacher: the network that the terms compare with; always in eval mode, without gradients.
-        label_weight: weight of the cross entropy with the labels; 0 ignores the labels.
+        label_weight: weight of the task's loss (the cross entropy with the labels); 0 ignores the targets.
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
-        label_smoothing: fraction of the label's probability that is spread over all classes.
+        task: gives the loss for the targets; classification by default.
         autocast: data type in which the networks run (bfloat16), or None for the model's own.
 
     Attributes:
@@ -91,7 +109,7 @@ class Objective(nn.Module):
         *,
         label_weight: float = 1.0,
         layers: Iterable[tuple[str, str]] = (),
-        label_smoothing: float = 0.0,
+        task: Task | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -102,7 +120,7 @@ class Objective(nn.Module):
         self.terms = nn.ModuleList(terms)
         self.teacher = teacher
         self.label_weight = label_weight
-        self.context = ForwardContext(model, autocast, label_smoothing)
+        self.context = ForwardContext(model, autocast, task or Classification())
         self.teacher_cache: Callable[[Batch], Outputs] | None = None
         if teacher is not None:
             teacher.requires_grad_(requires_grad=False)
@@ -119,24 +137,21 @@ class Objective(nn.Module):
         """The losses of one batch by name, each a scalar in float32.
 
         Raises:
-            InputError: the network does not return logits, or there is no loss.
+            InputError: the outputs do not fit the task, or there is no loss.
         """
+        task = self.context.task
         with self.context.autocasting(batch):
-            logits, features = self._student_features(batch.images)
-        if not isinstance(logits, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(
-                f"in training mode the network returns a {type(logits).__name__}, not logits (N, classes). Build it "
-                "without auxiliary heads (aux_logits=False)."
-            )
+            outputs, features = self._student_features(*task.inputs(batch, training=self.model.training))
+        student = Outputs(in_float32(outputs), {path: value.float() for path, value in features.items()}, self.context)
         teacher = None
-        if len(self.terms) and self.teacher is not None:
+        if self.teacher is not None and (len(self.terms) or (task.from_original and self.label_weight)):
             teacher = (self.teacher_cache or self.teacher_forward)(batch)
-        student = Outputs(logits.float(), {path: value.float() for path, value in features.items()}, self.context)
+        targets = batch.targets
+        if task.from_original:
+            targets = None if teacher is None else teacher.outputs
         losses: dict[str, Tensor] = {}
-        if self.label_weight and batch.labels is not None:
-            losses["labels"] = self.label_weight * F.cross_entropy(
-                student.logits, batch.labels, label_smoothing=self.context.label_smoothing
-            )
+        if self.label_weight and targets is not None:
+            losses["labels"] = self.label_weight * task.loss(student.outputs, targets)
         for term in self.terms:
             assert isinstance(term, LossTerm)
             losses[term.name] = losses.get(term.name, 0) + term(batch, student, teacher)  # a method may come twice
@@ -148,7 +163,13 @@ class Objective(nn.Module):
         """The teacher's outputs for a batch, in float32 and without gradients."""
         assert self._teacher_features is not None
         with torch.inference_mode(), self.context.autocasting(batch):
-            logits, features = self._teacher_features(batch.images)
-        # a copy made outside inference mode may be saved for backward
-        logits, *values = (value.to(torch.float32, copy=True) for value in (logits, *features.values()))
-        return Outputs(logits, dict(zip(features, values, strict=True)))
+            returned = self._teacher_features(*self.context.task.inputs(batch, training=False))
+        outputs, features = tree_map(_float32_copy, returned)
+        return Outputs(outputs, features, self.context)
+
+
+def _float32_copy(leaf: Any) -> Any:
+    """A copy made outside inference mode, which may be saved for backward; floats in float32."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(torch.float32, copy=True) if leaf.is_floating_point() else leaf.clone()

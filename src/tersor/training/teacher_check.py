@@ -37,7 +37,7 @@ def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch]) ->
         for batch in batches:
             outputs = network(batch.images[:remaining].to(device)).float().cpu()
             logits.append(outputs)
-            labels.append(torch.full((len(outputs),), -1) if batch.labels is None else batch.labels[:remaining].cpu())
+            labels.append(torch.full((len(outputs),), -1) if batch.targets is None else batch.targets[:remaining].cpu())
             remaining -= len(outputs)
             if remaining <= 0:
                 break

@@ -1,4 +1,4 @@
-"""Validation accuracy during a training, measured without changing the training."""
+"""The metric on the validation images during a training, measured without changing the training."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _VALUES = "values"
 
 
 class ValidationCurve:
-    """Validation accuracy every few steps.
+    """The metric on the validation images every few steps.
 
     Measuring changes no bit of the training: the network is in eval mode, so that running statistics and ranges stay,
     and the random state is restored. With an EMA of the weights, the EMA is measured, since the training ends with it.
 
     Attributes:
         every: steps between two measurements.
-        values: the accuracies so far in percent, the same in every process.
+        values: the scores so far, the same in every process.
 
     Args:
         every: 1 or more.
-        measure: network in eval mode -> percent. Only the first process calls it; the others wait.
+        measure: network in eval mode -> score. Only the first process calls it; the others wait.
     """
 
     def __init__(self, every: int, measure: Callable[[nn.Module], float]) -> None:
@@ -43,20 +43,20 @@ class ValidationCurve:
 
     @property
     def latest(self) -> dict[str, float]:
-        """The latest accuracy by its name in the progress; empty before the first measurement."""
+        """The latest score by its name in the progress; empty before the first measurement."""
         return {"validation": self.values[-1]} if self.values else {}
 
     def measure_if_due(self, done: int, model: nn.Module, ema: WeightEMA | None) -> None:
         """Measure after `done` steps, where these are a multiple of `every`."""
         if done % self.every:
             return
-        percent = 0.0
+        score = 0.0
         if not distributed.rank():
             device = next(model.parameters()).device
             random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
             with random_state, evaluating(model), ema.applied(model) if ema else nullcontext():
-                percent = self._measure(model)
-        first, *_ = distributed.all_gather(torch.tensor(percent, dtype=torch.float64))
+                score = self._measure(model)
+        first, *_ = distributed.all_gather(torch.tensor(score, dtype=torch.float64))
         self.values.append(first.item())
 
     def state(self) -> dict[str, Tensor]:

@@ -14,12 +14,13 @@ from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.data.image_sets import Pixels
 from tersor.deploy.onnx import export
-from tersor.evaluation.latency import predictions
 from tersor.evaluation.measurement import arrays
 from tersor.evaluation.results import Execution
+from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
 from tersor.methods.ptq import PTQ
 from tersor.report.analysis.evidence import collect_evidence
+from tersor.tasks.classification import Classification
 from tersor.training.context import AttachContext
 from toy_networks import Small
 
@@ -51,7 +52,7 @@ def collected(networks, teacher=None, target=None):
     folder, original, model, test = networks
     target = target or Target()
     classes = {
-        entry: predictions(open_session(folder / file, "onnxruntime"), arrays(test, target.input))
+        entry: file_predictions(open_session(folder / file, "onnxruntime"), arrays(test, target.input))
         for entry, file in (("original", "original.onnx"), ("artifact", "model.onnx"))
     }
     return collect_evidence(
@@ -62,7 +63,9 @@ def collected(networks, teacher=None, target=None):
         folder,
         test,
         target,
+        Classification(),
         predictions=classes,
+        classes=tuple("0123456789"),
         baseline=BASELINE,
         progress=NullProgress(),
     )
@@ -94,7 +97,7 @@ def test_class_similarity_is_the_mean_soft_prediction(networks, evidence):
     softened = torch.cat([(original(batch.images) / 4).softmax(1).detach() for batch in test])
     assert similarity["images"] == 300
     for label, row in similarity["rows"]:
-        assert row == pytest.approx(softened[test.images.labels == label].mean(0).tolist(), abs=1e-4)
+        assert row == pytest.approx(softened[test.images.targets == label].mean(0).tolist(), abs=1e-4)
 
 
 def test_attention_maps_of_each_network_and_resolution(evidence):

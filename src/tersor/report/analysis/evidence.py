@@ -6,7 +6,7 @@ Except for timings, it depends only on the networks, the files and the images.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ from tersor.deploy.static_batch import batch_for
 from tersor.evaluation.measurement import arrays
 from tersor.evaluation.node_profile import profile
 from tersor.evaluation.results import Execution
+from tersor.evaluation.scoring import targets_of
 from tersor.evaluation.session import Array
 from tersor.graph.capture import capture, layer_of, values_into
 from tersor.graph.layer_selection import Layer, weighted_layers
 from tersor.report.analysis.attention_maps import attention_maps
+from tersor.report.analysis.changed_outputs import compare_outputs
 from tersor.report.analysis.layers import layer_table
 from tersor.report.analysis.predictions import class_similarity, compare_predictions, evenly_spaced, soft_targets
 from tersor.report.analysis.pruning import masks, widths
+from tersor.tasks.classification import Classification
+from tersor.tasks.task import Task
 
 PROFILED_BATCH_SIZES = (1, 32)
 
@@ -43,8 +47,10 @@ def collect_evidence(
     folder: Path,
     test: Batches,
     target: Target,
+    task: Task,
     *,
-    predictions: Mapping[str, Array],
+    predictions: Mapping[str, Any],
+    classes: Sequence[str],
     baseline: Mapping[str, Execution],
     progress: ProgressReporter,
 ) -> dict[str, Any]:
@@ -58,30 +64,32 @@ def collect_evidence(
         folder: contains `original.onnx` and `model.onnx`.
         test: the whole test set, in order.
         target: the runtime to profile.
-        predictions: `original` and `artifact` -> classes (N,) of the test images, predicted in the runtime.
+        task: what the networks are for.
+        predictions: `original` and `artifact` -> predictions for the test images, in the runtime.
+        classes: names of the classes.
         baseline: batch size -> `runtime` and `precision` of the baseline, as in `numbers.json`.
         progress: receives the progress.
 
     Returns:
         `layers` (see `layer_table`), `widths` and `masks` (see there), `profile` (batch size -> `original`, `artifact`
-        and `baseline`, see `profile`), `soft_targets` (name of the `network`, `images`, see `soft_targets`, and
-        `class_similarity`, see there), `attention` (see `attention_maps`), `predictions` (see `compare_predictions`),
-        and the number of `observed_images`.
+        and `baseline`, see `profile`), `attention` (see `attention_maps`), and the number of `observed_images`. Of
+        classifiers, `soft_targets` (name of the `network`, `images`, see `soft_targets`, and `class_similarity`, see
+        there) and `predictions` (see `compare_predictions`); of other networks, `outputs` (see `compare_outputs`).
     """
-    progress.start("evidence", 3)
+    progress.start("evidence", 2)
     # evenly over the whole set: image folders are sorted by class
     index = evenly_spaced(len(test.images), _OBSERVED_IMAGES)
     images = test.take(index).images
-    compared = compare_predictions(test.images, predictions["original"], predictions["artifact"])
-    progress.advance()
     original, model = _eval_copy(original), _eval_copy(model)
     layers = layer_table(_with_layers_of(model, original, images), model, images)
     source = original if teacher is None else _eval_copy(teacher)
-    targets = {
-        "network": "original" if teacher is None else "teacher",
-        "images": soft_targets(source, test, index),
-        "class_similarity": class_similarity(source, test),
-    }
+    predicted = _predicted(task, test, classes, predictions)
+    if isinstance(task, Classification):
+        predicted["soft_targets"] = {
+            "network": "original" if teacher is None else "teacher",
+            "images": soft_targets(source, test, index),
+            "class_similarity": class_similarity(source, test),
+        }
     before = _eval_copy(before)
     networks = {"before": before, "after": model}
     attention = attention_maps(networks if teacher is None else {"teacher": source, **networks}, test, index)
@@ -94,10 +102,19 @@ def collect_evidence(
         "widths": widths(_with_layers_of(model, before, images), model),
         "masks": masks(model),
         "profile": profiles,
-        "soft_targets": targets,
         "attention": attention,
-        "predictions": compared,
+        "soft_targets": None,
+        "predictions": None,
+        **predicted,
     }
+
+
+def _predicted(task: Task, test: Batches, classes: Sequence[str], predictions: Mapping[str, Any]) -> dict[str, Any]:
+    before, after = predictions["original"], predictions["artifact"]
+    if isinstance(task, Classification):
+        return {"predictions": compare_predictions(test.images, before.numpy(), after.numpy())}
+    targets = None if task.from_original else targets_of(test)
+    return {"outputs": compare_outputs(task, test.images, classes, targets, before, after)}
 
 
 def _eval_copy(network: nn.Module) -> nn.Module:

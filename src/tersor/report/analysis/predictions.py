@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tersor.data import Batches, Images
+from tersor.data.image_sets import class_numbers
 from tersor.evaluation.session import Array
 
 TEMPERATURES = (1, 2, 4, 8, 16)
@@ -40,7 +41,7 @@ def compare_predictions(images: Images, before: Array, after: Array) -> dict[str
         its number of `images` and of right predictions `before` and `after`; `changes`: [from, to, count], the most
         frequent first; `examples`: up to 24 changed images, alternating between the three kinds, as PNG.
     """
-    labels = images.labels.numpy()
+    labels = images.targets.numpy()
     was_right, is_right = before == labels, after == labels
     kinds = {
         "lost": was_right & ~is_right,
@@ -125,7 +126,7 @@ def class_similarity(network: nn.Module, test: Batches, temperature: float = 4.0
     index = evenly_spaced(len(test.images), _SIMILARITY_IMAGES)
     batches = [test.take(part) for part in index.split(test.batch_size)]
     softened = torch.cat([(network(batch.images).double() / temperature).softmax(1) for batch in batches])
-    labels = test.images.labels[index]
+    labels = test.images.targets[index]
     classes = labels.unique().tolist() if softened.shape[1] <= _MATRIX_CLASSES else []
     rows = [[label, [round(value, 5) for value in softened[labels == label].mean(0).tolist()]] for label in classes]
     return {"temperature": temperature, "images": len(index), "rows": rows}
@@ -142,14 +143,16 @@ def evenly_spaced(count: int, most: int) -> Tensor:
 
 
 def image_entry(images: Images, index: int) -> dict[str, Any]:
-    """Index, label and PNG of an image."""
-    return {"index": index, "label": int(images.labels[index]), "png": png(images.take(torch.tensor([index]))[0])}
+    """Index, label (None if it has no class) and PNG of an image."""
+    labels = class_numbers(images)
+    label = None if labels is None else int(labels[index])
+    return {"index": index, "label": label, "png": png(images.take(torch.tensor([index]))[0])}
 
 
-def png(pixels: Tensor) -> str:
-    """An image (3, H, W) uint8 as a data URI, downsized to at most 96 pixels a side."""
+def png(pixels: Tensor, side: int = _LONGEST_SIDE) -> str:
+    """An image (3, H, W) uint8 as a data URI, downsized to at most `side` pixels a side."""
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,129 @@
+"""Predictions of networks and of files for many images, and their metric, as the task defines both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tersor.core.errors import InputError
+from tersor.data import Batches
+from tersor.data.batch import Batch
+from tersor.deploy.outputs import LOGITS
+from tersor.evaluation.session import Array, Session
+from tersor.graph.eval_mode import evaluating
+from tersor.tasks.classification import Classification
+from tersor.tasks.network_outputs import in_float32
+from tersor.tasks.task import Task
+
+_IMAGES_AT_ONCE = 500
+_PIXELS_AT_ONCE = 2**22
+"""Of a batch whose outputs may have as many pixels as the images."""
+_OF_A_TUPLE = re.compile(r"output_\d+")
+
+
+def images_at_once(task: Task, size: tuple[int, int]) -> int:
+    """Images of this height and width per batch of a measurement."""
+    if isinstance(task, Classification):
+        return _IMAGES_AT_ONCE
+    return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (size[0] * size[1])))
+
+
+def network_predictions(model: nn.Module, batches: Iterable[Batch], task: Task | None = None) -> Any:
+    """The predictions of `model` in eval mode for all images, on the CPU, as one batch; None without images."""
+    task = task or Classification()
+    return joined(predicted for _, predicted in _predicted(model, batches, task))
+
+
+def file_predictions(session: Session, arrays: Iterable[Array], task: Task | None = None) -> Any:
+    """The predictions of a file for all images in `arrays`, each (B, C, H, W), as one batch; None without images.
+
+    Raises:
+        InputError: the images do not fit the network, or its outputs do not fit the task.
+    """
+    task = task or Classification()
+    return joined(task.predictions(file_outputs(session, array)) for array in arrays)
+
+
+def file_outputs(session: Session, array: Array) -> Any:
+    """The outputs of a file for images (N, C, H, W), as torch's network returns them, with nested ones side by side.
+
+    Raises:
+        InputError: the images do not fit the network, or an output does not have one entry for each image.
+    """
+    values = {name: torch.from_numpy(np.array(value)) for name, value in session.run_all(array).items()}
+    for name, value in values.items():
+        if value.shape[:1] != (len(array),):
+            raise InputError(
+                f"the output '{name}' of the file has the shape {tuple(value.shape)} for {len(array)} images. "
+                "Possible: networks whose outputs have one entry for each image."
+            )
+    if list(values) == [LOGITS]:
+        return values[LOGITS]
+    if all(_OF_A_TUPLE.fullmatch(name) for name in values):
+        return tuple(values.values())
+    return values
+
+
+def targets_of(batches: Batches) -> Any:
+    """The targets of all images in order, as one batch; the images are not read."""
+    index = torch.arange(len(batches.images)).split(batches.batch_size)
+    return joined(batches.images.targets_at(each) for each in index)
+
+
+def network_score(
+    model: nn.Module, batches: Iterable[Batch], task: Task | None = None, original: nn.Module | None = None
+) -> float:
+    """The task's metric of `model` in eval mode: for a classifier, top-1 accuracy in percent.
+
+    Args:
+        model: the network.
+        batches: images with targets.
+        task: what the network is for; classification by default.
+        original: gives the targets of a task that takes them from the original network.
+
+    Raises:
+        InputError: a batch has no targets, or there is no image.
+    """
+    task = task or Classification()
+    if not task.from_original:
+        return task.score((predicted, batch.targets) for batch, predicted in _predicted(model, batches, task))
+    assert original is not None
+    seen = list(batches)
+    return score(task, network_predictions(model, seen, task), network_predictions(original, seen, task))
+
+
+def score(task: Task, predictions: Any, targets: Any) -> float:
+    """The metric of the predictions for all images."""
+    return task.score([] if predictions is None else [(predictions, targets)])
+
+
+def agreement(task: Task, predictions: Any, reference: Any) -> float:
+    """Prediction agreement in percent: how much of two predictions for the same images is the same, on average."""
+    return 100 * task.agreement(predictions, reference).mean().item()
+
+
+def joined(batches: Iterable[Any]) -> Any:
+    """Predictions or targets of several batches as those of one; None if there is no batch, or a batch has none."""
+    every = list(batches)
+    if not every or any(each is None for each in every):
+        return None
+    if isinstance(every[0], list):
+        return [image for batch in every for image in batch]
+    return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *every)
+
+
+def _predicted(model: nn.Module, batches: Iterable[Batch], task: Task) -> Iterator[tuple[Batch, Any]]:
+    """Each batch with the predictions of `model`, on the CPU."""
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    with evaluating(model):
+        for batch in batches:
+            with torch.inference_mode():  # not around the loop: the caller runs between batches
+                outputs = model(batch.images.to(device))
+            yield batch, task.predictions(in_float32(outputs))

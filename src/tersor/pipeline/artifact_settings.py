@@ -1,0 +1,136 @@
+"""How an existing artifact is measured again: its task, data, classes and normalization, from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from tersor.checkpoint.artifact import Artifact
+from tersor.core.errors import InputError
+from tersor.core.files import read_json
+from tersor.core.import_path import is_function_path
+
+if TYPE_CHECKING:  # it imports torch
+    from tersor.tasks.task import Task
+
+
+def task_of_artifact(artifact: Artifact, name: str | None) -> Task:
+    """The task of this name, else of the folder's recipe, else classification.
+
+    Raises:
+        InputError: the recipe names the user's own code.
+    """
+    from tersor import tasks
+    from tersor.recipe import read
+
+    path = artifact.files.get("recipe.yaml")
+    if name is not None or path is None:
+        return tasks.build(name or "classification")
+    entry = read(path).task
+    if entry.is_own:
+        raise InputError(
+            f"the recipe in {artifact.path} has the task '{entry.name}'. Code of an artifact is never executed. If the "
+            f"task is yours, write --task {entry.name}."
+        )
+    return entry.build()
+
+
+def original_file(artifact: Artifact) -> Path:
+    """The original's file, whose outputs are the targets of some tasks.
+
+    Raises:
+        InputError: there is none.
+    """
+    if "original.onnx" not in artifact.files:
+        raise InputError(
+            f"{artifact.path} has no original.onnx to compare with. Give the folder of a run, or a task with targets."
+        )
+    return artifact.files["original.onnx"]
+
+
+def class_names(model: Path) -> list[str] | None:
+    """Class names from the file's metadata, in the order of the logits.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    if model.suffix != ".onnx":
+        return None
+    import onnx  # slow to import
+
+    told = {entry.key: entry.value for entry in onnx.load(model, load_external_data=False).metadata_props}
+    try:
+        return TypeAdapter(list[str]).validate_json(told["classes"]) if "classes" in told else None
+    except ValidationError as error:
+        raise InputError(f"the class names in the metadata of {model} are damaged. Export it again.") from error
+
+
+def refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[str]) -> None:
+    """Raises:
+    InputError: the classes of the data are others than those of the artifact.
+    """
+    if of_artifact is None or list(of_artifact) == list(of_data):
+        return
+    lacking, strange = (
+        ", ".join(sorted(each)) for each in (set(of_artifact) - set(of_data), set(of_data) - set(of_artifact))
+    )
+    raise InputError(
+        "the classes of the data differ from those of the artifact: "
+        + "; ".join(
+            [f"the data lacks {lacking}"] * bool(lacking) + [f"the artifact lacks {strange}"] * bool(strange)
+            or ["their order"]
+        )
+        + ". Give data with the same classes."
+    )
+
+
+class _Told(BaseModel):
+    """What `numbers.json` says of how the network is run."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    runtime: str = "onnxruntime"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def numbers_of(artifact: Artifact) -> dict[str, Any]:
+    """Runtime, mean and standard deviation from `numbers.json`; empty without one.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = artifact.files.get("numbers.json")
+    if path is None:
+        return {}
+    again = "Run its recipe.yaml again."
+    try:
+        return _Told.model_validate(read_json(path, again)).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise InputError(f"{path} is not what this version of tersor writes. {again}") from error
+
+
+def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:
+    """Arguments of `tersor.data.load`: the given data, else those of the folder's recipe.
+
+    Raises:
+        InputError: there is neither, or the recipe names the user's own code.
+    """
+    if data is not None:
+        return {"folder": data} if Path(data).is_dir() else {"name": data}
+    recipe = artifact.files.get("recipe.yaml")
+    if recipe is None:
+        raise InputError(
+            f"{artifact.path} does not name its data. Write --data with an image folder or the name of a data set."
+        )
+    from tersor.recipe import read
+
+    source = read(recipe).data
+    if source.name is not None and is_function_path(source.name):
+        raise InputError(
+            f"the recipe in {artifact.path} loads images with the function '{source.name}'. Code of an artifact is "
+            f"never executed. If the function is yours, write --data {source.name}."
+        )
+    return source.model_dump(exclude={"augment", "mean", "std"})

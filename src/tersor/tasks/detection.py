@@ -1,0 +1,113 @@
+"""Boxes with classes, as torchvision's detectors take and return them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from tersor.core.errors import InputError
+from tersor.data.batch import Batch
+from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
+
+CONFIDENT = 0.5
+"""Boxes of at least this score count for the agreement of two networks."""
+
+_SAME_BOX = 0.5
+_KEYS = ("boxes", "scores", "labels")
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class Detection(Task):
+    """For each image a dict of boxes (K, 4), scores (K,) and labels (K,); boxes are x1, y1, x2, y2 in pixels.
+
+    The targets are a list with a dict of boxes and labels for each image. In training mode the network takes images and
+    targets and returns its own losses by name. In eval mode it returns a list of dicts, or one dict of tensors with a
+    leading dimension N. The metric is the mean average precision at an IoU of 0.5.
+    """
+
+    metric: ClassVar[str] = "mAP50"
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The sum of the losses that the network returns.
+
+        Raises:
+            InputError: it returns no losses.
+        """
+        losses = list(cast("Mapping[str, Any]", outputs).values()) if isinstance(outputs, Mapping) else []
+        if not losses or not all(isinstance(each, Tensor) and each.ndim == 0 for each in losses):
+            raise InputError(
+                f"in training mode a detector returns a dict of losses, as torchvision's do, not a "
+                f"{type(outputs).__name__}. Write a task of your own (package.module:Task) with a loss."
+            )
+        return torch.stack(losses).sum()
+
+    def inputs(self, batch: Batch, *, training: bool) -> tuple[Any, ...]:
+        """The images, and in training mode the targets too."""
+        return (batch.images, batch.targets) if training else (batch.images,)
+
+    def predictions(self, outputs: Any) -> list[dict[str, Tensor]]:
+        """The boxes, scores and labels of each image.
+
+        Raises:
+            InputError: the outputs are something else.
+        """
+        if isinstance(outputs, Mapping) and all(isinstance(outputs.get(key), Tensor) for key in _KEYS):
+            outputs = [dict(zip(_KEYS, one, strict=True)) for one in zip(*(outputs[key] for key in _KEYS), strict=True)]
+        images: list[Any] = cast("list[Any]", outputs) if isinstance(outputs, list | tuple) else [None]
+        if not all(isinstance(image, Mapping) and all(key in image for key in _KEYS) for image in images):
+            raise InputError(
+                f"a detector returns a dict of {', '.join(_KEYS)} for each image, not a {type(outputs).__name__}."
+            )
+        return [{key: image[key].detach().cpu() for key in _KEYS} for image in images]
+
+    def score(self, pairs: Pairs) -> float:
+        """mAP50 in percent."""
+        return 100 * max(0.0, float(self._measured(required(pairs, self))["map_50"]))
+
+    def score_by_class(self, pairs: Pairs, classes: int) -> Tensor:
+        """AP50 in percent of each class (classes,)."""
+        found = self._measured(required(pairs, self))
+        values = torch.full((classes,), float("nan"), dtype=torch.float64)
+        precision = found["map_per_class"].double().reshape(-1)
+        values[found["classes"].reshape(-1).long()] = 100 * precision.where(precision >= 0, float("nan"))
+        return values
+
+    def agreement(self, predictions: Any, reference: Any) -> Tensor:
+        """For each image (N,), 2 * (boxes that both have) / (boxes of one + boxes of the other).
+
+        Boxes with a score of at least 0.5 count; both networks have a box if class and place (IoU 0.5) are the same.
+        """
+        both = zip(predictions, reference, strict=True)
+        return torch.tensor([same_boxes(one, other) for one, other in both], dtype=torch.float64)
+
+    def _measured(self, pairs: list[tuple[Any, Any]]) -> dict[str, Tensor]:
+        from torchmetrics.detection import MeanAveragePrecision  # imports slowly
+
+        metric = MeanAveragePrecision(iou_thresholds=[_SAME_BOX], class_metrics=True)
+        metric.warn_on_many_detections = False
+        for predictions, targets in pairs:
+            metric.update(predictions, [{key: each[key].cpu() for key in ("boxes", "labels")} for each in targets])
+        return metric.compute()
+
+
+def same_boxes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Twice the confident boxes that two predictions for an image share, over all their confident boxes."""
+    from torchvision.ops import box_iou
+
+    first, second = (
+        {key: each[key][each["scores"] >= CONFIDENT] for key in ("boxes", "labels")} for each in (one, other)
+    )
+    boxes = len(first["boxes"]) + len(second["boxes"])
+    if not boxes:
+        return 1.0
+    same = box_iou(first["boxes"], second["boxes"]) * (first["labels"][:, None] == second["labels"])
+    shared = 0
+    while same.numel() and same.max() >= _SAME_BOX:  # the closest pair first; a box is used once
+        row, column = divmod(int(same.argmax()), same.shape[1])
+        same[row], same[:, column] = 0, 0
+        shared += 1
+    return 2 * shared / boxes

@@ -1,0 +1,48 @@
+"""A vector for each image, whose direction counts; the original network gives the targets."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from tersor.core.errors import InputError
+from tersor.tasks.network_outputs import logits_in
+from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class Embedding(Task):
+    """One tensor (N, dimensions); the targets are those of the original network, so the images need no labels."""
+
+    metric: ClassVar[str] = "cosine similarity"
+    unit: ClassVar[str] = ""
+    from_original: ClassVar[bool] = True
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """One minus the mean cosine similarity."""
+        return 1 - F.cosine_similarity(_vectors(outputs), _vectors(targets), dim=1).mean()
+
+    def predictions(self, outputs: Any) -> Tensor:
+        """The vectors (N, dimensions)."""
+        return _vectors(outputs).detach().cpu()
+
+    def score(self, pairs: Pairs) -> float:
+        """Mean cosine similarity with the vectors of the original network."""
+        found = [self.agreement(predictions, targets) for predictions, targets in required(pairs, self)]
+        return float(torch.cat(found).mean())
+
+    def agreement(self, predictions: Any, reference: Any) -> Tensor:
+        """The cosine similarity of each image (N,); 0 for opposite directions."""
+        first, second = (_vectors(each).cpu().double() for each in (predictions, reference))
+        return F.cosine_similarity(first, second, dim=1).clamp(min=0)
+
+
+def _vectors(outputs: Any) -> Tensor:
+    vectors = logits_in(outputs)
+    if vectors is None or vectors.ndim < 2:
+        raise InputError(f"an embedding network returns one tensor (N, dimensions), not a {type(outputs).__name__}.")
+    return vectors.flatten(1)

@@ -1,0 +1,90 @@
+"""A task from plain functions: another loss or metric for a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from tersor.core.errors import InputError
+from tersor.data.batch import Batch
+from tersor.tasks.network_outputs import described
+from tersor.tasks.task import Pairs, Task, required
+
+
+class FromFunctions(Task):
+    """A task with the user's own functions.
+
+    Args:
+        base: the task for everything else.
+        own_loss: (outputs, targets) -> scalar tensor, in training mode; None for that of `base`.
+        own_metric: (outputs, targets) -> number, averaged over the images; or a torchmetrics Metric; None for that of
+            `base`.
+    """
+
+    def __init__(self, base: Task, own_loss: Callable[..., Tensor] | None, own_metric: Any) -> None:
+        self.base = base
+        self._loss = own_loss
+        self._metric = own_metric
+        self._own = own_metric is not None
+        if own_metric is not None:
+            metric = getattr(own_metric, "__name__", type(own_metric).__name__)
+            better = getattr(own_metric, "higher_is_better", None)
+            told = {"metric": metric, "unit": "", "higher_is_better": better is not False}
+        else:
+            told = {"metric": base.metric, "unit": base.unit, "higher_is_better": base.higher_is_better}
+        told["from_original"] = base.from_original and own_loss is None and own_metric is None
+        vars(self).update(told)  # of this task, in place of those of the class
+
+    def inputs(self, batch: Batch, *, training: bool) -> tuple[Any, ...]:
+        """Those of the base."""
+        return self.base.inputs(batch, training=training)
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The user's loss.
+
+        Raises:
+            InputError: it is not a scalar tensor.
+        """
+        if self._loss is None:
+            return self.base.loss(outputs, targets)
+        value = self._loss(outputs, targets)
+        if not isinstance(value, Tensor) or value.ndim:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"the loss returned {described(value)}. Return a tensor without dimensions, such as the mean over the "
+                "batch."
+            )
+        return value
+
+    def logits(self, outputs: Any) -> Tensor | None:
+        """Those of the base."""
+        return self.base.logits(outputs)
+
+    def predictions(self, outputs: Any) -> Any:
+        """The outputs themselves, if there is a metric of the user, who expects them; else as the base."""
+        return super().predictions(outputs) if self._own else self.base.predictions(outputs)
+
+    def score(self, pairs: Pairs) -> float:
+        """The user's metric."""
+        if not self._own:
+            return self.base.score(pairs)
+        found = required(pairs, self)
+        if hasattr(self._metric, "compute"):
+            self._metric.reset()
+            for outputs, targets in found:
+                self._metric.update(outputs, targets)
+            return float(self._metric.compute())
+        counts = [len(targets) for _, targets in found]
+        values = [float(self._metric(outputs, targets)) for outputs, targets in found]
+        return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+
+    def score_by_class(self, pairs: Pairs, classes: int) -> Tensor | None:
+        """That of the base's metric."""
+        return None if self._own else self.base.score_by_class(pairs, classes)
+
+    def agreement(self, predictions: Any, reference: Any) -> Tensor:
+        """That of the base."""
+        if self._own:
+            predictions, reference = (self.base.predictions(each) for each in (predictions, reference))
+        return self.base.agreement(predictions, reference)

@@ -1,0 +1,69 @@
+"""Any number of labels for each image."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from tersor.core.errors import InputError
+from tersor.tasks.network_outputs import logits_in
+from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required, whole
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class Multilabel(Task):
+    """Logits (N, classes); the targets are 0 or 1 (N, classes). The metric is the mean F1 score of the classes."""
+
+    metric: ClassVar[str] = "F1"
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Binary cross entropy, averaged over images and classes.
+
+        Raises:
+            InputError: the targets have another shape than the logits.
+        """
+        logits = self._logits(outputs)
+        if targets.shape != logits.shape:
+            raise InputError(
+                f"the targets have the shape {tuple(targets.shape)}, the logits {tuple(logits.shape)}. Pass 0 or 1 for "
+                "each image and class: (N, classes)."
+            )
+        return F.binary_cross_entropy_with_logits(logits, targets.to(logits))
+
+    def logits(self, outputs: Any) -> Tensor | None:
+        """Logits (N, classes), each of an independent label."""
+        return logits_in(outputs, rank=2)
+
+    def predictions(self, outputs: Any) -> Tensor:
+        """The labels whose probability is above one half (N, classes), bool."""
+        return self._logits(outputs).detach().cpu() > 0
+
+    def score(self, pairs: Pairs) -> float:
+        """Mean F1 score of the classes that occur, in percent."""
+        f1 = self._f1(required(pairs, self))
+        return float(f1[~f1.isnan()].mean())
+
+    def score_by_class(self, pairs: Pairs, classes: int) -> Tensor:
+        """F1 score in percent of each class (classes,)."""
+        return self._f1(required(pairs, self))
+
+    def agreement(self, predictions: Any, reference: Any) -> Tensor:
+        """The share of equal labels of each image (N,)."""
+        return (predictions == reference).double().mean(1)
+
+    def _logits(self, outputs: Any) -> Tensor:
+        logits = self.logits(outputs)
+        if logits is None or logits.ndim != 2:
+            raise InputError(f"a multi-label network returns logits (N, classes), not a {type(outputs).__name__}.")
+        return logits
+
+    def _f1(self, pairs: list[tuple[Any, Any]]) -> Tensor:
+        from torchmetrics.functional.classification import multilabel_f1_score  # imports slowly
+
+        predictions, targets = whole(pairs)
+        found = multilabel_f1_score(predictions.int(), targets.int(), predictions.shape[1], average=None)
+        occurs = (predictions | targets.bool()).any(0)
+        return 100 * found.double().where(occurs, float("nan"))

@@ -1,0 +1,101 @@
+"""Outputs of any network, a pytree of tensors: their logits, and the distance between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tersor.core.errors import InputError
+
+
+def in_float32(outputs: Any) -> Any:
+    """The outputs with every floating-point tensor in float32."""
+    convert = lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf  # noqa: E731
+    return tree_map(convert, outputs)
+
+
+def logits_in(outputs: Any, rank: int | None = None, names: tuple[str, ...] = ("logits",)) -> Tensor | None:
+    """The tensor of logits: the only tensor, the one of these names in a dict, or the only one of `rank` dimensions.
+
+    Returns:
+        None where that is not clear.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        entries = cast("Mapping[Any, Any]", outputs)
+        for name in names:
+            if isinstance(entries.get(name), Tensor):
+                return entries[name]
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    fitting = leaves if len(leaves) == 1 else [leaf for leaf in leaves if leaf.ndim == rank]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def described(outputs: Any) -> str:
+    """The outputs in words: a shape, or the entries of a container."""
+    if isinstance(outputs, Tensor):
+        return f"shape {tuple(outputs.shape)}"
+    if isinstance(outputs, Mapping):
+        entries = cast("Mapping[Any, Any]", outputs).items()
+        return f"a {type(outputs).__name__} with {', '.join(f'{key} ({described(each)})' for key, each in entries)}"
+    if isinstance(outputs, list | tuple):
+        return f"a {type(outputs).__name__} of {', '.join(described(each) for each in outputs)}"
+    return f"a {type(outputs).__name__}"
+
+
+def floats_of_both(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
+    """The floating-point tensors of two outputs, in pairs, on the device of the first.
+
+    Raises:
+        InputError: the two differ in number or shapes, or have none.
+    """
+    both = [
+        [leaf for leaf in tree_leaves(each) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        for each in (outputs, reference)
+    ]
+    shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in both]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"two outputs cannot be compared: one has the shapes {shapes[0]}, the other {shapes[1]}. Possible: two "
+            "networks that return tensors of the same shapes."
+        )
+    if not both[0]:
+        raise InputError("two outputs cannot be compared: they hold no floating-point tensor.")
+    return [(one, other.to(one.device)) for one, other in zip(*both, strict=True)]
+
+
+def relative_squared_error(outputs: Any, reference: Any) -> Tensor:
+    """The distance of two outputs as a loss: the mean over tensors of |outputs - reference|^2 / |reference|^2.
+
+    It is differentiable at equal outputs too, unlike its root, the relative L2 error.
+
+    Raises:
+        InputError: the two differ in number or shapes of tensors.
+    """
+    errors = [_ratio(*squares(*both)) for both in floats_of_both(outputs, reference)]
+    return torch.stack(errors).mean()
+
+
+def relative_errors(outputs: Any, reference: Any) -> Tensor:
+    """The relative L2 error of each image (N,), float64: the root of the mean over tensors of the squared ratios.
+
+    Raises:
+        InputError: the two differ in number or shapes of tensors.
+    """
+    pairs = [(one.double().flatten(1), other.double().flatten(1)) for one, other in floats_of_both(outputs, reference)]
+    errors = [_ratio((one - other).square().sum(1), other.square().sum(1)) for one, other in pairs]
+    return torch.stack(errors).mean(0).sqrt()
+
+
+def squares(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """|one - other|^2 and |other|^2, scalars."""
+    return (one - other).square().sum(), other.square().sum()
+
+
+def _ratio(change: Tensor, size: Tensor) -> Tensor:
+    return change / size.clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,120 @@
+"""What a network is for: its loss, its metric, and what a changed prediction is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from tersor.core.errors import InputError
+from tersor.data.batch import Batch
+from tersor.tasks.network_outputs import relative_errors
+
+PLAIN_VALUES = ConfigDict(extra="forbid")
+"""The pydantic configuration of every task: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
+
+Pairs = Iterable[tuple[Any, Any]]
+"""For each batch: predictions, and the targets."""
+
+
+class Task:
+    """What a network is for. Subclasses set the names and override `loss` and `score`, and what differs besides.
+
+    `outputs` is whatever the network returned (a tensor, a tuple, a dict), with floats in float32. `targets` is what
+    the data holds for a batch of images.
+
+    Attributes:
+        metric: name of the metric.
+        unit: of the metric: "%", or "" for a number without one.
+        higher_is_better: whether a higher metric is better.
+        from_original: whether the targets are the outputs of the original network, so that the data needs none.
+    """
+
+    metric: ClassVar[str]
+    unit: ClassVar[str] = "%"
+    higher_is_better: ClassVar[bool] = True
+    from_original: ClassVar[bool] = False
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The scalar to minimize, for the outputs in training mode."""
+        raise NotImplementedError
+
+    def inputs(self, batch: Batch, *, training: bool) -> tuple[Any, ...]:
+        """The arguments of the network's forward."""
+        return (batch.images,)
+
+    def logits(self, outputs: Any) -> Tensor | None:
+        """Logits (N, classes, ...) that soft targets can soften; None if there are none."""
+        return None
+
+    def predictions(self, outputs: Any) -> Any:
+        """What is kept of the outputs to be scored and compared: a pytree or list on the CPU, image by image."""
+        return tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, outputs)
+
+    def score(self, pairs: Pairs) -> float:
+        """The metric over all batches of predictions and targets.
+
+        Raises:
+            InputError: there is no image, or the targets do not fit.
+        """
+        raise NotImplementedError
+
+    def score_by_class(self, pairs: Pairs, classes: int) -> Tensor | None:
+        """The metric of each class (classes,), NaN for a class that does not occur; None if it has no classes."""
+        return None
+
+    def shown(self, score: float) -> str:
+        """A score in words: "71.20 %", or "0.1234" without a unit."""
+        return f"{score:.2f} {self.unit}" if self.unit else f"{score:.4g}"
+
+    def agreement(self, predictions: Any, reference: Any) -> Tensor:
+        """For each image (N,), float64, how much of the prediction stays the same, from 0 to 1."""
+        return (1 - relative_errors(predictions, reference)).clamp(min=0)
+
+
+def with_label_smoothing(task: Task, fraction: float) -> Task:
+    """The task with this label smoothing, the task itself where `fraction` is 0.
+
+    Raises:
+        InputError: the loss of the task has no label smoothing.
+    """
+    if not fraction:
+        return task
+    if not is_dataclass(task) or "label_smoothing" not in {each.name for each in fields(task)}:
+        raise InputError(
+            f"label_smoothing is {fraction}, but the loss of {type(task).__name__} has none. Leave label_smoothing out."
+        )
+    return replace(task, label_smoothing=fraction)
+
+
+def no_targets(task: Task) -> InputError:
+    """The error for images without targets, where the task needs them."""
+    return InputError(
+        f"{task.metric} cannot be measured on images without labels. Give labelled batches, or write task: distance, "
+        "which compares with the outputs of the original network."
+    )
+
+
+def required(pairs: Pairs, task: Task) -> list[tuple[Any, Any]]:
+    """The pairs, at least one, all with targets.
+
+    Raises:
+        InputError: there is no image, or a batch has no targets.
+    """
+    found = list(pairs)
+    if any(targets is None for _, targets in found):
+        raise no_targets(task)
+    if not found:
+        raise InputError(f"{task.metric} cannot be measured without images. Give at least one labelled batch.")
+    return found
+
+
+def whole(pairs: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    """Predictions and targets of all batches as two tensors on the CPU."""
+    predictions, targets = zip(*pairs, strict=True)
+    return torch.cat(predictions), torch.cat([each.cpu() for each in targets])

@@ -1,0 +1,215 @@
+"""Every task: loss, metric and agreement against values that are computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tersor import tasks
+from tersor.core.errors import InputError
+from tersor.data.batch import Batch
+from tersor.tasks.task import Task, with_label_smoothing
+from tersor.training.objective import Objective, Outputs
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, 5.0], [4.0, 1.0, 0.0]])
+LABELS = torch.tensor([0, 1, 2, 1])
+BOX = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+
+
+class Own(Task):
+    """A task as a user writes it."""
+
+    metric = "largest error"
+    higher_is_better = False
+
+    def loss(self, outputs, targets):
+        return (outputs["values"] - targets).abs().mean()
+
+    def score(self, pairs):
+        return max(float((outputs["values"] - targets).abs().max()) for outputs, targets in pairs)
+
+
+def detected(boxes=BOX, score=0.9, label=1):
+    return {"boxes": boxes, "scores": torch.full((len(boxes),), score), "labels": torch.full((len(boxes),), label)}
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_every_task_is_built_by_name(name):
+    task = tasks.build(name)
+    assert tasks.name_of(task) == name
+    assert task.metric
+    assert tasks.build(task) is task
+
+
+def test_a_task_of_the_user_is_built_from_its_path():
+    task = tasks.build(f"{__name__}:Own")
+    assert isinstance(task, Own)
+    assert tasks.name_of(task) == f"{__name__}:Own"
+
+    class Network(torch.nn.Module):
+        def forward(self, images):
+            return {"values": images}
+
+    assert Objective(Network(), task=task)(Batch(torch.ones(2), torch.zeros(2)))["labels"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("segmantation", {}, "unknown task 'segmantation'. Did you mean 'segmentation'"),
+        ("segmentation", {"num_classes": 1}, "task segmentation: num_classes: .* 2, given 1"),
+        ("segmentation", {"classes": 3}, "task segmentation: classes: "),
+        ("math:sqrt", {}, "cannot be called"),
+        ("collections:OrderedDict", {}, "the task is of type OrderedDict"),
+        (3, {}, "the task is of type int"),
+    ],
+)
+def test_invalid_tasks_are_refused(name, parameters, message):
+    with pytest.raises(InputError, match=message):
+        tasks.build(name, **parameters)
+
+
+def test_classification():
+    task = tasks.build("classification")
+    assert torch.equal(
+        task.loss({"logits": LOGITS, "hidden": LOGITS[:, None]}, LABELS), F.cross_entropy(LOGITS, LABELS)
+    )
+    predictions = task.predictions(LOGITS)
+    assert predictions.tolist() == [0, 1, 2, 0]
+    assert task.score([(predictions[:3], LABELS[:3]), (predictions[3:], LABELS[3:])]) == 75
+    assert task.score_by_class([(predictions, LABELS)], 3).tolist() == [100, 50, 100]
+    assert task.agreement(predictions, torch.tensor([0, 1, 1, 1])).tolist() == [1, 1, 0, 0]
+
+
+def test_one_logit_is_a_class_above_zero_and_a_probability_is_refused():
+    task = tasks.build("classification")
+    assert task.predictions(torch.tensor([[-2.0], [0.5], [3.0]])).tolist() == [0, 1, 1]
+    with pytest.raises(InputError, match="logits or probabilities"):
+        task.predictions(torch.tensor([[0.2], [0.8]]))
+
+
+def test_label_smoothing_belongs_to_the_loss_of_classes():
+    smooth = with_label_smoothing(tasks.build("classification"), 0.2)
+    assert torch.equal(smooth.loss(LOGITS, LABELS), F.cross_entropy(LOGITS, LABELS, label_smoothing=0.2))
+    with pytest.raises(InputError, match=r"label_smoothing is 0.2, but the loss of Regression has none"):
+        with_label_smoothing(tasks.build("regression"), 0.2)
+
+
+def test_segmentation_ignores_pixels_and_counts_classes_that_occur():
+    task = tasks.build("segmentation", num_classes=4)
+    targets = torch.tensor([[[0, 0], [1, 255]]])
+    logits = F.one_hot(torch.tensor([[[0, 1], [1, 2]]]), 4).permute(0, 3, 1, 2).float()
+    mask = task.predictions({"out": logits, "aux": logits})
+    assert mask.dtype == torch.uint8
+    # class 0: 1 of 2 pixels; class 1: 1 of 2; classes 2 and 3 do not occur where pixels count
+    assert task.score([(mask, targets)]) == pytest.approx(50)
+    assert task.score_by_class([(mask, targets)], 4).nan_to_num(-1).tolist() == [50, 50, -1, -1]
+    assert tasks.build("segmentation").score([(mask, targets)]) == pytest.approx(50)
+    counted = F.cross_entropy(logits.permute(0, 2, 3, 1)[0].flatten(0, 1)[:3], torch.tensor([0, 0, 1]))
+    torch.testing.assert_close(task.loss(logits, targets), counted)
+    assert task.agreement(mask, torch.zeros_like(mask)).tolist() == [0.25]
+
+
+def test_segmentation_in_a_lower_resolution_than_the_masks():
+    task = tasks.build("segmentation")
+    logits = torch.randn(2, 3, 4, 4)
+    targets = task.predictions(logits).long().repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert task.score([(task.predictions(logits), targets)]) == 100
+    assert task.loss(logits, targets).isfinite()
+
+
+def test_multilabel():
+    task = tasks.build("multilabel")
+    logits, targets = torch.tensor([[1.0, -1.0, -1.0], [1.0, 1.0, -1.0]]), torch.tensor([[1, 0, 0], [0, 1, 0]])
+    assert task.loss(logits, targets) == F.binary_cross_entropy_with_logits(logits, targets.float())
+    predictions = task.predictions(logits)
+    # class 0: precision 1/2, recall 1; class 1: all right; class 2 does not occur
+    assert task.score([(predictions, targets)]) == pytest.approx(100 * (2 / 3 + 1) / 2)
+    assert task.agreement(predictions, targets.bool()).tolist() == pytest.approx([1, 2 / 3])
+    with pytest.raises(InputError, match=r"Pass 0 or 1 for each image and class"):
+        task.loss(logits, torch.tensor([0, 1]))
+
+
+def test_detection_scores_boxes_and_compares_confident_ones():
+    task = tasks.build("detection")
+    apart = BOX + 20
+    targets = [{"boxes": BOX, "labels": torch.tensor([1])}, {"boxes": apart, "labels": torch.tensor([2])}]
+    right = [detected(), detected(apart, label=2)]
+    assert task.score([(task.predictions(right), targets)]) == pytest.approx(100)
+    assert task.score([(task.predictions([detected(), detected(apart, label=1)]), targets)]) == pytest.approx(50)
+    by_class = task.score_by_class([(task.predictions(right), targets)], 4)
+    assert by_class.nan_to_num(-1).tolist() == pytest.approx([-1, 100, 100, -1])
+    assert task.agreement(right, [detected(BOX + 1), detected(apart, score=0.3, label=2)]).tolist() == [1, 0]
+    batched = {key: torch.stack([one[key] for one in right]) for key in right[0]}
+    assert task.score([(task.predictions(batched), targets)]) == pytest.approx(100)
+
+
+def test_a_detector_returns_its_own_losses_in_training_mode():
+    class Detector(torch.nn.Module):
+        def forward(self, images, targets=None):
+            return {"class": images.mean(), "box": targets[0]["boxes"].mean()} if self.training else [detected()]
+
+    task = tasks.build("detection")
+    batch = Batch(torch.ones(1, 3, 8, 8), [{"boxes": BOX, "labels": torch.tensor([1])}])
+    assert Objective(Detector(), task=task).train()(batch)["labels"] == pytest.approx(6.0)
+    with pytest.raises(InputError, match="a detector returns a dict of losses"):
+        task.loss([detected()], batch.targets)
+
+
+def test_regression_takes_one_value_for_each_image_too():
+    task = tasks.build("regression")
+    outputs, targets = torch.tensor([[1.0], [3.0]]), torch.tensor([2.0, 5.0])
+    assert task.loss(outputs, targets) == pytest.approx(2.5)
+    assert task.score([(task.predictions(outputs), targets)]) == pytest.approx(1.5)
+    assert task.agreement(outputs, outputs).tolist() == [1, 1]
+    with pytest.raises(InputError, match="as many values for each image"):
+        task.loss(outputs, torch.zeros(2, 3))
+
+
+def test_embedding_compares_directions():
+    task = tasks.build("embedding")
+    outputs, original = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert task.from_original
+    assert task.loss(outputs, original) == pytest.approx(0.5)
+    assert task.score([(outputs, original)]) == pytest.approx(0.5)
+
+
+def test_distance_is_the_relative_error_over_all_tensors_of_the_outputs():
+    task = tasks.build("distance")
+    original = {"a": torch.tensor([[3.0, 4.0]]), "b": (torch.tensor([[10.0]]), torch.tensor([1]))}
+    outputs = {"a": torch.tensor([[3.0, 3.0]]), "b": (torch.tensor([[8.0]]), torch.tensor([2]))}
+    squared = (1 / 25 + 4 / 100) / 2
+    assert float(task.loss(outputs, original)) == pytest.approx(squared)
+    assert task.score([(outputs, original)] * 3) == pytest.approx(100 * math.sqrt(squared))
+    assert task.agreement(outputs, original).tolist() == pytest.approx([1 - math.sqrt(squared)])
+    same = torch.ones(2, requires_grad=True)
+    task.loss(same, torch.ones(2)).backward()
+    assert same.grad.tolist() == [0, 0]
+    with pytest.raises(InputError, match="two outputs cannot be compared"):
+        task.loss(outputs, outputs["a"])
+
+
+def test_the_objective_takes_the_targets_from_the_original():
+    student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    batch = Batch(torch.randn(2, 4))
+    task = tasks.build("distance")
+    losses = Objective(student, teacher=teacher, task=task)(batch)
+    torch.testing.assert_close(losses["labels"], task.loss(student(batch.images), teacher(batch.images)))
+
+
+def test_outputs_have_logits_where_the_task_has_them():
+    assert torch.equal(Outputs({"logits": LOGITS, "hidden": LOGITS}).logits, LOGITS)
+    with pytest.raises(InputError, match="finds no logits"):
+        _ = Outputs((LOGITS, LOGITS)).logits
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_a_metric_needs_images_and_targets(name):
+    task = tasks.build(name)
+    with pytest.raises(InputError, match="without images"):
+        task.score([])
+    with pytest.raises(InputError, match="without labels"):
+        task.score([(LOGITS, None)])

@@ -1,0 +1,96 @@
+"""The Python functions on one network of each task."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import SIDE, batches, network
+
+import tersor
+from tersor import tasks
+from tersor.core.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "detection",
+        *[
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("segmentation", "multilabel", "regression", "distance")
+        ],
+    ],
+)
+def test_quantize_export_and_compare_in_the_metric_of_the_task(name, tmp_path):
+    model, loader = network(name), batches(name)
+    images = loader[0] if isinstance(loader[0], torch.Tensor) else loader[0][0]
+    quantized = tersor.quantize(model, loader, task=name)
+    path = tersor.export(quantized, images, tmp_path / "model.onnx")
+    found = tersor.compare(model, path, loader, seconds=0.01, task=name)
+    metric = tasks.build(name).metric
+    assert "accuracy" not in found["artifact"]
+    assert set(found["artifact"]) == {metric, "agreement", "bytes", "compressed_bytes", "latency_ms"}
+    assert found["original"]["agreement"] == 100
+    assert 50 < found["artifact"]["agreement"] <= 100
+    assert found["artifact"][metric] is not None
+
+
+@pytest.mark.parametrize("name", ["segmentation", "distance"])
+def test_prune_needs_no_task(name):
+    model, loader = network(name), batches(name)
+    pruned = tersor.prune(model, loader, keep_macs=0.7)
+    assert sum(each.numel() for each in pruned.parameters()) < sum(each.numel() for each in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["regression", "detection", "embedding", "distance"])
+def test_distill_brings_a_student_closer_to_the_outputs_of_its_teacher(name):
+    teacher, loader = network(name), batches(name)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    images = loader[0] if isinstance(loader[0], torch.Tensor) else loader[0][0]
+    distance = tasks.build("distance")
+    before = float(distance.loss(student(images), teacher(images)).detach())
+    unlabelled = [batch if isinstance(batch, torch.Tensor) else batch[0] for batch in loader]
+    tersor.distill(student, teacher, unlabelled, epochs=20, label_weight=0, task=name, learning_rate=0.05)
+    assert float(distance.loss(student(images), teacher(images)).detach()) < 0.7 * before
+
+
+def test_distill_takes_a_loss_and_targets_of_any_kind():
+    student, teacher, seen = network("regression"), network("regression"), []
+
+    def largest(outputs, targets):
+        seen.append(targets.shape)
+        return (outputs - targets).abs().amax(1).mean()
+
+    tersor.distill(student, teacher, batches("regression"), loss=largest)
+    assert seen == [(8, 2), (8, 2)]
+    with pytest.raises(InputError, match=r"the loss returned shape \(8, 2\)"):
+        tersor.distill(student, teacher, batches("regression"), loss=lambda outputs, targets: outputs - targets)
+    with pytest.raises(InputError, match="no targets"):
+        tersor.distill(student, teacher, [torch.randn(8, 3, SIDE, SIDE)], loss=largest)
+
+
+def test_compare_takes_a_metric(tmp_path):
+    model, loader = network("regression"), batches("regression")
+    path = tersor.export(model, loader[0][0], tmp_path / "model.onnx")
+
+    def error(outputs, targets):
+        return (outputs - targets).abs().mean()
+
+    found = tersor.compare(model, path, loader, seconds=0.01, task="regression", metric=error)
+    named = tersor.compare(model, path, loader, seconds=0.01, task="regression")
+    assert found["artifact"]["error"] == pytest.approx(named["artifact"]["mean absolute error"], rel=1e-4)
+    assert tersor.compare(model, path, [loader[0][0]], seconds=0.01, metric=error)["artifact"]["error"] is None
+
+
+def test_a_task_that_does_not_fit_is_refused_before_anything_runs():
+    with pytest.raises(InputError, match=r"a segmentation network returns logits .* not a tensor of shape \(2, 2\)"):
+        tersor.distill(network("regression"), network("regression"), batches("regression"), task="segmentation")
+    with pytest.raises(InputError, match="two outputs cannot be compared"):
+        tersor.distill(network("segmentation"), network("distance"), batches("distance"), label_weight=0)
+    with pytest.raises(InputError, match=r"loss is a str\. Pass a function"):
+        tersor.prune(network("regression"), batches("regression"), loss="mse")
