@@ -254,7 +254,7 @@ def test_attention_whose_last_layer_is_never_called():
 @pytest.mark.parametrize(
     ("model", "data", "told"),
     [
-        (Wrapped(net(), behind=lambda x: {"logits": x}), DATA, "returns a dict"),
+        (Wrapped(net(), behind=lambda x: (x.argmax(1), x.argmin(1))), DATA, "no floating-point tensor"),
         (Wrapped(net(), behind=lambda x: x.detach()), DATA, "do not depend on the images"),
         (net(), [torch.full_like(IMAGES, torch.nan)], "not finite"),
     ],
