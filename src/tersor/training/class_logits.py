@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.data.batch import OnePass
-from tersor.graph.eval_mode import described, evaluating
+from tersor.graph.eval_mode import evaluating
 from tersor.tasks import name_of
 from tersor.tasks.calibration_batch import read_batch
+from tersor.tasks.network_outputs import described
 from tersor.tasks.task import Task
 from tersor.training.context import AttachContext
 
