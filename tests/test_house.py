@@ -29,6 +29,7 @@ LEVELS = [
     ),
     (
         "training.attachment",
+        "training.class_logits",
         "training.optimizer",
         "training.output_distance",
         "training.schedule",
@@ -71,6 +72,7 @@ LEVELS = [
         "pruning.activation_moments",
         "pruning.dependency.shape_recording",
         "pruning.dependency.union_find",
+        "pruning.output_changes",
         "pruning.topk",
     ),
     (

@@ -200,7 +200,7 @@ def test_both_learn_from_each_other_after_a_while(mutual):
     for step in range(6):
         losses = objective(BATCH)
         with torch.no_grad(), masks_and_quantizers_disabled(attached.model):
-            dense = objective.terms[0].own.dense_logits(attached.model, BATCH.images)
+            dense = objective.terms[0].own.dense_outputs(attached.model, BATCH.images)
         seen.append(float(losses["dcil"].detach() - F.cross_entropy(dense, BATCH.targets)))
         attached.after_step(step, torch.optim.SGD(objective.parameters(), lr=0.1))
     assert seen[:3] == pytest.approx([0, 0, 0], abs=1e-5)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tersor import tasks
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
 from tersor.pruning.channel_groups import Cut, Group, coupled_channels
@@ -171,6 +172,31 @@ def test_taylor_without_labels_is_an_error(graph):
     (group,), _ = coupled_channels(graph, IMAGES)
     with pytest.raises(InputError, match="no labels"):
         importances("taylor", graph, [group], data=[IMAGES], images=4, seed=0)
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel"])
+def test_taylor_takes_the_loss_of_the_task(graph, task):
+    goal, targets = tasks.build(task), (IMAGES.mean((2, 3)) @ torch.ones(3, 4) > 1.5).long()
+    found = gradients(graph, [(IMAGES[:8], targets[:8]), (IMAGES[8:], targets[8:])], 10, goal)
+    weight = graph.get_submodule("head").weight
+    (expected,) = torch.autograd.grad(goal.loss(graph(IMAGES[:10]), targets[:10]), [weight])
+    torch.testing.assert_close(found[weight], expected)
+
+
+def test_taylor_of_cross_entropy_is_the_gradient_of_its_sum_bit_by_bit(graph):
+    found = gradients(graph, [(IMAGES[:7], LABELS[:7])], 7)
+    weight = graph.get_submodule("head").weight
+    (expected,) = torch.autograd.grad(F.cross_entropy(graph(IMAGES[:7]), LABELS[:7], reduction="sum"), [weight])
+    assert torch.equal(found[weight], expected / 7)
+
+
+def test_a_loss_that_cannot_be_used_is_an_error(graph):
+    (group,), _ = coupled_channels(graph, IMAGES)
+    options = {"data": DATA, "images": 4, "seed": 0}
+    with pytest.raises(InputError, match=r"the task distance the loss is the distance .* Write importance: magnitude"):
+        importances("taylor", graph, [group], task=tasks.build("distance"), **options)
+    with pytest.raises(InputError, match=r"loss of the task detection in eval mode: .* importance: magnitude"):
+        importances("taylor", graph, [group], task=tasks.build("detection"), **options)
 
 
 @settings(max_examples=20, deadline=None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tersor import tasks
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
 from tersor.pruning.channel_groups import coupled_channels, merge_cuts, remove
@@ -24,11 +25,11 @@ def net(width=6):
     return nn.Sequential(*layers).eval()
 
 
-def lost(model, data=DATA, images=64):
+def lost(model, data=DATA, images=64, **options):
     """The group of the first layer, and what is lost by its channels."""
     graph = capture(copy.deepcopy(model), IMAGES)
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
-    (found,) = loss_increases(graph, [group], data, images)
+    (found,) = loss_increases(graph, [group], data, images, **options)
     return group, found
 
 
@@ -251,10 +252,37 @@ def test_attention_whose_last_layer_is_never_called():
     assert any(each is not None and float(each.sum()) > 0 for each in loss_increases(graph, groups, [images], 8))
 
 
+def test_the_logits_are_found_among_several_outputs():
+    expected = lost(net())[1]
+    found = lost_by(Wrapped(net(), behind=lambda x: {"logits": x, "others": x.square()}), DATA)
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.usefixtures("even_signs")
+def test_without_logits_it_is_the_relative_error_of_all_outputs():
+    """With one output it is half of the squared change, relative to the squared outputs and not centered."""
+    group, found = lost(net(), task=tasks.build("distance"))
+    for channel in range(6):
+        assert float(found[channel]) >= 0
+    graph = capture(copy.deepcopy(net()), IMAGES)
+    first = int(found.argmin())
+    cuts, before = merge_cuts(group.cuts([first])), graph(IMAGES).detach()
+    fits = fit_layers(graph, cuts, DATA, len(IMAGES))
+    remove(graph, cuts)
+    apply_fits(graph, fits)
+    with torch.no_grad():
+        change = graph(IMAGES) - before
+    relative = sum(
+        float(one.square().sum() / other.square().sum()) * len(one)
+        for one, other in zip(change.split(16), before.split(16), strict=True)
+    )
+    assert float(found[first]) == pytest.approx(relative / len(IMAGES) / 2, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("model", "data", "told"),
     [
-        (Wrapped(net(), behind=lambda x: {"logits": x}), DATA, "returns a dict"),
+        (Wrapped(net(), behind=lambda x: (x.argmax(1), x.argmin(1))), DATA, "no floating-point tensor"),
         (Wrapped(net(), behind=lambda x: x.detach()), DATA, "do not depend on the images"),
         (net(), [torch.full_like(IMAGES, torch.nan)], "not finite"),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from tersor import tasks
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
@@ -163,6 +164,34 @@ def test_the_cost_is_half_the_squared_change_of_centred_logits(make, with_mean):
             other = Otherwise(graph, sides).run(IMAGES.clone()) - graph(IMAGES.clone())
             expected = (other - other.mean(1, keepdim=True)).square().sum(1).mean() / 2
             assert change == pytest.approx(float(expected), rel=1e-3)
+
+
+class Several(nn.Module):
+    """A residual branch without BatchNorm, and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.inner(x).relu()
+        return {"maps": x * 100, "others": (x.mean((2, 3)), x.argmax(1))}
+
+
+def test_the_cost_of_several_outputs_is_half_their_relative_squared_error():
+    torch.manual_seed(0)
+    graph = captured(Several())
+    (branch,) = find_branches(graph, IMAGES[:1])
+    (told,) = removal_cost(graph, [branch], [IMAGES], 4, task=tasks.build("distance"))
+    with torch.no_grad():
+        stem = graph.get_submodule("stem")(IMAGES)
+        whole = stem + graph.get_submodule("inner")(stem).relu()
+    errors = [
+        float((without - with_it).square().sum() / with_it.square().sum())
+        for without, with_it in ((stem, whole), (stem.mean((2, 3)), whole.mean((2, 3))))
+    ]
+    assert told == pytest.approx(sum(errors) / 2 / 2, rel=1e-4)
 
 
 def test_too_few_images_and_nonfinite_costs_are_errors():

@@ -7,10 +7,14 @@ from torch import nn
 
 from tersor.core.target import Target
 from tersor.graph.capture import capture
+from tersor.methods.adaround import AdaRound
+from tersor.methods.brecq import BRECQ
+from tersor.methods.ptq import PTQ
 from tersor.models import build
 from tersor.quantization.blocks import Block, between, blocks, layer_blocks
 from tersor.quantization.quantizer_options import Precision
 from tersor.quantization.quantizers import insert_quantizers
+from tersor.training.context import AttachContext
 
 IMAGES = torch.randn(2, 3, 6, 6)
 
@@ -79,3 +83,47 @@ def test_an_empty_part_and_a_replaced_module():
     instead = between(graph, "relu", "conv3", {"conv2": nn.Identity()})
     assert torch.equal(instead(values), graph.conv3(F.relu(values)))
     assert torch.equal(between(graph, "relu", "conv3")(values), graph.conv3(F.relu(graph.conv2(values))))
+
+
+class Heads(nn.Module):
+    """Several outputs: the layers behind the last single value belong together."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x))
+        return {"maps": self.conv2(x), "values": self.linear(x.mean((2, 3))), "best": x.flatten(1).argmax(1)}
+
+
+def test_the_block_behind_the_last_single_value_ends_at_the_outputs():
+    graph = capture(Heads().eval(), IMAGES)
+    first, last = blocks(graph)
+    assert first == Block("x", "relu", ("conv1",))
+    assert last == Block("relu", "output", ("conv2", "linear"))
+    assert [block.layers for block in layer_blocks(graph, last)] == [("conv2",), ("linear",)]
+    expected = graph(IMAGES)
+    found = between(graph, "relu", "output")(between(graph, "x", "relu")(IMAGES))
+    for one, other in zip(found, expected.values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", [AdaRound, BRECQ])
+def test_learned_rounding_of_a_network_with_several_outputs(method):
+    images = 10 * torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    exact, low = Heads().eval(), {"bits": 3, "first_last_bits": 3}
+    nearest, learned = (
+        each.attach(Heads().eval(), AttachContext(data=[images]))
+        for each in (PTQ(**low, weight_range="mse"), method(**low, iterations=100))
+    )
+    errors = []
+    for attachment in (nearest, learned):
+        attachment.begin()
+        with torch.no_grad():
+            found, expected = attachment.model.eval()(images), exact(images)
+        errors.append([float((found[key] - expected[key]).square().mean()) for key in ("maps", "values")])
+    assert all(learned.quantizers.is_on_grid(name) for name in ("conv1", "conv2", "linear"))
+    assert all(after < before for before, after in zip(*errors, strict=True)), errors

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tersor import tasks
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import Batch
@@ -119,3 +120,40 @@ def test_no_image(data):
 def test_values_that_are_not_finite():
     with pytest.raises(InputError, match="not finite"):
         next(sensitivity(laid(), [images() / 0], [("conv1", 2)], target=VNNI))
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.small = Small()
+
+    def forward(self, x):
+        values = self.small(x)
+        return {"values": values[:, :3], "others": [values[:, 3:] * 100, values.argmax(1)]}
+
+
+def test_the_error_of_several_outputs_is_their_mean():
+    model, x = Two().eval(), images()
+    data = [x[:7], x[7:]]
+    (cost,) = sensitivity(laid(model), data, [("small.linear", 3)], target=VNNI)
+    with torch.no_grad():
+        before, after = model.small(x), slowly(model.small, "linear", 3, x)
+    parts = [
+        float((after[:, part] - before[:, part]).square().sum() / before[:, part].square().sum())
+        for part in (slice(3), slice(3, 5))
+    ]
+    assert cost.error == pytest.approx(sum(parts) / 2, rel=1e-4)
+    assert cost.drop is None
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel"])
+def test_the_drop_is_in_the_metric_of_the_task(task):
+    """It is positive where the metric is worse, whichever direction is better."""
+    model, x, goal = Small().eval(), images(), tasks.build(task)
+    with torch.no_grad():
+        before, after = (goal.predictions(each) for each in (model(x), slowly(model, "linear", 2, x)))
+    targets = before if task == "regression" else before.long()
+    (cost,) = sensitivity(laid(model), [(x, targets)], [("linear", 2)], target=VNNI, task=goal)
+    lost = abs(goal.score([(after, targets)]) - goal.score([(before, targets)]))
+    assert cost.drop == pytest.approx(lost, rel=1e-4)
+    assert cost.drop > 0

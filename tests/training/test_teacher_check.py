@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tersor import tasks
 from tersor.data.batch import Batch
 from tersor.training.teacher_check import _accuracy, teacher_warnings
 
@@ -71,3 +72,19 @@ def test_two_frequent_classes_of_a_random_network_are_not_reported_as_another_or
     assert "not significantly more than by chance" in warning
     swapped = _accuracy("the teacher", F.one_hot((labels + 1) % 10, 10).float(), labels)
     assert "another order" in swapped
+
+
+def test_only_classifiers_are_checked():
+    softmax = GOOD.softmax(1)
+    for task in ("regression", "multilabel", "segmentation", "embedding"):
+        assert teacher_warnings("t", Fixed(softmax), [Batch(IMAGES, IMAGES)], tasks.build(task)) == []
+    assert teacher_warnings("t", Fixed(softmax[:, :, None, None]), [Batch(IMAGES, LABELS)]) == []
+
+
+def test_logits_among_several_outputs_are_checked():
+    class Several(Fixed):
+        def forward(self, images):
+            return {"logits": super().forward(images), "features": images}
+
+    (warning,) = teacher_warnings("t", Several(GOOD.softmax(1)), [Batch(IMAGES, LABELS)])
+    assert "softmax" in warning

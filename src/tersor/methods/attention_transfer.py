@@ -12,6 +12,8 @@ The paper uses the norm, its code the mean of the squares. The paper's beta of 0
 sizes of map and batch, so `loss_weight` has the same meaning for both. p = 1 is the sum of absolute values; the code
 uses p = 2. Maps of different sizes are pooled to the smaller one, as in later implementations (RepDistiller); the paper
 has no such maps. The authors reset the momentum at every drop of the learning rate; here it is kept.
+
+Only outputs of layers are compared, so that the task and the outputs of the network may be any.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ class AttentionTransfer:
     p: Annotated[Literal[1, 2, 4], Field(description="power of the absolute activations")] = 2
     mode: Annotated[Mode, Field(description="mean of squares (code) or norm (paper)")] = "code"
     loss_weight: Annotated[float, Field(ge=0, description="beta; 0 turns the loss off")] = 1000.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Add the loss; changes nothing in `model`.

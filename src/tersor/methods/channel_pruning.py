@@ -17,7 +17,7 @@ per saved cost). No group falls below `floor`.
 runtime. Copies with a few fractions of the MACs are timed against that network in interleaved rounds.
 
 With `branches`, that number of residual branches is removed first (`pruning/residual_branches.py`): those with the
-smallest change of the logits per saved MAC (or parameter). A ResNet-56 from which `obs` and `global` removed half of
+smallest change of the outputs per saved MAC (or parameter). A ResNet-56 from which `obs` and `global` removed half of
 the MACs takes 1.05 of the time of one that lost half of every layer (ONNX Runtime, AVX2, batch 32); with two branches
 removed first, it takes 0.99.
 
@@ -110,7 +110,7 @@ class ChannelPruning:
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always remains")] = 0.1
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not removed")] = ()
     branches: Annotated[
-        int, Field(ge=0, description="residual branches to remove first: least change of the logits per cost")
+        int, Field(ge=0, description="residual branches to remove first: least change of the outputs per cost")
     ] = 0
     importance_images: Annotated[
         int, Field(ge=1, description="images for `importance: taylor` and `obs`, and for `branches`")
@@ -125,8 +125,9 @@ class ChannelPruning:
 
         Raises:
             InputError: two targets or one that cannot be met, no data, a masked or quantized network, no removable
-                channels, fewer branches than requested or one image to compare them on, outputs that are no logits or
-                not finite, `keep_latency` without latency measurements. The network is then unchanged.
+                channels, fewer branches than requested or one image to compare them on, outputs that are not finite,
+                `importance: taylor` for a task without a loss with targets, `keep_latency` without latency
+                measurements. The network is then unchanged.
         """
         kind, keep = self._target()
         images = first_batch(context.data, "channel_pruning")
@@ -173,7 +174,7 @@ class ChannelPruning:
                 f"{possible}. Write fewer."
             )
         rates = dict[Branch, float]()
-        changes = removal_cost(graph, branches, context.data, self.importance_images, context.progress)
+        changes = removal_cost(graph, branches, context.data, self.importance_images, context.progress, context.task)
         for branch, change in zip(branches, changes, strict=True):
             network = copy_graph(graph)
             remove(network, [branch.cut])
@@ -195,6 +196,7 @@ class ChannelPruning:
             images=self.importance_images,
             seed=self.seed,
             progress=context.progress,
+            task=context.task,
         )
         order = self._order(budget.kind, graph, now, groups, unprunable, scores)
         blocks, fraction, found = _blocks_for(budget, graph, now, order)

@@ -11,6 +11,9 @@ Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020.
 As in the authors' code: K = 16,384, d = 128, tau = 0.07, weight 0.8, memory momentum 0.5. Their data loader draws the
 negatives from other classes; here they are drawn from all images, as their memory does by default. The features are the
 pooled feature map of the named layer.
+
+The task and the outputs of the network may be any: no label is used. An image has one embedding, its average over the
+pixels, so that for masks and boxes `fitnet` or `attention_transfer` compare more.
 """
 
 from __future__ import annotations
@@ -136,7 +139,7 @@ class CRD:
     layer: Annotated[str, Field(description="student layer; by default the last feature map")] = ""
     teacher_layer: Annotated[str, Field(description="teacher layer; by default the same as `layer`")] = ""
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 0.8
-    label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
     negatives: Annotated[int, Field(ge=1, description="K: negatives per image")] = 16384
     width: Annotated[int, Field(ge=1, description="d: size of the embeddings")] = 128
     tau: Annotated[float, Field(gt=0, description="temperature of the similarity")] = 0.07

@@ -7,10 +7,11 @@ Gradients for Pruned Weights", 2021 (arXiv 2109.04660).
     L    = CE(z) + CE(z') [+ KL(z' || z) + KL(z || z') after a warm-up]
     KL   = T^2 * KL of softmax(./T), T = 2; the first argument is detached
 
-z (N, classes) are the logits of the masked network, z' those of the dense one. The masks are updated as in `dpf`. The
-paper describes only the refined gradient. The authors' code has two more parts, which can be switched off here: a
-separate BatchNorm and head for the dense path (`own_norms`), and mutual distillation of both paths (`mutual`) after 70
-of 300 epochs. Without `refined_gradient` both paths update all weights, as the code's other settings do.
+z (N, classes, ...) are the logits of the masked network, z' those of the dense one; KL is averaged over images and
+positions. CE stands for the task's loss. The masks are updated as in `dpf`. The paper describes only the refined
+gradient. The authors' code has two more parts, which can be switched off here: a separate BatchNorm and head for the
+dense path (`own_norms`), and mutual distillation of both paths (`mutual`, for tasks with logits) after 70 of 300
+epochs. Without `refined_gradient` both paths update all weights, as the code's other settings do.
 
 A step runs the network twice, at twice the cost. The dense path's own modules start as copies of the network's and are
 discarded at the end of the stage. The dense path is not quantized where `qat` quantizes the network. The dense path has
@@ -37,7 +38,10 @@ from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.graph.layer_selection import Layer, prunable
 from tersor.pruning.dense_path import DensePathModules
+from tersor.tasks import name_of
+from tersor.tasks.network_outputs import in_float32
 from tersor.training.attachment import Attachment
+from tersor.training.class_logits import distributions, require_logits
 from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import DynamicMasks, MaskedLayers, check_floor, check_steps, insert_masks
 from tersor.training.method import PLAIN_VALUES
@@ -47,7 +51,7 @@ _TEMPERATURE = 2.0
 
 
 def mutual_loss(first: Tensor, second: Tensor) -> Tensor:
-    """T^2 * KL of logits (N, classes) in both directions; the target of each is detached."""
+    """T^2 * KL of logits (rows, classes) in both directions; the target of each is detached."""
     one, other = (F.log_softmax(logits / _TEMPERATURE, dim=1) for logits in (first, second))
     both = [
         F.kl_div(logits, target.detach(), log_target=True, reduction="batchmean")
@@ -61,26 +65,34 @@ class DensePath(LossTerm):
 
     Args:
         own: the modules that the dense path does not share with the masked one.
+        compared: whether there is a mutual loss.
     """
 
     name = "dcil"
     mutual: Tensor
 
-    def __init__(self, own: DensePathModules) -> None:
+    def __init__(self, own: DensePathModules, *, compared: bool = True) -> None:
         super().__init__()
+        self.compared = compared
         self.own = own
         self.register_buffer("mutual", torch.zeros(()))
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch."""
-        if batch.targets is None:
-            raise InputError("dcil trains its dense path on the labels, and the images have none. Give labels.")
         context = student.context
-        assert context.model is not None
+        targets = context.targets(batch, teacher)
+        if targets is None:
+            raise InputError("dcil trains its dense path on the labels, and the images have none. Give labels.")
+        model, task = context.model, context.task
+        assert model is not None
         with context.autocasting(batch):
-            logits = self.own.dense_logits(context.model, batch.images).float()
-        labels = context.task.loss(logits, batch.targets)
-        return labels + self.mutual * mutual_loss(student.logits, logits)
+            outputs = self.own.dense_outputs(model, *task.inputs(batch, training=model.training))
+        outputs = in_float32(outputs)
+        labels = task.loss(outputs, targets)
+        if not self.compared:
+            return labels
+        ours, dense = (distributions(each.logits, task) for each in (student, Outputs(outputs, context=context)))
+        return labels + self.mutual * mutual_loss(ours, dense)
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -105,21 +117,33 @@ class DCIL:
     ] = 0.0
     layers: MaskedLayers = ()
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether both paths are compared by their logits."""
+        return self.mutual
+
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Insert masks, and copy the dense path's own modules.
 
         Raises:
-            InputError: no steps, a pattern that matches nothing, a quantized weight, a floor that contradicts the
-                sparsity.
+            InputError: `mutual` for a task without logits, no steps, a pattern that matches nothing, a quantized
+                weight, a floor that contradicts the sparsity.
         """
         layers = prunable(model, self.layers)
         if not self.sparsity:
             return Attachment(model)
+        if self.mutual:
+            require_logits(context, "dcil", "mutual: false", network=model)
+        if context.task.from_original and context.teacher is None:
+            raise InputError(
+                f"dcil trains its dense path on targets, which in the task {name_of(context.task)} are the outputs of "
+                "the original network. Pass it as teacher=..."
+            )
         check_steps(context.steps, "dcil")
         check_floor(self.floor, self.sparsity)
         insert_masks(layers, "split" if self.refined_gradient else "straight_through", "dcil")
         own = DensePathModules(model, masked=layers if self.own_norms else None)
-        return DCILAttachment(self, model, layers, DensePath(own), context.steps)
+        return DCILAttachment(self, model, layers, DensePath(own, compared=self.mutual), context.steps)
 
 
 class DCILAttachment(DynamicMasks):

@@ -2,7 +2,7 @@
 
 Zhao, Cui, Song, Qiu and Liang, "Decoupled Knowledge Distillation", CVPR 2022.
 
-    p_T = softmax(z / T), logits z (N, classes), target class t
+    p_T = softmax(z / T), logits z (N, classes) or (N, classes, ...), target class t
     TCKD = T^2 * KL of (p_t, 1 - p_t), teacher to student
     NCKD = T^2 * KL of softmax(z / T) over the classes other than t, teacher to student
     L    = warm-up * (alpha * TCKD + beta * NCKD) + CE
@@ -11,6 +11,9 @@ With weights 1 and 1 - p_t of the teacher, the sum of both is the usual soft-tar
 target class by subtracting 1000 from its logit, and takes the logarithm of a probability that may be 0. Here both come
 from log-sum-exp, which is equivalent and cannot underflow. As in the code, the weight rises linearly over the first
 epochs: there 20 of 240, here a fraction of the stage.
+
+The paper classifies images. Here each pixel or position of logits (N, classes, ...) counts as an image; pixels without
+a class (the task's `ignore_index`) are left out. Tasks without one target class for each position are refused.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.class_logits import require_class_targets, require_logits, rows_with_class
 from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.loss_warmup import WarmupAttachment, WarmupLossTerm
@@ -34,7 +38,7 @@ from tersor.training.objective import Outputs
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD of logits (N, classes) with labels (N,), each a scalar, times T^2."""
+    """TCKD and NCKD of logits (rows, classes) with labels (rows,), each a scalar, times T^2."""
     target = F.one_hot(labels, student.shape[1]).bool()
     ours, theirs = (_decoupled_log_probabilities(logits / temperature, target) for logits in (student, teacher))
     tckd = F.kl_div(ours[0], theirs[0], log_target=True, reduction="batchmean")
@@ -43,7 +47,7 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
 
 
 def _decoupled_log_probabilities(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, 2) of target class and all others, and (N, classes - 1) among the others."""
+    """Log-probabilities (rows, 2) of target class and all others, and (rows, classes - 1) among the others."""
     others = logits[~target].reshape(len(logits), -1)
     total = torch.logsumexp(others, 1)
     pair = torch.stack([logits[target], total], 1)
@@ -64,7 +68,8 @@ class DecoupledTerm(WarmupLossTerm):
         assert teacher is not None
         if batch.targets is None:
             raise InputError("dkd needs the target class of every image, and the images have no labels. Give labels.")
-        tckd, nckd = decoupled(student.logits, teacher.logits, batch.targets, self.method.temperature)
+        rows = rows_with_class(student.logits, teacher.logits, batch.targets, student.context.task)
+        tckd, nckd = decoupled(*rows, self.method.temperature)
         return self.warmup * (self.method.alpha * tckd + self.method.beta * nckd)
 
 
@@ -74,22 +79,26 @@ class DKD:
 
     needs_teacher: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
+    needs_classes: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"alpha": 0.5, "beta": 2.0, "temperature": 2.0, "warmup": 0.5}
     off: ClassVar[dict[str, Any]] = {"alpha": 0.0, "beta": 0.0}
 
     alpha: Annotated[float, Field(ge=0, description="weight of the target class (TCKD)")] = 1.0
     beta: Annotated[float, Field(ge=0, description="weight of the non-target classes (NCKD)")] = 8.0
     temperature: Annotated[float, Field(gt=0, description="T")] = 4.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Add the loss; changes nothing in `model`.
 
         Raises:
-            InputError: there is no teacher.
+            InputError: there is no teacher, the task has no logits, or no target class.
         """
-        require_teacher(context.teacher, "dkd")
+        teacher = require_teacher(context.teacher, "dkd")
+        require_logits(context, "dkd", student=model, teacher=teacher)
+        require_class_targets(context, "dkd")
         if not self.alpha and not self.beta:
             return without_loss(model, self.label_weight)
         steps = round(self.warmup * context.steps)

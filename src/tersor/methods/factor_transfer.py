@@ -17,6 +17,8 @@ D^(1/2) (for p = 1), whose scale does not depend on k; the default weight is the
 selects one. The code runs the teacher with gradients and ignores its seed option. Where the maps differ in size, the
 larger is pooled. The paraphraser is trained on the calibration images: not augmented, 64 a batch in a recipe; the code
 uses batches of 128, cropped and flipped.
+
+Only outputs of a layer are compared, so that the task and the outputs of the network may be any.
 """
 
 from __future__ import annotations
@@ -134,7 +136,7 @@ class FactorTransfer:
     )
     p: Annotated[Literal[1, 2], Field(description="power of the difference between the factors")] = 1
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 11.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
     reconstruction: Annotated[Reconstruction, Field(description="error that the paraphraser minimizes")] = "absolute"
     batch_norm: Annotated[bool, Field(description="use BatchNorm in paraphraser and translator")] = False
     paraphraser_epochs: Annotated[int, Field(ge=1, description="training epochs of the paraphraser")] = 6

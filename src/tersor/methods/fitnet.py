@@ -11,6 +11,8 @@ the mean over all elements, weight 100, a middle layer, and a regressor with Bat
 same as theirs; without BatchNorm in the regressor, a weight of 100 keeps a ResNet-20 from learning anything, so the
 default is 10. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A student that was
 pruned from its teacher has the same channels along the residual stream and needs no regressor: `regressor: false`.
+
+Only outputs of layers are compared, so that the task and the outputs of the network may be any.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class FitNet:
     layers: Annotated[tuple[str, ...], Field(description="patterns; by default the last feature map")] = ()
     teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; by default those of `layers`")] = ()
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 10.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
     regressor: Annotated[bool, Field(description="1x1 convolution to the teacher's channels")] = True
     seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the regressors' weights")] = 0
 

@@ -3,13 +3,13 @@
 Dong et al., "HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision", ICCV 2019 (arXiv 1905.03696);
 Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", ICML 2021 (the bits by integer programming).
 
-    error(l, b) = sum over images of |y_lb - y|^2 / sum over images of |y|^2         y, y_lb: logits (N, classes)
+    error(l, b) = sum over images of |y_lb - y|^2 / sum over images of |y|^2         y, y_lb: outputs (N, ...)
     bits b_l      minimize sum_l error(l, b_l)  subject to  sum_l n_l b_l <= average_bits * sum_l n_l
     weights       (C_out, ...)   w_hat = s_c * clip(round(w / s_c), -n, n),  n = 2^(b_l-1) - 1
 
-y are the network's logits in float, y_lb those with only the weight of layer l at b bits, n_l the number of its
-weights. Choosing one width per layer is a multiple-choice knapsack, solved exactly by dynamic programming over the
-total number of bits. As in the papers, the errors of layers are added as if they were independent.
+y are the network's outputs in float, all tensors of them, y_lb those with only the weight of layer l at b bits, n_l the
+number of its weights. Choosing one width per layer is a multiple-choice knapsack, solved exactly by dynamic programming
+over the total number of bits. As in the papers, the errors of layers are added as if they were independent.
 
 The papers estimate a layer's error: HAWQ by the largest eigenvalue of its Hessian, which orders the layers and leaves
 the choice of bits to the user; V3 by the Hessian's trace times |w - w_hat|^2. Here the error is measured on a few
@@ -210,7 +210,7 @@ class MixedPrecisionAttachment(Attachment):
         )
 
     def _errors(self, images: list[Tensor]) -> dict[str, dict[int, float]]:
-        """Layer -> bits -> error of the logits; a layer with a single width is not measured."""
+        """Layer -> bits -> error of the outputs; a layer with a single width is not measured."""
         errors = {name: dict.fromkeys(options, 0.0) for name, options in self.options.items()}
         candidates = [(name, bits) for name, options in self.options.items() if len(options) > 1 for bits in options]
         measured = sensitivity(
@@ -220,6 +220,7 @@ class MixedPrecisionAttachment(Attachment):
             target=self.context.target,
             weight_range=self.method.weight_range,
             percentile=self.method.percentile,
+            task=self.context.task,
         )
         self.context.progress.start("sensitivity", len(candidates))
         for cost in measured:

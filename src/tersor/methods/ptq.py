@@ -46,6 +46,7 @@ from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.observers import Range, WeightRange
 from tersor.quantization.quantizer_options import BitOptions, CalibrationOptions
 from tersor.quantization.quantizers import Quantizers, insert_quantizers, notes, require_data
+from tersor.tasks.task import Task
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
@@ -90,8 +91,8 @@ class PTQ(CalibrationOptions, BitOptions):
         float | None,
         Field(
             ge=0,
-            description="largest accuracy drop in points, estimated on the calibration images; layers that cost more "
-            "stay in float. Default: quantize all layers",
+            description="largest drop of the task's metric (accuracy in points), estimated on the calibration images; "
+            "layers that cost more stay in float. Default: quantize all layers",
         ),
     ] = None
 
@@ -137,7 +138,7 @@ class PTQAttachment(Attachment):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """With `max_drop`: the layers `left_in_float`, and the remaining accuracy `drop` in points."""
+        """With `max_drop`: the layers `left_in_float`, and the remaining `drop` of the metric."""
         return (
             {}
             if self._float_layers is None
@@ -181,8 +182,9 @@ class PTQAttachment(Attachment):
                 method="ptq",
                 refit=refit,
                 progress=self.context.progress,
+                task=self.context.task,
             )
-            self.notes += _note(self._float_layers)
+            self.notes += _note(self._float_layers, self.context.task)
         self.notes += calibrated_coverage(graph).notes
 
     def _equalize(self, graph: fx.GraphModule) -> None:
@@ -204,9 +206,8 @@ def _nothing() -> None:
     pass
 
 
-def _note(found: FloatLayers) -> tuple[str, ...]:
+def _note(found: FloatLayers, task: Task) -> tuple[str, ...]:
     if not found.layers:
         return ()
-    return (
-        f"left in float to keep max_drop: {', '.join(found.layers)}; the remaining drop is {found.drop:.2f} points",
-    )
+    drop = f"{found.drop:.2f} points" if task.unit == "%" else f"{found.drop:.4g} ({task.metric})"
+    return (f"left in float to keep max_drop: {', '.join(found.layers)}; the remaining drop is {drop}",)

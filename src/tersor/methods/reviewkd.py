@@ -12,6 +12,8 @@ Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021.
 The authors' code adds the pooled features before the classifier as one more layer, and compares features before the
 last ReLU of a stage. Here the outputs of the named layers are compared, and the pooled last one. As in the code, m is
 the number of channels of the student's last layer, at most 512, and the weight has a warm-up: there 20 of 240 epochs.
+
+Only outputs of layers are compared, so that the task and the outputs of the network may be any.
 """
 
 from __future__ import annotations
@@ -220,7 +222,7 @@ class ReviewKD:
     layers: Annotated[tuple[str, ...], Field(description="patterns; by default the last layer at each resolution")] = ()
     teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; by default those of `layers`")] = ()
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 1.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the cross entropy with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08
     seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the fusion modules' weights")] = 0
 

@@ -5,10 +5,12 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arX
     p_T(z) = softmax(z / T)
     L = loss_weight * T^2 * KL(p_T(z_teacher) || p_T(z_student)) + label_weight * CE(z_student, y)
 
-Logits are (N, classes). KL is summed over the classes and averaged over the batch; the teacher has no gradient. T^2
-multiplies only the KL term: the gradient of the soft targets decreases as 1 / T^2, so without it the effective weight
-would depend on the temperature. The paper prescribes no weights; 0.9 and 0.1 are those of the common implementations
-(Zagoruyko's attention-transfer, RepDistiller).
+Logits are (N, classes), or (N, classes, ...) of pixels or positions, each of which counts as an image. KL is summed
+over the classes and averaged over images and positions; the teacher has no gradient. Where the task has independent
+classes (multilabel), each class is a distribution of its own, sigmoid(z / T) and 1 - sigmoid(z / T), and KL is averaged
+over the classes too, as their cross entropy is. T^2 multiplies only the KL term: the gradient of the soft targets
+decreases as 1 / T^2, so without it the effective weight would depend on the temperature. The paper prescribes no
+weights; 0.9 and 0.1 are those of the common implementations (Zagoruyko's attention-transfer, RepDistiller).
 
 `standardize` (Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024) normalizes each image's logits
 to mean 0 and standard deviation 1 before dividing by T, so that the student need not match the teacher's logit scale.
@@ -26,8 +28,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from tersor.core.errors import InputError
 from tersor.data.batch import Batch
+from tersor.tasks import name_of
 from tersor.training.attachment import Attachment, without_loss
+from tersor.training.class_logits import distributions, require_logits
 from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.method import PLAIN_VALUES
@@ -37,12 +42,12 @@ _MIN_DEVIATION = 0.01
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """Logits (N, classes), each row with mean 0 and standard deviation 1; smaller, where they are nearly constant."""
+    """Logits (rows, classes), each row with mean 0 and standard deviation 1; smaller where they are nearly constant."""
     return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=_MIN_DEVIATION)
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) of logits (N, classes), averaged over the batch."""
+    """T^2 * KL(teacher || student) of logits (rows, classes), averaged over the rows."""
     log_student = F.log_softmax(student / temperature, dim=1)
     log_teacher = F.log_softmax(teacher / temperature, dim=1)
     return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean") * temperature**2
@@ -62,7 +67,8 @@ class SoftTargetTerm(LossTerm):
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch; labels are not used."""
         assert teacher is not None
-        ours, theirs = student.logits, teacher.logits
+        task = student.context.task
+        ours, theirs = distributions(student.logits, task), distributions(teacher.logits, task)
         if self.standardize:
             ours, theirs = standardized(ours), standardized(theirs)
         return self.loss_weight * soft_target_loss(ours, theirs, self.temperature)
@@ -74,13 +80,14 @@ class SoftTargets:
 
     needs_teacher: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"temperature": 2.0, "loss_weight": 0.5, "standardize": True}
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
     temperature: Annotated[float, Field(gt=0, description="T; larger values soften more; 1 to 20 are common")] = 4.0
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 0.9
     label_weight: Annotated[
-        float, Field(ge=0, description="factor on the cross entropy with the labels; 0 needs no labels")
+        float, Field(ge=0, description="factor on the task's loss with the labels; 0 needs no labels")
     ] = 0.1
     standardize: Annotated[
         bool, Field(description="normalize each image's logits to mean 0 and standard deviation 1")
@@ -90,9 +97,15 @@ class SoftTargets:
         """Add the loss; changes nothing in `model`.
 
         Raises:
-            InputError: there is no teacher.
+            InputError: there is no teacher; the task has no logits; `standardize` with independent classes.
         """
-        require_teacher(context.teacher, "soft_targets")
+        teacher = require_teacher(context.teacher, "soft_targets")
+        require_logits(context, "soft_targets", student=model, teacher=teacher)
+        if self.standardize and context.task.independent_classes:
+            raise InputError(
+                f"standardize normalizes the logits of one image over the classes, which are independent in the task "
+                f"{name_of(context.task)}. Write standardize: false."
+            )
         if not self.loss_weight:
             return without_loss(model, self.label_weight)
         return Attachment(

@@ -26,7 +26,6 @@ so dense runtimes are not faster: `channel_pruning` removes channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -45,6 +44,7 @@ from tersor.pruning.topk import Scope, check_granularity, masks, n_of_m, n_of_m_
 from tersor.pruning.weight_importance import (
     FILTER_IMPORTANCES,
     IMPORTANCES,
+    check_loss,
     function_scores,
     geometric_median,
     gradient_products,
@@ -127,14 +127,14 @@ class WeightPruning:
         Raises:
             InputError: a pattern that matches nothing, a quantized weight, a network that is sparser already, a
                 schedule without steps, parameters that contradict each other or have no effect, a function that does
-                not exist, an importance that needs data or a BatchNorm that is missing.
+                not exist, an importance that needs data, a loss with targets or a BatchNorm that is missing.
         """
         layers = prunable(model, self.layers)
         if not self.target:
             return Attachment(model)
         self._check(context.steps)
-        if self.importance == "taylor" and context.data is None:
-            gradient_products(model, {}, context.data, self.images)
+        if self.importance == "taylor":
+            check_loss(context.task, context.data)
         layers, notes = self._divided(layers)
         by_norm = self.importance == "batchnorm"
         norms = norms_behind(model, first_batch(context.data, "importance: batchnorm")) if by_norm else {}
@@ -145,7 +145,7 @@ class WeightPruning:
                     f"Write layers that have one, or another importance: {', '.join(IMPORTANCES)}."
                 )
         insert_masks(layers, "masked", "weight_pruning")
-        return WeightPruningAttachment(self, model, layers, context.data, norms, steps=context.steps, notes=notes)
+        return WeightPruningAttachment(self, model, layers, context, norms, notes)
 
     def _check(self, steps: int) -> None:
         if self.needs_steps and not steps:
@@ -200,18 +200,16 @@ class WeightPruningAttachment(MaskedAttachment):
         method: WeightPruning,
         model: nn.Module,
         layers: dict[str, Layer],
-        data: Iterable[Any] | None,
+        context: AttachContext,
         norms: dict[str, Norm],
-        *,
-        steps: int,
         notes: list[str],
     ) -> None:
-        super().__init__(model, layers, updates=steps // method.every, notes=notes)
+        super().__init__(model, layers, updates=context.steps // method.every, notes=notes)
         self.method = method
-        self.data = data
+        self.data, self.task = context.data, context.task
         self.norms = norms
-        self.steps = steps
-        self.ramp = max(1, round(method.end * steps))
+        self.steps = context.steps
+        self.ramp = max(1, round(method.end * context.steps))
         self.start = self.sparsity
         if self.start > method.target and n_of_m(method.granularity) is None:
             raise InputError(
@@ -259,7 +257,9 @@ class WeightPruningAttachment(MaskedAttachment):
         unit = "weight" if n_of_m(method.granularity) else method.granularity
         weights = {name: dense_weight(layer) for name, layer in self.masked.items()}
         products = (
-            gradient_products(self.model, weights, self.data, method.images) if method.importance == "taylor" else {}
+            gradient_products(self.model, weights, self.data, method.images, self.task)
+            if method.importance == "taylor"
+            else {}
         )
         for number, (name, layer) in enumerate(self.masked.items()):
             scores = self._score(name, weights[name].detach(), unit, number, products)

@@ -89,7 +89,8 @@ def measure(
         progress.say(f"{out}: resuming after {len(known)} measurements, {len(asked)} remain")
     progress.start("sensitivity", len(known) + len(asked))
     progress.advance(len(known))
-    for cost in sensitivity(quantizers, experiment.batches(shown, EVALUATION_BATCH), asked, target=recipe.target):
+    batches = experiment.batches(shown, EVALUATION_BATCH)
+    for cost in sensitivity(quantizers, batches, asked, target=recipe.target, task=experiment.task):
         found.costs.append(cost)
         write_file(out, (found.model_dump_json(indent=1) + "\n").encode())
         progress.advance(error=cost.error)

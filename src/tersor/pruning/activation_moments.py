@@ -1,17 +1,14 @@
-"""Moments of layer inputs over a sample of positions, and centered logits."""
+"""Moments of layer inputs over a sample of positions."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
-
-from tersor.core.errors import InputError
 
 _POSITIONS = 16
 _RIDGE = 1e-3
@@ -80,22 +77,6 @@ def add_ridge(covariance: Tensor) -> Tensor:
     least = torch.finfo(torch.float32).tiny
     covariance.diagonal().add_(_RIDGE * covariance.diagonal().mean().clamp(min=least))
     return covariance
-
-
-def centered_logits(outputs: Any, setting: str, alternative: str) -> Tensor:
-    """Logits (N, classes, ...) minus their mean over the classes; (N, 1) and (N,) unchanged.
-
-    Raises:
-        InputError: the network returned no tensor.
-    """
-    if not isinstance(outputs, Tensor):
-        raise InputError(
-            f"{setting} needs logits (N, classes), and the network returns a {type(outputs).__name__}. "
-            f"Write {alternative}."
-        )
-    if outputs.ndim < 2 or outputs.shape[1] == 1:
-        return outputs
-    return outputs - outputs.mean(1, keepdim=True)
 
 
 @contextmanager

@@ -7,16 +7,16 @@ is scored index by index; several indices of one channel (a column for every pix
     magnitude_l1   mean over the layers of ||W[c]||_1 / mean_c ||W[c]||_1            Li et al., ICLR 2017
     fpgm           mean over the layers of D_c / mean_c D_c, where D_c = sum_d ||W[c] - W[d]||_2: filters near the
                    geometric median are replaceable                                  He et al., CVPR 2019
-    taylor         sum over the layers of |w * g|, g the loss's gradient at w        Molchanov et al., CVPR 2019
+    taylor         sum over the layers of |w * g|, g the task loss's gradient at w   Molchanov et al., CVPR 2019
     batchnorm      mean over the group's BatchNorms of |gamma_c|                     Liu et al., ICCV 2017
     obs            loss increase after the layers behind are refitted: see `optimal_brain_surgeon.py`
     random         uniform in [0, 1)
 
 The first three are normalized to a mean of 1 in every layer, so that layers compare. `taylor` (in units of the loss)
-and `batchnorm` (of an activation of variance 1) are compared among groups as they are, `obs` (in squared logits) per
-unit of saved cost. Molchanov et al. square the sum over a filter, for every batch; here absolute values are summed,
-since products of opposite signs would cancel. torch-pruning's FPGM takes distances between squared weights, the paper
-and this file between weights.
+and `batchnorm` (of an activation of variance 1) are compared among groups as they are, `obs` (in squared logits, or in
+the relative squared error of outputs without logits) per unit of saved cost. Molchanov et al. square the sum over a
+filter, for every batch; here absolute values are summed, since products of opposite signs would cancel. torch-pruning's
+FPGM takes distances between squared weights, the paper and this file between weights.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from tersor.graph.batchnorm import Norm
 from tersor.pruning.channel_groups import Group
 from tersor.pruning.optimal_brain_surgeon import loss_increases
 from tersor.pruning.weight_importance import accumulate_gradients
+from tersor.tasks.classification import CLASSIFICATION
+from tersor.tasks.task import Task
 
 Importance = Literal["magnitude", "magnitude_l1", "taylor", "batchnorm", "fpgm", "obs", "random"]
 FunctionPath = Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")]
@@ -136,14 +138,16 @@ def relative(scores: Tensor) -> Tensor:
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def gradients(graph: fx.GraphModule, data: Iterable[Any], images: int) -> dict[nn.Parameter, Tensor]:
-    """Parameter -> gradient of the labels' mean cross entropy over up to `images` images, in eval mode.
+def gradients(
+    graph: fx.GraphModule, data: Iterable[Any], images: int, task: Task = CLASSIFICATION
+) -> dict[nn.Parameter, Tensor]:
+    """Parameter -> gradient of the task's loss, averaged over up to `images` images, in eval mode.
 
     Raises:
-        InputError: the data has no images or no labels.
+        InputError: the data has no images or no targets, or the task's loss cannot be used.
     """
     parameters = dict(graph.named_parameters())
-    sums, count = accumulate_gradients(graph, parameters, data, images, whole_batches=False)
+    sums, count = accumulate_gradients(graph, parameters, data, images, whole_batches=False, task=task)
     return {parameters[name]: gradient / count for name, gradient in sums.items()}
 
 
@@ -157,6 +161,7 @@ def importances(
     images: int,
     seed: int,
     progress: ProgressReporter = NO_PROGRESS,
+    task: Task = CLASSIFICATION,
 ) -> list[Tensor | None]:
     """The importance (channels,) of every group; None where this importance does not apply to it.
 
@@ -165,13 +170,14 @@ def importances(
             those of `graph`, `group` and `data` that it accepts, and returns (channels,).
         graph: a captured network without masks and quantizers.
         groups: of its channels.
-        data: batches of images, with labels for `taylor`.
+        data: batches of images, with targets for `taylor`.
         images: used by `taylor` and `obs`.
         seed: of `random`.
         progress: reports the passes of `obs`.
+        task: gives the loss of `taylor` and the logits of `obs`.
 
     Raises:
-        InputError: the function does not exist or returns something else, or `taylor` has no labels.
+        InputError: the function does not exist or returns something else, or `taylor` has no targets.
     """
     if is_function_path(kind):
         function = import_function(kind)
@@ -180,9 +186,9 @@ def importances(
         draws = [torch.Generator().manual_seed(seed + number) for number in range(len(groups))]
         return [torch.rand(len(group.slices), generator=draw) for group, draw in zip(groups, draws, strict=True)]
     if kind == "obs":
-        return loss_increases(graph, groups, data, images, progress)
+        return loss_increases(graph, groups, data, images, progress, task)
     if kind == "taylor":
-        by_parameter = gradients(graph, data, images)
+        by_parameter = gradients(graph, data, images, task)
         return [_taylor(graph, group, by_parameter) for group in groups]
     if kind == "batchnorm":
         return [_batchnorm(graph, group) for group in groups]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +77,11 @@ class DensePathModules(nn.Module):
             copied += [head] if head[0] not in set(masked) else []
         self.parts = nn.ModuleList(_Copy(path, module) for path, module in copied)
 
-    def dense_logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> logits (N, classes) of the dense path."""
+    def dense_outputs(self, model: nn.Module, *inputs: Any) -> Any:
+        """The outputs of the dense path, for the inputs of the network."""
         own: dict[str, Tensor] = {}
         for part in self.parts:
             assert isinstance(part, _Copy)
             own |= part.named(model)
         with masks_and_quantizers_disabled(model):
-            return torch.func.functional_call(model, own, (images,))
+            return torch.func.functional_call(model, own, inputs)

@@ -8,14 +8,18 @@ and factored by layer as in Wang et al., "EigenDamage: Structured Pruning in the
     W  <-  W - W_c X,   H  <-  H - H_c^T X,   X = inv(H_cc) H_c               H = inv(S + r I)
     S = covariance of the inputs at a position                                (C_in * kernel, C_in * kernel)
     G = E over images of sum over positions of g g^T                          (C_out, C_out)
-    g = gradient of sum_k s_k (z_k - mean z) at the position's output, z: logits, s: random signs
+    g = gradient of sum_k s_k (z_k - mean z) at the position's output, z: logits (N, classes, ...), s: random signs
 
 The paper has the Fisher matrix of the labels' loss for G. Here G is the Gauss-Newton matrix of squared logits: the
 Fisher matrix is almost zero for a network that is confident on its training images. Channels are removed greedily, the
 one with the smallest loss increase first; an importance is at least that of the channel before, so that the scores keep
 this order. Wide groups lose up to a 64th at once: channels whose increase, after those before them, stays below that of
 all others. S is diagonal where the positions of `images`, or else of 1,024 images, are fewer than twice the features,
-and with more than 4,608 features. Grouped convolutions, and layers that do not influence the logits, are skipped.
+and with more than 4,608 features. Grouped convolutions, and layers that do not influence the outputs, are skipped.
+
+Where the task has no logits, z are all floating-point outputs, each divided by its norm over the batch and not
+centered: the loss is the relative squared error from the original's outputs. Logits of independent classes (multilabel)
+are not centered either.
 
 On a ResNet-56 on CIFAR-10 JPEG, for 99 prunings of one layer by an eighth to seven eighths, log I and the log of the
 measured KL divergence from the original (1,024 training images) correlate by 0.96, with a slope of 1.07
@@ -42,12 +46,14 @@ from tersor.graph.eval_mode import evaluating, first_images
 from tersor.pruning.activation_moments import (
     InputMoments,
     add_ridge,
-    centered_logits,
     reads_all_channels,
     removed_afterwards,
     sampled_inputs,
 )
 from tersor.pruning.channel_groups import Group
+from tersor.pruning.output_changes import compared_values
+from tersor.tasks.classification import CLASSIFICATION
+from tersor.tasks.task import Task
 
 _MIN_STEPS = 64
 """The removal of a whole group takes at least so many steps."""
@@ -76,6 +82,7 @@ def loss_increases(
     data: Iterable[Any],
     images: int,
     progress: ProgressReporter = NO_PROGRESS,
+    task: Task = CLASSIFICATION,
 ) -> list[Tensor | None]:
     """The loss increase without each channel, (channels,) for every group; None where no layer has statistics.
 
@@ -85,19 +92,21 @@ def loss_increases(
         data: batches of images (N, C, H, W).
         images: how many of them are used, at least.
         progress: reports both passes.
+        task: gives the logits.
 
     Raises:
-        InputError: there is no image, the network returns no logits, or a value is not finite.
+        InputError: there is no image, the network returns no floating-point tensor, or a value is not finite.
     """
     columns = [_columns(graph, group) for group in groups]
-    statistics, count = _collect(graph, {name for each in columns for name in each}, data, images, progress)
+    layers_read = {name for each in columns for name in each}
+    statistics, count = _collect(graph, layers_read, data, images, progress, task)
     increases: list[Tensor | None] = []
     progress.start("loss increase of each channel group", len(groups))
     for group, of_layers in zip(groups, columns, strict=True):
         layers = [
             _LayerHessian(graph.get_submodule(name), statistics[name], count, each)
             for name, each in of_layers.items()
-            if statistics[name].gradients is not None  # it was called, and influences the logits
+            if statistics[name].gradients is not None  # it was called, and influences the outputs
         ]
         increases.append(_remove_all(layers, len(group.slices)) if layers else None)
         progress.advance()
@@ -126,7 +135,7 @@ def _columns(graph: fx.GraphModule, group: Group) -> dict[str, Tensor]:
 
 
 def _collect(
-    graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: int, progress: ProgressReporter
+    graph: fx.GraphModule, layers: set[str], data: Iterable[Any], images: int, progress: ProgressReporter, task: Task
 ) -> tuple[dict[str, _Statistics], int]:
     """Statistics by layer, and the number of images."""
     statistics, count, most = {name: _Statistics() for name in layers}, 0, max(images, _MAX_IMAGES)
@@ -141,14 +150,14 @@ def _collect(
     with removed_afterwards(hooks), evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
         for batch in first_images(data, most, next(graph.parameters()).device):
             inputs = batch.clone().requires_grad_()
-            logits = centered_logits(graph(inputs.clone()), "importance: obs", "importance: magnitude")
-            if not logits.requires_grad:
+            values = compared_values(graph(inputs.clone()), task)
+            if not values.requires_grad:
                 raise InputError(
-                    "importance: obs needs gradients, and the logits of the network do not depend on the images. "
+                    "importance: obs needs gradients, and the outputs of the network do not depend on the images. "
                     "Write importance: magnitude."
                 )
-            sign = torch.randint(0, 2, logits.shape, generator=signs).to(logits) * 2 - 1
-            torch.autograd.grad((logits * sign).sum(), inputs, allow_unused=True)
+            sign = torch.randint(0, 2, values.shape, generator=signs).to(values) * 2 - 1
+            torch.autograd.grad((values * sign).sum(), inputs, allow_unused=True)
             count += len(batch)
             progress.advance(len(batch))
             if count >= images and all(each.inputs.sufficient for each in statistics.values()):

@@ -8,10 +8,11 @@ with a quarter of them 0.56.
 A branch is what is computed for one side of a sum alone, from the other side or from what the other side is computed
 from without learned layers. Its removal cost is measured, each branch on its own:
 
-    1/2 E sum_k (z'_k - mean z' - z_k + mean z)^2     z, z': logits with and without the branch
+    1/2 E sum_k (z'_k - mean z' - z_k + mean z)^2     z, z': logits (N, classes, ...) with and without the branch
 
-In networks with BatchNorm, whose statistics are corrected afterwards (`graph/batchnorm_statistics.py`), the branch's
-mean over the images replaces the branch in z'. The cost is about half as many forward passes as there are branches.
+Where the task has no logits, it is half of the relative squared error of all outputs. In networks with BatchNorm, whose
+statistics are corrected afterwards (`graph/batchnorm_statistics.py`), the branch's mean over the images replaces the
+branch in z'. The cost is about half as many forward passes as there are branches.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +30,12 @@ from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.aten import operator_name
 from tersor.graph.batchnorm_statistics import with_statistics
 from tersor.graph.eval_mode import evaluating, first_images
-from tersor.pruning.activation_moments import centered_logits
 from tersor.pruning.channel_groups import Cut, copy_graph, record_run, remove, two_images
 from tersor.pruning.channel_removal import exclusive_nodes
 from tersor.pruning.dependency.shape_recording import map_tensors, run_node, user_to_last_uses
+from tersor.pruning.output_changes import squared_change
+from tersor.tasks.classification import CLASSIFICATION
+from tersor.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ def removal_cost(
     data: Iterable[Any],
     images: int,
     progress: ProgressReporter = NO_PROGRESS,
+    task: Task = CLASSIFICATION,
 ) -> list[float]:
-    """The change of the logits without each branch.
+    """The change of the outputs without each branch.
 
     Args:
         graph: the network of the branches; unchanged afterwards.
@@ -119,13 +122,13 @@ def removal_cost(
         data: batches of images (N, C, H, W).
         images: how many of them are used.
         progress: reports every run without a branch.
+        task: gives the logits.
 
     Raises:
-        InputError: there are no images, only one where a mean is needed, the network returns no tensor of logits, or a
-            value is not finite.
+        InputError: there are no images, only one where a mean is needed, the network returns no floating-point tensor,
+            or a value is not finite.
     """
     means = bool(with_statistics(graph))
-    logits_of = partial(centered_logits, setting="the cost of branches", alternative="branches: 0")
     with evaluating(graph), torch.no_grad():
         batches = list(first_images(data, images, next(graph.parameters()).device))
         count = sum(map(len, batches))
@@ -136,17 +139,17 @@ def removal_cost(
             )
         replacements = _means(graph, branches, batches) if means else {}
         changes = dict.fromkeys(branches, 0.0)
-        progress.start("change of the logits without each branch", len(branches) * len(batches))
+        progress.start("change of the outputs without each branch", len(branches) * len(batches))
         for batch in batches:
-            logits = logits_of(graph(batch.clone()))
+            outputs = graph(batch.clone())
             for branch, live in _at_each_sum(graph, branches, batch):
                 total = live[branch.sides[0]] + replacements.get(branch, 0)
-                changed = logits_of(_run_after(graph, branch.total, {**live, branch.total: total}))
-                changes[branch] += float((changed - logits).square().sum()) / 2
+                changed = _run_after(graph, branch.total, {**live, branch.total: total})
+                changes[branch] += squared_change(changed, outputs, task, len(batch)) / 2
                 progress.advance()
     if not all(map(math.isfinite, changes.values())):
         raise InputError(
-            "the change of the logits without a branch is not finite. Use images and a network without NaN and "
+            "the change of the outputs without a branch is not finite. Use images and a network without NaN and "
             "infinity, or write branches: 0."
         )
     return [change / count for change in changes.values()]

@@ -5,7 +5,7 @@ layers with small and large filters compare.
 
     magnitude       mean |w|                        Han et al., 2015; Li et al., "Pruning Filters", ICLR 2017
     magnitude_l2    root of the mean w^2, for kernels and filters; single weights have the order of |w|
-    taylor          mean |w * dL/dw| over batches   Molchanov et al., CVPR 2019
+    taylor          mean |w * dL/dw| over batches, L the task's loss   Molchanov et al., CVPR 2019
     batchnorm       |gamma| of the filter's channel Liu et al., "Network Slimming", ICCV 2017
     fpgm            mean distance of a filter to the others of its layer: filters near the geometric median are
                     replaceable                     He et al., "Filter Pruning via Geometric Median", CVPR 2019
@@ -18,15 +18,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from tersor.core.errors import InputError
 from tersor.core.import_path import call_with, import_function
-from tersor.data.batch import images_of, labels_of
 from tersor.graph.eval_mode import evaluating
 from tersor.pruning.topk import unit_scores
+from tersor.tasks import name_of
+from tersor.tasks.calibration_batch import read_batch
+from tersor.tasks.classification import CLASSIFICATION
+from tersor.tasks.task import Task
 
 IMPORTANCES = ("magnitude", "magnitude_l2", "taylor", "batchnorm", "fpgm", "random")
 FILTER_IMPORTANCES = ("batchnorm", "fpgm")
@@ -60,64 +62,101 @@ def _units(weight: Tensor, granularity: str) -> int:
 
 
 def gradient_products(
-    model: nn.Module, weights: Mapping[str, nn.Parameter], data: Iterable[Any] | None, images: int
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    data: Iterable[Any] | None,
+    images: int,
+    task: Task = CLASSIFICATION,
 ) -> dict[str, Tensor]:
-    """Sum over batches of |w * dL/dw|, of each weight's shape; L is the mean cross entropy of a batch, in eval mode.
+    """Sum over batches of |w * dL/dw|, of each weight's shape; L is the task's loss of a batch, in eval mode.
 
     Args:
         model: the network; its parameters may be frozen, and their gradients are kept.
         weights: layer -> its weight.
-        data: batches of images (N, C, H, W) with labels (N,).
+        data: batches of images (N, C, H, W) with targets, such as labels (N,).
         images: how many of them are used, at least.
+        task: gives the loss.
 
     Raises:
-        InputError: there is no data, it is empty, or it has no labels.
+        InputError: there is no data, it is empty, or it has no targets; the task's loss cannot be used.
     """
-    if data is None:
-        raise _unusable("there is no data")
+    check_loss(task, data)
+    assert data is not None
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = {names[id(weight)]: weight for weight in weights.values()}
-    products, _ = accumulate_gradients(model, parameters, data, images, whole_batches=True)
+    products, _ = accumulate_gradients(model, parameters, data, images, whole_batches=True, task=task)
     return {name: products[names[id(weight)]] for name, weight in weights.items()}
 
 
 def accumulate_gradients(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], data: Iterable[Any], images: int, *, whole_batches: bool
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    data: Iterable[Any],
+    images: int,
+    *,
+    whole_batches: bool,
+    task: Task = CLASSIFICATION,
 ) -> tuple[dict[str, Tensor], int]:
-    """Sums by name over the labels' cross entropy in eval mode, and the number of images.
+    """Sums by name over gradients of the task's loss in eval mode, and the number of images.
 
     Args:
         model: the network; gradients are those of detached views, so it is unchanged.
         parameters: name in the model -> parameter.
-        data: batches of images (N, C, H, W) with labels (N,).
+        data: batches of images (N, C, H, W) with targets, such as labels (N,).
         images: how many of them are used.
         whole_batches: sum |w * g| over batches, g the gradient of the batch's mean loss; else sum the gradients of
             exactly `images` images.
+        task: gives the loss, a mean over the images of a batch.
 
     Raises:
-        InputError: the data is empty, or has no labels.
+        InputError: the data is empty, or has no targets; the task's loss cannot be used.
     """
+    check_loss(task, data)
     views = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
     sums = {name: torch.zeros_like(view) for name, view in views.items()}
     device, count = next(model.parameters()).device, 0
     with evaluating(model), torch.enable_grad():
         for batch in data:
-            inputs, labels = images_of(batch), labels_of(batch)
-            if labels is None:
+            found = read_batch(batch, task, None if whole_batches else images - count).to(device)
+            if found.targets is None:
                 raise _unusable("the images have no labels")
-            if not whole_batches:
-                inputs, labels = inputs[: images - count], labels[: images - count]
-            logits = functional_call(model, views, inputs.to(device))
-            loss = F.cross_entropy(logits, labels.to(device), reduction="mean" if whole_batches else "sum")
+            outputs = functional_call(model, views, task.inputs(found, training=False))
+            loss = _loss(task, outputs, found.targets) * (1 if whole_batches else len(found.images))
             gradients = torch.autograd.grad(loss, [*views.values()], materialize_grads=True)
             for (name, view), gradient in zip(views.items(), gradients, strict=True):
                 sums[name] += (view.detach() * gradient).abs() if whole_batches else gradient
-            count += len(labels)
+            count += len(found.images)
             if count >= images:
                 break
     if not count:
         raise _unusable("the data is empty")
     return sums, count
+
+
+def check_loss(task: Task, data: Iterable[Any] | None) -> None:
+    """Check that there are data, and that the task's loss has gradients at the network itself.
+
+    Raises:
+        InputError: there are no data, or the loss is the distance from the original network.
+    """
+    if data is None:
+        raise _unusable("there is no data")
+    if task.from_original:
+        raise InputError(
+            f"importance: taylor needs gradients of a loss with targets. In the task {name_of(task)} the loss is the "
+            "distance from the original network, which has no gradient there. Write importance: magnitude, or, to "
+            "remove channels, obs."
+        )
+
+
+def _loss(task: Task, outputs: Any, targets: Any) -> Tensor:
+    try:
+        return task.loss(outputs, targets)
+    except InputError as error:
+        raise InputError(
+            f"importance: taylor needs gradients of the loss of the task {name_of(task)} in eval mode: {error} Or "
+            "write importance: magnitude, which needs no loss."
+        ) from error
 
 
 def _unusable(problem: str) -> InputError:

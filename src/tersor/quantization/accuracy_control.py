@@ -1,8 +1,8 @@
-"""Accuracy control: leaves the most harmful layers in float, as few as meet a largest accuracy drop."""
+"""Accuracy control: leaves the most harmful layers in float, as few as meet a largest drop of the task's metric."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,14 @@ from torch import Tensor, fx
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
-from tersor.data.batch import images_of, labels_of
+from tersor.data.batch import Batch
+from tersor.graph.eval_mode import first_images
 from tersor.quantization.qdq_placement import activation_quantizers
 from tersor.quantization.quantizers import Quantizers
+from tersor.tasks.calibration_batch import read_batch
+from tersor.tasks.classification import CLASSIFICATION
+from tersor.tasks.network_outputs import relative_squared_error_of_all
+from tersor.tasks.task import Task
 
 EVALUATED = 2000
 _RANKED = 256
@@ -26,7 +31,8 @@ class FloatLayers:
 
     Attributes:
         layers: their names, the most harmful first.
-        drop: the remaining accuracy drop in points; without labels, the percentage of predictions that changed.
+        drop: the remaining drop of the metric (accuracy in points); without labels, the percentage of predictions
+            that changed.
     """
 
     layers: tuple[str, ...]
@@ -34,48 +40,56 @@ class FloatLayers:
 
 
 class _Reference:
-    """Images, and the predictions of the network in float for them."""
+    """Images with their targets, and what the network in float makes of them."""
 
-    def __init__(self, graph: fx.GraphModule, data: Iterable[Any], method: str) -> None:
-        self.graph = graph
+    def __init__(self, graph: fx.GraphModule, data: Iterable[Any], method: str, task: Task) -> None:
+        self.graph, self.task = graph, task
         device = next(graph.parameters()).device
-        self.images: list[Tensor] = []
-        labels: list[Tensor | None] = []
+        batches: list[Batch] = []
         left = EVALUATED
         for batch in data:
-            found, truth = images_of(batch)[:left], labels_of(batch)
-            if len(found):
-                self.images.append(found.to(device))
-                labels.append(None if truth is None else truth[:left].to(device))
-            left -= len(found)
+            found = read_batch(batch, task, left)
+            if len(found.images):
+                batches.append(found)
+            left -= len(found.images)
             if left <= 0:
                 break
-        if not self.images:
+        if not batches:
             raise InputError(
                 f"{method} reads the data several times, but the data cannot be read again. "
                 "Pass a DataLoader or a list."
             )
-        self.logits = self.logits_of(self.images)
-        known = [each for each in labels if each is not None]
-        self.truth = torch.cat(known) if len(known) == len(labels) else self.logits.argmax(1)
-        self.accuracy = self._percent(self.logits)
-        self.few = [*torch.cat([batch[:_RANKED] for batch in self.images])[:_RANKED].split(len(self.images[0]))]
+        self.images = [batch.images.to(device) for batch in batches]
+        self.predictions = self._predictions()
+        self.targets = self.predictions if task.from_original else [batch.targets for batch in batches]
+        self.labelled = all(each is not None for each in self.targets)
+        self.score = self._score(self.predictions) if self.labelled else 0.0
+        self.few = list(first_images(self.images, _RANKED, device))
+        self.few_outputs = list(self._outputs(self.few))
 
-    @torch.inference_mode()
-    def logits_of(self, images: list[Tensor]) -> Tensor:
-        """Current logits (N, classes) of the network."""
-        return torch.cat([self.graph(batch) for batch in images])
+    def _outputs(self, images: Iterable[Tensor]) -> Iterator[Any]:
+        for batch in images:
+            with torch.inference_mode():
+                yield self.graph(batch)
 
-    def _percent(self, logits: Tensor) -> float:
-        return 100 * float((logits.argmax(1) == self.truth).float().mean())
+    def _predictions(self) -> list[Any]:
+        return [self.task.predictions(outputs) for outputs in self._outputs(self.images)]
+
+    def _score(self, predictions: list[Any]) -> float:
+        return self.task.score(zip(predictions, self.targets, strict=True))
 
     def drop(self) -> float:
-        """The current accuracy drop against float, in points."""
-        return self.accuracy - self._percent(self.logits_of(self.images))
+        """The current drop of the metric against float; without targets, percentage of changed predictions."""
+        predictions = self._predictions()
+        if self.labelled:
+            worse = self.score - self._score(predictions)
+            return worse if self.task.higher_is_better else -worse
+        same = [self.task.agreement(*both) for both in zip(predictions, self.predictions, strict=True)]
+        return 100 * (1 - float(torch.cat(same).mean()))
 
     def error(self) -> float:
-        """Mean squared difference of the logits of some images from those in float."""
-        return float((self.logits_of(self.few) - self.logits[:_RANKED]).square().mean())
+        """Distance of the outputs for some images from those in float."""
+        return relative_squared_error_of_all(zip(self._outputs(self.few), self.few_outputs, strict=True))
 
 
 class _Selection:
@@ -104,21 +118,23 @@ def keep_in_float(
     method: str,
     refit: Callable[[], None] = lambda: None,
     progress: ProgressReporter = NO_PROGRESS,
+    task: Task = CLASSIFICATION,
 ) -> FloatLayers:
     """Leave the most harmful layers in float, as few as bring the drop down to `max_drop`.
 
-    A layer's harm is the error of the logits when it alone is quantized: of two bad layers in a row, putting only one
+    A layer's harm is the error of the outputs when it alone is quantized: of two bad layers in a row, putting only one
     in float would not help. Bisection finds their number.
 
     Args:
         quantizers: of the network, all enabled.
         bare: the same network without quantizers.
-        data: batches of images, with labels or without; the first 2,000 images are used.
-        max_drop: largest accuracy drop in points; without labels, percentage of changed predictions.
+        data: batches of images, with targets or without; the first 2,000 images are used.
+        max_drop: largest drop of the metric (accuracy in points); without targets, percentage of changed predictions.
         target: its runtime determines which activations are quantized.
         method: the method's name, for error messages.
-        progress: reports the number of layers.
         refit: refits biases to the enabled quantizers; undoes that if none is enabled.
+        progress: reports the number of layers.
+        task: gives the metric.
 
     Raises:
         InputError: the data cannot be read again.
@@ -132,7 +148,7 @@ def keep_in_float(
 
     selection.enable(set())
     refit()
-    reference = _Reference(quantizers.graph, data, method)
+    reference = _Reference(quantizers.graph, data, method, task)
     drop = drop_without(())
     if drop <= max_drop:
         return FloatLayers((), drop)

@@ -2,7 +2,9 @@
 
     x -> [conv1 bn relu] -> [conv bn relu conv bn +] -> [...] -> [mean linear] -> logits
 
-A residual block is one block, and so is each layer of a sequence. `between` runs a part of the network on its own.
+A residual block is one block, and so is each layer of a sequence. Where a network returns several tensors, the layers
+behind the last such node are one block, whose end is the output of the network. `between` runs a part of the network on
+its own.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class Block:
 
     Attributes:
         begin: name of the node that is its input.
-        end: name of the node that is its output.
+        end: name of the node that is its output, or of the network's output node.
         layers: names of its convolutions and fully connected layers.
     """
 
@@ -52,7 +54,8 @@ def blocks(graph: fx.GraphModule) -> list[Block]:
             found[-1] = Block(found[-1].begin, end.name, found[-1].layers)
         if found:
             begin = end
-    return found
+    tail = _layers(nodes[places[begin] + 1 :])
+    return [*found, Block(begin.name, nodes[-1].name, tail)] if tail else found
 
 
 def _alone(node: fx.Node, nodes: list[fx.Node], places: dict[fx.Node, int], last_read: dict[fx.Node, int]) -> bool:
@@ -79,6 +82,8 @@ def between(
 ) -> fx.GraphModule:
     """A graph over the modules of `graph` that computes the node `end` from the node `begin`.
 
+    Where `end` is the output node, it returns a tuple of all tensors (N, ...) that the network returns.
+
     Args:
         graph: a captured network.
         begin: name of a node; `end` depends on no other input.
@@ -86,7 +91,9 @@ def between(
         instead: replacements of modules, by name.
     """
     nodes = {node.name: node for node in graph.graph.nodes}
-    needed, waiting = set[fx.Node](), [nodes[end]]
+    is_output = nodes[end].op == "output"
+    ends = [each for each in nodes[end].all_input_nodes if has_batch_dimension(each)] if is_output else [nodes[end]]
+    needed, waiting = set[fx.Node](), [*ends]
     while waiting:
         node = waiting.pop()
         if node in needed or node.name == begin:
@@ -104,7 +111,7 @@ def between(
             from_begin = operator_name(node) == "sym_size" and node.args[0] not in copies
             read = (lambda _: copies[nodes[begin]]) if from_begin else copies.__getitem__
             copies[node] = part.node_copy(node, read)
-    part.output(copies[nodes[end]])
+    part.output(tuple(copies[each] for each in ends) if is_output else copies[nodes[end]])
     targets = {str(node.target) for node in part.nodes if node.op in {"call_module", "get_attr"}}
     members = {name: (instead or {}).get(name, _attribute(graph, name)) for name in targets}
     return fx.GraphModule(members, part)

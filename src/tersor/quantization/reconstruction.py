@@ -6,7 +6,8 @@
 
 y is the part's output in float, y_hat its output for the inputs that the rounded parts before it produce. The second
 term is off for the first fifth of the iterations; then beta falls from 20 to 2 and drives every h to 0 or 1. Finally
-each weight is set to its point on the grid, so the `state_dict` shows which parts are done.
+each weight is set to its point on the grid, so the `state_dict` shows which parts are done. The error of the part
+behind which a network returns several tensors is the sum over these.
 
 AdaRound, BRECQ and QDrop differ in the parts and in the inputs: see their files in `methods/`.
 """
@@ -17,9 +18,12 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.layer_selection import Layer
@@ -227,7 +231,9 @@ class _Learning:
             optimizer.param_groups[1]["lr"] = _STEP_RATE * (1 + math.cos(math.pi * progress)) / 2
             chosen = torch.randint(len(inputs), (_BATCH,), generator=self.generator).to(inputs.device)
             values = _mixed(inputs[chosen], self.values.exact[chosen], self.options.drop, self.generator)
-            loss = _error(module(values), self.target[chosen]) + _rounding_penalty(soft.values(), progress)
+            loss = _error(module(values), tree_map(itemgetter(chosen), self.target)) + _rounding_penalty(
+                soft.values(), progress
+            )
             learned = [*logits, *scales]
             for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
                 parameter.grad = gradient  # only of these: the network's own parameters stay unchanged
@@ -247,9 +253,11 @@ class _Learning:
             original.copy_(points if mask is None else torch.where(mask.mask, points, original))
 
 
-def _error(outputs: Tensor, target: Tensor) -> Tensor:
-    """Squared error of (N, C, ...): the sum over C, averaged over all other dimensions."""
-    return (outputs - target).square().sum(1).mean()
+def _error(outputs: Any, target: Any) -> Tensor:
+    """Squared error of (N, C, ...): the sum over C, averaged over all other dimensions; summed over several tensors."""
+    pairs = zip(tree_leaves(outputs), tree_leaves(target), strict=True)
+    squares = [(one - other).square() for one, other in pairs if one.is_floating_point()]
+    return torch.stack([each.sum(1).mean() if each.ndim > 1 else each.mean() for each in squares]).sum()
 
 
 def _rounding_penalty(soft: Iterable[_SoftRounding], progress: float) -> Tensor | float:
@@ -275,5 +283,7 @@ def _activations_in_float(quantizers: Quantizers) -> Generator[None]:
 
 
 @torch.no_grad()
-def _run(part: fx.GraphModule, values: Tensor) -> Tensor:
-    return torch.cat([part(some) for some in values.split(_RUN_BATCH)])
+def _run(part: fx.GraphModule, values: Tensor) -> Any:
+    """The value (N, ...) that the part computes, or a tuple of all outputs of the network."""
+    outputs = [part(some) for some in values.split(_RUN_BATCH)]
+    return tree_map(lambda *parts: torch.cat(parts), *outputs)

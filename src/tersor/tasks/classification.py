@@ -79,6 +79,10 @@ class Classification(Task):
         return (predictions == reference).double()
 
 
+CLASSIFICATION = Classification()
+"""The task of a network of which nothing else is known."""
+
+
 def _class_of_single_logit(logits: Tensor) -> Tensor:
     """Class 1 where the single logit (N,) is above 0."""
     if ((logits >= 0) & (logits <= 1)).all():

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from tersor.tasks.network_outputs import floats_of_both, relative_squared_error, squares
+from tersor.tasks.network_outputs import relative_squared_error, relative_squared_error_of_all
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 
 
@@ -28,9 +28,4 @@ class Distance(Task):
 
     def score(self, pairs: Pairs) -> float:
         """The relative L2 error in percent."""
-        sums: list[tuple[float, float]] = []
-        for predictions, targets in required(pairs, self):
-            both = floats_of_both(predictions, targets)
-            found = [tuple(map(float, squares(one.double(), other.double()))) for one, other in both]
-            sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums or [(0.0, 0.0)] * len(found), found, strict=True)]
-        return 100 * (sum(change / max(size, 1e-300) for change, size in sums) / len(sums)) ** 0.5
+        return 100 * relative_squared_error_of_all(required(pairs, self)) ** 0.5

@@ -35,6 +35,7 @@ class FromFunctions(Task):
         else:
             told = {"metric": base.metric, "unit": base.unit, "higher_is_better": base.higher_is_better}
         told["from_original"] = base.from_original and own_loss is None and own_metric is None
+        told |= {"independent_classes": base.independent_classes, "ignore_index": getattr(base, "ignore_index", None)}
         vars(self).update(told)  # of this task, in place of those of the class
 
     def inputs(self, batch: Batch, *, training: bool) -> tuple[Any, ...]:

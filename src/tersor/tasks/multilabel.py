@@ -18,6 +18,7 @@ class Multilabel(Task):
     """Logits (N, classes); the targets are 0 or 1 (N, classes). The metric is the mean F1 score of the classes."""
 
     metric: ClassVar[str] = "F1"
+    independent_classes: ClassVar[bool] = True
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Binary cross entropy, averaged over images and classes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -92,9 +92,38 @@ def relative_errors(outputs: Any, reference: Any) -> Tensor:
     return torch.stack(errors).mean(0).sqrt()
 
 
-def squares(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """|one - other|^2 and |other|^2, scalars."""
-    return (one - other).square().sum(), other.square().sum()
+def relative_squared_error_of_all(pairs: Iterable[tuple[Any, Any]]) -> float:
+    """The relative squared error over all batches of (outputs, reference): both squares are summed before they divide.
+
+    Raises:
+        InputError: there is no batch, or two outputs differ in number or shapes of tensors.
+    """
+    sums: list[tuple[float, float]] = []
+    for outputs, reference in pairs:
+        both = floats_of_both(outputs, reference)
+        found = [tuple(map(float, squares(one, other, double=True))) for one, other in both]
+        sums = [(a + c, b + d) for (a, b), (c, d) in zip(sums or [(0.0, 0.0)] * len(found), found, strict=True)]
+    if not sums:
+        raise InputError("outputs cannot be compared without images. Give at least one batch.")
+    return sum(change / max(size, torch.finfo(torch.float32).tiny) for change, size in sums) / len(sums)
+
+
+def relative_values(outputs: Any) -> Tensor:
+    """All floating-point values of a batch (N, values), whose squared distance is N times the relative squared error.
+
+    The reference is `outputs` itself, of which only the size counts: gradients do not flow through it.
+    """
+    values = [each.flatten(1) for each, _ in floats_of_both(outputs, outputs)]
+    scales = [_ratio(each.new_tensor(len(each) / len(values)), each.detach().square().sum()).sqrt() for each in values]
+    return torch.cat([each * scale for each, scale in zip(values, scales, strict=True)], 1)
+
+
+def squares(one: Tensor, other: Tensor, *, double: bool = False) -> tuple[Tensor, Tensor]:
+    """|one - other|^2 and |other|^2, scalars; summed in double precision if `double`."""
+    change, size = one - other, other
+    if double:
+        change, size = change.double(), size.double()
+    return change.square().sum(), size.square().sum()
 
 
 def _ratio(change: Tensor, size: Tensor) -> Tensor:

@@ -33,12 +33,14 @@ class Task:
         unit: of the metric: "%", or "" for a number without one.
         higher_is_better: whether a higher metric is better.
         from_original: whether the targets are the outputs of the original network, so that the data needs none.
+        independent_classes: whether each logit is a label of its own (sigmoid), not one class of several (softmax).
     """
 
     metric: ClassVar[str]
     unit: ClassVar[str] = "%"
     higher_is_better: ClassVar[bool] = True
     from_original: ClassVar[bool] = False
+    independent_classes: ClassVar[bool] = False
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The scalar to minimize, for the outputs in training mode."""

@@ -30,7 +30,7 @@ class Attachment:
         model: the network to train from now on: the same object, or its captured graph with the same Parameters.
         terms: losses that the method adds.
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
-        label_weight: factor on the cross entropy with the labels.
+        label_weight: factor on the task's loss with the labels.
         notes: what the user should know about `attach` and `begin`, a line each.
         holds_shapes: whether it depends on the shapes of the weights at the time of `attach`.
     """

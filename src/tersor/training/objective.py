@@ -36,6 +36,12 @@ class ForwardContext:
     autocast: torch.dtype | None = None
     task: Task = field(default_factory=Classification)
 
+    def targets(self, batch: Batch, teacher: Outputs | None) -> Any:
+        """The targets of a batch: those of the data, or the teacher's outputs for a task that compares with them."""
+        if self.task.from_original:
+            return None if teacher is None else teacher.outputs
+        return batch.targets
+
     def autocasting(self, batch: Batch) -> torch.autocast:
         """Autocast as in the networks' forward pass."""
         return torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None)
@@ -146,9 +152,7 @@ class Objective(nn.Module):
         teacher = None
         if self.teacher is not None and (len(self.terms) or (task.from_original and self.label_weight)):
             teacher = (self.teacher_cache or self.teacher_forward)(batch)
-        targets = batch.targets
-        if task.from_original:
-            targets = None if teacher is None else teacher.outputs
+        targets = self.context.targets(batch, teacher)
         losses: dict[str, Tensor] = {}
         if self.label_weight and targets is not None:
             losses["labels"] = self.label_weight * task.loss(student.outputs, targets)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tersor.data.batch import Batch
 from tersor.graph.eval_mode import evaluating
+from tersor.tasks.classification import CLASSIFICATION, Classification
+from tersor.tasks.task import Task
 
 IMAGES = 256
 """Largest number of images that are used."""
@@ -22,21 +24,26 @@ _SIGNIFICANCE = 0.01
 
 
 @torch.no_grad()
-def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch]) -> list[str]:
+def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], task: Task = CLASSIFICATION) -> list[str]:
     """Reasons why a network may be a bad teacher, a sentence each, with the figure.
 
     Args:
         name: the network's name in the sentences.
-        network: returns logits (N, classes); it is not changed.
+        network: it is not changed.
         batches: the first 256 images are used; labels that are no class numbers are ignored.
+        task: only classification is checked, with logits (N, classes).
     """
+    if not isinstance(task, Classification):
+        return []
     logits, labels = list[Tensor](), list[Tensor]()
     device = next((each.device for each in network.parameters()), torch.device("cpu"))
     remaining = IMAGES
     with evaluating(network):
         for batch in batches:
-            outputs = network(batch.images[:remaining].to(device)).float().cpu()
-            logits.append(outputs)
+            outputs = task.logits(network(batch.images[:remaining].to(device)))
+            if outputs is None or outputs.ndim != 2:
+                return []
+            logits.append(outputs.float().cpu())
             labels.append(torch.full((len(outputs),), -1) if batch.targets is None else batch.targets[:remaining].cpu())
             remaining -= len(outputs)
             if remaining <= 0:
