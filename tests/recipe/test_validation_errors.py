@@ -76,10 +76,11 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
             "line 5: target should be a mapping of the keys runtime, cpu, input, batch, given",
         ),
         ("name: resnet20, ", "", "line 2: model has no key 'name'. Possible: name, num_classes, weights."),
-        ("folder", "name: digits, folder", "line 4: data needs either `folder` or `name`, given folder and name."),
-        ("folder: data/cifar10", "limit: 5", "line 4: data needs either `folder` or `name`, given neither."),
+        ("folder", "name: digits, folder", "line 4: data needs one of folder, csv, name, given folder and name."),
+        ("folder: data/cifar10", "limit: 5", "line 4: data needs one of folder, csv, name, given none."),
         ("folder", "mean: [0, 0, 0], folder", "line 4: data needs `mean` and `std` together"),
-        ("folder", "mean: [0, 0], folder", "line 4: data.mean should be a longer list, given a list of 2."),
+        ("folder", "mean: [0, 0], std: [1, 1], folder", "line 4: data.mean has 2 numbers, and the images have 3"),
+        ("folder", "image_size: [4], folder", "line 4: data.image_size"),
         ("folder", "std: [1, 0, 1], folder", "line 4: data.std.1 should be greater than 0, given 0."),
         ("soft_targets", "kd", "line 10: unknown method 'kd'. Did you mean 'soft_targets'? Possible: "),
         ("soft_targets", "soft_target", "line 10: unknown method 'soft_target'. Did you mean 'soft_targets'?"),
@@ -136,7 +137,7 @@ def test_teacher_of_two_types(teacher: str, expected: list[str]):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "recipe.yaml, line 1: a recipe should be a mapping of the keys model, teacher, data, target,"),
+        ("", "recipe.yaml, line 1: a recipe should be a mapping of the keys model, teacher, task, data, target,"),
         ("# nothing\n", "given nothing."),
         ("- a\n- b", "stages, given a list of 2."),
         ("hello", "given the text 'hello'."),
