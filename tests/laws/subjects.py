@@ -157,14 +157,22 @@ def stage_record(folder: Path) -> dict[str, Any]:
 
 def resume(folder: Path) -> None:
     """Resume the interrupted runs of all methods."""
+    _record_once()
     for name in registry.names():
         run_recipe(recipe(build_method(name, "example")), folder / name)
+
+
+def _record_once() -> None:
+    import recorded_once  # not found by the processes that accelerate launches
+
+    recorded_once.pytest_configure()
 
 
 def rank_of_two(rank: int, port: int, out: Path) -> None:
     """Run every method as one of two processes, as `accelerate launch` starts them."""
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _record_once()
     processes(out)
 
 
