@@ -5,6 +5,7 @@ As a script, under `accelerate launch`, it runs every method in several processe
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from dataclasses import replace
@@ -132,6 +133,7 @@ class Stops(NullProgress):
             raise KeyboardInterrupt
 
 
+@functools.cache
 def images(count: int = 300) -> Tensor:
     """Test images (N, 3, 8, 8), normalised."""
     experiment = experiment_of(recipe())

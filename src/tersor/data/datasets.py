@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -58,16 +59,21 @@ def from_name(name: str, root: Path | None, image_size: int | None) -> Splits:
 
 def _digits(image_size: int | None) -> Splits:
     """1,797 handwritten digits of 8x8 pixels; the test set is a fifth, always the same."""
-    from sklearn.datasets import load_digits  # imported here because it takes a second
-
-    data = cast("Any", load_digits())
-    gray: NDArray[np.uint8] = np.round(data.images * (255 / 16)).astype(np.uint8)
-    labels = torch.from_numpy(data.target).to(torch.int64)
+    gray, labels = _parsed_digits()
     everything = Decoded(labels, lambda number: rgb(Image.fromarray(gray[number]), image_size, "a digit"))
     count = round(DIGITS_TEST_SHARE * len(labels))
     test, train = stratified(labels, count, generator(_DIGITS_TEST_SEED))
     classes = tuple(str(digit) for digit in range(10))
     return Splits(View(everything, train), View(everything, torch.arange(0)), View(everything, test), classes)
+
+
+@functools.cache
+def _parsed_digits() -> tuple[NDArray[np.uint8], Tensor]:
+    """Pixels (1797, 8, 8) and labels (1797,); cached because scikit-learn stores them as text."""
+    from sklearn.datasets import load_digits  # imported here because it takes a second
+
+    data = cast("Any", load_digits())
+    return np.round(data.images * (255 / 16)).astype(np.uint8), torch.from_numpy(data.target).to(torch.int64)
 
 
 def _from_torchvision(name: str, root: Path | None, image_size: int | None) -> Splits:
