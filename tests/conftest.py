@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -13,7 +14,7 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"
 
 # imported after the threads are set, since it imports torch
-pytest_plugins = ["onnx_files"]
+pytest_plugins = ["onnx_files", "recorded_once"]
 
 # how long one example takes says nothing on a busy machine
 settings.register_profile("tersor", deadline=None)
@@ -23,3 +24,10 @@ settings.load_profile("tersor")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left with one of them at the end."""
     items.sort(key=lambda item: "/laws/" not in item.nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage less often, and only what the tests make: the imported libraries are a million objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

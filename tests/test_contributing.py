@@ -29,6 +29,7 @@ NEEDED = (
     "pyproject.toml",
     "tests/conftest.py",
     "tests/onnx_files.py",
+    "tests/recorded_once.py",
     "tests/recorded_progress.py",
 )
 

@@ -22,14 +22,16 @@ from tersor.graph.capture import (
     values_into,
 )
 from tersor.models import build
+from toy_networks import short
 
+SHORT_NETWORKS = dict.fromkeys(["resnet8", "mobilenet3", "densenet"], (64, {}))
 NETWORKS = {
-    "resnet20": (32, {}),
     "resnet18": (64, {}),
-    "mobilenet_v3_small": (64, {}),
     "squeezenet1_1": (64, {}),
 }
 SLOW_NETWORKS = {
+    "resnet20": (32, {}),
+    "mobilenet_v3_small": (64, {}),
     "mnasnet0_5": (64, {}),
     "regnet_y_400mf": (64, {}),
     "shufflenet_v2_x1_0": (64, {}),
@@ -54,16 +56,18 @@ COMPUTED = {"swin_v2_t": "attn.qkv.bias"}
 """Networks that compute a bias from a Parameter: the graph holds a Parameter of its own instead."""
 
 every_network = pytest.mark.parametrize(
-    "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_NETWORKS)]
+    "name", [*SHORT_NETWORKS, *NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_NETWORKS)]
 )
 
 
 def network(name):
     """The network with random weights, and images for it."""
-    size, options = (NETWORKS | SLOW_NETWORKS)[name]
+    size, options = (SHORT_NETWORKS | NETWORKS | SLOW_NETWORKS)[name]
     torch.manual_seed(0)
     if name == "resnet20":
         model = build(name, 10)
+    elif name in SHORT_NETWORKS:
+        model = short(name)
     else:
         model = torchvision.models.get_model(name, weights=None, num_classes=10, **options)
     return model, torch.randn(2, 3, size, size)
@@ -112,7 +116,7 @@ def test_auxiliary_heads_are_left_behind(name, size):
 
 
 def test_gradients_reach_the_same_parameters():
-    model, images = network("resnet20")
+    model, images = network("resnet8")
     graph = capture(model, images).train()
     graph(images).sum().backward()
     found = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
@@ -122,8 +126,8 @@ def test_gradients_reach_the_same_parameters():
 
 
 def test_the_weights_of_the_original_load_into_the_graph():
-    model, images = network("resnet20")
-    other = build("resnet20", 10)
+    model, images = network("resnet8")
+    other = short("resnet8")
     graph = capture(other, images)
     graph.load_state_dict(model.state_dict())
     assert torch.equal(answers(graph.eval(), images), answers(model.eval(), images))
@@ -132,9 +136,9 @@ def test_the_weights_of_the_original_load_into_the_graph():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_modes_are_as_before_in_the_original_and_in_the_graph(training):
-    model, images = network("resnet20")
+    model, images = network("resnet8")
     model.train(training)
-    frozen = model.layer2[1].bn1
+    frozen = model.layer2[0].bn1
     frozen.train(not training)
     before = {key: module.training for key, module in model.named_modules()}
     graph = capture(model, images)
@@ -142,11 +146,11 @@ def test_modes_are_as_before_in_the_original_and_in_the_graph(training):
     assert {key: module.training for key, module in graph.named_modules() if key in before} == {
         key: mode for key, mode in before.items() if key in dict(graph.named_modules())
     }
-    assert graph.layer2.get_submodule("1.bn1") is frozen
+    assert graph.layer2.get_submodule("0.bn1") is frozen
 
 
 def test_a_graph_is_captured_once():
-    model, images = network("resnet20")
+    model, images = network("resnet8")
     graph = capture(model, images)
     assert capture(graph, images) is graph
     assert graph.meta[IMAGE_SHAPE] == (3, 32, 32)
@@ -230,7 +234,7 @@ def test_a_network_in_a_wrapper_is_captured_through_it():
         def forward(self, x):
             return self.inner(x.clamp(-1, 1))
 
-    model, images = network("resnet20")
+    model, images = network("resnet8")
     graph = capture(Wrapper(model).eval(), images)
     assert torch.equal(answers(graph, images), answers(model.eval(), images.clamp(-1, 1)))
     assert "inner.layer1.0.conv1" in {node.target for node in graph.graph.nodes}
@@ -241,7 +245,7 @@ def test_parametrized_layers_stay_whole():
         def forward(self, weight):
             return weight / 2
 
-    model, images = network("resnet20")
+    model, images = network("resnet8")
     parametrize.register_parametrization(model.layer1[0].conv1, "weight", Half())
     graph = capture(model.eval(), images)
     assert torch.equal(answers(graph, images), answers(model, images))

@@ -23,6 +23,7 @@ from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.qat import QAT
 from tersor.models import build
 from tersor.training.context import AttachContext
+from toy_networks import short
 
 
 class Net(nn.Module):
@@ -132,19 +133,22 @@ def test_patterns():
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("make", "expected"),
     [
-        ("resnet20", ("layer1", "layer2", "layer3")),
-        ("wrn_16_1", ("layer1", "layer2", "bn")),
-        ("resnet18", ("relu", "layer1", "layer2", "layer3")),
-        ("mobilenet_v2", ("features.1", "features.3", "features.6", "features.13")),
-        ("regnet_y_400mf", ("stem.2", "trunk_output.block1", "trunk_output.block2", "trunk_output.block3")),
+        (lambda: short("resnet8"), ("layer1", "layer2", "layer3")),
+        (lambda: build("wrn_16_1", 10), ("layer1", "layer2", "bn")),
+        (lambda: build("resnet18", 10), ("relu", "layer1", "layer2", "layer3")),
+        (lambda: short("mobilenet2"), ("features.1", "features.3", "features.6")),
+        (lambda: short("regnet_y"), ("stem.2", "trunk_output.block1", "trunk_output.block2", "trunk_output.block3")),
         # what norm5 gives is rectified in place; pools and what they leave of a map give none of their own
-        ("densenet121", ("features.relu0", "features.denseblock1", "features.denseblock2", "features.denseblock3")),
+        (
+            lambda: short("densenet"),
+            ("features.relu0", "features.denseblock1", "features.denseblock2", "features.denseblock3"),
+        ),
     ],
 )
-def test_the_last_layer_at_each_resolution(name, expected):
-    net = build(name, 10)
+def test_the_last_layer_at_each_resolution(make, expected):
+    net = make()
     pictures = torch.randn(2, 3, 32, 32)
     assert last_feature_maps(net, pictures) == expected
     assert last_feature_maps(capture(net, pictures), pictures) == expected

@@ -13,6 +13,7 @@ from tersor.graph.aten import operator_name
 from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.graph.fused_inference import FusedConvolution, fused, rewritten
 from tersor.models import build
+from toy_networks import short
 
 
 def settled(model):
@@ -39,14 +40,14 @@ def passes(model):
 
 
 def test_every_convolution_of_a_resnet_is_one_pass_and_its_layers_are_there():
-    model = settled(build("resnet20", 10))
+    model = settled(short("resnet8"))
     before = copy.deepcopy(model.state_dict())
-    paths = ("layer1", "layer2.0", "layer3")
+    paths = ("layer1", "layer2", "layer3")
     faster = fused(model, images(), paths)
     assert isinstance(faster, fx.GraphModule)
-    assert passes(faster) == 19
+    assert passes(faster) == 7
     called = [node.op for node in faster.graph.nodes if node.op == "call_module"]
-    assert len(called) == 19 + 1, "BatchNorm is no pass of its own any more"
+    assert len(called) == 7 + 1, "BatchNorm is no pass of its own any more"
     for ours, theirs in zip(
         FeatureExtractor(faster, paths)(images(seed=2)), FeatureExtractor(model, paths)(images(seed=2)), strict=True
     ):
@@ -55,10 +56,10 @@ def test_every_convolution_of_a_resnet_is_one_pass_and_its_layers_are_there():
 
 
 def test_a_layer_that_is_asked_for_ends_a_pass():
-    model = settled(build("resnet20", 10))
+    model = settled(short("resnet8"))
     path = "layer1.0.bn1"
     faster = fused(model, images(), (path,))
-    assert passes(faster) == 19, "it is no reason to ask the network itself"
+    assert passes(faster) == 7, "it is no reason to ask the network itself"
     (_, ours), (_, theirs) = (FeatureExtractor(each, (path,))(images(seed=2)) for each in (faster, model))
     assert ours[path].min() < 0, "it lies before the ReLU"
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -68,17 +69,24 @@ def test_a_layer_that_is_asked_for_ends_a_pass():
     "name",
     [
         "resnet18",
-        "mobilenet_v2",
-        "densenet121",
-        "shufflenet_v2_x0_5",
-        "googlenet",
-        pytest.param("vit_b_16", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("mobilenet_v2", "densenet121", "shufflenet_v2_x0_5", "googlenet", "vit_b_16")
+        ),
     ],
 )
 def test_fused_torchvision_networks_compute_the_same(name):
+    require_fused(lambda: build(name, 10), 224 if name == "vit_b_16" else 64)
+
+
+@pytest.mark.parametrize("name", ["mobilenet2", "densenet", "shufflenet"])
+def test_fused_short_networks_compute_the_same(name):
+    require_fused(lambda: short(name), 64)
+
+
+def require_fused(make, size):
     torch.manual_seed(0)
-    model = settled(build(name, 10))
-    size = 224 if name == "vit_b_16" else 64
+    model = settled(make())
     faster = fused(model, images(2, size))
     ours, theirs = faster(images(2, size, seed=2)), model(images(2, size, seed=2))
     assert float((ours - theirs).detach().abs().max()) <= 1e-3 * float(theirs.detach().abs().max())
@@ -146,7 +154,7 @@ def test_a_module_called_relu_need_not_be_one():
 
 
 def test_other_devices_use_torch_operators(monkeypatch):
-    model = settled(build("resnet20", 10))
+    model = settled(short("resnet8"))
     faster = rewritten(model, images(), ())
     monkeypatch.setattr("tersor.graph.fused_inference._ON", "elsewhere")
     torch.testing.assert_close(faster(images(seed=2)), model(images(seed=2)), rtol=1e-4, atol=1e-4)
@@ -204,13 +212,13 @@ def test_what_leaves_autocast_stays_as_it_is_where_there_is_one():
 
 
 def test_a_network_with_hooks_is_not_fused():
-    model = settled(build("resnet20", 10))
+    model = settled(short("resnet8"))
     model.layer1[0].conv1.register_forward_hook(lambda *_: None)
     assert fused(model, images()) is model
 
 
 def test_the_network_keeps_its_mode():
-    model = build("resnet20", 10).train()
+    model = short("resnet8").train()
     fused(model, images())
     assert all(module.training for module in model.modules())
 
@@ -226,9 +234,9 @@ def test_a_network_whose_outputs_would_change_is_not_fused(monkeypatch):
     reason="oneDNN has no bfloat16 convolutions for this processor, and the network stays as it is",
 )
 def test_in_bfloat16_it_is_no_farther_from_float32():
-    model = settled(build("resnet20", 10))
+    model = settled(short("resnet8"))
     faster, given = fused(model, images(), precision=torch.bfloat16), images(16, seed=2)
-    assert passes(faster) == 19
+    assert passes(faster) == 7
     with torch.no_grad():
         exact = model(given)
         with torch.autocast("cpu", torch.bfloat16):

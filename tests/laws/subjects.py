@@ -5,6 +5,7 @@ As a script, under `accelerate launch`, it runs every method in several processe
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from dataclasses import replace
@@ -132,6 +133,7 @@ class Stops(NullProgress):
             raise KeyboardInterrupt
 
 
+@functools.cache
 def images(count: int = 300) -> Tensor:
     """Test images (N, 3, 8, 8), normalised."""
     experiment = experiment_of(recipe())
@@ -157,14 +159,22 @@ def stage_record(folder: Path) -> dict[str, Any]:
 
 def resume(folder: Path) -> None:
     """Resume the interrupted runs of all methods."""
+    _record_once()
     for name in registry.names():
         run_recipe(recipe(build_method(name, "example")), folder / name)
+
+
+def _record_once() -> None:
+    import recorded_once  # not found by the processes that accelerate launches
+
+    recorded_once.pytest_configure()
 
 
 def rank_of_two(rank: int, port: int, out: Path) -> None:
     """Run every method as one of two processes, as `accelerate launch` starts them."""
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _record_once()
     processes(out)
 
 

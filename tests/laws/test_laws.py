@@ -6,6 +6,7 @@ A method that cannot pass a law says so in its class: `exempt = {law: reason}`; 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -77,6 +78,23 @@ def trained(method, learned=None, **training):
     fit(attachment, experiment.training_batches(stage), stage, steps=STEPS, teacher=experiment.teacher, seed=3)
     attachment.finish()
     return experiment, attachment.model.eval()
+
+
+@functools.cache
+def trained_example(name, optimizer="sgd"):
+    """The network after a short training with the example of a method and accumulated gradients; only to be read."""
+    options = {"optimizer": {"name": optimizer, "learning_rate": 0.01}, "accumulate": 2}
+    return trained(build_method(name, "example"), **options)[1]
+
+
+@functools.cache
+def trained_without_methods():
+    """The network after a short training on the labels; only to be read."""
+    experiment = experiment_of(recipe())
+    attachment = chain([], experiment.model, AttachContext())
+    stage = experiment.recipe.stages[0]
+    fit(attachment, experiment.training_batches(stage), stage, steps=STEPS, teacher=experiment.teacher, seed=3)
+    return attachment.model.eval()
 
 
 def equal_states(first, second):
@@ -154,14 +172,10 @@ def test_defaults(name, kind):
 def test_off(name):
     """With strength 0 a method changes nothing, bit for bit."""
     skip_if_exempt(name, "off")
-    _, plain = trained(build_method(name, "off"))
-    experiment = experiment_of(recipe())
-    attachment = chain([], experiment.model, AttachContext())
-    stage = experiment.recipe.stages[0]
-    fit(attachment, experiment.training_batches(stage), stage, steps=STEPS, teacher=experiment.teacher, seed=3)
-    assert equal_states(plain.state_dict(), attachment.model.state_dict())
+    found, plain = trained(build_method(name, "off"))[1], trained_without_methods()
+    assert equal_states(found.state_dict(), plain.state_dict())
     images = subjects.images(50)
-    assert torch.equal(plain(images), attachment.model.eval()(images))
+    assert torch.equal(found(images), plain(images))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -182,7 +196,7 @@ def test_parameters(name, kind):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_structure_is_rebuilt_from_plain_values(name):
     skip_if_exempt(name, "resume")
-    _, model = trained(build_method(name, "example"))
+    model = trained_example(name)
     plain = json.loads(json.dumps(structure(model)))
     rebuilt = rebuild(subjects.Subject(), plain)
     rebuilt.load_state_dict(model.state_dict())
@@ -232,8 +246,7 @@ def test_strip(name, kind):
 def test_seed(name, optimizer):
     """The same seed gives the same bits, with both optimizers and with accumulated gradients."""
     skip_if_exempt(name, "seed")
-    options = {"optimizer": {"name": optimizer, "learning_rate": 0.01}, "accumulate": 2}
-    (_, first), (_, second) = (trained(build_method(name, "example"), **options) for _ in range(2))
+    first, second = trained_example(name, optimizer), trained_example.__wrapped__(name, optimizer)
     assert equal_states(first.state_dict(), second.state_dict())
     check_effective_weights(first)
 
@@ -254,7 +267,7 @@ def test_a_skipped_optimizer_step_keeps_masks_and_levels(name):
     handle.remove()
     attachment.finish()
     check_effective_weights(attachment.model)
-    complete = trained(build_method(name, "example"))[1]
+    complete = trained_example(name)
     names = masks_of(complete)
     assert masks_of(attachment.model).keys() == names.keys()
     assert sparsity(attachment.model, names) == sparsity(complete, names)
@@ -291,7 +304,7 @@ def test_chained(first, second):
     """With any other method, masks are exact, quantized values have their levels, and outputs are finite."""
     skip_if_exempt(first, "chained")
     skip_if_exempt(second, "chained")
-    alone = [trained(build_method(name, "example"))[1] for name in (first, second)]
+    alone = [trained_example(name) for name in (first, second)]
     ends, refusals = chained(first, second)
     if not ends:  # only two quantizing or two masking methods may exclude each other
         assert all(quantized(each)[0] for each in alone) or all(masks_of(each) for each in alone), refusals

@@ -14,8 +14,8 @@ from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
 from tersor.graph.aten import arguments
 from tersor.graph.capture import capture
-from tersor.models import build
 from tersor.pruning.channel_groups import Cut, coupled_channels, merge_cuts, remove
+from toy_networks import short
 
 
 class OverSome(nn.Module):
@@ -182,9 +182,9 @@ def swin_v2():
 
 
 TINY = {
-    "option A": (lambda: build("resnet20", 10), 16),
-    "shuffled": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10), 64),
-    "depthwise": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), 64),
+    "option A": (lambda: short("resnet8"), 16),
+    "shuffled": (lambda: short("shufflenet"), 64),
+    "depthwise": (lambda: short("mobilenet3"), 64),
     "dense and grouped": (Dense, 16),
     "fire": (lambda: torchvision.models.squeezenet1_1(num_classes=10), 64),
     "torchvision's ViT": (vit, 16),
@@ -262,7 +262,7 @@ def test_timm_families(name):
 
 def test_zero_padded_channels_are_removed_with_their_group():
     torch.manual_seed(0)
-    graph, whole = check(build("resnet20", 10), torch.randn(2, 3, 16, 16))
+    graph, whole = check(short("resnet8"), torch.randn(2, 3, 16, 16))
     assert whole == {"linear": "they are outputs of the network"}
     widths = [graph.get_submodule(name).out_channels for name in ("conv1", "layer2.0.conv2", "layer3.0.conv2")]
     assert widths == [8, 16, 32]

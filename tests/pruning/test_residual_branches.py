@@ -8,9 +8,9 @@ from tersor import tasks
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
-from tersor.models import build
 from tersor.pruning.channel_groups import copy_graph, coupled_channels, merge_cuts, remove
 from tersor.pruning.residual_branches import find_branches, removal_cost
+from toy_networks import short
 
 IMAGES = torch.rand(4, 3, 32, 32)
 
@@ -39,10 +39,10 @@ def torchvision(name):
 
 
 NETWORKS = {
-    "basic": (lambda: build("resnet20", 10), 9),
+    "basic": (lambda: short("resnet8"), 3),
     "bottleneck, changed in place": (lambda: torchvision("resnet50"), 12),
     "inverted, with squeeze and excitation": (lambda: torchvision("efficientnet_b0"), 9),
-    "inverted, depthwise": (lambda: torchvision("mobilenet_v2"), 10),
+    "inverted, depthwise": (lambda: short("mobilenet2"), 2),
     "attention": (lambda: timm("vit_tiny_patch16_224", img_size=32, depth=2), 4),
 }
 
@@ -146,9 +146,7 @@ class Later(nn.Module):
         return (self.relu(x) * y).mean((2, 3))
 
 
-@pytest.mark.parametrize(
-    ("make", "with_mean"), [(lambda: build("resnet20", 10), True), (Nested, False), (Later, False)]
-)
+@pytest.mark.parametrize(("make", "with_mean"), [(lambda: short("resnet8"), True), (Nested, False), (Later, False)])
 def test_the_cost_is_half_the_squared_change_of_centred_logits(make, with_mean):
     torch.manual_seed(0)
     graph = captured(make())
@@ -195,7 +193,7 @@ def test_the_cost_of_several_outputs_is_half_their_relative_squared_error():
 
 
 def test_too_few_images_and_nonfinite_costs_are_errors():
-    graph = captured(build("resnet20", 10))
+    graph = captured(short("resnet8"))
     found = find_branches(graph, IMAGES[:1])
     with pytest.raises(InputError, match="on at least 2 images; 0 were given"):
         removal_cost(graph, found, [], 4)
@@ -203,9 +201,11 @@ def test_too_few_images_and_nonfinite_costs_are_errors():
         removal_cost(graph, found, [IMAGES / 0], 4)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "mobilenet_v2"])
-def test_networks_with_in_place_layers_train_after_removal(name):
-    graph = captured(torchvision(name))
+@pytest.mark.parametrize(
+    "make", [lambda: torchvision("resnet18"), lambda: short("regnet_y"), lambda: short("mobilenet2")]
+)
+def test_networks_with_in_place_layers_train_after_removal(make):
+    graph = captured(make())
     remove(graph, [each.cut for each in find_branches(graph, IMAGES[:1])])
     graph.train()(IMAGES).square().mean().backward()
     assert all(each.grad is not None for each in graph.parameters())
@@ -263,7 +263,7 @@ def test_weights_shared_with_a_removed_branch_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("make", "of"), [(lambda: build("resnet20", 10), "layer"), (NETWORKS["inverted, depthwise"][0], "features")]
+    ("make", "of"), [(lambda: short("resnet8"), "layer"), (NETWORKS["inverted, depthwise"][0], "features")]
 )
 def test_layer_names_lead_to_remaining_nodes_after_removal(make, of):
     graph = captured(make())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -75,8 +76,12 @@ def _digits(form: ImageFormat) -> Splits:
     return Splits(View(everything, train), none_of(everything), View(everything, test), classes)
 
 
+@functools.cache
 def _divided_digits() -> tuple[NDArray[np.float64], Tensor, Tensor, Tensor]:
-    """The ink (N, 8, 8) in [0, 1], the labels (N,), and the numbers of the test and of the training digits."""
+    """The ink (N, 8, 8) in [0, 1], the labels (N,), and the numbers of the test and of the training digits.
+
+    Cached because scikit-learn stores them as text.
+    """
     from sklearn.datasets import load_digits  # imported here because it takes a second
 
     data = cast("Any", load_digits())

@@ -25,6 +25,7 @@ from tersor.core.errors import InputError
 from tersor.core.files import write_file
 from tersor.deploy.int4_packing import pack_int4
 from tersor.deploy.integer_graph import to_integer_graph
+from tersor.deploy.operator_table import one_operator_table
 from tersor.deploy.outputs import output_names
 from tersor.graph.parametrization import in_float32, strip
 
@@ -120,7 +121,7 @@ def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> torch.onnx
     try:
         # The exporter decomposes attention into matrix products. A fused kernel returns another memory layout, for
         # which a `reshape` behind it would be captured as a view that is invalid after the decomposition.
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), one_operator_table():
             warnings.simplefilter("ignore")  # about the exporter itself; the file is checked below
             program = torch.onnx.export(
                 network,

@@ -1,0 +1,87 @@
+"""torch.export records equal networks once per process: most of the time of a capture, and hundreds of tests capture.
+
+What it records depends on the classes of a network, their settings, and the shapes of its tensors, which the key below
+holds. A network with any other attribute (a tensor, an object, a hook) is recorded every time, as is every network in
+the tests of capture itself. All else that capture does (layers, keys, comparison of outputs) runs every time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._export import utils as _export_utils
+from torch.export import ExportedProgram
+
+from tersor.graph import export_program
+
+LARGEST = 2_000_000
+"""Parameters of the largest network whose record is kept in memory."""
+
+_record = export_program._exported
+_records: dict[Hashable, ExportedProgram] = {}
+_APART = {"training", "_parameters", "_buffers", "_modules"}
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, type, type(_record))
+
+
+class _OtherError(Exception):
+    """An attribute that is no plain value."""
+
+
+def pytest_configure() -> None:
+    """Begin; a process that a test starts calls it itself."""
+    # registers operators of C++ in torch.ops, 60 times for every ONNX file; no test adds one
+    _export_utils._materialize_cpp_cia_ops = functools.cache(_export_utils._materialize_cpp_cia_ops)
+    export_program._exported = _recorded_once
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    in_tests_of_capture = item.path.parent.name == "graph"
+    export_program._exported = _record if in_tests_of_capture else _recorded_once
+
+
+def _recorded_once(network: nn.Module, images: Tensor, batch: Any) -> ExportedProgram:
+    try:
+        key = _key(network, images, batch)
+    except _OtherError:
+        return _record(network, images, batch)
+    known = _records.get(key)
+    if known is None:
+        known = _record(network, images, batch)
+        if not known.constants and sum(each.numel() for each in network.parameters()) <= LARGEST:
+            _records[key] = known
+    return known
+
+
+def _key(network: nn.Module, images: Tensor, batch: Any) -> Hashable:
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    number: dict[int, int] = {}  # equal for modules and tensors that are shared
+    parts: list[Hashable] = [str(batch), modes, _described(images)]
+    for path, module in network.named_modules(remove_duplicate=False):
+        values = {key: value for key, value in vars(module).items() if key not in _APART}
+        kind = type(module)
+        parts.append((path, number.setdefault(id(module), len(number)), kind, kind.forward, _plain(values)))
+        for name, tensor in [*vars(module)["_parameters"].items(), *vars(module)["_buffers"].items()]:
+            parts.append((name, number.setdefault(id(tensor), len(number)), _described(tensor)))
+    return tuple(parts)
+
+
+def _described(tensor: Tensor | None) -> Hashable:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, type(tensor))
+
+
+def _plain(value: Any) -> Hashable:
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, dict):
+        return type(value), tuple((_plain(key), _plain(each)) for key, each in value.items())
+    if isinstance(value, tuple | list):
+        return type(value), tuple(_plain(each) for each in value)
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(_plain(each) for each in value)
+    raise _OtherError
