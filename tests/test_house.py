@@ -78,6 +78,7 @@ LEVELS = [
         "quantization.reconstruction",
         "quantization.sensitivity",
     ),
+    ("quantization.product_error",),
     (
         "quantization.bias_correction",
         "quantization.blocks",
@@ -87,12 +88,17 @@ LEVELS = [
     ),
     ("quantization.operators", "quantization.qdq_placement"),
     ("quantization.fake_quantize", "quantization.quantizer_options"),
-    ("quantization.grid_distance", "quantization.observers", "quantization.straight_through"),
+    (
+        "quantization.activation_products",
+        "quantization.grid_distance",
+        "quantization.observers",
+        "quantization.straight_through",
+    ),
     ("quantization.grid",),
     ("pruning.mask",),
     ("models",),
     ("graph.fused_inference",),
-    ("graph.batchnorm_behind",),
+    ("graph.batchnorm_behind", "graph.matrix_products"),
     ("graph.capture",),
     ("graph.export_program",),
     (

@@ -21,6 +21,7 @@ from tersor.graph.batchnorm import Freezable, Norm, freezable
 from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture_again, layer_of
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.layer_selection import weighted_layers
+from tersor.graph.matrix_products import write_as_matrix_products
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, remove
 from tersor.pruning.mask import Mask
@@ -223,6 +224,7 @@ def _require_fit(laid: _Parametrization, shape: list[int], name: str) -> None:
 
 def _insert_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Parametrization]]) -> None:
     if edges:
+        write_as_matrix_products(graph)
         graph.add_submodule("quantizers", nn.Module())
     for value, target, laid in edges:
         assert isinstance(laid, _OnGrid), f"{value} has no quantizer"

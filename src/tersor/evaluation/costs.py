@@ -13,11 +13,12 @@ from torch.nn.utils import parametrize
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import Batch
+from tersor.graph.aten import place_of
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.layer_selection import prunable, weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.fake_quantize import weight_quantizer
-from tersor.quantization.operators import place_of, run_through
+from tersor.quantization.operators import run_through
 
 FLOAT_BITS = 32
 

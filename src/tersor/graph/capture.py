@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
-from tersor.graph.aten import operator_name
+from tersor.graph.aten import IS_BOOLEAN, SHAPE, operator_name
 from tersor.graph.batchnorm import Freezable
 from tersor.graph.comparison import outputs_of, require_same
 from tersor.graph.eval_mode import checked_forward
@@ -36,7 +36,7 @@ _NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.M
 FINGERPRINT = "fingerprint"
 """Key in a captured network's `meta`: a hash of its operators and of the settings of its layers when captured."""
 
-_SHAPE, _IS_SIZE = "shape", "is_size"
+_IS_SIZE = "is_size"
 _EVAL_ONLY = "recorded_in_eval_mode"
 
 
@@ -185,7 +185,8 @@ def _keep_shapes(captured: fx.GraphModule) -> None:
         value, stack = node.meta.get("val"), node.meta.get("nn_module_stack")
         node.meta = {} if stack is None else {"nn_module_stack": stack}
         if isinstance(value, Tensor):
-            node.meta[_SHAPE] = tuple(size if type(size) is int else str(size) for size in value.shape)
+            node.meta[SHAPE] = tuple(size if type(size) is int else str(size) for size in value.shape)
+            node.meta[IS_BOOLEAN] = value.dtype == torch.bool
         elif isinstance(value, torch.SymInt):
             node.meta[_IS_SIZE] = True
 
@@ -231,7 +232,7 @@ def training_note(model: nn.Module) -> str | None:
 
 def rank_of(node: fx.Node) -> int | None:
     """The number of dimensions of a node's output when the network was captured; None for an inserted node."""
-    shape = node.meta.get(_SHAPE)
+    shape = node.meta.get(SHAPE)
     return None if shape is None else len(shape)
 
 
@@ -243,7 +244,7 @@ def is_size(node: fx.Node) -> bool:
 def has_batch_dimension(node: fx.Node) -> bool:
     """Whether dimension 0 of the output of a node is the batch, and not windows or heads of several images."""
     inputs = next(each for each in node.graph.nodes if each.op == "placeholder")
-    return node.meta.get(_SHAPE, ())[:1] == inputs.meta.get(_SHAPE, ("",))[:1]
+    return node.meta.get(SHAPE, ())[:1] == inputs.meta.get(SHAPE, ("",))[:1]
 
 
 def layer_of(node: fx.Node) -> nn.Module | None:
