@@ -100,6 +100,7 @@ LEVELS = [
     ("graph.fused_inference",),
     ("graph.batchnorm_behind", "graph.matrix_products"),
     ("graph.capture",),
+    ("graph.modes",),
     ("graph.export_program",),
     (
         "graph.batchnorm_statistics",

@@ -207,8 +207,9 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
 def _captured(fresh: nn.Module, image_shape: list[int], fingerprint: str | None) -> fx.GraphModule:
     captured = capture_again(fresh, image_shape)
     if captured.meta[FINGERPRINT] != fingerprint:  # the saved network had run: a forward may store a table then
+        device = next((each.device for each in fresh.parameters()), None)
         with evaluating(fresh), torch.no_grad():
-            fresh(torch.zeros(1, *image_shape))
+            fresh(torch.zeros(1, *image_shape, device=device))
         captured = capture_again(fresh, image_shape)
     return captured
 

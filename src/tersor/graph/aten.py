@@ -40,6 +40,13 @@ def place_of(node: fx.Node | None) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
+def class_of_place(node: fx.Node) -> str:
+    """The name of the class of the module in which a node was traced; empty if unknown."""
+    stack = node.meta.get("nn_module_stack")
+    kind = list(stack.values())[-1][1] if stack else ""
+    return kind.__name__ if isinstance(kind, type) else kind.rpartition(".")[2]
+
+
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """The sizes of a node's output when the network was captured; words for those that depend on the batch."""
     return node.meta[SHAPE]

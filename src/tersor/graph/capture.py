@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from keyword import iskeyword
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from tersor.core.errors import InputError
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.graph.aten import IS_BOOLEAN, SHAPE, operator_name
 from tersor.graph.batchnorm import Freezable
 from tersor.graph.comparison import outputs_of, require_same
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.export_program import exported
 from tersor.graph.layer_restoration import calls_of, restore_layers
+from tersor.graph.modes import LOST, RANDOM, lost_in_training, random_numbers
 from tersor.graph.original_keys import keep_keys
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_hooked
@@ -37,7 +39,6 @@ FINGERPRINT = "fingerprint"
 """Key in a captured network's `meta`: a hash of its operators and of the settings of its layers when captured."""
 
 _IS_SIZE = "is_size"
-_EVAL_ONLY = "recorded_in_eval_mode"
 
 
 def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
@@ -49,11 +50,13 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
         model: the network; a captured one is returned unchanged.
         images: some images (N, C, H, W); the graph accepts any number of images of this size.
 
+    A `CompressionWarning` is issued if the network draws random numbers in eval mode.
+
     Raises:
         InputError: the network does not run on the images, its forward depends on their values, or the captured graph
             computes something else.
     """
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, fx.GraphModule) and IMAGE_SHAPE in model.meta:
         return model
     _require_own_forward(model)
     device = next((each.device for each in model.parameters()), images.device)
@@ -64,6 +67,13 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     captured = _recorded(model, images)
     for each, outputs in zip(several, expected, strict=True):
         require_same(captured, outputs, each)
+    if (place := captured.meta[RANDOM]) is not None:
+        warnings.warn(
+            f"the forward of {type(model).__name__} draws random numbers in eval mode{place}: its outputs differ from "
+            "run to run, before and after compression.",
+            CompressionWarning,
+            stacklevel=2,
+        )
     return captured
 
 
@@ -85,7 +95,8 @@ def _recorded(model: nn.Module, images: Tensor) -> fx.GraphModule:
     captured.meta[IMAGE_SHAPE] = tuple(images.shape[1:])
     captured.meta["layers"] = _layer_outputs(captured)
     captured.meta[FINGERPRINT] = _fingerprint(captured)
-    captured.meta[_EVAL_ONLY] = _inactive(model, graph.graph)
+    captured.meta[LOST] = lost_in_training(model, graph.graph)
+    captured.meta[RANDOM] = random_numbers(graph.graph)
     _keep_shapes(captured)
     return captured
 
@@ -108,6 +119,11 @@ def _require_own_forward(model: nn.Module) -> None:
         )
     if "self" in names:
         raise InputError(f"{type(model).__name__} has a submodule named 'self', which a captured graph cannot call.")
+    if scripts := [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
+        raise InputError(
+            f"the graph of {type(model).__name__} cannot be captured: {scripts[0]} is a TorchScript program. Put the "
+            "torch.nn.Module that it was made from in its place."
+        )
     if keywords := [path for path, _ in model.named_modules() if any(map(iskeyword, path.split(".")))]:
         raise InputError(
             f"the graph of {type(model).__name__} cannot be captured: the name of the submodule {keywords[0]} is a "
@@ -205,29 +221,6 @@ def _kind(layer: nn.Module) -> str:
     """The class of a layer without what masks, quantizers and freezing add to it."""
     kind = parametrize.type_before_parametrizations(layer)
     return next(each.__name__ for each in kind.__mro__ if not issubclass(each, Freezable))
-
-
-def _inactive(model: nn.Module, graph: fx.Graph) -> list[str]:
-    """The paths of modules that drop something in training alone, such as stochastic depth: the graph lacks them."""
-    called = {path for node in graph.nodes for _, path in calls_of(node)}
-    rates = ("p", "drop_prob", "drop_rate")
-    return [
-        path
-        for path, module in model.named_modules()
-        if path not in called
-        and not type(module).__module__.startswith("torch.nn.")
-        and next(module.parameters(), None) is None
-        and any(isinstance(rate := vars(module).get(name), float) and rate > 0 for name in rates)
-    ]
-
-
-def training_note(model: nn.Module) -> str | None:
-    """A line for the user about what a captured network no longer does in training; None if there is nothing."""
-    paths = model.meta.get(_EVAL_ONLY) if isinstance(model, fx.GraphModule) else None
-    if not paths:
-        return None
-    shown = f"{paths[0]} to {paths[-1]}" if len(paths) > 1 else paths[0]
-    return f"networks are captured in eval mode: this one trains without stochastic depth ({shown})"
 
 
 def rank_of(node: fx.Node) -> int | None:

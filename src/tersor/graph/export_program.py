@@ -118,6 +118,9 @@ def _refusal(model: nn.Module, error: Exception) -> InputError:
     """What the forward does that cannot be recorded, with file and line."""
     way_out = _WAY_OUT if "data-dependent" in str(error) or "data-dependent" in type(error).__name__ else ""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)).rstrip(".")
+    if "fake tensor in the exported program" in reason:
+        reason = "it assigns to the values of its parameters or buffers (.data)"
+        way_out = "Write values into buffers with copy_(), and change no parameter in the forward."
     if "Could not guard on data-dependent" in reason or "data-dependent" in type(error).__name__.lower():
         reason = "it branches on the values of a tensor"
     return InputError(
@@ -127,8 +130,20 @@ def _refusal(model: nn.Module, error: Exception) -> InputError:
 
 def _place(error: Exception) -> str:
     """` (file.py, line 12: if x.sum() > 0:)`: the innermost line of the user's code."""
-    frames = [(each.filename, each.lineno, each.line or "") for each in traceback.extract_tb(error.__traceback__)]
-    frames += [(file, int(line), code) for file, line, _, code in _FRAME.findall(str(error))]
+    frames = [(each.filename, each.lineno or 0, each.line or "") for each in traceback.extract_tb(error.__traceback__)]
+    return _innermost([*frames, *_frames(str(error))])
+
+
+def place_in(stack_trace: str) -> str:
+    """The same for the text of a stack trace, as nodes have it; empty if there is none."""
+    return _innermost(_frames(stack_trace))
+
+
+def _frames(stack_trace: str) -> list[tuple[str, int, str]]:
+    return [(file, int(line), code) for file, line, _, code in _FRAME.findall(stack_trace)]
+
+
+def _innermost(frames: list[tuple[str, int, str]]) -> str:
     own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and "/lib/python" not in frame[0]]
     inside = [frame for frame in frames if "/torchvision/" in frame[0] or "/site-packages/" in frame[0]]
     inside = [frame for frame in inside if "/site-packages/torch/" not in frame[0]]

@@ -18,8 +18,8 @@ from tersor.core.device import precision_for
 from tersor.core.progress import ProgressReporter, StageProgress
 from tersor.evaluation.costs import accuracy
 from tersor.evaluation.results import StageRecord
-from tersor.graph.capture import training_note
 from tersor.graph.fused_inference import fused
+from tersor.graph.modes import training_notes
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.recipe import Stage, Teacher
 from tersor.training.attachment import Attachment
@@ -139,8 +139,8 @@ def _run_stage(
     every = experiment.recipe.checkpoint_every
     keeper = StageCheckpointer(checkpoints, number, stage.name, every, structure(attachment.model))
     steps = experiment.steps_of(stage)
-    if steps and (note := training_note(attachment.model)) is not None:
-        attachment.notes += (note,)
+    if steps:
+        attachment.notes += training_notes(attachment.model)
     for note in attachment.notes:
         progress.say(f"{stage.name}: {note}")
     if keeper.resume_state is None:

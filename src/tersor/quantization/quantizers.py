@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -82,10 +82,9 @@ class Quantizers:
         activations = tuple(name for name in self.activations if self.of_activation(name).enabled)
         return Quantizers(self.graph, layers, activations, self.products_of(activations))
 
-    def enable(self, layers: Container[str], target: Target) -> None:
+    def enable(self, layers: set[str], target: Target) -> None:
         """Enables the quantizers of `layers`, which are layers and products, and disables all others."""
-        names = [name for name in (*self.layers, *self.products) if name in layers]
-        needed = activation_quantizers(self._bare, names, target.runtime)
+        needed = activation_quantizers(self._bare, layers, target.runtime)
         for name in self.layers:
             self.of_weight(name).enabled = name in layers
         for name in self.activations:
@@ -202,14 +201,12 @@ def insert_quantizers(
     if not layers:
         raise InputError(f"{method} found no convolution or fully connected layer to quantize.")
     first_and_last = ends(graph)
-    faster = products_faster_in_integers(graph, target) if precision.activation_bits == BYTE else ()
-    multiplied = tuple(name for name in faster if name not in excluded)
-    activations = insert_activation_quantizers(
-        graph, [*layers, *multiplied], precision.activation(end=False), target.runtime
-    )
+    eligible = products_faster_in_integers(graph, target) if precision.activation_bits == BYTE else ()
+    products, grid = tuple(name for name in eligible if name not in excluded), precision.activation(end=False)
+    activations = insert_activation_quantizers(graph, [*layers, *products], grid, target.runtime)
     for name, layer in layers.items():
         _insert_on_weight(layer, precision.weight(end=name in first_and_last), per_channel=precision.per_channel)
-    quantizers = Quantizers(graph, tuple(layers), tuple(activations), multiplied)
+    quantizers = Quantizers(graph, tuple(layers), tuple(activations), products)
     for name in map(quantizers.input_of, first_and_last & layers.keys()):
         if name is not None:
             quantizers.of_activation(name).grid = precision.activation(end=True)
