@@ -105,7 +105,7 @@ _Parametrization: TypeAlias = _Mask | _Largest | _OnGrid
 class _Plan(_Strict):
     """The JSON schema of `structure`."""
 
-    image_shape: Annotated[list[_Size], Field(min_length=3, max_length=3)] | None
+    image_shape: Annotated[list[_Size], Field(min_length=3, max_length=4)] | None
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None
     cuts: list[list[tuple[str, _Axis, list[_Place]]]]
     freezable: list[str]

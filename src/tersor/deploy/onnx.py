@@ -50,12 +50,13 @@ class PixelInput(nn.Module):
     factor: Tensor
     offset: Tensor
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], rank: int = 4) -> None:
         super().__init__()
         self.network = network
-        deviation = torch.tensor(std).reshape(1, -1, 1, 1)
+        by_channel = (1, -1, *[1] * (rank - 2))
+        deviation = torch.tensor(std).reshape(by_channel)
         self.register_buffer("factor", 1 / (255 * deviation))
-        self.register_buffer("offset", torch.tensor(mean).reshape(1, -1, 1, 1) / deviation)
+        self.register_buffer("offset", torch.tensor(mean).reshape(by_channel) / deviation)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) uint8 -> logits (N, classes)."""
@@ -95,7 +96,7 @@ def export(
     _replace_global_pooling(network)
     inputs = example[:1].cpu().float()
     if pixels is not None:
-        network = PixelInput(network, *pixels).eval()
+        network = PixelInput(network, *pixels, rank=inputs.ndim).eval()
         inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
     images = inputs.expand(batch or 2, *inputs.shape[1:]).contiguous()
     program = _convert(network, images, dynamic=batch is None)

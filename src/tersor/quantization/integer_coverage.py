@@ -214,6 +214,8 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     kind = parametrize.type_before_parametrizations(module).__name__
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent layers are not supported"
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return f"ONNX Runtime and OpenVINO have no integer kernel for {kind}"
     if not isinstance(module, Layer):
         of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
         return f"{kind} is not supported" if of_torch else f"{kind} reads its weights itself"
