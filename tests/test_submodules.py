@@ -43,13 +43,15 @@ class Detector(nn.Module):
         return found
 
 
-def test_the_whole_detector_is_refused_with_the_way_out():
+def test_the_whole_detector_is_refused_with_the_way_out(tmp_path, capfd):
     for attempt in (
         lambda: tersor.quantize(Detector().eval(), [IMAGES]),
         lambda: tersor.prune(Detector().eval(), [IMAGES]),
+        lambda: tersor.export(Detector().eval(), IMAGES, tmp_path / "detector.onnx"),
     ):
         with pytest.raises(InputError, match=r"test_submodules.py, line \d+.*model\.backbone"):
             attempt()
+    assert capfd.readouterr() == ("", ""), "the exporter prints its graph"
 
 
 @pytest.mark.parametrize("compress", [tersor.quantize, tersor.prune])

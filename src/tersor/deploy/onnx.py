@@ -10,7 +10,6 @@ machine (stack traces with paths) is removed.
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from tersor.core.files import write_file
 from tersor.deploy.int4_packing import pack_int4
 from tersor.deploy.integer_graph import to_integer_graph
 from tersor.deploy.outputs import output_names
+from tersor.graph.export_program import refusal_reason, without_exporter_output
 from tersor.graph.parametrization import in_float32, strip
 
 OPSET = 21
@@ -121,8 +121,7 @@ def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> torch.onnx
     try:
         # The exporter decomposes attention into matrix products. A fused kernel returns another memory layout, for
         # which a `reshape` behind it would be captured as a view that is invalid after the decomposition.
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-            warnings.simplefilter("ignore")  # about the exporter itself; the file is checked below
+        with without_exporter_output(), sdpa_kernel(SDPBackend.MATH):  # the file is checked below
             program = torch.onnx.export(
                 network,
                 (inputs,),
@@ -143,6 +142,8 @@ def _reason(error: BaseException) -> str:
     """The first line of the original error; the exporter wraps it in advice on how to report bugs."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if "data-dependent" in str(error):
+        return refusal_reason(error)
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
 
