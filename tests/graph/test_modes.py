@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tersor.checkpoint.structure import structure
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.evaluation.costs import costs
 from tersor.graph.capture import IMAGE_SHAPE, capture
@@ -120,6 +121,7 @@ def test_a_graph_that_tersor_has_not_captured_is_captured():
     graph = capture(traced, IMAGES)
     assert graph.meta[IMAGE_SHAPE] == (3, 4, 4)
     torch.testing.assert_close(graph(IMAGES), traced(IMAGES))
+    assert structure(traced)["image_shape"] is None
 
 
 def test_an_lstm_in_parts_keeps_its_name_in_the_costs():

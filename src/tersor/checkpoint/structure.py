@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Freezable, Norm, freezable
-from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture_again, layer_of
+from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture_again, is_captured, layer_of
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.matrix_products import write_as_matrix_products
@@ -128,7 +128,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
         InputError: a weight has a parametrization that is not tersor's.
     """
     edges: list[list[Any]] = []
-    if isinstance(model, fx.GraphModule):
+    if is_captured(model):
         for node in model.graph.nodes:
             module = layer_of(node)
             if isinstance(module, FakeQuantize):
@@ -138,9 +138,9 @@ def structure(model: nn.Module) -> dict[str, Any]:
         for name, layer in weighted_layers(model).items()
     }
     return {
-        "image_shape": list(model.meta[IMAGE_SHAPE]) if isinstance(model, fx.GraphModule) else None,
-        "fingerprint": model.meta[FINGERPRINT] if isinstance(model, fx.GraphModule) else None,
-        "cuts": list(model.meta.get("cuts", [])) if isinstance(model, fx.GraphModule) else [],
+        "image_shape": list(model.meta[IMAGE_SHAPE]) if is_captured(model) else None,
+        "fingerprint": model.meta[FINGERPRINT] if is_captured(model) else None,
+        "cuts": list(model.meta.get("cuts", [])) if is_captured(model) else [],
         "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
         "edges": edges,
         "weights": {name: each for name, each in layers.items() if each},

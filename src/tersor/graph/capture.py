@@ -13,7 +13,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from keyword import iskeyword
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,7 +56,7 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
         InputError: the network does not run on the images, its forward depends on their values, or the captured graph
             computes something else.
     """
-    if isinstance(model, fx.GraphModule) and IMAGE_SHAPE in model.meta:
+    if is_captured(model):
         return model
     _require_own_forward(model)
     device = next((each.device for each in model.parameters()), images.device)
@@ -75,6 +75,11 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
             stacklevel=2,
         )
     return captured
+
+
+def is_captured(model: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether this is the result of `capture`, and no graph that the user has traced."""
+    return isinstance(model, fx.GraphModule) and IMAGE_SHAPE in model.meta
 
 
 def capture_again(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
