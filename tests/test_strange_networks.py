@@ -100,7 +100,7 @@ class StoresATable(Parts):
 
     def forward(self, x):
         if self.table is None:
-            self.table = torch.linspace(0, 1, 16)[:, None]
+            self.table = torch.linspace(0, 1, 16, device=x.device)[:, None]
         return self.logits((self.first(x + self.table)).relu())
 
 
@@ -111,6 +111,15 @@ def test_a_network_that_stores_a_table_is_saved_and_loaded(tmp_path):
     tersor.save(quantized, tmp_path / "saved")
     again = tersor.load(StoresATable(), tmp_path / "saved")
     assert torch.equal(again(IMAGES), quantized(IMAGES))
+
+
+def test_a_table_is_computed_on_the_device_of_the_network():
+    model = StoresATable().eval()
+    model(IMAGES)
+    graph = capture(model, IMAGES)
+    again = rebuild(StoresATable().to("meta"), structure(graph))
+    assert again.meta == graph.meta
+    assert {each.device.type for each in again.parameters()} == {"meta"}
 
 
 def test_a_network_with_other_settings_is_not_loaded(tmp_path):

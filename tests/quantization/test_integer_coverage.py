@@ -111,12 +111,13 @@ def around(middle):
 
 
 def planned(network, **options):
-    """Of a network on which quantizers lie, not calibrated."""
+    """Of a network with quantizers that are not calibrated."""
     return integer_coverage(PTQ(**options).attach(network, AttachContext(data=[IMAGES])).model, IMAGES, planned=True)
 
 
 ENDS = 3 * 8 * 64 + 8 * 10
-ATTENTION = "both operands are activations, as in attention"
+TRANSPOSED = "ONNX Runtime and OpenVINO have no integer kernel for ConvTranspose2d"
+ATTENTION = "it multiplies two activations, as in attention, and rounding both would not save time"
 IN_FLOAT = {
     "matrix product with a parameter": (
         Multiplies(lambda x, w: x @ w, torch.randn(8, 8)),
@@ -127,17 +128,16 @@ IN_FLOAT = {
         {"2": (8 * 8 * 8 * 8, "it multiplies by a constant")},
     ),
     "einsum of grids": (
-        Multiplies(lambda x, _: torch.einsum("bchw,bchv->bcwv", x, x), torch.zeros(1)),
+        Multiplies(lambda x, _: torch.einsum("bchw,bdhw->bcd", x, x)[..., None], torch.zeros(1)),
         {"2": (8 * 8 * 8 * 8, "there is no integer operator for einsum")},
     ),
     "product of activations": (
         Multiplies(lambda x, _: x.sin() @ x.cos(), torch.zeros(1)),
         {"2": (8 * 8 * 8 * 8, ATTENTION)},
     ),
-    "transposed convolution": (nn.ConvTranspose2d(8, 8, 1), {"2": (64 * 64, "ConvTranspose2d is not supported")}),
-    "Conv1d": (
-        nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 8, 3, padding=1), nn.Unflatten(2, (8, 8))),
-        {"2.1": (3 * 64 * 64, "Conv1d is not supported")},
+    "transposed convolution": (
+        nn.ConvTranspose2d(8, 8, 1),
+        {"2": (64 * 64, TRANSPOSED)},
     ),
     "Bilinear": (Tokens(Twice(nn.Bilinear(8, 8, 8))), {"2.layer.layer": (64 * 576, "Bilinear is not supported")}),
     "LSTM": (
@@ -194,7 +194,8 @@ def test_what_stays_in_float_is_listed_with_reason_and_share(kind):
         nn.Sequential(nn.Dropout(), nn.Conv2d(8, 8, 3, padding="same", groups=4)),
         nn.Sequential(*[nn.Conv2d(8, 8, 1)] * 2),
         Tokens(nn.Linear(8, 8)),
-        Multiplies(lambda x, _: x.mT @ x, torch.zeros(1)),
+        nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 8, 3, padding=1), nn.Unflatten(2, (8, 8))),
+        nn.Sequential(nn.Unflatten(1, (4, 2)), nn.Conv3d(4, 4, 3, padding=1), nn.Flatten(1, 2)),
         SameConv(8, 8, 3),
         Standardized(8, 8, 1),
         Multiplies(lambda x, w: F.conv2d(x, w, padding=1), torch.randn(8, 8, 3, 3)),
@@ -252,7 +253,7 @@ def test_every_method_notes_it_once_it_has_begun(method):
     found = [note for note in attached.notes if "float" in note or "integers" in note]
     assert found == [
         "4.2 % of the MACs are computed in integers",
-        "in float, since ConvTranspose2d is not supported: 2 (95.8 % of the MACs)",
+        "in float, since ONNX Runtime and OpenVINO have no integer kernel for ConvTranspose2d: 2 (95.8 % of the MACs)",
     ]
 
 
@@ -272,7 +273,7 @@ def test_many_operators_of_one_reason_are_one_line():
 
 def test_quantize_warns_below_95_percent_in_integers():
     network = around(nn.ConvTranspose2d(8, 8, 3, padding=1))
-    with pytest.warns(CompressionWarning, match=r"only 4\.2 % of.*ConvTranspose2d is not supported.*\(95\.8 %\)"):
+    with pytest.warns(CompressionWarning, match=r"only 4\.2 % of.*no integer kernel for ConvTranspose2d.*\(95\.8 %\)"):
         quantized = tersor.quantize(network, [IMAGES])
     assert [each.name for each in tersor.integer_coverage(quantized, IMAGES).operators] == ["2"]
     with warnings.catch_warnings():
@@ -289,4 +290,4 @@ def test_the_list_is_that_of_a_copy_and_of_what_was_saved(tmp_path):
     for other in (copy.deepcopy(quantized), again):
         assert tersor.integer_coverage(other, IMAGES) == expected
     inside = tersor.integer_coverage(nn.Sequential(nn.Identity(), quantized), IMAGES)
-    assert [(each.name, each.reason) for each in inside.operators] == [("1.2", "ConvTranspose2d is not supported")]
+    assert [(each.name, each.reason) for each in inside.operators] == [("1.2", TRANSPOSED)]

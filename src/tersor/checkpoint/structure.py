@@ -18,9 +18,10 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Freezable, Norm, freezable
-from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture_again, layer_of
+from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture_again, is_captured, layer_of
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.layer_selection import weighted_layers
+from tersor.graph.matrix_products import write_as_matrix_products
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, remove
 from tersor.pruning.mask import Mask
@@ -104,7 +105,7 @@ _Parametrization: TypeAlias = _Mask | _Largest | _OnGrid
 class _Plan(_Strict):
     """The JSON schema of `structure`."""
 
-    image_shape: Annotated[list[_Size], Field(min_length=3, max_length=3)] | None
+    image_shape: Annotated[list[_Size], Field(min_length=3, max_length=4)] | None
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None
     cuts: list[list[tuple[str, _Axis, list[_Place]]]]
     freezable: list[str]
@@ -127,7 +128,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
         InputError: a weight has a parametrization that is not tersor's.
     """
     edges: list[list[Any]] = []
-    if isinstance(model, fx.GraphModule):
+    if is_captured(model):
         for node in model.graph.nodes:
             module = layer_of(node)
             if isinstance(module, FakeQuantize):
@@ -137,9 +138,9 @@ def structure(model: nn.Module) -> dict[str, Any]:
         for name, layer in weighted_layers(model).items()
     }
     return {
-        "image_shape": list(model.meta[IMAGE_SHAPE]) if isinstance(model, fx.GraphModule) else None,
-        "fingerprint": model.meta[FINGERPRINT] if isinstance(model, fx.GraphModule) else None,
-        "cuts": list(model.meta.get("cuts", [])) if isinstance(model, fx.GraphModule) else [],
+        "image_shape": list(model.meta[IMAGE_SHAPE]) if is_captured(model) else None,
+        "fingerprint": model.meta[FINGERPRINT] if is_captured(model) else None,
+        "cuts": list(model.meta.get("cuts", [])) if is_captured(model) else [],
         "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
         "edges": edges,
         "weights": {name: each for name, each in layers.items() if each},
@@ -206,8 +207,9 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
 def _captured(fresh: nn.Module, image_shape: list[int], fingerprint: str | None) -> fx.GraphModule:
     captured = capture_again(fresh, image_shape)
     if captured.meta[FINGERPRINT] != fingerprint:  # the saved network had run: a forward may store a table then
+        device = next((each.device for each in fresh.parameters()), None)
         with evaluating(fresh), torch.no_grad():
-            fresh(torch.zeros(1, *image_shape))
+            fresh(torch.zeros(1, *image_shape, device=device))
         captured = capture_again(fresh, image_shape)
     return captured
 
@@ -223,6 +225,7 @@ def _require_fit(laid: _Parametrization, shape: list[int], name: str) -> None:
 
 def _insert_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Parametrization]]) -> None:
     if edges:
+        write_as_matrix_products(graph)
         graph.add_submodule("quantizers", nn.Module())
     for value, target, laid in edges:
         assert isinstance(laid, _OnGrid), f"{value} has no quantizer"

@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_map
 from tersor.core.errors import InputError
 from tersor.data.batch_errors import images_error
 
+_IMAGES = (4, 5)
+"""Numbers of dimensions: images (N, C, H, W), videos (N, C, T, H, W)."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,14 +42,15 @@ class Batch:
 def parts_of(batch: Any) -> tuple[Any, Any]:
     """Return what a user's batch holds as images and as targets, unchecked; None where there is nothing.
 
-    In a mapping (`{"pixel_values": ..., "labels": ...}`), images are the only value of four dimensions, and targets the
-    only other tensor or array of one dimension.
+    In a mapping (`{"pixel_values": ..., "labels": ...}`), images are the only value of four dimensions, or of five for
+    videos, and targets the only other tensor or array of one dimension.
     """
     if isinstance(batch, Batch):
         return batch.images, batch.targets
     if isinstance(batch, Mapping):
         values = list(cast("Mapping[Any, Any]", batch).values())
-        images, labels = ([value for value in values if getattr(value, "ndim", None) == rank] for rank in (4, 1))
+        images = [value for value in values if getattr(value, "ndim", None) in _IMAGES]
+        labels = [value for value in values if getattr(value, "ndim", None) == 1]
         return images[0] if len(images) == 1 else None, labels[0] if len(labels) == 1 else None
     if isinstance(batch, list | tuple) and batch:
         items = cast("list[Any]", batch)
@@ -57,6 +61,8 @@ def parts_of(batch: Any) -> tuple[Any, Any]:
 def images_of(batch: Any) -> Tensor:
     """Return a copy of the images of a user's batch: a tensor, a `Batch`, a tuple or list that begins with one, a dict.
 
+    Videos (N, C, T, H, W) are images here.
+
     Floating-point images are converted to float32, as every network is. A copy, because a forward pass may change its
     input in place.
 
@@ -64,7 +70,7 @@ def images_of(batch: Any) -> Tensor:
         InputError: the batch does not begin with a tensor (N, C, H, W) that has values.
     """
     first, _ = parts_of(batch)
-    if not isinstance(first, Tensor) or first.ndim != 4:
+    if not isinstance(first, Tensor) or first.ndim not in _IMAGES:
         raise images_error(batch)
     if first.is_meta:
         raise InputError("a batch of the data is on the meta device and has no values. Pass images on the CPU.")

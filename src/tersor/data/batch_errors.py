@@ -12,7 +12,10 @@ from torch import Tensor
 from tersor.core.errors import InputError
 
 _ONE_VALUE = "Expected more than 1 value per channel"
-_POSSIBLE = "Possible: a tensor (N, C, H, W), a tuple or list that begins with one, or a dict that holds one."
+_POSSIBLE = (
+    "Possible: a tensor (N, C, H, W), a tuple or list that begins with one, or a dict that holds one; videos are "
+    "(N, C, T, H, W)."
+)
 
 
 def images_error(batch: Any) -> InputError:
@@ -32,7 +35,7 @@ def images_error(batch: Any) -> InputError:
     if isinstance(first, dict):
         keys = ", ".join(repr(key) for key in cast("dict[Any, Any]", first))
         advice = (
-            f"It has the keys {keys}, and not exactly one tensor of four dimensions: pass "
+            f"It has the keys {keys}, and not exactly one tensor of four or five dimensions: pass "
             "[(batch[...], batch[...]) for batch in loader]."
         )
     elif type(first).__module__.partition(".")[0] == "numpy":

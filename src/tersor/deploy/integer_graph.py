@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from tersor.graph.batchnorm import Norm, gamma_and_beta
 from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, values_into
-from tersor.graph.layer_selection import Layer
+from tersor.graph.layer_selection import Convolution, Layer
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_plain
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
@@ -106,7 +106,7 @@ class IntegerLayer(nn.Module):
         bias = self.bias
         if bias is not None and self.bias_scale is not None:
             bias = _dequantize(bias, self.bias_scale)
-        if isinstance(self.layer, nn.Conv2d):
+        if isinstance(self.layer, Convolution):
             return self.layer._conv_forward(inputs, weight, bias)  # pyright: ignore[reportPrivateUsage]  # with its padding mode
         return F.linear(inputs, weight, bias)
 

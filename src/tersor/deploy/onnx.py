@@ -10,7 +10,6 @@ machine (stack traces with paths) is removed.
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from tersor.deploy.int4_packing import pack_int4
 from tersor.deploy.integer_graph import to_integer_graph
 from tersor.deploy.operator_table import one_operator_table
 from tersor.deploy.outputs import output_names
+from tersor.graph.export_program import refusal_reason, without_exporter_output
 from tersor.graph.parametrization import in_float32, strip
 
 OPSET = 21
@@ -51,12 +51,13 @@ class PixelInput(nn.Module):
     factor: Tensor
     offset: Tensor
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], rank: int = 4) -> None:
         super().__init__()
         self.network = network
-        deviation = torch.tensor(std).reshape(1, -1, 1, 1)
+        by_channel = (1, -1, *[1] * (rank - 2))
+        deviation = torch.tensor(std).reshape(by_channel)
         self.register_buffer("factor", 1 / (255 * deviation))
-        self.register_buffer("offset", torch.tensor(mean).reshape(1, -1, 1, 1) / deviation)
+        self.register_buffer("offset", torch.tensor(mean).reshape(by_channel) / deviation)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) uint8 -> logits (N, classes)."""
@@ -96,7 +97,7 @@ def export(
     _replace_global_pooling(network)
     inputs = example[:1].cpu().float()
     if pixels is not None:
-        network = PixelInput(network, *pixels).eval()
+        network = PixelInput(network, *pixels, rank=inputs.ndim).eval()
         inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
     images = inputs.expand(batch or 2, *inputs.shape[1:]).contiguous()
     program = _convert(network, images, dynamic=batch is None)
@@ -121,8 +122,7 @@ def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> torch.onnx
     try:
         # The exporter decomposes attention into matrix products. A fused kernel returns another memory layout, for
         # which a `reshape` behind it would be captured as a view that is invalid after the decomposition.
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), one_operator_table():
-            warnings.simplefilter("ignore")  # about the exporter itself; the file is checked below
+        with without_exporter_output(), sdpa_kernel(SDPBackend.MATH), one_operator_table():  # the file is checked below
             program = torch.onnx.export(
                 network,
                 (inputs,),
@@ -143,6 +143,8 @@ def _reason(error: BaseException) -> str:
     """The first line of the original error; the exporter wraps it in advice on how to report bugs."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if "data-dependent" in str(error):
+        return refusal_reason(error)
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.target import Target
+from tersor.graph.aten import class_of_place, place_of
 from tersor.graph.layer_selection import prunable, weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.fake_quantize import weight_quantizer
-from tersor.quantization.operators import place_of, run_through
+from tersor.quantization.operators import run_through
 
 FLOAT_BITS = 32
 
@@ -80,16 +81,18 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
     """
     ran = run_through(model, example[:1])
     modules = dict(model.named_modules())
-    macs, activation_bits = Counter[str](), dict[str, int]()
+    macs, activation_bits, kinds = Counter[str](), dict[str, int](), dict[str, str]()
     for product in ran.products:
         name = product.module or place_of(product.node)
         while name not in modules:  # a captured network has no modules without parameters
             name = name.rpartition(".")[0]
+        if product.node is not None and type(modules[name]) is nn.Module:  # holds the weights of a module in parts
+            kinds[name] = class_of_place(product.node)
         macs[name] += product.macs
         activation_bits[name] = max(activation_bits.get(name, 0), product.operands[0].bits or FLOAT_BITS)
     weighted = weighted_layers(model)
     layers = tuple(
-        _layer_costs(name, module, macs[name], activation_bits.get(name, FLOAT_BITS))
+        _layer_costs(name, module, macs[name], activation_bits.get(name, FLOAT_BITS), kinds.get(name))
         for name, module in modules.items()
         if macs[name] or name in weighted
     )
@@ -106,7 +109,7 @@ def costs(model: nn.Module, example: Tensor) -> Costs:
 
 
 @torch.no_grad()
-def _layer_costs(name: str, module: nn.Module, macs: int, activation_bits: int) -> LayerCosts:
+def _layer_costs(name: str, module: nn.Module, macs: int, activation_bits: int, kind: str | None) -> LayerCosts:
     weight = getattr(module, "weight", None)  # the effective weight, after masks and quantizers
     weight = weight if isinstance(weight, Tensor) else None
     quantizer = weight_quantizer(module)
@@ -115,7 +118,7 @@ def _layer_costs(name: str, module: nn.Module, macs: int, activation_bits: int) 
         parameters += list(module.get_submodule("parametrizations").parameters())
     return LayerCosts(
         name=name,
-        kind=parametrize.type_before_parametrizations(module).__name__,
+        kind=kind or parametrize.type_before_parametrizations(module).__name__,
         weight_shape=() if weight is None else tuple(weight.shape),
         macs=macs,
         parameters=sum(parameter.numel() for parameter in parameters),

@@ -111,7 +111,7 @@ def _inputs(images: Tensor, pixels: Normalization | None) -> tuple[Array, Tensor
     """The inputs of the file and of the network; pixels are rounded to integers for both."""
     if pixels is None:
         return images.numpy(), images
-    mean, deviation = (torch.tensor(each).reshape(1, -1, 1, 1) for each in pixels)
+    mean, deviation = (torch.tensor(each).reshape(1, -1, *[1] * (images.ndim - 2)) for each in pixels)
     raw = ((images * deviation + mean) * 255).round().clamp(0, 255)
     return raw.numpy().astype(np.uint8), (raw / 255 - mean) / deviation
 

@@ -1,4 +1,4 @@
-"""The operators of a captured graph: names and arguments of the aten operators that torch.export records."""
+"""The operators of a captured graph: names, arguments and shapes of the aten operators that torch.export records."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import fx, nn
 from torch._ops import OpOverload
+
+SHAPE, IS_BOOLEAN = "shape", "is_boolean"
+"""Keys in a node's `meta`."""
 
 
 def operator_name(node: fx.Node) -> str:
@@ -29,3 +32,31 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     given |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
     return {**given, **node.kwargs}
+
+
+def place_of(node: fx.Node | None) -> str:
+    """The path of the module in which a node of a captured graph was traced; empty if unknown."""
+    stack = node.meta.get("nn_module_stack") if node is not None else None
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def class_of_place(node: fx.Node) -> str:
+    """The name of the class of the module in which a node was traced; empty if unknown."""
+    stack = node.meta.get("nn_module_stack")
+    kind = list(stack.values())[-1][1] if stack else ""
+    return kind.__name__ if isinstance(kind, type) else kind.rpartition(".")[2]
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a node's output when the network was captured; words for those that depend on the batch."""
+    return node.meta[SHAPE]
+
+
+def with_shape(meta: dict[str, Any], shape: tuple[Any, ...]) -> dict[str, Any]:
+    """The `meta` of a node in the same module, whose output has another shape."""
+    return {**meta, SHAPE: shape}
+
+
+def is_boolean(node: fx.Node) -> bool:
+    """Whether the output of a node was a tensor of booleans when the network was captured."""
+    return node.meta.get(IS_BOOLEAN, False)

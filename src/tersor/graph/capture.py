@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from keyword import iskeyword
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from tersor.core.errors import InputError
-from tersor.graph.aten import operator_name
+from tersor.core.errors import CompressionWarning, InputError
+from tersor.graph.aten import IS_BOOLEAN, SHAPE, operator_name
 from tersor.graph.batchnorm import Freezable
 from tersor.graph.comparison import outputs_of, require_same
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.export_program import exported
 from tersor.graph.layer_restoration import calls_of, restore_layers
+from tersor.graph.modes import LOST, RANDOM, lost_in_training, random_numbers
 from tersor.graph.original_keys import keep_keys
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_hooked
@@ -36,8 +38,7 @@ _NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.M
 FINGERPRINT = "fingerprint"
 """Key in a captured network's `meta`: a hash of its operators and of the settings of its layers when captured."""
 
-_SHAPE, _IS_SIZE = "shape", "is_size"
-_EVAL_ONLY = "recorded_in_eval_mode"
+_IS_SIZE = "is_size"
 
 
 def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
@@ -49,11 +50,13 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
         model: the network; a captured one is returned unchanged.
         images: some images (N, C, H, W); the graph accepts any number of images of this size.
 
+    A `CompressionWarning` is issued if the network draws random numbers in eval mode.
+
     Raises:
         InputError: the network does not run on the images, its forward depends on their values, or the captured graph
             computes something else.
     """
-    if isinstance(model, fx.GraphModule):
+    if is_captured(model):
         return model
     _require_own_forward(model)
     device = next((each.device for each in model.parameters()), images.device)
@@ -64,7 +67,19 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     captured = _recorded(model, images)
     for each, outputs in zip(several, expected, strict=True):
         require_same(captured, outputs, each)
+    if (place := captured.meta[RANDOM]) is not None:
+        warnings.warn(
+            f"the forward of {type(model).__name__} draws random numbers in eval mode{place}: its outputs differ from "
+            "run to run, before and after compression.",
+            CompressionWarning,
+            stacklevel=2,
+        )
     return captured
+
+
+def is_captured(model: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether this is the result of `capture`, and no graph that the user has traced."""
+    return isinstance(model, fx.GraphModule) and IMAGE_SHAPE in model.meta
 
 
 def capture_again(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
@@ -85,7 +100,8 @@ def _recorded(model: nn.Module, images: Tensor) -> fx.GraphModule:
     captured.meta[IMAGE_SHAPE] = tuple(images.shape[1:])
     captured.meta["layers"] = _layer_outputs(captured)
     captured.meta[FINGERPRINT] = _fingerprint(captured)
-    captured.meta[_EVAL_ONLY] = _inactive(model, graph.graph)
+    captured.meta[LOST] = lost_in_training(model, graph.graph)
+    captured.meta[RANDOM] = random_numbers(graph.graph)
     _keep_shapes(captured)
     return captured
 
@@ -108,6 +124,11 @@ def _require_own_forward(model: nn.Module) -> None:
         )
     if "self" in names:
         raise InputError(f"{type(model).__name__} has a submodule named 'self', which a captured graph cannot call.")
+    if scripts := [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
+        raise InputError(
+            f"the graph of {type(model).__name__} cannot be captured: {scripts[0]} is a TorchScript program. Put the "
+            "torch.nn.Module that it was made from in its place."
+        )
     if keywords := [path for path, _ in model.named_modules() if any(map(iskeyword, path.split(".")))]:
         raise InputError(
             f"the graph of {type(model).__name__} cannot be captured: the name of the submodule {keywords[0]} is a "
@@ -185,7 +206,8 @@ def _keep_shapes(captured: fx.GraphModule) -> None:
         value, stack = node.meta.get("val"), node.meta.get("nn_module_stack")
         node.meta = {} if stack is None else {"nn_module_stack": stack}
         if isinstance(value, Tensor):
-            node.meta[_SHAPE] = tuple(size if type(size) is int else str(size) for size in value.shape)
+            node.meta[SHAPE] = tuple(size if type(size) is int else str(size) for size in value.shape)
+            node.meta[IS_BOOLEAN] = value.dtype == torch.bool
         elif isinstance(value, torch.SymInt):
             node.meta[_IS_SIZE] = True
 
@@ -206,32 +228,9 @@ def _kind(layer: nn.Module) -> str:
     return next(each.__name__ for each in kind.__mro__ if not issubclass(each, Freezable))
 
 
-def _inactive(model: nn.Module, graph: fx.Graph) -> list[str]:
-    """The paths of modules that drop something in training alone, such as stochastic depth: the graph lacks them."""
-    called = {path for node in graph.nodes for _, path in calls_of(node)}
-    rates = ("p", "drop_prob", "drop_rate")
-    return [
-        path
-        for path, module in model.named_modules()
-        if path not in called
-        and not type(module).__module__.startswith("torch.nn.")
-        and next(module.parameters(), None) is None
-        and any(isinstance(rate := vars(module).get(name), float) and rate > 0 for name in rates)
-    ]
-
-
-def training_note(model: nn.Module) -> str | None:
-    """A line for the user about what a captured network no longer does in training; None if there is nothing."""
-    paths = model.meta.get(_EVAL_ONLY) if isinstance(model, fx.GraphModule) else None
-    if not paths:
-        return None
-    shown = f"{paths[0]} to {paths[-1]}" if len(paths) > 1 else paths[0]
-    return f"networks are captured in eval mode: this one trains without stochastic depth ({shown})"
-
-
 def rank_of(node: fx.Node) -> int | None:
     """The number of dimensions of a node's output when the network was captured; None for an inserted node."""
-    shape = node.meta.get(_SHAPE)
+    shape = node.meta.get(SHAPE)
     return None if shape is None else len(shape)
 
 
@@ -243,7 +242,7 @@ def is_size(node: fx.Node) -> bool:
 def has_batch_dimension(node: fx.Node) -> bool:
     """Whether dimension 0 of the output of a node is the batch, and not windows or heads of several images."""
     inputs = next(each for each in node.graph.nodes if each.op == "placeholder")
-    return node.meta.get(_SHAPE, ())[:1] == inputs.meta.get(_SHAPE, ("",))[:1]
+    return node.meta.get(SHAPE, ())[:1] == inputs.meta.get(SHAPE, ("",))[:1]
 
 
 def layer_of(node: fx.Node) -> nn.Module | None:

@@ -100,7 +100,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
     if not images.is_floating_point():
         raise InputError(f"images for {name} are {images.dtype}. Pass normalized floating-point images.")
     device = next((each.device for each in network.parameters()), images.device)
-    two = images[:2] if len(images) > 1 else images[:1].repeat(2, 1, 1, 1)
+    two = images[:2] if len(images) > 1 else torch.cat([images[:1]] * 2)
     with checked_forward(name, two):
         two = two.to(device)
         outputs = network(two.clone())  # a forward may change its input in place

@@ -51,7 +51,7 @@ def exported(model: nn.Module, images: Tensor) -> fx.GraphModule:
         program = _exported(network, images, Dim.DYNAMIC)
     except _Refused as first:
         program = _with_batch_found(images, model, first)
-    with _quiet():
+    with without_exporter_output():
         graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     _plain_signature(graph, program)
@@ -75,7 +75,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _exported(network: nn.Module, images: Tensor, batch: Any) -> ExportedProgram:
     try:
-        with _quiet():
+        with without_exporter_output():
             return torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as error:  # whatever the forward and torch.export raise
         raise _Refused from error
@@ -101,8 +101,8 @@ def _with_batch_found(images: Tensor, model: nn.Module, first: _Refused) -> Expo
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
-    """Without the exporter's own warnings and logs; errors are explained by `_refusal`."""
+def without_exporter_output() -> Generator[None]:
+    """Without the warnings, logs and graphs that torch.export prints; errors are explained by `refusal_reason`."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -115,20 +115,37 @@ def _quiet() -> Generator[None]:
 
 
 def _refusal(model: nn.Module, error: Exception) -> InputError:
-    """What the forward does that cannot be recorded, with file and line."""
+    return InputError(f"the graph of {type(model).__name__} cannot be captured: {refusal_reason(error)}")
+
+
+def refusal_reason(error: BaseException) -> str:
+    """What the forward does that torch.export cannot record, with file and line, and the way out."""
     way_out = _WAY_OUT if "data-dependent" in str(error) or "data-dependent" in type(error).__name__ else ""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)).rstrip(".")
+    if "fake tensor in the exported program" in reason:
+        reason = "it assigns to the values of its parameters or buffers (.data)"
+        way_out = "Write values into buffers with copy_(), and change no parameter in the forward."
     if "Could not guard on data-dependent" in reason or "data-dependent" in type(error).__name__.lower():
         reason = "it branches on the values of a tensor"
-    return InputError(
-        f"the graph of {type(model).__name__} cannot be captured: {reason[:300]}{_place(error)}. {way_out}".rstrip()
-    )
+    return f"{reason[:300]}{_place(error)}. {way_out}".rstrip()
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """` (file.py, line 12: if x.sum() > 0:)`: the innermost line of the user's code."""
-    frames = [(each.filename, each.lineno, each.line or "") for each in traceback.extract_tb(error.__traceback__)]
-    frames += [(file, int(line), code) for file, line, _, code in _FRAME.findall(str(error))]
+    frames = [(each.filename, each.lineno or 0, each.line or "") for each in traceback.extract_tb(error.__traceback__)]
+    return _innermost([*frames, *_frames(str(error))])
+
+
+def place_in(stack_trace: str) -> str:
+    """The same for the text of a stack trace, as nodes have it; empty if there is none."""
+    return _innermost(_frames(stack_trace))
+
+
+def _frames(stack_trace: str) -> list[tuple[str, int, str]]:
+    return [(file, int(line), code) for file, line, _, code in _FRAME.findall(stack_trace)]
+
+
+def _innermost(frames: list[tuple[str, int, str]]) -> str:
     own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and "/lib/python" not in frame[0]]
     inside = [frame for frame in frames if "/torchvision/" in frame[0] or "/site-packages/" in frame[0]]
     inside = [frame for frame in inside if "/site-packages/torch/" not in frame[0]]

@@ -9,7 +9,8 @@ from torch import nn
 
 from tersor.core.errors import InputError, nearest
 
-Layer = nn.Conv2d | nn.Linear
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = Convolution | nn.Linear
 
 
 def weighted_layers(model: nn.Module) -> dict[str, Layer]:
@@ -47,7 +48,7 @@ def prunable(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, Layer]
     if patterns:
         chosen = matching(patterns, layers)
         return {name: layer for name, layer in layers.items() if name in chosen}
-    convolutions: dict[str, Layer] = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    convolutions: dict[str, Layer] = {name: layer for name, layer in layers.items() if isinstance(layer, Convolution)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no convolution and no fully connected layer to prune.")
     return convolutions or layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,23 @@ def keep_keys(captured: fx.GraphModule, model: nn.Module) -> None:
     if renamed:
         captured.register_state_dict_post_hook(partial(_rename, renamed))
         captured.register_load_state_dict_pre_hook(partial(_rename_back, renamed, own.keys() & known))
+    if further := _further_keys(captured, model):
+        captured.register_load_state_dict_pre_hook(partial(_drop, further))
+
+
+def _further_keys(captured: fx.GraphModule, model: nn.Module) -> set[str]:
+    """Keys of `model` for tensors that it has under several: `captured` has one of them."""
+    keys: defaultdict[int, list[str]] = defaultdict(list)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        keys[id(tensor)].append(key)
+    own = captured.state_dict().keys()
+    shared = [{*each} for each in keys.values() if len(each) > 1]
+    return {key for each in shared if each & own for key in each - own}
+
+
+def _drop(further: set[str], _module: nn.Module, state: dict[str, Any], prefix: str, *_others: object) -> None:
+    for key in further:
+        state.pop(prefix + key, None)
 
 
 def _rename(renamed: dict[str, str], _module: nn.Module, state: dict[str, Any], prefix: str, _meta: object) -> None:

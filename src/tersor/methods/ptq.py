@@ -23,7 +23,6 @@ products in 16 bits (AVX2 without VNNI), weight scales are widened until no chan
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -44,6 +43,7 @@ from tersor.quantization.calibration import calibrate
 from tersor.quantization.equalization import equalize
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.observers import Range, WeightRange
+from tersor.quantization.product_error import without_inaccurate_products
 from tersor.quantization.quantizer_options import BitOptions, CalibrationOptions
 from tersor.quantization.quantizers import Quantizers, insert_quantizers, notes, require_data
 from tersor.tasks.task import Task
@@ -104,7 +104,6 @@ class PTQ(CalibrationOptions, BitOptions):
         """
         require_data(context.data, "ptq")
         graph = capture(model, first_batch(context.data, "ptq"))
-        bare = None if self.max_drop is None else fx.GraphModule(graph, copy.deepcopy(graph.graph))
         quantizers = insert_quantizers(
             graph,
             replace(self.precision, symmetric=self.symmetric),
@@ -112,21 +111,18 @@ class PTQ(CalibrationOptions, BitOptions):
             target=context.target,
             method="ptq",
         )
-        return PTQAttachment(self, quantizers, context, bare)
+        return PTQAttachment(self, quantizers, context)
 
 
 class PTQAttachment(Attachment):
     """A captured network with quantizers; `begin` sets their ranges."""
 
-    def __init__(
-        self, method: PTQ, quantizers: Quantizers, context: AttachContext, bare: fx.GraphModule | None
-    ) -> None:
+    def __init__(self, method: PTQ, quantizers: Quantizers, context: AttachContext) -> None:
         super().__init__(quantizers.graph, notes=notes(quantizers, context.target))
         self.method = method
         self.quantizers = quantizers
         assert context.data is not None
         self.context, self.data = context, context.data
-        self._bare = bare
         self._float_layers: FloatLayers | None = None
         has_norms = any(isinstance(each, Norm) for each in quantizers.graph.modules())
         default = method.bits < 8 and has_norms
@@ -171,11 +167,11 @@ class PTQAttachment(Attachment):
         self.quantizers.set_activation_grids(histograms, self._activation_range, method.percentile)
         for name in self.quantizers.layers:
             self.quantizers.set_weight_grid(name, self.context.target, self._weight_range, method.percentile)
+        self.quantizers = without_inaccurate_products(self.quantizers, self.data, self.context.target)
         refit()
-        if self._bare is not None and method.max_drop is not None:
+        if method.max_drop is not None:
             self._float_layers = keep_in_float(
                 self.quantizers,
-                self._bare,
                 self.data,
                 max_drop=method.max_drop,
                 target=self.context.target,

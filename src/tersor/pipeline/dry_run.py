@@ -10,7 +10,7 @@ from tersor.evaluation.costs import costs
 from tersor.graph.comparison import outputs_of
 from tersor.methods import name_of
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import attach, training_notes
+from tersor.pipeline.stages import attach, notes_of_training
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.integer_coverage import integer_coverage
 from tersor.recipe import Recipe, Teacher
@@ -58,7 +58,7 @@ def explain(recipe: Recipe, *, progress: ProgressReporter) -> Iterator[str]:
             + (f" for the losses {', '.join(losses)}" if steps else "")
             + f"; then {spent.parameters:,} parameters, {spent.macs:,} MACs"
         )
-        of_training = training_notes(experiment, stage, attachment.model) if steps else ()
+        of_training = notes_of_training(experiment, stage, attachment.model) if steps else ()
         yield from (f"{stage.name}: {note}" for note in (*attachment.notes, *of_training))
         if any(isinstance(module, FakeQuantize) for module in model.modules()):
             covered = integer_coverage(model, example, planned=True)

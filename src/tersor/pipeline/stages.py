@@ -18,8 +18,8 @@ from tersor.core.device import precision_for
 from tersor.core.progress import ProgressReporter, StageProgress
 from tersor.evaluation.results import StageRecord
 from tersor.evaluation.scoring import network_score
-from tersor.graph.capture import training_note
 from tersor.graph.fused_inference import fused
+from tersor.graph.modes import training_notes
 from tersor.pipeline.experiment import Experiment
 from tersor.recipe import Stage, Teacher
 from tersor.training.attachment import Attachment
@@ -141,7 +141,7 @@ def _run_stage(
     every = experiment.recipe.checkpoint_every
     keeper = StageCheckpointer(checkpoints, number, stage.name, every, structure(attachment.model))
     steps = experiment.steps_of(stage)
-    of_training = training_notes(experiment, stage, attachment.model) if steps else ()
+    of_training = notes_of_training(experiment, stage, attachment.model) if steps else ()
     for note in (*attachment.notes, *of_training):
         progress.say(f"{stage.name}: {note}")
     if keeper.resume_state is None:
@@ -164,16 +164,14 @@ def _run_stage(
     return StageResult(attachment.model, record, attachment.extra_state)
 
 
-def training_notes(experiment: Experiment, stage: Stage, network: nn.Module) -> tuple[str, ...]:
+def notes_of_training(experiment: Experiment, stage: Stage, network: nn.Module) -> tuple[str, ...]:
     """What a user should know about the training of a stage: the default learning rate, and layers without effect."""
     notes: list[str] = []
     if stage.optimizer.learning_rate is None:
         trained = experiment.starts_trained(stage)
         weights = "trained" if trained else "random"
         notes.append(f"learning rate {stage.learning_rate(trained=trained):g}, the default for {weights} weights")
-    if (note := training_note(network)) is not None:
-        notes.append(note)
-    return tuple(notes)
+    return (*notes, *training_notes(network))
 
 
 def _begin(attachment: Attachment, name: str, progress: ProgressReporter, keeper: StageCheckpointer) -> None:

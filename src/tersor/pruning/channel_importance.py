@@ -33,6 +33,7 @@ from tersor.core.errors import InputError
 from tersor.core.import_path import call_with, import_function, is_function_path
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm import Norm
+from tersor.graph.layer_selection import Convolution, Layer
 from tersor.pruning.channel_groups import Group
 from tersor.pruning.optimal_brain_surgeon import loss_increases
 from tersor.pruning.weight_importance import accumulate_gradients
@@ -112,9 +113,9 @@ def _weight(graph: fx.GraphModule, name: str) -> tuple[nn.Parameter | None, int]
     for step in name.split("."):
         module = getattr(module, step, None)
     weight = module if name.endswith("weight") else None
-    if isinstance(module, nn.Conv2d | nn.Linear | Norm):
+    if isinstance(module, Layer | Norm):
         weight = module.weight
-    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    groups = module.groups if isinstance(module, Convolution) else 1
     return (weight, groups) if isinstance(weight, nn.Parameter) else (None, 1)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
-from tersor.graph.layer_selection import matching
+from tersor.graph.layer_selection import Convolution, matching
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, Group, copy_graph, coupled_channels, merge_cuts, remove
 from tersor.pruning.mask import Mask
@@ -227,7 +227,7 @@ class _LayerCost:
     def __init__(self, module: nn.Module, macs: int | None) -> None:
         shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
         matrices = [shape for shape in shapes if len(shape) > 1]
-        self.groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        self.groups = module.groups if isinstance(module, Convolution) else 1
         self.rows = shapes[0][0] if shapes else 0
         self.columns = matrices[0][1] * self.groups if matrices else 1
         if macs is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.graph.eval_mode import first_images
-from tersor.quantization.qdq_placement import activation_quantizers
 from tersor.quantization.quantizers import Quantizers
 from tersor.tasks.calibration_batch import read_batch
 from tersor.tasks.classification import CLASSIFICATION
@@ -92,25 +92,8 @@ class _Reference:
         return relative_squared_error_of_all(zip(self._outputs(self.few), self.few_outputs, strict=True))
 
 
-class _Selection:
-    """Enables the quantizers of selected layers, and of the activations that these need."""
-
-    def __init__(self, quantizers: Quantizers, bare: fx.GraphModule, target: Target) -> None:
-        self.quantizers = quantizers
-        self._bare = bare
-        self._target = target
-
-    def enable(self, layers: set[str]) -> None:
-        needed = activation_quantizers(self._bare, layers, self._target.runtime)
-        for name in self.quantizers.layers:
-            self.quantizers.of_weight(name).enabled = name in layers
-        for name in self.quantizers.activations:
-            self.quantizers.of_activation(name).enabled = name in needed
-
-
 def keep_in_float(
     quantizers: Quantizers,
-    bare: fx.GraphModule,
     data: Iterable[Any],
     *,
     max_drop: float,
@@ -127,7 +110,6 @@ def keep_in_float(
 
     Args:
         quantizers: of the network, all enabled.
-        bare: the same network without quantizers.
         data: batches of images, with targets or without; the first 2,000 images are used.
         max_drop: largest drop of the metric (accuracy in points); without targets, percentage of changed predictions.
         target: its runtime determines which activations are quantized.
@@ -139,22 +121,23 @@ def keep_in_float(
     Raises:
         InputError: the data cannot be read again.
     """
-    every, selection = set(quantizers.layers), _Selection(quantizers, bare, target)
+    every = {*quantizers.layers, *quantizers.products}
+    enable = partial(quantizers.enable, target=target)
 
     def drop_without(layers: Iterable[str]) -> float:
-        selection.enable(every.difference(layers))
+        enable(every.difference(layers))
         refit()
         return reference.drop()
 
-    selection.enable(set())
+    enable(set())
     refit()
     reference = _Reference(quantizers.graph, data, method, task)
     drop = drop_without(())
     if drop <= max_drop:
         return FloatLayers((), drop)
-    selection.enable(set())
+    enable(set())
     refit()
-    most_harmful = _most_harmful_first(selection, reference, progress)
+    most_harmful = _most_harmful_first(quantizers, enable, reference, progress)
     too_few, enough, drop = 0, len(most_harmful), 0.0
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
@@ -163,17 +146,19 @@ def keep_in_float(
             enough, drop = middle, found
         else:
             too_few = middle
-    selection.enable(every.difference(most_harmful[:enough]))
+    enable(every.difference(most_harmful[:enough]))
     refit()
     return FloatLayers(tuple(most_harmful[:enough]), drop)
 
 
-def _most_harmful_first(selection: _Selection, reference: _Reference, progress: ProgressReporter) -> list[str]:
-    layers = selection.quantizers.layers
+def _most_harmful_first(
+    quantizers: Quantizers, enable: Callable[[set[str]], None], reference: _Reference, progress: ProgressReporter
+) -> list[str]:
+    layers = (*quantizers.layers, *quantizers.products)
     errors: dict[str, float] = {}
     progress.start("error of each quantized layer", len(layers))
     for name in layers:
-        selection.enable({name})
+        enable({name})
         errors[name] = reference.error()
         progress.advance()
     return sorted(layers, key=errors.__getitem__, reverse=True)

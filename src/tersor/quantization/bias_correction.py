@@ -26,7 +26,7 @@ from tersor.graph.batchnorm import Norm
 from tersor.graph.batchnorm_behind import norm_reading
 from tersor.graph.batchnorm_statistics import Moments, fit, in_unit_of
 from tersor.graph.capture import layer_of, parameter_reads
-from tersor.graph.layer_selection import Layer
+from tersor.graph.layer_selection import Convolution, Layer
 from tersor.quantization.qdq_placement import quantizable
 
 _POSITIONS = 2**20
@@ -89,7 +89,7 @@ def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Moments], *
         assert layer.bias is not None
         added = found.mean - expected.mean
         layer.bias.sub_(added)
-        return output - (added.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else added)
+        return output - (added.reshape(-1, *[1] * (layer.weight.ndim - 2)))
 
     _run(graph, images, list(norms), shift)
 
@@ -122,6 +122,6 @@ def _correctable(graph: fx.GraphModule) -> dict[str, Norm | None]:
 
 def _moments(output: Tensor, layer: nn.Module, norm: Norm | None) -> Moments:
     """Moments of each channel, (C,): dimension 1 for a BatchNorm or convolution, the last for a Linear."""
-    channels = 1 if norm is not None or isinstance(layer, nn.Conv2d) else -1
+    channels = 1 if norm is not None or isinstance(layer, Convolution) else -1
     values = output.float().movedim(channels, -1).flatten(0, -2)
     return Moments(values.mean(0), values.std(0, correction=0))

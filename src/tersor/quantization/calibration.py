@@ -16,6 +16,7 @@ from tersor.data import Batches
 from tersor.graph.batchnorm import Norm
 from tersor.graph.eval_mode import checked_forward, first_images
 from tersor.quantization.observers import Histogram
+from tersor.quantization.product_error import without_inaccurate_products
 from tersor.quantization.quantizer_options import Ranges
 from tersor.quantization.quantizers import Quantizers
 
@@ -73,7 +74,7 @@ def set_ranges(
     method: str,
     progress: ProgressReporter = NO_PROGRESS,
 ) -> None:
-    """Calibrate, and set the grids of all activations and weights.
+    """Calibrate, and set the grids of all activations and weights. Products that rounding distorts stay in float.
 
     Raises:
         InputError: the data contains no image, or cannot be read again; a value is not finite.
@@ -84,6 +85,7 @@ def set_ranges(
     quantizers.set_activation_grids(histograms, ranges.activations, ranges.percentile)
     for name in quantizers.layers:
         quantizers.set_weight_grid(name, target, ranges.weights, ranges.percentile)
+    without_inaccurate_products(quantizers, data, target)
 
 
 @torch.inference_mode()

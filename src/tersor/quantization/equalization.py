@@ -23,7 +23,7 @@ from tersor.graph.aten import operator_name
 from tersor.graph.batchnorm import Norm, gamma_and_beta
 from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, parameter_reads, sole_user
-from tersor.graph.layer_selection import Layer
+from tersor.graph.layer_selection import Convolution, Layer
 from tersor.graph.parametrization import original_weight
 from tersor.graph.plain_modules import is_plain
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -103,7 +103,7 @@ def _equalize(pair: _Pair) -> float:
     if pair.norm is not None:
         assert pair.norm.running_var is not None
         produced = produced * pair.norm.weight.abs() * torch.rsqrt(pair.norm.running_var + pair.norm.eps)
-    depthwise = isinstance(pair.second, nn.Conv2d) and pair.second.groups > 1
+    depthwise = isinstance(pair.second, Convolution) and pair.second.groups > 1
     read = channel_maxima(second if depthwise else second.transpose(0, 1))
     alive = (produced > _SMALLEST) & (read > _SMALLEST)
     factor = torch.where(alive, (produced / read.clamp(min=_SMALLEST)).sqrt(), torch.ones_like(produced))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,15 +18,16 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
-from tersor.graph.aten import operator_name
-from tersor.graph.capture import IMAGE_SHAPE
+from tersor.graph.aten import operator_name, place_of
+from tersor.graph.capture import IMAGE_SHAPE, layer_of, values_into
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import in_float32, parametrizations_of
 from tersor.graph.plain_modules import has_plain_forward, is_hooked
 from tersor.graph.plain_network import refuse_what_is_no_network
 from tersor.quantization.fake_quantize import FakeQuantize
-from tersor.quantization.operators import Operand, Product, place_of, run_through
+from tersor.quantization.operators import Operand, Product, run_through
+from tersor.quantization.qdq_placement import computed
 
 ENOUGH = 0.95
 """Share of the MACs in integers below which the user is warned."""
@@ -154,8 +156,20 @@ def _listed(members: Sequence[FloatOperator]) -> str:
 def _in_integers(model: nn.Module, product: Product) -> bool:
     """Whether a runtime has an integer operator for it: a layer, or a matrix product, between quantized tensors."""
     module = model.get_submodule(product.module)
-    known = (isinstance(module, Layer) and has_plain_forward(module)) or _function(product.node) in _MATRIX_PRODUCTS
-    return known and all(map(_on_grid, product.operands))
+    known = isinstance(module, Layer) and has_plain_forward(module)
+    return (known or _is_quantized_product(product.node)) and all(map(_on_grid, product.operands))
+
+
+def _is_quantized_product(node: fx.Node | None) -> bool:
+    """Whether a quantizer is directly in front of both operands, and not only of the values that they were moved from.
+
+    Without it, the runtime does not compute the product in integers.
+    """
+    return _function(node) in _MATRIX_PRODUCTS and _has_quantizers(cast("fx.Node", node))
+
+
+def _has_quantizers(node: fx.Node) -> bool:
+    return all(isinstance(layer_of(computed(value)), FakeQuantize) for value in values_into(node))
 
 
 def _on_grid(operand: Operand) -> bool:
@@ -169,12 +183,10 @@ def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
     function = _function(product.node)
     place = place_of(product.node) if function else product.module
     parameter = next((each.parameter for each in product.operands if each.parameter), None)
-    if all(map(_on_grid, product.operands)):
+    if function not in _MATRIX_PRODUCTS and all(map(_on_grid, product.operands)):
         return place, function or kind, f"there is no integer operator for {function or f'the code of {kind}'}"
     if parameter is None:
-        both = sum(each.activation for each in product.operands) > 1
-        reason = "both operands are activations, as in attention" if both else "it multiplies by a constant"
-        return place, function or kind, reason
+        return place, function or kind, _reason_without_weight(product)
     owner = parameter.rpartition(".")[0].partition(".parametrizations")[0].removeprefix("parametrizations")
     name = owner if owner != place or owner == product.module != "" else parameter
     if function in _RECURRENT:
@@ -188,11 +200,22 @@ def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
     return name, kind, f"{kind} reads its weights itself"
 
 
+def _reason_without_weight(product: Product) -> str:
+    """Why a product without a parameter stays in float."""
+    if sum(each.activation for each in product.operands) < 2:
+        return "it multiplies by a constant"
+    if product.node is not None and _has_quantizers(product.node):
+        return "rounding both operands would cost too much accuracy"
+    return "it multiplies two activations, as in attention, and rounding both would not save time"
+
+
 def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     """Why a module that multiplies by its own parameter stays in float."""
     kind = parametrize.type_before_parametrizations(module).__name__
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent layers are not supported"
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return f"ONNX Runtime and OpenVINO have no integer kernel for {kind}"
     if not isinstance(module, Layer):
         of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
         return f"{kind} is not supported" if of_torch else f"{kind} reads its weights itself"

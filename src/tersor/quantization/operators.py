@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tersor.graph.aten import place_of
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.layer_selection import Layer
 from tersor.graph.multiplications import FORMULAS, MULTIPLICANDS, multiplies_uncounted
@@ -180,12 +181,6 @@ class _ByNode(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.recorder.node = n
         return super().run_node(n)
-
-
-def place_of(node: fx.Node | None) -> str:
-    """The path of the module in which a node of a captured graph was traced; empty if unknown."""
-    stack = node.meta.get("nn_module_stack") if node is not None else None
-    return list(stack.values())[-1][0] if stack else ""
 
 
 def _only_moves(func: Any) -> bool:

@@ -6,6 +6,9 @@ A runtime uses an integer operator only if its fusion finds quantized values in 
   (convolution + BatchNorm + activation; addition + activation; pooling) gets a quantizer.
 * OpenVINO fuses a residual addition into the convolution before it, and keeps the sum in float until it is rounded
   once; a quantizer between the two prevents the fusion.
+* ONNX Runtime multiplies two quantized activations (attention) in integers, and returns float. A quantizer behind the
+  scores costs more time than it saves, so there is none. OpenVINO computes attention in one float kernel, which
+  quantizers would divide; there it stays in float.
 
 Operators that only move values (reshape, slicing, zero padding, max pooling) keep the grid of their input: rounding to
 the same grid twice changes nothing, and the runtime finds an integer operator.
@@ -13,7 +16,8 @@ the same grid twice changes nothing, and the runtime finds an integer operator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Container, Iterable
 from typing import cast
 
 from torch import fx, nn
@@ -25,6 +29,7 @@ from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, sole_user, values_into
 from tersor.graph.layer_selection import Layer
 from tersor.graph.plain_modules import is_plain
+from tersor.quantization.activation_products import matrix_products
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 
@@ -53,7 +58,7 @@ def insert_activation_quantizers(
 
     Args:
         graph: a captured network; it is changed.
-        layers: names of the convolutions and fully connected layers to compute in integers.
+        layers: names of the layers, and of the products of `matrix_products`, to compute in integers.
         grid: the grid of the activations.
         runtime: the runtime that will execute the graph.
 
@@ -83,6 +88,16 @@ def activation_quantizers(graph: fx.GraphModule, layers: Iterable[str], runtime:
     return {_name(source) for source in _values_to_quantize(graph, set(layers), runtime).values()}
 
 
+def without_quantizers(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph over the same modules, without the quantizers of activations."""
+    bare = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in list(bare.graph.nodes):
+        if isinstance(layer_of(node), FakeQuantize):
+            node.replace_all_uses_with(node.args[0])
+            bare.graph.erase_node(node)
+    return bare
+
+
 def _name(source: fx.Node) -> str:
     """A quantizer is named like its node, unless every module has such an attribute (`to`, `type`)."""
     name, others = source.name, {node.name for node in source.graph.nodes}
@@ -110,16 +125,14 @@ def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtim
     """Value -> the value whose grid it shares (itself, or the one that it was moved from), in graph order."""
     quantized: dict[fx.Node, fx.Node] = {}
     integer: list[fx.Node] = []
+    products = {node for name, node in matrix_products(graph).items() if name in layers}
     for node in graph.graph.nodes:
-        if _is_layer(node, layers) or (
-            (_joins(node) or (runtime == "onnxruntime" and _is_factor_of_silu(node)))
-            and all(source_of(value) in quantized for value in values_into(node))
-        ):
+        if node in products or _is_layer(node, layers) or _is_integer_join(node, quantized, runtime):
             integer.append(node)
             for value in values_into(node):
                 quantized.setdefault(source_of(value), source_of(value))
             end = fused_end(node)
-            if not _is_output(end):
+            if node not in products and not _is_output(end):
                 quantized[end] = end
     if runtime == "openvino":
         for node in integer:
@@ -129,6 +142,12 @@ def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtim
         if _is_mover(node) and source_of(node) in quantized and _read_in_integers(node, integer):
             quantized[node] = source_of(node)
     return {node: quantized[node] for node in graph.graph.nodes if node in quantized}
+
+
+def _is_integer_join(node: fx.Node, quantized: Container[fx.Node], runtime: Runtime) -> bool:
+    """Whether `node` joins values that are all quantized, and `runtime` has an integer operator for it."""
+    known = _joins(node) or (runtime == "onnxruntime" and _is_factor_of_silu(node))
+    return known and all(source_of(value) in quantized for value in values_into(node))
 
 
 def _is_output(node: fx.Node) -> bool:
@@ -222,7 +241,11 @@ def is_nothing_in_eval(node: fx.Node) -> bool:
 
 def entering(node: fx.Node) -> fx.Node:
     """The first input of `node`, looking through nodes that do nothing in eval mode."""
-    value = values_into(node)[0]
+    return computed(values_into(node)[0])
+
+
+def computed(value: fx.Node) -> fx.Node:
+    """`value`, looking through nodes that do nothing in eval mode."""
     while is_nothing_in_eval(value):
         value = values_into(value)[0]
     return value

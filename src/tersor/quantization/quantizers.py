@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,14 +14,23 @@ from torch.nn.utils import parametrize
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.data.batch import first_batch
-from tersor.graph.capture import capture, layer_of
-from tersor.graph.layer_selection import Layer, weighted_layers, without
+from tersor.graph.capture import capture, layer_of, values_into
+from tersor.graph.layer_selection import Layer, matching, weighted_layers
+from tersor.graph.matrix_products import write_as_matrix_products
 from tersor.graph.parametrization import parametrization_input, parametrizations_of
+from tersor.quantization.activation_products import matrix_products, products_faster_in_integers
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid, affine_parameters
 from tersor.quantization.observers import Histogram, Range, WeightRange, weight_grid, without_saturation
-from tersor.quantization.qdq_placement import entering, insert_activation_quantizers, quantizable
-from tersor.quantization.quantizer_options import Precision, QuantizedTrainingOptions
+from tersor.quantization.qdq_placement import (
+    activation_quantizers,
+    computed,
+    entering,
+    insert_activation_quantizers,
+    quantizable,
+    without_quantizers,
+)
+from tersor.quantization.quantizer_options import BYTE, Precision, QuantizedTrainingOptions
 
 SATURATION = (
     "the processor accumulates 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened if "
@@ -36,11 +46,13 @@ class Quantizers:
         graph: the network.
         layers: names of the layers with a quantized weight.
         activations: names of the quantizers of activations.
+        products: names of the products of two activations whose operands are quantized.
     """
 
     graph: fx.GraphModule
     layers: tuple[str, ...]
     activations: tuple[str, ...]
+    products: tuple[str, ...] = ()
 
     def of_weight(self, name: str) -> FakeQuantize:
         """The quantizer of a layer's weight."""
@@ -67,8 +79,27 @@ class Quantizers:
     def rounding(self) -> Quantizers:
         """The enabled ones; the others belong to layers that stay in float."""
         layers = tuple(name for name in self.layers if self.of_weight(name).enabled)
-        return Quantizers(
-            self.graph, layers, tuple(name for name in self.activations if self.of_activation(name).enabled)
+        activations = tuple(name for name in self.activations if self.of_activation(name).enabled)
+        return Quantizers(self.graph, layers, activations, self.products_of(activations))
+
+    def enable(self, layers: set[str], target: Target) -> None:
+        """Enables the quantizers of `layers`, which are layers and products, and disables all others."""
+        needed = activation_quantizers(self._bare, layers, target.runtime)
+        for name in self.layers:
+            self.of_weight(name).enabled = name in layers
+        for name in self.activations:
+            self.of_activation(name).enabled = name in needed
+
+    @cached_property
+    def _bare(self) -> fx.GraphModule:
+        return without_quantizers(self.graph)
+
+    def products_of(self, activations: Sequence[str]) -> tuple[str, ...]:
+        """The names of the products whose operands are read through these quantizers."""
+        return tuple(
+            name
+            for name, node in matrix_products(self.graph).items()
+            if all(_quantizer(computed(value)) in activations for value in values_into(node))
         )
 
     def set_weight_grid(
@@ -111,8 +142,11 @@ class Quantizers:
     def input_of(self, name: str) -> str | None:
         """The name of the quantizer of a layer's input, if there is one."""
         node = next(node for node in self.graph.graph.nodes if node.op == "call_module" and node.target == name)
-        value = entering(node)
-        return str(value.target) if isinstance(layer_of(value), FakeQuantize) else None
+        return _quantizer(entering(node))
+
+
+def _quantizer(value: fx.Node) -> str | None:
+    return str(value.target) if isinstance(layer_of(value), FakeQuantize) else None
 
 
 def find_quantizers(model: nn.Module) -> Quantizers | None:
@@ -129,6 +163,7 @@ def find_quantizers(model: nn.Module) -> Quantizers | None:
         if any(isinstance(each, FakeQuantize) for each in parametrizations_of(layer))
     ]
     quantizers = Quantizers(model, tuple(layers), tuple(edges))
+    quantizers = replace(quantizers, products=quantizers.products_of(quantizers.activations))
     if not quantizers.enabled:
         return quantizers if edges or layers else None
     return quantizers.rounding
@@ -159,15 +194,19 @@ def insert_quantizers(
             "the network is quantized already. Write one of ptq, adaround, brecq and mixed_precision, then qat or lsq "
             "if you want to train."
         )
-    known = quantizable(graph)
-    layers = {name: layer for name, layer in without(weighted_layers(graph), exclude).items() if name in known}
+    write_as_matrix_products(graph)
+    known, weighted = quantizable(graph), weighted_layers(graph)
+    excluded = matching(exclude, [*weighted, *matrix_products(graph)])
+    layers = {name: layer for name, layer in weighted.items() if name in known and name not in excluded}
     if not layers:
         raise InputError(f"{method} found no convolution or fully connected layer to quantize.")
     first_and_last = ends(graph)
-    activations = insert_activation_quantizers(graph, layers, precision.activation(end=False), target.runtime)
+    eligible = products_faster_in_integers(graph, target) if precision.activation_bits == BYTE else ()
+    products, grid = tuple(name for name in eligible if name not in excluded), precision.activation(end=False)
+    activations = insert_activation_quantizers(graph, [*layers, *products], grid, target.runtime)
     for name, layer in layers.items():
         _insert_on_weight(layer, precision.weight(end=name in first_and_last), per_channel=precision.per_channel)
-    quantizers = Quantizers(graph, tuple(layers), tuple(activations))
+    quantizers = Quantizers(graph, tuple(layers), tuple(activations), products)
     for name in map(quantizers.input_of, first_and_last & layers.keys()):
         if name is not None:
             quantizers.of_activation(name).grid = precision.activation(end=True)

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
-from tersor.graph.layer_selection import Layer
+from tersor.graph.layer_selection import Convolution, Layer
 from tersor.graph.parametrization import original_weight, parametrization_input
 from tersor.pruning.mask import weight_mask
 from tersor.quantization.blocks import Block, between, blocks, layer_blocks
@@ -93,7 +93,7 @@ class _SoftRounding(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """The layer's output with the current positions."""
         weight = self.weight(self.h())
-        if isinstance(self.layer, nn.Conv2d):
+        if isinstance(self.layer, Convolution):
             return self.layer._conv_forward(values, weight, self.layer.bias)  # pyright: ignore[reportPrivateUsage]  # with its padding mode
         return nn.functional.linear(values, weight, self.layer.bias)
 

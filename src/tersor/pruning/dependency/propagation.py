@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from tersor.graph.aten import called_name
 from tersor.graph.export_program import Container
+from tersor.graph.layer_selection import Layer
 from tersor.pruning.dependency.shape_recording import Recorded, Shape, attribute
 from tersor.pruning.dependency.union_find import ChannelSets, Ids, TrackedShape
 
@@ -125,8 +126,8 @@ class ChannelPropagation:
             return TrackedShape.frozen(value.shape)
         owner, _, name = path.rpartition(".")
         layer = self.graph.get_submodule(owner)
-        if isinstance(layer, nn.Linear | nn.Conv2d) and name in {"weight", "bias"} and getattr(layer, "groups", 1) == 1:
-            axes = [(owner, axis) for axis in ("out", "in", "2", "3")]
+        if isinstance(layer, Layer) and name in {"weight", "bias"} and getattr(layer, "groups", 1) == 1:
+            axes = [(owner, axis) for axis in ("out", "in", "2", "3", "4")]
         else:
             axes = [(path, str(axis)) for axis in range(value.ndim)]
         ids = [self.ids_of(*axis, size) for axis, size in zip(axes[: value.ndim], value.shape, strict=True)]

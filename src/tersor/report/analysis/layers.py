@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from tersor.evaluation.costs import costs
 from tersor.graph.capture import layer_of
-from tersor.graph.layer_selection import Layer, weighted_layers
+from tersor.graph.layer_selection import Convolution, Layer, weighted_layers
 from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import to_integers
@@ -119,7 +119,7 @@ def _clipping_and_errors(
 
 def _apply(layer: Layer, values: Tensor) -> Tensor:
     weight = _unquantized(layer)
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, Convolution):
         return layer._conv_forward(values, weight, layer.bias)  # pyright: ignore[reportPrivateUsage]  # with its padding mode
     return F.linear(values, weight, layer.bias)
 

@@ -1,0 +1,62 @@
+"""What a captured network does otherwise than the user's network in training, and random numbers in eval mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from tersor.graph.aten import arguments
+from tersor.graph.export_program import place_in
+from tersor.graph.layer_restoration import calls_of
+
+LOST, RANDOM = "lost_in_training", "random_numbers"
+"""Keys in a captured network's `meta`: notes, and the line that draws random numbers."""
+
+_RATES = ("p", "drop_prob", "drop_rate")
+_SWITCHES = ("train", "training", "dropout_p")
+"""Arguments that are false or 0 where an operator draws no random numbers."""
+
+
+def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
+    """Notes on modules of `model` that do something in training which its `graph` does not contain."""
+    called = {path for node in graph.nodes for _, path in calls_of(node)}
+    own = {path: each for path, each in model.named_modules() if not type(each).__module__.startswith("torch.nn.")}
+    inactive = [path for path, each in own.items() if path not in called and _drops(each)]
+    switching = [path or type(each).__name__ for path, each in own.items() if type(each).train is not nn.Module.train]
+    notes: list[str] = []
+    if inactive:
+        notes.append(f"networks are captured in eval mode: this one trains without stochastic depth ({_all(inactive)})")
+    if switching:
+        notes.append(
+            f"a train() of its own is not called any more ({_all(switching)}): layers that it keeps in eval mode, such "
+            "as BatchNorm, train after capture"
+        )
+    return notes
+
+
+def _drops(module: nn.Module) -> bool:
+    rates = [vars(module).get(name) for name in _RATES]
+    return next(module.parameters(), None) is None and any(isinstance(each, float) and each > 0 for each in rates)
+
+
+def _all(paths: list[str]) -> str:
+    return f"{paths[0]} to {paths[-1]}" if len(paths) > 1 else paths[0]
+
+
+def random_numbers(graph: fx.Graph) -> str | None:
+    """` (file.py, line 12: x + torch.rand(1))` for the first operator that draws random numbers, None if none does.
+
+    Empty if the line is unknown.
+    """
+    for node in graph.nodes:
+        if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            given = arguments(node)
+            if all(given.get(name, True) for name in _SWITCHES):
+                return place_in(node.meta.get("stack_trace") or "")
+    return None
+
+
+def training_notes(model: nn.Module) -> tuple[str, ...]:
+    """Lines for the user about what a captured network no longer does in training."""
+    return tuple(model.meta.get(LOST, ())) if isinstance(model, fx.GraphModule) else ()

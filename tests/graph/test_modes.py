@@ -1,0 +1,131 @@
+"""What capture says about random numbers in eval mode and about what is lost in training."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tersor.checkpoint.structure import structure
+from tersor.core.errors import CompressionWarning, InputError
+from tersor.evaluation.costs import costs
+from tersor.graph.capture import IMAGE_SHAPE, capture
+from tersor.graph.modes import training_notes
+
+IMAGES = torch.rand(2, 3, 4, 4)
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 4, 1), function
+
+    def forward(self, images):
+        return self.function(self.conv(images))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x + torch.rand(1), lambda x: x + torch.randn_like(x), lambda x: F.dropout(x, training=True)]
+)
+def test_random_numbers_in_eval_mode_are_a_warning_with_their_line(function):
+    with pytest.warns(CompressionWarning, match=r"random numbers in eval mode \(test_modes.py, line \d+: "):
+        capture(Applied(function).eval(), IMAGES)
+
+
+def attended(x):
+    tokens = x.flatten(2).mT
+    return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
+class Rows(nn.Module):
+    """A recurrent layer on the rows of the first channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x[:, 0])
+
+
+@pytest.mark.parametrize("function", [nn.Dropout(0.5), attended, Rows(), nn.RReLU()])
+def test_what_is_random_in_training_alone_is_no_warning(function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompressionWarning)
+        capture(Applied(function).eval(), IMAGES)
+
+
+class Frozen(nn.Sequential):
+    """Keeps its BatchNorm in eval mode."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def test_a_train_of_its_own_is_noted():
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    network = nn.Sequential(nn.Identity(), Frozen(*layers)).train()
+    (note,) = training_notes(capture(network, IMAGES))
+    assert note.startswith("a train() of its own is not called any more (1)")
+    assert training_notes(capture(nn.Sequential(*layers), IMAGES)) == ()
+
+
+class Assigns(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, images):
+        self.conv.weight.data = self.conv.weight.data * 1.0
+        return self.conv(images)
+
+
+def test_torchscript_and_assignments_to_data_are_explained():
+    with pytest.raises(InputError, match=r"assigns to the values of its parameters or buffers \(\.data\)"):
+        capture(Assigns(), IMAGES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Conv2d(3, 3, 1))
+    with pytest.raises(InputError, match="0 is a TorchScript program"):
+        capture(nn.Sequential(scripted, nn.Conv2d(3, 4, 1)), IMAGES)
+
+
+class Shared(nn.Module):
+    """One convolution under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.second = self.first
+
+    def forward(self, images):
+        return self.second(images)
+
+
+def test_weights_under_two_names_load_into_the_graph():
+    network, other = Shared().eval(), Shared().eval()
+    graph = capture(network, IMAGES)
+    graph.load_state_dict(other.state_dict())
+    torch.testing.assert_close(graph(IMAGES), other(IMAGES))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        graph.load_state_dict({**other.state_dict(), "third.weight": torch.zeros(1)})
+
+
+def test_a_graph_that_tersor_has_not_captured_is_captured():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+    graph = capture(traced, IMAGES)
+    assert graph.meta[IMAGE_SHAPE] == (3, 4, 4)
+    torch.testing.assert_close(graph(IMAGES), traced(IMAGES))
+    assert structure(traced)["image_shape"] is None
+
+
+def test_an_lstm_in_parts_keeps_its_name_in_the_costs():
+    graph = capture(Applied(lambda x: x).eval(), IMAGES)
+    assert {each.kind for each in costs(graph, IMAGES).layers} == {"Conv2d"}
+    network = nn.Sequential(nn.Flatten(2), nn.LSTM(16, 4, batch_first=True)).eval()
+    assert [each.kind for each in costs(capture(network, IMAGES), IMAGES).layers] == ["LSTM"]
