@@ -82,7 +82,13 @@ class Counted:
     """Images that know how many of them were looked at."""
 
     def __init__(self, images):
-        self.images, self.targets, self.size, self.looked_at = images, images.targets, images.size, set()
+        self.images, self.looked_at = images, set()
+        self.targets, self.size, self.channels, self.largest = (
+            images.targets,
+            images.size,
+            images.channels,
+            images.largest,
+        )
 
     def __len__(self):
         return len(self.images)
@@ -104,7 +110,7 @@ def test_attaching_shows_how_far_it_is_and_its_rehearsal_looks_at_few_images(tmp
     run_stages(experiment, Checkpoints(tmp_path), bars)
     assert len(counted.looked_at) >= 3 * 64
     of_attaching = (
-        "change of the logits without each branch",
+        "change of the outputs without each branch",
         "Hessian statistics",
         "loss increase of each channel group",
     )
