@@ -24,7 +24,7 @@ from tersor.graph.capture import (
 from tersor.models import build
 from toy_networks import short
 
-SHORT_NETWORKS = dict.fromkeys(["resnet8", "mobilenet3", "densenet"], (64, {}))
+SHORT_NETWORKS = {"resnet8": (32, {}), "mobilenet3": (64, {}), "densenet": (64, {})}
 NETWORKS = {
     "resnet18": (64, {}),
     "squeezenet1_1": (64, {}),

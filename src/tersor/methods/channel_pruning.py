@@ -30,6 +30,7 @@ DepGraph's code also weights the scores of a group by BatchNorm and reports the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as record
@@ -276,6 +277,7 @@ def _blocks_for(
     share = 1.0 if kind == "channels" else budget.fraction(now)
     remaining = [share * each for each in remaining_costs("macs" if ratio else kind, graph, order, _macs(now))]
 
+    @functools.cache
     def exact(blocks: int) -> float:
         if kind == "channels":
             return remaining[blocks]
