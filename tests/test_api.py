@@ -18,14 +18,15 @@ LABELS = torch.arange(16) % 10
 
 
 class Answers(torch.nn.Module):
-    """A network that answers with a tuple."""
+    """A network that answers with two tensors, either of which can be the logits."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
     def forward(self, images):
-        return (self.network(images),)
+        logits = self.network(images)
+        return logits, 2 * logits
 
 
 @pytest.fixture

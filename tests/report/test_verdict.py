@@ -20,6 +20,7 @@ def size_change(before, after):
     return module.size_change(*(FileResults.model_validate(entry(1.0) | each) for each in (before, after)))
 
 
+ERROR = Metric(name="mean absolute error", unit="", higher_is_better=False)
 BF16 = {"runtime": "openvino", "precision": "bfloat16"}
 
 
@@ -173,3 +174,19 @@ def test_size(before, after, expected):
 )
 def test_points(after, expected):
     assert Metric(name="accuracy", unit="%", higher_is_better=True).change(90.0, after) == expected
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [(0.12, "mean absolute error 0.02 higher"), (0.08, "mean absolute error 0.02 lower")],
+)
+def test_a_metric_without_a_unit_has_no_points(after, expected):
+    assert ERROR.change(0.1, after) == expected
+    assert ERROR.change(0.1, 0.10001) == "mean absolute error unchanged"
+
+
+@pytest.mark.parametrize(("score", "file"), [(0.1005, "model.onnx"), (0.09, "model.onnx"), (0.105, "original.onnx")])
+def test_a_larger_error_is_not_recommended(score, file):
+    numbers = alone(4.0, artifact=entry(4.0, score=score, size=1_000_000), original=entry(4.0, score=0.1))
+    numbers |= {"candidates": {"onnxruntime": entry(4.0, score=0.1)}, "metric": ERROR.model_dump()}
+    assert f"Ship {file}" in verdict(numbers)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from tersor.data import Images
-from tersor.report.analysis.predictions import png
+from tersor.report.analysis.predictions import png, rgb_of
 from tersor.tasks.detection import CONFIDENT, Detection
 from tersor.tasks.segmentation import Segmentation
 from tersor.tasks.task import Task
@@ -67,7 +67,7 @@ def _by_class(task: Task, classes: Sequence[str], targets: Any, before: Any, aft
 
 
 def _example(task: Task, images: Images, index: int, shown: Mapping[str, Any]) -> dict[str, Any]:
-    pixels = images.take(torch.tensor([index]))[0]
+    pixels = rgb_of(images, index)
     if isinstance(task, Segmentation):
         pictures = {title: with_mask(pixels, masks[index], task.ignore_index) for title, masks in shown.items()}
         return {"pictures": {title: png(picture, _SIDE) for title, picture in pictures.items()}}

@@ -146,7 +146,15 @@ def image_entry(images: Images, index: int) -> dict[str, Any]:
     """Index, label (None if it has no class) and PNG of an image."""
     labels = class_numbers(images)
     label = None if labels is None else int(labels[index])
-    return {"index": index, "label": label, "png": png(images.take(torch.tensor([index]))[0])}
+    return {"index": index, "label": label, "png": png(rgb_of(images, index))}
+
+
+def rgb_of(images: Images, index: int) -> Tensor:
+    """An image as uint8 (3, H, W): the higher bits of 16, the first three channels of more, a grey one three times."""
+    pixels = images.take(torch.tensor([index]))[0]
+    if pixels.dtype == torch.uint16:
+        pixels = (pixels.int() // 256).byte()
+    return pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
 
 
 def png(pixels: Tensor, side: int = _LONGEST_SIDE) -> str:
