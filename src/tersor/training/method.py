@@ -24,9 +24,9 @@ PLAIN_VALUES = ConfigDict(extra="forbid")
 class Method(Protocol):
     """The protocol of every class in `methods/`.
 
-    Optional class variables: `needs_teacher`, `needs_steps`; `example`, parameters for a small network; `off`,
-    parameters at which the method changes nothing; `exempt`, the laws of `tests/laws` that it cannot pass, each with
-    the reason.
+    Optional class variables: `needs_teacher`, `needs_steps`; `needs_logits`, `needs_classes` (one target class for each
+    position), and a task without them is refused; `example`, parameters for a small network; `off`, parameters at which
+    the method changes nothing; `exempt`, the laws of `tests/laws` that it cannot pass, each with the reason.
     """
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
