@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tersor.core.errors import InputError
-from tersor.data.decoding import SUFFIXES, read_file, rgb
+from tersor.data.decoding import SUFFIXES, ImageFormat, mask_of, pixels_of, read_file
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:200:20j, 0:200:30j], 90), axis=2).astype(np.uint8)
@@ -20,7 +20,7 @@ SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:200:20j, 0:200:30j], 90), axis
 def test_every_format_is_read(suffix, tmp_path):
     path = tmp_path / f"image{suffix}"
     Image.fromarray(SMOOTH).save(path)
-    found = read_file(str(path), None)
+    found = read_file(str(path), ImageFormat())
     assert found.shape == (20, 30, 3)
     assert found.dtype == np.uint8
     lossy = suffix in {".jpg", ".jpeg", ".webp", ".gif"}
@@ -30,14 +30,82 @@ def test_every_format_is_read(suffix, tmp_path):
 @pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK"])
 def test_every_mode_becomes_rgb(mode):
     image = Image.fromarray(PIXELS).convert(mode)
-    assert np.array_equal(rgb(image, None, "it"), np.asarray(image.convert("RGB")))
+    assert np.array_equal(pixels_of(image, ImageFormat(), "it"), np.asarray(image.convert("RGB")))
 
 
-def test_sixteen_bits_are_refused_and_not_clipped(tmp_path):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_kept(tmp_path, channels):
+    values = np.random.default_rng(0).integers(0, 2**16, (6, 4), dtype=np.uint16)
     path = tmp_path / "deep.png"
-    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(path)
-    with pytest.raises(InputError, match=r"deep\.png' has more than 8 bits"):
-        read_file(str(path), None)
+    Image.fromarray(values).save(path)
+    found = read_file(str(path), ImageFormat(channels=channels))
+    assert found.dtype == np.uint16
+    assert np.array_equal(found, values[..., None].repeat(channels, 2))
+    assert read_file(str(path), ImageFormat((3, 2), channels)).shape == (3, 2, channels)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "LA"])
+def test_grey_images_have_one_channel(mode):
+    image = Image.fromarray(PIXELS).convert(mode)
+    assert np.array_equal(pixels_of(image, ImageFormat(channels=1), "it")[..., 0], np.asarray(image.convert("L")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK"])
+def test_four_channels_are_independent(mode):
+    values = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    values[..., 3] = 0
+    image = Image.frombytes(mode, (8, 8), values.tobytes())
+    assert np.array_equal(pixels_of(image, ImageFormat(channels=4), "it"), values)
+    small = pixels_of(image, ImageFormat((4, 4), 4), "it")
+    for band in range(4):
+        alone = Image.fromarray(values[..., band]).resize((4, 4), Image.Resampling.BILINEAR)
+        assert np.array_equal(small[..., band], np.asarray(alone))
+
+
+def test_without_crop_both_sides_are_resized():
+    found = pixels_of(Image.fromarray(SMOOTH), ImageFormat((10, 10), crop=False), "it")
+    assert np.array_equal(found, np.asarray(Image.fromarray(SMOOTH).resize((10, 10), Image.Resampling.BILINEAR)))
+    assert not np.array_equal(found, pixels_of(Image.fromarray(SMOOTH), ImageFormat((10, 10)), "it"))
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "words"),
+    [
+        (torch.zeros(5, 4, 4, dtype=torch.uint8), 3, "5 channels, and 3 were asked for. Write channels: 5"),
+        (Image.new("RGB", (4, 4)), 5, "5 channels were asked for. Possible: .*1, 3, 4 channels"),
+        (Image.new("F", (4, 4)), 3, "mode 'F'.*Possible: images of 8 or 16 bits"),
+        (Image.fromarray(np.full((4, 4), 2**16, np.int32)), 3, "more than 16 bits"),
+    ],
+)
+def test_channels_that_cannot_be_had(image, channels, words):
+    with pytest.raises(InputError, match=words):
+        pixels_of(image, ImageFormat(channels=channels), "it")
+
+
+def test_a_mask_is_resized_without_new_values():
+    values = np.random.default_rng(0).choice(np.array([0, 7, 255], np.uint8), (9, 12))
+    palette = Image.fromarray(values).convert("P")
+    palette.putdata(values.flatten().tolist())
+    for image in (Image.fromarray(values), palette, torch.from_numpy(values).long()):
+        assert np.array_equal(mask_of(image, None, "it"), values)
+        found = mask_of(image, (5, 7), "it")
+        assert found.shape == (5, 7)
+        assert {*found.flatten().tolist()} <= {0, 7, 255}
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (Image.new("RGB", (4, 4)), "Pillow mode 'RGB'.*Convert colours to class numbers"),
+        (torch.zeros(3, 4, 4, dtype=torch.long), r"a mask \(3, 4, 4\)"),
+        (torch.zeros(4, 4), "of float32"),
+        (torch.full((4, 4), 256), "from 256 to 256"),
+        (torch.full((4, 4), -1), "from -1 to -1"),
+    ],
+)
+def test_masks_that_have_no_class_numbers(image, words):
+    with pytest.raises(InputError, match=words):
+        mask_of(image, None, "it")
 
 
 @pytest.mark.parametrize("options", [(".jpg", {}), (".jpg", {"progressive": True}), (".png", {}), (".webp", {})])
@@ -50,7 +118,7 @@ def test_a_file_cut_anywhere_is_named(options, tmp_path):
     for length in range(0, len(content) - 100, 40):
         path.write_bytes(content[:length])
         with pytest.raises(InputError, match=rf"cut\{suffix}' (is not an image|cannot be decoded)"):
-            read_file(str(path), None)
+            read_file(str(path), ImageFormat())
 
 
 def test_broken_bytes_give_an_input_error_or_pixels(tmp_path):
@@ -65,7 +133,7 @@ def test_broken_bytes_give_an_input_error_or_pixels(tmp_path):
             broken[random.integers(0, min(120, len(content)), 4)] = random.integers(0, 256, 4)
             path.write_bytes(broken.tobytes())
             try:
-                assert read_file(str(path), 8).shape == (8, 8, 3)
+                assert read_file(str(path), ImageFormat((8, 8))).shape == (8, 8, 3)
             except InputError as error:
                 assert "broken" in str(error)  # noqa: PT017  (either is right, and which one is up to the bytes)
 
@@ -74,32 +142,32 @@ def test_broken_bytes_give_an_input_error_or_pixels(tmp_path):
 def test_a_named_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(InputError, match=r"pipe\.png' does not exist or is not a regular file"):
-        read_file(str(tmp_path / "pipe.png"), None)
+        read_file(str(tmp_path / "pipe.png"), ImageFormat())
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.png' does not exist"):
-        read_file(str(tmp_path / "gone.png"), None)
+        read_file(str(tmp_path / "gone.png"), ImageFormat())
 
 
 def test_text_is_not_an_image(tmp_path):
     path = tmp_path / "letter.jpg"
     path.write_text("Dear reader")
     with pytest.raises(InputError, match=r"letter\.jpg' is not an image"):
-        read_file(str(path), None)
+        read_file(str(path), ImageFormat())
 
 
 @pytest.mark.parametrize("size", [(30, 20), (20, 30), (10, 10), (11, 57), (5, 40)])
 def test_the_shorter_side_is_resized_and_the_centre_stays(size):
     image = Image.new("RGB", size, (200, 100, 50))
     image.putpixel((0, 0), (0, 0, 0))
-    found = rgb(image, 10, "it")
+    found = pixels_of(image, ImageFormat((10, 10)), "it")
     assert found.shape == (10, 10, 3)
     width, height = size
     if width > height + 4:  # the corner is cropped off
         assert (found == (200, 100, 50)).all()
     slow = Image.fromarray(SMOOTH).resize((15, 10), Image.Resampling.BILINEAR).crop((2, 0, 12, 10))
-    close = rgb(Image.fromarray(SMOOTH), 10, "it").astype(int) - np.asarray(slow)
+    close = pixels_of(Image.fromarray(SMOOTH), ImageFormat((10, 10)), "it").astype(int) - np.asarray(slow)
     assert np.abs(close).max() <= 8  # half a pixel of the centre
 
 
@@ -107,21 +175,21 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
     path = tmp_path / "large.jpg"
     Image.fromarray(PIXELS).resize((900, 600), Image.Resampling.BICUBIC).save(path, quality=95)
     with Image.open(path) as image:
-        whole = rgb(image, 32, "it").astype(int)
-    assert np.abs(read_file(str(path), 32) - whole).max() <= 3
+        whole = pixels_of(image, ImageFormat((32, 32)), "it").astype(int)
+    assert np.abs(read_file(str(path), ImageFormat((32, 32))) - whole).max() <= 3
 
 
 def test_tensors():
     tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
-    assert np.array_equal(rgb(tensor, None, "it"), PIXELS)
-    assert np.array_equal(rgb(tensor[:1], None, "it"), PIXELS[:, :, :1].repeat(3, axis=2))
-    assert rgb(tensor, 7, "it").shape == (7, 7, 3)
+    assert np.array_equal(pixels_of(tensor, ImageFormat(), "it"), PIXELS)
+    assert np.array_equal(pixels_of(tensor[:1], ImageFormat(), "it"), PIXELS[:, :, :1].repeat(3, axis=2))
+    assert pixels_of(tensor, ImageFormat((7, 7)), "it").shape == (7, 7, 3)
 
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8), "a path", None])
 def test_other_types_are_refused(image):
-    with pytest.raises(InputError, match=r"image 3 .*Pass a PIL image or a uint8 tensor"):
-        rgb(image, None, "image 3")
+    with pytest.raises(InputError, match="image 3 .*Pass a PIL image or a uint8"):
+        pixels_of(image, ImageFormat(), "image 3")
 
 
 def png_of(width, height, pixels=b""):
@@ -141,14 +209,14 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, size, i
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of(*size))
     with pytest.raises(InputError, match=r"bomb\.png'.*(smaller|Replace)"):
-        read_file(str(path), image_size)
+        read_file(str(path), ImageFormat(image_size and (image_size, image_size)))
 
 
 def test_a_warning_of_a_bomb_that_is_an_error_is_one_message(tmp_path):
     path = tmp_path / "large.png"
     path.write_bytes(png_of(10_000, 10_000))
     with warnings.catch_warnings(action="error"), pytest.raises(InputError, match=r"large\.png'.*smaller"):
-        read_file(str(path), None)
+        read_file(str(path), ImageFormat())
 
 
 @pytest.mark.parametrize(
@@ -159,10 +227,10 @@ def test_a_program_that_is_named_like_an_image_is_not_executed(tmp_path, start, 
     path = tmp_path / "image.png"
     path.write_bytes(start + b"(x) print showpage\n")
     with pytest.raises(InputError, match=r"image\.png' is not an image in a supported format"):
-        read_file(str(path), None)
+        read_file(str(path), ImageFormat())
 
 
 def test_a_phone_s_jpeg_with_several_pictures_is_read(tmp_path):
     path = tmp_path / "phone.jpg"
     Image.fromarray(SMOOTH).save(path, "MPO", save_all=True, append_images=[Image.fromarray(SMOOTH)])
-    assert read_file(str(path), None).shape == (20, 30, 3)
+    assert read_file(str(path), ImageFormat()).shape == (20, 30, 3)

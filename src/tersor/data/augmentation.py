@@ -1,4 +1,4 @@
-"""Random changes to batches of uint8 images that keep their labels valid."""
+"""Random changes to batches of images and their targets: masks and boxes move with the pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tersor.core.import_path import import_function, is_function_path
 
 Named = Literal["none", "flip", "crop_flip"]
 NAMES: tuple[str, ...] = get_args(Named)
-Transform = Callable[[Tensor], Any]
+Transform = Callable[..., Any]
 Augmentation = str | Sequence[str | Mapping[str, Mapping[str, Any] | None]] | Transform
 """A name; "package.module:function"; classes of torchvision.transforms.v2 with their arguments; or a callable."""
 
@@ -39,32 +39,41 @@ def resolve(augmentation: Augmentation) -> Named | Transform:
     return augmentation if callable(augmentation) else _composed(augmentation)
 
 
-def augmented(pixels: Tensor, augmentation: Named | Transform, draw: torch.Generator) -> Tensor:
+def augmented(
+    pixels: Tensor, targets: Any, augmentation: Named | Transform, draw: torch.Generator
+) -> tuple[Tensor, Any]:
     """Augment a batch.
 
     `flip` mirrors half of the images. `crop_flip` also shifts each by up to an eighth of its size, padded by
-    reflection. Transforms of torchvision are called for each image, because one call draws one set of random numbers;
-    any other callable gets the whole batch. Both may draw from torch's global CPU generator, which is seeded for each
-    batch and restored.
+    reflection. Transforms of torchvision are called for each image and its mask or boxes, because one call draws one
+    set of random numbers; boxes that leave the image are dropped. Any other callable gets the whole batch: the images,
+    and the targets too if they are masks or boxes. Both may draw from torch's global CPU generator, which is seeded for
+    each batch and restored.
 
     Args:
-        pixels: (B, H, W, 3) uint8, contiguous; may be overwritten.
+        pixels: (B, H, W, C) uint8 or uint16, contiguous; may be overwritten.
+        targets: of the batch: masks (B, H, W) and lists of boxes are augmented, others stay as they are.
         augmentation: what `resolve` returns.
         draw: the generator of this batch.
 
     Returns:
-        (B, H, W, 3) uint8, contiguous.
+        Pixels (B, H, W, C) of the same data type, contiguous; and the targets.
 
     Raises:
-        InputError: a transform fails, or its result differs from its input in shape or data type.
+        InputError: a transform fails, its result differs from its input in shape or data type, or boxes cannot follow.
     """
     if callable(augmentation):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw.initial_seed())  # torch.manual_seed would seed GPUs as well
-            images = _transformed(pixels.permute(0, 3, 1, 2), augmentation)
-        return images.permute(0, 2, 3, 1).contiguous()
+            images, targets = _transformed(pixels.permute(0, 3, 1, 2), targets, augmentation)
+        return images.permute(0, 2, 3, 1).contiguous(), targets
     if augmentation == "none":
-        return pixels
+        return pixels, targets
+    if augmentation == "crop_flip" and _are_boxes(targets):
+        raise InputError(
+            "augment is crop_flip, which mirrors the edges of an image into it, objects without boxes among them. "
+            "Write flip, or a list such as [RandomHorizontalFlip, RandomIoUCrop, {Resize: {size: [64, 64]}}]."
+        )
     batch, height, width, channels = pixels.shape
     flips = torch.rand(batch, 1, generator=draw) < 0.5
     rows = torch.arange(height).expand(batch, height)
@@ -73,8 +82,28 @@ def augmented(pixels: Tensor, augmentation: Named | Transform, draw: torch.Gener
         rows = _reflected(rows + _shifts(batch, height // 8, draw), height)
         columns = _reflected(columns + _shifts(batch, width // 8, draw), width)
     # pad, crop and flip as one gather of pixels
-    index = (torch.arange(batch)[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
-    return pixels.view(-1, channels).index_select(0, index.flatten()).view(pixels.shape)
+    index = ((torch.arange(batch)[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]).flatten()
+    moved = pixels.view(-1, channels).index_select(0, index).view(pixels.shape)
+    if _are_masks(targets, pixels):
+        return moved, targets.flatten().index_select(0, index).view(targets.shape)
+    if _are_boxes(targets):
+        return moved, [_mirrored(one, width) if flip else one for one, flip in zip(targets, flips, strict=True)]
+    return moved, targets
+
+
+def _are_masks(targets: Any, pixels: Tensor) -> bool:
+    return isinstance(targets, Tensor) and targets.shape == pixels.shape[:3]
+
+
+def _are_boxes(targets: Any) -> bool:
+    return isinstance(targets, list) and all(
+        isinstance(one, dict) and "boxes" in one for one in cast("list[Any]", targets)
+    )
+
+
+def _mirrored(target: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    left, top, right, bottom = target["boxes"].unbind(1)
+    return target | {"boxes": torch.stack([width - right, top, width - left, bottom], 1)}
 
 
 def _shifts(batch: int, limit: int, draw: torch.Generator) -> Tensor:
@@ -86,15 +115,54 @@ def _reflected(index: Tensor, length: int) -> Tensor:
     return (length - 1) - ((length - 1) - index.abs()).abs()
 
 
-def _transformed(images: Tensor, transform: Transform) -> Tensor:
-    """Images (B, 3, H, W) -> the same shape and data type."""
+def _transformed(images: Tensor, targets: Any, transform: Transform) -> tuple[Tensor, Any]:
+    """Images (B, C, H, W) and targets -> the same shapes and data types."""
+    masks, boxes = _are_masks(targets, images[:, 0]), _are_boxes(targets)
     if not any(cls.__module__.startswith("torchvision.transforms") for cls in inspect.getmro(type(transform))):
-        return _checked(transform(images), images, transform)
+        if not masks and not boxes:
+            return _checked(transform(images), images, transform), targets
+        returned = transform(images, targets)
+        if not isinstance(returned, tuple) or len(cast("tuple[Any, ...]", returned)) != 2:
+            raise InputError(
+                f"the augmentation {getattr(transform, '__name__', transform)} returned a {type(returned).__name__}. "
+                "Return images and targets: masks and boxes move with the pixels."
+            )
+        moved, after = cast("tuple[Any, Any]", returned)
+        return _checked(moved, images, transform), _checked(after, targets, transform) if masks else after
     try:
-        results = [transform(image) for image in images]
+        if masks:
+            pairs = [_with_mask(image, mask, transform) for image, mask in zip(images, targets, strict=True)]
+        elif boxes:
+            pairs = [_with_boxes(image, target, transform) for image, target in zip(images, targets, strict=True)]
+        else:
+            pairs = [(transform(image), None) for image in images]
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError) as error:
         raise InputError(f"the augmentation {transform} failed: {error}") from error
-    return torch.stack([_checked(result, image, transform) for result, image in zip(results, images, strict=True)])
+    results, after = zip(*pairs, strict=True) if pairs else ((), ())
+    stacked = torch.stack([_checked(result, image, transform) for result, image in zip(results, images, strict=True)])
+    return stacked, torch.stack(after) if masks else [*after] if boxes else targets
+
+
+def _with_mask(image: Tensor, mask: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+    from torchvision import tv_tensors  # imported here because it takes seconds
+
+    moved, after = transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+    return _plain(moved), _plain(after)
+
+
+def _with_boxes(image: Tensor, target: dict[str, Tensor], transform: Transform) -> tuple[Tensor, dict[str, Tensor]]:
+    """An image and its boxes after the transform; boxes of less than a pixel are dropped."""
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    height, width = image.shape[-2:]
+    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(height, width))  # pyright: ignore[reportCallIssue]
+    moved, after = v2.SanitizeBoundingBoxes()(*transform(tv_tensors.Image(image), target | {"boxes": boxes}))
+    return _plain(moved), {key: _plain(value) for key, value in after.items()}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(Tensor)
 
 
 def _checked(result: Any, before: Tensor, transform: Transform) -> Tensor:

@@ -1,11 +1,10 @@
-"""Data sets by name: the digits of scikit-learn, those of torchvision, and those that a user's function returns."""
+"""Data sets by name: the bundled ones, those of torchvision, and those that a user's function returns."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -15,8 +14,11 @@ from torch import Tensor
 
 from tersor.core.errors import InputError, unknown
 from tersor.core.import_path import call_with, import_function, is_function_path
-from tersor.data.decoding import rgb
-from tersor.data.image_sets import THREADS, Decoded, Splits, View
+from tersor.data.dataset_items import ItemSet, class_names, described
+from tersor.data.decoding import ImageFormat, pixels_of
+from tersor.data.image_sets import THREADS, Decoded, LazyTargets, Splits, View
+from tersor.data.scenes import CLASSES, SIDE, TEST, TRAIN, Scenes
+from tersor.data.splitting import none_of
 from tersor.data.stratified import generator, stratified
 
 _TRAIN: dict[str, Any] = {"train": True}
@@ -34,43 +36,83 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Class -> its arguments for the training set and for the test set. All list their labels without decoding images."""
 
+BUNDLED = ("digits", "scenes")
 DIGITS_TEST_SHARE = 0.2
 _DIGITS_TEST_SEED = 0
 
+SMALLEST = 32
+"""Shortest side of a scene in pixels."""
 
-def from_name(name: str, root: Path | None, image_size: int | None) -> Splits:
-    """Load `digits`, one of `TORCHVISION` (case is ignored), or what `package.module:function` returns.
+SceneTargets = Literal["masks", "boxes"]
+
+
+def from_name(name: str, root: Path | None, form: ImageFormat, targets: SceneTargets = "masks") -> Splits:
+    """Load `digits`, `scenes`, one of `TORCHVISION` (case is ignored), or what `package.module:function` returns.
 
     Raises:
         InputError: the name is unknown, the files are not under `root`, or the function returns anything else.
     """
     if is_function_path(name):
-        return _from_function(name, root, image_size)
+        return _from_function(name, root, form)
     by_name = {known.lower(): known for known in TORCHVISION}
     if name.lower() in by_name:
-        return _from_torchvision(by_name[name.lower()], root, image_size)
-    if name.lower() != "digits":
-        raise unknown("data name", name.lower(), ["digits", *by_name, "package.module:function"])
+        return _from_torchvision(by_name[name.lower()], root, form)
+    if name.lower() not in BUNDLED:
+        raise unknown("data name", name.lower(), [*BUNDLED, *by_name, "package.module:function"])
     if root is not None:
-        raise InputError("the digits are part of scikit-learn and need no root. Leave root out.")
-    return _digits(image_size)
+        raise InputError(f"the {name} are made from scikit-learn's data and need no root. Leave root out.")
+    return _digits(form) if name.lower() == "digits" else _scenes(form, targets)
 
 
-def _digits(image_size: int | None) -> Splits:
+def _digits(form: ImageFormat) -> Splits:
     """1,797 handwritten digits of 8x8 pixels; the test set is a fifth, always the same."""
+    ink, labels, test, train = _divided_digits()
+    gray: NDArray[np.uint8] = np.round(ink * 255).astype(np.uint8)
+    everything = Decoded(labels, lambda number: pixels_of(Image.fromarray(gray[number]), form, "a digit"))
+    classes = tuple(str(digit) for digit in range(10))
+    return Splits(View(everything, train), none_of(everything), View(everything, test), classes)
+
+
+def _divided_digits() -> tuple[NDArray[np.float64], Tensor, Tensor, Tensor]:
+    """The ink (N, 8, 8) in [0, 1], the labels (N,), and the numbers of the test and of the training digits."""
     from sklearn.datasets import load_digits  # imported here because it takes a second
 
     data = cast("Any", load_digits())
-    gray: NDArray[np.uint8] = np.round(data.images * (255 / 16)).astype(np.uint8)
     labels = torch.from_numpy(data.target).to(torch.int64)
-    everything = Decoded(labels, lambda number: rgb(Image.fromarray(gray[number]), image_size, "a digit"))
     count = round(DIGITS_TEST_SHARE * len(labels))
     test, train = stratified(labels, count, generator(_DIGITS_TEST_SEED))
-    classes = tuple(str(digit) for digit in range(10))
-    return Splits(View(everything, train), View(everything, torch.arange(0)), View(everything, test), classes)
+    return data.images / 16, labels, test, train
 
 
-def _from_torchvision(name: str, root: Path | None, image_size: int | None) -> Splits:
+def _scenes(form: ImageFormat, targets: SceneTargets) -> Splits:
+    """2,000 training and 500 test scenes of digits (see `scenes`), always the same for a size."""
+    ink, labels, *divided = _divided_digits()
+    size = form.size or (SIDE, SIDE)
+    if min(size) < SMALLEST:
+        raise InputError(
+            f"image_size is {min(size)}. Write at least {SMALLEST} for scenes: smaller digits are illegible."
+        )
+    sets = [Scenes(ink[index.numpy()], labels[index].numpy(), size, seed) for seed, index in enumerate(divided)]
+    test, train = (
+        _scene_images(scenes, count, form, targets) for scenes, count in zip(sets, (TEST, TRAIN), strict=True)
+    )
+    return Splits(train, none_of(train), test, CLASSES)
+
+
+def _scene_images(scenes: Scenes, count: int, form: ImageFormat, targets: SceneTargets) -> Decoded:
+    def boxes(number: int) -> dict[str, Tensor]:
+        scene = scenes[number]
+        return {"boxes": torch.from_numpy(scene.boxes), "labels": torch.from_numpy(scene.labels)}
+
+    read = boxes if targets == "boxes" else lambda number: torch.from_numpy(scenes[number].mask)
+    return Decoded(
+        LazyTargets(count, read),
+        lambda number: pixels_of(Image.fromarray(scenes[number].pixels), form, "a scene"),
+        threads=1,
+    )
+
+
+def _from_torchvision(name: str, root: Path | None, form: ImageFormat) -> Splits:
     from torchvision import datasets  # imported here because it takes a second
 
     if root is None:
@@ -80,7 +122,7 @@ def _from_torchvision(name: str, root: Path | None, image_size: int | None) -> S
         train, test = (make(root=str(root), **options) for options in TORCHVISION[name])
     except (RuntimeError, OSError) as error:
         raise InputError(f"'{name}' cannot be loaded from '{root}'. {_how_to_get(name, root)} ({error})") from error
-    return _from_pair(name, train, test, image_size, THREADS)
+    return from_datasets(name, {"train": train, "test": test}, form, THREADS)
 
 
 def _how_to_get(name: str, root: Path) -> str:
@@ -93,80 +135,37 @@ def _how_to_get(name: str, root: Path) -> str:
     return f'Get it with: python -c "from torchvision.datasets import {name}; {"; ".join(calls)}"'
 
 
-def _from_function(path: str, root: Path | None, image_size: int | None) -> Splits:
+def _from_function(path: str, root: Path | None, form: ImageFormat) -> Splits:
     returned = call_with(path, import_function(path), **({} if root is None else {"root": str(root)}))
     if isinstance(returned, Splits):
         return returned
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
+    if isinstance(returned, tuple | list) and len(returned) == 2:
+        returned = {"train": returned[0], "test": returned[1]}
+    if not isinstance(returned, Mapping) or not {"train", "test"} <= {*returned}:
         raise InputError(
-            f"'{path}' returned {_described(returned)}. Return a tersor.data.Splits, or a pair (train, test) of torch "
-            "Datasets of (PIL image or uint8 tensor, class number)."
+            f"'{path}' returned {described(returned)}. Return a tersor.data.Splits, a pair (train, test) of torch "
+            "Datasets, or a dict of train, test and, if there is one, validation, such as a Hugging Face DatasetDict."
         )
-    # a user's data set may not be thread-safe
-    return _from_pair(path, returned[0], returned[1], image_size, threads=1)
+    return from_datasets(path, cast("Mapping[str, Any]", returned), form, threads=1)  # theirs may not be thread-safe
 
 
-def _described(value: object) -> str:
-    length = f" of length {len(value)}" if isinstance(value, tuple | list) else ""
-    return f"a {type(value).__name__}{length}"
+def from_datasets(name: str, datasets: Mapping[str, Any], form: ImageFormat, threads: int) -> Splits:
+    """Load data sets of images and targets (see `ItemSet`).
 
+    Args:
+        name: of the data, in errors.
+        datasets: "train", "test" and perhaps "validation"; each has a length and items by number.
+        form: size and channels of the images.
+        threads: number of images decoded in parallel.
 
-def _from_pair(name: str, train: Any, test: Any, image_size: int | None, threads: int) -> Splits:
-    sets = [
-        _from_dataset(f"{name}, {which} set", dataset, image_size, threads)
-        for which, dataset in (("training", train), ("test", test))
-    ]
-    count = 1 + int(max(images.targets.max() for images in sets))
-    names = getattr(train, "classes", None) or range(count)
-    classes = tuple(", ".join(each) if isinstance(each, tuple) else str(each) for each in names)
-    return Splits(sets[0], View(sets[0], torch.arange(0)), sets[1], classes)
-
-
-def _from_dataset(name: str, dataset: Any, image_size: int | None, threads: int) -> Decoded:
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
-        raise InputError(
-            f"{name}: a {type(dataset).__name__} that is empty or has no length. Return a torch Dataset with a length."
-        )
-    labels = _labels(name, dataset)
-
-    def read(number: int) -> NDArray[np.uint8]:
-        image, label = _item(name, dataset, number)
-        if label != labels[number]:
-            raise InputError(f"{name}: image {number} has label {label}, but had label {int(labels[number])} before.")
-        return rgb(image, image_size, f"{name}: image {number}")
-
-    return Decoded(labels, read, threads)
-
-
-def _labels(name: str, dataset: Any) -> Tensor:
-    """The labels that the data set lists, as torchvision's do; otherwise every item is loaded."""
-    for attribute in ("targets", "labels"):
-        listed = getattr(dataset, attribute, None)
-        if listed is not None and len(listed) == len(dataset) and getattr(dataset, "target_transform", None) is None:
-            return _class_numbers(f"{name}: {attribute}", np.asarray(listed))
-    return torch.tensor([_item(name, dataset, number)[1] for number in range(len(dataset))])
-
-
-def _class_numbers(what: str, listed: NDArray[Any]) -> Tensor:
-    """Labels (N,) as int64."""
-    if listed.ndim != 1 or listed.dtype.kind not in "iu":
-        advice = "Write labels.argmax(1)" if listed.ndim > 1 and listed.shape[-1] > 1 else "Convert them"
-        raise InputError(
-            f"{what} have the data type {listed.dtype} and the shape {listed.shape}. Possible: class numbers "
-            f"({len(listed)},), integers from 0. {advice}."
-        )
-    return torch.from_numpy(listed.astype(np.int64))
-
-
-def _item(name: str, dataset: Any, number: int) -> tuple[object, int]:
-    item = dataset[number]
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        raise InputError(
-            f"{name}: item {number} is {_described(item)}. Possible: (PIL image or uint8 tensor, class number)."
-        )
-    try:
-        return item[0], operator.index(item[1])
-    except TypeError as error:
-        raise InputError(
-            f"{name}: the label of item {number} is a {type(item[1]).__name__}. Possible: a class number (int)."
-        ) from error
+    Raises:
+        InputError: a data set is empty, or its items are something else.
+    """
+    words = {"train": "training", "test": "test", "validation": "validation"}
+    sets = {
+        which: ItemSet(f"{name}, {word} set", datasets[which]) for which, word in words.items() if which in datasets
+    }
+    kind = sets["train"].kind()
+    images = {which: each.images(kind, form, threads) for which, each in sets.items()}
+    classes = class_names([*images.values()], kind, datasets["train"])
+    return Splits(images["train"], images.get("validation") or none_of(images["train"]), images["test"], classes)

@@ -10,15 +10,13 @@ from pathlib import Path
 import torch
 
 from tersor.core.errors import InputError
-from tersor.data.decoding import SUFFIXES, read_file
-from tersor.data.image_sets import Decoded, Splits, View
-from tersor.data.stratified import generator, stratified
-
-TEST_SHARE = 0.2
-_TEST_SEED = 0
+from tersor.data.decoding import SUFFIXES, ImageFormat, read_file
+from tersor.data.image_sets import Decoded, Splits
+from tersor.data.set_folders import set_folders, subfolders
+from tersor.data.splitting import none_of, with_test_set
 
 
-def from_folder(folder: Path, image_size: int | None) -> Splits:
+def from_folder(folder: Path, form: ImageFormat) -> Splits:
     """Load the images of `folder/{train,test}/<class>/`, at any depth below the class.
 
     `val` is the test set if there is no `test`, and the validation set otherwise. A folder that holds only `<class>/`
@@ -29,70 +27,43 @@ def from_folder(folder: Path, image_size: int | None) -> Splits:
         InputError: the folder, `train` or `test` does not exist, a class has no image, the classes of the sets differ,
             or the first image cannot be decoded.
     """
-    if not folder.is_dir():
-        problem = "is a file. Unpack it" if folder.exists() else "does not exist. Correct the path"
-        raise InputError(f"data folder '{folder}' {problem}. Expected: folder/{{train,test}}/<class>/*.jpg.")
-    names = {child.name for child in folder.iterdir() if child.is_dir()} & {"train", "val", "test"}
-    # a "train" folder that holds images may be a class, beside "bus" and "car"
-    if not names or (names == {"train"} and not _subfolders(folder / "train")):
-        return _split_off_test_set(_class_files(folder), folder, image_size)
-    if "train" not in names:
-        raise InputError(f"'{folder}' holds {' and '.join(sorted(names))}, but no 'train'. Add train/<class>/*.jpg.")
-    if names == {"train"}:
-        raise InputError(
-            f"'{folder}' holds 'train', but neither 'test' nor 'val'. Add test/<class>/*.jpg, or write "
-            f"'{folder}/train' as the folder, and it will be split."
-        )
-    train_files = _class_files(folder / "train")
+    sets = set_folders(folder)
+    if sets is None:
+        files = _class_files(folder)
+        return with_test_set(_images(tuple(files), files, form), tuple(files))
+    train_files = _class_files(sets["train"])
     classes = tuple(train_files)
-    test = _set_of(classes, folder / ("test" if "test" in names else "val"), image_size)
+    test = _set_of(classes, sets["test"], form)
     missing = [name for number, name in enumerate(classes) if not (test.targets == number).any()]
     if missing:
         raise InputError(
             f"the test set of '{folder}' lacks {len(missing)} of the {len(classes)} classes: "
             f"{', '.join(missing[:5])}. Add test images of them, or remove the classes from train."
         )
-    train = _images(classes, train_files, image_size)
-    if names == {"train", "val", "test"}:
-        validation = _set_of(classes, folder / "val", image_size)
-    else:
-        validation = View(train, torch.arange(0))
-    return Splits(train, validation, test, classes)
+    train = _images(classes, train_files, form)
+    return Splits(train, _set_of(classes, sets["val"], form) if "val" in sets else none_of(train), test, classes)
 
 
-def _split_off_test_set(files: dict[str, list[str]], folder: Path, image_size: int | None) -> Splits:
-    for name, paths in files.items():
-        if len(paths) < 2:
-            raise InputError(
-                f"class folder '{folder / name}' holds a single image, so no test image can be split off. "
-                "Add images, or split them yourself into folder/{train,test}/<class>/."
-            )
-    images = _images(tuple(files), files, image_size)
-    count = max(len(files), round(TEST_SHARE * len(images)))
-    test, train = stratified(images.targets, count, generator(_TEST_SEED), at_least=1, leave=1)
-    return Splits(View(images, train), View(images, torch.arange(0)), View(images, test), tuple(files))
-
-
-def _set_of(classes: tuple[str, ...], folder: Path, image_size: int | None) -> Decoded:
+def _set_of(classes: tuple[str, ...], folder: Path, form: ImageFormat) -> Decoded:
     files = _class_files(folder)
     extra = [name for name in files if name not in classes]
     if extra:
         raise InputError(
             f"'{folder}' holds classes that 'train' lacks: {', '.join(extra[:5])}. Possible: {', '.join(classes)}."
         )
-    return _images(classes, files, image_size)
+    return _images(classes, files, form)
 
 
-def _images(classes: tuple[str, ...], files: dict[str, list[str]], image_size: int | None) -> Decoded:
+def _images(classes: tuple[str, ...], files: dict[str, list[str]], form: ImageFormat) -> Decoded:
     paths = [path for of_class in files.values() for path in of_class]
     number_of = {name: number for number, name in enumerate(classes)}
     labels = torch.tensor([number_of[name] for name, of_class in files.items() for _ in of_class])
-    return Decoded(labels, lambda number: read_file(paths[number], image_size))
+    return Decoded(labels, lambda number: read_file(paths[number], form))
 
 
 def _class_files(folder: Path) -> dict[str, list[str]]:
     """Class -> its image files, both sorted by name."""
-    files = {name: _image_files(folder / name) for name in _subfolders(folder)}
+    files = {name: _image_files(folder / name) for name in subfolders(folder)}
     if not files:
         raise InputError(f"'{folder}' holds no class folders. Expected: '{folder}/<class>/*.jpg'.")
     empty = [name for name, paths in files.items() if not paths]
@@ -103,10 +74,6 @@ def _class_files(folder: Path) -> dict[str, list[str]]:
             + f". Add images ({', '.join(SUFFIXES)}) or remove the folder."
         )
     return files
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
 def _image_files(folder: Path) -> list[str]:

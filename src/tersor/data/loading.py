@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.data.datasets import from_name
+from tersor.data.coco_folder import files_of, from_coco
+from tersor.data.csv_file import from_csv
+from tersor.data.datasets import SceneTargets, from_datasets, from_name
+from tersor.data.decoding import ImageFormat
 from tersor.data.image_folder import from_folder
-from tersor.data.image_sets import CHUNK, Channels, Images, Splits, View, bytes_in_memory, class_numbers, in_memory
-from tersor.data.stratified import generator, stratified
+from tersor.data.image_sets import CHUNK, Channels, Images, Splits, bytes_in_memory, in_memory
+from tersor.data.mask_folder import from_mask_folder, has_masks
+from tersor.data.split_checks import check_splits, check_targets
+from tersor.data.splitting import limited, with_validation
+from tersor.data.stratified import generator
+from tersor.data.voc_folder import from_voc, is_voc
 
 MEMORY = 2 * 2**30
 """A data set of at most this many bytes of pixels is decoded once and kept in memory."""
@@ -21,15 +28,19 @@ MEMORY = 2 * 2**30
 STATISTICS_OF = 10_000
 """Maximum number of training images for mean and standard deviation."""
 
-_VALIDATION, _LIMIT, _STATISTICS = 0, 1, 2  # streams of random numbers
+_STATISTICS = 2  # a stream of random numbers; `splitting` has others
 
 
 def load(
     *,
     folder: str | Path | None = None,
+    csv: str | Path | None = None,
     name: str | None = None,
+    datasets: Mapping[str, Any] | None = None,
     root: str | Path | None = None,
-    image_size: int | None = None,
+    targets: SceneTargets = "masks",
+    image_size: int | Sequence[int] | None = None,
+    channels: int = 3,
     validation: float = 0.1,
     limit: int | None = None,
     seed: int = 0,
@@ -38,33 +49,45 @@ def load(
 ) -> Splits:
     """Load training, validation and test images; they are kept in memory if they take at most 2 GiB.
 
+    The data says what the targets are: class numbers, values, masks or boxes. Exactly one of `folder`, `csv`, `name`
+    and `datasets` is given.
+
     >>> digits = load(name="digits")
     >>> len(digits.train), len(digits.validation), len(digits.test), digits.train.size
     (1294, 144, 359, (8, 8))
 
     Args:
-        folder: `folder/{train,test}/<class>/*.jpg`, or `folder/<class>/*.jpg`, whose test set is a fifth of every
-            class, the same for every seed (see `image_folder`).
-        name: in place of a folder: "digits", a torchvision data set ("CIFAR10"), or "package.module:function", which
-            is called with `root` if it accepts that, and returns `Splits` or a pair (train, test) of torch Datasets
-            of (PIL image or uint8 tensor, class number).
+        folder: images in class folders (see `image_folder`), images and masks (`mask_folder`), Pascal VOC
+            (`voc_folder`) or COCO (`coco_folder`); which of them, the folder's content shows.
+        csv: a file of paths and classes or values (see `csv_file`).
+        name: "digits", "scenes", a torchvision data set ("CIFAR10"), or "package.module:function", which is called with
+            `root` if it accepts that, and returns `Splits`, a pair (train, test) of Datasets, or a dict of them.
+        datasets: "train", "test" and perhaps "validation": torch or Hugging Face data sets, or lists, of pairs (image,
+            target) or dicts (see `dataset_items`).
         root: the folder of torchvision's files. Nothing is downloaded.
-        image_size: the shorter side is resized to this many pixels and the centre is cropped to a square; None if all
-            images have the same size.
+        targets: what "scenes" have, "masks" or "boxes".
+        image_size: height and width in pixels, or one number for both; None if all images have the same size. Images
+            with classes or values are resized until they cover it, and the centre is cropped. Images with masks or
+            boxes are resized to it as a whole, with their targets.
+        channels: 3, or 1 for grey images, or 4; Datasets of tensors may have any number. Images of 16 bits per channel
+            keep them.
         validation: fraction of the training images to hold out, in [0, 1), stratified by class; ignored if the data
             set has validation images.
         limit: number of images to train on, stratified by class; drawn after the validation images.
         seed: 0 or more; draws the validation images and the limited training images.
-        mean: of red, green and blue in [0, 1]; None computes mean and `std` from the training images.
-        std: of red, green and blue in [0, 1].
+        mean: of each channel in [0, 1]; None computes mean and `std` from the training images.
+        std: of each channel in [0, 1].
 
     Raises:
         InputError: an argument is invalid, files are missing or damaged, or there are too few images.
     """
-    _check(image_size, validation, limit, mean, std)
-    splits = _source(folder, name, root, image_size)
-    _check_splits(splits, image_size)
-    splits = _limited(_with_validation(splits, validation, seed), limit, seed)
+    size = _size(image_size)
+    _check(channels, validation, limit, mean, std)
+    splits = _source(
+        {"folder": folder, "csv": csv, "name": name, "datasets": datasets}, root, targets, ImageFormat(size, channels)
+    )
+    check_splits(splits, size, channels)
+    splits = limited(with_validation(splits, validation, seed), limit, seed)
     if sum(bytes_in_memory(images) for images in (splits.train, splits.validation, splits.test)) <= MEMORY:
         splits = replace(
             splits,
@@ -72,8 +95,9 @@ def load(
             validation=in_memory(splits.validation),
             test=in_memory(splits.test),
         )
+        check_targets(splits)
     if mean is not None and std is not None:
-        return replace(splits, mean=_channels(mean), std=_channels(std))
+        return replace(splits, mean=tuple(mean), std=tuple(std))
     if splits.mean is not None and splits.std is not None:
         return splits
     mean, std = channel_statistics(splits.train, seed)
@@ -81,129 +105,79 @@ def load(
 
 
 def channel_statistics(images: Images, seed: int) -> tuple[Channels, Channels]:
-    """Mean and standard deviation of red, green and blue in [0, 1], over at most 10,000 images drawn by `seed`.
+    """Mean and standard deviation of each channel in [0, 1], over at most 10,000 images drawn by `seed`.
 
-    Both are computed from histograms of the 256 values, so that they do not depend on the order of summation. The
-    standard deviation of a constant channel is 1.
+    Both are computed from histograms of the values, so that they do not depend on the order of summation. The standard
+    deviation of a constant channel is 1.
     """
     drawn = torch.randperm(len(images), generator=generator(seed, _STATISTICS))[:STATISTICS_OF].sort().values
-    counts = torch.zeros(3, 256, dtype=torch.int64)
+    counts = torch.zeros(images.channels, images.largest + 1, dtype=torch.int64)
     for index in drawn.split(CHUNK):
         for channel, values in enumerate(images.take(index).unbind(1)):
-            counts[channel] += torch.bincount(values.flatten(), minlength=256)
+            whole = values.flatten() if values.dtype == torch.uint8 else values.flatten().to(torch.int32)
+            counts[channel] += torch.bincount(whole, minlength=counts.shape[1])
     share = counts.double() / counts.sum(1, keepdim=True)
-    value = torch.arange(256, dtype=torch.float64) / 255
+    value = torch.arange(counts.shape[1], dtype=torch.float64) / images.largest
     mean = (share * value).sum(1)
     std = (share * (value - mean[:, None]) ** 2).sum(1).sqrt()
     std[std < 1e-6] = 1
-    return _channels(mean.tolist()), _channels(std.tolist())
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _source(folder: str | Path | None, name: str | None, root: str | Path | None, image_size: int | None) -> Splits:
-    if (folder is None) == (name is None):
+def _source(given: Mapping[str, Any], root: str | Path | None, targets: SceneTargets, form: ImageFormat) -> Splits:
+    named = [key for key, value in given.items() if value is not None]
+    if len(named) != 1:
         raise InputError(
-            f"data needs {'folder or name, and has neither' if folder is None else 'either folder or name, not both'}. "
-            "Write folder: path/to/images, or name: digits."
+            f"data needs one of {', '.join(given)}, and has {' and '.join(named) or 'none'}. Write folder: "
+            "path/to/images, or name: digits."
         )
-    if folder is None:
-        assert name is not None
-        return from_name(name, None if root is None else Path(root).expanduser(), image_size)
-    if root is not None:
-        raise InputError("root is used only with name, not with folder. Leave root out.")
-    return from_folder(Path(folder).expanduser(), image_size)
+    if root is not None and named != ["name"]:
+        raise InputError(f"root is used only with name, not with {named[0]}. Leave root out.")
+    if given["name"] is not None:
+        return from_name(given["name"], None if root is None else Path(root).expanduser(), form, targets)
+    if given["csv"] is not None:
+        return from_csv(Path(given["csv"]).expanduser(), form)
+    if given["datasets"] is not None:
+        return from_datasets("datasets", given["datasets"], form, threads=1)  # theirs may not be thread-safe
+    return _from_folder(Path(given["folder"]).expanduser(), form)
 
 
-def _with_validation(splits: Splits, share: float, seed: int) -> Splits:
-    if len(splits.validation) or not share:
-        return splits
-    labels = _strata(splits.train)
-    count = max(1, round(share * len(labels)))
-    most = len(labels) - int((torch.bincount(labels) > 0).sum())
-    if count > most:
-        raise InputError(
-            f"validation {share} would hold out {count} of {len(labels)} training images, but at most {most} are "
-            "possible: at least one image of every class must remain for training. Add images, or write validation: 0."
-        )
-    held_out, rest = stratified(labels, count, generator(seed, _VALIDATION), leave=1)
-    return replace(splits, train=View(splits.train, rest), validation=View(splits.train, held_out))
+def _from_folder(folder: Path, form: ImageFormat) -> Splits:
+    if not folder.is_dir():
+        problem = "is a file. Unpack it" if folder.exists() else "does not exist. Correct the path"
+        raise InputError(f"data folder '{folder}' {problem}. Expected: folder/{{train,test}}/<class>/*.jpg.")
+    if is_voc(folder):
+        return from_voc(folder, form)
+    if files_of(folder):
+        return from_coco(folder, form)
+    return from_mask_folder(folder, form) if has_masks(folder) else from_folder(folder, form)
 
 
-def _strata(images: Images) -> Tensor:
-    """What splits are stratified by (N,): class numbers, or a single stratum for other targets."""
-    labels = class_numbers(images)
-    return torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-
-
-def _limited(splits: Splits, limit: int | None, seed: int) -> Splits:
-    if limit is None:
-        return splits
-    labels = _strata(splits.train)
-    classes = int((torch.bincount(labels) > 0).sum())
-    if not classes <= limit <= len(labels):
-        raise InputError(
-            f"limit is {limit}, but there are {len(labels)} training images (without validation images) of {classes} "
-            f"classes. Write a number from {classes} to {len(labels)}, or leave limit out."
-        )
-    drawn, _ = stratified(labels, limit, generator(seed, _LIMIT), at_least=1)
-    return replace(splits, train=View(splits.train, drawn))
+def _size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise InputError(f"image_size is {image_size}. Write 1 or more pixels, or two numbers: [height, width].")
+    return sides[0], sides[1]
 
 
 def _check(
-    image_size: int | None,
+    channels: int,
     validation: float,
     limit: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> None:
-    if image_size is not None and image_size < 1:
-        raise InputError(f"image_size is {image_size}. Write 1 or more pixels.")
+    if channels < 1:
+        raise InputError(f"channels is {channels}. Write 3, 1 for grey images, or 4.")
     if not 0 <= validation < 1:
         raise InputError(f"validation is {validation}. Write a fraction of at least 0 (none) and below 1, such as 0.1.")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}. Write 1 or more images, or leave limit out.")
     if (mean is None) != (std is None):
         raise InputError("mean and std belong together. Write both, or neither to have them computed.")
-    if mean is not None and not (len(mean) == 3 and all(0 <= value <= 1 for value in mean)):
-        raise InputError(f"mean is {list(mean)}. Write three numbers in [0, 1], for pixels in [0, 1].")
-    if std is not None and not (len(std) == 3 and all(0 < value < float("inf") for value in std)):
-        raise InputError(f"std is {list(std)}. Write three numbers above 0, for pixels in [0, 1].")
-
-
-def _check_splits(splits: Splits, image_size: int | None) -> None:
-    sets = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-    classes = len(splits.classes)
-    labelled = class_numbers(splits.train) is not None
-    if labelled and classes < 2:
-        raise InputError(f"the data has a single class ({''.join(splits.classes)}). At least two are needed.")
-    if len(splits.train) < 2 or not len(splits.test):
-        raise InputError(
-            f"the data has {len(splits.train)} training and {len(splits.test)} test images. At least two training "
-            "images and one test image are needed."
-        )
-    for which, images in sets.items():
-        if labelled:
-            _check_labels(which, images.targets, classes)
-        if len(images) and images.size != splits.train.size:
-            raise InputError(
-                f"training images have {splits.train.size[1]}x{splits.train.size[0]} pixels, {which} images "
-                f"{images.size[1]}x{images.size[0]}. Write image_size, the side of the square that all are resized to."
-            )
-    if image_size is not None and splits.train.size != (image_size, image_size):
-        raise InputError(
-            f"the function returned images of {splits.train.size[1]}x{splits.train.size[0]} pixels, but image_size is "
-            f"{image_size}. Resize them in the function and leave image_size out."
-        )
-
-
-def _check_labels(which: str, labels: Tensor, classes: int) -> None:
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        low, high = int(labels.min()), int(labels.max())
-        advice = f"Number the classes from 0 to {classes - 1}"
-        if (low, high) == (1, classes):
-            advice += ": subtract 1 from every label"
-        raise InputError(f"{which} labels range from {low} to {high}, but there are {classes} classes. {advice}.")
-
-
-def _channels(values: Sequence[float]) -> Channels:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+    if mean is not None and not (len(mean) == channels and all(0 <= value <= 1 for value in mean)):
+        raise InputError(f"mean is {list(mean)}. Write {channels} numbers in [0, 1], for pixels in [0, 1].")
+    if std is not None and not (len(std) == channels and all(0 < value < float("inf") for value in std)):
+        raise InputError(f"std is {list(std)}. Write {channels} numbers above 0, for pixels in [0, 1].")

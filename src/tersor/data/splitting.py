@@ -1,0 +1,87 @@
+"""Test, validation and limited training images, drawn at random and in proportion from every class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tersor.core.errors import InputError
+from tersor.data.image_sets import Images, Splits, View, class_numbers
+from tersor.data.stratified import generator, stratified
+
+TEST_SHARE = 0.2
+"""Fraction of the images that becomes the test set where the data has none."""
+
+_TEST_SEED = 0
+_VALIDATION, _LIMIT = 0, 1  # streams of random numbers
+
+
+def none_of(images: Images) -> View:
+    """An empty set."""
+    return View(images, torch.arange(0))
+
+
+def strata(images: Images) -> Tensor:
+    """The class of each image (N,); a single class where the targets are no class numbers."""
+    labels = class_numbers(images)
+    return torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+
+
+def with_test_set(images: Images, classes: tuple[str, ...]) -> Splits:
+    """Split off a fifth of every class as the test set, the same for every seed.
+
+    Raises:
+        InputError: a class has a single image.
+    """
+    of_class = strata(images)
+    counts = torch.bincount(of_class)
+    if int(counts[counts > 0].min()) < 2:
+        lone = classes[int((counts == 1).nonzero()[0])] if class_numbers(images) is not None else None
+        raise InputError(
+            ("the data has" if lone is None else f"the class {lone} has")
+            + " a single image, so no test image can be split off. Add images, or divide them into train and test."
+        )
+    count = max(int((counts > 0).sum()), round(TEST_SHARE * len(images)))
+    test, train = stratified(of_class, count, generator(_TEST_SEED), at_least=1, leave=1)
+    return Splits(View(images, train), none_of(images), View(images, test), classes)
+
+
+def with_validation(splits: Splits, share: float, seed: int) -> Splits:
+    """Hold out this share of the training images, unless there are validation images.
+
+    Raises:
+        InputError: a class would have no training image left.
+    """
+    if len(splits.validation) or not share:
+        return splits
+    labels = strata(splits.train)
+    count = max(1, round(share * len(labels)))
+    most = len(labels) - int((torch.bincount(labels) > 0).sum())
+    if count > most:
+        raise InputError(
+            f"validation {share} would hold out {count} of {len(labels)} training images, but at most {most} are "
+            "possible: at least one image of every class must remain for training. Add images, or write validation: 0."
+        )
+    held_out, rest = stratified(labels, count, generator(seed, _VALIDATION), leave=1)
+    return replace(splits, train=View(splits.train, rest), validation=View(splits.train, held_out))
+
+
+def limited(splits: Splits, limit: int | None, seed: int) -> Splits:
+    """Draw `limit` training images; all for None.
+
+    Raises:
+        InputError: there are fewer, or more classes than `limit`.
+    """
+    if limit is None:
+        return splits
+    labels = strata(splits.train)
+    classes = int((torch.bincount(labels) > 0).sum())
+    if not classes <= limit <= len(labels):
+        raise InputError(
+            f"limit is {limit}, but there are {len(labels)} training images (without validation images) of {classes} "
+            f"classes. Write a number from {classes} to {len(labels)}, or leave limit out."
+        )
+    drawn, _ = stratified(labels, limit, generator(seed, _LIMIT), at_least=1)
+    return replace(splits, train=View(splits.train, drawn))
