@@ -26,7 +26,7 @@ def every_crop(image: np.ndarray) -> dict[tuple[int, int, bool], bytes]:
 def test_crop_flip_crops_the_padded_image(height, width, seed):
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (5, height, width, 3), dtype=torch.uint8, generator=draw)
-    for before, after in zip(pixels.numpy(), augmented(pixels, "crop_flip", draw).numpy(), strict=True):
+    for before, after in zip(pixels.numpy(), augmented(pixels, None, "crop_flip", draw)[0].numpy(), strict=True):
         assert after.tobytes() in every_crop(before).values()
 
 
@@ -35,7 +35,7 @@ def test_all_shifts_are_equally_frequent():
     image = torch.arange(16 * 16 * 3).view(1, 16, 16, 3).remainder(251).to(torch.uint8)
     possible = {crop: move for move, crop in every_crop(image[0].numpy()).items()}
     assert len(possible) == 5 * 5 * 2
-    after = augmented(image.expand(5000, -1, -1, -1).contiguous(), "crop_flip", draw).numpy()
+    after = augmented(image.expand(5000, -1, -1, -1).contiguous(), None, "crop_flip", draw)[0].numpy()
     moves = [possible[each.tobytes()] for each in after]
     for move in possible.values():
         assert 50 < moves.count(move) < 150  # 100 expected, 10 is the standard deviation
@@ -44,7 +44,7 @@ def test_all_shifts_are_equally_frequent():
 def test_flip_mirrors_half_of_the_images_and_shifts_none():
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (1000, 3, 5, 3), dtype=torch.uint8, generator=draw)
-    after = augmented(pixels, "flip", draw)
+    after, _ = augmented(pixels, None, "flip", draw)
     flipped = (after == pixels.flip(2)).flatten(1).all(1)
     assert (flipped | (after == pixels).flatten(1).all(1)).all()
     assert 400 < int(flipped.sum()) < 600
@@ -54,12 +54,12 @@ def test_none_draws_nothing():
     draw = torch.Generator().manual_seed(0)
     pixels = torch.zeros(2, 3, 5, 3, dtype=torch.uint8)
     state = draw.get_state()
-    assert augmented(pixels, "none", draw) is pixels
+    assert augmented(pixels, None, "none", draw)[0] is pixels
     assert torch.equal(draw.get_state(), state)
 
 
 def test_the_input_batch_is_unchanged():
     pixels = torch.randint(0, 256, (9, 8, 8, 3), dtype=torch.uint8)
     before = pixels.clone()
-    augmented(pixels, "crop_flip", torch.Generator())
+    augmented(pixels, None, "crop_flip", torch.Generator())
     assert torch.equal(pixels, before)

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from tersor.core.errors import InputError
 from tersor.data.datasets import from_name
+from tersor.data.decoding import ImageFormat
 
 
 def everything(images) -> torch.Tensor:
@@ -17,7 +18,7 @@ def everything(images) -> torch.Tensor:
 
 
 def test_digits():
-    splits = from_name("digits", None, None)
+    splits = from_name("digits", None, ImageFormat())
     assert splits.classes == tuple("0123456789")
     assert (len(splits.train), len(splits.test), splits.train.size) == (1438, 359, (8, 8))
     assert min(torch.bincount(splits.test.targets)) >= 34
@@ -34,12 +35,12 @@ def test_digits():
 
 def test_the_test_digits_are_the_same_on_every_machine():
     """Otherwise nobody could compare two published accuracies."""
-    pixels = everything(from_name("digits", None, None).test).contiguous().numpy().tobytes()
+    pixels = everything(from_name("digits", None, ImageFormat()).test).contiguous().numpy().tobytes()
     assert hashlib.sha256(pixels).hexdigest().startswith("fbac2d5fa64835e2")
 
 
 def test_digits_can_be_made_larger():
-    assert from_name("digits", None, 16).test.size == (16, 16)
+    assert from_name("digits", None, ImageFormat((16, 16))).test.size == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -52,24 +53,24 @@ def test_digits_can_be_made_larger():
 )
 def test_unknown_names(name, words):
     with pytest.raises(InputError, match=words):
-        from_name(name, None, None)
+        from_name(name, None, ImageFormat())
 
 
 def test_digits_have_no_root(tmp_path):
     with pytest.raises(InputError, match="no root"):
-        from_name("digits", tmp_path, None)
+        from_name("digits", tmp_path, ImageFormat())
 
 
 def test_torchvision_sets_need_a_root():
     with pytest.raises(InputError, match="'CIFAR10' needs root"):
-        from_name("cifar10", None, None)
+        from_name("cifar10", None, ImageFormat())
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "SVHN", "STL10", "USPS", "ImageNet"])
 def test_messages_for_missing_sets_explain_the_download(name, tmp_path):
     words = "Put ILSVRC2012" if name == "ImageNet" else rf"python -c .* import {name}; .*download=True"
     with pytest.raises(InputError, match=words):
-        from_name(name, tmp_path, None)
+        from_name(name, tmp_path, ImageFormat())
     assert list(tmp_path.rglob("*.tar*")) == []
 
 
@@ -84,7 +85,7 @@ def test_a_torchvision_set_from_its_files(tmp_path):
         (raw / f"{which}-images-idx3-ubyte").write_bytes(header + pixels[which].tobytes())
         labels = (np.arange(count) % 10).astype(np.uint8)
         (raw / f"{which}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x00000801, count) + labels.tobytes())
-    splits = from_name("fashionmnist", tmp_path, None)
+    splits = from_name("fashionmnist", tmp_path, ImageFormat())
     assert splits.classes[0] == "T-shirt/top"
     assert splits.train.targets.tolist() == [number % 10 for number in range(30)]
     assert np.array_equal(everything(splits.test)[:, 1], pixels["t10k"])
@@ -95,7 +96,7 @@ def own(tmp_path, monkeypatch):
     """A function that writes a module, and returns what the data of its `make` are."""
     numbers = iter(range(100))
 
-    def data_of(code: str, root=None, image_size=None):
+    def data_of(code: str, root=None, size=None):
         module = f"own_data_{tmp_path.name.replace('-', '_')}_{next(numbers)}"
         (tmp_path / f"{module}.py").write_text(
             "import torch\nfrom PIL import Image\n"
@@ -103,7 +104,7 @@ def own(tmp_path, monkeypatch):
             f"picture = Image.new('RGB', (5, 5), (1, 2, 3))\n{code}\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
-        return from_name(f"{module}:make", root, image_size)
+        return from_name(f"{module}:make", root, ImageFormat(size))
 
     return data_of
 
@@ -116,7 +117,7 @@ def test_a_pair_from_a_function(own):
 
 
 def test_a_function_may_accept_root_and_return_pil_images(own, tmp_path):
-    splits = own("def make(root): return [(picture, len(root)), (picture, 0)], [(picture, 0)]", tmp_path, 3)
+    splits = own("def make(root): return [(picture, len(root)), (picture, 0)], [(picture, 0)]", tmp_path, (3, 3))
     assert splits.train.targets.tolist() == [len(str(tmp_path)), 0]
     assert everything(splits.test)[0, :, 2, 2].tolist() == [1, 2, 3]
     assert splits.test.size == (3, 3)
@@ -165,13 +166,15 @@ def make(): return made
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("def make(): return 3", "returned a int.*Return a tersor.data.Splits, or a pair"),
+        ("def make(): return 3", "returned a int.*Return a tersor.data.Splits, a pair"),
         ("def make(): return [], [], []", "returned a tuple of length 3"),
         ("def make(): return [], [(image, 0)]", "training set: a list that is empty"),
         ("def make(): return [(image, 0)], iter([])", "test set: a list_iterator that .* has no length"),
         ("def make(): return [(image, 0)], [image]", "test set: item 0 is a Tensor"),
-        ("def make(): return [(image, 0.5)], [(image, 0)]", "label of item 0 is a float"),
-        ("def make(): return [(image, torch.zeros(3))], [(image, 0)]", "label of item 0 is a Tensor"),
+        ("def make(): return [(image, 0), (image, 0.5)], [(image, 0)]", "label of item 1 is a float"),
+        ("def make(): return [(image, 0)], [(image, torch.zeros(3))]", "label of item 0 is a Tensor"),
+        ("def make(): return [(image, 'cat')], [(image, 0)]", "target of item 0 is a str"),
+        ("def make(): return {'train': [(image, 0)]}", "returned a dict. .*a dict of train, test"),
         ("def make(): return [(image / 255, 0)], [(image, 0)]", "image 0 is a tensor .* of torch.float32"),
         ("def make(width): return None", "cannot be called"),
         ("def mak(): return None", "has no 'make'. Did you mean 'mak'"),

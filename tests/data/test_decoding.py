@@ -188,7 +188,7 @@ def test_tensors():
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8), "a path", None])
 def test_other_types_are_refused(image):
-    with pytest.raises(InputError, match="image 3 .*Pass a PIL image or a uint8"):
+    with pytest.raises(InputError, match=r"image 3 .*Pass a PIL image or a uint8"):
         pixels_of(image, ImageFormat(), "image 3")
 
 

@@ -93,8 +93,8 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "has neither"),
-        ({"name": "digits", "folder": "."}, "not both"),
+        ({}, "has none"),
+        ({"name": "digits", "folder": "."}, "has folder and name"),
         ({"folder": ".", "root": "."}, "root is used only with name"),
         ({"name": "digits", "validation": 1}, "validation is 1"),
         ({"name": "digits", "validation": -0.1}, "validation is -0.1"),
@@ -106,9 +106,9 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
         ({"name": "digits", "image_size": 0}, "image_size is 0"),
         ({"name": "digits", "mean": (0, 0, 0)}, "belong together"),
         ({"name": "digits", "mean": (124, 117, 104), "std": (1, 1, 1)}, r"mean is .*in \[0, 1\]"),
-        ({"name": "digits", "mean": (0.5,), "std": (1, 1, 1)}, "three numbers"),
-        ({"name": "digits", "mean": (0, 0, 0), "std": (1, 0, 1)}, "three numbers above 0"),
-        ({"name": "digits", "mean": (0, 0, 0), "std": (1, float("nan"), 1)}, "three numbers above 0"),
+        ({"name": "digits", "mean": (0.5,), "std": (1, 1, 1)}, "Write 3 numbers"),
+        ({"name": "digits", "mean": (0, 0, 0), "std": (1, 0, 1)}, "Write 3 numbers above 0"),
+        ({"name": "digits", "mean": (0, 0, 0), "std": (1, float("nan"), 1)}, "Write 3 numbers above 0"),
     ],
 )
 def test_impossible_options(options, words):
@@ -122,7 +122,7 @@ def test_a_single_class(draw_images):
 
 
 def test_a_single_image_in_all(draw_images):
-    with pytest.raises(InputError, match="cat' holds a single image"):
+    with pytest.raises(InputError, match="the class cat has a single image"):
         load(folder=draw_images("cat", 1))
 
 
@@ -141,6 +141,13 @@ def test_test_images_of_another_size(draw_images):
     with pytest.raises(InputError, match=r"training images have 8x8 pixels, test images 9x7. Write image_size"):
         load(folder=folder)
     assert load(folder=folder, image_size=6).test.size == (6, 6)
+
+
+@pytest.mark.parametrize(("place", "words"), [("none", "does not exist"), ("images.tar.gz", "is a file. Unpack it")])
+def test_a_folder_that_is_none(tmp_path, place, words):
+    (tmp_path / "images.tar.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=words):
+        load(folder=tmp_path / place)
 
 
 def splits_of(**changes) -> Splits:

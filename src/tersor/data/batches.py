@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tersor.data.image_sets import Images, Pixels
 from tersor.data.stratified import generator
 
 T = TypeVar("T")
+_Decoded = tuple[Tensor, Any, Tensor, torch.Generator]
 _ORDER, _AUGMENTATION = 0, 1  # the streams of random numbers of an epoch
 
 
@@ -29,14 +30,15 @@ class Batches:
     Args:
         images: the images.
         batch_size: images per batch and process.
-        mean: of red, green and blue in [0, 1].
-        std: of red, green and blue in [0, 1].
+        mean: of each channel in [0, 1].
+        std: of each channel in [0, 1].
         shuffle: whether every epoch has a new order.
         seed: 0 or more; determines order and augmentation together with the epoch.
         augment: "none"; "flip"; "crop_flip"; classes of torchvision.transforms.v2 with their arguments, such as
             [{"RandomCrop": {"size": 32, "padding": 4}}, "RandomHorizontalFlip"]; a callable: uint8 images
-            (B, 3, H, W) -> the same shape and data type; or "package.module:function" that names one. Transforms of
-            torchvision are called for each image. All are first called on a black image.
+            (B, C, H, W) -> the same shape and data type; or "package.module:function" that names one. Transforms of
+            torchvision are called for each image with its mask or boxes. A callable gets (images, targets) and returns
+            both if the targets are masks or boxes. All are first called on a black image.
         rank: number of this process.
         world: number of processes.
 
@@ -73,14 +75,14 @@ class Batches:
         self._shuffle = shuffle
         self._seed = seed
         self._augmentation: Named | Transform = resolve(augment)
-        augmented(torch.zeros(1, *images.size, 3, dtype=torch.uint8), self._augmentation, generator(seed))
+        self._try_augmentation()
         self._rank = rank
         self._world = world
         self._epoch = 0
         # repeated for every pixel: arithmetic over rows of three does not fill a vector register
         pixels = images.size[0] * images.size[1]
-        self._mean = 255 * torch.tensor(mean, dtype=torch.float32).repeat(pixels)
-        self._std = 255 * torch.tensor(std, dtype=torch.float32).repeat(pixels)
+        self._mean = images.largest * torch.tensor(mean, dtype=torch.float32).repeat(pixels)
+        self._std = images.largest * torch.tensor(std, dtype=torch.float32).repeat(pixels)
 
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch of the next iteration."""
@@ -106,7 +108,15 @@ class Batches:
 
     def take(self, index: Tensor) -> Batch:
         """Return the images at `index` (B,), normalized and not augmented."""
-        return self._normalized(self.images.take(index).permute(0, 2, 3, 1).contiguous(), index)
+        pixels = self.images.take(index).permute(0, 2, 3, 1).contiguous()
+        return self._normalized(pixels, self.images.targets_at(index), index)
+
+    def _try_augmentation(self) -> None:
+        """Call the augmentation once, so that a wrong one fails before the training."""
+        if self._augmentation != "none" and len(self.images):
+            index = torch.arange(1)
+            black = torch.zeros_like(self.images.take(index).permute(0, 2, 3, 1).contiguous())
+            augmented(black, self.images.targets_at(index), self._augmentation, generator(self._seed))
 
     def _order(self, epoch: int) -> Sequence[Tensor]:
         """The indices of the images of each batch of this process."""
@@ -121,19 +131,20 @@ class Batches:
         # if too few images are left for one more batch in every process, each divides its images evenly
         return batches if len(batches) == len(self) else order[self._rank :: self._world].tensor_split(len(self))
 
-    def _decoded(self, epoch: int, number: int, index: Tensor) -> tuple[Tensor, Tensor, torch.Generator]:
+    def _decoded(self, epoch: int, number: int, index: Tensor) -> _Decoded:
         # a generator for each batch, so that a batch does not depend on the batches before it
         draw = generator(self._seed, epoch, _AUGMENTATION, self._rank, number)
-        return self.images.take(index).permute(0, 2, 3, 1).contiguous(), index, draw
+        pixels = self.images.take(index).permute(0, 2, 3, 1).contiguous()
+        return pixels, self.images.targets_at(index), index, draw
 
-    def _finished(self, decoded: tuple[Tensor, Tensor, torch.Generator]) -> Batch:
-        pixels, index, draw = decoded
-        return self._normalized(augmented(pixels, self._augmentation, draw), index)
+    def _finished(self, decoded: _Decoded) -> Batch:
+        pixels, targets, index, draw = decoded
+        return self._normalized(*augmented(pixels, targets, self._augmentation, draw), index)
 
-    def _normalized(self, pixels: Tensor, index: Tensor) -> Batch:
-        """Pixels (B, H, W, 3) uint8 -> a batch."""
+    def _normalized(self, pixels: Tensor, targets: Any, index: Tensor) -> Batch:
+        """Pixels (B, H, W, C) uint8 or uint16 and targets -> a batch."""
         values = pixels.view(len(index), -1).to(torch.float32).sub_(self._mean).div_(self._std)
-        return Batch(values.view(pixels.shape).permute(0, 3, 1, 2), self.images.targets_at(index), index)
+        return Batch(values.view(pixels.shape).permute(0, 3, 1, 2), targets, index)
 
 
 def _one_ahead(worker: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
+"""A number for each channel."""
 
 CHUNK = 1024
 """Images decoded at once when a whole set is decoded: enough for the threads, few enough for the memory."""
@@ -24,23 +25,27 @@ THREADS = min(16, os.cpu_count() or 1)
 
 
 class Images(Protocol):
-    """RGB images of one size, with their targets.
+    """Images of one size, with their targets.
 
     Attributes:
-        targets: class numbers (N,) int64 for classification; another tensor (N, ...); a sequence of N targets that may
-            be read on demand; or None.
+        targets: class numbers (N,) int64 for classification; values (N, V) float32; masks (N, H, W) uint8; a sequence
+            of N targets, `LazyTargets` if they are read on demand; or None.
         size: height and width in pixels.
+        channels: C, 3 for RGB.
+        largest: the value of full brightness, 255 for 8 bits per channel and 65,535 for 16.
     """
 
     targets: Any
     size: tuple[int, int]
+    channels: int
+    largest: int
 
     def __len__(self) -> int:
         """N."""
         ...
 
     def take(self, index: Tensor) -> Tensor:
-        """Return the images at `index` (B,) as uint8 (B, 3, H, W); the same at every call."""
+        """Return the images at `index` (B,) as uint8 or uint16 (B, C, H, W); the same at every call."""
         ...
 
     def targets_at(self, index: Tensor) -> Any:
@@ -54,42 +59,82 @@ def class_numbers(images: Images) -> Tensor | None:
     return targets if isinstance(targets, Tensor) and targets.ndim == 1 and targets.dtype == torch.int64 else None
 
 
+class LazyTargets(Sequence[Any]):
+    """A sequence of targets that are read when they are needed.
+
+    Args:
+        count: N.
+        read: number of an image -> its target; called from several threads if `threads` > 1.
+        threads: number of targets read in parallel.
+    """
+
+    def __init__(self, count: int, read: Callable[[int], Any], threads: int = 1) -> None:
+        self._count = count
+        self._read = read
+        self._threads = threads
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._read(number)
+
+    def at(self, numbers: Sequence[int]) -> list[Any]:
+        """Read several targets."""
+        if self._threads == 1:
+            return [self._read(number) for number in numbers]
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(self._read, numbers))
+
+    def selected(self, index: Tensor) -> LazyTargets:
+        """The targets at `index` (M,), not read yet."""
+        numbers = index.tolist()
+        return LazyTargets(len(numbers), lambda number: self._read(numbers[number]), self._threads)
+
+
 def targets_of(targets: Any, index: Tensor) -> Any:
-    """Return the targets at `index` (B,): tensors of one shape as one tensor (B, ...), others as a list.
+    """Return the targets at `index` (B,) as a batch has them: masks as int64, tensors of one shape as one (B, ...).
 
     Args:
         targets: a tensor (N, ...), a sequence of N targets, or None.
         index: numbers of images.
     """
+    found = _stored(targets, index)
+    return found.long() if isinstance(found, Tensor) and found.dtype == torch.uint8 else found
+
+
+def _stored(targets: Any, index: Tensor) -> Any:
+    """The targets at `index`, in the data type in which they are kept."""
     if targets is None or isinstance(targets, Tensor):
         return None if targets is None else targets[index]
-    found = [targets[number] for number in index.tolist()]
-    if all(isinstance(each, Tensor) and each.shape == found[0].shape for each in found):
-        return torch.stack(found)
-    return found
+    numbers = index.tolist()
+    found = targets.at(numbers) if isinstance(targets, LazyTargets) else [targets[number] for number in numbers]
+    alike = all(isinstance(each, Tensor) and each.shape == found[0].shape for each in found)
+    return torch.stack(found) if found and alike else found
 
 
 class Pixels:
     """Images in memory.
 
     Args:
-        pixels: (N, H, W, 3) uint8.
+        pixels: (N, H, W, C) uint8 or uint16.
         targets: see `Images`.
     """
 
     def __init__(self, pixels: Tensor, targets: Any) -> None:
-        assert pixels.dtype == torch.uint8
-        assert pixels.shape[3] == 3
+        assert pixels.dtype in {torch.uint8, torch.uint16}
         assert targets is None or len(pixels) == len(targets)
         self._pixels = pixels
         self.targets = targets
         self.size = (pixels.shape[1], pixels.shape[2])
+        self.channels = pixels.shape[3]
+        self.largest = torch.iinfo(pixels.dtype).max
 
     def __len__(self) -> int:
         return len(self._pixels)
 
     def take(self, index: Tensor) -> Tensor:
-        """Return a copy, uint8 (B, 3, H, W) in channels_last order."""
+        """Return a copy (B, C, H, W) in channels_last order."""
         return self._pixels.index_select(0, index).permute(0, 3, 1, 2)
 
     def targets_at(self, index: Tensor) -> Any:
@@ -102,37 +147,40 @@ class Decoded:
 
     Args:
         targets: see `Images`; not None.
-        read: number of an image -> its pixels (H, W, 3); called from several threads if `threads` > 1.
+        read: number of an image -> its pixels (H, W, C) uint8 or uint16; called from several threads if `threads` > 1.
         threads: number of images decoded in parallel.
 
     Raises:
         InputError: there is no image, or `read` raises it for the first one.
     """
 
-    def __init__(self, targets: Any, read: Callable[[int], NDArray[np.uint8]], threads: int = THREADS) -> None:
+    def __init__(self, targets: Any, read: Callable[[int], NDArray[Any]], threads: int = THREADS) -> None:
         if not len(targets):
             raise InputError("a data set has no images. At least two training images and one test image are needed.")
         self.targets = targets
         self._read = read
         self._threads = threads
-        height, width, _ = read(0).shape
-        self.size = (height, width)
+        first = read(0)
+        self.size = (first.shape[0], first.shape[1])
+        self.channels = first.shape[2]
+        self.largest = int(np.iinfo(first.dtype).max)
+        self._dtype = first.dtype
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, index: Tensor) -> Tensor:
-        """Return uint8 (B, 3, H, W) in channels_last order.
+        """Return uint8 or uint16 (B, C, H, W) in channels_last order.
 
         Raises:
-            InputError: an image cannot be decoded, or its size differs from the first one's.
+            InputError: an image cannot be decoded, or its size or number of bits differs from the first one's.
         """
         numbers = index.tolist()
-        pixels = np.empty((len(numbers), *self.size, 3), np.uint8)
+        pixels = np.empty((len(numbers), *self.size, self.channels), self._dtype)
 
         def decode(places: range) -> None:
             for place in places:
-                pixels[place] = self._checked_size(self._read(numbers[place]))
+                pixels[place] = self._checked(self._read(numbers[place]))
 
         if self._threads == 1:
             decode(range(len(numbers)))
@@ -147,12 +195,17 @@ class Decoded:
         """Return the targets at `index` (B,)."""
         return targets_of(self.targets, index)
 
-    def _checked_size(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _checked(self, image: NDArray[Any]) -> NDArray[Any]:
         height, width, _ = image.shape
         if (height, width) != self.size:
             raise InputError(
                 f"the images differ in size: {self.size[1]}x{self.size[0]} and {width}x{height} pixels, for example. "
-                "Write image_size, the side of the square that all are resized and cropped to, such as image_size: 224."
+                "Write image_size, the height and width that all are resized to, such as image_size: 224."
+            )
+        if image.dtype != self._dtype:
+            raise InputError(
+                f"some images have 8 and others 16 bits per channel (the first has {8 * self._dtype.itemsize}). "
+                "Convert them to the same number."
             )
         return image
 
@@ -168,40 +221,22 @@ class View:
     def __init__(self, images: Images, index: Tensor) -> None:
         self._images = images
         self._index = index
-        self.targets = _Selection.of(images.targets, index)
+        targets = images.targets
+        self.targets = targets.selected(index) if isinstance(targets, LazyTargets) else _stored(targets, index)
         self.size = images.size
+        self.channels = images.channels
+        self.largest = images.largest
 
     def __len__(self) -> int:
         return len(self._index)
 
     def take(self, index: Tensor) -> Tensor:
-        """Return uint8 (B, 3, H, W)."""
+        """Return uint8 or uint16 (B, C, H, W)."""
         return self._images.take(self._index[index])
 
     def targets_at(self, index: Tensor) -> Any:
         """Return the targets at `index` (B,)."""
         return self._images.targets_at(self._index[index])
-
-
-class _Selection:
-    """Some of a sequence of targets, read on demand."""
-
-    def __init__(self, targets: Any, index: Tensor) -> None:
-        self._targets = targets
-        self._index = index
-
-    @staticmethod
-    def of(targets: Any, index: Tensor) -> Any:
-        """The targets at `index` (M,): a tensor of a tensor, None of None."""
-        if targets is None or isinstance(targets, Tensor):
-            return targets_of(targets, index)
-        return _Selection(targets, index)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, number: int) -> Any:
-        return self._targets[int(self._index[number])]
 
 
 @dataclass(frozen=True)
@@ -212,9 +247,9 @@ class Splits:
         train: the images to train on.
         validation: the images to choose by; may be empty.
         test: the images for the reported results only.
-        classes: the name of each class number.
-        mean: of red, green and blue in [0, 1]; subtracted from every pixel.
-        std: of red, green and blue in [0, 1]; every pixel is then divided by it.
+        classes: the name of each class number; of each value, where the targets are values.
+        mean: of each channel in [0, 1]; subtracted from every pixel.
+        std: of each channel in [0, 1]; every pixel is then divided by it.
     """
 
     train: Images
@@ -226,16 +261,19 @@ class Splits:
 
 
 def in_memory(images: Images) -> Pixels:
-    """Decode all images into memory."""
+    """Decode all images and read all targets into memory."""
     if isinstance(images, Pixels):
         return images
-    pixels = torch.empty((len(images), *images.size, 3), dtype=torch.uint8)
+    pixels = torch.empty((len(images), *images.size, images.channels), dtype=_DTYPES[images.largest])
     for start in range(0, len(images), CHUNK):
         index = torch.arange(start, min(start + CHUNK, len(images)))
         pixels[start : start + len(index)] = images.take(index).permute(0, 2, 3, 1)
-    return Pixels(pixels, images.targets)
+    return Pixels(pixels, _stored(images.targets, torch.arange(len(images))))
+
+
+_DTYPES = {255: torch.uint8, 65535: torch.uint16}
 
 
 def bytes_in_memory(images: Images) -> int:
     """Size of the decoded images in bytes."""
-    return len(images) * images.size[0] * images.size[1] * 3
+    return len(images) * images.size[0] * images.size[1] * images.channels * _DTYPES[images.largest].itemsize

@@ -70,13 +70,13 @@ def _sets(splits: Splits) -> dict[str, Images]:
 def _check_alike(which: str, images: Images, train: Images) -> None:
     if images.size != train.size:
         raise InputError(
-            f"training images have {_shown(train.size)} pixels, {which} images {_shown(images.size)}. Write image_size, "
-            "the height and width that all are resized to."
+            f"training images have {_shown(train.size)} pixels, {which} images {_shown(images.size)}. Write "
+            "image_size, the height and width that all are resized to."
         )
     if images.largest != train.largest:
         raise InputError(
-            f"training images have values up to {train.largest}, {which} images up to {images.largest}. Convert them to "
-            "the same number of bits per channel."
+            f"training images have values up to {train.largest}, {which} images up to {images.largest}. Convert "
+            "them to the same number of bits per channel."
         )
 
 
