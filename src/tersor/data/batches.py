@@ -43,8 +43,9 @@ class Batches:
         world: number of processes.
 
     Raises:
-        InputError: batch_size is below 1, the augmentation is unknown or changes shape or data type, there are fewer
-            images than processes, or batches of one image cannot be divided evenly among the processes.
+        InputError: batch_size is below 1, the augmentation is unknown or changes shape or data type, mean or std do not
+            have one number for each channel, there are fewer images than processes, or batches of one image cannot be
+            divided evenly among the processes.
     """
 
     def __init__(
@@ -69,6 +70,11 @@ class Batches:
             raise InputError(
                 f"{len(images)} images cannot be divided evenly among {world} processes in batches of one image. Write "
                 "batch_size 2."
+            )
+        if not len(mean) == len(std) == images.channels:
+            raise InputError(
+                f"mean has {len(mean)} and std {len(std)} numbers, and the images have {images.channels} channels. "
+                "Write one of each for each channel."
             )
         self.images = images
         self.batch_size = batch_size

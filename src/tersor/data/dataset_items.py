@@ -221,9 +221,10 @@ def _corners(target: Mapping[str, Any], name: str) -> tuple[Any, Any]:
     if "boxes" in target and "labels" in target:
         boxes = target["boxes"]
         if getattr(getattr(boxes, "format", None), "name", "XYXY") != "XYXY":
-            from torchvision.transforms.v2.functional import convert_bounding_box_format
+            from torchvision.transforms.v2.functional import convert_bounding_box_format  # imported here: it is slow
+            from torchvision.tv_tensors import BoundingBoxFormat
 
-            boxes = convert_bounding_box_format(boxes, new_format="XYXY")
+            boxes = convert_bounding_box_format(boxes, new_format=BoundingBoxFormat.XYXY)
         return boxes, target["labels"]
     if "bbox" in target and "category" in target:  # Hugging Face: left, top, width, height; classes from 0
         boxes = np.asarray(target["bbox"], np.float32).reshape(-1, 4)

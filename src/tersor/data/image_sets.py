@@ -59,6 +59,12 @@ def class_numbers(images: Images) -> Tensor | None:
     return targets if isinstance(targets, Tensor) and targets.ndim == 1 and targets.dtype == torch.int64 else None
 
 
+def strata(images: Images) -> Tensor:
+    """What splits are stratified by (N,): class numbers, or a single stratum for other targets."""
+    labels = class_numbers(images)
+    return torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+
+
 class LazyTargets(Sequence[Any]):
     """A sequence of targets that are read when they are needed.
 

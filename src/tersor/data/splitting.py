@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.data.image_sets import Images, Splits, View, class_numbers
+from tersor.data.image_sets import Images, Splits, View, class_numbers, strata
 from tersor.data.stratified import generator, stratified
 
 TEST_SHARE = 0.2
@@ -21,12 +20,6 @@ _VALIDATION, _LIMIT = 0, 1  # streams of random numbers
 def none_of(images: Images) -> View:
     """An empty set."""
     return View(images, torch.arange(0))
-
-
-def strata(images: Images) -> Tensor:
-    """The class of each image (N,); a single class where the targets are no class numbers."""
-    labels = class_numbers(images)
-    return torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
 
 
 def with_test_set(images: Images, classes: tuple[str, ...]) -> Splits:

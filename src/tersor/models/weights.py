@@ -93,14 +93,19 @@ def _deterministic(file: bytes) -> bytes:
 
 
 def normalization(metadata: Mapping[str, str]) -> tuple[Channels, Channels] | None:
-    """Return mean and standard deviation of red, green and blue in [0, 1], or None if `metadata` has neither.
+    """Return mean and standard deviation of each channel in [0, 1], or None if `metadata` has neither.
 
     Raises:
-        InputError: one is missing, or they are not three numbers.
+        InputError: one is missing, or they are not numbers.
     """
     if "normalize_mean" not in metadata and "normalize_std" not in metadata:
         return None
     mean, std = (_channels(metadata, key) for key in ("normalize_mean", "normalize_std"))
+    if len(mean) != len(std):
+        raise InputError(
+            f"normalize_mean has {len(mean)} numbers and normalize_std {len(std)} in the weights' metadata. Possible: one "
+            "for each channel in both."
+        )
     if min(std) <= 0:
         raise InputError(
             f"normalize_std in the weights' metadata is '{metadata['normalize_std']}'. Possible: numbers above 0."
@@ -111,9 +116,11 @@ def normalization(metadata: Mapping[str, str]) -> tuple[Channels, Channels] | No
 def _channels(metadata: Mapping[str, str], key: str) -> Channels:
     text = metadata.get(key, "")
     try:
-        red, green, blue = (float(number) for number in text.split(","))
+        numbers = tuple(float(number) for number in text.split(","))
     except ValueError:
-        red = green = blue = float("nan")
-    if not all(isfinite(number) for number in (red, green, blue)):
-        raise InputError(f"{key} in the weights' metadata is '{text}'. Possible: three numbers, as in '0.5,0.5,0.5'.")
-    return red, green, blue
+        numbers = (float("nan"),)
+    if not all(isfinite(number) for number in numbers):
+        raise InputError(
+            f"{key} in the weights' metadata is '{text}'. Possible: a number for each channel, as in '0.5,0.5,0.5'."
+        )
+    return numbers

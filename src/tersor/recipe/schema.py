@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -27,18 +26,13 @@ from pydantic_core import InitErrorDetails
 
 from tersor import methods as registry
 from tersor.core.errors import InputError
-from tersor.core.import_path import named
 from tersor.core.target import Target
+from tersor.recipe.data_source import DataSource, Named
 from tersor.recipe.recipe_file import text_of
 from tersor.recipe.task_entry import RecipeTask, TaskEntry
 from tersor.recipe.validation_errors import explain
 from tersor.recipe.yaml import Located, Location, complete, dump, load, override, plain, shown
 from tersor.training.options import PLAIN, Training
-
-Channels = tuple[float, float, float]
-Named = Annotated[str, Field(min_length=1)]
-_Transforms = Annotated[list[str | dict[str, dict[str, Any] | None]], Field(min_length=1)]
-_augmentation = named("augmentation", ("none", "flip", "crop_flip"))
 
 
 class Network(BaseModel):
@@ -60,41 +54,6 @@ class Teacher(Network):
 
     epochs: Annotated[int, Field(ge=0, description="epochs of training before the first stage")] = 0
     training: Annotated[Training, Field(description="training options, as in a stage")] = Training()
-
-
-class DataSource(BaseModel):
-    """The images: a `folder`, or a data set by its `name`."""
-
-    model_config = PLAIN
-    folder: Annotated[Path | None, Field(description="train/ and test/ with one folder of images per class")] = None
-    name: Annotated[Named | None, Field(description="digits, a set of torchvision, or package.module:function")] = None
-    root: Annotated[Path | None, Field(description="folder of a torchvision data set")] = None
-    image_size: Annotated[
-        int | None, Field(ge=1, le=8192, description="height and width in pixels; unchanged by default")
-    ] = None
-    augment: Annotated[
-        str | _Transforms,
-        AfterValidator(lambda augment: _augmentation(augment) if isinstance(augment, str) else augment),
-        Field(description="none, flip, crop_flip, a list of torchvision.transforms.v2, or package.module:function"),
-    ] = "none"
-    validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images to hold out")] = 0.1
-    limit: Annotated[int | None, Field(ge=1, description="number of training images; all by default")] = None
-    mean: Annotated[
-        Channels | None, Field(description="values of red, green, blue, in 0..1; those of the weights file by default")
-    ] = None
-    std: Annotated[
-        tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None,
-        Field(description="values of red, green, blue, in 0..1; those of the weights file by default"),
-    ] = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        given = [key for key in ("folder", "name") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise InputError(f"data needs either `folder` or `name`, given {' and '.join(given) or 'neither'}.")
-        if (self.mean is None) != (self.std is None):
-            raise InputError("data needs `mean` and `std` together, given one of them.")
-        return self
 
 
 def _method(entry: Any) -> Any:

@@ -1,0 +1,69 @@
+"""The `data` of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+
+from tersor.core.errors import InputError
+from tersor.core.import_path import named
+from tersor.training.options import PLAIN
+
+Named = Annotated[str, Field(min_length=1)]
+_Side = Annotated[int, Field(ge=1, le=8192)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Deviation = Annotated[float, Field(gt=0)]
+_Transforms = Annotated[list[str | dict[str, dict[str, Any] | None]], Field(min_length=1)]
+_augmentation = named("augmentation", ("none", "flip", "crop_flip"))
+_SOURCES = ("folder", "csv", "name")
+
+
+class DataSource(BaseModel):
+    """The images: a `folder`, a `csv` file, or a data set by its `name`."""
+
+    model_config = PLAIN
+    folder: Annotated[
+        Path | None, Field(description="class folders, images and masks, Pascal VOC or COCO, in train/ and test/")
+    ] = None
+    csv: Annotated[Path | None, Field(description="file with a header: path, and class, classes or values")] = None
+    name: Annotated[
+        Named | None, Field(description="digits, scenes, a set of torchvision, or package.module:function")
+    ] = None
+    root: Annotated[Path | None, Field(description="folder of a torchvision data set")] = None
+    image_size: Annotated[
+        _Side | tuple[_Side, _Side] | None,
+        Field(description="pixels of each side, or [height, width]; unchanged by default"),
+    ] = None
+    channels: Annotated[int, Field(ge=1, description="3, 1 for grey images, or 4")] = 3
+    augment: Annotated[
+        str | _Transforms,
+        AfterValidator(lambda augment: _augmentation(augment) if isinstance(augment, str) else augment),
+        Field(description="none, flip, crop_flip, a list of torchvision.transforms.v2, or package.module:function"),
+    ] = "none"
+    validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images to hold out")] = 0.1
+    limit: Annotated[int | None, Field(ge=1, description="number of training images; all by default")] = None
+    mean: Annotated[
+        tuple[_Share, ...] | None,
+        Field(description="of each channel, in 0..1; that of the weights file by default"),
+    ] = None
+    std: Annotated[
+        tuple[_Deviation, ...] | None,
+        Field(description="of each channel, in 0..1; that of the weights file by default"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [key for key in _SOURCES if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise InputError(f"data needs one of {', '.join(_SOURCES)}, given {' and '.join(given) or 'none'}.")
+        if (self.mean is None) != (self.std is None):
+            raise InputError("data needs `mean` and `std` together, given one of them.")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.channels:
+                raise InputError(
+                    f"data.{key} has {len(values)} numbers, and the images have {self.channels} channels. Write "
+                    f"{self.channels} numbers."
+                )
+        return self
