@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tersor.data.augmentation import augmented
+from tersor.core.errors import InputError
+from tersor.data.augmentation import augmented, resolve
 
 
 def every_crop(image: np.ndarray) -> dict[tuple[int, int, bool], bytes]:
@@ -63,3 +65,96 @@ def test_the_input_batch_is_unchanged():
     before = pixels.clone()
     augmented(pixels, None, "crop_flip", torch.Generator())
     assert torch.equal(pixels, before)
+
+
+TRANSFORMS = [
+    "RandomHorizontalFlip",
+    {"RandomAffine": {"degrees": 20, "translate": [0.2, 0.2]}},
+    {"RandomCrop": {"size": [8, 9], "padding": 2}},
+]
+
+
+def stripes_and_masks(batch: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (B, 8, 9, 3) whose red channel is 80 times the class of the mask (B, 8, 9)."""
+    masks = torch.arange(8 * 9).view(8, 9).remainder(3).expand(batch, 8, 9).contiguous()
+    return (80 * masks)[..., None].repeat(1, 1, 1, 3).to(torch.uint8), masks
+
+
+def turned(images, targets):
+    """A user's function on images and targets."""
+    return images.rot90(2, (2, 3)), targets.rot90(2, (1, 2))
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop_flip", TRANSFORMS, turned])
+def test_masks_move_with_their_images(augment):
+    draw = torch.Generator().manual_seed(3)
+    pixels, masks = stripes_and_masks()
+    after, moved = augmented(pixels.clone(), masks, resolve(augment), draw)
+    assert moved.shape == masks.shape
+    assert moved.dtype == torch.int64
+    assert not torch.equal(moved, masks)
+    assert torch.equal(after[..., 0], (80 * moved).to(torch.uint8))
+
+
+def boxes_and_images(batch: int = 32) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+    """Black images (B, 20, 30, 3), each with a bright rectangle and the box around it."""
+    pixels = torch.zeros(batch, 20, 30, 3, dtype=torch.uint8)
+    targets = []
+    for number in range(batch):
+        left, top = number % 16, number % 9
+        pixels[number, top : top + 8, left : left + 10] = 255
+        targets.append({"boxes": torch.tensor([[left, top, left + 10.0, top + 8]]), "labels": torch.tensor([1])})
+    return pixels, targets
+
+
+CROPPED = ["RandomHorizontalFlip", {"RandomCrop": {"size": [20, 30], "padding": 6}}]
+
+
+@pytest.mark.parametrize("augment", ["flip", CROPPED])
+def test_boxes_move_with_their_images(augment):
+    pixels, targets = boxes_and_images()
+    after, moved = augmented(pixels, targets, resolve(augment), torch.Generator().manual_seed(3))
+    assert not all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(moved, targets, strict=True))
+    for image, target in zip(after, moved, strict=True):
+        rows, columns = image[..., 0].any(1).nonzero().flatten(), image[..., 0].any(0).nonzero().flatten()
+        seen = [[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]]
+        assert target["boxes"].tolist() == seen
+        assert type(target["boxes"]) is torch.Tensor
+
+
+def test_boxes_that_leave_the_image_are_dropped():
+    pixels, targets = boxes_and_images(4)
+    shift = [{"RandomAffine": {"degrees": 0, "translate": [0.99, 0.99]}}]
+    after, moved = augmented(pixels, targets, resolve(shift), torch.Generator().manual_seed(0))
+    counts = [len(target["boxes"]) for target in moved]
+    assert counts == [len(target["labels"]) for target in moved]
+    assert 0 in counts
+    assert counts == [int(image.any()) for image in after]
+
+
+def test_values_stay_as_they_are():
+    pixels, _ = stripes_and_masks(4)
+    for augment in ("crop_flip", TRANSFORMS):
+        values = torch.rand(4, 2)
+        assert augmented(pixels.clone(), values, resolve(augment), torch.Generator())[1] is values
+
+
+def test_crop_flip_is_not_for_boxes():
+    with pytest.raises(InputError, match=r"crop_flip, which mirrors the edges .* objects without boxes"):
+        augmented(*boxes_and_images(2), "crop_flip", torch.Generator())
+
+
+def test_a_function_must_return_masks_too():
+    with pytest.raises(InputError, match=r"returned a Tensor. Return images and targets"):
+        augmented(*stripes_and_masks(2), lambda images, _: images, torch.Generator())
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bits_and_other_channels_are_augmented(channels):
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 2**16, (64, 8, 9, channels), generator=draw).to(torch.uint16)
+    for augment in ("crop_flip", ["RandomHorizontalFlip"]):
+        after, _ = augmented(pixels.clone(), None, resolve(augment), draw)
+        assert after.dtype == torch.uint16
+        assert after.shape == pixels.shape
+        assert not torch.equal(after, pixels)

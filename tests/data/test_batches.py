@@ -287,6 +287,19 @@ def test_errors_while_decoding_ahead_are_raised():
         list(batches(Decoded(torch.zeros(12).long(), read, 2)))
 
 
+@pytest.mark.parametrize(("channels", "dtype"), [(1, torch.uint8), (4, torch.uint8), (3, torch.uint16)])
+def test_other_channels_and_bits_are_normalized(channels, dtype):
+    draw = torch.Generator().manual_seed(0)
+    largest = torch.iinfo(dtype).max
+    pixels = torch.randint(0, largest + 1, (6, 8, 9, channels), generator=draw).to(dtype)
+    mean, std = (torch.rand(channels, generator=draw) + 0.1 for _ in range(2))
+    images = Pixels(pixels, None)
+    [batch] = Batches(images, 6, mean=mean.tolist(), std=std.tolist())
+    expected = (pixels.double() / largest - mean) / std
+    torch.testing.assert_close(batch.images.double(), expected.permute(0, 3, 1, 2), atol=1e-4, rtol=1e-4)
+    assert batch.targets is None
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

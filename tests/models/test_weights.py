@@ -250,7 +250,7 @@ def test_normalization():
         ("0,0,0", None, "normalize_std"),
     ],
 )
-def test_normalization_needs_three_numbers(mean, std, said):
+def test_normalization_needs_a_number_for_each_channel(mean, std, said):
     metadata = {"normalize_mean": mean} | ({} if std is None else {"normalize_std": std})
     with pytest.raises(InputError, match=said):
         normalization(metadata)

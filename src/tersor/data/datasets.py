@@ -43,6 +43,8 @@ _DIGITS_TEST_SEED = 0
 SMALLEST = 32
 """Shortest side of a scene in pixels."""
 
+_SETS = "a dict of train, test and, if there is one, validation, such as a Hugging Face DatasetDict"
+
 SceneTargets = Literal["masks", "boxes"]
 
 
@@ -141,10 +143,10 @@ def _from_function(path: str, root: Path | None, form: ImageFormat) -> Splits:
         return returned
     if isinstance(returned, tuple | list) and len(returned) == 2:
         returned = {"train": returned[0], "test": returned[1]}
-    if not isinstance(returned, Mapping) or not {"train", "test"} <= {*returned}:
+    if not isinstance(returned, Mapping):
         raise InputError(
             f"'{path}' returned {described(returned)}. Return a tersor.data.Splits, a pair (train, test) of torch "
-            "Datasets, or a dict of train, test and, if there is one, validation, such as a Hugging Face DatasetDict."
+            f"Datasets, or {_SETS}."
         )
     return from_datasets(path, cast("Mapping[str, Any]", returned), form, threads=1)  # theirs may not be thread-safe
 
@@ -161,6 +163,8 @@ def from_datasets(name: str, datasets: Mapping[str, Any], form: ImageFormat, thr
     Raises:
         InputError: a data set is empty, or its items are something else.
     """
+    if not {"train", "test"} <= {*datasets}:
+        raise InputError(f"{name} has the sets {', '.join(datasets) or '(none)'}. Possible: {_SETS}.")
     words = {"train": "training", "test": "test", "validation": "validation"}
     sets = {
         which: ItemSet(f"{name}, {word} set", datasets[which]) for which, word in words.items() if which in datasets

@@ -103,8 +103,8 @@ def normalization(metadata: Mapping[str, str]) -> tuple[Channels, Channels] | No
     mean, std = (_channels(metadata, key) for key in ("normalize_mean", "normalize_std"))
     if len(mean) != len(std):
         raise InputError(
-            f"normalize_mean has {len(mean)} numbers and normalize_std {len(std)} in the weights' metadata. Possible: one "
-            "for each channel in both."
+            f"normalize_mean has {len(mean)} numbers and normalize_std {len(std)} in the weights' metadata. Possible: "
+            "one for each channel in both."
         )
     if min(std) <= 0:
         raise InputError(
