@@ -9,26 +9,28 @@ from tersor.core.import_path import call_with, import_function, is_function_path
 from tersor.graph.plain_network import unwrapped
 from tersor.models.cifar_resnet import DEPTHS, CifarResNet
 from tersor.models.libraries import from_library, from_torchvision, is_of_library
+from tersor.models.unet import UNet
 from tersor.models.wide_resnet import FOURFOLD_RESNETS, WIDE_RESNETS, FourfoldResNet, WideResNet
 
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in DEPTHS}
 
 
 def names() -> list[str]:
-    """Return the names that `build` accepts: networks for CIFAR, then torchvision's classification networks."""
+    """Return the names that `build` accepts: networks for CIFAR, a UNet, torchvision's classification networks."""
     from torchvision import models  # imported here because it takes seconds
 
-    return [*CIFAR_RESNETS, *FOURFOLD_RESNETS, *WIDE_RESNETS, *models.list_models(module=models)]
+    return [*CIFAR_RESNETS, *FOURFOLD_RESNETS, *WIDE_RESNETS, "unet", *models.list_models(module=models)]
 
 
 def build(name: str, num_classes: int | None = None) -> nn.Module:
     """Build a network with random weights.
 
     Args:
-        name: a network for CIFAR (`resnet20`, 32, 44, 56, 110, `resnet8x4`, `wrn_16_2`), a torchvision network
-            (`resnet18`, `mobilenet_v2`), a network of another library (`timm:resnet18`, see `libraries.py`), or
-            `package.module:function`, which is called with `num_classes` if it accepts that, and returns a network.
-        num_classes: number of logits; None for the network's own (10 for CIFAR, 1000 in torchvision).
+        name: a network for CIFAR (`resnet20`, 32, 44, 56, 110, `resnet8x4`, `wrn_16_2`), `unet` for segmentation, a
+            torchvision network (`resnet18`, `mobilenet_v2`), a network of another library (`timm:resnet18`, see
+            `libraries.py`), or `package.module:function`, which is called with `num_classes` if it accepts that, and
+            returns a network.
+        num_classes: number of logits; None for the network's own (10 for CIFAR, 11 of `unet`, 1000 in torchvision).
 
     Raises:
         InputError: the name is unknown, or the function cannot be imported or does not return a network.
@@ -46,6 +48,8 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
         return FourfoldResNet(FOURFOLD_RESNETS[name], **options)
     if name in WIDE_RESNETS:
         return WideResNet(*WIDE_RESNETS[name], **options)
+    if name == "unet":
+        return UNet(**options)
     known = names()
     if name not in known:
         raise unknown("model", name, known)
