@@ -107,7 +107,7 @@ def _images(pairs: list[tuple[str, str]], form: ImageFormat, classes: tuple[str,
             )
         return torch.from_numpy(mask_of(_checked(numbers, classes, mask), form.size, f"'{mask}'").copy())
 
-    return Decoded(LazyTargets(len(pairs), target), lambda number: read_file(pairs[number][0], form))
+    return Decoded(LazyTargets(len(pairs), target, THREADS), lambda number: read_file(pairs[number][0], form))
 
 
 def _checked(numbers: NDArray[np.uint8], classes: tuple[str, ...], mask: str) -> NDArray[np.uint8]:

@@ -45,10 +45,10 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
             raise InputError(f"weights file {network.weights} not found. Paths are relative to the working directory.")
     early = _build(recipe.model, None, recipe.seed) if model is None and recipe.model.num_classes else None
     progress.say("reading images")
-    splits = data or load(
-        seed=recipe.seed, **recipe.data.model_dump(exclude={"augment", "limit"}), limit=recipe.data.limit
-    )
     task = recipe.task.build()
+    splits = data or load(
+        seed=recipe.seed, targets="boxes" if task.boxes else "masks", **recipe.data.model_dump(exclude={"augment"})
+    )
     _check_targets(task, splits)
     _say_what_has_no_image(splits, progress)
     network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)

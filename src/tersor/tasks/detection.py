@@ -30,6 +30,7 @@ class Detection(Task):
     """
 
     metric: ClassVar[str] = "mAP50"
+    boxes: ClassVar[bool] = True
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The sum of the losses that the network returns.

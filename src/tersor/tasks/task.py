@@ -32,12 +32,14 @@ class Task:
         metric: name of the metric.
         unit: of the metric: "%", or "" for a number without one.
         higher_is_better: whether a higher metric is better.
+        boxes: whether the targets are boxes.
         from_original: whether the targets are the outputs of the original network, so that the data needs none.
     """
 
     metric: ClassVar[str]
     unit: ClassVar[str] = "%"
     higher_is_better: ClassVar[bool] = True
+    boxes: ClassVar[bool] = False
     from_original: ClassVar[bool] = False
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
