@@ -1,9 +1,9 @@
 """A detector that is captured whole, and its task: recipes/detection.yaml names both.
 
-Zhou et al., "Objects as Points", arXiv:1904.07850. The network returns maps at a quarter of the image's size: a logit for
-the centre of each class, and the distances from there to the sides of the box. Loss, decoding and metric belong to the
-task, so that every method can train the network, and the exported file holds convolutions only. The distances to four
-sides replace the paper's size and offset.
+Zhou et al., "Objects as Points", arXiv:1904.07850. The network returns maps at a quarter of the image's size: a logit
+for the centre of each class, and the distances from there to the sides of the box, in place of the paper's size and
+offset. Loss, decoding and metric belong to the task, so that every method can train the network, and the exported file
+holds convolutions only.
 """
 
 from __future__ import annotations

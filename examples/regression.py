@@ -28,9 +28,8 @@ def train(model: nn.Module, batches: Batches, epochs: int) -> nn.Module:
     for epoch in range(epochs):
         batches.set_epoch(epoch)
         for batch in batches:
-            loss = F.mse_loss(model.train()(batch.images), batch.targets)
             optimizer.zero_grad()
-            loss.backward()
+            F.mse_loss(model.train()(batch.images), batch.targets).backward()
             optimizer.step()
     return model.eval()
 
@@ -40,8 +39,6 @@ def main(folder: Path, epochs: int = 15) -> None:
     torch.manual_seed(0)
     digits = load(name="digits", image_size=16)
     data = load(datasets={"train": rotated(digits.train), "test": rotated(digits.test)})  # or load(csv="table.csv")
-    assert data.mean is not None
-    assert data.std is not None
     batches = Batches(data.train, 32, mean=data.mean, std=data.std, shuffle=True)
     test = Batches(data.test, 100, mean=data.mean, std=data.std)
     example = next(iter(test)).images

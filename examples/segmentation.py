@@ -33,8 +33,6 @@ def main(folder: Path, epochs: int = 20, images: int = 1800) -> None:
     """Write `original.onnx` and `model.onnx` to `folder`, and compare them in ONNX Runtime."""
     torch.manual_seed(0)
     scenes = load(name="scenes", limit=images)  # in place of it: load(folder="path/to/images/and/masks", image_size=64)
-    assert scenes.mean is not None
-    assert scenes.std is not None
     batches = Batches(scenes.train, 32, mean=scenes.mean, std=scenes.std, shuffle=True)
     test = Batches(scenes.test, 50, mean=scenes.mean, std=scenes.std)
     example = next(iter(test)).images
