@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import Conv2dNormActivation as Layer
@@ -17,11 +16,10 @@ from tersor.tasks.detection import Detection
 
 def detector(classes: int) -> FCOS:
     """Return an FCOS with a small backbone; the images are normalized already."""
-    backbone = nn.Sequential(Layer(3, 32), Layer(32, 64, stride=2), Layer(64, 64), Layer(64, 64, stride=2))
+    backbone = torch.nn.Sequential(Layer(3, 32), Layer(32, 64, stride=2), Layer(64, 64), Layer(64, 64, stride=2))
     backbone.out_channels = 64  # FCOS asks for it
     points = AnchorGenerator(sizes=((8,),), aspect_ratios=((1.0,),))
-    as_it_is = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3, "min_size": 64, "max_size": 64}
-    return FCOS(backbone, classes, anchor_generator=points, **as_it_is)
+    return FCOS(backbone, classes, 64, 64, image_mean=[0.0] * 3, image_std=[1.0] * 3, anchor_generator=points)
 
 
 def train(model: FCOS, batches: Batches, epochs: int) -> FCOS:
@@ -39,8 +37,7 @@ def train(model: FCOS, batches: Batches, epochs: int) -> FCOS:
 @torch.inference_mode()
 def score(model: FCOS, test: Batches) -> str:
     """Return the mAP50 in percent."""
-    found = [(Detection().predictions(model(batch.images)), batch.targets) for batch in test]
-    return f"mAP50 {Detection().score(found):.2f} %"
+    return f"{Detection().score((model(batch.images), batch.targets) for batch in test):.2f} %"
 
 
 def main(epochs: int = 12, images: int = 1800) -> None:
@@ -50,13 +47,12 @@ def main(epochs: int = 12, images: int = 1800) -> None:
     batches = Batches(scenes.train, 16, mean=scenes.mean, std=scenes.std, shuffle=True)
     test = Batches(scenes.test, 50, mean=scenes.mean, std=scenes.std)
     model = train(detector(len(scenes.classes)), batches, epochs)
-
     small = copy.deepcopy(model)
     small.backbone = tersor.prune(model.backbone, batches, keep_macs=0.5)
     train(small, batches, epochs // 2)
     half = score(small, test)
     small.backbone = tersor.quantize(small.backbone, batches)
-    print(f"original: {score(model, test)}; half of the MACs: {half}; and 8 bits: {score(small, test)}")
+    print(f"mAP50: original {score(model, test)}; half of the MACs {half}; and 8 bits {score(small, test)}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ def main(epochs: int = 8) -> None:
     for _ in range(epochs):
         train(model, loader, optimizer)
     print(f"float32: {score(model, test)}")
-
     attached = QAT(bits=4).attach(model, AttachContext(data=loader))
     attached.begin()  # calibrates
     optimizer = torch.optim.AdamW(attached.model.parameters(), lr=0.001)

@@ -37,7 +37,7 @@ def train(model: nn.Module, batches: Batches, epochs: int) -> nn.Module:
 def main(folder: Path, epochs: int = 15) -> None:
     """Write `original.onnx` and `model.onnx` to `folder`, and compare their mean absolute errors."""
     torch.manual_seed(0)
-    digits = load(name="digits", image_size=16)
+    digits = load(name="digits")
     data = load(datasets={"train": rotated(digits.train), "test": rotated(digits.test)})  # or load(csv="table.csv")
     batches = Batches(data.train, 32, mean=data.mean, std=data.std, shuffle=True)
     test = Batches(data.test, 100, mean=data.mean, std=data.std)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,58 @@ def test_iterative_pruning_ends_sparse(capsys):
     example("iterative_pruning").main(epochs=1, sparsities=(0.5, 0.8))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ")[0] for line in lines] == ["0.0", "50.0", "80.0"]
+
+
+@pytest.fixture
+def few_test_scenes(monkeypatch):
+    monkeypatch.setattr("tersor.data.datasets.TEST", 20)
+
+
+def test_segmentation_is_compared_in_miou(tmp_path, capsys, few_test_scenes):
+    example("segmentation").main(tmp_path, epochs=1, images=32)
+    original, artifact = capsys.readouterr().out.splitlines()
+    assert original.startswith("original: mIoU ")
+    assert artifact.startswith("artifact: mIoU ")
+    assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "original.onnx").stat().st_size / 4
+
+
+def test_detection_compresses_the_backbone(capsys, few_test_scenes):
+    example("detection").main(epochs=1, images=32)
+    assert re.fullmatch(
+        r"mAP50: original [\d.]+ %; half of the MACs [\d.]+ %; and 8 bits [\d.]+ %\n", capsys.readouterr().out
+    )
+
+
+def test_regression_predicts_angles(tmp_path, capsys):
+    example("regression").main(tmp_path, epochs=3)
+    errors = [float(line.split(" ")[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(errors) == 2
+    assert max(errors) < 25  # a constant is wrong by 30 degrees
+
+
+def test_own_data_loss_and_loop(capsys):
+    example("own_loop").main(epochs=1)
+    scores = [float(line.split(" ")[-5]) for line in capsys.readouterr().out.splitlines()]
+    assert len(scores) == 2
+    assert min(scores) > 60  # chance: 50
+
+
+def test_a_centre_detector_finds_the_boxes_of_its_loss():
+    """Maps with a peak at each centre and the right sides have a small loss and a perfect mAP50."""
+    module = example("centre_detection")
+    boxes = torch.tensor([[4.0, 8.0, 20.0, 24.0], [30.0, 30.0, 62.0, 50.0]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([2, 1])}]
+    cells = [(4, 3, 1, boxes[0]), (10, 11, 0, boxes[1])]  # row, column, map
+    centres, sides = torch.full((1, 3, 16, 16), -8.0), torch.zeros(1, 4, 16, 16)
+    for row, column, label, box in cells:
+        centres[0, label, row, column] = 8.0
+        x, y = column + 0.5, row + 0.5
+        wanted = torch.stack([x - box[0] / 4, y - box[1] / 4, box[2] / 4 - x, box[3] / 4 - y])
+        sides[0, :, row, column] = wanted.expm1().log()  # the inverse of softplus
+    task, outputs = module.CentreDetection(), {"centres": centres, "sides": sides}
+    [found] = task.predictions(outputs)
+    best = found["scores"].argsort(descending=True)[:2]
+    order = found["labels"][best].argsort(descending=True)
+    torch.testing.assert_close(found["boxes"][best][order], boxes)
+    assert task.score([(task.predictions(outputs), targets)]) == pytest.approx(100)
+    assert task.loss(outputs, targets) < 0.01 < 1 < task.loss({"centres": -centres, "sides": sides}, targets)
