@@ -137,7 +137,7 @@ def test_teacher_of_two_types(teacher: str, expected: list[str]):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "recipe.yaml, line 1: a recipe should be a mapping of the keys model, teacher, data, target,"),
+        ("", "recipe.yaml, line 1: a recipe should be a mapping of the keys model, teacher, task, data, target,"),
         ("# nothing\n", "given nothing."),
         ("- a\n- b", "stages, given a list of 2."),
         ("hello", "given the text 'hello'."),

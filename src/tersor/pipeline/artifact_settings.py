@@ -119,7 +119,7 @@ def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:
         InputError: there is neither, or the recipe names the user's own code.
     """
     if data is not None:
-        return {"folder": data} if Path(data).is_dir() else {"name": data}
+        return {"folder" if Path(data).is_dir() else "csv" if Path(data).is_file() else "name": data}
     recipe = artifact.files.get("recipe.yaml")
     if recipe is None:
         raise InputError(

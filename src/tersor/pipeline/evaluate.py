@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         artifact: the folder of a run, or an ONNX file.
-        data: an image folder or the name of a data set; by default the data of the folder's recipe.
+        data: an image folder, a CSV file or the name of a data set; by default the data of the folder's recipe.
         runtime: by default that of the folder's recipe, else ONNX Runtime.
         task: its name; by default that of the folder's recipe, else classification.
         progress: reports the progress.
@@ -66,9 +66,11 @@ def evaluate(
     numbers = numbers_of(found)
     session = open_session(found.model, runtime or numbers.get("runtime", "onnxruntime"))
     progress.say("reading the images")
-    options = data_source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
-    splits = load(**options)
     asked = task_of_artifact(found, task)
+    options = data_source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
+    if numbers.get("mean"):
+        options["channels"] = len(numbers["mean"])
+    splits = load(**options, targets="boxes" if asked.boxes else "masks")
     refuse_other_classes(class_names(found.model), splits.classes)
     assert splits.mean is not None
     assert splits.std is not None
