@@ -109,6 +109,7 @@ def few_test_scenes(monkeypatch):
     monkeypatch.setattr("tersor.data.datasets.TEST", 20)
 
 
+@pytest.mark.slow
 def test_segmentation_is_compared_in_miou(tmp_path, capsys, few_test_scenes):
     example("segmentation").main(tmp_path, epochs=1, images=32)
     original, artifact = capsys.readouterr().out.splitlines()
@@ -117,6 +118,7 @@ def test_segmentation_is_compared_in_miou(tmp_path, capsys, few_test_scenes):
     assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "original.onnx").stat().st_size / 4
 
 
+@pytest.mark.slow
 def test_detection_compresses_the_backbone(capsys, few_test_scenes):
     example("detection").main(epochs=1, images=32)
     assert re.fullmatch(
@@ -124,6 +126,7 @@ def test_detection_compresses_the_backbone(capsys, few_test_scenes):
     )
 
 
+@pytest.mark.slow
 def test_regression_predicts_angles(tmp_path, capsys):
     example("regression").main(tmp_path, epochs=3)
     errors = [float(line.split(" ")[1]) for line in capsys.readouterr().out.splitlines()]
