@@ -160,3 +160,24 @@ def test_a_centre_detector_finds_the_boxes_of_its_loss():
     torch.testing.assert_close(found["boxes"][best][order], boxes)
     assert task.score([(task.predictions(outputs), targets)]) == pytest.approx(100)
     assert task.loss(outputs, targets) < 0.01 < 1 < task.loss({"centres": -centres, "sides": sides}, targets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["segmentation", "detection"])
+def test_recipes_on_scenes(name, tmp_path, monkeypatch, few_test_scenes):
+    from tersor.evaluation import measurement
+    from tersor.pipeline.run import run
+    from tersor.recipe import read
+
+    monkeypatch.syspath_prepend(EXAMPLES.parent)
+    measured = measurement.measure_latency
+    monkeypatch.setattr(
+        measurement, "measure_latency", lambda *given, **named: measured(*given, **named | {"seconds": 0.2})
+    )
+    small = ["data.limit=64", "data.image_size=32", "teacher.epochs=1", "stages.0.epochs=1", "stages.1.epochs=1"]
+    folder = run(read(EXAMPLES.parent / "recipes" / f"{name}.yaml", small), out=tmp_path / "run")
+    numbers = json.loads((folder / "numbers.json").read_text())
+    metric = {"segmentation": "mIoU", "detection": "mAP50"}[name]
+    assert numbers["metric"]["name"] == metric
+    assert 0 <= numbers["artifact"]["score"] <= 100
+    assert metric in (folder / "report.html").read_text()
