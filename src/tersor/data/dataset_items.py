@@ -111,7 +111,7 @@ class ItemSet:
         return Decoded(targets, read, threads)
 
     def _class_numbers(self) -> Tensor:
-        """The labels that the data set lists, as torchvision's and Hugging Face's do; otherwise all items are loaded."""
+        """The labels that the data set lists, as torchvision's and Hugging Face's do; else all items are loaded."""
         listings = {name: getattr(self.dataset, name, None) for name in ("targets", "labels")}
         if "label" in (getattr(self.dataset, "column_names", None) or ()):  # of Hugging Face
             listings["label"] = self.dataset["label"]
