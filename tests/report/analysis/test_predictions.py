@@ -12,7 +12,7 @@ from torch import nn
 
 from tersor.data import Batches
 from tersor.data.image_sets import Pixels
-from tersor.report.analysis.predictions import compare_predictions, png, rgb_of, soft_targets
+from tersor.report.analysis.predictions import compare_predictions, png, soft_targets
 
 
 def images_of(labels):
@@ -102,16 +102,6 @@ def test_of_many_classes_the_likeliest_are_listed():
     [result] = soft_targets(Fixed(40), test, torch.tensor([0]))
     assert result["classes"] == list(range(39, 27, -1))
     assert len(result["rows"][0]["probabilities"]) == 12
-
-
-@pytest.mark.parametrize(
-    ("channels", "dtype"), [(1, torch.uint8), (2, torch.uint8), (4, torch.uint8), (3, torch.uint16)]
-)
-def test_other_images_are_shown_as_rgb(channels, dtype):
-    values = torch.arange(6 * channels).view(1, 2, 3, channels)
-    shown = rgb_of(Pixels((values * (256 if dtype == torch.uint16 else 1)).to(dtype), None), 0)
-    expected = values[0].permute(2, 0, 1)
-    assert torch.equal(shown, (expected[:3] if channels >= 3 else expected[:1].expand(3, 2, 3)).to(torch.uint8))
 
 
 def test_large_images_are_downsized():
