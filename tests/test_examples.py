@@ -109,6 +109,7 @@ def few_test_scenes(monkeypatch):
     monkeypatch.setattr("tersor.data.datasets.TEST", 20)
 
 
+@pytest.mark.slow
 def test_segmentation_is_compared_in_miou(tmp_path, capsys, few_test_scenes):
     example("segmentation").main(tmp_path, epochs=1, images=32)
     original, artifact = capsys.readouterr().out.splitlines()
@@ -117,6 +118,7 @@ def test_segmentation_is_compared_in_miou(tmp_path, capsys, few_test_scenes):
     assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "original.onnx").stat().st_size / 4
 
 
+@pytest.mark.slow
 def test_detection_compresses_the_backbone(capsys, few_test_scenes):
     example("detection").main(epochs=1, images=32)
     assert re.fullmatch(
@@ -124,6 +126,7 @@ def test_detection_compresses_the_backbone(capsys, few_test_scenes):
     )
 
 
+@pytest.mark.slow
 def test_regression_predicts_angles(tmp_path, capsys):
     example("regression").main(tmp_path, epochs=3)
     errors = [float(line.split(" ")[1]) for line in capsys.readouterr().out.splitlines()]
@@ -157,3 +160,24 @@ def test_a_centre_detector_finds_the_boxes_of_its_loss():
     torch.testing.assert_close(found["boxes"][best][order], boxes)
     assert task.score([(task.predictions(outputs), targets)]) == pytest.approx(100)
     assert task.loss(outputs, targets) < 0.01 < 1 < task.loss({"centres": -centres, "sides": sides}, targets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["segmentation", "detection"])
+def test_recipes_on_scenes(name, tmp_path, monkeypatch, few_test_scenes):
+    from tersor.evaluation import measurement
+    from tersor.pipeline.run import run
+    from tersor.recipe import read
+
+    monkeypatch.syspath_prepend(EXAMPLES.parent)
+    measured = measurement.measure_latency
+    monkeypatch.setattr(
+        measurement, "measure_latency", lambda *given, **named: measured(*given, **named | {"seconds": 0.2})
+    )
+    small = ["data.limit=64", "data.image_size=32", "teacher.epochs=1", "stages.0.epochs=1", "stages.1.epochs=1"]
+    folder = run(read(EXAMPLES.parent / "recipes" / f"{name}.yaml", small), out=tmp_path / "run")
+    numbers = json.loads((folder / "numbers.json").read_text())
+    metric = {"segmentation": "mIoU", "detection": "mAP50"}[name]
+    assert numbers["metric"]["name"] == metric
+    assert 0 <= numbers["artifact"]["score"] <= 100
+    assert metric in (folder / "report.html").read_text()

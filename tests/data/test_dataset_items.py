@@ -8,6 +8,8 @@ from torchvision import tv_tensors
 
 from tersor.core.errors import InputError
 from tersor.data import Batches, load
+from tersor.data.dataset_items import ItemSet
+from tersor.data.decoding import ImageFormat
 
 IMAGE = torch.arange(3 * 4 * 6, dtype=torch.uint8).view(3, 4, 6)
 MASK = torch.arange(24).view(4, 6) % 3
@@ -140,3 +142,24 @@ def test_class_numbers_without_a_name(target):
     pairs = Set([(IMAGE, target)] * 2)
     with pytest.raises(InputError, match=r"class number 2, and there are 2 classes: background, cat. Possible: 0 to 1"):
         load(datasets={"train": pairs, "test": pairs}, validation=0)
+
+
+def test_hugging_face_s_names_and_columns():
+    class ClassLabel:
+        names = ("cat", "dog")
+
+    class Set(list):
+        column_names, features, decoded = ["image", "label"], {"image": None, "label": ClassLabel()}, []
+
+        def __getitem__(self, key):
+            if key == "label":
+                return [row["label"] for row in self]
+            self.decoded.append(key)
+            return super().__getitem__(key)
+
+    rows = Set([{"image": IMAGE, "label": number % 2} for number in range(6)])
+    item_set = ItemSet("it", rows)
+    images = item_set.images("class", ImageFormat(), 1)
+    assert images.targets.tolist() == [0, 1, 0, 1, 0, 1]
+    assert rows.decoded == [0], "only the first image, for its size"
+    assert load(datasets={"train": rows, "test": rows}, validation=0).classes == ("cat", "dog")

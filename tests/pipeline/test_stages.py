@@ -82,13 +82,8 @@ class Counted:
     """Images that know how many of them were looked at."""
 
     def __init__(self, images):
-        self.images, self.looked_at = images, set()
-        self.targets, self.size, self.channels, self.largest = (
-            images.targets,
-            images.size,
-            images.channels,
-            images.largest,
-        )
+        self.images, self.targets, self.looked_at = images, images.targets, set()
+        self.size, self.channels, self.largest = images.size, images.channels, images.largest
 
     def __len__(self):
         return len(self.images)

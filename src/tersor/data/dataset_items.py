@@ -111,12 +111,14 @@ class ItemSet:
         return Decoded(targets, read, threads)
 
     def _class_numbers(self) -> Tensor:
-        """The labels that the data set lists, as torchvision's do; otherwise every item is loaded."""
-        for attribute in ("targets", "labels"):
-            listed = getattr(self.dataset, attribute, None)
+        """The labels that the data set lists, as torchvision's and Hugging Face's do; else all items are loaded."""
+        listings = {name: getattr(self.dataset, name, None) for name in ("targets", "labels")}
+        if "label" in (getattr(self.dataset, "column_names", None) or ()):  # of Hugging Face
+            listings["label"] = self.dataset["label"]
+        for name, listed in listings.items():
             whole = listed is not None and len(listed) == len(self.dataset)
             if whole and getattr(self.dataset, "target_transform", None) is None:
-                return self._listed(attribute, np.asarray(listed))
+                return self._listed(name, np.asarray(listed))
         found: list[int] = []
         for number in range(len(self.dataset)):
             target = self.item(number)[1]
@@ -181,6 +183,9 @@ def class_names(sets: list[Decoded], kind: Kind, train: Any) -> tuple[str, ...]:
     if kind == "values":
         return tuple(str(number) for number in range(sets[0].targets.shape[1]))
     names = getattr(train, "classes", None)
+    if names is None and kind == "class":  # a ClassLabel of Hugging Face
+        features = getattr(train, "features", None) or {}
+        names = next((feature.names for feature in features.values() if hasattr(feature, "names")), None)
     if names is None:
         return tuple(str(number) for number in range(1 + max(_largest(images, kind) for images in sets)))
     listed = tuple(", ".join(each) if isinstance(each, tuple) else str(each) for each in names)

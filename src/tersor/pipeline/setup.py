@@ -50,6 +50,8 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
         seed=recipe.seed, targets="boxes" if task.boxes else "masks", **recipe.data.model_dump(exclude={"augment"})
     )
     _check_targets(task, splits)
+    if recipe.target.input == "uint8" and splits.train.largest > 255:
+        raise InputError("the images have 16 bits per channel, and target.input is uint8. Write input: normalized.")
     _say_what_has_no_image(splits, progress)
     network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)
     for path in masked_by_torch(network):
