@@ -12,8 +12,8 @@ _PRODUCTS = {"matmul", "bmm"}
 _SMALLEST = 32
 """Smallest size of matrices for which ONNX Runtime saves more time by multiplying integers than rounding takes.
 
-Attention alone, at 49 to 400 positions on a processor with VNNI: 0.82 to 1.0 times the time of float at head widths of
-32 and 64, 1.0 to 1.04 at 24, 1.03 to 1.1 at 16.
+Attention alone, at 49 to 400 positions on a processor with VNNI: 0.81 to 1.0 times the time of float at head widths of
+32 and 64, 0.97 to 1.04 at 24, 1.03 and more at 16; `docs/decisions/0067` has the figures.
 """
 
 
