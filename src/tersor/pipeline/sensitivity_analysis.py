@@ -28,6 +28,8 @@ from tersor.quantization.quantizers import insert_quantizers
 from tersor.quantization.sensitivity import Cost, sensitivity
 from tersor.recipe import Recipe
 from tersor.report.sensitivity_map import sensitivity_svg
+from tersor.tasks.classification import Classification
+from tersor.tasks.task import Task
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 _DIGITS = 16
@@ -96,12 +98,13 @@ def measure(
         progress.advance(error=cost.error)
     figure = out.with_suffix(".svg")
     title = f"{recipe.model.name}: sensitivity of each layer, quantized alone"
-    write_file(figure, sensitivity_svg(found.costs, weights, title, _subtitle(len(shown))).encode())
+    write_file(figure, sensitivity_svg(found.costs, weights, title, _subtitle(len(shown), experiment.task)).encode())
     return found, figure
 
 
-def _subtitle(images: int) -> str:
-    return f"error of the logits in % of their mean square, {images:,} validation images"
+def _subtitle(images: int, task: Task) -> str:
+    what = "logits" if isinstance(task, Classification) else "outputs"
+    return f"error of the {what} in % of their mean square, {images:,} validation images"
 
 
 def _require_writable(out: Path) -> None:
