@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tersor.pruning.mask import weight_mask
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -157,3 +159,18 @@ def test_a_centre_detector_finds_the_boxes_of_its_loss():
     torch.testing.assert_close(found["boxes"][best][order], boxes)
     assert task.score([(task.predictions(outputs), targets)]) == pytest.approx(100)
     assert task.loss(outputs, targets) < 0.01 < 1 < task.loss({"centres": -centres, "sides": sides}, targets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("lightning_training", "lightning"), ("hugging_face_trainer", "transformers"), ("timm_training", "timm")],
+)
+def test_a_method_trains_in_another_trainer(name, package):
+    pytest.importorskip(package)
+    torch.manual_seed(0)
+    trained = example(name).main()
+    assert trained(torch.randn(2, 3, 32, 32)).isfinite().all()
+    if name == "hugging_face_trainer":
+        masks = [mask for layer in trained.modules() if (mask := weight_mask(layer)) is not None]
+        assert sum(int(mask.mask.sum()) for mask in masks) == sum(mask.mask.numel() for mask in masks) // 2
