@@ -47,11 +47,12 @@ def test_the_blocks_of_a_quick_page_run(page, tmp_path, monkeypatch):
     assert blocks.run(page, {})
 
 
-def test_the_blocks_of_the_page_on_training_loops_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "files"), [("how-to/own-loop.md", ["model.onnx"]), ("how-to/tasks.md", [])])
+def test_the_blocks_of_a_page_with_networks_of_the_reader_run(page, files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loader = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(10, (64,))), 32)
-    blocks.run("how-to/own-loop.md", {"student": network(4), "teacher": network(8), "loader": loader})
-    assert (tmp_path / "model.onnx").is_file()
+    blocks.run(page, {"student": network(4), "teacher": network(8), "loader": loader})
+    assert [path.name for path in tmp_path.iterdir()] == files
 
 
 @pytest.mark.slow
