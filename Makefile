@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-lowest | wheel | audit | lint. The first one to run makes .venv; a stamp inside says what it holds.
+# make demo | test | test-all | test-lowest | wheel | audit | lint | docs. The first one to run makes .venv; a stamp inside says what it holds.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -25,7 +25,7 @@ UV := $(SUPPLY)/bin/uv
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 QUICK := $(PYTEST) -m 'not slow'
 
-.PHONY: demo test test-all test-lowest wheel audit lint
+.PHONY: demo test test-all test-lowest wheel audit lint docs
 
 demo: $(USE)
 	rm -rf runs/demo runs/demo.checkpoints
@@ -64,6 +64,10 @@ lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
+
+# the site in site/, opened as a file or served; nothing in it is loaded from elsewhere
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src:pages $(BIN)/mkdocs build --quiet --clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

@@ -11,8 +11,10 @@ from PIL import Image
 from torch import nn
 
 from tersor import cli, models
+from tersor.cli_output import Document, schema_of
 from tersor.core.errors import InputError
 from tersor.evaluation import latency
+from tersor.methods import names
 
 RECIPE = """\
 model: {name: resnet20, weights: WEIGHTS}
@@ -64,6 +66,16 @@ def tersor(monkeypatch, *arguments: object) -> int:
     return int(stopped.value.code or 0)
 
 
+def document(text, name):
+    """The JSON document, checked against its schema: its keys are the properties of the schema."""
+    value, schema = json.loads(text), schema_of(name)
+    first = value[0] if isinstance(value, list) else value
+    if schema.get("type") == "array":
+        schema = schema["$defs"][schema["items"]["$ref"].rpartition("/")[2]]
+    assert set(schema["required"]) <= set(first) <= set(schema["properties"])
+    return value
+
+
 def small(num_classes):
     """A network that is exported in a fraction of a ResNet-20's time."""
     return nn.Sequential(
@@ -82,7 +94,10 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     models.save_weights(small(10), weights)
     recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)).replace("name: resnet20", f'name: "{__name__}:small"'))
     out = tmp_path / "out"
-    assert tersor(monkeypatch, "run", recipe, "--out", out) == 0
+    assert tersor(monkeypatch, "run", recipe, "--out", out, "--json") == 0
+    printed = capfd.readouterr()
+    assert document(printed.out, "results") == json.loads((out / "numbers.json").read_text())
+    assert f"written: {out}" in printed.err.replace("\n", "")
     assert {
         "model.safetensors",
         "structure.json",
@@ -110,6 +125,10 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     capfd.readouterr()
     assert tersor(monkeypatch, "eval", out) == 0
     assert f"{numbers['artifact']['score']:.2f} %" in capfd.readouterr().out
+    assert tersor(monkeypatch, "eval", out, "--json") == 0
+    told = capfd.readouterr()
+    assert document(told.out, "eval")["score"] == numbers["artifact"]["score"]
+    assert " 359 test images" in told.err
     # the run above had every runtime
     monkeypatch.setattr(
         importlib.import_module("tersor.pipeline.evaluate"), "installed_runtimes", lambda: ["onnxruntime"]
@@ -118,6 +137,12 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     table = capfd.readouterr().out
     assert table.count("onnxruntime") == 9, "three files at three batch sizes"
     assert table.count(" rounds, until ") == 3
+    assert tersor(monkeypatch, "bench", out, "--seconds", 0.1, "--json") == 0
+    tables = document(capfd.readouterr().out, "bench")
+    assert [each["batch_size"] for each in tables] == [1, 32, 128]
+    for each in tables:
+        assert [file["roles"] for file in each["files"]] == [["original", "baseline"], []]
+        assert set(each["files"][1]["speedup"]) == {"original", "baseline"}
     assert set(numbers["speedup"]) == {"original", "baseline"}
     for size in ("1", "32", "128"):
         baseline = numbers["baseline"][size]
@@ -143,6 +168,8 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     assert len(rows) == 10
     assert worst["layer"] in rows[0]
     assert f"({worst['drop']:.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
+    assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20, "--json") == 0
+    assert document(capfd.readouterr().out, "sensitivity")["costs"] == costs
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 30) == 2
     assert "was measured with images: 20" in capfd.readouterr().err
     (tmp_path / "mine.yaml").write_text(RECIPE.replace(", weights: WEIGHTS", ""))
@@ -254,6 +281,32 @@ def test_explain_and_methods_train_nothing(tmp_path, weights, monkeypatch, capfd
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert tersor(monkeypatch, "methods", "ptq") == 0
     assert "activation_bits" in capfd.readouterr().out
+
+
+def test_methods_as_json(monkeypatch, capfd):
+    assert tersor(monkeypatch, "methods", "--json") == 0
+    told = json.loads(capfd.readouterr().out)
+    assert sorted(told) == list(names())
+    assert told["dpf"]["needs_steps"]
+    assert told["soft_targets"]["needs_teacher"]
+    assert set(told["ptq"]) == set(schema_of("methods")["$defs"]["MethodDescription"]["properties"])
+    assert tersor(monkeypatch, "methods", "ptq", "--json") == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["ptq"]["parameters"]["properties"]["bits"]["default"] == 8
+    assert tersor(monkeypatch, "methods", "ptk", "--json") == 2
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", Document.__args__)
+def test_every_document_has_a_schema(name, monkeypatch, capfd):
+    assert tersor(monkeypatch, "schema", name) == 0
+    assert {"$defs", "properties"} & set(json.loads(capfd.readouterr().out))
+
+
+def test_explain_has_no_json(tmp_path, monkeypatch, capfd):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert tersor(monkeypatch, "run", tmp_path / "recipe.yaml", "--explain", "--json") == 2
+    assert "Leave out --json or --explain" in capfd.readouterr().err
 
 
 def test_the_schema_of_recipes_knows_every_method(monkeypatch, capfd):

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tersor.pruning.mask import weight_mask
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -181,3 +183,18 @@ def test_recipes_on_scenes(name, tmp_path, monkeypatch, few_test_scenes):
     assert numbers["metric"]["name"] == metric
     assert 0 <= numbers["artifact"]["score"] <= 100
     assert metric in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("lightning_training", "lightning"), ("hugging_face_trainer", "transformers"), ("timm_training", "timm")],
+)
+def test_a_method_trains_in_another_trainer(name, package):
+    pytest.importorskip(package)
+    torch.manual_seed(0)
+    trained = example(name).main()
+    assert trained(torch.randn(2, 3, 32, 32)).isfinite().all()
+    if name == "hugging_face_trainer":
+        masks = [mask for layer in trained.modules() if (mask := weight_mask(layer)) is not None]
+        assert sum(int(mask.mask.sum()) for mask in masks) == sum(mask.mask.numel() for mask in masks) // 2

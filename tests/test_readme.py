@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from ruamel.yaml import YAML
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from tersor.cli import main
 from tersor.evaluation import latency
@@ -67,19 +65,6 @@ def test_the_recipe_in_the_readme_is_valid():
     assert parse(text, "README.md").stages
 
 
-def test_python_in_the_guide_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    loader = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(10, (64,))), 32)
-    for block in blocks("docs/guide.md", "python"):
-        exec(block, {"student": network(4), "teacher": network(8), "loader": loader})
-    assert (tmp_path / "model.onnx").is_file()
-
-
-def test_recipes_in_the_guide_are_valid():
-    for block in blocks("docs/guide.md", "yaml"):
-        assert parse(block, "docs/guide.md").stages
-
-
 def test_the_readme_lists_every_method():
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(names())
@@ -95,7 +80,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("do
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_links_lead_to_files(document):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text())
-    assert not [target for target in targets if not (document.parent / target).exists()]
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    # cards and reference pages are generated from the code; a strict build of the site checks links to them
+    assert not [target for target in missing if not re.search(r"(methods/\w+|reference/[\w-]+)\.md$", target)]
 
 
 def test_the_index_lists_every_decision():

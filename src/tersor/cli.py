@@ -7,19 +7,20 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor.cli_output import Document, latency_table, print_json, results_table, schema_of, sensitivity_table
 from tersor.core.errors import InputError, ProcessLost
 from tersor.core.resources import enough_memory
 from tersor.progress_bars import Bars
+from tersor.tracking import TrackerName, tracked
 
 if TYPE_CHECKING:
-    from tersor.evaluation.results import Results
-    from tersor.pipeline.sensitivity_analysis import BitCosts
+    from tersor.recipe import Recipe
 
 app = typer.Typer(
     name="tersor",
@@ -31,10 +32,20 @@ app = typer.Typer(
 )
 console = Console()
 _INTERRUPTED = 130
-_SHOWN = 10
+
+
+def _tables_to_stderr(as_json: bool) -> bool:
+    """With --json, stdout is for the document alone."""
+    console.stderr = as_json
+    return as_json
+
 
 RecipeFile = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
 ChangedValues = Annotated[list[str] | None, typer.Option("--set", help="override a value: stages.0.epochs=3")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", callback=_tables_to_stderr, help="print a JSON document on stdout, all else on stderr"),
+]
 
 
 @app.command()
@@ -44,26 +55,29 @@ def run(
     set_: ChangedValues = None,
     resume: Annotated[bool, typer.Option("--resume", help="resume an interrupted run")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="describe the run without training")] = False,
+    track: Annotated[
+        TrackerName | None, typer.Option(help="log losses and accuracy to tensorboard or mlflow", show_default=False)
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Run a recipe and write one folder: model, original, report and measurements."""
     from tersor.recipe import read
 
     checked = read(recipe, set_ or [])
-    with Bars(console) as bars:
-        if explain:
-            from tersor.pipeline.dry_run import explain as lines
+    if explain:
+        if as_json:
+            raise InputError("--explain writes text. Leave out --json or --explain.")
+        _explain(checked)
+        return
+    from tersor.core import distributed
+    from tersor.core.device import keep_freed_memory
+    from tersor.pipeline.run import run as walk
 
-            for line in lines(checked, progress=bars):
-                console.print(line, highlight=False, markup=False)
-            return
-        from tersor.core import distributed
-        from tersor.core.device import keep_freed_memory
-        from tersor.pipeline.run import run as walk
-
-        out = out or Path("runs") / recipe.stem
-        keep_freed_memory()
+    out = out or Path("runs") / recipe.stem
+    keep_freed_memory()
+    with Bars(console) as bars, tracked(bars, track, out.with_name(f"{out.name}.tracking")) as progress:
         try:
-            folder = walk(checked, out=out, resume=resume, progress=bars)
+            folder = walk(checked, out=out, resume=resume, progress=progress)
         except KeyboardInterrupt:
             how = "the same command" if distributed.count() > 1 else f"tersor {shlex.join(sys.argv[1:])}"
             _say(f"interrupted. To resume: {how}{'' if resume else ' --resume'}")
@@ -72,10 +86,13 @@ def run(
         return
     from tersor.evaluation.results import Results
 
-    results = Results.model_validate_json((folder / "numbers.json").read_bytes())
+    numbers = (folder / "numbers.json").read_text()
+    results = Results.model_validate_json(numbers)
     console.print(f"results are in {folder / 'report.html'}", highlight=False)
-    console.print(_table(results))
+    console.print(results_table(results))
     console.print(f"written: {folder}", highlight=False)
+    if as_json:
+        sys.stdout.write(numbers)
 
 
 @app.command()
@@ -84,6 +101,7 @@ def sensitivity(
     out: Annotated[Path | None, typer.Option(help="file to write or resume [default: NAME.sensitivity.json]")] = None,
     set_: ChangedValues = None,
     images: Annotated[int | None, typer.Option(min=1, help="number of validation images [default: all]")] = None,
+    as_json: Json = False,
 ) -> None:
     """Measure the sensitivity of each layer to each bit width, and draw a figure."""
     from tersor.pipeline.sensitivity_analysis import measure
@@ -97,8 +115,10 @@ def sensitivity(
         except KeyboardInterrupt:
             _say(f"interrupted. To resume: tersor {shlex.join(sys.argv[1:])}")
             raise typer.Exit(_INTERRUPTED) from None
-    console.print(_most_sensitive(found))
+    console.print(sensitivity_table(found))
     console.print(f"written: {out} and {figure}", highlight=False)
+    if as_json:
+        print_json(found)
 
 
 @app.command("eval")
@@ -107,6 +127,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="image folder or data set [default: from the recipe]")] = None,
     runtime: Annotated[str | None, typer.Option(help="onnxruntime or openvino [default: from the recipe]")] = None,
     task: Annotated[str | None, typer.Option(help="what the network is for [default: from the recipe]")] = None,
+    as_json: Json = False,
 ) -> None:
     """Measure an artifact on test images in its runtime: accuracy, or the metric of its task."""
     from tersor.pipeline.evaluate import evaluate as measured
@@ -114,29 +135,28 @@ def evaluate(
     with Bars(console) as bars:
         found = measured(artifact, data, runtime, task, progress=bars)
     console.print(str(found))
+    if as_json:
+        print_json(found)
 
 
 @app.command()
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="folders of runs, or ONNX files", show_default=False)],
     seconds: Annotated[float, typer.Option(help="time limit per batch size")] = 20.0,
+    as_json: Json = False,
 ) -> None:
     """Compare the latency of artifacts in interleaved rounds, in every installed runtime."""
-    from tersor.pipeline.evaluate import timed
+    from tersor.pipeline.evaluate import LatencyTable, timed
 
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds is {seconds}. Write a number above 0.")
 
+    found: list[LatencyTable] = []
     for each in timed(artifacts, seconds):
-        title = f"batch {each.batch_size}: {each.rounds} rounds, {_until(each.ended_by, seconds)}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("file", overflow="fold")
-        table.add_column("runtime", no_wrap=True)
-        for column in ("median ms (p10 to p90)", "vs. original", "vs. baseline"):
-            table.add_column(column)
-        for row in each.rows:
-            table.add_row(*row)
-        console.print(table)
+        console.print(latency_table(each, seconds))
+        found.append(each)
+    if as_json:
+        print_json(found)
 
 
 @app.command()
@@ -154,11 +174,15 @@ def report(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="a method, for details", show_default=False)] = None,
+    as_json: Json = False,
 ) -> None:
     """List the methods, or describe one: formula, paper, parameters."""
     from tersor import methods as registry
-    from tersor.recipe import parameters
+    from tersor.recipe import describe, parameters
 
+    if as_json:
+        print_json({each: describe(registry.get(each)) for each in ([name] if name else registry.names())})
+        return
     if name is None:
         table = Table("method", "description")
         exempt: list[str] = []
@@ -181,83 +205,21 @@ def methods(
 
 @app.command()
 def schema(
-    of: Annotated[Literal["recipe", "results"], typer.Argument(help="recipe, or results (numbers.json)")] = "recipe",
+    of: Annotated[
+        Document, typer.Argument(help="recipe, results (numbers.json), or a command that has --json")
+    ] = "recipe",
 ) -> None:
-    """Print the JSON schema of a recipe (for editors), or of numbers.json."""
-    from tersor.evaluation.results import Results
-    from tersor.recipe import schema as recipe_schema
-
-    found = recipe_schema() if of == "recipe" else Results.model_json_schema()
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    """Print the JSON schema of a recipe (for editors), or of a document that --json prints."""
+    print_json(schema_of(of))
 
 
-def _table(results: Results) -> Table:
-    """The results side by side, and the artifact compared with the original and the baseline."""
-    from tersor.report.summary import describe_reduction, entries
-    from tersor.report.verdict import RUNTIMES, describe_speedup, reference_entry, same_runtime
+def _explain(recipe: Recipe) -> None:
+    """Describe a run without training."""
+    from tersor.pipeline.dry_run import explain
 
-    columns, artifact = entries(results), results.artifact
-    title = f"{results.machine.cpu}, {results.machine.threads} threads"
-    table = Table(title=title, caption=f"Parentheses: 95 % intervals. Rounds: {_ended(results)}.")
-    for column in ("", *columns, "vs. original", "vs. baseline"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
-    table.add_row("float precision", *[entry.precision for entry in columns.values()])
-    metric = results.metric
-    table.add_row(metric.title, *[f"{entry.score:.{metric.digits}f}" for entry in columns.values()])
-    table.add_row("prediction agreement, %", *[f"{entry.agreement:.2f}" for entry in columns.values()])
-    for label, key, unit in (
-        ("MB", "bytes", 1e6),
-        ("million MACs", "macs", 1e6),
-        ("giga bit operations", "bit_operations", 1e9),
-    ):
-        less = [
-            describe_reduction(getattr(reference_entry(results, name, "1"), key), getattr(artifact, key))
-            for name in results.speedup
-        ]
-        table.add_row(label, *[f"{getattr(entry, key) / unit:.3f}" for entry in columns.values()], *less)
-    for size, baseline in results.baseline.items():
-        medians = [
-            f"{entry.latency_ms[size].median:.2f}"
-            + ("\nbaseline" if entry is not artifact and same_runtime(entry, baseline) else "")
-            for entry in columns.values()
-        ]
-        table.add_row(f"ms, batch {size}", *medians, *[describe_speedup(of[size]) for of in results.speedup.values()])
-    return table
-
-
-def _ended(results: Results) -> str:
-    """Why the rounds ended, by batch size."""
-    from tersor.report.verdict import by_batch_size
-
-    rounds = results.rounds
-    return by_batch_size({size: _until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
-
-
-def _until(ended_by: str, seconds: float) -> str:
-    """Why the rounds of a batch size ended."""
-    from tersor.evaluation.timings import NARROW
-
-    narrow = f"until all intervals were narrower than {100 * NARROW:.0f} %"
-    return narrow if ended_by == "interval" else f"until the time limit of {seconds:g} s"
-
-
-def _most_sensitive(found: BitCosts) -> Table:
-    """The most sensitive layers, with their error at each bit width."""
-    from tersor.report.templating import number
-
-    widths = sorted({cost.bits for cost in found.costs})
-    costs = {(cost.layer, cost.bits): cost for cost in found.costs}
-    worst = sorted(found.weights, key=lambda layer: -max(costs[layer, bits].error for bits in widths))[:_SHOWN]
-    caption = "error of the outputs in % (lost metric in points)"
-    table = Table(title=f"the {len(worst)} most sensitive of {len(found.weights)} layers", caption=caption)
-    table.add_column("layer", overflow="fold")
-    for bits in widths:
-        table.add_column(f"{bits} bits", justify="right")
-    for layer in worst:
-        row = [costs[layer, bits] for bits in widths]
-        table.add_row(layer, *[f"{number(100 * each.error, 2)}\n({each.drop:.1f})" for each in row])
-    return table
+    with Bars(console) as bars:
+        for line in explain(recipe, progress=bars):
+            console.print(line, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -146,3 +146,15 @@ def test_a_step_stays_above_zero_and_the_zero_point_follows_the_offset():
     quantizer.follow_step()
     assert 0 < float(quantizer.scale) < 1e-5
     assert int(quantizer.zero_point) == 15
+
+
+def test_the_network_may_change_the_output_in_place():
+    values = torch.randn(4, 8)
+    gradients = []
+    for add in (torch.Tensor.add, torch.Tensor.add_):
+        quantizer = learned(Grid.unsigned(4), torch.tensor(0.2), of_images=True)
+        inputs = values.clone().requires_grad_()
+        add(quantizer(inputs), 1).square().sum().backward()
+        gradients.append((inputs.grad, quantizer.scale.grad))
+    for plain, in_place in zip(*gradients, strict=True):
+        assert torch.equal(plain, in_place)

@@ -13,8 +13,9 @@ from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import InputError
 from tersor.core.progress import ProgressReporter
 from tersor.evaluation.latency import BATCH_SIZES, measure_latency, size_bytes
+from tersor.evaluation.results import Reference
 from tersor.evaluation.session import Array, Session, installed_runtimes, open_session
-from tersor.evaluation.timings import EndedBy, Ratio, Timings
+from tersor.evaluation.timings import EndedBy, Ratio, Spread, Timings
 from tersor.pipeline.artifact_settings import (
     class_names,
     data_source,
@@ -23,7 +24,6 @@ from tersor.pipeline.artifact_settings import (
     refuse_other_classes,
     task_of_artifact,
 )
-from tersor.report.verdict import describe_speedup
 
 
 @dataclass(frozen=True)
@@ -124,25 +124,43 @@ class _Family:
         key = timings.fastest([each.key for each in self.candidates], size)
         return next(each for each in self.candidates if each.key == key)
 
-    def ratios(self, timings: Timings, size: int, artifact: _Contender) -> list[Ratio]:
+    def ratios(self, timings: Timings, size: int, artifact: _Contender) -> dict[Reference, Ratio]:
         """Speedups of an artifact over the original and over the baseline."""
-        references = (self.original, self.baseline(timings, size))
-        return [timings.ratio(each.key, artifact.key, size) for each in references]
+        references: dict[Reference, _Contender] = {"original": self.original, "baseline": self.baseline(timings, size)}
+        return {name: timings.ratio(each.key, artifact.key, size) for name, each in references.items()}
+
+
+@dataclass(frozen=True)
+class TimedFile:
+    """The latency of a file in a runtime.
+
+    Attributes:
+        roles: whether it is the original, the baseline, or both.
+        speedup: of an artifact over the original and over the baseline; empty for the original in any runtime.
+    """
+
+    file: str
+    bytes: int
+    runtime: str
+    precision: str
+    latency_ms: Spread
+    roles: Sequence[Reference]
+    speedup: Mapping[Reference, Ratio]
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """The table that `tersor bench` prints for a batch size.
+    """What `tersor bench` measures at a batch size.
 
     Attributes:
         batch_size, rounds, ended_by: as in `Timings`.
-        rows: file, runtime and precision, milliseconds, speedup over the original and over the baseline.
+        files: every file in every runtime.
     """
 
     batch_size: int
     rounds: int
     ended_by: EndedBy
-    rows: Sequence[tuple[str, ...]]
+    files: Sequence[TimedFile]
 
 
 def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
@@ -206,25 +224,22 @@ def _tables(families: Sequence[_Family], example: Array, seconds: float) -> Iter
             ratio
             for family in families
             for artifact in family.artifacts
-            for ratio in family.ratios(timings, size, artifact)
+            for ratio in family.ratios(timings, size, artifact).values()
         ]
 
     openers = {each.key: each.open for family in families for each in family.contenders()}
     timings = measure_latency(openers, example, ratios=compared, seconds=seconds)
     for size in BATCH_SIZES:
-        rows = [row for family in families for row in _rows(family, timings, size)]
+        files = [each for family in families for each in _timed_files(family, timings, size)]
         rounds = timings.spread(families[0].original.key, size).n
-        yield LatencyTable(size, rounds, timings.ended_by[size], rows)
+        yield LatencyTable(size, rounds, timings.ended_by[size], files)
 
 
-def _rows(family: _Family, timings: Timings, size: int) -> Iterator[tuple[str, ...]]:
+def _timed_files(family: _Family, timings: Timings, size: int) -> Iterator[TimedFile]:
     baseline = family.baseline(timings, size)
     for each in family.contenders():
         spread = timings.spread(each.key, size)
-        if each in family.artifacts:
-            compared = [describe_speedup(ratio) for ratio in family.ratios(timings, size, each)]
-        else:
-            compared = ["original" if each == family.original else "", "baseline" if each == baseline else ""]
-        milliseconds = f"{spread.median:.3f}\n({spread.p10:.3f} to {spread.p90:.3f})"
-        file = f"{each.name}, {size_bytes(each.path) / 1e6:.3f} MB"
-        yield file, f"{each.runtime}\n{each.executed}", milliseconds, *compared
+        speedup = family.ratios(timings, size, each) if each in family.artifacts else {}
+        references: dict[Reference, _Contender] = {"original": family.original, "baseline": baseline}
+        roles: list[Reference] = [name for name, reference in references.items() if reference == each]
+        yield TimedFile(each.name, size_bytes(each.path), each.runtime, each.executed, spread, roles, speedup)

@@ -83,18 +83,18 @@ class _LearnedStep(torch.autograd.Function):
         ctx: Any, values: Tensor, scale: Tensor, _offset: Tensor | None, zero_point: Tensor, grid: Grid, factor: float
     ) -> Tensor:
         step, low, high = _numbers(scale, zero_point, grid)
-        rounded = _rounded(values, step, low, high)
-        ctx.save_for_backward(values, rounded)
-        ctx.step, ctx.zero, ctx.factor = step, grid.minimum - low, factor
+        ctx.save_for_backward(values)
+        ctx.grid, ctx.zero, ctx.factor = (step, low, high), grid.minimum - low, factor
         ctx.ends = (low - _SLACK) * step, (high + _SLACK) * step
-        return rounded
+        return _rounded(values, step, low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
-        (gradient,), (values, rounded) = gradients, ctx.saved_tensors
+        (gradient,), (values,) = gradients, ctx.saved_tensors
         through = _inside(gradient, values, *ctx.ends)
+        rounded = _rounded(values, *ctx.grid)  # again: the network may have changed the output in place
         over = _inside(values, values, *ctx.ends).sub_(rounded).mul_(gradient)
-        of_scale = over.sum(dtype=torch.float32) / -ctx.step
+        of_scale = over.sum(dtype=torch.float32) / -ctx.grid[0]
         of_offset = None
         if ctx.needs_input_grad[2]:
             of_offset = (gradient - through).sum(dtype=torch.float32)

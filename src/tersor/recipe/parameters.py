@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import TypeAdapter
+
+
+@dataclass(frozen=True)
+class MethodDescription:
+    """A method, as `tersor methods --json` prints it.
+
+    Attributes:
+        documentation: formula and paper.
+        needs_teacher, needs_steps: what a recipe must have for it, with its default parameters.
+        parameters: the JSON schema of its entry in a recipe.
+        example: parameters for a small network.
+    """
+
+    documentation: str
+    needs_teacher: bool
+    needs_steps: bool
+    parameters: Mapping[str, Any]
+    example: Mapping[str, Any]
+
+
+def describe(method: Any) -> MethodDescription:
+    """Everything that a program needs to use a method class."""
+    by_default = method()  # whether a method needs training may depend on its parameters
+    return MethodDescription(
+        (sys.modules[method.__module__].__doc__ or "").strip(),
+        getattr(by_default, "needs_teacher", False),
+        getattr(by_default, "needs_steps", False),
+        TypeAdapter(method).json_schema(),
+        getattr(method, "example", {}),
+    )
 
 
 def parameters(method: Any) -> Iterator[tuple[str, str, str, str]]:

@@ -1,4 +1,4 @@
-"""The figure of `tersor sensitivity`: layers by bit widths, with the error of the outputs as colour, as one SVG file."""
+"""The figure of `tersor sensitivity`: layers by bit widths, with the error of the outputs as colour, as one SVG."""
 
 from __future__ import annotations
 

@@ -1,0 +1,5 @@
+// Names and focus that the theme does not set: for screen readers, and to scroll long code with the keyboard.
+addEventListener("load", () => {
+  document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
+  for (const code of document.querySelectorAll("pre > code")) code.setAttribute("tabindex", "0");
+});

@@ -1,0 +1,175 @@
+"""What the commands print: tables for people, JSON documents for programs, and the schemas of these documents."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tersor.evaluation.results import Results
+    from tersor.pipeline.evaluate import LatencyTable, TimedFile
+    from tersor.pipeline.sensitivity_analysis import BitCosts
+
+Document = Literal["recipe", "results", "eval", "bench", "sensitivity", "methods"]
+_SHOWN = 10
+
+
+def schema_of(document: Document) -> dict[str, Any]:
+    """The JSON schema of a recipe, or of what a command prints with `--json`."""
+    return _SCHEMAS[document]()
+
+
+def _recipe() -> dict[str, Any]:
+    from tersor.recipe import schema
+
+    return schema()
+
+
+def _results() -> dict[str, Any]:
+    from tersor.evaluation.results import Results
+
+    return Results.model_json_schema()
+
+
+def _eval() -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    from tersor.pipeline.evaluate import Evaluation
+
+    return TypeAdapter(Evaluation).json_schema()
+
+
+def _bench() -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    from tersor.pipeline.evaluate import LatencyTable
+
+    return TypeAdapter(list[LatencyTable]).json_schema()
+
+
+def _sensitivity() -> dict[str, Any]:
+    from tersor.pipeline.sensitivity_analysis import BitCosts
+
+    return BitCosts.model_json_schema()
+
+
+def _methods() -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    from tersor.recipe import MethodDescription
+
+    return TypeAdapter(dict[str, MethodDescription]).json_schema()
+
+
+_SCHEMAS: dict[Document, Callable[[], dict[str, Any]]] = {
+    "recipe": _recipe,
+    "results": _results,
+    "eval": _eval,
+    "bench": _bench,
+    "sensitivity": _sensitivity,
+    "methods": _methods,
+}
+
+
+def print_json(value: Any) -> None:
+    """Print a record, or a list or mapping of records, as one JSON document on stdout."""
+    from pydantic_core import to_json
+
+    sys.stdout.write(to_json(value, indent=1).decode() + "\n")
+
+
+def results_table(results: Results) -> Table:
+    """The results side by side, and the artifact compared with the original and the baseline."""
+    from tersor.report.summary import describe_reduction, entries
+    from tersor.report.verdict import RUNTIMES, describe_speedup, reference_entry, same_runtime
+
+    columns, artifact = entries(results), results.artifact
+    title = f"{results.machine.cpu}, {results.machine.threads} threads"
+    table = Table(title=title, caption=f"Parentheses: 95 % intervals. Rounds: {_ended(results)}.")
+    for column in ("", *columns, "vs. original", "vs. baseline"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
+    table.add_row("float precision", *[entry.precision for entry in columns.values()])
+    metric = results.metric
+    table.add_row(metric.title, *[f"{entry.score:.{metric.digits}f}" for entry in columns.values()])
+    table.add_row("prediction agreement, %", *[f"{entry.agreement:.2f}" for entry in columns.values()])
+    for label, key, unit in (
+        ("MB", "bytes", 1e6),
+        ("million MACs", "macs", 1e6),
+        ("giga bit operations", "bit_operations", 1e9),
+    ):
+        less = [
+            describe_reduction(getattr(reference_entry(results, name, "1"), key), getattr(artifact, key))
+            for name in results.speedup
+        ]
+        table.add_row(label, *[f"{getattr(entry, key) / unit:.3f}" for entry in columns.values()], *less)
+    for size, baseline in results.baseline.items():
+        medians = [
+            f"{entry.latency_ms[size].median:.2f}"
+            + ("\nbaseline" if entry is not artifact and same_runtime(entry, baseline) else "")
+            for entry in columns.values()
+        ]
+        table.add_row(f"ms, batch {size}", *medians, *[describe_speedup(of[size]) for of in results.speedup.values()])
+    return table
+
+
+def _ended(results: Results) -> str:
+    """Why the rounds ended, by batch size."""
+    from tersor.report.verdict import by_batch_size
+
+    rounds = results.rounds
+    return by_batch_size({size: _until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
+
+
+def _until(ended_by: str, seconds: float) -> str:
+    """Why the rounds of a batch size ended."""
+    from tersor.evaluation.timings import NARROW
+
+    narrow = f"until all intervals were narrower than {100 * NARROW:.0f} %"
+    return narrow if ended_by == "interval" else f"until the time limit of {seconds:g} s"
+
+
+def latency_table(measured: LatencyTable, seconds: float) -> Table:
+    """The latencies of one batch size."""
+    title = f"batch {measured.batch_size}: {measured.rounds} rounds, {_until(measured.ended_by, seconds)}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("file", overflow="fold")
+    table.add_column("runtime", no_wrap=True)
+    for column in ("median ms (p10 to p90)", "vs. original", "vs. baseline"):
+        table.add_column(column)
+    for each in measured.files:
+        spread = each.latency_ms
+        milliseconds = f"{spread.median:.3f}\n({spread.p10:.3f} to {spread.p90:.3f})"
+        file = f"{each.file}, {each.bytes / 1e6:.3f} MB"
+        table.add_row(file, f"{each.runtime}\n{each.precision}", milliseconds, *_compared(each))
+    return table
+
+
+def _compared(file: TimedFile) -> Sequence[str]:
+    """How a file compares with the original and with the baseline, or that it is one of them."""
+    from tersor.report.verdict import describe_speedup
+
+    if file.speedup:
+        return [describe_speedup(file.speedup[name]) for name in ("original", "baseline")]
+    return [name if name in file.roles else "" for name in ("original", "baseline")]
+
+
+def sensitivity_table(found: BitCosts) -> Table:
+    """The most sensitive layers, with their error at each bit width."""
+    from tersor.report.templating import number
+
+    widths = sorted({cost.bits for cost in found.costs})
+    costs = {(cost.layer, cost.bits): cost for cost in found.costs}
+    worst = sorted(found.weights, key=lambda layer: -max(costs[layer, bits].error for bits in widths))[:_SHOWN]
+    caption = "error of the outputs in % (lost metric in points)"
+    table = Table(title=f"the {len(worst)} most sensitive of {len(found.weights)} layers", caption=caption)
+    table.add_column("layer", overflow="fold")
+    for bits in widths:
+        table.add_column(f"{bits} bits", justify="right")
+    for layer in worst:
+        row = [costs[layer, bits] for bits in widths]
+        table.add_row(layer, *[f"{number(100 * each.error, 2)}\n({each.drop:.1f})" for each in row])
+    return table

@@ -1,0 +1,278 @@
+"""The site: its code runs, its links lead somewhere, its generated pages are complete, and it builds."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import blocks
+import gains
+from tersor.cli_output import Document
+from tersor.methods import names
+from tersor.recipe import parse
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+SELF_CONTAINED = ["how-to/own-network.md", "how-to/vit.md", "how-to/deploy.md"]
+"""Pages whose Python blocks need nothing but each other, and seconds."""
+QUICK = ["how-to/resume.md", "agents.md"]
+ENVIRONMENT = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'pages'}",
+    "NO_MKDOCS_2_WARNING": "1",
+}
+
+
+def network(width):
+    return nn.Sequential(
+        *(nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)),
+    )
+
+
+@pytest.mark.parametrize("page", QUICK)
+def test_the_blocks_of_a_quick_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert blocks.run(page, {})
+
+
+@pytest.mark.parametrize(("page", "files"), [("how-to/own-loop.md", ["model.onnx"]), ("how-to/tasks.md", [])])
+def test_the_blocks_of_a_page_with_networks_of_the_reader_run(page, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loader = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(10, (64,))), 32)
+    blocks.run(page, {"student": network(4), "teacher": network(8), "loader": loader})
+    assert [path.name for path in tmp_path.iterdir()] == files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [*SELF_CONTAINED, "index.md"])
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if page == "how-to/deploy.md":
+        pytest.importorskip("openvino")
+    assert blocks.run(page, {})
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_tutorial_run():
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot as plt
+
+    namespace = {}
+    for page in blocks.TUTORIAL:
+
+        def look(number, page=page):
+            assert bool(plt.get_fignums()) == (blocks.figure_after(page, number) is not None)
+            plt.close("all")
+
+        blocks.run(page, namespace, look)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks.blocks(page, "yaml")])
+def test_recipes_in_pages_are_valid(page):
+    for text in blocks.blocks(page, "yaml"):
+        assert parse(text, page).stages
+
+
+def test_the_tutorial_shows_what_its_blocks_print():
+    outputs = [text for page in blocks.TUTORIAL for text in blocks.blocks(page, "text")]
+    assert len(outputs) > 8
+    assert all(outputs)
+
+
+def test_the_recipe_of_the_first_page_is_valid():
+    (block,) = [text for text in blocks.blocks("index.md", "sh") if "tersor run" in text]
+    assert parse(re.search(r"<<'END'\n(.*?)^END", block, re.MULTILINE | re.DOTALL)[1], "index.md").stages
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_first_page_run_as_pasted(tmp_path):
+    (block,) = [text for text in blocks.blocks("index.md", "sh") if "tersor run" in text]
+    subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=ENVIRONMENT, check=True)
+    assert (tmp_path / "runs" / "int8" / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize("name", blocks.NOTEBOOKS)
+def test_a_notebook_is_made_of_its_pages(name):
+    written = (DOCS / "notebooks" / f"{name}.ipynb").read_text()
+    assert written == blocks.notebook(blocks.NOTEBOOKS[name]), "write it again: python pages/blocks.py notebooks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", blocks.NOTEBOOKS)
+def test_a_notebook_runs(name, tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(DOCS / "notebooks" / f"{name}.ipynb", as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute(env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
+
+
+def test_every_method_has_a_card_with_its_gain():
+    listed = [name for family in gains.FAMILIES.values() for name in family]
+    assert sorted(listed) == sorted(names())
+    assert set(gains.GAINS) <= set(names())
+    for gain in gains.GAINS.values():
+        assert "points**" in gain.sentence()
+    for family in gains.FAMILIES:
+        assert len(gains.table(family).splitlines()) == 2 + len(gains.FAMILIES[family])
+
+
+@pytest.mark.parametrize(
+    ("method", "points", "distinguishable"),
+    [("soft_targets", 3.6, True), ("crd", 0.5, False), ("psgd", 5.9, True), ("dcil", 1.9, True), ("dpf", 0.1, False)],
+)
+def test_gains_are_those_of_the_tables_in_the_lecture(method, points, distinguishable):
+    gain = gains.GAINS[method]
+    assert (gain.points, gain.distinguishable) == (points, distinguishable)
+
+
+def test_rows_that_do_not_exist_are_an_error():
+    with pytest.raises(LookupError, match="no row"):
+        gains.matching("pruning", contender="nobody")
+
+
+def slug(heading):
+    """The anchor of a heading, as Python-Markdown makes it."""
+    text = re.sub(r"\[([^\]]+)\]\([^)]*\)|[`*]", r"\1", heading).lower()
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", text).strip())
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in PAGES)])
+def test_links_with_an_anchor_lead_to_a_heading(document):
+    path = ROOT / document
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", path.read_text()):
+        linked = path if not target else path.parent / target
+        headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+        assert anchor in map(slug, headings), f"{target}#{anchor}"
+
+
+def test_llms_txt_lists_the_pages():
+    listed = set(re.findall(r"\]\(([^)]+)\)", (DOCS / "llms.txt").read_text()))
+    assert all((DOCS / page).is_file() for page in listed)
+    assert {page for page in PAGES if page.startswith(("how-to/", "tutorial/"))} - listed == {"how-to/index.md"}
+
+
+def test_the_page_for_agents_names_every_schema_and_exit_code():
+    text = (DOCS / "agents.md").read_text()
+    assert set(re.findall(r"`tersor schema (\w+)`", text)) - {"NAME"} == set(Document.__args__)
+    assert re.findall(r"^\| (\d+) \|", text, re.MULTILINE) == ["0", "2", "130", "1"]
+
+
+class Requests(HTMLParser):
+    """What a page loads."""
+
+    def __init__(self):
+        super().__init__()
+        self.loaded = []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag in {"script", "img", "iframe", "source"} or (tag == "link" and given.get("rel") != "canonical"):
+            self.loaded += [given[key] for key in ("src", "href") if given.get(key)]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 80
+    for page in pages:
+        parser = Requests()
+        parser.feed(page.read_text())
+        assert not [address for address in parser.loaded if re.match(r"(https?:)?//", address)], page
+    assert (site / "llms.txt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_fit_the_screen_without_errors(site, width, scheme):
+    sys.path.append(str(Path(__file__).parent / "report"))
+    from browser import CHROMIUM, chromium
+
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with chromium() as browser:
+        for page in ("index", "tutorial/pruning", "which-method", "methods/dcil", "reference/recipe", "lecture"):
+            browser.open(site / f"{page}.html", width, scheme)
+            assert browser.value("document.scrollingElement.scrollWidth") <= width, page
+        assert not browser.complaints
+        assert not [address for address in browser.requests if address.startswith("http")]
+
+
+@pytest.mark.slow
+def test_the_openvino_program_compiles_and_runs(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    if not (shutil.which("cmake") and shutil.which("g++")):
+        pytest.skip("cmake or g++ is not installed")
+    (first, *_) = blocks.blocks("how-to/deploy.md", "python")
+    with contextlib.chdir(tmp_path):
+        exec(first, {})
+    source, _ = blocks.blocks("how-to/deploy.md", "cpp")
+    (project,) = blocks.blocks("how-to/deploy.md", "cmake")
+    (tmp_path / "openvino.cpp").write_text(source)
+    (tmp_path / "CMakeLists.txt").write_text(project)
+    commands = blocks.blocks("how-to/deploy.md", "sh")[0]
+    libraries = Path(openvino.__file__).parent / "libs"
+    environment = ENVIRONMENT | {"LD_LIBRARY_PATH": str(libraries)}
+    done = subprocess.run(
+        ["bash", "-euc", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 0 <= int(done.stdout.split()[-1]) < 10
+
+
+@pytest.mark.slow
+def test_the_onnxruntime_program_compiles_and_runs(tmp_path):
+    if "ONNXRUNTIME" not in os.environ:
+        pytest.skip("ONNXRUNTIME does not name an unpacked release of ONNX Runtime, which has the headers")
+    (first, *_) = blocks.blocks("how-to/deploy.md", "python")
+    with contextlib.chdir(tmp_path):
+        exec(first, {})
+    _, source = blocks.blocks("how-to/deploy.md", "cpp")
+    (tmp_path / "onnxruntime.cpp").write_text(source)
+    commands = blocks.blocks("how-to/deploy.md", "sh")[1]
+    done = subprocess.run(
+        ["bash", "-euc", commands], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert 0 <= int(done.stdout.split()[-1]) < 10
+
+
+def test_the_output_of_a_block_replaces_the_text_behind_it():
+    page = "```python\nprint(1)\n```\n\n```text\nold\n```\n\n```python\nx = 2\n```\n\n```\nformula\n```\n"
+    assert blocks.with_outputs(page, ["1\n", ""]) == page.replace("old", "1")
+
+
+def test_a_notebook_has_the_prose_and_the_code(tmp_path, monkeypatch):
+    (tmp_path / "page.md").write_text(
+        "# Title\n\n[Link](a.md) text.\n\n```python\nx = 1\n```\n\n```text\n1\n```\n\n![Figure](a.svg)\n\nThe end.\n"
+    )
+    monkeypatch.setattr(blocks, "DOCS", tmp_path)
+    cells = json.loads(blocks.notebook(["page.md"]))["cells"]
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in cells] == [
+        ("markdown", "# Title\n\nLink text."),
+        ("code", "x = 1"),
+        ("markdown", "The end."),
+    ]
