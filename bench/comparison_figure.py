@@ -1,7 +1,7 @@
 """Draw docs/images/comparison.svg: accuracy against latency, tersor beside NNCF, ONNX Runtime and Torch-Pruning.
 
-The points come from `bench/results/ptq.json` and `bench/results/compress.json`. The latencies of a panel come from one
-interleaved run for each runtime. The two panels come from different runs, so compare points within a panel only.
+The points come from `bench/results/ptq.json` and `bench/results/equal_time.json`. The latencies of a panel come from
+one interleaved run for each runtime. The two panels come from different runs, so compare points within a panel only.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def of_ptq(point: Point) -> tuple[rows.Row, list[float]]:
     return timed, only(found, kind="accuracy", artifact=point.accuracy, **where)["accuracies"]
 
 
-def of_compress(point: Point) -> tuple[rows.Row, list[float]]:
+def of_equal_time(point: Point) -> tuple[rows.Row, list[float]]:
     """Return the latency row, and the accuracy of the only seed. ptq.json has the original's accuracy."""
-    found, where = rows.read("compress"), {"model": MODEL, "runtime": point.runtime}
+    found, where = rows.read("equal_time"), {"model": MODEL, "runtime": point.runtime}
     timed = only(found, kind="milliseconds", artifact=point.latency, batch=BATCH, **where)
     if point.accuracy.startswith("fp32"):
         return timed, of_ptq(point)[1]
@@ -109,7 +109,7 @@ def main() -> None:
                          "axes.spines.right": False})  # fmt: skip
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained", sharey=True)
     panel(left, "8 bits, no training", WITHOUT_TRAINING, of_ptq)
-    panel(right, "half of the MACs, 8 bits, equal training time", HALF_THE_MACS, of_compress)
+    panel(right, "half of the MACs, 8 bits, equal training time", HALF_THE_MACS, of_equal_time)
     handles = [plt.Line2D([], [], ls="", marker=MARKERS[key], color="0.3", label=RUNTIMES[key]) for key in MARKERS]
     left.legend(handles=handles, frameon=False, fontsize=8.5, loc="lower right")
     figure.patch.set_facecolor("white")

@@ -1,6 +1,6 @@
 """Remove channels from a trained ResNet-56: tersor, torch-pruning's pruner and controls, at equal MACs.
 
-All contenders get the same network, images, augmentation, optimizer and schedule as in `compress.py`, and the same
+All contenders get the same network, images, augmentation, optimizer and schedule as in `equal_time.py`, and the same
 minutes of training: the seconds per step are measured first, interleaved, and a contender with a cheaper step takes
 more steps. A contender counts only if its MACs fell by the requested factor, to 2 %; the row names the actual factor.
 The accuracy is float32 on all 10,000 test images after the last step, never the best on the way. Latency is that of the
@@ -39,10 +39,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import compress
+import equal_time
 import rows
 import tables
-from compress import RUNTIMES, SUBJECT
+from equal_time import RUNTIMES, SUBJECT
 from images import MEAN, STD, cifar, folder
 from tersor.data import Batches
 from tersor.deploy.onnx import export
@@ -75,7 +75,7 @@ and 90.3 % of the validation images correctly: layers of 16 channels offer few c
 
 def methods(times: float) -> list[Method]:
     """Return the recipe's methods for that many times fewer MACs: removal, then the teacher's losses."""
-    removal, *taught = compress.stage().methods
+    removal, *taught = equal_time.stage().methods
     assert isinstance(removal, ChannelPruning)
     return [dataclasses.replace(removal, keep_macs=1 / times, round_to=ROUND_TO[times]), *taught]
 
@@ -99,7 +99,7 @@ def of_torch_pruning(times: float) -> tuple[float, int]:
     found: list[tuple[int, float, int]] = []
     for round_to in (8, 4, 2, 1):
         for percent in range(40, 90):
-            macs = costs(compress.torch_pruned(percent / 100, round_to), EXAMPLE).macs
+            macs = costs(equal_time.torch_pruned(percent / 100, round_to), EXAMPLE).macs
             if macs <= NEARLY * wanted:
                 found.append((macs, percent / 100, round_to))
                 break
@@ -138,7 +138,7 @@ class Contender:
 
     def training(self) -> Training:
         """Return the recipe's training options."""
-        stage = compress.stage()
+        stage = equal_time.stage()
         if self.learning_rate is None:
             return stage
         optimizer = stage.optimizer.model_copy(update={"learning_rate": self.learning_rate})
@@ -170,13 +170,13 @@ CONTENDERS = {
         ),
         Contender(
             "torch-pruning",
-            lambda times, _seed, _steps: Attachment(compress.torch_pruned(*of_torch_pruning(times))),
+            lambda times, _seed, _steps: Attachment(equal_time.torch_pruned(*of_torch_pruning(times))),
             False,
         ),
         Contender(
             "torch-pruning, taught",
             lambda times, seed, steps: attached(
-                methods(times)[1:], compress.torch_pruned(*of_torch_pruning(times)), seed, steps
+                methods(times)[1:], equal_time.torch_pruned(*of_torch_pruning(times)), seed, steps
             ),
             True,
         ),
@@ -187,7 +187,7 @@ CONTENDERS = {
             learning_rate=0.1,
             removal=True,
         ),
-        Contender("resnet20, distilled", lambda _times, seed, steps: compress.distilled_resnet20(seed, steps), True),
+        Contender("resnet20, distilled", lambda _times, seed, steps: equal_time.distilled_resnet20(seed, steps), True),
     )
 }
 
@@ -196,7 +196,7 @@ def trained(contender: Contender, times: float, seed: int, steps: int) -> tuple[
     """Return the network after so many steps, and the seconds they took."""
     begun = contender.begun(times, seed, steps)
     teacher = SUBJECT.network() if contender.taught else None
-    fitted = fit(begun, compress.batches(seed), contender.training(), steps=steps, teacher=teacher, seed=seed)
+    fitted = fit(begun, equal_time.batches(seed), contender.training(), steps=steps, teacher=teacher, seed=seed)
     begun.finish()
     return begun.model.eval(), fitted.seconds
 
@@ -206,11 +206,11 @@ def pace(times: float) -> dict[str, float]:
     identities = {name: {"kind": "pace", "contender": name, "times": times} for name in CONTENDERS}
     if not all(rows.known(RESULT, identity) for identity in identities.values()):
         seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-        for _ in range(compress.PACE_ROUNDS):
+        for _ in range(equal_time.PACE_ROUNDS):
             for name, each in CONTENDERS.items():
-                seconds[name].append(trained(each, times, 0, compress.PACE_STEPS)[1] / compress.PACE_STEPS)
+                seconds[name].append(trained(each, times, 0, equal_time.PACE_STEPS)[1] / equal_time.PACE_STEPS)
         for name, identity in identities.items():
-            numbers = {"seconds_a_step": statistics.median(seconds[name]), "n": compress.PACE_ROUNDS}
+            numbers = {"seconds_a_step": statistics.median(seconds[name]), "n": equal_time.PACE_ROUNDS}
             rows.add(RESULT, identity, {**numbers, "spread": rows.spread(seconds[name])}, [0])
             print(f"{name}, {times} times fewer: {numbers['seconds_a_step']:.3f} s per step", flush=True)
     here = rows.machine()
@@ -279,7 +279,7 @@ def report_latency(folders: dict[str, Path], times: float, batch: int, seconds: 
             precisions = {name: opener().precision for name, opener in openers.items()}
             timings = measure_latency(
                 openers,
-                compress.SUBJECT.calibration(0)[:1].numpy(),
+                equal_time.SUBJECT.calibration(0)[:1].numpy(),
                 [batch],
                 ratios=lambda timed, size: [timed.ratio(OURS, name, size) for name in others],  # noqa: B023
                 seconds=seconds,
@@ -305,7 +305,7 @@ def measure(seeds: Sequence[int], minutes: float, epochs: int, seconds: float) -
             report_latency(folders, times, batch, seconds)
     if epochs:
         ours = CONTENDERS[OURS]
-        steps = epochs * steps_per_epoch(compress.batches(0), ours.training())
+        steps = epochs * steps_per_epoch(equal_time.batches(0), ours.training())
         report_accuracy(ours, TIMES[0], seeds[0], steps, f"{epochs} epochs")
 
 

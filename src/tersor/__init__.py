@@ -16,11 +16,28 @@ if TYPE_CHECKING:
     from tersor.checkpoint.model_folder import load, save
     from tersor.pipeline.run import run
     from tersor.quantization.integer_coverage import integer_coverage
+    from tersor.search.compress import compress
+    from tersor.search.compression_budget import Budget
 
 __version__ = version("tersor")
-__all__ = ["InputError", "compare", "distill", "export", "integer_coverage", "load", "prune", "quantize", "run", "save"]
+__all__ = [
+    "Budget",
+    "InputError",
+    "compare",
+    "compress",
+    "distill",
+    "export",
+    "integer_coverage",
+    "load",
+    "prune",
+    "quantize",
+    "run",
+    "save",
+]
 
 _MODULES = {
+    "Budget": "tersor.search.compression_budget",
+    "compress": "tersor.search.compress",
     "run": "tersor.pipeline.run",
     "integer_coverage": "tersor.quantization.integer_coverage",
     **dict.fromkeys(("compare", "distill", "export", "prune", "quantize"), "tersor.api"),

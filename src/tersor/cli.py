@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor import cli_compress
 from tersor.cli_output import Document, latency_table, print_json, results_table, schema_of, sensitivity_table
 from tersor.core.errors import InputError, ProcessLost
 from tersor.core.resources import enough_memory
@@ -93,6 +94,10 @@ def run(
     console.print(f"written: {folder}", highlight=False)
     if as_json:
         sys.stdout.write(numbers)
+
+
+app.command()(cli_compress.compress)
+app.command()(cli_compress.pick)
 
 
 @app.command()

@@ -109,8 +109,8 @@ def test_a_linear_model_learns(optimizer, schedule):
     assert progress.tasks == [("toy", 80)]
     assert len(progress.values) == 80
     assert set(progress.values[0]) == {"labels", "learning_rate"}
-    assert progress.values[0]["learning_rate"] == pytest.approx(optimizer.learning_rate / 8)
-    assert progress.values[8]["learning_rate"] == optimizer.learning_rate
+    assert progress.values[0]["learning_rate"] == pytest.approx(training.learning_rate() / 8)
+    assert progress.values[8]["learning_rate"] == training.learning_rate()
     assert "float32" in progress.lines[0]
     assert "cpu" in progress.lines[0] or torch.cuda.is_available()
 
@@ -484,3 +484,28 @@ def test_two_processes_equal_one_that_accumulates_twice_as_many_batches(tmp_path
     fit(Attachment(alone), Toy(), training, steps=6)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, weights(alone))
+
+
+def test_a_time_limit_ends_the_training_with_the_lowest_rates_and_a_resumed_one_gets_its_own_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tersor.training.history.time.perf_counter", lambda: now[0])
+
+    class OneSecondSteps(Recorder):
+        def advance(self, items=1, **values):
+            super().advance(min(items, 1), **values)
+            now[0] += 1.0
+
+    progress = OneSecondSteps()
+    options = {"seconds": 10.0, "progress": progress}
+    fitted = fit(Attachment(linear()), Toy(), Training(), steps=1000, **options)
+    assert fitted.steps == 10
+    rates = [each["learning_rate"] for each in progress.values]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.05 * rates[0]
+
+    stopped = InMemoryCheckpointer(until=6)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Attachment(linear()), Toy(), Training(), steps=1000, checkpointer=stopped, **options)
+    resumed = InMemoryCheckpointer(resume_state=(6, stopped.saved[6]))
+    again = fit(Attachment(linear()), Toy(), Training(), steps=1000, checkpointer=resumed, **options)
+    assert again.steps == 16

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from tersor.core.errors import InputError
 from tersor.training.options import LearningRateSchedule
-from tersor.training.schedule import curve, interpolate, learning_rate_factor
+from tersor.training.schedule import curve, interpolate, learning_rate_factor, rates_in_time
 
 SHAPES = ("linear", "cubic", "cosine")
 number = st.floats(-1e3, 1e3)
@@ -81,3 +82,24 @@ def test_a_curve_is_a_shape_or_a_function():
         curve(f"{__name__}:text")
     with pytest.raises(InputError, match=r"has no 'halfways'\. Did you mean 'halfway'"):
         curve(f"{__name__}:halfways")
+
+
+@pytest.mark.parametrize("slowness", [0.5, 1.0, 2.0, 40.0])
+def test_with_a_time_limit_the_rates_reach_their_end_in_time(slowness):
+    rates = [1 - step / 100 for step in range(100)]
+    steps = itertools.count()
+    used = list(rates_in_time(rates, 0, lambda: slowness * next(steps), seconds=60.0))
+    elapsed = slowness * len(used)
+    assert used == sorted(used, reverse=True)
+    assert used[0] == rates[0]
+    assert elapsed <= 60 + slowness
+    assert used[-1] <= 1.01 - (elapsed - slowness) / 60
+
+
+def test_without_a_time_limit_every_rate_is_used():
+    assert list(rates_in_time([3.0, 2.0, 1.0], 1, lambda: 1e9, seconds=None)) == [2.0, 1.0]
+
+
+def test_there_is_one_step_even_without_time():
+    assert list(rates_in_time([3.0, 2.0], 0, lambda: 100.0, seconds=1.0)) == [2.0]
+    assert list(rates_in_time([3.0, 2.0], 1, lambda: 100.0, seconds=1.0)) == []

@@ -52,6 +52,7 @@ def measure_latency(
     *,
     ratios: Callable[[Timings, int], Iterable[Ratio]] | None = None,
     seconds: float = 30.0,
+    least_groups: int | None = None,
 ) -> Timings:
     """Time models against each other, interleaved, until the intervals of their ratios are narrow.
 
@@ -61,7 +62,8 @@ def measure_latency(
         batch_sizes: images per batch.
         ratios: (timings so far, batch size) -> the ratios of interest; by default those of every model against the
             first. A batch size ends when all their intervals are narrower than 10 %.
-        seconds: time limit of each batch size, opening included; there are at least eight groups of rounds.
+        seconds: time limit of each batch size, opening included.
+        least_groups: groups of rounds that are measured in any case, two or more; eight by default.
 
     Raises:
         InputError: a file cannot be opened, or a network does not accept the example or the batch size.
@@ -70,7 +72,10 @@ def measure_latency(
     assert len(example) == 1, "one image"
     names = list(openers)
     ratios = ratios or (lambda timings, size: [timings.ratio(name, names[0], size) for name in names[1:]])
-    rounds = {size: _Rounds(np.repeat(example, size, axis=0), names, seconds) for size in batch_sizes}
+    rounds = {
+        size: _Rounds(np.repeat(example, size, axis=0), names, seconds, least_groups or _MIN_GROUPS)
+        for size in batch_sizes
+    }
     timings = Timings({name: {size: each.groups[name] for size, each in rounds.items()} for name in names}, {})
     generator = np.random.default_rng(0)
     opening_orders, run_orders = _orders(names, generator), _orders(names, generator)
@@ -102,11 +107,12 @@ class _Rounds:
         ended_by: why the measurement ended; None while it runs.
     """
 
-    def __init__(self, batch: Array, names: Sequence[str], seconds: float) -> None:
+    def __init__(self, batch: Array, names: Sequence[str], seconds: float, least_groups: int) -> None:
         self.batch = np.ascontiguousarray(batch)
         self.groups: dict[str, list[list[float]]] = {name: [] for name in names}
         self.ended_by: EndedBy | None = None
         self._seconds = seconds
+        self._least_groups = least_groups
         self._spent = 0.0
         self._runs = 0
         self._rounds = 0
@@ -135,7 +141,7 @@ class _Rounds:
 
     def end_if_done(self, ratios: Callable[[], Iterable[Ratio]]) -> None:
         """End the measurement when all `ratios` are narrow, or the time limit is reached."""
-        if self.ended_by or len(next(iter(self.groups.values()))) < _MIN_GROUPS:
+        if self.ended_by or len(next(iter(self.groups.values()))) < self._least_groups:
             return
         if all(ratio.width < NARROW for ratio in ratios()):
             self.ended_by = "interval"

@@ -10,6 +10,7 @@ from tersor.graph.plain_network import unwrapped
 from tersor.models.cifar_resnet import DEPTHS, CifarResNet
 from tersor.models.libraries import from_library, from_torchvision, is_of_library
 from tersor.models.unet import UNet
+from tersor.models.wide_plain import WIDE_PLAIN, WidePlain
 from tersor.models.wide_resnet import FOURFOLD_RESNETS, WIDE_RESNETS, FourfoldResNet, WideResNet
 
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in DEPTHS}
@@ -19,17 +20,17 @@ def names() -> list[str]:
     """Return the names that `build` accepts: networks for CIFAR, a UNet, torchvision's classification networks."""
     from torchvision import models  # imported here because it takes seconds
 
-    return [*CIFAR_RESNETS, *FOURFOLD_RESNETS, *WIDE_RESNETS, "unet", *models.list_models(module=models)]
+    return [*CIFAR_RESNETS, *FOURFOLD_RESNETS, *WIDE_RESNETS, *WIDE_PLAIN, "unet", *models.list_models(module=models)]
 
 
 def build(name: str, num_classes: int | None = None) -> nn.Module:
     """Build a network with random weights.
 
     Args:
-        name: a network for CIFAR (`resnet20`, 32, 44, 56, 110, `resnet8x4`, `wrn_16_2`), `unet` for segmentation, a
-            torchvision network (`resnet18`, `mobilenet_v2`), a network of another library (`timm:resnet18`, see
-            `libraries.py`), or `package.module:function`, which is called with `num_classes` if it accepts that, and
-            returns a network.
+        name: a network for CIFAR (`resnet20`, 32, 44, 56, 110, `resnet8x4`, `wrn_16_2`, `wide_plain_64`), `unet` for
+            segmentation, a torchvision network (`resnet18`, `mobilenet_v2`), a network of another library
+            (`timm:resnet18`, see `libraries.py`), or `package.module:function`, which is called with `num_classes` if
+            it accepts that, and returns a network.
         num_classes: number of logits; None for the network's own (10 for CIFAR, 11 of `unet`, 1000 in torchvision).
 
     Raises:
@@ -50,6 +51,8 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
         return WideResNet(*WIDE_RESNETS[name], **options)
     if name == "unet":
         return UNet(**options)
+    if name in WIDE_PLAIN:
+        return WidePlain(*WIDE_PLAIN[name], **options)
     known = names()
     if name not in known:
         raise unknown("model", name, known)

@@ -75,9 +75,12 @@ def train_teacher(experiment: Experiment, checkpoints: Checkpoints, progress: Pr
 
 
 def run_stages(
-    experiment: Experiment, checkpoints: Checkpoints, progress: ProgressReporter
+    experiment: Experiment, checkpoints: Checkpoints, progress: ProgressReporter, seconds: float | None = None
 ) -> tuple[nn.Module, list[StageRecord]]:
-    """Run all stages, from the last checkpoint on; return the compressed model and one record for each stage."""
+    """Run all stages, from the last checkpoint on; return the compressed model and one record for each stage.
+
+    `seconds` is the time limit of the training in each stage that has not ended yet.
+    """
     model, records = copy.deepcopy(experiment.model), list[StageRecord]()
     stages = experiment.recipe.stages
     end = next((end for end in map(checkpoints.end_of, range(len(stages), 0, -1)) if end is not None), None)
@@ -87,7 +90,7 @@ def run_stages(
         progress.say(f"{stages[end.unit - 1].name}: restored from its checkpoint")
     latest = 0 if end is None else end.unit
     for number, stage in enumerate(stages[latest:], latest + 1):
-        result = _run_stage(experiment, number, stage, model, checkpoints, progress)
+        result = _run_stage(experiment, number, stage, model, checkpoints, progress, seconds)
         model = result.model
         records.append(result.record)
         record = {"stages": [record.model_dump(exclude_unset=True) for record in records]}
@@ -129,6 +132,7 @@ def _run_stage(
     model: nn.Module,
     checkpoints: Checkpoints,
     progress: ProgressReporter,
+    seconds: float | None,
 ) -> StageResult:
     """Attach, begin, train, finish.
 
@@ -149,7 +153,7 @@ def _run_stage(
         keeper.notes = (*attachment.notes, *of_training)
     training, earlier_seconds = dict[str, Any](), 0.0
     if steps:
-        training, earlier_seconds = _train(experiment, stage, attachment, steps, progress, keeper)
+        steps, training, earlier_seconds = _train(experiment, stage, attachment, steps, progress, keeper, seconds)
     attachment.finish()
     record = StageRecord(
         name=stage.name,
@@ -195,8 +199,9 @@ def _train(
     steps: int,
     progress: ProgressReporter,
     keeper: StageCheckpointer,
-) -> tuple[dict[str, Any], float]:
-    """The record of the training, and the seconds that earlier processes spent on it."""
+    seconds: float | None,
+) -> tuple[int, dict[str, Any], float]:
+    """The number of steps, the record of the training, and the seconds that earlier processes spent on it."""
     batches = experiment.training_batches(stage)
     curve = _validation_curve(experiment, stage)
     fitted = fit(
@@ -212,11 +217,12 @@ def _train(
         checkpointer=keeper,
         cache_batches=experiment.batches(experiment.data.train, experiment.evaluation_batch) if stage.cache else None,
         curve=curve,
+        seconds=seconds,
     )
     record = {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
     if curve is not None:
         record |= {"validation_by_epoch": curve.values, "validated_at": curve.steps}
-    return record, fitted.earlier_seconds
+    return fitted.steps, record, fitted.earlier_seconds
 
 
 def _fast_teacher(experiment: Experiment, stage: Stage, attachment: Attachment) -> nn.Module | None:

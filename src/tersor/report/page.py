@@ -68,14 +68,19 @@ def _read(path: Path) -> dict[str, Any] | None:
     return cast("dict[str, Any]", content)
 
 
-def _render(numbers: Results, evidence: dict[str, Any] | None) -> str:
+def style_values() -> dict[str, Any]:
+    """The style sheet of a page, and its hash for the page's security policy."""
     style = files("tersor.report").joinpath("templates/style.css").read_text(encoding="utf-8")
+    digest = hashlib.sha256(style.encode()).digest()
+    return {"style": Markup(style), "style_hash": base64.b64encode(digest).decode()}  # noqa: S704  # our own file
+
+
+def _render(numbers: Results, evidence: dict[str, Any] | None) -> str:
     class_name = partial(predictions_section.class_name, numbers)
     return environment().get_template("page.html").render(
         numbers=numbers,
         evidence=evidence,
-        style=Markup(style),  # noqa: S704  # our own file
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        **style_values(),
         verdict=verdict,
         references=summary.references(numbers),
         summary=summary,

@@ -39,7 +39,7 @@ from tersor.training.history import LossHistory
 from tersor.training.objective import Objective
 from tersor.training.optimizer import optimizer_for
 from tersor.training.options import Training
-from tersor.training.schedule import learning_rates
+from tersor.training.schedule import learning_rates, rates_in_time
 from tersor.training.snapshot import Checkpointer, defer_sigint, restore, restoring, snapshot, with_prefix
 from tersor.training.teacher_cache import TeacherCache
 from tersor.training.validation_curve import ValidationCurve
@@ -81,6 +81,7 @@ def fit(
     checkpointer: Checkpointer | None = None,
     cache_batches: BatchSource | None = None,
     curve: ValidationCurve | None = None,
+    seconds: float | None = None,
 ) -> TrainingResult:
     """Train `attachment.model` in place, on the device that accelerate selects, and return it to eval mode.
 
@@ -100,6 +101,8 @@ def fit(
         cache_batches: all images in order, for data without augmentation: the teacher's outputs for them are computed
             once and cached.
         curve: measures the metric on the validation images every few steps.
+        seconds: time limit, besides the time of earlier processes. The learning rate then follows the time, so that it
+            is annealed when the training ends; there are at most `steps` steps, and at least one.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; with a checkpointer, after the step was finished and saved.
@@ -141,7 +144,7 @@ def fit(
         try:
             if cache_batches is not None and (attachment.terms or objective.context.task.from_original):
                 loop.cache_teacher(cache_batches, name)
-            return loop.run(batches, rates, name)
+            return loop.run(batches, rates, name, seconds)
         finally:
             handle.remove()
 
@@ -183,17 +186,20 @@ class _Loop:
             self.progress.advance()
         self.unwrapped.teacher_cache = cache
 
-    def run(self, batches: BatchSource, rates: list[float], name: str) -> TrainingResult:
-        """One step for each learning rate."""
+    def run(self, batches: BatchSource, rates: list[float], name: str, seconds: float | None) -> TrainingResult:
+        """One step for each learning rate; with a time limit, the rates that are behind the time are skipped."""
         layout = str(self.layout).removeprefix("torch.")
         self.progress.say(f"{name}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
         self.progress.start(name, len(rates))
         ema = WeightEMA(self.model, self.training.ema) if self.training.ema else None
         first, history = self._resume(ema)
+        done = first
         reported: dict[str, float] = {}
         steps = groups(batches, self.training.accumulate, first)
+        limit = None if seconds is None else history.earlier_seconds + seconds
+        due = rates_in_time(rates, first, lambda: history.seconds, limit)
         with defer_sigint(self.checkpointer is not None) as interrupted:
-            for step, (rate, group) in enumerate(zip(rates[first:], steps, strict=False), first):
+            for step, (rate, group) in enumerate(zip(due, steps, strict=False), first):
                 losses = self._backward(group)
                 values = torch.stack([*losses.values()])
                 self._check_finite(losses, values, step, rate)
@@ -203,17 +209,18 @@ class _Loop:
                 history.add(losses, first=group.first)
                 if step % REPORT_EVERY == 0 or not reported:
                     reported = dict(zip(losses, values.tolist(), strict=True))
-                validated = self._validate(step + 1, ema, history)
+                done = step + 1
+                validated = self._validate(done, ema, history)
                 self.progress.advance(1, **reported, **validated, learning_rate=rate)
                 if self.checkpointer:
-                    self._checkpoint(self.checkpointer, step + 1, interrupted(), ema, history)
+                    self._checkpoint(self.checkpointer, done, interrupted(), ema, history)
         if any_rank(not all(bool(weight.isfinite().all()) for weight in self.model.parameters())):
             raise NonFiniteWeights(name)
         if ema:
             ema.copy_to(self.model)
         broadcast_from_rank0(self.model)  # running statistics and ranges differ after each process's last batch
         broadcast_from_rank0(self.unwrapped.terms)
-        return TrainingResult(len(rates), history.seconds, history.earlier_seconds, history.means(), self.precision)
+        return TrainingResult(done, history.seconds, history.earlier_seconds, history.means(), self.precision)
 
     def _resume(self, ema: WeightEMA | None) -> tuple[int, LossHistory]:
         """The first step, and the loss history up to it."""

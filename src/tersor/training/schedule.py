@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, cast
 
 from tersor.core.errors import InputError
@@ -102,3 +102,24 @@ def learning_rates(batches: BatchSource, training: Training, steps: int) -> list
             "steps. Write fewer warmup_epochs, or train longer."
         )
     return [base * learning_rate_factor(schedule, step, steps, warmup) for step in range(steps)]
+
+
+def rates_in_time(
+    rates: Sequence[float], first: int, elapsed: Callable[[], float], seconds: float | None
+) -> Iterator[float]:
+    """The learning rate of each step from step `first` on, until the rates or the seconds are used up.
+
+    With a time limit, rates are skipped where the steps are behind the time, so that the last ones are used in any
+    case. There is at least one step.
+
+    Args:
+        rates: the learning rate of every step.
+        first: number of the first step; more than 0 for a resumed training.
+        elapsed: seconds since the start of the training.
+        seconds: time limit.
+    """
+    for step in range(first, len(rates)):
+        place = step if seconds is None else max(step, int(len(rates) * elapsed() / seconds))
+        if place >= len(rates) and step:
+            return
+        yield rates[min(place, len(rates) - 1)]

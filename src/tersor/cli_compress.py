@@ -1,0 +1,129 @@
+"""`tersor compress` and `tersor pick`. Torch is imported inside the commands, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tersor.core.target import Runtime
+from tersor.progress_bars import Bars
+
+if TYPE_CHECKING:
+    from tersor.search.folder import Front
+    from tersor.search.front import Point
+
+_INTERRUPTED = 130
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="resnet56, timm:NAME, net.py:function, ...", show_default=False)],
+    data: Annotated[str, typer.Option(help="image folder or data set", show_default=False)],
+    weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
+    max_drop: Annotated[float | None, typer.Option(help="points of the metric that may be lost")] = None,
+    latency: Annotated[str | None, typer.Option(help="limits by batch size: 1:2ms,128:8ms")] = None,
+    size: Annotated[str | None, typer.Option(help="limit of the file: 0.5MB")] = None,
+    runtime: Annotated[Runtime, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
+    task: Annotated[str, typer.Option(help="what the network is for")] = "classification",
+    time: Annotated[str, typer.Option(help="time of the search: 45m, 90s, 2h")] = "30m",
+    student: Annotated[list[str] | None, typer.Option(help="a network to teach, NAME or NAME=WEIGHTS")] = None,
+    pixels: Annotated[list[int] | None, typer.Option(help="a further resolution to try")] = None,
+    augment: Annotated[str | None, typer.Option(help="none, flip, crop_flip [default: by the images]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="number of training images [default: all]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="random seed")] = 0,
+    storage: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the trials [default: study.db]")] = None,
+    out: Annotated[Path, typer.Option(help="folder to write, or to resume")] = Path("runs/compress"),
+) -> None:
+    """Search for the fastest network within a budget. The same command resumes an interrupted search."""
+    from tersor.core.device import keep_freed_memory
+    from tersor.search.compress import compress as search
+    from tersor.search.compression_budget import Budget, parse_latency, parse_size, parse_time
+
+    console = Console()
+    budget = Budget(
+        max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None, parse_time(time)
+    )
+    keep_freed_memory()
+    with Bars(console) as bars:
+        try:
+            result = search(
+                _function_in_file(model),
+                data,
+                weights=weights,
+                budget=budget,
+                runtime=runtime,
+                task=task,
+                students=[_function_in_file(each) for each in student or []],
+                pixels=pixels or [],
+                augment=augment,
+                limit=limit,
+                seed=seed,
+                storage=storage,
+                out=out,
+                progress=bars,
+            )
+        except KeyboardInterrupt:
+            again = f"tersor {shlex.join(sys.argv[1:])}"
+            message = f"interrupted. The best so far is {out / 'model.onnx'}. To resume: {again}"
+            Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(_INTERRUPTED) from None
+    from tersor.search.verdict_line import verdict_lines
+
+    console.print(*verdict_lines(result.numbers), sep="\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(front_table(result.numbers))
+    console.print(f"written: {out}", highlight=False)
+
+
+def pick(
+    folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
+    max_drop: Annotated[float | None, typer.Option(help="points of the metric that may be lost")] = None,
+    latency: Annotated[str | None, typer.Option(help="limits by batch size: 1:2ms,128:8ms")] = None,
+    size: Annotated[str | None, typer.Option(help="limit of the file: 0.5MB")] = None,
+    out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,
+) -> None:
+    """Pick another point of the front, without training."""
+    from tersor.search.compression_budget import Budget, parse_latency, parse_size
+    from tersor.search.folder import read_front
+    from tersor.search.result import Result
+
+    console = Console()
+    budget = Budget(max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None)
+    numbers = read_front(folder)
+    choice = Result(folder, numbers).pick(budget)
+    console.print(f"budget: {budget}", highlight=False)
+    if choice.shortfall:
+        console.print(f"not met by any point. The nearest: {choice.shortfall}", highlight=False)
+    console.print(front_table(numbers.model_copy(update={"points": [choice.point], "best": choice.point.name})))
+    console.print(f"written: {choice.export(out)}" if out else f"file: {choice.file}", highlight=False)
+
+
+def _function_in_file(name: str) -> str:
+    """`package.module:function` for `folder/net.py:function`; other names unchanged."""
+    file, colon, function = name.partition(":")
+    return f"{file.removesuffix('.py').replace('/', '.')}:{function}" if colon and file.endswith(".py") else name
+
+
+def front_table(front: Front) -> Table:
+    """The free baselines and the front, from the fastest to the slowest."""
+    sizes = list(front.points[0].latency_ms)
+    title = f"{front.machine.cpu}, {front.machine.threads} threads, {front.minutes_used:.1f} minutes"
+    table = Table(title=title, title_justify="left", caption="validation images choose; test images report")
+    table.add_column("network", overflow="fold", min_width=22)
+    for column in ("val., %", "test, %", *(f"ms,\nbatch {size}" for size in sizes), "MB"):
+        table.add_column(column, justify="right")
+    free = {point.name for point in front.baselines}
+    for point in [*front.baselines, *(each for each in front.points if each.name not in free)]:
+        table.add_row(*_cells(point), style="bold" if point.name == front.best else None)
+    return table
+
+
+def _cells(point: Point) -> list[str]:
+    tested = "" if point.test is None else f"{point.test:.2f}"
+    times = [f"{value:.3g}" for value in point.latency_ms.values()]
+    name = f"{point.description}\n{point.runtime} {point.precision}"
+    return [name, f"{point.validation:.2f}", tested, *times, f"{point.bytes / 1e6:.3f}"]

@@ -1,0 +1,91 @@
+"""A candidate: one choice of network, depth, width, bits and resolution, and the recipe of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tersor.methods.mixed_precision import MixedPrecision
+from tersor.methods.ptq import PTQ
+from tersor.recipe import Stage
+
+ORIGINAL = "original"
+QUANTIZE = "quantize"
+BITS = ("8", "4", "mixed")
+_IMAGES = 128
+"""Images that compare residual branches, half of the default: they are compared anew for every candidate."""
+MIXED_BITS = 5.0
+"""Average bits of a weight under mixed precision."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network to try.
+
+    Attributes:
+        network: `original`, or the name of a student.
+        branches: residual branches that are removed.
+        keep_macs: fraction of the MACs that is kept.
+        bits: of the weights: "8", "4" or "mixed".
+        pixels: height and width of the images; None for those of the data.
+    """
+
+    network: str = ORIGINAL
+    branches: int = 0
+    keep_macs: float = 1.0
+    bits: str = "8"
+    pixels: int | None = None
+
+    @property
+    def inherits(self) -> bool:
+        """Whether it starts from the original's weights."""
+        return self.network == ORIGINAL
+
+    @property
+    def name(self) -> str:
+        """A name for files and tables, different for different candidates."""
+        parts = [re.sub(r"[^A-Za-z0-9_]+", "_", self.network.rpartition("/")[2])[:40]]
+        if parts[0] != self.network:
+            parts.append(hashlib.sha256(self.network.encode()).hexdigest()[:6])
+        parts += [f"branches{self.branches}"] if self.branches else []
+        parts += [f"macs{100 * self.keep_macs:.0f}"] if self.keep_macs < 1 else []
+        parts += [f"{self.pixels}px"] if self.pixels else []
+        return "-".join([*parts, f"{self.bits}bit"])
+
+    def __str__(self) -> str:
+        parts = [self.network]
+        parts += [f"{self.branches} branches removed"] if self.branches else []
+        parts += [f"{100 * self.keep_macs:.0f} % of the MACs"] if self.keep_macs < 1 else []
+        parts += [f"{self.pixels} pixels"] if self.pixels else []
+        return ", ".join([*parts, "mixed bits" if self.bits == "mixed" else f"{self.bits} bits"])
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Its fields, as plain values."""
+        return asdict(self)
+
+    @property
+    def removal(self) -> tuple[Stage, ...]:
+        """The stage that removes branches and channels; none if nothing is removed."""
+        if not self.branches and self.keep_macs == 1:
+            return ()
+        options: dict[str, Any] = {"keep_macs": self.keep_macs, "branches": self.branches}
+        if self.keep_macs < 1:
+            options |= {"importance": "obs", "scope": "global"}
+        else:
+            options["importance_images"] = _IMAGES
+        return (Stage(name="prune", methods=({"channel_pruning": options},)),)
+
+    @property
+    def rounding(self) -> Stage:
+        """The stage that quantizes after training."""
+        methods: dict[str, Any] = {"8": PTQ(), "4": PTQ(bits=4), "mixed": MixedPrecision(average_bits=MIXED_BITS)}
+        return Stage(name=QUANTIZE, methods=(methods[self.bits],))
+
+    def stages(self, trained: Sequence[Stage]) -> tuple[Stage, ...]:
+        """All stages, with those of its training. Its last training may quantize already."""
+        quantized = any(stage.name == QUANTIZE for stage in trained)
+        return (*self.removal, *trained, *(() if quantized else (self.rounding,)))

@@ -1,0 +1,151 @@
+"""`tersor.compress`: runs the phases of a search, and returns the front."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from tersor.core.progress import NullProgress, ProgressReporter
+from tersor.core.resources import enough_memory, writable
+from tersor.core.target import Runtime
+from tersor.data import Splits
+from tersor.search.candidate import ORIGINAL
+from tersor.search.candidate_latency import Measurement
+from tersor.search.compression_budget import DEFAULT_MINUTES, Budget
+from tersor.search.finish import write_front
+from tersor.search.folder import DATABASE, LATENCIES, TRIALS, Front, SearchFolder, read_front
+from tersor.search.halving import halve
+from tersor.search.plan import Clock
+from tersor.search.request import Request, experiment_of
+from tersor.search.result import Result
+from tersor.search.search_context import Search, TimeBar
+from tersor.search.space import family
+from tersor.search.study import Study
+from tersor.search.survey import describe_range, feasible_range, space_of, survey
+from tersor.search.workbench import Workbench
+from tersor.tasks.classification import Classification
+from tersor.tasks.multilabel import Multilabel
+
+_LARGE = 64
+"""Pixels from which batches of 32 are measured in place of 128."""
+_USED_UP = 0.9
+"""Share of the time from which a finished search has nothing left to do."""
+_MEMORY = "Close other programs, or use smaller images or a smaller network."
+
+
+def compress(
+    model: nn.Module | str,
+    data: Splits | Path | str,
+    *,
+    weights: Path | str | None = None,
+    budget: Budget | None = None,
+    runtime: Runtime = "onnxruntime",
+    students: Sequence[str] = (),
+    pixels: Sequence[int] = (),
+    augment: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    task: str = "classification",
+    storage: str | None = None,
+    out: Path | str | None = None,
+    progress: ProgressReporter | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> Result:
+    """Search for the fastest network within a budget; the same call resumes an interrupted search.
+
+    Args:
+        model: a trained network, or its name: resnet56, timm:NAME, package.module:function.
+        data: images, an image folder, or the name of a data set.
+        weights: weights file of a `model` that is given by name.
+        budget: limits of accuracy, latency, size and time; at most 1 point lost in 30 minutes by default.
+        runtime: the runtime that files are measured in.
+        students: networks that may take the original's place, as NAME or NAME=WEIGHTS.
+        pixels: further resolutions to try.
+        augment: augmentation of the training images; crop_flip by default, none for gray images.
+        limit: number of training images; all by default.
+        seed: random seed.
+        task: what the network is for: classification, segmentation, ..., package.module:Task.
+        storage: SQLAlchemy URL of the trials; `study.db` in the folder by default.
+        out: the folder, `runs/compress` by default.
+        progress: receives the progress.
+        now: a clock in seconds.
+
+    Raises:
+        InputError: an argument, the network or the data cannot be used.
+        KeyboardInterrupt: Ctrl-C; the folder then holds the best so far.
+    """
+    budget, out = budget or Budget(), Path(out or "runs/compress")
+    progress = progress or NullProgress()
+    started = now()
+    request = Request(
+        model,
+        data,
+        None if weights is None else Path(weights),
+        runtime,
+        tuple(students),
+        tuple(pixels),
+        augment,
+        limit,
+        seed,
+        task,
+    )
+    folder = SearchFolder(out, {**request.arguments, "budget": str(budget)})
+    minutes = budget.minutes or DEFAULT_MINUTES
+    if folder.state.finished and folder.state.used >= 60 * _USED_UP * minutes:
+        progress.say(f"{out}: the search is complete.")
+        return Result(out, read_front(out))
+    clock = Clock(minutes, folder.state.used + now() - started, now)
+    with enough_memory(_MEMORY), writable(out), folder.held():
+        search = _search(request, folder, budget, clock, storage, progress)
+        return Result(out, _run(search, request))
+
+
+def _search(
+    request: Request,
+    folder: SearchFolder,
+    budget: Budget,
+    clock: Clock,
+    storage: str | None,
+    progress: ProgressReporter,
+) -> Search:
+    """Open everything that a search needs."""
+    bar = TimeBar(progress, clock)
+    experiment = experiment_of(request, progress)
+    students = request.weights_of_students()
+    classifies = isinstance(experiment.task, Classification | Multilabel)
+    for name in family(min(experiment.data.train.size)) if classifies else []:
+        students.setdefault(name, None)
+    bench = Workbench(experiment, students, folder.path / TRIALS, bar)
+    database = storage or f"sqlite:///{(folder.path / DATABASE).absolute()}"
+    study = Study(database, folder.path.absolute().name, [ORIGINAL, *students], request.seed)
+    sizes = sorted(budget.latency_ms) or [1, 128 if min(experiment.data.train.size) < _LARGE else 32]
+    example = next(iter(bench.validation)).images[:1].numpy()
+    measurement = Measurement(folder.path / LATENCIES, request.runtime, example, sizes)
+    return Search(bench, study, folder, clock, budget, measurement, bar)
+
+
+def _run(search: Search, request: Request) -> Front:
+    """All phases; after Ctrl-C or an error, `front.json` describes what there is."""
+    search.restore()
+    try:
+        feasible_range(search)
+        for line in describe_range(search):
+            search.bar.tell(line)
+        write_front(search, finished=False)
+        search.bar.begin()
+        survey(search, space_of(search, list(search.bench.students), list(request.pixels)))
+        write_front(search, finished=False)
+        halve(search)
+    except BaseException:
+        if search.original is not None:
+            write_front(search, finished=False)
+        search.save()
+        raise
+    made = write_front(search, finished=True)
+    search.folder.state.finished = True
+    search.save()
+    search.folder.remove_trials(kept=search.folder.state.rungs[-1])
+    return made

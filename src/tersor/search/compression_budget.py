@@ -1,0 +1,114 @@
+"""What a user asks for: accuracy, latency, size and time. Does not import torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tersor.core.errors import InputError
+
+DEFAULT_DROP = 1.0
+"""Points, where neither a drop, a latency nor a size is given."""
+DEFAULT_MINUTES = 30.0
+_SIZES = {"kb": 1e-3, "mb": 1.0, "gb": 1e3}
+_TIMES = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+_LATENCIES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of the compressed network, and of the search for it. Every part is optional.
+
+    Attributes:
+        max_drop: points of the metric that may be lost.
+        latency_ms: largest latency in milliseconds, by batch size.
+        megabytes: largest size of the file, in 10^6 bytes.
+        minutes: time of the search; 30 by default.
+
+    Raises:
+        InputError: a number is not finite, or negative or 0 where that is impossible.
+    """
+
+    max_drop: float | None = None
+    latency_ms: Mapping[int, float] = field(default_factory=dict[int, float])
+    megabytes: float | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.latency_ms, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"latency_ms is {self.latency_ms!r}. Write milliseconds by batch size: {{1: 2.0}}.")
+        _check("max_drop", self.max_drop, "points, 0 or more, such as 0.5", zero=True)
+        _check("megabytes", self.megabytes, "megabytes above 0, such as 0.5")
+        _check("minutes", self.minutes, "minutes above 0, such as 45")
+        for size, limit in self.latency_ms.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(f"latency_ms has the batch size {size!r}. Write an integer of at least 1.")
+            _check(f"latency_ms[{size}]", limit, "milliseconds above 0, such as 2.5")
+
+    @property
+    def points(self) -> float | None:
+        """Points that may be lost: `max_drop`, 1 where nothing is given, None for any number."""
+        given = self.max_drop is not None or self.latency_ms or self.megabytes is not None
+        return self.max_drop if given else DEFAULT_DROP
+
+    def as_numbers(self) -> dict[str, Any]:
+        """The limits as JSON holds them."""
+        latency = {str(size): limit for size, limit in self.latency_ms.items()}
+        return {"max_drop": self.points, "latency_ms": latency, "megabytes": self.megabytes}
+
+    def __str__(self) -> str:
+        parts = [] if self.points is None else [f"at most {self.points:g} points lost"]
+        parts += [f"{limit:g} ms at batch {size}" for size, limit in self.latency_ms.items()]
+        parts += [] if self.megabytes is None else [f"{self.megabytes:g} MB"]
+        return ", ".join(parts)
+
+
+def _check(name: str, value: object, wanted: str, *, zero: bool = False) -> None:
+    if value is None:
+        return
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or float(value) < 0 or (not zero and not value):  # pyright: ignore[reportArgumentType]
+        raise InputError(f"{name} is {value!r}. Write {wanted}.")
+
+
+def parse_latency(text: str) -> dict[int, float]:
+    """Milliseconds by batch size from `1:2ms,128:8ms`; `2ms` is that of batch size 1.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    limits: dict[int, float] = {}
+    for part in text.split(","):
+        size, colon, limit = part.rpartition(":")
+        if colon and not size.strip().isdecimal():
+            raise InputError(f"the latency is {text!r}. Write batch sizes and times: 1:2ms,128:8ms.")
+        limits[int(size) if colon else 1] = _quantity("latency", limit, _LATENCIES, "1:2ms,128:8ms")
+    return limits
+
+
+def parse_size(text: str) -> float:
+    """Megabytes from `0.5MB` or `500kB`.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    return _quantity("size", text, _SIZES, "0.5MB or 500kB")
+
+
+def parse_time(text: str) -> float:
+    """Minutes from `45m`, `90s` or `2h`.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    return _quantity("time", text, _TIMES, "45m, 90s or 2h")
+
+
+def _quantity(name: str, text: str, units: Mapping[str, float], form: str) -> float:
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text)
+    if found is None or found[2].lower() not in units or not float(found[1]):
+        raise InputError(f"the {name} is {text.strip()!r}. Write a number above 0 with its unit: {form}.")
+    return float(found[1]) * units[found[2].lower()]

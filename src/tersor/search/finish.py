@@ -1,0 +1,157 @@
+"""The end of a search: the front, the test set once, the speedup over the fastest free baseline, and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+
+from tersor.core.machine import machine
+from tersor.evaluation.latency import measure_latency
+from tersor.evaluation.results import Machine, Speedup
+from tersor.evaluation.session import open_session
+from tersor.evaluation.timings import Ratio, Timings
+from tersor.search import search_metric
+from tersor.search.folder import Front
+from tersor.search.front import Point, front, shortfall, violations
+from tersor.search.front_page import write_front_page
+from tersor.search.learning_curves import expected
+from tersor.search.search_context import Search
+
+_SECONDS = 5.0
+_MORE_TIME = 3
+"""Factor on the time in the advice."""
+
+
+def write_front(search: Search, *, finished: bool) -> Front:
+    """Write `front.json` and `report.html`; at the end of a search with the metric on the test set and the speedup.
+
+    The test set is used here only, for the points of the front and the free baselines of the target runtime.
+    """
+    best = search.choose()
+    kept = front(search.points)
+    speedup: dict[int, Speedup] = {}
+    if finished:
+        tested = {point.name: _tested(search, point) for point in [*kept, *_usable(search)]}
+        search.points = [tested.get(point.name, point) for point in search.points]
+        kept, best = [tested[point.name] for point in kept], tested.get(best.name, best)
+        speedup = _speedup(search, best)
+    names = {point.name for point in kept}
+    data = search.bench.experiment.data
+    images = len(search.bench.validation.images)
+    lacking = shortfall(best, search.budget, search.reference)
+    made = Front(
+        metric=search.bench.experiment.task.metric,
+        budget=str(search.budget),
+        limits=search.budget.as_numbers(),
+        runtime=search.runtime,
+        mean=data.mean,
+        std=data.std,
+        minutes=search.clock.total / 60,
+        minutes_used=search.clock.used / 60,
+        machine=Machine.model_validate(machine()),
+        validation_images=images,
+        validation_error=search_metric.standard_error(search.reference, images),
+        test_images=len(data.test),
+        original=search.original.name if search.original else "",
+        baselines=[next((each for each in search.points if each.name == point.name), point)
+                   for point in search.folder.state.baselines],
+        best=best.name,
+        met=not lacking,
+        shortfall=lacking,
+        advice=advice(search, best) if lacking else [],
+        speedup=speedup,
+        points=kept,
+        dominated=[point for point in search.points if point.name not in names],
+        failed=search.study.failed,
+    )  # fmt: skip
+    search.folder.write_front(made)
+    write_front_page(search.folder.path, made)
+    return made
+
+
+def _usable(search: Search) -> list[Point]:
+    return [point for point in search.points if point.free]
+
+
+def _tested(search: Search, point: Point) -> Point:
+    """The point with its metric on the test set, which is computed once."""
+    if point.test is not None:
+        return point
+    metric = search.bench.test_metric(search.candidate_of(point), search.folder.path / point.file)
+    return point.model_copy(update={"test": metric})
+
+
+def _speedup(search: Search, best: Point) -> dict[int, Speedup]:
+    """How much faster the best point is than the fastest free baseline at each batch size, with intervals."""
+    sizes = search.measurement.batch_sizes
+    fastest = {min(search.folder.state.baselines, key=lambda point: point.latency_ms[size]).name for size in sizes}
+    baselines = [point for point in search.folder.state.baselines if point.name in fastest]
+    if best.free or best.runtime != search.runtime:
+        return {}
+    openers = {
+        point.name: partial(
+            open_session,
+            search.folder.path / point.file,
+            point.runtime,
+            precision="float32" if point.name.endswith("float32") else None,
+        )
+        for point in [best, *baselines]
+    }
+    names = [point.name for point in baselines]
+
+    def wanted(timings: Timings, size: int) -> list[Ratio]:
+        return [timings.ratio(timings.fastest(names, size), best.name, size)]
+
+    image = search.bench.example(search.candidate_of(best))
+    if image.shape != search.bench.example(search.candidate_of(baselines[0])).shape:
+        return {}
+    timings = measure_latency(openers, image, sizes, ratios=wanted, seconds=_SECONDS)
+    return {size: Speedup.model_validate(asdict(wanted(timings, size)[0])) for size in sizes}
+
+
+def advice(search: Search, best: Point) -> list[str]:
+    """What more time, more loss or another runtime is expected to give, where a budget is not met."""
+    lines = [*_more_time(search, best), *_more_loss(search), *_another_runtime(search)]
+    return lines or ["Nothing that was measured comes closer. Allow more of everything."]
+
+
+def _more_time(search: Search, best: Point) -> list[str]:
+    """The drop that is expected of the same network after more time."""
+    if not best.steps:
+        return ["More time: no candidate was trained in this time; give more."]
+    record = next(each for each in search.study.records() if each.point.name == best.name)
+    if "drop" not in violations(best, search.budget, search.reference):
+        return []
+    drop, after = search.reference - best.validation, expected(search, record, _MORE_TIME * best.seconds)
+    minutes = f"{_MORE_TIME} times {search.clock.total / 60:.0f} minutes"
+    lost = f"about {search.reference - after:.2f} points in place of {drop:.2f}"
+    return [f"More time: with {minutes} the same network is expected to lose {lost}."]
+
+
+def _more_loss(search: Search) -> list[str]:
+    """The smallest drop at which the other limits were met."""
+    if search.budget.points is None:
+        return []
+    fitting = [
+        point for point in search.points if not violations(point, search.budget, search.reference).keys() - {"drop"}
+    ]
+    if not fitting:
+        return []
+    most = max(fitting, key=lambda point: point.validation)
+    return [f"More loss: {search.reference - most.validation:.2f} points are enough for {most.description}."]
+
+
+def _another_runtime(search: Search) -> list[str]:
+    """How the original compares in the other runtimes."""
+    if not search.budget.latency_ms:
+        return []
+    baselines = search.folder.state.baselines
+    here = next(point for point in baselines if point.runtime == search.runtime)
+    faster: Sequence[Point] = [
+        point for point in baselines if point.runtime != search.runtime and point.mean_ms < here.mean_ms
+    ]
+    return [
+        f"Another runtime: {point.runtime} takes {point.mean_ms / here.mean_ms:.2f} of the time for the original."
+        for point in faster
+    ]

@@ -1,0 +1,229 @@
+"""The folder of a search: state, points, `model.onnx` and `front.json`. It is valid at every moment."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tersor.core.errors import InputError
+from tersor.core.files import read_json, replacing, write_file
+from tersor.evaluation.results import Machine, Speedup
+from tersor.search.front import Point
+from tersor.search.plan import Costs
+
+MODEL, FRONT, RECIPE, STATE, DATABASE, LATENCIES = (
+    *("model.onnx", "front.json", "recipe.yaml", "search.json", "study.db", "latencies.json"),
+)
+POINTS, TRIALS, BASELINES = "points", "trials", "baselines"
+VERSION = 1
+
+
+class State(BaseModel):
+    """What a resumed search needs besides its trials.
+
+    Attributes:
+        arguments: what the search was asked for; a resumed one must be asked for the same.
+        used: seconds used so far.
+        seen: whether the original was trained on the validation images; half of the test images then choose.
+        survey_until: seconds used at which the survey ends.
+        rungs: names of the candidates in each rung of the halving.
+        costs: what work costs in seconds.
+        baselines: the measured free baselines.
+        finished: whether the search ended by itself.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    version: int = VERSION
+    arguments: dict[str, str]
+    used: float = 0.0
+    seen: bool | None = None
+    survey_until: float | None = None
+    rungs: list[list[str]] = []
+    costs: Costs = Costs()
+    baselines: list[Point] = []
+    finished: bool = False
+
+
+class Front(BaseModel):
+    """The content of `front.json`.
+
+    Attributes:
+        metric: name of the metric, in percent.
+        budget: the budget in words.
+        limits: the budget as numbers.
+        runtime: the target runtime.
+        mean: of red, green and blue in [0, 1], that the files expect to be subtracted from every pixel.
+        std: that the difference is divided by.
+        minutes: time given.
+        minutes_used: time used.
+        machine: what the measurements depend on.
+        validation_images: number of validation images.
+        validation_error: one standard error of the original's metric on them, in points.
+        test_images: number of test images.
+        original: name of the baseline that drops are computed from.
+        baselines: the free baselines, in all runtimes.
+        best: name of the point in `model.onnx`.
+        met: whether it meets the budget on the validation images.
+        shortfall: what it lacks; empty if it meets the budget.
+        advice: what more time, more loss or another runtime is expected to give.
+        speedup: of the best point over the fastest free baseline, by batch size; empty before the end.
+        points: the front, from the fastest to the slowest.
+        dominated: all other measured points.
+        failed: candidates that could not be built, trained or exported, with reasons.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: int = VERSION
+    metric: str
+    budget: str
+    limits: dict[str, Any]
+    runtime: str
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    minutes: float
+    minutes_used: float
+    machine: Machine
+    validation_images: int
+    validation_error: float
+    test_images: int
+    original: str
+    baselines: list[Point]
+    best: str
+    met: bool
+    shortfall: str
+    advice: list[str]
+    speedup: dict[int, Speedup] = {}
+    points: list[Point]
+    dominated: list[Point]
+    failed: dict[str, str]
+
+    def point(self, name: str) -> Point:
+        """The point of a name."""
+        return next(each for each in (*self.points, *self.dominated, *self.baselines) if each.name == name)
+
+
+class SearchFolder:
+    """Reads and writes the folder.
+
+    Args:
+        path: the folder; it is created if necessary.
+        arguments: what the search was asked for.
+
+    Raises:
+        InputError: the folder holds something else, or a search that was asked for something else.
+    """
+
+    def __init__(self, path: Path, arguments: Mapping[str, str]) -> None:
+        self.path = path
+        if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / STATE).is_file())):
+            raise InputError(f"{path} already exists and is not overwritten. Choose another folder, or remove it.")
+        self.state = State(arguments=dict(arguments))
+        if (path / STATE).is_file():
+            self.state = _read_state(path / STATE)
+            self._check(arguments)
+
+    def _check(self, arguments: Mapping[str, str]) -> None:
+        begun = self.state.arguments
+        changed = [name for name in {**begun, **arguments} if begun.get(name) != arguments.get(name)]
+        if changed:
+            name = changed[0]
+            raise InputError(
+                f"{self.path} belongs to a search with {name} {begun.get(name)!r}, and {arguments.get(name)!r} is "
+                "given. Repeat the same command to resume it, or choose another folder with --out."
+            )
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Hold the lock of the folder.
+
+        Raises:
+            InputError: another process holds it, or the folder cannot be written.
+        """
+        try:
+            for folder in (POINTS, TRIALS, BASELINES):
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / TRIALS / "lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"another process searches in {self.path}. Wait for it, or write another --out.") from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror}.") from error
+        try:
+            self.save()
+            yield
+        finally:
+            lock.release()
+
+    def save(self) -> None:
+        """Write the state."""
+        write_file(self.path / STATE, self.state.model_dump_json(indent=1).encode())
+
+    def point_file(self, name: str) -> Path:
+        """The path of a point's ONNX file; its folder is created."""
+        folder = self.path / POINTS / name
+        folder.mkdir(exist_ok=True)
+        return folder / MODEL
+
+    def relative(self, file: Path) -> str:
+        """A path in the folder."""
+        return file.relative_to(self.path).as_posix()
+
+    def write_point(self, point: Point, recipe: str) -> None:
+        """Write the recipe and the numbers beside a point's file."""
+        folder = (self.path / point.file).parent
+        write_file(folder / RECIPE, recipe.encode())
+        write_file(folder / "numbers.json", point.model_dump_json(indent=1).encode())
+
+    def provide(self, file: Path) -> None:
+        """Copy a file to `model.onnx` if there is none yet."""
+        if not (self.path / MODEL).is_file():
+            with replacing(self.path / MODEL) as partial:
+                shutil.copyfile(file, partial)
+
+    def hand_over(self, point: Point) -> None:
+        """Copy the file of a point to `model.onnx`, and its recipe; each is replaced whole."""
+        file = self.path / point.file
+        recipe = file.parent / RECIPE
+        for source, name in ((file, MODEL), (recipe, RECIPE)):
+            if source.is_file():
+                with replacing(self.path / name) as partial:
+                    shutil.copyfile(source, partial)
+
+    def write_front(self, front: Front) -> None:
+        """Write `front.json`."""
+        write_file(self.path / FRONT, front.model_dump_json(indent=1).encode())
+
+    def remove_trials(self, kept: Sequence[str] = ()) -> None:
+        """Delete the checkpoints of all candidates but the `kept` ones."""
+        for folder in (self.path / TRIALS).iterdir():
+            if folder.is_dir() and folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_front(path: Path) -> Front:
+    """Read `front.json` of a folder.
+
+    Raises:
+        InputError: it is not the folder of a search.
+    """
+    file = path / FRONT
+    if not file.is_file():
+        raise InputError(f"{path} has no {FRONT}. Give the folder that `tersor compress` wrote.")
+    try:
+        return Front.model_validate(read_json(file, "Run `tersor compress` again."))
+    except ValidationError as error:
+        raise InputError(f"{file} is not what this version of tersor writes. Run `tersor compress` again.") from error
+
+
+def _read_state(file: Path) -> State:
+    advice = "Choose another folder with --out."
+    try:
+        return State.model_validate(read_json(file, advice))
+    except ValidationError as error:
+        raise InputError(f"{file} is not what this version of tersor writes. {advice}") from error

@@ -1,0 +1,122 @@
+"""Points, the front of those that no other dominates, and the point that a budget picks. Does not import torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tersor.search.compression_budget import Budget
+
+
+class Point(BaseModel):
+    """One measured file.
+
+    Attributes:
+        name: short name, also of its folder.
+        description: what was changed, for people.
+        file: path of the ONNX file in the folder of the search.
+        runtime: runtime of the measurements.
+        precision: data type of its layers: int8, or that of the runtime for a float file.
+        free: whether it needs no search: the original, and the original in 8 bits.
+        validation: metric on the validation images, in percent.
+        test: metric on the test images; measured once, for the points that are handed over.
+        latency_ms: median latency by batch size.
+        bytes: size of the file.
+        macs: multiply-accumulate operations for one image.
+        steps: optimizer steps of its training.
+        seconds: time of its training.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    name: str
+    description: str
+    file: str
+    runtime: str
+    precision: str
+    free: bool = False
+    validation: Annotated[float, Field(ge=0, le=100)]
+    test: Annotated[float | None, Field(ge=0, le=100)] = None
+    latency_ms: dict[int, float]
+    bytes: int
+    macs: int
+    steps: int = 0
+    seconds: float = 0.0
+
+    @property
+    def mean_ms(self) -> float:
+        """Geometric mean of the latencies."""
+        return math.exp(sum(map(math.log, self.latency_ms.values())) / len(self.latency_ms))
+
+
+def dominates(first: Point, second: Point) -> bool:
+    """Whether `first` is at least as good as `second` in everything, and better in something."""
+    ours, theirs = _costs(first), _costs(second)
+    return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
+
+
+def _costs(point: Point) -> list[float]:
+    return [-point.validation, *(point.latency_ms[size] for size in sorted(point.latency_ms)), point.bytes]
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other dominates, from the fastest to the slowest. Of equal points the first is kept."""
+    unique = list({tuple(_costs(point)): point for point in reversed(list(points))}.values())
+    kept = [point for point in unique if not any(dominates(other, point) for other in unique)]
+    return sorted(kept, key=lambda point: point.mean_ms)
+
+
+def violations(point: Point, budget: Budget, original: float) -> dict[str, float]:
+    """What a point lacks, as a ratio above 1 (latency, size) or in points (the metric); empty if it lacks nothing.
+
+    Args:
+        point: the point.
+        budget: the limits.
+        original: metric of the original network on the validation images.
+    """
+    lacking: dict[str, float] = {}
+    if budget.points is not None and original - point.validation > budget.points + 1e-9:
+        lacking["drop"] = original - point.validation - budget.points
+    for size, limit in budget.latency_ms.items():
+        if size in point.latency_ms and point.latency_ms[size] > limit:
+            lacking[f"latency {size}"] = point.latency_ms[size] / limit
+    if budget.megabytes is not None and point.bytes > 1e6 * budget.megabytes:
+        lacking["size"] = point.bytes / 1e6 / budget.megabytes
+    return lacking
+
+
+def distance(lacking: dict[str, float]) -> float:
+    """How far a point is from a budget: one point of the metric counts as much as 10 % of latency or size."""
+    return sum(value if name == "drop" else 10 * math.log(value) for name, value in lacking.items())
+
+
+def rank(point: Point, budget: Budget, original: float) -> tuple[float, ...]:
+    """A key that is smaller for better points: first the distance from the budget, then what it leaves open.
+
+    Within a drop, the fastest is the best, then the smallest. Without one, the most accurate is, then the fastest.
+    """
+    lacking = distance(violations(point, budget, original))
+    if budget.points is None:
+        return lacking, -point.validation, point.mean_ms, point.bytes
+    return lacking, point.mean_ms, point.bytes, -point.validation
+
+
+def pick(points: Sequence[Point], budget: Budget, original: float) -> Point:
+    """The best point within the budget, or the nearest to it."""
+    return min(points, key=lambda point: rank(point, budget, original))
+
+
+def shortfall(point: Point, budget: Budget, original: float) -> str:
+    """In words, what a point lacks; empty if it lacks nothing."""
+    texts: list[str] = []
+    for name, value in violations(point, budget, original).items():
+        if name == "drop":
+            texts.append(f"it loses {original - point.validation:.2f} points, {value:.2f} more than allowed")
+        elif name == "size":
+            texts.append(f"it has {point.bytes / 1e6:.3f} MB, {value:.2f} times the limit")
+        else:
+            size = int(name.removeprefix("latency "))
+            texts.append(f"it takes {point.latency_ms[size]:.3g} ms at batch {size}, {value:.2f} times the limit")
+    return "; ".join(texts)

@@ -1,0 +1,162 @@
+"""What a search is asked for, and the experiment that it starts from: the original, as teacher too, and the data."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.core.progress import ProgressReporter
+from tersor.core.target import Runtime, Target
+from tersor.data import Images, Splits, load
+from tersor.data.augmentation import resolve
+from tersor.evaluation.session import load_runtime
+from tersor.pipeline.experiment import Experiment
+from tersor.pipeline.setup import prepare
+from tersor.recipe import DataSource, Network, Recipe, Stage
+from tersor.search.search_metric import refuse_other_metrics
+
+_FEW = 2000
+"""Training images below which more of them are held out."""
+_VALIDATION, _VALIDATION_OF_FEW = 0.1, 0.25
+_GRAY_SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of a search, as `compress` takes them."""
+
+    model: nn.Module | str
+    data: Splits | Path | str
+    weights: Path | None
+    runtime: Runtime
+    students: tuple[str, ...]
+    pixels: tuple[int, ...]
+    augment: str | None
+    limit: int | None
+    seed: int
+    task: str
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """All of them as text, to compare a resumed search with the one before."""
+        model = self.model if isinstance(self.model, str) else _fingerprint(self.model)
+        data = f"{len(self.data.train)} images" if isinstance(self.data, Splits) else str(self.data)
+        return {
+            "model": model,
+            "data": data,
+            "weights": str(self.weights),
+            "runtime": self.runtime,
+            "students": ", ".join(self.students),
+            "pixels": ", ".join(map(str, self.pixels)),
+            "augment": str(self.augment),
+            "limit": str(self.limit),
+            "seed": str(self.seed),
+            "task": self.task,
+        }
+
+    def weights_of_students(self) -> dict[str, Path | None]:
+        """The students by name, with their weights files.
+
+        Raises:
+            InputError: a weights file does not exist.
+        """
+        found: dict[str, Path | None] = {}
+        for student in self.students:
+            name, equals, file = student.partition("=")
+            found[name] = Path(file) if equals else None
+            if equals and not Path(file).is_file():
+                raise InputError(f"weights file {file} of the student {name} not found. Write NAME or NAME=FILE.")
+        return found
+
+
+def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
+    """Load the original and the data, and check that they fit.
+
+    Raises:
+        InputError: they cannot be used, or the original has no weights.
+    """
+    load_runtime(request.runtime)
+    if request.augment is not None:
+        resolve(request.augment)
+    if isinstance(request.model, str) and request.weights is None:
+        raise InputError(
+            f"the network {request.model} has no weights. Write --weights FILE: compressing starts from a trained "
+            "network, and random weights have nothing to keep."
+        )
+    source = _source(request)
+    data = request.data
+    if not isinstance(data, Splits):
+        data, source = _loaded(request, source)
+    augment = request.augment or _augmentation(request, data.train)
+    recipe = _recipe(request, source.model_copy(update={"augment": augment}))
+    model = request.model if isinstance(request.model, nn.Module) else None
+    experiment = prepare(recipe, model=model, data=data, progress=progress)
+    refuse_other_metrics(experiment.task)
+    return experiment
+
+
+def _recipe(request: Request, data: DataSource) -> Recipe:
+    try:
+        return Recipe.model_validate(
+            {
+                "model": _network(request),
+                "teacher": "original",
+                "task": request.task,
+                "data": data,
+                "target": Target(runtime=request.runtime),
+                "seed": request.seed,
+                "stages": (Stage(name="train", steps=1),),
+            }
+        )
+    except ValidationError as error:
+        raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+
+
+def _network(request: Request) -> Network:
+    if isinstance(request.model, str):
+        return Network(name=request.model, weights=request.weights)
+    kind = type(request.model)
+    return Network(name=f"{kind.__module__}:{kind.__qualname__}")
+
+
+def _source(request: Request) -> DataSource:
+    if isinstance(request.data, Splits):
+        return DataSource(name="your.module:splits", limit=request.limit)
+    text = str(request.data)
+    where = {"folder": Path(text)} if Path(text).is_dir() else {"name": text}
+    return DataSource.model_validate({**where, "limit": request.limit})
+
+
+def _loaded(request: Request, source: DataSource) -> tuple[Splits, DataSource]:
+    """The images; of few images more are held out, since a validation set of a few decides nothing."""
+    options = source.model_dump(exclude={"augment", "validation"})
+    splits = load(seed=request.seed, **options, validation=_VALIDATION)
+    if len(splits.train) >= _FEW or not len(splits.validation):
+        return splits, source
+    held_out = source.model_copy(update={"validation": _VALIDATION_OF_FEW})
+    return load(seed=request.seed, **options, validation=_VALIDATION_OF_FEW), held_out
+
+
+def _augmentation(request: Request, images: Images) -> str:
+    """The default: letters and digits must not be mirrored, and boxes not be cropped."""
+    return "none" if _gray(images) else "flip" if request.task == "detection" else "crop_flip"
+
+
+def _gray(images: Images) -> bool:
+    """Whether the first images have no colour: letters and digits, which must not be mirrored."""
+    pixels = images.take(torch.arange(min(_GRAY_SAMPLE, len(images))))
+    return bool((pixels[:, :1] == pixels).all())
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A short text that differs for other weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
+    return f"{type(model).__name__} {digest.hexdigest()[:12]}"

@@ -1,0 +1,177 @@
+"""What the phases of a search share: tools, clock, budget, and the points so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tersor.core.progress import ProgressReporter
+from tersor.search.candidate import Candidate
+from tersor.search.candidate_latency import Measurement
+from tersor.search.compression_budget import Budget
+from tersor.search.folder import SearchFolder
+from tersor.search.front import Point, pick, rank
+from tersor.search.plan import Clock
+from tersor.search.study import Record, Study
+from tersor.search.workbench import Exported, Workbench
+
+INTEGERS = "int8"
+_KEPT_EVERY = 10.0
+"""Seconds between two writes of the time used, which a killed search continues from."""
+
+
+class TimeBar:
+    """One bar for the whole search, in seconds. Work inside a trial moves it, and prints nothing.
+
+    Attributes:
+        values: shown beside the bar.
+        keep: called every few seconds.
+    """
+
+    def __init__(self, progress: ProgressReporter, clock: Clock) -> None:
+        self._progress, self._clock = progress, clock
+        self._shown = 0
+        self._kept = 0.0
+        self.values: dict[str, float] = {}
+        self.keep: Callable[[], None] = lambda: None
+
+    def begin(self) -> None:
+        """Start the bar."""
+        self._shown = 0
+        self._progress.start("compress", int(self._clock.total))
+        self.advance()
+
+    def start(self, task: str, total: int) -> None:
+        """Do nothing: the bar counts seconds."""
+
+    def advance(self, items: int = 1, **values: float) -> None:
+        """Move the bar to the time used."""
+        if self._clock.used > self._kept + _KEPT_EVERY:
+            self._kept = self._clock.used
+            self.keep()
+        seconds = min(int(self._clock.used), int(self._clock.total))
+        if seconds > self._shown:
+            self._progress.advance(seconds - self._shown, **self.values)
+            self._shown = seconds
+
+    def say(self, line: str) -> None:
+        """Do nothing: the lines of a trial are in its recipe and its numbers."""
+
+    def tell(self, line: str) -> None:
+        """Print a line of the search."""
+        self._progress.say(line)
+
+
+@dataclass
+class Search:
+    """One search.
+
+    Attributes:
+        original: the measured original; drops are computed from it.
+        best: the point in `model.onnx`.
+    """
+
+    bench: Workbench
+    study: Study
+    folder: SearchFolder
+    clock: Clock
+    budget: Budget
+    measurement: Measurement
+    bar: TimeBar
+    original: Point | None = None
+    best: Point | None = None
+    points: list[Point] = field(default_factory=list[Point])
+
+    def __post_init__(self) -> None:
+        self.bar.keep = self._keep
+
+    @property
+    def runtime(self) -> str:
+        """The target runtime."""
+        return self.bench.experiment.recipe.target.runtime
+
+    @property
+    def reference(self) -> float:
+        """The metric of the original on the validation images."""
+        assert self.original is not None, "the original is measured first"
+        return self.original.validation
+
+    def restore(self) -> None:
+        """Read the points of an earlier process."""
+        baselines = self.folder.state.baselines
+        if not baselines:
+            return
+        self.original = baselines[0]
+        usable = [point for point in baselines if point.runtime == self.runtime and point.precision != "float32"]
+        points = [*baselines[:1], *usable, *(record.point for record in self.study.records() if self.knows(record))]
+        self.points = list({each.name: each for each in points if (self.folder.path / each.file).is_file()}.values())
+        self.best = self.choose()
+        self.folder.hand_over(self.best)
+
+    def knows(self, record: Record) -> bool:
+        """Whether the network of a trial has learned anything: an untrained student is no point."""
+        candidate = record.of
+        return bool(record.rung) or candidate.inherits or self.bench.students[candidate.network] is not None
+
+    def add(self, point: Point, recipe: str) -> None:
+        """Add a measured point, and hand it over if it is better than all before."""
+        self.folder.write_point(point, recipe)
+        self.points = [each for each in self.points if each.name != point.name] + [point]
+        if self.original is None:
+            self.original = point
+        before = self.best
+        if before is None or rank(point, self.budget, self.reference) < rank(before, self.budget, self.reference):
+            self.best = point
+            self.folder.hand_over(point)
+            size, milliseconds = next(iter(point.latency_ms.items()))
+            self.bar.values = {"best": point.validation, f"ms at batch {size}": milliseconds}
+        self.save()
+
+    def candidate_of(self, point: Point) -> Candidate:
+        """The candidate that a point was made from; the original for its baselines."""
+        return next((record.of for record in self.study.records() if record.point.name == point.name), Candidate())
+
+    def choose(self) -> Point:
+        """The best point of all."""
+        return pick(self.points, self.budget, self.reference)
+
+    def record(self, candidate: Candidate, exported: Exported, *, rung: int = 0, steps: int = 0, seconds: float = 0.0,
+               stages: tuple[dict[str, object], ...] = (), rounding_loss: float | None = None) -> Record:  # fmt: skip
+        """Measure the latency of an exported candidate, and make the record of its trial."""
+        size = candidate.pixels
+        image = self.bench.example(candidate) if size else None
+        name = candidate.name if not rung else f"{candidate.name}-{rung}"
+        point = Point(
+            name=name,
+            description=str(candidate),
+            file=self.folder.relative(exported.file),
+            runtime=self.runtime,
+            precision=INTEGERS,
+            free=candidate == Candidate() and not rung,
+            validation=exported.validation,
+            latency_ms=self.measurement.latency(exported.file, image),
+            bytes=exported.bytes,
+            macs=exported.macs,
+            steps=steps,
+            seconds=round(seconds, 1),
+        )
+        return Record(
+            candidate=candidate.parameters, rung=rung, point=point, stages=list(stages), rounding_loss=rounding_loss
+        )
+
+    def save(self) -> None:
+        """Write the state, with the seconds used."""
+        self._keep()
+        self.bar.advance()
+
+    def _keep(self) -> None:
+        self.folder.state.used = self.clock.used
+        self.folder.save()
+
+    @contextmanager
+    def timed(self, kind: str) -> Generator[None]:
+        """Store the seconds of the work inside as the cost of its kind."""
+        start = self.clock.used
+        yield
+        setattr(self.folder.state.costs, kind, self.clock.used - start)

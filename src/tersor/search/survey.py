@@ -1,0 +1,231 @@
+"""Before any training: the feasible range, and the survey of the candidates as they are after reconstruction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from tersor import recipe as recipes
+from tersor.core.errors import InputError
+from tersor.evaluation.costs import costs
+from tersor.evaluation.session import installed_runtimes, open_session
+from tersor.graph.capture import capture
+from tersor.pruning.residual_branches import find_branches
+from tersor.search import search_metric
+from tersor.search.candidate import Candidate
+from tersor.search.folder import BASELINES
+from tersor.search.front import Point, shortfall
+from tersor.search.plan import SURVEY
+from tersor.search.search_context import INTEGERS, Search
+from tersor.search.space import Space, candidate_of
+from tersor.search.study import Record
+
+ORIGINAL, FLOAT32 = "original", "original-float32"
+_PACE_STEPS = 3
+_CHECKPOINT_SECONDS, _MOST_STEPS = 30.0, 200
+_SEEN = 3.0
+"""Standard errors."""
+_MOST_KNOWN = 20
+"""Proposals in a row that are already known, after which the sampler has nothing new."""
+
+
+def feasible_range(search: Search) -> None:
+    """Export and measure the free baselines: float32, the default precision of each runtime, and 8 bits.
+
+    A usable `model.onnx` exists as soon as the original is exported.
+    """
+    file = _export_original(search)
+    state = search.folder.state
+    if state.seen is None:
+        state.seen = _seen(search, file)
+    if state.seen:
+        search.bench = search.bench.choosing_on_test_images()
+    if not state.baselines:
+        with search.timed("export"):
+            integers = _integers(search)
+        state.baselines = _measured(search, file, integers)
+    search.measurement.compare_with(file)
+    for point in state.baselines:
+        if point.runtime == search.runtime and point.name != FLOAT32:
+            _add_free(search, point)
+    if not state.costs.step:
+        search.save()
+        try:
+            with search.timed("attach"):
+                state.costs.step = search.bench.pace(search.bench.experiment.model, _PACE_STEPS)
+            state.costs.attach -= _PACE_STEPS * state.costs.step
+        except InputError as error:
+            search.bar.tell(f"warning: the original cannot be trained: {error}")
+    if state.costs.step:
+        steps = int(_CHECKPOINT_SECONDS / state.costs.step)
+        search.bench = replace(search.bench, checkpoint_every=min(_MOST_STEPS, max(1, steps)))
+    search.save()
+
+
+def _seen(search: Search, file: Path) -> bool:
+    """Whether the original was trained on the validation images: it is much better on them than on the test images.
+
+    Drops on such images mislead: what a new network has not memorized counts as lost.
+    """
+    bench = search.bench
+    with search.timed("test"):
+        test = bench.test_metric(Candidate(), file)
+    images = len(bench.validation.images), len(bench.experiment.data.test)
+    validation = bench.metric(file, search.runtime)
+    error = math.hypot(*(search_metric.standard_error(test, count) for count in images))
+    seen = validation - test > _SEEN * error
+    if seen:
+        search.bar.tell(
+            f"the original was trained on the validation images: {bench.experiment.task.metric} {validation:.2f} % "
+            f"there, {test:.2f} % on the test images. Half of the test images choose in their place, the other half "
+            "is for the results."
+        )
+    return seen
+
+
+def _export_original(search: Search) -> Path:
+    """The file of the original; it is `model.onnx` until there is a better one."""
+    file = search.folder.path / BASELINES / "original.onnx"
+    if not file.is_file():
+        search.bench.write(search.bench.experiment, search.bench.experiment.model, file)
+        search.folder.provide(file)
+    return file
+
+
+def _integers(search: Search) -> Path | None:
+    """The file of the original in 8 bits; None where that is not possible."""
+    candidate, file = Candidate(), search.folder.path / BASELINES / f"{INTEGERS}.onnx"
+    try:
+        search.bench.export(candidate, search.bench.build(candidate), file)
+    except InputError as error:
+        search.study.fail(candidate, 0, str(error))
+        search.bar.tell(f"warning: the original cannot be quantized: {error}")
+        return None
+    return file
+
+
+def _measured(search: Search, original: Path, integers: Path | None) -> list[Point]:
+    """All free baselines, measured together."""
+    bench, runtime = search.bench, search.runtime
+    files: dict[str, tuple[Path, str, Literal["float32"] | None]] = {ORIGINAL: (original, runtime, None)}
+    files |= {f"{ORIGINAL}-{each}": (original, each, None) for each in installed_runtimes() if each != runtime}
+    if open_session(original, runtime).precision != "float32":
+        files[FLOAT32] = (original, runtime, "float32")
+    if integers is not None:
+        files[Candidate().name] = (integers, runtime, None)
+    openers = {name: partial(open_session, path, each, precision=kind) for name, (path, each, kind) in files.items()}
+    with search.timed("finish"):
+        latencies = search.measurement.baselines(openers, ORIGINAL)
+    macs = costs(bench.experiment.model, next(iter(bench.validation)).images[:1]).macs
+    metrics = {name: bench.metric(path, each, kind) for name, (path, each, kind) in files.items()}
+    return [
+        Point(
+            name=name,
+            description="the original in 8 bits" if path == integers else "the original",
+            file=search.folder.relative(path),
+            runtime=each,
+            precision=INTEGERS if path == integers else openers[name]().precision,
+            free=True,
+            validation=metrics[name],
+            latency_ms=latencies[name],
+            bytes=path.stat().st_size,
+            macs=macs,
+        )
+        for name, (path, each, _) in files.items()
+    ]  # fmt: skip
+
+
+def _add_free(search: Search, point: Point) -> None:
+    candidate = Candidate()
+    search.add(point, recipes.write(search.bench.recipe(candidate, (candidate.rounding,))))
+    if point.name == candidate.name and search.study.find(candidate) is None:
+        search.study.add(Record(candidate=candidate.parameters, rung=0, point=point))
+
+
+def describe_range(search: Search) -> list[str]:
+    """The feasible range, what the budget asks beside it, seconds of a training step, and the time plan."""
+    state = search.folder.state
+    lines = ["without a search:"]
+    for point in state.baselines:
+        times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in point.latency_ms.items())
+        lacking = shortfall(point, search.budget, search.reference)
+        lines.append(
+            f"  {point.runtime} {point.precision}: {point.validation:.2f} %, {times}, {point.bytes / 1e6:.3f} MB"
+            + (f"; {lacking}" if lacking else "")
+        )
+    left, step = search.clock.left, state.costs.step
+    reserve = state.costs.reserve(search.clock.total, len(state.baselines))
+    lines.append(f"budget: {search.budget}; the fastest network within it" if search.budget.points is not None
+                 else f"budget: {search.budget}; the most accurate network within it")  # fmt: skip
+    lines.append(
+        f"plan: {step:.2g} s for one training step of the original; {max(0.0, left) / 60:.1f} minutes left: survey "
+        f"{SURVEY * max(0.0, left) / 60:.1f}, training {max(0.0, (1 - SURVEY) * left - reserve) / 60:.1f}, end "
+        f"{reserve / 60:.1f}"
+    )
+    return lines
+
+
+def survey(search: Search, space: Space) -> None:
+    """Build, export, validate and time candidates until the time of the survey is used up."""
+    state = search.folder.state
+    if state.survey_until is None:
+        reserve = state.costs.reserve(search.clock.total, len(state.baselines))
+        state.survey_until = search.clock.used + SURVEY * max(0.0, search.clock.left - reserve)
+        search.save()
+    state.costs.survey = state.costs.survey or state.costs.export
+    for candidate in space.first():
+        if not _time_for_another(search):
+            return
+        if search.study.find(candidate) is None and candidate.name not in search.study.failed:
+            _try(search, candidate)
+    known = 0
+    while space.samples and known < _MOST_KNOWN and _time_for_another(search):
+        trial, parameters = search.study.suggest(space.distributions())
+        candidate = candidate_of(parameters)
+        found = search.study.find(candidate)
+        if found is None and candidate.name not in search.study.failed:
+            found, known = _try(search, candidate, store=False), 0
+        else:
+            known += 1
+        search.study.tell(trial, found)
+
+
+def _time_for_another(search: Search) -> bool:
+    state = search.folder.state
+    assert state.survey_until is not None
+    return search.clock.used + state.costs.survey <= state.survey_until
+
+
+def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record | None:
+    """Survey one candidate; None if it cannot be built or exported."""
+    try:
+        with search.timed("survey"):
+            exported = search.bench.export(
+                candidate, search.bench.build(candidate), search.folder.point_file(candidate.name)
+            )
+            record = search.record(candidate, exported)
+    except InputError as error:
+        search.study.fail(candidate, 0, str(error))
+        return None
+    if store:
+        search.study.add(record)
+    if search.knows(record):
+        search.add(record.point, recipes.write(search.bench.recipe(candidate, candidate.stages(()))))
+    return record
+
+
+def space_of(search: Search, students: list[str], pixels: list[int]) -> Space:
+    """The space of the original and its students; bits below 8 are tried where the size is limited."""
+    bench = search.bench
+    try:
+        example = next(iter(bench.validation)).images[:2]
+        branches = len(find_branches(capture(bench.build(Candidate()), example), example))
+        prunable = True
+    except InputError as error:
+        search.bar.tell(f"nothing can be removed from the original: {error}")
+        branches, prunable = 0, False
+    bits = ("8", "mixed", "4") if search.budget.megabytes is not None else ("8",)
+    return Space(branches, prunable, students, bits, pixels)

@@ -1,0 +1,29 @@
+"""What a search gained, in words. Does not import torch."""
+
+from __future__ import annotations
+
+from tersor.search.folder import Front
+
+
+def verdict_lines(front: Front) -> list[str]:
+    """The gain over the fastest free baseline, then what the budget lacks and what is expected to help."""
+    best, original = front.point(front.best), front.point(front.original)
+    split, after, before = ("test", best.test, original.test)
+    if after is None or before is None:
+        split, after, before = "validation", best.validation, original.validation
+    metric = f"{front.metric} {after:.2f} %, {after - before:+.2f} points on the {split} images"
+    smaller = f"{original.bytes / best.bytes:.1f} times smaller than the original"
+    if best.free:
+        first = f"{best.description}: {metric}, {smaller}. No faster network was found within the budget."
+    else:
+        faster = " and ".join(f"{ratio.value:.2f} times at batch {size}" for size, ratio in front.speedup.items())
+        gained = f"{faster} faster than the fastest free baseline, " if faster else ""
+        first = f"{best.description}: {gained}{smaller}, {metric}."
+    lines = [first]
+    if not front.met:
+        lines.append(f"The budget ({front.budget}) is not met: {front.shortfall}.")
+    error = front.validation_error
+    lines.append(
+        f"One standard error of the validation metric is {error:.2f} points ({front.validation_images} images)."
+    )
+    return [*lines, *front.advice]

@@ -1,0 +1,296 @@
+"""Builds, trains, quantizes and exports candidates with the stages of recipes; everything has its checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor import models
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.errors import InputError
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
+from tersor.data import Batches, Splits, load
+from tersor.data.image_sets import View
+from tersor.data.stratified import generator, stratified
+from tersor.deploy.onnx import export
+from tersor.deploy.static_batch import batch_for
+from tersor.evaluation.costs import costs
+from tersor.evaluation.latency import Array
+from tersor.evaluation.results import StageRecord
+from tersor.graph.plain_network import plain_copy
+from tersor.pipeline.experiment import Experiment
+from tersor.pipeline.stages import attach, run_stages
+from tersor.recipe import Network, Recipe, Stage, Teacher
+from tersor.search import search_metric
+from tersor.search.candidate import Candidate
+from tersor.tasks.classification import Classification
+from tersor.training.loop import fit
+from tersor.training.options import LearningRateSchedule, OptimizerOptions
+from tersor.training.schedule import steps_per_epoch
+
+SOFT_TARGETS: dict[str, Any] = {"soft_targets": {"temperature": 4.0, "loss_weight": 0.9, "label_weight": 0.1}}
+SAME_CHANNELS: dict[str, Any] = {"fitnet": {"loss_weight": 3.0, "regressor": False}}
+OTHER_CHANNELS: dict[str, Any] = {"fitnet": {"loss_weight": 3.0}}
+INHERITED_RATE, FRESH_RATE, QUANTIZED_RATE = 0.02, 0.1, 0.002
+_ADAM_SHARE = 0.02
+"""Learning rate of AdamW relative to that of SGD."""
+_FEWEST_BATCHES = 8
+"""In an epoch of few images, the batch size is lowered for at least so many."""
+_WARMUP = 0.1
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported candidate: its file, its metric on the validation images, and its costs."""
+
+    file: Path
+    validation: float
+    macs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Everything that candidates share.
+
+    Attributes:
+        experiment: the original as model and as teacher, with the data.
+        students: networks in place of the original, by name, with their weights files.
+        folder: holds the checkpoints of each candidate.
+        progress: receives the progress of every stage.
+        checkpoint_every: steps between two checkpoints of a training.
+    """
+
+    experiment: Experiment
+    students: Mapping[str, Path | None]
+    folder: Path
+    progress: ProgressReporter
+    checkpoint_every: int = 200
+
+    def choosing_on_test_images(self) -> Workbench:
+        """The same, with half of the test images of each class for validation, and the other half for tests."""
+        data, draw = self.experiment.data, generator(self.experiment.recipe.seed)
+        targets, half = data.test.targets, len(data.test) // 2
+        if isinstance(self.experiment.task, Classification):
+            chosen, rest = stratified(targets, half, draw)
+        else:
+            chosen, rest = torch.randperm(len(data.test), generator=draw).tensor_split([half])
+        halves = replace(data, validation=View(data.test, chosen), test=View(data.test, rest))
+        return replace(self, experiment=replace(self.experiment, data=halves))
+
+    @cached_property
+    def validation(self) -> Batches:
+        """Validation images in batches; the training images where there are none."""
+        return self._chosen_by(self.experiment)
+
+    @cached_property
+    def _resized(self) -> dict[int, Splits]:
+        return {}
+
+    def experiment_of(self, candidate: Candidate, stages: Sequence[Stage]) -> Experiment:
+        """The experiment of one candidate.
+
+        Raises:
+            InputError: the student cannot be built, or the images cannot be resized.
+        """
+        base = self.experiment
+        made = replace(base, recipe=self.recipe(candidate, stages), data=self._data(candidate.pixels))
+        if candidate.inherits:
+            return made
+        weights = self.students[candidate.network]
+        return replace(made, model=self._student(candidate.network, weights), model_is_trained=weights is not None)
+
+    def recipe(self, candidate: Candidate, stages: Sequence[Stage]) -> Recipe:
+        """The recipe of a candidate, which `tersor run` accepts."""
+        recipe = self.experiment.recipe
+        changed: dict[str, Any] = {"stages": tuple(stages)}
+        if candidate.pixels is not None:
+            changed["data"] = recipe.data.model_copy(update={"image_size": candidate.pixels})
+        if not candidate.inherits:
+            original = recipe.model
+            changed["model"] = Network(name=candidate.network, weights=self.students[candidate.network])
+            changed["teacher"] = Teacher(**original.model_dump())
+        return recipe.model_copy(update=changed)
+
+    def build(self, candidate: Candidate) -> nn.Module:
+        """The network before any training, with least-squares reconstruction of what was removed.
+
+        Raises:
+            InputError: it cannot be built or pruned.
+        """
+        if candidate.removal:
+            return self._run(candidate, candidate.removal, None)[0]
+        return copy.deepcopy(self.experiment_of(candidate, (candidate.rounding,)).model)
+
+    def train(self, candidate: Candidate, trained: Sequence[Stage], seconds: float) -> tuple[nn.Module, StageRecord]:
+        """Train for `seconds` in the last of the stages `trained`; earlier ones come from their checkpoints.
+
+        Returns:
+            The network, and the record of the last stage.
+
+        Raises:
+            InputError: the training diverged, or a stage cannot be attached.
+        """
+        return self._run(candidate, (*candidate.removal, *trained), seconds)
+
+    def export(self, candidate: Candidate, model: nn.Module, file: Path, *, quantized: bool = False) -> Exported:
+        """Quantize a copy of `model` unless it is `quantized`, write it, and measure its metric.
+
+        Raises:
+            InputError: it cannot be quantized or exported, or its runtime cannot run it.
+        """
+        experiment = self.experiment_of(candidate, (candidate.rounding,))
+        if not quantized:
+            attachment = attach(experiment, candidate.rounding, copy.deepcopy(model), NO_PROGRESS)
+            attachment.begin()
+            attachment.finish()
+            model = attachment.model
+        return self.write(experiment, model, file)
+
+    def write(self, experiment: Experiment, model: nn.Module, file: Path) -> Exported:
+        """Write a network as it is, and measure its metric.
+
+        Raises:
+            InputError: it cannot be exported, or its runtime cannot run it.
+        """
+        data, target = experiment.data, experiment.recipe.target
+        validation = self.validation_of(experiment)
+        example = next(iter(validation)).images[:1]
+        export(model, example, file, classes=data.classes, batch=batch_for(model, target))
+        metric = search_metric.of_file(file, target.runtime, validation, experiment)
+        return Exported(file, metric, costs(model, example).macs, file.stat().st_size)
+
+    def metric(self, file: Path, runtime: str, precision: str | None = None) -> float:
+        """The metric of a file on the validation images."""
+        return search_metric.of_file(file, runtime, self.validation, self.experiment, precision)
+
+    def test_metric(self, candidate: Candidate, file: Path) -> float:
+        """The metric of a candidate's file on the test images."""
+        experiment = self.experiment_of(candidate, (candidate.rounding,))
+        test = experiment.batches(experiment.data.test, experiment.evaluation_batch)
+        return search_metric.of_file(file, experiment.recipe.target.runtime, test, experiment)
+
+    def example(self, candidate: Candidate) -> Array:
+        """One image (1, C, H, W) of a candidate's size."""
+        experiment = self.experiment_of(candidate, (candidate.rounding,))
+        return next(iter(self.validation_of(experiment))).images[:1].numpy()
+
+    def validation_of(self, experiment: Experiment) -> Batches:
+        """The validation images of an experiment, in batches."""
+        if experiment.data is self.experiment.data:
+            return self.validation
+        return self._chosen_by(experiment)
+
+    @staticmethod
+    def _chosen_by(experiment: Experiment) -> Batches:
+        data = experiment.data
+        return experiment.batches(data.validation if len(data.validation) else data.train, experiment.evaluation_batch)
+
+    def pace(self, model: nn.Module, steps: int) -> float:
+        """Seconds of one training step of the original.
+
+        Raises:
+            InputError: it cannot be trained.
+        """
+        candidate = Candidate()
+        stage = self.stage(candidate, "pace", steps, model)
+        experiment = self.experiment_of(candidate, (stage,))
+        attachment = attach(experiment, stage, copy.deepcopy(model), NO_PROGRESS)
+        batches = experiment.training_batches(stage)
+        return fit(attachment, batches, stage, steps=steps, teacher=experiment.teacher).seconds / steps
+
+    def stage(self, candidate: Candidate, name: str, steps: int, model: nn.Module) -> Stage:
+        """A training stage: soft targets, and features where the networks have feature maps.
+
+        Args:
+            candidate: the candidate.
+            name: name of the stage; the stage `quantize` trains with learned steps of the grids.
+            steps: the most optimizer steps.
+            model: the network as it enters the stage.
+        """
+        experiment = self.experiment_of(candidate, (candidate.rounding,))
+        fresh = not candidate.inherits and self.students[candidate.network] is None
+        quantizes = name == candidate.rounding.name
+        rate = QUANTIZED_RATE if quantizes else FRESH_RATE if fresh else INHERITED_RATE
+        adam = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # pyright: ignore[reportPrivateUsage]
+        batch_size = max(2, min(128, len(experiment.data.train) // _FEWEST_BATCHES))
+        options: dict[str, Any] = {
+            "name": name,
+            "steps": steps,
+            "batch_size": batch_size,
+            "optimizer": OptimizerOptions(name="adamw", learning_rate=_ADAM_SHARE * rate, weight_decay=0.05)
+            if adam
+            else OptimizerOptions(learning_rate=rate),
+        }
+        if quantizes:
+            return self._attachable(experiment, model, options, ({"lsq": {}},), ((SOFT_TARGETS,), ()))
+        if fresh:
+            epoch = steps_per_epoch(experiment.training_batches(Stage(**options)), Stage(**options))
+            options["lr_schedule"] = LearningRateSchedule(warmup_epochs=round(_WARMUP * steps / epoch, 3))
+        features = ((SAME_CHANNELS,), (OTHER_CHANNELS,), ())
+        taught = [(*soft, *each) for soft in ((SOFT_TARGETS,), ()) for each in features]
+        return self._attachable(experiment, model, options, (), taught)
+
+    @staticmethod
+    def _attachable(
+        experiment: Experiment,
+        model: nn.Module,
+        options: dict[str, Any],
+        methods: tuple[dict[str, Any], ...],
+        more: Sequence[tuple[dict[str, Any], ...]],
+    ) -> Stage:
+        """The stage with the first of `more` losses that the networks and the task can have."""
+        for losses in more[:-1]:
+            stage = Stage(**options, methods=(*methods, *losses))
+            try:
+                attach(experiment, stage, copy.deepcopy(model), NO_PROGRESS)
+            except InputError:
+                continue
+            return stage
+        return Stage(**options, methods=(*methods, *more[-1]))
+
+    def _run(
+        self, candidate: Candidate, stages: Sequence[Stage], seconds: float | None
+    ) -> tuple[nn.Module, StageRecord]:
+        checkpoints = Checkpoints(self.folder / candidate.name)
+        with checkpoints.held(str(candidate), resume=True):
+            experiment = self.experiment_of(candidate, stages)
+            recipe = experiment.recipe.model_copy(update={"checkpoint_every": self.checkpoint_every})
+            experiment = replace(experiment, recipe=recipe)
+            model, records = run_stages(experiment, checkpoints, self.progress, seconds)
+        return model, records[-1]
+
+    def _student(self, name: str, weights: Path | None) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.experiment.recipe.seed)
+            built = plain_copy(models.build(name, len(self.experiment.data.classes)), name)
+        if weights is not None:
+            models.load_weights(built, weights)
+        return built
+
+    def _data(self, pixels: int | None) -> Splits:
+        if pixels is None:
+            return self.experiment.data
+        if pixels not in self._resized:
+            recipe, data = self.experiment.recipe, self.experiment.data
+            source = recipe.data.model_dump(exclude={"augment", "mean", "std", "image_size"})
+            loaded = load(seed=recipe.seed, **source, image_size=pixels, mean=data.mean, std=data.std)
+            self._resized[pixels] = loaded
+        return self._resized[pixels]
+
+
+def as_made(stage: Stage, steps: int) -> Stage:
+    """The stage with the number of steps that its time was enough for; the warm-up keeps its share of them."""
+    schedule = stage.lr_schedule
+    warmup = math.floor(1000 * schedule.warmup_epochs * steps / stage.steps) / 1000
+    return stage.model_copy(
+        update={"steps": steps, "lr_schedule": schedule.model_copy(update={"warmup_epochs": warmup})}
+    )

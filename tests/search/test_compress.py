@@ -1,0 +1,184 @@
+"""`tersor.compress` and `tersor pick` on small networks; what a user can do wrong."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from recorded_progress import RecordedProgress
+from tersor import cli, cli_compress, models, recipe
+from tersor.core.errors import InputError
+from tersor.data import Splits, load
+from tersor.data.image_sets import Pixels, View
+from tersor.evaluation import latency
+from tersor.evaluation.session import open_session
+from tersor.search.compression_budget import Budget
+from tersor.search.folder import read_front
+
+
+def small(num_classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes)),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Fifty images for training, fifteen for validation."""
+    drawn = torch.Generator().manual_seed(0)
+    pixels = Pixels(
+        torch.randint(0, 256, (100, 8, 8, 3), generator=drawn, dtype=torch.uint8),
+        torch.arange(100, dtype=torch.int64) % 10,
+    )
+    parts = (torch.arange(50), torch.arange(50, 65), torch.arange(65, 100))
+    train, validation, test = (View(pixels, part) for part in parts)
+    return Splits(train, validation, test, tuple("0123456789"), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
+
+
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch):
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
+    monkeypatch.setattr(importlib.import_module("tersor.search.finish"), "_SECONDS", 0.1)
+
+
+@pytest.fixture(scope="module")
+def without_time(few, tmp_path_factory):
+    """A search that has no time for any candidate."""
+    out = tmp_path_factory.mktemp("search") / "out"
+    progress = RecordedProgress()
+    result = tersor.compress(small(), few, budget=Budget(minutes=0.001), out=out, progress=progress)
+    return result, progress
+
+
+def test_no_time_at_all_gives_a_usable_answer(few, without_time, tmp_path):
+    result, progress = without_time
+    file = result.best.export(tmp_path / "best.onnx")
+    logits = open_session(file, "onnxruntime").run(np.zeros((2, 3, 8, 8), np.float32))
+    assert logits.shape == (2, 10)
+    assert result.best.point.free
+    assert result.best.point.test is not None
+    said = "\n".join(progress.lines)
+    assert "without a search:" in said
+    assert "int8" in said
+    assert "plan:" in said
+    assert result.numbers == read_front(result.folder)
+    assert (result.folder / "report.html").is_file()
+
+
+def test_the_same_call_of_a_finished_search_does_nothing(few, without_time):
+    result, _ = without_time
+    progress = RecordedProgress()
+    again = tersor.compress(small(), few, budget=Budget(minutes=0.001), out=result.folder, progress=progress)
+    assert again == result
+    assert progress.lines == [f"{result.folder}: the search is complete."]
+
+
+def test_another_call_for_the_same_folder_is_refused(few, without_time):
+    result, _ = without_time
+    with pytest.raises(InputError, match="belongs to a search with budget"):
+        tersor.compress(small(), few, budget=Budget(max_drop=3, minutes=0.001), out=result.folder)
+
+
+def test_pick_needs_no_training(without_time):
+    result, _ = without_time
+    fastest = min(result.front, key=lambda point: point.latency_ms[1])
+    chosen = result.pick(max_drop=100)
+    assert chosen.point == min(result.front, key=lambda point: point.mean_ms)
+    assert chosen.file.is_file()
+    assert result.pick(latency_ms={1: fastest.latency_ms[1] / 2}).shortfall
+    with pytest.raises(InputError, match="not measured at batch 7"):
+        result.pick(latency_ms={7: 1.0})
+
+
+def test_pick_on_the_command_line(without_time, tmp_path, monkeypatch, capfd):
+    result, _ = without_time
+    out = tmp_path / "picked.onnx"
+    monkeypatch.setattr(sys, "argv", ["tersor", "pick", str(result.folder), "--max-drop", "100", "--out", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert out.is_file()
+    assert "budget: at most 100 points lost" in capfd.readouterr().out
+
+
+def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
+    def pressed(*_given, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("tersor.search.compress"), "compress", pressed)
+    arguments = ["compress", "net.py:make", "--weights", "w.safetensors", "--data", "digits", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["tersor", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+    told = capfd.readouterr().err
+    assert f"The best so far is {tmp_path / 'model.onnx'}" in told
+    assert f"tersor {' '.join(arguments)}" in told
+
+
+def test_a_function_in_a_file_is_a_network():
+    assert cli_compress._function_in_file("nets/mine.py:make") == "nets.mine:make"
+    assert cli_compress._function_in_file("timm:resnet18") == "timm:resnet18"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "resnet20"}, "has no weights. Write --weights"),
+        ({"students": ["resnet20=missing.safetensors"]}, "missing.safetensors of the student resnet20 not found"),
+        ({"storage": "nonsense://x"}, "the database nonsense://x cannot be opened"),
+        ({"data": "nonsense"}, "unknown data name"),
+        ({"runtime": "tensorrt"}, "runtime"),
+        ({"augment": "rotate"}, "augment"),
+    ],
+)
+def test_wrong_arguments_are_one_message(few, tmp_path, changed, message):
+    given = {"model": small(), "data": few, "out": tmp_path / "out", "budget": Budget(minutes=0.001)} | changed
+    with pytest.raises(InputError, match=message):
+        tersor.compress(given.pop("model"), given.pop("data"), **given)
+
+
+def test_a_folder_that_holds_something_else_is_not_overwritten(few, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="already exists"):
+        tersor.compress(small(), few, out=tmp_path)
+
+
+@pytest.mark.slow
+def test_images_that_the_original_has_seen_do_not_choose(few, tmp_path, monkeypatch):
+    metrics = iter([10.0])
+    workbench = importlib.import_module("tersor.search.workbench").Workbench
+    monkeypatch.setattr(workbench, "test_metric", lambda *_: next(metrics, 50.0))
+    monkeypatch.setattr(workbench, "metric", lambda *_: 100.0)
+    progress = RecordedProgress()
+    result = tersor.compress(small(), few, budget=Budget(minutes=0.001), out=tmp_path / "out", progress=progress)
+    assert any("was trained on the validation images" in line for line in progress.lines)
+    assert result.numbers.validation_images == 17
+    assert result.numbers.test_images == 18
+
+
+@pytest.mark.slow
+def test_a_search_on_the_digits(tmp_path, monkeypatch, capfd):
+    """One minute: branches and channels are removed, candidates are trained, and the winner's recipe runs."""
+    weights = tmp_path / "resnet20.safetensors"
+    models.save_weights(models.build("resnet20", 10), weights)
+    out = tmp_path / "out"
+    arguments = ["compress", "resnet20", "--weights", weights, "--data", "digits", "--max-drop", "20", "--time", "2m"]
+    monkeypatch.setattr(sys, "argv", ["tersor", *map(str, arguments), "--out", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    front = json.loads((out / "front.json").read_text())
+    assert front["met"]
+    assert len(front["points"]) > 0
+    written = recipe.read(out / "recipe.yaml")
+    assert written.stages[-1].name == "quantize"
+    assert load(name="digits").classes == tuple("0123456789")

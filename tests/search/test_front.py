@@ -1,0 +1,139 @@
+"""The front, the point that a budget picks, and how budgets are written."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tersor.core.errors import InputError
+from tersor.search.compression_budget import Budget, parse_latency, parse_size, parse_time
+from tersor.search.front import Point, dominates, front, pick, shortfall, violations
+
+
+def point(name, validation, milliseconds, size=1000):
+    return Point(
+        name=name,
+        description=name,
+        file=f"points/{name}/model.onnx",
+        runtime="onnxruntime",
+        precision="int8",
+        validation=validation,
+        latency_ms={1: milliseconds, 32: 20 * milliseconds},
+        bytes=size,
+        macs=1,
+    )
+
+
+POINTS = [
+    point("slow", 90.0, 4.0, 4_000_000),
+    point("int8", 89.8, 2.0, 1_000_000),
+    point("half", 89.2, 1.0, 500_000),
+    point("tiny", 80.0, 0.3, 100_000),
+    point("useless", 79.0, 0.5, 200_000),
+]
+
+
+@given(st.lists(st.tuples(st.integers(80, 90), st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_dominates(values):
+    points = [point(str(number), float(a), float(b), c) for number, (a, b, c) in enumerate(values)]
+    kept = front(points)
+    assert kept
+    for each in points:
+        worse = any(
+            other.validation >= each.validation
+            and all(other.latency_ms[size] <= each.latency_ms[size] for size in (1, 32))
+            and other.bytes <= each.bytes
+            and (other.validation, other.latency_ms, other.bytes) != (each.validation, each.latency_ms, each.bytes)
+            for other in points
+        )
+        same = [(k.validation, k.latency_ms, k.bytes) for k in kept]
+        assert ((each.validation, each.latency_ms, each.bytes) in same) is not worse
+    assert [each.mean_ms for each in kept] == sorted(each.mean_ms for each in kept)
+
+
+def test_of_equal_points_the_first_is_kept():
+    kept = front([point("a", 90.0, 1.0), point("b", 90.0, 1.0)])
+    assert [each.name for each in kept] == ["a"]
+    assert not dominates(kept[0], kept[0])
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"),
+    [
+        (Budget(), "half"),  # one point at most, the fastest
+        (Budget(max_drop=0.5), "int8"),
+        (Budget(max_drop=0), "slow"),
+        (Budget(max_drop=20), "tiny"),
+        (Budget(latency_ms={1: 2.5}), "int8"),  # the most accurate within the latency
+        (Budget(latency_ms={1: 2.5, 32: 25}), "half"),
+        (Budget(megabytes=0.3), "tiny"),
+        (Budget(max_drop=0.9, megabytes=0.6), "half"),
+        (Budget(max_drop=0.1, latency_ms={1: 1.9}), "int8"),  # not met: 0.1 points and 5 % are near
+    ],
+)
+def test_a_budget_picks(budget, name):
+    chosen = pick(POINTS, budget, 90.0)
+    assert chosen.name == name
+    assert bool(shortfall(chosen, budget, 90.0)) is bool(violations(chosen, budget, 90.0))
+
+
+def test_what_a_point_lacks_is_said_in_numbers():
+    text = shortfall(POINTS[3], Budget(max_drop=1, latency_ms={1: 0.1}, megabytes=0.05), 90.0)
+    assert text == (
+        "it loses 10.00 points, 9.00 more than allowed; it takes 0.3 ms at batch 1, 3.00 times the limit; "
+        "it has 0.100 MB, 2.00 times the limit"
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "value"),
+    [
+        (parse_latency, "1:2ms,128:8ms", {1: 2.0, 128: 8.0}),
+        (parse_latency, "0.5ms", {1: 0.5}),
+        (parse_latency, " 4:250us , 8:1s", {4: 0.25, 8: 1000.0}),
+        (parse_size, "0.5MB", 0.5),
+        (parse_size, "500kB", 0.5),
+        (parse_time, "45m", 45.0),
+        (parse_time, "90s", 1.5),
+        (parse_time, "2h", 120.0),
+    ],
+)
+def test_quantities(read, text, value):
+    assert read(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        *[(parse_latency, text) for text in ("", "2", "a:2ms", "1:2MB", "1:2ms,", "1:0ms", "-1:2ms")],
+        *[(parse_size, text) for text in ("", "0.5", "MB", "0MB", "5m")],
+        *[(parse_time, text) for text in ("", "45", "-1m", "0m", "m", "1e9m")],
+    ],
+)
+def test_wrong_quantities_say_what_to_write(read, text):
+    with pytest.raises(InputError, match="Write"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_drop": -1},
+        {"max_drop": float("nan")},
+        {"max_drop": True},
+        {"megabytes": 0},
+        {"minutes": 0},
+        {"minutes": float("inf")},
+        {"latency_ms": 2.0},
+        {"latency_ms": {0: 2.0}},
+        {"latency_ms": {1: 0.0}},
+        {"latency_ms": {"1": 2.0}},
+    ],
+)
+def test_impossible_budgets_are_refused(limits):
+    with pytest.raises(InputError, match="Write"):
+        Budget(**limits)
+
+
+def test_a_budget_in_words():
+    assert str(Budget()) == "at most 1 points lost"
+    assert str(Budget(latency_ms={1: 2.0}, megabytes=0.5)) == "2 ms at batch 1, 0.5 MB"

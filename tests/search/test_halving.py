@@ -1,0 +1,211 @@
+"""The phases of a search on fake networks and a fake clock: the plan, resuming, interruptions, budgets."""
+
+import itertools
+import json
+
+import pytest
+
+from search_fakes import FakeBench, FakeTime, latencies, searching
+from tersor.search import finish
+from tersor.search.candidate import Candidate
+from tersor.search.compression_budget import Budget
+from tersor.search.finish import write_front
+from tersor.search.folder import read_front
+from tersor.search.front import dominates, rank
+from tersor.search.halving import halve
+from tersor.search.plan import MOST
+from tersor.search.space import Space
+from tersor.search.survey import survey
+
+SPACE = Space(branches=9, prunable=True, students=["wide", "deep"])
+
+
+@pytest.fixture(autouse=True)
+def _fake_files(monkeypatch):
+    kept = [round(0.1 + 0.05 * step, 2) for step in range(19)]
+    latencies(
+        [Candidate("wide"), Candidate("deep")]
+        + [Candidate(branches=b, keep_macs=k, bits=w) for b in range(10) for k in kept for w in ("8", "4", "mixed")]
+    )
+    monkeypatch.setattr(finish, "_speedup", lambda _search, _best: {})
+
+
+def run(search):
+    """All phases after the feasible range."""
+    survey(search, SPACE)
+    halve(search)
+    return write_front(search, finished=True)
+
+
+def test_the_time_given_is_used(tmp_path):
+    search = searching(tmp_path / "out")
+    run(search)
+    assert 0.95 * search.clock.total <= search.clock.used <= 1.05 * search.clock.total
+
+
+@pytest.mark.parametrize("moment", [30, 150, 300, 450])
+def test_the_plan_holds_when_the_machine_slows_down_by_half(tmp_path, moment):
+    time = FakeTime()
+    bench = FakeBench(time)
+    search = searching(tmp_path / "out", time=time, bench=bench)
+    began, work, train = time.seconds, time.work, bench.train
+
+    def slow(seconds):
+        time.slowness = 2.0 if time.seconds - began > moment else 1.0
+        work(seconds)
+
+    time.work = slow
+    bench.train = train
+    run(search)
+    assert 0.95 * search.clock.total <= search.clock.used <= 1.05 * search.clock.total
+
+
+def test_the_rungs_get_smaller_and_one_candidate_gets_the_rest(tmp_path):
+    search = searching(tmp_path / "out")
+    run(search)
+    sizes = [len(names) for names in search.folder.state.rungs if names]
+    assert sizes[0] <= MOST
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 1
+    last = [record for record in search.study.records() if record.rung == len(sizes)]
+    assert max(search.bench.trained.values()) == search.bench.trained[last[0].of]
+
+
+def test_students_and_the_original_compete(tmp_path):
+    search = searching(tmp_path / "out")
+    run(search)
+    first = search.folder.state.rungs[0]
+    assert "wide-8bit" in first
+    assert any(name.startswith("original") for name in first)
+    assert "deep-8bit" not in first  # slower than the original in 8 bits
+
+
+def test_no_point_of_the_front_is_dominated(tmp_path):
+    search = searching(tmp_path / "out")
+    made = run(search)
+    assert len(made.points) > 1
+    everything = [*made.points, *made.dominated]
+    assert not [(a.name, b.name) for a in everything for b in made.points if dominates(a, b)]
+    assert all(any(dominates(a, b) for a in made.points) for b in made.dominated)
+
+
+def test_the_test_set_is_used_once_for_points_that_are_handed_over(tmp_path):
+    search = searching(tmp_path / "out")
+    made = run(search)
+    tests = [what for what in search.bench.log if what[0] == "test"]
+    assert len(tests) == len(set(tests)) or sum(point.free for point in made.baselines) > 1
+    assert all(point.test is not None for point in made.points)
+    assert all(point.test is None for point in made.dominated if not point.free)
+    assert search.bench.log.index(tests[0]) == len(search.bench.log) - len(tests)
+
+
+def test_ctrl_c_at_any_moment_leaves_a_valid_folder_and_the_search_goes_on(tmp_path):
+    whole = searching(tmp_path / "whole")
+    run(whole)
+    pieces = len(whole.bench.log)
+    for number, moment in enumerate(range(0, pieces, 13)):
+        out = tmp_path / str(number)
+        time = FakeTime()
+        bench = FakeBench(time, interrupt_at=moment)
+        search = searching(out, time=time, bench=bench)
+        before = search.best
+        with pytest.raises(KeyboardInterrupt):
+            run(search)
+        search.save()
+        write_front(search, finished=False)
+        handed = (out / "model.onnx").read_text()
+        assert handed == (out / search.best.file).read_text()
+        assert rank(search.best, search.budget, search.reference) <= rank(before, search.budget, search.reference)
+        done = {(record.of.name, record.rung) for record in search.study.records()}
+        resumed = searching(out, time=time, bench=bench)
+        assert (out / "model.onnx").read_text() == handed
+        position = len(bench.log)
+        run(resumed)
+        again = {(what[1], int(what[2].removeprefix("train-"))) for what in bench.log[position:] if what[0] == "train"}
+        assert not again & done
+        assert resumed.clock.used <= 1.05 * resumed.clock.total
+        assert rank(resumed.best, resumed.budget, resumed.reference) <= rank(
+            search.best, search.budget, search.reference
+        )
+
+
+def test_a_finished_trial_is_never_run_twice(tmp_path):
+    search = searching(tmp_path / "out")
+    run(search)
+    once = [what for what in search.bench.log if what[0] == "train"]
+    assert len(once) == len(set(once))
+    again = searching(tmp_path / "out", time=search.bench.time, bench=search.bench)
+    position = len(again.bench.log)
+    run(again)
+    assert [what[0] for what in again.bench.log[position:] if what[0] != "test"] == []
+
+
+def test_a_budget_that_cannot_be_met_hands_over_the_nearest_point_and_says_what_would_help(tmp_path):
+    search = searching(tmp_path / "out", budget=Budget(max_drop=0.1, latency_ms={1: 0.2}))
+    made = run(search)
+    assert not made.met
+    assert "times the limit" in made.shortfall or "more than allowed" in made.shortfall
+    assert any("More loss" in line or "More time" in line for line in made.advice)
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    assert read_front(tmp_path / "out") == made
+
+
+def test_hardly_any_time_hands_over_the_best_baseline(tmp_path):
+    search = searching(tmp_path / "out", minutes=0.1)
+    made = run(search)
+    assert made.best == Candidate().name
+    assert made.met
+    assert not search.folder.state.rungs[0]
+
+
+def test_a_network_that_cannot_be_pruned_leaves_the_students(tmp_path):
+    search = searching(tmp_path / "out")
+    search.bench.broken = tuple(each.name for each in SPACE.first() if each.inherits)
+    survey(search, Space(branches=0, prunable=False, students=["wide", "deep"]))
+    halve(search)
+    made = write_front(search, finished=True)
+    assert search.folder.state.rungs[0] == ["wide-8bit"]
+    assert made.point(made.best).validation >= 10
+
+
+def test_a_broken_candidate_is_a_failed_trial_with_its_reason(tmp_path):
+    search = searching(tmp_path / "out")
+    search.bench.broken = (Candidate(branches=3).name,)
+    made = run(search)
+    assert made.failed == {Candidate(branches=3).name: "cannot be built"}
+    attempts = [what for what in search.bench.log if what == ("build", Candidate(branches=3).name)]
+    assert len(attempts) == 1
+
+
+def test_without_a_drop_the_most_accurate_within_the_latency_is_chosen(tmp_path):
+    search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 0.8}))
+    made = run(search)
+    best = made.point(made.best)
+    assert best.latency_ms[1] <= 0.8
+    within = [point for point in made.points if point.latency_ms[1] <= 0.8]
+    assert best.validation == max(point.validation for point in within)
+
+
+def test_every_point_of_the_front_has_its_file_recipe_and_numbers(tmp_path):
+    search = searching(tmp_path / "out")
+    made = run(search)
+    for point in itertools.chain(made.points, made.dominated):
+        folder = (tmp_path / "out" / point.file).parent
+        assert (tmp_path / "out" / point.file).is_file()
+        if not point.free:
+            assert (folder / "recipe.yaml").is_file()
+            assert json.loads((folder / "numbers.json").read_text())["name"] == point.name
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_more_time_for_a_finished_search_goes_to_the_last_candidate(tmp_path):
+    search = searching(tmp_path / "out")
+    made = run(search)
+    (last,) = search.folder.state.rungs[-1]
+    longer = searching(tmp_path / "out", minutes=20.0, time=search.bench.time, bench=search.bench)
+    position = len(longer.bench.log)
+    again = run(longer)
+    trained = [what for what in longer.bench.log[position:] if what[0] == "train"]
+    assert [what[1] for what in trained] == [last]
+    assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
+    assert again.point(again.best).seconds > made.point(made.best).seconds
