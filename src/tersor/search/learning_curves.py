@@ -2,8 +2,8 @@
 
 What is left to gain falls as a power of the training time (Hestness et al., "Deep Learning Scaling is Predictable,
 Empirically", 2017): the whole error of a network that started from random weights, and the lost points of one that
-inherits the weights of the original. Without an earlier rung, the exponents are those below. They are rough: one
-ResNet-56 on CIFAR-10 was behind them, not a study.
+inherits the weights of the original. Without an earlier rung, the exponents are those below. They are estimates that
+were not fitted to measurements.
 """
 
 from __future__ import annotations
