@@ -29,7 +29,7 @@ from tersor import recipe as recipes
 from tersor.checkpoint.checkpoint_folder import CLOCK, STRUCTURE, TENSORS
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NullProgress
-from tersor.data.decoding import read_file
+from tersor.data.decoding import ImageFormat, read_file
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
 from tersor.methods.weight_pruning import WeightPruning
@@ -204,8 +204,8 @@ def _read_image(content: bytes, folder: Path) -> None:
     path = folder / "image.png"
     path.write_bytes(content)
     with warnings.catch_warnings(action="ignore"):
-        read_file(str(path), 8)
-        read_file(str(path), None)
+        read_file(str(path), ImageFormat((8, 8)))
+        read_file(str(path), ImageFormat())
 
 
 # checkpoints

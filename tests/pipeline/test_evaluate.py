@@ -73,11 +73,11 @@ def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
         (size, 3, "interval") for size in BATCH_SIZES
     ]
     for each in tables:
-        (file, place, milliseconds, *compared), (other, _, _, *difference) = each.rows
-        assert (file.split(",")[0], other.split(",")[0]) == (one, two)
-        assert (place, milliseconds.split("\n")[0]) == ("onnxruntime\nfloat32", "2.000")
-        assert compared == ["original", "baseline"]
-        assert difference == ["2.00x faster (1.99 to 2.01)"] * 2
+        original, artifact = each.files
+        assert (original.file, artifact.file) == (one, two)
+        assert (original.runtime, original.precision, original.latency_ms.median) == ("onnxruntime", "float32", 2.0)
+        assert (original.roles, original.speedup) == (["original", "baseline"], {})
+        assert {name: round(ratio.value, 6) for name, ratio in artifact.speedup.items()} == {"original": 2, "baseline": 2}
 
 
 def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def run_stages(
     end = next((end for end in map(checkpoints.end_of, range(len(stages), 0, -1)) if end is not None), None)
     if end is not None:
         model = _restored(model, end)
-        records = [StageRecord(**record) for record in end.stages]
+        with restoring(str(end.path)):
+            records = [StageRecord(**record) for record in end.stages]
         progress.say(f"{stages[end.unit - 1].name}: restored from its checkpoint")
     latest = 0 if end is None else end.unit
     for number, stage in enumerate(stages[latest:], latest + 1):
