@@ -136,6 +136,7 @@ def test_regression_predicts_angles(tmp_path, capsys):
     assert max(errors) < 25  # a constant is wrong by 30 degrees
 
 
+@pytest.mark.slow
 def test_own_data_loss_and_loop(capsys):
     example("own_loop").main(epochs=1)
     scores = [float(line.split(" ")[-5]) for line in capsys.readouterr().out.splitlines()]

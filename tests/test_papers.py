@@ -67,7 +67,17 @@ def brief(path: Path) -> Experiment:
     return experiment
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+QUICK = "at-wrn-16-2-to-16-1"
+"""Has a teacher without weights, a stage of distillation and two networks, as the others have."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem == QUICK else pytest.mark.slow)
+        for path in sorted(RECIPES.glob("*.yaml"))
+    ],
+)
 def test_explain_works_and_two_steps_run(path, tmp_path):
     explained = CliRunner().invoke(app, ["run", str(path), "--explain", "--set", *OVERRIDES])
     assert explained.exit_code == 0, explained.output

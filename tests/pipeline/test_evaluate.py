@@ -77,7 +77,10 @@ def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
         assert (original.file, artifact.file) == (one, two)
         assert (original.runtime, original.precision, original.latency_ms.median) == ("onnxruntime", "float32", 2.0)
         assert (original.roles, original.speedup) == (["original", "baseline"], {})
-        assert {name: round(ratio.value, 6) for name, ratio in artifact.speedup.items()} == {"original": 2, "baseline": 2}
+        assert {name: round(ratio.value, 6) for name, ratio in artifact.speedup.items()} == {
+            "original": 2,
+            "baseline": 2,
+        }
 
 
 def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
