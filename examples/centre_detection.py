@@ -1,4 +1,4 @@
-"""A detector that is captured whole, and its task: recipes/detection.yaml names both.
+"""A detector that can be captured as a whole, and its task. `recipes/detection.yaml` uses both.
 
 Zhou et al., "Objects as Points", arXiv:1904.07850. The network returns maps at a quarter of the image's size: a logit
 for the centre of each class, and the distances from there to the sides of the box, in place of the paper's size and

@@ -1,4 +1,4 @@
-"""Compress the backbone of a torchvision detector: its post-processing cannot be captured, and runs on as it is."""
+"""Compress the backbone of a torchvision detector: its post-processing cannot be captured, and is not changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tersor.tasks.detection import Detection
 def detector(classes: int) -> FCOS:
     """Return an FCOS with a small backbone; the images are normalized already."""
     backbone = torch.nn.Sequential(Layer(3, 32), Layer(32, 64, stride=2), Layer(64, 64), Layer(64, 64, stride=2))
-    backbone.out_channels = 64  # FCOS asks for it
+    backbone.out_channels = 64  # FCOS requires it
     points = AnchorGenerator(sizes=((8,),), aspect_ratios=((1.0,),))
     return FCOS(backbone, classes, 64, 64, image_mean=[0.0] * 3, image_std=[1.0] * 3, anchor_generator=points)
 

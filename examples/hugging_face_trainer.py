@@ -45,7 +45,7 @@ def main(steps: int = 4, folder: str | None = None) -> nn.Module:
             output_dir=folder or temporary,
             max_steps=steps,
             per_device_train_batch_size=16,
-            remove_unused_columns=False,  # the Objective takes a Batch, so its signature names no column
+            remove_unused_columns=False,  # the Trainer would remove all columns: forward takes a Batch
             save_strategy="no",
             report_to="none",
             use_cpu=True,

@@ -21,7 +21,7 @@ def items(digits: Images) -> list[dict[str, Tensor]]:
 
 
 def train(model: nn.Module, loader: DataLoader[dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
-    """Train for one epoch, with a loss that tersor does not know."""
+    """Train for one epoch with a loss of your own."""
     for batch in loader:
         optimizer.zero_grad()
         F.binary_cross_entropy_with_logits(model.train()(batch["pixel_values"]), batch["labels"]).backward()
@@ -30,7 +30,7 @@ def train(model: nn.Module, loader: DataLoader[dict[str, Tensor]], optimizer: to
 
 @torch.inference_mode()
 def score(model: nn.Module, loader: DataLoader[dict[str, Tensor]]) -> str:
-    """Return the share of right labels."""
+    """Return the share of correct labels."""
     right = [(model.eval()(batch["pixel_values"]) > 0) == batch["labels"].bool() for batch in loader]
     return f"{100 * torch.cat(right).double().mean():.2f} % of the labels"
 

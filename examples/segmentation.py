@@ -1,4 +1,4 @@
-"""Segment images with a small UNet: halve its MACs, let it learn from itself, quantize it, and compare the mIoU."""
+"""Segment images with a small UNet: halve its MACs, distill the original into it, quantize it, and compare the mIoU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train(model: nn.Module, batches: Batches, epochs: int) -> nn.Module:
 def main(folder: Path, epochs: int = 20, images: int = 1800) -> None:
     """Write `original.onnx` and `model.onnx` to `folder`, and compare them in ONNX Runtime."""
     torch.manual_seed(0)
-    scenes = load(name="scenes", limit=images)  # in place of it: load(folder="path/to/images/and/masks", image_size=64)
+    scenes = load(name="scenes", limit=images)  # or load(folder="path/to/images/and/masks", image_size=64)
     batches = Batches(scenes.train, 32, mean=scenes.mean, std=scenes.std, shuffle=True)
     test = Batches(scenes.test, 50, mean=scenes.mean, std=scenes.std)
     example = next(iter(test)).images

@@ -148,7 +148,7 @@ def distill(
 ) -> nn.Module:
     """Train a student on the outputs of a teacher; it is returned in eval mode.
 
-    Logits are softened (Hinton et al., 2015). Of any other outputs, the relative squared distance is minimized.
+    Logits are softened (Hinton et al., 2015). For all other outputs, the relative squared error is minimized.
 
     Args:
         student: the network to train, in place.
@@ -235,7 +235,7 @@ def compare(
     task: str | Task | None = None,
     metric: Any = None,
 ) -> dict[str, Any]:
-    """Measure two networks in a runtime: the metric by its name ("accuracy"), prediction agreement, file size, latency.
+    """Measure two networks in a runtime: metric (under its name, "accuracy"), prediction agreement, file size, latency.
 
     Args:
         original: a network, or its ONNX file.

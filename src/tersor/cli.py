@@ -196,7 +196,7 @@ def methods(
             table.add_row(each, (sys.modules[cls.__module__].__doc__ or "").splitlines()[0])
             exempt += [f"{each} from '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
         console.print(table)
-        console.print(f"{len(exempt)} exemptions from the laws that methods are tested against", *exempt, sep="\n  ")
+        console.print(f"{len(exempt)} exemptions from the tests that every method has to pass", *exempt, sep="\n  ")
         return
     cls = registry.get(name)
     console.print((sys.modules[cls.__module__].__doc__ or "").strip(), highlight=False, markup=False, soft_wrap=True)

@@ -25,18 +25,20 @@ def compress(
     model: Annotated[str, typer.Argument(help="resnet56, timm:NAME, net.py:function, ...", show_default=False)],
     data: Annotated[str, typer.Option(help="image folder or data set", show_default=False)],
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
-    max_drop: Annotated[float | None, typer.Option(help="points of the metric that may be lost")] = None,
-    latency: Annotated[str | None, typer.Option(help="limits by batch size: 1:2ms,128:8ms")] = None,
-    size: Annotated[str | None, typer.Option(help="limit of the file: 0.5MB")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="largest drop of the metric, in points")] = None,
+    latency: Annotated[str | None, typer.Option(help="largest latency by batch size: 1:2ms,128:8ms")] = None,
+    size: Annotated[str | None, typer.Option(help="largest file size: 0.5MB")] = None,
     runtime: Annotated[Runtime, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
     task: Annotated[str, typer.Option(help="what the network is for")] = "classification",
     time: Annotated[str, typer.Option(help="time of the search: 45m, 90s, 2h")] = "30m",
-    student: Annotated[list[str] | None, typer.Option(help="a network to teach, NAME or NAME=WEIGHTS")] = None,
-    pixels: Annotated[list[int] | None, typer.Option(help="a further resolution to try")] = None,
-    augment: Annotated[str | None, typer.Option(help="none, flip, crop_flip [default: by the images]")] = None,
+    student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
+    pixels: Annotated[list[int] | None, typer.Option(help="another image size to try")] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="none, flip, ... [default: crop_flip; none for gray images, flip for boxes]")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="number of training images [default: all]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="random seed")] = 0,
-    storage: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the trials [default: study.db]")] = None,
+    storage: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the database [default: study.db]")] = None,
     out: Annotated[Path, typer.Option(help="folder to write, or to resume")] = Path("runs/compress"),
 ) -> None:
     """Search for the fastest network within a budget. The same command resumes an interrupted search."""
@@ -81,12 +83,12 @@ def compress(
 
 def pick(
     folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
-    max_drop: Annotated[float | None, typer.Option(help="points of the metric that may be lost")] = None,
-    latency: Annotated[str | None, typer.Option(help="limits by batch size: 1:2ms,128:8ms")] = None,
-    size: Annotated[str | None, typer.Option(help="limit of the file: 0.5MB")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="largest drop of the metric, in points")] = None,
+    latency: Annotated[str | None, typer.Option(help="largest latency by batch size: 1:2ms,128:8ms")] = None,
+    size: Annotated[str | None, typer.Option(help="largest file size: 0.5MB")] = None,
     out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,
 ) -> None:
-    """Pick another point of the front, without training."""
+    """Pick another point of the Pareto front, without training."""
     from tersor.search.compression_budget import Budget, parse_latency, parse_size
     from tersor.search.folder import read_front
     from tersor.search.result import Result
@@ -97,7 +99,7 @@ def pick(
     choice = Result(folder, numbers).pick(budget)
     console.print(f"budget: {budget}", highlight=False)
     if choice.shortfall:
-        console.print(f"not met by any point. The nearest: {choice.shortfall}", highlight=False)
+        console.print(f"No point meets the budget. The nearest one: {choice.shortfall}", highlight=False)
     console.print(front_table(numbers.model_copy(update={"points": [choice.point], "best": choice.point.name})))
     console.print(f"written: {choice.export(out)}" if out else f"file: {choice.file}", highlight=False)
 
@@ -109,10 +111,12 @@ def _function_in_file(name: str) -> str:
 
 
 def front_table(front: Front) -> Table:
-    """The free baselines and the front, from the fastest to the slowest."""
+    """The free baselines and the Pareto front, from the fastest to the slowest."""
     sizes = list(front.points[0].latency_ms)
     title = f"{front.machine.cpu}, {front.machine.threads} threads, {front.minutes_used:.1f} minutes"
-    table = Table(title=title, title_justify="left", caption="validation images choose; test images report")
+    table = Table(
+        title=title, title_justify="left", caption="chosen on validation images; test images only for the results"
+    )
     table.add_column("network", overflow="fold", min_width=22)
     for column in ("val., %", "test, %", *(f"ms,\nbatch {size}" for size in sizes), "MB"):
         table.add_column(column, justify="right")

@@ -140,7 +140,7 @@ def test_values_stay_as_they_are():
 
 
 def test_crop_flip_is_not_for_boxes():
-    with pytest.raises(InputError, match=r"crop_flip, which mirrors the edges .* objects without boxes"):
+    with pytest.raises(InputError, match=r"crop_flip, which pads images by reflection, .* objects without boxes"):
         augmented(*boxes_and_images(2), "crop_flip", torch.Generator())
 
 

@@ -145,7 +145,7 @@ def test_a_budget_that_cannot_be_met_hands_over_the_nearest_point_and_says_what_
     made = run(search)
     assert not made.met
     assert "times the limit" in made.shortfall or "more than allowed" in made.shortfall
-    assert any("More loss" in line or "More time" in line for line in made.advice)
+    assert any("Larger drop" in line or "More time" in line for line in made.advice)
     assert (tmp_path / "out" / "model.onnx").is_file()
     assert read_front(tmp_path / "out") == made
 

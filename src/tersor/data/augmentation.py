@@ -60,7 +60,8 @@ def augmented(
         Pixels (B, H, W, C) of the same data type, contiguous; and the targets.
 
     Raises:
-        InputError: a transform fails, its result differs from its input in shape or data type, or boxes cannot follow.
+        InputError: a transform fails, its result differs from its input in shape or data type, or it cannot transform
+            boxes.
     """
     if callable(augmentation):
         with torch.random.fork_rng(devices=[]):
@@ -71,7 +72,7 @@ def augmented(
         return pixels, targets
     if augmentation == "crop_flip" and _are_boxes(targets):
         raise InputError(
-            "augment is crop_flip, which mirrors the edges of an image into it, objects without boxes among them. "
+            "augment is crop_flip, which pads images by reflection, so that objects without boxes can appear. "
             "Write flip, or a list such as [RandomHorizontalFlip, RandomIoUCrop, {Resize: {size: [64, 64]}}]."
         )
     batch, height, width, channels = pixels.shape

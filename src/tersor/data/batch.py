@@ -86,7 +86,7 @@ def labels_of(batch: Any) -> Tensor | None:
 
 
 class OnePass(Iterator[Any]):
-    """Batches that can be read once, apart from those that `ahead` has shown."""
+    """Batches that can be iterated once; the iteration includes those that `ahead` returned."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self._batches = batches

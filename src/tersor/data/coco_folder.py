@@ -38,7 +38,7 @@ class _Annotation(BaseModel):
 
 
 class _File(BaseModel):
-    """What is read of a file; other keys are ignored."""
+    """The keys that are read from a file; other keys are ignored."""
 
     model_config = ConfigDict(extra="ignore")
     images: Annotated[list[_Image], Field(min_length=1)]
@@ -81,7 +81,7 @@ def from_coco(folder: Path, form: ImageFormat) -> Splits:
     files = files_of(folder)
     sets = {which: _Set(path, _read(path)) for which, path in files.items()}
     if "test" in sets and "val" in sets and not sets["test"].content.annotations:
-        del sets["test"]  # COCO keeps the boxes of its test images to itself
+        del sets["test"]  # COCO does not publish the boxes of its test images
     if "test" not in sets and "val" in sets:
         sets["test"] = sets.pop("val")
     for which in ("train", "test"):

@@ -215,7 +215,7 @@ def _class_number(target: Any) -> int | None:
 
 
 def _size(image: Any) -> tuple[int, int]:
-    """Height and width; (0, 0) of what is no image, which is refused where it is decoded."""
+    """Height and width; (0, 0) if it is not an image; decoding it then raises the error."""
     if isinstance(image, Image.Image):
         return image.height, image.width
     return cast("tuple[int, int]", tuple(image.shape[-2:])) if isinstance(image, Tensor) else (0, 0)

@@ -153,7 +153,8 @@ def _from_function(path: str, root: Path | None, form: ImageFormat) -> Splits:
             f"'{path}' returned {described(returned)}. Return a tersor.data.Splits, a pair (train, test) of torch "
             f"Datasets, or {_SETS}."
         )
-    return from_datasets(path, cast("Mapping[str, Any]", returned), form, threads=1)  # theirs may not be thread-safe
+    # one thread, because a user's data set may not be thread-safe
+    return from_datasets(path, cast("Mapping[str, Any]", returned), form, threads=1)
 
 
 def from_datasets(name: str, datasets: Mapping[str, Any], form: ImageFormat, threads: int) -> Splits:

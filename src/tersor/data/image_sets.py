@@ -251,8 +251,8 @@ class Splits:
 
     Attributes:
         train: the images to train on.
-        validation: the images to choose by; may be empty.
-        test: the images for the reported results only.
+        validation: the images for all choices, such as hyperparameters; may be empty.
+        test: the images for the reported results; they are used for nothing else.
         classes: the name of each class number; of each value, where the targets are values.
         mean: of each channel in [0, 1]; subtracted from every pixel.
         std: of each channel in [0, 1]; every pixel is then divided by it.

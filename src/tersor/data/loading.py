@@ -49,8 +49,8 @@ def load(
 ) -> Splits:
     """Load training, validation and test images; they are kept in memory if they take at most 2 GiB.
 
-    The data says what the targets are: class numbers, values, masks or boxes. Exactly one of `folder`, `csv`, `name`
-    and `datasets` is given.
+    The kind of targets is detected from the data: class numbers, values, masks or boxes. Exactly one of `folder`,
+    `csv`, `name` and `datasets` is given.
 
     >>> digits = load(name="digits")
     >>> len(digits.train), len(digits.validation), len(digits.test), digits.train.size
@@ -58,7 +58,7 @@ def load(
 
     Args:
         folder: images in class folders (see `image_folder`), images and masks (`mask_folder`), Pascal VOC
-            (`voc_folder`) or COCO (`coco_folder`); which of them, the folder's content shows.
+            (`voc_folder`) or COCO (`coco_folder`); the layout is detected from the content of the folder.
         csv: a file of paths and classes or values (see `csv_file`).
         name: "digits", "scenes", a torchvision data set ("CIFAR10"), or "package.module:function", which is called with
             `root` if it accepts that, and returns `Splits`, a pair (train, test) of Datasets, or a dict of them.
@@ -68,9 +68,9 @@ def load(
         targets: what "scenes" have, "masks" or "boxes".
         image_size: height and width in pixels, or one number for both; None if all images have the same size. Images
             with classes or values are resized until they cover it, and the centre is cropped. Images with masks or
-            boxes are resized to it as a whole, with their targets.
-        channels: 3, or 1 for grey images, or 4; Datasets of tensors may have any number. Images of 16 bits per channel
-            keep them.
+            boxes are resized to exactly this size, with their targets.
+        channels: 3, or 1 for grey images, or 4; Datasets of tensors may have any number. Images with 16 bits per
+            channel keep the 16 bits.
         validation: fraction of the training images to hold out, in [0, 1), stratified by class; ignored if the data
             set has validation images.
         limit: number of images to train on, stratified by class; drawn after the validation images.
@@ -138,7 +138,7 @@ def _source(given: Mapping[str, Any], root: str | Path | None, targets: SceneTar
     if given["csv"] is not None:
         return from_csv(Path(given["csv"]).expanduser(), form)
     if given["datasets"] is not None:
-        return from_datasets("datasets", given["datasets"], form, threads=1)  # theirs may not be thread-safe
+        return from_datasets("datasets", given["datasets"], form, threads=1)  # a user's data set may not be thread-safe
     return _from_folder(Path(given["folder"]).expanduser(), form)
 
 

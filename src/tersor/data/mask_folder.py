@@ -31,8 +31,8 @@ def has_masks(folder: Path) -> bool:
 def from_mask_folder(folder: Path, form: ImageFormat) -> Splits:
     """Load `folder/{train,test}/images/NAME.jpg` and `masks/NAME.png`, or `folder/{images,masks}`, which is split.
 
-    A mask is a palette or grey file of class numbers; 255 marks pixels to ignore. Images and masks are resized to the
-    whole of `form.size`. `folder/classes.txt` may name the classes, one a line; otherwise all masks are read once to
+    A mask is a palette or grey file of class numbers; 255 marks pixels to ignore. Images and masks are resized to
+    exactly `form.size`. `folder/classes.txt` may name the classes, one per line; otherwise all masks are read once to
     count them.
 
     Raises:
@@ -80,7 +80,7 @@ def _named(path: Path) -> tuple[str, ...] | None:
         return None
     names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     if len(names) < 2:
-        raise InputError(f"'{path}' names {len(names)} classes. Write at least two, one a line, class 0 first.")
+        raise InputError(f"'{path}' names {len(names)} classes. Write at least two, one per line, class 0 first.")
     return names
 
 

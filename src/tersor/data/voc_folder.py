@@ -43,7 +43,9 @@ def from_voc(folder: Path, form: ImageFormat) -> Splits:
     test = "test" if (lists / "test.txt").is_file() else "val"
     for name in (train, test):
         if not (lists / f"{name}.txt").is_file():
-            raise InputError(f"'{lists}' holds no {name}.txt. Write the names of the {name} images there, one a line.")
+            raise InputError(
+                f"'{lists}' holds no {name}.txt. Write the names of the {name} images there, one per line."
+            )
     parts = {"train": train, "test": test} | (
         {"val": "val"} if test == "test" and (lists / "val.txt").is_file() else {}
     )
@@ -61,7 +63,7 @@ def _annotations(folder: Path, listed: Path) -> list[_Annotation]:
     # a list of one class has a second column, which says whether the image shows it
     names = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
     if not names:
-        raise InputError(f"'{listed}' is empty. Write the names of images there, one a line.")
+        raise InputError(f"'{listed}' is empty. Write the names of images there, one per line.")
     return [_read(folder / "Annotations" / f"{name}.xml") for name in names]
 
 

@@ -10,7 +10,7 @@ from pydantic.dataclasses import is_pydantic_dataclass
 
 from tersor.core.errors import InputError, unknown
 
-if TYPE_CHECKING:  # it imports torch, and the list of names should not wait for that
+if TYPE_CHECKING:  # it imports torch, which is not needed to list the names
     from tersor.training.method import Method
 
 _ALSO_CALLED = {
@@ -63,7 +63,7 @@ def get(name: str) -> type[Method]:
 
 
 def name_of(method: Method) -> str:
-    """How a recipe calls a method: the inverse of `get`."""
+    """The name of a method in a recipe: the inverse of `get`."""
     cls = type(method)
     folder, _, file = cls.__module__.rpartition(".")
     return file if folder == __name__ else f"{cls.__module__}:{cls.__qualname__}"
@@ -81,7 +81,7 @@ def _of_the_user(name: str) -> type[Method]:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module is there and lacks something of its own: that is the error to show
+            raise  # the module exists, but one of its own imports is missing: show that error
         raise InputError(
             f"method '{name}': there is no module '{error.name}'. Write package.module:Class, where Python finds the "
             "package: installed, or in a folder on PYTHONPATH."

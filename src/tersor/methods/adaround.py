@@ -10,8 +10,8 @@ rounded. It needs a few hundred images and no labels. `quantization/reconstructi
 
 The paper folds BatchNorm first. Here it stays a module after the layer; the choices per channel are the same. The paper
 runs 10,000 iterations; the default here is 1,000 at ten times the learning rate. Activations are quantized after all
-weights are rounded. The network may return any tensors: the error of a layer is compared, and behind the last single
-value that of all outputs.
+weights are rounded. The network may return any tensors. The error is that of a layer's output; after the last point at
+which the network has a single value, it is that of all outputs.
 """
 
 from __future__ import annotations

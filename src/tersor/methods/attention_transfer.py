@@ -13,7 +13,7 @@ sizes of map and batch, so `loss_weight` has the same meaning for both. p = 1 is
 uses p = 2. Maps of different sizes are pooled to the smaller one, as in later implementations (RepDistiller); the paper
 has no such maps. The authors reset the momentum at every drop of the learning rate; here it is kept.
 
-Only outputs of layers are compared, so that the task and the outputs of the network may be any.
+It works with any task and any outputs of the network, because only outputs of layers are compared.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reco
 
 A block is the part of the graph between two nodes whose values are the only inputs of all later nodes: a residual
 block, or one layer of a sequence. x is its input in float, x_hat its input from the blocks that are already rounded. It
-needs a few hundred images and no labels. The network may return any tensors: the last block is compared by all of them.
-`quantization/reconstruction.py` has the formulas.
+needs a few hundred images and no labels. The network may return any tensors: the error of the last block is measured
+on all of them. `quantization/reconstruction.py` has the formulas.
 
 As in QDrop, activation steps are learned together with the rounding, on rounded activations; `drop` is the share of
 them, and of the block's input, that stays in float in each iteration (QDrop: 0.5). BRECQ's paper learns the rounding on

@@ -14,7 +14,7 @@ from the group that has lost the smallest fraction, and `global` takes the block
 per saved cost). No group falls below `floor`.
 
 `keep_latency` is a fraction of the latency that the network had before the stage, at batch size 1 in the target's
-runtime. Copies with a few fractions of the MACs are timed against that network in interleaved rounds.
+runtime. Pruned copies with different fractions of the MACs are timed against that network in interleaved rounds.
 
 With `branches`, that number of residual branches is removed first (`pruning/residual_branches.py`): those with the
 smallest change of the outputs per saved MAC (or parameter). A ResNet-56 from which `obs` and `global` removed half of

@@ -12,8 +12,8 @@ As in the authors' code: K = 16,384, d = 128, tau = 0.07, weight 0.8, memory mom
 negatives from other classes; here they are drawn from all images, as their memory does by default. The features are the
 pooled feature map of the named layer.
 
-The task and the outputs of the network may be any: no label is used. An image has one embedding, its average over the
-pixels, so that for masks and boxes `fitnet` or `attention_transfer` compare more.
+It works with any task and any outputs of the network, because no label is used. An image has one embedding, its average
+over the pixels. For masks and boxes, `fitnet` and `attention_transfer` also compare positions.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ D^(-1/2), so the mean shrinks as k grows, and a sweep over k would also sweep th
 D^(1/2) (for p = 1), whose scale does not depend on k; the default weight is the authors' at their D of 2048:
 500 / 2048 * 2048^(1/2). The paper's reconstruction error is squared, the code's absolute; `reconstruction`
 selects one. The code runs the teacher with gradients and ignores its seed option. Where the maps differ in size, the
-larger is pooled. The paraphraser is trained on the calibration images: not augmented, 64 a batch in a recipe; the code
-uses batches of 128, cropped and flipped.
+larger is pooled. The paraphraser is trained on the calibration images: not augmented, and in a recipe in batches of 64;
+the code uses batches of 128, cropped and flipped.
 
-Only outputs of a layer are compared, so that the task and the outputs of the network may be any.
+It works with any task and any outputs of the network, because only outputs of a layer are compared.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ same as theirs; without BatchNorm in the regressor, a weight of 100 keeps a ResN
 default is 10. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A student that was
 pruned from its teacher has the same channels along the residual stream and needs no regressor: `regressor: false`.
 
-Only outputs of layers are compared, so that the task and the outputs of the network may be any.
+It works with any task and any outputs of the network, because only outputs of layers are compared.
 """
 
 from __future__ import annotations

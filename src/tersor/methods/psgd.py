@@ -7,25 +7,25 @@ Kim, Yoo and Kwak, "Position-based Scaled Gradient for Model Quantization and Pr
     dL/dw  <- dL/dw * s(w)      s = lambda * d(w): the step grows with the distance from the point
     lambda  = strength, or the value for which the mean of s over all weights is `mean_scale` at the start
 
-As in the paper, lambda is constant, so s falls as weights approach their points, and they settle there. If lambda rose
-to keep the mean, the last weights on their way would overshoot.
+As in the paper, lambda is constant, so s falls as weights approach their points, and they settle there. If lambda
+increased to keep the mean of s constant, weights that have not settled would overshoot.
 
 The forward pass uses full precision, unless a later method of the same stage quantizes. Afterwards, `ptq` with the same
 bits rounds weights that are already near their points; the bits must be known in advance. `target: zero` is sparse
 training: one threshold (`weight_pruning`, one_shot) then removes the weights near zero. The gradient is scaled outside
 the optimizer: weight decay is not scaled, and momentum accumulates scaled gradients.
 
-`scale_by: constant` is the control: the same mean scale for all weights. What the method gains over it is not explained
-by a larger learning rate.
+`scale_by: constant` is the control: the same mean scale for all weights. If the method is better than this control, the
+cause is not a larger learning rate.
 
 The paper has s = lambda * (d + epsilon), its code no epsilon, so a weight on its point does not move; the same holds
 here. The code's lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence
 `mean_scale`. Its grid is shared by a whole layer and reaches to a running mean of the largest weight; here that is
 `per_channel: false` with `range: running`. By default the grid is that of `ptq` with the same `first_last_bits` and
 `weight_range: minmax`; note that `ptq` clips below 8 bits by default if the network has BatchNorm. Below 4 bits, the
-first and last layer aim at 8 bits, as in the code, and as in `ptq` by default. The code also trains without weight
-decay at 2 bits (write `optimizer: {weight_decay: 0}`), and gives the classifier's bias a grid. Here biases have none,
-because they have 32 bits in the exported file.
+first and last layer use the grid of 8 bits, as in the code, and as in `ptq` by default. The code also trains without
+weight decay at 2 bits (write `optimizer: {weight_decay: 0}`), and gives the classifier's bias a grid. Here biases have
+none, because they have 32 bits in the exported file.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ class PTQAttachment(Attachment):
         self.notes += calibrated_coverage(graph).notes
 
     def _equalize(self, graph: fx.GraphModule) -> None:
-        """Equalizes, and takes it back if the outputs on a few images change."""
+        """Equalizes, and undoes it if the outputs on a few images change."""
         few, self.data = few_images(self.data, next(graph.parameters()).device)
         with checked_forward(type(graph).__name__, few, captured=True):
             undone = undone_unless_same(graph, few, partial(equalize, graph), "cross-layer equalization")

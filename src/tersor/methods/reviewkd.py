@@ -13,7 +13,7 @@ The authors' code adds the pooled features before the classifier as one more lay
 last ReLU of a stage. Here the outputs of the named layers are compared, and the pooled last one. As in the code, m is
 the number of channels of the student's last layer, at most 512, and the weight has a warm-up: there 20 of 240 epochs.
 
-Only outputs of layers are compared, so that the task and the outputs of the network may be any.
+It works with any task and any outputs of the network, because only outputs of layers are compared.
 """
 
 from __future__ import annotations

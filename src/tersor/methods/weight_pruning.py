@@ -193,7 +193,7 @@ class WeightPruning:
 
 
 class WeightPruningAttachment(MaskedAttachment):
-    """Masks that only grow."""
+    """Nested masks: masked weights stay masked."""
 
     def __init__(
         self,
@@ -213,8 +213,8 @@ class WeightPruningAttachment(MaskedAttachment):
         self.start = self.sparsity
         if self.start > method.target and n_of_m(method.granularity) is None:
             raise InputError(
-                f"the network has a sparsity of {self.start:.4f} already, given {method.target:g}. Masks only grow: "
-                "write a higher sparsity."
+                f"the network has a sparsity of {self.start:.4f} already, given {method.target:g}. Masked weights "
+                "stay masked: write a higher sparsity."
             )
         self.curve = curve(method.sparsity_schedule) if method.needs_steps else None
 

@@ -29,7 +29,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def task_of(task: str | Task | None, loss: Loss | None = None, metric: Any = None) -> Task | None:
-    """The task that a user describes; None if nothing is said.
+    """The task that the arguments describe; None without arguments.
 
     Args:
         task: its name, an instance, or None.
@@ -174,9 +174,9 @@ def _check_same_logits(task: Task, outputs: Mapping[str, Any]) -> None:
     logits = {name: task.logits(each) for name, each in outputs.items()}
     shapes = {name: () if each is None else tuple(each.shape[1:]) for name, each in logits.items()}
     if len(set(shapes.values())) > 1:
-        told = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+        of_each = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
         raise InputError(
-            f"the files differ in the number of logits per image: {told}. Compare files of the same network."
+            f"the files differ in the number of logits per image: {of_each}. Compare files of the same network."
         )
     for name, each in logits.items():
         if each is not None and np.isnan(each.numpy()).any():

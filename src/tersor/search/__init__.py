@@ -1,4 +1,4 @@
-"""`tersor compress`: a budget in, the fastest network out.
+"""`tersor compress`: search for the fastest network within a budget.
 
 `compress.py` runs the phases: feasible range, survey of the candidates, successive halving, the front.
 """

@@ -1,4 +1,4 @@
-"""A candidate: one choice of network, depth, width, bits and resolution, and the recipe of it."""
+"""A candidate: one choice of network, depth, width, bits and resolution, and its recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ORIGINAL = "original"
 QUANTIZE = "quantize"
 BITS = ("8", "4", "mixed")
 _IMAGES = 128
-"""Images that compare residual branches, half of the default: they are compared anew for every candidate."""
+"""Images on which residual branches are compared: half of the default, since every candidate compares them again."""
 MIXED_BITS = 5.0
 """Average bits of a weight under mixed precision."""
 
@@ -86,6 +86,6 @@ class Candidate:
         return Stage(name=QUANTIZE, methods=(methods[self.bits],))
 
     def stages(self, trained: Sequence[Stage]) -> tuple[Stage, ...]:
-        """All stages, with those of its training. Its last training may quantize already."""
+        """All stages, including the training stages. The last training stage may already quantize."""
         quantized = any(stage.name == QUANTIZE for stage in trained)
         return (*self.removal, *trained, *(() if quantized else (self.rounding,)))

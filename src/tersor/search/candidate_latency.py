@@ -23,7 +23,7 @@ from tersor.evaluation.session import Session, open_session
 Milliseconds = dict[int, float]
 _FILE: TypeAdapter[dict[str, Milliseconds]] = TypeAdapter(dict[str, Milliseconds])
 _GROUPS = 3
-"""Groups of rounds of a candidate; sessions are opened anew for each."""
+"""Groups of rounds of a candidate; sessions are reopened for each group."""
 REFERENCE = "reference"
 
 

@@ -30,9 +30,9 @@ from tersor.tasks.classification import Classification
 from tersor.tasks.multilabel import Multilabel
 
 _LARGE = 64
-"""Pixels from which batches of 32 are measured in place of 128."""
+"""Image size from which latency is measured at batch 32 instead of 128."""
 _USED_UP = 0.9
-"""Share of the time from which a finished search has nothing left to do."""
+"""A finished search that used at least this share of its time is complete."""
 _MEMORY = "Close other programs, or use smaller images or a smaller network."
 
 
@@ -62,7 +62,7 @@ def compress(
         weights: weights file of a `model` that is given by name.
         budget: limits of accuracy, latency, size and time; at most 1 point lost in 30 minutes by default.
         runtime: the runtime that files are measured in.
-        students: networks that may take the original's place, as NAME or NAME=WEIGHTS.
+        students: other networks to try, as NAME or NAME=WEIGHTS.
         pixels: further resolutions to try.
         augment: augmentation of the training images; crop_flip by default, none for gray images.
         limit: number of training images; all by default.

@@ -1,4 +1,4 @@
-"""What a user asks for: accuracy, latency, size and time. Does not import torch."""
+"""The budget of a search: accuracy, latency, size and time. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tersor.core.errors import InputError
 
 DEFAULT_DROP = 1.0
-"""Points, where neither a drop, a latency nor a size is given."""
+"""Largest drop in points, if neither a drop, a latency nor a size is given."""
 DEFAULT_MINUTES = 30.0
 _SIZES = {"kb": 1e-3, "mb": 1.0, "gb": 1e3}
 _TIMES = {"s": 1 / 60, "m": 1.0, "h": 60.0}
@@ -23,7 +23,7 @@ class Budget:
     """Limits of the compressed network, and of the search for it. Every part is optional.
 
     Attributes:
-        max_drop: points of the metric that may be lost.
+        max_drop: largest drop of the metric, in points.
         latency_ms: largest latency in milliseconds, by batch size.
         megabytes: largest size of the file, in 10^6 bytes.
         minutes: time of the search; 30 by default.
@@ -50,12 +50,12 @@ class Budget:
 
     @property
     def points(self) -> float | None:
-        """Points that may be lost: `max_drop`, 1 where nothing is given, None for any number."""
+        """The largest drop in points: `max_drop`; 1 without any limit; None if only other limits are given."""
         given = self.max_drop is not None or self.latency_ms or self.megabytes is not None
         return self.max_drop if given else DEFAULT_DROP
 
     def as_numbers(self) -> dict[str, Any]:
-        """The limits as JSON holds them."""
+        """The limits as plain values for JSON."""
         latency = {str(size): limit for size, limit in self.latency_ms.items()}
         return {"max_drop": self.points, "latency_ms": latency, "megabytes": self.megabytes}
 
@@ -66,12 +66,12 @@ class Budget:
         return ", ".join(parts)
 
 
-def _check(name: str, value: object, wanted: str, *, zero: bool = False) -> None:
+def _check(name: str, value: object, possible: str, *, zero: bool = False) -> None:
     if value is None:
         return
     valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or float(value) < 0 or (not zero and not value):  # pyright: ignore[reportArgumentType]
-        raise InputError(f"{name} is {value!r}. Write {wanted}.")
+        raise InputError(f"{name} is {value!r}. Write {possible}.")
 
 
 def parse_latency(text: str) -> dict[int, float]:

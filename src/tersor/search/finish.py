@@ -20,7 +20,7 @@ from tersor.search.search_context import Search
 
 _SECONDS = 5.0
 _MORE_TIME = 3
-"""Factor on the time in the advice."""
+"""The advice predicts the drop after this many times the time."""
 
 
 def write_front(search: Search, *, finished: bool) -> Front:
@@ -100,37 +100,37 @@ def _speedup(search: Search, best: Point) -> dict[int, Speedup]:
     }
     names = [point.name for point in baselines]
 
-    def wanted(timings: Timings, size: int) -> list[Ratio]:
+    def speedup_ratio(timings: Timings, size: int) -> list[Ratio]:
         return [timings.ratio(timings.fastest(names, size), best.name, size)]
 
     image = search.bench.example(search.candidate_of(best))
     if image.shape != search.bench.example(search.candidate_of(baselines[0])).shape:
         return {}
-    timings = measure_latency(openers, image, sizes, ratios=wanted, seconds=_SECONDS)
-    return {size: Speedup.model_validate(asdict(wanted(timings, size)[0])) for size in sizes}
+    timings = measure_latency(openers, image, sizes, ratios=speedup_ratio, seconds=_SECONDS)
+    return {size: Speedup.model_validate(asdict(speedup_ratio(timings, size)[0])) for size in sizes}
 
 
 def advice(search: Search, best: Point) -> list[str]:
-    """What more time, more loss or another runtime is expected to give, where a budget is not met."""
+    """What to expect of more time, a larger drop or another runtime, if the budget is not met."""
     lines = [*_more_time(search, best), *_more_loss(search), *_another_runtime(search)]
-    return lines or ["Nothing that was measured comes closer. Allow more of everything."]
+    return lines or ["No measured network is closer to the budget. Raise several limits."]
 
 
 def _more_time(search: Search, best: Point) -> list[str]:
     """The drop that is expected of the same network after more time."""
     if not best.steps:
-        return ["More time: no candidate was trained in this time; give more."]
+        return ["More time: no candidate could be trained in the given time."]
     record = next(each for each in search.study.records() if each.point.name == best.name)
     if "drop" not in violations(best, search.budget, search.reference):
         return []
     drop, after = search.reference - best.validation, expected(search, record, _MORE_TIME * best.seconds)
-    minutes = f"{_MORE_TIME} times {search.clock.total / 60:.0f} minutes"
-    lost = f"about {search.reference - after:.2f} points in place of {drop:.2f}"
-    return [f"More time: with {minutes} the same network is expected to lose {lost}."]
+    minutes = f"{_MORE_TIME * search.clock.total / 60:.0f} minutes"
+    lost = f"about {search.reference - after:.2f} points instead of {drop:.2f}"
+    return [f"More time: in {minutes} the same network is expected to lose {lost}."]
 
 
 def _more_loss(search: Search) -> list[str]:
-    """The smallest drop at which the other limits were met."""
+    """The smallest drop of a network that meets the other limits."""
     if search.budget.points is None:
         return []
     fitting = [
@@ -139,7 +139,8 @@ def _more_loss(search: Search) -> list[str]:
     if not fitting:
         return []
     most = max(fitting, key=lambda point: point.validation)
-    return [f"More loss: {search.reference - most.validation:.2f} points are enough for {most.description}."]
+    drop = search.reference - most.validation
+    return [f"Larger drop: {most.description} meets the other limits and loses {drop:.2f} points."]
 
 
 def _another_runtime(search: Search) -> list[str]:
@@ -152,6 +153,6 @@ def _another_runtime(search: Search) -> list[str]:
         point for point in baselines if point.runtime != search.runtime and point.mean_ms < here.mean_ms
     ]
     return [
-        f"Another runtime: {point.runtime} takes {point.mean_ms / here.mean_ms:.2f} of the time for the original."
+        f"Another runtime: in {point.runtime} the original takes {point.mean_ms / here.mean_ms:.2f} of the time."
         for point in faster
     ]

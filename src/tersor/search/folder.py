@@ -28,12 +28,13 @@ class State(BaseModel):
     """What a resumed search needs besides its trials.
 
     Attributes:
-        arguments: what the search was asked for; a resumed one must be asked for the same.
+        arguments: the arguments of the search; a resumed search must have the same ones.
         used: seconds used so far.
-        seen: whether the original was trained on the validation images; half of the test images then choose.
+        seen: whether the original was trained on the validation images; half of the test images are then used for
+        validation.
         survey_until: seconds used at which the survey ends.
         rungs: names of the candidates in each rung of the halving.
-        costs: what work costs in seconds.
+        costs: seconds that each kind of work takes.
         baselines: the measured free baselines.
         finished: whether the search ended by itself.
     """
@@ -58,8 +59,8 @@ class Front(BaseModel):
         budget: the budget in words.
         limits: the budget as numbers.
         runtime: the target runtime.
-        mean: of red, green and blue in [0, 1], that the files expect to be subtracted from every pixel.
-        std: that the difference is divided by.
+        mean: of each channel in [0, 1]; subtract it from every pixel before running a file.
+        std: of each channel; then divide by it.
         minutes: time given.
         minutes_used: time used.
         machine: what the measurements depend on.
@@ -70,8 +71,8 @@ class Front(BaseModel):
         baselines: the free baselines, in all runtimes.
         best: name of the point in `model.onnx`.
         met: whether it meets the budget on the validation images.
-        shortfall: what it lacks; empty if it meets the budget.
-        advice: what more time, more loss or another runtime is expected to give.
+        shortfall: the limits that it exceeds, in words; empty if it meets the budget.
+        advice: what to expect of more time, a larger drop or another runtime.
         speedup: of the best point over the fastest free baseline, by batch size; empty before the end.
         points: the front, from the fastest to the slowest.
         dominated: all other measured points.
@@ -113,10 +114,10 @@ class SearchFolder:
 
     Args:
         path: the folder; it is created if necessary.
-        arguments: what the search was asked for.
+        arguments: the arguments of the search.
 
     Raises:
-        InputError: the folder holds something else, or a search that was asked for something else.
+        InputError: the folder holds something else, or a search with other arguments.
     """
 
     def __init__(self, path: Path, arguments: Mapping[str, str]) -> None:
@@ -134,7 +135,7 @@ class SearchFolder:
         if changed:
             name = changed[0]
             raise InputError(
-                f"{self.path} belongs to a search with {name} {begun.get(name)!r}, and {arguments.get(name)!r} is "
+                f"{self.path} belongs to a search with {name} {begun.get(name)!r}, but {arguments.get(name)!r} is "
                 "given. Repeat the same command to resume it, or choose another folder with --out."
             )
 
@@ -151,7 +152,9 @@ class SearchFolder:
             lock = FileLock(self.path / TRIALS / "lock")
             lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(f"another process searches in {self.path}. Wait for it, or write another --out.") from None
+            raise InputError(
+                f"another search is running in {self.path}. Wait until it ends, or choose another folder with --out."
+            ) from None
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}.") from error
         try:
@@ -187,7 +190,7 @@ class SearchFolder:
                 shutil.copyfile(file, partial)
 
     def hand_over(self, point: Point) -> None:
-        """Copy the file of a point to `model.onnx`, and its recipe; each is replaced whole."""
+        """Copy the file of a point to `model.onnx`, and its recipe; each is replaced atomically."""
         file = self.path / point.file
         recipe = file.parent / RECIPE
         for source, name in ((file, MODEL), (recipe, RECIPE)):
@@ -218,7 +221,7 @@ def read_front(path: Path) -> Front:
     try:
         return Front.model_validate(read_json(file, "Run `tersor compress` again."))
     except ValidationError as error:
-        raise InputError(f"{file} is not what this version of tersor writes. Run `tersor compress` again.") from error
+        raise InputError(f"{file} was not written by this version of tersor. Run `tersor compress` again.") from error
 
 
 def _read_state(file: Path) -> State:
@@ -226,4 +229,4 @@ def _read_state(file: Path) -> State:
     try:
         return State.model_validate(read_json(file, advice))
     except ValidationError as error:
-        raise InputError(f"{file} is not what this version of tersor writes. {advice}") from error
+        raise InputError(f"{file} was not written by this version of tersor. {advice}") from error

@@ -1,4 +1,4 @@
-"""Points, the front of those that no other dominates, and the point that a budget picks. Does not import torch."""
+"""Measured points, their Pareto front, and the best point for a budget. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Point(BaseModel):
 
     Attributes:
         name: short name, also of its folder.
-        description: what was changed, for people.
+        description: what was changed, in words.
         file: path of the ONNX file in the folder of the search.
         runtime: runtime of the measurements.
         precision: data type of its layers: int8, or that of the runtime for a float file.
         free: whether it needs no search: the original, and the original in 8 bits.
         validation: metric on the validation images, in percent.
-        test: metric on the test images; measured once, for the points that are handed over.
+        test: metric on the test images; measured once, at the end, for the Pareto front and the free baselines.
         latency_ms: median latency by batch size.
         bytes: size of the file.
         macs: multiply-accumulate operations for one image.
@@ -69,7 +69,7 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 
 def violations(point: Point, budget: Budget, original: float) -> dict[str, float]:
-    """What a point lacks, as a ratio above 1 (latency, size) or in points (the metric); empty if it lacks nothing.
+    """The limits that a point exceeds: a ratio above 1 (latency, size) or points (the metric); empty if there are none.
 
     Args:
         point: the point.
@@ -93,9 +93,9 @@ def distance(lacking: dict[str, float]) -> float:
 
 
 def rank(point: Point, budget: Budget, original: float) -> tuple[float, ...]:
-    """A key that is smaller for better points: first the distance from the budget, then what it leaves open.
+    """A sort key, smaller for better points. The distance from the budget comes first.
 
-    Within a drop, the fastest is the best, then the smallest. Without one, the most accurate is, then the fastest.
+    Then, with a limit on the drop: latency, size, metric. Without one: metric, latency, size.
     """
     lacking = distance(violations(point, budget, original))
     if budget.points is None:
@@ -109,7 +109,7 @@ def pick(points: Sequence[Point], budget: Budget, original: float) -> Point:
 
 
 def shortfall(point: Point, budget: Budget, original: float) -> str:
-    """In words, what a point lacks; empty if it lacks nothing."""
+    """The limits that a point exceeds, in words; empty if it meets the budget."""
     texts: list[str] = []
     for name, value in violations(point, budget, original).items():
         if name == "drop":

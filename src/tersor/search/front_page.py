@@ -1,4 +1,4 @@
-"""`front.json` -> `report.html`: the front in charts and a table. The page loads nothing and runs no script."""
+"""`front.json` -> `report.html`: the Pareto front in charts and a table. The page loads nothing and runs no script."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tersor.search.verdict_line import verdict_lines
 _MARGIN = 1.08
 """Factor between the outermost point of a logarithmic axis and its end."""
 _SHOWN_DROP = 12.0
-"""Points below the best that a chart shows at most; others are at its lower edge."""
+"""A chart shows this many points below the best; lower networks are drawn at its lower edge."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ def charts(front: Front, points: list[Point]) -> list[Chart]:
     """The metric against the latency at each batch size, the size of the file and the MACs."""
     sizes = list(front.points[0].latency_ms)
     limits: dict[str, Any] = front.limits
-    wanted: list[tuple[str, Callable[[Point], float], float | None]] = [
+    panels: list[tuple[str, Callable[[Point], float], float | None]] = [
         (f"ms at batch {size}", lambda point, size=size: point.latency_ms[size], limits["latency_ms"].get(str(size)))
         for size in sizes
     ]
-    wanted.append(("MB", lambda point: point.bytes / 1e6, limits["megabytes"]))
-    wanted.append(("million MACs", lambda point: point.macs / 1e6, None))
-    return [_chart(front, points, title, value, limit) for title, value, limit in wanted]
+    panels.append(("MB", lambda point: point.bytes / 1e6, limits["megabytes"]))
+    panels.append(("million MACs", lambda point: point.macs / 1e6, None))
+    return [_chart(front, points, title, value, limit) for title, value, limit in panels]
 
 
 def _chart(

@@ -1,4 +1,4 @@
-"""Successive halving: train what may win for a while, keep the better part, and give the rest of the time to the last.
+"""Successive halving: train promising candidates for a while, keep the better ones, and repeat until one is left.
 
 Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS 2016. The
 resource is time, not steps, since a step of a fast network costs less: each candidate of a rung gets the same seconds.
@@ -25,15 +25,18 @@ from tersor.search.workbench import as_made
 _FASTER = 0.97
 """A candidate is worth training below this share of the latency of the fastest free baseline."""
 _ROUNDING = 0.2
-"""Points that quantization costs, above which the last training ends with quantization-aware steps."""
+"""If quantization costs more points than this, the last training ends with quantization-aware training."""
 _QUANTIZED_SHARE = 0.25
 _LEAST_SHARE = 0.05
 _HEADROOM = 10
-"""Steps that a training may make at most, as a multiple of those of the original in the same time: time ends it."""
+"""Limit on the steps of a training, relative to the original's in the same time; usually the time ends it first."""
 
 
 def halve(search: Search) -> None:
-    """Train candidates in rungs until the time is used up; more time for a finished search goes to the last one."""
+    """Train candidates in rungs until the time is used up.
+
+    If a finished search gets more time, its last candidate is trained further.
+    """
     state = search.folder.state
     by_name = {record.of.name: record.of for record in search.study.records()}
     for rung in itertools.count(1):
@@ -83,7 +86,7 @@ def _members(search: Search, rung: int, by_name: dict[str, Candidate]) -> list[s
 
 
 def entrants(search: Search, count: int) -> list[Record]:
-    """Surveyed candidates to train: those that no other dominates, and students, evenly spread over the latencies."""
+    """Surveyed candidates to train: the Pareto front and the students, evenly spread over the latencies."""
     records = [record for record in search.study.records() if not record.rung]
     free = min(point.mean_ms for point in search.points if point.free)
     smaller = search.budget.megabytes is not None
@@ -104,12 +107,12 @@ def entrants(search: Search, count: int) -> list[Record]:
 
 
 def _misses(search: Search, point: Point) -> bool:
-    """Whether training cannot make a point fit the budget: its latency or its size is too large."""
+    """Whether a point exceeds the latency or the size, which training does not change."""
     return any(name != "drop" for name in violations(point, search.budget, search.reference))
 
 
 def _spread(records: Sequence[Record], count: int) -> list[Record]:
-    """So many records, evenly spaced in the order of their latency."""
+    """`count` records, evenly spaced in the order of their latency."""
     ordered = sorted(records, key=lambda record: record.point.mean_ms)
     if count >= len(ordered):
         return ordered
@@ -117,9 +120,9 @@ def _spread(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def promoted(search: Search, trained: Sequence[Record], rung: int, count: int) -> list[Record]:
-    """The candidates of the next rung: the best ones at the metric that is expected after the remaining time.
+    """The candidates of the next rung, by the metric that is expected at the end of the search.
 
-    Where there is room for two, students and changes of the original each keep their best one.
+    If `count` is above 1, the best student and the best change of the original are both kept.
     """
     left = _available(search) * math.prod(1 - share for share in RUNGS[rung - 1 :])
 
@@ -136,7 +139,7 @@ def promoted(search: Search, trained: Sequence[Record], rung: int, count: int) -
 
 
 def _train(search: Search, candidate: Candidate, rung: int, seconds: float, *, last: bool) -> None:
-    """Train a candidate for a rung, all its work in `seconds`; a failure is a failed trial."""
+    """Train a candidate for a rung; all of its work takes `seconds`. An error is stored as a failed trial."""
     costs, start = search.folder.state.costs, search.clock.used
     before = search.study.find(candidate, rung - 1)
     trained = [Stage.model_validate(stage) for stage in before.stages] if before else []

@@ -1,9 +1,9 @@
-"""How a candidate is expected to do after more training: a power law of the time, fitted to its own rungs if possible.
+"""The expected metric after more training: a power law of the time, fitted to a candidate's own rungs if possible.
 
-What is left to gain falls as a power of the training time (Hestness et al., "Deep Learning Scaling is Predictable,
-Empirically", 2017): the whole error of a network that started from random weights, and the lost points of one that
-inherits the weights of the original. Without an earlier rung, the exponents are those below. They are estimates that
-were not fitted to measurements.
+The remaining loss of accuracy falls as a power of the training time (Hestness et al., "Deep Learning Scaling is
+Predictable, Empirically", 2017): the whole error of a network that started from random weights, and the drop of one
+that inherits the weights of the original. Without an earlier rung, the exponents are those below. They are estimates
+that were not fitted to measurements.
 """
 
 from __future__ import annotations

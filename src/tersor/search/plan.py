@@ -11,7 +11,7 @@ SURVEY = 0.2
 RUNGS = (0.3, 0.4)
 """Shares of the training time that is left, for every rung but the last, which gets the rest."""
 RESERVE = 0.02
-"""Share of the whole time that is kept for surprises at the end."""
+"""Share of the whole time that is reserved for delays at the end."""
 MOST_RESERVED = 0.2
 MOST = 8
 """Candidates in the first rung."""
@@ -45,7 +45,7 @@ class Clock:
 
 @dataclass
 class Costs:
-    """What work costs on this machine now, in seconds: the latest measurement of each kind.
+    """Seconds that each kind of work takes on this machine, as last measured.
 
     Attributes:
         survey: to build, export, validate and time a candidate.
@@ -64,11 +64,11 @@ class Costs:
     finish: float = 0.0
 
     def reserve(self, total: float, points: int) -> float:
-        """Seconds to keep free at the end, with so many points to test."""
+        """Seconds to reserve for the end, with this number of points to test."""
         return min(MOST_RESERVED * total, RESERVE * total + self.finish + points * self.test)
 
     def entrants(self, seconds: float) -> int:
-        """Candidates that can train usefully in a rung of so many seconds."""
+        """Number of candidates for a rung of this many seconds, so that each has enough time to train."""
         each = self.attach + self.export
         least = each + max(_LEAST_STEPS * self.step, each)
         return max(0, min(MOST, int(seconds / max(least, 1e-9))))

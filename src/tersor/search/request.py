@@ -1,4 +1,4 @@
-"""What a search is asked for, and the experiment that it starts from: the original, as teacher too, and the data."""
+"""The arguments of a search, and its experiment: the original as model and as teacher, and the data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.search.search_metric import refuse_other_metrics
 
 _FEW = 2000
-"""Training images below which more of them are held out."""
+"""With fewer training images, a larger share is held out."""
 _VALIDATION, _VALIDATION_OF_FEW = 0.1, 0.25
 _GRAY_SAMPLE = 64
 
@@ -44,7 +44,7 @@ class Request:
 
     @property
     def arguments(self) -> dict[str, str]:
-        """All of them as text, to compare a resumed search with the one before."""
+        """All arguments as text, to check that a resumed search has the same ones."""
         model = self.model if isinstance(self.model, str) else _fingerprint(self.model)
         data = f"{len(self.data.train)} images" if isinstance(self.data, Splits) else str(self.data)
         return {
@@ -86,8 +86,8 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
         resolve(request.augment)
     if isinstance(request.model, str) and request.weights is None:
         raise InputError(
-            f"the network {request.model} has no weights. Write --weights FILE: compressing starts from a trained "
-            "network, and random weights have nothing to keep."
+            f"the network {request.model} has no weights. Write --weights FILE: compression starts from a trained "
+            "network."
         )
     source = _source(request)
     data = request.data
@@ -134,7 +134,7 @@ def _source(request: Request) -> DataSource:
 
 
 def _loaded(request: Request, source: DataSource) -> tuple[Splits, DataSource]:
-    """The images; of few images more are held out, since a validation set of a few decides nothing."""
+    """The images; if there are few, a larger share is held out, because a small validation set is too noisy."""
     options = source.model_dump(exclude={"augment", "validation"})
     splits = load(seed=request.seed, **options, validation=_VALIDATION)
     if len(splits.train) >= _FEW or not len(splits.validation):
@@ -144,7 +144,7 @@ def _loaded(request: Request, source: DataSource) -> tuple[Splits, DataSource]:
 
 
 def _augmentation(request: Request, images: Images) -> str:
-    """The default: letters and digits must not be mirrored, and boxes not be cropped."""
+    """The default: gray images may be letters or digits, which must not be mirrored; boxes must not be cropped."""
     return "none" if _gray(images) else "flip" if request.task == "detection" else "crop_flip"
 
 
@@ -155,7 +155,7 @@ def _gray(images: Images) -> bool:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """A short text that differs for other weights."""
+    """A short text that identifies the weights."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())

@@ -1,4 +1,4 @@
-"""The result of a search: the front, the best point, and the points that other budgets pick. Does not import torch."""
+"""The result of a search: the Pareto front, the best point, and the points for other budgets. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Choice:
     Attributes:
         point: its numbers.
         file: its ONNX file.
-        shortfall: what it lacks of the budget, in words; empty if it lacks nothing.
+        shortfall: the limits that it exceeds, in words; empty if it meets the budget.
     """
 
     point: Point
@@ -53,7 +53,7 @@ class Result:
 
     @property
     def front(self) -> list[Point]:
-        """The points that no other dominates, from the fastest to the slowest."""
+        """The Pareto front, from the fastest to the slowest network."""
         return self.numbers.points
 
     def pick(self, budget: Budget | None = None, **limits: object) -> Choice:

@@ -18,7 +18,7 @@ from tersor.search.workbench import Exported, Workbench
 
 INTEGERS = "int8"
 _KEPT_EVERY = 10.0
-"""Seconds between two writes of the time used, which a killed search continues from."""
+"""Seconds between two writes of the used time, from which a killed search resumes."""
 
 
 class TimeBar:
@@ -59,7 +59,7 @@ class TimeBar:
         """Do nothing: the lines of a trial are in its recipe and its numbers."""
 
     def tell(self, line: str) -> None:
-        """Print a line of the search."""
+        """Print a line about the search itself."""
         self._progress.say(line)
 
 
@@ -110,12 +110,12 @@ class Search:
         self.folder.hand_over(self.best)
 
     def knows(self, record: Record) -> bool:
-        """Whether the network of a trial has learned anything: an untrained student is no point."""
+        """Whether the network of a trial has trained weights; an untrained student is not added to the points."""
         candidate = record.of
         return bool(record.rung) or candidate.inherits or self.bench.students[candidate.network] is not None
 
     def add(self, point: Point, recipe: str) -> None:
-        """Add a measured point, and hand it over if it is better than all before."""
+        """Add a measured point; copy it to `model.onnx` if it is the best so far."""
         self.folder.write_point(point, recipe)
         self.points = [each for each in self.points if each.name != point.name] + [point]
         if self.original is None:

@@ -27,16 +27,16 @@ def of_file(file: Path, runtime: str, batches: Batches, experiment: Experiment, 
 
 def refuse_other_metrics(task: Task) -> None:
     """Raises:
-    InputError: the metric of the task is no percentage of which more is better, or needs the original's outputs.
+    InputError: the metric of the task is not a percentage, is better when lower, or needs the original's outputs.
     """
     if not task.higher_is_better or task.unit != "%" or task.from_original:
         raise InputError(
-            f"a search needs a metric in percent, of which more is better; that of this task is {task.metric}. "
+            f"a search needs a metric in percent that is better when higher; this task has {task.metric}.  "
             "Possible: classification, multilabel, segmentation, detection, or package.module:Task."
         )
 
 
 def standard_error(metric: float, images: int) -> float:
-    """One standard error of a metric in percent, measured on so many images, as if it were a share of them."""
+    """One standard error of a metric in percent on this many images, computed as for a share of the images."""
     share = min(max(metric / 100, 1 / (images + 2)), 1 - 1 / (images + 2))
     return 100 * math.sqrt(share * (1 - share) / images)

@@ -12,7 +12,7 @@ from tersor.models.wide_plain import WIDTHS
 from tersor.search.candidate import BITS, ORIGINAL, Candidate
 
 _LARGE_IMAGE = 64
-"""Pixels from which the shipped family has its large stem."""
+"""Image size from which the shipped networks have the large stem."""
 _SMALLEST_IMAGE = 8
 _DEPTHS = (1 / 3, 2 / 3)
 _KEPT = (0.5, 0.25)
@@ -21,7 +21,7 @@ _FIRST_WIDTHS = (32, 64, 16)
 
 
 def family(pixels: int) -> list[str]:
-    """Names of the shipped networks for images of so many pixels, in the order in which they are tried."""
+    """Names of the shipped networks for images of this height and width, in the order in which they are tried."""
     if pixels < _SMALLEST_IMAGE:
         return []
     stem = "wide_plain_large" if pixels >= _LARGE_IMAGE else "wide_plain"
@@ -37,7 +37,7 @@ class Space:
         branches: number of residual branches that can be removed; 0 for none.
         prunable: whether channels can be removed.
         students: names of the networks in place of the original.
-        bits: bits of the weights: 8, and others where the size matters.
+        bits: bits of the weights: 8, and fewer if the size is limited.
         pixels: further resolutions.
     """
 
@@ -48,7 +48,7 @@ class Space:
     pixels: Sequence[int] = ()
 
     def first(self) -> list[Candidate]:
-        """The candidates that are tried first: changes of the original and students in turn, then the products."""
+        """The candidates that are tried first: changes of the original and students in turn, then combined changes."""
         depths = sorted({round(share * self.branches) for share in _DEPTHS} - {0})
         kept = _KEPT if self.prunable else ()
         single = [Candidate(branches=depth) for depth in depths] + [Candidate(keep_macs=keep) for keep in kept]

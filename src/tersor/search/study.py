@@ -39,7 +39,7 @@ class Record(BaseModel):
         point: its measured file.
         steps: optimizer steps of each training so far, by the name of the stage.
         stages: the trained stages as plain data, as in a recipe.
-        rounding_loss: metric that was lost by quantization.
+        rounding_loss: drop of the metric by quantization.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

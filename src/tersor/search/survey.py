@@ -1,4 +1,4 @@
-"""Before any training: the feasible range, and the survey of the candidates as they are after reconstruction."""
+"""The work before any training: the feasible range, and the survey of candidates after reconstruction."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CHECKPOINT_SECONDS, _MOST_STEPS = 30.0, 200
 _SEEN = 3.0
 """Standard errors."""
 _MOST_KNOWN = 20
-"""Proposals in a row that are already known, after which the sampler has nothing new."""
+"""The survey ends after this many proposals in a row that were tried before."""
 
 
 def feasible_range(search: Search) -> None:
@@ -68,7 +68,7 @@ def feasible_range(search: Search) -> None:
 def _seen(search: Search, file: Path) -> bool:
     """Whether the original was trained on the validation images: it is much better on them than on the test images.
 
-    Drops on such images mislead: what a new network has not memorized counts as lost.
+    Drops on such images are misleading: the original has memorized them, and a new network has not.
     """
     bench = search.bench
     with search.timed("test"):
@@ -80,8 +80,8 @@ def _seen(search: Search, file: Path) -> bool:
     if seen:
         search.bar.tell(
             f"the original was trained on the validation images: {bench.experiment.task.metric} {validation:.2f} % "
-            f"there, {test:.2f} % on the test images. Half of the test images choose in their place, the other half "
-            "is for the results."
+            f"there, {test:.2f} % on the test images. Half of the test images are used for validation instead, the "
+            "other half for the results."
         )
     return seen
 
@@ -146,9 +146,9 @@ def _add_free(search: Search, point: Point) -> None:
 
 
 def describe_range(search: Search) -> list[str]:
-    """The feasible range, what the budget asks beside it, seconds of a training step, and the time plan."""
+    """Lines that show the feasible range, the budget, the seconds of a training step, and the time plan."""
     state = search.folder.state
-    lines = ["without a search:"]
+    lines = ["free baselines:"]
     for point in state.baselines:
         times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in point.latency_ms.items())
         lacking = shortfall(point, search.budget, search.reference)
@@ -158,12 +158,12 @@ def describe_range(search: Search) -> list[str]:
         )
     left, step = search.clock.left, state.costs.step
     reserve = state.costs.reserve(search.clock.total, len(state.baselines))
-    lines.append(f"budget: {search.budget}; the fastest network within it" if search.budget.points is not None
-                 else f"budget: {search.budget}; the most accurate network within it")  # fmt: skip
+    lines.append(f"budget: {search.budget}; goal: the fastest network within it" if search.budget.points is not None
+                 else f"budget: {search.budget}; goal: the most accurate network within it")  # fmt: skip
     lines.append(
-        f"plan: {step:.2g} s for one training step of the original; {max(0.0, left) / 60:.1f} minutes left: survey "
-        f"{SURVEY * max(0.0, left) / 60:.1f}, training {max(0.0, (1 - SURVEY) * left - reserve) / 60:.1f}, end "
-        f"{reserve / 60:.1f}"
+        f"plan: {max(0.0, left) / 60:.1f} minutes left: survey {SURVEY * max(0.0, left) / 60:.1f}, training "
+        f"{max(0.0, (1 - SURVEY) * left - reserve) / 60:.1f}, final measurements {reserve / 60:.1f}; "
+        f"one training step of the original takes {step:.2g} s"
     )
     return lines
 

@@ -6,7 +6,7 @@ from tersor.search.folder import Front
 
 
 def verdict_lines(front: Front) -> list[str]:
-    """The gain over the fastest free baseline, then what the budget lacks and what is expected to help."""
+    """The gain over the fastest free baseline, the limits that are exceeded, and advice."""
     best, original = front.point(front.best), front.point(front.original)
     split, after, before = ("test", best.test, original.test)
     if after is None or before is None:
@@ -16,8 +16,10 @@ def verdict_lines(front: Front) -> list[str]:
     if best.free:
         first = f"{best.description}: {metric}, {smaller}. No faster network was found within the budget."
     else:
-        faster = " and ".join(f"{ratio.value:.2f} times at batch {size}" for size, ratio in front.speedup.items())
-        gained = f"{faster} faster than the fastest free baseline, " if faster else ""
+        faster = " and ".join(
+            f"{ratio.value:.2f} times faster at batch {size}" for size, ratio in front.speedup.items()
+        )
+        gained = f"{faster} than the fastest free baseline,  " if faster else ""
         first = f"{best.description}: {gained}{smaller}, {metric}."
     lines = [first]
     if not front.met:

@@ -43,7 +43,7 @@ INHERITED_RATE, FRESH_RATE, QUANTIZED_RATE = 0.02, 0.1, 0.002
 _ADAM_SHARE = 0.02
 """Learning rate of AdamW relative to that of SGD."""
 _FEWEST_BATCHES = 8
-"""In an epoch of few images, the batch size is lowered for at least so many."""
+"""With few images, the batch size is reduced so that an epoch has at least this many batches."""
 _WARMUP = 0.1
 
 
@@ -208,12 +208,12 @@ class Workbench:
         return fit(attachment, batches, stage, steps=steps, teacher=experiment.teacher).seconds / steps
 
     def stage(self, candidate: Candidate, name: str, steps: int, model: nn.Module) -> Stage:
-        """A training stage: soft targets, and features where the networks have feature maps.
+        """A training stage with soft targets, and with a feature loss if the networks have feature maps.
 
         Args:
             candidate: the candidate.
             name: name of the stage; the stage `quantize` trains with learned steps of the grids.
-            steps: the most optimizer steps.
+            steps: largest number of optimizer steps.
             model: the network as it enters the stage.
         """
         experiment = self.experiment_of(candidate, (candidate.rounding,))
@@ -247,7 +247,7 @@ class Workbench:
         methods: tuple[dict[str, Any], ...],
         more: Sequence[tuple[dict[str, Any], ...]],
     ) -> Stage:
-        """The stage with the first of `more` losses that the networks and the task can have."""
+        """The stage with the first loss in `more` that fits the networks and the task."""
         for losses in more[:-1]:
             stage = Stage(**options, methods=(*methods, *losses))
             try:
@@ -288,7 +288,7 @@ class Workbench:
 
 
 def as_made(stage: Stage, steps: int) -> Stage:
-    """The stage with the number of steps that its time was enough for; the warm-up keeps its share of them."""
+    """The stage with the number of steps that were made; the warm-up keeps its share of them."""
     schedule = stage.lr_schedule
     warmup = math.floor(1000 * schedule.warmup_epochs * steps / stage.steps) / 1000
     return stage.model_copy(

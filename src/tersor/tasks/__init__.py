@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from tersor.core.errors import InputError, unknown
 from tersor.core.import_path import call_with, import_function, is_function_path
 
-if TYPE_CHECKING:  # it imports torch, and the list of names should not wait for that
+if TYPE_CHECKING:  # it imports torch, which is not needed to list the names
     from tersor.tasks.task import Task
 
 NAMES = ("classification", "multilabel", "segmentation", "detection", "regression", "embedding", "distance")
@@ -60,7 +60,7 @@ def build(task: str | Task, **parameters: Any) -> Task:
 
 
 def name_of(task: Task) -> str:
-    """How a recipe calls a task."""
+    """The name of a task in a recipe."""
     cls = type(task)
     folder, _, file = cls.__module__.rpartition(".")
     return file if folder == __name__ else f"{cls.__module__}:{cls.__qualname__}"

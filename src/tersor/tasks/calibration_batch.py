@@ -14,11 +14,11 @@ from tersor.tasks.task import Task
 
 
 def read_batch(batch: Any, task: Task, count: int | None = None) -> Batch:
-    """Return the first `count` images (N, C, H, W) of a batch, and their targets if the task needs any and there are.
+    """Return the first `count` images (N, C, H, W) of a batch, and their targets if the task uses them and they exist.
 
     Args:
         batch: a `Batch`, a tensor, a tuple or list that begins with one, or a mapping.
-        task: of classification, only class numbers (N,) are targets; of a task with targets from the original, none.
+        task: for classification, only class numbers (N,) are targets; a task with `from_original` has none.
         count: of images; None for all.
     """
     images = images_of(batch)[:count]
@@ -29,7 +29,7 @@ def read_batch(batch: Any, task: Task, count: int | None = None) -> Batch:
 
 
 def first_targets(targets: Any, count: int | None) -> Any:
-    """The targets of the first `count` images: entries of tensors and lists, in any other container."""
+    """The targets of the first `count` images; tensors and lists are sliced, in any nested container."""
     if isinstance(targets, Tensor | list):
         return cast("Any", targets[:count])
     if isinstance(targets, Mapping):

@@ -57,8 +57,8 @@ class Classification(Task):
             )
         if logits.ndim != 2:
             raise InputError(
-                f"a classifier returns logits (N, classes), but this network returned {described(logits)}. If it is no "
-                "classifier, write its task."
+                f"a classifier returns logits (N, classes), but this network returned {described(logits)}. If it is not "
+                "a classifier, set its task."
             )
         logits = logits.detach().cpu()
         return _class_of_single_logit(logits[:, 0]) if logits.shape[1] == 1 else logits.argmax(1)
@@ -80,7 +80,7 @@ class Classification(Task):
 
 
 CLASSIFICATION = Classification()
-"""The task of a network of which nothing else is known."""
+"""The default task."""
 
 
 def _class_of_single_logit(logits: Tensor) -> Tensor:

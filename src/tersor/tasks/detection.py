@@ -80,7 +80,8 @@ class Detection(Task):
     def agreement(self, predictions: Any, reference: Any) -> Tensor:
         """For each image (N,), 2 * (boxes that both have) / (boxes of one + boxes of the other).
 
-        Boxes with a score of at least 0.5 count; both networks have a box if class and place (IoU 0.5) are the same.
+        Only boxes with a score of at least 0.5 count. Two boxes are the same if the class is equal and the IoU is at
+        least 0.5.
         """
         both = zip(predictions, reference, strict=True)
         return torch.tensor([same_boxes(one, other) for one, other in both], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A vector for each image, whose direction counts; the original network gives the targets."""
+"""A vector for each image, compared by direction; the targets are the vectors of the original network."""
 
 from __future__ import annotations
 

@@ -31,12 +31,15 @@ class FromFunctions(Task):
         if own_metric is not None:
             metric = getattr(own_metric, "__name__", type(own_metric).__name__)
             better = getattr(own_metric, "higher_is_better", None)
-            told = {"metric": metric, "unit": "", "higher_is_better": better is not False}
+            attributes = {"metric": metric, "unit": "", "higher_is_better": better is not False}
         else:
-            told = {"metric": base.metric, "unit": base.unit, "higher_is_better": base.higher_is_better}
-        told["from_original"] = base.from_original and own_loss is None and own_metric is None
-        told |= {"independent_classes": base.independent_classes, "ignore_index": getattr(base, "ignore_index", None)}
-        vars(self).update(told)  # of this task, in place of those of the class
+            attributes = {"metric": base.metric, "unit": base.unit, "higher_is_better": base.higher_is_better}
+        attributes["from_original"] = base.from_original and own_loss is None and own_metric is None
+        attributes |= {
+            "independent_classes": base.independent_classes,
+            "ignore_index": getattr(base, "ignore_index", None),
+        }
+        vars(self).update(attributes)  # of this task, in place of those of the class
 
     def inputs(self, batch: Batch, *, training: bool) -> tuple[Any, ...]:
         """Those of the base."""
@@ -63,7 +66,7 @@ class FromFunctions(Task):
         return self.base.logits(outputs)
 
     def predictions(self, outputs: Any) -> Any:
-        """The outputs themselves, if there is a metric of the user, who expects them; else as the base."""
+        """The outputs themselves for a metric of the user, otherwise the predictions of `base`."""
         return super().predictions(outputs) if self._own else self.base.predictions(outputs)
 
     def score(self, pairs: Pairs) -> float:

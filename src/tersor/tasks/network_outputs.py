@@ -93,7 +93,7 @@ def relative_errors(outputs: Any, reference: Any) -> Tensor:
 
 
 def relative_squared_error_of_all(pairs: Iterable[tuple[Any, Any]]) -> float:
-    """The relative squared error over all batches of (outputs, reference): both squares are summed before they divide.
+    """The relative squared error over all batches of (outputs, reference): the two sums of squares are divided.
 
     Raises:
         InputError: there is no batch, or two outputs differ in number or shapes of tensors.
@@ -111,7 +111,7 @@ def relative_squared_error_of_all(pairs: Iterable[tuple[Any, Any]]) -> float:
 def relative_values(outputs: Any) -> Tensor:
     """All floating-point values of a batch (N, values), whose squared distance is N times the relative squared error.
 
-    The reference is `outputs` itself, of which only the size counts: gradients do not flow through it.
+    The reference is `outputs` itself, as a constant: gradients do not flow through it.
     """
     values = [each.flatten(1) for each, _ in floats_of_both(outputs, outputs)]
     scales = [_ratio(each.new_tensor(len(each) / len(values)), each.detach().square().sum()).sqrt() for each in values]

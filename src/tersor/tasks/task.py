@@ -23,7 +23,7 @@ Pairs = Iterable[tuple[Any, Any]]
 
 
 class Task:
-    """What a network is for. Subclasses set the names and override `loss` and `score`, and what differs besides.
+    """What a network is for. Subclasses set the attributes, and override `loss`, `score` and, if necessary, more.
 
     `outputs` is whatever the network returned (a tensor, a tuple, a dict), with floats in float32. `targets` is what
     the data holds for a batch of images.
@@ -57,7 +57,7 @@ class Task:
         return None
 
     def predictions(self, outputs: Any) -> Any:
-        """What is kept of the outputs to be scored and compared: a pytree or list on the CPU, image by image."""
+        """The predictions to score and compare: a pytree or list on the CPU, with one entry for each image."""
         return tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, outputs)
 
     def score(self, pairs: Pairs) -> float:

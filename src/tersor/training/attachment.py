@@ -31,7 +31,7 @@ class Attachment:
         terms: losses that the method adds.
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
         label_weight: factor on the task's loss with the labels.
-        notes: what the user should know about `attach` and `begin`, a line each.
+        notes: messages of `attach` and `begin` for the user, one line each.
         holds_shapes: whether it depends on the shapes of the weights at the time of `attach`.
     """
 
@@ -135,11 +135,11 @@ class Chain(Attachment):
 
     @property
     def extra_state(self) -> dict[str, Tensor]:
-        """What all parts keep, by the place of the part and the name there."""
+        """The extra state of all parts, under `index.name`."""
         return _by_place([part.extra_state for part in self.parts])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state of all parts, by the place of the part and the name there."""
+        """The state of all parts, under `index.name`."""
         return _by_place([part.state_dict() for part in self.parts])
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -149,27 +149,27 @@ class Chain(Attachment):
             part.load_state_dict({name.removeprefix(f"{place}."): state[name] for name in own})
 
     def begin(self) -> None:
-        """Every part's, in order."""
+        """Call `begin` of every part, in order."""
         for part in self.parts:
             part.begin()
         self.notes = self._all_notes()
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Every part's, in order."""
+        """Call `before_step` of every part, in order."""
         for part in self.parts:
             part.before_step(step, optimizer)
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Every part's, in order."""
+        """Call `after_step` of every part, in order."""
         for part in self.parts:
             part.after_step(step, optimizer)
 
     def finish(self) -> None:
-        """Every part's, in order."""
+        """Call `finish` of every part, in order."""
         for part in self.parts:
             part.finish()
 
 
 def _by_place(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """All tensors in one dict, each under the index of its state and its name there."""
+    """All tensors in one dict, under `index.name`, with the index of the part."""
     return {f"{place}.{name}": value for place, state in enumerate(states) for name, value in state.items()}

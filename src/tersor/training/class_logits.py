@@ -1,6 +1,7 @@
 """Logits of any shape (N, classes, ...) as rows, and what a loss on logits needs of the task.
 
-A loss averages over the rows, so that its weight means the same for one row an image and for one row a pixel.
+A loss averages over the rows, so that its weight has the same meaning with one row per image and with one row per
+pixel.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def fit(
         cache_batches: all images in order, for data without augmentation: the teacher's outputs for them are computed
             once and cached.
         curve: measures the metric on the validation images every few steps.
-        seconds: time limit, besides the time of earlier processes. The learning rate then follows the time, so that it
-            is annealed when the training ends; there are at most `steps` steps, and at least one.
+        seconds: time limit for this process. The learning rate schedule then follows the elapsed time, so that it is
+            complete when the training ends; there are at most `steps` steps, and at least one.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; with a checkpointer, after the step was finished and saved.
@@ -187,7 +187,7 @@ class _Loop:
         self.unwrapped.teacher_cache = cache
 
     def run(self, batches: BatchSource, rates: list[float], name: str, seconds: float | None) -> TrainingResult:
-        """One step for each learning rate; with a time limit, the rates that are behind the time are skipped."""
+        """One step for each learning rate; with a time limit, rates are skipped if the steps are too slow."""
         layout = str(self.layout).removeprefix("torch.")
         self.progress.say(f"{name}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
         self.progress.start(name, len(rates))

@@ -76,7 +76,7 @@ def check_steps(steps: int, method: str) -> None:
 
 
 def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -> None:
-    """Put a mask of ones on every weight without one; all get this gradient.
+    """Put a mask of ones on every weight without one; all masks then use this `gradient`.
 
     Raises:
         InputError: a weight is quantized already.

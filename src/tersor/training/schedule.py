@@ -109,8 +109,8 @@ def rates_in_time(
 ) -> Iterator[float]:
     """The learning rate of each step from step `first` on, until the rates or the seconds are used up.
 
-    With a time limit, rates are skipped where the steps are behind the time, so that the last ones are used in any
-    case. There is at least one step.
+    With a time limit, rates are skipped if the steps are too slow, so that the schedule is complete when the time ends.
+    There is at least one step.
 
     Args:
         rates: the learning rate of every step.

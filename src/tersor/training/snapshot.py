@@ -1,4 +1,4 @@
-"""The whole state of a training as named tensors, and how it is restored, so that a resumed training is bit-equal."""
+"""The whole state of a training as named tensors, and its exact restoration: a resumed training is bit-identical."""
 
 from __future__ import annotations
 

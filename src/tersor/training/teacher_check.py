@@ -25,7 +25,7 @@ _SIGNIFICANCE = 0.01
 
 @torch.no_grad()
 def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], task: Task = CLASSIFICATION) -> list[str]:
-    """Reasons why a network may be a bad teacher, a sentence each, with the figure.
+    """Reasons why a network may be a bad teacher, one sentence each, with the measured value.
 
     Args:
         name: the network's name in the sentences.
