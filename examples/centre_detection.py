@@ -1,7 +1,7 @@
 """A detector that can be captured as a whole, and its task. `recipes/detection.yaml` uses both.
 
 Zhou et al., "Objects as Points", arXiv:1904.07850. The network returns maps at a quarter of the image's size: a logit
-for the centre of each class, and the distances from there to the sides of the box, in place of the paper's size and
+for the centre of each class, and the distances from there to the sides of the box, instead of the paper's size and
 offset. Loss, decoding and metric belong to the task, so that every method can train the network, and the exported file
 holds convolutions only.
 """

@@ -45,7 +45,7 @@ def main(steps: int = 4, folder: str | None = None) -> nn.Module:
             output_dir=folder or temporary,
             max_steps=steps,
             per_device_train_batch_size=16,
-            remove_unused_columns=False,  # the Trainer would remove all columns: forward takes a Batch
+            remove_unused_columns=False,  # forward takes a Batch, so the Trainer would remove all columns
             save_strategy="no",
             report_to="none",
             use_cpu=True,

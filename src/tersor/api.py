@@ -114,7 +114,7 @@ def prune(
         round_to: keep a multiple of this many channels.
         runtime: the runtime that measures latency.
         task: what the network is for, for `taylor`; classification by default.
-        loss: (outputs, targets) -> scalar tensor, in place of the task's loss.
+        loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
     Raises:
         InputError: no channel can be removed, or too few (the message names the layers that limit it), or the
@@ -162,7 +162,7 @@ def distill(
         learning_rate: peak learning rate of SGD with momentum and cosine decay.
         progress: receives the progress.
         task: what the networks are for; by default classification, if they return logits (N, classes).
-        loss: (outputs, targets) -> scalar tensor, in place of the task's loss.
+        loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
     Raises:
         InputError: a batch has the wrong form, or a loss is not finite.

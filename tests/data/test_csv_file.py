@@ -63,7 +63,7 @@ def test_several_classes(table):
         ("path,x", ["1", "nan"], "line 3: a value is not finite"),
         ("path,x", ["1", "1,2"], "line 3: expected 2 cells: path, x"),
         ("path,x,y", ["1"], "line 2: expected 3 cells"),
-        ("path,class", ["cat", "cat;dog"], "line 3: class is 'cat;dog'. Write one class, or name the column classes"),
+        ("path,class", ["cat", "cat;dog"], "line 3: class is 'cat;dog'. Write one class, or call the column classes"),
         ("path,class", ["cat", ""], "line 3: class is ''"),
         ("path,split,x", ["training,1"], "split is 'training'. Possible: train, val, test"),
         ("path,split,x", ["train,1", "train,2"], "2 training and 0 test images"),

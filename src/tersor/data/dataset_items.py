@@ -172,7 +172,7 @@ class ItemSet:
         image, target = self.item(number)
         name = f"{self.name}: item {number}"
         if not isinstance(target, Mapping):
-            raise InputError(f"{name} has {described(target)} in place of boxes. {_POSSIBLE}")
+            raise InputError(f"{name} has {described(target)} instead of boxes. {_POSSIBLE}")
         boxes, labels = _corners(cast("Mapping[str, Any]", target), name)
         size = _size(image)
         return scaled(box_target(boxes, labels, size, name), size, form.size or size)

@@ -54,7 +54,7 @@ def batches_of(loader: Any, images: int | None = None) -> tuple[Iterable[Any], T
 
 
 def _is_a_batch(pair: list[Any]) -> bool:
-    """Whether `pair` is one batch, images and labels, in place of a list of batches."""
+    """Whether `pair` is one batch, images and labels, instead of a list of batches."""
     return len(pair) == 2 and all(isinstance(each, Tensor) for each in pair) and pair[0].ndim > 3 and pair[1].ndim < 4
 
 

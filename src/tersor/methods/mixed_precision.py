@@ -191,7 +191,7 @@ class MixedPrecisionAttachment(Attachment):
             return
         method = self.method
         device = next(self.model.parameters()).device
-        images = list(first_images(self.data, method.calibration_images, device))  # a loader may shuffle anew
+        images = list(first_images(self.data, method.calibration_images, device))  # a loader may shuffle again
         bits = assign(self._errors(images), self.sizes, method.average_bits)
         for name, each in bits.items():
             self.quantizers.of_weight(name).grid = Grid.signed(each)

@@ -36,7 +36,7 @@ class Space:
     Attributes:
         branches: number of residual branches that can be removed; 0 for none.
         prunable: whether channels can be removed.
-        students: names of the networks in place of the original.
+        students: names of the networks that replace the original.
         bits: bits of the weights: 8, and fewer if the size is limited.
         pixels: further resolutions.
     """

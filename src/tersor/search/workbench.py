@@ -63,7 +63,7 @@ class Workbench:
 
     Attributes:
         experiment: the original as model and as teacher, with the data.
-        students: networks in place of the original, by name, with their weights files.
+        students: networks that replace the original, by name, with their weights files.
         folder: holds the checkpoints of each candidate.
         progress: receives the progress of every stage.
         checkpoint_every: steps between two checkpoints of a training.

@@ -39,7 +39,7 @@ class FromFunctions(Task):
             "independent_classes": base.independent_classes,
             "ignore_index": getattr(base, "ignore_index", None),
         }
-        vars(self).update(attributes)  # of this task, in place of those of the class
+        vars(self).update(attributes)  # attributes of this instance replace those of the class
 
     def inputs(self, batch: Batch, *, training: bool) -> tuple[Any, ...]:
         """Those of the base."""

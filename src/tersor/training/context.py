@@ -30,7 +30,7 @@ class AttachContext:
 
     Attributes:
         data: batches of images for methods that look at data: tensors (N, C, H, W), tuples that begin with one, or
-            `Batch`es. It is iterated anew for every pass; an iterator is enough for a method that needs one pass.
+            `Batch`es. It is iterated again for every pass; an iterator is enough for a method that needs one pass.
         teacher: the network to learn from.
         task: what the network is for: its loss, logits and metric.
         steps: number of optimizer steps that follow.

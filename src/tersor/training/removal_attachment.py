@@ -14,7 +14,7 @@ from tersor.training.context import AttachContext
 
 
 class RemovalAttachment(Attachment):
-    """A pruned network; `begin` refits the layers behind removed channels and corrects BatchNorm statistics."""
+    """A pruned network; `begin` refits the layers after removed channels and corrects BatchNorm statistics."""
 
     holds_shapes = True
 
