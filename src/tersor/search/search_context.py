@@ -22,7 +22,7 @@ _KEPT_EVERY = 10.0
 
 
 class TimeBar:
-    """One bar for the whole search, in seconds. Work inside a trial moves it, and prints nothing.
+    """One bar for the whole search, in seconds. A trial advances it and prints nothing.
 
     Attributes:
         values: shown beside the bar.
@@ -171,7 +171,7 @@ class Search:
 
     @contextmanager
     def timed(self, kind: str) -> Generator[None]:
-        """Store the seconds of the work inside as the cost of its kind."""
+        """Context that stores the seconds of its body as the cost of this kind of work."""
         start = self.clock.used
         yield
         setattr(self.folder.state.costs, kind, self.clock.used - start)

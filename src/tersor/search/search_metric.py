@@ -31,7 +31,7 @@ def refuse_other_metrics(task: Task) -> None:
     """
     if not task.higher_is_better or task.unit != "%" or task.from_original:
         raise InputError(
-            f"a search needs a metric in percent that is better when higher; this task has {task.metric}.  "
+            f"a search needs a metric in percent that is better when higher; this task has {task.metric}. "
             "Possible: classification, multilabel, segmentation, detection, or package.module:Task."
         )
 

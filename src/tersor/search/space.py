@@ -61,7 +61,7 @@ class Space:
         return [*ordered, *(Candidate(bits=bits) for bits in more)]
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The ranges of the parameters of a change of the original, for a sampler of Optuna."""
+        """The ranges of the parameters that change the original, for a sampler of Optuna."""
         least = _LEAST_KEPT if self.prunable else 1.0
         return {
             "branches": IntDistribution(0, self.branches),

@@ -19,7 +19,7 @@ def verdict_lines(front: Front) -> list[str]:
         faster = " and ".join(
             f"{ratio.value:.2f} times faster at batch {size}" for size, ratio in front.speedup.items()
         )
-        gained = f"{faster} than the fastest free baseline,  " if faster else ""
+        gained = f"{faster} than the fastest free baseline, " if faster else ""
         first = f"{best.description}: {gained}{smaller}, {metric}."
     lines = [first]
     if not front.met:
