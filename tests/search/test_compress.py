@@ -12,13 +12,14 @@ from torch import nn
 import tersor
 from recorded_progress import RecordedProgress
 from tersor import cli, cli_compress, models, recipe
+from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import InputError
 from tersor.data import Splits, load
 from tersor.data.image_sets import Pixels, View
 from tersor.evaluation import latency
 from tersor.evaluation.session import open_session
 from tersor.search.compression_budget import Budget
-from tersor.search.folder import read_front
+from tersor.search.folder import MODEL, RECIPE, UNCHANGED, SearchFolder, read_front
 
 
 def small(num_classes=10):
@@ -28,6 +29,10 @@ def small(num_classes=10):
         *(nn.Conv2d(16, 32, 3, stride=2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes)),
     ).eval()
+
+
+def five():
+    return small(5)
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +143,35 @@ def test_a_function_in_a_file_is_a_network():
         ({"data": "nonsense"}, "unknown data name"),
         ({"runtime": "tensorrt"}, "runtime"),
         ({"augment": "rotate"}, "augment"),
+        ({"students": ["resnet2"]}, "the student resnet2 cannot be used: unknown model"),
+        ({"students": [f"{__name__}:five"]}, "five cannot be used: for two images the student returns"),
+        ({"pixels": [24, 0]}, r"pixels is 0\. Write"),
+        ({"data": "missing.csv"}, r"missing\.csv"),
     ],
 )
 def test_wrong_arguments_are_one_message(few, tmp_path, changed, message):
     given = {"model": small(), "data": few, "out": tmp_path / "out", "budget": Budget(minutes=0.001)} | changed
     with pytest.raises(InputError, match=message):
         tersor.compress(given.pop("model"), given.pop("data"), **given)
+
+
+def test_a_folder_names_its_files_to_the_other_commands(without_time):
+    folder = without_time[0].folder
+    with pytest.raises(InputError, match=r"folder of a search\. Pass its file .*model\.onnx"):
+        read_artifact(folder)
+
+
+def test_the_unchanged_original_has_no_recipe(without_time, tmp_path):
+    point = without_time[0].numbers.baselines[0]
+    folder = SearchFolder(tmp_path / "out", {})
+    for name in (UNCHANGED, "points/a/model.onnx"):
+        (folder.path / name).parent.mkdir(parents=True)
+        (folder.path / name).write_text(name)
+        (folder.path / name).with_name(RECIPE).write_text("recipe")
+    for file, kept in ((UNCHANGED, False), ("points/a/model.onnx", True), (UNCHANGED, False)):
+        folder.hand_over(point.model_copy(update={"file": file}))
+        assert (folder.path / MODEL).read_text() == file
+        assert (folder.path / RECIPE).is_file() == kept
 
 
 def test_a_folder_that_holds_something_else_is_not_overwritten(few, tmp_path):

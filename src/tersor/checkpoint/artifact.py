@@ -188,6 +188,10 @@ def _dump(manifest: _Manifest, file: Path) -> None:
 def _read_manifest(folder: Path) -> _Manifest:
     file = folder / MANIFEST
     if not file.is_file():
+        if (folder / "front.json").is_file() and (folder / MODEL).is_file():
+            raise InputError(
+                f"{folder} is the folder of a search. Pass its file {folder / MODEL}, or one of {folder / 'points'}."
+            )
         raise InputError(f"{folder} is not an artifact: it holds no {MANIFEST}. Pass a folder written by a run.")
     try:
         with file.open("rb") as opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -92,15 +93,32 @@ def network_score(
     """
     task = task or Classification()
     if not task.from_original:
-        return task.score((predicted, batch.targets) for batch, predicted in _predicted(model, batches, task))
+        return _valid(
+            task, task.score((predicted, batch.targets) for batch, predicted in _predicted(model, batches, task))
+        )
     assert original is not None
     seen = list(batches)
     return score(task, network_predictions(model, seen, task), network_predictions(original, seen, task))
 
 
 def score(task: Task, predictions: Any, targets: Any) -> float:
-    """The metric of the predictions for all images."""
-    return task.score([] if predictions is None else [(predictions, targets)])
+    """The metric of the predictions for all images.
+
+    Raises:
+        InputError: the targets do not fit the task, or the metric is no number.
+    """
+    return _valid(task, task.score([] if predictions is None else [(predictions, targets)]))
+
+
+def _valid(task: Task, value: object) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, int | float) or math.isnan(value):
+        raise InputError(
+            f"the metric {task.metric} is {value!r}, which is no number to compare. Look for NaN in the targets and in "
+            "the outputs, and for targets of which none counts; a task of your own returns a float from `score`."
+        )
+    return value
 
 
 def agreement(task: Task, predictions: Any, reference: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -23,6 +23,7 @@ from tersor.tasks.classification import Classification
 from tersor.tasks.distance import Distance
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.network_outputs import described, floats_of_both, in_float32
+from tersor.tasks.segmentation import Segmentation
 from tersor.tasks.task import Task, no_targets
 
 Loss = Callable[[Any, Any], Tensor]
@@ -66,6 +67,12 @@ def task_of_both(task: Task | None, student: nn.Module, teacher: nn.Module, imag
     if not isinstance(task, Classification):
         for each in outputs:
             task.predictions(each)
+        classes = [each.shape[1] for each in map(task.logits, outputs) if each is not None and each.ndim > 1]
+        if len(set(classes)) > 1:
+            raise InputError(
+                f"the student returns logits of {classes[0]} classes, the teacher of {classes[1]}. Both must have the "
+                "same classes."
+            )
         if task.from_original:
             floats_of_both(*outputs)
         return task, None
@@ -153,7 +160,7 @@ def task_of_files(task: Task | None, sessions: Mapping[str, Session], images: ND
     return task
 
 
-def targets_for(task: Task, batches: Iterable[tuple[Tensor, Any]], outputs: Tensor | Any) -> Any:
+def targets_for(task: Task, batches: Sequence[tuple[Tensor, Any]], outputs: Tensor | Any) -> Any:
     """The targets of all batches as one; None if a batch has none.
 
     Raises:
@@ -162,7 +169,13 @@ def targets_for(task: Task, batches: Iterable[tuple[Tensor, Any]], outputs: Tens
     if isinstance(task, Classification):
         logits = task.logits(outputs)
         return all_labels(batches, max(2, 2 if logits is None else logits.shape[1]))
-    return joined(targets for _, targets in batches)
+    found = [targets for _, targets in batches]
+    if isinstance(task, Segmentation):
+        logits = task.logits(outputs)
+        for (images, _), targets in zip(batches, found, strict=True):
+            if targets is not None and logits is not None:
+                task.check_masks(targets, len(images), logits.shape[1])
+    return joined(found)
 
 
 def _are_logits(outputs: Any) -> bool:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
+from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, writable
 from tersor.core.target import Runtime
 from tersor.data import Splits
+from tersor.pipeline.task_arguments import task_of_both
 from tersor.search.candidate import ORIGINAL
 from tersor.search.candidate_latency import Measurement
 from tersor.search.compression_budget import DEFAULT_MINUTES, Budget
@@ -115,16 +117,32 @@ def _search(
     bar = TimeBar(progress, clock)
     experiment = experiment_of(request, progress)
     students = request.weights_of_students()
+    given = list(students)
     classifies = isinstance(experiment.task, Classification | Multilabel)
     for name in family(min(experiment.data.train.size)) if classifies else []:
         students.setdefault(name, None)
     bench = Workbench(experiment, students, folder.path / TRIALS, bar)
+    _check_students(bench, given)
     database = storage or f"sqlite:///{(folder.path / DATABASE).absolute()}"
     study = Study(database, folder.path.absolute().name, [ORIGINAL, *students], request.seed)
     sizes = sorted(budget.latency_ms) or [1, 128 if min(experiment.data.train.size) < _LARGE else 32]
     example = next(iter(bench.validation)).images[:1].numpy()
     measurement = Measurement(folder.path / LATENCIES, request.runtime, example, sizes)
     return Search(bench, study, folder, clock, budget, measurement, bar)
+
+
+def _check_students(bench: Workbench, names: Sequence[str]) -> None:
+    """Build the user's students, and compare their outputs for two images with those of the original.
+
+    Raises:
+        InputError: a student cannot be built, or its outputs do not fit.
+    """
+    images = next(iter(bench.validation)).images[:2]
+    for name in names:
+        try:
+            task_of_both(bench.experiment.task, bench.student(name), bench.experiment.model, images)
+        except InputError as error:
+            raise InputError(f"the student {name} cannot be used: {error}") from error
 
 
 def _run(search: Search, request: Request) -> Front:

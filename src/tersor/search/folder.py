@@ -21,6 +21,8 @@ MODEL, FRONT, RECIPE, STATE, DATABASE, LATENCIES = (
     *("model.onnx", "front.json", "recipe.yaml", "search.json", "study.db", "latencies.json"),
 )
 POINTS, TRIALS, BASELINES = "points", "trials", "baselines"
+UNCHANGED = f"{BASELINES}/original.onnx"
+"""The file of the original, which no recipe makes."""
 VERSION = 1
 
 
@@ -190,13 +192,18 @@ class SearchFolder:
                 shutil.copyfile(file, partial)
 
     def hand_over(self, point: Point) -> None:
-        """Copy the file of a point to `model.onnx`, and its recipe; each is replaced atomically."""
+        """Copy the file of a point to `model.onnx`, and its recipe; each is replaced atomically.
+
+        The unchanged original has no recipe, so there is none in the folder then.
+        """
         file = self.path / point.file
-        recipe = file.parent / RECIPE
-        for source, name in ((file, MODEL), (recipe, RECIPE)):
+        copies = {MODEL: file} if point.file == UNCHANGED else {MODEL: file, RECIPE: file.parent / RECIPE}
+        for name, source in copies.items():
             if source.is_file():
                 with replacing(self.path / name) as partial:
                     shutil.copyfile(source, partial)
+        if RECIPE not in copies:
+            (self.path / RECIPE).unlink(missing_ok=True)
 
     def write_front(self, front: Front) -> None:
         """Write `front.json`."""

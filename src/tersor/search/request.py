@@ -20,6 +20,7 @@ from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.setup import prepare
 from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.search.search_metric import refuse_other_metrics
+from tersor.search.space import SMALLEST_IMAGE
 
 _FEW = 2000
 """With fewer training images, a larger share is held out."""
@@ -84,6 +85,8 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
     load_runtime(request.runtime)
     if request.augment is not None:
         resolve(request.augment)
+    if any(size < SMALLEST_IMAGE for size in request.pixels):
+        raise InputError(f"pixels is {min(request.pixels)}. Write the side of an image, {SMALLEST_IMAGE} or more.")
     if isinstance(request.model, str) and request.weights is None:
         raise InputError(
             f"the network {request.model} has no weights. Write --weights FILE: compression starts from a trained "
@@ -129,7 +132,7 @@ def _source(request: Request) -> DataSource:
     if isinstance(request.data, Splits):
         return DataSource(name="your.module:splits", limit=request.limit)
     text = str(request.data)
-    where = {"folder": Path(text)} if Path(text).is_dir() else {"name": text}
+    where = {"folder": Path(text)} if Path(text).is_dir() else {"csv" if text.endswith(".csv") else "name": text}
     return DataSource.model_validate({**where, "limit": request.limit})
 
 

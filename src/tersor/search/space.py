@@ -13,7 +13,8 @@ from tersor.search.candidate import BITS, ORIGINAL, Candidate
 
 _LARGE_IMAGE = 64
 """Image size from which the shipped networks have the large stem."""
-_SMALLEST_IMAGE = 8
+SMALLEST_IMAGE = 8
+"""Height and width in pixels."""
 _DEPTHS = (1 / 3, 2 / 3)
 _KEPT = (0.5, 0.25)
 _LEAST_KEPT, _STEP = 0.1, 0.05
@@ -22,7 +23,7 @@ _FIRST_WIDTHS = (32, 64, 16)
 
 def family(pixels: int) -> list[str]:
     """Names of the shipped networks for images of this height and width, in the order in which they are tried."""
-    if pixels < _SMALLEST_IMAGE:
+    if pixels < SMALLEST_IMAGE:
         return []
     stem = "wide_plain_large" if pixels >= _LARGE_IMAGE else "wide_plain"
     widths = [*_FIRST_WIDTHS, *(width for width in WIDTHS if width not in _FIRST_WIDTHS)]

@@ -16,7 +16,7 @@ from tersor.graph.capture import capture
 from tersor.pruning.residual_branches import find_branches
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
-from tersor.search.folder import BASELINES
+from tersor.search.folder import BASELINES, UNCHANGED
 from tersor.search.front import Point, shortfall
 from tersor.search.plan import SURVEY
 from tersor.search.search_context import INTEGERS, Search
@@ -88,7 +88,7 @@ def _seen(search: Search, file: Path) -> bool:
 
 def _export_original(search: Search) -> Path:
     """The file of the original; it is `model.onnx` until there is a better one."""
-    file = search.folder.path / BASELINES / "original.onnx"
+    file = search.folder.path / UNCHANGED
     if not file.is_file():
         search.bench.write(search.bench.experiment, search.bench.experiment.model, file)
         search.folder.provide(file)

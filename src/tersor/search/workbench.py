@@ -105,8 +105,8 @@ class Workbench:
         made = replace(base, recipe=self.recipe(candidate, stages), data=self._data(candidate.pixels))
         if candidate.inherits:
             return made
-        weights = self.students[candidate.network]
-        return replace(made, model=self._student(candidate.network, weights), model_is_trained=weights is not None)
+        trained = self.students[candidate.network] is not None
+        return replace(made, model=self.student(candidate.network), model_is_trained=trained)
 
     def recipe(self, candidate: Candidate, stages: Sequence[Stage]) -> Recipe:
         """The recipe of a candidate, which `tersor run` accepts."""
@@ -257,6 +257,16 @@ class Workbench:
             return stage
         return Stage(**options, methods=(*methods, *more[-1]))
 
+    def student(self, name: str) -> nn.Module:
+        """Build a student, with its weights if there is a file; an `InputError` says why it cannot be built."""
+        weights = self.students[name]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.experiment.recipe.seed)
+            built = plain_copy(models.build(name, len(self.experiment.data.classes)), name)
+        if weights is not None:
+            models.load_weights(built, weights)
+        return built
+
     def _run(
         self, candidate: Candidate, stages: Sequence[Stage], seconds: float | None
     ) -> tuple[nn.Module, StageRecord]:
@@ -267,14 +277,6 @@ class Workbench:
             experiment = replace(experiment, recipe=recipe)
             model, records = run_stages(experiment, checkpoints, self.progress, seconds)
         return model, records[-1]
-
-    def _student(self, name: str, weights: Path | None) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.experiment.recipe.seed)
-            built = plain_copy(models.build(name, len(self.experiment.data.classes)), name)
-        if weights is not None:
-            models.load_weights(built, weights)
-        return built
 
     def _data(self, pixels: int | None) -> Splits:
         if pixels is None:

@@ -56,6 +56,10 @@ def build(task: str | Task, **parameters: Any) -> Task:
             f"the task is of type {type(made).__name__}. Write one of {', '.join(NAMES)}, or package.module:Task, a "
             "subclass of tersor.tasks.task.Task."
         )
+    missing = [name for name in ("loss", "score") if getattr(type(made), name) is getattr(Task, name)]
+    missing += [] if hasattr(made, "metric") else ["metric"]
+    if missing:
+        raise InputError(f"the task {type(made).__name__} has no {' and no '.join(missing)}, which every task defines.")
     return made
 
 

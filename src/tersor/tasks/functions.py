@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
@@ -49,7 +50,7 @@ class FromFunctions(Task):
         """The user's loss.
 
         Raises:
-            InputError: it is not a scalar tensor.
+            InputError: it is not a scalar tensor, or has no gradient where the outputs have one.
         """
         if self._loss is None:
             return self.base.loss(outputs, targets)
@@ -59,6 +60,9 @@ class FromFunctions(Task):
                 f"the loss returned {described(value)}. Return a tensor without dimensions, such as the mean over the "
                 "batch."
             )
+        learning = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs))
+        if learning and not value.requires_grad:
+            raise InputError("the loss has no gradient. Compute it from the outputs with operations of torch.")
         return value
 
     def logits(self, outputs: Any) -> Tensor | None:
@@ -70,7 +74,11 @@ class FromFunctions(Task):
         return super().predictions(outputs) if self._own else self.base.predictions(outputs)
 
     def score(self, pairs: Pairs) -> float:
-        """The user's metric."""
+        """The user's metric.
+
+        Raises:
+            InputError: it is not one number.
+        """
         if not self._own:
             return self.base.score(pairs)
         found = required(pairs, self)
@@ -78,10 +86,16 @@ class FromFunctions(Task):
             self._metric.reset()
             for outputs, targets in found:
                 self._metric.update(outputs, targets)
-            return float(self._metric.compute())
+            return self._number(self._metric.compute())
         counts = [len(targets) for _, targets in found]
-        values = [float(self._metric(outputs, targets)) for outputs, targets in found]
+        values = [self._number(self._metric(outputs, targets)) for outputs, targets in found]
         return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+
+    def _number(self, value: Any) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"the metric {self.metric} returned {described(value)}. Return one number.") from None
 
     def score_by_class(self, pairs: Pairs, classes: int) -> Tensor | None:
         """That of the base's metric."""

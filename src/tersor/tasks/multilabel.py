@@ -27,11 +27,7 @@ class Multilabel(Task):
             InputError: the targets have another shape than the logits.
         """
         logits = self._logits(outputs)
-        if targets.shape != logits.shape:
-            raise InputError(
-                f"the targets have the shape {tuple(targets.shape)}, the logits {tuple(logits.shape)}. Pass 0 or 1 for "
-                "each image and class: (N, classes)."
-            )
+        _check(targets, logits)
         return F.binary_cross_entropy_with_logits(logits, targets.to(logits))
 
     def logits(self, outputs: Any) -> Tensor | None:
@@ -64,7 +60,22 @@ class Multilabel(Task):
     def _f1(self, pairs: list[tuple[Any, Any]]) -> Tensor:
         from torchmetrics.functional.classification import multilabel_f1_score  # imports slowly
 
+        for labels, targets in pairs:
+            _check(targets, labels)
         predictions, targets = whole(pairs)
         found = multilabel_f1_score(predictions.int(), targets.int(), predictions.shape[1], average=None)
         occurs = (predictions | targets.bool()).any(0)
         return 100 * found.double().where(occurs, float("nan"))
+
+
+def _check(targets: Tensor, logits: Tensor) -> None:
+    if targets.shape != logits.shape:
+        raise InputError(
+            f"the targets have the shape {tuple(targets.shape)}, the logits {tuple(logits.shape)}. Pass 0 or 1 for "
+            "each image and class: (N, classes)."
+        )
+    if not bool(((targets == 0) | (targets == 1)).all()):
+        raise InputError(
+            f"the targets hold numbers from {float(targets.min()):g} to {float(targets.max()):g}. Pass 0 or 1 for each "
+            "image and class."
+        )

@@ -39,11 +39,7 @@ class Segmentation(Task):
             InputError: the outputs are no logits, or the targets no masks.
         """
         logits = self._logits(outputs)
-        if targets.ndim != 3 or len(targets) != len(logits):
-            raise InputError(
-                f"the targets have the shape {tuple(targets.shape)} for {len(logits)} images. Pass class numbers "
-                "(N, H, W)."
-            )
+        self.check_masks(targets, len(logits), logits.shape[1])
         if logits.shape[2:] != targets.shape[1:]:
             logits = F.interpolate(logits, targets.shape[1:], mode="bilinear")
         return F.cross_entropy(
@@ -72,6 +68,32 @@ class Segmentation(Task):
         """The share of pixels of the same class of each image (N,)."""
         return (predictions == reference).double().flatten(1).mean(1)
 
+    def check_masks(self, targets: Tensor, images: int, classes: int | None) -> None:
+        """Check that the targets are masks of this many images, and their numbers classes of the network, if known.
+
+        Raises:
+            InputError: they are not.
+        """
+        if targets.ndim != 3 or len(targets) != images:
+            raise InputError(
+                f"the targets have the shape {tuple(targets.shape)} for {images} images. Pass class numbers (N, H, W)."
+            )
+        counted = targets[targets != self.ignore_index]
+        if not counted.numel():
+            return
+        if counted.is_floating_point() and not bool((counted == counted.round()).all()):
+            raise InputError(
+                f"the masks hold numbers that are no class numbers, from {float(counted.min()):g} to "
+                f"{float(counted.max()):g}. Pass integers."
+            )
+        least, most = int(counted.min()), int(counted.max())
+        if least < 0 or (classes is not None and most >= classes):
+            possible = "0 or more" if classes is None else f"0 to {classes - 1}, one for each logit of the network"
+            raise InputError(
+                f"the masks hold class numbers from {least} to {most}. Possible: {possible}, and {self.ignore_index} "
+                "for pixels that are not counted (ignore_index)."
+            )
+
     def _logits(self, outputs: Any) -> Tensor:
         logits = self.logits(outputs)
         if logits is None or logits.ndim != 4:
@@ -83,11 +105,13 @@ class Segmentation(Task):
         """IoU in percent (classes,), NaN where a class is in neither targets nor predictions."""
         from torchmetrics.functional.classification import multiclass_confusion_matrix  # imports slowly
 
+        for mask, targets in pairs:
+            self.check_masks(targets, len(mask), classes)
         counted = [(_resized(mask, targets), targets.cpu().long()) for mask, targets in pairs]
         if classes is None:
             used = (targets[targets != self.ignore_index] for _, targets in counted)
             classes = 1 + max(
-                int(each.max())
+                max(1, int(each.max()))
                 for pair in zip(used, (mask for mask, _ in counted), strict=True)
                 for each in pair
                 if each.numel()

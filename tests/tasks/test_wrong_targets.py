@@ -1,0 +1,104 @@
+"""Targets, losses and metrics that cannot be right are one message, not a wrong number."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tersor import tasks
+from tersor.core.errors import InputError
+from tersor.evaluation.scoring import score
+from tersor.pipeline.task_arguments import targets_for, task_of_both
+from tersor.tasks.functions import FromFunctions
+from tersor.tasks.task import Task
+
+LOGITS = torch.zeros(2, 3, 4, 4)
+MASKS = torch.ones(2, 4, 4, dtype=torch.int64)
+MASKS_THAT_DO_NOT_FIT = [
+    (MASKS * 3, r"class numbers from 3 to 3\. Possible: 0 to 2"),
+    (MASKS * -1, "class numbers from -1 to -1"),
+    (MASKS + 0.5, r"no class numbers, from 1\.5"),
+    (MASKS[:, 0, 0], r"the targets have the shape \(2,\)"),
+]
+
+
+@pytest.mark.parametrize(("masks", "message"), MASKS_THAT_DO_NOT_FIT)
+def test_masks_that_do_not_fit_are_refused_in_training_and_in_measurements(masks, message):
+    task = tasks.build("segmentation")
+    with pytest.raises(InputError, match=message):
+        task.loss(LOGITS, masks)
+    with pytest.raises(InputError, match=message):
+        targets_for(task, [(torch.zeros(2, 3, 4, 4), masks)], LOGITS)
+
+
+@pytest.mark.parametrize(("masks", "message"), MASKS_THAT_DO_NOT_FIT[1:])
+def test_masks_that_do_not_fit_have_no_score(masks, message):
+    with pytest.raises(InputError, match=message):
+        score(tasks.build("segmentation"), MASKS, masks)
+
+
+def test_whole_numbers_and_ignored_pixels_fit():
+    task = tasks.build("segmentation")
+    masks = MASKS.float()
+    masks[0] = 255
+    assert task.loss(LOGITS, masks).item() == pytest.approx(math.log(3))
+    assert score(task, MASKS, masks) == 100
+
+
+@pytest.mark.parametrize("value", [-1, 2, 0.5])
+def test_labels_of_a_multilabel_network_are_0_or_1(value):
+    task = tasks.build("multilabel")
+    targets = torch.full((2, 3), value)
+    with pytest.raises(InputError, match="Pass 0 or 1"):
+        task.loss(torch.zeros(2, 3), targets)
+    with pytest.raises(InputError, match="Pass 0 or 1"):
+        score(task, torch.ones(2, 3, dtype=torch.bool), targets)
+
+
+def test_a_metric_that_is_nan_is_refused():
+    with pytest.raises(InputError, match="mean absolute error is nan"):
+        score(tasks.build("regression"), torch.zeros(2, 1), torch.full((2,), math.nan))
+    with pytest.raises(InputError, match="mIoU is nan"):
+        score(tasks.build("segmentation"), MASKS * 0, MASKS * 255)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), "good", None])
+def test_a_metric_of_the_user_returns_one_number(value):
+    def error(outputs, targets):
+        return value
+
+    with pytest.raises(InputError, match=r"the metric error returned .* Return one number"):
+        score(FromFunctions(tasks.build("regression"), None, error), torch.zeros(2, 1), torch.zeros(2))
+
+
+def test_a_loss_without_gradient_is_refused():
+    task = FromFunctions(tasks.build("regression"), lambda outputs, _: outputs.detach().mean(), None)
+    assert task.loss(torch.zeros(2), torch.zeros(2)) == 0
+    with pytest.raises(InputError, match="the loss has no gradient"):
+        task.loss(torch.zeros(2, requires_grad=True), torch.zeros(2))
+
+
+def test_student_and_teacher_have_the_same_classes():
+    student, teacher = (torch.nn.Conv2d(3, classes, 1) for classes in (2, 3))
+    with pytest.raises(InputError, match="student returns logits of 2 classes, the teacher of 3"):
+        task_of_both(tasks.build("segmentation"), student, teacher, torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"metric": "x", "loss": abs}, "the task Own has no score"),
+        ({"metric": "x", "score": abs}, "the task Own has no loss"),
+        ({"score": abs}, "has no loss and no metric"),
+    ],
+)
+def test_a_task_of_the_user_is_complete(members, message):
+    with pytest.raises(InputError, match=message):
+        tasks.build(type("Own", (Task,), members)())
+
+
+def test_a_score_may_be_a_tensor():
+    members = {"metric": "x", "loss": abs, "score": lambda *_: torch.tensor(3.0)}
+    assert score(tasks.build(type("Own", (Task,), members)()), MASKS, MASKS) == 3
