@@ -92,3 +92,22 @@ def test_masks_that_cannot_be_used(masks, spoil, words):
     spoil(masks)
     with pytest.raises(InputError, match=words):
         load(folder=masks)
+
+
+def test_a_mask_without_image_is_refused(masks):
+    (masks / "train" / "images" / "2.png").unlink()
+    with pytest.raises(InputError, match=r"masks/2\.png' has no image"):
+        load(folder=masks)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [((0, 100, 200), "0, 100, 200; 255"), ((0, 255), "class numbers 0; 255"), ((255,), "no class")],
+)
+def test_masks_that_are_pictures_of_classes_are_refused(masks, numbers, message):
+    for place, count in (("train", 6), ("test", 3)):
+        for number in range(count):
+            grey = np.resize(np.array(numbers, np.uint8), (6, 8))
+            Image.fromarray(grey).save(masks / place / "masks" / f"{number}.png")
+    with pytest.raises(InputError, match=message):
+        load(folder=masks)

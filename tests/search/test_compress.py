@@ -161,6 +161,13 @@ def test_a_folder_names_its_files_to_the_other_commands(without_time):
         read_artifact(folder)
 
 
+def test_pick_after_a_search_that_measured_nothing(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "search.json").write_text("{}")
+    with pytest.raises(InputError, match="stopped before it had measured anything"):
+        read_front(tmp_path / "out")
+
+
 def test_the_unchanged_original_has_no_recipe(without_time, tmp_path):
     point = without_time[0].numbers.baselines[0]
     folder = SearchFolder(tmp_path / "out", {})

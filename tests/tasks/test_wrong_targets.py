@@ -12,7 +12,7 @@ from tersor.core.errors import InputError
 from tersor.evaluation.scoring import score
 from tersor.pipeline.task_arguments import targets_for, task_of_both
 from tersor.tasks.functions import FromFunctions
-from tersor.tasks.task import Task
+from tersor.tasks.task import Task, loss_of
 
 LOGITS = torch.zeros(2, 3, 4, 4)
 MASKS = torch.ones(2, 4, 4, dtype=torch.int64)
@@ -73,11 +73,18 @@ def test_a_metric_of_the_user_returns_one_number(value):
         score(FromFunctions(tasks.build("regression"), None, error), torch.zeros(2, 1), torch.zeros(2))
 
 
-def test_a_loss_without_gradient_is_refused():
-    task = FromFunctions(tasks.build("regression"), lambda outputs, _: outputs.detach().mean(), None)
-    assert task.loss(torch.zeros(2), torch.zeros(2)) == 0
-    with pytest.raises(InputError, match="the loss has no gradient"):
-        task.loss(torch.zeros(2, requires_grad=True), torch.zeros(2))
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda outputs, _: outputs.detach().mean(), "the loss has no gradient"),
+        (lambda outputs, _: outputs.abs(), r"the loss returned shape \(2,\)"),
+        (lambda *_: None, "the loss returned a NoneType"),
+    ],
+)
+def test_a_loss_that_cannot_train_is_refused(loss, message):
+    task = FromFunctions(tasks.build("regression"), loss, None)
+    with pytest.raises(InputError, match=message):
+        loss_of(task, torch.zeros(2, requires_grad=True), torch.zeros(2))
 
 
 def test_student_and_teacher_have_the_same_classes():

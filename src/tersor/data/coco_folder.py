@@ -126,6 +126,10 @@ def _records(folder: Path, one: _Set, number_of: dict[int, int]) -> list[BoxedIm
             what = f"image_id {each.image_id}" if record is None else f"category_id {each.category_id}"
             raise InputError(f"'{one.path}' has an annotation with {what}, which it does not list. Remove it.")
         left, top, width, height = each.bbox
+        if width < 0 or height < 0:
+            raise InputError(
+                f"{record.source} has a box of {width:g}x{height:g} pixels. Write left, top, width, height."
+            )
         if not each.iscrowd and width > 0 and height > 0:
             record.boxes.append([left, top, left + width, top + height])
             record.labels.append(number_of[each.category_id])

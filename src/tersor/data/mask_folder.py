@@ -43,7 +43,9 @@ def from_mask_folder(folder: Path, form: ImageFormat) -> Splits:
     sets = set_folders(folder) or {"all": folder}
     pairs = {which: _pairs(place) for which, place in sets.items()}
     named = _named(folder / _NAMES)
-    classes = named or tuple(str(number) for number in range(1 + max(map(_largest, pairs.values()))))
+    classes = named or tuple(
+        str(number) for number in range(_counted([each for found in pairs.values() for each in found]))
+    )
     images = {which: _images(each, form, classes) for which, each in pairs.items()}
     if "all" in images:
         return with_test_set(images["all"], classes)
@@ -68,6 +70,13 @@ def _pairs(folder: Path) -> list[tuple[str, str]]:
             + (f" and {len(missing) - 1} other images have no mask" if len(missing) > 1 else " has no mask")
             + f". Add '{folder / 'masks' / missing[0].stem}.png', or remove the image."
         )
+    alone = sorted(masks.keys() - {path.stem for path in files})
+    if alone:
+        raise InputError(
+            f"'{masks[alone[0]]}'"
+            + (f" and {len(alone) - 1} other masks have no image" if len(alone) > 1 else " has no image")
+            + ". Add the images, or remove the masks."
+        )
     return [(str(path), str(masks[path.stem])) for path in files]
 
 
@@ -84,16 +93,27 @@ def _named(path: Path) -> tuple[str, ...] | None:
     return names
 
 
-def _largest(pairs: list[tuple[str, str]]) -> int:
-    """The largest class number of the masks."""
+def _counted(pairs: list[tuple[str, str]]) -> int:
+    """The number of classes: as many as the masks use, which are numbered without large gaps.
 
-    def largest(pair: tuple[str, str]) -> int:
-        numbers = mask_of(open_image(pair[1]), None, f"'{pair[1]}'")
-        counted = numbers[numbers != IGNORE]
-        return int(counted.max()) if counted.size else 0
+    Raises:
+        InputError: fewer than two class numbers, or fewer than half of those up to the largest, occur.
+    """
+
+    def numbers(pair: tuple[str, str]) -> set[int]:
+        return set(np.unique(mask_of(open_image(pair[1]), None, f"'{pair[1]}'")).tolist())
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return max(pool.map(largest, pairs))
+        used = set[int]().union(*pool.map(numbers, pairs)) - {IGNORE}
+    classes = 1 + max(used, default=0)
+    if classes < 2 or 2 * len(used) < classes:
+        shown = ", ".join(map(str, sorted(used)[:5])) + (", ..." if len(used) > 5 else "")
+        raise InputError(
+            f"the masks of '{Path(pairs[0][1]).parent}' hold {f'the class numbers {shown}' if used else 'no class'}; "
+            f"{IGNORE} marks pixels to ignore. Write class numbers from 0 without large gaps, such as 1 for a "
+            f"foreground, or name all classes in {_NAMES}."
+        )
+    return classes
 
 
 def _images(pairs: list[tuple[str, str]], form: ImageFormat, classes: tuple[str, ...]) -> Decoded:

@@ -40,6 +40,7 @@ from tersor.graph.layer_selection import Layer, prunable
 from tersor.pruning.dense_path import DensePathModules
 from tersor.tasks import name_of
 from tersor.tasks.network_outputs import in_float32
+from tersor.tasks.task import loss_of
 from tersor.training.attachment import Attachment
 from tersor.training.class_logits import distributions, require_logits
 from tersor.training.context import AttachContext
@@ -88,7 +89,7 @@ class DensePath(LossTerm):
         with context.autocasting(batch):
             outputs = self.own.dense_outputs(model, *task.inputs(batch, training=model.training))
         outputs = in_float32(outputs)
-        labels = task.loss(outputs, targets)
+        labels = loss_of(task, outputs, targets)
         if not self.compared:
             return labels
         ours, dense = (distributions(each.logits, task) for each in (student, Outputs(outputs, context=context)))

@@ -28,7 +28,7 @@ from tersor.pruning.topk import unit_scores
 from tersor.tasks import name_of
 from tersor.tasks.calibration_batch import read_batch
 from tersor.tasks.classification import CLASSIFICATION
-from tersor.tasks.task import Task
+from tersor.tasks.task import Task, loss_of
 
 IMPORTANCES = ("magnitude", "magnitude_l2", "taylor", "batchnorm", "fpgm", "random")
 FILTER_IMPORTANCES = ("batchnorm", "fpgm")
@@ -151,7 +151,7 @@ def check_loss(task: Task, data: Iterable[Any] | None) -> None:
 
 def _loss(task: Task, outputs: Any, targets: Any) -> Tensor:
     try:
-        return task.loss(outputs, targets)
+        return loss_of(task, outputs, targets)
     except InputError as error:
         raise InputError(
             f"importance: taylor needs gradients of the loss of the task {name_of(task)} in eval mode: {error} Or "

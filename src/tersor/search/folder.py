@@ -223,6 +223,8 @@ def read_front(path: Path) -> Front:
         InputError: it is not the folder of a search.
     """
     file = path / FRONT
+    if not file.is_file() and (path / STATE).is_file():
+        raise InputError(f"the search in {path} was stopped before it had measured anything. Repeat its command.")
     if not file.is_file():
         raise InputError(f"{path} has no {FRONT}. Give the folder that `tersor compress` wrote.")
     try:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
@@ -47,23 +46,8 @@ class FromFunctions(Task):
         return self.base.inputs(batch, training=training)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """The user's loss.
-
-        Raises:
-            InputError: it is not a scalar tensor, or has no gradient where the outputs have one.
-        """
-        if self._loss is None:
-            return self.base.loss(outputs, targets)
-        value = self._loss(outputs, targets)
-        if not isinstance(value, Tensor) or value.ndim:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(
-                f"the loss returned {described(value)}. Return a tensor without dimensions, such as the mean over the "
-                "batch."
-            )
-        learning = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs))
-        if learning and not value.requires_grad:
-            raise InputError("the loss has no gradient. Compute it from the outputs with operations of torch.")
-        return value
+        """The user's loss."""
+        return (self._loss or self.base.loss)(outputs, targets)
 
     def logits(self, outputs: Any) -> Tensor | None:
         """Those of the base."""

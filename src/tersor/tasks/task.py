@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
-from tersor.tasks.network_outputs import relative_errors
+from tersor.tasks.network_outputs import described, relative_errors
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
 """The pydantic configuration of every task: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
@@ -79,6 +79,23 @@ class Task:
     def agreement(self, predictions: Any, reference: Any) -> Tensor:
         """For each image (N,), float64, how much of the prediction stays the same, from 0 to 1."""
         return (1 - relative_errors(predictions, reference)).clamp(min=0)
+
+
+def loss_of(task: Task, outputs: Any, targets: Any) -> Tensor:
+    """The loss of the task.
+
+    Raises:
+        InputError: it is not a scalar tensor, or has no gradient where the outputs have one.
+    """
+    value: object = task.loss(outputs, targets)
+    if not isinstance(value, Tensor) or value.ndim:
+        raise InputError(
+            f"the loss returned {described(value)}. Return a tensor without dimensions, such as the mean over the batch."
+        )
+    learning = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs))
+    if learning and torch.is_grad_enabled() and not value.requires_grad:
+        raise InputError("the loss has no gradient. Compute it from the outputs with operations of torch.")
+    return value
 
 
 def with_label_smoothing(task: Task, fraction: float) -> Task:

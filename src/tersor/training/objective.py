@@ -19,7 +19,7 @@ from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.tasks.classification import Classification
 from tersor.tasks.network_outputs import in_float32
-from tersor.tasks.task import Task
+from tersor.tasks.task import Task, loss_of
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Objective(nn.Module):
         targets = self.context.targets(batch, teacher)
         losses: dict[str, Tensor] = {}
         if self.label_weight and targets is not None:
-            losses["labels"] = self.label_weight * task.loss(student.outputs, targets)
+            losses["labels"] = self.label_weight * loss_of(task, student.outputs, targets)
         for term in self.terms:
             assert isinstance(term, LossTerm)
             losses[term.name] = losses.get(term.name, 0) + term(batch, student, teacher)  # a method may come twice
