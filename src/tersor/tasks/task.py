@@ -88,9 +88,10 @@ def loss_of(task: Task, outputs: Any, targets: Any) -> Tensor:
         InputError: it is not a scalar tensor, or has no gradient where the outputs have one.
     """
     value: object = task.loss(outputs, targets)
-    if not isinstance(value, Tensor) or value.ndim:
+    if not isinstance(value, Tensor) or value.ndim:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
-            f"the loss returned {described(value)}. Return a tensor without dimensions, such as the mean over the batch."
+            f"the loss returned {described(value)}. Return a tensor without dimensions, such as the mean over the "
+            "batch."
         )
     learning = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs))
     if learning and torch.is_grad_enabled() and not value.requires_grad:
