@@ -109,3 +109,29 @@ def test_a_task_of_the_user_is_complete(members, message):
 def test_a_score_may_be_a_tensor():
     members = {"metric": "x", "loss": abs, "score": lambda *_: torch.tensor(3.0)}
     assert score(tasks.build(type("Own", (Task,), members)()), MASKS, MASKS) == 3
+
+
+def boxed(boxes, labels=(1,)):
+    return [{"boxes": torch.tensor(boxes), "labels": torch.tensor(labels)}]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (boxed([[20.0, 20.0, 5.0, 5.0]]), "the box 20, 20, 5, 5"),
+        (boxed([[math.nan, 2.0, 9.0, 9.0]]), "the box nan"),
+        (boxed([[2.0, 2.0, 9.0, 9.0]], (0,)), "label 0"),
+        (boxed([[2.0, 2.0, 9.0, 9.0]], (1, 2)), r"shape \(1, 4\) and 2 labels"),
+        ([{"box": torch.zeros(1, 4)}], "no dicts of boxes and labels"),
+        (boxed([[2.0, 2.0, 9.0, 9.0]]) * 2, "for each of 1 images"),
+    ],
+)
+def test_boxes_of_another_form_are_refused(targets, message):
+    found = [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}]
+    with pytest.raises(InputError, match=message):
+        score(tasks.build("detection"), found, targets)
+
+
+def test_values_are_tensors():
+    with pytest.raises(InputError, match="the targets are a list"):
+        tasks.build("regression").loss(torch.zeros(2, 1), ["a", "b"])

@@ -81,6 +81,10 @@ def compress(
     """
     budget, out = budget or Budget(), Path(out or "runs/compress")
     progress = progress or NullProgress()
+    if not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"budget is a {type(budget).__name__}. Pass tersor.Budget(max_drop=0.5, minutes=45).")
+    if isinstance(students, str):
+        raise InputError(f"students is '{students}'. Pass a list of names: ['{students}'].")
     started = now()
     request = Request(
         model,

@@ -43,6 +43,15 @@ class Request:
     seed: int
     task: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.task, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"task is a {type(self.task).__name__}. Write its name, or 'package.module:Task'.")
+        if not isinstance(self.data, Splits | Path | str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"data is a {type(self.data).__name__}. Pass a folder, a CSV file, the name of a data set, or "
+                "tersor.data.load(datasets={'train': ..., 'test': ...})."
+            )
+
     @property
     def arguments(self) -> dict[str, str]:
         """All arguments as text, to check that a resumed search has the same ones."""

@@ -66,7 +66,11 @@ class Detection(Task):
         return [{key: image[key].detach().cpu() for key in _KEYS} for image in images]
 
     def score(self, pairs: Pairs) -> float:
-        """mAP50 in percent."""
+        """mAP50 in percent.
+
+        Raises:
+            InputError: the targets are no boxes and labels.
+        """
         return 100 * max(0.0, float(self._measured(required(pairs, self))["map_50"]))
 
     def score_by_class(self, pairs: Pairs, classes: int) -> Tensor:
@@ -92,8 +96,30 @@ class Detection(Task):
         metric = MeanAveragePrecision(iou_thresholds=[_SAME_BOX], class_metrics=True)
         metric.warn_on_many_detections = False
         for predictions, targets in pairs:
+            _check(targets, len(predictions))
             metric.update(predictions, [{key: each[key].cpu() for key in ("boxes", "labels")} for each in targets])
         return metric.compute()
+
+
+def _check(targets: Any, images: int) -> None:
+    given: list[Any] = cast("list[Any]", targets) if isinstance(targets, list | tuple) else []
+    if len(given) != images or not all(
+        isinstance(each, Mapping) and all(isinstance(each.get(key), Tensor) for key in ("boxes", "labels"))
+        for each in given
+    ):
+        raise InputError(f"the targets are no dicts of boxes and labels, one for each of {images} images.")
+    for each in given:
+        boxes, labels = each["boxes"], each["labels"]
+        if boxes.shape != (len(labels), 4):
+            raise InputError(f"an image has boxes of shape {tuple(boxes.shape)} and {len(labels)} labels.")
+        wrong = boxes[~(boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1))]
+        if len(wrong):
+            shown = ", ".join(f"{value:g}" for value in wrong[0].tolist())
+            raise InputError(
+                f"a target has the box {shown}. Write left, top, right, bottom: right > left, bottom > top."
+            )
+        if len(labels) and int(labels.min()) < 1:
+            raise InputError("a target has the label 0. Number the classes of boxes from 1; 0 is the background.")
 
 
 def same_boxes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
