@@ -9,10 +9,12 @@ import torch
 
 from tersor import tasks
 from tersor.core.errors import InputError
+from tersor.data.batch import Batch
 from tersor.evaluation.scoring import score
 from tersor.pipeline.task_arguments import targets_for, task_of_both
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.task import Task, loss_of
+from tersor.training.objective import LossTerm, Objective
 
 LOGITS = torch.zeros(2, 3, 4, 4)
 MASKS = torch.ones(2, 4, 4, dtype=torch.int64)
@@ -135,3 +137,15 @@ def test_boxes_of_another_form_are_refused(targets, message):
 def test_values_are_tensors():
     with pytest.raises(InputError, match="the targets are a list"):
         tasks.build("regression").loss(torch.zeros(2, 1), ["a", "b"])
+
+
+def test_a_loss_of_a_method_is_a_scalar():
+    class Vector(LossTerm):
+        name = "vector"
+
+        def forward(self, batch, student, teacher):
+            return student.outputs.mean(1)
+
+    objective = Objective(torch.nn.Linear(3, 2), terms=[Vector()], task=tasks.build("regression"))
+    with pytest.raises(InputError, match=r"the loss vector returned shape \(4,\)"):
+        objective(Batch(torch.zeros(4, 3), None))

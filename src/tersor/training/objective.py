@@ -18,7 +18,7 @@ from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.tasks.classification import Classification
-from tersor.tasks.network_outputs import in_float32
+from tersor.tasks.network_outputs import described, in_float32
 from tersor.tasks.task import Task, loss_of
 
 
@@ -158,7 +158,10 @@ class Objective(nn.Module):
             losses["labels"] = self.label_weight * loss_of(task, student.outputs, targets)
         for term in self.terms:
             assert isinstance(term, LossTerm)
-            losses[term.name] = losses.get(term.name, 0) + term(batch, student, teacher)  # a method may come twice
+            value = term(batch, student, teacher)
+            if not isinstance(value, Tensor) or value.ndim:
+                raise InputError(f"the loss {term.name} returned {described(value)}. Return a scalar tensor.")
+            losses[term.name] = losses.get(term.name, 0) + value  # a method may come twice
         if not losses:
             raise InputError("no loss: the images have no labels, and no method adds a loss.")
         return losses
