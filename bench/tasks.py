@@ -1,0 +1,329 @@
+"""Compress networks of other tasks than classification, and measure each in its own metric in both runtimes.
+
+A network is trained from scratch on bundled data, then quantized to 8 bits, or half of its MACs are removed and it is
+fine-tuned for five epochs with itself as the teacher (with the targets alone if it has no logits), or both. The last
+epoch counts. The test images only report. The UNet is also halved by the verbs, by a loop in plain PyTorch, and by
+torch-pruning with the same loop. Run it where segmentation-models-pytorch is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import peers
+import rows
+import tables
+import task_networks
+import tersor
+import training
+from images import folder
+from tersor import tasks
+from tersor.data import Batches, Splits
+from tersor.evaluation.costs import costs
+from tersor.evaluation.scoring import agreement, file_predictions, score, targets_of
+from tersor.evaluation.session import open_session
+from tersor.models import build
+from tersor.recipe import Recipe, write
+from tersor.tasks.task import Task
+
+RESULT = "tasks"
+EPOCHS = 5
+"""Of fine-tuning after channels were removed."""
+KEEP = 0.5
+DRAWS = 3
+"""Draws of 300 calibration images."""
+BATCH = 32
+Runtime = Literal["onnxruntime", "openvino"]
+RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network and its task.
+
+    Attributes:
+        task: as in a recipe.
+        network: in words.
+        model: as in a recipe, without weights.
+        data: images and targets.
+        name: of the data, as in a recipe.
+        epochs: of the original's training.
+        learning_rate: of AdamW, for the original; fine-tuning takes a third.
+        taught: whether it has logits, so that it can learn from its own soft targets.
+        seeds: of the training.
+    """
+
+    task: str
+    network: str
+    model: dict[str, Any]
+    data: Callable[[], Splits]
+    epochs: int
+    learning_rate: float = 0.003
+    taught: bool = True
+    seeds: int = 3
+
+    def recipe(self, stage: dict[str, Any], seed: int, weights: Path | None = None) -> Recipe:
+        """Return one stage of training, from random weights or from a file."""
+        model = self.model if weights is None else {**self.model, "weights": weights}
+        return Recipe.model_validate(
+            {
+                "task": self.task,
+                "model": model,
+                "teacher": None if weights is None else "original",
+                "data": {"name": f"task_networks:{self.data.__name__}"},
+                "seed": seed,
+                "stages": [{"name": "train", "batch_size": BATCH, **stage}],
+            }
+        )
+
+    def fresh(self) -> nn.Module:
+        """Return the network with random weights."""
+        return build(self.model["name"], self.model.get("num_classes"))
+
+    def goal(self) -> Task:
+        """Return the task."""
+        return tasks.build(self.task)
+
+    def test(self) -> Batches:
+        """Return the test images in order."""
+        images = self.data()
+        return Batches(images.test, 50, mean=images.mean or (), std=images.std or ())
+
+    def batches(self, seed: int, size: int = BATCH) -> Batches:
+        """Return training images in random order."""
+        images = self.data()
+        return Batches(images.train, size, mean=images.mean or (), std=images.std or (), shuffle=True, seed=seed)
+
+
+SUBJECTS = {
+    "segmentation": Subject(
+        "segmentation", "UNet (resnet18)", {"name": "task_networks:unet"}, task_networks.scenes, 20, 0.001, seeds=1
+    ),
+    "regression": Subject(
+        "regression", "ResNet-20", {"name": "resnet20", "num_classes": 1}, task_networks.inked, 30, taught=False
+    ),
+    "multilabel": Subject(
+        "multilabel", "ResNet-20", {"name": "resnet20", "num_classes": 3}, task_networks.labelled, 20
+    ),
+    "strips": Subject(
+        "task_networks:Strips", "CTC head", {"name": "task_networks:strip_network"}, task_networks.strips, 15
+    ),
+}
+
+
+def kept(subject: Subject, recipe: Recipe, way: str, make: Callable[[], nn.Module]) -> Path:
+    """Return the folder of the network that `make` returns; an existing one is taken."""
+    digest = hashlib.sha256(f"{way}\n{write(recipe)}".encode()).hexdigest()[:16]
+    place = folder().parent / f"{RESULT}-made" / digest
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tersor.save(make(), place)
+    return place
+
+
+@cache
+def trained(subject: Subject, seed: int) -> Path:
+    """Return the folder of the network after its training."""
+    optimizer = {"name": "adamw", "learning_rate": subject.learning_rate}
+    recipe = subject.recipe({"epochs": subject.epochs, "optimizer": optimizer}, seed)
+    return kept(subject, recipe, "recipe", lambda: training.walked(recipe, RESULT, subject.data())[0].model)
+
+
+@cache
+def network(subject: Subject, seed: int, way: str | None) -> nn.Module:
+    """Return the trained network, or the one with half of its MACs: through the recipe, the verbs or a loop."""
+    folder_of_original = trained(subject, seed)
+    teacher = tersor.load(subject.fresh(), folder_of_original)
+    if way is None:
+        return teacher
+    optimizer = {"name": "adamw", "learning_rate": subject.learning_rate / 3}
+    methods: list[Any] = [{"channel_pruning": {"keep_macs": KEEP}}]
+    if subject.taught:
+        methods.append({"soft_targets": {"temperature": 2, "loss_weight": 0.5, "label_weight": 0.5}})
+    stage = {"epochs": EPOCHS, "optimizer": optimizer, "methods": methods}
+    recipe = subject.recipe(stage, seed, folder_of_original / "model.safetensors")
+    batches = subject.batches(seed)
+
+    def by_the_verbs() -> nn.Module:
+        pruned = tersor.prune(teacher, batches, keep_macs=KEEP)
+        return tersor.distill(pruned, teacher, batches, epochs=EPOCHS, learning_rate=0.02, task=subject.task)
+
+    made: dict[str, Callable[[], nn.Module]] = {
+        "recipe": lambda: training.walked(recipe, RESULT, subject.data())[0].model,
+        "verbs": by_the_verbs,
+        "own loop": lambda: tuned(tersor.prune(teacher, batches, keep_macs=KEEP), teacher, subject, batches),
+    }
+    if way == "torch-pruning":  # `tersor.load` could not rebuild it
+        return tuned(torch_pruned(teacher, example(subject)), teacher, subject, batches)
+    return tersor.load(subject.fresh(), kept(subject, recipe, way, made[way]))
+
+
+def tuned(student: nn.Module, teacher: nn.Module, subject: Subject, batches: Batches) -> nn.Module:
+    """Fine-tune as the recipe does, in plain PyTorch and float32."""
+    task, steps = subject.goal(), EPOCHS * len(batches)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=subject.learning_rate / 3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for epoch in range(EPOCHS):
+        batches.set_epoch(epoch)
+        for batch in batches:
+            outputs = student.train()(batch.images)
+            with torch.no_grad():
+                wanted = F.log_softmax(teacher.eval()(batch.images) / 2, 1)
+            soft = F.kl_div(F.log_softmax(outputs / 2, 1), wanted, log_target=True, reduction="none").sum(1).mean()
+            optimizer.zero_grad()
+            (0.5 * 4 * soft + 0.5 * task.loss(outputs, batch.targets)).backward()
+            optimizer.step()
+            schedule.step()
+    return student.eval()
+
+
+def torch_pruned(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return a copy from which torch-pruning removed channels until half of the MACs are left, in multiples of 8."""
+    import torch_pruning
+
+    wanted = KEEP * costs(model, images).macs
+    for percent in range(10, 90):
+        small = copy.deepcopy(model).requires_grad_(True)
+        heads = [layer for name, layer in small.named_modules() if name == "segmentation_head"]
+        options = {"pruning_ratio": percent / 100, "round_to": 8, "ignored_layers": heads}
+        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        torch_pruning.pruner.BasePruner(small, images[:1], importance=importance, **options).step()
+        if costs(small, images).macs <= wanted:
+            return small
+    raise AssertionError("torch-pruning keeps more than half of the MACs")
+
+
+def example(subject: Subject) -> Tensor:
+    """Return eight training images."""
+    return next(iter(subject.batches(0, 8))).images.contiguous()
+
+
+def files(subject: Subject, seed: int, way: str | None, maker: str, runtime: Runtime, scratch: Path) -> Iterator[Path]:
+    """Write the file of a network: in float32, or in 8 bits for each draw of calibration images."""
+    model = network(subject, seed, way)
+    float32 = scratch / "float32.onnx"
+    tersor.export(model, example(subject), float32, runtime=runtime)
+    if maker == "float32":
+        yield float32
+        return
+    for draw in range(DRAWS):
+        images = next(iter(subject.batches(1000 + draw, 300))).images.contiguous()
+        path = scratch / f"{draw}.onnx"
+        if maker == "tersor":
+            quantized = tersor.quantize(model, images.split(50), runtime=runtime, task=subject.task)
+            tersor.export(quantized, images[:8], path, runtime=runtime)
+        elif maker == "nncf":
+            path = path.with_suffix(".xml")
+            peers.nncf_post_training(float32, images, path)
+        else:
+            peers.onnxruntime_static(float32, images, path)
+        yield path
+
+
+def predictions(subject: Subject, path: Path, runtime: Runtime, *, float32: bool) -> Any:
+    """Return the predictions of a file for all test images."""
+    session = open_session(path, runtime, precision="float32" if float32 else None)
+    batches = subject.test()
+    return file_predictions(session, (batch.images.contiguous().numpy() for batch in batches), subject.goal())
+
+
+@cache
+def of_original(subject: Subject, seed: int, runtime: Runtime) -> Any:
+    """Return the predictions of the original in float32."""
+    with tempfile.TemporaryDirectory() as scratch:
+        (path,) = files(subject, seed, None, "float32", runtime, Path(scratch))
+        return predictions(subject, path, runtime, float32=True)
+
+
+def report(name: str, seed: int, way: str | None, maker: str, runtime: Runtime) -> None:
+    """Write one row: the metric on all test images, and what was lost."""
+    subject = SUBJECTS[name]
+    identity = {"task": name, "network": subject.network, "removal": way, "weights": maker, "runtime": runtime}
+    identity |= {"seed": seed, "epochs": subject.epochs, "versions": tables.versions()}
+    if rows.known(RESULT, identity):
+        return
+    task, targets, reference = subject.goal(), targets_of(subject.test()), of_original(subject, seed, runtime)
+    before = score(task, reference, targets)
+    found: list[Any] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in files(subject, seed, way, maker, runtime, Path(scratch)):
+            found.append(predictions(subject, path, runtime, float32=maker == "float32"))
+            size = path.stat().st_size + sum(each.stat().st_size for each in path.parent.glob(f"{path.stem}.bin"))
+    scores = [score(task, each, targets) for each in found]
+    after = statistics.mean(scores)
+    macs = [costs(network(subject, seed, each), example(subject)).macs for each in (None, way)]
+    numbers = {
+        "metric": task.metric,
+        "score": after,
+        "lost": before - after if task.higher_is_better else after - before,
+        "agreement": statistics.mean(agreement(task, each, reference) for each in found),
+        "macs_ratio": macs[1] / macs[0],
+        "bytes": size,
+        "test_images": len(subject.data().test),
+    }
+    spread = rows.spread([value - after + numbers["lost"] for value in scores])
+    rows.add(RESULT, identity, {**numbers, "n": len(scores), "spread": spread}, [seed])
+    print(f"{name} {seed}, {way}, {maker}, {runtime}: {after:.4f}, lost {numbers['lost']:.4f}", flush=True)
+
+
+def cases(name: str) -> Iterator[tuple[int, str | None, str, Runtime]]:
+    """Yield the seed, the way of the removal, how the weights are stored, and the runtime of each row."""
+    peer: dict[Runtime, str] = {"onnxruntime": "quantize_static", "openvino": "nncf"}
+    for seed in range(SUBJECTS[name].seeds):
+        for way in (None, "recipe"):
+            for runtime in RUNTIMES:
+                for maker in ("float32", "tersor", peer[runtime]):
+                    yield seed, way, maker, runtime
+    if name == "segmentation":
+        for way in ("verbs", "own loop", "torch-pruning"):
+            for runtime in RUNTIMES:
+                yield 0, way, "float32", runtime
+
+
+def show() -> None:
+    """Print the mean over seeds, and the smallest and the largest loss."""
+    table = Table("task", "removal", "weights", "runtime", "metric", "score", "lost", "smallest", "largest", "MACs")
+    groups: dict[tuple[Any, ...], list[rows.Row]] = {}
+    for row in rows.read(RESULT):
+        key = tuple(row[each] for each in ("task", "removal", "weights", "runtime"))
+        groups.setdefault(key, []).append(row)
+    for key, members in groups.items():
+        lost = [row["lost"] for row in members]
+        values = (statistics.mean(row["score"] for row in members), statistics.mean(lost), min(lost), max(lost))
+        ratio = statistics.mean(row["macs_ratio"] for row in members)
+        cells = [f"{value:.3f}" for value in (*values, ratio)]
+        table.add_row(*map(str, key), members[0]["metric"], *cells)
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    """Measure what `bench/results/tasks.json` does not have yet, and print all of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--table", action="store_true", help="only print existing rows")
+    chosen = parser.parse_args()
+    if not chosen.table:
+        with rows.alone():
+            for name in chosen.tasks:
+                for case in cases(name):
+                    report(name, *case)
+    show()
+
+
+if __name__ == "__main__":
+    main()
