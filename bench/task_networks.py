@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tersor.data import Images, Splits, load
+from tersor import tasks
+from tersor.data import Batches, Images, Splits, load
 from tersor.data.image_sets import Pixels
+from tersor.models import build
+from tersor.recipe import Recipe
 from tersor.tasks.network_outputs import logits_in
 from tersor.tasks.task import Pairs, Task, required
 
 BLANK = 0
 """Class of CTC between two digits; 1 + d is the digit d, and targets are padded with it."""
+
+BATCH = 32
 
 _LONGEST = 5
 _SIDE = 16
@@ -158,3 +164,71 @@ def _strips(digits: Images, count: int, seed: int) -> Pixels:
             left += _SIDE - 1
     grey = canvas.clamp(max=255).byte()
     return Pixels(grey[..., None].expand(*grey.shape, 3).contiguous(), targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network and its task.
+
+    Attributes:
+        task: as in a recipe.
+        network: in words.
+        model: as in a recipe, without weights.
+        data: images and targets.
+        name: of the data, as in a recipe.
+        epochs: of the original's training.
+        learning_rate: of AdamW, for the original; fine-tuning takes a third.
+        taught: whether it has logits, so that it can learn from its own soft targets.
+        seeds: of the training.
+    """
+
+    task: str
+    network: str
+    model: dict[str, Any]
+    data: Callable[[], Splits]
+    epochs: int
+    learning_rate: float = 0.003
+    taught: bool = True
+    seeds: int = 3
+
+    def recipe(self, stage: dict[str, Any], seed: int, weights: Path | None = None) -> Recipe:
+        """Return one stage of training, from random weights or from a file."""
+        model = self.model if weights is None else {**self.model, "weights": weights}
+        return Recipe.model_validate(
+            {
+                "task": self.task,
+                "model": model,
+                "teacher": None if weights is None else "original",
+                "data": {"name": f"task_networks:{self.data.__name__}"},
+                "seed": seed,
+                "stages": [{"name": "train", "batch_size": BATCH, **stage}],
+            }
+        )
+
+    def fresh(self) -> nn.Module:
+        """Return the network with random weights."""
+        return build(self.model["name"], self.model.get("num_classes"))
+
+    def goal(self) -> Task:
+        """Return the task."""
+        return tasks.build(self.task)
+
+    def test(self) -> Batches:
+        """Return the test images in order."""
+        images = self.data()
+        return Batches(images.test, 50, mean=images.mean or (), std=images.std or ())
+
+    def batches(self, seed: int, size: int = BATCH) -> Batches:
+        """Return training images in random order."""
+        images = self.data()
+        return Batches(images.train, size, mean=images.mean or (), std=images.std or (), shuffle=True, seed=seed)
+
+
+SUBJECTS = {
+    "segmentation": Subject(
+        "segmentation", "UNet (resnet18)", {"name": "task_networks:unet"}, scenes, 20, 0.001, seeds=1
+    ),
+    "regression": Subject("regression", "ResNet-20", {"name": "resnet20", "num_classes": 1}, inked, 30, taught=False),
+    "multilabel": Subject("multilabel", "ResNet-20", {"name": "resnet20", "num_classes": 3}, labelled, 20),
+    "strips": Subject("task_networks:Strips", "CTC head", {"name": "task_networks:strip_network"}, strips, 15),
+}

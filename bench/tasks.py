@@ -14,7 +14,6 @@ import hashlib
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -28,18 +27,15 @@ from torch import Tensor, nn
 import peers
 import rows
 import tables
-import task_networks
 import tersor
 import training
 from images import folder
-from tersor import tasks
-from tersor.data import Batches, Splits
+from task_networks import SUBJECTS, Subject
+from tersor.data import Batches
 from tersor.evaluation.costs import costs
 from tersor.evaluation.scoring import agreement, file_predictions, score, targets_of
 from tersor.evaluation.session import open_session
-from tersor.models import build
 from tersor.recipe import Recipe, write
-from tersor.tasks.task import Task
 
 RESULT = "tasks"
 EPOCHS = 5
@@ -47,86 +43,11 @@ EPOCHS = 5
 KEEP = 0.5
 DRAWS = 3
 """Draws of 300 calibration images."""
-BATCH = 32
 Runtime = Literal["onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A network and its task.
-
-    Attributes:
-        task: as in a recipe.
-        network: in words.
-        model: as in a recipe, without weights.
-        data: images and targets.
-        name: of the data, as in a recipe.
-        epochs: of the original's training.
-        learning_rate: of AdamW, for the original; fine-tuning takes a third.
-        taught: whether it has logits, so that it can learn from its own soft targets.
-        seeds: of the training.
-    """
-
-    task: str
-    network: str
-    model: dict[str, Any]
-    data: Callable[[], Splits]
-    epochs: int
-    learning_rate: float = 0.003
-    taught: bool = True
-    seeds: int = 3
-
-    def recipe(self, stage: dict[str, Any], seed: int, weights: Path | None = None) -> Recipe:
-        """Return one stage of training, from random weights or from a file."""
-        model = self.model if weights is None else {**self.model, "weights": weights}
-        return Recipe.model_validate(
-            {
-                "task": self.task,
-                "model": model,
-                "teacher": None if weights is None else "original",
-                "data": {"name": f"task_networks:{self.data.__name__}"},
-                "seed": seed,
-                "stages": [{"name": "train", "batch_size": BATCH, **stage}],
-            }
-        )
-
-    def fresh(self) -> nn.Module:
-        """Return the network with random weights."""
-        return build(self.model["name"], self.model.get("num_classes"))
-
-    def goal(self) -> Task:
-        """Return the task."""
-        return tasks.build(self.task)
-
-    def test(self) -> Batches:
-        """Return the test images in order."""
-        images = self.data()
-        return Batches(images.test, 50, mean=images.mean or (), std=images.std or ())
-
-    def batches(self, seed: int, size: int = BATCH) -> Batches:
-        """Return training images in random order."""
-        images = self.data()
-        return Batches(images.train, size, mean=images.mean or (), std=images.std or (), shuffle=True, seed=seed)
-
-
-SUBJECTS = {
-    "segmentation": Subject(
-        "segmentation", "UNet (resnet18)", {"name": "task_networks:unet"}, task_networks.scenes, 20, 0.001, seeds=1
-    ),
-    "regression": Subject(
-        "regression", "ResNet-20", {"name": "resnet20", "num_classes": 1}, task_networks.inked, 30, taught=False
-    ),
-    "multilabel": Subject(
-        "multilabel", "ResNet-20", {"name": "resnet20", "num_classes": 3}, task_networks.labelled, 20
-    ),
-    "strips": Subject(
-        "task_networks:Strips", "CTC head", {"name": "task_networks:strip_network"}, task_networks.strips, 15
-    ),
-}
-
-
-def kept(subject: Subject, recipe: Recipe, way: str, make: Callable[[], nn.Module]) -> Path:
+def kept(recipe: Recipe, way: str, make: Callable[[], nn.Module]) -> Path:
     """Return the folder of the network that `make` returns; an existing one is taken."""
     digest = hashlib.sha256(f"{way}\n{write(recipe)}".encode()).hexdigest()[:16]
     place = folder().parent / f"{RESULT}-made" / digest
@@ -141,7 +62,7 @@ def trained(subject: Subject, seed: int) -> Path:
     """Return the folder of the network after its training."""
     optimizer = {"name": "adamw", "learning_rate": subject.learning_rate}
     recipe = subject.recipe({"epochs": subject.epochs, "optimizer": optimizer}, seed)
-    return kept(subject, recipe, "recipe", lambda: training.walked(recipe, RESULT, subject.data())[0].model)
+    return kept(recipe, "recipe", lambda: training.walked(recipe, RESULT, subject.data())[0].model)
 
 
 @cache
@@ -170,7 +91,7 @@ def network(subject: Subject, seed: int, way: str | None) -> nn.Module:
     }
     if way == "torch-pruning":  # `tersor.load` could not rebuild it
         return tuned(torch_pruned(teacher, example(subject)), teacher, subject, batches)
-    return tersor.load(subject.fresh(), kept(subject, recipe, way, made[way]))
+    return tersor.load(subject.fresh(), kept(recipe, way, made[way]))
 
 
 def tuned(student: nn.Module, teacher: nn.Module, subject: Subject, batches: Batches) -> nn.Module:
