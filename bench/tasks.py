@@ -202,18 +202,19 @@ def report(name: str, seed: int, way: str | None, maker: str, runtime: Runtime) 
     print(f"{name} {seed}, {way}, {maker}, {runtime}: {after:.4f}, lost {numbers['lost']:.4f}", flush=True)
 
 
-def cases(name: str) -> Iterator[tuple[int, str | None, str, Runtime]]:
-    """Yield the seed, the way of the removal, how the weights are stored, and the runtime of each row."""
+def cases(names: list[str]) -> Iterator[tuple[str, int, str | None, str, Runtime]]:
+    """Yield the task, the seed, the way of the removal, how the weights are stored, and the runtime of each row."""
     peer: dict[Runtime, str] = {"onnxruntime": "quantize_static", "openvino": "nncf"}
-    for seed in range(SUBJECTS[name].seeds):
-        for way in (None, "recipe"):
-            for runtime in RUNTIMES:
-                for maker in ("float32", "tersor", peer[runtime]):
-                    yield seed, way, maker, runtime
-    if name == "segmentation":
+    for seed in range(max(SUBJECTS[name].seeds for name in names)):
+        for name in (each for each in names if seed < SUBJECTS[each].seeds):
+            for way in (None, "recipe"):
+                for runtime in RUNTIMES:
+                    for maker in ("float32", "tersor", peer[runtime]):
+                        yield name, seed, way, maker, runtime
+    if "segmentation" in names:
         for way in ("verbs", "own loop", "torch-pruning"):
             for runtime in RUNTIMES:
-                yield 0, way, "float32", runtime
+                yield "segmentation", 0, way, "float32", runtime
 
 
 def show() -> None:
@@ -240,9 +241,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if not chosen.table:
         rows.commit()  # read now: the checkout may change within hours
-        for name in chosen.tasks:  # without `rows.alone`: nothing is timed
-            for case in cases(name):
-                report(name, *case)
+        for case in cases(chosen.tasks):  # without `rows.alone`: nothing is timed
+            report(*case)
     show()
 
 
