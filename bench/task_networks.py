@@ -51,7 +51,7 @@ class Strips(Task):
         best = logits.detach().cpu().argmax(1)
         repeated = F.pad(best[:, 1:] == best[:, :-1], (1, 0))
         kept = torch.where(repeated, BLANK, best)
-        order = (kept == BLANK).int().argsort(1, stable=True)
+        order = (kept == BLANK).int().argsort(dim=1, stable=True)
         return kept.gather(1, order)
 
     def score(self, pairs: Pairs) -> float:
