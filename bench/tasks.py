@@ -180,26 +180,26 @@ def report(name: str, seed: int, way: str | None, maker: str, runtime: Runtime) 
         return
     task, targets, reference = subject.goal(), targets_of(subject.test()), of_original(subject, seed, runtime)
     before = score(task, reference, targets)
-    found: list[Any] = []
+    found, size = list[Any](), 0
     with tempfile.TemporaryDirectory() as scratch:
         for path in files(subject, seed, way, maker, runtime, Path(scratch)):
             found.append(predictions(subject, path, runtime, float32=maker == "float32"))
-            size = path.stat().st_size + sum(each.stat().st_size for each in path.parent.glob(f"{path.stem}.bin"))
+            size = sum(each.stat().st_size for each in path.parent.glob(f"{path.stem}.*"))
     scores = [score(task, each, targets) for each in found]
     after = statistics.mean(scores)
+    lost = before - after if task.higher_is_better else after - before
     macs = [costs(network(subject, seed, each), example(subject)).macs for each in (None, way)]
     numbers = {
         "metric": task.metric,
         "score": after,
-        "lost": before - after if task.higher_is_better else after - before,
+        "lost": lost,
         "agreement": statistics.mean(agreement(task, each, reference) for each in found),
         "macs_ratio": macs[1] / macs[0],
         "bytes": size,
         "test_images": len(subject.data().test),
     }
-    spread = rows.spread([value - after + numbers["lost"] for value in scores])
-    rows.add(RESULT, identity, {**numbers, "n": len(scores), "spread": spread}, [seed])
-    print(f"{name} {seed}, {way}, {maker}, {runtime}: {after:.4f}, lost {numbers['lost']:.4f}", flush=True)
+    rows.add(RESULT, identity, {**numbers, "n": len(scores), "spread": rows.spread(scores)}, [seed])
+    print(f"{name} {seed}, {way}, {maker}, {runtime}: {after:.4f}, lost {lost:.4f}", flush=True)
 
 
 def cases(names: list[str]) -> Iterator[tuple[str, int, str | None, str, Runtime]]:
