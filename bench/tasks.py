@@ -43,6 +43,8 @@ EPOCHS = 5
 KEEP = 0.5
 DRAWS = 3
 """Draws of 300 calibration images."""
+LOOPS = ("verbs", "own loop", "torch-pruning")
+"""Other ways than the recipe to halve the UNet."""
 Runtime = Literal["onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
 
@@ -212,7 +214,7 @@ def cases(names: list[str]) -> Iterator[tuple[str, int, str | None, str, Runtime
                     for maker in ("float32", "tersor", peer[runtime]):
                         yield name, seed, way, maker, runtime
     if "segmentation" in names:
-        for way in ("verbs", "own loop", "torch-pruning"):
+        for way in LOOPS:
             for runtime in RUNTIMES:
                 yield "segmentation", 0, way, "float32", runtime
 
@@ -237,12 +239,14 @@ def main() -> None:
     """Measure what `bench/results/tasks.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--removal", choices=["recipe", *LOOPS], help="only rows of networks that were halved this way")
     parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         rows.commit()  # read now: the checkout may change within hours
         for case in cases(chosen.tasks):  # without `rows.alone`: nothing is timed
-            report(*case)
+            if chosen.removal in {None, case[2]}:
+                report(*case)
     show()
 
 
