@@ -29,11 +29,11 @@ def train(model: nn.Module, batches: Batches, epochs: int) -> nn.Module:
     return model.eval()
 
 
-def main(folder: Path, epochs: int = 20, images: int = 1800) -> None:
+def main(folder: Path, epochs: int = 40, images: int = 1800) -> None:
     """Write `original.onnx` and `model.onnx` to `folder`, and compare them in ONNX Runtime."""
     torch.manual_seed(0)
     scenes = load(name="scenes", limit=images)  # or load(folder="path/to/images/and/masks", image_size=64)
-    batches = Batches(scenes.train, 32, mean=scenes.mean, std=scenes.std, shuffle=True)
+    batches = Batches(scenes.train, 16, mean=scenes.mean, std=scenes.std, shuffle=True)
     test = Batches(scenes.test, 50, mean=scenes.mean, std=scenes.std)
     example = next(iter(test)).images
 
@@ -41,7 +41,7 @@ def main(folder: Path, epochs: int = 20, images: int = 1800) -> None:
     tersor.export(model, example, folder / "original.onnx")
 
     small = tersor.prune(model, batches, keep_macs=0.5)
-    small = tersor.distill(small, model, batches, epochs=max(1, epochs // 4), task="segmentation")
+    small = tersor.distill(small, model, batches, epochs=max(1, epochs // 8), task="segmentation")
     small = tersor.quantize(small, batches, task="segmentation")
     tersor.export(small, example, folder / "model.onnx", classes=scenes.classes)
 

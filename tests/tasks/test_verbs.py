@@ -59,6 +59,17 @@ def test_distill_brings_a_student_closer_to_the_outputs_of_its_teacher(name):
     assert float(distance.loss(student(images), teacher(images)).detach()) < 0.7 * before
 
 
+def test_a_network_of_no_known_task_is_compressed_without_labels(tmp_path):
+    original, images = network("distance"), batches("distance")
+    pruned = tersor.prune(original, images, keep_macs=0.7)
+    before = float(tasks.build("distance").loss(pruned(images[0]), original(images[0])).detach())
+    tersor.distill(pruned, original, images, epochs=20, label_weight=0)
+    path = tersor.export(tersor.quantize(pruned, images), images[0], tmp_path / "model.onnx")
+    found = tersor.compare(original, path, images, seconds=0.01)
+    assert found["original"]["relative error"] == 0
+    assert 0 < found["artifact"]["relative error"] < 80 * before**0.5  # of 100, without distillation
+
+
 def test_distill_takes_a_loss_and_targets_of_any_kind():
     student, teacher, seen = network("regression"), network("regression"), []
 

@@ -16,6 +16,7 @@ from tersor.core.errors import InputError
 from tersor.data.batch import Batch, images_of
 from tersor.data.batch_errors import labels_error
 from tersor.data.loader import targets_in, unchecked_labels
+from tersor.deploy.outputs import LOGITS
 from tersor.evaluation.scoring import file_outputs, joined
 from tersor.evaluation.session import Session
 from tersor.graph.eval_mode import check_forward, evaluating
@@ -179,6 +180,9 @@ def targets_for(task: Task, batches: Sequence[tuple[Tensor, Any]], outputs: Tens
 
 
 def _are_logits(outputs: Any) -> bool:
+    """Whether outputs without a task are logits (N, classes): among several with names, only `logits` is."""
+    if isinstance(outputs, Mapping) and len(outputs) > 1 and LOGITS not in outputs:
+        return False
     logits = Classification().logits(outputs)
     return logits is not None and logits.ndim == 2
 
