@@ -131,7 +131,10 @@ def evaluate(
     artifact: Annotated[Path, typer.Argument(help="folder of a run, or ONNX file", show_default=False)],
     data: Annotated[str | None, typer.Option(help="image folder or data set [default: from the recipe]")] = None,
     runtime: Annotated[str | None, typer.Option(help="onnxruntime or openvino [default: from the recipe]")] = None,
-    task: Annotated[str | None, typer.Option(help="what the network is for [default: from the recipe]")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="task of the network: classification, segmentation, ... [default: from the recipe]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure an artifact on test images in its runtime: accuracy, or the metric of its task."""
@@ -178,7 +181,7 @@ def report(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="a method, for details", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="name of the method to describe", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods, or describe one: formula, paper, parameters."""

@@ -25,11 +25,13 @@ def compress(
     model: Annotated[str, typer.Argument(help="resnet56, timm:NAME, net.py:function, ...", show_default=False)],
     data: Annotated[str, typer.Option(help="image folder or data set", show_default=False)],
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
-    max_drop: Annotated[float | None, typer.Option(help="largest drop of the metric, in points")] = None,
-    latency: Annotated[str | None, typer.Option(help="largest latency by batch size: 1:2ms,128:8ms")] = None,
-    size: Annotated[str | None, typer.Option(help="largest file size: 0.5MB")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="largest allowed drop of the metric, in points")] = None,
+    latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
+    size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     runtime: Annotated[Runtime, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
-    task: Annotated[str, typer.Option(help="what the network is for")] = "classification",
+    task: Annotated[
+        str, typer.Option(help="task of the network: classification, segmentation, ...")
+    ] = "classification",
     time: Annotated[str, typer.Option(help="time of the search: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
     pixels: Annotated[list[int] | None, typer.Option(help="another image size to try")] = None,
@@ -41,7 +43,7 @@ def compress(
     storage: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the database [default: study.db]")] = None,
     out: Annotated[Path, typer.Option(help="folder to write, or to resume")] = Path("runs/compress"),
 ) -> None:
-    """Search for the fastest network within a budget. The same command resumes an interrupted search."""
+    """Search for a smaller, faster network within a budget. The same command resumes an interrupted search."""
     from tersor.core.device import keep_freed_memory
     from tersor.search.compress import compress as search
     from tersor.search.compression_budget import Budget, parse_latency, parse_size, parse_time
@@ -83,9 +85,9 @@ def compress(
 
 def pick(
     folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
-    max_drop: Annotated[float | None, typer.Option(help="largest drop of the metric, in points")] = None,
-    latency: Annotated[str | None, typer.Option(help="largest latency by batch size: 1:2ms,128:8ms")] = None,
-    size: Annotated[str | None, typer.Option(help="largest file size: 0.5MB")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="largest allowed drop of the metric, in points")] = None,
+    latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
+    size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,
 ) -> None:
     """Pick another point of the Pareto front, without training."""

@@ -113,7 +113,7 @@ def test_images_of_any_number_of_channels(channels, dtype):
         ([{"image": IMAGE}], {}, "a dict of 'image', where the target is not clear"),
         ([{"x": IMAGE, "label": 0}], {}, "a dict of 'x', 'label', where"),
         ([{"image": IMAGE, "fine": 0, "coarse": 1}], {}, "where the target is not clear"),
-        ([(IMAGE, 0.5), (IMAGE, "cat")], {}, "target of item 1 is no number"),
+        ([(IMAGE, 0.5), (IMAGE, "cat")], {}, "target of item 1 is not a number"),
         (
             [(IMAGE, 0.5), (IMAGE, [1.0, 2.0])],
             {},
@@ -125,7 +125,7 @@ def test_images_of_any_number_of_channels(channels, dtype):
         ([(IMAGE, {"boxes": BOXES})], {}, "a dict of 'boxes'. Possible: boxes .* and labels"),
         ([(IMAGE, {"boxes": [[0, 0, 9, 9]], "labels": [1]})], {}, "item 0 has the box 0, 0, 9, 9, which is outside"),
         ([(IMAGE, {"boxes": BOXES, "labels": [1]}), (IMAGE, 3)], {}, "item 1 has a int instead of boxes"),
-        ([(IMAGE, 0), (IMAGE, 1)], {"channels": 1}, "3 channels, and 1 were asked for. Write channels: 3"),
+        ([(IMAGE, 0), (IMAGE, 1)], {"channels": 1}, "3 channels, and 1 are requested. Write channels: 3"),
         ([(IMAGE, 0), (IMAGE.to(torch.uint16), 1)], {}, "some images have 8 and others 16 bits"),
     ],
 )

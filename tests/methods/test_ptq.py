@@ -529,7 +529,7 @@ def test_empty_data(data):
 
 def test_data_that_can_be_read_only_once():
     calibrated(data=iter([images()]))  # one pass needs no more
-    with pytest.raises(InputError, match="found no image in the data when it read it again; a DataLoader"):
+    with pytest.raises(InputError, match="found no image in the data in a second pass; a DataLoader"):
         calibrated(method=PTQ(activation_range="mse"), data=iter([images()]))
 
 

@@ -151,7 +151,7 @@ def test_mistakes_are_told(model):
     with pytest.raises(InputError, match="rises over the training steps"):
         WeightPruning(sparsity_schedule="cubic").attach(model, AttachContext())
     pruned(model, sparsity=0.5)
-    with pytest.raises(InputError, match=r"sparsity of .* already"):
+    with pytest.raises(InputError, match=r"already has a sparsity of"):
         WeightPruning(sparsity=0.4).attach(model, AttachContext())
     quantized = PTQ().attach(build("resnet20", 10), AttachContext(data=[IMAGES])).model
     with pytest.raises(InputError, match="masks come before quantizers"):

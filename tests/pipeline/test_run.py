@@ -19,5 +19,5 @@ def test_few_bits_may_answer_otherwise_and_eight_may_not(bits, harmless):
     attached.begin()
     told = _disagreement(96.0, attached.model, "accuracy")
     assert re.search(r"96.00 % of the artifact's predictions agree with torch's", told)
-    assert ("Do not deploy it" in told) != harmless
-    assert "Do not deploy it" in _disagreement(96.0, build("resnet20", 10), "accuracy")
+    assert ("Do not deploy model.onnx" in told) != harmless
+    assert "Do not deploy model.onnx" in _disagreement(96.0, build("resnet20", 10), "accuracy")

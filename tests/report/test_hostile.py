@@ -115,7 +115,7 @@ def test_batch_sizes_are_numbers(folder, hostile):
         changed = copy.deepcopy(whole)
         by_batch_size = list(of_batch_sizes(changed))[place]
         by_batch_size[hostile] = by_batch_size["1"]
-        with pytest.raises(InputError, match="is not what this version of tersor writes"):
+        with pytest.raises(InputError, match="was not written by this version of tersor"):
             page_of(folder, **changed)
 
 
@@ -123,7 +123,7 @@ def test_batch_sizes_are_numbers(folder, hostile):
 def test_pictures_are_inline(folder, source):
     evidence = evidence_of()
     evidence["predictions"]["examples"][0]["png"] = source
-    with pytest.raises(InputError, match="is not what this version of tersor writes"):
+    with pytest.raises(InputError, match="was not written by this version of tersor"):
         page_of(folder, numbers_of(), evidence)
 
 

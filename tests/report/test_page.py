@@ -248,7 +248,7 @@ def test_no_matrix_without_changed_predictions(page):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is damaged"), ('{"runtime": "onnxruntime"}', "is not what this version of tersor writes")],
+    [("{", "is damaged"), ('{"runtime": "onnxruntime"}', "was not written by this version of tersor")],
 )
 def test_damaged_numbers_do_not_change_the_page(folder, text, message):
     before = write_report(folder).read_text(encoding="utf-8")

@@ -123,7 +123,7 @@ def test_the_users_code_is_imported_by_the_run_only():
 @pytest.mark.parametrize(
     ("task", "kind", "message"),
     [
-        ("classification", "segmentation", "the targets of the images are no class numbers"),
+        ("classification", "segmentation", "the targets of the images are not class numbers"),
         ("segmentation", "regression", "does not fit task segmentation: a segmentation network returns logits"),
         ("segmentation", "distance", "the images have no targets"),
     ],

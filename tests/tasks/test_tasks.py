@@ -202,7 +202,7 @@ def test_the_objective_takes_the_targets_from_the_original():
 
 def test_outputs_have_logits_where_the_task_has_them():
     assert torch.equal(Outputs({"logits": LOGITS, "hidden": LOGITS}).logits, LOGITS)
-    with pytest.raises(InputError, match="finds no logits"):
+    with pytest.raises(InputError, match="has no logits for the task"):
         _ = Outputs((LOGITS, LOGITS)).logits
 
 

@@ -85,7 +85,7 @@ class _OnGrid(_Strict):
         if self.grid[0] >= self.grid[1]:
             raise ValueError(f"a grid from {self.grid[0]} to {self.grid[1]}")
         if (self.averaging is not None) + self.tracks_weight + (self.learned_step is not None) > 1:
-            raise ValueError("a grid with several of averaging, tracks_weight and learned_step")
+            raise ValueError("a grid may have only one of averaging, tracks_weight and learned_step")
         return self
 
     def made(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Random changes to batches of images and their targets: masks and boxes move with the pixels."""
+"""Random changes to batches of images and their targets: masks and boxes are transformed with the images."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _transformed(images: Tensor, targets: Any, transform: Transform) -> tuple[Te
         if not isinstance(returned, tuple) or len(cast("tuple[Any, ...]", returned)) != 2:
             raise InputError(
                 f"the augmentation {getattr(transform, '__name__', transform)} returned a {type(returned).__name__}. "
-                "Return images and targets: masks and boxes move with the pixels."
+                "Return images and targets: masks and boxes must be transformed together with the images."
             )
         moved, after = cast("tuple[Any, Any]", returned)
         return _checked(moved, images, transform), _checked(after, targets, transform) if masks else after

@@ -111,7 +111,7 @@ def first_batch(data: Iterable[Any] | None, method: str) -> Tensor:
     for batch in data.ahead() if isinstance(data, OnePass) else data:
         images = images_of(batch)
         if not images.is_floating_point():
-            raise InputError(f"a batch of the data is {images.dtype}. Pass normalized floating-point images.")
+            raise InputError(f"a batch of the data has the type {images.dtype}. Pass normalized floating-point images.")
         if len(images):
             return images
     raise InputError(f"{method} found no image in the data. Pass batches (N, C, H, W).")

@@ -92,7 +92,9 @@ def from_coco(folder: Path, form: ImageFormat) -> Splits:
     names = _categories(sets["train"])
     for one in sets.values():
         if _categories(one) != names:
-            raise InputError(f"'{one.path}' and '{sets['train'].path}' have different categories. Write the same ones.")
+            raise InputError(
+                f"'{one.path}' and '{sets['train'].path}' have different categories. Use the same categories in both."
+            )
     number_of = {identity: number for number, identity in enumerate(sorted(names), start=1)}
     images = {which: boxed_images(_records(folder, one, number_of), form) for which, one in sets.items()}
     classes = (BACKGROUND, *(names[identity] for identity in number_of))

@@ -45,7 +45,7 @@ class ItemSet:
     def __post_init__(self) -> None:
         if not hasattr(self.dataset, "__getitem__") or not hasattr(self.dataset, "__len__") or not len(self.dataset):
             raise InputError(
-                f"{self.name}: a {type(self.dataset).__name__} that is empty or has no length. Return a torch Dataset "
+                f"{self.name}: the {type(self.dataset).__name__} is empty or has no length. Return a torch Dataset "
                 "with a length."
             )
 
@@ -149,7 +149,7 @@ class ItemSet:
                 row = torch.as_tensor(target, dtype=torch.float32).reshape(-1)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise InputError(
-                    f"{self.name}: the target of item {number} is no number: {error}. {_POSSIBLE}"
+                    f"{self.name}: the target of item {number} is not a number: {error}. {_POSSIBLE}"
                 ) from error
             if (rows and len(row) != len(rows[0])) or not row.isfinite().all():
                 raise InputError(
@@ -165,7 +165,9 @@ class ItemSet:
         values = np.asarray(mask)
         numbers = mask_of(values[0] if values.ndim == 3 and len(values) == 1 else mask, None, name)
         if numbers.shape != _size(image):
-            raise InputError(f"{name} is {numbers.shape} and its image {_size(image)}. Make them the same.")
+            raise InputError(
+                f"{name} has the shape {numbers.shape}, and its image {_size(image)}. Make their sizes equal."
+            )
         return torch.from_numpy(mask_of(numbers, form.size, name).copy())
 
     def _boxes(self, number: int, form: ImageFormat) -> Target:

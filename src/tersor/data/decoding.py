@@ -166,7 +166,7 @@ def _layers(image: object, channels: int, name: str) -> list[Image.Image]:
         return [Image.fromarray(values.astype(np.float32))]
     if channels not in MODES or image.mode.startswith("F"):
         raise InputError(
-            f"{name} has Pillow mode '{image.mode}', and {channels} channels were asked for. Possible: images of 8 or "
+            f"{name} has Pillow mode '{image.mode}', and {channels} channels are requested. Possible: images of 8 or "
             f"16 bits per channel, and {', '.join(map(str, MODES))} channels; a data set of tensors (C, H, W) may have "
             "any number."
         )
@@ -188,7 +188,7 @@ def _layers_of_tensor(image: Tensor, channels: int, name: str) -> list[Image.Ima
         )
     if image.shape[0] not in {1, channels}:
         raise InputError(
-            f"{name} is a tensor {tuple(image.shape)} with {image.shape[0]} channels, and {channels} were asked for. "
+            f"{name} is a tensor {tuple(image.shape)} with {image.shape[0]} channels, and {channels} are requested. "
             f"Write channels: {image.shape[0]}."
         )
     bands = image.numpy()

@@ -114,7 +114,9 @@ class Loader:
             if not len(images):
                 raise InputError("a batch of the data is empty. Leave empty batches out.")
             if not images.is_floating_point():
-                raise InputError(f"a batch of the data has type {images.dtype}. Pass normalized floating-point images.")
+                raise InputError(
+                    f"a batch of the data has the type {images.dtype}. Pass normalized floating-point images."
+                )
             yield Batch(images, self._targets(batch, len(images)))
 
     def set_epoch(self, epoch: int) -> None:

@@ -123,7 +123,7 @@ def _images(pairs: list[tuple[str, str]], form: ImageFormat, classes: tuple[str,
         if numbers.shape != (size := size_of(image)):
             raise InputError(
                 f"the mask '{mask}' has {numbers.shape[1]}x{numbers.shape[0]} pixels, and its image "
-                f"{size[1]}x{size[0]}. Make them the same."
+                f"{size[1]}x{size[0]}. Make their sizes equal."
             )
         return torch.from_numpy(mask_of(_checked(numbers, classes, mask), form.size, f"'{mask}'").copy())
 

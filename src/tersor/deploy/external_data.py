@@ -31,7 +31,7 @@ def refuse_outside(path: Path) -> None:
         for entry in tensor.external_data:
             if entry.key == "location" and not _inside(folder, entry.value):
                 raise InputError(
-                    f"{path} reads {entry.value[:100]!r}, a file outside of its folder, and is refused. Put its "
+                    f"{path} refers to {entry.value[:100]!r}, a file outside of its folder, and is refused. Put the "
                     "weights beside it, or into it: onnx.save(onnx.load(path), path)."
                 )
 

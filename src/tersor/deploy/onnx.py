@@ -88,7 +88,7 @@ def export(
     """
     path = Path(path)
     if path.suffix != ".onnx" and not path.is_dir():
-        raise InputError(f"cannot write {path}: an ONNX file is named *.onnx.")
+        raise InputError(f"cannot write {path}: the name must end in .onnx.")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
     model = in_float32(model)

@@ -173,7 +173,7 @@ def _open_onnxruntime(ort: Any, path: Path, _precision: str | None, threads: int
     _require_one_input(path, len(inputs), len(model.get_outputs()))
     images = inputs[0]
     if images.type not in _ONNX_TYPES:
-        raise InputError(f"{path} takes {images.type}; images are {', '.join(_ONNX_TYPES)}.")
+        raise InputError(f"the input of {path} has the type {images.type}. Possible: {', '.join(_ONNX_TYPES)}.")
     shape = tuple(size if isinstance(size, int) else None for size in images.shape)
     names = tuple(each.name for each in model.get_outputs())
     place = logits_index(names, [len(each.shape) if each.shape else None for each in model.get_outputs()])

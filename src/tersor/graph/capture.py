@@ -126,8 +126,8 @@ def _require_own_forward(model: nn.Module) -> None:
         raise InputError(f"{type(model).__name__} has a submodule named 'self', which a captured graph cannot call.")
     if scripts := [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
         raise InputError(
-            f"the graph of {type(model).__name__} cannot be captured: {scripts[0]} is a TorchScript program. Put the "
-            "torch.nn.Module that it was made from in its place."
+            f"the graph of {type(model).__name__} cannot be captured: {scripts[0]} is a TorchScript program. Replace "
+            "it with the torch.nn.Module that it was made from."
         )
     if keywords := [path for path, _ in model.named_modules() if any(map(iskeyword, path.split(".")))]:
         raise InputError(

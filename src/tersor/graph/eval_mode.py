@@ -98,7 +98,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
             "Give the others a default, or wrap the network in a module that provides them."
         )
     if not images.is_floating_point():
-        raise InputError(f"images for {name} are {images.dtype}. Pass normalized floating-point images.")
+        raise InputError(f"images for {name} have the type {images.dtype}. Pass normalized floating-point images.")
     device = next((each.device for each in network.parameters()), images.device)
     two = images[:2] if len(images) > 1 else torch.cat([images[:1]] * 2)
     with checked_forward(name, two):
@@ -108,7 +108,8 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
         of_one = network(two[:1].clone())
     except _FAILURES as error:
         raise InputError(
-            f"{name} runs on two images, but not on one: {_reason(error)}. It must accept any number; maybe {_SQUEEZED}"
+            f"{name} runs on two images, but not on one: {_reason(error)}. It must accept any number. "
+            f"Possible reason: {_SQUEEZED}"
         ) from error
     for several, one in zip(tensors_in(outputs), tensors_in(of_one), strict=False):
         if one.ndim < several.ndim and several.shape[:1] == (2,):
@@ -156,7 +157,7 @@ def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iter
     for batch in data:
         found = images_of(batch)[:left]
         if not found.is_floating_point():
-            raise InputError(f"a batch of the data is {found.dtype}. Pass normalized floating-point images.")
+            raise InputError(f"a batch of the data has the type {found.dtype}. Pass normalized floating-point images.")
         if len(found):
             yield found.to(device)
         left -= len(found)

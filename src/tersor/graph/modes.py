@@ -26,11 +26,11 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
     switching = [path or type(each).__name__ for path, each in own.items() if type(each).train is not nn.Module.train]
     notes: list[str] = []
     if inactive:
-        notes.append(f"networks are captured in eval mode: this one trains without stochastic depth ({_all(inactive)})")
+        notes.append(f"the captured network trains without stochastic depth ({_all(inactive)}): capture uses eval mode")
     if switching:
         notes.append(
-            f"a train() of its own is not called any more ({_all(switching)}): layers that it keeps in eval mode, such "
-            "as BatchNorm, train after capture"
+            f"capture drops the custom train() of {_all(switching)}: layers that it keeps in eval mode, such as "
+            "BatchNorm, are trained"
         )
     return notes
 

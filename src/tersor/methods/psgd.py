@@ -201,7 +201,7 @@ def _track(name: str, layer: Layer, per_channel: bool) -> None:
         parametrize.register_parametrization(layer, "weight", tracker)
     elif bool(tracked.largest.ndim) != per_channel:
         raise InputError(
-            f"an earlier psgd stage used a different per_channel for {name}. Write the same per_channel as there."
+            f"an earlier psgd stage used a different per_channel for {name}. Write the same per_channel in both stages."
         )
 
 

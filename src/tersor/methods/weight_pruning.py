@@ -213,8 +213,8 @@ class WeightPruningAttachment(MaskedAttachment):
         self.start = self.sparsity
         if self.start > method.target and n_of_m(method.granularity) is None:
             raise InputError(
-                f"the network has a sparsity of {self.start:.4f} already, given {method.target:g}. Masked weights "
-                "stay masked: write a higher sparsity."
+                f"the network already has a sparsity of {self.start:.4f}, and {method.target:g} is requested. Masked "
+                "weights stay masked. Write a higher sparsity."
             )
         self.curve = curve(method.sparsity_schedule) if method.needs_steps else None
 

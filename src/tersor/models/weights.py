@@ -66,7 +66,7 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(
-            f"weights are saved as safetensors. Write '{path.with_suffix('.safetensors')}' in place of '{path}'."
+            f"weights are saved as safetensors. Write '{path.with_suffix('.safetensors')}' instead of '{path}'."
         )
     # copies, because safetensors refuses tensors that share memory
     tensors = {

@@ -109,7 +109,7 @@ def numbers_of(artifact: Artifact) -> dict[str, Any]:
     try:
         return _Told.model_validate(read_json(path, again)).model_dump(exclude_unset=True)
     except ValidationError as error:
-        raise InputError(f"{path} is not what this version of tersor writes. {again}") from error
+        raise InputError(f"{path} was not written by this version of tersor. {again}") from error
 
 
 def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:

@@ -196,9 +196,11 @@ def _disagreement(percent: float, model: nn.Module, metric: str) -> str:
     laid = find_quantizers(model)
     coarse = laid is not None and any(laid.of_activation(name).grid.bits < _BYTE for name in laid.activations)
     if not coarse:
-        return f"warning: only {percent:.2f} % of the artifact's predictions agree with torch's. Do not deploy it."
+        return (
+            f"warning: only {percent:.2f} % of the artifact's predictions agree with torch's. Do not deploy model.onnx."
+        )
     return (
         f"{percent:.2f} % of the artifact's predictions agree with torch's. With few bits, rounding biases to int32 "
-        "can shift an activation by a whole quantization step, in this layer and the following ones. Trust the "
+        "can shift an activation by a whole quantization step, in this layer and the following ones. Use the "
         f"{metric} measured in the runtime."
     )

@@ -144,8 +144,8 @@ def check_loss(task: Task, data: Iterable[Any] | None) -> None:
     if task.from_original:
         raise InputError(
             f"importance: taylor needs gradients of a loss with targets. In the task {name_of(task)} the loss is the "
-            "distance from the original network, which has no gradient there. Write importance: magnitude, or, to "
-            "remove channels, obs."
+            "distance from the original network, which is zero before any change, and so is its gradient. Write "
+            "importance: magnitude, or, to remove channels, obs."
         )
 
 
@@ -154,7 +154,7 @@ def _loss(task: Task, outputs: Any, targets: Any) -> Tensor:
         return loss_of(task, outputs, targets)
     except InputError as error:
         raise InputError(
-            f"importance: taylor needs gradients of the loss of the task {name_of(task)} in eval mode: {error} Or "
+            f"importance: taylor needs gradients of the loss of the task {name_of(task)} in eval mode: {error} Or else "
             "write importance: magnitude, which needs no loss."
         ) from error
 

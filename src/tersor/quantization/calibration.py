@@ -59,7 +59,7 @@ def calibrate(
             done += len(batch)
             progress.advance(len(batch))
         if done == before:
-            again = " when it read it again; a DataLoader or a list can be read twice" if number else ""
+            again = " in a second pass; a DataLoader or a list can be read twice" if number else ""
             raise InputError(f"{method} found no image in the data{again}. Pass batches (N, C, H, W).")
         _require_finite_ranges(histograms)
     return histograms

@@ -197,7 +197,7 @@ def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
         return name, function, f"it is computed by a function ({function}), not by a layer"
     if owner == product.module:
         return name, kind, _reason(model, module, product)
-    return name, kind, f"{kind} reads its weights itself"
+    return name, kind, f"the forward of {kind} reads the weights directly"
 
 
 def _reason_without_weight(product: Product) -> str:
@@ -218,7 +218,7 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
         return f"ONNX Runtime and OpenVINO have no integer kernel for {kind}"
     if not isinstance(module, Layer):
         of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
-        return f"{kind} is not supported" if of_torch else f"{kind} reads its weights itself"
+        return f"{kind} is not supported" if of_torch else f"the forward of {kind} reads the weights directly"
     if not has_plain_forward(module):
         return f"{kind} is a subclass with a forward of its own"
     around = model.get_submodule(product.parent)

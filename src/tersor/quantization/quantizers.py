@@ -267,8 +267,8 @@ def _require_same_options(quantizers: Quantizers, options: QuantizedTrainingOpti
     kinds = {bool(quantizers.of_weight(name).scale.ndim) for name in quantizers.layers}
     if options.per_channel is not None and kinds - {options.per_channel}:
         raise InputError(
-            f"{method} has per_channel: {str(options.per_channel).lower()}, but the grids of an earlier stage are of "
-            "the other kind. Leave out per_channel to train with those, or write the same in the earlier stage."
+            f"{method} has per_channel: {str(options.per_channel).lower()}, but an earlier stage has quantized with "
+            "the other value. Leave out per_channel to train with those, or write the same in the earlier stage."
         )
 
 

@@ -51,7 +51,7 @@ def write_report(folder: Path) -> Path:
         TemplateError,
     ) as error:
         raise InputError(
-            f"numbers.json or evidence.json of {folder} is not what this version of tersor writes: "
+            f"numbers.json or evidence.json of {folder} was not written by this version of tersor: "
             f"{repr(error)[:200]}. Run its recipe.yaml again."
         ) from error
     path = folder / REPORT

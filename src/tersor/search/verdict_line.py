@@ -23,7 +23,7 @@ def verdict_lines(front: Front) -> list[str]:
         first = f"{best.description}: {gained}{smaller}, {metric}."
     lines = [first]
     if not front.met:
-        lines.append(f"The budget ({front.budget}) is not met: {front.shortfall}.")
+        lines.append(f"This network does not meet the budget ({front.budget}): {front.shortfall}.")
     error = front.validation_error
     lines.append(
         f"One standard error of the validation metric is {error:.2f} points ({front.validation_images} images)."

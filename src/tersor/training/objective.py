@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import FeatureExtractor
+from tersor.tasks import name_of
 from tersor.tasks.classification import Classification
 from tersor.tasks.network_outputs import described, in_float32
 from tersor.tasks.task import Task, loss_of
@@ -71,8 +72,8 @@ class Outputs:
         logits = self.context.task.logits(self.outputs)
         if logits is None:
             raise InputError(
-                f"the network returns a {type(self.outputs).__name__}, in which {type(self.context.task).__name__} "
-                "finds no logits. Choose a method that compares the outputs of layers."
+                f"the network returns a {type(self.outputs).__name__}, which has no logits for "
+                f"the task {name_of(self.context.task)}. Choose a method that compares the outputs of layers."
             )
         return logits
 
