@@ -120,7 +120,7 @@ def test_images_of_any_number_of_channels(channels, dtype):
             r"item 1 has the values \[1.0, 2.0\]. Possible: finite numbers, as many",
         ),
         ([(IMAGE, float("nan"))], {}, "finite numbers"),
-        ([(IMAGE, MASK[1:])], {}, r"mask 0 is \(3, 6\) and its image \(4, 6\)"),
+        ([(IMAGE, MASK[1:])], {}, r"mask 0 has the shape \(3, 6\), and its image \(4, 6\)"),
         ([(IMAGE, MASK.float())], {}, "a mask .* of float32"),
         ([(IMAGE, {"boxes": BOXES})], {}, "a dict of 'boxes'. Possible: boxes .* and labels"),
         ([(IMAGE, {"boxes": [[0, 0, 9, 9]], "labels": [1]})], {}, "item 0 has the box 0, 0, 9, 9, which is outside"),

@@ -49,7 +49,7 @@ def test_every_onnx_file_of_a_folder_is_checked(tmp_path):
         (folder / "model.onnx").write_bytes(b"")
         (folder / "original.onnx").write_bytes(network("/etc/hostname"))
 
-    with pytest.raises(InputError, match=r"original\.onnx reads '/etc/hostname'"):
+    with pytest.raises(InputError, match=r"original\.onnx refers to '/etc/hostname'"):
         read_artifact(write_folder(tmp_path / "out", fill))
 
 

@@ -32,7 +32,7 @@ def refuse_outside(path: Path) -> None:
             if entry.key == "location" and not _inside(folder, entry.value):
                 raise InputError(
                     f"{path} refers to {entry.value[:100]!r}, a file outside of its folder, and is refused. Put the "
-                    "weights beside it, or into it: onnx.save(onnx.load(path), path)."
+                    "weights beside the ONNX file, or into it: onnx.save(onnx.load(path), path)."
                 )
 
 
