@@ -21,7 +21,7 @@ MASKS = torch.ones(2, 4, 4, dtype=torch.int64)
 MASKS_THAT_DO_NOT_FIT = [
     (MASKS * 3, r"class numbers from 3 to 3\. Possible: 0 to 2"),
     (MASKS * -1, "class numbers from -1 to -1"),
-    (MASKS + 0.5, r"no class numbers, from 1\.5"),
+    (MASKS + 0.5, r"not class numbers, from 1\.5"),
     (MASKS[:, 0, 0], r"the targets have the shape \(2,\)"),
 ]
 
@@ -124,7 +124,7 @@ def boxed(boxes, labels=(1,)):
         (boxed([[math.nan, 2.0, 9.0, 9.0]]), "the box nan"),
         (boxed([[2.0, 2.0, 9.0, 9.0]], (0,)), "label 0"),
         (boxed([[2.0, 2.0, 9.0, 9.0]], (1, 2)), r"shape \(1, 4\) and 2 labels"),
-        ([{"box": torch.zeros(1, 4)}], "no dicts of boxes and labels"),
+        ([{"box": torch.zeros(1, 4)}], "not dicts of boxes and labels"),
         (boxed([[2.0, 2.0, 9.0, 9.0]]) * 2, "for each of 1 images"),
     ],
 )

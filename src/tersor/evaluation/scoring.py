@@ -115,8 +115,8 @@ def _valid(task: Task, value: object) -> float:
         value = value.item()
     if not isinstance(value, int | float) or math.isnan(value):
         raise InputError(
-            f"the metric {task.metric} is {value!r}, which is no number to compare. Look for NaN in the targets and in "
-            "the outputs, and for targets of which none counts; a task of your own returns a float from `score`."
+            f"the metric {task.metric} is {value!r}, which cannot be compared. Check for NaN in the targets and in "
+            "the outputs, and for images without a target that counts; a task of your own returns a float from `score`."
         )
     return value
 

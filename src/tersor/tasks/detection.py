@@ -107,7 +107,7 @@ def _check(targets: Any, images: int) -> None:
         isinstance(each, Mapping) and all(isinstance(each.get(key), Tensor) for key in ("boxes", "labels"))
         for each in given
     ):
-        raise InputError(f"the targets are no dicts of boxes and labels, one for each of {images} images.")
+        raise InputError(f"the targets are not dicts of boxes and labels, one for each of {images} images.")
     for each in given:
         boxes, labels = each["boxes"], each["labels"]
         if boxes.shape != (len(labels), 4):

@@ -83,7 +83,7 @@ class Segmentation(Task):
             return
         if counted.is_floating_point() and not bool((counted == counted.round()).all()):
             raise InputError(
-                f"the masks hold numbers that are no class numbers, from {float(counted.min()):g} to "
+                f"the masks hold numbers that are not class numbers, from {float(counted.min()):g} to "
                 f"{float(counted.max()):g}. Pass integers."
             )
         least, most = int(counted.min()), int(counted.max())
