@@ -168,8 +168,8 @@ def make(): return made
     [
         ("def make(): return 3", "returned a int.*Return a tersor.data.Splits, a pair"),
         ("def make(): return [], [], []", "returned a tuple of length 3"),
-        ("def make(): return [], [(image, 0)]", "training set: a list that is empty"),
-        ("def make(): return [(image, 0)], iter([])", "test set: a list_iterator that .* has no length"),
+        ("def make(): return [], [(image, 0)]", "training set: the list is empty"),
+        ("def make(): return [(image, 0)], iter([])", "test set: the list_iterator .* has no length"),
         ("def make(): return [(image, 0)], [image]", "test set: item 0 is a Tensor"),
         ("def make(): return [(image, 0), (image, 0.5)], [(image, 0)]", "label of item 1 is a float"),
         ("def make(): return [(image, 0)], [(image, torch.zeros(3))]", "label of item 0 is a Tensor"),

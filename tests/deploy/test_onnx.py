@@ -542,6 +542,6 @@ def test_torchvisions_networks_for_openvino(tmp_path, name):
 
 
 def test_another_extension_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(InputError, match=r"\*\.onnx"):
+    with pytest.raises(InputError, match=r"the name must end in \.onnx"):
         export(build("resnet20", 10), torch.rand(1, 3, 16, 16), tmp_path / "model.xml")
     assert not list(tmp_path.iterdir())

@@ -243,7 +243,7 @@ def test_grids_of_other_bits_are_refused():
         QAT(activation_bits=4).attach(first.model, AttachContext(steps=4))
     with pytest.raises(InputError, match=r"first_last_bits: 4, but an earlier stage .* to 8 bits"):
         QAT(first_last_bits=4).attach(first.model, AttachContext(steps=4))
-    with pytest.raises(InputError, match="per_channel: false, but the grids of an earlier stage"):
+    with pytest.raises(InputError, match="per_channel: false, but an earlier stage has quantized"):
         QAT(per_channel=False).attach(first.model, AttachContext(steps=4))
     with pytest.raises(InputError, match="Write `exclude` in that stage"):
         QAT(bits=4, exclude=("conv1",)).attach(first.model, AttachContext(steps=4))
