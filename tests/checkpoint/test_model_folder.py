@@ -81,7 +81,13 @@ def test_damage_is_told(folder, tmp_path, harm, words):
 
 
 @pytest.mark.parametrize(
-    "other", [("resnet20", 7), ("resnet32", 10), ("squeezenet1_1", 10), ("mobilenet_v3_small", 10)]
+    "other",
+    [
+        ("resnet20", 7),
+        ("resnet32", 10),
+        ("squeezenet1_1", 10),
+        pytest.param(("mobilenet_v3_small", 10), marks=pytest.mark.slow),
+    ],
 )
 def test_another_network_is_told(folder, other):
     with pytest.raises(InputError, match=r"another network|num_classes"):

@@ -83,6 +83,7 @@ EAGER = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so eagerly")
+@pytest.mark.slow
 def test_freed_memory_is_reused_by_the_next_step():
     environment = {**os.environ, **EAGER}
     command = [sys.executable, "-c", FAULTS]

@@ -40,6 +40,7 @@ def test_a_killed_run_ends_with_the_same_bits(uninterrupted):
     killed_and_resumed(uninterrupted, "training", random.Random(0))
 
 
+@pytest.mark.slow
 def test_a_disk_fault_leaves_no_partial_files(uninterrupted):
     failed_and_resumed(uninterrupted, random.Random(0))
 

@@ -181,7 +181,9 @@ def in_float(kind):
     return None if task.from_original else task.predictions(captured(kind)[0](IMAGES)).to(TARGETS[kind])
 
 
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "regression" else pytest.mark.slow) for kind in TARGETS]
+)
 def test_max_drop_is_in_the_metric_of_the_task(kind):
     task, targets = tasks.build(kind), in_float(kind)
     for max_drop in (1e6, 1e-6):

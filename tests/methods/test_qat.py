@@ -118,7 +118,12 @@ def test_scales_follow_the_weights_after_every_step():
 
 
 @pytest.mark.parametrize(
-    "before", [PTQ(bits=3, weight_range="mse"), PTQ(bits=3, weight_range="mse", symmetric=False), AdaRound(bits=3)]
+    "before",
+    [
+        PTQ(bits=3, weight_range="mse"),
+        PTQ(bits=3, weight_range="mse", symmetric=False),
+        pytest.param(AdaRound(bits=3), marks=pytest.mark.slow),
+    ],
 )
 def test_clipping_grids_of_an_earlier_stage_keep_their_share(before):
     graph = attached(method=before).model

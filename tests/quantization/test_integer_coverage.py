@@ -167,7 +167,9 @@ INTEGERS = {
 """The MACs of the projections around attention, and of a Transformer's other layers."""
 
 
-@pytest.mark.parametrize("kind", IN_FLOAT)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "GRU" else ()) for kind in IN_FLOAT]
+)
 def test_what_stays_in_float_is_listed_with_reason_and_share(kind):
     middle, expected = copy.deepcopy(IN_FLOAT[kind])
     if kind == "attention pool":
