@@ -39,7 +39,7 @@ def test_a_gpu_that_emulates_bfloat16_uses_float32(monkeypatch, native, expected
     assert precision_for(torch.device("cuda"), "auto") is expected
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch cannot be asked")
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch has no torch.cpu.get_capabilities")
 def test_the_flags_agree_with_torch():
     known = torch.cpu.get_capabilities()
     for flag in ("amx_bf16", "avx512_bf16", "avx2"):
