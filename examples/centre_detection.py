@@ -24,10 +24,10 @@ MOST = 20
 
 
 class CentreNet(nn.Module):
-    """Maps of centres and sides; height and width of the images are multiples of four.
+    """Predicts maps of centres and sides. The height and width of the images must be multiples of four.
 
     Args:
-        num_classes: with the background, class 0, which has no map.
+        num_classes: number of classes, including the background (class 0), which has no map.
         width: channels of the last layers.
     """
 
@@ -55,11 +55,11 @@ class CentreDetection(Detection):
     """The task of `CentreNet`: focal loss of the centres and GIoU loss of the boxes; mAP50."""
 
     def inputs(self, batch: Any, *, training: bool) -> tuple[Any, ...]:
-        """The images."""
+        """Return the images, the only input of the network."""
         return (batch.images,)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Per box, the penalty-reduced focal loss of the paper and the GIoU loss at the centre."""
+        """Return the paper's penalty-reduced focal loss plus the GIoU loss at the centres, both per box."""
         centres = outputs["centres"]
         wanted = torch.zeros_like(centres)
         cells: list[Tensor] = []
@@ -80,7 +80,7 @@ class CentreDetection(Detection):
         return (generalized_box_iou_loss(found, boxes, reduction="sum") - hit.sum() - miss.sum()) / max(1, len(boxes))
 
     def predictions(self, outputs: Any) -> list[dict[str, Tensor]]:
-        """The boxes at the highest peaks of the centres."""
+        """Return the boxes at the highest peaks of the centres."""
         heat = torch.sigmoid(outputs["centres"].detach().cpu())
         peaks = torch.where(heat == F.max_pool2d(heat, 3, 1, 1), heat, 0).flatten(1)
         scores, places = peaks.topk(min(MOST, peaks.shape[1]))
@@ -92,14 +92,14 @@ class CentreDetection(Detection):
 
 
 def _gaussian(size: torch.Size, place: Tensor, deviation: Tensor) -> Tensor:
-    """1 at `place` (x, y) of a map (h, w), falling off with `deviation` (2,), all in cells."""
+    """Return a Gaussian with peak 1 at `place` (x, y) of a map (h, w); place and `deviation` (2,) are in cells."""
     y = torch.arange(size[0], device=place.device)[:, None] + 0.5 - place[1]
     x = torch.arange(size[1], device=place.device) + 0.5 - place[0]
     return torch.exp(-0.5 * ((x / deviation[0]) ** 2 + (y / deviation[1]) ** 2))
 
 
 def _boxes(sides: Tensor) -> Tensor:
-    """Distances to the sides (N, 4, h, w), before softplus and in cells, to boxes (N, 4, h, w) in pixels."""
+    """Convert distances to the sides (N, 4, h, w), in cells before softplus, to boxes (N, 4, h, w) in pixels."""
     y, x = (torch.arange(length, device=sides.device) + 0.5 for length in sides.shape[2:])
     left, top, right, bottom = F.softplus(sides).unbind(1)
     return STRIDE * torch.stack([x - left, y[:, None] - top, x + right, y[:, None] + bottom], 1)

@@ -15,7 +15,7 @@ from tersor.tasks.detection import Detection
 
 
 def detector(classes: int) -> FCOS:
-    """Return an FCOS with a small backbone; the images are normalized already."""
+    """Return an FCOS with a small backbone. It expects normalized images."""
     backbone = torch.nn.Sequential(Layer(3, 32), Layer(32, 64, stride=2), Layer(64, 64), Layer(64, 64, stride=2))
     backbone.out_channels = 64  # FCOS requires it
     points = AnchorGenerator(sizes=((8,),), aspect_ratios=((1.0,),))

@@ -25,11 +25,11 @@ class CompressionTrainer(Trainer):
         super().__init__(model=Objective(attached.model, attached.terms, label_weight=attached.label_weight), **options)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **_more: Any) -> Tensor:
-        """The sum of the losses of a batch."""
+        """Return the sum of the losses of a batch."""
         return torch.stack([*model(Batch(inputs["pixel_values"], inputs["labels"])).values()]).sum()
 
     def create_optimizer(self, *given: Any) -> torch.optim.Optimizer:
-        """The Trainer's own, with the hooks of the method."""
+        """Return the Trainer's own optimizer, with the hooks of the method."""
         optimizer = super().create_optimizer(*given)
         self.attached.bind(optimizer)
         return optimizer

@@ -1,7 +1,7 @@
 """Distill in PyTorch Lightning: the module holds an Attachment and an Objective.
 
 Lightning's automatic optimization computes the gradients inside `optimizer.step`, after `before_step` was called. With
-manual optimization they are computed before.
+manual optimization they are computed before the call of `step`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Distillation(lightning.LightningModule):
         )
 
     def training_step(self, batch: list[Tensor], _number: int) -> None:
-        """One optimizer step."""
+        """Make one optimizer step."""
         losses = self.objective(Batch(*batch))
         optimizer = self.optimizers()
         optimizer.zero_grad()
@@ -41,7 +41,7 @@ class Distillation(lightning.LightningModule):
         self.log_dict(losses)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD over everything that learns, with the hooks of the method."""
+        """Return SGD over all trainable parameters, with the hooks of the method."""
         learning = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(learning, lr=0.02, momentum=0.9)
         self.attached.bind(optimizer)

@@ -1,4 +1,4 @@
-"""Your own data, loss and loop: two labels for each digit, in batches that are dicts; then with weights of 4 bits."""
+"""Train with your own data, loss and loop: two labels for each digit, batches as dicts; then quantize to 4 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predict numbers: the angle of rotated digits, from pairs (image, value); the network is pruned and quantized."""
+"""Train a regression on pairs (image, value), the angle of rotated digits; then prune and quantize the network."""
 
 from __future__ import annotations
 

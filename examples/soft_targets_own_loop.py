@@ -1,4 +1,4 @@
-"""Distill with soft targets in your own training loop: the method adds its loss, the rest is plain PyTorch."""
+"""Distill with soft targets in your own training loop. The method adds its loss; all else is plain PyTorch."""
 
 from __future__ import annotations
 
