@@ -204,7 +204,7 @@ def export(
 
     Raises:
         InputError: the network cannot be converted, the runtime is not installed or cannot run the file, or the
-            outputs differ by more than rounding can explain. No file is written then.
+            outputs differ by more than rounding can explain. In these cases no file is written.
     """
     path = onnx_path(path)
     images = example_of(example).cpu().float()

@@ -88,7 +88,7 @@ def results_table(results: Results) -> Table:
 
     columns, artifact = entries(results), results.artifact
     title = f"{results.machine.cpu}, {results.machine.threads} threads"
-    table = Table(title=title, caption=f"Parentheses: 95 % intervals. Rounds: {_ended(results)}.")
+    table = Table(title=title, caption=f"95 % intervals are in parentheses. Rounds ran {_ended(results)}.")
     for column in ("", *columns, "vs. original", "vs. baseline"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])

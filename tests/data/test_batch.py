@@ -32,8 +32,8 @@ def test_of_endless_data_no_more_is_read_than_needed():
     ("data", "told"),
     [
         (None, "ptq needs images"),
-        ([], "ptq found no image in the data"),
-        (BATCHES[:1], "ptq found no image in the data"),
+        ([], "ptq needs images, and the data contains none"),
+        (BATCHES[:1], "ptq needs images, and the data contains none"),
         ([torch.zeros(2, 3, 4, 4, dtype=torch.uint8)], r"torch\.uint8.*floating-point"),
     ],
 )

@@ -301,7 +301,7 @@ class Loops(nn.Module):
         ),
         (NeedsTwo, r"NeedsTwo does not run on images \(3, 8, 8\) of float32: tuple index out of range"),
         (Counts, r"the graph of Counts cannot be captured: its forward fixes the batch size.*not as len\(x\)"),
-        (Loops, r"the graph of Loops cannot be captured: its forward fixes the batch size.*Possible"),
+        (Loops, r"the graph of Loops cannot be captured: its forward fixes the batch size.*Read the batch size"),
     ],
 )
 def test_what_cannot_be_captured_is_an_error_and_stays_unchanged(kind, message, capfd):

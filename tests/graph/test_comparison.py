@@ -83,7 +83,7 @@ def test_an_iterator_is_read_once():
     assert [each.mean() for each in rest] == [each.mean() for each in (IMAGES, IMAGES + 1)]
     batches = [IMAGES]
     assert few_images(batches, torch.device("cpu"))[1] is batches
-    with pytest.raises(InputError, match="contains no image"):
+    with pytest.raises(InputError, match="contains no images"):
         few_images([], torch.device("cpu"))
 
 

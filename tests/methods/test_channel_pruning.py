@@ -248,7 +248,7 @@ def test_a_fraction_that_is_not_reached_says_by_how_much_and_because_of_which_la
     with pytest.raises(InputError) as caught:
         attached(network, keep_macs=0.1, round_to=4)
     told = str(caught.value)
-    assert f"keep_macs: 0.1 cannot be met: {left:.3f} remain after all possible removals, " in told
+    assert f"keep_macs: 0.1 cannot be met: a fraction of {left:.3f} remains after all possible removals, " in told
     assert f", {left - 0.1:.3f} more than the target" in told
     assert f"Remaining fraction of all MACs: {spent['2'] / total:.3f} in 2 (no part of it is removed), " in told
     assert f"{narrow / total:.3f} in 0.rnn, 0.b, 0.a (as narrow as `floor` and `round_to` allow)" in told

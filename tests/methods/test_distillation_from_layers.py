@@ -120,9 +120,9 @@ def test_layers_that_cannot_be_paired_are_refused():
         match_layers(student, None, (), (), **given)
     with pytest.raises(InputError, match=r"fitnet needs images"):
         match_layers(student, teacher, (), (), None, method="fitnet")
-    with pytest.raises(InputError, match=r"3 of the student match \(layer1, layer2, layer3\) and 1 of the teacher"):
+    with pytest.raises(InputError, match=r"3 layers of the student \(layer1, layer2, layer3\) and 1 of the teacher"):
         match_layers(student, teacher, ("layer?",), ("layer3",), **given)
-    with pytest.raises(InputError, match=r"teacher_layers and no layers"):
+    with pytest.raises(InputError, match=r"teacher_layers but no layers"):
         match_layers(student, teacher, (), ("layer3",), **given)
     with pytest.raises(InputError, match=r"the student has no layer 'block3'"):
         match_layers(student, teacher, ("block3",), (), **given)
@@ -142,7 +142,7 @@ def test_without_a_regressor_the_channels_must_be_equal():
     found = FitNet(regressor=False).attach(student, AttachContext(data=Loader(), teacher=teacher))
     assert not list(found.terms[0].parameters())
     wide = build("resnet8x4", 10)
-    with pytest.raises(InputError, match=r"layer3 of 64 channels with layer3 of 256, since regressor is false"):
+    with pytest.raises(InputError, match=r"layer3 \(64 channels\) with layer3 \(256 channels\), since"):
         FitNet(regressor=False).attach(student, AttachContext(data=Loader(), teacher=wide))
 
 

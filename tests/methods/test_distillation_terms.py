@@ -238,7 +238,7 @@ def test_a_layer_may_be_in_several_pairs_and_duplicate_pairs_are_dropped(network
     [
         ("layer?", "", r"takes one layer, and 'layer\?' matches 3 of the student: layer1, layer2, layer3\. Write one"),
         ("layer3", "layer?", r"'layer\?' matches 4 of the teacher"),
-        ("", "layer3", r"has teacher_layer and no layer\."),
+        ("", "layer3", r"has teacher_layer but no layer\."),
         ("layer9", "", "the student has no layer 'layer9'"),
     ],
 )

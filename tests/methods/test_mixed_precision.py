@@ -261,7 +261,7 @@ def test_it_costs_less_than_the_same_bits_everywhere():
 def test_what_it_needs():
     with pytest.raises(InputError, match="needs images"):
         MixedPrecision().attach(Small(), AttachContext())
-    with pytest.raises(InputError, match="found no image in the data"):
+    with pytest.raises(InputError, match="needs images, and the data contains none"):
         begun(MixedPrecision(), data=[images(0)])
     with pytest.raises(InputError, match="hold NaN or infinity"):
         begun(MixedPrecision(), data=[images() / 0])

@@ -523,13 +523,13 @@ def test_no_data():
 
 @pytest.mark.parametrize("data", [[], [images()[:0]]], ids=["no batch", "no image"])
 def test_empty_data(data):
-    with pytest.raises(InputError, match="found no image in the data"):
+    with pytest.raises(InputError, match="needs images, and the data contains none"):
         calibrated(data=data)
 
 
 def test_data_that_can_be_read_only_once():
     calibrated(data=iter([images()]))  # one pass needs no more
-    with pytest.raises(InputError, match="found no image in the data in a second pass; a DataLoader"):
+    with pytest.raises(InputError, match=r"needs images, and the data contains none in a second pass. A DataLoader"):
         calibrated(method=PTQ(activation_range="mse"), data=iter([images()]))
 
 
@@ -561,7 +561,7 @@ def test_quantized_already():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"left": images(), "right": images()}, "of type dict.* It has the keys 'left', 'right', and not exactly one"),
+        ({"left": images(), "right": images()}, "of type dict.* It has the keys 'left', 'right'; exactly one"),
         ("images", "a batch of the data is of type str"),
         (images()[0], r"a tensor of shape \(3, 8, 8\)"),
         ([], "a batch of the data is of type list"),

@@ -303,7 +303,7 @@ def test_as_if_folded_from_the_first_step():
 def test_missing_images_are_an_error():
     with pytest.raises(InputError, match="qat needs images to calibrate with"):
         QAT().attach(Small().eval(), AttachContext(steps=4))
-    with pytest.raises(InputError, match="qat found no image in the data"):
+    with pytest.raises(InputError, match="qat needs images, and the data contains none"):
         QAT().attach(Small().eval(), AttachContext(data=[], steps=4))
 
 

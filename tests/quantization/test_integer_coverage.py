@@ -117,7 +117,7 @@ def planned(network, **options):
 
 ENDS = 3 * 8 * 64 + 8 * 10
 TRANSPOSED = "ONNX Runtime and OpenVINO have no integer kernel for ConvTranspose2d"
-ATTENTION = "it multiplies two activations, as in attention, and rounding both would not save time"
+ATTENTION = "it multiplies two activations, as in attention, and computing this in integers would not save time"
 IN_FLOAT = {
     "matrix product with a parameter": (
         Multiplies(lambda x, w: x @ w, torch.randn(8, 8)),

@@ -113,7 +113,7 @@ def test_a_processor_that_saturates_is_measured_with_its_grids():
 
 @pytest.mark.parametrize("data", [[], [images(0)]])
 def test_no_image(data):
-    with pytest.raises(InputError, match="found no image in the data"):
+    with pytest.raises(InputError, match="the data contains no images"):
         next(sensitivity(laid(), data, [("conv1", 2)], target=VNNI))
 
 

@@ -42,7 +42,7 @@ def test_faster_than_the_original_only():
     assert verdict(numbers_at(3.0, artifact=entry(3.0, size=1_000_000, macs=5_000_000))) == (
         "1.3x faster (1.3 to 1.4) than the original, but 1.5x slower (1.4 to 1.6) than the baseline at batch 1, "
         "4.0x smaller, accuracy unchanged. Possible reasons: the baseline uses the bfloat16 instructions of this CPU. "
-        "Ship original.onnx in OpenVINO (bfloat16) instead."
+        "Deploy original.onnx in OpenVINO (bfloat16) instead."
     )
 
 
@@ -50,7 +50,7 @@ def test_slower_than_both():
     assert verdict(numbers_at(8.0)) == (
         "2.0x slower (1.9 to 2.1) than the original and 4.0x slower (3.8 to 4.2) than the baseline at batch 1, "
         "4.0x smaller, accuracy unchanged. Possible reasons: the baseline uses the bfloat16 instructions of this CPU; "
-        "the artifact still computes all 10.0 million MACs. Ship original.onnx in OpenVINO (bfloat16) instead."
+        "the artifact still computes all 10.0 million MACs. Deploy original.onnx in OpenVINO (bfloat16) instead."
     )
 
 
@@ -60,7 +60,7 @@ def test_no_measurable_difference_from_either():
         "no measurable difference from the original (0.96x to 1.06x) and no measurable difference from the baseline "
         "(0.93x to 1.03x) at batch 1, 4.0x smaller"
     )
-    assert verdict(numbers).endswith("Ship model.onnx in ONNX Runtime only for its smaller size.")
+    assert verdict(numbers).endswith("Deploy model.onnx in ONNX Runtime only for its smaller size.")
 
 
 @pytest.mark.parametrize(
@@ -116,24 +116,24 @@ def test_a_cpu_without_vnni_is_a_reason(kind, bits, expected):
 def test_without_a_reason_none_is_given():
     expected = verdict(alone(8.0, artifact=entry(8.0, macs=5_000_000)))
     assert "reasons" not in expected
-    assert expected.endswith("Ship original.onnx in ONNX Runtime (float32) instead.")
+    assert expected.endswith("Deploy original.onnx in ONNX Runtime (float32) instead.")
 
 
 def test_equally_fast_and_not_smaller_is_not_recommended():
     expected = verdict(alone(4.0, artifact=entry(4.0)))
-    assert "Ship original.onnx in ONNX Runtime (float32) instead." in expected
+    assert "Deploy original.onnx in ONNX Runtime (float32) instead." in expected
 
 
 def test_equally_fast_and_smaller_but_inaccurate_is_not_recommended():
     expected = verdict(alone(4.0, artifact=entry(4.0, score=88.9, size=1_000_000)))
-    assert "Ship original.onnx in ONNX Runtime (float32) instead." in expected
+    assert "Deploy original.onnx in ONNX Runtime (float32) instead." in expected
 
 
 @pytest.mark.parametrize(
     ("ms", "expected"),
     [
-        (8.0, "Ship original.onnx in ONNX Runtime (float32) instead."),
-        (3.0, "Ship model.onnx in ONNX Runtime: the baseline loses more than one point of accuracy."),
+        (8.0, "Deploy original.onnx in ONNX Runtime (float32) instead."),
+        (3.0, "Deploy model.onnx in ONNX Runtime: the baseline loses more than one point of accuracy."),
     ],
 )
 def test_a_baseline_that_loses_more_than_a_point_is_not_recommended(ms, expected):
@@ -189,4 +189,4 @@ def test_a_metric_without_a_unit_has_no_points(after, expected):
 def test_a_larger_error_is_not_recommended(score, file):
     numbers = alone(4.0, artifact=entry(4.0, score=score, size=1_000_000), original=entry(4.0, score=0.1))
     numbers |= {"candidates": {"onnxruntime": entry(4.0, score=0.1)}, "metric": ERROR.model_dump()}
-    assert f"Ship {file}" in verdict(numbers)
+    assert f"Deploy {file}" in verdict(numbers)

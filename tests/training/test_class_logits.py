@@ -137,7 +137,9 @@ def test_without_data_the_task_alone_decides():
 
 
 def test_logits_of_different_shapes_are_refused():
-    with pytest.raises(InputError, match=r"the student are \(2, 3, 4, 4\), those of the teacher \(2, 3, 8, 8\)"):
+    with pytest.raises(
+        InputError, match=r"student have the shape \(2, 3, 4, 4\) and those of the teacher \(2, 3, 8, 8\)"
+    ):
         require_logits(
             context_of("segmentation", PIXELS),
             "soft_targets",
@@ -177,5 +179,5 @@ def test_dcil_trains_its_dense_path_on_the_loss_of_any_task(task):
     attachment = DCIL(mutual=False, sparsity=0.5).attach(model, context)
     losses = Objective(attachment.model, attachment.terms, teacher, task=goal)(batch)
     torch.testing.assert_close(losses["dcil"], losses["labels"])  # nothing is masked before the first step
-    with pytest.raises(InputError, match=r"dcil .* the outputs of the original network. Pass it as teacher"):
+    with pytest.raises(InputError, match=r"dcil .* the outputs of the original network. Pass the original network as"):
         DCIL(mutual=False).attach(Values(), AttachContext(task=tasks.build("distance"), steps=4))

@@ -164,7 +164,7 @@ def rebuild(fresh: nn.Module, found: Any) -> nn.Module:
         raise InputError("structure.json is damaged: it is nested too deeply.") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "all of it"
+        place = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise InputError(f"structure.json is damaged: {place[:100]}: {first['msg']}.") from None
     try:
         return _built(fresh, plan)
@@ -176,7 +176,7 @@ def rebuild(fresh: nn.Module, found: Any) -> nn.Module:
 
 def _of_another(fresh: nn.Module, why: str) -> InputError:
     return InputError(
-        f"structure.json belongs to another network than this {type(fresh).__name__} ({why[:300]}). Pass a new "
+        f"structure.json does not belong to this {type(fresh).__name__} ({why[:300]}). Pass a new "
         "network of the same class and size."
     )
 

@@ -13,7 +13,7 @@ class ProgressReporter(Protocol):
         ...
 
     def advance(self, items: int = 1, **values: float) -> None:
-        """Report `items` more as done, with values to display (losses by name, learning rate)."""
+        """Report that `items` more are done, with values to display (losses by name, learning rate)."""
         ...
 
     def say(self, line: str) -> None:
@@ -48,7 +48,7 @@ class StageProgress:
         self._progress.start(f"{self._stage}: {task}", total)
 
     def advance(self, items: int = 1, **values: float) -> None:
-        """Report `items` more as done."""
+        """Report that `items` more are done."""
         self._progress.advance(items, **values)
 
     def say(self, line: str) -> None:

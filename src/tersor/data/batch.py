@@ -114,4 +114,4 @@ def first_batch(data: Iterable[Any] | None, method: str) -> Tensor:
             raise InputError(f"a batch of the data has the type {images.dtype}. Pass normalized floating-point images.")
         if len(images):
             return images
-    raise InputError(f"{method} found no image in the data. Pass batches (N, C, H, W).")
+    raise InputError(f"{method} needs images, and the data contains none. Pass batches (N, C, H, W).")

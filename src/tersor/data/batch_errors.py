@@ -27,15 +27,15 @@ def images_error(batch: Any) -> InputError:
         described = f"a tensor of shape {tuple(first.shape)}"
         if first.ndim == 3:
             return InputError(
-                f"a batch of the data is {described}, a single image. {_POSSIBLE} Wrap a data set in a DataLoader; "
-                "image[None] makes a batch of one image."
+                f"a batch of the data is {described}, which is a single image. {_POSSIBLE} Wrap a data set in a "
+                "DataLoader; image[None] makes a batch of one image."
             )
         return InputError(f"a batch of the data is {described}. {_POSSIBLE}")
     kind = type(first).__name__
     if isinstance(first, dict):
         keys = ", ".join(repr(key) for key in cast("dict[Any, Any]", first))
         advice = (
-            f"It has the keys {keys}, and not exactly one tensor of four or five dimensions: pass "
+            f"It has the keys {keys}; exactly one of them must hold a tensor of four or five dimensions. Pass "
             "[(batch[...], batch[...]) for batch in loader]."
         )
     elif type(first).__module__.partition(".")[0] == "numpy":
@@ -62,7 +62,7 @@ def labels_error(labels: Tensor, images: int, classes: int | None, least: int | 
         if labels.shape == (images, 1):
             return InputError(f"{of}. Possible: {numbers}. Write labels.squeeze(1).")
         if labels.ndim == 2 and len(labels) == images:
-            return InputError(f"{of}: one-hot or soft labels. Possible: {numbers}. Write labels.argmax(1).")
+            return InputError(f"{of}, like one-hot or soft labels. Possible: {numbers}. Write labels.argmax(1).")
         return InputError(f"{of}. Possible: {numbers}.")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         return InputError(f"{of}, from {labels.min()} to {labels.max()}. Possible: {numbers}. Write labels.long().")

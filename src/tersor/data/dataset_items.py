@@ -68,8 +68,8 @@ class ItemSet:
         if key is not None and len(known) == 1:
             return item[key], others[known[0]]
         raise InputError(
-            f"{self.name}: item {number} is a dict of {', '.join(map(repr, item))}, where the target is not clear. "
-            f"{_POSSIBLE} Write package.module:function that returns pairs."
+            f"{self.name}: item {number} is a dict with the keys {', '.join(map(repr, item))}, and it is unclear which "
+            f"one is the target. {_POSSIBLE} Write package.module:function that returns pairs."
         )
 
     def kind(self) -> Kind:

@@ -128,7 +128,7 @@ def _source(given: Mapping[str, Any], root: str | Path | None, targets: SceneTar
     named = [key for key, value in given.items() if value is not None]
     if len(named) != 1:
         raise InputError(
-            f"data needs one of {', '.join(given)}, and has {' and '.join(named) or 'none'}. Write folder: "
+            f"data needs one of {', '.join(given)}, given {' and '.join(named) or 'none'}. Write folder: "
             "path/to/images, or name: digits."
         )
     if root is not None and named != ["name"]:

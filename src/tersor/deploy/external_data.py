@@ -12,7 +12,7 @@ from tersor.core.errors import InputError
 def refuse_outside(path: Path) -> None:
     """Refuse a model with external data outside of its folder: by an absolute path, `..` or a link.
 
-    Files that are no ONNX are left to the runtime.
+    Files that are not ONNX are left to the runtime.
 
     Raises:
         InputError: the model reads such a file.

@@ -16,7 +16,7 @@ _RESERVED = re.compile(r"images|v\d+")
 
 def output_names(program: ONNXProgram) -> list[str]:
     """A name for each output: a single one is `logits`, those of a dict have their keys, those of a tuple are
-    `output_0`, `output_1`; nested keys and indices are joined by dots. None is no output.
+    `output_0`, `output_1`; nested keys and indices are joined by dots. None values are not outputs.
     """
     from torch.export.graph_signature import ConstantArgument
     from torch.utils import _pytree as pytree

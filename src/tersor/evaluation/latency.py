@@ -1,8 +1,8 @@
 """Latency, size and memory of model files in their target runtimes. Needs numpy, never torch.
 
-**Latency is interleaved.** A machine's speed drifts by more than two models differ. So every round times each model
-once, in a new order, and ratios compare times of the same round. After some rounds all files are opened again, since
-two sessions of one file differ as long as they are open (see `timings.py`).
+**Latency is interleaved.** The speed of a machine drifts by more than the difference of two models. So every round
+times each model once, in a new order, and ratios compare times of the same round. After some rounds all files are
+opened again, since two sessions of one file differ as long as they are open (see `timings.py`).
 
 **Spinning threads.** Between two requests, ONNX Runtime's threads spin on cores that another session needs. ResNet-20,
 FP32 and int8, in both runtimes; four interleaved sessions against each alone in its process, median of 40 measurements

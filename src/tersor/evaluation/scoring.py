@@ -24,7 +24,7 @@ from tersor.tasks.task import Task
 
 _IMAGES_AT_ONCE = 500
 _PIXELS_AT_ONCE = 2**22
-"""Of a batch whose outputs may have as many pixels as the images."""
+"""Largest number of pixels in a batch whose outputs may have as many pixels as the images."""
 _OF_A_TUPLE = re.compile(r"output_\d+")
 
 
@@ -62,7 +62,7 @@ def file_outputs(session: Session, array: Array) -> Any:
         if value.shape[:1] != (len(array),):
             raise InputError(
                 f"the output '{name}' of the file has the shape {tuple(value.shape)} for {len(array)} images. "
-                "Possible: networks whose outputs have one entry for each image."
+                "Only networks whose outputs have one entry for each image can be measured."
             )
     if list(values) == [LOGITS]:
         return values[LOGITS]
@@ -105,7 +105,7 @@ def score(task: Task, predictions: Any, targets: Any) -> float:
     """The metric of the predictions for all images.
 
     Raises:
-        InputError: the targets do not fit the task, or the metric is no number.
+        InputError: the targets do not fit the task, or the metric is not a number.
     """
     return _valid(task, task.score([] if predictions is None else [(predictions, targets)]))
 

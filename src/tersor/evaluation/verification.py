@@ -71,8 +71,8 @@ def _compare(
     shapes = [", ".join(str(tuple(each.shape)) for each in outputs) for outputs in (file_outputs, torch_outputs)]
     if shapes[0] != shapes[1]:
         raise InputError(
-            f"for {len(images)} images, the file in {session.runtime} returns shape {shapes[0]}, the "
-            f"network in torch {shapes[1]}. The file is discarded. Possible: a forward that takes any "
+            f"for {len(images)} images, the file in {session.runtime} returns shape {shapes[0]}, but the "
+            f"network in torch returns {shapes[1]}. The file is discarded. Write a forward that accepts any "
             "number of images."
         )
     difference, quantization = _difference(file_outputs, torch_outputs), _difference(float_outputs, torch_outputs)
@@ -92,15 +92,15 @@ def _compare(
         difference = 100 * _difference(again, torch_outputs)
         raise InputError(
             f"the forward uses random numbers in eval mode: two runs in torch differ by {difference:.3g} %. "
-            "Possible: dropout as a module, or F.dropout(x, training=self.training)."
+            "Use a dropout module, or F.dropout(x, training=self.training)."
         )
     if not difference <= refuse_above:
         raise InputError(
-            f"{finding}. Rounding does not explain that, so the file is discarded. "
+            f"{finding}. This is more than rounding can explain, so the file is discarded. "
             + (
-                "Possible: another runtime, or keeping the faulty layers in float (`exclude`)."
+                "Use another runtime, or keep the faulty layers in float (`exclude`)."
                 if several
-                else "On several images they agree. Possible: a forward that does not depend on the number of images."
+                else "On several images they agree. Write a forward that does not depend on the number of images."
             )
         )
     if several:

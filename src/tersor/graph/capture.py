@@ -107,8 +107,10 @@ def _recorded(model: nn.Module, images: Tensor) -> fx.GraphModule:
 
 
 def _require_own_forward(model: nn.Module) -> None:
-    """Raises:
-    InputError: a forward set on the instance, hooks on the outermost module, or a part with a reserved name.
+    """Check that the graph can hold everything that the forward of the outermost module does.
+
+    Raises:
+        InputError: a forward set on the instance, hooks on the outermost module, or a part with a reserved name.
     """
     if "forward" in vars(model) or is_hooked(model):
         raise InputError(

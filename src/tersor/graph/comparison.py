@@ -33,7 +33,7 @@ def few_images(data: Iterable[Any], device: torch.device) -> tuple[Tensor, Itera
     batches = iter(data)
     first = next(batches, None)
     if first is None:
-        raise InputError("the data contains no image. Pass batches (N, C, H, W).")
+        raise InputError("the data contains no images. Pass batches (N, C, H, W).")
     rest = chain([first], batches) if batches is data else data
     return images_of(first)[:FEW].to(device), rest
 
@@ -81,9 +81,8 @@ def require_same(after: nn.Module, expected: list[Tensor], images: Tensor) -> No
         kind = type(after).__name__
         raise InputError(
             f"the captured graph of {kind} is not equivalent to {kind}: on a batch of {len(images)} outputs differ by "
-            f"{found:.2g} of their largest value, {TOLERANCE:g} is allowed. Possible: a forward that depends only on "
-            "its input: no random numbers in eval mode, no counters, no changing Python values, no branch on the batch "
-            "size."
+            f"{found:.2g} of their largest value; {TOLERANCE:g} is allowed. The forward must depend only on its input: "
+            "no random numbers in eval mode, no counters, no changing Python values, no branch on the batch size."
         )
 
 

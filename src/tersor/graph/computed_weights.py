@@ -16,7 +16,7 @@ from tersor.graph.dead_code import has_effects
 
 
 def source_of(node: fx.Node) -> str:
-    """How a value is computed, from names of Parameters on: equal for a weight that is computed twice."""
+    """Describe how a value is computed from Parameters; the text is equal for a weight that is computed twice."""
     if node.op != "call_function":
         return str(node.target)
     parts = fx.map_arg((node.args, node.kwargs), source_of)
@@ -61,7 +61,7 @@ def _value(
 
 
 def _needed(node: fx.Node, reader: fx.Node) -> set[fx.Node]:
-    """`node`, what leads to it, and what changes any of that in place before `reader`."""
+    """Return `node`, the nodes it depends on, and those that change any of them in place before `reader`."""
     needed = _leading_to(node)
     for each in node.graph.nodes:
         if each is reader:

@@ -15,7 +15,7 @@ def has_effects(node: fx.Node) -> bool:
 
 
 def remove_unused(graph: fx.Graph) -> None:
-    """Remove operators whose results nobody reads. An in-place change stays if what it changes is read."""
+    """Remove operators whose results are not used. An in-place change stays if its target is used."""
     live: set[fx.Node] = set()
     waiting = [node for node in graph.nodes if node.op in ("placeholder", "output")]
     while waiting:

@@ -26,7 +26,7 @@ _CAPTURED = "It was captured for the size of the first images. Pass all images i
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Generator[None]:
-    """Afterwards restores the mode of each module, including those frozen by hand."""
+    """Context that restores the mode of each module at its end, including those frozen by hand."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -37,7 +37,7 @@ def modes_restored(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """Eval mode meanwhile; afterwards restores the mode of each module."""
+    """Context in eval mode; it restores the mode of each module at its end."""
     with modes_restored(model):
         model.eval()
         yield
@@ -63,7 +63,7 @@ def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Gen
         reason = _reason(error)
         details, advice = f" of {kind}: {reason}", "Pass images that the network accepts."
         if found := _CHANNELS.search(reason):
-            details, advice = "", f"It takes images (N, {found[1]}, H, W), these are (N, {found[2]}, H, W)."
+            details, advice = "", f"It takes images (N, {found[1]}, H, W), but these are (N, {found[2]}, H, W)."
             if images.shape[1] == 3:
                 advice += (
                     " Images of a recipe are RGB; the functions (tersor.quantize, ...) accept images with any "
@@ -94,8 +94,8 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
     required = required_inputs(network)
     if len(required) > 1:
         raise InputError(
-            f"the forward of {name} needs {len(required)} inputs: {', '.join(required)}. Possible: one, the images. "
-            "Give the others a default, or wrap the network in a module that provides them."
+            f"the forward of {name} needs {len(required)} inputs: {', '.join(required)}. Only one is possible, the "
+            "images. Give the others a default, or wrap the network in a module that provides them."
         )
     if not images.is_floating_point():
         raise InputError(f"images for {name} have the type {images.dtype}. Pass normalized floating-point images.")
@@ -108,7 +108,7 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
         of_one = network(two[:1].clone())
     except _FAILURES as error:
         raise InputError(
-            f"{name} runs on two images, but not on one: {_reason(error)}. It must accept any number. "
+            f"{name} runs on two images, but not on one: {_reason(error)}. It must accept any number of images. "
             f"Possible reason: {_SQUEEZED}"
         ) from error
     for several, one in zip(tensors_in(outputs), tensors_in(of_one), strict=False):

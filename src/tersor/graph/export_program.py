@@ -31,8 +31,8 @@ _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n\s+(.+)')
 _CONVERSIONS = {"to", "type_as", "_to_copy"}
 _LIBRARY = re.compile(r"/(torch|torchvision|tersor)/")
 _WAY_OUT = (
-    "A forward must not branch on the values of tensors or create tensors of data-dependent size. Possible: pass the "
-    "submodule without that part (such as model.backbone), and keep the rest as it is."
+    "A forward must not branch on the values of tensors or create tensors of data-dependent size. Pass the submodule "
+    "without that part (such as model.backbone), and keep the rest unchanged."
 )
 
 
@@ -94,15 +94,15 @@ def _with_batch_found(images: Tensor, model: nn.Module, first: _Refused) -> Expo
     sizes = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs).meta["val"]
     if is_concrete_int(sizes.shape[0]):
         raise InputError(
-            f"the graph of {type(model).__name__} cannot be captured: its forward fixes the batch size. Possible: a "
-            "forward that reads the batch size as x.shape[0], not as len(x), and stores no tensor of that size."
+            f"the graph of {type(model).__name__} cannot be captured: its forward fixes the batch size. "
+            "Read the batch size as x.shape[0], not as len(x), and store no tensor of that size."
         ) from error
     return program
 
 
 @contextmanager
 def without_exporter_output() -> Generator[None]:
-    """Without the warnings, logs and graphs that torch.export prints; errors are explained by `refusal_reason`."""
+    """Context that hides the warnings, logs and graphs of torch.export; `refusal_reason` explains its errors."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -167,7 +167,7 @@ def _plain_signature(graph: fx.GraphModule, program: ExportedProgram) -> None:
 
 
 def _overwrites_input(node: fx.Node) -> bool:
-    """Whether a tensor is copied onto the images: so the exporter writes a buffer that the forward itself registers."""
+    """Whether a tensor is copied onto the images, as the exporter writes it for a buffer that the forward registers."""
     return operator_name(node) == "copy_" and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
 
 

@@ -184,7 +184,7 @@ def last_feature_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     """The last module at each resolution: `layer1`, `layer2`, `layer3` of a ResNet.
 
     Modules are the network's children, or deeper ones if these have more resolutions (`features.6`). Pools are skipped,
-    and so are modules whose output has one pixel, is no feature map, or is changed in place by a later layer.
+    and so are modules whose output has one pixel, is not a feature map, or is changed in place by a later layer.
 
     Raises:
         InputError: there is no such module.

@@ -281,7 +281,7 @@ def _empty(kind: type[nn.Module], *positional: Any, **options: Any) -> Any:
 
 
 def _move_behind(node: fx.Node, other: fx.Node) -> None:
-    """Move `node`, its new users follow anyway, behind `other` if that comes later in the graph."""
+    """Move `node` behind `other` if `other` comes later in the graph; all users of `node` come after both."""
     for each in node.graph.nodes:
         if each is node:
             other.append(node)

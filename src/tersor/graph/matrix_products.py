@@ -51,7 +51,7 @@ def _attention(node: fx.Node) -> fx.Node | None:
 
 
 def _einsum(node: fx.Node) -> fx.Node | None:
-    """The product of two activations over their shared dimensions; None where it is no single matrix product."""
+    """The product of two activations over their shared dimensions; None if this is not a single matrix product."""
     given = arguments(node)
     equation, operands = given["equation"].replace(" ", ""), given["tensors"]
     inputs, _, output = equation.partition("->")

@@ -1,4 +1,4 @@
-"""What a captured network does otherwise than the user's network in training, and random numbers in eval mode."""
+"""How a captured network differs from the user's network in training, and random numbers in eval mode."""
 
 from __future__ import annotations
 

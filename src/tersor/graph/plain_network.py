@@ -47,7 +47,7 @@ def plain_copy(model: nn.Module, name: str = "the network") -> nn.Module:
     Raises:
         InputError: this is not a network with usable weights, or it cannot be copied.
     """
-    refuse_what_is_no_network(model, name)
+    require_network(model, name)
     plain = _copied(unwrapped(model), name).eval()
     _unwrap_parts(plain)
     plain = _folded(plain)
@@ -59,9 +59,11 @@ def plain_copy(model: nn.Module, name: str = "the network") -> nn.Module:
     return plain
 
 
-def refuse_what_is_no_network(model: object, name: str = "the network") -> None:
-    """Raises:
-    InputError: this is not a network with usable weights.
+def require_network(model: object, name: str = "the network") -> None:
+    """Check that this is a network with usable weights.
+
+    Raises:
+        InputError: it is not.
     """
     if isinstance(model, type):
         raise InputError(f"{name} is the class {model.__name__}. Pass an instance: {model.__name__}(...).")
@@ -81,8 +83,10 @@ def refuse_what_is_no_network(model: object, name: str = "the network") -> None:
 
 
 def refuse_without_weights(model: nn.Module, name: str = "the network") -> None:
-    """Raises:
-    InputError: the network has no parameters.
+    """Check that the network has parameters.
+
+    Raises:
+        InputError: it has none.
     """
     if next(model.parameters(), None) is None:
         raise InputError(

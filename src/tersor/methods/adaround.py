@@ -10,8 +10,8 @@ rounded. It needs a few hundred images and no labels. `quantization/reconstructi
 
 The paper folds BatchNorm first. Here it stays a module after the layer; the choices per channel are the same. The paper
 runs 10,000 iterations; the default here is 1,000 at ten times the learning rate. Activations are quantized after all
-weights are rounded. The network may return any tensors. The error is that of a layer's output; after the last point at
-which the network has a single value, it is that of all outputs.
+weights are rounded. The network may return any tensors. The error is measured on a layer's output. After the last point
+at which the network has a single value, it is measured on all outputs of the network.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class AdaRound(RangeOptions, BitOptions):
     """Post-training quantization with weight rounding learned layer by layer; needs no labels."""
 
     example: ClassVar[dict[str, Any]] = {"bits": 3, "iterations": 20}
-    exempt: ClassVar[dict[str, str]] = {"off": "rounds even at 8 bits"}
+    exempt: ClassVar[dict[str, str]] = {"off": "rounding changes the network even at 8 bits"}
 
     bits: WeightBits = 4
     calibration_images: ReconstructionImages = 512

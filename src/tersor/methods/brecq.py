@@ -15,14 +15,14 @@ on all of them. `quantization/reconstruction.py` has the formulas.
 
 As in QDrop, activation steps are learned together with the rounding, on rounded activations; `drop` is the share of
 them, and of the block's input, that stays in float in each iteration (QDrop: 0.5). BRECQ's paper learns the rounding on
-activations in float, and the steps afterwards. QDrop found learning both together better, and so did we: a W4A4
+activations in float, and the steps afterwards. Learning both together was better in QDrop's paper and here: a W4A4
 ResNet-20 classifies 94.3 and 94.5 % of the validation images correctly, compared with 93.8 % if they are learned one
 after the other.
 
-BRECQ's paper weights the error by the squared gradient of the task loss (Fisher). Its released code does not by
-default, and neither does this. The papers run 20,000 iterations per block; the default here is 2,000 at ten times the
-learning rate, so that each of a block's two layers gets as many as in `adaround`. BatchNorm stays a module after its
-layer; the choices per channel are the same as with folding.
+BRECQ's paper weights the error by the squared gradient of the task loss (Fisher). Its released code does not do
+this by default, nor does this file. The papers run 20,000 iterations per block; the default here is 2,000 at ten times
+the learning rate, so that each of a block's two layers gets as many as in `adaround`. BatchNorm stays a module after
+its layer; the choices per channel are the same as with folding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BRECQ(RangeOptions, BitOptions):
     """Post-training quantization with weight rounding and activation steps learned block by block; needs no labels."""
 
     example: ClassVar[dict[str, Any]] = {"bits": 3, "activation_bits": 7, "drop": 0.5, "iterations": 20}
-    exempt: ClassVar[dict[str, str]] = {"off": "rounds even at 8 bits"}
+    exempt: ClassVar[dict[str, str]] = {"off": "rounding changes the network even at 8 bits"}
 
     bits: WeightBits = 4
     calibration_images: ReconstructionImages = 512

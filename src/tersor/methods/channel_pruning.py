@@ -7,7 +7,7 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
     W[c]  the rows that write channel c, the columns that read it
 
 This is `magnitude`; `pruning/channel_importance.py` has the formulas and papers of the others, and accepts your own
-function. Channels are removed in blocks that leave a multiple of `round_to`, since runtimes are slow at odd widths: a
+function. Channels are removed in blocks that leave a multiple of `round_to`, since runtimes are slow at other widths: a
 ResNet-18 with 47 % of its channels removed took 17.6 ms in ONNX Runtime unrounded, 6.7 ms with 50 % removed and rounded
 to 8 (bench/pruning_rounding.py measures 1, 4, 8 and 16). Until the budget is met, scope `layer` takes the next block
 from the group that has lost the smallest fraction, and `global` takes the block with the lowest importance (for `obs`,
@@ -105,13 +105,13 @@ class ChannelPruning:
         Field(description="score of a channel; or a function, package.module:function"),
     ] = "magnitude"
     scope: Annotated[
-        Scope, Field(description="remove the same fraction of every group, or the least important channels of all")
+        Scope, Field(description="layer: same fraction of every group; global: least important channels of the network")
     ] = "layer"
     round_to: Annotated[int, Field(ge=1, description="the number of remaining channels is a multiple of this")] = 8
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always remains")] = 0.1
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not removed")] = ()
     branches: Annotated[
-        int, Field(ge=0, description="residual branches to remove first: least change of the outputs per cost")
+        int, Field(ge=0, description="number of residual branches to remove first: smallest output error per cost")
     ] = 0
     importance_images: Annotated[
         int, Field(ge=1, description="images for `importance: taylor` and `obs`, and for `branches`")
@@ -161,7 +161,7 @@ class ChannelPruning:
         keeps = {kind: getattr(self, f"keep_{kind}") for kind in ("macs", "parameters", "channels", "latency")}
         targets: dict[str, float] = {kind: keep for kind, keep in keeps.items() if keep is not None}
         if len(targets) > 1:
-            raise InputError(f"channel_pruning has one target, given keep_{' and keep_'.join(targets)}. Write one.")
+            raise InputError(f"channel_pruning takes one target, given keep_{' and keep_'.join(targets)}. Write one.")
         return next(iter(targets.items()), ("macs", 0.5))
 
     def _cheapest_branches(self, budget: _Budget, graph: fx.GraphModule, context: AttachContext) -> list[Branch]:
@@ -255,8 +255,8 @@ class ChannelPruning:
         reasons = explain_shortfall(graph, shares, cuts, unprunable, self.exclude)
         finer = ", or a lower `floor` or `round_to`" if self.floor or self.round_to > 1 else ""
         return InputError(
-            f"keep_{budget.kind}: {keep:g} cannot be met: {fraction:.3f} remain after all possible removals, "
-            f"{fraction - keep:.3f} more than the target. Remaining fraction of all {what}: {reasons}. Write "
+            f"keep_{budget.kind}: {keep:g} cannot be met: a fraction of {fraction:.3f} remains after all possible "
+            f"removals, {fraction - keep:.3f} more than the target. Remaining fraction of all {what}: {reasons}. Write "
             f"{math.ceil(1000 * fraction) / 1000:.3f} or more{finer}."
         )
 

@@ -1,4 +1,4 @@
-"""Contrastive distillation: aligns student and teacher embeddings of the same image and separates those of others.
+"""Contrastive distillation: aligns student and teacher embeddings of one image, and separates those of other images.
 
 Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020.
 

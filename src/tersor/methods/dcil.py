@@ -11,15 +11,15 @@ z (N, classes, ...) are the logits of the masked network, z' those of the dense 
 positions. CE stands for the task's loss. The masks are updated as in `dpf`. The paper describes only the refined
 gradient. The authors' code has two more parts, which can be switched off here: a separate BatchNorm and head for the
 dense path (`own_norms`), and mutual distillation of both paths (`mutual`, for tasks with logits) after 70 of 300
-epochs. Without `refined_gradient` both paths update all weights, as the code's other settings do.
+epochs. Without `refined_gradient` both paths update all weights, as with the code's other settings.
 
 A step runs the network twice, at twice the cost. The dense path's own modules start as copies of the network's and are
 discarded at the end of the stage. The dense path is not quantized where `qat` quantizes the network. The dense path has
 a label loss of weight 1 and no teacher.
 
-The code's sparsity rises per epoch, here per step. The code adds 1e-7 to probabilities; the logarithms here do not need
-it. The paper's checkpoints are the best on the test set, partly from before the final sparsity; here the stage ends
-exactly at the final sparsity.
+In the code the sparsity rises per epoch; here it rises per step. The code adds 1e-7 to probabilities; the logarithms
+here do not need it. The paper's checkpoints are the best on the test set, partly from before the final sparsity; here
+the stage ends exactly at the final sparsity.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class DCIL:
         if context.task.from_original and context.teacher is None:
             raise InputError(
                 f"dcil trains its dense path on targets, which in the task {name_of(context.task)} are the outputs of "
-                "the original network. Pass it as teacher=..."
+                "the original network. Pass the original network as teacher=..."
             )
         check_steps(context.steps, "dcil")
         check_floor(self.floor, self.sparsity)

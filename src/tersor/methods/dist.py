@@ -61,7 +61,7 @@ class CorrelationTerm(LossTerm):
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class DIST:
-    """Matches the teacher's predictions by correlation, so that a much stronger teacher helps (DIST)."""
+    """Maximizes the correlation with the teacher's predictions; suited to a much stronger teacher (DIST)."""
 
     needs_teacher: ClassVar[bool] = True
     needs_steps: ClassVar[bool] = True

@@ -92,8 +92,9 @@ class FitNet:
         for pair in pairs:
             if not self.regressor and pair.student_channels != pair.teacher_channels:
                 raise InputError(
-                    f"fitnet cannot compare {pair.student} of {pair.student_channels} channels with {pair.teacher} of "
-                    f"{pair.teacher_channels}, since regressor is false. Write regressor: true, or other layers."
+                    f"fitnet cannot compare {pair.student} ({pair.student_channels} channels) with {pair.teacher} "
+                    f"({pair.teacher_channels} channels), since regressor is false. Write regressor: true, or other "
+                    "layers."
                 )
         with seeded(self.seed):
             term = HintTerm(pairs, self.loss_weight, self.regressor)

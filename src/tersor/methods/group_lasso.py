@@ -37,7 +37,7 @@ from tersor.training.method import PLAIN_VALUES
 
 
 def decay_factors(importance: Tensor, alpha: float) -> Tensor:
-    """gamma (channels,): from 1, the most important channel, to 2^alpha, the least; 1 if all are equal."""
+    """gamma (channels,): 1 for the most important channel, 2^alpha for the least; 1 if all are equal."""
     spread = importance.max() - importance.min()
     return 2 ** (alpha * (importance.max() - importance) / spread) if spread > 0 else torch.ones_like(importance)
 
@@ -53,7 +53,7 @@ class GroupLasso:
     strength: Annotated[float, Field(ge=0, description="factor of the decay, relative to the gradient of the loss")] = (
         5e-4
     )
-    alpha: Annotated[float, Field(ge=0, description="the least important channel decays 2^alpha times as fast")] = 4.0
+    alpha: Annotated[float, Field(ge=0, description="ratio of the fastest to the slowest decay: 2^alpha")] = 4.0
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not decayed")] = ()
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:

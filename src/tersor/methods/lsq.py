@@ -53,7 +53,7 @@ class LSQ(QuantizedTrainingOptions):
 
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"bits": 3, "offset": True, "freeze_norm_at": 0.5}
-    exempt: ClassVar[dict[str, str]] = {"off": "rounds even at 8 bits"}
+    exempt: ClassVar[dict[str, str]] = {"off": "rounding changes the network even at 8 bits"}
 
     offset: Annotated[bool, Field(description="also learn the zero points of activations, as in LSQ+")] = False
 

@@ -101,7 +101,7 @@ class MixedPrecision(RangeOptions):
     """Post-training quantization that chooses each layer's bit width within an average; needs no labels."""
 
     example: ClassVar[dict[str, Any]] = {"average_bits": 3.5, "widths": (2, 3, 4, 8), "activation_range": "mse"}
-    exempt: ClassVar[dict[str, str]] = {"off": "rounds even at 8 bits"}
+    exempt: ClassVar[dict[str, str]] = {"off": "rounding changes the network even at 8 bits"}
 
     average_bits: Annotated[float, Field(gt=2, le=8, description="largest mean bit width over all weights")] = 5.0
     widths: Annotated[tuple[Bits, ...], Field(min_length=1, description="possible bit widths of a layer")] = (
@@ -182,7 +182,7 @@ class MixedPrecisionAttachment(Attachment):
         return {"bits": bits, "average_bits": spent / sum(self.sizes.values())}
 
     def begin(self) -> None:
-        """Measures every layer at every width, chooses the bits, and calibrates. Does nothing a second time.
+        """Measures every layer at every width, chooses the bits, and calibrates. A second call does nothing.
 
         Raises:
             InputError: the data contains no image, or a value is not finite.

@@ -18,14 +18,14 @@ the optimizer: weight decay is not scaled, and momentum accumulates scaled gradi
 `scale_by: constant` is the control: the same mean scale for all weights. If the method is better than this control, the
 cause is not a larger learning rate.
 
-The paper has s = lambda * (d + epsilon), its code no epsilon, so a weight on its point does not move; the same holds
-here. The code's lambda of 150 is a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network), hence
-`mean_scale`. Its grid is shared by a whole layer and reaches to a running mean of the largest weight; here that is
-`per_channel: false` with `range: running`. By default the grid is that of `ptq` with the same `first_last_bits` and
-`weight_range: minmax`; note that `ptq` clips below 8 bits by default if the network has BatchNorm. Below 4 bits, the
-first and last layer use the grid of 8 bits, as in the code, and as in `ptq` by default. The code also trains without
-weight decay at 2 bits (write `optimizer: {weight_decay: 0}`), and gives the classifier's bias a grid. Here biases have
-none, because they have 32 bits in the exported file.
+The paper has s = lambda * (d + epsilon). Its code has no epsilon, so a weight on its point does not move; this file
+follows the code. The code's lambda of 150 gives a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network);
+this is the reason for `mean_scale`. Its grid is shared by a whole layer and reaches to a running mean of the largest
+weight; here that is `per_channel: false` with `range: running`. By default the grid is that of `ptq` with the same
+`first_last_bits` and `weight_range: minmax`; note that `ptq` clips below 8 bits by default if the network has
+BatchNorm. Below 4 bits, the first and last layer use the grid of 8 bits, as in the code, and as in `ptq` by default.
+The code also trains without weight decay at 2 bits (write `optimizer: {weight_decay: 0}`), and gives the classifier's
+bias a grid. Here biases have no grid, because they have 32 bits in the exported file.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class PSGD:
     target: Annotated[Literal["grid", "zero"], Field(description="target of the weights: grid points or zero")] = "grid"
     per_channel: PerChannel = True
     range: Annotated[
-        Literal["exact", "running"], Field(description="grid over the largest weight, or over its running mean")
+        Literal["exact", "running"], Field(description="range of the grid: the largest weight, or its running mean")
     ] = "exact"
     mean_scale: Annotated[
         float, Field(gt=0, description="mean factor on the first gradients, if strength is not set")
@@ -85,7 +85,7 @@ class PSGD:
     strength: Annotated[float | None, Field(gt=0, description="lambda, instead of mean_scale")] = None
     scale_by: Annotated[
         Literal["distance", "constant"],
-        Field(description="constant: a control with the same mean scale for all weights"),
+        Field(description="distance to the grid point; constant: the same factor for all weights, as a control"),
     ] = "distance"
     layers: Annotated[
         tuple[str, ...], Field(description="patterns of layers; default: all convolutions and fully connected layers")

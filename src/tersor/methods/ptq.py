@@ -14,7 +14,7 @@ without it, a flipped sign stays on the grid. As in every later paper, the first
 bits.
 
 Options: cross-layer equalization and bias correction (Nagel et al., ICCV 2019: `quantization/equalization.py`,
-`quantization/bias_correction.py`), and `max_drop`, which leaves the most harmful layers in float. The other defaults
+`quantization/bias_correction.py`), and `max_drop`, which keeps the most sensitive layers in float. The other defaults
 come from `bench/ptq_defaults.py`: at 8 bits a range ends at the largest values; below 8 bits a range minimizes the
 squared error, and a BatchNorm compensates for the changed means and variances. On a processor that accumulates 8-bit
 products in 16 bits (AVX2 without VNNI), weight scales are widened until no channel saturates:
@@ -63,7 +63,7 @@ class PTQ(CalibrationOptions, BitOptions):
         "equalize": True,
         "variance_correction": True,
     }
-    exempt: ClassVar[dict[str, str]] = {"off": "rounds even at 8 bits"}
+    exempt: ClassVar[dict[str, str]] = {"off": "rounding changes the network even at 8 bits"}
 
     symmetric: Annotated[
         bool, Field(description="symmetric weight grids; if false, weights of fewer than 8 bits get a zero point")
@@ -142,7 +142,7 @@ class PTQAttachment(Attachment):
         )
 
     def begin(self) -> None:
-        """Calibrates in one or two passes over the images, and sets all ranges. Does nothing a second time.
+        """Calibrates in one or two passes over the images, and sets all ranges. A second call does nothing.
 
         Raises:
             InputError: the data contains no image, or cannot be read again though a range, bias correction or

@@ -45,7 +45,7 @@ class QAT(QuantizedTrainingOptions):
 
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"bits": 4, "averaging": 0.3, "freeze_norm_at": 0.5, "freeze_ranges_at": 0.7}
-    exempt: ClassVar[dict[str, str]] = {"off": "rounds even at 8 bits"}
+    exempt: ClassVar[dict[str, str]] = {"off": "rounding changes the network even at 8 bits"}
 
     averaging: Annotated[
         float, Field(gt=0, le=1, description="weight of a batch in the running range of an activation")

@@ -11,7 +11,8 @@ Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021.
 
 The authors' code adds the pooled features before the classifier as one more layer, and compares features before the
 last ReLU of a stage. Here the outputs of the named layers are compared, and the pooled last one. As in the code, m is
-the number of channels of the student's last layer, at most 512, and the weight has a warm-up: there 20 of 240 epochs.
+the number of channels of the student's last layer, at most 512, and the weight has a warm-up (in the code, over 20 of
+240 epochs).
 
 It works with any task and any outputs of the network, because only outputs of layers are compared.
 """
@@ -89,7 +90,7 @@ def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _batch_norm(norm: nn.Module, values: Tensor) -> Tensor:
-    """BatchNorm of (N, C, H, W); with one value per channel, by the running statistics."""
+    """Apply BatchNorm to (N, C, H, W); with one value per channel, use the running statistics."""
     assert isinstance(norm, nn.BatchNorm2d)
     if values.numel() > values.shape[1]:
         return norm(values)

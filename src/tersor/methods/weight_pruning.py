@@ -76,12 +76,12 @@ class WeightPruning:
     off: ClassVar[dict[str, Any]] = {"sparsity": 0.0}
 
     sparsity: Annotated[
-        float | None, Field(ge=0, lt=1, description="fraction that is masked; default: 0.5, with N:M 1 - N/M")
+        float | None, Field(ge=0, lt=1, description="fraction of masked weights; default: 0.5, or 1 - N/M for N:M")
     ] = None
     importance: Annotated[
         str,
         AfterValidator(named("importance", IMPORTANCES)),
-        Field(description=f"which are kept: {', '.join(IMPORTANCES)}, or package.module:function"),
+        Field(description=f"score of a weight: {', '.join(IMPORTANCES)}, or package.module:function"),
     ] = "magnitude"
     granularity: Annotated[
         str,
@@ -100,7 +100,7 @@ class WeightPruning:
     sparsity_schedule: Annotated[
         str,
         AfterValidator(named("sparsity_schedule", _SCHEDULES)),
-        Field(description=f"rise of the sparsity over the stage: {', '.join(_SCHEDULES)}, or package.module:function"),
+        Field(description=f"how the sparsity rises: {', '.join(_SCHEDULES)}, or package.module:function"),
     ] = "one_shot"
     end: Annotated[float, Field(gt=0, le=1, description="fraction of the stage over which the sparsity rises")] = 0.75
     every: Annotated[int, Field(ge=1, description="steps between two mask updates")] = 16

@@ -32,7 +32,7 @@ class OtherClasses(InputError):  # noqa: N818 - names the difference, not an err
 
     def __init__(self, path: str, in_file: int, here: int) -> None:
         super().__init__(
-            f"'{path}': the file has {in_file} classes, num_classes is {here}. "
+            f"'{path}': the file has {in_file} classes, but num_classes is {here}. "
             f"Write num_classes: {in_file}, or give weights for {here} classes."
         )
         self.in_file = in_file

@@ -2,7 +2,7 @@
 
 Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024 (arXiv 2404.00498): seven convolutions without
 shortcuts. Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021: plain 3x3 convolutions are the
-fastest layers for their multiplications.
+fastest layers per multiplication.
 
 A stem, then three stages of two 3x3 convolutions with a max pooling behind the first one, a global max pooling and a
 linear layer. With base width w, the stages have w, 4w and 4w channels. All widths are multiples of 8. The stem of

@@ -17,7 +17,7 @@ from tersor.data.batch import images_of
 from tersor.data.loader import batches_of
 from tersor.evaluation.session import Session
 from tersor.graph.eval_mode import check_forward, only_tensors
-from tersor.graph.plain_network import plain_copy, refuse_what_is_no_network, refuse_without_weights, unwrapped
+from tersor.graph.plain_network import plain_copy, refuse_without_weights, require_network, unwrapped
 from tersor.tasks.network_outputs import described
 
 
@@ -53,7 +53,7 @@ def student_of(model: nn.Module) -> nn.Module:
     Raises:
         InputError: not a network that can be trained in float32.
     """
-    refuse_what_is_no_network(model, "the student")
+    require_network(model, "the student")
     student = unwrapped(model)
     refuse_without_weights(student, "the student")
     if not any(each.requires_grad for each in student.parameters()):
@@ -61,7 +61,7 @@ def student_of(model: nn.Module) -> nn.Module:
     other = {each.dtype for each in student.parameters() if each.is_floating_point()} - {torch.float32}
     if other:
         raise InputError(
-            f"the student has weights of {other.pop()}, and training needs float32. Call student.float() first."
+            f"the student has weights of type {other.pop()}, but training needs float32. Call student.float() first."
         )
     return student
 
@@ -72,7 +72,7 @@ def teacher_of(model: nn.Module) -> nn.Module:
     Raises:
         InputError: not a network with weights.
     """
-    refuse_what_is_no_network(model, "the teacher")
+    require_network(model, "the teacher")
     teacher = unwrapped(model)
     refuse_without_weights(teacher, "the teacher")
     if any(each.is_floating_point() and each.dtype != torch.float32 for each in teacher.state_dict().values()):
@@ -81,8 +81,10 @@ def teacher_of(model: nn.Module) -> nn.Module:
 
 
 def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
-    """Raises:
-    InputError: student and teacher are the same network or share a parameter: training would change the teacher.
+    """Check that student and teacher share no parameter, because training would change the teacher.
+
+    Raises:
+        InputError: they are the same network or share a parameter.
     """
     if student is teacher:
         raise InputError("student and teacher are the same network. Pass copy.deepcopy(model) as the teacher.")
@@ -152,8 +154,10 @@ def check_metadata(classes: object, pixels: object, channels: int) -> None:
 
 
 def check_classes(session: Session, classes: Sequence[str]) -> None:
-    """Raises:
-    InputError: the number of logits differs from the number of classes.
+    """Check that there is one logit for each class.
+
+    Raises:
+        InputError: the number of logits differs from the number of classes.
     """
     if not classes:
         return

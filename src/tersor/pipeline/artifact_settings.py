@@ -69,8 +69,10 @@ def class_names(model: Path) -> list[str] | None:
 
 
 def refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[str]) -> None:
-    """Raises:
-    InputError: the classes of the data are others than those of the artifact.
+    """Check that the data has the same classes as the artifact.
+
+    Raises:
+        InputError: the classes differ.
     """
     if of_artifact is None or list(of_artifact) == list(of_data):
         return
@@ -88,7 +90,7 @@ def refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[st
 
 
 class _Told(BaseModel):
-    """What `numbers.json` says of how the network is run."""
+    """The entries of `numbers.json` that say how the network is run."""
 
     model_config = ConfigDict(allow_inf_nan=False)
     runtime: str = "onnxruntime"

@@ -1,6 +1,6 @@
 """Sensitivity of each layer of a recipe's model to each bit width, measured into a resumable file.
 
-NAME.sensitivity.json     what was measured, with what, and how many weights a layer has
+NAME.sensitivity.json     the measurements, their settings, and the number of weights of each layer
 NAME.sensitivity.svg      the same as a heat map
 """
 

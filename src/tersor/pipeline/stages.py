@@ -229,7 +229,7 @@ def _train(
 def _fast_teacher(experiment: Experiment, stage: Stage, attachment: Attachment) -> nn.Module | None:
     """A copy of the teacher with fused layers, where a loss needs its outputs.
 
-    Of a task whose targets are the outputs of the original, the original is the teacher where there is no other.
+    If the targets of the task are the outputs of the original and there is no teacher, the original is the teacher.
     """
     teacher, from_original = experiment.teacher, experiment.task.from_original
     if teacher is None and from_original:

@@ -93,7 +93,7 @@ def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group
 
 @contextmanager
 def _existing_objects_not_collected() -> Generator[None]:
-    """The garbage collector skips existing objects: all of torch, at every collection."""
+    """Context in which the garbage collector skips existing objects, such as those of torch."""
     if gc.get_freeze_count():  # frozen by the caller
         yield
         return

@@ -1,8 +1,8 @@
 """The order in which channels are removed, and the remaining cost after each block.
 
-Channels are removed in blocks that leave a multiple of `round_to` in each group: runtimes are slow at odd widths. What
-a block saves is computed from the shapes of the layers it shrinks, so that all blocks together take one pass over the
-network.
+Channels are removed in blocks that leave a multiple of `round_to` in each group: runtimes are slow at other widths.
+What a block saves is computed from the shapes of the layers it shrinks, so that all blocks together take one pass over
+the network.
 """
 
 from __future__ import annotations

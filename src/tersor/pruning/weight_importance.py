@@ -154,7 +154,7 @@ def _loss(task: Task, outputs: Any, targets: Any) -> Tensor:
         return loss_of(task, outputs, targets)
     except InputError as error:
         raise InputError(
-            f"importance: taylor needs gradients of the loss of the task {name_of(task)} in eval mode: {error} Or else "
+            f"importance: taylor needs gradients of the loss of the task {name_of(task)} in eval mode: {error} Or "
             "write importance: magnitude, which needs no loss."
         ) from error
 

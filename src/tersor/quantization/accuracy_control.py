@@ -1,4 +1,4 @@
-"""Accuracy control: leaves the most harmful layers in float, as few as meet a largest drop of the task's metric."""
+"""Accuracy control: keeps the most sensitive layers in float, as few as possible for a limit on the metric's drop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FloatLayers:
     """The layers left in float.
 
     Attributes:
-        layers: their names, the most harmful first.
+        layers: their names, the most sensitive first.
         drop: the remaining drop of the metric (accuracy in points); without labels, the percentage of predictions
             that changed.
     """
@@ -40,7 +40,7 @@ class FloatLayers:
 
 
 class _Reference:
-    """Images with their targets, and what the network in float makes of them."""
+    """Images with their targets, and the outputs of the float network for them."""
 
     def __init__(self, graph: fx.GraphModule, data: Iterable[Any], method: str, task: Task) -> None:
         self.graph, self.task = graph, task
@@ -103,10 +103,10 @@ def keep_in_float(
     progress: ProgressReporter = NO_PROGRESS,
     task: Task = CLASSIFICATION,
 ) -> FloatLayers:
-    """Leave the most harmful layers in float, as few as bring the drop down to `max_drop`.
+    """Keep the most sensitive layers in float, as few as possible for a drop of at most `max_drop`.
 
-    A layer's harm is the error of the outputs when it alone is quantized: of two bad layers in a row, putting only one
-    in float would not help. Bisection finds their number.
+    A layer's sensitivity is the error of the outputs when it alone is quantized. The drop without a single layer is not
+    used: of two sensitive layers in a row, keeping only one in float would not help. Bisection finds the number.
 
     Args:
         quantizers: of the network, all enabled.
@@ -137,21 +137,21 @@ def keep_in_float(
         return FloatLayers((), drop)
     enable(set())
     refit()
-    most_harmful = _most_harmful_first(quantizers, enable, reference, progress)
-    too_few, enough, drop = 0, len(most_harmful), 0.0
+    most_sensitive = _most_sensitive_first(quantizers, enable, reference, progress)
+    too_few, enough, drop = 0, len(most_sensitive), 0.0
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        found = drop_without(most_harmful[:middle])
+        found = drop_without(most_sensitive[:middle])
         if found <= max_drop:
             enough, drop = middle, found
         else:
             too_few = middle
-    enable(every.difference(most_harmful[:enough]))
+    enable(every.difference(most_sensitive[:enough]))
     refit()
-    return FloatLayers(tuple(most_harmful[:enough]), drop)
+    return FloatLayers(tuple(most_sensitive[:enough]), drop)
 
 
-def _most_harmful_first(
+def _most_sensitive_first(
     quantizers: Quantizers, enable: Callable[[set[str]], None], reference: _Reference, progress: ProgressReporter
 ) -> list[str]:
     layers = (*quantizers.layers, *quantizers.products)

@@ -47,7 +47,7 @@ def batch_of(images: Iterable[Tensor]) -> Tensor:
             break
     if not taken:
         raise InputError(
-            "bias correction reads the data a second time, and found no image. Pass a DataLoader or a list."
+            "bias correction reads the data twice, and the second pass returned no images. Pass a DataLoader or a list."
         )
     return torch.cat(taken)
 

@@ -1,4 +1,4 @@
-"""Blocks: a captured network divided at nodes whose value alone carries everything.
+"""Blocks: parts of a captured network, divided at nodes on whose value alone all later nodes depend.
 
     x -> [conv1 bn relu] -> [conv bn relu conv bn +] -> [...] -> [mean linear] -> logits
 

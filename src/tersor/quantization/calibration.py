@@ -59,8 +59,8 @@ def calibrate(
             done += len(batch)
             progress.advance(len(batch))
         if done == before:
-            again = " in a second pass; a DataLoader or a list can be read twice" if number else ""
-            raise InputError(f"{method} found no image in the data{again}. Pass batches (N, C, H, W).")
+            again = " in a second pass. A DataLoader or a list can be read twice" if number else ""
+            raise InputError(f"{method} needs images, and the data contains none{again}. Pass batches (N, C, H, W).")
         _require_finite_ranges(histograms)
     return histograms
 
@@ -74,7 +74,7 @@ def set_ranges(
     method: str,
     progress: ProgressReporter = NO_PROGRESS,
 ) -> None:
-    """Calibrate, and set the grids of all activations and weights. Products that rounding distorts stay in float.
+    """Calibrate, and set the grids of all activations and weights. Products with a large error stay in float.
 
     Raises:
         InputError: the data contains no image, or cannot be read again; a value is not finite.

@@ -248,7 +248,7 @@ def _shape(channels: int | None) -> tuple[int, ...]:
 
 @contextmanager
 def quantizers_disabled(model: nn.Module) -> Generator[None]:
-    """Rounds neither weights nor activations of `model` meanwhile. Masks stay."""
+    """Context in which neither weights nor activations of `model` are rounded. Masks stay."""
     enabled = [each for each in model.modules() if isinstance(each, FakeQuantize) and each.enabled]
     for quantizer in enabled:
         quantizer.enabled = False

@@ -24,7 +24,7 @@ from tersor.graph.eval_mode import checked_forward
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import in_float32, parametrizations_of
 from tersor.graph.plain_modules import has_plain_forward, is_hooked
-from tersor.graph.plain_network import refuse_what_is_no_network
+from tersor.graph.plain_network import require_network
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.operators import Operand, Product, run_through
 from tersor.quantization.qdq_placement import computed
@@ -114,10 +114,10 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
     Raises:
         InputError: this is not a network, or it does not run on the example.
     """
-    refuse_what_is_no_network(model)
+    require_network(model)
     images = images_of(example)[:1]
     if not len(images):
-        raise InputError("the example contains no image. Pass at least one.")
+        raise InputError("the example contains no images. Pass at least one.")
     with checked_forward("the network", images):
         ran = run_through(model, images, planned=planned)
     quantized = any(isinstance(module, FakeQuantize) for module in model.modules())
@@ -206,7 +206,7 @@ def _reason_without_weight(product: Product) -> str:
         return "it multiplies by a constant"
     if product.node is not None and _has_quantizers(product.node):
         return "rounding both operands would cost too much accuracy"
-    return "it multiplies two activations, as in attention, and rounding both would not save time"
+    return "it multiplies two activations, as in attention, and computing this in integers would not save time"
 
 
 def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
@@ -220,7 +220,7 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
         of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
         return f"{kind} is not supported" if of_torch else f"the forward of {kind} reads the weights directly"
     if not has_plain_forward(module):
-        return f"{kind} is a subclass with a forward of its own"
+        return f"{kind} is a subclass with its own forward"
     around = model.get_submodule(product.parent)
     if not isinstance(around, fx.GraphModule):
         return f"it is called from within {type(around).__name__}, which is not traced"

@@ -1,4 +1,4 @@
-"""Products of two activations that rounding distorts: they stay in float.
+"""Products of two activations with a large rounding error: they stay in float.
 
 An attention head that attends to one position needs a grid up to 1. In another head of the same product, each of L
 positions has a weight of about 1 / L, which may be less than a step of that grid.
@@ -30,7 +30,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def without_inaccurate_products(quantizers: Quantizers, data: Iterable[Any], target: Target) -> Quantizers:
-    """Leave the products in float that rounding distorts on a few images; returns the quantizers that remain.
+    """Keep products with a large rounding error on a few images in float; return the remaining quantizers.
 
     Args:
         quantizers: of the network, all enabled.

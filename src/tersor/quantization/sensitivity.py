@@ -118,7 +118,7 @@ def _runs(quantizers: Quantizers, data: Iterable[Any], task: Task) -> Iterator[_
 def _require_finite(runs: list[_Run]) -> None:
     floats = [each for run in runs for each, _ in floats_of_both(run.outputs, run.outputs)]
     if not sum(map(len, floats)):
-        raise InputError("sensitivity found no image in the data. Pass batches (N, C, H, W).")
+        raise InputError("the data contains no images. Pass batches (N, C, H, W).")
     if not all(torch.isfinite(each).all() for each in floats):
         raise InputError(
             "the network's outputs are not finite for some images. Check images and weights for NaN, infinity and very "

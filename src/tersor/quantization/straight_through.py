@@ -33,7 +33,7 @@ from torch import Tensor
 from tersor.quantization.grid import Grid
 
 _SLACK = 1e-6
-"""In steps: a value on the last point counts as inside, whichever way the product was rounded."""
+"""Tolerance in steps: a value on the last point counts as inside, however the product was rounded."""
 
 
 def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:

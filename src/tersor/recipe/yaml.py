@@ -130,7 +130,7 @@ def load(text: str, name: str, *, lines: bool = True) -> Located:
         lines: whether errors also name the line.
 
     Raises:
-        InputError: it is no YAML, or a key is given twice; one line for each problem.
+        InputError: it is not YAML, or a key is given twice; one line for each problem.
     """
     reader = _Reader(lambda line: f"{name}, line {line}" if lines else name)
     try:
@@ -156,7 +156,7 @@ def override(tree: Located, assignment: str) -> None:
         assignment: `path=value`: keys and list indices with dots between, and YAML; `stages.0.epochs=3`.
 
     Raises:
-        InputError: there is no such place, or the value is no YAML.
+        InputError: there is no such place, or the value is not YAML.
     """
     place = f"--set {assignment}"
     path, equals, text = assignment.partition("=")
@@ -184,10 +184,10 @@ def _inside(node: Located, part: str, place: str, where: str) -> Located:
 
 
 def complete(tree: Located) -> Located:
-    """The same tree, checked: no value is `???`, which a recipe writes where its user has to give one.
+    """Return the tree after a check that no value is `???`, which marks values that the user of a recipe has to give.
 
     Raises:
-        InputError: some are; names all of them.
+        InputError: values are missing; the message names all of them.
     """
     missing = dict(_missing(tree, ""))
     if missing:

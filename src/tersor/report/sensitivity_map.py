@@ -9,7 +9,7 @@ from tersor.quantization.sensitivity import Cost
 from tersor.report.templating import environment
 
 _COLOURS = ((255, 247, 236), (252, 141, 89), (127, 0, 0))
-"""Of the smallest, the middle and the largest error, on a logarithmic scale."""
+"""Colours of the smallest, the middle and the largest error, on a logarithmic scale."""
 _WHITE_TEXT_FROM = 0.715
 
 

@@ -26,7 +26,7 @@ class StageCurves(NamedTuple):
 
 
 def curves(numbers: Results) -> Iterator[StageCurves]:
-    """Of the stages that updated masks or validated during training."""
+    """Return the curves of the stages that updated masks or validated during training."""
     for stage in numbers.stages:
         masks = [
             {kind: list(zip(log["steps"], log[kind], strict=True)) for kind in ("sparsity", "changed")}
@@ -63,4 +63,4 @@ def movement_groups(means: Sequence[float | None]) -> Groups:
 def describe_movement(means: Sequence[float | None]) -> str:
     """The movement of the weights closest to a grid point, and of those farthest from one."""
     known = [mean for mean in means if mean is not None]
-    return f"closest to a point: moved by {number(known[0])} steps; farthest: by {number(known[-1])}"
+    return f"weights closest to a grid point moved by {number(known[0])} steps, the farthest by {number(known[-1])}"

@@ -13,9 +13,9 @@ Evidence = Mapping[str, Any]
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 _LARGEST_LOSS = 1.0
-"""In percentage points, or in percent of a metric without a unit; a file that loses more is not recommended."""
+"""Percentage points, or percent of a metric without a unit; a file that loses more is not recommended."""
 _CONVERSION_SHARE = 0.2
-"""Of the node time, from which conversions are named as a reason."""
+"""Share of the node time from which conversions are named as a reason."""
 _CONVERSIONS = {
     *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "FakeQuantize", "Cast", "Convert"),
     *("Reorder", "ReorderInput", "ReorderOutput", "Transpose"),
@@ -25,8 +25,8 @@ _CONVERSIONS = {
 def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
     """Latency at batch 1 against the original and the baseline; size and metric against the original.
 
-    If the artifact is not faster than the baseline, also possible reasons and which file to ship: the fastest at batch
-    1 that loses at most one point of the metric.
+    If the artifact is not faster than the baseline, the text also has possible reasons and the file to deploy: the
+    fastest at batch 1 that loses at most one point of the metric.
 
     Args:
         numbers: the content of `numbers.json`.
@@ -134,7 +134,7 @@ def _reasons(numbers: Results, evidence: Evidence | None) -> list[str]:
 
 
 def _recommendation(numbers: Results) -> str:
-    """Which file to ship if the artifact is not faster than the baseline."""
+    """Which file to deploy if the artifact is not faster than the baseline."""
     metric, before = numbers.metric, numbers.original.score
     largest = _LARGEST_LOSS if metric.unit else _LARGEST_LOSS / 100 * abs(before)
     sufficient = lambda entry: metric.loss(before, entry.score) <= largest  # noqa: E731
@@ -142,11 +142,11 @@ def _recommendation(numbers: Results) -> str:
     alternative, artifact = reference_entry(numbers, name, "1"), numbers.artifact
     direction = _direction(numbers.speedup[name]["1"])
     if sufficient(artifact):
-        model = f"Ship model.onnx in {RUNTIMES[artifact.runtime]}"
+        model = f"Deploy model.onnx in {RUNTIMES[artifact.runtime]}"
         if direction > 0:
             return (
                 f"{model}: the baseline loses more than one {'point' if metric.unit else 'percent'} of {metric.name}."
             )
         if direction == 0 and artifact.bytes * 1.05 < alternative.bytes:
             return f"{model} only for its smaller size."
-    return f"Ship original.onnx in {RUNTIMES[alternative.runtime]} ({alternative.precision}) instead."
+    return f"Deploy original.onnx in {RUNTIMES[alternative.runtime]} ({alternative.precision}) instead."

@@ -20,7 +20,7 @@ from tersor.search.search_context import Search
 
 _SECONDS = 5.0
 _MORE_TIME = 3
-"""The advice predicts the drop after this many times the time."""
+"""The advice predicts the drop after this multiple of the search time."""
 
 
 def write_front(search: Search, *, finished: bool) -> Front:

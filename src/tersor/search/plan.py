@@ -53,7 +53,7 @@ class Costs:
         export: to quantize, export and validate a trained candidate.
         step: one training step of the original.
         test: to run one file on the test set.
-        finish: everything after the last training but exports and tests.
+        finish: everything after the last training, except exports and tests.
     """
 
     survey: float = 0.0

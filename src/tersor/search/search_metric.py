@@ -26,8 +26,10 @@ def of_file(file: Path, runtime: str, batches: Batches, experiment: Experiment, 
 
 
 def refuse_other_metrics(task: Task) -> None:
-    """Raises:
-    InputError: the metric of the task is not a percentage, is better when lower, or needs the original's outputs.
+    """Check that a search can maximize the metric of the task.
+
+    Raises:
+        InputError: the metric is not a percentage, is better when lower, or needs the original's outputs.
     """
     if not task.higher_is_better or task.unit != "%" or task.from_original:
         raise InputError(

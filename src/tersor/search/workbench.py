@@ -76,7 +76,7 @@ class Workbench:
     checkpoint_every: int = 200
 
     def choosing_on_test_images(self) -> Workbench:
-        """The same, with half of the test images of each class for validation, and the other half for tests."""
+        """Return a workbench that validates on half of the test images of each class, and tests on the other half."""
         data, draw = self.experiment.data, generator(self.experiment.recipe.seed)
         targets, half = data.test.targets, len(data.test) // 2
         if isinstance(self.experiment.task, Classification):

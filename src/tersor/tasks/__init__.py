@@ -37,7 +37,7 @@ def build(task: str | Task, **parameters: Any) -> Task:
         parameters: of the class or function.
 
     Raises:
-        InputError: the name is unknown, a parameter is invalid, or the result is no `Task`.
+        InputError: the name is unknown, a parameter is invalid, or the result is not a `Task`.
     """
     from tersor.tasks.task import Task
 

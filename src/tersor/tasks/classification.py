@@ -29,7 +29,7 @@ class Classification(Task):
         """Cross entropy.
 
         Raises:
-            InputError: the outputs are no logits.
+            InputError: the outputs are not logits.
         """
         logits = self.logits(outputs)
         if logits is None:
@@ -47,7 +47,7 @@ class Classification(Task):
         """Class numbers (N,), int64. With a single logit, class 1 is predicted where it is above 0.
 
         Raises:
-            InputError: the outputs are no logits, or could be logits or probabilities.
+            InputError: the outputs are not logits, or could be logits or probabilities.
         """
         logits = self.logits(outputs)
         if logits is None:

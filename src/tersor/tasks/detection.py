@@ -69,7 +69,7 @@ class Detection(Task):
         """mAP50 in percent.
 
         Raises:
-            InputError: the targets are no boxes and labels.
+            InputError: the targets are not boxes and labels.
         """
         return 100 * max(0.0, float(self._measured(required(pairs, self))["map_50"]))
 
@@ -123,7 +123,7 @@ def _check(targets: Any, images: int) -> None:
 
 
 def same_boxes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Twice the confident boxes that two predictions for an image share, over all their confident boxes."""
+    """Return 2 * shared boxes / all boxes of two predictions for an image; only confident boxes count."""
     from torchvision.ops import box_iou
 
     first, second = (

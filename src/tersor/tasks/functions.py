@@ -42,7 +42,7 @@ class FromFunctions(Task):
         vars(self).update(attributes)  # attributes of this instance replace those of the class
 
     def inputs(self, batch: Batch, *, training: bool) -> tuple[Any, ...]:
-        """Those of the base."""
+        """Return the inputs of the base task."""
         return self.base.inputs(batch, training=training)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
@@ -50,11 +50,11 @@ class FromFunctions(Task):
         return (self._loss or self.base.loss)(outputs, targets)
 
     def logits(self, outputs: Any) -> Tensor | None:
-        """Those of the base."""
+        """Return the logits of the base task."""
         return self.base.logits(outputs)
 
     def predictions(self, outputs: Any) -> Any:
-        """The outputs themselves for a metric of the user, otherwise the predictions of `base`."""
+        """Return the outputs for a metric of the user, otherwise the predictions of the base task."""
         return super().predictions(outputs) if self._own else self.base.predictions(outputs)
 
     def score(self, pairs: Pairs) -> float:
@@ -82,11 +82,11 @@ class FromFunctions(Task):
             raise InputError(f"the metric {self.metric} returned {described(value)}. Return one number.") from None
 
     def score_by_class(self, pairs: Pairs, classes: int) -> Tensor | None:
-        """That of the base's metric."""
+        """Return the base task's metric of each class."""
         return None if self._own else self.base.score_by_class(pairs, classes)
 
     def agreement(self, predictions: Any, reference: Any) -> Tensor:
-        """That of the base."""
+        """Return the agreement of the base task."""
         if self._own:
             predictions, reference = (self.base.predictions(each) for each in (predictions, reference))
         return self.base.agreement(predictions, reference)

@@ -61,7 +61,7 @@ def floats_of_both(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
     shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in both]
     if shapes[0] != shapes[1]:
         raise InputError(
-            f"two outputs cannot be compared: one has the shapes {shapes[0]}, the other {shapes[1]}. Possible: two "
+            f"two outputs cannot be compared: one has the shapes {shapes[0]}, the other {shapes[1]}. Compare "
             "networks that return tensors of the same shapes."
         )
     if not both[0]:

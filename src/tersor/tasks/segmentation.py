@@ -36,7 +36,7 @@ class Segmentation(Task):
         """Cross entropy, averaged over the pixels.
 
         Raises:
-            InputError: the outputs are no logits, or the targets no masks.
+            InputError: the outputs are not logits, or the targets are not masks.
         """
         logits = self._logits(outputs)
         self.check_masks(targets, len(logits), logits.shape[1])

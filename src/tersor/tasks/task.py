@@ -109,7 +109,8 @@ def with_label_smoothing(task: Task, fraction: float) -> Task:
         return task
     if not is_dataclass(task) or "label_smoothing" not in {each.name for each in fields(task)}:
         raise InputError(
-            f"label_smoothing is {fraction}, but the loss of {type(task).__name__} has none. Leave label_smoothing out."
+            f"label_smoothing is {fraction}, but the loss of {type(task).__name__} does not support it. Leave "
+            "label_smoothing out."
         )
     return replace(task, label_smoothing=fraction)
 

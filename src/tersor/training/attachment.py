@@ -72,16 +72,16 @@ class Attachment:
         """Restore what `state_dict` returned."""
 
     def begin(self) -> None:
-        """Do the slow work before the first step: calibration, reconstruction. Nothing by default."""
+        """Do the slow work before the first step, such as calibration. Does nothing by default."""
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Called with the gradients computed, before the weights are updated."""
+        """Called after the gradients are computed and before the weights are updated."""
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Called after the weights were updated."""
+        """Called after the weights are updated."""
 
     def finish(self) -> None:
-        """Called after the last step: freeze masks, ranges and the like."""
+        """Called after the last step, for example to freeze masks and ranges."""
 
     def bind(self, optimizer: Optimizer, start: int = 0) -> Handle:
         """Call `before_step` and `after_step` around every step of `optimizer`, in a user's own loop.
@@ -110,7 +110,7 @@ def without_loss(model: nn.Module, label_weight: float) -> Attachment:
 
 
 class Chain(Attachment):
-    """Several attachments as one: terms together, label weights multiplied, steps in the order of the methods."""
+    """Several attachments as one: all terms, the product of the label weights, hooks in the order of the methods."""
 
     def __init__(self, model: nn.Module, parts: Sequence[Attachment]) -> None:
         label_weight = 1.0

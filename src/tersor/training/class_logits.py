@@ -33,8 +33,8 @@ def by_position(logits: Tensor) -> Tensor:
 def distributions(logits: Tensor, task: Task) -> Tensor:
     """Logits (N, classes, ...) as (rows, classes) whose softmax is a distribution.
 
-    With independent classes, or a single logit, one row (2,) for each image, position and class: the class, and not the
-    class.
+    With independent classes, or a single logit, there is one row (2,) for each image, position and class: the logits
+    that the class is present and that it is absent.
     """
     rows = by_position(logits)
     if not task.independent_classes and rows.shape[1] > 1:
@@ -48,7 +48,7 @@ def rows_with_class(student: Tensor, teacher: Tensor, targets: Any, task: Task) 
     Masks of another size take the nearest pixel. Positions with the task's `ignore_index` are left out.
 
     Raises:
-        InputError: the targets are no class numbers for each position.
+        InputError: the targets are not class numbers for each position.
     """
     classes = _class_numbers(targets, student)
     rows = by_position(student), by_position(teacher), classes.flatten()
@@ -89,8 +89,8 @@ def require_logits(context: AttachContext, method: str, instead: str = _LAYER_ME
     for (one, shape), (other, of_other) in pairwise(shapes.items()):
         if shape != of_other:
             raise InputError(
-                f"{method} compares logits of one shape: those of the {one} are {shape}, those of the {other} "
-                f"{of_other}. Use networks with the same classes and the same output size, or {instead}."
+                f"{method} compares logits of equal shape, but those of the {one} have the shape {shape} and those of "
+                f"the {other} {of_other}. Use networks with the same classes and the same output size, or {instead}."
             )
 
 
@@ -98,7 +98,7 @@ def require_class_targets(context: AttachContext, method: str) -> None:
     """Check that each position has one class, by the task and by the first targets of the data.
 
     Raises:
-        InputError: the classes are independent, the task has no targets, or these are no class numbers.
+        InputError: the classes are independent, the task has no targets, or they are not class numbers.
     """
     task, first = context.task, _first_batch(context)
     if task.independent_classes or task.from_original:

@@ -29,7 +29,7 @@ class LossHistory:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the first step of the first process, without `paused` ones."""
+        """Seconds since the first step of the first process, without those spent in `paused`."""
         return self.earlier_seconds + time.perf_counter() - self._start
 
     @contextmanager

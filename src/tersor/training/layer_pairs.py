@@ -94,20 +94,20 @@ def match_layers(
 
     Raises:
         InputError: no teacher, no images, a pattern without a match, different numbers of layers, a layer whose output
-            is no feature map.
+            is not a feature map.
     """
     teacher = require_teacher(teacher, method)
     if teacher_layers and not layers:
-        raise InputError(f"{method} has teacher_layers and no layers. Write both, or neither.")
+        raise InputError(f"{method} has teacher_layers but no layers. Write both, or neither.")
     images = _example_images(data, method)
     if layers:
         student_paths = matching_paths(student, layers, "the student")
         teacher_paths = matching_paths(teacher, teacher_layers or layers, "the teacher")
         if len(student_paths) != len(teacher_paths):
             raise InputError(
-                f"{method} pairs layers one to one; {len(student_paths)} of the student match "
+                f"{method} pairs layers one to one, but the patterns match {len(student_paths)} layers of the student "
                 f"({', '.join(student_paths)}) and {len(teacher_paths)} of the teacher ({', '.join(teacher_paths)}). "
-                "Write equal numbers."
+                "Write patterns that match equally many layers."
             )
     else:
         ours, theirs = last_feature_maps(student, images), last_feature_maps(teacher, images)
@@ -146,7 +146,7 @@ def match_layer(
     """
     teacher = require_teacher(teacher, method)
     if teacher_layer and not layer:
-        raise InputError(f"{method} has teacher_layer and no layer. Write both, or neither.")
+        raise InputError(f"{method} has teacher_layer but no layer. Write both, or neither.")
     for name, network, pattern in (("student", student, layer), ("teacher", teacher, teacher_layer or layer)):
         paths = matching_paths(network, [pattern], f"the {name}") if pattern else ()
         if len(paths) > 1:

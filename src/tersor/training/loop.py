@@ -246,10 +246,10 @@ class _Loop:
     def _checkpoint(
         self, checkpointer: Checkpointer, done: int, interrupted: bool, ema: WeightEMA | None, history: LossHistory
     ) -> None:
-        """Save a snapshot every few steps, and in all processes where Ctrl-C was pressed in one; then stop.
+        """Save a snapshot every few steps. If Ctrl-C was pressed in any process, save one in all, and stop.
 
         Raises:
-            KeyboardInterrupt: it was pressed.
+            KeyboardInterrupt: Ctrl-C was pressed.
         """
         stop = any_rank(interrupted)
         if stop or done % checkpointer.every == 0:

@@ -57,8 +57,10 @@ class DynamicSparsity(Protocol):
 
 
 def check_floor(floor: float, sparsity: float) -> None:
-    """Raises:
-    InputError: the floor leaves too few weights to mask.
+    """Check that the floor leaves enough weights to mask.
+
+    Raises:
+        InputError: it does not.
     """
     if floor > 1 - sparsity and not math.isclose(floor, 1 - sparsity):
         raise InputError(
@@ -68,8 +70,10 @@ def check_floor(floor: float, sparsity: float) -> None:
 
 
 def check_steps(steps: int, method: str) -> None:
-    """Raises:
-    InputError: there are no training steps.
+    """Check that there are training steps.
+
+    Raises:
+        InputError: there are none.
     """
     if not steps:
         raise InputError(f"{method} updates masks during training, but the stage has 0 steps. Write epochs or steps.")

@@ -50,5 +50,5 @@ class MaskLog:
 
 
 def log_interval(updates: int) -> int:
-    """Log every how many-th of `updates`, so that they, the first and the last fit into `MAX_ROWS` rows."""
+    """Return n, so that every n-th of `updates`, the first and the last fit into `MAX_ROWS` rows."""
     return max(1, math.ceil(updates / (MAX_ROWS - 2)))

@@ -67,7 +67,7 @@ class Outputs:
         """Logits (N, classes, ...).
 
         Raises:
-            InputError: the task has none; a method that needs them finds that out earlier, in `attach`.
+            InputError: the task has none; a method that needs them checks this earlier, in `attach`.
         """
         logits = self.context.task.logits(self.outputs)
         if logits is None:

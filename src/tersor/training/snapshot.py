@@ -120,7 +120,7 @@ def restore(tensors: Mapping[str, Tensor], objective: Objective, optimizer: Opti
     processes = sum(name.startswith("cpu") for name in random)
     if processes != count():
         raise InputError(
-            f"the run was started with {processes} processes and is resumed with {count()}. Start {processes} again."
+            f"the run was started with {processes} processes, but is resumed with {count()}. Start {processes} again."
         )
     torch.set_rng_state(random[f"cpu{here}"])
     if f"cuda{here}" in random and torch.cuda.is_available():

@@ -30,7 +30,7 @@ def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], ta
     Args:
         name: the network's name in the sentences.
         network: it is not changed.
-        batches: the first 256 images are used; labels that are no class numbers are ignored.
+        batches: the first 256 images are used; labels that are not class numbers are ignored.
         task: only classification is checked, with logits (N, classes).
     """
     if not isinstance(task, Classification):
@@ -100,7 +100,7 @@ def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
 
 
 def _swapped_classes(predicted: Tensor, labels: Tensor, classes: int) -> dict[int, int]:
-    """Label -> the other class that most of its images are predicted as, if it is that of no other label."""
+    """Return label -> the wrong class that is predicted for most of its images, if no other label has the same one."""
     mapped: dict[int, int] = {}
     for label in labels.unique().tolist():
         classified = predicted[labels == label]

@@ -18,8 +18,9 @@ _VALUES = "values"
 class ValidationCurve:
     """The metric on the validation images every few steps.
 
-    Measuring changes no bit of the training: the network is in eval mode, so that running statistics and ranges stay,
-    and the random state is restored. With an EMA of the weights, the EMA is measured, since the training ends with it.
+    Measuring does not change the training: the network is in eval mode, so that running statistics and ranges do not
+    change, and the random state is restored. With an EMA of the weights, the EMA is measured, since the training ends
+    with it.
 
     Attributes:
         every: steps between two measurements.

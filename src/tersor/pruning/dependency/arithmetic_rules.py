@@ -26,11 +26,11 @@ def reduction(propagation: ChannelPropagation, call: Call) -> Any:
     tensor = call.args[0]
     dimensions = call.argument(2 if call.name == "linalg_vector_norm" else 1, "dim")
     if dimensions is None or dimensions == []:
-        return propagation.freeze(call, f"{call.node.name} ({call.name}) reduces all of them")
+        return propagation.freeze(call, f"{call.node.name} ({call.name}) reduces over all of them")
     along = {axis % len(tensor.shape) for axis in ([dimensions] if isinstance(dimensions, int) else dimensions)}
     for axis in along:
         if call.name not in _SUMS:
-            propagation.sets.freeze(tensor.ids[axis], f"{call.node.name} ({call.name}) reduces them")
+            propagation.sets.freeze(tensor.ids[axis], f"{call.node.name} ({call.name}) reduces over them")
     keepdim = tuple(None if axis in along else ids for axis, ids in enumerate(tensor.ids))
     squeezed = tuple(ids for axis, ids in enumerate(tensor.ids) if axis not in along)
 
@@ -48,7 +48,7 @@ def along_dimension(propagation: ChannelPropagation, call: Call) -> Any:
     dimension = call.argument(1, "dim") if call.module is None else getattr(call.module, "dim", None)
     if not isinstance(dimension, int):
         return propagation.freeze(call)
-    propagation.sets.freeze(tensor.ids[dimension], f"{call.node.name} ({call.name}) mixes them")
+    propagation.sets.freeze(tensor.ids[dimension], f"{call.node.name} ({call.name}) combines them")
     return tensor
 
 
@@ -60,7 +60,7 @@ def layer_norm(propagation: ChannelPropagation, call: Call) -> Any:
         return propagation.freeze(call)
     for factor in call.tensors[1:]:
         ids = propagation.sets.couple(
-            ids, factor.ids[-1], f"{call.node.name} combines them with a tensor that cannot shrink"
+            ids, factor.ids[-1], f"{call.node.name} combines them with a tensor of fixed size"
         )
     propagation.track_argument(call, "args.1.0", sizes[0], ids)
     propagation.cross_channel.add(call.node)
@@ -75,7 +75,7 @@ def matmul(propagation: ChannelPropagation, call: Call) -> Any:
     if min(len(first.shape), len(second.shape)) < 2:
         return propagation.freeze(call)
     propagation.sets.couple(
-        first.ids[-1], second.ids[-2], f"{call.node.name} combines them with a tensor that cannot shrink"
+        first.ids[-1], second.ids[-2], f"{call.node.name} combines them with a tensor of fixed size"
     )
     batches = [TrackedShape(each.shape[:-2], each.ids[:-2]) for each in (first, second)]
     batch = list(broadcast(propagation, call, batches)) if any(each.shape for each in batches) else []
@@ -88,7 +88,7 @@ def einsum(propagation: ChannelPropagation, call: Call) -> Any:
         return propagation.freeze(call)
     inputs, _, output = call.args[0].replace(" ", "").partition("->")
     letters: dict[str, Ids | None] = {}
-    reason = f"{call.node.name} combines them with a tensor that cannot shrink"
+    reason = f"{call.node.name} combines them with a tensor of fixed size"
     for names, tensor in zip(inputs.split(","), call.tensors, strict=True):
         for letter, ids in zip(names, tensor.ids, strict=True):
             letters[letter] = propagation.sets.couple(letters[letter], ids, reason) if letter in letters else ids
@@ -100,7 +100,7 @@ def attention(propagation: ChannelPropagation, call: Call) -> Any:
     query, key, value = (call.argument(position, name) for position, name in enumerate(("query", "key", "value")))
     batches = [TrackedShape(each.shape[:-2], each.ids[:-2]) for each in (query, key, value)]
     batch = list(broadcast(propagation, call, batches))
-    reason = f"{call.node.name} combines them with a tensor that cannot shrink"
+    reason = f"{call.node.name} combines them with a tensor of fixed size"
     width = propagation.sets.couple(query.ids[-1], key.ids[-1], reason)
     if call.kwargs.get("scale") is None:
         propagation.track_argument(call, "scale", query.shape[-1], width)
@@ -116,10 +116,10 @@ def attention(propagation: ChannelPropagation, call: Call) -> Any:
 def linear(propagation: ChannelPropagation, call: Call) -> Any:
     """linear with weights that the graph computes or reads directly."""
     tensor, weight, bias = call.args[0], call.argument(1, "weight"), call.argument(2, "bias")
-    propagation.sets.couple(tensor.ids[-1], weight.ids[1], f"{call.node.name} reads a tensor that cannot shrink")
+    propagation.sets.couple(tensor.ids[-1], weight.ids[1], f"{call.node.name} reads a tensor of fixed size")
     out = weight.ids[0]
     if bias is not None:
-        out = propagation.sets.couple(out, bias.ids[0], f"{call.node.name} adds a tensor that cannot shrink")
+        out = propagation.sets.couple(out, bias.ids[0], f"{call.node.name} adds a tensor of fixed size")
     return TrackedShape(tuple(call.output), (*tensor.ids[:-1], out))
 
 

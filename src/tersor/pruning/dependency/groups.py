@@ -64,7 +64,7 @@ def find_groups(propagation: ChannelPropagation) -> tuple[list[ChannelGroup], di
         if not pattern.root:
             continue
         if representative in frozen:
-            if pattern.written:  # axes of a parameter that count pixels are no channels
+            if pattern.written:  # axes of a parameter that count pixels are not channels
                 unprunable.setdefault(pattern.root, frozen[representative])
             continue
         group = groups.setdefault(pattern.signature, ChannelGroup(pattern.root, [], []))

@@ -83,13 +83,13 @@ class ChannelPropagation:
         """Couple `ids` with the axis of a layer or parameter; return the ids of the axis."""
         key = (name, axis)
         if key in self.axes:
-            self.axes[key] = self.sets.couple(self.axes[key], ids, f"{name} reads a tensor that cannot shrink")
+            self.axes[key] = self.sets.couple(self.axes[key], ids, f"{name} reads a tensor of fixed size")
         else:
             self.axes[key] = ids
         return self.axes[key]
 
     def ids_of(self, name: str, axis: str, size: int) -> Ids | None:
-        """The ids of an axis, new ones at its first use; an axis of size 1 cannot shrink."""
+        """The ids of an axis, new ones at its first use; an axis of size 1 keeps its size."""
         if (name, axis) not in self.axes:
             self.bind(name, axis, self.sets.new(size) if size > 1 else None)
         return self.axes[name, axis]

@@ -56,7 +56,7 @@ class RemovalCheck:
             else:
                 before[node] = _zero_removed(run_node(self.graph, node, before), remaining[node])
             if not _allclose(_select(before[node], remaining[node]), after[other]):
-                return node, f"without some of them {node.name} computes other values than with these set to zero"
+                return node, f"without some of them {node.name} returns other values than when they are set to zero"
             for read in last_uses.get(node, ()):
                 del before[read]
                 after.pop(partner[read], None)

@@ -1,4 +1,4 @@
-"""One run of a captured network: the shape of every tensor, and every value that is no tensor."""
+"""One run of a captured network: the shape of every tensor, and every value that is not a tensor."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def reshaped(
 def _split(
     propagation: ChannelPropagation, node: fx.Node, flat: Ids, output: Sequence[int], axes: Sequence[int]
 ) -> tuple[int, Ids | None]:
-    """One dimension becomes several: the number of the one that can shrink, and its ids."""
+    """Split one dimension into several. Return the number of the one whose size can change, and its ids."""
     parts = flat.reshape([output[axis] for axis in axes])
     for number in range(len(axes)):
         rows = np.moveaxis(parts, number, 0).reshape(parts.shape[number], -1)
@@ -66,7 +66,7 @@ def _split(
             return number, rows[:, 0].copy()
     prunable = [axes.index(axis) for axis in prunable_parts(propagation, node, axes)]
     if not prunable:
-        propagation.sets.freeze(flat, f"{node.name} splits them into parts that cannot shrink")
+        propagation.sets.freeze(flat, f"{node.name} splits them into parts of fixed size")
         return 0, None
     return prunable[-1 if propagation.inner else 0], propagation.merge_split(parts, prunable[0], prunable[-1])
 
@@ -121,7 +121,7 @@ def stack(propagation: ChannelPropagation, call: Call) -> Any:
 
 def _frozen_ids(propagation: ChannelPropagation, size: int) -> Ids:
     ids = propagation.sets.new(size)
-    propagation.sets.freeze(ids, "they are concatenated with a tensor that can shrink")
+    propagation.sets.freeze(ids, "they are concatenated with a tensor whose size can change")
     return ids
 
 
@@ -130,7 +130,7 @@ def broadcast(
 ) -> Iterator[Ids | None]:
     """Couple the dimensions of broadcast tensors, aligned at the last one; a size of 1 couples with nothing."""
     rank = max(len(each.shape) for each in tensors)
-    reason = f"{call.node.name} ({call.name}) combines them with a tensor that cannot shrink"
+    reason = f"{call.node.name} ({call.name}) combines them with a tensor of fixed size"
     for axis in range(-rank, 0):
         aligned = [(each.ids[axis], each.shape[axis]) for each in tensors if len(each.shape) >= -axis]
         full = [ids for ids, size in aligned if size > 1 or skip is not None]

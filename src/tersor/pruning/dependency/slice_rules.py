@@ -44,7 +44,7 @@ def select(propagation: ChannelPropagation, call: Call) -> TrackedShape:
 
 
 def index(propagation: ChannelPropagation, call: Call) -> Any:
-    """index: table[indices]; the rows are frozen, their columns can shrink."""
+    """index: table[indices]. The number of rows is fixed; columns can be removed."""
     tensor, indices = call.args
     if len(indices) != 1 or not isinstance(indices[0], TrackedShape):
         return propagation.freeze(call)

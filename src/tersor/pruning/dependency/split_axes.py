@@ -1,7 +1,7 @@
-"""Which axes correspond when a dimension is split or merged, and which part of a split can shrink.
+"""Which axes correspond when a dimension is split or merged, and which part of a split can be pruned.
 
-(3, heads, width): the 3 are unbound later, so heads or width can shrink. (groups, channels) that are merged again in
-another order are a channel shuffle, whose larger part shrinks.
+In (3, heads, width), the axis of size 3 is unbound later, so heads or width can be pruned. If (groups, channels) are
+merged again in another order, they are a channel shuffle, and its larger part is pruned.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def permutation(call: Call) -> list[int]:
 
 
 def prunable_parts(propagation: ChannelPropagation, node: fx.Node, axes: Sequence[int]) -> list[int]:
-    """Those of the `axes` of a split that can shrink, outer ones first."""
+    """Return those of the `axes` of a split that can be pruned, outer ones first."""
     excluded: set[int] = {axis for axis in axes if propagation.recorded[node][axis] == 1}
     shuffled: set[int] = set()
     _follow(propagation, node, {axis: axis for axis in axes}, excluded, shuffled, _DEPTH)

@@ -76,7 +76,7 @@ class ChannelSets:
             self._frozen.append((ids, reason))
 
     def couple(self, first: Ids | None, second: Ids | None, reason: str) -> Ids | None:
-        """Join two views of the same dimension; where one cannot shrink, freeze the other."""
+        """Join two views of the same dimension. If one has a fixed size, freeze the other."""
         if first is None or second is None:
             self.freeze(first, reason)
             self.freeze(second, reason)

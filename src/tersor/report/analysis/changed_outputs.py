@@ -1,4 +1,4 @@
-"""Changed predictions of networks that are no classifiers: masks and boxes drawn, values written, scores by class."""
+"""Changed predictions of networks other than classifiers: masks and boxes drawn, values written, scores by class."""
 
 from __future__ import annotations
 
