@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-lowest | wheel | audit | lint | docs. The first one to run makes .venv; a stamp inside says what it holds.
+# make demo | test | test-all | test-lowest | wheel | audit | lint | docs. The first target creates .venv; a stamp file in it records what is installed.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -6,10 +6,10 @@ SHELL := bash
 
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 2
-# threads that wait, sleep: where others use the cores too, spinning ones slow training down a hundredfold
+# waiting threads sleep: spinning threads slow training down a hundredfold if other processes use the same cores
 export OMP_WAIT_POLICY ?= passive
 
-# a process that may not keep what it compiled of torch takes twice as long to start
+# without cached bytecode of torch, a process takes twice as long to start
 unexport PYTHONDONTWRITEBYTECODE
 
 BIN := .venv/bin
@@ -21,7 +21,7 @@ LOWEST := .venv-lowest
 WHEEL := .venv-wheel
 SUPPLY := .venv-supply
 UV := $(SUPPLY)/bin/uv
-# the tests of a file share what they make, so they stay in one worker; tests/conftest.py puts the longest files first
+# the tests of a file share fixtures, so they stay in one worker; tests/conftest.py starts the longest files first
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 QUICK := $(PYTEST) -m 'not slow'
 
@@ -39,13 +39,13 @@ test-all: $(DEV)
 	$(BIN)/python $(PYTEST)
 	$(MAKE) test-lowest wheel
 
-# the quick tests with the oldest releases that pyproject.toml allows
+# run the quick tests with the oldest releases that pyproject.toml allows
 test-lowest: $(SUPPLY)/.installed
 	$(UV) venv --quiet --clear --python $(BIN)/python $(LOWEST)
 	$(UV) pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
 	$(LOWEST)/bin/python $(QUICK)
 
-# the wheel, tried in an environment that holds nothing else, from another folder; beside it a bill of materials
+# build the wheel, test it in an empty environment from another folder, and write a bill of materials
 wheel: $(SUPPLY)/.installed
 	rm -rf dist build
 	$(UV) build --quiet --wheel --out-dir dist --python $(BIN)/python
@@ -55,7 +55,7 @@ wheel: $(SUPPLY)/.installed
 	$(SUPPLY)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
 		--output-reproducible --output-file dist/tersor.cdx.json $(WHEEL)/bin/python
 
-# known vulnerabilities of what is installed; needs the database on the internet, and fails without it
+# list known vulnerabilities of the installed packages; fails without access to the database on the internet
 audit: $(DEV) $(SUPPLY)/.installed
 	$(UV) pip freeze --quiet --exclude-editable --python $(BIN)/python > $(SUPPLY)/installed.txt
 	$(SUPPLY)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(SUPPLY)/installed.txt
@@ -65,7 +65,7 @@ lint: $(DEV)
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
 
-# the site in site/, opened as a file or served; nothing in it is loaded from elsewhere
+# build the site into site/; it works as files or on a server, and loads nothing from other sites
 docs: $(DEV)
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src:pages $(BIN)/mkdocs build --quiet --clean
 
@@ -77,7 +77,7 @@ $(SUPPLY)/.installed: pyproject.toml | $(BIN)/python
 	$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9' 'pip-audit>=2.9' 'cyclonedx-bom>=7'
 	touch $@
 
-# dev holds all that demo needs, so its stamp is both
+# dev includes everything that demo needs, so it sets both stamps
 $(DEV): pyproject.toml | $(BIN)/python
 	$(INSTALL) -e '.[dev]'
 	touch $(USE) $@

@@ -182,20 +182,22 @@ def _masked(method: str, contender: str, reference: str, reference_name: str, av
 
 
 GAINS: dict[str, Gain] = {
-    "soft_targets": _distilled("soft targets", "Features of the teacher can be used: they gained more."),
+    "soft_targets": _distilled(
+        "soft targets", "The teacher's features are available: using them gained more."
+    ),
     "dkd": _distilled("dkd", "There are no labels."),
     "dist": _distilled("dist", "There are labels: `dkd` gained more."),
     "attention_transfer": _distilled("attention, p = 2", "Features can be matched directly: `fitnet` gained more."),
     "fitnet": _distilled("fitnet", "The teacher's features are not available, only its outputs."),
     "factor_transfer": _distilled("factors, k = 0.5", "The teacher's features are not available, only its outputs."),
     "reviewkd": _distilled("reviewkd", "Training time matters: `fitnet` gained the same in less time."),
-    "crd": _distilled("crd", "There are only tens of epochs. It needs long training."),
+    "crd": _distilled("crd", "You train for tens of epochs only: it needs more."),
     "ptq": _few_bits(
-        "ptq", "min-max", "ranges of the largest values", 3, "Weights have 2 bits: then learn the rounding, or train."
+        "ptq", "min-max", "ranges of the largest values", 3, "Weights have 2 bits: learn the rounding, or train."
     ),
     "adaround": _few_bits("adaround", "ptq", "`ptq`", 2, "8 bits are enough: `ptq` loses almost nothing there."),
     "brecq": _few_bits("brecq", "adaround", "`adaround`", 2, "Weights have 3 bits or more: `adaround` is as good."),
-    "qat": _trained("qat, W4A4", "Bits are few: plain `qat` was worse than `ptq` at 4 bits. Use `lsq`."),
+    "qat": _trained("qat, W4A4", "The bit width is low: plain `qat` was worse than `ptq` at 4 bits. Use `lsq`."),
     "lsq": _trained("lsq, W4A4", "There are no labels, or no time to train."),
     "psgd": Gain(
         "A trained ResNet-20, 5 more epochs of 45,000 images of CIFAR-10, then rounded to 4 bits without correction.",

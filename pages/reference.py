@@ -39,7 +39,7 @@ def card(name: str) -> str:
     cls = methods.get(name)
     title, _, rest = (sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")
     gain = gains.GAINS[name].sentence() if name in gains.GAINS else "Its gain has not been measured yet."
-    avoid = f"\n\n**When not:** {gains.GAINS[name].avoid}" if name in gains.GAINS else ""
+    avoid = f"\n\n**When not to use it:** {gains.GAINS[name].avoid}" if name in gains.GAINS else ""
     lines = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
     lines += [
         f"| `{key}` | {_cell(kind)} | {_cell(default)} | {_cell(text)} |"

@@ -197,9 +197,9 @@ def methods(
         for each in registry.names():
             cls = registry.get(each)
             table.add_row(each, (sys.modules[cls.__module__].__doc__ or "").splitlines()[0])
-            exempt += [f"{each} from '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
+            exempt += [f"{each}, test '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
         console.print(table)
-        console.print(f"{len(exempt)} exemptions from the tests that every method has to pass", *exempt, sep="\n  ")
+        console.print("Some methods are exempt from a test that all others have to pass:", *exempt, sep="\n  ")
         return
     cls = registry.get(name)
     console.print((sys.modules[cls.__module__].__doc__ or "").strip(), highlight=False, markup=False, soft_wrap=True)
