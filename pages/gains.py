@@ -182,9 +182,7 @@ def _masked(method: str, contender: str, reference: str, reference_name: str, av
 
 
 GAINS: dict[str, Gain] = {
-    "soft_targets": _distilled(
-        "soft targets", "The teacher's features are available: using them gained more."
-    ),
+    "soft_targets": _distilled("soft targets", "The teacher's features are available: using them gained more."),
     "dkd": _distilled("dkd", "There are no labels."),
     "dist": _distilled("dist", "There are labels: `dkd` gained more."),
     "attention_transfer": _distilled("attention, p = 2", "Features can be matched directly: `fitnet` gained more."),
