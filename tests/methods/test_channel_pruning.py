@@ -63,7 +63,7 @@ def test_a_latency_is_met_and_no_more_goes_than_it_takes(model, keep):
 
 
 def test_a_latency_that_no_width_reaches_is_told(model):
-    with pytest.raises(InputError, match=r"keep_latency: 0.3 cannot be met: 0.9\d\d remain"):
+    with pytest.raises(InputError, match=r"keep_latency: 0.3 cannot be met: a fraction of 0.9\d\d remain"):
         attached(model, keep_latency=0.3, latency=Curve(lambda macs: 0.9 + 0.1 * macs))
     with pytest.raises(InputError, match="latency_ratio"):
         attached(model, keep_latency=0.6)
@@ -283,7 +283,7 @@ def test_mistakes_are_told(model):
         attached(model, keep_macs=0.5, keep_channels=0.5)
     with pytest.raises(InputError, match="needs images"):
         ChannelPruning().attach(model, AttachContext())
-    with pytest.raises(InputError, match=r"cannot be met: 0\.\d+ remain"):
+    with pytest.raises(InputError, match=r"cannot be met: a fraction of 0\.\d+ remain"):
         attached(model, keep_macs=0.01)
     with pytest.raises(InputError, match="no channel"):
         attached(model, exclude=("layer*",))
@@ -348,7 +348,7 @@ def test_a_latency_is_one_of_the_network_with_its_branches(model):
     fraction = costs(result.model, IMAGES[:1]).macs / before
     assert 0.56 < fraction <= 0.6
     assert any(f"and {fraction:.3f} of the MACs" in note for note in result.notes)
-    with pytest.raises(InputError, match=r"keep_macs: 0\.1 cannot be met: 0\.[12]\d\d remain"):
+    with pytest.raises(InputError, match=r"keep_macs: 0\.1 cannot be met: a fraction of 0\.[12]\d\d remain"):
         attached(model, keep_macs=0.1, branches=2, floor=0.5)
 
 

@@ -340,7 +340,7 @@ def test_unprunable_channels_are_reported_with_a_reason():
     assert [group.root for group in groups] == ["free"]
     assert {name: why for name, why in whole.items() if name != "head"} == {
         "first": "select selects one of them by its index",
-        "second": "amax (amax) reduces them",
+        "second": "amax (amax) reduces over them",
         "third": "they go into sort (sort), for which there is no rule",
     }
 
