@@ -94,7 +94,7 @@ def test_one_logit_is_a_class_above_zero_and_a_probability_is_refused():
 def test_label_smoothing_belongs_to_the_loss_of_classes():
     smooth = with_label_smoothing(tasks.build("classification"), 0.2)
     assert torch.equal(smooth.loss(LOGITS, LABELS), F.cross_entropy(LOGITS, LABELS, label_smoothing=0.2))
-    with pytest.raises(InputError, match=r"label_smoothing is 0.2, but the loss of Regression has none"):
+    with pytest.raises(InputError, match=r"label_smoothing is 0.2, but the loss of Regression does not support it"):
         with_label_smoothing(tasks.build("regression"), 0.2)
 
 
