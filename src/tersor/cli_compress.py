@@ -22,7 +22,9 @@ _INTERRUPTED = 130
 
 
 def compress(
-    model: Annotated[str, typer.Argument(help="trained network: resnet56, timm:NAME, net.py:function, ...", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="trained network: resnet56, timm:NAME, net.py:function, ...", show_default=False)
+    ],
     data: Annotated[str, typer.Option(help="image folder or data set", show_default=False)],
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
     max_drop: Annotated[float | None, typer.Option(help="largest allowed drop of the metric, in points")] = None,

@@ -88,8 +88,12 @@ class AttentionTransfer:
     example: ClassVar[dict[str, Any]] = {"p": 1, "mode": "paper", "loss_weight": 500.0}
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
-    layers: Annotated[tuple[str, ...], Field(description="patterns; by default the last layer at each resolution")] = ()
-    teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; by default those of `layers`")] = ()
+    layers: Annotated[
+        tuple[str, ...], Field(description="patterns of student layers; default: the last at each resolution")
+    ] = ()
+    teacher_layers: Annotated[
+        tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")
+    ] = ()
     p: Annotated[Literal[1, 2, 4], Field(description="power of the absolute activations")] = 2
     mode: Annotated[Mode, Field(description="mean of squares (code) or norm (paper)")] = "code"
     loss_weight: Annotated[float, Field(ge=0, description="beta; 0 turns the loss off")] = 1000.0

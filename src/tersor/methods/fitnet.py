@@ -70,8 +70,12 @@ class FitNet:
     example: ClassVar[dict[str, Any]] = {"loss_weight": 10.0, "label_weight": 0.5}
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
-    layers: Annotated[tuple[str, ...], Field(description="patterns; by default the last feature map")] = ()
-    teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; by default those of `layers`")] = ()
+    layers: Annotated[
+        tuple[str, ...], Field(description="patterns of student layers; default: the last feature map")
+    ] = ()
+    teacher_layers: Annotated[
+        tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")
+    ] = ()
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 10.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
     regressor: Annotated[bool, Field(description="1x1 convolution to the teacher's channels")] = True

@@ -220,8 +220,12 @@ class ReviewKD:
     example: ClassVar[dict[str, Any]] = {"loss_weight": 0.6, "warmup": 0.5}
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
-    layers: Annotated[tuple[str, ...], Field(description="patterns; by default the last layer at each resolution")] = ()
-    teacher_layers: Annotated[tuple[str, ...], Field(description="patterns; by default those of `layers`")] = ()
+    layers: Annotated[
+        tuple[str, ...], Field(description="patterns of student layers; default: the last at each resolution")
+    ] = ()
+    teacher_layers: Annotated[
+        tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")
+    ] = ()
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 1.0
     label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08

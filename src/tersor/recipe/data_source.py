@@ -46,11 +46,11 @@ class DataSource(BaseModel):
     limit: Annotated[int | None, Field(ge=1, description="number of training images; all by default")] = None
     mean: Annotated[
         tuple[_Share, ...] | None,
-        Field(description="of each channel, in 0..1; that of the weights file by default"),
+        Field(description="of each channel, in 0..1; by default from the weights file"),
     ] = None
     std: Annotated[
         tuple[_Deviation, ...] | None,
-        Field(description="of each channel, in 0..1; that of the weights file by default"),
+        Field(description="of each channel, in 0..1; by default from the weights file"),
     ] = None
 
     @model_validator(mode="after")

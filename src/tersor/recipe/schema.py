@@ -43,7 +43,7 @@ class Network(BaseModel):
         Named,
         Field(description="resnet20, a model of torchvision, timm:NAME, hf:CLASS:CONFIG, or package.module:function"),
     ]
-    num_classes: Annotated[int | None, Field(ge=1, description="number of classes; that of the data by default")] = None
+    num_classes: Annotated[int | None, Field(ge=1, description="number of classes; by default as in the data")] = None
     weights: Annotated[
         Path | None, Field(description="safetensors or a torch checkpoint; random weights by default")
     ] = None

@@ -89,7 +89,7 @@ def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
         more = f" and {len(swapped) - 4} more" if len(swapped) > 4 else ""
         return (
             f"{accuracy}, and {len(swapped)} classes are consistently predicted as another class: {examples}{more}. "
-            "Its classes probably have another order than those of the data: compare the lists of classes."
+            "The order of its classes probably differs from that of the data: compare the lists of classes."
         )
     if chance > _SIGNIFICANCE:
         return (
