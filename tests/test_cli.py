@@ -210,7 +210,7 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
         (("ptq: {calibration_images: 64}", "weight_pruning: {sparsity: 1.2}"), "less than 1, given 1.2"),
         (("ptq: {calibration_images: 64}", "channel_pruning: {keep_macs: 0}"), "greater than 0, given 0"),
         (("[{ptq: {calibration_images: 64}}]", "[ptq, weight_pruning]"), "masks come before quantizers"),
-        (("[{ptq: {calibration_images: 64}}]", "[weight_pruning, channel_pruning]"), "channels are removed before"),
+        (("[{ptq: {calibration_images: 64}}]", "[weight_pruning, channel_pruning]"), "channels must be removed first"),
         (("ptq: {calibration_images: 64}", "channel_pruning: {exclude: ['*']}"), "no channel of"),
     ],
 )

@@ -317,7 +317,7 @@ def test_branches_go_whole_before_channels_do(model):
     result = attached(model, keep_macs=0.8, branches=1, exclude=STREAM)
     layers = dict(result.model.named_modules())
     assert "layer2.1.conv1" not in layers
-    assert "removed branches: from layer2.1.conv1 to layer2.1.bn2" in result.notes
+    assert "removed branches: layer2.1.conv1 to layer2.1.bn2" in result.notes
     assert 0.7 < costs(result.model, IMAGES[:1]).macs / before.macs <= 0.8, "of the network with them"
     assert layers["layer1.0.conv1"].out_channels >= kept.model.get_submodule("layer1.0.conv1").out_channels
     assert sum(each.out_channels for each in convolutions(result)) > sum(
@@ -338,7 +338,7 @@ def test_of_branches_that_are_missed_alike_those_go_that_cost_most(model, kind, 
     monkeypatch.setattr("tersor.methods.channel_pruning.removal_cost", lambda _graph, found, *_: [1.0] * len(found))
     model.layer1[1].conv1 = nn.Conv2d(16, 16, 5, padding=2, bias=False)  # more MACs than any other
     result = attached(model, **{f"keep_{kind}": 0.9}, branches=1, exclude=STREAM)
-    assert f"removed branches: from {gone}.conv1 to {gone}.bn2" in result.notes
+    assert f"removed branches: {gone}.conv1 to {gone}.bn2" in result.notes
 
 
 def test_a_latency_is_one_of_the_network_with_its_branches(model):

@@ -100,9 +100,9 @@ def test_a_class_of_the_users_own():
         ("users_own:Other", "'Other' is not a method. Possible: Mine."),
         ("users_own.x:Mine", "there is no module 'users_own.x'"),
         ("nowhere.at.all:Mine", "there is no module 'nowhere'"),
-        (":Mine", "is not a name. Write package.module:Class"),
-        ("..users_own:Mine", "is not a name. Write package.module:Class"),
-        ("users_own:", "is not a name. Write package.module:Class"),
+        (":Mine", "is not the name of a method. Write package.module:Class"),
+        ("..users_own:Mine", "is not the name of a method. Write package.module:Class"),
+        ("users_own:", "is not the name of a method. Write package.module:Class"),
     ],
 )
 def test_a_class_that_is_not_there(name: str, expected: str):

@@ -146,7 +146,7 @@ def test_teacher_of_two_types(teacher: str, expected: list[str]):
         ("a: 1\n---\nb: 2", "line 2: this is not YAML: expected a single document"),
         ("a: 1\n\tb: 2", "line 2: this is not YAML: "),
         ("a: \0", "recipe.yaml: this is not YAML text: special characters are not allowed."),
-        ("a: &x\n  b: *x", "line 2: *x refers to a value that contains it."),
+        ("a: &x\n  b: *x", "line 2: the alias *x refers to a value that contains it."),
         ("a: " + "[" * 30 + "]" * 30, "nested too deeply"),
         ("[" * 2000, "nested too deeply"),
         ('a: "\\ud800"', "line 1: text should have no control characters"),

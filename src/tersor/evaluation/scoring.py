@@ -116,7 +116,7 @@ def _valid(task: Task, value: object) -> float:
     if not isinstance(value, int | float) or math.isnan(value):
         raise InputError(
             f"the metric {task.metric} is {value!r}, which cannot be compared. Check for NaN in the targets and in "
-            "the outputs, and for images without a target that counts; a task of your own returns a float from `score`."
+            "the outputs, and for images whose targets are all ignored; `score` of your own task must return a float."
         )
     return value
 

@@ -76,7 +76,9 @@ def _is_method(value: object) -> bool:
 def _of_the_user(name: str) -> type[Method]:
     path, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*path.split("."), attribute)):
-        raise InputError(f"method '{name}' is not a name. Write package.module:Class, or one of {', '.join(names())}.")
+        raise InputError(
+            f"'{name}' is not the name of a method. Write package.module:Class, or one of {', '.join(names())}."
+        )
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:

@@ -146,7 +146,7 @@ class ChannelPruning:
         remaining, now = graph, budget.before
         if self.branches:
             branches = self._cheapest_branches(budget, graph, context)
-            notes = [f"removed branches: from {', '.join(map(str, branches))}"]
+            notes = [f"removed branches: {', '.join(map(str, branches))}"]
             remaining = copy_graph(graph)  # so that an error below leaves the network unchanged
             remove(remaining, [branch.cut for branch in branches])
             now = costs(remaining, budget.example)
@@ -228,7 +228,7 @@ class ChannelPruning:
             if each is None
         }
         if not scored:
-            raise InputError(f"importance: {self.importance} applies to no channel of this network. Write another.")
+            raise InputError(f"importance: {self.importance} applies to no channel of this network. Write another one.")
         chosen, of_chosen = zip(*scored, strict=True)
         each_cost = None
         if self.importance in COMPARED_BY_COST and self.scope == "global":

@@ -106,7 +106,7 @@ def refuse_parametrized(graph: fx.GraphModule, method: str) -> None:
             )
         if isinstance(module, FakeQuantize) or parametrize.is_parametrized(module):
             raise InputError(
-                f"{name or 'the network'} is masked or quantized already, but channels are removed before that. "
+                f"{name or 'the network'} is masked or quantized already, but channels must be removed first. "
                 f"Write {method} in a stage before weight_pruning, ptq and qat."
             )
 

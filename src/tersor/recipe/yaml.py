@@ -68,7 +68,7 @@ class _Reader:
                 f"{self.place(line)}: there are more than {_MOST:,} values, including those that aliases repeat."
             )
         if id(node) in self.open:
-            self.complain(line, f"*{node.anchor} refers to a value that contains it.")
+            self.complain(line, f"the alias *{node.anchor} refers to a value that contains it.")
             return Located(None, line, self.place(line))
         if len(self.open) > _DEEPEST:
             self.complain(line, "this is nested too deeply for a recipe.")
