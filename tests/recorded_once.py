@@ -7,13 +7,14 @@ the tests of capture itself. All else that capture does (layers, keys, compariso
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Hashable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._export import utils as _export_utils
 from torch.export import ExportedProgram
 
@@ -24,6 +25,9 @@ LARGEST = 2_000_000
 
 _record = export_program._exported
 _records: dict[Hashable, ExportedProgram] = {}
+_USES_OF_CAPTURE = {"test_batchnorm_behind", "test_feature_extraction", "test_fused_inference", "test_matrix_products"}
+"""Files of tests/graph/ that test what is done with captured networks, not capture itself."""
+
 _APART = {"training", "_parameters", "_buffers", "_modules"}
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, type, type(_record))
 
@@ -41,7 +45,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    in_tests_of_capture = item.path.parent.name == "graph"
+    in_tests_of_capture = item.path.parent.name == "graph" and item.path.stem not in _USES_OF_CAPTURE
     export_program._exported = _record if in_tests_of_capture else _recorded_once
 
 
@@ -54,8 +58,17 @@ def _recorded_once(network: nn.Module, images: Tensor, batch: Any) -> ExportedPr
     if known is None:
         known = _record(network, images, batch)
         if not known.constants and sum(each.numel() for each in network.parameters()) <= LARGEST:
+            _copy_the_module(known)
             _records[key] = known
     return known
+
+
+def _copy_the_module(program: ExportedProgram) -> None:
+    """From now on `program.module` copies the graph of one module; torch would build that module again every time."""
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    if not any(isinstance(each, fx.GraphModule) for each in module.children()):  # capture changes regions in place
+        program.module = lambda **_options: fx.GraphModule(module, copy.deepcopy(module.graph))
 
 
 def _key(network: nn.Module, images: Tensor, batch: Any) -> Hashable:

@@ -41,6 +41,8 @@ def test_networks_of_one_class_with_equal_settings_share_a_record():
     assert key(Net()) == key(Net())
     captured = [capture(Net(), IMAGES) for _ in range(2)]  # compares the outputs
     assert not torch.equal(captured[0].first.weight, captured[1].first.weight)
+    first, second = (set(each.graph.nodes) for each in captured)
+    assert not first & second, "a change of one graph changes no other"
 
 
 @pytest.mark.parametrize(
