@@ -297,7 +297,7 @@ class Loops(nn.Module):
     [
         (
             BranchesOnValues,
-            r"BranchesOnValues cannot be captured: .* of a tensor \(test_capture.py, line \d+: return x if.*Pass the submodule",
+            r"BranchesOnValues cannot be captured: .* of a tensor \(test_capture.py, line \d+: return x if.*Pass the",
         ),
         (NeedsTwo, r"NeedsTwo does not run on images \(3, 8, 8\) of float32: tuple index out of range"),
         (Counts, r"the graph of Counts cannot be captured: its forward fixes the batch size.*not as len\(x\)"),
