@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import blocks
 import gains
+from browser import CHROMIUM, chromium
 from tersor.cli_output import Document
 from tersor.methods import names
 from tersor.recipe import parse
@@ -209,9 +210,6 @@ def test_the_site_loads_nothing_from_elsewhere(site):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_pages_fit_the_screen_without_errors(site, width, scheme):
-    sys.path.append(str(Path(__file__).parent / "report"))
-    from browser import CHROMIUM, chromium
-
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     with chromium() as browser:

@@ -50,11 +50,11 @@ class _Tested:
 def write_evidence(search: Search, front: Front) -> None:
     """Write `evidence.json` for the points of a finished search that ran on the test images.
 
-    `peaks`: multiply peaks of the machine. `classes`: names, the first hundred. `points`, by name: `agreement` (percent,
-    by the name of the other point; only with the original if predictions are not class numbers), `by_class` (scores,
-    None for a class that does not occur), `layers` ([name, output channels, stored bits, ms by batch size]) and `time`
-    (by batch size, [operator, nodes, ms]). `examples`: up to sixty images for which predictions differ, with the class
-    that each point predicts; empty for other tasks than classification.
+    `peaks`: multiply peaks of the machine. `classes`: the first hundred names. `points`, by name: `agreement` (percent,
+    by name of the other point; only with the original if predictions are not class numbers), `by_class` (scores, None
+    for a class that does not occur), `layers` ([name, output channels, stored bits, ms by batch size]) and `time` (by
+    batch size, [operator, nodes, ms]). `examples`: up to sixty images for which predictions differ, with the class that
+    each point predicts; empty for other tasks than classification.
     """
     experiment = search.bench.experiment
     task, data = experiment.task, experiment.data

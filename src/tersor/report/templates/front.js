@@ -8,7 +8,8 @@
   const evidence = data.evidence.points || {};
   const SVG = "http://www.w3.org/2000/svg";
   const HEIGHT = 360, LEFT = 52, RIGHT = 14, TOP = 12, BOTTOM = 40;
-  const chosen = [data.original, data.best];
+  const other = data.points.find((point) => point.kind === "artifact" && point.name !== data.original) || data.points[0];
+  const chosen = [data.original, data.best === data.original ? other.name : data.best];
   let focused = data.best;
 
   function make(tag, text, attributes = {}) {
@@ -102,7 +103,8 @@
       if (least > bottom) draw(svg, "line", { x1: LEFT, x2: width - RIGHT, y1: down(least), y2: down(least), class: "limit" });
     }
     if (!shown.some((point) => point.name === focused)) focused = shown[0].name;
-    for (const point of shown) {
+    const order = ["original", "baseline", "artifact"];
+    for (const point of [...shown].sort((one, other) => order.indexOf(one.kind) - order.indexOf(other.kind))) {
       const place = chosen.indexOf(point.name);
       const circle = draw(svg, "circle", {
         cx: across(x.of(point)), cy: down(point[y]), r: place < 0 ? 5 : 8, class: point.kind + (place < 0 ? "" : " chosen"),
@@ -243,9 +245,9 @@
       box.append(make("p", "Scores by class, layers and node times are stored for the Pareto front and the free baselines of the target runtime, at the end of a search.", { class: "note" }));
       return;
     }
-    if (one.by_class.length && other.by_class.length) section(data.metric + " by class", table("Score by class", ["class", "A, %", "B, %", "difference"], byClass(one, other)));
-    section("Time by operator, batch " + size(), table("Time by operator", ["operator", "nodes, A", "A", "nodes, B", "B"], times(one, other)));
-    section("Layers, time at batch " + size(), table("Layers", ["layer", "channels, A", "B", "bits, A", "B", "ms, A", "B"], layers(one, other)));
+    if (one.by_class.length && other.by_class.length) section("Score by class: " + data.metric, table("Score by class", ["class", "A, %", "B, %", "difference"], byClass(one, other)));
+    section("Time by operator, batch " + size(), table("Time by operator", ["operator", "nodes, A", "time, A", "nodes, B", "time, B"], times(one, other)));
+    section("Layers, time at batch " + size(), table("Layers", ["layer", ...["channels", "bits", "ms"].flatMap((each) => [each + ", A", each + ", B"])], layers(one, other)));
     if (data.evidence.examples.length) section("Images with different predictions", changedImages(first, second));
   }
 
