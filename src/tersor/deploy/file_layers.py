@@ -17,7 +17,7 @@ class FileLayer:
     """A layer of a file.
 
     Attributes:
-        name: name of its node, the path of its module.
+        name: name of its node, the path of its module; of an unnamed node, the name of its output.
         channels: number of output channels.
         bits: of a stored weight.
     """
@@ -44,7 +44,7 @@ def file_layers(path: Path) -> list[FileLayer]:
         weight = None if axis is None else _stored(node.input[1], weights, makers)
         if weight is not None and axis is not None:
             bits = _BITS.get(onnx.TensorProto.DataType.Name(weight.data_type), FLOAT_BITS)
-            layers.append(FileLayer(node.name, weight.dims[axis], bits))
+            layers.append(FileLayer(node.name or node.output[0], weight.dims[axis], bits))
     return layers
 
 
