@@ -31,17 +31,17 @@ def test_the_share_is_the_time_at_the_peak_over_the_latency(runtime, integers, s
 
 
 def test_peaks_are_measured_once_in_float_and_integers(monkeypatch):
-    monkeypatch.setattr(multiply_peak, "_SECONDS", 0.0)
+    monkeypatch.setattr(multiply_peak, "_LEAST_RUNS", 3)
     multiply_peak._peaks.cache_clear()
     peaks = multiply_peaks(["onnxruntime"])
     multiply_peak._peaks.cache_clear()
-    assert [(each.precision, each.n) for each in peaks] == [("float32", 1), ("int8", 1)]
-    assert all(each.median == each.macs_per_second > 0 for each in peaks)
+    assert [(each.precision, each.n) for each in peaks] == [("float32", 3), ("int8", 3)]
+    assert all(each.macs_per_second >= each.median > 0 for each in peaks)
 
 
 def test_the_integer_network_has_no_convolution_in_float(tmp_path):
     path = multiply_peak._write(tmp_path / "peak.onnx", "int8")
-    times = node_times(path, "onnxruntime", np.zeros((1, 256, 28, 28), np.float32), runs=1)
+    times = node_times(path, "onnxruntime", np.zeros((1, 256, 14, 14), np.float32), runs=1)
     kinds = {each.kind for each in times}
     assert "QLinearConv" in kinds
     assert not kinds & {"Conv", "FusedConv"}

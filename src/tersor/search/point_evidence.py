@@ -5,10 +5,11 @@ It is measured at the end, for the points that run on the test images: the Paret
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tersor.evaluation.multiply_peak import multiply_peaks
 from tersor.evaluation.node_profile import profile
 from tersor.evaluation.scoring import agreement, file_predictions, targets_of
 from tersor.evaluation.session import Array, open_session
+from tersor.report.analysis.evidence import layers_by_module
 from tersor.report.analysis.predictions import evenly_spaced, image_entry
 from tersor.search.folder import Front
 from tersor.search.front import Point
@@ -66,12 +68,14 @@ def write_evidence(search: Search, front: Front) -> None:
     }
     targets = targets_of(experiment.batches(data.test, experiment.evaluation_batch))
     classifies = isinstance(task, Classification)
+    original = copy.deepcopy(experiment.model).cpu().float().eval()
+    folded = layers_by_module(original, next(iter(search.bench.validation)).images[:2])
     others = tested if classifies else {front.original: tested[front.original]}
     evidence = {
         "peaks": [peak.model_dump() for peak in multiply_peaks(sorted({each.runtime for each in front.baselines}))],
         "classes": list(data.classes[:_MOST_CLASSES]),
         "points": {
-            name: {**_predicted(task, each, others, targets, data.classes), **_inside(each)}
+            name: {**_predicted(task, each, others, targets, data.classes), **_inside(each, folded)}
             for name, each in tested.items()
         },
         "examples": _examples(tested, data.test) if classifies else [],
@@ -116,10 +120,15 @@ def _predicted(
     }
 
 
-def _inside(tested: _Tested) -> dict[str, Any]:
-    """Layers and node times of a file."""
-    layers = file_layers(tested.file)
-    names = {layer.name: layer.name for layer in layers}
+def _inside(tested: _Tested, folded: Mapping[str, str]) -> dict[str, Any]:
+    """Layers and node times of a file.
+
+    Args:
+        tested: the point.
+        folded: names of BatchNorms, which name the layers of a float file -> the layers that they are folded into.
+    """
+    layers = [replace(layer, name=folded.get(layer.name, layer.name)) for layer in file_layers(tested.file)]
+    names = {**{layer.name: layer.name for layer in layers}, **folded}
     times = {
         str(size): profile(
             tested.file, tested.point.runtime, np.repeat(tested.image, size, axis=0), names, runs=_RUNS
