@@ -240,7 +240,7 @@
     const [first, second] = chosen.map((name) => points.get(name)), [one, other] = chosen.map((name) => evidence[name]);
     const box = element("pair");
     const section = (title, content) => { box.append(make("h3", title), content); };
-    box.replaceChildren(table("The two points", ["", "A", "B", "B compared with A"], summary(first, second)));
+    box.replaceChildren(table("The two points", ["property", "A", "B", "B compared with A"], summary(first, second)));
     if (!one || !other) {
       box.append(make("p", "Scores by class, layers and node times are stored for the Pareto front and the free baselines of the target runtime, at the end of a search.", { class: "note" }));
       return;
