@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -24,11 +24,12 @@ import rows
 import tables
 from images import TRAINED
 from tersor.api import quantize
+from tersor.core.machine import default_threads
+from tersor.core.target import Runtime
 from tersor.deploy.onnx import export
-from tersor.evaluation import multiply_peak
 from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import measure_latency
-from tersor.evaluation.multiply_peak import INTEGERS, multiply_peaks, share_of_peak
+from tersor.evaluation.multiply_peak import INTEGERS, measure_peaks, share_of_peak
 from tersor.evaluation.results import Peak
 from tersor.evaluation.session import installed_runtimes, open_session
 from tersor.search.folder import MODEL, read_front
@@ -56,7 +57,9 @@ def contenders(folder: Path, winner: Path | None) -> dict[str, Contender]:
     found: dict[str, Contender] = {}
     for runtime in installed_runtimes():
         original = export(network, images[:2], folder / f"{runtime}.onnx")
-        integers = export(quantize(network, images, runtime=runtime), images[:2], folder / f"{runtime}-int8.onnx")
+        integers = export(
+            quantize(network, images, runtime=cast("Runtime", runtime)), images[:2], folder / f"{runtime}-int8.onnx"
+        )
         default = open_session(original, runtime).precision
         found[f"{runtime}, float32"] = Contender(original, runtime, "float32", macs, "float32")
         if default != "float32":
@@ -69,10 +72,9 @@ def contenders(folder: Path, winner: Path | None) -> dict[str, Contender]:
     return found
 
 
-def peaks_again() -> list[Peak]:
-    """Measure the peaks, although this process may have measured them already."""
-    multiply_peak._peaks.cache_clear()
-    return multiply_peaks(installed_runtimes())
+def peaks_now() -> list[Peak]:
+    """Measure the peaks of all installed runtimes."""
+    return [peak for runtime in installed_runtimes() for peak in measure_peaks(runtime, default_threads())]
 
 
 def measure(seconds: float, winner: Path | None) -> None:
@@ -80,12 +82,12 @@ def measure(seconds: float, winner: Path | None) -> None:
     what = {"model": "resnet56", "versions": tables.versions()}
     with tempfile.TemporaryDirectory() as folder:
         files = contenders(Path(folder), winner)
-        before = peaks_again()
+        before = peaks_now()
         openers = {name: partial(open_session, each.file, each.runtime, precision=each.asked)
                    for name, each in files.items()}  # fmt: skip
         image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
         timings = measure_latency(openers, image, SIZES, seconds=seconds)
-        peaks = [max(pair, key=lambda peak: peak.macs_per_second) for pair in zip(before, peaks_again(), strict=True)]
+        peaks = [max(pair, key=lambda peak: peak.macs_per_second) for pair in zip(before, peaks_now(), strict=True)]
     for first, peak in zip(before, peaks, strict=True):
         identity = {"kind": "peak", "runtime": peak.runtime, "precision": peak.precision, **what}
         numbers: dict[str, Any] = {"macs_per_second": peak.macs_per_second, "n": peak.n}

@@ -36,7 +36,7 @@ def multiply_peaks(runtimes: Iterable[str]) -> list[Peak]:
     Args:
         runtimes: installed runtimes.
     """
-    return [peak for runtime in runtimes for peak in _peaks(runtime, default_threads())]
+    return [peak for runtime in runtimes for peak in _known(runtime, default_threads())]
 
 
 def share_of_peak(
@@ -64,8 +64,8 @@ def share_of_peak(
     return 1000 * seconds / milliseconds
 
 
-@cache
-def _peaks(runtime: str, threads: int) -> list[Peak]:
+def measure_peaks(runtime: str, threads: int) -> list[Peak]:
+    """Measure the peaks of a runtime with this number of threads."""
     peaks: list[Peak] = []
     image = np.random.default_rng(0).standard_normal((threads, _CHANNELS, _SIDE, _SIDE), np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +77,9 @@ def _peaks(runtime: str, threads: int) -> list[Peak]:
             peaks.append(_measure(default, default.precision, image))
         peaks.append(_measure(open_session(integers, runtime, threads=threads), INTEGERS, image))
     return peaks
+
+
+_known = cache(measure_peaks)
 
 
 def _measure(session: Session, precision: str, image: Array) -> Peak:
