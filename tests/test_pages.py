@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import blocks
 import gains
+from browser import CHROMIUM, chromium
 from tersor.cli_output import Document
 from tersor.methods import names
 from tersor.recipe import parse
@@ -24,7 +25,10 @@ from tersor.recipe import parse
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
-SELF_CONTAINED = ["how-to/own-network.md", "how-to/vit.md", "how-to/deploy.md"]
+SELF_CONTAINED = [
+    *("how-to/own-network.md", "how-to/vit.md", "how-to/deploy.md", "how-to/budget.md", "how-to/segmentation.md"),
+    *("how-to/detection.md", "how-to/cpp.md"),
+]
 """Pages whose Python blocks need nothing but each other, and seconds."""
 QUICK = ["how-to/resume.md", "agents.md"]
 ENVIRONMENT = os.environ | {
@@ -209,9 +213,6 @@ def test_the_site_loads_nothing_from_elsewhere(site):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_pages_fit_the_screen_without_errors(site, width, scheme):
-    sys.path.append(str(Path(__file__).parent / "report"))
-    from browser import CHROMIUM, chromium
-
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     with chromium() as browser:
@@ -227,14 +228,14 @@ def test_the_openvino_program_compiles_and_runs(tmp_path):
     openvino = pytest.importorskip("openvino")
     if not (shutil.which("cmake") and shutil.which("g++")):
         pytest.skip("cmake or g++ is not installed")
-    (first, *_) = blocks.blocks("how-to/deploy.md", "python")
+    (first,) = blocks.blocks("how-to/cpp.md", "python")
     with contextlib.chdir(tmp_path):
         exec(first, {})
-    source, _ = blocks.blocks("how-to/deploy.md", "cpp")
-    (project,) = blocks.blocks("how-to/deploy.md", "cmake")
+    _, source = blocks.blocks("how-to/cpp.md", "cpp")
+    (project,) = blocks.blocks("how-to/cpp.md", "cmake")
     (tmp_path / "openvino.cpp").write_text(source)
     (tmp_path / "CMakeLists.txt").write_text(project)
-    commands = blocks.blocks("how-to/deploy.md", "sh")[0]
+    commands = blocks.blocks("how-to/cpp.md", "sh")[1]
     libraries = Path(openvino.__file__).parent / "libs"
     environment = ENVIRONMENT | {"LD_LIBRARY_PATH": str(libraries)}
     done = subprocess.run(
@@ -248,12 +249,12 @@ def test_the_openvino_program_compiles_and_runs(tmp_path):
 def test_the_onnxruntime_program_compiles_and_runs(tmp_path):
     if "ONNXRUNTIME" not in os.environ:
         pytest.skip("ONNXRUNTIME does not name an unpacked release of ONNX Runtime, which has the headers")
-    (first, *_) = blocks.blocks("how-to/deploy.md", "python")
+    (first,) = blocks.blocks("how-to/cpp.md", "python")
     with contextlib.chdir(tmp_path):
         exec(first, {})
-    _, source = blocks.blocks("how-to/deploy.md", "cpp")
+    source, _ = blocks.blocks("how-to/cpp.md", "cpp")
     (tmp_path / "onnxruntime.cpp").write_text(source)
-    commands = blocks.blocks("how-to/deploy.md", "sh")[1]
+    commands = blocks.blocks("how-to/cpp.md", "sh")[0]
     done = subprocess.run(
         ["bash", "-euc", commands], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True
     )

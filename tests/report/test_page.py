@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, chromium
 from samples import alone, evidence_of, numbers_of, positions_of
 
+from browser import CHROMIUM, chromium
 from tersor import cli
 from tersor.checkpoint.artifact import read_artifact, write_folder
 from tersor.core.errors import InputError
@@ -80,6 +80,25 @@ def test_the_reason_for_stopping_is_shown(page):
         "The measurement stopped at the time limit of 10 s, before every confidence interval was narrower than 10 %."
         in text
     )
+
+
+def test_the_share_of_the_multiply_peak(page):
+    assert "multiply peak" not in page(), "not measured"
+    rates = {("onnxruntime", "float32"): 1e10, ("onnxruntime", "int8"): 4e10, ("openvino", "bfloat16"): 2e10}
+    numbers = numbers_of(
+        peaks=[
+            {"runtime": runtime, "precision": precision, "macs_per_second": rate, "median": 0.8 * rate, "n": 20}
+            for (runtime, precision), rate in rates.items()
+        ]
+    )
+    numbers["artifact"]["integer_macs_share"] = 1.0
+    text = page(numbers)
+    section = text.partition("<h2>Share of the multiply peak</h2>")[2].partition("</section>")[0]
+    rows = [re.findall("<td>([0-9.–]+)</td>", row) for row in re.findall('scope="row">.*?</tr>', section)]
+    assert rows[0] == ["2.50", "25", "80.0", "800"], "1e7 MACs in 4 ms; at batch 32 in 4 ms"
+    assert rows[1] == ["5.00", "25", "160", "800"], "bfloat16"
+    assert rows[2] == ["5.00", "12", "160", "400"], "5e6 MACs in 1 ms at 4e10"
+    assert "at least 80 % of it" in section
 
 
 def test_the_page_has_all_sections(page):

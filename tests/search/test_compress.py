@@ -20,6 +20,7 @@ from tersor.evaluation import latency
 from tersor.evaluation.session import open_session
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, RECIPE, UNCHANGED, SearchFolder, read_front
+from tersor.search.point_evidence import read_evidence
 
 
 def small(num_classes=10):
@@ -76,6 +77,20 @@ def test_no_time_at_all_gives_a_usable_answer(few, without_time, tmp_path):
     assert "plan:" in said
     assert result.numbers == read_front(result.folder)
     assert (result.folder / "report.html").is_file()
+
+
+def test_two_points_can_be_compared_by_layers_classes_and_times(without_time):
+    evidence = read_evidence(without_time[0].folder)
+    assert set(evidence["points"]) == {"original", "original-8bit"}
+    floats, integers = (evidence["points"][name] for name in ("original", "original-8bit"))
+    assert [layer[:3] for layer in floats["layers"]] == [["0", 16, 32], ["3", 32, 32], ["8", 10, 32]]
+    assert [layer[:3] for layer in integers["layers"]] == [["0", 16, 8], ["3", 32, 8], ["8", 10, 8]]
+    assert all(ms > 0 for layer in [*floats["layers"], *integers["layers"]] for ms in layer[3].values())
+    assert len(floats["by_class"]) == 10
+    assert floats["agreement"]["original"] == 100
+    assert floats["agreement"]["original-8bit"] == integers["agreement"]["original"]
+    assert "QLinearConv" in {kind for kind, _, _ in integers["time"]["1"]}
+    assert {(peak["runtime"], peak["precision"]) for peak in evidence["peaks"]} >= {("onnxruntime", "int8")}
 
 
 def test_the_same_call_of_a_finished_search_does_nothing(few, without_time):

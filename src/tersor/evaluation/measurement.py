@@ -30,6 +30,7 @@ from tersor.evaluation.latency import (
     measure_latency,
     size_bytes,
 )
+from tersor.evaluation.multiply_peak import multiply_peaks
 from tersor.evaluation.results import VERSION, Results, StageRecord
 from tersor.evaluation.scoring import agreement, file_predictions, network_predictions, score, targets_of
 from tersor.evaluation.session import Session, installed_runtimes, open_session
@@ -211,6 +212,7 @@ def measure(
             "artifact": by_file["artifact"] | in_float,
             "agreement_with_torch": agreement_with_torch,
             **measured.latency_results(seconds),
+            "peaks": multiply_peaks(installed_runtimes()),
             "test_images": len(test.images),
             "stages": [
                 {**record.model_dump(exclude_unset=True), **by_stage.get(number, {})}

@@ -75,12 +75,18 @@ def node_times(
 
 
 def profile(
-    path: Path, runtime: str, batch: Array, layers: Mapping[str, str], *, precision: str | None = None
+    path: Path,
+    runtime: str,
+    batch: Array,
+    layers: Mapping[str, str],
+    *,
+    precision: str | None = None,
+    runs: int = _RUNS,
 ) -> dict[str, Any]:
     """Node times by operator and by layer, as plain values.
 
     Args:
-        path, runtime, batch, precision: as for `node_times`.
+        path, runtime, batch, precision, runs: as for `node_times`.
         layers: path of a module -> the layer that its time counts for: the layer itself, or the BatchNorm that was
             folded into it and whose name its node has.
 
@@ -88,7 +94,7 @@ def profile(
         `ms`: total of all nodes. `kinds`: `kind`, `nodes` and `ms` of each operator, slowest first. `layers`:
         milliseconds by layer.
     """
-    times = node_times(path, runtime, batch, precision=precision)
+    times = node_times(path, runtime, batch, precision=precision, runs=runs)
     names = _layers_by_name(path, layers)
     kinds: defaultdict[str, list[float]] = defaultdict(list)
     by_layer: defaultdict[str, float] = defaultdict(float)

@@ -68,6 +68,20 @@ class Execution(_Record):
     precision: Text
 
 
+class Peak(Execution):
+    """Multiply-accumulate operations per second that large convolutions reach (see `multiply_peak.py`).
+
+    Attributes:
+        precision: of the products: "float32", "bfloat16", "float16" or "int8".
+        macs_per_second: in the fastest of `n` runs.
+        median: in the median run; far below the fastest on a loaded machine.
+    """
+
+    macs_per_second: Positive
+    median: Positive
+    n: Count
+
+
 class Metric(_Record):
     """The task's metric, which every `score` has: "accuracy" in "%"."""
 
@@ -213,6 +227,7 @@ class Results(_Record):
     agreement_with_torch: Percent | None = None
     speedup: dict[Reference, dict[BatchSize, Speedup]]
     rounds: Rounds
+    peaks: list[Peak] = []
     test_images: Count
     stages: list[StageRecord] = []
     mean: tuple[float, ...] | None = None

@@ -71,8 +71,17 @@ def _read(path: Path) -> dict[str, Any] | None:
 def style_values() -> dict[str, Any]:
     """The style sheet of a page, and its hash for the page's security policy."""
     style = files("tersor.report").joinpath("templates/style.css").read_text(encoding="utf-8")
-    digest = hashlib.sha256(style.encode()).digest()
-    return {"style": Markup(style), "style_hash": base64.b64encode(digest).decode()}  # noqa: S704  # our own file
+    return {"style": Markup(style), "style_hash": _hash(style)}  # noqa: S704  # our own file
+
+
+def script_values(name: str) -> dict[str, Any]:
+    """The script `templates/NAME` of a page, and its hash for the page's security policy."""
+    script = files("tersor.report").joinpath(f"templates/{name}").read_text(encoding="utf-8")
+    return {"script": Markup(script), "script_hash": _hash(script)}  # noqa: S704  # our own file
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _render(numbers: Results, evidence: dict[str, Any] | None) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tersor.evaluation.results import FileResults, Reference, Results
+from tersor.evaluation.multiply_peak import share_of_peak
+from tersor.evaluation.results import FileResults, Peak, Reference, Results
 from tersor.report.verdict import RUNTIMES, by_batch_size, runtime_of, same_runtime
 
 
@@ -75,3 +76,22 @@ def latency_runs(numbers: Results, size: str) -> tuple[dict[str, list[float]], f
     """Milliseconds of each entry, and the end of their axis: 15 % after the largest 95th percentile."""
     runs = {title: list(chain(*entry.latency_runs_ms[size])) for title, entry in entries(numbers).items()}
     return runs, 1.15 * max(float(np.percentile(run, 95)) for run in runs.values())
+
+
+def peak_shares(numbers: Results) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """By title of an entry and batch size: billion MACs per second, and their share of the multiply peak."""
+    shares: dict[str, dict[str, tuple[float, float | None]]] = {}
+    for title, entry in entries(numbers).items():
+        shares[title] = {}
+        for size, latency in entry.latency_ms.items():
+            macs = int(size) * entry.macs
+            share = share_of_peak(
+                entry.runtime, entry.precision, macs, latency.median, numbers.peaks, entry.integer_macs_share or 0.0
+            )
+            shares[title][size] = macs / latency.median / 1e6, share
+    return shares
+
+
+def peak_noise(peaks: Sequence[Peak]) -> float:
+    """The median run over the fastest run, of the peak where the two differ most."""
+    return min(peak.median / peak.macs_per_second for peak in peaks)

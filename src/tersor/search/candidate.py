@@ -63,6 +63,15 @@ class Candidate:
         return ", ".join([*parts, "mixed bits" if self.bits == "mixed" else f"{self.bits} bits"])
 
     @property
+    def family(self) -> str:
+        """The kind of change, by which a report groups candidates."""
+        if not self.inherits:
+            return "student networks"
+        changes = {"blocks": bool(self.branches), "channels": self.keep_macs < 1, "pixels": bool(self.pixels)}
+        fewer = [name for name, changed in changes.items() if changed] or ["bits"]
+        return f"fewer {' and '.join(fewer)}"
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """Its fields, as plain values."""
         return asdict(self)

@@ -19,8 +19,10 @@ from tersor.search.candidate_latency import Measurement
 from tersor.search.compression_budget import DEFAULT_MINUTES, Budget
 from tersor.search.finish import write_front
 from tersor.search.folder import DATABASE, LATENCIES, TRIALS, Front, SearchFolder, read_front
+from tersor.search.front_page import write_front_page
 from tersor.search.halving import halve
 from tersor.search.plan import Clock
+from tersor.search.point_evidence import write_evidence
 from tersor.search.request import Request, experiment_of
 from tersor.search.result import Result
 from tersor.search.search_context import Search, TimeBar
@@ -167,6 +169,8 @@ def _run(search: Search, request: Request) -> Front:
         search.save()
         raise
     made = write_front(search, finished=True)
+    write_evidence(search, made)
+    write_front_page(search.folder.path, made)
     search.folder.state.finished = True
     search.save()
     search.folder.remove_trials(kept=search.folder.state.rungs[-1])

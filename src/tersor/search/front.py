@@ -20,6 +20,7 @@ class Point(BaseModel):
         file: path of the ONNX file in the folder of the search.
         runtime: runtime of the measurements.
         precision: data type of its layers: int8, or that of the runtime for a float file.
+        family: kind of change; "fewer blocks", "student networks".
         free: whether it needs no search: the original, and the original in 8 bits.
         validation: metric on the validation images, in percent.
         test: metric on the test images; measured once, at the end, for the Pareto front and the free baselines.
@@ -36,6 +37,7 @@ class Point(BaseModel):
     file: str
     runtime: str
     precision: str
+    family: str = "fewer bits"
     free: bool = False
     validation: Annotated[float, Field(ge=0, le=100)]
     test: Annotated[float | None, Field(ge=0, le=100)] = None

@@ -1,18 +1,27 @@
-"""`front.json` -> `report.html`: the Pareto front in charts and a table. The page loads nothing and runs no script."""
+"""`front.json` -> `report.html`: the Pareto front in charts and a table.
+
+The page loads nothing. It is complete without its script, which adds a chart to explore and a comparison of two points.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tersor.core.files import write_file
-from tersor.report.page import REPORT, style_values
+from tersor.evaluation.multiply_peak import INTEGERS, share_of_peak
+from tersor.evaluation.results import Peak
+from tersor.report.page import REPORT, script_values, style_values
 from tersor.report.templating import environment
+from tersor.report.verdict import RUNTIMES
 from tersor.search.folder import Front
 from tersor.search.front import Point
+from tersor.search.point_evidence import read_evidence
 from tersor.search.verdict_line import verdict_lines
 
 _MARGIN = 1.08
@@ -38,18 +47,75 @@ class Chart:
 def write_front_page(folder: Path, front: Front) -> Path:
     """Write `report.html`; returns it."""
     points = [*front.baselines, *front.points, *front.dominated]
-    rows = list({point.name: point for point in points}.values())
+    rows = sorted({point.name: point for point in points}.values(), key=lambda point: (not point.free, point.mean_ms))
     kept = {point.name for point in front.points}
+    evidence = read_evidence(folder)
+    peaks = [Peak.model_validate(each) for each in evidence.pop("peaks", [])]
+    peak_percent = partial(_peak_percent, peaks)
     page = environment().get_template("front.html").render(
         **style_values(),
+        **script_values("front.js"),
         front=front,
         lines=verdict_lines(front),
-        rows=sorted(rows, key=lambda point: (not point.free, point.mean_ms)),
+        rows=rows,
         kept=kept,
         charts_of_front=charts(front, rows),
+        families=Counter(_family(point) for point in rows),
+        peaks=peaks,
+        peak_percent=peak_percent,
+        data=_explorer_data(front, evidence, rows, peak_percent),
     )  # fmt: skip
     write_file(folder / REPORT, page.encode("utf-8", "replace"))
     return folder / REPORT
+
+
+def _explorer_data(
+    front: Front, evidence: dict[str, Any], rows: list[Point], peak_percent: Callable[[Point, int], float | None]
+) -> dict[str, Any]:
+    """What the script shows, in plain values."""
+    kept = {point.name for point in front.points}
+    return {
+        "metric": front.metric,
+        "original": front.original,
+        "best": front.best,
+        "limits": front.limits,
+        "sizes": list(front.points[0].latency_ms),
+        "evidence": evidence,
+        "points": [
+            {
+                "name": point.name,
+                "description": point.description,
+                "family": _family(point),
+                "kind": _kind(point, kept),
+                "runtime": RUNTIMES[point.runtime],
+                "precision": point.precision,
+                "validation": round(point.validation, 4),
+                "test": point.test,
+                "latency": point.latency_ms,
+                "megabytes": point.bytes / 1e6,
+                "macs": point.macs / 1e6,
+                "steps": point.steps,
+                "seconds": point.seconds,
+                "peak": {size: peak_percent(point, size) for size in point.latency_ms},
+            }
+            for point in rows
+        ],
+    }
+
+
+def _family(point: Point) -> str:
+    return "free baselines" if point.free else point.family
+
+
+def _kind(point: Point, kept: Collection[str]) -> str:
+    return "baseline" if point.free else "artifact" if point.name in kept else "original"
+
+
+def _peak_percent(peaks: Sequence[Peak], point: Point, size: int) -> float | None:
+    """Percent of the multiply peak. Files in 8 bits count as having all of their MACs in integers."""
+    integers = float(point.precision == INTEGERS)
+    share = share_of_peak(point.runtime, point.precision, size * point.macs, point.latency_ms[size], peaks, integers)
+    return None if share is None else 100 * share
 
 
 def charts(front: Front, points: list[Point]) -> list[Chart]:
@@ -88,7 +154,7 @@ def _chart(
         {
             "x": place(value(point)),
             "y": height(point.validation),
-            "kind": "baseline" if point.free else "artifact" if point.name in kept else "original",
+            "kind": _kind(point, kept),
             "label": f"{point.description}: {point.validation:.2f} %, {value(point):.3g} {title}",
         }
         for point in points

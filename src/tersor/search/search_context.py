@@ -148,6 +148,7 @@ class Search:
             file=self.folder.relative(exported.file),
             runtime=self.runtime,
             precision=INTEGERS,
+            family=candidate.family,
             free=candidate == Candidate() and not rung,
             validation=exported.validation,
             latency_ms=self.measurement.latency(exported.file, image),

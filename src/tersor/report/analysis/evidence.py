@@ -136,7 +136,7 @@ def _profiles(
     target: Target,
     baseline: Mapping[str, Execution],
 ) -> dict[str, Any]:
-    before, after = (_layers_by_module(network, images) for network in (original, model))
+    before, after = (layers_by_module(network, images) for network in (original, model))
     profiles: dict[str, Any] = {}
     fixed = batch_for(model, target)
     for size in PROFILED_BATCH_SIZES if fixed is None else (fixed,):
@@ -152,8 +152,13 @@ def _profiles(
     return profiles
 
 
-def _layers_by_module(network: nn.Module, images: Tensor) -> dict[str, str]:
-    """Layers by their path and by the path of the BatchNorm after them, which names the two once they are folded."""
+def layers_by_module(network: nn.Module, images: Tensor) -> dict[str, str]:
+    """Layers by their path and by the path of the BatchNorm after them, which names the two once they are folded.
+
+    Args:
+        network: in eval mode, on the CPU.
+        images: (N, C, H, W), to capture it with.
+    """
     names = {name: name for name in weighted_layers(network)}
     try:
         graph = capture(network, images)

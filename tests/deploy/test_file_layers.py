@@ -1,0 +1,34 @@
+"""Names, channels and bits of the layers in an exported file."""
+
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from tersor.core.errors import CompressionWarning
+from tersor.deploy.file_layers import FileLayer, file_layers
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 7, 2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 5)),
+    ).eval()
+
+
+def test_layers_of_a_float_file(tmp_path):
+    tersor.export(network(), torch.randn(2, 3, 8, 8), tmp_path / "float.onnx")
+    layers = file_layers(tmp_path / "float.onnx")
+    assert layers[:2] == [FileLayer("0", 8, 32), FileLayer("2", 6, 32)]
+    assert [(each.channels, each.bits) for each in layers] == [(8, 32), (6, 32), (7, 32), (5, 32)]
+
+
+def test_layers_of_files_in_8_and_4_bits(tmp_path):
+    images = torch.randn(8, 3, 8, 8)
+    for bits in (8, 4):
+        with pytest.warns(CompressionWarning, match="ConvTranspose2d"):
+            quantized = tersor.quantize(network(), images, bits=bits)
+        tersor.export(quantized, images[:2], tmp_path / f"{bits}.onnx")
+        layers = file_layers(tmp_path / f"{bits}.onnx")
+        assert [(each.channels, each.bits) for each in layers] == [(8, 8), (6, bits), (7, 32), (5, 8)]

@@ -1,0 +1,48 @@
+"""The multiply peak, and the share of it that a network reaches."""
+
+import numpy as np
+import pytest
+
+from tersor.evaluation import multiply_peak
+from tersor.evaluation.multiply_peak import multiply_peaks, share_of_peak
+from tersor.evaluation.node_profile import node_times
+from tersor.evaluation.results import Peak
+
+
+def peak(precision, rate, runtime="onnxruntime"):
+    return Peak(runtime=runtime, precision=precision, macs_per_second=rate, median=rate, n=3)
+
+
+PEAKS = [peak("float32", 1e11), peak("int8", 4e11), peak("float32", 2e11, "openvino")]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "integers", "share"),
+    [
+        ("onnxruntime", 0.0, 0.5),  # 1e9 MACs take 10 ms at 1e11
+        ("onnxruntime", 1.0, 0.125),
+        ("onnxruntime", 0.5, 0.5 * 0.5 + 0.5 * 0.125),
+        ("openvino", 0.0, 0.25),
+        ("openvino", 1.0, None),  # no int8 peak of OpenVINO
+    ],
+)
+def test_the_share_is_the_time_at_the_peak_over_the_latency(runtime, integers, share):
+    assert share_of_peak(runtime, "float32", 10**9, 20.0, PEAKS, integers) == (share and pytest.approx(share))
+
+
+def test_peaks_are_measured_once_in_float_and_integers(monkeypatch):
+    monkeypatch.setattr(multiply_peak, "_LEAST_RUNS", 3)
+    multiply_peak._known.cache_clear()
+    peaks = multiply_peaks(["onnxruntime"])
+    assert multiply_peaks(["onnxruntime"]) == peaks
+    multiply_peak._known.cache_clear()
+    assert [(each.precision, each.n) for each in peaks] == [("float32", 3), ("int8", 3)]
+    assert all(each.macs_per_second >= each.median > 0 for each in peaks)
+
+
+def test_the_integer_network_has_no_convolution_in_float(tmp_path):
+    path = multiply_peak._write(tmp_path / "peak.onnx", "int8")
+    times = node_times(path, "onnxruntime", np.zeros((1, 256, 14, 14), np.float32), runs=1)
+    kinds = {each.kind for each in times}
+    assert "QLinearConv" in kinds
+    assert not kinds & {"Conv", "FusedConv"}

@@ -1,0 +1,165 @@
+"""The page of a search: size, security policy, and its controls in Chromium."""
+
+import json
+import re
+
+import pytest
+from front_samples import evidence_for, front_of, write
+
+from browser import CHROMIUM, chromium
+from tersor.search.front_page import write_front_page
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("search"), front_of()
+    write(folder, made)
+    return write_front_page(folder, made)
+
+
+def data_of(text):
+    return json.loads(re.search(r'<script type="application/json" id="front-data">(.*?)</script>', text)[1])
+
+
+def test_two_hundred_trials_fit_in_three_megabytes(page):
+    assert page.stat().st_size < 3e6
+    data = data_of(page.read_text())
+    assert len(data["points"]) == 203
+    assert {each["family"] for each in data["points"]} > {"free baselines", "fewer blocks", "student networks"}
+    assert data["evidence"]["classes"] == evidence_for(front_of())["classes"]
+
+
+def test_the_page_runs_its_own_script_only_and_loads_nothing(page):
+    text = page.read_text()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
+    assert re.search(r"script-src 'sha256-[A-Za-z0-9+/=]{44}'", policy)
+    assert "default-src 'none'" in policy
+    assert text.count("<script") == 2, "data and script; names of classes are escaped"
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text)
+
+
+def test_the_share_of_the_peak_follows_from_rate_and_latency(page):
+    points = {each["name"]: each for each in data_of(page.read_text())["points"]}
+    assert points["original"]["peak"]["1"] == pytest.approx(100 * 2e8 / 2e-3 / 2e11), "bfloat16"
+    assert points["original-8bit"]["peak"]["1"] == pytest.approx(100 * 1e8 / 1e-3 / 4e11), "int8"
+    assert points["original-onnxruntime"]["peak"]["1"] is None, "not measured"
+
+
+def test_before_the_end_there_is_no_evidence(tmp_path):
+    text = write_front_page(tmp_path, front_of(3)).read_text()
+    assert data_of(text)["evidence"] == {}
+    assert "multiply peak" not in text.partition("<script")[0].lower()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_every_control_in_chromium(page):
+    with chromium() as browser:
+        for width in (1280, 390):
+            browser.open(page, width, "light")
+            assert browser.value("document.scrollingElement.scrollWidth") <= width
+        _axes(browser)
+        _families(browser)
+        _pair(browser)
+        _keyboard(browser)
+        browser.ask("Emulation.setEmulatedMedia", media="print")
+        displayed = "[...document.querySelectorAll('.controls')].map(e => getComputedStyle(e).display).join()"
+        assert browser.value(displayed) == "none,none"
+        assert browser.complaints == []
+        assert {url for url in browser.requests if not url.startswith("data:")} == {page.as_uri()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_a_search_that_is_not_finished_shows_its_points(tmp_path):
+    with chromium() as browser:
+        browser.open(write_front_page(tmp_path, front_of(3)), 1280, "dark")
+        assert browser.value("document.querySelectorAll('#chart circle').length") == 7
+        assert "at the end of a search" in browser.value("document.getElementById('pair').textContent")
+        assert browser.complaints == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_without_its_script_the_page_has_charts_and_table(page):
+    with chromium() as browser:
+        browser.ask("Emulation.setScriptExecutionDisabled", value=True)
+        browser.open(page, 390, "light")
+        browser.ask("Emulation.setScriptExecutionDisabled", value=False)
+        assert browser.value("document.getElementById('explorer').hidden") is True
+        assert browser.value("document.querySelectorAll('#static svg circle').length") == 4 * 203
+        assert browser.value("document.querySelectorAll('tbody tr').length") >= 203
+
+
+def select(browser, control, value):
+    browser.value(f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('change')) }})({id_of(control)})")
+
+
+def id_of(control):
+    return f"document.getElementById({control!r})"
+
+
+def circles(browser):
+    return browser.value("document.querySelectorAll('#chart circle').length")
+
+
+def _axes(browser):
+    label = f"{id_of('chart')}.getAttribute('aria-label')"
+    for axis, title in [("megabytes", "MB"), ("macs", "million MACs"), ("latency", "ms at batch 1")]:
+        select(browser, "x", axis)
+        assert browser.value(label) == f"203 points: accuracy on the validation images, % against {title}"
+    select(browser, "batch", "128")
+    assert "against ms at batch 128" in browser.value(label)
+    assert "Time by operator, batch 128" in browser.value(f"{id_of('pair')}.textContent")
+    select(browser, "x", "peak")
+    assert circles(browser) == 202, "one point has no peak"
+    select(browser, "y", "test")
+    assert 2 < circles(browser) < 100, "the points that ran on the test images"
+    select(browser, "y", "validation")
+    select(browser, "x", "latency")
+    select(browser, "batch", "1")
+
+
+def _families(browser):
+    browser.value("document.querySelector('#families input[value=\"student networks\"]').click()")
+    assert circles(browser) == 154
+    assert browser.value(f"{id_of('shown')}.textContent") == f"{circles(browser)} of 203 points shown."
+    browser.value("document.querySelector('#families input[value=\"student networks\"]').click()")
+    assert circles(browser) == 203
+
+
+def _pair(browser):
+    text = f"{id_of('pair')}.textContent"
+    assert browser.value(f"{id_of('first')}.value + {id_of('second')}.value") == "originalbest"
+    for part in (
+        "prediction agreement of the two, %97.50",
+        "Score by class",
+        "cat93.092.4−0.60 points",
+        "layer55.conv",
+    ):
+        assert part in browser.value(text), part
+    assert browser.value("document.querySelectorAll('#pair img').length") == 24
+    browser.value("document.querySelector('#chart circle[data-name=t1]').dispatchEvent(new MouseEvent('mouseenter'))")
+    assert "1 branches removed" in browser.value(f"{id_of('tip')}.textContent")
+    assert browser.value(f"{id_of('tip')}.hidden") is False
+    browser.value("document.querySelector('#chart circle[data-name=t1]').dispatchEvent(new MouseEvent('click'))")
+    assert browser.value(f"{id_of('first')}.value + ' ' + {id_of('second')}.value") == "best t1"
+    select(browser, "second", "original-8bit")
+    chosen = browser.value("[...document.querySelectorAll('#chart .chosen')].map(e => e.dataset.name).sort().join()")
+    assert chosen == "best,original-8bit"
+
+
+def _keyboard(browser):
+    browser.value("document.querySelector('#chart circle[tabindex=\"0\"]').focus()")
+    before = browser.value("document.activeElement.dataset.name")
+    browser.press("ArrowRight", 39)
+    after = browser.value("document.activeElement.dataset.name")
+    assert after != before
+    browser.press("ArrowLeft", 37)
+    assert browser.value("document.activeElement.dataset.name") == before
+    browser.press("End", 35)
+    last = browser.value("document.activeElement.dataset.name")
+    browser.press("Enter", 13)
+    assert browser.value(f"{id_of('second')}.value") == last
+    assert browser.value("document.activeElement.getAttribute('aria-pressed')") == "true"
