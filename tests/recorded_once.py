@@ -18,7 +18,9 @@ from torch import Tensor, fx, nn
 from torch._export import utils as _export_utils
 from torch.export import ExportedProgram
 
+from tersor.data.network_inputs import NetworkInput, tensors_of
 from tersor.graph import export_program
+from tersor.graph.forward_call import specs_of
 
 LARGEST = 2_000_000
 """Parameters of the largest network whose record is kept in memory."""
@@ -49,7 +51,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     export_program._exported = _record if in_tests_of_capture else _recorded_once
 
 
-def _recorded_once(network: nn.Module, images: Tensor, batch: Any) -> ExportedProgram:
+def _recorded_once(network: nn.Module, images: NetworkInput, batch: Any) -> ExportedProgram:
     try:
         key = _key(network, images, batch)
     except _OtherError:
@@ -71,10 +73,10 @@ def _copy_the_module(program: ExportedProgram) -> None:
         program.module = lambda **_options: fx.GraphModule(module, copy.deepcopy(module.graph))
 
 
-def _key(network: nn.Module, images: Tensor, batch: Any) -> Hashable:
+def _key(network: nn.Module, images: NetworkInput, batch: Any) -> Hashable:
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
     number: dict[int, int] = {}  # equal for modules and tensors that are shared
-    parts: list[Hashable] = [str(batch), modes, _described(images)]
+    parts: list[Hashable] = [str(batch), modes, specs_of(images), *map(_described, tensors_of(images))]
     for path, module in network.named_modules(remove_duplicate=False):
         values = {key: value for key, value in vars(module).items() if key not in _APART}
         kind = type(module)

@@ -107,6 +107,7 @@ LEVELS = [
     ("graph.modes",),
     ("graph.export_program",),
     (
+        "graph.batch_constants",
         "graph.batchnorm_statistics",
         "graph.comparison",
         "graph.feature_extraction",
@@ -127,6 +128,7 @@ LEVELS = [
         "graph.parametrization",
         "graph.plain_modules",
     ),
+    ("graph.forward_call",),
     ("tasks",),
     ("data",),
     ("core",),

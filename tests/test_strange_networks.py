@@ -148,6 +148,6 @@ def test_a_submodule_named_self_is_refused():
 def test_a_structure_with_a_huge_image_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)).eval()
     saved = structure(tersor.quantize(model, [IMAGES]))
-    assert saved["image_shape"] == [3, 16, 16]
+    assert saved["inputs"] == [{"name": None, "shape": [3, 16, 16], "dtype": "float32"}]
     with pytest.raises(InputError, match="an image that is too large"):
-        rebuild(model, {**saved, "image_shape": [3, 4096, 4096]})
+        rebuild(model, {**saved, "inputs": [{**saved["inputs"][0], "shape": [3, 4096, 4096]}]})

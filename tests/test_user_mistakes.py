@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import tersor
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.data.loader import batches_of
+from tersor.evaluation.file_inputs import FileInput
 from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Session
 from tersor.graph.plain_network import plain_copy, unwrapped
@@ -177,7 +178,10 @@ REFUSED = {
     "lock": (lambda: Around(lambda self, x: self.inner(x), lock=threading.Lock()), r"because of lock \(lock\)"),
     "no weights": (lambda: nn.Sequential(nn.Flatten()), "no parameters"),
     "no layers": (lambda: nn.Sequential(), "no parameters"),
-    "two inputs": (NeedsMask, "needs 2 inputs: images, mask"),
+    "two inputs": (
+        NeedsMask,
+        r"needs 2 inputs: images, mask, but a batch has one. Pass batches \(\(images, mask\), targets\)",
+    ),
     "squeeze, then flatten": (
         lambda: Around(lambda self, x: self.inner[-1](self.inner[:-2](x).squeeze().flatten(1))),
         "runs on two images, but not on one: .*squeezes",
@@ -316,7 +320,11 @@ def artifact(tmp_path_factory):
 
 def test_one_logit_is_a_class_above_zero_unless_it_may_be_a_probability():
     session = Session(
-        "onnxruntime", "float32", 1, IMAGES.numpy().dtype, (None, 3, 8, 8), lambda array: array[:, 0, 0, :1]
+        "onnxruntime",
+        "float32",
+        1,
+        (FileInput("images", IMAGES.numpy().dtype, (None, 3, 8, 8)),),
+        lambda array: array[:, 0, 0, :1],
     )
     expected = (IMAGES[:, 0, 0, 0] > 0).long()
     assert file_predictions(session, [IMAGES.numpy()]).tolist() == expected.tolist()

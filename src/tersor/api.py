@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import numpy as np
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -22,9 +21,9 @@ from tersor.data.batch import images_of
 from tersor.data.loader import batches_of, targets_in
 from tersor.deploy.onnx import export as write_onnx
 from tersor.deploy.static_batch import batch_for, static_batch_reason
-from tersor.evaluation.latency import BATCH_SIZES, Array, compressed_bytes, measure_latency, size_bytes
+from tersor.evaluation.latency import BATCH_SIZES, compressed_bytes, measure_latency, size_bytes
 from tersor.evaluation.latency_ratio import latency_ratio
-from tersor.evaluation.scoring import agreement, file_outputs, file_predictions, score
+from tersor.evaluation.scoring import agreement, arrays_of, file_outputs, file_predictions, score
 from tersor.evaluation.session import open_session
 from tersor.evaluation.verification import verify
 from tersor.methods.channel_pruning import ChannelPruning
@@ -181,7 +180,7 @@ def distill(
 
 def export(
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     path: Path | str,
     *,
     runtime: Runtime = "onnxruntime",
@@ -195,7 +194,7 @@ def export(
 
     Args:
         model: any network; the result of `quantize` is written with integer weights and operators.
-        example: normalized images (N, C, H, W).
+        example: normalized images (N, C, H, W); several inputs are a tuple, or a dict by name.
         path: the file to write, `*.onnx`.
         runtime: the runtime for the comparison.
         classes: class names in the order of the logits, stored in the metadata.
@@ -208,7 +207,7 @@ def export(
     """
     path = onnx_path(path)
     images = example_of(example).cpu().float()
-    check_metadata(classes, pixels, images.shape[1])
+    check_metadata(classes, pixels, images)
     network = to_export(model, images, "the network")
     fixed = batch_for(network, _made(Target, runtime=runtime, batch=batch))
     if fixed != batch:
@@ -263,14 +262,15 @@ def compare(
             write_onnx(original, batches[0][0], path)
         files = {"original": Path(path), "artifact": read_artifact(artifact).model}
         sessions = {name: open_session(file, runtime) for name, file in files.items()}
-        few = next(_arrays(batches))[:2]
+        images = [each for each, _ in batches]
+        few = arrays_of(batches[0][0][:2])
         goal = task_of_files(task_of(task, metric=metric), sessions, few)
-        answers = {name: file_predictions(session, _arrays(batches), goal) for name, session in sessions.items()}
+        answers = {name: file_predictions(session, map(arrays_of, images), goal) for name, session in sessions.items()}
         targets = targets_for(goal, batches, file_outputs(sessions["original"], few))
         if goal.from_original:
             targets = answers["original"]
         openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
-        timings = measure_latency(openers, next(_arrays(batches))[:1], seconds=seconds)
+        timings = measure_latency(openers, arrays_of(batches[0][0][:1]), seconds=seconds)
         return {
             name: {
                 goal.metric: None if targets is None else score(goal, answers[name], targets),
@@ -281,10 +281,6 @@ def compare(
             }
             for name in files
         }
-
-
-def _arrays(batches: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Array]:
-    return (np.ascontiguousarray(images.numpy()) for images, _ in batches)
 
 
 def _made(kind: Callable[..., _T], **parameters: Any) -> _T:

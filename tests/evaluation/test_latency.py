@@ -14,6 +14,7 @@ import torch
 
 from tersor.core.errors import InputError
 from tersor.evaluation import latency
+from tersor.evaluation.file_inputs import FileInput
 from tersor.evaluation.latency import compressed_bytes, footprint, measure_latency, size_bytes
 from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Session, open_session
@@ -23,7 +24,7 @@ needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openv
 
 
 def fake_session(infer) -> Session:
-    return Session("onnxruntime", "float32", 1, np.dtype(np.float32), (None, 3, 8, 8), infer)
+    return Session("onnxruntime", "float32", 1, (FileInput("images", np.dtype(np.float32), (None, 3, 8, 8)),), infer)
 
 
 def test_predictions_are_the_largest_logits_of_all_batches(tiny):

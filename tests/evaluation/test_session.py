@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tersor.core.errors import InputError
+from tersor.core.inputs import Inputs
 from tersor.core.machine import default_threads, machine
 from tersor.evaluation import session as runtime_module
 from tersor.evaluation.node_profile import node_times
@@ -150,13 +151,20 @@ def test_an_operator_that_does_not_exist_is_refused(tmp_path, runtime):
         open_session(path, runtime)
 
 
-def test_two_inputs_are_refused(tmp_path):
+@runtimes
+def test_two_inputs_by_position_and_by_name(tmp_path, runtime):
     value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4])  # noqa: E731
     graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["c"])], "g", [value("a"), value("b")], [value("c")])
     path = tmp_path / "two.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
-    with pytest.raises(InputError, match="has 2 inputs"):
-        open_session(path, "onnxruntime")
+    session = open_session(path, runtime)
+    one, two = np.ones((2, 4), np.float32), np.full((2, 4), 2, np.float32)
+    for arrays in (Inputs((one, two)), Inputs({"b": two, "a": one})):
+        assert (session.run(arrays) == 3).all()
+    with pytest.raises(InputError, match="takes the inputs a, b, but a, c were given"):
+        session.run(Inputs({"a": one, "c": two}))
+    with pytest.raises(InputError, match=r"of shape \(any, 4\) as b, but the input is float32 of shape \(2, 3\)"):
+        session.run(Inputs((one, two[:, :3])))
 
 
 def test_unusable_paths_are_refused(tiny):

@@ -14,6 +14,7 @@ import tersor
 from tersor import api
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.deploy.onnx import export as write
+from tersor.evaluation.file_inputs import FileInput
 from tersor.evaluation.session import Session, open_session
 from tersor.evaluation.verification import verify
 from tersor.quantization.fake_quantize import quantizers_disabled
@@ -37,7 +38,7 @@ def network():
 
 
 def session(infer, *, precision="float32", dtype="float32"):
-    return Session("onnxruntime", precision, 1, np.dtype(dtype), (None, 3, 8, 8), infer)
+    return Session("onnxruntime", precision, 1, (FileInput("images", np.dtype(dtype), (None, 3, 8, 8)),), infer)
 
 
 def in_torch(model, factor=1.0, shift=0.0):

@@ -12,7 +12,8 @@ from torch import nn
 from tersor.checkpoint.structure import structure
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.evaluation.costs import costs
-from tersor.graph.capture import IMAGE_SHAPE, capture
+from tersor.graph.capture import INPUTS, capture
+from tersor.graph.forward_call import InputSpec
 from tersor.graph.modes import training_notes
 
 IMAGES = torch.rand(2, 3, 4, 4)
@@ -119,9 +120,9 @@ def test_weights_under_two_names_load_into_the_graph():
 def test_a_graph_that_tersor_has_not_captured_is_captured():
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
     graph = capture(traced, IMAGES)
-    assert graph.meta[IMAGE_SHAPE] == (3, 4, 4)
+    assert graph.meta[INPUTS] == (InputSpec(None, (3, 4, 4), "float32"),)
     torch.testing.assert_close(graph(IMAGES), traced(IMAGES))
-    assert structure(traced)["image_shape"] is None
+    assert structure(traced)["inputs"] is None
 
 
 def test_an_lstm_in_parts_keeps_its_name_in_the_costs():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import torch
@@ -18,8 +19,9 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.graph.batchnorm import Freezable, Norm, freezable
-from tersor.graph.capture import FINGERPRINT, IMAGE_SHAPE, capture_again, is_captured, layer_of
+from tersor.graph.capture import FINGERPRINT, INPUTS, capture_again, is_captured, layer_of
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import InputSpec, run, zeros
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.matrix_products import write_as_matrix_products
 from tersor.graph.parametrization import parametrizations_of
@@ -102,10 +104,16 @@ class _OnGrid(_Strict):
 _Parametrization: TypeAlias = _Mask | _Largest | _OnGrid
 
 
+class _Input(_Strict):
+    name: str | None
+    shape: Annotated[list[_Size], Field(max_length=8)]
+    dtype: Literal["float32", "int64", "int32", "uint8", "bool"]
+
+
 class _Plan(_Strict):
     """The JSON schema of `structure`."""
 
-    image_shape: Annotated[list[_Size], Field(min_length=3, max_length=4)] | None
+    inputs: Annotated[list[_Input], Field(min_length=1, max_length=32)] | None
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None
     cuts: list[list[tuple[str, _Axis, list[_Place]]]]
     freezable: list[str]
@@ -114,9 +122,9 @@ class _Plan(_Strict):
 
     @model_validator(mode="after")
     def _on_a_graph(self) -> _Plan:
-        if self.image_shape is None and (self.cuts or self.edges):
+        if self.inputs is None and (self.cuts or self.edges):
             raise ValueError("removed channels and quantized activations need a captured network")
-        if math.prod(self.image_shape or ()) > _LARGEST_IMAGE:
+        if sum(math.prod(each.shape) for each in self.inputs or ()) > _LARGEST_IMAGE:
             raise ValueError("an image that is too large")
         return self
 
@@ -138,7 +146,9 @@ def structure(model: nn.Module) -> dict[str, Any]:
         for name, layer in weighted_layers(model).items()
     }
     return {
-        "image_shape": list(model.meta[IMAGE_SHAPE]) if is_captured(model) else None,
+        "inputs": [{**asdict(each), "shape": list(each.shape)} for each in model.meta[INPUTS]]
+        if is_captured(model)
+        else None,
         "fingerprint": model.meta[FINGERPRINT] if is_captured(model) else None,
         "cuts": list(model.meta.get("cuts", [])) if is_captured(model) else [],
         "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
@@ -183,7 +193,7 @@ def _of_another(fresh: nn.Module, why: str) -> InputError:
 
 def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
     try:
-        model = fresh if plan.image_shape is None else _captured(fresh, plan.image_shape, plan.fingerprint)
+        model = fresh if plan.inputs is None else _captured(fresh, plan.inputs, plan.fingerprint)
     except InputError as error:  # the saved network runs on these images
         raise _of_another(fresh, str(error).rstrip(".")) from error
     if isinstance(model, fx.GraphModule):
@@ -204,13 +214,14 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
     return model
 
 
-def _captured(fresh: nn.Module, image_shape: list[int], fingerprint: str | None) -> fx.GraphModule:
-    captured = capture_again(fresh, image_shape)
+def _captured(fresh: nn.Module, inputs: list[_Input], fingerprint: str | None) -> fx.GraphModule:
+    specs = [InputSpec(each.name, tuple(each.shape), each.dtype) for each in inputs]
+    captured = capture_again(fresh, specs)
     if captured.meta[FINGERPRINT] != fingerprint:  # the saved network had run: a forward may store a table then
         device = next((each.device for each in fresh.parameters()), None)
         with evaluating(fresh), torch.no_grad():
-            fresh(torch.zeros(1, *image_shape, device=device))
-        captured = capture_again(fresh, image_shape)
+            run(fresh, zeros(specs, 1, device))
+        captured = capture_again(fresh, specs)
     return captured
 
 

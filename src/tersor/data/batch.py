@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from tersor.core.errors import InputError
 from tersor.data.batch_errors import images_error
+from tersor.data.network_inputs import NetworkInput, TensorInputs, several_inputs
 
 _IMAGES = (4, 5)
 """Numbers of dimensions: images (N, C, H, W), videos (N, C, T, H, W)."""
@@ -23,20 +24,26 @@ class Batch:
     """A batch of images and their targets.
 
     Attributes:
-        images: (N, C, H, W), normalized.
+        images: (N, C, H, W), normalized; or several tensors.
         targets: what the task needs: class numbers (N,), masks (N, H, W), values (N, k), a list with a dict of boxes
             and labels for each image, or any other pytree; None where the images have none.
         index: (N,) indices in the data set, or None.
     """
 
-    images: Tensor
+    images: NetworkInput
     targets: Any = None
     index: Tensor | None = None
+
+    @property
+    def only_images(self) -> Tensor:
+        """The images of a batch that has no other inputs, as every batch of a recipe."""
+        assert isinstance(self.images, Tensor)
+        return self.images
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
         move = lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        return Batch(move(self.images), tree_map(move, self.targets), move(self.index))
+        return Batch(self.images.to(device), tree_map(move, self.targets), move(self.index))
 
 
 def parts_of(batch: Any) -> tuple[Any, Any]:
@@ -58,8 +65,10 @@ def parts_of(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
-def images_of(batch: Any) -> Tensor:
+def images_of(batch: Any) -> NetworkInput:
     """Return a copy of the images of a user's batch: a tensor, a `Batch`, a tuple or list that begins with one, a dict.
+
+    Several input tensors are a tuple, list or dict in place of the images: `((left, right), targets)`.
 
     Videos (N, C, T, H, W) are images here.
 
@@ -70,11 +79,18 @@ def images_of(batch: Any) -> Tensor:
         InputError: the batch does not begin with a tensor (N, C, H, W) that has values.
     """
     first, _ = parts_of(batch)
+    inputs = first if isinstance(first, TensorInputs) else several_inputs(first)
+    if inputs is not None:
+        return inputs.map(_copied)
     if not isinstance(first, Tensor) or first.ndim not in _IMAGES:
         raise images_error(batch)
-    if first.is_meta:
+    return _copied(first)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
         raise InputError("a batch of the data is on the meta device and has no values. Pass images on the CPU.")
-    return first.detach().to(torch.float32 if first.is_floating_point() else first.dtype, copy=True)
+    return tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -100,7 +116,7 @@ class OnePass(Iterator[Any]):
         return ahead
 
 
-def first_batch(data: Iterable[Any] | None, method: str) -> Tensor:
+def first_batch(data: Iterable[Any] | None, method: str) -> NetworkInput:
     """The images of the first batch of `data` that is not empty.
 
     Raises:

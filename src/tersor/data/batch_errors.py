@@ -36,7 +36,8 @@ def images_error(batch: Any) -> InputError:
         keys = ", ".join(repr(key) for key in cast("dict[Any, Any]", first))
         advice = (
             f"It has the keys {keys}; exactly one of them must hold a tensor of four or five dimensions. Pass "
-            "[(batch[...], batch[...]) for batch in loader]."
+            "[(batch[...], batch[...]) for batch in loader]; for a network of several inputs, "
+            "[({'name': batch[...], ...}, batch[...]) for batch in loader]."
         )
     elif type(first).__module__.partition(".")[0] == "numpy":
         advice = "Pass torch.from_numpy(array)."

@@ -11,6 +11,7 @@ from torch import Tensor
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch, images_of, parts_of
 from tersor.data.batch_errors import labels_error
+from tersor.data.network_inputs import NetworkInput
 
 
 def unchecked_labels(batch: Any) -> Tensor | None:
@@ -25,7 +26,7 @@ def unchecked_labels(batch: Any) -> Tensor | None:
     return second if isinstance(second, Tensor) else None
 
 
-def batches_of(loader: Any, images: int | None = None) -> tuple[Iterable[Any], Tensor]:
+def batches_of(loader: Any, images: int | None = None) -> tuple[Iterable[Any], NetworkInput]:
     """Return batches that can be iterated more than once, and the images of the first.
 
     Args:

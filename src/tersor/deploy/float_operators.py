@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from tersor.data.network_inputs import NetworkInput
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.integer_coverage import integer_coverage
 
 
-def float_operators(model: nn.Module, example: Tensor) -> tuple[dict[str, Any], str | None]:
+def float_operators(model: nn.Module, example: NetworkInput) -> tuple[dict[str, Any], str | None]:
     """Fields of the artifact in `numbers.json`, and a warning if less than 95 % of the MACs are in integers.
 
     Without quantizers `integer_macs_share`, in [0, 1], is None and `float_operators` is empty.

@@ -22,11 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tersor.core.errors import InputError
 from tersor.core.files import write_file
+from tersor.data.network_inputs import NetworkInput
 from tersor.deploy.int4_packing import pack_int4
 from tersor.deploy.integer_graph import to_integer_graph
 from tersor.deploy.operator_table import one_operator_table
 from tersor.deploy.outputs import output_names
 from tersor.graph.export_program import refusal_reason, without_exporter_output
+from tersor.graph.forward_call import input_names
 from tersor.graph.parametrization import in_float32, strip
 
 OPSET = 21
@@ -66,7 +68,7 @@ class PixelInput(nn.Module):
 
 def export(
     model: nn.Module,
-    example: Tensor,
+    example: NetworkInput,
     path: Path | str,
     *,
     classes: Sequence[str] = (),
@@ -77,7 +79,7 @@ def export(
 
     Args:
         model: any network; one quantized by `ptq` or `qat` becomes an integer network.
-        example: normalized images (N, C, H, W) float32 of the size to export for.
+        example: normalized images (N, C, H, W) float32 of the size to export for, or several inputs.
         path: file to write, `*.onnx`; an existing one is replaced.
         classes: class names, stored in the file's metadata as JSON under `classes`.
         pixels: mean and standard deviation; the file then takes uint8 pixels (N, 3, H, W) and normalizes them itself.
@@ -97,10 +99,11 @@ def export(
     _replace_global_pooling(network)
     inputs = example[:1].cpu().float()
     if pixels is not None:
+        assert isinstance(inputs, Tensor)
         network = PixelInput(network, *pixels, rank=inputs.ndim).eval()
         inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
-    images = inputs.expand(batch or 2, *inputs.shape[1:]).contiguous()
-    program = _convert(network, images, dynamic=batch is None)
+    rows = inputs[torch.zeros(batch or 2, dtype=torch.int64)]
+    program = _convert(network, rows, dynamic=batch is None)
     proto = program.model_proto
     pack_int4(proto.graph)
     _strip_metadata(proto, output_names(program))
@@ -117,18 +120,21 @@ def _replace_global_pooling(network: nn.Module) -> None:
             network.set_submodule(name, MeanPool())
 
 
-def _convert(network: nn.Module, inputs: Tensor, *, dynamic: bool) -> torch.onnx.ONNXProgram:
+def _convert(network: nn.Module, inputs: NetworkInput, *, dynamic: bool) -> torch.onnx.ONNXProgram:
+    names = input_names(network, inputs)
     batch = {0: torch.export.Dim("batch", min=1)} if dynamic else None
+    args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else (inputs.args, inputs.kwargs)
     try:
         # The exporter decomposes attention into matrix products. A fused kernel returns another memory layout, for
         # which a `reshape` behind it would be captured as a view that is invalid after the decomposition.
         with without_exporter_output(), sdpa_kernel(SDPBackend.MATH), one_operator_table():  # the file is checked below
             program = torch.onnx.export(
                 network,
-                (inputs,),
+                args,
+                kwargs=kwargs,
                 dynamo=True,
-                input_names=["images"],
-                dynamic_shapes=(batch,),
+                input_names=list(names),
+                dynamic_shapes=dict.fromkeys(kwargs, batch) or (batch,) * len(args),
                 opset_version=OPSET,
                 external_data=False,
                 verbose=False,
@@ -145,6 +151,11 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     if "data-dependent" in str(error):
         return refusal_reason(error)
+    if "Unsupported attribute type" in str(error):
+        return (
+            "an argument of an operator, such as the groups of a convolution, depends on the batch size. Write a file "
+            "with a fixed batch size: batch=1."
+        )
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Inference = Callable[[NDArray[Any]], NDArray[Any]]
-InferenceOfAll = Callable[[NDArray[Any]], Sequence[NDArray[Any]]]
-"""Images (N, C, H, W) -> one output, or all outputs of a file."""
+from tersor.evaluation.file_inputs import Array, FileArrays
+
+Inference = Callable[[FileArrays], Array]
+InferenceOfAll = Callable[[FileArrays], Sequence[Array]]
+"""Images (N, C, H, W), or several arrays -> one output, or all outputs of a file."""
 
 
 def in_batches_of(infer: Inference, size: int) -> Inference:
@@ -22,16 +22,15 @@ def in_batches_of(infer: Inference, size: int) -> Inference:
 def all_in_batches_of(infer: InferenceOfAll, size: int) -> InferenceOfAll:
     """The same for all outputs of a file."""
 
-    def infer_batches(images: NDArray[Any]) -> Sequence[NDArray[Any]]:
+    def infer_batches(images: FileArrays) -> Sequence[Array]:
         if len(images) == size:
             return infer(images)
-        batches: list[list[NDArray[Any]]] = []
+        batches: list[list[Array]] = []
         for start in range(0, len(images), size):
-            batch = images[start : start + size]
-            outputs = infer(np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)]))
+            outputs = infer(images[np.minimum(np.arange(start, start + size), len(images) - 1)])
             if any(output.shape[:1] != (size,) for output in outputs):
                 return outputs  # not one row per image, which the caller refuses
-            batches.append([output[: len(batch)] for output in outputs])
+            batches.append([output[: len(images) - start] for output in outputs])
         return [np.concatenate(each) for each in zip(*batches, strict=True)]
 
     return infer_batches

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.target import Target
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.aten import class_of_place, place_of
 from tersor.graph.layer_selection import prunable, weighted_layers
 from tersor.pruning.mask import weight_mask
@@ -72,7 +73,7 @@ class Costs:
     uncounted: tuple[str, ...] = ()
 
 
-def costs(model: nn.Module, example: Tensor) -> Costs:
+def costs(model: nn.Module, example: NetworkInput) -> Costs:
     """The costs of `model` for one input.
 
     Args:
@@ -147,7 +148,7 @@ def _sparsity(weights: Iterable[Tensor]) -> float:
     return zeros / total if total else 0.0
 
 
-def macs_ratio(original: nn.Module, example: Tensor, _target: Target) -> Callable[[nn.Module], float]:
+def macs_ratio(original: nn.Module, example: NetworkInput, _target: Target) -> Callable[[nn.Module], float]:
     """The MACs of a network divided by those of `original`: replaces a latency ratio when nothing is measured."""
     before = costs(original, example).macs
     return lambda network: costs(network, example).macs / before

@@ -32,8 +32,9 @@ from pathlib import Path
 import numpy as np
 
 from tersor.core.errors import InputError
+from tersor.evaluation.file_inputs import Array, FileArrays
 from tersor.evaluation.process_footprint import Footprint
-from tersor.evaluation.session import Array, Session
+from tersor.evaluation.session import Session
 from tersor.evaluation.timings import NARROW, EndedBy, Ratio, Timings
 
 BATCH_SIZES = (1, 32, 128)
@@ -47,7 +48,7 @@ _MAX_RUNS = 5
 
 def measure_latency(
     openers: Mapping[str, Callable[[], Session]],
-    example: Array,
+    example: FileArrays,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
     ratios: Callable[[Timings, int], Iterable[Ratio]] | None = None,
@@ -58,7 +59,7 @@ def measure_latency(
 
     Args:
         openers: functions that open a session, by the model's name.
-        example: one image (1, C, H, W), repeated to fill a batch.
+        example: one image (1, C, H, W), or one row of several inputs, repeated to fill a batch.
         batch_sizes: images per batch.
         ratios: (timings so far, batch size) -> the ratios of interest; by default those of every model against the
             first. A batch size ends when all their intervals are narrower than 10 %.
@@ -73,7 +74,7 @@ def measure_latency(
     names = list(openers)
     ratios = ratios or (lambda timings, size: [timings.ratio(name, names[0], size) for name in names[1:]])
     rounds = {
-        size: _Rounds(np.repeat(example, size, axis=0), names, seconds, least_groups or _MIN_GROUPS)
+        size: _Rounds(example[np.zeros(size, np.int64)], names, seconds, least_groups or _MIN_GROUPS)
         for size in batch_sizes
     }
     timings = Timings({name: {size: each.groups[name] for size, each in rounds.items()} for name in names}, {})
@@ -107,8 +108,8 @@ class _Rounds:
         ended_by: why the measurement ended; None while it runs.
     """
 
-    def __init__(self, batch: Array, names: Sequence[str], seconds: float, least_groups: int) -> None:
-        self.batch = np.ascontiguousarray(batch)
+    def __init__(self, batch: FileArrays, names: Sequence[str], seconds: float, least_groups: int) -> None:
+        self.batch = batch
         self.groups: dict[str, list[list[float]]] = {name: [] for name in names}
         self.ended_by: EndedBy | None = None
         self._seconds = seconds
@@ -149,7 +150,7 @@ class _Rounds:
             self.ended_by = "time"
 
 
-def _time_runs(session: Session, batch: Array, runs: int) -> float:
+def _time_runs(session: Session, batch: FileArrays, runs: int) -> float:
     """Median of `runs` runs in milliseconds, after one uncounted run."""
     infer = session.infer
     infer(batch)

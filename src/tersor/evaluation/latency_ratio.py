@@ -7,20 +7,21 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
+from tersor.data.network_inputs import NetworkInput
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for
 from tersor.evaluation.latency import measure_latency
+from tersor.evaluation.scoring import arrays_of
 from tersor.evaluation.session import open_session
 
 
 def latency_ratio(
     original: nn.Module,
-    example: Tensor,
+    example: NetworkInput,
     target: Target,
     *,
     seconds: float = 4.0,
@@ -44,7 +45,7 @@ def latency_ratio(
         InputError: a network cannot be exported, or the runtime is not installed or cannot run it.
     """
     folder = TemporaryDirectory()  # deleted with the returned function
-    image = np.ascontiguousarray(example[:1].cpu().float().numpy())
+    image = arrays_of(example[:1].float())
 
     def exported(network: nn.Module, name: str) -> Path:
         return export(network, example, Path(folder.name) / name, batch=batch_for(network, target))

@@ -138,7 +138,7 @@ def arrays(batches: Batches, input_kind: str) -> Iterator[Array]:
     """The images in the input format of a file: normalized float32, or uint8 pixels."""
     if input_kind == "normalized":
         for batch in batches:
-            yield np.ascontiguousarray(batch.images.numpy())
+            yield np.ascontiguousarray(batch.only_images.numpy())
     else:
         for index in torch.arange(len(batches.images)).split(batches.batch_size):
             yield batches.images.take(index).numpy()

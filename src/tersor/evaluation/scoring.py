@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tersor.core.errors import InputError
+from tersor.core.inputs import Inputs
 from tersor.data import Batches
 from tersor.data.batch import Batch
+from tersor.data.network_inputs import NetworkInput
 from tersor.deploy.outputs import LOGITS
-from tersor.evaluation.session import Array, Session
+from tersor.evaluation.file_inputs import FileArrays
+from tersor.evaluation.session import Session
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
 from tersor.tasks.classification import Classification
 from tersor.tasks.network_outputs import in_float32
 from tersor.tasks.task import Task
@@ -41,7 +45,15 @@ def network_predictions(model: nn.Module, batches: Iterable[Batch], task: Task |
     return joined(predicted for _, predicted in _predicted(model, batches, task))
 
 
-def file_predictions(session: Session, arrays: Iterable[Array], task: Task | None = None) -> Any:
+def arrays_of(inputs: NetworkInput) -> FileArrays:
+    """The input of a network as arrays for a file."""
+    if isinstance(inputs, Tensor):
+        return np.ascontiguousarray(inputs.cpu().numpy())
+    arrays = [np.ascontiguousarray(each.cpu().numpy()) for each in inputs.all()]
+    return Inputs(dict(zip(inputs.kwargs, arrays, strict=True)) if inputs.kwargs else tuple(arrays))
+
+
+def file_predictions(session: Session, arrays: Iterable[FileArrays], task: Task | None = None) -> Any:
     """The predictions of a file for all images in `arrays`, each (B, C, H, W), as one batch; None without images.
 
     Raises:
@@ -51,7 +63,7 @@ def file_predictions(session: Session, arrays: Iterable[Array], task: Task | Non
     return joined(task.predictions(file_outputs(session, array)) for array in arrays)
 
 
-def file_outputs(session: Session, array: Array) -> Any:
+def file_outputs(session: Session, array: FileArrays) -> Any:
     """The outputs of a file for images (N, C, H, W), as torch's network returns them, with nested ones side by side.
 
     Raises:
@@ -143,5 +155,5 @@ def _predicted(model: nn.Module, batches: Iterable[Batch], task: Task) -> Iterat
     with evaluating(model):
         for batch in batches:
             with torch.inference_mode():  # not around the loop: the caller runs between batches
-                outputs = model(batch.images.to(device))
+                outputs = run(model, batch.images.to(device))
             yield batch, task.predictions(in_float32(outputs))

@@ -8,24 +8,26 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tersor.core.errors import InputError, unknown
 from tersor.core.machine import default_threads
 from tersor.core.target import Runtime
 from tersor.deploy.outputs import LOGITS, logits_index
 from tersor.evaluation.batch_padding import InferenceOfAll, all_in_batches_of, in_batches_of
-
-Array: TypeAlias = NDArray[Any]
+from tersor.evaluation.file_inputs import Array, FileArrays, FileInput, by_name, checked
 
 RUNTIMES: tuple[str, ...] = get_args(Runtime)
 
 _INSTALL = {"onnxruntime": "pip install onnxruntime", "openvino": "pip install 'tersor[openvino]'"}
 _SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".onnx", ".xml")}
-_ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+_EQUAL_NAMES = ("float16", "uint8", "int32", "int64")
+_ONNX_TYPES = {
+    f"tensor({name})": kind
+    for name, kind in {"float": "float32", "bool": "bool", **{each: each for each in _EQUAL_NAMES}}.items()
+}
 _OPENVINO_PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _OPENVINO_PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
 
@@ -39,8 +41,7 @@ class Session:
         precision: data type of layers that are not quantized, as reported by the runtime: "float32", "bfloat16" or
             "float16".
         threads: number of threads per batch.
-        input_dtype: data type of the images.
-        input_shape: (N, C, H, W); None for any size.
+        inputs: the inputs of the file.
         infer: the runtime's own call, without checks: the logits, or the first output if `logits` is None.
         infer_all: the same for all outputs; None if the file has one.
         outputs: names of all outputs of the file.
@@ -51,43 +52,41 @@ class Session:
     runtime: str
     precision: str
     threads: int
-    input_dtype: np.dtype[Any]
-    input_shape: tuple[int | None, ...]
-    infer: Callable[[Array], Array]
+    inputs: tuple[FileInput, ...]
+    infer: Callable[[FileArrays], Array]
     infer_all: InferenceOfAll | None = None
     outputs: tuple[str, ...] = (LOGITS,)
     logits: int | None = 0
     batch: int | None = None
 
-    def run(self, array: Array) -> Array:
+    @property
+    def input_dtype(self) -> np.dtype[Any]:
+        """Data type of the first input, the images."""
+        return self.inputs[0].dtype
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """Shape of the first input, (N, C, H, W); None for any size."""
+        return self.inputs[0].shape
+
+    def run(self, array: FileArrays) -> Array:
         """Logits (N, classes), or the first output, of images (N, C, H, W).
 
         Raises:
             InputError: the type or shape of `array` does not fit the network.
         """
-        self._check(array)
+        checked(self.inputs, array)
         return self.infer(array)
 
-    def run_all(self, array: Array) -> dict[str, Array]:
+    def run_all(self, array: FileArrays) -> dict[str, Array]:
         """All outputs of images (N, C, H, W) by name.
 
         Raises:
             InputError: the type or shape of `array` does not fit the network.
         """
-        self._check(array)
+        checked(self.inputs, array)
         values = [self.infer(array)] if self.infer_all is None else self.infer_all(array)
         return dict(zip(self.outputs, values, strict=True))
-
-    def _check(self, array: Array) -> None:
-        fits = len(array.shape) == len(self.input_shape) and all(
-            expected in {None, size} for expected, size in zip(self.input_shape, array.shape, strict=True)
-        )
-        if array.dtype != self.input_dtype or not fits:
-            shape = ", ".join("any" if size is None else str(size) for size in self.input_shape)
-            raise InputError(
-                f"the network takes {self.input_dtype} of shape ({shape}), but the input is {array.dtype} of shape "
-                f"{array.shape}."
-            )
 
 
 def open_session(
@@ -103,8 +102,7 @@ def open_session(
         threads: number of threads per batch; `default_threads()` by default.
 
     Raises:
-        InputError: the runtime is unknown, not installed or cannot run the file, or the file is not an image network
-            with one input.
+        InputError: the runtime is unknown, not installed or cannot run the file, or the file is not a network.
     """
     path = Path(path)
     module = load_runtime(runtime)
@@ -120,13 +118,12 @@ def open_session(
         raise InputError(f"{path} is empty.")
     opener = _open_onnxruntime if runtime == "onnxruntime" else _open_openvino
     session = opener(module, path, precision, threads or default_threads())
-    match session.input_shape:
-        case (int(batch), *image):
-            infer_all = session.infer_all and all_in_batches_of(session.infer_all, batch)
-            infer = in_batches_of(session.infer, batch)
-            return replace(session, batch=batch, input_shape=(None, *image), infer=infer, infer_all=infer_all)
-        case _:
-            return session
+    batch = session.input_shape[0] if session.input_shape else None
+    if batch is None:
+        return session
+    infer_all = session.infer_all and all_in_batches_of(session.infer_all, batch)
+    inputs = tuple(replace(each, shape=(None, *each.shape[1:])) for each in session.inputs)
+    return replace(session, batch=batch, inputs=inputs, infer=in_batches_of(session.infer, batch), infer_all=infer_all)
 
 
 def installed_runtimes() -> list[str]:
@@ -169,19 +166,21 @@ def _open_onnxruntime(ort: Any, path: Path, _precision: str | None, threads: int
         model = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except refusals as error:
         raise _unreadable(path, "onnxruntime", error) from error
-    inputs = model.get_inputs()
-    _require_one_input(path, len(inputs), len(model.get_outputs()))
-    images = inputs[0]
-    if images.type not in _ONNX_TYPES:
-        raise InputError(f"the input of {path} has the type {images.type}. Possible: {', '.join(_ONNX_TYPES)}.")
-    shape = tuple(size if isinstance(size, int) else None for size in images.shape)
+    _require_inputs(path, len(model.get_inputs()), len(model.get_outputs()))
+    inputs = tuple(_onnxruntime_input(path, each) for each in model.get_inputs())
     names = tuple(each.name for each in model.get_outputs())
     place = logits_index(names, [len(each.shape) if each.shape else None for each in model.get_outputs()])
     output = [names[place or 0]]
-    infer: Callable[[Array], Array] = lambda array: model.run(output, {images.name: array})[0]  # noqa: E731
-    infer_all: InferenceOfAll = lambda array: model.run(list(names), {images.name: array})  # noqa: E731
-    dtype = np.dtype(_ONNX_TYPES[images.type])
-    return Session("onnxruntime", "float32", threads, dtype, shape, infer, infer_all, names, place)
+    infer: Callable[[FileArrays], Array] = lambda arrays: model.run(output, by_name(inputs, arrays))[0]  # noqa: E731
+    infer_all: InferenceOfAll = lambda arrays: model.run(list(names), by_name(inputs, arrays))  # noqa: E731
+    return Session("onnxruntime", "float32", threads, inputs, infer, infer_all, names, place)
+
+
+def _onnxruntime_input(path: Path, found: Any) -> FileInput:
+    if found.type not in _ONNX_TYPES:
+        raise InputError(f"the input of {path} has the type {found.type}. Possible: {', '.join(_ONNX_TYPES)}.")
+    shape = tuple(size if isinstance(size, int) else None for size in found.shape)
+    return FileInput(found.name, np.dtype(_ONNX_TYPES[found.type]), shape)
 
 
 def onnxruntime_options(ort: Any, threads: int) -> Any:
@@ -228,12 +227,11 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
         # Core.read_model would try every format on a damaged file, each printing its own errors.
         reader = frontend.FrontEndManager().load_by_framework("ir" if path.suffix == ".xml" else "onnx")
         network = reader.convert(reader.load(str(path)))
-        _require_one_input(path, len(network.inputs), len(network.outputs))
+        _require_inputs(path, len(network.inputs), len(network.outputs))
         model = openvino_compiled(ov, network, openvino_config(precision, threads))
     except refusals as error:
         raise _unreadable(path, "openvino", error) from error
-    images = network.inputs[0]
-    shape = tuple(size.get_length() if size.is_static else None for size in images.get_partial_shape())
+    inputs = tuple(_openvino_input(each) for each in network.inputs)
     request = model.create_infer_request()
     names = tuple(
         LOGITS if LOGITS in each.get_names() else min(each.get_names(), default="") for each in network.outputs
@@ -241,10 +239,19 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
     ranks = [each.get_partial_shape().rank for each in network.outputs]
     place = logits_index(names, [rank.get_length() if rank.is_static else None for rank in ranks])
     output = place or 0
-    infer: Callable[[Array], Array] = lambda array: request.infer([array], share_inputs=True)[output]  # noqa: E731
-    infer_all: InferenceOfAll = lambda array: list(request.infer([array], share_inputs=True).values())  # noqa: E731
-    dtype = np.dtype(images.get_element_type().to_dtype())
-    return Session("openvino", _openvino_precision(model), threads, dtype, shape, infer, infer_all, names, place)
+
+    def run(arrays: FileArrays) -> Any:
+        values = by_name(inputs, arrays)
+        return request.infer([values[each.name] for each in inputs], share_inputs=True)
+
+    infer: Callable[[FileArrays], Array] = lambda arrays: run(arrays)[output]  # noqa: E731
+    infer_all: InferenceOfAll = lambda arrays: list(run(arrays).values())  # noqa: E731
+    return Session("openvino", _openvino_precision(model), threads, inputs, infer, infer_all, names, place)
+
+
+def _openvino_input(found: Any) -> FileInput:
+    shape = tuple(size.get_length() if size.is_static else None for size in found.get_partial_shape())
+    return FileInput(found.get_any_name(), np.dtype(found.get_element_type().to_dtype()), shape)
 
 
 def _openvino_precision(model: Any) -> str:
@@ -261,11 +268,9 @@ def _openvino_precision(model: Any) -> str:
     return _OPENVINO_PRECISIONS.get(hint, hint)
 
 
-def _require_one_input(path: Path, inputs: int, outputs: int) -> None:
+def _require_inputs(path: Path, inputs: int, outputs: int) -> None:
     if not inputs or not outputs:
         raise InputError(f"{path} is not a network: it has {inputs} inputs and {outputs} outputs.")
-    if inputs > 1:
-        raise InputError(f"{path} has {inputs} inputs; only networks with one input, the images, are supported.")
 
 
 def _unreadable(path: Path, runtime: str, error: Exception) -> InputError:

@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.errors import CompressionWarning, InputError
-from tersor.evaluation.session import Array, Session
+from tersor.data.network_inputs import NetworkInput
+from tersor.evaluation.file_inputs import FileArrays
+from tersor.evaluation.scoring import arrays_of
+from tersor.evaluation.session import Session
 from tersor.graph.comparison import outputs_of
 from tersor.graph.parametrization import in_float32
 from tersor.quantization.fake_quantize import quantizers_disabled
@@ -35,7 +38,7 @@ _LOOSEST_TOLERANCES = _FLOAT_TOLERANCES["bfloat16"]
 Normalization = tuple[Sequence[float], Sequence[float]]
 
 
-def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normalization | None = None) -> None:
+def verify(session: Session, model: nn.Module, example: NetworkInput, pixels: Normalization | None = None) -> None:
     """Compare the logits of a file, or all its outputs, with torch's, on the first images of `example` and on one.
 
     Args:
@@ -58,11 +61,12 @@ def verify(session: Session, model: nn.Module, example: Tensor, pixels: Normaliz
 
 
 def _compare(
-    session: Session, model: nn.Module, example: Tensor, pixels: Normalization | None, *, several: bool
+    session: Session, model: nn.Module, example: NetworkInput, pixels: Normalization | None, *, several: bool
 ) -> None:
     inputs, images = _inputs(example, pixels)
-    images = images.to(next(model.parameters(), images))
-    file_outputs = _of_file(session, np.ascontiguousarray(inputs))
+    if (parameter := next(model.parameters(), None)) is not None:
+        images = images.to(parameter)
+    file_outputs = _of_file(session, inputs)
     if not file_outputs:
         return  # class numbers, which have no distance
     torch_outputs = _of_torch(session, model, images)
@@ -107,22 +111,23 @@ def _compare(
         warnings.warn(f"{finding}. Compare the accuracy of both.", CompressionWarning, stacklevel=4)
 
 
-def _inputs(images: Tensor, pixels: Normalization | None) -> tuple[Array, Tensor]:
+def _inputs(images: NetworkInput, pixels: Normalization | None) -> tuple[FileArrays, NetworkInput]:
     """The inputs of the file and of the network; pixels are rounded to integers for both."""
     if pixels is None:
-        return images.numpy(), images
+        return arrays_of(images), images
+    assert isinstance(images, Tensor)
     mean, deviation = (torch.tensor(each).reshape(1, -1, *[1] * (images.ndim - 2)) for each in pixels)
     raw = ((images * deviation + mean) * 255).round().clamp(0, 255)
-    return raw.numpy().astype(np.uint8), (raw / 255 - mean) / deviation
+    return np.ascontiguousarray(raw.numpy().astype(np.uint8)), (raw / 255 - mean) / deviation
 
 
-def _of_file(session: Session, inputs: Array) -> list[Tensor]:
+def _of_file(session: Session, inputs: FileArrays) -> list[Tensor]:
     """The logits of a file, or if it is not known which output holds them, all; floating-point outputs only."""
     values = [session.run(inputs)] if session.logits is not None else session.run_all(inputs).values()
     return [each.float() for each in map(torch.from_numpy, values) if each.is_floating_point()]
 
 
-def _of_torch(session: Session, model: nn.Module, images: Tensor, seed: int = 0) -> list[Tensor]:
+def _of_torch(session: Session, model: nn.Module, images: NetworkInput, seed: int = 0) -> list[Tensor]:
     """The same outputs of the network."""
     outputs = [each.cpu() for each in outputs_of(model, images, seed)]
     return outputs if session.logits is None else [outputs[session.logits]]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture, layer_of, rank_of, sole_user
 from tersor.graph.layer_selection import Layer
@@ -45,7 +46,7 @@ def norm_behind(node: fx.Node) -> NormCall | None:
     return norm if flat and norm.module.num_features == len(layer.weight) else None
 
 
-def norms_behind(model: nn.Module, images: Tensor) -> dict[str, Norm]:
+def norms_behind(model: nn.Module, images: NetworkInput) -> dict[str, Norm]:
     """Layer -> the BatchNorm behind it, for the layers of `model` that have one; captures the network on `images`.
 
     Raises:

@@ -20,6 +20,7 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm import Norm
 from tersor.graph.eval_mode import evaluating, first_images
+from tersor.graph.forward_call import run
 from tersor.graph.plain_modules import has_plain_forward
 
 _NOTHING = 1e-6
@@ -101,7 +102,7 @@ def moments_of_batches(
                 if len(some) < 2:
                     break
                 with torch.no_grad():
-                    graph(some)
+                    run(graph, some)
                 done += len(some)
                 progress.advance(len(some))
         for name, norm in norms.items():

@@ -20,19 +20,21 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import CompressionWarning, InputError
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.aten import IS_BOOLEAN, SHAPE, operator_name
 from tersor.graph.batchnorm import Freezable
 from tersor.graph.comparison import outputs_of, require_same
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.export_program import exported
+from tersor.graph.forward_call import InputSpec, specs_of, zeros
 from tersor.graph.layer_restoration import calls_of, restore_layers
 from tersor.graph.modes import LOST, RANDOM, lost_in_training, random_numbers
 from tersor.graph.original_keys import keep_keys
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_hooked
 
-IMAGE_SHAPE = "image_shape"
-"""Key in a captured network's `meta`: channels, height and width of the images."""
+INPUTS = "inputs"
+"""Key in a captured network's `meta`: the `InputSpec` of each input."""
 
 _NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
 FINGERPRINT = "fingerprint"
@@ -41,14 +43,14 @@ FINGERPRINT = "fingerprint"
 _IS_SIZE = "is_size"
 
 
-def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
+def capture(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     """Capture the graph of `model` as a module that trains, loads and saves like it.
 
     `meta["layers"]` maps the path of every called module to the node of its output.
 
     Args:
         model: the network; a captured one is returned unchanged.
-        images: some images (N, C, H, W); the graph accepts any number of images of this size.
+        images: some images (N, C, H, W), or several input tensors; the graph accepts any number of this size.
 
     A `CompressionWarning` is issued if the network draws random numbers in eval mode.
 
@@ -60,8 +62,8 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
         return model
     _require_own_forward(model)
     device = next((each.device for each in model.parameters()), images.device)
-    images = (images[:2] if len(images) > 1 else images[:1].expand(2, *images.shape[1:])).contiguous().to(device)
-    several = [torch.cat([images, images[:1]]), images[:1]]  # other numbers than the exporter sees
+    images = (images[:2] if len(images) > 1 else images[[0, 0]]).contiguous().to(device)
+    several = [images[[0, 1, 0]], images[:1]]  # other numbers than the exporter sees
     with checked_forward(type(model).__name__, images):
         expected = [outputs_of(strip(model), each) for each in several]  # a copy: a forward may store what it computes
     captured = _recorded(model, images)
@@ -79,25 +81,25 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
 
 def is_captured(model: nn.Module) -> TypeGuard[fx.GraphModule]:
     """Whether this is the result of `capture`, and no graph that the user has traced."""
-    return isinstance(model, fx.GraphModule) and IMAGE_SHAPE in model.meta
+    return isinstance(model, fx.GraphModule) and INPUTS in model.meta
 
 
-def capture_again(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
+def capture_again(model: nn.Module, inputs: Sequence[InputSpec]) -> fx.GraphModule:
     """Capture a new network of the class of one that was captured before, without running it.
 
     Args:
         model: the network.
-        image_shape: channels, height and width of the images it was captured on.
+        inputs: what it was captured on.
     """
     device = next((each.device for each in model.parameters()), None)
-    return _recorded(model, torch.zeros(2, *image_shape, device=device))
+    return _recorded(model, zeros(inputs, 2, device))
 
 
-def _recorded(model: nn.Module, images: Tensor) -> fx.GraphModule:
+def _recorded(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     graph = exported(model, images)
     modules = restore_layers(graph, model)
     captured = _assembled(model, graph, modules)
-    captured.meta[IMAGE_SHAPE] = tuple(images.shape[1:])
+    captured.meta[INPUTS] = specs_of(images)
     captured.meta["layers"] = _layer_outputs(captured)
     captured.meta[FINGERPRINT] = _fingerprint(captured)
     captured.meta[LOST] = lost_in_training(model, graph.graph)

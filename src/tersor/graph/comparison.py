@@ -17,14 +17,16 @@ from torch.utils._pytree import tree_leaves
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
 
 FEW = 4
 TOLERANCE = 1e-3
 """Largest allowed change of an output, relative to its largest absolute value."""
 
 
-def few_images(data: Iterable[Any], device: torch.device) -> tuple[Tensor, Iterable[Any]]:
+def few_images(data: Iterable[Any], device: torch.device) -> tuple[NetworkInput, Iterable[Any]]:
     """The first images of `data` (N, C, H, W), and the data to read afterwards: an iterator is read only once.
 
     Raises:
@@ -39,14 +41,14 @@ def few_images(data: Iterable[Any], device: torch.device) -> tuple[Tensor, Itera
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, images: Tensor, seed: int = 0) -> list[Tensor]:
+def outputs_of(model: nn.Module, images: NetworkInput, seed: int = 0) -> list[Tensor]:
     """All floating-point tensors that `model` returns in eval mode for `images` (N, C, H, W), in any container.
 
     Random numbers come from `seed`. A forward that works in place changes a copy of the images.
     """
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        leaves: list[Any] = tree_leaves(model(images.clone()))
+        leaves: list[Any] = tree_leaves(run(model, images.clone()))
     return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
@@ -70,7 +72,7 @@ def _relative(after: Tensor, before: Tensor) -> float:
     return float(apart.max() / before[before.isfinite()].abs().max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def require_same(after: nn.Module, expected: list[Tensor], images: Tensor) -> None:
+def require_same(after: nn.Module, expected: list[Tensor], images: NetworkInput) -> None:
     """Refuse a captured network whose outputs on `images` (N, C, H, W) are not the `expected` ones of the original.
 
     Raises:
@@ -87,7 +89,7 @@ def require_same(after: nn.Module, expected: list[Tensor], images: Tensor) -> No
 
 
 @torch.no_grad()
-def undone_unless_same(model: nn.Module, images: Tensor, rewrite: Callable[[], object], what: str) -> str | None:
+def undone_unless_same(model: nn.Module, images: NetworkInput, rewrite: Callable[[], object], what: str) -> str | None:
     """Rewrite the tensors of `model` in place, and undo that if its outputs on `images` (N, C, H, W) change.
 
     Args:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
+from tersor.data.network_inputs import NetworkInput, TensorInputs, tensors_of
+from tersor.graph.forward_call import run, specs_of
 
 _CHANNELS = re.compile(r"expected input\[[\d, ]*\] to have (\d+) channels, but got (\d+) channels")
 
@@ -44,23 +46,28 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Generator[None]:
+def checked_forward(name: str, images: NetworkInput, *, captured: bool = False) -> Generator[None]:
     """Explains the failure when the network `name`, or its captured graph, first runs on `images` (N, C, H, W).
 
     Raises:
         InputError: images of other channels, size or precision than the network takes, or with NaN or infinity.
     """
-    if images.is_meta:
+    if any(each.is_meta for each in tensors_of(images)):
         raise InputError(f"images for {name} are on the meta device and have no values. Pass images on the CPU.")
-    if not images.isfinite().all():
+    if not all(bool(each.isfinite().all()) for each in tensors_of(images)):
         raise InputError(f"images for {name} hold NaN or infinity. Pass finite images.")
     try:
         yield
     except InputError:
         raise
     except _FAILURES as error:
-        kind = str(images.dtype).removeprefix("torch.")
         reason = _reason(error)
+        if isinstance(images, TensorInputs):
+            raise InputError(
+                f"{name} does not run on the inputs {_described(images)}: {reason}. Pass the inputs of its forward in "
+                "order, or by name: ((left, right), targets) or ({'left': left, 'right': right}, targets)."
+            ) from error
+        kind = str(images.dtype).removeprefix("torch.")
         details, advice = f" of {kind}: {reason}", "Pass images that the network accepts."
         if found := _CHANNELS.search(reason):
             details, advice = "", f"It takes images (N, {found[1]}, H, W), but these are (N, {found[2]}, H, W)."
@@ -77,13 +84,13 @@ def checked_forward(name: str, images: Tensor, *, captured: bool = False) -> Gen
 
 
 @torch.no_grad()
-def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
+def check_forward(name: str, network: nn.Module, images: NetworkInput) -> Any:
     """Run the network on two images and on one.
 
     Args:
         name: name of the network in errors.
         network: in eval mode; the images are moved to its device.
-        images: (N, C, H, W); the first two are used, or the first one twice.
+        images: (N, C, H, W), or several tensors; the first two are used, or the first one twice.
 
     Returns:
         The outputs for two images.
@@ -92,20 +99,21 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
         InputError: it does not run, needs another input, or drops the batch dimension of a single image.
     """
     required = required_inputs(network)
-    if len(required) > 1:
+    if len(required) > 1 and isinstance(images, Tensor):
         raise InputError(
-            f"the forward of {name} needs {len(required)} inputs: {', '.join(required)}. Only one is possible, the "
-            "images. Give the others a default, or wrap the network in a module that provides them."
+            f"the forward of {name} needs {len(required)} inputs: {', '.join(required)}, but a batch has one. Pass "
+            f"batches (({', '.join(required)}), targets) to the Python functions, or give the others a default; a "
+            "recipe has one input, the images."
         )
     if not images.is_floating_point():
         raise InputError(f"images for {name} have the type {images.dtype}. Pass normalized floating-point images.")
     device = next((each.device for each in network.parameters()), images.device)
-    two = images[:2] if len(images) > 1 else torch.cat([images[:1]] * 2)
+    two = images[:2] if len(images) > 1 else images[[0, 0]]
     with checked_forward(name, two):
         two = two.to(device)
-        outputs = network(two.clone())  # a forward may change its input in place
+        outputs = run(network, two.clone())  # a forward may change its input in place
     try:
-        of_one = network(two[:1].clone())
+        of_one = run(network, two[:1].clone())
     except _FAILURES as error:
         raise InputError(
             f"{name} runs on two images, but not on one: {_reason(error)}. It must accept any number of images. "
@@ -116,6 +124,11 @@ def check_forward(name: str, network: nn.Module, images: Tensor) -> Any:
             shapes = f"shape {tuple(several.shape)} for two images and {tuple(one.shape)} for one"
             raise InputError(f"{name} returns {shapes}: {_SQUEEZED}")
     return outputs
+
+
+def _described(inputs: TensorInputs) -> str:
+    """`left (3, 32, 32) of float32, right (8) of int64`."""
+    return ", ".join(f"{each.name or ''} {each.shape} of {each.dtype}".lstrip() for each in specs_of(inputs))
 
 
 def _reason(error: Exception) -> str:
@@ -147,7 +160,7 @@ def only_tensors(outputs: Any) -> bool:
     return outputs is None or isinstance(outputs, Tensor)
 
 
-def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iterator[Tensor]:
+def first_images(data: Iterable[Any], images: int, device: torch.device) -> Iterator[NetworkInput]:
     """The first `images` of `data`, batch by batch (N, C, H, W), on `device`.
 
     Raises:

@@ -22,12 +22,16 @@ from torch.fx.graph import CodeGen
 from torch.utils._pytree import SUPPORTED_NODES
 
 from tersor.core.errors import InputError
+from tersor.data.network_inputs import NetworkInput, tensors_of
 from tersor.graph.aten import arguments, operator_name
+from tersor.graph.batch_constants import compute_batch_sizes
 from tersor.graph.inlined_regions import inline_regions
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_attention import with_plain_attention
 
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n\s+(.+)')
+_OTHER_BATCH = 5
+"""Images of a second recording; the first has two, and the captured graph is compared on one and on three."""
 _CONVERSIONS = {"to", "type_as", "_to_copy"}
 _LIBRARY = re.compile(r"/(torch|torchvision|tersor)/")
 _WAY_OUT = (
@@ -36,26 +40,33 @@ _WAY_OUT = (
 )
 
 
-def exported(model: nn.Module, images: Tensor) -> fx.GraphModule:
+def exported(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     """The graph of aten operators that `model` runs in eval mode, with a dynamic batch size.
 
     Args:
         model: the network; it stays unchanged, because a copy is run.
-        images: (N, C, H, W), N >= 2, on the device of the network.
+        images: (N, C, H, W) or several tensors, N >= 2, on the device of the network.
 
     Raises:
         InputError: torch.export cannot record the network; the message names the line of the network.
     """
-    network = _copied(model)
     try:
-        program = _exported(network, images, Dim.DYNAMIC)
+        program = _exported(_copied(model), images, Dim.DYNAMIC)
     except _Refused as first:
-        program = _with_batch_found(images, model, first)
+        return _with_batch_found(images, model, first)
+    return _finished(_plain_graph(program))
+
+
+def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
     with without_exporter_output():
         graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     _plain_signature(graph, program)
     inline_regions(graph)
+    return graph
+
+
+def _finished(graph: fx.GraphModule) -> fx.GraphModule:
     _simplify(graph.graph)
     return graph
 
@@ -73,31 +84,52 @@ def _copied(model: nn.Module) -> nn.Module:
     return network
 
 
-def _exported(network: nn.Module, images: Tensor, batch: Any) -> ExportedProgram:
+def _exported(network: nn.Module, images: NetworkInput, batch: Any) -> ExportedProgram:
     try:
         with without_exporter_output():
-            return torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
+            if isinstance(images, Tensor):
+                return torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
+            args, kwargs = images.args, images.kwargs
+            shapes = {name: {0: batch} for name in kwargs} or tuple({0: batch} for _ in args)
+            return torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the forward and torch.export raise
         raise _Refused from error
 
 
-def _with_batch_found(images: Tensor, model: nn.Module, first: _Refused) -> ExportedProgram:
-    """Where the code compares the batch size with a cached one, a fresh copy keeps it dynamic with `Dim.AUTO`."""
+def _with_batch_found(images: NetworkInput, model: nn.Module, first: _Refused) -> fx.GraphModule:
+    """Where the code compares the batch size with a cached one, a fresh copy keeps it dynamic with `Dim.AUTO`.
+
+    Where the code makes it a number, two recordings show which constants depend on it.
+    """
     error = first.__cause__
     assert isinstance(error, Exception)
     if "Constraints violated" not in str(error) and "specialize" not in str(error).lower():
         raise _refusal(model, error) from error
     try:
-        program = _exported(_copied(model), images, Dim.AUTO)
+        graph = _plain_graph(_exported(_copied(model), images, Dim.AUTO))
+        if not _batch_is_free(graph):
+            _free_batch(graph, model, images)
     except _Refused:
-        raise _refusal(model, error) from error
-    sizes = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs).meta["val"]
-    if is_concrete_int(sizes.shape[0]):
         raise InputError(
-            f"the graph of {type(model).__name__} cannot be captured: its forward fixes the batch size. "
-            "Read the batch size as x.shape[0], not as len(x), and store no tensor of that size."
+            f"the graph of {type(model).__name__} cannot be captured: its forward fixes the batch size{_place(error)}. "
+            "Possible reasons: it loops over the images, branches on their number, or stores a tensor of that size. "
+            "Write a forward that runs the same operators for any number of images."
         ) from error
-    return program
+    return _finished(graph)
+
+
+def _free_batch(graph: fx.GraphModule, model: nn.Module, images: NetworkInput) -> None:
+    """Compute what depends on the batch size, found by a second recording, in `graph`."""
+    more = images[torch.arange(_OTHER_BATCH) % len(images)]
+    other = _plain_graph(_exported(_copied(model), more, Dim.AUTO))
+    with without_exporter_output():
+        if not compute_batch_sizes(graph, other, tensors_of(images), len(more)):
+            raise _Refused
+
+
+def _batch_is_free(graph: fx.GraphModule) -> bool:
+    inputs = next(iter(graph.graph.find_nodes(op="placeholder")))
+    return not is_concrete_int(inputs.meta["val"].shape[0])
 
 
 @contextmanager

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError, nearest
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
 
 Features = tuple[Any, dict[str, Tensor]]
 """What the network returns, and the outputs of layers by path."""
@@ -45,7 +47,7 @@ class FeatureExtractor:
         self._graph: fx.GraphModule | None = None
         self._modes: list[tuple[nn.Module, nn.Module]] = []
 
-    def __call__(self, images: Tensor, *others: Any) -> Features:
+    def __call__(self, images: NetworkInput, *others: Any) -> Features:
         """Images (N, C, H, W) -> the network's outputs, and the layers' outputs.
 
         Args:
@@ -56,23 +58,23 @@ class FeatureExtractor:
             InputError: the output of a layer is not a tensor, or is changed in place by a later layer.
         """
         if not self.paths:
-            return self.model(images, *others), {}
+            return run(self.model, images, *others), {}
         if isinstance(self.model, fx.GraphModule):
             return self._traced(images, self.model)
         return self._hooked(images, *others)
 
-    def _traced(self, images: Tensor, graph: fx.GraphModule) -> Features:
+    def _traced(self, images: NetworkInput, graph: fx.GraphModule) -> Features:
         if self._graph is None:  # not earlier: the network may move to another device before the first step
             self._graph = _with_nodes(graph, self.paths)
             pairs = [(module, graph.get_submodule(name)) for name, module in self._graph.named_modules()]
             self._modes = [(mirror, module) for mirror, module in pairs if mirror is not module]
         for mirror, module in self._modes:
             mirror.training = module.training
-        returned, *outputs = self._graph(images)
+        returned, *outputs = run(self._graph, images)
         count = len(self.paths)
         return returned, self._checked(zip(self.paths, outputs[:count], outputs[count:], strict=True), images)
 
-    def _hooked(self, images: Tensor, *others: Any) -> Features:
+    def _hooked(self, images: NetworkInput, *others: Any) -> Features:
         seen: dict[str, tuple[object, int]] = {}
 
         def register(path: str) -> None:
@@ -85,7 +87,7 @@ class FeatureExtractor:
         try:
             for path in self.paths:
                 register(path)
-            returned = self.model(images, *others)
+            returned = run(self.model, images, *others)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -94,7 +96,7 @@ class FeatureExtractor:
                 raise InputError(f"the layer {path} is not called by the network. Choose another layer.")
         return returned, self._checked(((path, *seen[path]) for path in self.paths), images)
 
-    def _checked(self, outputs: Iterable[tuple[str, object, int]], images: Tensor) -> dict[str, Tensor]:
+    def _checked(self, outputs: Iterable[tuple[str, object, int]], images: NetworkInput) -> dict[str, Tensor]:
         """The output of each layer, if no later layer has changed it in place."""
         found: dict[str, Tensor] = {}
         for path, value, version in outputs:
@@ -117,14 +119,14 @@ def _version(value: object) -> int:
     return value._version  # pyright: ignore[reportPrivateUsage]
 
 
-def channels_first(value: Tensor, images: Tensor) -> Tensor:
+def channels_first(value: Tensor, images: NetworkInput) -> Tensor:
     """A map (N, H, W, C) with the aspect ratio of the images as (N, C, H, W); everything else unchanged."""
     if value.ndim != 4 or _same_aspect(value.shape[2:], images) or not _same_aspect(value.shape[1:3], images):
         return value
     return value.permute(0, 3, 1, 2)
 
 
-def _same_aspect(sides: Sequence[int], images: Tensor) -> bool:
+def _same_aspect(sides: Sequence[int], images: NetworkInput) -> bool:
     """Whether these sides have the aspect ratio of the images, up to rounding."""
     height, width = images.shape[-2:]
     return abs(sides[0] * width - sides[1] * height) <= max(height, width)
@@ -173,14 +175,14 @@ def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tup
 
 
 @torch.no_grad()
-def shapes_of(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
+def shapes_of(model: nn.Module, paths: Sequence[str], images: NetworkInput) -> dict[str, torch.Size]:
     """Shapes of the layers' outputs for `images`, from one forward in eval mode."""
     with evaluating(model):
-        _, outputs = FeatureExtractor(model, paths)(images.to(next(model.parameters(), images)))
+        _, outputs = FeatureExtractor(model, paths)(images.to(next(model.parameters())))
     return {path: value.shape for path, value in outputs.items()}
 
 
-def last_feature_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
+def last_feature_maps(model: nn.Module, images: NetworkInput) -> tuple[str, ...]:
     """The last module at each resolution: `layer1`, `layer2`, `layer3` of a ResNet.
 
     Modules are the network's children, or deeper ones if these have more resolutions (`features.6`). Pools are skipped,
@@ -206,7 +208,7 @@ def last_feature_maps(model: nn.Module, images: Tensor) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, torch.Size]:
+def _called(model: nn.Module, paths: Sequence[str], images: NetworkInput) -> dict[str, torch.Size]:
     """Shapes of the outputs that are tensors and are not changed in place, in the order of the calls."""
     seen: dict[str, tuple[object, int]] = {}
 
@@ -218,7 +220,7 @@ def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str,
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     with evaluating(model):
         if isinstance(model, fx.GraphModule):
-            _, *outputs = _with_nodes(model, paths).eval()(images)
+            _, *outputs = run(_with_nodes(model, paths).eval(), images)
             count = len(paths)
             seen = dict(zip(paths, zip(outputs[:count], outputs[count:], strict=True), strict=True))
         else:
@@ -226,7 +228,7 @@ def _called(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str,
                 for path in paths:
                     look = partial(keep, path)
                     hooks.append(model.get_submodule(path).register_forward_hook(lambda _m, _i, out, to=look: to(out)))
-                model(images)
+                run(model, images)
             finally:
                 for hook in hooks:
                     hook.remove()

@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves
 
 from tersor.core.errors import InputError
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.aten import arguments, operator_name
 from tersor.graph.batchnorm_behind import norm_reading
 from tersor.graph.capture import capture, layer_of, sole_user, values_into
@@ -79,7 +80,7 @@ class FusedConvolution(nn.Module):
 
 @torch.no_grad()
 def fused(
-    model: nn.Module, images: Tensor, keep: Iterable[str] = (), precision: torch.dtype | None = None
+    model: nn.Module, images: NetworkInput, keep: Iterable[str] = (), precision: torch.dtype | None = None
 ) -> nn.Module:
     """A faster copy of `model` in eval mode; `model` itself if none computes the same.
 
@@ -111,7 +112,7 @@ def _has_hooks(model: nn.Module) -> bool:
     return any(vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"] for module in model.modules())
 
 
-def _everything(model: nn.Module, images: Tensor, paths: tuple[str, ...]) -> list[Tensor]:
+def _everything(model: nn.Module, images: NetworkInput, paths: tuple[str, ...]) -> list[Tensor]:
     leaves = tree_leaves(FeatureExtractor(model, paths)(images))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -125,7 +126,7 @@ def _no_farther(ours: Tensor, theirs: Tensor, exact: Tensor) -> bool:
     return ours.dtype == theirs.dtype and bool(errors[0] <= _NO_FARTHER * errors[1] + 1e-6)
 
 
-def rewritten(model: nn.Module, images: Tensor, paths: tuple[str, ...]) -> fx.GraphModule:
+def rewritten(model: nn.Module, images: NetworkInput, paths: tuple[str, ...]) -> fx.GraphModule:
     """A fused copy of `model`, captured on `images` (N, C, H, W), without comparison.
 
     Raises:

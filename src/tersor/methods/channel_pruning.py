@@ -42,6 +42,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
 from tersor.data.batch import first_batch
+from tersor.data.network_inputs import NetworkInput
 from tersor.evaluation.costs import Costs, costs
 from tersor.graph.capture import capture
 from tersor.graph.eval_mode import checked_forward
@@ -72,7 +73,7 @@ class _Budget:
     keep: float
     original: fx.GraphModule
     before: Costs
-    example: Tensor
+    example: NetworkInput
     latency_ratio: Callable[[nn.Module], float] | None
 
     def fraction(self, now: Costs) -> float:
@@ -101,8 +102,7 @@ class ChannelPruning:
         Field(gt=0, le=1, description="fraction of the latency to keep, at batch size 1 in the target's runtime"),
     ] = None
     importance: Annotated[
-        Importance | FunctionPath,
-        Field(description="score of a channel; or a function, package.module:function"),
+        Importance | FunctionPath, Field(description="score of a channel; or a function, package.module:function")
     ] = "magnitude"
     scope: Annotated[
         Scope, Field(description="layer: same fraction of every group; global: least important channels of the network")
@@ -261,12 +261,12 @@ class ChannelPruning:
         )
 
 
-def _budget(kind: str, keep: float, graph: fx.GraphModule, example: Tensor, context: AttachContext) -> _Budget:
+def _budget(kind: str, keep: float, graph: fx.GraphModule, example: NetworkInput, context: AttachContext) -> _Budget:
     original, latency = copy_graph(graph), context.latency
     with checked_forward(type(graph).__name__, example, captured=True):
         before = costs(graph, example)
     ratio = latency(original, example, context.target) if kind == "latency" and latency is not None else None
-    return _Budget(kind, keep, original, before, example, ratio if kind == "latency" else None)
+    return _Budget(kind, keep, original, before, example, ratio)
 
 
 def _blocks_for(

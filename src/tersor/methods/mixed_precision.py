@@ -29,10 +29,11 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.data.batch import first_batch
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.capture import capture
 from tersor.graph.eval_mode import first_images
 from tersor.graph.layer_selection import weighted_layers
@@ -209,7 +210,7 @@ class MixedPrecisionAttachment(Attachment):
             *calibrated_coverage(self.model).notes,
         )
 
-    def _errors(self, images: list[Tensor]) -> dict[str, dict[int, float]]:
+    def _errors(self, images: list[NetworkInput]) -> dict[str, dict[int, float]]:
         """Layer -> bits -> error of the outputs; a layer with a single width is not measured."""
         errors = {name: dict.fromkeys(options, 0.0) for name, options in self.options.items()}
         candidates = [(name, bits) for name, options in self.options.items() if len(options) > 1 for bits in options]

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
+from tersor.core.inputs import Inputs
 from tersor.data.batch import images_of
 from tersor.data.loader import batches_of
+from tersor.data.network_inputs import NetworkInput
 from tersor.evaluation.session import Session
 from tersor.graph.eval_mode import check_forward, only_tensors
 from tersor.graph.plain_network import plain_copy, refuse_without_weights, require_network, unwrapped
@@ -34,7 +36,7 @@ def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, 
     return network, batches
 
 
-def to_export(model: nn.Module, images: Tensor, name: str) -> nn.Module:
+def to_export(model: nn.Module, images: NetworkInput, name: str) -> nn.Module:
     """A plain copy of a network whose outputs are tensors.
 
     Raises:
@@ -111,21 +113,24 @@ def onnx_path(path: object) -> Path:
     return path
 
 
-def example_of(example: object) -> Tensor:
-    """Images (N, C, H, W), at least one.
+def example_of(example: object) -> NetworkInput:
+    """Images (N, C, H, W), or several input tensors in a tuple or dict; at least one.
 
     Raises:
         InputError: it is something else, or empty.
     """
-    if not isinstance(example, Tensor):
-        raise InputError(f"the example is of type {type(example).__name__}. Pass images, a tensor (N, C, H, W).")
-    images = images_of(example)
+    if not isinstance(example, Tensor | tuple | dict):
+        raise InputError(
+            f"the example is of type {type(example).__name__}. Pass images, a tensor (N, C, H, W), or several inputs "
+            "in a tuple or dict."
+        )
+    images = images_of(example if isinstance(example, Tensor) else (example,))
     if not len(images):
         raise InputError("the example has no images. Pass at least one.")
     return images
 
 
-def check_metadata(classes: object, pixels: object, channels: int) -> None:
+def check_metadata(classes: object, pixels: object, images: NetworkInput) -> None:
     """Check class names and the normalization of uint8 pixels.
 
     Raises:
@@ -138,6 +143,9 @@ def check_metadata(classes: object, pixels: object, channels: int) -> None:
         raise InputError("classes must be distinct strings, in the order of the logits.")
     if pixels is None:
         return
+    if not isinstance(images, Tensor):
+        raise InputError("pixels normalizes the only input of a network, and this one has several. Leave pixels out.")
+    channels = images.shape[1]
     try:
         mean, deviation = (torch.tensor(each, dtype=torch.float64) for each in cast("Sequence[Any]", pixels))
     except (TypeError, ValueError, RuntimeError):
@@ -161,8 +169,8 @@ def check_classes(session: Session, classes: Sequence[str]) -> None:
     """
     if not classes:
         return
-    shape = [size or 1 for size in session.input_shape]
-    logits = session.run(np.zeros([1, *shape[1:]], session.input_dtype))
+    rows = {each.name: np.zeros([1, *(size or 1 for size in each.shape[1:])], each.dtype) for each in session.inputs}
+    logits = session.run(Inputs(rows))
     if logits.ndim == 2 and logits.shape[1] != len(classes):
         raise InputError(
             f"{len(classes)} class names are given, and the network has {logits.shape[1]} logits. Give one name per "

@@ -13,6 +13,7 @@ from tersor.core.errors import CompressionWarning
 from tersor.core.progress import ProgressReporter
 from tersor.data.loader import Loader, batches_of
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
 from tersor.graph.fused_inference import fused
 from tersor.methods.soft_targets import SoftTargets
 from tersor.pipeline.task_arguments import labelled, task_of_both
@@ -54,7 +55,7 @@ def train_on_outputs(
         for doubt in teacher_warnings("the teacher", teacher, labelled(loader, classes, TEACHER_IMAGES)):
             warnings.warn(doubt, CompressionWarning, stacklevel=3)
     with evaluating(teacher), torch.no_grad():
-        soft = task.logits(teacher(few.clone())) is not None
+        soft = task.logits(run(teacher, few.clone())) is not None
     if soft:
         attached = method.attach(student, AttachContext(teacher=teacher, task=task))
     else:

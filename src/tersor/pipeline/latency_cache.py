@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.core import distributed
 from tersor.core.files import replacing
 from tersor.core.target import Target
+from tersor.data.network_inputs import NetworkInput
 from tersor.training.context import LatencyRatio
 
 FILE = "latencies.json"
@@ -35,7 +36,7 @@ class CachedLatencyRatio:
         self.measure = measure
         self.file = file
 
-    def __call__(self, original: nn.Module, example: Tensor, target: Target) -> Callable[[nn.Module], float]:
+    def __call__(self, original: nn.Module, example: NetworkInput, target: Target) -> Callable[[nn.Module], float]:
         """A function of a network: its latency divided by that of `original`."""
         if distributed.rank():
             return lambda _network: _from_rank0(0.0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tersor import tasks
@@ -16,7 +15,9 @@ from tersor.core.errors import InputError
 from tersor.data.batch import Batch, images_of
 from tersor.data.batch_errors import labels_error
 from tersor.data.loader import targets_in, unchecked_labels
+from tersor.data.network_inputs import NetworkInput
 from tersor.deploy.outputs import LOGITS
+from tersor.evaluation.file_inputs import FileArrays
 from tersor.evaluation.scoring import file_outputs, joined
 from tersor.evaluation.session import Session
 from tersor.graph.eval_mode import check_forward, evaluating
@@ -50,7 +51,9 @@ def task_of(task: str | Task | None, loss: Loss | None = None, metric: Any = Non
     return base if loss is None and metric is None else FromFunctions(base, loss, metric)
 
 
-def task_of_both(task: Task | None, student: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[Task, int | None]:
+def task_of_both(
+    task: Task | None, student: nn.Module, teacher: nn.Module, images: NetworkInput
+) -> tuple[Task, int | None]:
     """The task of student and teacher, and their number of classes if it is classification.
 
     Without a task, two networks that return logits (N, classes) are classifiers; all others are compared by distance.
@@ -106,7 +109,7 @@ def check_targets(task: Task, network: nn.Module, batches: Iterable[Any], images
     Raises:
         InputError: they are missing or do not fit the outputs of the network.
     """
-    seen: list[tuple[Tensor, Any]] = []
+    seen: list[tuple[NetworkInput, Any]] = []
     for batch in batches:
         seen.append((images_of(batch), targets_in(batch)))
         if sum(len(each) for each, _ in seen) >= images:
@@ -124,7 +127,7 @@ def check_targets(task: Task, network: nn.Module, batches: Iterable[Any], images
     all_labels(seen, outputs.shape[1])
 
 
-def all_labels(batches: Iterable[tuple[Tensor, Any]], classes: int) -> Tensor | None:
+def all_labels(batches: Iterable[tuple[NetworkInput, Any]], classes: int) -> Tensor | None:
     """The labels (N,) of all batches; None if a batch has no labels.
 
     Raises:
@@ -144,7 +147,7 @@ def all_labels(batches: Iterable[tuple[Tensor, Any]], classes: int) -> Tensor | 
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 
-def task_of_files(task: Task | None, sessions: Mapping[str, Session], images: NDArray[Any]) -> Task:
+def task_of_files(task: Task | None, sessions: Mapping[str, Session], images: FileArrays) -> Task:
     """The task of files whose outputs can be compared: without one, classification if there are logits (N, classes).
 
     Raises:
@@ -161,7 +164,7 @@ def task_of_files(task: Task | None, sessions: Mapping[str, Session], images: ND
     return task
 
 
-def targets_for(task: Task, batches: Sequence[tuple[Tensor, Any]], outputs: Tensor | Any) -> Any:
+def targets_for(task: Task, batches: Sequence[tuple[NetworkInput, Any]], outputs: Tensor | Any) -> Any:
     """The targets of all batches as one; None if a batch has none.
 
     Raises:

@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.eval_mode import checked_forward, evaluating
 from tersor.pruning.channel_removal import merge_cuts, remove
 from tersor.pruning.dependency.groups import CoupledSlices, Cut
@@ -59,7 +60,7 @@ class Group:
         return merge_cuts(cut for channel in channels for cut in self.slices[channel])
 
 
-def coupled_channels(graph: fx.GraphModule, example: Tensor) -> tuple[list[Group], dict[str, str]]:
+def coupled_channels(graph: fx.GraphModule, example: NetworkInput) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that can be removed; root -> reason for all others.
 
     Heads form one group, the positions within heads another: they overlap, and channels of both can be removed.
@@ -104,12 +105,12 @@ def _existing_objects_not_collected() -> Generator[None]:
         gc.unfreeze()
 
 
-def two_images(graph: fx.GraphModule, example: Tensor) -> Tensor:
+def two_images(graph: fx.GraphModule, example: NetworkInput) -> NetworkInput:
     """The first image, twice in a batch: with a batch size of 1, activations may have the shape of parameters."""
-    return example[:1].to(next(graph.parameters()).device).expand(2, *[-1] * (example.ndim - 1)).contiguous()
+    return example[[0, 0]].to(next(graph.parameters()).device)
 
 
-def record_run(graph: fx.GraphModule, example: Tensor) -> Recorded:
+def record_run(graph: fx.GraphModule, example: NetworkInput) -> Recorded:
     """The shape of every value.
 
     Raises:
@@ -119,7 +120,7 @@ def record_run(graph: fx.GraphModule, example: Tensor) -> Recorded:
         return record(graph, example)
 
 
-def removal_difference(graph: fx.GraphModule, cuts: Sequence[Cut], example: Tensor) -> str:
+def removal_difference(graph: fx.GraphModule, cuts: Sequence[Cut], example: NetworkInput) -> str:
     """Where the network after `remove` differs from the one whose removed channels are zero; "" where nowhere.
 
     Args:

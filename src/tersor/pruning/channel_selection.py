@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.layer_selection import Convolution, matching
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, Group, copy_graph, coupled_channels, merge_cuts, remove
@@ -62,7 +63,7 @@ class RemovalOrder:
 
 
 def removable_groups(
-    graph: fx.GraphModule, example: Tensor, exclude: Sequence[str], method: str
+    graph: fx.GraphModule, example: NetworkInput, exclude: Sequence[str], method: str
 ) -> tuple[list[Group], dict[str, str]]:
     """The groups that can be removed, and root -> reason for all others.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersor.graph.batchnorm import Norm
+from tersor.graph.forward_call import run
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import parametrized
 from tersor.pruning.mask import Mask
@@ -84,4 +85,5 @@ class DensePathModules(nn.Module):
             assert isinstance(part, _Copy)
             own |= part.named(model)
         with masks_and_quantizers_disabled(model):
-            return torch.func.functional_call(model, own, inputs)
+            with_own = lambda *args, **kwargs: torch.func.functional_call(model, own, args, kwargs)  # noqa: E731
+            return run(with_own, *inputs)

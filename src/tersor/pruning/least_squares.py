@@ -32,6 +32,7 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.eval_mode import evaluating, first_images
+from tersor.graph.forward_call import run
 from tersor.pruning.activation_moments import (
     InputMoments,
     add_ridge,
@@ -85,7 +86,7 @@ def fit_layers(
     progress.start("least squares: layer inputs", images)
     with removed_afterwards(hooks), evaluating(graph), torch.no_grad():
         for batch in first_images(data, images, next(graph.parameters()).device):
-            graph(batch)
+            run(graph, batch)
             done += len(batch)
             progress.advance(len(batch))
     if not done:

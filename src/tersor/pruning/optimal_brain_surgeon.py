@@ -42,7 +42,9 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
+from tersor.data.network_inputs import tensors_of
 from tersor.graph.eval_mode import evaluating, first_images
+from tersor.graph.forward_call import run
 from tersor.pruning.activation_moments import (
     InputMoments,
     add_ridge,
@@ -150,14 +152,16 @@ def _collect(
     with removed_afterwards(hooks), evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
         for batch in first_images(data, most, next(graph.parameters()).device):
             inputs = batch.clone().requires_grad_()
-            values = compared_values(graph(inputs.clone()), task)
+            values = compared_values(run(graph, inputs.clone()), task)
             if not values.requires_grad:
                 raise InputError(
                     "importance: obs needs gradients, and the outputs of the network do not depend on the images. "
                     "Write importance: magnitude."
                 )
             sign = torch.randint(0, 2, values.shape, generator=signs).to(values) * 2 - 1
-            torch.autograd.grad((values * sign).sum(), inputs, allow_unused=True)
+            torch.autograd.grad(
+                (values * sign).sum(), [each for each in tensors_of(inputs) if each.requires_grad], allow_unused=True
+            )
             count += len(batch)
             progress.advance(len(batch))
             if count >= images and all(each.inputs.sufficient for each in statistics.values()):

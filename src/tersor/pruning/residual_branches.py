@@ -27,9 +27,11 @@ from torch import Tensor, fx
 
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.aten import operator_name
 from tersor.graph.batchnorm_statistics import with_statistics
 from tersor.graph.eval_mode import evaluating, first_images
+from tersor.graph.forward_call import run
 from tersor.pruning.channel_groups import Cut, copy_graph, record_run, remove, two_images
 from tersor.pruning.channel_removal import exclusive_nodes
 from tersor.pruning.dependency.shape_recording import map_tensors, run_node, user_to_last_uses
@@ -69,7 +71,7 @@ class Branch:
         return f"{self.layers[0]} to {self.layers[-1]}"
 
 
-def find_branches(graph: fx.GraphModule, example: Tensor) -> list[Branch]:
+def find_branches(graph: fx.GraphModule, example: NetworkInput) -> list[Branch]:
     """Learned branches that can be removed together, in the order of the graph; the inner ones of nested branches.
 
     Args:
@@ -141,7 +143,7 @@ def removal_cost(
         changes = dict.fromkeys(branches, 0.0)
         progress.start("change of the outputs without each branch", len(branches) * len(batches))
         for batch in batches:
-            outputs = graph(batch.clone())
+            outputs = run(graph, batch.clone())
             for branch, live in _at_each_sum(graph, branches, batch):
                 total = live[branch.sides[0]] + replacements.get(branch, 0)
                 changed = _run_after(graph, branch.total, {**live, branch.total: total})
@@ -155,7 +157,7 @@ def removal_cost(
     return [change / count for change in changes.values()]
 
 
-def _means(graph: fx.GraphModule, branches: Sequence[Branch], batches: Sequence[Tensor]) -> dict[Branch, Tensor]:
+def _means(graph: fx.GraphModule, branches: Sequence[Branch], batches: Sequence[NetworkInput]) -> dict[Branch, Tensor]:
     """The mean output of every branch over the images, (1, ...), where it has the same shape for all images."""
     sums: dict[Branch, Tensor] = {}
     uneven = set[Branch]()
@@ -201,7 +203,7 @@ def _has_parameters(graph: fx.GraphModule, inside: set[fx.Node]) -> bool:
     return bool(inside) and any(True for name in _own_layers(inside) for _ in graph.get_submodule(name).parameters())
 
 
-def _can_remove(graph: fx.GraphModule, branches: Sequence[Branch], example: Tensor) -> bool:
+def _can_remove(graph: fx.GraphModule, branches: Sequence[Branch], example: NetworkInput) -> bool:
     """Whether the network without the branches computes what it computes when they are not added."""
     last_uses, values, example = user_to_last_uses(graph), dict[fx.Node, Any](), example.clone()
     shortcuts = {branch.total: branch.sides[0] for branch in branches}
@@ -215,7 +217,7 @@ def _can_remove(graph: fx.GraphModule, branches: Sequence[Branch], example: Tens
             del values[read]
     try:
         remove(pruned, [branch.cut for branch in branches])
-        outputs = pruned(images)
+        outputs = run(pruned, images)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return False
     expected, actual = list[Tensor](), list[Tensor]()
@@ -226,7 +228,7 @@ def _can_remove(graph: fx.GraphModule, branches: Sequence[Branch], example: Tens
 
 
 def _at_each_sum(
-    graph: fx.GraphModule, branches: Sequence[Branch], batch: Tensor
+    graph: fx.GraphModule, branches: Sequence[Branch], batch: NetworkInput
 ) -> Iterator[tuple[Branch, dict[fx.Node, Any]]]:
     """Run the network; at the sum of every branch, yield the branch and the values that are still needed."""
     last_uses, values, batch = user_to_last_uses(graph), dict[fx.Node, Any](), batch.clone()

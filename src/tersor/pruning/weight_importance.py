@@ -24,6 +24,7 @@ from torch.func import functional_call
 from tersor.core.errors import InputError
 from tersor.core.import_path import call_with, import_function
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
 from tersor.pruning.topk import unit_scores
 from tersor.tasks import name_of
 from tersor.tasks.calibration_batch import read_batch
@@ -120,7 +121,8 @@ def accumulate_gradients(
             found = read_batch(batch, task, None if whole_batches else images - count).to(device)
             if found.targets is None:
                 raise _unusable("the images have no labels")
-            outputs = functional_call(model, views, task.inputs(found, training=False))
+            with_views = lambda *args, **kwargs: functional_call(model, views, args, kwargs)  # noqa: E731
+            outputs = run(with_views, *task.inputs(found, training=False))
             loss = _loss(task, outputs, found.targets) * (1 if whole_batches else len(found.images))
             gradients = torch.autograd.grad(loss, [*views.values()], materialize_grads=True)
             for (name, view), gradient in zip(views.items(), gradients, strict=True):

@@ -8,13 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.data.batch import Batch
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.eval_mode import first_images
+from tersor.graph.forward_call import run
 from tersor.quantization.quantizers import Quantizers
 from tersor.tasks.calibration_batch import read_batch
 from tersor.tasks.classification import CLASSIFICATION
@@ -67,10 +69,10 @@ class _Reference:
         self.few = list(first_images(self.images, _RANKED, device))
         self.few_outputs = list(self._outputs(self.few))
 
-    def _outputs(self, images: Iterable[Tensor]) -> Iterator[Any]:
+    def _outputs(self, images: Iterable[NetworkInput]) -> Iterator[Any]:
         for batch in images:
             with torch.inference_mode():
-                yield self.graph(batch)
+                yield run(self.graph, batch)
 
     def _predictions(self) -> list[Any]:
         return [self.task.predictions(outputs) for outputs in self._outputs(self.images)]

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
+from tersor.data.network_inputs import NetworkInput, joined_inputs, tensors_of
 from tersor.graph.batchnorm import Norm
 from tersor.graph.batchnorm_behind import norm_reading
 from tersor.graph.batchnorm_statistics import Moments, fit, in_unit_of
 from tersor.graph.capture import layer_of, parameter_reads
+from tersor.graph.forward_call import run
 from tersor.graph.layer_selection import Convolution, Layer
 from tersor.quantization.qdq_placement import quantizable
 
@@ -33,15 +35,15 @@ _POSITIONS = 2**20
 """Pixels in the batch: about 1,000 images of 32 x 32, or 20 of 224 x 224."""
 
 
-def batch_of(images: Iterable[Tensor]) -> Tensor:
+def batch_of(images: Iterable[NetworkInput]) -> NetworkInput:
     """One batch of the `images` (N, C, H, W), limited to what the means need.
 
     Raises:
         InputError: there are none, because the data cannot be read again.
     """
-    taken: list[Tensor] = []
+    taken: list[NetworkInput] = []
     for some in images:
-        room = _POSITIONS // some[0, 0].numel() - sum(map(len, taken))
+        room = _POSITIONS // tensors_of(some)[0][0, :1].numel() - sum(map(len, taken))
         taken.append(some[: max(1, room)])
         if room <= len(some):
             break
@@ -49,11 +51,11 @@ def batch_of(images: Iterable[Tensor]) -> Tensor:
         raise InputError(
             "bias correction reads the data twice, and the second pass returned no images. Pass a DataLoader or a list."
         )
-    return torch.cat(taken)
+    return joined_inputs(taken)
 
 
 @torch.no_grad()
-def moments(graph: fx.GraphModule, images: Tensor) -> dict[str, Moments]:
+def moments(graph: fx.GraphModule, images: NetworkInput) -> dict[str, Moments]:
     """Layer -> the moments of its output for `images` (N, C, H, W)."""
     norms, found = _correctable(graph), dict[str, Moments]()
 
@@ -66,7 +68,9 @@ def moments(graph: fx.GraphModule, images: Tensor) -> dict[str, Moments]:
 
 
 @torch.no_grad()
-def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Moments], *, variances: bool = False) -> None:
+def correct(
+    graph: fx.GraphModule, images: NetworkInput, before: dict[str, Moments], *, variances: bool = False
+) -> None:
     """Correct the means of every layer in its bias, or in the running mean of the BatchNorm behind it.
 
     It can be repeated when other quantizers are enabled: the result does not depend on earlier corrections.
@@ -94,10 +98,10 @@ def correct(graph: fx.GraphModule, images: Tensor, before: dict[str, Moments], *
     _run(graph, images, list(norms), shift)
 
 
-def _run(graph: fx.GraphModule, images: Tensor, names: list[str], hook: Callable[..., Any]) -> None:
+def _run(graph: fx.GraphModule, images: NetworkInput, names: list[str], hook: Callable[..., Any]) -> None:
     hooks = [graph.get_submodule(name).register_forward_hook(partial(hook, name=name)) for name in names]
     try:
-        graph(images)
+        run(graph, images)
     finally:
         for each in hooks:
             each.remove()

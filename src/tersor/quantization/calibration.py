@@ -13,8 +13,10 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.core.target import Target
 from tersor.data import Batches
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.batchnorm import Norm
 from tersor.graph.eval_mode import checked_forward, first_images
+from tersor.graph.forward_call import run
 from tersor.quantization.observers import Histogram
 from tersor.quantization.product_error import without_inaccurate_products
 from tersor.quantization.quantizer_options import Ranges
@@ -89,7 +91,7 @@ def set_ranges(
 
 
 @torch.inference_mode()
-def _observe(quantizers: Quantizers, recorders: dict[str, Callable[[Tensor], None]], images: Tensor) -> None:
+def _observe(quantizers: Quantizers, recorders: dict[str, Callable[[Tensor], None]], images: NetworkInput) -> None:
     """Records the input of every quantizer; one that is called again with moved values records the first call."""
     seen: set[nn.Module] = set()
 
@@ -104,7 +106,7 @@ def _observe(quantizers: Quantizers, recorders: dict[str, Callable[[Tensor], Non
     ]
     try:
         with checked_forward(type(quantizers.graph).__name__, images, captured=True):
-            quantizers.graph(images)
+            run(quantizers.graph, images)
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.aten import operator_name, place_of
-from tersor.graph.capture import IMAGE_SHAPE, layer_of, values_into
+from tersor.graph.capture import INPUTS, layer_of, values_into
 from tersor.graph.eval_mode import checked_forward
+from tersor.graph.forward_call import zeros
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import in_float32, parametrizations_of
 from tersor.graph.plain_modules import has_plain_forward, is_hooked
@@ -103,7 +104,7 @@ class IntegerCoverage:
         return tuple(lines)
 
 
-def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False) -> IntegerCoverage:
+def integer_coverage(model: nn.Module, example: NetworkInput, *, planned: bool = False) -> IntegerCoverage:
     """Measure how much of `model` is computed in integers, and what stays in float.
 
     Args:
@@ -135,7 +136,7 @@ def integer_coverage(model: nn.Module, example: Tensor, *, planned: bool = False
 def calibrated_coverage(graph: nn.Module) -> IntegerCoverage:
     """The coverage of a captured network."""
     assert isinstance(graph, fx.GraphModule)
-    return integer_coverage(in_float32(graph), torch.zeros(1, *graph.meta[IMAGE_SHAPE]))
+    return integer_coverage(in_float32(graph), zeros(graph.meta[INPUTS], 1))
 
 
 def percent(share: float) -> str:

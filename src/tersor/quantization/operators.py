@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tersor.data.network_inputs import NetworkInput, tensors_of
 from tersor.graph.aten import place_of
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import in_order, run
 from tersor.graph.layer_selection import Layer
 from tersor.graph.multiplications import FORMULAS, MULTIPLICANDS, multiplies_uncounted
 from tersor.graph.plain_modules import has_plain_forward
@@ -77,7 +79,7 @@ class Pass:
     uncounted: tuple[str, ...]
 
 
-def run_through(model: nn.Module, images: Tensor, *, planned: bool = False) -> Pass:
+def run_through(model: nn.Module, images: NetworkInput, *, planned: bool = False) -> Pass:
     """Run `model` in eval mode on `images` (N, C, H, W); the model stays unchanged.
 
     Args:
@@ -88,12 +90,12 @@ def run_through(model: nn.Module, images: Tensor, *, planned: bool = False) -> P
     recorder = _Recorder(model, planned=planned)
     first = next(model.parameters(), None)
     images = images if first is None else images.to(first.device)
-    recorder.origins[images] = Operand(activation=True)
+    recorder.origins.update((each, Operand(activation=True)) for each in tensors_of(images))
     with evaluating(model), _attention_in_parts(), torch.no_grad(), _hooked(model, recorder), recorder:
         if isinstance(model, fx.GraphModule):
-            _ByNode(model, recorder).run(images)
+            _ByNode(model, recorder).run(*in_order(model.graph, images))
         else:
-            model(images)
+            run(model, images)
     return Pass(tuple(recorder.products), tuple(dict.fromkeys(recorder.uncounted)))
 
 

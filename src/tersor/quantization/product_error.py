@@ -12,11 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from tersor.core.target import Target
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.capture import layer_of, values_into
 from tersor.graph.eval_mode import first_images
+from tersor.graph.forward_call import in_order
 from tersor.quantization.activation_products import matrix_products
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.qdq_placement import activation_quantizers, source_of, without_quantizers
@@ -53,7 +55,7 @@ def without_inaccurate_products(quantizers: Quantizers, data: Iterable[Any], tar
 
 
 @torch.inference_mode()
-def product_errors(quantizers: Quantizers, images: Tensor, always: Container[str] = ()) -> dict[str, float]:
+def product_errors(quantizers: Quantizers, images: NetworkInput, always: Container[str] = ()) -> dict[str, float]:
     """The relative squared error of each product, as the mean over its matrices.
 
     Args:
@@ -61,9 +63,9 @@ def product_errors(quantizers: Quantizers, images: Tensor, always: Container[str
         images: (N, C, H, W).
         always: quantizers whose rounding does not count, since layers need them too.
     """
-    run = _Products(quantizers, always)
-    run.run(images)
-    return run.errors
+    products = _Products(quantizers, always)
+    products.run(*in_order(quantizers.graph.graph, images))
+    return products.errors
 
 
 class _Products(fx.Interpreter):

@@ -19,6 +19,7 @@ from pydantic import Field
 from tersor.core.errors import InputError
 from tersor.core.target import Target
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
 from tersor.quantization.grid import Grid
 from tersor.quantization.observers import WeightRange
 from tersor.quantization.quantizers import Quantizers
@@ -108,7 +109,7 @@ def _runs(quantizers: Quantizers, data: Iterable[Any], task: Task) -> Iterator[_
         for batch in data:
             found = read_batch(batch, task)
             with torch.inference_mode():
-                outputs = graph(found.images.to(device))
+                outputs = run(graph, found.images.to(device))
                 labelled = found.targets is not None and len(found.images)
                 yield _Run(
                     outputs, task.predictions(outputs) if labelled else None, found.targets if labelled else None

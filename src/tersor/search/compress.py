@@ -132,7 +132,7 @@ def _search(
     database = storage or f"sqlite:///{(folder.path / DATABASE).absolute()}"
     study = Study(database, folder.path.absolute().name, [ORIGINAL, *students], request.seed)
     sizes = sorted(budget.latency_ms) or [1, 128 if min(experiment.data.train.size) < _LARGE else 32]
-    example = next(iter(bench.validation)).images[:1].numpy()
+    example = next(iter(bench.validation)).only_images[:1].numpy()
     measurement = Measurement(folder.path / LATENCIES, request.runtime, example, sizes)
     return Search(bench, study, folder, clock, budget, measurement, bar)
 

@@ -181,7 +181,7 @@ class Workbench:
     def example(self, candidate: Candidate) -> Array:
         """One image (1, C, H, W) of a candidate's size."""
         experiment = self.experiment_of(candidate, (candidate.rounding,))
-        return next(iter(self.validation_of(experiment))).images[:1].numpy()
+        return next(iter(self.validation_of(experiment))).only_images[:1].numpy()
 
     def validation_of(self, experiment: Experiment) -> Batches:
         """The validation images of an experiment, in batches."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tersor.core.errors import InputError
 from tersor.data.batch import OnePass
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
 from tersor.tasks import name_of
 from tersor.tasks.calibration_batch import read_batch
 from tersor.tasks.network_outputs import described
@@ -81,7 +82,7 @@ def require_logits(context: AttachContext, method: str, instead: str = _LAYER_ME
     shapes = dict[str, tuple[int, ...]]()
     for name, network in networks.items():
         with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outputs = network(images.to(next(network.parameters(), images)))
+            outputs = run(network, images.to(next(network.parameters())))
         logits = task.logits(outputs)
         if logits is None or logits.ndim < 2:
             raise _no_logits(method, task, f" in the outputs of the {name} ({described(outputs)})", instead)

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.target import Target
 from tersor.data.batch import OnePass
+from tersor.data.network_inputs import NetworkInput
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
 
-LatencyRatio = Callable[[nn.Module, Tensor, Target], Callable[[nn.Module], float]]
+LatencyRatio = Callable[[nn.Module, NetworkInput, Target], Callable[[nn.Module], float]]
 """`latency_ratio(original, example, target)(network)`: the latency of a network as a fraction of the original's, both
 measured at batch size 1 in the target runtime on the image `example` (1, C, H, W).
 """

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.feature_extraction import last_feature_maps, map_size, matching_paths, shapes_of
 
 
@@ -159,7 +160,7 @@ def match_layer(
     return pair
 
 
-def _example_images(data: Iterable[Any] | None, method: str) -> Tensor:
+def _example_images(data: Iterable[Any] | None, method: str) -> NetworkInput:
     first = None if data is None else next(iter(data), None)
     if first is None:
         raise InputError(f"{method} needs images to determine layer shapes; none were given. Pass data=...")

@@ -275,7 +275,7 @@ class _Loop:
 
     def _to_device(self, batch: Batch) -> Batch:
         batch = batch.to(self.accelerator.device)
-        if batch.images.ndim != 4:
+        if not isinstance(batch.images, Tensor) or batch.images.ndim != 4:
             return batch
         return Batch(batch.images.contiguous(memory_format=self.layout), batch.targets, batch.index)
 

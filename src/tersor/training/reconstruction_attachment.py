@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tersor.core.errors import InputError
 from tersor.data.batch import first_batch
+from tersor.data.network_inputs import joined_inputs
 from tersor.graph.capture import capture
 from tersor.graph.eval_mode import first_images
 from tersor.quantization.calibration import set_ranges
@@ -47,8 +48,14 @@ class ReconstructionAttachment(Attachment):
         method: str,
     ) -> None:
         data = require_data(context.data, method)
+        images = first_batch(data, method)
+        if not isinstance(images, Tensor):
+            raise InputError(
+                f"{method} learns rounding block by block, in networks with one input tensor; this one has "
+                f"{len(images.all())}. Write ptq or qat."
+            )
         self.quantizers = insert_quantizers(
-            capture(model, first_batch(data, method)),
+            capture(model, images),
             precision,
             exclude=exclude,
             target=context.target,
@@ -76,7 +83,8 @@ class ReconstructionAttachment(Attachment):
                 progress=self.context.progress,
             )
         device = next(self.model.parameters()).device
-        images = torch.cat([*first_images(self.data, self.ranges.images, device)])
+        images = joined_inputs(first_images(self.data, self.ranges.images, device))
+        assert isinstance(images, Tensor)
         reconstruct(
             self.quantizers,
             self._original.eval(),

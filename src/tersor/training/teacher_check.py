@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tersor.data.batch import Batch
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
 from tersor.tasks.classification import CLASSIFICATION, Classification
 from tersor.tasks.task import Task
 
@@ -40,7 +41,7 @@ def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], ta
     remaining = IMAGES
     with evaluating(network):
         for batch in batches:
-            outputs = task.logits(network(batch.images[:remaining].to(device)))
+            outputs = task.logits(run(network, batch.images[:remaining].to(device)))
             if outputs is None or outputs.ndim != 2:
                 return []
             logits.append(outputs.float().cpu())

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from tersor.data.network_inputs import NetworkInput
 from tersor.pruning.dependency.propagation import ChannelPropagation, tensors_in
 from tersor.pruning.dependency.shape_recording import run_node, user_to_last_uses
 from tersor.pruning.dependency.union_find import TrackedShape
@@ -33,7 +34,7 @@ class RemovalCheck:
         self.graph = removed[0][0].graph
         self.cross_channel = set[fx.Node]().union(*(propagation.cross_channel for propagation, _ in removed))
 
-    def first_difference(self, pruned: fx.GraphModule, example: Tensor) -> tuple[fx.Node, str] | None:
+    def first_difference(self, pruned: fx.GraphModule, example: NetworkInput) -> tuple[fx.Node, str] | None:
         """The first node of the original whose output differs in `pruned`, and the reason; None if all agree."""
         before: dict[fx.Node, Any] = {}
         after: dict[fx.Node, Any] = {}

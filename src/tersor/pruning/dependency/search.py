@@ -7,8 +7,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from tersor.data.network_inputs import NetworkInput
 from tersor.pruning.channel_removal import merge_cuts, remove
 from tersor.pruning.dependency.groups import ChannelGroup, CoupledSlices, Cut, find_groups
 from tersor.pruning.dependency.propagation import ChannelPropagation
@@ -26,7 +27,7 @@ class GroupSearch:
         unprunable: root -> why its channels cannot be removed.
     """
 
-    def __init__(self, example: Tensor) -> None:
+    def __init__(self, example: NetworkInput) -> None:
         self.example = example
         self.groups: list[tuple[ChannelPropagation, list[ChannelGroup]]] = []
         self.unprunable: dict[str, str] = {}

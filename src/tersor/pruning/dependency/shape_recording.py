@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tersor.data.network_inputs import NetworkInput
+from tersor.graph.forward_call import in_order, input_nodes
+
 Recorded = dict[fx.Node, Any]
 """Value of each node, with a `Shape` instead of each tensor."""
 
@@ -18,7 +21,7 @@ class Shape(tuple[int, ...]):
     __slots__ = ()
 
 
-def record(graph: fx.GraphModule, example: Tensor) -> Recorded:
+def record(graph: fx.GraphModule, example: NetworkInput) -> Recorded:
     """Run `graph` on `example`; every value is freed after its last use."""
     last_uses = user_to_last_uses(graph)
     values, recorded = dict[fx.Node, Any](), Recorded()
@@ -56,10 +59,13 @@ def user_to_last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     return last_uses
 
 
-def run_node(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], example: Tensor | None = None) -> Any:
-    """The output of one node; a placeholder is `example`."""
+def run_node(
+    graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], example: NetworkInput | None = None
+) -> Any:
+    """The output of one node; a placeholder is that of `example`."""
     if node.op == "placeholder":
-        return example
+        assert example is not None
+        return dict(zip(input_nodes(node.graph), in_order(node.graph, example), strict=True))[node]
     if node.op == "get_attr":
         return attribute(graph, str(node.target))
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: values[read])

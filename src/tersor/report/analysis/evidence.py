@@ -79,7 +79,7 @@ def collect_evidence(
     progress.start("evidence", 2)
     # evenly over the whole set: image folders are sorted by class
     index = evenly_spaced(len(test.images), _OBSERVED_IMAGES)
-    images = test.take(index).images
+    images = test.take(index).only_images
     original, model = _eval_copy(original), _eval_copy(model)
     layers = layer_table(_with_layers_of(model, original, images), model, images)
     source = original if teacher is None else _eval_copy(teacher)

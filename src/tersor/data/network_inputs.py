@@ -1,0 +1,112 @@
+"""The input of a network: images (N, C, H, W), or several tensors (N, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from tersor.core.errors import InputError
+from tersor.core.inputs import Inputs
+
+
+class TensorInputs(Inputs[Tensor]):
+    """Several input tensors (N, ...), with the methods of a tensor that a batch of images needs."""
+
+    def to(self, place: torch.device | Tensor) -> Self:
+        """On a device; with a tensor, also in its data type, except integers."""
+        if isinstance(place, Tensor):
+            return self.map(lambda each: each.to(place) if each.is_floating_point() else each.to(place.device))
+        return self.map(lambda each: each.to(place))
+
+    def cpu(self) -> Self:
+        """On the CPU."""
+        return self.map(lambda each: each.cpu())
+
+    def float(self) -> Self:
+        """Floating-point tensors in float32."""
+        return self.map(lambda each: each.float() if each.is_floating_point() else each)
+
+    def clone(self) -> Self:
+        """A copy."""
+        return self.map(lambda each: each.clone())
+
+    def contiguous(self) -> Self:
+        """Contiguous in memory."""
+        return self.map(lambda each: each.contiguous())
+
+    def requires_grad_(self) -> Self:
+        """Floating-point tensors record gradients."""
+        return self.map(lambda each: each.requires_grad_() if each.is_floating_point() else each)
+
+    def is_floating_point(self) -> bool:
+        """Whether one of them is."""
+        return any(each.is_floating_point() for each in self.all())
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first."""
+        return self.all()[0].device
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the first."""
+        return self.all()[0].shape
+
+    @property
+    def ndim(self) -> int:
+        """Of the first."""
+        return self.all()[0].ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first."""
+        return self.all()[0].dtype
+
+
+NetworkInput: TypeAlias = Tensor | TensorInputs
+"""Images (N, C, H, W), or several tensors."""
+
+
+def tensors_of(inputs: NetworkInput) -> list[Tensor]:
+    """The tensors of an input."""
+    return inputs.all() if isinstance(inputs, TensorInputs) else [inputs]
+
+
+def joined_inputs(batches: Iterable[NetworkInput]) -> NetworkInput:
+    """One batch of several."""
+    every = list(batches)
+    if isinstance(every[0], Tensor):
+        return torch.cat(cast("list[Tensor]", every))
+    columns = zip(*map(tensors_of, every), strict=True)
+    whole = [torch.cat(column) for column in columns]
+    return TensorInputs(dict(zip(every[0].kwargs, whole, strict=True)) if every[0].kwargs else tuple(whole))
+
+
+def several_inputs(first: object) -> TensorInputs | None:
+    """The inputs in the first entry of a user's batch; None if it is no tuple, list or mapping of tensors.
+
+    A list of tensors (C, H, W) is None too: those are single images, not inputs.
+
+    Raises:
+        InputError: they do not have the same number of rows.
+    """
+    found: object = dict(cast("Mapping[str, Any]", first)) if isinstance(first, Mapping) else first
+    values = list(cast("dict[str, Any]", found).values()) if isinstance(found, dict) else found
+    if not isinstance(values, list | tuple) or not values:
+        return None
+    tensors = list(cast("list[object]", values))
+    if not all(isinstance(each, Tensor) and each.ndim for each in tensors):
+        return None
+    if not isinstance(found, dict) and all(cast("Tensor", each).ndim == 3 for each in tensors):
+        return None
+    inputs = TensorInputs(cast("dict[str, Tensor]", found) if isinstance(found, dict) else tuple(values))
+    if len({len(each) for each in inputs.all()}) > 1:
+        shapes = ", ".join(str(tuple(each.shape)) for each in inputs.all())
+        raise InputError(
+            f"the input tensors of a batch have the shapes {shapes}. Possible: tensors whose first dimension is the "
+            "batch."
+        )
+    return inputs

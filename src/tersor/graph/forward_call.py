@@ -1,0 +1,96 @@
+"""Running networks, and captured graphs, on images or on several input tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersor.core.errors import InputError
+from tersor.data.network_inputs import NetworkInput, TensorInputs, tensors_of
+
+IMAGES = "images"
+"""Name of the only input of a file."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input of a network.
+
+    Attributes:
+        name: of the keyword argument, or None for a positional one.
+        shape: without the batch.
+        dtype: such as "float32".
+    """
+
+    name: str | None
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def specs_of(inputs: NetworkInput) -> tuple[InputSpec, ...]:
+    """What describes an input without its values."""
+    names = [*inputs.kwargs] if isinstance(inputs, TensorInputs) and inputs.kwargs else None
+    tensors = tensors_of(inputs)
+    return tuple(
+        InputSpec(name, tuple(each.shape[1:]), str(each.dtype).removeprefix("torch."))
+        for name, each in zip(names or [None] * len(tensors), tensors, strict=True)
+    )
+
+
+def zeros(specs: Sequence[InputSpec], count: int, device: torch.device | None = None) -> NetworkInput:
+    """An input of `count` rows with the value zero."""
+    tensors = [torch.zeros(count, *each.shape, dtype=getattr(torch, each.dtype), device=device) for each in specs]
+    if len(specs) == 1 and specs[0].name is None:
+        return tensors[0]
+    names = [each.name for each in specs if each.name is not None]
+    return TensorInputs(dict(zip(names, tensors, strict=True)) if names else tuple(tensors))
+
+
+def run(network: Any, inputs: NetworkInput, *others: Any) -> Any:
+    """The outputs of a network for images, or several tensors; `others` are further positional arguments."""
+    if isinstance(inputs, TensorInputs):
+        return network(*inputs.args, *others, **inputs.kwargs)
+    return network(inputs, *others)
+
+
+def input_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a captured network."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def in_order(graph: fx.Graph, inputs: NetworkInput) -> list[Tensor]:
+    """The tensors in the order of the inputs of a captured network."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    return [*_by_name(tuple(str(node.target) for node in input_nodes(graph)), inputs).values()]
+
+
+def input_names(network: nn.Module, inputs: NetworkInput) -> tuple[str, ...]:
+    """The names of the inputs in a file: `images`, or for several tensors the arguments of the network's forward."""
+    if isinstance(inputs, Tensor):
+        return (IMAGES,)
+    if inputs.kwargs:
+        return tuple(inputs.kwargs)
+    if isinstance(network, fx.GraphModule):
+        return tuple(str(node.target) for node in input_nodes(network.graph))
+    parameters = inspect.signature(network.forward).parameters.values()
+    names = [each.name for each in parameters if each.kind is not each.VAR_POSITIONAL]
+    more = [f"input_{number}" for number in range(len(names), len(inputs.args))]
+    return tuple([*names, *more][: len(inputs.args)])
+
+
+def _by_name(names: tuple[str, ...], inputs: TensorInputs) -> dict[str, Tensor]:
+    try:
+        found = inputs.by_name(names)
+    except KeyError:
+        given = ", ".join(inputs.kwargs) or f"{len(inputs.args)} tensors"
+        raise InputError(
+            f"the network takes the inputs {', '.join(names)}, but a batch has {given}. Pass the same inputs in every "
+            "batch."
+        ) from None
+    return {name: found[name] for name in names}
