@@ -51,7 +51,7 @@ def few():
 @pytest.fixture(autouse=True)
 def _short_measurements(monkeypatch):
     monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
-    monkeypatch.setattr(importlib.import_module("tersor.search.finish"), "_SECONDS", 0.1)
+    monkeypatch.setattr(importlib.import_module("tersor.search.finish"), "SPEEDUP_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module")

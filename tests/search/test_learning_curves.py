@@ -4,7 +4,7 @@ import pytest
 
 from search_fakes import searching
 from tersor.search.candidate import Candidate
-from tersor.search.halving import promoted
+from tersor.search.promotion import promoted
 from tersor.search.learning_curves import FRESH, INHERITED, expected
 from tersor.search.study import Record
 
@@ -51,9 +51,9 @@ def test_a_fast_student_that_still_learns_is_kept(tmp_path):
     search = searching(tmp_path / "out")
     student = record(search, Candidate("wide"), 1, 60.0, 10.0, milliseconds=0.3)
     pruned = [record(search, Candidate(branches=count), 1, 89.5 - count / 10, 10.0) for count in (1, 2, 3)]
-    kept = promoted(search, [*pruned, student], 2, 2)
+    kept = promoted(search, [*pruned, student], 2, 300.0)
     assert student in kept
     assert pruned[0] in kept
     later = record(search, Candidate("wide"), 2, 85.0, 40.0, milliseconds=0.3)
     pruned = record(search, Candidate(branches=1), 2, 89.5, 40.0)
-    assert promoted(search, [pruned, later], 3, 1) == [later]
+    assert promoted(search, [pruned, later], 1, 300.0) == [later]

@@ -169,5 +169,5 @@ def _run(search: Search, request: Request) -> Front:
     made = write_front(search, finished=True)
     search.folder.state.finished = True
     search.save()
-    search.folder.remove_trials(kept=search.folder.state.rungs[-1])
+    search.folder.remove_trials(kept=list(search.folder.state.rungs[-1].members))
     return made

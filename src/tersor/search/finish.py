@@ -16,9 +16,11 @@ from tersor.search.folder import Front
 from tersor.search.front import Point, front, shortfall, violations
 from tersor.search.front_page import write_front_page
 from tersor.search.learning_curves import expected
+from tersor.search.plan import SPEEDUP_SECONDS
 from tersor.search.search_context import Search
 
-_SECONDS = 5.0
+_LONGEST, _AFTERWARDS = 30.0, 10.0
+"""Seconds: the longest final measurement for each batch size, and what follows it."""
 _MORE_TIME = 3
 """The advice predicts the drop after this multiple of the search time."""
 
@@ -32,9 +34,9 @@ def write_front(search: Search, *, finished: bool) -> Front:
     kept = front(search.points)
     speedup: dict[int, Speedup] = {}
     if finished:
-        tested = {point.name: _tested(search, point) for point in [*kept, *_usable(search)]}
+        tested = {point.name: _tested(search, point) for point in search.tested_at_the_end()}
         search.points = [tested.get(point.name, point) for point in search.points]
-        kept, best = [tested[point.name] for point in kept], tested.get(best.name, best)
+        kept, best = [tested.get(point.name, point) for point in kept], tested.get(best.name, best)
         speedup = _speedup(search, best)
     names = {point.name for point in kept}
     data = search.bench.experiment.data
@@ -70,14 +72,8 @@ def write_front(search: Search, *, finished: bool) -> Front:
     return made
 
 
-def _usable(search: Search) -> list[Point]:
-    return [point for point in search.points if point.free]
-
-
 def _tested(search: Search, point: Point) -> Point:
-    """The point with its metric on the test set, which is computed once."""
-    if point.test is not None:
-        return point
+    """The point with its metric on the test set."""
     metric = search.bench.test_metric(search.candidate_of(point), search.folder.path / point.file)
     return point.model_copy(update={"test": metric})
 
@@ -106,7 +102,9 @@ def _speedup(search: Search, best: Point) -> dict[int, Speedup]:
     image = search.bench.example(search.candidate_of(best))
     if image.shape != search.bench.example(search.candidate_of(baselines[0])).shape:
         return {}
-    timings = measure_latency(openers, image, sizes, ratios=speedup_ratio, seconds=_SECONDS)
+    left = (search.clock.left - _AFTERWARDS) / len(sizes)
+    seconds = min(max(left, SPEEDUP_SECONDS), _LONGEST)
+    timings = measure_latency(openers, image, sizes, ratios=speedup_ratio, seconds=seconds)
     return {size: Speedup.model_validate(asdict(speedup_ratio(timings, size)[0])) for size in sizes}
 
 

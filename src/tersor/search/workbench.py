@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from tersor import models
@@ -18,7 +20,7 @@ from tersor.checkpoint.store import Checkpoints
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.data import Batches, Splits, load
-from tersor.data.image_sets import View
+from tersor.data.image_sets import View, joined
 from tersor.data.stratified import generator, stratified
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for
@@ -31,6 +33,7 @@ from tersor.pipeline.stages import attach, run_stages
 from tersor.recipe import Network, Recipe, Stage, Teacher
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
+from tersor.search.search_metric import Measured
 from tersor.tasks.classification import Classification
 from tersor.training.loop import fit
 from tersor.training.options import LearningRateSchedule, OptimizerOptions
@@ -49,12 +52,16 @@ _WARMUP = 0.1
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported candidate: its file, its metric on the validation images, and its costs."""
+    """An exported candidate: its file, its metric on the validation images, and its costs.
+
+    `right` says whether the class of each validation image is right (N,); None if the metric is not the accuracy.
+    """
 
     file: Path
     validation: float
     macs: int
     bytes: int
+    right: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Workbench:
         folder: holds the checkpoints of each candidate.
         progress: receives the progress of every stage.
         checkpoint_every: steps between two checkpoints of a training.
+        tests_choose: whether half of the test images are used for validation.
     """
 
     experiment: Experiment
@@ -74,17 +82,30 @@ class Workbench:
     folder: Path
     progress: ProgressReporter
     checkpoint_every: int = 200
+    tests_choose: bool = False
 
     def choosing_on_test_images(self) -> Workbench:
-        """Return a workbench that validates on half of the test images of each class, and tests on the other half."""
-        data, draw = self.experiment.data, generator(self.experiment.recipe.seed)
-        targets, half = data.test.targets, len(data.test) // 2
+        """The same, with half of the test images of each class for validation, and the other half for tests.
+
+        The images that were held out for validation are then trained on, unless the training images are limited: the
+        recipes of such a search hold out no images.
+        """
+        recipe, data = self.experiment.recipe, self.experiment.data
+        train = None if recipe.data.limit else joined(data.train, data.validation)
+        if train is not None:
+            source = recipe.data.model_copy(update={"validation": 0.0, "mean": data.mean, "std": data.std})
+            recipe = recipe.model_copy(update={"data": source})
+        halves = replace(self._with_halves(data), train=train or data.train)
+        return replace(self, experiment=replace(self.experiment, recipe=recipe, data=halves), tests_choose=True)
+
+    def _with_halves(self, data: Splits) -> Splits:
+        """The data with half of the test images for validation, and the other half for tests."""
+        draw, half = generator(self.experiment.recipe.seed), len(data.test) // 2
         if isinstance(self.experiment.task, Classification):
-            chosen, rest = stratified(targets, half, draw)
+            chosen, rest = stratified(data.test.targets, half, draw)
         else:
             chosen, rest = torch.randperm(len(data.test), generator=draw).tensor_split([half])
-        halves = replace(data, validation=View(data.test, chosen), test=View(data.test, rest))
-        return replace(self, experiment=replace(self.experiment, data=halves))
+        return replace(data, validation=View(data.test, chosen), test=View(data.test, rest))
 
     @cached_property
     def validation(self) -> Batches:
@@ -165,18 +186,18 @@ class Workbench:
         validation = self.validation_of(experiment)
         example = next(iter(validation)).images[:1]
         export(model, example, file, classes=data.classes, batch=batch_for(model, target))
-        metric = search_metric.of_file(file, target.runtime, validation, experiment)
-        return Exported(file, metric, costs(model, example).macs, file.stat().st_size)
+        measured = search_metric.of_file(file, target.runtime, validation, experiment)
+        return Exported(file, measured.metric, costs(model, example).macs, file.stat().st_size, measured.right)
 
-    def metric(self, file: Path, runtime: str, precision: str | None = None) -> float:
-        """The metric of a file on the validation images."""
+    def measured(self, file: Path, runtime: str, precision: str | None = None) -> Measured:
+        """The metric of a file of the original on the validation images."""
         return search_metric.of_file(file, runtime, self.validation, self.experiment, precision)
 
     def test_metric(self, candidate: Candidate, file: Path) -> float:
         """The metric of a candidate's file on the test images."""
         experiment = self.experiment_of(candidate, (candidate.rounding,))
         test = experiment.batches(experiment.data.test, experiment.evaluation_batch)
-        return search_metric.of_file(file, experiment.recipe.target.runtime, test, experiment)
+        return search_metric.of_file(file, experiment.recipe.target.runtime, test, experiment).metric
 
     def example(self, candidate: Candidate) -> Array:
         """One image (1, C, H, W) of a candidate's size."""
@@ -285,7 +306,7 @@ class Workbench:
             recipe, data = self.experiment.recipe, self.experiment.data
             source = recipe.data.model_dump(exclude={"augment", "mean", "std", "image_size"})
             loaded = load(seed=recipe.seed, **source, image_size=pixels, mean=data.mean, std=data.std)
-            self._resized[pixels] = loaded
+            self._resized[pixels] = self._with_halves(loaded) if self.tests_choose else loaded
         return self._resized[pixels]
 
 
