@@ -204,6 +204,8 @@ def test_more_time_for_a_finished_search_goes_to_the_last_candidate(tmp_path):
     search = searching(tmp_path / "out")
     made = run(search)
     (last,) = search.folder.state.rungs[-1].members
+    search.folder.state.finished = True
+    search.save()
     longer = searching(tmp_path / "out", minutes=20.0, time=search.bench.time, bench=search.bench)
     position = len(longer.bench.log)
     again = run(longer)

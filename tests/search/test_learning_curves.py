@@ -4,8 +4,8 @@ import pytest
 
 from search_fakes import searching
 from tersor.search.candidate import Candidate
-from tersor.search.promotion import promoted
 from tersor.search.learning_curves import FRESH, INHERITED, expected
+from tersor.search.promotion import promoted
 from tersor.search.study import Record
 
 

@@ -141,9 +141,11 @@ class Pixels:
 
     def followed_by(self, other: Pixels) -> Pixels:
         """These images and then those of `other`."""
-        both = (self.targets, other.targets)
-        tensors = all(isinstance(each, Tensor) for each in both)
-        targets = torch.cat(both) if tensors else None if self.targets is None else [*self.targets, *other.targets]
+        targets, more = self.targets, other.targets
+        if isinstance(targets, Tensor) and isinstance(more, Tensor):
+            targets = torch.cat([targets, more])
+        elif targets is not None and more is not None:
+            targets = [*targets, *more]
         return Pixels(torch.cat([self._pixels, other._pixels]), targets)
 
     def take(self, index: Tensor) -> Tensor:

@@ -67,10 +67,12 @@ class Space:
     def distributions(self) -> dict[str, BaseDistribution]:
         """The ranges of the parameters that change the original, for a sampler of Optuna."""
         least = _LEAST_KEPT if self.prunable else 1.0
+        bits: dict[str, BaseDistribution] = {"bits": CategoricalDistribution(BITS)} if len(self.bits) > 1 else {}
         return {
             "branches": IntDistribution(0, self.branches),
             "keep_macs": FloatDistribution(least, 1.0, step=_STEP if self.prunable else None),
-        } | ({"bits": CategoricalDistribution(BITS)} if len(self.bits) > 1 else {})
+            **bits,
+        }
 
     @property
     def samples(self) -> bool:

@@ -185,7 +185,10 @@ class Workbench:
         data, target = experiment.data, experiment.recipe.target
         validation = self.validation_of(experiment)
         example = next(iter(validation)).images[:1]
-        export(model, example, file, classes=data.classes, batch=batch_for(model, target))
+        assert data.mean is not None
+        assert data.std is not None
+        batch = batch_for(model, target)
+        export(model, example, file, classes=data.classes, normalization=(data.mean, data.std), batch=batch)
         measured = search_metric.of_file(file, target.runtime, validation, experiment)
         return Exported(file, measured.metric, costs(model, example).macs, file.stat().st_size, measured.right)
 
