@@ -115,7 +115,7 @@ class Search:
         self.folder.hand_over(self.best)
 
     def is_trained(self, candidate: Candidate) -> bool:
-        """Whether a candidate starts from trained weights; an untrained student is not a point before its training."""
+        """Whether a candidate starts from trained weights; an untrained student is no point before its training."""
         return candidate.inherits or self.bench.students[candidate.network] is not None
 
     def tested_at_the_end(self) -> list[Point]:
