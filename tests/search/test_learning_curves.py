@@ -36,11 +36,15 @@ def test_the_drop_falls_as_a_power_of_time(tmp_path):
     assert expected(search, pruned, 5.0) == 80.0, "less time than was spent changes nothing"
 
 
-def test_two_trainings_give_half_of_the_exponent(tmp_path):
+def test_two_trainings_give_the_exponent_as_far_as_they_are_precise(tmp_path):
     search = searching(tmp_path / "out")
     record(search, Candidate(branches=3), 1, 80.0, 10.0)
     second = record(search, Candidate(branches=3), 2, 85.0, 40.0)  # half of the drop after four times the time
-    assert expected(search, second, 160.0) == pytest.approx(90 - 5 * 4 ** -((0.5 + INHERITED) / 2))
+    slope = 0.75 * 0.5
+    weight = 0.15**2 / (0.15**2 + 0.05**2)
+    assert expected(search, second, 160.0) == pytest.approx(90 - 5 * 4 ** -(weight * slope + (1 - weight) * INHERITED))
+    noisy = second.model_copy(update={"point": second.point.model_copy(update={"drop_error": 5.0})})
+    assert expected(search, noisy, 160.0) == pytest.approx(90 - 5 * 4**-INHERITED, abs=0.1)
 
 
 def test_a_network_better_than_the_original_stays_as_it_is(tmp_path):

@@ -18,11 +18,13 @@ from tersor.search.learning_curves import expected
 from tersor.search.search_context import Search
 from tersor.search.study import Record
 
-_FASTER = 0.97
-"""A candidate is worth training below this share of the latency of the fastest free baseline."""
+_MUCH_FASTER, _FASTER = 0.85, 0.97
+"""A candidate is worth training below these shares of the latency of the fastest free baseline; the first if any is."""
+_STUDENTS = 3
+"""One in so many of the first candidates is a student, if there are enough changes of the original."""
 _PROMISING = 0.4
 """A change of the original is worth training from this share of the original's metric on, if there are such."""
-_DOUBT = 0.35
+_DOUBT = 0.2
 """One standard error of the expected gain by training, relative to that gain."""
 _LEAST_GAIN = 0.01
 
@@ -32,14 +34,17 @@ def entrants(search: Search, count: int) -> list[Record]:
     records = [record for record in search.study.records() if not record.rung]
     free = min(point.mean_ms for point in search.points if point.free)
     smaller = search.budget.megabytes is not None
-    faster = [
-        record for record in records if record.point.mean_ms < _FASTER * free or (smaller and record.of.bits != "8")
-    ]
-    fitting = [record for record in faster if not _misses(search, record.point)] or faster
+    for share in (_MUCH_FASTER, _FASTER):
+        faster = [
+            record for record in records if record.point.mean_ms < share * free or (smaller and record.of.bits != "8")
+        ]
+        if len(faster) >= count:
+            break
+    fitting = [record for record in faster if not _fixed(search, record.point)] or faster
     inherited = _promising(search, [record for record in fitting if record.of.inherits])
     students = [record for record in fitting if not record.of.inherits]
-    half = count // 2 if inherited and students else 0
-    chosen = _spread(students, min(len(students), max(half, count - len(inherited))))
+    least = -(-count // _STUDENTS) if count > 1 else 0
+    chosen = _spread(students, min(len(students), max(least, count - len(inherited))))
     chosen += _spread(inherited, count - len(chosen))
     if not chosen and count:  # nothing is faster: the original in 8 bits
         chosen = [record for record in records if record.of == Candidate()]
@@ -53,12 +58,8 @@ def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:
     return [record for record in best if record.point.validation >= _PROMISING * search.reference] or best
 
 
-def _misses(search: Search, point: Point) -> bool:
-    """Whether a point exceeds the latency or the size, which training does not change."""
-    return bool(_fixed(search, point))
-
-
 def _fixed(search: Search, point: Point) -> dict[str, float]:
+    """The limits on latency and size that a point exceeds, which training does not change."""
     lacking = violations(point, search.budget, search.reference)
     return {name: value for name, value in lacking.items() if name != "drop"}
 

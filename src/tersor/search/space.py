@@ -15,8 +15,8 @@ _LARGE_IMAGE = 64
 """Image size from which the shipped networks have the large stem."""
 SMALLEST_IMAGE = 8
 """Height and width in pixels."""
-_DEPTHS = (1 / 3, 1 / 2, 2 / 3)
-_MORE_DEPTHS = (5 / 12, 7 / 12)
+_DEPTHS = (0.34, 0.5, 0.67)
+_MORE_DEPTHS = (0.42, 0.59)
 _KEPT = (0.5, 0.25)
 _LEAST_KEPT, _STEP = 0.1, 0.05
 _FIRST_WIDTHS = (48, 32, 64)
@@ -51,8 +51,8 @@ class Space:
 
     def first(self) -> list[Candidate]:
         """The candidates that are tried first: changes of the original and students in turn, then combined changes."""
-        depths = sorted({round(share * self.branches) for share in _DEPTHS} - {0})
-        more = sorted({round(share * self.branches) for share in _MORE_DEPTHS} - {0, *depths})
+        depths = sorted({int(share * self.branches) for share in _DEPTHS} - {0})
+        more = sorted({int(share * self.branches) for share in _MORE_DEPTHS} - {0, *depths})
         kept = _KEPT if self.prunable else ()
         single = [Candidate(branches=depth) for depth in depths] + [Candidate(keep_macs=keep) for keep in kept[:1]]
         single += [Candidate(branches=depth) for depth in more] + [Candidate(keep_macs=keep) for keep in kept[1:]]
