@@ -21,7 +21,7 @@ from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
 from tersor.search.promotion import entrants, promoted
 from tersor.search.search_context import Search
 from tersor.search.study import Record
-from tersor.search.workbench import as_made
+from tersor.search.training_stage import as_made
 
 _ROUNDING = 0.4
 """If quantization costs more points than this, the last training ends with quantization-aware training."""
@@ -104,6 +104,7 @@ def _train(search: Search, candidate: Candidate, training: int, seconds: float, 
     limit = seconds - costs.overhead
     if limit <= 0:
         return
+    settled = before is not None and before.point.seconds > limit
     quantizes = last and before is not None and (before.rounding_loss or 0.0) > _ROUNDING
     names = [(f"train-{training}", 1 - _QUANTIZED_SHARE * quantizes)]
     names += [(QUANTIZE, _QUANTIZED_SHARE)] * quantizes
@@ -112,7 +113,7 @@ def _train(search: Search, candidate: Candidate, training: int, seconds: float, 
         model = search.bench.build(candidate)
         for name, share in names:
             steps = max(1, int(_HEADROOM * share * limit / max(costs.step, 1e-9)))
-            stage = search.bench.stage(candidate, name, steps, model)
+            stage = search.bench.stage(candidate, name, steps, model, settled=settled)
             model, made = search.bench.train(candidate, (*trained, stage), share * limit)
             trained.append(as_made(stage, made.steps))
             validation = made.validation_score

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +16,6 @@ from torch import nn
 
 from tersor import models
 from tersor.checkpoint.store import Checkpoints
-from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.data import Batches, Splits, load
 from tersor.data.image_sets import View, joined
@@ -34,20 +32,9 @@ from tersor.recipe import Network, Recipe, Stage, Teacher
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.search_metric import Measured
+from tersor.search.training_stage import training_stage
 from tersor.tasks.classification import Classification
 from tersor.training.loop import fit
-from tersor.training.options import LearningRateSchedule, OptimizerOptions
-from tersor.training.schedule import steps_per_epoch
-
-SOFT_TARGETS: dict[str, Any] = {"soft_targets": {"temperature": 4.0, "loss_weight": 0.9, "label_weight": 0.1}}
-SAME_CHANNELS: dict[str, Any] = {"fitnet": {"loss_weight": 3.0, "regressor": False}}
-OTHER_CHANNELS: dict[str, Any] = {"fitnet": {"loss_weight": 3.0}}
-INHERITED_RATE, FRESH_RATE, QUANTIZED_RATE = 0.02, 0.1, 0.002
-_ADAM_SHARE = 0.02
-"""Learning rate of AdamW relative to that of SGD."""
-_FEWEST_BATCHES = 8
-"""With few images, the batch size is reduced so that an epoch has at least this many batches."""
-_WARMUP = 0.1
 
 
 @dataclass(frozen=True)
@@ -231,55 +218,11 @@ class Workbench:
         batches = experiment.training_batches(stage)
         return fit(attachment, batches, stage, steps=steps, teacher=experiment.teacher).seconds / steps
 
-    def stage(self, candidate: Candidate, name: str, steps: int, model: nn.Module) -> Stage:
-        """A training stage with soft targets, and with a feature loss if the networks have feature maps.
-
-        Args:
-            candidate: the candidate.
-            name: name of the stage; the stage `quantize` trains with learned steps of the grids.
-            steps: largest number of optimizer steps.
-            model: the network as it enters the stage.
-        """
+    def stage(self, candidate: Candidate, name: str, steps: int, model: nn.Module, *, settled: bool = False) -> Stage:
+        """A training stage for a candidate; see `training_stage`."""
         experiment = self.experiment_of(candidate, (candidate.rounding,))
         fresh = not candidate.inherits and self.students[candidate.network] is None
-        quantizes = name == candidate.rounding.name
-        rate = QUANTIZED_RATE if quantizes else FRESH_RATE if fresh else INHERITED_RATE
-        adam = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # pyright: ignore[reportPrivateUsage]
-        batch_size = max(2, min(128, len(experiment.data.train) // _FEWEST_BATCHES))
-        options: dict[str, Any] = {
-            "name": name,
-            "steps": steps,
-            "batch_size": batch_size,
-            "optimizer": OptimizerOptions(name="adamw", learning_rate=_ADAM_SHARE * rate, weight_decay=0.05)
-            if adam
-            else OptimizerOptions(learning_rate=rate),
-        }
-        if quantizes:
-            return self._attachable(experiment, model, options, ({"lsq": {}},), ((SOFT_TARGETS,), ()))
-        if fresh:
-            epoch = steps_per_epoch(experiment.training_batches(Stage(**options)), Stage(**options))
-            options["lr_schedule"] = LearningRateSchedule(warmup_epochs=round(_WARMUP * steps / epoch, 3))
-        features = ((SAME_CHANNELS,), (OTHER_CHANNELS,), ())
-        taught = [(*soft, *each) for soft in ((SOFT_TARGETS,), ()) for each in features]
-        return self._attachable(experiment, model, options, (), taught)
-
-    @staticmethod
-    def _attachable(
-        experiment: Experiment,
-        model: nn.Module,
-        options: dict[str, Any],
-        methods: tuple[dict[str, Any], ...],
-        more: Sequence[tuple[dict[str, Any], ...]],
-    ) -> Stage:
-        """The stage with the first loss in `more` that fits the networks and the task."""
-        for losses in more[:-1]:
-            stage = Stage(**options, methods=(*methods, *losses))
-            try:
-                attach(experiment, stage, copy.deepcopy(model), NO_PROGRESS)
-            except InputError:
-                continue
-            return stage
-        return Stage(**options, methods=(*methods, *more[-1]))
+        return training_stage(experiment, name, steps, model, fresh=fresh, settled=settled)
 
     def student(self, name: str) -> nn.Module:
         """Build a student, with its weights if there is a file; an `InputError` says why it cannot be built."""
@@ -311,12 +254,3 @@ class Workbench:
             loaded = load(seed=recipe.seed, **source, image_size=pixels, mean=data.mean, std=data.std)
             self._resized[pixels] = self._with_halves(loaded) if self.tests_choose else loaded
         return self._resized[pixels]
-
-
-def as_made(stage: Stage, steps: int) -> Stage:
-    """The stage with the number of steps that were made; the warm-up keeps its share of them."""
-    schedule = stage.lr_schedule
-    warmup = math.floor(1000 * schedule.warmup_epochs * steps / stage.steps) / 1000
-    return stage.model_copy(
-        update={"steps": steps, "lr_schedule": schedule.model_copy(update={"warmup_epochs": warmup})}
-    )
