@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -136,6 +134,12 @@ def _digits_network(path: Path) -> None:
     save_weights(network, path)
 
 
+def _used(out: Path) -> float:
+    """Seconds that a search has used, as last written."""
+    file = out / "search.json"
+    return json.loads(file.read_text())["used"] if file.is_file() else 0.0
+
+
 def kill(times: int, minutes: float, seed: int) -> None:
     """Kill a search `times` times at random moments, and let it end; write one row."""
     identity = {"kind": "kill", "times": times, "minutes": minutes, "seed": seed, "model": "resnet20, digits"}
@@ -151,11 +155,14 @@ def kill(times: int, minutes: float, seed: int) -> None:
         command += ["digits", "--max-drop", "2", "--time", f"{minutes:g}m", "--out", str(out)]
         before: tuple[float, ...] | None = None
         finished: set[tuple[str, int]] = set()
-        for number in range(times + 1):
+        moments = sorted(draw.uniform(0, 57 * minutes) for _ in range(times))
+        for moment in [*moments, None]:
             child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            if number < times:
-                time.sleep(draw.uniform(0.5, 1.5) * max(20.0, 60 * minutes / times))
-                os.kill(child.pid, signal.SIGKILL)
+            while moment is not None and child.poll() is None and _used(out) < moment:
+                time.sleep(0.5)
+            if moment is not None:
+                time.sleep(draw.uniform(0, 10))  # the used time is written every 10 s
+                child.kill()
             child.wait()
             if not (out / "front.json").is_file():
                 phases.append("start")
