@@ -195,7 +195,7 @@ def show() -> None:
         asked = [f"{row['drop']:g}", f"{row['minutes']:g}", row["runtime"], str(row["seed"]), row["network"]]
         table.add_row(*asked, *numbers, str(row["met"]), f"{row['minutes_used']:.1f}")
     console.print(table)
-    for row in [row for row in found if row["kind"] in {"ratio", "kill"}]:
+    for row in [row for row in found if row["kind"] in {"ratio", "kill", "contender"}]:
         console.print(json.dumps({key: value for key, value in row.items() if key not in {"machine", "versions"}}))
 
 
