@@ -72,7 +72,7 @@ class Workbench:
     tests_choose: bool = False
 
     def choosing_on_test_images(self) -> Workbench:
-        """The same, with half of the test images of each class for validation, and the other half for tests.
+        """Return a workbench that validates on half of the test images of each class, and tests on the other half.
 
         The images that were held out for validation are then trained on, unless the training images are limited: the
         recipes of such a search hold out no images.
