@@ -11,6 +11,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS
+from tersor.graph.feature_extraction import last_feature_maps
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.stages import attach
 from tersor.recipe import Stage
@@ -35,6 +36,9 @@ def training_stage(
     experiment: Experiment, name: str, steps: int, model: nn.Module, *, fresh: bool, settled: bool
 ) -> Stage:
     """A training stage with soft targets, and with a feature loss if the networks have feature maps.
+
+    A network that inherits weights is compared with the original at every resolution, as in
+    `recipes/cifar10-resnet56.yaml`; another one at the last.
 
     Args:
         experiment: the experiment of the candidate.
@@ -61,9 +65,23 @@ def training_stage(
     if fresh:
         epoch = steps_per_epoch(experiment.training_batches(Stage(**options)), Stage(**options))
         options["lr_schedule"] = LearningRateSchedule(warmup_epochs=round(_WARMUP * steps / epoch, 3))
-    features = ((_SAME_CHANNELS,), (_OTHER_CHANNELS,), ())
+    features = [] if fresh else _every_resolution(experiment, model)
+    features += [(_SAME_CHANNELS,), (_OTHER_CHANNELS,), ()]
     taught = [(*soft, *each) for soft in ((_SOFT_TARGETS,), ()) for each in features]
     return _attachable(experiment, model, options, (), taught)
+
+
+def _every_resolution(experiment: Experiment, model: nn.Module) -> list[tuple[dict[str, Any], ...]]:
+    """Feature losses for the last layer at each resolution, where both networks have the same number of resolutions."""
+    images = next(iter(experiment.batches(experiment.data.train, 2))).images
+    try:
+        ours, theirs = (last_feature_maps(network, images) for network in (model, experiment.teacher) if network)
+    except InputError:
+        return []
+    if len(ours) != len(theirs) or len(ours) < 2:
+        return []
+    layers = {"layers": list(ours), "teacher_layers": list(theirs)}
+    return [({"fitnet": {**each["fitnet"], **layers}},) for each in (_SAME_CHANNELS, _OTHER_CHANNELS)]
 
 
 def _attachable(
