@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from tersor.core.progress import NO_PROGRESS
-from tersor.data.image_sets import Pixels, Splits, View, joined
+from tersor.data.image_sets import Pixels, Splits, View
+from tersor.data.splitting import joined
 from tersor.pipeline.experiment import Experiment
 from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.search.workbench import Workbench
@@ -49,9 +50,6 @@ def test_limited_training_images_stay_as_they_are(tmp_path):
     assert changed.recipe.data.validation == 0.1
 
 
-def test_images_are_joined_where_they_are_of_one_kind():
+def test_images_that_are_not_in_memory_are_not_joined():
     whole = images(0, 10)
-    first, second = View(whole, torch.tensor([4, 2])), View(whole, torch.tensor([7]))
-    assert values(joined(first, second)) == [4, 2, 7]
-    assert joined(first, View(images(0, 10), torch.tensor([7]))) is None
-    assert joined(first, whole) is None
+    assert joined(whole, View(whole, torch.tensor([7]))) is None

@@ -139,15 +139,6 @@ class Pixels:
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def followed_by(self, other: Pixels) -> Pixels:
-        """These images and then those of `other`."""
-        targets, more = self.targets, other.targets
-        if isinstance(targets, Tensor) and isinstance(more, Tensor):
-            targets = torch.cat([targets, more])
-        elif targets is not None and more is not None:
-            targets = [*targets, *more]
-        return Pixels(torch.cat([self._pixels, other._pixels]), targets)
-
     def take(self, index: Tensor) -> Tensor:
         """Return a copy (B, C, H, W) in channels_last order."""
         return self._pixels.index_select(0, index).permute(0, 3, 1, 2)
@@ -245,12 +236,6 @@ class View:
     def __len__(self) -> int:
         return len(self._index)
 
-    def followed_by(self, other: View) -> View | None:
-        """These images and then those of `other`; None if it selects from other images."""
-        if other._images is not self._images:
-            return None
-        return View(self._images, torch.cat([self._index, other._index]))
-
     def take(self, index: Tensor) -> Tensor:
         """Return uint8 or uint16 (B, C, H, W)."""
         return self._images.take(self._index[index])
@@ -279,13 +264,6 @@ class Splits:
     classes: tuple[str, ...]
     mean: Channels | None = None
     std: Channels | None = None
-
-
-def joined(first: Images, second: Images) -> Images | None:
-    """The images of both, the first ones first; None unless both are in memory or selections of the same images."""
-    if isinstance(first, Pixels) and isinstance(second, Pixels):
-        return first.followed_by(second)
-    return first.followed_by(second) if isinstance(first, View) and isinstance(second, View) else None
 
 
 def in_memory(images: Images) -> Pixels:

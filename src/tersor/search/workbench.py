@@ -18,7 +18,8 @@ from tersor import models
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.data import Batches, Splits, load
-from tersor.data.image_sets import View, joined
+from tersor.data.image_sets import View
+from tersor.data.splitting import joined
 from tersor.data.stratified import generator, stratified
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for
