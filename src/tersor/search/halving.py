@@ -71,6 +71,8 @@ def _rung(search: Search, number: int) -> Rung:
     """The candidates of a rung, and its end."""
     state, available = search.folder.state, _available(search)
     share = RUNGS[number - 1] if number <= len(RUNGS) else 1.0
+    short = number == len(RUNGS) and (1 - share) * available < _LEAST_OVERHEADS * state.costs.overhead
+    last = number > len(RUNGS) or state.finished or short
     if number == 1:
         seconds = max(share, LEAST_FIRST) * available
         count = state.costs.entrants(seconds) or min(1, state.costs.entrants(available))
@@ -80,9 +82,8 @@ def _rung(search: Search, number: int) -> Rung:
         largest = RUNG_SIZES[min(number, len(RUNG_SIZES)) - 1]
         count = max(1, min(largest, state.costs.entrants(share * available)))
         left = available * (math.prod(1 - each for each in RUNGS[number - 1 : -1]) if count > 1 else 1.0)
-        chosen = promoted(search, _trained(search), count, left)
-    divided = number < len(RUNGS) or (1 - share) * available > _LEAST_OVERHEADS * state.costs.overhead
-    last = number > len(RUNGS) or state.finished or (len(chosen) == 1 and not (number == len(RUNGS) and divided))
+        chosen = promoted(search, _trained(search), count, left, last=last)
+    last = last or (len(chosen) == 1 and number < len(RUNGS))
     members = {record.of.name: record.rung + 1 for record in chosen}
     return Rung(members=members, until=None if last else search.clock.used + share * available)
 

@@ -14,7 +14,7 @@ import math
 from tersor.search.search_context import Search
 from tersor.search.study import Record
 
-FRESH, INHERITED = 0.6, 0.4
+FRESH, INHERITED = 0.6, 0.5
 """Usual exponents for students with random weights, and for networks that start from trained weights."""
 _USUAL_ERROR = 0.15
 """One standard error of a usual exponent."""

@@ -3,8 +3,8 @@
 Without a limit on the drop, the candidates with the best expected metric are promoted. With one, it is the expected
 improvement (Jones et al., "Efficient Global Optimization of Expensive Black-Box Functions", 1998): the probability that
 the candidate ends within the drop, times the logarithm of its speedup over the fastest point within the budget so far.
-The probability is squared, because a candidate that misses the drop gains nothing: of two candidates with the same
-expected improvement, the safer one is trained.
+The probability is raised to a power above 1, because a candidate that misses the drop gains nothing: of two candidates
+with the same expected improvement, the safer one is trained.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _PROMISING = 0.4
 """A change of the original is worth training from this share of the original's metric on, if there are such."""
 _DOUBT = 0.2
 """One standard error of the expected gain by training, relative to that gain."""
+_CAUTION = {False: 1.5, True: 2.0}
+"""Exponent of the probability in the expected improvement, before the last training and for it."""
 _LEAST_GAIN = 0.01
 
 
@@ -72,13 +74,20 @@ def _spread(records: Sequence[Record], count: int) -> list[Record]:
     return [ordered[int((place + 0.5) * len(ordered) / count)] for place in range(count)]
 
 
-def promoted(search: Search, trained: Sequence[Record], count: int, seconds: float) -> list[Record]:
-    """The candidates of the next rung, if the last one is expected to be trained for so many more seconds.
+def promoted(
+    search: Search, trained: Sequence[Record], count: int, seconds: float, *, last: bool = False
+) -> list[Record]:
+    """The candidates of the next rung. If there are several, the best student and the best change of the original stay.
 
-    If `count` is above 1, the best student and the best change of the original are both kept.
+    Args:
+        search: the search.
+        trained: the candidates so far.
+        count: number of candidates of the next rung.
+        seconds: time for which the best one is expected to be trained further.
+        last: whether it is the last training.
     """
     metrics = {record.point.name: expected(search, record, record.point.seconds + seconds) for record in trained}
-    ordered = sorted(trained, key=lambda record: _key(search, record, metrics))
+    ordered = sorted(trained, key=lambda record: _key(search, record, metrics, last=last))
     if count > 1:
         firsts = [next((each for each in ordered if each.of.inherits is kind), None) for kind in (True, False)]
         kept = [each for each in ordered if each in firsts]
@@ -86,18 +95,18 @@ def promoted(search: Search, trained: Sequence[Record], count: int, seconds: flo
     return ordered[:count]
 
 
-def _key(search: Search, record: Record, metrics: Mapping[str, float]) -> tuple[float, ...]:
+def _key(search: Search, record: Record, metrics: Mapping[str, float], *, last: bool) -> tuple[float, ...]:
     """A sort key, smaller for better candidates; `metrics` are the expected ones, by the name of the point."""
     metric = metrics[record.point.name]
     order = rank(record.point.model_copy(update={"validation": metric}), search.budget, search.reference)
     if search.budget.points is None:
         return order
-    gain = improvement(search, record, metric)
+    gain = improvement(search, record, metric, power=_CAUTION[last])
     return distance(_fixed(search, record.point)), -gain if gain > _LEAST_GAIN else 0.0, *order
 
 
-def improvement(search: Search, record: Record, metric: float) -> float:
-    """The squared probability that a candidate with this expected metric is within the drop, times what it gains."""
+def improvement(search: Search, record: Record, metric: float, power: float = 1.0) -> float:
+    """The probability to this power that a candidate with this expected metric is within the drop, times its gain."""
     assert search.budget.points is not None
     within = [point for point in search.points if not violations(point, search.budget, search.reference)]
     before = min((point.mean_ms for point in within), default=max(point.mean_ms for point in search.points))
@@ -105,4 +114,4 @@ def improvement(search: Search, record: Record, metric: float) -> float:
     error = math.hypot(record.point.drop_error, _DOUBT * (metric - record.point.validation))
     margin = metric - (search.reference - search.budget.points)
     probability = (1 + math.erf(margin / (math.sqrt(2) * max(error, 1e-9)))) / 2
-    return max(0.0, gained) * probability**2
+    return max(0.0, gained) * probability**power
