@@ -2,8 +2,8 @@
 
     budget    a drop, a time and a seed: accuracy of `model.onnx` on the test images, its size, and its latency against
               float32 and default precision in both runtimes, `quantize_static` and NNCF, interleaved
-    kill      the search is killed at random moments and the same command is repeated: whether `model.onnx` is valid and
-              never worse than before
+    kill      a search on the digits is killed at random moments and the same command is repeated: whether `model.onnx`
+              is valid and never worse than before, and whether a finished training was repeated
 
 The ResNet-56 was trained on all training images, so half of the test images choose, and the other half is for the
 results: `accuracy` and `lost` are those of the other half.
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -36,12 +35,17 @@ import tables
 import tersor
 from images import SHARED, TRAINED, folder
 from tersor.core.target import Runtime
+from tersor.data import Batches, load
 from tersor.deploy.onnx import export
 from tersor.evaluation.latency import measure_latency
 from tersor.evaluation.session import Session, open_session
+from tersor.models import build, save_weights
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import read_front
 from tersor.search.front import rank
+from tersor.training.attachment import Attachment
+from tersor.training.loop import fit
+from tersor.training.options import Training
 
 RESULT = "compress"
 OURS = "tersor"
@@ -120,38 +124,64 @@ def _ratios(file: Path, runtime: Runtime) -> Sequence[tuple[str, int, Any]]:
     return [(name, size, timings.ratio(name, OURS, size)) for size in BATCHES for name in others]
 
 
+def _digits_network(path: Path) -> None:
+    """Train a ResNet-20 on the digits for a few seconds, and write its weights."""
+    torch.manual_seed(0)
+    network, digits = build("resnet20", 10), load(name="digits")
+    options = Training(batch_size=64)
+    batches = Batches(digits.train, 64, mean=digits.mean or (), std=digits.std or (), shuffle=True)
+    fit(Attachment(network), batches, options, steps=200)
+    save_weights(network, path)
+
+
+def _used(out: Path) -> float:
+    """Seconds that a search has used, as last written."""
+    file = out / "search.json"
+    return json.loads(file.read_text())["used"] if file.is_file() else 0.0
+
+
 def kill(times: int, minutes: float, seed: int) -> None:
     """Kill a search `times` times at random moments, and let it end; write one row."""
-    identity = {"kind": "kill", "times": times, "minutes": minutes, "seed": seed, "model": SUBJECT.name}
+    identity = {"kind": "kill", "times": times, "minutes": minutes, "seed": seed, "model": "resnet20, digits"}
     if rows.known(RESULT, identity):
         return
     draw = random.Random(seed)  # noqa: S311
     invalid = worse = repeated = 0
-    with tempfile.TemporaryDirectory(dir=folder().parent) as scratch:
-        out = Path(scratch) / "out"
-        command = [sys.executable, "-m", "tersor", "compress", SUBJECT.name, "--weights", str(WEIGHTS), "--data"]
-        command += [str(folder()), "--max-drop", "0.5", "--time", f"{minutes:g}m", "--out", str(out)]
+    phases: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        out, weights = Path(scratch) / "out", Path(scratch) / "digits.safetensors"
+        _digits_network(weights)
+        command = [sys.executable, "-m", "tersor", "compress", "resnet20", "--weights", str(weights), "--data"]
+        command += ["digits", "--max-drop", "2", "--time", f"{minutes:g}m", "--out", str(out)]
         before: tuple[float, ...] | None = None
         finished: set[tuple[str, int]] = set()
-        for number in range(times + 1):
+        moments = sorted(draw.uniform(0, 57 * minutes) for _ in range(times))
+        for moment in [*moments, None]:
             child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            if number < times:
-                time.sleep(draw.uniform(30, max(31, 60 * minutes / times)))
-                os.kill(child.pid, signal.SIGKILL)
+            while moment is not None and child.poll() is None and _used(out) < moment:
+                time.sleep(0.5)
+            if moment is not None:
+                time.sleep(draw.uniform(0, 10))  # the used time is written every 10 s
+                child.kill()
             child.wait()
             if not (out / "front.json").is_file():
+                phases.append("start")
                 continue
+            state = json.loads((out / "search.json").read_text())
+            phases.append(f"rung {len(state['rungs'])}" if state["rungs"] else "survey")
+            print(phases[-1], f"{state['used']:.0f} s", flush=True)
             onnx.checker.check_model(str(out / "model.onnx"))
             front = read_front(out)
-            now = rank(front.point(front.best), Budget(max_drop=0.5), front.point(front.original).validation)
+            now = rank(front.point(front.best), Budget(max_drop=2), front.point(front.original).validation)
             worse += before is not None and now > before
             invalid += not open_session(out / "model.onnx", "onnxruntime").outputs
             before = now
-            points = [point for point in (*front.points, *front.dominated) if point.steps]
-            names = {(point.name, point.steps) for point in points}
+            points = [json.loads(file.read_text()) for file in out.glob("points/*/numbers.json")]
+            names = {(point["name"], point["steps"]) for point in points if point["steps"]}
             repeated += len(finished - names)  # a repeated training makes another number of steps
             finished = names
-    numbers = {"invalid": invalid, "worse": worse, "repeated": repeated, "n": times, "spread": rows.spread([0.0])}
+    numbers = {"invalid": invalid, "worse": worse, "repeated": repeated, "killed_in": phases[:-1], "n": times,
+               "spread": rows.spread([0.0])}  # fmt: skip
     rows.add(RESULT, identity, numbers, [seed])
 
 
@@ -165,29 +195,30 @@ def show() -> None:
         asked = [f"{row['drop']:g}", f"{row['minutes']:g}", row["runtime"], str(row["seed"]), row["network"]]
         table.add_row(*asked, *numbers, str(row["met"]), f"{row['minutes_used']:.1f}")
     console.print(table)
-    for row in [row for row in found if row["kind"] in {"ratio", "kill"}]:
+    for row in [row for row in found if row["kind"] in {"ratio", "kill", "contender"}]:
         console.print(json.dumps({key: value for key, value in row.items() if key not in {"machine", "versions"}}))
 
 
 def main() -> None:
     """Measure what `bench/results/compress.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drops", nargs="+", type=float, default=[0.5, 1.0])
+    parser.add_argument("--drops", nargs="*", type=float, default=[0.5, 1.0])
     parser.add_argument("--minutes", nargs="+", type=float, default=[45.0])
     parser.add_argument("--runtimes", nargs="+", default=["openvino"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--kills", type=int, default=0, help="times that a search of 10 minutes is killed")
+    parser.add_argument("--kills", type=int, default=0, help="times that a search on the digits is killed")
+    parser.add_argument("--kill-minutes", type=float, default=4.0, help="time of that search")
     parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
     if not chosen.table:
         with rows.alone():
-            for seed in chosen.seeds:
+            if chosen.kills:
+                kill(chosen.kills, chosen.kill_minutes, chosen.seeds[0])
+            for seed in chosen.seeds if chosen.drops else []:
                 for minutes in chosen.minutes:
                     for runtime in chosen.runtimes:
                         for drop in chosen.drops:
                             measure_budget(drop, minutes, runtime, seed)
-            if chosen.kills:
-                kill(chosen.kills, 10.0, chosen.seeds[0])
     show()
 
 

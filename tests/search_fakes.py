@@ -101,7 +101,7 @@ class FakeBench:
             raise InputError("cannot be built")
         return candidate
 
-    def stage(self, candidate, name, steps, model):
+    def stage(self, candidate, name, steps, model, *, settled=False):
         return Stage(name=name, steps=steps, methods=("soft_targets",))
 
     def train(self, candidate, trained, seconds):

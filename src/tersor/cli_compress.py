@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,6 +34,10 @@ def compress(
     task: Annotated[
         str, typer.Option(help="task of the network: classification, segmentation, ...")
     ] = "classification",
+    loss: Annotated[str | None, typer.Option(help="package.module:function of (outputs, targets)")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="package.module:function of (outputs, targets), from 0 to 1")
+    ] = None,
     time: Annotated[str, typer.Option(help="time of the search: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
     pixels: Annotated[list[int] | None, typer.Option(help="another image size to try")] = None,
@@ -64,6 +68,8 @@ def compress(
                 budget=budget,
                 runtime=runtime,
                 task=task,
+                loss=_imported(loss),
+                metric=_imported(metric),
                 students=[_function_in_file(each) for each in student or []],
                 pixels=pixels or [],
                 augment=augment,
@@ -106,6 +112,13 @@ def pick(
         console.print(f"No point meets the budget. The nearest one: {choice.shortfall}", highlight=False)
     console.print(front_table(numbers.model_copy(update={"points": [choice.point], "best": choice.point.name})))
     console.print(f"written: {choice.export(out)}" if out else f"file: {choice.file}", highlight=False)
+
+
+def _imported(name: str | None) -> Any:
+    """The function of a loss or a metric."""
+    from tersor.core.import_path import import_function
+
+    return None if name is None else import_function(_function_in_file(name))
 
 
 def _function_in_file(name: str) -> str:

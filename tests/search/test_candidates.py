@@ -14,7 +14,7 @@ from tersor.search import candidate_latency
 from tersor.search.candidate import BITS, Candidate
 from tersor.search.candidate_latency import Measurement, structure_hash
 from tersor.search.space import Space, candidate_of, family
-from tersor.search.workbench import as_made
+from tersor.search.training_stage import as_made
 from tersor.training.options import LearningRateSchedule
 
 CANDIDATES = [

@@ -1,5 +1,6 @@
 """`tersor.compress` and `tersor pick` on small networks; what a user can do wrong."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -14,10 +15,12 @@ from recorded_progress import RecordedProgress
 from tersor import cli, cli_compress, models, recipe
 from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import InputError
+from tersor.core.progress import NullProgress
 from tersor.data import Splits, load
 from tersor.data.image_sets import Pixels, View
 from tersor.evaluation import latency
 from tersor.evaluation.session import open_session
+from tersor.pipeline.evaluate import evaluate
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, RECIPE, UNCHANGED, SearchFolder, read_front
 from tersor.search.point_evidence import read_evidence
@@ -52,7 +55,7 @@ def few():
 @pytest.fixture(autouse=True)
 def _short_measurements(monkeypatch):
     monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
-    monkeypatch.setattr(importlib.import_module("tersor.search.finish"), "_SECONDS", 0.1)
+    monkeypatch.setattr(importlib.import_module("tersor.search.finish"), "SPEEDUP_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +239,42 @@ def test_a_search_on_the_digits(tmp_path, monkeypatch, capfd):
     written = recipe.read(out / "recipe.yaml")
     assert written.stages[-1].name == "quantize"
     assert load(name="digits").classes == tuple("0123456789")
+
+
+def own_loss(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def share_right(outputs, targets):
+    return (outputs.argmax(1) == targets).double().mean()
+
+
+def test_a_metric_and_a_loss_of_the_user(few, tmp_path):
+    given = {"budget": Budget(minutes=0.001), "loss": own_loss, "out": tmp_path / "out"}
+    result = tersor.compress(small(), few, metric=share_right, **given)
+    assert result.numbers.metric == "share_right"
+    point = result.numbers.point(result.numbers.original)
+    assert point.validation == pytest.approx(100 * round(point.validation / 100 * 15) / 15), "in percent of 15 images"
+    with pytest.raises(InputError, match=r"belongs to a search with metric 'share_right', but 'None'"):
+        tersor.compress(small(), few, **given)
+
+
+def test_a_metric_in_percent_is_refused(few, tmp_path):
+    with pytest.raises(InputError, match=r"returned 50\. A search needs a metric from 0 to 1"):
+        tersor.compress(small(), few, metric=lambda *_: 50.0, budget=Budget(minutes=0.001), out=tmp_path / "out")
+
+
+def test_a_point_is_evaluated_with_its_own_normalization(few, without_time, monkeypatch):
+    result, _ = without_time
+    file = result.folder / result.best.point.file
+    loaded = []
+
+    def pretend(**options):
+        loaded.append(options)
+        return dataclasses.replace(few, mean=options["mean"], std=options["std"])
+
+    monkeypatch.setattr("tersor.data.load", pretend)
+    found = evaluate(file, "digits", None, progress=NullProgress())
+    assert loaded[0]["mean"] == few.mean
+    assert loaded[0]["std"] == few.std
+    assert found.score == pytest.approx(result.best.point.test)

@@ -13,7 +13,7 @@ from tersor.search.finish import write_front
 from tersor.search.folder import read_front
 from tersor.search.front import dominates, rank
 from tersor.search.halving import halve
-from tersor.search.plan import MOST
+from tersor.search.plan import RUNG_SIZES
 from tersor.search.space import Space
 from tersor.search.survey import survey
 
@@ -63,18 +63,20 @@ def test_the_plan_holds_when_the_machine_slows_down_by_half(tmp_path, moment):
 def test_the_rungs_get_smaller_and_one_candidate_gets_the_rest(tmp_path):
     search = searching(tmp_path / "out")
     run(search)
-    sizes = [len(names) for names in search.folder.state.rungs if names]
-    assert sizes[0] <= MOST
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] == 1
-    last = [record for record in search.study.records() if record.rung == len(sizes)]
-    assert max(search.bench.trained.values()) == search.bench.trained[last[0].of]
+    sizes = [len(rung.members) for rung in search.folder.state.rungs]
+    assert len(sizes) <= len(RUNG_SIZES)
+    assert all(size <= most for size, most in zip(sizes, RUNG_SIZES, strict=False))
+    assert sizes[0] > sizes[1] > sizes[-1] == 1
+    last = {name for rung in search.folder.state.rungs if len(rung.members) == 1 for name in rung.members}
+    longest = max(search.bench.trained, key=search.bench.trained.get)
+    assert longest.name in last
+    assert search.bench.trained[longest] > 0.4 * sum(search.bench.trained.values())
 
 
 def test_students_and_the_original_compete(tmp_path):
     search = searching(tmp_path / "out")
     run(search)
-    first = search.folder.state.rungs[0]
+    first = search.folder.state.rungs[0].members
     assert "wide-8bit" in first
     assert any(name.startswith("original") for name in first)
     assert "deep-8bit" not in first  # slower than the original in 8 bits
@@ -155,7 +157,7 @@ def test_hardly_any_time_hands_over_the_best_baseline(tmp_path):
     made = run(search)
     assert made.best == Candidate().name
     assert made.met
-    assert not search.folder.state.rungs[0]
+    assert not search.folder.state.rungs[0].members
 
 
 def test_a_network_that_cannot_be_pruned_leaves_the_students(tmp_path):
@@ -164,7 +166,7 @@ def test_a_network_that_cannot_be_pruned_leaves_the_students(tmp_path):
     survey(search, Space(branches=0, prunable=False, students=["wide", "deep"]))
     halve(search)
     made = write_front(search, finished=True)
-    assert search.folder.state.rungs[0] == ["wide-8bit"]
+    assert list(search.folder.state.rungs[0].members) == ["wide-8bit"]
     assert made.point(made.best).validation >= 10
 
 
@@ -201,7 +203,9 @@ def test_every_point_of_the_front_has_its_file_recipe_and_numbers(tmp_path):
 def test_more_time_for_a_finished_search_goes_to_the_last_candidate(tmp_path):
     search = searching(tmp_path / "out")
     made = run(search)
-    (last,) = search.folder.state.rungs[-1]
+    (last,) = search.folder.state.rungs[-1].members
+    search.folder.state.finished = True
+    search.save()
     longer = searching(tmp_path / "out", minutes=20.0, time=search.bench.time, bench=search.bench)
     position = len(longer.bench.log)
     again = run(longer)

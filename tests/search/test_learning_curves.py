@@ -4,8 +4,9 @@ import pytest
 
 from search_fakes import searching
 from tersor.search.candidate import Candidate
-from tersor.search.halving import promoted
+from tersor.search.compression_budget import Budget
 from tersor.search.learning_curves import FRESH, INHERITED, expected
+from tersor.search.promotion import improvement, promoted
 from tersor.search.study import Record
 
 
@@ -25,21 +26,25 @@ def record(search, candidate, rung, validation, seconds, milliseconds=1.0):
     return made
 
 
-def test_the_error_of_a_fresh_student_and_the_drop_of_an_inherited_network_fall_as_powers_of_time(tmp_path):
+def test_the_drop_falls_as_a_power_of_time(tmp_path):
     search = searching(tmp_path / "out")
     assert search.reference == 90
     student = record(search, Candidate("wide"), 1, 60.0, 10.0)
-    assert expected(search, student, 80.0) == pytest.approx(100 - 40 * 8**-FRESH)
+    assert expected(search, student, 80.0) == pytest.approx(90 - 30 * 8**-FRESH)
     pruned = record(search, Candidate(branches=3), 1, 80.0, 10.0)
     assert expected(search, pruned, 80.0) == pytest.approx(90 - 10 * 8**-INHERITED)
     assert expected(search, pruned, 5.0) == 80.0, "less time than was spent changes nothing"
 
 
-def test_two_rungs_give_the_exponent(tmp_path):
+def test_two_trainings_give_the_exponent_as_far_as_they_are_precise(tmp_path):
     search = searching(tmp_path / "out")
     record(search, Candidate(branches=3), 1, 80.0, 10.0)
     second = record(search, Candidate(branches=3), 2, 85.0, 40.0)  # half of the drop after four times the time
-    assert expected(search, second, 160.0) == pytest.approx(87.5)
+    slope = 0.75 * 0.5
+    weight = 0.15**2 / (0.15**2 + 0.05**2)
+    assert expected(search, second, 160.0) == pytest.approx(90 - 5 * 4 ** -(weight * slope + (1 - weight) * INHERITED))
+    noisy = second.model_copy(update={"point": second.point.model_copy(update={"drop_error": 5.0})})
+    assert expected(search, noisy, 160.0) == pytest.approx(90 - 5 * 4**-INHERITED, abs=0.1)
 
 
 def test_a_network_better_than_the_original_stays_as_it_is(tmp_path):
@@ -51,9 +56,34 @@ def test_a_fast_student_that_still_learns_is_kept(tmp_path):
     search = searching(tmp_path / "out")
     student = record(search, Candidate("wide"), 1, 60.0, 10.0, milliseconds=0.3)
     pruned = [record(search, Candidate(branches=count), 1, 89.5 - count / 10, 10.0) for count in (1, 2, 3)]
-    kept = promoted(search, [*pruned, student], 2, 2)
+    kept = promoted(search, [*pruned, student], 2, 300.0)
     assert student in kept
     assert pruned[0] in kept
-    later = record(search, Candidate("wide"), 2, 85.0, 40.0, milliseconds=0.3)
-    pruned = record(search, Candidate(branches=1), 2, 89.5, 40.0)
-    assert promoted(search, [pruned, later], 3, 1) == [later]
+    later = record(search, Candidate("wide"), 2, 88.5, 40.0, milliseconds=0.3)
+    sure = record(search, Candidate(branches=1), 2, 89.5, 40.0)
+    assert promoted(search, [sure, later], 1, 300.0) == [later]
+
+
+def test_of_a_doubtful_and_a_sure_candidate_the_sure_one_is_kept(tmp_path):
+    search = searching(tmp_path / "out")
+    doubtful = record(search, Candidate("wide"), 1, 80.0, 40.0, milliseconds=0.4)
+    sure = record(search, Candidate(branches=1), 1, 89.5, 40.0, milliseconds=0.5)
+    assert promoted(search, [doubtful, sure], 1, 40.0) == [sure]
+
+
+def test_a_faster_candidate_gets_the_rest_of_the_time_if_the_favourite_is_within_the_budget(tmp_path):
+    search = searching(tmp_path / "out")
+    done = record(search, Candidate(branches=1), 2, 89.5, 40.0, milliseconds=0.5)
+    faster = record(search, Candidate(branches=3), 2, 88.5, 40.0, milliseconds=0.3)
+    assert improvement(search, done, 89.5) > 0
+    search.points.append(done.point)
+    assert improvement(search, done, 89.5) == 0
+    assert promoted(search, [done, faster], 1, 100.0) == [faster]
+
+
+def test_without_a_drop_the_best_expected_metric_is_promoted(tmp_path):
+    search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 0.8}))
+    slow = record(search, Candidate(branches=1), 1, 89.9, 40.0, milliseconds=0.9)
+    good = record(search, Candidate(branches=3), 1, 89.0, 40.0, milliseconds=0.7)
+    fast = record(search, Candidate(branches=5), 1, 85.0, 40.0, milliseconds=0.3)
+    assert promoted(search, [slow, good, fast], 1, 100.0) == [good]

@@ -1,13 +1,14 @@
-"""Test, validation and limited training images, drawn at random and in proportion from every class."""
+"""Test, validation and limited training images, drawn at random and in proportion from every class; sets joined."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.data.image_sets import Images, Splits, View, class_numbers, strata
+from tersor.data.image_sets import Images, Pixels, Splits, View, class_numbers, strata
 from tersor.data.stratified import generator, stratified
 
 TEST_SHARE = 0.2
@@ -78,3 +79,16 @@ def limited(splits: Splits, limit: int | None, seed: int) -> Splits:
         )
     drawn, _ = stratified(labels, limit, generator(seed, _LIMIT), at_least=1)
     return replace(splits, train=View(splits.train, drawn))
+
+
+def joined(first: Images, second: Images) -> Pixels | None:
+    """The images of both, the first ones first; None unless both are in memory."""
+    if not isinstance(first, Pixels) or not isinstance(second, Pixels):
+        return None
+    targets, more = first.targets, second.targets
+    if isinstance(targets, Tensor) and isinstance(more, Tensor):
+        targets = torch.cat([targets, more])
+    elif targets is not None and more is not None:
+        targets = [*targets, *more]
+    pixels = [each.take(torch.arange(len(each))).permute(0, 2, 3, 1) for each in (first, second)]
+    return Pixels(torch.cat(pixels), targets)

@@ -73,6 +73,7 @@ def export(
     *,
     classes: Sequence[str] = (),
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     batch: int | None = None,
 ) -> Path:
     """Export `model` to `path` as one ONNX file; the file is written atomically.
@@ -83,6 +84,7 @@ def export(
         path: file to write, `*.onnx`; an existing one is replaced.
         classes: class names, stored in the file's metadata as JSON under `classes`.
         pixels: mean and standard deviation; the file then takes uint8 pixels (N, 3, H, W) and normalizes them itself.
+        normalization: mean and standard deviation of the images, stored in the metadata as JSON under `normalization`.
         batch: batch size; dynamic by default.
 
     Raises:
@@ -109,6 +111,9 @@ def export(
     _strip_metadata(proto, output_names(program))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
+    if normalization is not None:
+        mean, std = normalization
+        proto.metadata_props.add(key="normalization", value=json.dumps({"mean": list(mean), "std": list(std)}))
     onnx.checker.check_model(proto, full_check=True)
     write_file(path, proto.SerializeToString())
     return path

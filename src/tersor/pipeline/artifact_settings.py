@@ -57,15 +57,20 @@ def class_names(model: Path) -> list[str] | None:
     Raises:
         InputError: they are damaged.
     """
-    if model.suffix != ".onnx":
-        return None
-    import onnx  # slow to import
-
-    told = {entry.key: entry.value for entry in onnx.load(model, load_external_data=False).metadata_props}
+    told = _metadata(model)
     try:
         return TypeAdapter(list[str]).validate_json(told["classes"]) if "classes" in told else None
     except ValidationError as error:
         raise InputError(f"the class names in the metadata of {model} are damaged. Export it again.") from error
+
+
+def _metadata(model: Path) -> dict[str, str]:
+    """The metadata of an ONNX file; empty for other files."""
+    if model.suffix != ".onnx":
+        return {}
+    import onnx  # slow to import
+
+    return {entry.key: entry.value for entry in onnx.load(model, load_external_data=False).metadata_props}
 
 
 def refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[str]) -> None:
@@ -99,19 +104,27 @@ class _Told(BaseModel):
 
 
 def numbers_of(artifact: Artifact) -> dict[str, Any]:
-    """Runtime, mean and standard deviation from `numbers.json`; empty without one.
+    """Runtime, mean and standard deviation from `numbers.json`; without one, the normalization in the file's metadata.
 
     Raises:
         InputError: it is damaged.
     """
     path = artifact.files.get("numbers.json")
     if path is None:
-        return {}
+        return _normalization_in(artifact.model)
     again = "Run its recipe.yaml again."
     try:
         return _Told.model_validate(read_json(path, again)).model_dump(exclude_unset=True)
     except ValidationError as error:
         raise InputError(f"{path} was not written by this version of tersor. {again}") from error
+
+
+def _normalization_in(model: Path) -> dict[str, Any]:
+    told = _metadata(model).get("normalization")
+    try:
+        return {} if told is None else _Told.model_validate_json(told).model_dump(include={"mean", "std"})
+    except ValidationError as error:
+        raise InputError(f"the normalization in the metadata of {model} is damaged. Export it again.") from error
 
 
 def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, writable
 from tersor.core.target import Runtime
 from tersor.data import Splits
-from tersor.pipeline.task_arguments import task_of_both
+from tersor.pipeline.task_arguments import Loss, task_of_both
 from tersor.search.candidate import ORIGINAL
 from tersor.search.candidate_latency import Measurement
 from tersor.search.compression_budget import DEFAULT_MINUTES, Budget
@@ -31,6 +32,7 @@ from tersor.search.study import Study
 from tersor.search.survey import describe_range, feasible_range, space_of, survey
 from tersor.search.workbench import Workbench
 from tersor.tasks.classification import Classification
+from tersor.tasks.functions import FromFunctions
 from tersor.tasks.multilabel import Multilabel
 
 _LARGE = 64
@@ -53,6 +55,8 @@ def compress(
     limit: int | None = None,
     seed: int = 0,
     task: str = "classification",
+    loss: Loss | None = None,
+    metric: Any = None,
     storage: str | None = None,
     out: Path | str | None = None,
     progress: ProgressReporter | None = None,
@@ -72,6 +76,9 @@ def compress(
         limit: number of training images; all by default.
         seed: random seed.
         task: what the network is for: classification, segmentation, ..., package.module:Task.
+        loss: (outputs, targets) -> scalar tensor, instead of the task's loss. A recipe has no loss of its own: to
+            repeat the training with `tersor run`, write a task.
+        metric: (outputs, targets) -> number from 0 to 1 that is better when higher, or a torchmetrics Metric.
         storage: SQLAlchemy URL of the trials; `study.db` in the folder by default.
         out: the folder, `runs/compress` by default.
         progress: receives the progress.
@@ -99,6 +106,8 @@ def compress(
         limit,
         seed,
         task,
+        loss,
+        metric,
     )
     folder = SearchFolder(out, {**request.arguments, "budget": str(budget)})
     minutes = budget.minutes or DEFAULT_MINUTES
@@ -124,7 +133,8 @@ def _search(
     experiment = experiment_of(request, progress)
     students = request.weights_of_students()
     given = list(students)
-    classifies = isinstance(experiment.task, Classification | Multilabel)
+    task = experiment.task.base if isinstance(experiment.task, FromFunctions) else experiment.task
+    classifies = isinstance(task, Classification | Multilabel)
     for name in family(min(experiment.data.train.size)) if classifies else []:
         students.setdefault(name, None)
     bench = Workbench(experiment, students, folder.path / TRIALS, bar)
@@ -173,5 +183,5 @@ def _run(search: Search, request: Request) -> Front:
     write_front_page(search.folder.path, made)
     search.folder.state.finished = True
     search.save()
-    search.folder.remove_trials(kept=search.folder.state.rungs[-1])
+    search.folder.remove_trials(kept=list(search.folder.state.rungs[-1].members))
     return made

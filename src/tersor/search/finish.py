@@ -16,9 +16,12 @@ from tersor.search.folder import Front
 from tersor.search.front import Point, front, shortfall, violations
 from tersor.search.front_page import write_front_page
 from tersor.search.learning_curves import expected
+from tersor.search.plan import SPEEDUP_SECONDS
+from tersor.search.promotion import promoted
 from tersor.search.search_context import Search
 
-_SECONDS = 5.0
+_LONGEST, _AFTERWARDS = 30.0, 10.0
+"""Seconds: the longest final measurement for each batch size, and what follows it."""
 _MORE_TIME = 3
 """The advice predicts the drop after this multiple of the search time."""
 
@@ -32,9 +35,9 @@ def write_front(search: Search, *, finished: bool) -> Front:
     kept = front(search.points)
     speedup: dict[int, Speedup] = {}
     if finished:
-        tested = {point.name: _tested(search, point) for point in [*kept, *_usable(search)]}
+        tested = {point.name: _tested(search, point) for point in search.tested_at_the_end()}
         search.points = [tested.get(point.name, point) for point in search.points]
-        kept, best = [tested[point.name] for point in kept], tested.get(best.name, best)
+        kept, best = [tested.get(point.name, point) for point in kept], tested.get(best.name, best)
         speedup = _speedup(search, best)
     names = {point.name for point in kept}
     data = search.bench.experiment.data
@@ -59,7 +62,7 @@ def write_front(search: Search, *, finished: bool) -> Front:
         best=best.name,
         met=not lacking,
         shortfall=lacking,
-        advice=advice(search, best) if lacking else [],
+        advice=advice(search, best) if lacking or (finished and best.free) else [],
         speedup=speedup,
         points=kept,
         dominated=[point for point in search.points if point.name not in names],
@@ -70,14 +73,8 @@ def write_front(search: Search, *, finished: bool) -> Front:
     return made
 
 
-def _usable(search: Search) -> list[Point]:
-    return [point for point in search.points if point.free]
-
-
 def _tested(search: Search, point: Point) -> Point:
-    """The point with its metric on the test set, which is computed once."""
-    if point.test is not None:
-        return point
+    """The point with its metric on the test set."""
     metric = search.bench.test_metric(search.candidate_of(point), search.folder.path / point.file)
     return point.model_copy(update={"test": metric})
 
@@ -106,35 +103,45 @@ def _speedup(search: Search, best: Point) -> dict[int, Speedup]:
     image = search.bench.example(search.candidate_of(best))
     if image.shape != search.bench.example(search.candidate_of(baselines[0])).shape:
         return {}
-    timings = measure_latency(openers, image, sizes, ratios=speedup_ratio, seconds=_SECONDS)
+    left = (search.clock.left - _AFTERWARDS) / len(sizes)
+    seconds = min(max(left, SPEEDUP_SECONDS), _LONGEST)
+    timings = measure_latency(openers, image, sizes, ratios=speedup_ratio, seconds=seconds)
     return {size: Speedup.model_validate(asdict(speedup_ratio(timings, size)[0])) for size in sizes}
 
 
 def advice(search: Search, best: Point) -> list[str]:
-    """What to expect of more time, a larger drop or another runtime, if the budget is not met."""
-    lines = [*_more_time(search, best), *_more_loss(search), *_another_runtime(search)]
-    return lines or ["No measured network is closer to the budget. Raise several limits."]
+    """What to expect of more time, a larger drop or another runtime, if the budget is not met or nothing was gained."""
+    lines = [*_more_time(search, best), *_more_loss(search, best), *_another_runtime(search)]
+    met = not violations(best, search.budget, search.reference)
+    return lines if lines or met else ["No measured network is closer to the budget. Raise several limits."]
 
 
 def _more_time(search: Search, best: Point) -> list[str]:
-    """The drop that is expected of the same network after more time."""
-    if not best.steps:
+    """The drop that is expected after more time: of the best network, or of another one if the best is not trained."""
+    trained = [record for record in search.study.records() if record.rung]
+    if not trained:
         return ["More time: no candidate could be trained in the given time."]
-    record = next(each for each in search.study.records() if each.point.name == best.name)
-    if "drop" not in violations(best, search.budget, search.reference):
+    seconds = _MORE_TIME * max(record.point.seconds for record in trained)
+    of_best = [record for record in trained if record.point.name == best.name]
+    (record,) = of_best or promoted(search, trained, 1, seconds)
+    point = record.point
+    if "drop" not in violations(point, search.budget, search.reference):
         return []
-    drop, after = search.reference - best.validation, expected(search, record, _MORE_TIME * best.seconds)
+    drop, after = search.reference - point.validation, search.reference - expected(search, record, seconds)
     minutes = f"{_MORE_TIME * search.clock.total / 60:.0f} minutes"
-    lost = f"about {search.reference - after:.2f} points instead of {drop:.2f}"
-    return [f"More time: in {minutes} the same network is expected to lose {lost}."]
+    network = "the same network" if of_best else point.description
+    return [f"More time: in {minutes} {network} is expected to lose about {after:.2f} points instead of {drop:.2f}."]
 
 
-def _more_loss(search: Search) -> list[str]:
-    """The smallest drop of a network that meets the other limits."""
+def _more_loss(search: Search, best: Point) -> list[str]:
+    """The smallest drop of a network that meets the other limits, and is faster than the best one."""
     if search.budget.points is None:
         return []
     fitting = [
-        point for point in search.points if not violations(point, search.budget, search.reference).keys() - {"drop"}
+        point
+        for point in search.points
+        if violations(point, search.budget, search.reference).keys() == {"drop"}
+        and (point.mean_ms < best.mean_ms or not best.free)
     ]
     if not fitting:
         return []

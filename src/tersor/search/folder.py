@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tersor.core.errors import InputError
@@ -23,7 +25,22 @@ MODEL, FRONT, RECIPE, STATE, DATABASE, LATENCIES = (
 POINTS, TRIALS, BASELINES = "points", "trials", "baselines"
 UNCHANGED = f"{BASELINES}/original.onnx"
 """The file of the original, which no recipe makes."""
+_RIGHT = f"{BASELINES}/original-right.npy"
+_UNTRAINED = f"{TRIALS}/untrained"
 VERSION = 1
+
+
+class Rung(BaseModel):
+    """A rung of the halving.
+
+    Attributes:
+        members: its candidates by name, with the number of their training, from 1.
+        until: seconds used at which it ends; None for the last one, which gets all that is left.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    members: dict[str, int]
+    until: float | None = None
 
 
 class State(BaseModel):
@@ -35,7 +52,7 @@ class State(BaseModel):
         seen: whether the original was trained on the validation images; half of the test images are then used for
         validation.
         survey_until: seconds used at which the survey ends.
-        rungs: names of the candidates in each rung of the halving.
+        rungs: the rungs of the halving so far.
         costs: seconds that each kind of work takes.
         baselines: the measured free baselines.
         finished: whether the search ended by itself.
@@ -47,7 +64,7 @@ class State(BaseModel):
     used: float = 0.0
     seen: bool | None = None
     survey_until: float | None = None
-    rungs: list[list[str]] = []
+    rungs: list[Rung] = []
     costs: Costs = Costs()
     baselines: list[Point] = []
     finished: bool = False
@@ -174,6 +191,24 @@ class SearchFolder:
         folder = self.path / POINTS / name
         folder.mkdir(exist_ok=True)
         return folder / MODEL
+
+    def untrained_file(self) -> Path:
+        """The path of the ONNX file of an untrained student, which is measured and then replaced by the next one."""
+        (self.path / _UNTRAINED).mkdir(exist_ok=True)
+        return self.path / _UNTRAINED / MODEL
+
+    @property
+    def original_right(self) -> NDArray[np.bool_] | None:
+        """Whether the original classifies each validation image correctly (N,); None where that is unknown."""
+        try:
+            return np.load(self.path / _RIGHT, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+
+    def keep_original_right(self, right: NDArray[np.bool_]) -> None:
+        """Write `original_right`."""
+        with replacing(self.path / _RIGHT) as partial, partial.open("wb") as opened:
+            np.save(opened, right, allow_pickle=False)
 
     def relative(self, file: Path) -> str:
         """A path in the folder."""

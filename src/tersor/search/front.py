@@ -23,6 +23,7 @@ class Point(BaseModel):
         family: kind of change; "fewer blocks", "student networks".
         free: whether it needs no search: the original, and the original in 8 bits.
         validation: metric on the validation images, in percent.
+        drop_error: one standard error of the difference to the original on the validation images, in points.
         test: metric on the test images; measured once, at the end, for the Pareto front and the free baselines.
         latency_ms: median latency by batch size.
         bytes: size of the file.
@@ -40,6 +41,7 @@ class Point(BaseModel):
     family: str = "fewer bits"
     free: bool = False
     validation: Annotated[float, Field(ge=0, le=100)]
+    drop_error: Annotated[float, Field(ge=0)] = 0.0
     test: Annotated[float | None, Field(ge=0, le=100)] = None
     latency_ms: dict[int, float]
     bytes: int

@@ -6,16 +6,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SURVEY = 0.2
-"""Share of the time that is left after the start for the survey of the candidates."""
-RUNGS = (0.3, 0.4)
+_SURVEY, _SURVEY_OF_SHORT, _SHORT = 0.1, 0.2, 120.0
+"""The survey gets a tenth of the time that is left after the start; a fifth, but at most 120 s, if that is more."""
+RUNGS = (0.16, 0.2, 0.7)
 """Shares of the training time that is left, for every rung but the last, which gets the rest."""
-RESERVE = 0.02
+LEAST_FIRST = 0.35
+"""Share for the first rung where there is little time, so that several candidates can be compared."""
+RUNG_SIZES = (6, 3, 1, 1)
+"""Largest number of candidates in each rung."""
+RESERVE = 0.005
 """Share of the whole time that is reserved for delays at the end."""
 MOST_RESERVED = 0.2
-MOST = 8
-"""Candidates in the first rung."""
+SPEEDUP_SECONDS = 5.0
+"""Least time of the final measurement for each batch size; it gets longer if there is time left."""
 _LEAST_STEPS = 20
+
+
+def survey_seconds(left: float) -> float:
+    """Seconds for the survey of the candidates, if so many are left for survey and training."""
+    return max(_SURVEY * left, min(_SURVEY_OF_SHORT * left, _SHORT))
 
 
 class Clock:
@@ -53,7 +62,7 @@ class Costs:
         export: to quantize, export and validate a trained candidate.
         step: one training step of the original.
         test: to run one file on the test set.
-        finish: everything after the last training, except exports and tests.
+        finish: to measure the free baselines, which is about as long as the final measurement.
     """
 
     survey: float = 0.0
@@ -69,6 +78,14 @@ class Costs:
 
     def entrants(self, seconds: float) -> int:
         """Number of candidates for a rung of this many seconds, so that each has enough time to train."""
-        each = self.attach + self.export
-        least = each + max(_LEAST_STEPS * self.step, each)
-        return max(0, min(MOST, int(seconds / max(least, 1e-9))))
+        return max(0, min(RUNG_SIZES[0], int(seconds / max(self.least, 1e-9))))
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of a training besides its steps."""
+        return self.attach + self.export
+
+    @property
+    def least(self) -> float:
+        """Seconds of a short training, half of which are spent on steps."""
+        return self.overhead + max(_LEAST_STEPS * self.step, self.overhead)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from tersor.data.augmentation import resolve
 from tersor.evaluation.session import load_runtime
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.setup import prepare
+from tersor.pipeline.task_arguments import Loss, task_of
 from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.search.search_metric import refuse_other_metrics
 from tersor.search.space import SMALLEST_IMAGE
@@ -42,6 +44,8 @@ class Request:
     limit: int | None
     seed: int
     task: str
+    loss: Loss | None = None
+    metric: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, str):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -68,6 +72,8 @@ class Request:
             "limit": str(self.limit),
             "seed": str(self.seed),
             "task": self.task,
+            "loss": _name(self.loss),
+            "metric": _name(self.metric),
         }
 
     def weights_of_students(self) -> dict[str, Path | None]:
@@ -109,6 +115,8 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
     recipe = _recipe(request, source.model_copy(update={"augment": augment}))
     model = request.model if isinstance(request.model, nn.Module) else None
     experiment = prepare(recipe, model=model, data=data, progress=progress)
+    task = task_of(experiment.task, request.loss, request.metric) or experiment.task
+    experiment = replace(experiment, task=task)
     refuse_other_metrics(experiment.task)
     return experiment
 
@@ -164,6 +172,11 @@ def _gray(images: Images) -> bool:
     """Whether the first images have no colour: letters and digits, which must not be mirrored."""
     pixels = images.take(torch.arange(min(_GRAY_SAMPLE, len(images))))
     return bool((pixels[:, :1] == pixels).all())
+
+
+def _name(function: Any) -> str:
+    """The name of a loss or a metric of the user."""
+    return "None" if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -6,12 +6,16 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tersor.core.progress import ProgressReporter
+from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import Measurement
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import SearchFolder
-from tersor.search.front import Point, pick, rank
+from tersor.search.front import Point, front, pick, rank
 from tersor.search.plan import Clock
 from tersor.search.study import Record, Study
 from tersor.search.workbench import Exported, Workbench
@@ -104,15 +108,20 @@ class Search:
             return
         self.original = baselines[0]
         usable = [point for point in baselines if point.runtime == self.runtime and point.precision != "float32"]
-        points = [*baselines[:1], *usable, *(record.point for record in self.study.records() if self.knows(record))]
+        records = [each for each in self.study.records() if each.rung or self.is_trained(each.of)]
+        points = [*baselines[:1], *usable, *(record.point for record in records)]
         self.points = list({each.name: each for each in points if (self.folder.path / each.file).is_file()}.values())
         self.best = self.choose()
         self.folder.hand_over(self.best)
 
-    def knows(self, record: Record) -> bool:
-        """Whether the network of a trial has trained weights; an untrained student is not added to the points."""
-        candidate = record.of
-        return bool(record.rung) or candidate.inherits or self.bench.students[candidate.network] is not None
+    def is_trained(self, candidate: Candidate) -> bool:
+        """Whether a candidate starts from trained weights; an untrained student is no point before its training."""
+        return candidate.inherits or self.bench.students[candidate.network] is not None
+
+    def tested_at_the_end(self) -> list[Point]:
+        """The points whose metric on the test images is measured at the end: the front, and the free baselines."""
+        points = {point.name: point for point in [*front(self.points), *(each for each in self.points if each.free)]}
+        return [point for point in points.values() if point.test is None]
 
     def add(self, point: Point, recipe: str) -> None:
         """Add a measured point; copy it to `model.onnx` if it is the best so far."""
@@ -151,6 +160,7 @@ class Search:
             family=candidate.family,
             free=candidate == Candidate() and not rung,
             validation=exported.validation,
+            drop_error=self.drop_error(exported.right, exported.validation),
             latency_ms=self.measurement.latency(exported.file, image),
             bytes=exported.bytes,
             macs=exported.macs,
@@ -160,6 +170,11 @@ class Search:
         return Record(
             candidate=candidate.parameters, rung=rung, point=point, stages=list(stages), rounding_loss=rounding_loss
         )
+
+    def drop_error(self, right: NDArray[np.bool_] | None, metric: float) -> float:
+        """One standard error of the difference to the original on the validation images, in points."""
+        images = len(self.bench.validation.images)
+        return round(search_metric.error_of_drop(right, self.folder.original_right, metric, images), 3)
 
     def save(self) -> None:
         """Write the state, with the seconds used."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tersor.core.errors import InputError
 from tersor.data import Batches
@@ -11,18 +15,54 @@ from tersor.evaluation.measurement import arrays
 from tersor.evaluation.scoring import file_predictions, score, targets_of
 from tersor.evaluation.session import open_session
 from tersor.pipeline.experiment import Experiment
+from tersor.tasks.classification import Classification
+from tersor.tasks.functions import FromFunctions
 from tersor.tasks.task import Task
 
 
-def of_file(file: Path, runtime: str, batches: Batches, experiment: Experiment, precision: str | None = None) -> float:
+@dataclass(frozen=True)
+class Measured:
+    """The metric of a file.
+
+    Attributes:
+        metric: in percent.
+        right: whether the class of each image is right (N,); None if the metric is not the accuracy.
+    """
+
+    metric: float
+    right: NDArray[np.bool_] | None = None
+
+
+def of_file(
+    file: Path, runtime: str, batches: Batches, experiment: Experiment, precision: str | None = None
+) -> Measured:
     """The metric of a file in a runtime.
 
     Raises:
-        InputError: the runtime cannot run the file.
+        InputError: the runtime cannot run the file, or a metric of the user is not from 0 to 1.
     """
     task, session = experiment.task, open_session(file, runtime, precision=precision)
     predictions = file_predictions(session, arrays(batches, experiment.recipe.target.input), task)
-    return score(task, predictions, targets_of(batches))
+    targets = targets_of(batches)
+    metric = score(task, predictions, targets)
+    right = (predictions == targets).numpy() if measures_accuracy(task) else None
+    return Measured(metric if task.unit == "%" else _percent(task, metric), right)
+
+
+def measures_accuracy(task: Task) -> bool:
+    """Whether the metric is the share of correctly classified images."""
+    if isinstance(task, FromFunctions):
+        return bool(task.unit) and isinstance(task.base, Classification)
+    return isinstance(task, Classification)
+
+
+def _percent(task: Task, metric: float) -> float:
+    if not 0 <= metric <= 1:
+        raise InputError(
+            f"the metric {task.metric} returned {metric:g}. A search needs a metric from 0 to 1 that is better when "
+            "higher. Divide percentages by 100."
+        )
+    return 100 * metric
 
 
 def refuse_other_metrics(task: Task) -> None:
@@ -31,10 +71,12 @@ def refuse_other_metrics(task: Task) -> None:
     Raises:
         InputError: the metric is not a percentage, is better when lower, or needs the original's outputs.
     """
-    if not task.higher_is_better or task.unit != "%" or task.from_original:
+    of_the_user = isinstance(task, FromFunctions) and not task.unit
+    if not task.higher_is_better or (task.unit != "%" and not of_the_user) or task.from_original:
         raise InputError(
             f"a search needs a metric in percent that is better when higher; this task has {task.metric}. "
-            "Possible: classification, multilabel, segmentation, detection, or package.module:Task."
+            "Possible: classification, multilabel, segmentation, detection, package.module:Task, or a metric of your "
+            "own with values from 0 to 1."
         )
 
 
@@ -42,3 +84,23 @@ def standard_error(metric: float, images: int) -> float:
     """One standard error of a metric in percent on this many images, computed as for a share of the images."""
     share = min(max(metric / 100, 1 / (images + 2)), 1 - 1 / (images + 2))
     return 100 * math.sqrt(share * (1 - share) / images)
+
+
+def error_of_drop(
+    right: NDArray[np.bool_] | None, original: NDArray[np.bool_] | None, metric: float, images: int
+) -> float:
+    """One standard error of the difference to the original, in points.
+
+    Both classify the same images, so only images that one of them classifies wrongly count, as in McNemar's test. For
+    other metrics, it is the standard error of the metric itself.
+
+    Args:
+        right: whether the class of each image is right (N,).
+        original: the same for the original (N,).
+        metric: in percent, for metrics other than the accuracy.
+        images: N.
+    """
+    if right is None or original is None or len(right) != len(original):
+        return standard_error(metric, images)
+    changes = right.astype(np.float64) - original.astype(np.float64)
+    return 100 * float(np.append(changes, [1.0, -1.0]).std()) / math.sqrt(images)  # two more images: never exactly 0

@@ -15,10 +15,11 @@ _LARGE_IMAGE = 64
 """Image size from which the shipped networks have the large stem."""
 SMALLEST_IMAGE = 8
 """Height and width in pixels."""
-_DEPTHS = (1 / 3, 2 / 3)
+_DEPTHS = (0.34, 0.5, 0.67)
+_MORE_DEPTHS = (0.42, 0.59)
 _KEPT = (0.5, 0.25)
 _LEAST_KEPT, _STEP = 0.1, 0.05
-_FIRST_WIDTHS = (32, 64, 16)
+_FIRST_WIDTHS = (48, 32, 64)
 
 
 def family(pixels: int) -> list[str]:
@@ -50,24 +51,27 @@ class Space:
 
     def first(self) -> list[Candidate]:
         """The candidates that are tried first: changes of the original and students in turn, then combined changes."""
-        depths = sorted({round(share * self.branches) for share in _DEPTHS} - {0})
+        depths = sorted({int(share * self.branches) for share in _DEPTHS} - {0})
+        more = sorted({int(share * self.branches) for share in _MORE_DEPTHS} - {0, *depths})
         kept = _KEPT if self.prunable else ()
-        single = [Candidate(branches=depth) for depth in depths] + [Candidate(keep_macs=keep) for keep in kept]
+        single = [Candidate(branches=depth) for depth in depths] + [Candidate(keep_macs=keep) for keep in kept[:1]]
+        single += [Candidate(branches=depth) for depth in more] + [Candidate(keep_macs=keep) for keep in kept[1:]]
         products = [Candidate(branches=depth, keep_macs=keep) for depth in depths for keep in kept]
         students = [Candidate(name) for name in self.students]
         ordered = [*_in_turn(single, students), *products]
         ordered += [Candidate(each.network, each.branches, each.keep_macs, "8", size)
                     for size in self.pixels for each in [Candidate(), *students[:2]]]  # fmt: skip
-        more = [bits for bits in self.bits if bits != "8"]
-        return [*ordered, *(Candidate(bits=bits) for bits in more)]
+        fewer = [bits for bits in self.bits if bits != "8"]
+        return [*ordered, *(Candidate(bits=bits) for bits in fewer)]
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """The ranges of the parameters that change the original, for a sampler of Optuna."""
         least = _LEAST_KEPT if self.prunable else 1.0
+        bits: dict[str, BaseDistribution] = {"bits": CategoricalDistribution(BITS)} if len(self.bits) > 1 else {}
         return {
             "branches": IntDistribution(0, self.branches),
             "keep_macs": FloatDistribution(least, 1.0, step=_STEP if self.prunable else None),
-            "bits": CategoricalDistribution(BITS),
+            **bits,
         }
 
     @property
@@ -82,7 +86,7 @@ def candidate_of(parameters: Mapping[str, Any]) -> Candidate:
         ORIGINAL,
         int(parameters["branches"]),
         round(float(parameters["keep_macs"]), 2),
-        str(parameters["bits"]),
+        str(parameters.get("bits", BITS[0])),
     )
 
 

@@ -35,7 +35,7 @@ class Record(BaseModel):
 
     Attributes:
         candidate: parameters of the candidate.
-        rung: number of trainings so far; 0 in the survey.
+        rung: number of its trainings so far; 0 in the survey.
         point: its measured file.
         steps: optimizer steps of each training so far, by the name of the stage.
         stages: the trained stages as plain data, as in a recipe.
@@ -168,7 +168,11 @@ class Study:
         return self._studies[kind].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     def _failures(self) -> dict[str, str]:
-        failed = self._studies[SURVEY].get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        failed = [
+            trial
+            for study in self._studies.values()
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        ]
         return {trial.user_attrs["name"]: trial.user_attrs[_REASON] for trial in failed if _REASON in trial.user_attrs}
 
     @staticmethod

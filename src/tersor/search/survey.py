@@ -18,7 +18,7 @@ from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.folder import BASELINES, UNCHANGED
 from tersor.search.front import Point, shortfall
-from tersor.search.plan import SURVEY
+from tersor.search.plan import survey_seconds
 from tersor.search.search_context import INTEGERS, Search
 from tersor.search.space import Space, candidate_of
 from tersor.search.study import Record
@@ -41,6 +41,7 @@ def feasible_range(search: Search) -> None:
     state = search.folder.state
     if state.seen is None:
         state.seen = _seen(search, file)
+        state.costs.test /= 1 + state.seen
     if state.seen:
         search.bench = search.bench.choosing_on_test_images()
     if not state.baselines:
@@ -74,7 +75,7 @@ def _seen(search: Search, file: Path) -> bool:
     with search.timed("test"):
         test = bench.test_metric(Candidate(), file)
     images = len(bench.validation.images), len(bench.experiment.data.test)
-    validation = bench.metric(file, search.runtime)
+    validation = bench.measured(file, search.runtime).metric
     error = math.hypot(*(search_metric.standard_error(test, count) for count in images))
     seen = validation - test > _SEEN * error
     if seen:
@@ -120,7 +121,9 @@ def _measured(search: Search, original: Path, integers: Path | None) -> list[Poi
     with search.timed("finish"):
         latencies = search.measurement.baselines(openers, ORIGINAL)
     macs = costs(bench.experiment.model, next(iter(bench.validation)).images[:1]).macs
-    metrics = {name: bench.metric(path, each, kind) for name, (path, each, kind) in files.items()}
+    measured = {name: bench.measured(path, each, kind) for name, (path, each, kind) in files.items()}
+    if (right := measured[ORIGINAL].right) is not None:
+        search.folder.keep_original_right(right)
     return [
         Point(
             name=name,
@@ -129,7 +132,8 @@ def _measured(search: Search, original: Path, integers: Path | None) -> list[Poi
             runtime=each,
             precision=INTEGERS if path == integers else openers[name]().precision,
             free=True,
-            validation=metrics[name],
+            validation=measured[name].metric,
+            drop_error=0.0 if name == ORIGINAL else search.drop_error(measured[name].right, measured[name].metric),
             latency_ms=latencies[name],
             bytes=path.stat().st_size,
             macs=macs,
@@ -156,13 +160,13 @@ def describe_range(search: Search) -> list[str]:
             f"  {point.runtime} {point.precision}: {point.validation:.2f} %, {times}, {point.bytes / 1e6:.3f} MB"
             + (f"; {lacking}" if lacking else "")
         )
-    left, step = search.clock.left, state.costs.step
-    reserve = state.costs.reserve(search.clock.total, len(state.baselines))
+    step, reserve = state.costs.step, state.costs.reserve(search.clock.total, len(search.tested_at_the_end()))
+    left = max(0.0, search.clock.left - reserve)
     lines.append(f"budget: {search.budget}; goal: the fastest network within it" if search.budget.points is not None
                  else f"budget: {search.budget}; goal: the most accurate network within it")  # fmt: skip
     lines.append(
-        f"plan: {max(0.0, left) / 60:.1f} minutes left: survey {SURVEY * max(0.0, left) / 60:.1f}, training "
-        f"{max(0.0, (1 - SURVEY) * left - reserve) / 60:.1f}, final measurements {reserve / 60:.1f}; "
+        f"plan: {max(0.0, search.clock.left) / 60:.1f} minutes left: survey {survey_seconds(left) / 60:.1f}, training "
+        f"{(left - survey_seconds(left)) / 60:.1f}, final measurements {reserve / 60:.1f}; "
         f"one training step of the original takes {step:.2g} s"
     )
     return lines
@@ -172,8 +176,8 @@ def survey(search: Search, space: Space) -> None:
     """Build, export, validate and time candidates until the time of the survey is used up."""
     state = search.folder.state
     if state.survey_until is None:
-        reserve = state.costs.reserve(search.clock.total, len(state.baselines))
-        state.survey_until = search.clock.used + SURVEY * max(0.0, search.clock.left - reserve)
+        reserve = state.costs.reserve(search.clock.total, len(search.tested_at_the_end()))
+        state.survey_until = search.clock.used + survey_seconds(max(0.0, search.clock.left - reserve))
         search.save()
     state.costs.survey = state.costs.survey or state.costs.export
     for candidate in space.first():
@@ -201,18 +205,18 @@ def _time_for_another(search: Search) -> bool:
 
 def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record | None:
     """Survey one candidate; None if it cannot be built or exported."""
+    usable = search.is_trained(candidate)
     try:
         with search.timed("survey"):
-            exported = search.bench.export(
-                candidate, search.bench.build(candidate), search.folder.point_file(candidate.name)
-            )
-            record = search.record(candidate, exported)
+            model = search.bench.build(candidate)
+            file = search.folder.point_file(candidate.name) if usable else search.folder.untrained_file()
+            record = search.record(candidate, search.bench.export(candidate, model, file))
     except InputError as error:
         search.study.fail(candidate, 0, str(error))
         return None
     if store:
         search.study.add(record)
-    if search.knows(record):
+    if usable:
         search.add(record.point, recipes.write(search.bench.recipe(candidate, candidate.stages(()))))
     return record
 

@@ -24,8 +24,10 @@ def verdict_lines(front: Front) -> list[str]:
     lines = [first]
     if not front.met:
         lines.append(f"This network does not meet the budget ({front.budget}): {front.shortfall}.")
-    error = front.validation_error
-    lines.append(
-        f"One standard error of the validation metric is {error:.2f} points ({front.validation_images} images)."
-    )
+    images = f"{front.validation_images} validation images"
+    if best.name == original.name:
+        lines.append(f"One standard error of the metric is {front.validation_error:.2f} points ({images}).")
+    else:
+        change = best.validation - original.validation
+        lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
     return [*lines, *front.advice]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from tersor import models
 from tersor.checkpoint.store import Checkpoints
-from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.data import Batches, Splits, load
 from tersor.data.image_sets import View
+from tersor.data.splitting import joined
 from tersor.data.stratified import generator, stratified
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for
@@ -31,30 +32,24 @@ from tersor.pipeline.stages import attach, run_stages
 from tersor.recipe import Network, Recipe, Stage, Teacher
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
+from tersor.search.search_metric import Measured
+from tersor.search.training_stage import training_stage
 from tersor.tasks.classification import Classification
 from tersor.training.loop import fit
-from tersor.training.options import LearningRateSchedule, OptimizerOptions
-from tersor.training.schedule import steps_per_epoch
-
-SOFT_TARGETS: dict[str, Any] = {"soft_targets": {"temperature": 4.0, "loss_weight": 0.9, "label_weight": 0.1}}
-SAME_CHANNELS: dict[str, Any] = {"fitnet": {"loss_weight": 3.0, "regressor": False}}
-OTHER_CHANNELS: dict[str, Any] = {"fitnet": {"loss_weight": 3.0}}
-INHERITED_RATE, FRESH_RATE, QUANTIZED_RATE = 0.02, 0.1, 0.002
-_ADAM_SHARE = 0.02
-"""Learning rate of AdamW relative to that of SGD."""
-_FEWEST_BATCHES = 8
-"""With few images, the batch size is reduced so that an epoch has at least this many batches."""
-_WARMUP = 0.1
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported candidate: its file, its metric on the validation images, and its costs."""
+    """An exported candidate: its file, its metric on the validation images, and its costs.
+
+    `right` says whether the class of each validation image is right (N,); None if the metric is not the accuracy.
+    """
 
     file: Path
     validation: float
     macs: int
     bytes: int
+    right: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,7 @@ class Workbench:
         folder: holds the checkpoints of each candidate.
         progress: receives the progress of every stage.
         checkpoint_every: steps between two checkpoints of a training.
+        tests_choose: whether half of the test images are used for validation.
     """
 
     experiment: Experiment
@@ -74,17 +70,30 @@ class Workbench:
     folder: Path
     progress: ProgressReporter
     checkpoint_every: int = 200
+    tests_choose: bool = False
 
     def choosing_on_test_images(self) -> Workbench:
-        """Return a workbench that validates on half of the test images of each class, and tests on the other half."""
-        data, draw = self.experiment.data, generator(self.experiment.recipe.seed)
-        targets, half = data.test.targets, len(data.test) // 2
+        """Return a workbench that validates on half of the test images of each class, and tests on the other half.
+
+        The images that were held out for validation are then trained on, unless the training images are limited: the
+        recipes of such a search hold out no images.
+        """
+        recipe, data = self.experiment.recipe, self.experiment.data
+        train = None if recipe.data.limit else joined(data.train, data.validation)
+        if train is not None:
+            source = recipe.data.model_copy(update={"validation": 0.0, "mean": data.mean, "std": data.std})
+            recipe = recipe.model_copy(update={"data": source})
+        halves = replace(self._with_halves(data), train=train or data.train)
+        return replace(self, experiment=replace(self.experiment, recipe=recipe, data=halves), tests_choose=True)
+
+    def _with_halves(self, data: Splits) -> Splits:
+        """The data with half of the test images for validation, and the other half for tests."""
+        draw, half = generator(self.experiment.recipe.seed), len(data.test) // 2
         if isinstance(self.experiment.task, Classification):
-            chosen, rest = stratified(targets, half, draw)
+            chosen, rest = stratified(data.test.targets, half, draw)
         else:
             chosen, rest = torch.randperm(len(data.test), generator=draw).tensor_split([half])
-        halves = replace(data, validation=View(data.test, chosen), test=View(data.test, rest))
-        return replace(self, experiment=replace(self.experiment, data=halves))
+        return replace(data, validation=View(data.test, chosen), test=View(data.test, rest))
 
     @cached_property
     def validation(self) -> Batches:
@@ -164,19 +173,22 @@ class Workbench:
         data, target = experiment.data, experiment.recipe.target
         validation = self.validation_of(experiment)
         example = next(iter(validation)).images[:1]
-        export(model, example, file, classes=data.classes, batch=batch_for(model, target))
-        metric = search_metric.of_file(file, target.runtime, validation, experiment)
-        return Exported(file, metric, costs(model, example).macs, file.stat().st_size)
+        assert data.mean is not None
+        assert data.std is not None
+        batch = batch_for(model, target)
+        export(model, example, file, classes=data.classes, normalization=(data.mean, data.std), batch=batch)
+        measured = search_metric.of_file(file, target.runtime, validation, experiment)
+        return Exported(file, measured.metric, costs(model, example).macs, file.stat().st_size, measured.right)
 
-    def metric(self, file: Path, runtime: str, precision: str | None = None) -> float:
-        """The metric of a file on the validation images."""
+    def measured(self, file: Path, runtime: str, precision: str | None = None) -> Measured:
+        """The metric of a file of the original on the validation images."""
         return search_metric.of_file(file, runtime, self.validation, self.experiment, precision)
 
     def test_metric(self, candidate: Candidate, file: Path) -> float:
         """The metric of a candidate's file on the test images."""
         experiment = self.experiment_of(candidate, (candidate.rounding,))
         test = experiment.batches(experiment.data.test, experiment.evaluation_batch)
-        return search_metric.of_file(file, experiment.recipe.target.runtime, test, experiment)
+        return search_metric.of_file(file, experiment.recipe.target.runtime, test, experiment).metric
 
     def example(self, candidate: Candidate) -> Array:
         """One image (1, C, H, W) of a candidate's size."""
@@ -207,55 +219,11 @@ class Workbench:
         batches = experiment.training_batches(stage)
         return fit(attachment, batches, stage, steps=steps, teacher=experiment.teacher).seconds / steps
 
-    def stage(self, candidate: Candidate, name: str, steps: int, model: nn.Module) -> Stage:
-        """A training stage with soft targets, and with a feature loss if the networks have feature maps.
-
-        Args:
-            candidate: the candidate.
-            name: name of the stage; the stage `quantize` trains with learned steps of the grids.
-            steps: largest number of optimizer steps.
-            model: the network as it enters the stage.
-        """
+    def stage(self, candidate: Candidate, name: str, steps: int, model: nn.Module, *, settled: bool = False) -> Stage:
+        """A training stage for a candidate; see `training_stage`."""
         experiment = self.experiment_of(candidate, (candidate.rounding,))
         fresh = not candidate.inherits and self.students[candidate.network] is None
-        quantizes = name == candidate.rounding.name
-        rate = QUANTIZED_RATE if quantizes else FRESH_RATE if fresh else INHERITED_RATE
-        adam = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # pyright: ignore[reportPrivateUsage]
-        batch_size = max(2, min(128, len(experiment.data.train) // _FEWEST_BATCHES))
-        options: dict[str, Any] = {
-            "name": name,
-            "steps": steps,
-            "batch_size": batch_size,
-            "optimizer": OptimizerOptions(name="adamw", learning_rate=_ADAM_SHARE * rate, weight_decay=0.05)
-            if adam
-            else OptimizerOptions(learning_rate=rate),
-        }
-        if quantizes:
-            return self._attachable(experiment, model, options, ({"lsq": {}},), ((SOFT_TARGETS,), ()))
-        if fresh:
-            epoch = steps_per_epoch(experiment.training_batches(Stage(**options)), Stage(**options))
-            options["lr_schedule"] = LearningRateSchedule(warmup_epochs=round(_WARMUP * steps / epoch, 3))
-        features = ((SAME_CHANNELS,), (OTHER_CHANNELS,), ())
-        taught = [(*soft, *each) for soft in ((SOFT_TARGETS,), ()) for each in features]
-        return self._attachable(experiment, model, options, (), taught)
-
-    @staticmethod
-    def _attachable(
-        experiment: Experiment,
-        model: nn.Module,
-        options: dict[str, Any],
-        methods: tuple[dict[str, Any], ...],
-        more: Sequence[tuple[dict[str, Any], ...]],
-    ) -> Stage:
-        """The stage with the first loss in `more` that fits the networks and the task."""
-        for losses in more[:-1]:
-            stage = Stage(**options, methods=(*methods, *losses))
-            try:
-                attach(experiment, stage, copy.deepcopy(model), NO_PROGRESS)
-            except InputError:
-                continue
-            return stage
-        return Stage(**options, methods=(*methods, *more[-1]))
+        return training_stage(experiment, name, steps, model, fresh=fresh, settled=settled)
 
     def student(self, name: str) -> nn.Module:
         """Build a student, with its weights if there is a file; an `InputError` says why it cannot be built."""
@@ -285,14 +253,5 @@ class Workbench:
             recipe, data = self.experiment.recipe, self.experiment.data
             source = recipe.data.model_dump(exclude={"augment", "mean", "std", "image_size"})
             loaded = load(seed=recipe.seed, **source, image_size=pixels, mean=data.mean, std=data.std)
-            self._resized[pixels] = loaded
+            self._resized[pixels] = self._with_halves(loaded) if self.tests_choose else loaded
         return self._resized[pixels]
-
-
-def as_made(stage: Stage, steps: int) -> Stage:
-    """The stage with the number of steps that were made; the warm-up keeps its share of them."""
-    schedule = stage.lr_schedule
-    warmup = math.floor(1000 * schedule.warmup_epochs * steps / stage.steps) / 1000
-    return stage.model_copy(
-        update={"steps": steps, "lr_schedule": schedule.model_copy(update={"warmup_epochs": warmup})}
-    )

@@ -1,0 +1,117 @@
+"""Which candidates are trained, and which of them are trained further.
+
+Without a limit on the drop, the candidates with the best expected metric are promoted. With one, it is the expected
+improvement (Jones et al., "Efficient Global Optimization of Expensive Black-Box Functions", 1998): the probability that
+the candidate ends within the drop, times the logarithm of its speedup over the fastest point within the budget so far.
+The probability is raised to a power above 1, because a candidate that misses the drop gains nothing: of two candidates
+with the same expected improvement, the safer one is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tersor.search.candidate import Candidate
+from tersor.search.front import Point, distance, front, rank, violations
+from tersor.search.learning_curves import expected
+from tersor.search.search_context import Search
+from tersor.search.study import Record
+
+_MUCH_FASTER, _FASTER = 0.85, 0.97
+"""A candidate is worth training below these shares of the latency of the fastest free baseline; the first if any is."""
+_STUDENTS = 3
+"""One in so many of the first candidates is a student, if there are enough changes of the original."""
+_PROMISING = 0.4
+"""A change of the original is worth training from this share of the original's metric on, if there are such."""
+_DOUBT = 0.2
+"""One standard error of the expected gain by training, relative to that gain."""
+_CAUTION = {False: 1.5, True: 2.0}
+"""Exponent of the probability in the expected improvement, before the last training and for it."""
+_LEAST_GAIN = 0.01
+
+
+def entrants(search: Search, count: int) -> list[Record]:
+    """Surveyed candidates to train: the Pareto front and the students, evenly spread over the latencies."""
+    records = [record for record in search.study.records() if not record.rung]
+    free = min(point.mean_ms for point in search.points if point.free)
+    smaller = search.budget.megabytes is not None
+    for share in (_MUCH_FASTER, _FASTER):
+        faster = [
+            record for record in records if record.point.mean_ms < share * free or (smaller and record.of.bits != "8")
+        ]
+        if len(faster) >= count:
+            break
+    fitting = [record for record in faster if not _fixed(search, record.point)] or faster
+    inherited = _promising(search, [record for record in fitting if record.of.inherits])
+    students = [record for record in fitting if not record.of.inherits]
+    least = -(-count // _STUDENTS) if count > 1 else 0
+    chosen = _spread(students, min(len(students), max(least, count - len(inherited))))
+    chosen += _spread(inherited, count - len(chosen))
+    if not chosen and count:  # nothing is faster: the original in 8 bits
+        chosen = [record for record in records if record.of == Candidate()]
+    return chosen
+
+
+def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:
+    """Changes of the original that no other one dominates, without those that have lost most of the metric."""
+    kept = {point.name for point in front(record.point for record in inherited)}
+    best = [record for record in inherited if record.point.name in kept]
+    return [record for record in best if record.point.validation >= _PROMISING * search.reference] or best
+
+
+def _fixed(search: Search, point: Point) -> dict[str, float]:
+    """The limits on latency and size that a point exceeds, which training does not change."""
+    lacking = violations(point, search.budget, search.reference)
+    return {name: value for name, value in lacking.items() if name != "drop"}
+
+
+def _spread(records: Sequence[Record], count: int) -> list[Record]:
+    """`count` records, evenly spaced in the order of their latency."""
+    ordered = sorted(records, key=lambda record: record.point.mean_ms)
+    if count >= len(ordered):
+        return ordered
+    return [ordered[int((place + 0.5) * len(ordered) / count)] for place in range(count)]
+
+
+def promoted(
+    search: Search, trained: Sequence[Record], count: int, seconds: float, *, last: bool = False
+) -> list[Record]:
+    """The candidates of the next rung. If there are several, the best student and the best change of the original stay.
+
+    Args:
+        search: the search.
+        trained: the candidates so far.
+        count: number of candidates of the next rung.
+        seconds: time for which the best one is expected to be trained further.
+        last: whether it is the last training.
+    """
+    metrics = {record.point.name: expected(search, record, record.point.seconds + seconds) for record in trained}
+    ordered = sorted(trained, key=lambda record: _key(search, record, metrics, last=last))
+    if count > 1:
+        firsts = [next((each for each in ordered if each.of.inherits is kind), None) for kind in (True, False)]
+        kept = [each for each in ordered if each in firsts]
+        ordered = kept + [each for each in ordered if each not in kept]
+    return ordered[:count]
+
+
+def _key(search: Search, record: Record, metrics: Mapping[str, float], *, last: bool) -> tuple[float, ...]:
+    """A sort key, smaller for better candidates; `metrics` are the expected ones, by the name of the point."""
+    metric = metrics[record.point.name]
+    order = rank(record.point.model_copy(update={"validation": metric}), search.budget, search.reference)
+    if search.budget.points is None:
+        return order
+    gain = improvement(search, record, metric, power=_CAUTION[last])
+    return distance(_fixed(search, record.point)), -gain if gain > _LEAST_GAIN else 0.0, *order
+
+
+def improvement(search: Search, record: Record, metric: float, power: float = 1.0) -> float:
+    """The probability to this power that a candidate with this expected metric is within the drop, times its gain."""
+    assert search.budget.points is not None
+    within = [point for point in search.points if not violations(point, search.budget, search.reference)]
+    before = min((point.mean_ms for point in within), default=max(point.mean_ms for point in search.points))
+    gained = math.log(before / record.point.mean_ms)
+    error = math.hypot(record.point.drop_error, _DOUBT * (metric - record.point.validation))
+    margin = metric - (search.reference - search.budget.points)
+    probability = (1 + math.erf(margin / (math.sqrt(2) * max(error, 1e-9)))) / 2
+    return max(0.0, gained) * probability**power

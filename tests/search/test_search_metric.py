@@ -1,0 +1,37 @@
+"""The metric of a search and its errors."""
+
+import numpy as np
+import pytest
+
+from tersor.core.errors import InputError
+from tersor.search.search_metric import error_of_drop, measures_accuracy, refuse_other_metrics, standard_error
+from tersor.tasks.classification import Classification
+from tersor.tasks.functions import FromFunctions
+from tersor.tasks.regression import Regression
+from tersor.tasks.segmentation import Segmentation
+
+
+def test_the_error_of_a_drop_is_that_of_paired_differences():
+    draw = np.random.default_rng(0)
+    original = draw.random(1000) < 0.9
+    changed = original ^ (draw.random(1000) < 0.05)
+    drops = [100 * (changed[index].mean() - original[index].mean()) for index in draw.integers(0, 1000, (2000, 1000))]
+    assert error_of_drop(changed, original, 90.0, 1000) == pytest.approx(np.std(drops), rel=0.1)
+    assert error_of_drop(changed, original, 90.0, 1000) < standard_error(90.0, 1000)
+    assert 0 < error_of_drop(original, original, 90.0, 1000) < 0.2
+
+
+def test_without_predictions_of_both_it_is_the_error_of_the_metric():
+    assert error_of_drop(None, np.ones(9, bool), 80.0, 100) == pytest.approx(4.0)
+
+
+def test_a_loss_of_the_user_keeps_the_accuracy_and_a_metric_does_not():
+    assert measures_accuracy(FromFunctions(Classification(), lambda *_: None, None))
+    assert not measures_accuracy(FromFunctions(Classification(), None, lambda *_: 0.5))
+    assert not measures_accuracy(Segmentation())
+
+
+def test_errors_are_refused_and_shares_of_the_user_are_not():
+    refuse_other_metrics(FromFunctions(Segmentation(), None, lambda *_: 0.5))
+    with pytest.raises(InputError, match="better when higher"):
+        refuse_other_metrics(Regression())
