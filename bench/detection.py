@@ -62,7 +62,7 @@ def recipe(stage: dict[str, Any], learning_rate: float, seed: int, weights: Path
             "model": model if weights is None else {**model, "weights": weights},
             "data": {"name": "detection_network:cells", "augment": AUGMENT},
             "seed": seed,
-            "checkpoint_every": 100,
+            "checkpoint_every": 25,
             "stages": [{"name": "train", "optimizer": optimizer, **options, **stage}],
         }
     )
