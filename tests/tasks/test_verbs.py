@@ -70,6 +70,15 @@ def test_a_network_of_no_known_task_is_compressed_without_labels(tmp_path):
     assert 0 < found["artifact"]["relative error"] < 80 * before**0.5  # of 100, without distillation
 
 
+@pytest.mark.parametrize(("given", "rate"), [({}, 0.0005), ({"learning_rate": 0.002}, 0.002)])
+def test_the_first_step_of_adamw_moves_weights_by_the_learning_rate(given, rate):
+    student, loader = network("segmentation"), batches("segmentation", 8)
+    before = copy.deepcopy(student)
+    tersor.distill(student, copy.deepcopy(student), loader, optimizer="adamw", task="segmentation", **given)
+    moved = [(a - b).detach().abs().max() for a, b in zip(student.parameters(), before.parameters(), strict=True)]
+    assert float(torch.stack(moved).max()) == pytest.approx(rate, rel=0.05)
+
+
 def wrong_loss(outputs, targets):
     return outputs.no_such_method() + targets
 
