@@ -38,7 +38,7 @@ from tersor.evaluation.session import Array, Session, open_session
 from tersor.recipe import Recipe
 
 RESULT = "detection"
-EPOCHS, FINE_TUNING = 30, 10
+EPOCHS, FINE_TUNING = 40, 10
 KEEP = 0.5
 DRAWS, CALIBRATION = 3, 128
 """Draws of calibration images."""
@@ -75,7 +75,7 @@ def trained(seed: int, *, halved: bool) -> Path:
     if halved:
         stage = {"epochs": FINE_TUNING, "methods": [{"channel_pruning": {"keep_macs": KEEP}}]}
         made = recipe(stage, 0.0003, seed, trained(seed, halved=False) / "model.safetensors")
-    return kept(made, RESULT, lambda: training.walked(made, RESULT, cells())[0].model)
+    return kept(made, f"{RESULT} {SIZE}", lambda: training.walked(made, RESULT, cells())[0].model)
 
 
 @cache

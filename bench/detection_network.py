@@ -30,7 +30,7 @@ from tersor.tasks.detection import Detection
 
 CLASSES = 4
 """Background, platelets, red and white cells."""
-SIZE = (128, 160)
+SIZE = (160, 192)
 """Height and width of the images, multiples of 32; the photographs have (480, 640)."""
 STRIDES = (8, 16, 32)
 WIDTH = 64
