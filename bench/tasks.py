@@ -43,7 +43,7 @@ EPOCHS = 5
 KEEP = 0.5
 DRAWS = 3
 """Draws of 300 calibration images."""
-LOOPS = ("verbs", "own loop", "torch-pruning")
+LOOPS = ("verbs", "verbs, AdamW", "own loop", "torch-pruning")
 """Other ways than the recipe to halve the UNet."""
 Runtime = Literal["onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
@@ -82,13 +82,17 @@ def network(subject: Subject, seed: int, way: str | None) -> nn.Module:
     recipe = subject.recipe(stage, seed, folder_of_original / "model.safetensors")
     batches = subject.batches(seed)
 
-    def by_the_verbs() -> nn.Module:
+    def by_the_verbs(**options: Any) -> nn.Module:
         pruned = tersor.prune(teacher, batches, keep_macs=KEEP)
-        return tersor.distill(pruned, teacher, batches, epochs=EPOCHS, learning_rate=0.02, task=subject.task)
+        return tersor.distill(pruned, teacher, batches, epochs=EPOCHS, task=subject.task, **options)
+
+    as_in_the_recipe: dict[str, Any] = {"optimizer": "adamw", "learning_rate": subject.learning_rate / 3}
+    as_in_the_recipe |= {"temperature": 2, "loss_weight": 0.5, "label_weight": 0.5}
 
     made: dict[str, Callable[[], nn.Module]] = {
         "recipe": lambda: training.walked(recipe, RESULT, subject.data())[0].model,
-        "verbs": by_the_verbs,
+        "verbs": lambda: by_the_verbs(learning_rate=0.02),
+        "verbs, AdamW": lambda: by_the_verbs(**as_in_the_recipe),
         "own loop": lambda: tuned(tersor.prune(teacher, batches, keep_macs=KEEP), teacher, subject, batches),
     }
     if way == "torch-pruning":  # `tersor.load` could not rebuild it

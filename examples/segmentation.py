@@ -41,7 +41,8 @@ def main(folder: Path, epochs: int = 40, images: int = 1800) -> None:
     tersor.export(model, example, folder / "original.onnx")
 
     small = tersor.prune(model, batches, keep_macs=0.5)
-    small = tersor.distill(small, model, batches, epochs=max(1, epochs // 8), task="segmentation")
+    options = {"optimizer": "adamw", "temperature": 2, "loss_weight": 0.5, "label_weight": 0.5}
+    small = tersor.distill(small, model, batches, epochs=max(1, epochs // 8), task="segmentation", **options)
     small = tersor.quantize(small, batches, task="segmentation")
     tersor.export(small, example, folder / "model.onnx", classes=scenes.classes)
 

@@ -114,6 +114,7 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
             "returns a tuple of shape",
         ),
         (lambda model, loader: tersor.distill(model, None, loader), "is a NoneType"),
+        (lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, optimizer="adam"), "or 'adamw'"),
         (lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, epochs=1.5), "whole number"),
         (
             lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, loss_weight=0, label_weight=0),

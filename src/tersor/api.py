@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -140,7 +140,8 @@ def distill(
     temperature: float = 4.0,
     loss_weight: float = 0.9,
     label_weight: float = 0.1,
-    learning_rate: float = 0.05,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    learning_rate: float | None = None,
     progress: ProgressReporter | None = None,
     task: str | Task | None = None,
     loss: Loss | None = None,
@@ -158,7 +159,8 @@ def distill(
         temperature: temperature T of the softened outputs.
         loss_weight: weight of the loss between student and teacher.
         label_weight: weight of the task's loss, such as the cross entropy with the labels.
-        learning_rate: peak learning rate of SGD with momentum and cosine decay.
+        optimizer: SGD with momentum, or AdamW; usually the one that the teacher was trained with.
+        learning_rate: its peak, before cosine decay; by default 0.05 for sgd and 0.0005 for adamw.
         progress: receives the progress.
         task: what the networks are for; by default classification, if they return logits (N, classes).
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
@@ -173,7 +175,8 @@ def distill(
     if not isinstance(epochs, int) or epochs < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"epochs is {epochs}. Write a whole number, 1 or more.")
     method = _made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
-    training = Training(optimizer=_made(OptimizerOptions, learning_rate=learning_rate))
+    rate = {"sgd": 0.05, "adamw": 0.0005}.get(optimizer) if learning_rate is None else learning_rate
+    training = Training(optimizer=_made(OptimizerOptions, name=optimizer, learning_rate=rate))
     asked = task_of(task, loss)
     return train_on_outputs(student, teacher, loader, method, training, epochs=epochs, task=asked, progress=progress)
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tersor.core.errors import InputError
+from tersor.data import Batches, load
 from tersor.data.decoding import ImageFormat
 from tersor.data.image_folder import from_folder
 
@@ -154,3 +155,30 @@ def test_real_photographs(tmp_path):
     photographs = everything(splits.train).float()
     neighbours = (photographs[..., 1:] - photographs[..., :-1]).abs().mean()
     assert 2 < neighbours < 25  # noise would differ by 85
+
+
+def test_images_without_classes_have_no_targets_and_get_a_test_set(draw_images):
+    folder = draw_images("", 10)
+    splits = from_folder(folder, ImageFormat())
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (8, 0, 2)
+    assert splits.classes == ()
+    assert splits.train.targets is None
+    assert splits.test.targets_at(torch.arange(2)) is None
+    whole = torch.cat([everything(splits.train), everything(splits.test)])
+    assert len(whole.flatten(1).unique(dim=0)) == 10
+
+
+def test_sets_of_images_without_classes(draw_images):
+    for name, count in (("train", 5), ("val", 2), ("test", 3)):
+        folder = draw_images(name, count)
+    splits = load(folder=folder)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (5, 2, 3)
+    (batch,) = Batches(splits.test, 3, mean=splits.mean, std=splits.std)
+    assert batch.targets is None
+    assert batch.images.shape == (3, 3, 4, 6)
+
+
+def test_one_set_has_classes_and_the_other_none(draw_images):
+    draw_images("train", 5)
+    with pytest.raises(InputError, match="train' holds no class folders"):
+        from_folder(draw_images("test/cat", 3), ImageFormat())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from importlib.util import find_spec
 
 import pytest
@@ -110,6 +111,27 @@ def test_the_baseline_is_the_fastest_candidate_of_a_batch_size(run):
     }
     assert speedup == {"original": [2, 4, 4], "baseline": [2, 3, 2]}
     assert wanted == [pytest.approx([2, 2]), pytest.approx([4, 3]), pytest.approx([4, 2])]
+
+
+def test_no_session_that_ran_the_test_set_is_open_while_latency_is_measured(run, monkeypatch):
+    """It would keep the memory of its largest batch."""
+    ran, still_open = [], []
+    predictions, say = module.file_predictions, NullProgress.say
+
+    def remembered(session, *given):
+        ran.append(weakref.ref(session))
+        return predictions(session, *given)
+
+    def said(self, text):
+        if text.startswith("latency"):
+            still_open.extend(each() for each in ran if each() is not None)
+        say(self, text)
+
+    monkeypatch.setattr(module, "file_predictions", remembered)
+    monkeypatch.setattr(NullProgress, "say", said)
+    run("onnxruntime", ["onnxruntime"])
+    assert len(ran) == 3
+    assert not still_open
 
 
 def test_where_one_runtime_is_installed_the_original_is_the_baseline(run):

@@ -12,6 +12,7 @@ from tersor.data.batch import Batch
 from tersor.graph.capture import capture
 from tersor.graph.parametrization import parametrization_input
 from tersor.methods.weight_pruning import WeightPruning
+from tersor.quantization import sensitivity as measurement
 from tersor.quantization.grid import Grid
 from tersor.quantization.observers import weight_grid
 from tersor.quantization.quantizer_options import Precision
@@ -157,3 +158,16 @@ def test_the_drop_is_in_the_metric_of_the_task(task):
     lost = abs(goal.score([(after, targets)]) - goal.score([(before, targets)]))
     assert cost.drop == pytest.approx(lost, rel=1e-4)
     assert cost.drop > 0
+
+
+@pytest.mark.parametrize("kept", [0, 7 * 5 * 4])
+def test_outputs_that_are_not_kept_are_computed_again(monkeypatch, kept):
+    """With no room, and with room for the outputs of the first batch."""
+    x = images()
+    data, asked = [(x[:7], torch.zeros(7).long()), (x[7:], torch.ones(5).long())], [("conv1", 2), ("linear", 3)]
+    expected = list(sensitivity(laid(), data, asked, target=VNNI))
+    monkeypatch.setattr(measurement, "KEPT_BYTES", kept)
+    quantizers = laid()
+    assert list(sensitivity(quantizers, data, asked, target=VNNI)) == expected
+    assert all(cost.error > 0 for cost in expected)
+    assert not quantizers.enabled

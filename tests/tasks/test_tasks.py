@@ -192,6 +192,14 @@ def test_distance_is_the_relative_error_over_all_tensors_of_the_outputs():
         task.loss(outputs, outputs["a"])
 
 
+def test_an_error_inside_a_task_of_the_user_is_one_message_with_its_line():
+    outputs = {"values": torch.ones(2)}
+    with pytest.raises(InputError, match=rf"loss of Own failed in {__file__}, line \d+ .*: RuntimeError: The size"):
+        Own().loss(outputs, torch.ones(3))
+    with pytest.raises(InputError, match=rf"score of Own failed in {__file__}, line \d+ .*: KeyError: 'values'"):
+        Own().score([({}, torch.ones(2))])
+
+
 def test_the_objective_takes_the_targets_from_the_original():
     student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     batch = Batch(torch.randn(2, 4))

@@ -70,6 +70,37 @@ def test_a_network_of_no_known_task_is_compressed_without_labels(tmp_path):
     assert 0 < found["artifact"]["relative error"] < 80 * before**0.5  # of 100, without distillation
 
 
+@pytest.mark.parametrize(("given", "rate"), [({}, 0.0005), ({"learning_rate": 0.002}, 0.002)])
+def test_the_first_step_of_adamw_moves_weights_by_the_learning_rate(given, rate):
+    student, loader = network("segmentation"), batches("segmentation", 8)
+    before = copy.deepcopy(student)
+    tersor.distill(student, copy.deepcopy(student), loader, optimizer="adamw", task="segmentation", **given)
+    moved = [(a - b).detach().abs().max() for a, b in zip(student.parameters(), before.parameters(), strict=True)]
+    assert float(torch.stack(moved).max()) == pytest.approx(rate, rel=0.05)
+
+
+def wrong_loss(outputs, targets):
+    return outputs.no_such_method() + targets
+
+
+def test_an_error_inside_a_loss_is_one_message_with_its_line():
+    line = wrong_loss.__code__.co_firstlineno + 1
+    words = f"the loss wrong_loss failed in {__file__}, line {line} .*: AttributeError: 'Tensor' object has no"
+    with pytest.raises(InputError, match=words):
+        tersor.distill(network("regression"), network("regression"), batches("regression"), loss=wrong_loss)
+
+
+def test_an_error_inside_a_metric_is_one_message_with_its_line(tmp_path):
+    model, loader = network("regression"), batches("regression")
+    path = tersor.export(model, loader[0][0], tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=rf"the metric wrong_metric failed in {__file__}, line .*: KeyError: 'scores'"):
+        tersor.compare(path, path, loader, seconds=0.01, metric=wrong_metric)
+
+
+def wrong_metric(outputs, targets):
+    return {"values": outputs - targets}["scores"]
+
+
 def test_distill_takes_a_loss_and_targets_of_any_kind():
     student, teacher, seen = network("regression"), network("regression"), []
 

@@ -20,6 +20,13 @@ _OUT_OF_MEMORY = re.compile(
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error says that there was not enough memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    )
+
+
 @contextmanager
 def enough_memory(remedy: str) -> Generator[None]:
     """Turn out-of-memory errors into one message.
@@ -33,7 +40,7 @@ def enough_memory(remedy: str) -> Generator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or ["MemoryError"])[0][:200]
         raise InputError(f"there is not enough memory: {reason} {remedy}") from error

@@ -1,4 +1,4 @@
-"""Folders of image files with one subfolder per class."""
+"""Folders of image files, with one subfolder per class or without classes."""
 
 # Not torchvision's ImageFolder, which takes hidden folders for classes and files such as "._1.png" for images.
 
@@ -23,11 +23,16 @@ def from_folder(folder: Path, form: ImageFormat) -> Splits:
     subfolders is split: the test set is a fifth of every class, always the same. Classes are numbered in the order of
     their names. Hidden files and files without an image suffix are ignored.
 
+    If none of the sets has subfolders, as in `folder/*.jpg` or `folder/{train,test}/*.jpg`, the images have no targets.
+
     Raises:
         InputError: the folder, `train` or `test` does not exist, a class has no image, the classes of the sets differ,
             or the first image cannot be decoded.
     """
     sets = set_folders(folder)
+    places = {"all": folder} if sets is None else sets
+    if all(_is_flat(place) for place in places.values()):
+        return _without_classes({name: _unlabelled(place, form) for name, place in places.items()})
     if sets is None:
         files = _class_files(folder)
         return with_test_set(_images(tuple(files), files, form), tuple(files))
@@ -42,6 +47,22 @@ def from_folder(folder: Path, form: ImageFormat) -> Splits:
         )
     train = _images(classes, train_files, form)
     return Splits(train, _set_of(classes, sets["val"], form) if "val" in sets else none_of(train), test, classes)
+
+
+def _is_flat(folder: Path) -> bool:
+    """Whether there are images in the folder, and no subfolders."""
+    return not subfolders(folder) and bool(_image_files(folder))
+
+
+def _unlabelled(folder: Path, form: ImageFormat) -> Decoded:
+    files = _image_files(folder)
+    return Decoded(None, lambda number: read_file(files[number], form), count=len(files))
+
+
+def _without_classes(sets: dict[str, Decoded]) -> Splits:
+    if "all" in sets:
+        return with_test_set(sets["all"], ())
+    return Splits(sets["train"], sets.get("val") or none_of(sets["train"]), sets["test"], ())
 
 
 def _set_of(classes: tuple[str, ...], folder: Path, form: ImageFormat) -> Decoded:

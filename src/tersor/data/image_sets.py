@@ -152,18 +152,22 @@ class Decoded:
     """Images decoded at every call.
 
     Args:
-        targets: see `Images`; not None.
+        targets: see `Images`.
         read: number of an image -> its pixels (H, W, C) uint8 or uint16; called from several threads if `threads` > 1.
         threads: number of images decoded in parallel.
+        count: N, where there are no targets.
 
     Raises:
         InputError: there is no image, or `read` raises it for the first one.
     """
 
-    def __init__(self, targets: Any, read: Callable[[int], NDArray[Any]], threads: int = THREADS) -> None:
-        if not len(targets):
+    def __init__(
+        self, targets: Any, read: Callable[[int], NDArray[Any]], threads: int = THREADS, *, count: int = 0
+    ) -> None:
+        self.targets: Any = targets
+        self._count = count if targets is None else len(targets)
+        if not self._count:
             raise InputError("a data set has no images. At least two training images and one test image are needed.")
-        self.targets = targets
         self._read = read
         self._threads = threads
         first = read(0)
@@ -173,7 +177,7 @@ class Decoded:
         self._dtype = first.dtype
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self._count
 
     def take(self, index: Tensor) -> Tensor:
         """Return uint8 or uint16 (B, C, H, W) in channels_last order.

@@ -57,8 +57,8 @@ def load(
     (1294, 144, 359, (8, 8))
 
     Args:
-        folder: images in class folders (see `image_folder`), images and masks (`mask_folder`), Pascal VOC
-            (`voc_folder`) or COCO (`coco_folder`); the layout is detected from the content of the folder.
+        folder: images in class folders or without classes (see `image_folder`), images and masks (`mask_folder`),
+            Pascal VOC (`voc_folder`) or COCO (`coco_folder`); the layout is detected from the content of the folder.
         csv: a file of paths and classes or values (see `csv_file`).
         name: "digits", "scenes", a torchvision data set ("CIFAR10"), or "package.module:function", which is called with
             `root` if it accepts that, and returns `Splits`, a pair (train, test) of Datasets, or a dict of them.

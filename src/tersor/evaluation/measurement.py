@@ -237,8 +237,9 @@ def _measured(
     """Run all files on the test set, then time them."""
     progress.start("test set in the runtime", len(files))
     predictions: dict[str, Any] = {}
-    for name, session in sessions.items():
-        predictions[name] = file_predictions(session, arrays(test, target.input), task)
+    for name, file in files.items():
+        # in a session of its own: a session keeps the memory of its largest batch until it is closed
+        predictions[name] = file_predictions(file.open(), arrays(test, target.input), task)
         progress.advance()
     progress.say("latency: interleaved rounds, batch " + ", ".join(map(str, BATCH_SIZES)))
     image = next(arrays(test, target.input))[:1]

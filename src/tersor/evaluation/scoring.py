@@ -27,8 +27,9 @@ from tersor.tasks.network_outputs import in_float32
 from tersor.tasks.task import Task
 
 _IMAGES_AT_ONCE = 500
-_PIXELS_AT_ONCE = 2**22
-"""Largest number of pixels in a batch whose outputs may have as many pixels as the images."""
+_PIXELS_AT_ONCE = 2**20
+"""Largest number of pixels in a batch whose outputs may have as many pixels as the images. The UNet then needs 0.7 GB.
+"""
 _OF_A_TUPLE = re.compile(r"output_\d+")
 
 

@@ -15,9 +15,11 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.target import Target
+from tersor.data.batch import Batch
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.forward_call import run
 from tersor.quantization.grid import Grid
@@ -27,6 +29,9 @@ from tersor.tasks.calibration_batch import read_batch
 from tersor.tasks.classification import CLASSIFICATION
 from tersor.tasks.network_outputs import floats_of_both, relative_squared_error_of_all
 from tersor.tasks.task import Task
+
+KEPT_BYTES = 2**30
+"""Of the outputs in float: with maps of many classes, those of all images can exceed the memory."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,15 @@ def sensitivity(
         InputError: the data contains no image, an output is not finite, or the outputs hold no floating-point tensor.
     """
     assert not quantizers.enabled
-    exact = list(_runs(quantizers, data, task))
-    _require_finite(exact)
+    reference = _Reference(quantizers, data, task)
+    before = reference.score()
     for layer, bits in candidates:
         with _quantized(quantizers, layer, bits):
             quantizers.set_weight_grid(layer, target, weight_range, percentile)
-            found = _cost(_runs(quantizers, data, task), exact, task)
-        yield Cost(layer, bits, *found)  # outside the `with`: the network is in float while the caller runs
+            error, score = reference.compared(layer)
+        change = None if before is None or score is None else score - before
+        drop = -change if change is not None and task.higher_is_better else change
+        yield Cost(layer, bits, error, drop)  # outside the `with`: the network is in float while the caller runs
 
 
 @contextmanager
@@ -93,55 +100,83 @@ def _quantized(quantizers: Quantizers, layer: str, bits: int) -> Generator[None]
         quantizer.grid, quantizer.enabled = before, False
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Outputs of the network for a batch; predictions and targets, where there are targets."""
+class _Reference:
+    """The network in float, for the same batches again and again.
 
-    outputs: Any
-    predictions: Any
-    targets: Any
+    Its outputs are kept for the first batches, up to `KEPT_BYTES`. Those of the others are computed again each time.
+
+    Args:
+        quantizers: of the network.
+        data: as for `sensitivity`.
+        task: as for `sensitivity`.
+    """
+
+    def __init__(self, quantizers: Quantizers, data: Iterable[Any], task: Task) -> None:
+        self._quantizers = quantizers
+        self._data = data
+        self._task = task
+        self._kept: list[Any] = []
+        self._labelled = True
+
+    def score(self) -> float | None:
+        """The metric of the network in float; None without targets.
+
+        Raises:
+            InputError: there is no image, or an output is not finite.
+        """
+        images, room = 0, KEPT_BYTES
+        pairs: list[tuple[Any, Any]] = []
+        for batch in self._batches():
+            outputs = self._run(batch)
+            floats = [each for each, _ in floats_of_both(outputs, outputs)]
+            _require_finite(floats)
+            images += len(batch.images)
+            room -= sum(each.nbytes for each in floats)
+            if room >= 0:
+                self._kept.append(outputs)
+            self._labelled &= batch.targets is not None and len(batch.images) > 0
+            if self._labelled:
+                pairs.append((self._task.predictions(outputs), batch.targets))
+        if not images:
+            raise InputError("the data contains no images. Pass batches (N, C, H, W).")
+        return self._task.score(pairs) if self._labelled else None
+
+    def compared(self, layer: str) -> tuple[float, float | None]:
+        """Relative error of the outputs with the weight of `layer` quantized, and their metric."""
+        pairs: list[tuple[Any, Any]] = []
+
+        def outputs_of_both() -> Iterator[tuple[Any, Any]]:
+            for number, batch in enumerate(self._batches()):
+                now = self._run(batch)
+                if self._labelled:
+                    pairs.append((self._task.predictions(now), batch.targets))
+                yield now, self._kept[number] if number < len(self._kept) else self._in_float(layer, batch)
+
+        error = relative_squared_error_of_all(outputs_of_both())
+        return error, self._task.score(pairs) if self._labelled else None
+
+    def _batches(self) -> Iterator[Batch]:
+        with evaluating(self._quantizers.graph):
+            for batch in self._data:
+                yield read_batch(batch, self._task)
+
+    def _run(self, batch: Batch) -> Any:
+        graph = self._quantizers.graph
+        with torch.inference_mode():
+            return run(graph, batch.images.to(next(graph.parameters()).device))
+
+    def _in_float(self, layer: str, batch: Batch) -> Any:
+        quantizer = self._quantizers.of_weight(layer)
+        quantizer.enabled = False
+        try:
+            return self._run(batch)
+        finally:
+            quantizer.enabled = True
 
 
-def _runs(quantizers: Quantizers, data: Iterable[Any], task: Task) -> Iterator[_Run]:
-    graph = quantizers.graph
-    device = next(graph.parameters()).device
-    with evaluating(graph):
-        for batch in data:
-            found = read_batch(batch, task)
-            with torch.inference_mode():
-                outputs = run(graph, found.images.to(device))
-                labelled = found.targets is not None and len(found.images)
-                yield _Run(
-                    outputs, task.predictions(outputs) if labelled else None, found.targets if labelled else None
-                )
-
-
-def _require_finite(runs: list[_Run]) -> None:
-    floats = [each for run in runs for each, _ in floats_of_both(run.outputs, run.outputs)]
-    if not sum(map(len, floats)):
-        raise InputError("the data contains no images. Pass batches (N, C, H, W).")
+def _require_finite(floats: Iterable[Tensor]) -> None:
     if not all(torch.isfinite(each).all() for each in floats):
         raise InputError(
             "the network's outputs are not finite for some images. Check images and weights for NaN, infinity and very "
             "large values."
         )
-
-
-def _cost(quantized: Iterable[_Run], exact: list[_Run], task: Task) -> tuple[float, float | None]:
-    """Relative error of the outputs, and drop of the metric."""
-    labelled = all(run.targets is not None for run in exact)
-    predictions: list[Any] = []
-
-    def pairs() -> Iterator[tuple[Any, Any]]:
-        for now, before in zip(quantized, exact, strict=True):
-            predictions.append(now.predictions)
-            yield now.outputs, before.outputs
-
-    error = relative_squared_error_of_all(pairs())
-    if not labelled:
-        return error, None
-    targets = [run.targets for run in exact]
-    before, now = (
-        task.score(zip(each, targets, strict=True)) for each in ([run.predictions for run in exact], predictions)
-    )
-    return error, before - now if task.higher_is_better else now - before

@@ -25,7 +25,8 @@ class DataSource(BaseModel):
 
     model_config = PLAIN
     folder: Annotated[
-        Path | None, Field(description="class folders, images and masks, Pascal VOC or COCO, in train/ and test/")
+        Path | None,
+        Field(description="class folders, images alone, masks, Pascal VOC or COCO, in train/ and test/"),
     ] = None
     csv: Annotated[Path | None, Field(description="file with a header: path, and class, classes or values")] = None
     name: Annotated[

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.user_code import user_code
 from tersor.data.batch import Batch
 from tersor.tasks.network_outputs import described
 from tersor.tasks.task import Pairs, Task, required
@@ -29,9 +30,8 @@ class FromFunctions(Task):
         self._metric = own_metric
         self._own = own_metric is not None
         if own_metric is not None:
-            metric = getattr(own_metric, "__name__", type(own_metric).__name__)
             better = getattr(own_metric, "higher_is_better", None)
-            attributes = {"metric": metric, "unit": "", "higher_is_better": better is not False}
+            attributes = {"metric": named(own_metric), "unit": "", "higher_is_better": better is not False}
         else:
             attributes = {"metric": base.metric, "unit": base.unit, "higher_is_better": base.higher_is_better}
         attributes["from_original"] = base.from_original and own_loss is None and own_metric is None
@@ -47,7 +47,10 @@ class FromFunctions(Task):
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The user's loss."""
-        return (self._loss or self.base.loss)(outputs, targets)
+        if self._loss is None:
+            return self.base.loss(outputs, targets)
+        with user_code(f"the loss {named(self._loss)}", self._loss):
+            return self._loss(outputs, targets)
 
     def logits(self, outputs: Any) -> Tensor | None:
         """Return the logits of the base task."""
@@ -66,13 +69,17 @@ class FromFunctions(Task):
         if not self._own:
             return self.base.score(pairs)
         found = required(pairs, self)
+        with user_code(f"the metric {self.metric}", self._metric):
+            return self._scored(found)
+
+    def _scored(self, pairs: list[tuple[Any, Any]]) -> float:
         if hasattr(self._metric, "compute"):
             self._metric.reset()
-            for outputs, targets in found:
+            for outputs, targets in pairs:
                 self._metric.update(outputs, targets)
             return self._number(self._metric.compute())
-        counts = [len(targets) for _, targets in found]
-        values = [self._number(self._metric(outputs, targets)) for outputs, targets in found]
+        counts = [len(targets) for _, targets in pairs]
+        values = [self._number(self._metric(outputs, targets)) for outputs, targets in pairs]
         return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
     def _number(self, value: Any) -> float:
@@ -90,3 +97,8 @@ class FromFunctions(Task):
         if self._own:
             predictions, reference = (self.base.predictions(each) for each in (predictions, reference))
         return self.base.agreement(predictions, reference)
+
+
+def named(function: object) -> str:
+    """The name of a function, or of the class of an object that is called."""
+    return getattr(function, "__name__", type(function).__name__)

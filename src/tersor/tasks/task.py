@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tersor.core.errors import InputError
+from tersor.core.user_code import user_code
 from tersor.data.batch import Batch
 from tersor.tasks.network_outputs import described, relative_errors
 
@@ -20,6 +21,8 @@ PLAIN_VALUES = ConfigDict(extra="forbid")
 
 Pairs = Iterable[tuple[Any, Any]]
 """For each batch: predictions, and the targets."""
+
+_METHODS = {"loss", "inputs", "logits", "predictions", "score", "score_by_class", "agreement"}
 
 
 class Task:
@@ -43,6 +46,15 @@ class Task:
     boxes: ClassVar[bool] = False
     from_original: ClassVar[bool] = False
     independent_classes: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Make an error inside a user's task one message with its file and line."""
+        super().__init_subclass__()
+        if cls.__module__.startswith("tersor."):
+            return
+        for name in _METHODS & vars(cls).keys():
+            method = vars(cls)[name]
+            setattr(cls, name, user_code(f"{name} of {cls.__name__}", method)(method))
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The scalar to minimize, for the outputs in training mode."""

@@ -1,0 +1,50 @@
+import functools
+
+import pytest
+
+from tersor.core.errors import InputError
+from tersor.core.user_code import user_code
+
+
+def divided(value):
+    return 1 / value
+
+
+def outer(value):
+    return inner(value)
+
+
+def inner(value):
+    return divided(value)
+
+
+@pytest.mark.parametrize("function", [outer, functools.partial(outer)])
+def test_the_message_names_file_line_and_error(function):
+    """The line is the last one of the user's module."""
+    with pytest.raises(InputError) as raised, user_code("the loss outer", outer):
+        function(0)
+    line = divided.__code__.co_firstlineno + 1
+    assert str(raised.value) == (
+        f"the loss outer failed in {__file__}, line {line} (return 1 / value): ZeroDivisionError: division by zero"
+    )
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def out_of_memory():
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+def refused():
+    raise InputError("already clear")
+
+
+@pytest.mark.parametrize(("function", "error"), [(out_of_memory, RuntimeError), (refused, InputError)])
+def test_other_messages_stay(function, error):
+    with pytest.raises(error) as raised, user_code("the loss", function):
+        function()
+    assert "failed in" not in str(raised.value)
+
+
+def test_an_error_outside_of_the_function_stays():
+    with pytest.raises(ZeroDivisionError), user_code("the loss", pytest.raises):
+        divided(0)
