@@ -69,7 +69,7 @@ def write_evidence(search: Search, front: Front) -> None:
     targets = targets_of(experiment.batches(data.test, experiment.evaluation_batch))
     classifies = isinstance(task, Classification)
     original = copy.deepcopy(experiment.model).cpu().float().eval()
-    folded = layers_by_module(original, next(iter(search.bench.validation)).images[:2])
+    folded = layers_by_module(original, next(iter(search.bench.validation)).only_images[:2])
     others = tested if classifies else {front.original: tested[front.original]}
     evidence = {
         "peaks": [peak.model_dump() for peak in multiply_peaks(sorted({each.runtime for each in front.baselines}))],
