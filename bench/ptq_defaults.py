@@ -1,8 +1,9 @@
-"""Choose the default ranges of PTQ on training images that were not used for calibration, never on test images.
+"""Choose the defaults of PTQ on training images that were not used for calibration, never on test images.
 
 For each option, placement and draw of calibration images: the mean squared difference of the logits from FP32, relative
 to their mean square, and the prediction agreement with FP32 in percent. Computed in torch, where a quantizer rounds
-like the runtime. At few bits also the effect of corrections.
+like the runtime. At few bits also the effect of corrections; at 8 bits, the switches on networks of other families
+(`trained_networks.py`), with the points of accuracy lost and the seconds of calibration.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from functools import cache
 from typing import Any
 
@@ -24,6 +26,7 @@ from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.methods.ptq import PTQ
 from tersor.training.context import AttachContext
+from trained_networks import subjects
 
 RESULT = "ptq_defaults"
 SEEDS = (0, 1, 2)
@@ -39,6 +42,22 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"weight_range": "minmax", "activation_range": "minmax", "calibration_images": 64},
     {"weight_range": "minmax", "activation_range": "minmax", "calibration_images": 256},
 )
+_MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax"}
+SWITCHES: tuple[dict[str, Any], ...] = (
+    _MINMAX,
+    {**_MINMAX, "bias_correction": True},
+    {**_MINMAX, "variance_correction": True},
+    {**_MINMAX, "equalize": True},
+    {**_MINMAX, "equalize": True, "bias_correction": True},
+    {**_MINMAX, "weight_range": "mse"},
+    {**_MINMAX, "activation_range": "mse"},
+    {**_MINMAX, "activation_range": "percentile", "percentile": 99.99},
+    {**_MINMAX, "activation_range": "percentile", "percentile": 99.999},
+    {**_MINMAX, "activation_range": "percentile", "percentile": 99.999, "bias_correction": True},
+    {**_MINMAX, "per_channel": False},
+)
+"""At 8 bits; the first is the default without corrections."""
+
 FEW_BITS: tuple[dict[str, Any], ...] = tuple(
     {
         "bits": bits,
@@ -71,17 +90,31 @@ def logits(model: nn.Module, count: int) -> Tensor:
 
 
 @cache
+def labels(count: int) -> Tensor:
+    """Return the classes of the held-out images (count,)."""
+    drawn = Batches(cifar().validation, 250, mean=MEAN, std=STD, shuffle=True, seed=0)
+    return torch.cat([batch.targets for batch, _ in zip(drawn, range(count // 250), strict=False)])
+
+
+def correct(shown: Tensor) -> float:
+    """Return the accuracy of logits (count, 10) on the held-out images in percent."""
+    return 100 * float((shown.argmax(1) == labels(len(shown))).float().mean())
+
+
+@cache
 def reference(subject: Subject, count: int) -> Tensor:
     """Return the logits of FP32."""
     return logits(subject.network(), count)
 
 
-def quantized(subject: Subject, runtime: Any, option: dict[str, Any], seed: int) -> nn.Module:
-    """Return the network calibrated with as many images as the option says, or the default."""
+def quantized(subject: Subject, runtime: Any, option: dict[str, Any], seed: int) -> tuple[nn.Module, float]:
+    """Return the network calibrated with as many images as the option says, or the default; and the seconds."""
     images = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=seed)
-    attached = PTQ(**option).attach(subject.network(), AttachContext(data=images, target=Target(runtime=runtime)))
+    method = PTQ(**{"bias_correction": False, **option})
+    attached = method.attach(subject.network(), AttachContext(data=images, target=Target(runtime=runtime)))
+    start = time.perf_counter()
     attached.begin()
-    return attached.model
+    return attached.model, time.perf_counter() - start
 
 
 def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -> None:
@@ -94,8 +127,13 @@ def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -
     truth = reference(subject, count)
     errors: list[float] = []
     kept: list[float] = []
+    lost: list[float] = []
+    seconds: list[float] = []
     for seed in SEEDS:
-        shown = logits(quantized(subject, runtime, option, seed), count)
+        model, duration = quantized(subject, runtime, option, seed)
+        shown = logits(model, count)
+        seconds.append(duration)
+        lost.append(correct(truth) - correct(shown))
         errors.append(float((shown - truth).square().mean() / truth.square().mean()))
         kept.append(100 * float((shown.argmax(1) == truth.argmax(1)).float().mean()))
     numbers = {
@@ -103,6 +141,8 @@ def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -
         "logit_errors": errors,
         "agreement": statistics.mean(kept),
         "agreements": kept,
+        "lost": statistics.mean(lost),
+        "calibration_seconds": statistics.median(seconds),
         "n": len(SEEDS),
         "spread": rows.spread(errors),
     }
@@ -133,18 +173,24 @@ def _bits(row: rows.Row) -> str:
 def main() -> None:
     """Measure what `bench/results/ptq_defaults.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(TRAINED), choices=list(TRAINED))
-    parser.add_argument("--only", choices=["eight bits", "few bits"], help="default: both")
+    known = TRAINED | subjects()
+    parser.add_argument("--models", nargs="+", default=list(known), choices=list(known))
+    parser.add_argument("--only", choices=["eight bits", "few bits", "switches"], help="default: all")
+    parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"], help="of the switches")
     parser.add_argument("--images", type=int, default=1000, help="images to evaluate, at most 5,000")
     chosen = parser.parse_args()
     with rows.alone():
-        for option in OPTIONS if chosen.only != "few bits" else ():
-            for name in chosen.models:
+        for option in OPTIONS if chosen.only in (None, "eight bits") else ():
+            for name in TRAINED.keys() & chosen.models:
                 for runtime in ("onnxruntime", "openvino"):
                     report(TRAINED[name], runtime, option, chosen.images)
-        for option in FEW_BITS if chosen.only != "eight bits" else ():
-            for name in chosen.models:
+        for option in FEW_BITS if chosen.only in (None, "few bits") else ():
+            for name in TRAINED.keys() & chosen.models:
                 report(TRAINED[name], "onnxruntime", option, chosen.images)
+        for name in subjects().keys() & chosen.models if chosen.only in (None, "switches") else ():
+            for option in SWITCHES:
+                for runtime in chosen.runtimes:
+                    report(known[name], runtime, option, chosen.images)
     show()
 
 
