@@ -314,6 +314,16 @@ def test_equalised_first():
     assert equalised < plain / 4
 
 
+def test_switches_that_change_nothing_say_so():
+    """The only pair of layers has a tanh in between, and neither layer has a bias."""
+    model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False)).eval()
+    method = PTQ(equalize=True, bias_correction=True)
+    notes = calibrated(model, method, [torch.randn(4, 3, 8, 8)]).notes
+    assert sum("changed nothing" in note for note in notes) == 2
+    changed = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5)).eval()
+    assert not any("changed nothing" in note for note in calibrated(changed, method, [torch.randn(4, 3, 8, 8)]).notes)
+
+
 def test_biases_are_corrected():
     """Of what is left of the error, the mean is gone: of the answers too."""
 

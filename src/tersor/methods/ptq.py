@@ -23,16 +23,16 @@ products in 16 bits (AVX2 without VNNI), weight scales are widened until no chan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from tersor.data.batch import first_batch
+from tersor.data.batch import OnePass, first_batch
 from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
@@ -154,6 +154,8 @@ class PTQAttachment(Attachment):
             return
         if method.equalize:
             self._equalize(graph)
+        corrects = method.bias_correction or self._variances
+        images = self._images_to_correct_on() if corrects else None
         passes = 1 if self._activation_range == "minmax" else 2
         histograms = calibrate(
             self.quantizers,
@@ -163,7 +165,7 @@ class PTQAttachment(Attachment):
             method="ptq",
             progress=self.context.progress,
         )
-        refit = self._correction() if method.bias_correction or self._variances else _nothing
+        refit = _nothing if images is None else self._correction(images)
         self.quantizers.set_activation_grids(histograms, self._activation_range, method.percentile)
         for name in self.quantizers.layers:
             self.quantizers.set_weight_grid(name, self.context.target, self._weight_range, method.percentile)
@@ -186,16 +188,33 @@ class PTQAttachment(Attachment):
     def _equalize(self, graph: fx.GraphModule) -> None:
         """Equalizes, and undoes it if the outputs on a few images change."""
         few, self.data = few_images(self.data, next(graph.parameters()).device)
+        pairs: list[int] = []
         with checked_forward(type(graph).__name__, few, captured=True):
-            undone = undone_unless_same(graph, few, partial(equalize, graph), "cross-layer equalization")
-        self.notes += () if undone is None else (undone,)
+            undone = undone_unless_same(graph, few, lambda: pairs.append(equalize(graph)), "cross-layer equalization")
+        if undone is not None:
+            self.notes += (undone,)
+        elif not sum(pairs):
+            self.notes += (_NO_PAIRS,)
 
-    def _correction(self) -> Callable[[], None]:
+    def _images_to_correct_on(self) -> Tensor:
+        """The first images (N, C, H, W), which remain to be read."""
+        if isinstance(self.data, Iterator):
+            self.data = OnePass(self.data)
+        ahead = self.data.ahead() if isinstance(self.data, OnePass) else self.data
+        device = next(self.model.parameters()).device
+        return batch_of(first_images(ahead, self.method.calibration_images, device))
+
+    def _correction(self, images: Tensor) -> Callable[[], None]:
         """A function that corrects biases for the quantizers enabled when it is called. None may be enabled yet."""
         graph = self.quantizers.graph
-        device = next(graph.parameters()).device
-        images = batch_of(first_images(self.data, self.method.calibration_images, device))
-        return partial(correct, graph, images, moments(graph, images), variances=self._variances)
+        before = moments(graph, images)
+        if not before:
+            self.notes += (_NO_MEANS,)
+        return partial(correct, graph, images, before, variances=self._variances)
+
+
+_NO_PAIRS = "equalize changed nothing: no layer is the only reader of another layer, directly or behind a ReLU"
+_NO_MEANS = "bias_correction changed nothing: no layer has a bias or a BatchNorm behind it"
 
 
 def _nothing() -> None:
