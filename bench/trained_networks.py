@@ -123,7 +123,7 @@ def swin() -> nn.Module:
     from timm.models.swin_transformer import SwinTransformer
 
     return SwinTransformer(
-        32, 2, num_classes=CLASSES, window_size=4, embed_dim=32, depths=(2, 2, 2), num_heads=(2, 4, 8)
+        32, 2, num_classes=CLASSES, window_size=4, embed_dim=40, depths=(2, 2, 2), num_heads=(2, 4, 8)
     )
 
 
