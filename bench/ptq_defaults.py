@@ -110,8 +110,8 @@ def reference(subject: Subject, count: int) -> Tensor:
 def quantized(subject: Subject, runtime: Any, option: dict[str, Any], seed: int) -> tuple[nn.Module, float]:
     """Return the network calibrated with as many images as the option says, or the default; and the seconds."""
     images = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=seed)
-    method = PTQ(**{"bias_correction": False, **option})
-    attached = method.attach(subject.network(), AttachContext(data=images, target=Target(runtime=runtime)))
+    given: dict[str, Any] = {"bias_correction": False, **option}
+    attached = PTQ(**given).attach(subject.network(), AttachContext(data=images, target=Target(runtime=runtime)))
     start = time.perf_counter()
     attached.begin()
     return attached.model, time.perf_counter() - start

@@ -82,15 +82,20 @@ def shufflenet_v2() -> nn.Module:
     from torchvision.models import ShuffleNetV2
 
     network = ShuffleNetV2([2, 4, 2], [24, 96, 192, 384, 512], CLASSES)
-    network.maxpool = nn.Identity()
+    network.set_submodule("maxpool", nn.Identity())
     return network
 
 
 def repvgg() -> nn.Module:
     """RepVGG in its inference form: one convolution with bias per layer, whose channels differ much in range."""
+    return reparametrised(repvgg_in_training())
+
+
+def reparametrised(network: nn.Module) -> nn.Module:
+    """Return a copy with the branches of each layer added up."""
     from timm.utils.model import reparameterize_model
 
-    return reparameterize_model(repvgg_in_training())
+    return reparameterize_model(network)
 
 
 def repvgg_in_training() -> nn.Module:
@@ -146,14 +151,8 @@ class Training:
     finished: Callable[[nn.Module], nn.Module] | None = None
 
 
-def _reparametrised(network: nn.Module) -> nn.Module:
-    from timm.utils.model import reparameterize_model
-
-    return reparameterize_model(network)
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Training]] = {
-    "repvgg": (repvgg, Training(repvgg_in_training, 4, 3e-3, True, _reparametrised)),
+    "repvgg": (repvgg, Training(repvgg_in_training, 4, 3e-3, True, reparametrised)),
     "convnext": (convnext, Training(convnext, 6, 3e-3, bfloat16=True)),
     "shufflenet_v2": (shufflenet_v2, Training(shufflenet_v2, 5, 4e-3)),
     "mobilenet_v2": (mobilenet_v2, Training(mobilenet_v2, 5, 4e-3)),
