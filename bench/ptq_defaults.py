@@ -50,6 +50,8 @@ SWITCHES: tuple[dict[str, Any], ...] = (
     {**_MINMAX, "variance_correction": True},
     {**_MINMAX, "equalize": True},
     {**_MINMAX, "equalize": True, "bias_correction": True},
+    {**_MINMAX, "weight_range": "output_mse"},
+    {**_MINMAX, "weight_range": "output_mse", "bias_correction": True},
     {**_MINMAX, "weight_range": "mse"},
     {**_MINMAX, "activation_range": "mse"},
     {**_MINMAX, "activation_range": "percentile", "percentile": 99.99},
