@@ -197,9 +197,9 @@ def test_mse_weights_round_with_less_error():
 @pytest.mark.parametrize(
     ("left", "written"),
     [
-        ({}, {"weight_range": "minmax", "activation_range": "minmax", "variance_correction": False}),
+        ({}, {"weight_range": "output_mse", "activation_range": "minmax", "variance_correction": False}),
         ({"bits": 4}, {"weight_range": "mse", "activation_range": "mse", "variance_correction": True}),
-        ({"activation_bits": 4}, {"weight_range": "minmax", "activation_range": "mse", "variance_correction": False}),
+        ({"activation_bits": 4}, {"weight_range": "output_mse", "activation_range": "mse"}),
         ({"bits": 4, "variance_correction": False}, {"weight_range": "minmax", "activation_range": "mse"}),
     ],
 )
@@ -467,7 +467,7 @@ def test_begin_does_nothing_a_second_time():
 def test_calibration_changes_no_statistics_even_of_a_network_in_training():
     model = Small().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    graph = calibrated(model).model
+    graph = calibrated(model, PTQ(bias_correction=False)).model
     found = {key.replace("parametrizations.weight.original", "weight"): v for key, v in graph.state_dict().items()}
     assert all(torch.equal(found[key], value) for key, value in before.items())
 

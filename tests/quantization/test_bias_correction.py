@@ -57,7 +57,8 @@ def images(count=48, seed=1):
 
 
 def rounded(model, bits=3, x=None):
-    attached = PTQ(bits=bits, first_last_bits=bits, activation_bits=6, variance_correction=False).attach(
+    corrections = {"bias_correction": False, "variance_correction": False}
+    attached = PTQ(bits=bits, first_last_bits=bits, activation_bits=6, **corrections).attach(
         model.eval(), AttachContext(data=[images() if x is None else x], target=Target(cpu="vnni"))
     )
     attached.begin()

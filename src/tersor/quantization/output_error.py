@@ -54,9 +54,10 @@ def input_energies(quantizers: Quantizers, images: Tensor) -> dict[str, Tensor]:
     found: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def record(layer: nn.Module, inputs: tuple[Any, ...], *, name: str) -> None:
-        values = inputs[0].float().square()
-        channels = 1 if isinstance(layer, Convolution) and values.ndim == layer.weight.ndim else -1
-        found[name].append(values.movedim(channels, -1).flatten(0, -2).mean(0))
+        assert isinstance(layer, Layer)
+        channels = 1 - layer.weight.ndim if isinstance(layer, Convolution) else -1
+        values = inputs[0].float().movedim(channels, -1)
+        found[name].append(values.reshape(-1, values.shape[-1]).square().mean(0))
 
     graph = quantizers.graph
     hooks = [
