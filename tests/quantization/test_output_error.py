@@ -51,6 +51,7 @@ def with_an_outlier():
     return model.eval()
 
 
+@torch.no_grad()
 def error(weight_range, **options):
     model = with_an_outlier()
     before = model(images())
@@ -67,6 +68,7 @@ def test_a_weight_whose_input_is_always_zero_does_not_widen_the_range(options):
     assert error("output_mse", **options) < 1e-3
 
 
+@torch.no_grad()
 def test_ranges_without_outliers_lose_nothing():
     x, model = images(64), grouped()
     before = model(x)
