@@ -53,6 +53,8 @@ from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
+AnyWeightRange = WeightRange | Literal["output_mse"]
+
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class PTQ(CalibrationOptions, BitOptions):
@@ -71,7 +73,7 @@ class PTQ(CalibrationOptions, BitOptions):
         bool, Field(description="symmetric weight grids; if false, weights of fewer than 8 bits get a zero point")
     ] = True
     weight_range: Annotated[
-        WeightRange | Literal["output_mse"] | None,
+        AnyWeightRange | None,
         Field(
             description="how a weight's range is chosen; output_mse: by the squared error of the layer's output; "
             "default: mse with variance_correction, else output_mse at 8 bits, minmax below"
@@ -132,8 +134,8 @@ class PTQAttachment(Attachment):
         has_norms = any(isinstance(each, Norm) for each in quantizers.graph.modules())
         default = method.bits < 8 and has_norms
         self._variances = default if method.variance_correction is None else method.variance_correction
-        plain = "output_mse" if method.bits == BYTE else "minmax"
-        self._weight_range = method.weight_range or ("mse" if self._variances else plain)
+        plain: AnyWeightRange = "output_mse" if method.bits == BYTE else "minmax"
+        self._weight_range: AnyWeightRange = method.weight_range or ("mse" if self._variances else plain)
         self._activation_range: Range = method.activation_range or (
             "mse" if min(method.bits, method.activation_bits) < 8 else "minmax"
         )
