@@ -4,9 +4,9 @@ With uncorrelated inputs x_i, rounding w to w_hat changes a channel's output by
 
     E[(sum_i (w_hat_i - w_i) x_i)^2] = sum_i (w_hat_i - w_i)^2 E[x_i^2]
 
-A channel of a re-parametrized network (RepVGG) may have one weight a hundred times larger than
-all others, on an input that is always zero: the BatchNorm of the identity branch divides by its variance. A range that
-spans this weight rounds the others to zero. The diagonal of GPTQ's Hessian (Frantar et al., ICLR 2023) is the same
+In a re-parametrized network (RepVGG), a channel may have one weight hundreds of times larger than all others, on an
+input that is always zero: the BatchNorm of its identity branch divides by the standard deviation of that input. A range
+that spans this weight rounds the others to zero. The diagonal of GPTQ's Hessian (Frantar et al., ICLR 2023) is the same
 E[x_i^2].
 """
 
