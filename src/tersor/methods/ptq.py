@@ -31,9 +31,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from tersor.data.batch import OnePass, first_batch
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
@@ -204,7 +205,7 @@ class PTQAttachment(Attachment):
         elif not sum(pairs):
             self.notes += (_NO_PAIRS,)
 
-    def _set_weight_grids(self, images: Tensor | None) -> None:
+    def _set_weight_grids(self, images: NetworkInput | None) -> None:
         quantizers, target = self.quantizers, self.context.target
         if self._weight_range == "output_mse":
             assert images is not None
@@ -213,7 +214,7 @@ class PTQAttachment(Attachment):
         for name in quantizers.layers:
             quantizers.set_weight_grid(name, target, self._weight_range, self.method.percentile)
 
-    def _images_ahead(self) -> Tensor:
+    def _images_ahead(self) -> NetworkInput:
         """The first images (N, C, H, W), which remain to be read."""
         if isinstance(self.data, Iterator):
             self.data = OnePass(self.data)
@@ -221,7 +222,7 @@ class PTQAttachment(Attachment):
         device = next(self.model.parameters()).device
         return batch_of(first_images(ahead, self.method.calibration_images, device))
 
-    def _correction(self, images: Tensor) -> Callable[[], None]:
+    def _correction(self, images: NetworkInput) -> Callable[[], None]:
         """A function that corrects biases for the quantizers enabled when it is called. None may be enabled yet."""
         graph = self.quantizers.graph
         before = moments(graph, images)

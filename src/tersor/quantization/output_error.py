@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.target import Target
+from tersor.data.network_inputs import NetworkInput
+from tersor.graph.forward_call import run
 from tersor.graph.layer_selection import Convolution, Layer
 from tersor.graph.parametrization import parametrization_input
 from tersor.quantization.observers import weight_grid
@@ -49,7 +51,7 @@ def set_weight_grids(quantizers: Quantizers, energies: dict[str, Tensor], target
 
 
 @torch.no_grad()
-def input_energies(quantizers: Quantizers, images: Tensor) -> dict[str, Tensor]:
+def input_energies(quantizers: Quantizers, images: NetworkInput) -> dict[str, Tensor]:
     """Layer -> the mean square of each of its input channels, (C_in,), for `images` (N, C, H, W)."""
     found: defaultdict[str, list[Tensor]] = defaultdict(list)
 
@@ -64,7 +66,7 @@ def input_energies(quantizers: Quantizers, images: Tensor) -> dict[str, Tensor]:
         graph.get_submodule(name).register_forward_pre_hook(partial(record, name=name)) for name in quantizers.layers
     ]
     try:
-        graph(images)
+        run(graph, images)
     finally:
         for each in hooks:
             each.remove()
