@@ -33,6 +33,7 @@ from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Array, Session, open_session
 from tersor.methods.ptq import PTQ
 from tersor.training.context import AttachContext
+from trained_networks import subjects
 
 RESULT = "ptq"
 FOLDER = tempfile.TemporaryDirectory(prefix="tersor-ptq-")  # removed when the process ends
@@ -193,23 +194,28 @@ def report_latency(subject: Subject, runtime: str, batch: int, seconds: float, *
     print(f"{subject.name} in {runtime}, batch {batch}: timed", flush=True)
 
 
-def measure(subject: Subject, draws: int, batches: Sequence[int] | None, seconds: float, again: str | None) -> None:
-    """Measure everything for one network."""
+def measure_accuracy(subject: Subject, draws: int, *, again: bool) -> None:
+    """Measure the accuracy of one network in every form."""
     for contender in (*FLOAT, *QUANTIZED) if subject.trained else ():
-        report_accuracy(subject, contender, draws, again=again == "all")
+        report_accuracy(subject, contender, draws, again=again)
+
+
+def measure_latency_of(subject: Subject, batches: Sequence[int] | None, seconds: float, *, again: bool) -> None:
+    """Measure the latency of one network in every form."""
     for runtime in ("onnxruntime", "openvino"):
         for batch in batches or ((1, 32, 128) if subject.trained else (1, 32)):
-            report_latency(subject, runtime, batch, seconds, again=again is not None)
+            report_latency(subject, runtime, batch, seconds, again=again)
 
 
 def main() -> None:
     """Measure what `bench/results/ptq.json` does not have yet, and print all of it."""
-    known = TRAINED | IMAGENET
+    known = TRAINED | subjects() | IMAGENET
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(known), choices=list(known))
     parser.add_argument("--draws", type=int, default=10, help="draws of calibration images; seeds from 0")
     parser.add_argument("--batches", nargs="+", type=int, help="default: 1 32 128, or 1 32 at 224 pixels")
     parser.add_argument("--seconds", type=float, default=15, help="time limit per network, runtime and batch size")
+    parser.add_argument("--only", choices=["accuracy", "latency"], help="default: both")
     parser.add_argument("--again", choices=["all", "latency"], help="measure existing rows again")
     parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()
@@ -217,7 +223,10 @@ def main() -> None:
         torch.set_num_threads(2)
         with rows.alone():
             for name in chosen.models:
-                measure(known[name], chosen.draws, chosen.batches, chosen.seconds, chosen.again)
+                if chosen.only != "latency":
+                    measure_accuracy(known[name], chosen.draws, again=chosen.again == "all")
+                if chosen.only != "accuracy":
+                    measure_latency_of(known[name], chosen.batches, chosen.seconds, again=chosen.again is not None)
     tables.show(RESULT, chosen.models)
 
 

@@ -1,32 +1,36 @@
-"""Choose the default ranges of PTQ on training images that were not used for calibration, never on test images.
+"""Choose the defaults of PTQ on training images that were not used for calibration, never on test images.
 
 For each option, placement and draw of calibration images: the mean squared difference of the logits from FP32, relative
 to their mean square, and the prediction agreement with FP32 in percent. Computed in torch, where a quantizer rounds
-like the runtime. At few bits also the effect of corrections.
+like the runtime. At few bits also the effect of corrections; at 8 bits, the switches on networks of other families
+(`trained_networks.py`), with the points of accuracy lost and the seconds of calibration.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
+import time
 from functools import cache
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import rows
 from images import MEAN, STD, TRAINED, Subject, cifar
 from tersor.core.target import Target
 from tersor.data import Batches
+from tersor.graph.capture import capture
 from tersor.methods.ptq import PTQ
 from tersor.training.context import AttachContext
+from trained_networks import subjects
 
 RESULT = "ptq_defaults"
-SEEDS = (0, 1, 2)
 BATCH = 64
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"weight_range": "minmax", "activation_range": "minmax"},
@@ -39,6 +43,22 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"weight_range": "minmax", "activation_range": "minmax", "calibration_images": 64},
     {"weight_range": "minmax", "activation_range": "minmax", "calibration_images": 256},
 )
+_MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax"}
+SWITCHES: tuple[dict[str, Any], ...] = (
+    _MINMAX,
+    {**_MINMAX, "weight_range": "output_mse", "bias_correction": True},
+    {**_MINMAX, "bias_correction": True},
+    {**_MINMAX, "weight_range": "output_mse"},
+    {**_MINMAX, "weight_range": "mse"},
+    {**_MINMAX, "activation_range": "mse"},
+    {**_MINMAX, "activation_range": "percentile", "percentile": 99.999},
+    {**_MINMAX, "equalize": True},
+    {**_MINMAX, "equalize": True, "bias_correction": True},
+    {**_MINMAX, "variance_correction": True},
+    {**_MINMAX, "per_channel": False},
+)
+"""At 8 bits, in the order of interest; the second is the default."""
+
 FEW_BITS: tuple[dict[str, Any], ...] = tuple(
     {
         "bits": bits,
@@ -71,31 +91,58 @@ def logits(model: nn.Module, count: int) -> Tensor:
 
 
 @cache
+def labels(count: int) -> Tensor:
+    """Return the classes of the held-out images (count,)."""
+    drawn = Batches(cifar().validation, 250, mean=MEAN, std=STD, shuffle=True, seed=0)
+    return torch.cat([batch.targets for batch, _ in zip(drawn, range(count // 250), strict=False)])
+
+
+def correct(shown: Tensor) -> float:
+    """Return the accuracy of logits (count, 10) on the held-out images in percent."""
+    return 100 * float((shown.argmax(1) == labels(len(shown))).float().mean())
+
+
+@cache
 def reference(subject: Subject, count: int) -> Tensor:
     """Return the logits of FP32."""
     return logits(subject.network(), count)
 
 
-def quantized(subject: Subject, runtime: Any, option: dict[str, Any], seed: int) -> nn.Module:
-    """Return the network calibrated with as many images as the option says, or the default."""
+@cache
+def captured(subject: Subject) -> fx.GraphModule:
+    """Return the captured network, from which every option starts."""
+    return capture(subject.network(), held_out(250)[0])
+
+
+def quantized(subject: Subject, runtime: Any, option: dict[str, Any], seed: int) -> tuple[nn.Module, float]:
+    """Return the network calibrated with as many images as the option says, or the default; and the seconds."""
     images = Batches(cifar().train, BATCH, mean=MEAN, std=STD, shuffle=True, seed=seed)
-    attached = PTQ(**option).attach(subject.network(), AttachContext(data=images, target=Target(runtime=runtime)))
+    given: dict[str, Any] = {"bias_correction": False, **option}
+    network = copy.deepcopy(captured(subject))
+    attached = PTQ(**given).attach(network, AttachContext(data=images, target=Target(runtime=runtime)))
+    start = time.perf_counter()
     attached.begin()
-    return attached.model
+    return attached.model, time.perf_counter() - start
 
 
-def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -> None:
+def report(subject: Subject, runtime: str, option: dict[str, Any], count: int, draws: int) -> None:
     """Write one row."""
     filled = {key: getattr(PTQ(**option), key) for key in ("weight_range", "activation_range", "calibration_images")}
     told = {key: option[key] for key in option if key not in filled}
     identity = {"model": subject.name, "runtime": runtime, **filled, **told, "held_out_images": count}
-    if rows.known(RESULT, identity, anywhere=True):
+    seeds = range(draws)
+    if rows.known(RESULT, identity | {"n": draws}, anywhere=True):
         return
     truth = reference(subject, count)
     errors: list[float] = []
     kept: list[float] = []
-    for seed in SEEDS:
-        shown = logits(quantized(subject, runtime, option, seed), count)
+    lost: list[float] = []
+    seconds: list[float] = []
+    for seed in seeds:
+        model, duration = quantized(subject, runtime, option, seed)
+        shown = logits(model, count)
+        seconds.append(duration)
+        lost.append(correct(truth) - correct(shown))
         errors.append(float((shown - truth).square().mean() / truth.square().mean()))
         kept.append(100 * float((shown.argmax(1) == truth.argmax(1)).float().mean()))
     numbers = {
@@ -103,11 +150,16 @@ def report(subject: Subject, runtime: str, option: dict[str, Any], count: int) -
         "logit_errors": errors,
         "agreement": statistics.mean(kept),
         "agreements": kept,
-        "n": len(SEEDS),
+        "lost": statistics.mean(lost),
+        "calibration_seconds": statistics.median(seconds),
+        "n": draws,
         "spread": rows.spread(errors),
     }
-    rows.add(RESULT, identity, numbers, SEEDS)
-    print(f"{json.dumps(identity)}: {numbers['logit_error']:.5f}, {numbers['agreement']:.2f} %", flush=True)
+    rows.add(RESULT, identity, numbers, seeds)
+    print(
+        f"{json.dumps(identity)}: {numbers['logit_error']:.5f}, {numbers['agreement']:.2f} %, {numbers['lost']:+.2f}",
+        flush=True,
+    )
 
 
 def show() -> None:
@@ -133,18 +185,25 @@ def _bits(row: rows.Row) -> str:
 def main() -> None:
     """Measure what `bench/results/ptq_defaults.json` does not have yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(TRAINED), choices=list(TRAINED))
-    parser.add_argument("--only", choices=["eight bits", "few bits"], help="default: both")
+    known = TRAINED | subjects()
+    parser.add_argument("--models", nargs="+", default=list(known), choices=list(known))
+    parser.add_argument("--only", choices=["eight bits", "few bits", "switches"], help="default: all")
+    parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"], help="of the switches")
     parser.add_argument("--images", type=int, default=1000, help="images to evaluate, at most 5,000")
+    parser.add_argument("--draws", type=int, default=3, help="draws of calibration images; seeds from 0")
     chosen = parser.parse_args()
     with rows.alone():
-        for option in OPTIONS if chosen.only != "few bits" else ():
-            for name in chosen.models:
+        for option in OPTIONS if chosen.only in (None, "eight bits") else ():
+            for name in TRAINED.keys() & chosen.models:
                 for runtime in ("onnxruntime", "openvino"):
-                    report(TRAINED[name], runtime, option, chosen.images)
-        for option in FEW_BITS if chosen.only != "eight bits" else ():
-            for name in chosen.models:
-                report(TRAINED[name], "onnxruntime", option, chosen.images)
+                    report(TRAINED[name], runtime, option, chosen.images, chosen.draws)
+        for option in FEW_BITS if chosen.only in (None, "few bits") else ():
+            for name in TRAINED.keys() & chosen.models:
+                report(TRAINED[name], "onnxruntime", option, chosen.images, chosen.draws)
+        for option in SWITCHES if chosen.only in (None, "switches") else ():
+            for name in [name for name in subjects() if name in chosen.models]:
+                for runtime in chosen.runtimes:
+                    report(known[name], runtime, option, chosen.images, chosen.draws)
     show()
 
 

@@ -56,8 +56,9 @@ TRAINED_WIDTH, BESIDE = (2, 2), ("min-max", "+ spread correction", "adaround", "
 """Widths of quantization-aware training that the ladder lacks: its methods there, with one draw."""
 EPOCHS = 4
 PARTS = ("packed", "ladder", "trained", "depthwise")
-MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax", "variance_correction": False}
-MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse", "variance_correction": False}
+_UNCORRECTED: dict[str, Any] = {"bias_correction": False, "variance_correction": False}
+MINMAX: dict[str, Any] = {"weight_range": "minmax", "activation_range": "minmax", **_UNCORRECTED}
+MSE: dict[str, Any] = {"weight_range": "mse", "activation_range": "mse", **_UNCORRECTED}
 CORRECTED: dict[str, Any] = {"equalize": True, "bias_correction": True}
 
 

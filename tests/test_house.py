@@ -82,7 +82,7 @@ LEVELS = [
         "quantization.reconstruction",
         "quantization.sensitivity",
     ),
-    ("quantization.product_error",),
+    ("quantization.output_error", "quantization.product_error"),
     (
         "quantization.bias_correction",
         "quantization.blocks",

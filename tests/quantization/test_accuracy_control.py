@@ -224,7 +224,8 @@ def test_the_exported_file_equals_the_network(tmp_path):
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     with torch.no_grad():
         expected = attached.model(x)
-    assert (torch.from_numpy(np.array(found)) - expected).abs().max() < 0.02 * expected.std()
+    off = (torch.from_numpy(np.array(found)) - expected).abs()
+    assert off.mean() < 0.002 * expected.std(), "but for values that lie between two points of a grid"
 
 
 def test_a_checkpoint_holds_the_enabled_quantizers():

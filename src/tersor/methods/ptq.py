@@ -13,26 +13,28 @@ its integers unchanged (a negative gamma flips their sign), so export folds exac
 without it, a flipped sign stays on the grid. As in every later paper, the first and last layer and their inputs have 8
 bits.
 
-Options: cross-layer equalization and bias correction (Nagel et al., ICCV 2019: `quantization/equalization.py`,
-`quantization/bias_correction.py`), and `max_drop`, which keeps the most sensitive layers in float. The other defaults
-come from `bench/ptq_defaults.py`: at 8 bits a range ends at the largest values; below 8 bits a range minimizes the
-squared error, and a BatchNorm compensates for the changed means and variances. On a processor that accumulates 8-bit
-products in 16 bits (AVX2 without VNNI), weight scales are widened until no channel saturates:
+The defaults come from `bench/ptq_defaults.py`. Biases are corrected (Nagel et al., ICCV 2019:
+`quantization/bias_correction.py`). At 8 bits an activation's range ends at the largest values, and a weight's range
+minimizes the squared error of the layer's output (`quantization/output_error.py`). Below 8 bits a range minimizes the
+squared error, and a BatchNorm compensates for the changed means and variances. Options: cross-layer equalization
+(`quantization/equalization.py`), and `max_drop`, which keeps the most sensitive layers in float. On a processor that
+accumulates 8-bit products in 16 bits (AVX2 without VNNI), weight scales are widened until no channel saturates:
 `quantization/observers.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
-from tersor.data.batch import first_batch
+from tersor.data.batch import OnePass, first_batch
+from tersor.data.network_inputs import NetworkInput
 from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture
 from tersor.graph.comparison import few_images, undone_unless_same
@@ -43,13 +45,16 @@ from tersor.quantization.calibration import calibrate
 from tersor.quantization.equalization import equalize
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.observers import Range, WeightRange
+from tersor.quantization.output_error import input_energies, set_weight_grids
 from tersor.quantization.product_error import without_inaccurate_products
-from tersor.quantization.quantizer_options import BitOptions, CalibrationOptions
+from tersor.quantization.quantizer_options import BYTE, BitOptions, CalibrationOptions
 from tersor.quantization.quantizers import Quantizers, insert_quantizers, notes, require_data
 from tersor.tasks.task import Task
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
+
+AnyWeightRange = WeightRange | Literal["output_mse"]
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
@@ -69,8 +74,11 @@ class PTQ(CalibrationOptions, BitOptions):
         bool, Field(description="symmetric weight grids; if false, weights of fewer than 8 bits get a zero point")
     ] = True
     weight_range: Annotated[
-        WeightRange | None,
-        Field(description="how a weight's range is chosen; default: mse with variance_correction, else minmax"),
+        AnyWeightRange | None,
+        Field(
+            description="how a weight's range is chosen; output_mse: by the squared error of the layer's output; "
+            "default: mse with variance_correction, else output_mse at 8 bits, minmax below"
+        ),
     ] = None
     activation_range: Annotated[
         Range | None,
@@ -79,7 +87,7 @@ class PTQ(CalibrationOptions, BitOptions):
     equalize: Annotated[bool, Field(description="cross-layer equalization before quantization")] = False
     bias_correction: Annotated[
         bool, Field(description="correct the channel means that rounding shifts, by changing biases and BatchNorms")
-    ] = False
+    ] = True
     variance_correction: Annotated[
         bool | None,
         Field(
@@ -127,7 +135,8 @@ class PTQAttachment(Attachment):
         has_norms = any(isinstance(each, Norm) for each in quantizers.graph.modules())
         default = method.bits < 8 and has_norms
         self._variances = default if method.variance_correction is None else method.variance_correction
-        self._weight_range: WeightRange = method.weight_range or ("mse" if self._variances else "minmax")
+        plain: AnyWeightRange = "output_mse" if method.bits == BYTE else "minmax"
+        self._weight_range: AnyWeightRange = method.weight_range or ("mse" if self._variances else plain)
         self._activation_range: Range = method.activation_range or (
             "mse" if min(method.bits, method.activation_bits) < 8 else "minmax"
         )
@@ -145,8 +154,8 @@ class PTQAttachment(Attachment):
         """Calibrates in one or two passes over the images, and sets all ranges. A second call does nothing.
 
         Raises:
-            InputError: the data contains no image, or cannot be read again though a range, bias correction or
-                `max_drop` needs a second pass.
+            InputError: the data contains no image, or cannot be read again though a range or `max_drop` needs a second
+                pass.
         """
         method, graph = self.method, self.model
         assert isinstance(graph, fx.GraphModule)
@@ -154,6 +163,9 @@ class PTQAttachment(Attachment):
             return
         if method.equalize:
             self._equalize(graph)
+        corrects = method.bias_correction or self._variances
+        by_output = self._weight_range == "output_mse"
+        images = self._images_ahead() if corrects or by_output else None
         passes = 1 if self._activation_range == "minmax" else 2
         histograms = calibrate(
             self.quantizers,
@@ -163,10 +175,9 @@ class PTQAttachment(Attachment):
             method="ptq",
             progress=self.context.progress,
         )
-        refit = self._correction() if method.bias_correction or self._variances else _nothing
+        refit = self._correction(images) if corrects and images is not None else _nothing
+        self._set_weight_grids(images)
         self.quantizers.set_activation_grids(histograms, self._activation_range, method.percentile)
-        for name in self.quantizers.layers:
-            self.quantizers.set_weight_grid(name, self.context.target, self._weight_range, method.percentile)
         self.quantizers = without_inaccurate_products(self.quantizers, self.data, self.context.target)
         refit()
         if method.max_drop is not None:
@@ -186,16 +197,45 @@ class PTQAttachment(Attachment):
     def _equalize(self, graph: fx.GraphModule) -> None:
         """Equalizes, and undoes it if the outputs on a few images change."""
         few, self.data = few_images(self.data, next(graph.parameters()).device)
+        pairs: list[int] = []
         with checked_forward(type(graph).__name__, few, captured=True):
-            undone = undone_unless_same(graph, few, partial(equalize, graph), "cross-layer equalization")
-        self.notes += () if undone is None else (undone,)
+            undone = undone_unless_same(graph, few, lambda: pairs.append(equalize(graph)), "cross-layer equalization")
+        if undone is not None:
+            self.notes += (undone,)
+        elif not sum(pairs):
+            self.notes += (_NO_PAIRS,)
 
-    def _correction(self) -> Callable[[], None]:
+    def _set_weight_grids(self, images: NetworkInput | None) -> None:
+        quantizers, target = self.quantizers, self.context.target
+        if self._weight_range == "output_mse":
+            assert images is not None
+            set_weight_grids(quantizers, input_energies(quantizers, images[:_ENERGY_IMAGES]), target)
+            return
+        for name in quantizers.layers:
+            quantizers.set_weight_grid(name, target, self._weight_range, self.method.percentile)
+
+    def _images_ahead(self) -> NetworkInput:
+        """The first images (N, C, H, W), which remain to be read."""
+        if isinstance(self.data, Iterator):
+            self.data = OnePass(self.data)
+        ahead = self.data.ahead() if isinstance(self.data, OnePass) else self.data
+        device = next(self.model.parameters()).device
+        return batch_of(first_images(ahead, self.method.calibration_images, device))
+
+    def _correction(self, images: NetworkInput) -> Callable[[], None]:
         """A function that corrects biases for the quantizers enabled when it is called. None may be enabled yet."""
         graph = self.quantizers.graph
-        device = next(graph.parameters()).device
-        images = batch_of(first_images(self.data, self.method.calibration_images, device))
-        return partial(correct, graph, images, moments(graph, images), variances=self._variances)
+        before = moments(graph, images)
+        if not before and self.method.bias_correction:
+            self.notes += (_NO_MEANS,)
+        return partial(correct, graph, images, before, variances=self._variances)
+
+
+_ENERGY_IMAGES = 128
+"""Images for the mean squares of the inputs of layers."""
+
+_NO_PAIRS = "equalize changed nothing: no layer is the only reader of another layer, directly or behind a ReLU"
+_NO_MEANS = "bias_correction changed nothing: no layer has a bias or a BatchNorm behind it"
 
 
 def _nothing() -> None:

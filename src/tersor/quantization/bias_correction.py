@@ -39,7 +39,7 @@ def batch_of(images: Iterable[NetworkInput]) -> NetworkInput:
     """One batch of the `images` (N, C, H, W), limited to what the means need.
 
     Raises:
-        InputError: there are none, because the data cannot be read again.
+        InputError: there are none.
     """
     taken: list[NetworkInput] = []
     for some in images:
@@ -48,9 +48,7 @@ def batch_of(images: Iterable[NetworkInput]) -> NetworkInput:
         if room <= len(some):
             break
     if not taken:
-        raise InputError(
-            "bias correction reads the data twice, and the second pass returned no images. Pass a DataLoader or a list."
-        )
+        raise InputError("bias correction found no image in the data. Pass batches (N, C, H, W).")
     return joined_inputs(taken)
 
 

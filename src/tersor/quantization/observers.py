@@ -19,6 +19,9 @@ from tersor.quantization.grid import Grid, affine_parameters, symmetric_scale, t
 SHRINK = torch.linspace(1.0, 0.1, 91)
 """Fractions of the full range that the search tries."""
 
+_SMALL = torch.logspace(-1.02, -3, 40)
+"""Smaller ones, for a weight far above the others whose input is almost always zero."""
+
 WeightRange = Literal["minmax", "percentile", "mse"]
 Range = Literal["minmax", "percentile", "mse", "entropy"]
 
@@ -129,6 +132,7 @@ def weight_grid(
     weight_range: WeightRange = "minmax",
     percentile: float = 99.99,
     share: Tensor | None = None,
+    energies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a weight (C, ...): (C,) each, or () with one grid for all channels.
 
@@ -139,9 +143,11 @@ def weight_grid(
         weight_range: how the range is chosen.
         percentile: percent of the values inside the range, for `weight_range: percentile`.
         share: share of that range that the grid spans, (C,) or (); default: all of it.
+        energies: mean square of the input that each weight multiplies, of the shape of `weight`, for `weight_range:
+            mse`: weights the rounding errors. Then much smaller ranges are tried too.
     """
-    flat = weight.detach().float()
-    flat = flat.flatten(1) if per_channel else flat.reshape(1, -1)
+    rows = (len(weight), -1) if per_channel else (1, -1)
+    flat = weight.detach().float().reshape(rows)
     if weight_range == "percentile":
         ordered = flat.sort(1).values
         last = ordered.shape[1] - 1
@@ -153,7 +159,8 @@ def weight_grid(
         low, high = low * share, high * share
     scale, zero_point = _spanning(low, high, grid)
     if weight_range == "mse":
-        scale, zero_point = _least_squares(flat, low, high, grid)
+        importance = None if energies is None else energies.reshape(rows)
+        scale, zero_point = _least_squares(flat, low, high, grid, importance)
     return (scale, zero_point) if per_channel else (scale[0], zero_point[0])
 
 
@@ -164,14 +171,17 @@ def _spanning(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
-def _least_squares(flat: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """For each row of (R, n), the grid of the shrunk range with the smallest squared rounding error."""
+def _least_squares(
+    flat: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """For each row of (R, n), the grid of the shrunk range with the smallest squared error, weighted if asked."""
     least = torch.full_like(low, torch.inf)
     scale, zero_point = _spanning(low, high, grid)
-    for shrink in SHRINK:
+    for shrink in SHRINK if importance is None else torch.cat([SHRINK, _SMALL]):
         tried, zero = _spanning(low * shrink, high * shrink, grid)
         rounded = (to_integers(flat, tried[:, None], zero[:, None], grid) - zero[:, None]) * tried[:, None]
-        error = (rounded - flat).square().sum(1)
+        squares = (rounded - flat).square()
+        error = (squares if importance is None else squares * importance).sum(1)
         scale, zero_point = torch.where(error < least, tried, scale), torch.where(error < least, zero, zero_point)
         least = torch.minimum(error, least)
     return scale, zero_point
