@@ -14,20 +14,20 @@ from tersor.deploy.onnx import export
 from tersor.evaluation.costs import costs
 from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import open_session
-from tersor.models import build
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages
 from tersor.pruning.mask import weight_mask
 from tersor.recipe import read
+from toy_networks import resnet8
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10-resnet56-sparse.yaml"
 
 
 def test_zeros_are_exact_in_the_file_and_it_runs(tmp_path):
     torch.manual_seed(0)
-    original = build("resnet20", 10).eval()
+    original = resnet8().eval()
     save_file(original.state_dict(), tmp_path / "weights.safetensors")
-    model = f"{{name: resnet20, num_classes: 10, weights: {tmp_path / 'weights.safetensors'}}}"
+    model = f"{{name: 'toy_networks:resnet8', num_classes: 10, weights: {tmp_path / 'weights.safetensors'}}}"
     brief = [f"stages.{number}.steps={steps}" for number, steps in enumerate((2, 48, 4))]
     small = [f"stages.{number}.batch_size=16" for number in range(3)]
     recipe = read(RECIPE, [f"model={model}", "data={name: digits, limit: 256}", *brief, *small])

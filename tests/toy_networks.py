@@ -24,11 +24,16 @@ class Small(nn.Module):
         return self.answer(F.relu(self.second(values)).mean((2, 3)))
 
 
+def resnet8(num_classes: int = 10) -> nn.Module:
+    """For recipes, as `toy_networks:resnet8`."""
+    return CifarResNet(8, num_classes)
+
+
 def short(name: str) -> nn.Module:
     """A network of 10 classes with a few narrow blocks of each kind that the network of this name has."""
     models = torchvision.models
     if name == "resnet8":
-        return CifarResNet(8)
+        return resnet8()
     if name == "densenet":
         return models.DenseNet(4, (2, 2, 2, 2), num_init_features=8, bn_size=2, num_classes=10)
     if name == "shufflenet":

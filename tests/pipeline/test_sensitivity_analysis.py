@@ -12,9 +12,10 @@ from tersor.pipeline import sensitivity_analysis
 from tersor.pipeline.sensitivity_analysis import WIDTHS, measure
 from tersor.quantization.sensitivity import Cost
 from tersor.recipe import parse
+from toy_networks import resnet8
 
 RECIPE = """\
-model: {name: resnet20, weights: WEIGHTS}
+model: {name: "toy_networks:resnet8", weights: WEIGHTS}
 data: {name: digits}
 stages: [{name: quantize, methods: [{mixed_precision: {average_bits: 4}}]}]
 """
@@ -45,8 +46,8 @@ def small(monkeypatch):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
-    models.save_weights(models.build("resnet20", 10), path)
+    path = tmp_path_factory.mktemp("weights") / "trained.safetensors"
+    models.save_weights(resnet8(), path)
     return path
 
 
@@ -62,9 +63,9 @@ def test_the_widths():
 def test_every_layer_on_every_width(recipe, tmp_path):
     progress = Watched()
     found, figure = measure(recipe, out=tmp_path / "a.json", images=50, progress=progress)
-    assert progress.done == progress.total == 40
+    assert progress.done == progress.total == 16
     layers = list(found.weights)
-    assert (layers[0], layers[-1], len(layers)) == ("conv1", "linear", 20)
+    assert (layers[0], layers[-1], len(layers)) == ("conv1", "linear", 8)
     assert found.weights["conv1"] == 432
     assert [(cost.layer, cost.bits) for cost in found.costs] == [(name, bits) for name in layers for bits in (2, 8)]
     assert all(0 < cost.error < 10 for cost in found.costs)
@@ -73,7 +74,7 @@ def test_every_layer_on_every_width(recipe, tmp_path):
     assert told["costs"][0] == {"layer": "conv1", "bits": 2, "error": found.costs[0].error, "drop": found.costs[0].drop}
     assert told["measured_with"]["images"] == 50
     assert figure.read_text().startswith("<svg")
-    assert "resnet20" in figure.read_text()
+    assert "toy_networks:resnet8" in figure.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.svg"]
 
 
@@ -87,8 +88,8 @@ def test_stopped_it_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     progress = Watched()
     found, _ = measure(recipe, out=out, images=30, progress=progress)
     assert found == whole
-    assert progress.done == progress.total == 40
-    assert f"{out}: resuming after 7 measurements, 33 remain" in progress.said
+    assert progress.done == progress.total == 16
+    assert f"{out}: resuming after 7 measurements, 9 remain" in progress.said
     assert out.read_text() == (tmp_path / "whole.json").read_text()
     assert (tmp_path / "stopped.svg").read_text() == (tmp_path / "whole.svg").read_text()
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", lambda *_, **__: iter(()))
@@ -125,7 +126,7 @@ def begun(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "images", "message"),
     [
-        (("resnet20.safetensors", "other.safetensors"), 50, "was measured with SHA-256 of model.weights: "),
+        (("trained.safetensors", "other.safetensors"), 50, "was measured with SHA-256 of model.weights: "),
         (("name: digits", "name: digits, validation: 0.2"), 50, "data.validation: 0.1; the recipe has 0.2"),
         (("stages:", "seed: 3\nstages:"), 50, "was measured with seed: 0; the recipe has 3"),
         (("stages:", "target: {cpu: arm64}\nstages:"), 50, "the recipe has arm64"),
@@ -134,7 +135,7 @@ def begun(recipe, tmp_path, monkeypatch):
 )
 def test_a_file_of_something_else_is_refused(begun, weights, change, images, message):
     other = weights.with_name("other.safetensors")
-    models.save_weights(models.build("resnet20", 10), other)
+    models.save_weights(resnet8(), other)
     before = begun.read_bytes()
     changed = parse(RECIPE.replace("WEIGHTS", str(weights)).replace(*change), "recipe.yaml")
     with pytest.raises(InputError, match=message) as refused:
@@ -191,7 +192,7 @@ def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("change", "out", "message"),
     [
-        ((", weights: WEIGHTS", ""), "a.json", "resnet20 has no weights"),
+        ((", weights: WEIGHTS", ""), "a.json", "toy_networks:resnet8 has no weights"),
         (("name: digits", "name: digits, validation: 0"), "a.json", "there are no validation images"),
         (("WEIGHTS", "absent.safetensors"), "a.json", "weights file"),
         (("", ""), "a.svg", "NAME.json"),

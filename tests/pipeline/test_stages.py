@@ -12,8 +12,8 @@ from tersor.pipeline.stages import run_stages, train_teacher
 from tersor.recipe import parse
 
 RECIPE = """\
-model: {name: resnet20}
-teacher: {name: resnet20, epochs: 1, training: {batch_size: 32}}
+model: {name: "toy_networks:resnet8"}
+teacher: {name: "toy_networks:resnet8", epochs: 1, training: {batch_size: 32}}
 data: {name: digits, limit: 64, augment: flip}
 seed: SEED
 stages:
@@ -53,14 +53,14 @@ def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
 
 
 PRUNED = """\
-model: {name: resnet20, num_classes: 10}
+model: {name: "toy_networks:resnet8", num_classes: 10}
 data: {name: digits, limit: 200}
 stages:
   - name: prune
     steps: 1
     batch_size: 32
     methods:
-      - channel_pruning: {keep_macs: 0.7, importance: obs, scope: global, branches: 1, round_to: 2}
+      - channel_pruning: {keep_macs: 0.5, importance: obs, scope: global, branches: 1, round_to: 2}
 """
 
 
@@ -113,13 +113,13 @@ def test_attaching_shows_how_far_it_is_and_its_rehearsal_looks_at_few_images(tmp
         branches, seen, groups = drawn[: len(of_attaching)]
         for (task, *_), what in zip((branches, seen, groups), of_attaching, strict=True):
             assert task.startswith(f"prune: {what}")
-        assert branches[1:] == [9 * images // 64] * 2
+        assert branches[1:] == [3 * images // 64] * 2
         assert seen[2] == images <= seen[1]
         assert groups[1] == groups[2] > 1
 
 
 TWO_STAGES = """\
-model: {name: resnet20, num_classes: 10}
+model: {name: "toy_networks:resnet8", num_classes: 10}
 data: {name: digits, limit: 64}
 stages:
   - {name: scratch, steps: 1, batch_size: 32}

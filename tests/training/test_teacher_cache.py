@@ -17,17 +17,18 @@ from tersor.recipe import parse
 from tersor.training.objective import Objective, Outputs
 from tersor.training.teacher_cache import TeacherCache
 
-RECIPE = """\
-model: {name: resnet20}
-teacher: {name: resnet20, epochs: 1, training: {batch_size: 32}}
-data: {name: digits, limit: 64}
+TEACHER = 'teacher: {name: "toy_networks:resnet8", epochs: 1, training: {batch_size: 32}}'
+RECIPE = f"""\
+model: {{name: "toy_networks:resnet8"}}
+{TEACHER}
+data: {{name: digits, limit: 64}}
 checkpoint_every: 1
 stages:
   - name: distil
     epochs: 3
     batch_size: 32
     cache: CACHE
-    methods: [soft_targets, {attention_transfer: {layers: ["layer?"]}}]
+    methods: [soft_targets, {{attention_transfer: {{layers: ["layer?"]}}}}]
     precision: float32  # in bfloat16 an output depends on the batch size
 """
 
@@ -114,7 +115,7 @@ def test_memory_that_the_system_can_free_counts_as_available(monkeypatch):
     ("change", "why"),
     [
         (("limit: 64", "limit: 64, augment: flip"), "data.augment is flip"),
-        (("teacher: {name: resnet20, epochs: 1, training: {batch_size: 32}}", "seed: 1"), "there is no teacher"),
+        ((TEACHER, "seed: 1"), "there is no teacher"),
     ],
 )
 def test_a_cache_without_fixed_images_or_teacher_is_refused(change, why):

@@ -30,7 +30,7 @@ from two_processes import run_in_two_processes
 EPOCH = 8  # steps, of Toy
 
 RECIPE = """\
-model: {name: resnet20}
+model: {name: "toy_networks:resnet8"}
 data: {name: digits, limit: 160}
 stages:
   - name: prune
