@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,27 @@ def test_resuming_after_a_finished_part_is_bit_equal(how):
     again = RecordedProgress()
     reconstruct(resumed, original, images(), how, progress=again)
     assert again.tasks == [], "nothing is left to do"
+
+
+class TwoLayers(nn.Module):
+    """A residual block of two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+def test_a_block_is_learned_although_one_of_its_layers_is_on_its_grid():
+    quantizers, original = calibrated(TwoLayers().eval())
+    weight = parametrized(quantizers.graph.get_submodule("conv1"))
+    weight.original.data = weight[0](weight.original).detach()
+    assert [quantizers.is_on_grid(name) for name in ("conv1", "conv2")] == [True, False]
+    reconstruct(quantizers, original, images(), replace(BLOCKS, iterations=2))
+    assert quantizers.is_on_grid("conv2")
 
 
 class Widening(nn.Module):
