@@ -45,7 +45,6 @@ class FeatureExtractor:
         self.model = model
         self.paths = tuple(dict.fromkeys(paths))
         self._graph: fx.GraphModule | None = None
-        self._modes: list[tuple[nn.Module, nn.Module]] = []
 
     def __call__(self, images: NetworkInput, *others: Any) -> Features:
         """Images (N, C, H, W) -> the network's outputs, and the layers' outputs.
@@ -66,10 +65,6 @@ class FeatureExtractor:
     def _traced(self, images: NetworkInput, graph: fx.GraphModule) -> Features:
         if self._graph is None:  # not earlier: the network may move to another device before the first step
             self._graph = _with_nodes(graph, self.paths)
-            pairs = [(module, graph.get_submodule(name)) for name, module in self._graph.named_modules()]
-            self._modes = [(mirror, module) for mirror, module in pairs if mirror is not module]
-        for mirror, module in self._modes:
-            mirror.training = module.training
         returned, *outputs = run(self._graph, images)
         count = len(self.paths)
         return returned, self._checked(zip(self.paths, outputs[:count], outputs[count:], strict=True), images)
