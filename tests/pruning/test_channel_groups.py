@@ -14,7 +14,8 @@ from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
 from tersor.graph.aten import arguments
 from tersor.graph.capture import capture
-from tersor.pruning.channel_groups import Cut, coupled_channels, merge_cuts, remove
+from tersor.pruning import channel_groups
+from tersor.pruning.channel_groups import Cut, coupled_channels, merge_cuts, removal_difference, remove
 from toy_networks import short
 
 
@@ -104,6 +105,16 @@ def check(model, images):
     graph.train()(images).square().mean().backward()
     assert all(parameter.grad is not None for parameter in graph.parameters())
     return graph, whole
+
+
+def test_a_network_without_channels_is_compared_with_one_whose_channels_are_zero(monkeypatch):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 16, 16)
+    graph = capture(drawn(short("resnet8")).eval(), images)
+    group = coupled_channels(graph, images)[0][0]
+    assert removal_difference(graph, list(group.cuts([0, 1])), images) == ""
+    monkeypatch.setattr(channel_groups, "remove", lambda pruned, _: remove(pruned, list(group.cuts([2, 3]))))
+    assert removal_difference(graph, list(group.cuts([0, 1])), images) != "", "others are gone"
 
 
 class Dense(nn.Module):

@@ -9,6 +9,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.pruning.weight_importance import (
+    accumulate_gradients,
     function_scores,
     geometric_median,
     gradient_products,
@@ -70,6 +71,17 @@ def test_taylor_is_the_change_of_the_loss():
     assert torch.allclose(found, slow)
     model.requires_grad_(requires_grad=False)
     assert torch.equal(gradient_products(model, {"0": model[0].weight}, data(), 20)["0"], found), "frozen as well"
+
+
+def test_gradients_are_summed_over_exactly_the_images_asked_for():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
+    images, labels = torch.randn(24, 3, 6, 6), torch.arange(24) % 3
+    batches = zip(images.split(8), labels.split(8), strict=True)
+    sums, count = accumulate_gradients(model, {"0.weight": model[0].weight}, batches, 12, whole_batches=False)
+    F.cross_entropy(model(images[:12]), labels[:12], reduction="sum").backward()
+    assert count == 12
+    assert torch.allclose(sums["0.weight"], model[0].weight.grad, atol=1e-5)
 
 
 def test_taylor_needs_labels():

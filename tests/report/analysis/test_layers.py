@@ -92,6 +92,14 @@ def test_the_error_is_the_quantized_layers(original, images):
     assert second["error"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_layer_of_tiny_outputs_has_an_error_too(original, images):
+    with torch.no_grad():
+        original.second.weight *= 1e-4
+        original.second.bias.zero_()
+    error = layer_table(original, quantized(original, images, bits=3), images)[1]["error"]
+    assert 0.01 < error < 1
+
+
 def test_clipped_is_the_fraction_outside_the_grid(original, images):
     model = quantized(original, images, bits=8)
     quantizer = model.get_submodule("quantizers.images")
