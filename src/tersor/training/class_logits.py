@@ -82,7 +82,8 @@ def require_logits(context: AttachContext, method: str, instead: str = _LAYER_ME
     shapes = dict[str, tuple[int, ...]]()
     for name, network in networks.items():
         with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outputs = run(network, images.to(next(network.parameters())))
+            parameter = next(network.parameters(), None)
+            outputs = run(network, images if parameter is None else images.to(parameter))
         logits = task.logits(outputs)
         if logits is None or logits.ndim < 2:
             raise _no_logits(method, task, f" in the outputs of the {name} ({described(outputs)})", instead)
