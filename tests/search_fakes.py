@@ -70,6 +70,7 @@ class FakeBench:
     log: list = field(default_factory=list)
     interrupt_at: int | None = None
     broken: tuple[str, ...] = ()
+    checkpoint_every: int = 0
 
     def __post_init__(self):
         labels = torch.zeros(1000, dtype=torch.int64)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from search_fakes import FakeBench, FakeTime, latencies, searching
+from search_fakes import FLOAT, FakeBench, FakeTime, baseline, latencies, searching
 from tersor.search import finish
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
@@ -15,7 +15,7 @@ from tersor.search.front import dominates, rank
 from tersor.search.halving import halve
 from tersor.search.plan import RUNG_SIZES
 from tersor.search.space import Space
-from tersor.search.survey import survey
+from tersor.search.survey import feasible_range, survey
 
 SPACE = Space(branches=9, prunable=True, students=["wide", "deep"])
 
@@ -41,6 +41,15 @@ def test_the_time_given_is_used(tmp_path):
     search = searching(tmp_path / "out")
     run(search)
     assert 0.95 * search.clock.total <= search.clock.used <= 1.05 * search.clock.total
+
+
+def test_of_the_free_baselines_only_the_original_in_8_bits_is_a_trial_and_only_once(tmp_path):
+    for _ in range(2):
+        search = searching(tmp_path / "out")
+        search.folder.state.seen = False
+        search.folder.state.baselines[1:1] = [baseline("original-bfloat16", FLOAT, 1.5, "bfloat16")]
+        feasible_range(search)
+        assert [record.point.name for record in search.study.records()] == [Candidate().name]
 
 
 @pytest.mark.parametrize("moment", [30, 150, 300, 450])
