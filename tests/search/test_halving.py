@@ -3,9 +3,10 @@
 import itertools
 import json
 
+import optuna
 import pytest
 
-from search_fakes import FLOAT, FakeBench, FakeTime, baseline, latencies, searching
+from search_fakes import FLOAT, STORAGES, FakeBench, FakeTime, baseline, latencies, searching
 from tersor.search import finish
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
@@ -50,6 +51,7 @@ def test_of_the_free_baselines_only_the_original_in_8_bits_is_a_trial_and_only_o
         search.folder.state.baselines[1:1] = [baseline("original-bfloat16", FLOAT, 1.5, "bfloat16")]
         feasible_range(search)
         assert [record.point.name for record in search.study.records()] == [Candidate().name]
+        assert sum(each.n_trials for each in optuna.get_all_study_summaries(STORAGES[tmp_path / "out"])) == 1
 
 
 @pytest.mark.parametrize("moment", [30, 150, 300, 450])
