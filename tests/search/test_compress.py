@@ -24,6 +24,7 @@ from tersor.pipeline.evaluate import evaluate
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, RECIPE, UNCHANGED, SearchFolder, read_front
 from tersor.search.point_evidence import read_evidence
+from tersor.search.search_metric import Measured
 
 
 def small(num_classes=10):
@@ -214,7 +215,7 @@ def test_images_that_the_original_has_seen_do_not_choose(few, tmp_path, monkeypa
     metrics = iter([10.0])
     workbench = importlib.import_module("tersor.search.workbench").Workbench
     monkeypatch.setattr(workbench, "test_metric", lambda *_: next(metrics, 50.0))
-    monkeypatch.setattr(workbench, "metric", lambda *_: 100.0)
+    monkeypatch.setattr(workbench, "measured", lambda *_: Measured(100.0))
     progress = RecordedProgress()
     result = tersor.compress(small(), few, budget=Budget(minutes=0.001), out=tmp_path / "out", progress=progress)
     assert any("was trained on the validation images" in line for line in progress.lines)
