@@ -90,7 +90,8 @@ LEVELS = [
         "quantization.integer_coverage",
         "quantization.quantizers",
     ),
-    ("quantization.operators", "quantization.qdq_placement"),
+    ("quantization.operators", "quantization.runtime_defects"),
+    ("quantization.qdq_placement",),
     ("quantization.fake_quantize", "quantization.quantizer_options"),
     (
         "quantization.activation_products",

@@ -29,6 +29,7 @@ from tersor.graph.plain_network import require_network
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.operators import Operand, Product, run_through
 from tersor.quantization.qdq_placement import computed
+from tersor.quantization.runtime_defects import before_concatenated_constants
 
 ENOUGH = 0.95
 """Share of the MACs in integers below which the user is warned."""
@@ -227,7 +228,11 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
         return f"it is called from within {type(around).__name__}, which is not traced"
     quantizer = next((each for each in parametrizations_of(module) if isinstance(each, FakeQuantize)), None)
     if quantizer is None:
-        return "forward hooks are registered on it" if is_hooked(module) else "it was excluded"
+        if is_hooked(module):
+            return "forward hooks are registered on it"
+        if product.module.removeprefix(f"{product.parent}.") in before_concatenated_constants(around):
+            return "OpenVINO loses the bias of a convolution before a concatenation with a constant"
+        return "it was excluded"
     return "its input is in float" if quantizer.enabled else "rounding it would cost too much accuracy"
 
 

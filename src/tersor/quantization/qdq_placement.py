@@ -37,7 +37,7 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _ACTIVATION_OPERATORS = {"relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_"}
 _ADDITIONS = {"add", "add_"}
 _JOINS = {*_ADDITIONS, "mul", "mul_"}
-_CONCATENATIONS = {"cat", "concat", "concatenate"}
+CONCATENATIONS = {"cat", "concat", "concatenate"}
 _AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}
 _AVERAGE_MODULES = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
 _MOVERS = {
@@ -218,7 +218,7 @@ def _joins(node: fx.Node) -> bool:
     name = operator_name(node)
     if name in _AVERAGES or _is_a(node, _AVERAGE_MODULES):
         return True
-    return name in _CONCATENATIONS or (name in _JOINS and len(values_into(node)) > 1)
+    return name in CONCATENATIONS or (name in _JOINS and len(values_into(node)) > 1)
 
 
 def _is_factor_of_silu(node: fx.Node) -> bool:

@@ -27,10 +27,10 @@ from tersor.quantization.qdq_placement import (
     computed,
     entering,
     insert_activation_quantizers,
-    quantizable,
     without_quantizers,
 )
 from tersor.quantization.quantizer_options import BYTE, Precision, QuantizedTrainingOptions
+from tersor.quantization.runtime_defects import correct_in_integers
 
 SATURATION = (
     "the processor accumulates 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened if "
@@ -195,7 +195,7 @@ def insert_quantizers(
             "if you want to train."
         )
     write_as_matrix_products(graph)
-    known, weighted = quantizable(graph), weighted_layers(graph)
+    known, weighted = correct_in_integers(graph, target.runtime), weighted_layers(graph)
     excluded = matching(exclude, [*weighted, *matrix_products(graph)])
     layers = {name: layer for name, layer in weighted.items() if name in known and name not in excluded}
     if not layers:
