@@ -63,6 +63,8 @@ class FakeBench:
         log: what was done, in order.
         interrupt_at: number of the piece of work that Ctrl-C interrupts.
         broken: names of candidates that cannot be built.
+        rounding: points that quantization costs, unless the last stage quantizes.
+        given: the stages of every training, interrupted ones included, with the name of the candidate.
     """
 
     time: FakeTime
@@ -70,6 +72,8 @@ class FakeBench:
     log: list = field(default_factory=list)
     interrupt_at: int | None = None
     broken: tuple[str, ...] = ()
+    rounding: float = 0.0
+    given: list = field(default_factory=list)
     checkpoint_every: int = 0
 
     def __post_init__(self):
@@ -85,6 +89,7 @@ class FakeBench:
         )
         self.experiment = SimpleNamespace(recipe=recipe, data=data, images=images, task=Classification())
         self.trained = {}
+        self.interrupted = {}
 
     def _work(self, what, seconds):
         if self.interrupt_at == len(self.log):
@@ -106,11 +111,16 @@ class FakeBench:
         return Stage(name=name, steps=steps, methods=("soft_targets",))
 
     def train(self, candidate, trained, seconds):
+        self.given.append((candidate.name, tuple(trained)))
+        earlier = self.interrupted.pop((candidate, trained[-1].name), 0.0)
         if self.interrupt_at == len(self.log):
             self.interrupt_at = None
+            self.interrupted[candidate, trained[-1].name] = seconds / 2
+            self.time.seconds += seconds / 2
             raise KeyboardInterrupt
         self.log.append(("train", candidate.name, trained[-1].name))
         self.time.seconds += seconds
+        seconds += earlier
         self.trained[candidate] = self.trained.get(candidate, 0.0) + seconds
         record = StageRecord(
             name=trained[-1].name, methods=[], steps=100, notes=[], minutes=1.0, training_seconds=seconds,
@@ -121,7 +131,8 @@ class FakeBench:
     def export(self, candidate, model, file, *, quantized=False):
         self._work(("export", candidate.name), 3.0)
         file.write_text(f"{candidate.name} {self.trained.get(candidate, 0.0)}")
-        return Exported(file, metric(candidate, self.trained.get(candidate, 0.0)), 10**6, 50_000)
+        reached = metric(candidate, self.trained.get(candidate, 0.0)) - (0 if quantized else self.rounding)
+        return Exported(file, reached, 10**6, 50_000)
 
     def test_metric(self, candidate, file):
         self._work(("test", str(file.parent.name)), 1.0)

@@ -224,3 +224,50 @@ def test_more_time_for_a_finished_search_goes_to_the_last_candidate(tmp_path):
     assert [what[1] for what in trained] == [last]
     assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
     assert again.point(again.best).seconds > made.point(made.best).seconds
+
+
+def test_after_quantization_aware_training_more_time_trains_the_float_network(tmp_path):
+    time = FakeTime()
+    search = searching(tmp_path / "out", time=time, bench=FakeBench(time, rounding=1.0))
+    run(search)
+    name, stages = search.bench.given[-1]
+    assert [stage.name for stage in stages][-1] == "quantize"
+    search.folder.state.finished = True
+    search.save()
+    longer = searching(tmp_path / "out", minutes=20.0, time=time, bench=search.bench)
+    run(longer)
+    assert not longer.study.failed
+    after = [[stage.name for stage in each] for who, each in longer.bench.given if who == name][-2:]
+    kept, new = [stage.name for stage in stages[:-1]], f"train-{len(stages)}"
+    assert after == [[*kept, new], [*kept, new, "quantize"]]
+
+
+def test_a_resumed_training_has_the_stage_of_the_interrupted_one_and_keeps_the_cost_of_attaching(tmp_path):
+    whole = searching(tmp_path / "whole")
+    run(whole)
+    trainings = [place for place, what in enumerate(whole.bench.log) if what[0] == "train"]
+    for moment in trainings:
+        time = FakeTime()
+        bench = FakeBench(time, interrupt_at=moment)
+        search = searching(tmp_path / str(moment), time=time, bench=bench)
+        with pytest.raises(KeyboardInterrupt):
+            run(search)
+        search.save()
+        begun = len(bench.given)
+        attach = search.folder.state.costs.attach
+        bench.interrupt_at = moment + 1  # the export
+        resumed = searching(tmp_path / str(moment), time=time, bench=bench)
+        with pytest.raises(KeyboardInterrupt):
+            run(resumed)
+        assert bench.given[begun] == bench.given[begun - 1]
+        bench.interrupt_at = moment + 2
+        with pytest.raises(KeyboardInterrupt):
+            run(searching(tmp_path / str(moment), time=time, bench=bench))
+        assert resumed.folder.state.costs.attach == attach
+
+
+def test_without_the_time_of_a_step_the_number_of_steps_is_limited(tmp_path):
+    search = searching(tmp_path / "out")
+    search.folder.state.costs.step = 0.0
+    run(search)
+    assert max(stages[-1].steps for _, stages in search.bench.given) <= 10**6

@@ -36,11 +36,13 @@ class Rung(BaseModel):
     Attributes:
         members: its candidates by name, with the number of their training, from 1.
         until: seconds used at which it ends; None for the last one, which gets all that is left.
+        planned: the stages of each training that has begun and not ended, as plain data.
     """
 
     model_config = ConfigDict(extra="forbid")
     members: dict[str, int]
     until: float | None = None
+    planned: dict[str, list[dict[str, Any]]] = {}
 
 
 class State(BaseModel):

@@ -142,6 +142,8 @@ class Workbench:
     def train(self, candidate: Candidate, trained: Sequence[Stage], seconds: float) -> tuple[nn.Module, StageRecord]:
         """Train for `seconds` in the last of the stages `trained`; earlier ones come from their checkpoints.
 
+        A checkpoint of another stage in the place of one of them is deleted.
+
         Returns:
             The network, and the record of the last stage.
 
@@ -240,6 +242,7 @@ class Workbench:
     ) -> tuple[nn.Module, StageRecord]:
         checkpoints = Checkpoints(self.folder / candidate.name)
         with checkpoints.held(str(candidate), resume=True):
+            checkpoints.remove_renamed([stage.name for stage in stages])
             experiment = self.experiment_of(candidate, stages)
             recipe = experiment.recipe.model_copy(update={"checkpoint_every": self.checkpoint_every})
             experiment = replace(experiment, recipe=recipe)
