@@ -168,7 +168,7 @@ def test_hardly_any_time_hands_over_the_best_baseline(tmp_path):
     made = run(search)
     assert made.best == Candidate().name
     assert made.met
-    assert not search.folder.state.rungs[0].members
+    assert not search.folder.state.rungs
 
 
 def test_a_network_that_cannot_be_pruned_leaves_the_students(tmp_path):
@@ -271,3 +271,33 @@ def test_without_the_time_of_a_step_the_number_of_steps_is_limited(tmp_path):
     search.folder.state.costs.step = 0.0
     run(search)
     assert max(stages[-1].steps for _, stages in search.bench.given) <= 10**6
+
+
+def test_more_time_for_a_finished_search_without_training_surveys_and_trains(tmp_path):
+    search = searching(tmp_path / "out", minutes=0.1)
+    run(search)
+    search.folder.state.finished = True
+    search.save()
+    longer = searching(tmp_path / "out", minutes=10.0, time=search.bench.time, bench=search.bench)
+    run(longer)
+    assert len(longer.folder.state.rungs) > 1
+    assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
+
+
+def test_an_extended_search_that_is_interrupted_is_not_finished_and_goes_on_with_its_last_candidate(tmp_path):
+    search = searching(tmp_path / "out")
+    run(search)
+    (last,) = search.folder.state.rungs[-1].members
+    search.folder.state.finished = True
+    search.save()
+    bench = search.bench
+    bench.interrupt_at = len(bench.log) + 2  # the export after the training
+    longer = searching(tmp_path / "out", minutes=20.0, time=bench.time, bench=bench)
+    with pytest.raises(KeyboardInterrupt):
+        run(longer)
+    longer.save()
+    again = searching(tmp_path / "out", minutes=40.0, time=bench.time, bench=bench)
+    assert not again.folder.state.finished
+    position = len(bench.log)
+    run(again)
+    assert {what[1] for what in bench.log[position:] if what[0] == "train"} == {last}

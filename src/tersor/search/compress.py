@@ -178,10 +178,10 @@ def _run(search: Search, request: Request) -> Front:
             write_front(search, finished=False)
         search.save()
         raise
-    made = write_front(search, finished=True)
+    made, state = write_front(search, finished=True), search.folder.state
+    state.finished = True
+    search.save()
     write_evidence(search, made)
     write_front_page(search.folder.path, made)
-    search.folder.state.finished = True
-    search.save()
-    search.folder.remove_trials(kept=list(search.folder.state.rungs[-1].members))
+    search.folder.remove_trials(kept=list(state.rungs[-1].members) if state.rungs else [])
     return made

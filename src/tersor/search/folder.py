@@ -58,6 +58,7 @@ class State(BaseModel):
         costs: seconds that each kind of work takes.
         baselines: the measured free baselines.
         finished: whether the search ended by itself.
+        extended: whether it got more time after that, in which its last candidate is trained further.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,6 +71,7 @@ class State(BaseModel):
     costs: Costs = Costs()
     baselines: list[Point] = []
     finished: bool = False
+    extended: bool = False
 
 
 class Front(BaseModel):

@@ -51,11 +51,12 @@ def halve(search: Search) -> None:
         if len(state.rungs) < number:
             if state.rungs and state.rungs[-1].until is None and not _worthwhile(search):
                 return
-            state.rungs.append(_rung(search, number))
+            made = _rung(search, number)
+            if not made.members:
+                return
+            state.rungs.append(made)
             search.save()
         rung = state.rungs[number - 1]
-        if not rung.members:
-            return
         for place, (name, training) in enumerate(rung.members.items()):
             if search.study.find(by_name[name], training) is None and name not in search.study.failed:
                 end = search.clock.used + _available(search)
@@ -79,7 +80,7 @@ def _rung(search: Search, number: int) -> Rung:
     state, available = search.folder.state, _available(search)
     share = RUNGS[number - 1] if number <= len(RUNGS) else 1.0
     short = number == len(RUNGS) and (1 - share) * available < _LEAST_OVERHEADS * state.costs.overhead
-    last = number > len(RUNGS) or state.finished or short
+    last = number > len(RUNGS) or state.extended or short
     if number == 1:
         seconds = max(share, LEAST_FIRST) * available
         count = state.costs.entrants(seconds) or min(1, state.costs.entrants(available))
@@ -96,9 +97,9 @@ def _rung(search: Search, number: int) -> Rung:
 
 
 def _trained(search: Search) -> list[Record]:
-    """The latest training of each candidate; of a finished search only the last one, which has its checkpoints."""
+    """The latest training of each candidate; of an extended search only the last one, which has its checkpoints."""
     rungs = search.folder.state.rungs
-    names = rungs[-1].members if search.folder.state.finished else {name for rung in rungs for name in rung.members}
+    names = rungs[-1].members if search.folder.state.extended else {name for rung in rungs for name in rung.members}
     records = [record for record in search.study.records() if record.rung and record.of.name in names]
     latest = {record.of.name: record for record in sorted(records, key=lambda record: record.rung)}
     return [record for name, record in latest.items() if name not in search.study.failed]

@@ -102,7 +102,9 @@ class Search:
         return self.original.validation
 
     def restore(self) -> None:
-        """Read the points of an earlier process."""
+        """Read the points of an earlier process. A finished search is extended: it has more time now."""
+        if self.folder.state.finished:
+            self._extend()
         baselines = self.folder.state.baselines
         if not baselines:
             return
@@ -113,6 +115,15 @@ class Search:
         self.points = list({each.name: each for each in points if (self.folder.path / each.file).is_file()}.values())
         self.best = self.choose()
         self.folder.hand_over(self.best)
+
+    def _extend(self) -> None:
+        """Start the work of a finished search again; without a trained candidate, from the survey on."""
+        state = self.folder.state
+        state.finished = False
+        state.extended = any(record.rung for record in self.study.records())
+        if not state.extended:
+            state.survey_until, state.rungs = None, []
+        self.save()
 
     def is_trained(self, candidate: Candidate) -> bool:
         """Whether a candidate starts from trained weights; an untrained student is no point before its training."""
