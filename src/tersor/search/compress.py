@@ -30,6 +30,7 @@ from tersor.search.search_context import Search, TimeBar
 from tersor.search.space import family
 from tersor.search.study import Study
 from tersor.search.survey import describe_range, feasible_range, space_of, survey
+from tersor.search.tested_points import run_on_test_images
 from tersor.search.workbench import Workbench
 from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
@@ -178,10 +179,14 @@ def _run(search: Search, request: Request) -> Front:
             write_front(search, finished=False)
         search.save()
         raise
+    tested = run_on_test_images(search)
     made, state = write_front(search, finished=True), search.folder.state
     state.finished = True
     search.save()
-    write_evidence(search, made)
+    write_evidence(search, made, tested)
+    search.save()
+    made = made.model_copy(update={"minutes_used": search.clock.used / 60})
+    search.folder.write_front(made)
     write_front_page(search.folder.path, made)
     search.folder.remove_trials(kept=list(state.rungs[-1].members) if state.rungs else [])
     return made

@@ -25,6 +25,7 @@ from tersor.search.folder import Rung
 from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
 from tersor.search.promotion import entrants, promoted
 from tersor.search.search_context import Search
+from tersor.search.search_metric import in_percent
 from tersor.search.study import Record
 from tersor.search.training_stage import as_made
 
@@ -129,6 +130,8 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
         if not resumed:
             costs.attach = max(0.0, search.clock.used - start - in_training - costs.export)
         validation = made[-1].validation_score
+        if validation is not None:
+            validation = in_percent(search.bench.experiment.task, validation)
         record = search.record(
             candidate,
             exported,

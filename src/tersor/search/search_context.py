@@ -101,6 +101,11 @@ class Search:
         assert self.original is not None, "the original is measured first"
         return self.original.validation
 
+    @property
+    def evidence_seconds(self) -> float:
+        """Seconds that `evidence.json` is expected to take after the points were tested."""
+        return self.folder.state.costs.evidence(sum(point.test is not None for point in self.points))
+
     def restore(self) -> None:
         """Read the points of an earlier process. A finished search is extended: it has more time now."""
         if self.folder.state.finished:

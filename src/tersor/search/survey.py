@@ -48,6 +48,7 @@ def feasible_range(search: Search) -> None:
         with search.timed("export"):
             integers = _integers(search)
         state.baselines = _measured(search, file, integers)
+    state.costs.runs = sum(state.baselines[0].latency_ms.values()) / 1000
     search.measurement.compare_with(file)
     for point in state.baselines:
         if point.runtime == search.runtime and point.name != FLOAT32:
