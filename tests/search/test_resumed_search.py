@@ -175,3 +175,13 @@ def test_the_time_of_the_evidence_counts_and_it_gets_the_predictions_of_the_test
     assert read_front(tmp_path / "out") == made
     assert len(given) == sum(point.test is not None for point in made.points + made.dominated)
     assert all(each.classes.tolist() == [0] * 22 + [1] * 3 for each in given)
+
+
+def test_searches_of_equally_named_folders_do_not_share_a_study_and_a_moved_folder_keeps_its_own(tmp_path):
+    folders = [SearchFolder(tmp_path / parent / "out", {}) for parent in ("a", "b")]
+    names = [folder.state.study for folder in folders]
+    assert names[0] != names[1]
+    with folders[0].held():
+        pass
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert SearchFolder(tmp_path / "c" / "out", {}).state.study == names[0]

@@ -141,7 +141,7 @@ def _search(
     bench = Workbench(experiment, students, folder.path / TRIALS, bar)
     _check_students(bench, given)
     database = storage or f"sqlite:///{(folder.path / DATABASE).absolute()}"
-    study = Study(database, folder.path.absolute().name, [ORIGINAL, *students], request.seed)
+    study = Study(database, folder.state.study, [ORIGINAL, *students], request.seed)
     sizes = sorted(budget.latency_ms) or [1, 128 if min(experiment.data.train.size) < _LARGE else 32]
     example = next(iter(bench.validation)).only_images[:1].numpy()
     measurement = Measurement(folder.path / LATENCIES, request.runtime, example, sizes)

@@ -71,8 +71,9 @@ def measured(task: Task, predictions: Any, targets: Any) -> Measured:
 def measures_accuracy(task: Task) -> bool:
     """Whether the metric is the share of correctly classified images."""
     if isinstance(task, FromFunctions):
-        return bool(task.unit) and isinstance(task.base, Classification)
-    return isinstance(task, Classification)
+        return bool(task.unit) and measures_accuracy(task.base)
+    own = (type(task).score, type(task).predictions) != (Classification.score, Classification.predictions)
+    return isinstance(task, Classification) and not own
 
 
 def in_percent(task: Task, metric: float) -> float:
