@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersor.core.progress import ProgressReporter
+from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import Measurement
@@ -20,7 +21,6 @@ from tersor.search.plan import Clock
 from tersor.search.study import Record, Study
 from tersor.search.workbench import Exported, Workbench
 
-INTEGERS = "int8"
 _KEPT_EVERY = 10.0
 """Seconds between two writes of the used time, from which a killed search resumes."""
 
