@@ -14,16 +14,22 @@ from tersor.evaluation.results import StageRecord
 from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.search.candidate import ORIGINAL, Candidate
 from tersor.search.compression_budget import Budget
+from tersor.search.finish import write_front
 from tersor.search.folder import SearchFolder
 from tersor.search.front import Point
+from tersor.search.halving import halve
 from tersor.search.plan import Clock
 from tersor.search.search_context import Search, TimeBar
+from tersor.search.space import Space
 from tersor.search.study import Study
+from tersor.search.survey import survey
+from tersor.search.tested_points import run_on_test_images
 from tersor.search.workbench import Exported
 from tersor.tasks.classification import Classification
 
 STORAGES = {}
 STUDENTS = {"wide": None, "deep": None}
+SPACE = Space(branches=9, prunable=True, students=list(STUDENTS))
 FLOAT, INTEGERS = 90.0, 89.8
 
 
@@ -63,6 +69,8 @@ class FakeBench:
         log: what was done, in order.
         interrupt_at: number of the piece of work that Ctrl-C interrupts.
         broken: names of candidates that cannot be built.
+        rounding: points that quantization costs, unless the last stage quantizes.
+        given: the stages of every training, interrupted ones included, with the name of the candidate.
     """
 
     time: FakeTime
@@ -70,13 +78,15 @@ class FakeBench:
     log: list = field(default_factory=list)
     interrupt_at: int | None = None
     broken: tuple[str, ...] = ()
+    rounding: float = 0.0
+    given: list = field(default_factory=list)
     checkpoint_every: int = 0
 
     def __post_init__(self):
         labels = torch.zeros(1000, dtype=torch.int64)
         images = SimpleNamespace(labels=labels, __len__=lambda: 1000)
         self.validation = SimpleNamespace(images=labels)
-        data = SimpleNamespace(train=labels, validation=labels, test=labels, mean=None, std=None)
+        data = SimpleNamespace(train=labels, validation=labels, test=labels, mean=None, std=None, classes=())
         recipe = Recipe(
             model=Network(name="resnet20"),
             teacher="original",
@@ -85,6 +95,7 @@ class FakeBench:
         )
         self.experiment = SimpleNamespace(recipe=recipe, data=data, images=images, task=Classification())
         self.trained = {}
+        self.interrupted = {}
 
     def _work(self, what, seconds):
         if self.interrupt_at == len(self.log):
@@ -106,26 +117,32 @@ class FakeBench:
         return Stage(name=name, steps=steps, methods=("soft_targets",))
 
     def train(self, candidate, trained, seconds):
+        self.given.append((candidate.name, tuple(trained)))
+        earlier = self.interrupted.pop((candidate, trained[-1].name), 0.0)
         if self.interrupt_at == len(self.log):
             self.interrupt_at = None
+            self.interrupted[candidate, trained[-1].name] = seconds / 2
+            self.time.seconds += seconds / 2
             raise KeyboardInterrupt
         self.log.append(("train", candidate.name, trained[-1].name))
         self.time.seconds += seconds
+        seconds += earlier
         self.trained[candidate] = self.trained.get(candidate, 0.0) + seconds
         record = StageRecord(
             name=trained[-1].name, methods=[], steps=100, notes=[], minutes=1.0, training_seconds=seconds,
-            validation_score=metric(candidate, self.trained[candidate]),
+            validation_score=metric(candidate, self.trained[candidate]) / (1 if self.experiment.task.unit else 100),
         )  # fmt: skip
         return candidate, record
 
     def export(self, candidate, model, file, *, quantized=False):
         self._work(("export", candidate.name), 3.0)
         file.write_text(f"{candidate.name} {self.trained.get(candidate, 0.0)}")
-        return Exported(file, metric(candidate, self.trained.get(candidate, 0.0)), 10**6, 50_000)
+        reached = metric(candidate, self.trained.get(candidate, 0.0)) - (0 if quantized else self.rounding)
+        return Exported(file, reached, 10**6, 50_000)
 
-    def test_metric(self, candidate, file):
+    def test_predictions(self, candidate, file):
         self._work(("test", str(file.parent.name)), 1.0)
-        return 88.0
+        return torch.arange(25) // 22, torch.zeros(25, dtype=torch.int64)
 
 
 class FakeLatency:
@@ -183,3 +200,11 @@ def searching(path, *, minutes=10.0, budget=None, time=None, bench=None):
             (path / point.file).write_text(point.name)
     search.restore()
     return search
+
+
+def run(search):
+    """All phases after the feasible range."""
+    survey(search, SPACE)
+    halve(search)
+    run_on_test_images(search)
+    return write_front(search, finished=True)

@@ -38,6 +38,15 @@ def test_the_newest_is_found_again(checkpoints):
     assert len(list(checkpoints.folder.glob("02-*"))) == 2, "of the unfinished ones, two stay"
 
 
+def test_checkpoints_of_a_renamed_stage_are_removed_and_later_stages_stay(checkpoints):
+    for unit in (1, 2, 3):
+        save(checkpoints, unit, 4, done=True)
+    save(checkpoints, 2, 2)
+    checkpoints.remove_renamed(["train", "quantize"])
+    assert [each.unit for each in checkpoints.ends()] == [1, 3]
+    assert checkpoints.newest_within(2) is None
+
+
 @pytest.mark.parametrize("file", ["clock.json", "structure.json", "tensors.safetensors"])
 def test_a_flipped_bit_costs_the_last_steps_only(checkpoints, file):
     save(checkpoints, 1, 2)

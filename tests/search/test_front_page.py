@@ -92,6 +92,21 @@ def test_without_its_script_the_page_has_charts_and_table(page):
         assert browser.value("document.querySelectorAll('tbody tr').length") >= 203
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_an_axis_between_two_and_five_has_labels_at_both_ends(tmp_path):
+    made = front_of(0)
+    baselines = [each.model_copy(update={"latency_ms": {1: 2.3, 128: 200.0}}) for each in made.baselines]
+    best = made.points[0].model_copy(update={"latency_ms": {1: 4.5, 128: 200.0}})
+    limits = {**made.limits, "latency_ms": {}}
+    changed = {"baselines": baselines, "points": [best], "dominated": [], "best": best.name, "limits": limits}
+    with chromium() as browser:
+        browser.open(write_front_page(tmp_path, made.model_copy(update=changed)), 1280, "light")
+        labels = browser.value("[...document.querySelectorAll('#chart text')].map(e => e.textContent)")
+        assert labels[:2] == ["2.3", "4.5"]
+        assert browser.complaints == []
+
+
 def select(browser, control, value):
     browser.value(f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('change')) }})({id_of(control)})")
 

@@ -1,4 +1,4 @@
-"""The phases of a search on fake networks and a fake clock: the plan, resuming, interruptions, budgets."""
+"""The phases of a search on fake networks and a fake clock: the plan and budgets."""
 
 import itertools
 import json
@@ -6,36 +6,20 @@ import json
 import optuna
 import pytest
 
-from search_fakes import FLOAT, STORAGES, FakeBench, FakeTime, baseline, latencies, searching
-from tersor.search import finish
+from search_fakes import FLOAT, SPACE, STORAGES, FakeBench, FakeTime, baseline, run, searching
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.finish import write_front
 from tersor.search.folder import read_front
-from tersor.search.front import dominates, rank
+from tersor.search.front import dominates
 from tersor.search.halving import halve
 from tersor.search.plan import RUNG_SIZES
 from tersor.search.space import Space
 from tersor.search.survey import feasible_range, survey
+from tersor.tasks.classification import Classification
+from tersor.tasks.functions import FromFunctions
 
-SPACE = Space(branches=9, prunable=True, students=["wide", "deep"])
-
-
-@pytest.fixture(autouse=True)
-def _fake_files(monkeypatch):
-    kept = [round(0.1 + 0.05 * step, 2) for step in range(19)]
-    latencies(
-        [Candidate("wide"), Candidate("deep")]
-        + [Candidate(branches=b, keep_macs=k, bits=w) for b in range(10) for k in kept for w in ("8", "4", "mixed")]
-    )
-    monkeypatch.setattr(finish, "_speedup", lambda _search, _best: {})
-
-
-def run(search):
-    """All phases after the feasible range."""
-    survey(search, SPACE)
-    halve(search)
-    return write_front(search, finished=True)
+pytestmark = pytest.mark.usefixtures("fake_search")
 
 
 def test_the_time_given_is_used(tmp_path):
@@ -112,47 +96,6 @@ def test_the_test_set_is_used_once_for_points_that_are_handed_over(tmp_path):
     assert search.bench.log.index(tests[0]) == len(search.bench.log) - len(tests)
 
 
-def test_ctrl_c_at_any_moment_leaves_a_valid_folder_and_the_search_goes_on(tmp_path):
-    whole = searching(tmp_path / "whole")
-    run(whole)
-    pieces = len(whole.bench.log)
-    for number, moment in enumerate(range(0, pieces, 13)):
-        out = tmp_path / str(number)
-        time = FakeTime()
-        bench = FakeBench(time, interrupt_at=moment)
-        search = searching(out, time=time, bench=bench)
-        before = search.best
-        with pytest.raises(KeyboardInterrupt):
-            run(search)
-        search.save()
-        write_front(search, finished=False)
-        handed = (out / "model.onnx").read_text()
-        assert handed == (out / search.best.file).read_text()
-        assert rank(search.best, search.budget, search.reference) <= rank(before, search.budget, search.reference)
-        done = {(record.of.name, record.rung) for record in search.study.records()}
-        resumed = searching(out, time=time, bench=bench)
-        assert (out / "model.onnx").read_text() == handed
-        position = len(bench.log)
-        run(resumed)
-        again = {(what[1], int(what[2].removeprefix("train-"))) for what in bench.log[position:] if what[0] == "train"}
-        assert not again & done
-        assert resumed.clock.used <= 1.05 * resumed.clock.total
-        assert rank(resumed.best, resumed.budget, resumed.reference) <= rank(
-            search.best, search.budget, search.reference
-        )
-
-
-def test_a_finished_trial_is_never_run_twice(tmp_path):
-    search = searching(tmp_path / "out")
-    run(search)
-    once = [what for what in search.bench.log if what[0] == "train"]
-    assert len(once) == len(set(once))
-    again = searching(tmp_path / "out", time=search.bench.time, bench=search.bench)
-    position = len(again.bench.log)
-    run(again)
-    assert [what[0] for what in again.bench.log[position:] if what[0] != "test"] == []
-
-
 def test_a_budget_that_cannot_be_met_hands_over_the_nearest_point_and_says_what_would_help(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(max_drop=0.1, latency_ms={1: 0.2}))
     made = run(search)
@@ -168,7 +111,7 @@ def test_hardly_any_time_hands_over_the_best_baseline(tmp_path):
     made = run(search)
     assert made.best == Candidate().name
     assert made.met
-    assert not search.folder.state.rungs[0].members
+    assert not search.folder.state.rungs
 
 
 def test_a_network_that_cannot_be_pruned_leaves_the_students(tmp_path):
@@ -211,16 +154,19 @@ def test_every_point_of_the_front_has_its_file_recipe_and_numbers(tmp_path):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_more_time_for_a_finished_search_goes_to_the_last_candidate(tmp_path):
+def test_without_the_time_of_a_step_the_number_of_steps_is_limited(tmp_path):
     search = searching(tmp_path / "out")
-    made = run(search)
-    (last,) = search.folder.state.rungs[-1].members
-    search.folder.state.finished = True
-    search.save()
-    longer = searching(tmp_path / "out", minutes=20.0, time=search.bench.time, bench=search.bench)
-    position = len(longer.bench.log)
-    again = run(longer)
-    trained = [what for what in longer.bench.log[position:] if what[0] == "train"]
-    assert [what[1] for what in trained] == [last]
-    assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
-    assert again.point(again.best).seconds > made.point(made.best).seconds
+    search.folder.state.costs.step = 0.0
+    run(search)
+    assert max(stages[-1].steps for _, stages in search.bench.given) <= 10**6
+
+
+def test_quantization_aware_training_is_chosen_with_a_metric_of_the_user_too(tmp_path):
+    time = FakeTime()
+    bench = FakeBench(time, rounding=1.0)
+    bench.experiment.task = FromFunctions(Classification(), None, lambda *_: 0.5)
+    search = searching(tmp_path / "out", time=time, bench=bench)
+    survey(search, SPACE)
+    halve(search)
+    assert bench.given[-1][1][-1].name == "quantize"
+    assert {abs(round(record.rounding_loss, 6)) for record in search.study.records() if record.rung} == {0.0, 1.0}

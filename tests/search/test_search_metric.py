@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tersor.core.errors import InputError
-from tersor.search.search_metric import error_of_drop, measures_accuracy, refuse_other_metrics, standard_error
+from tersor.search.search_metric import error_of_drop, measured, measures_accuracy, refuse_other_metrics, standard_error
 from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.regression import Regression
@@ -29,6 +30,22 @@ def test_a_loss_of_the_user_keeps_the_accuracy_and_a_metric_does_not():
     assert measures_accuracy(FromFunctions(Classification(), lambda *_: None, None))
     assert not measures_accuracy(FromFunctions(Classification(), None, lambda *_: 0.5))
     assert not measures_accuracy(Segmentation())
+
+
+class Balanced(Classification):
+    def score(self, pairs):
+        return self.score_by_class(pairs, 2).mean().item()
+
+
+def test_a_classification_with_its_own_score_has_no_paired_error():
+    assert not measures_accuracy(Balanced())
+    assert not measures_accuracy(FromFunctions(Balanced(), lambda *_: None, None))
+    predictions, targets = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1])
+    assert measured(Classification(), predictions, targets).right.tolist() == [True, True, True, False]
+    assert (measured(Balanced(), predictions, targets).metric, measured(Balanced(), predictions, targets).right) == (
+        50.0,
+        None,
+    )
 
 
 def test_errors_are_refused_and_shares_of_the_user_are_not():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -188,6 +188,14 @@ class Checkpoints:
                 return checkpoint
             self.damaged.append(path)
         return None
+
+    def remove_renamed(self, names: Sequence[str]) -> None:
+        """Delete the checkpoints of the stages 1, 2, ... that have another name than in `names`."""
+        for unit, name in enumerate(names, 1):
+            kept = self._folders(f"{unit:02d}-{name}-*")
+            for path in self._folders(f"{unit:02d}-*"):
+                if path not in kept:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def remove(self) -> None:
         """Delete all checkpoints, after the artifact is written."""

@@ -30,6 +30,7 @@ from tersor.search.search_context import Search, TimeBar
 from tersor.search.space import family
 from tersor.search.study import Study
 from tersor.search.survey import describe_range, feasible_range, space_of, survey
+from tersor.search.tested_points import run_on_test_images
 from tersor.search.workbench import Workbench
 from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
@@ -140,7 +141,7 @@ def _search(
     bench = Workbench(experiment, students, folder.path / TRIALS, bar)
     _check_students(bench, given)
     database = storage or f"sqlite:///{(folder.path / DATABASE).absolute()}"
-    study = Study(database, folder.path.absolute().name, [ORIGINAL, *students], request.seed)
+    study = Study(database, folder.state.study, [ORIGINAL, *students], request.seed)
     sizes = sorted(budget.latency_ms) or [1, 128 if min(experiment.data.train.size) < _LARGE else 32]
     example = next(iter(bench.validation)).only_images[:1].numpy()
     measurement = Measurement(folder.path / LATENCIES, request.runtime, example, sizes)
@@ -178,10 +179,14 @@ def _run(search: Search, request: Request) -> Front:
             write_front(search, finished=False)
         search.save()
         raise
-    made = write_front(search, finished=True)
-    write_evidence(search, made)
-    write_front_page(search.folder.path, made)
-    search.folder.state.finished = True
+    tested = run_on_test_images(search)
+    made, state = write_front(search, finished=True), search.folder.state
+    state.finished = True
     search.save()
-    search.folder.remove_trials(kept=list(search.folder.state.rungs[-1].members))
+    write_evidence(search, made, tested)
+    search.save()
+    made = made.model_copy(update={"minutes_used": search.clock.used / 60})
+    search.folder.write_front(made)
+    write_front_page(search.folder.path, made)
+    search.folder.remove_trials(kept=list(state.rungs[-1].members) if state.rungs else [])
     return made

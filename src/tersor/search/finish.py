@@ -1,4 +1,4 @@
-"""The end of a search: the front, the test set once, the speedup over the fastest free baseline, and advice."""
+"""The end of a search: the front, the speedup over the fastest free baseline, and advice."""
 
 from __future__ import annotations
 
@@ -20,25 +20,17 @@ from tersor.search.plan import SPEEDUP_SECONDS
 from tersor.search.promotion import promoted
 from tersor.search.search_context import Search
 
-_LONGEST, _AFTERWARDS = 30.0, 10.0
-"""Seconds: the longest final measurement for each batch size, and what follows it."""
+_LONGEST = 30.0
+"""Seconds of the longest final measurement for each batch size."""
 _MORE_TIME = 3
 """The advice predicts the drop after this multiple of the search time."""
 
 
 def write_front(search: Search, *, finished: bool) -> Front:
-    """Write `front.json` and `report.html`; at the end of a search with the metric on the test set and the speedup.
-
-    The test set is used here only, for the points of the front and the free baselines of the target runtime.
-    """
+    """Write `front.json` and `report.html`; at the end of a search with the speedup."""
     best = search.choose()
     kept = front(search.points)
-    speedup: dict[int, Speedup] = {}
-    if finished:
-        tested = {point.name: _tested(search, point) for point in search.tested_at_the_end()}
-        search.points = [tested.get(point.name, point) for point in search.points]
-        kept, best = [tested.get(point.name, point) for point in kept], tested.get(best.name, best)
-        speedup = _speedup(search, best)
+    speedup = _speedup(search, best) if finished else {}
     names = {point.name for point in kept}
     data = search.bench.experiment.data
     images = len(search.bench.validation.images)
@@ -73,12 +65,6 @@ def write_front(search: Search, *, finished: bool) -> Front:
     return made
 
 
-def _tested(search: Search, point: Point) -> Point:
-    """The point with its metric on the test set."""
-    metric = search.bench.test_metric(search.candidate_of(point), search.folder.path / point.file)
-    return point.model_copy(update={"test": metric})
-
-
 def _speedup(search: Search, best: Point) -> dict[int, Speedup]:
     """How much faster the best point is than the fastest free baseline at each batch size, with intervals."""
     sizes = search.measurement.batch_sizes
@@ -103,7 +89,7 @@ def _speedup(search: Search, best: Point) -> dict[int, Speedup]:
     image = search.bench.example(search.candidate_of(best))
     if image.shape != search.bench.example(search.candidate_of(baselines[0])).shape:
         return {}
-    left = (search.clock.left - _AFTERWARDS) / len(sizes)
+    left = (search.clock.left - search.evidence_seconds) / len(sizes)
     seconds = min(max(left, SPEEDUP_SECONDS), _LONGEST)
     timings = measure_latency(openers, image, sizes, ratios=speedup_ratio, seconds=seconds)
     return {size: Speedup.model_validate(asdict(speedup_ratio(timings, size)[0])) for size in sizes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +37,13 @@ class Rung(BaseModel):
     Attributes:
         members: its candidates by name, with the number of their training, from 1.
         until: seconds used at which it ends; None for the last one, which gets all that is left.
+        planned: the stages of each training that has begun and not ended, as plain data.
     """
 
     model_config = ConfigDict(extra="forbid")
     members: dict[str, int]
     until: float | None = None
+    planned: dict[str, list[dict[str, Any]]] = {}
 
 
 class State(BaseModel):
@@ -48,6 +51,7 @@ class State(BaseModel):
 
     Attributes:
         arguments: the arguments of the search; a resumed search must have the same ones.
+        study: name of the search in its database, which other searches may share.
         used: seconds used so far.
         seen: whether the original was trained on the validation images; half of the test images are then used for
         validation.
@@ -56,11 +60,13 @@ class State(BaseModel):
         costs: seconds that each kind of work takes.
         baselines: the measured free baselines.
         finished: whether the search ended by itself.
+        extended: whether it got more time after that, in which its last candidate is trained further.
     """
 
     model_config = ConfigDict(extra="forbid")
     version: int = VERSION
     arguments: dict[str, str]
+    study: str
     used: float = 0.0
     seen: bool | None = None
     survey_until: float | None = None
@@ -68,6 +74,7 @@ class State(BaseModel):
     costs: Costs = Costs()
     baselines: list[Point] = []
     finished: bool = False
+    extended: bool = False
 
 
 class Front(BaseModel):
@@ -143,7 +150,7 @@ class SearchFolder:
         self.path = path
         if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / STATE).is_file())):
             raise InputError(f"{path} already exists and is not overwritten. Choose another folder, or remove it.")
-        self.state = State(arguments=dict(arguments))
+        self.state = State(arguments=dict(arguments), study=f"{path.absolute().name}-{uuid.uuid4().hex[:8]}")
         if (path / STATE).is_file():
             self.state = _read_state(path / STATE)
             self._check(arguments)

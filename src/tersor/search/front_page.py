@@ -24,8 +24,8 @@ from tersor.search.front import Point
 from tersor.search.point_evidence import read_evidence
 from tersor.search.verdict_line import verdict_lines
 
-_MARGIN = 1.08
-"""Factor between the outermost point of a logarithmic axis and its end."""
+_MARGIN, _VERTICAL_MARGIN = 1.08, 0.08
+"""Factor between the outermost point of a logarithmic axis and its end; margin of the vertical axis, as a share."""
 _SHOWN_DROP = 12.0
 """A chart shows this many points below the best; lower networks are drawn at its lower edge."""
 
@@ -79,6 +79,7 @@ def _explorer_data(
         "original": front.original,
         "best": front.best,
         "limits": front.limits,
+        "chart": {"margin": _MARGIN, "vertical_margin": _VERTICAL_MARGIN, "shown_drop": _SHOWN_DROP},
         "sizes": list(front.points[0].latency_ms),
         "evidence": evidence,
         "points": [
@@ -138,7 +139,7 @@ def _chart(
     low, high = min(values) / _MARGIN, max(values) * _MARGIN
     best = max(point.validation for point in points)
     worst = max(best - _SHOWN_DROP, min(point.validation for point in points))
-    margin = 0.08 * max(best - worst, 0.1)
+    margin = _VERTICAL_MARGIN * max(best - worst, 0.1)
     bottom, top = worst - margin, best + margin
     kept = {point.name for point in front.points}
 

@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
 
 from tersor import recipe as recipes
 from tersor.core.errors import InputError
+from tersor.evaluation.results import StageRecord
 from tersor.recipe import Stage
 from tersor.search.candidate import QUANTIZE, Candidate
 from tersor.search.folder import Rung
 from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
 from tersor.search.promotion import entrants, promoted
 from tersor.search.search_context import Search
+from tersor.search.search_metric import in_percent
 from tersor.search.study import Record
 from tersor.search.training_stage import as_made
 
@@ -31,6 +37,8 @@ _LEAST_OVERHEADS = 10
 """A training is divided if its second part has at least so many times the seconds of attaching and exporting."""
 _HEADROOM = 10
 """Limit on the steps of a training, relative to the original's in the same time; usually the time ends it first."""
+_MOST_STEPS = 10**6
+"""Limit on the steps where the original cannot be trained, so that its step has no time."""
 
 
 def halve(search: Search) -> None:
@@ -44,16 +52,17 @@ def halve(search: Search) -> None:
         if len(state.rungs) < number:
             if state.rungs and state.rungs[-1].until is None and not _worthwhile(search):
                 return
-            state.rungs.append(_rung(search, number))
+            made = _rung(search, number)
+            if not made.members:
+                return
+            state.rungs.append(made)
             search.save()
         rung = state.rungs[number - 1]
-        if not rung.members:
-            return
         for place, (name, training) in enumerate(rung.members.items()):
             if search.study.find(by_name[name], training) is None and name not in search.study.failed:
                 end = search.clock.used + _available(search)
                 seconds = min(end, rung.until or end) - search.clock.used
-                _train(search, by_name[name], training, seconds / (len(rung.members) - place), last=rung.until is None)
+                _train(search, by_name[name], rung, seconds / (len(rung.members) - place))
 
 
 def _worthwhile(search: Search) -> bool:
@@ -72,7 +81,7 @@ def _rung(search: Search, number: int) -> Rung:
     state, available = search.folder.state, _available(search)
     share = RUNGS[number - 1] if number <= len(RUNGS) else 1.0
     short = number == len(RUNGS) and (1 - share) * available < _LEAST_OVERHEADS * state.costs.overhead
-    last = number > len(RUNGS) or state.finished or short
+    last = number > len(RUNGS) or state.extended or short
     if number == 1:
         seconds = max(share, LEAST_FIRST) * available
         count = state.costs.entrants(seconds) or min(1, state.costs.entrants(available))
@@ -89,56 +98,105 @@ def _rung(search: Search, number: int) -> Rung:
 
 
 def _trained(search: Search) -> list[Record]:
-    """The latest training of each candidate; of a finished search only the last one, which has its checkpoints."""
+    """The latest training of each candidate; of an extended search only the last one, which has its checkpoints."""
     rungs = search.folder.state.rungs
-    names = rungs[-1].members if search.folder.state.finished else {name for rung in rungs for name in rung.members}
+    names = rungs[-1].members if search.folder.state.extended else {name for rung in rungs for name in rung.members}
     records = [record for record in search.study.records() if record.rung and record.of.name in names]
     latest = {record.of.name: record for record in sorted(records, key=lambda record: record.rung)}
     return [record for name, record in latest.items() if name not in search.study.failed]
 
 
-def _train(search: Search, candidate: Candidate, training: int, seconds: float, *, last: bool) -> None:
+def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> None:
     """Train a candidate once more; all of its work takes `seconds`. An error is stored as a failed trial."""
-    costs, start = search.folder.state.costs, search.clock.used
+    costs, start, training = search.folder.state.costs, search.clock.used, rung.members[candidate.name]
     before = search.study.find(candidate, training - 1) if training > 1 else None
-    trained = [Stage.model_validate(stage) for stage in before.stages] if before else []
     limit = seconds - costs.overhead
     if limit <= 0:
         return
-    settled = before is not None and before.point.seconds > limit
-    quantizes = last and before is not None and (before.rounding_loss or 0.0) > _ROUNDING
-    names = [(f"train-{training}", 1 - _QUANTIZED_SHARE * quantizes)]
-    names += [(QUANTIZE, _QUANTIZED_SHARE)] * quantizes
-    validation, in_training = None, 0.0
+    resumed = candidate.name in rung.planned
     try:
-        model = search.bench.build(candidate)
-        for name, share in names:
-            steps = max(1, int(_HEADROOM * share * limit / max(costs.step, 1e-9)))
-            stage = search.bench.stage(candidate, name, steps, model, settled=settled)
-            model, made = search.bench.train(candidate, (*trained, stage), share * limit)
-            trained.append(as_made(stage, made.steps))
-            validation = made.validation_score
-            in_training += made.training_seconds or 0.0
+        if not resumed:
+            planned = _planned(search, candidate, training, before, limit, last=rung.until is None)
+            rung.planned[candidate.name] = [_plain(stage) for stage in planned]
+            search.save()
+        stages = [Stage.model_validate(stage) for stage in rung.planned[candidate.name]]
+        trained = _without_rounding(before)
+        model, made = _run(search, candidate, trained, stages, limit)
+        trained += [as_made(stage, record.steps) for stage, record in zip(stages, made, strict=True)]
         with search.timed("export"):
             file = search.folder.point_file(f"{candidate.name}-{training}")
-            exported = search.bench.export(candidate, model, file, quantized=quantizes)
+            exported = search.bench.export(candidate, model, file, quantized=_rounds(trained))
+        in_training = sum(record.training_seconds or 0.0 for record in made)
+        if not resumed:
+            costs.attach = max(0.0, search.clock.used - start - in_training - costs.export)
+        validation = made[-1].validation_score
+        if validation is not None:
+            validation = in_percent(search.bench.experiment.task, validation)
+        record = search.record(
+            candidate,
+            exported,
+            rung=training,
+            steps=sum(stage.steps for stage in trained),
+            seconds=in_training + (before.point.seconds if before else 0.0),
+            stages=tuple(_plain(stage) for stage in trained),
+            rounding_loss=None if validation is None else validation - exported.validation,
+        )
     except InputError as error:
         search.study.fail(candidate, training, str(error))
         search.bar.tell(f"{candidate}: {error}")
         return
-    costs.attach = max(0.0, search.clock.used - start - in_training - costs.export)
-    record = search.record(
-        candidate,
-        exported,
-        rung=training,
-        steps=sum(stage.steps for stage in trained),
-        seconds=in_training + (before.point.seconds if before else 0.0),
-        stages=tuple(stage.model_dump(mode="json", exclude_defaults=True) for stage in trained),
-        rounding_loss=None if validation is None else validation - exported.validation,
-    )
     search.study.add(record)
+    del rung.planned[candidate.name]
     search.add(record.point, recipes.write(search.bench.recipe(candidate, candidate.stages(trained))))
     search.bar.tell(_described(search, record))
+
+
+def _planned(
+    search: Search, candidate: Candidate, training: int, before: Record | None, limit: float, *, last: bool
+) -> list[Stage]:
+    """The stages of a training of `limit` seconds. A resumed training repeats them, although less time is left."""
+    rounds_badly = before is not None and (before.rounding_loss or 0.0) > _ROUNDING
+    quantizes = last and (rounds_badly or _rounds(_stages(before)))
+    names = [(f"train-{training}", 1 - _QUANTIZED_SHARE * quantizes)]
+    names += [(QUANTIZE, _QUANTIZED_SHARE)] * quantizes
+    settled = before is not None and before.point.seconds > limit
+    step, model = max(search.folder.state.costs.step, 1e-9), search.bench.build(candidate)
+    return [
+        search.bench.stage(
+            candidate, name, max(1, min(_MOST_STEPS, int(_HEADROOM * share * limit / step))), model, settled=settled
+        )
+        for name, share in names
+    ]
+
+
+def _run(
+    search: Search, candidate: Candidate, trained: Sequence[Stage], stages: Sequence[Stage], limit: float
+) -> tuple[nn.Module, list[StageRecord]]:
+    """Train in all `stages`, after those that are `trained`; the network, and a record for each of them."""
+    results: list[tuple[nn.Module, StageRecord]] = []
+    for number in range(1, len(stages) + 1):
+        start = search.clock.used
+        seconds = limit * (1 - _QUANTIZED_SHARE * (number < len(stages)))
+        results.append(search.bench.train(candidate, (*trained, *stages[:number]), seconds))
+        limit -= min(seconds, search.clock.used - start)  # a stage that ended before an interruption takes no time
+    return results[-1][0], [record for _, record in results]
+
+
+def _stages(record: Record | None) -> list[Stage]:
+    return [Stage.model_validate(stage) for stage in record.stages] if record else []
+
+
+def _without_rounding(record: Record | None) -> list[Stage]:
+    """The trained stages but those that quantize: the next training goes on from the float network."""
+    return [stage for stage in _stages(record) if stage.name != QUANTIZE]
+
+
+def _rounds(stages: Sequence[Stage]) -> bool:
+    return any(stage.name == QUANTIZE for stage in stages)
+
+
+def _plain(stage: Stage) -> dict[str, Any]:
+    return stage.model_dump(mode="json", exclude_defaults=True)
 
 
 def _described(search: Search, record: Record) -> str:

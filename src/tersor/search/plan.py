@@ -19,6 +19,10 @@ RESERVE = 0.005
 MOST_RESERVED = 0.2
 SPEEDUP_SECONDS = 5.0
 """Least time of the final measurement for each batch size; it gets longer if there is time left."""
+PROFILED_RUNS = 10
+"""Runs in which the nodes of a file are timed, at each batch size."""
+_PROFILE, _PEAKS = 2.0, 5.0
+"""Time of a profile relative to that of its runs, and seconds to measure the multiply peaks of the machine."""
 _LEAST_STEPS = 20
 
 
@@ -63,6 +67,7 @@ class Costs:
         step: one training step of the original.
         test: to run one file on the test set.
         finish: to measure the free baselines, which is about as long as the final measurement.
+        runs: to run the original once at each batch size.
     """
 
     survey: float = 0.0
@@ -71,10 +76,16 @@ class Costs:
     step: float = 0.0
     test: float = 0.0
     finish: float = 0.0
+    runs: float = 0.0
 
     def reserve(self, total: float, points: int) -> float:
-        """Seconds to reserve for the end, with this number of points to test."""
-        return min(MOST_RESERVED * total, RESERVE * total + self.finish + points * self.test)
+        """Seconds to reserve for the end, with this number of points to test and profile."""
+        needed = RESERVE * total + self.finish + points * self.test + self.evidence(points)
+        return min(MOST_RESERVED * total, needed)
+
+    def evidence(self, points: int) -> float:
+        """Seconds for the multiply peaks and the profiles of this number of points."""
+        return _PEAKS + points * _PROFILE * PROFILED_RUNS * self.runs
 
     def entrants(self, seconds: float) -> int:
         """Number of candidates for a rung of this many seconds, so that each has enough time to train."""

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,25 @@ from torch import Tensor
 from tersor.core.files import read_json, write_file
 from tersor.data import Images
 from tersor.deploy.file_layers import file_layers
-from tersor.evaluation.measurement import arrays
 from tersor.evaluation.multiply_peak import multiply_peaks
 from tersor.evaluation.node_profile import profile
-from tersor.evaluation.scoring import agreement, file_predictions, targets_of
+from tersor.evaluation.scoring import agreement
 from tersor.evaluation.session import Array, open_session
 from tersor.report.analysis.evidence import layers_by_module
 from tersor.report.analysis.predictions import evenly_spaced, image_entry
 from tersor.search.folder import Front
 from tersor.search.front import Point
+from tersor.search.plan import PROFILED_RUNS
 from tersor.search.search_context import Search
-from tersor.tasks.classification import Classification
+from tersor.search.tested_points import MOST_CLASSES, Tested
 from tersor.tasks.task import Task
 
 EVIDENCE = "evidence.json"
 _EXAMPLES = 60
-_MOST_CLASSES = 100
-_RUNS = 10
 _DIGITS = 4
 
 
-@dataclass(frozen=True)
-class _Tested:
-    """A point with its predictions for the test images, and one image (1, C, H, W) of its size."""
-
-    point: Point
-    file: Path
-    predictions: Any
-    image: Array
-
-
-def write_evidence(search: Search, front: Front) -> None:
+def write_evidence(search: Search, front: Front, tested: Mapping[str, Tested]) -> None:
     """Write `evidence.json` for the points of a finished search that ran on the test images.
 
     `peaks`: multiply peaks of the machine. `classes`: the first hundred names. `points`, by name: `agreement` (percent,
@@ -59,26 +46,21 @@ def write_evidence(search: Search, front: Front) -> None:
     each point predicts; empty for other tasks than classification.
     """
     experiment = search.bench.experiment
-    task, data = experiment.task, experiment.data
-    points = {point.name: point for point in [*front.points, *front.baselines]}
-    tested = {
-        name: _test(search, point)
-        for name, point in points.items()
-        if point.runtime == front.runtime and point.test is not None
-    }
-    targets = targets_of(experiment.batches(data.test, experiment.evaluation_batch))
-    classifies = isinstance(task, Classification)
     original = copy.deepcopy(experiment.model).cpu().float().eval()
     folded = layers_by_module(original, next(iter(search.bench.validation)).only_images[:2])
-    others = tested if classifies else {front.original: tested[front.original]}
+    predicted = {name: each.classes for name, each in tested.items() if each.classes is not None}
     evidence = {
         "peaks": [peak.model_dump() for peak in multiply_peaks(sorted({each.runtime for each in front.baselines}))],
-        "classes": list(data.classes[:_MOST_CLASSES]),
+        "classes": list(experiment.data.classes[:MOST_CLASSES]),
         "points": {
-            name: {**_predicted(task, each, others, targets, data.classes), **_inside(each, folded)}
+            name: {
+                "agreement": _agreement(experiment.task, name, each, predicted, front.original),
+                "by_class": each.by_class,
+                **_inside(search, front.point(name), folded),
+            }
             for name, each in tested.items()
         },
-        "examples": _examples(tested, data.test) if classifies else [],
+        "examples": _examples(predicted, experiment.data.test),
     }
     write_file(search.folder.path / EVIDENCE, json.dumps(evidence).encode())
 
@@ -93,69 +75,58 @@ def read_evidence(folder: Path) -> dict[str, Any]:
     return read_json(file, "Run the search again.") if file.is_file() else {}
 
 
-def _test(search: Search, point: Point) -> _Tested:
-    """Run a point on the test images."""
-    candidate, file = search.candidate_of(point), search.folder.path / point.file
-    experiment = search.bench.experiment_of(candidate, (candidate.rounding,))
-    test = experiment.batches(experiment.data.test, experiment.evaluation_batch)
-    images = arrays(test, experiment.recipe.target.input)
-    predictions = file_predictions(open_session(file, point.runtime), images, experiment.task)
-    return _Tested(point, file, predictions, search.bench.example(candidate))
+def _agreement(
+    task: Task, name: str, tested: Tested, predicted: Mapping[str, Tensor], original: str
+) -> dict[str, float]:
+    if name in predicted:
+        return {other: round(agreement(task, predicted[name], each), 3) for other, each in predicted.items()}
+    return {} if tested.agreement is None else {original: round(tested.agreement, 3)}
 
 
-def _predicted(
-    task: Task, tested: _Tested, others: Mapping[str, _Tested], targets: Any, classes: Sequence[str]
-) -> dict[str, Any]:
-    """Agreement and scores by class; empty for outputs that have the size of other images."""
-    same_size = all(each.image.shape == tested.image.shape for each in others.values())
-    if not isinstance(task, Classification) and not same_size:
-        return {"agreement": {}, "by_class": []}
-    scores = task.score_by_class([(tested.predictions, targets)], len(classes)) if classes else None
-    by_class = [] if scores is None else scores[:_MOST_CLASSES].tolist()
-    return {
-        "agreement": {
-            name: round(agreement(task, tested.predictions, each.predictions), 3) for name, each in others.items()
-        },
-        "by_class": [None if math.isnan(value) else round(value, 2) for value in by_class],
-    }
-
-
-def _inside(tested: _Tested, folded: Mapping[str, str]) -> dict[str, Any]:
+def _inside(search: Search, point: Point, folded: Mapping[str, str]) -> dict[str, Any]:
     """Layers and node times of a file.
 
     Args:
-        tested: the point.
+        search: the search.
+        point: the point.
         folded: names of BatchNorms, which name the layers of a float file -> the layers that they are folded into.
     """
-    layers = [replace(layer, name=folded.get(layer.name, layer.name)) for layer in file_layers(tested.file)]
+    file = search.folder.path / point.file
+    layers = [replace(layer, name=folded.get(layer.name, layer.name)) for layer in file_layers(file)]
     names = {**{layer.name: layer.name for layer in layers}, **folded}
-    times = {
-        str(size): profile(
-            tested.file, tested.point.runtime, np.repeat(tested.image, size, axis=0), names, runs=_RUNS
-        )
-        for size in tested.point.latency_ms
-    }  # fmt: skip
+    times = _times(file, point, search.bench.example(search.candidate_of(point)), names)
     return {
         "layers": [
             [layer.name, layer.channels, layer.bits,
-             {size: round(each["layers"].get(layer.name, 0.0), _DIGITS) for size, each in times.items()}]
+             {size: round(runs * each["layers"].get(layer.name, 0.0), _DIGITS) for size, (runs, each) in times.items()}]
             for layer in layers
         ],
         "time": {
-            size: [[kind["kind"], kind["nodes"], round(kind["ms"], _DIGITS)] for kind in each["kinds"]]
-            for size, each in times.items()
+            size: [[kind["kind"], kind["nodes"], round(runs * kind["ms"], _DIGITS)] for kind in each["kinds"]]
+            for size, (runs, each) in times.items()
         },
     }  # fmt: skip
 
 
-def _examples(tested: Mapping[str, _Tested], images: Images) -> list[dict[str, Any]]:
-    predictions: dict[str, Tensor] = {name: each.predictions for name, each in tested.items()}
-    first = next(iter(predictions.values()))
-    differs = sum((each != first).long() for each in predictions.values())
+def _times(file: Path, point: Point, image: Array, names: Mapping[str, str]) -> dict[str, tuple[int, dict[str, Any]]]:
+    """By batch size: the number of runs, and the profile of one. A file with a fixed batch size may need several."""
+    fixed = open_session(file, point.runtime).batch
+    profiles = {
+        size: profile(file, point.runtime, np.repeat(image, size, axis=0), names, runs=PROFILED_RUNS)
+        for size in ([fixed] if fixed else point.latency_ms)
+    }
+    return {str(size): (-(-size // (fixed or size)), profiles[fixed or size]) for size in point.latency_ms}
+
+
+def _examples(predicted: Mapping[str, Tensor], images: Images) -> list[dict[str, Any]]:
+    if not predicted:
+        return []
+    first = next(iter(predicted.values()))
+    differs = sum((each != first).long() for each in predicted.values())
     assert isinstance(differs, Tensor)
     places = differs.nonzero().flatten()
     chosen = places[evenly_spaced(len(places), _EXAMPLES)].tolist() if len(places) else []
     return [
-        {**image_entry(images, index), "predicted": {name: int(each[index]) for name, each in predictions.items()}}
+        {**image_entry(images, index), "predicted": {name: int(each[index]) for name, each in predicted.items()}}
         for index in chosen
     ]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersor.core.progress import ProgressReporter
+from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import Measurement
@@ -20,7 +21,6 @@ from tersor.search.plan import Clock
 from tersor.search.study import Record, Study
 from tersor.search.workbench import Exported, Workbench
 
-INTEGERS = "int8"
 _KEPT_EVERY = 10.0
 """Seconds between two writes of the used time, from which a killed search resumes."""
 
@@ -101,8 +101,15 @@ class Search:
         assert self.original is not None, "the original is measured first"
         return self.original.validation
 
+    @property
+    def evidence_seconds(self) -> float:
+        """Seconds that `evidence.json` is expected to take after the points were tested."""
+        return self.folder.state.costs.evidence(sum(point.test is not None for point in self.points))
+
     def restore(self) -> None:
-        """Read the points of an earlier process."""
+        """Read the points of an earlier process. A finished search is extended: it has more time now."""
+        if self.folder.state.finished:
+            self._extend()
         baselines = self.folder.state.baselines
         if not baselines:
             return
@@ -113,6 +120,15 @@ class Search:
         self.points = list({each.name: each for each in points if (self.folder.path / each.file).is_file()}.values())
         self.best = self.choose()
         self.folder.hand_over(self.best)
+
+    def _extend(self) -> None:
+        """Start the work of a finished search again; without a trained candidate, from the survey on."""
+        state = self.folder.state
+        state.finished = False
+        state.extended = any(record.rung for record in self.study.records())
+        if not state.extended:
+            state.survey_until, state.rungs = None, []
+        self.save()
 
     def is_trained(self, candidate: Candidate) -> bool:
         """Whether a candidate starts from trained weights; an untrained student is no point before its training."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,22 +42,48 @@ def of_file(
     Raises:
         InputError: the runtime cannot run the file, or a metric of the user is not from 0 to 1.
     """
-    task, session = experiment.task, open_session(file, runtime, precision=precision)
-    predictions = file_predictions(session, arrays(batches, experiment.recipe.target.input), task)
-    targets = targets_of(batches)
-    metric = score(task, predictions, targets)
+    predictions = predictions_of(file, runtime, batches, experiment, precision)
+    return measured(experiment.task, predictions, targets_of(batches))
+
+
+def predictions_of(
+    file: Path, runtime: str, batches: Batches, experiment: Experiment, precision: str | None = None
+) -> Any:
+    """The predictions of a file in a runtime for all images.
+
+    Raises:
+        InputError: the runtime cannot run the file.
+    """
+    session = open_session(file, runtime, precision=precision)
+    return file_predictions(session, arrays(batches, experiment.recipe.target.input), experiment.task)
+
+
+def measured(task: Task, predictions: Any, targets: Any) -> Measured:
+    """The metric of predictions.
+
+    Raises:
+        InputError: a metric of the user is not from 0 to 1.
+    """
     right = (predictions == targets).numpy() if measures_accuracy(task) else None
-    return Measured(metric if task.unit == "%" else _percent(task, metric), right)
+    return Measured(in_percent(task, score(task, predictions, targets)), right)
 
 
 def measures_accuracy(task: Task) -> bool:
     """Whether the metric is the share of correctly classified images."""
     if isinstance(task, FromFunctions):
-        return bool(task.unit) and isinstance(task.base, Classification)
-    return isinstance(task, Classification)
+        return bool(task.unit) and measures_accuracy(task.base)
+    own = (type(task).score, type(task).predictions) != (Classification.score, Classification.predictions)
+    return isinstance(task, Classification) and not own
 
 
-def _percent(task: Task, metric: float) -> float:
+def in_percent(task: Task, metric: float) -> float:
+    """A metric of the task in percent.
+
+    Raises:
+        InputError: a metric of the user is not from 0 to 1.
+    """
+    if task.unit == "%":
+        return metric
     if not 0 <= metric <= 1:
         raise InputError(
             f"the metric {task.metric} returned {metric:g}. A search needs a metric from 0 to 1 that is better when "

@@ -37,7 +37,6 @@ class Record(BaseModel):
         candidate: parameters of the candidate.
         rung: number of its trainings so far; 0 in the survey.
         point: its measured file.
-        steps: optimizer steps of each training so far, by the name of the stage.
         stages: the trained stages as plain data, as in a recipe.
         rounding_loss: drop of the metric by quantization.
     """

@@ -11,6 +11,7 @@ from typing import Literal
 from tersor import recipe as recipes
 from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
+from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.evaluation.session import installed_runtimes, open_session
 from tersor.graph.capture import capture
 from tersor.pruning.residual_branches import find_branches
@@ -19,7 +20,7 @@ from tersor.search.candidate import Candidate
 from tersor.search.folder import BASELINES, UNCHANGED
 from tersor.search.front import Point, shortfall
 from tersor.search.plan import survey_seconds
-from tersor.search.search_context import INTEGERS, Search
+from tersor.search.search_context import Search
 from tersor.search.space import Space, candidate_of
 from tersor.search.study import Record
 
@@ -48,6 +49,7 @@ def feasible_range(search: Search) -> None:
         with search.timed("export"):
             integers = _integers(search)
         state.baselines = _measured(search, file, integers)
+    state.costs.runs = sum(state.baselines[0].latency_ms.values()) / 1000
     search.measurement.compare_with(file)
     for point in state.baselines:
         if point.runtime == search.runtime and point.name != FLOAT32:

@@ -75,7 +75,9 @@ def _every_resolution(experiment: Experiment, model: nn.Module) -> list[tuple[di
     """Feature losses for the last layer at each resolution, where both networks have the same number of resolutions."""
     images = next(iter(experiment.batches(experiment.data.train, 2))).images
     try:
-        ours, theirs = (last_feature_maps(network, images) for network in (model, experiment.teacher) if network)
+        ours, theirs = (
+            last_feature_maps(network, images) for network in (model, experiment.teacher) if network is not None
+        )
     except InputError:
         return []
     if len(ours) != len(theirs) or len(ours) < 2:

@@ -26,6 +26,7 @@ from tersor.deploy.static_batch import batch_for
 from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import Array
 from tersor.evaluation.results import StageRecord
+from tersor.evaluation.scoring import targets_of
 from tersor.graph.plain_network import plain_copy
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.stages import attach, run_stages
@@ -142,6 +143,8 @@ class Workbench:
     def train(self, candidate: Candidate, trained: Sequence[Stage], seconds: float) -> tuple[nn.Module, StageRecord]:
         """Train for `seconds` in the last of the stages `trained`; earlier ones come from their checkpoints.
 
+        A checkpoint of another stage in the place of one of them is deleted.
+
         Returns:
             The network, and the record of the last stage.
 
@@ -186,9 +189,14 @@ class Workbench:
 
     def test_metric(self, candidate: Candidate, file: Path) -> float:
         """The metric of a candidate's file on the test images."""
+        return search_metric.measured(self.experiment.task, *self.test_predictions(candidate, file)).metric
+
+    def test_predictions(self, candidate: Candidate, file: Path) -> tuple[Any, Any]:
+        """The predictions of a candidate's file for the test images, and the targets."""
         experiment = self.experiment_of(candidate, (candidate.rounding,))
         test = experiment.batches(experiment.data.test, experiment.evaluation_batch)
-        return search_metric.of_file(file, experiment.recipe.target.runtime, test, experiment).metric
+        runtime = experiment.recipe.target.runtime
+        return search_metric.predictions_of(file, runtime, test, experiment), targets_of(test)
 
     def example(self, candidate: Candidate) -> Array:
         """One image (1, C, H, W) of a candidate's size."""
@@ -240,6 +248,7 @@ class Workbench:
     ) -> tuple[nn.Module, StageRecord]:
         checkpoints = Checkpoints(self.folder / candidate.name)
         with checkpoints.held(str(candidate), resume=True):
+            checkpoints.remove_renamed([stage.name for stage in stages])
             experiment = self.experiment_of(candidate, stages)
             recipe = experiment.recipe.model_copy(update={"checkpoint_every": self.checkpoint_every})
             experiment = replace(experiment, recipe=recipe)

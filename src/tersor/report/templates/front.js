@@ -63,12 +63,13 @@
       .sort((one, other) => x.of(one) - x.of(other) || one[y] - other[y]);
   }
 
-  // From 1, 2 and 5 times powers of ten, those inside of the range.
-  function ticks(low, high) {
+  // 1, 2 and 5 times powers of ten, those inside of the range; the smallest and the largest value where these are
+  // fewer than two.
+  function ticks(low, high, values) {
     const found = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
       for (const step of [1, 2, 5]) if (step * 10 ** power >= low && step * 10 ** power <= high) found.push(step * 10 ** power);
-    return found;
+    return found.length > 1 ? found : [...new Set([Math.min(...values), Math.max(...values)])];
   }
 
   function drawChart() {
@@ -80,14 +81,14 @@
     element("shown").textContent = `${shown.length} of ${data.points.length} points shown.`;
     if (!shown.length) return;
     const limit = x.limit(), values = shown.map(x.of).concat(known(limit) ? [limit] : []);
-    const low = Math.min(...values) / 1.1, high = Math.max(...values) * 1.1;
+    const low = Math.min(...values) / data.chart.margin, high = Math.max(...values) * data.chart.margin;
     const best = Math.max(...shown.map((point) => point[y]));
-    const worst = Math.max(best - 12, Math.min(...shown.map((point) => point[y])));
-    const margin = 0.08 * Math.max(best - worst, 0.1), bottom = worst - margin, top = best + margin;
+    const worst = Math.max(best - data.chart.shown_drop, Math.min(...shown.map((point) => point[y])));
+    const margin = data.chart.vertical_margin * Math.max(best - worst, 0.1), bottom = worst - margin, top = best + margin;
     const across = (value) => LEFT + ((width - LEFT - RIGHT) * Math.log(value / low)) / Math.log(high / low);
     const down = (value) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * Math.max(0, (value - bottom) / (top - bottom));
     const base = HEIGHT - BOTTOM;
-    for (const value of ticks(low, high)) {
+    for (const value of ticks(low, high, values)) {
       draw(svg, "line", { x1: across(value), x2: across(value), y1: TOP, y2: base, class: "tick" });
       draw(svg, "text", { x: across(value), y: base + 16, "text-anchor": "middle" }, number(value));
     }

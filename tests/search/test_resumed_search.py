@@ -1,0 +1,187 @@
+"""A search that was interrupted or gets more time, and its end, on fake networks and a fake clock."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+
+from search_fakes import SPACE, FakeBench, FakeTime, run, searching
+from tersor.search.finish import write_front
+from tersor.search.folder import SearchFolder, read_front
+from tersor.search.front import rank
+
+compress = importlib.import_module("tersor.search.compress")
+pytestmark = pytest.mark.usefixtures("fake_search")
+
+
+def test_ctrl_c_at_any_moment_leaves_a_valid_folder_and_the_search_goes_on(tmp_path):
+    whole = searching(tmp_path / "whole")
+    run(whole)
+    pieces = len(whole.bench.log)
+    for number, moment in enumerate(range(0, pieces, 13)):
+        out = tmp_path / str(number)
+        time = FakeTime()
+        bench = FakeBench(time, interrupt_at=moment)
+        search = searching(out, time=time, bench=bench)
+        before = search.best
+        with pytest.raises(KeyboardInterrupt):
+            run(search)
+        search.save()
+        write_front(search, finished=False)
+        handed = (out / "model.onnx").read_text()
+        assert handed == (out / search.best.file).read_text()
+        assert rank(search.best, search.budget, search.reference) <= rank(before, search.budget, search.reference)
+        done = {(record.of.name, record.rung) for record in search.study.records()}
+        resumed = searching(out, time=time, bench=bench)
+        assert (out / "model.onnx").read_text() == handed
+        position = len(bench.log)
+        run(resumed)
+        again = {(what[1], int(what[2].removeprefix("train-"))) for what in bench.log[position:] if what[0] == "train"}
+        assert not again & done
+        assert resumed.clock.used <= 1.05 * resumed.clock.total
+        assert rank(resumed.best, resumed.budget, resumed.reference) <= rank(
+            search.best, search.budget, search.reference
+        )
+
+
+def test_a_finished_trial_is_never_run_twice(tmp_path):
+    search = searching(tmp_path / "out")
+    run(search)
+    once = [what for what in search.bench.log if what[0] == "train"]
+    assert len(once) == len(set(once))
+    again = searching(tmp_path / "out", time=search.bench.time, bench=search.bench)
+    position = len(again.bench.log)
+    run(again)
+    assert [what[0] for what in again.bench.log[position:] if what[0] != "test"] == []
+
+
+def test_more_time_for_a_finished_search_goes_to_the_last_candidate(tmp_path):
+    search = searching(tmp_path / "out")
+    made = run(search)
+    (last,) = search.folder.state.rungs[-1].members
+    search.folder.state.finished = True
+    search.save()
+    longer = searching(tmp_path / "out", minutes=20.0, time=search.bench.time, bench=search.bench)
+    position = len(longer.bench.log)
+    again = run(longer)
+    trained = [what for what in longer.bench.log[position:] if what[0] == "train"]
+    assert [what[1] for what in trained] == [last]
+    assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
+    assert again.point(again.best).seconds > made.point(made.best).seconds
+
+
+def test_after_quantization_aware_training_more_time_trains_the_float_network(tmp_path):
+    time = FakeTime()
+    search = searching(tmp_path / "out", time=time, bench=FakeBench(time, rounding=1.0))
+    run(search)
+    name, stages = search.bench.given[-1]
+    assert [stage.name for stage in stages][-1] == "quantize"
+    search.folder.state.finished = True
+    search.save()
+    longer = searching(tmp_path / "out", minutes=20.0, time=time, bench=search.bench)
+    run(longer)
+    assert not longer.study.failed
+    after = [[stage.name for stage in each] for who, each in longer.bench.given if who == name][-2:]
+    kept, new = [stage.name for stage in stages[:-1]], f"train-{len(stages)}"
+    assert after == [[*kept, new], [*kept, new, "quantize"]]
+
+
+def test_a_resumed_training_has_the_stage_of_the_interrupted_one_and_keeps_the_cost_of_attaching(tmp_path):
+    whole = searching(tmp_path / "whole")
+    run(whole)
+    trainings = [place for place, what in enumerate(whole.bench.log) if what[0] == "train"]
+    for moment in trainings[::5]:
+        time = FakeTime()
+        bench = FakeBench(time, interrupt_at=moment)
+        search = searching(tmp_path / str(moment), time=time, bench=bench)
+        with pytest.raises(KeyboardInterrupt):
+            run(search)
+        search.save()
+        begun = len(bench.given)
+        attach = search.folder.state.costs.attach
+        bench.interrupt_at = moment + 1  # the export
+        resumed = searching(tmp_path / str(moment), time=time, bench=bench)
+        with pytest.raises(KeyboardInterrupt):
+            run(resumed)
+        assert bench.given[begun] == bench.given[begun - 1]
+        bench.interrupt_at = moment + 2
+        with pytest.raises(KeyboardInterrupt):
+            run(searching(tmp_path / str(moment), time=time, bench=bench))
+        assert resumed.folder.state.costs.attach == attach
+
+
+def test_more_time_for_a_finished_search_without_training_surveys_and_trains(tmp_path):
+    search = searching(tmp_path / "out", minutes=0.1)
+    run(search)
+    search.folder.state.finished = True
+    search.save()
+    longer = searching(tmp_path / "out", minutes=10.0, time=search.bench.time, bench=search.bench)
+    run(longer)
+    assert len(longer.folder.state.rungs) > 1
+    assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
+
+
+def test_an_extended_search_that_is_interrupted_is_not_finished_and_goes_on_with_its_last_candidate(tmp_path):
+    search = searching(tmp_path / "out")
+    run(search)
+    (last,) = search.folder.state.rungs[-1].members
+    search.folder.state.finished = True
+    search.save()
+    bench = search.bench
+    bench.interrupt_at = len(bench.log) + 2  # the export after the training
+    longer = searching(tmp_path / "out", minutes=20.0, time=bench.time, bench=bench)
+    with pytest.raises(KeyboardInterrupt):
+        run(longer)
+    longer.save()
+    again = searching(tmp_path / "out", minutes=40.0, time=bench.time, bench=bench)
+    assert not again.folder.state.finished
+    position = len(bench.log)
+    run(again)
+    assert {what[1] for what in bench.log[position:] if what[0] == "train"} == {last}
+
+
+@pytest.fixture
+def _only_the_end(monkeypatch):
+    monkeypatch.setattr(compress, "feasible_range", lambda _search: None)
+    monkeypatch.setattr(compress, "describe_range", lambda _search: [])
+    monkeypatch.setattr(compress, "space_of", lambda *_: SPACE)
+
+
+@pytest.mark.usefixtures("_only_the_end")
+def test_an_error_in_the_evidence_does_not_undo_the_end_of_a_search(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("the profile failed")
+
+    monkeypatch.setattr(compress, "write_evidence", broken)
+    search = searching(tmp_path / "out", minutes=0.1)
+    with pytest.raises(RuntimeError, match="the profile failed"):
+        compress._run(search, SimpleNamespace(pixels=()))
+    assert SearchFolder(tmp_path / "out", search.folder.state.arguments).state.finished
+
+
+@pytest.mark.usefixtures("_only_the_end")
+def test_the_time_of_the_evidence_counts_and_it_gets_the_predictions_of_the_test(tmp_path, monkeypatch):
+    search = searching(tmp_path / "out", minutes=0.1)
+    given = []
+
+    def slow(_search, _front, tested):
+        given.extend(tested.values())
+        search.bench.time.work(60.0)
+
+    monkeypatch.setattr(compress, "write_evidence", slow)
+    began = search.clock.used
+    made = compress._run(search, SimpleNamespace(pixels=()))
+    assert made.minutes_used >= (began + 60) / 60
+    assert read_front(tmp_path / "out") == made
+    assert len(given) == sum(point.test is not None for point in made.points + made.dominated)
+    assert all(each.classes.tolist() == [0] * 22 + [1] * 3 for each in given)
+
+
+def test_searches_of_equally_named_folders_do_not_share_a_study_and_a_moved_folder_keeps_its_own(tmp_path):
+    folders = [SearchFolder(tmp_path / parent / "out", {}) for parent in ("a", "b")]
+    names = [folder.state.study for folder in folders]
+    assert names[0] != names[1]
+    with folders[0].held():
+        pass
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert SearchFolder(tmp_path / "c" / "out", {}).state.study == names[0]
