@@ -82,7 +82,7 @@ def joined_inputs(batches: Iterable[NetworkInput]) -> NetworkInput:
         return torch.cat(cast("list[Tensor]", every))
     columns = zip(*map(tensors_of, every), strict=True)
     whole = [torch.cat(column) for column in columns]
-    return TensorInputs(dict(zip(every[0].kwargs, whole, strict=True)) if every[0].kwargs else tuple(whole))
+    return TensorInputs.of(every[0].kwargs, whole)
 
 
 def several_inputs(first: object) -> TensorInputs | None:

@@ -47,8 +47,7 @@ def zeros(specs: Sequence[InputSpec], count: int, device: torch.device | None = 
     tensors = [torch.zeros(count, *each.shape, dtype=getattr(torch, each.dtype), device=device) for each in specs]
     if len(specs) == 1 and specs[0].name is None:
         return tensors[0]
-    names = [each.name for each in specs if each.name is not None]
-    return TensorInputs(dict(zip(names, tensors, strict=True)) if names else tuple(tensors))
+    return TensorInputs.of([each.name for each in specs if each.name is not None], tensors)
 
 
 def run(network: Any, inputs: NetworkInput, *others: Any) -> Any:
