@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def batch_of(images: Iterable[NetworkInput]) -> NetworkInput:
     """
     taken: list[NetworkInput] = []
     for some in images:
-        room = _POSITIONS // tensors_of(some)[0][0, :1].numel() - sum(map(len, taken))
+        room = _POSITIONS // max(prod(each.shape[2:]) for each in tensors_of(some)) - sum(map(len, taken))
         taken.append(some[: max(1, room)])
         if room <= len(some):
             break
