@@ -76,6 +76,12 @@ def test_a_metric_of_the_user_returns_one_number(value):
         score(FromFunctions(tasks.build("regression"), None, error), torch.zeros(2, 1), torch.zeros(2))
 
 
+def test_a_metric_of_the_user_is_averaged_over_the_images_of_targets_in_a_dict():
+    task = FromFunctions(tasks.build("regression"), None, lambda outputs, _: outputs.mean())
+    pairs = [(torch.full((count,), value), {"values": torch.zeros(count)}) for count, value in ((3, 1.0), (1, 5.0))]
+    assert task.score(pairs) == 2
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
