@@ -234,11 +234,15 @@ def test_one_batch_is_no_larger_than_needed(monkeypatch):
     monkeypatch.setattr(bias_correction, "_POSITIONS", 4 * 64)
     assert torch.equal(batch_of(each for each in given), given[0])
     monkeypatch.setattr(bias_correction, "_POSITIONS", 1)
+    assert torch.equal(batch_of(given), given[0])
+    assert len(batch_of([images(20)])) == 16
+    monkeypatch.setattr(bias_correction, "_LEAST_IMAGES", 1)
     assert torch.equal(batch_of(given), given[0][:1])
 
 
 def test_the_largest_input_limits_the_batch(monkeypatch):
     monkeypatch.setattr(bias_correction, "_POSITIONS", 2 * 64)
+    monkeypatch.setattr(bias_correction, "_LEAST_IMAGES", 1)
     for small in (torch.zeros(4), torch.zeros(4, 8)):
         assert len(batch_of([TensorInputs((small, images(4)))])) == 2
 
