@@ -9,7 +9,10 @@ from torch import nn
 
 import tersor
 from tersor.core.errors import InputError
+from tersor.data.network_inputs import TensorInputs
 from tersor.evaluation.session import open_session
+from tersor.graph.capture import INPUTS, capture, capture_again
+from tersor.graph.forward_call import input_names, input_nodes, run
 from tersor.methods.brecq import BRECQ
 from tersor.training.context import AttachContext
 
@@ -77,6 +80,36 @@ def test_quantize_export_save_and_load(kind, inputs, tmp_path):
     assert [each.name for each in open_session(path, "openvino").inputs] == [each.name for each in graph.input]
     tersor.save(quantized, tmp_path / "saved")
     assert torch.equal(outputs(tersor.load(kind(), tmp_path / "saved"), inputs), found)
+
+
+class UpperCase(Siamese):
+    def forward(self, Left, right):  # noqa: N803
+        return super().forward(Left, right)
+
+
+class Differences(nn.Module):
+    def forward(self, X, x):  # noqa: N803
+        return X - 2 * x
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (UpperCase(), (LEFT, RIGHT)),
+        (Differences(), {"X": LEFT, "x": RIGHT}),
+        (Differences(), {"x": LEFT, "X": RIGHT}),
+    ],
+    ids=["positional", "named", "swapped"],
+)
+def test_a_captured_network_has_the_input_names_of_the_original(network, inputs):
+    network.eval()
+    inputs = TensorInputs(inputs)
+    graph = capture(network, inputs)
+    assert input_names(graph, inputs) == input_names(network, inputs)
+    assert [each.target for each in input_nodes(graph.graph)] == [*input_names(network, inputs)]
+    torch.testing.assert_close(run(graph, inputs), run(network, inputs))
+    again = capture_again(network, graph.meta[INPUTS])
+    assert torch.equal(run(again, inputs), run(graph, inputs))
 
 
 @pytest.mark.parametrize(("kind", "inputs"), [POSITIONAL, TOKENS], ids=["positional", "tokens"])

@@ -30,6 +30,18 @@ def test_the_message_names_file_line_and_error(function):
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
+class Base:
+    def update(self, value):
+        return divided(value)
+
+
+def test_errors_in_a_base_class_of_another_module_are_explained():
+    own = type("Own", (Base,), {"__module__": "elsewhere"})()
+    message = rf"the metric Own failed in {__file__}, line \d+ .*: ZeroDivisionError"
+    with pytest.raises(InputError, match=message), user_code("the metric Own", own):
+        own.update(0)
+
+
 def out_of_memory():
     raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 

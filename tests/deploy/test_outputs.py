@@ -9,6 +9,7 @@ from torch import nn
 
 import tersor
 from tersor.core.errors import InputError
+from tersor.data.network_inputs import TensorInputs
 from tersor.deploy.onnx import export
 from tersor.deploy.outputs import logits_index
 from tersor.evaluation.session import open_session
@@ -56,6 +57,27 @@ def test_outputs_keep_the_networks_names_and_the_logits_are_found(kind, tmp_path
     assert [each.name for each in session.get_outputs()] == names
     found = open_session(path, "onnxruntime")
     torch.testing.assert_close(torch.from_numpy(found.run(IMAGES.numpy())), network.logits(IMAGES).detach())
+
+
+class SameNames(nn.Module):
+    """An output, or all, has the name that an input has or that a single output gets."""
+
+    def __init__(self, keys):
+        super().__init__()
+        self.keys = keys
+
+    def forward(self, values, logits):
+        found = (values + logits, values * logits)
+        return dict(zip(self.keys, found, strict=True)) if self.keys else found[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"), [(["values", "sum"], ["output_values", "sum"]), ([], ["output_logits"])], ids=["dict", "single"]
+)
+def test_no_output_has_the_name_of_an_input(keys, names, tmp_path):
+    inputs = TensorInputs((torch.ones(2, 3), torch.ones(2, 3)))
+    path = export(SameNames(keys), inputs, tmp_path / "n.onnx")
+    assert [each.name for each in onnxruntime.InferenceSession(path).get_outputs()] == names
 
 
 def test_compare_goes_by_distance_if_several_outputs_can_be_the_logits(tmp_path):

@@ -4,6 +4,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import tersor
 from tersor.core.errors import InputError
@@ -81,3 +82,12 @@ def test_what_computes_something_else_for_another_batch_size_is_refused():
     for run in (table, branches, squares):
         with pytest.raises(InputError, match=r"fixes the batch size|not equivalent"):
             capture(Network(run).eval(), IMAGES)
+
+
+def test_an_operator_that_does_not_run_on_another_batch_size_is_refused(monkeypatch):
+    def fails(*_):
+        raise IndexError("dimension out of range")
+
+    monkeypatch.setattr(FakeTensorProp, "propagate_dont_convert_inputs", fails)
+    with pytest.raises(InputError, match="fixes the batch size"):
+        capture(Network(by_len).eval(), IMAGES)

@@ -9,6 +9,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.core.target import Target
+from tersor.data.network_inputs import TensorInputs
 from tersor.graph.capture import capture
 from tersor.graph.feature_extraction import (
     FeatureExtractor,
@@ -187,6 +188,13 @@ def test_channels_come_first(shape, sides, expected):
     assert found.shape == expected
     if shape != expected:
         assert torch.equal(found[1, 5, 2, 3], value[1, 2, 3, 5])
+
+
+def test_the_first_input_with_four_dimensions_is_the_image():
+    value, image = torch.randn(2, 5, 8, 24), torch.zeros(2, 3, 40, 64)
+    for other in (torch.zeros(2), torch.zeros(2, 7)):
+        assert channels_first(value, TensorInputs((other, image))).shape == (2, 24, 5, 8)
+        assert channels_first(value, TensorInputs((other, other))).shape == value.shape
 
 
 def test_the_maps_of_a_swin_transformer():

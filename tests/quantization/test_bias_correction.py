@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tersor.core.target import Target
+from tersor.data.network_inputs import TensorInputs
 from tersor.graph.capture import capture
 from tersor.methods.ptq import PTQ
 from tersor.models import build
@@ -233,7 +234,17 @@ def test_one_batch_is_no_larger_than_needed(monkeypatch):
     monkeypatch.setattr(bias_correction, "_POSITIONS", 4 * 64)
     assert torch.equal(batch_of(each for each in given), given[0])
     monkeypatch.setattr(bias_correction, "_POSITIONS", 1)
+    assert torch.equal(batch_of(given), given[0])
+    assert len(batch_of([images(20)])) == 16
+    monkeypatch.setattr(bias_correction, "_LEAST_IMAGES", 1)
     assert torch.equal(batch_of(given), given[0][:1])
+
+
+def test_the_largest_input_limits_the_batch(monkeypatch):
+    monkeypatch.setattr(bias_correction, "_POSITIONS", 2 * 64)
+    monkeypatch.setattr(bias_correction, "_LEAST_IMAGES", 1)
+    for small in (torch.zeros(4), torch.zeros(4, 8)):
+        assert len(batch_of([TensorInputs((small, images(4)))])) == 2
 
 
 def test_data_that_can_be_read_only_once():

@@ -118,6 +118,14 @@ def test_no_image(data):
         next(sensitivity(laid(), data, [("conv1", 2)], target=VNNI))
 
 
+def test_an_empty_batch_changes_nothing():
+    batch = images(), torch.arange(12) % 5
+    empty = images(0), torch.zeros(0).long()
+    found = [next(sensitivity(laid(), data, [("conv1", 2)], target=VNNI)) for data in ([batch], [batch, empty])]
+    assert found[0] == found[1]
+    assert found[0].drop is not None
+
+
 def test_values_that_are_not_finite():
     with pytest.raises(InputError, match="not finite"):
         next(sensitivity(laid(), [images() / 0], [("conv1", 2)], target=VNNI))

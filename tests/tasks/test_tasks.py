@@ -200,6 +200,29 @@ def test_an_error_inside_a_task_of_the_user_is_one_message_with_its_line():
         Own().score([({}, torch.ones(2))])
 
 
+class WithFunctions(Own):
+    """Its loss is a static method, its score a class method, its agreement an object that is called."""
+
+    agreement = torch.nn.PairwiseDistance()
+
+    @staticmethod
+    def loss(outputs, targets):
+        return (outputs - targets).abs().mean()
+
+    @classmethod
+    def score(cls, pairs):
+        return sum(float(outputs) for outputs, _ in pairs)
+
+
+def test_methods_of_a_task_may_be_static_methods_class_methods_and_objects():
+    task = WithFunctions()
+    assert task.loss(torch.ones(2), torch.zeros(2)) == 1
+    assert task.score([(torch.ones(1), None)]) == 1
+    assert task.agreement(torch.zeros(2, 4), torch.ones(2, 4)).shape == (2,)
+    with pytest.raises(InputError, match=rf"loss of WithFunctions failed in {__file__}, line"):
+        task.loss(torch.ones(2), torch.ones(3))
+
+
 def test_the_objective_takes_the_targets_from_the_original():
     student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     batch = Batch(torch.randn(2, 4))

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from torchmetrics.classification import BinaryAccuracy
 
 from tersor import tasks
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.evaluation.scoring import score
-from tersor.pipeline.task_arguments import targets_for, task_of_both
+from tersor.pipeline.task_arguments import targets_for, task_of, task_of_both
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.task import Task, loss_of
 from tersor.training.objective import LossTerm, Objective
@@ -73,6 +74,12 @@ def test_a_metric_of_the_user_returns_one_number(value):
 
     with pytest.raises(InputError, match=r"the metric error returned .* Return one number"):
         score(FromFunctions(tasks.build("regression"), None, error), torch.zeros(2, 1), torch.zeros(2))
+
+
+def test_a_metric_of_the_user_is_averaged_over_the_images_of_targets_in_a_dict():
+    task = FromFunctions(tasks.build("regression"), None, lambda outputs, _: outputs.mean())
+    pairs = [(torch.full((count,), value), {"values": torch.zeros(count)}) for count, value in ((3, 1.0), (1, 5.0))]
+    assert task.score(pairs) == 2
 
 
 @pytest.mark.parametrize(
@@ -149,3 +156,13 @@ def test_a_loss_of_a_method_is_a_scalar():
     objective = Objective(torch.nn.Linear(3, 2), terms=[Vector()], task=tasks.build("regression"))
     with pytest.raises(InputError, match=r"the loss vector returned shape \(4,\)"):
         objective(Batch(torch.zeros(4, 3), None))
+
+
+def test_a_class_is_no_metric():
+    with pytest.raises(InputError, match=r"metric is the class BinaryAccuracy.*an instance"):
+        task_of("multilabel", metric=BinaryAccuracy)
+
+
+def test_an_error_inside_a_metric_of_torchmetrics_is_one_message():
+    with pytest.raises(InputError, match=r"the metric BinaryAccuracy failed in .*torchmetrics.*same shape"):
+        score(FromFunctions(tasks.build("multilabel"), None, BinaryAccuracy()), torch.zeros(2, 3), torch.zeros(2, 4))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -26,6 +26,12 @@ class Inputs(Generic[T]):
     """
 
     values: tuple[T, ...] | Mapping[str, T]
+
+    @classmethod
+    def of(cls, names: Iterable[str], values: Iterable[T]) -> Self:
+        """Keyword arguments with these names; positional ones if there are no names."""
+        keywords = list(names)
+        return cls(dict(zip(keywords, values, strict=True)) if keywords else tuple(values))
 
     @property
     def args(self) -> tuple[T, ...]:

@@ -6,6 +6,7 @@ import linecache
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
+from itertools import product
 
 from tersor.core.errors import InputError
 from tersor.core.resources import is_out_of_memory
@@ -17,8 +18,8 @@ def user_code(name: str, function: object) -> Generator[None]:
 
     Args:
         name: of the function, in the message.
-        function: the function, or an object whose methods run. Errors that none of the functions of its module raised
-            or passed on stay as they are.
+        function: the function, or an object whose methods run. Errors that none of the functions of its module, or of
+            the modules of its base classes, raised or passed on stay as they are.
 
     Raises:
         InputError: the function raised an exception.
@@ -33,10 +34,11 @@ def user_code(name: str, function: object) -> Generator[None]:
 
 
 def _place(error: Exception, function: object) -> str | None:
-    """The last line of the function's module that ran."""
-    module = getattr(getattr(function, "func", function), "__module__", None)  # a partial has its function's module
-    frames = [*traceback.walk_tb(error.__traceback__)]
-    for frame, line in reversed(frames):
+    """The last line that ran of the function's module, or of a module of its base classes."""
+    function = getattr(function, "func", function)  # a partial
+    modules = [getattr(function, "__module__", None), *(kind.__module__ for kind in type(function).__mro__)]
+    frames = [*traceback.walk_tb(error.__traceback__)][::-1]
+    for module, (frame, line) in product(modules, frames):
         if module is not None and frame.f_globals.get("__name__") == module:
             path = frame.f_code.co_filename
             return f"{path}, line {line} ({linecache.getline(path, line).strip()})"

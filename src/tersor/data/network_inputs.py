@@ -75,14 +75,37 @@ def tensors_of(inputs: NetworkInput) -> list[Tensor]:
     return inputs.all() if isinstance(inputs, TensorInputs) else [inputs]
 
 
+def by_name(names: tuple[str, ...], inputs: TensorInputs) -> list[Tensor]:
+    """The tensors in the order of `names`, those of all inputs of the network.
+
+    Raises:
+        InputError: another number of inputs, or other names.
+    """
+    try:
+        found = inputs.by_name(names)
+    except KeyError:
+        given = ", ".join(inputs.kwargs) or f"{len(inputs.args)} tensors"
+        raise InputError(
+            f"the network takes the inputs {', '.join(names)}, but a batch has {given}. Pass the same inputs in every "
+            "batch."
+        ) from None
+    return [found[name] for name in names]
+
+
 def joined_inputs(batches: Iterable[NetworkInput]) -> NetworkInput:
-    """One batch of several."""
+    """One batch of several, with the inputs in the order of the first.
+
+    Raises:
+        InputError: the batches have inputs of different names.
+    """
     every = list(batches)
     if isinstance(every[0], Tensor):
         return torch.cat(cast("list[Tensor]", every))
-    columns = zip(*map(tensors_of, every), strict=True)
+    names = tuple(every[0].kwargs)
+    rows = [by_name(names, each) if names and isinstance(each, TensorInputs) else tensors_of(each) for each in every]
+    columns = zip(*rows, strict=True)
     whole = [torch.cat(column) for column in columns]
-    return TensorInputs(dict(zip(every[0].kwargs, whole, strict=True)) if every[0].kwargs else tuple(whole))
+    return TensorInputs.of(every[0].kwargs, whole)
 
 
 def several_inputs(first: object) -> TensorInputs | None:

@@ -108,7 +108,7 @@ def export(
     program = _convert(network, rows, dynamic=batch is None)
     proto = program.model_proto
     pack_int4(proto.graph)
-    _strip_metadata(proto, output_names(program))
+    _strip_metadata(proto, output_names(program, [each.name for each in proto.graph.input]))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
     if normalization is not None:

@@ -14,9 +14,10 @@ _RESERVED = re.compile(r"images|v\d+")
 """Names of the file's input and inner values."""
 
 
-def output_names(program: ONNXProgram) -> list[str]:
+def output_names(program: ONNXProgram, inputs: Sequence[str]) -> list[str]:
     """A name for each output: a single one is `logits`, those of a dict have their keys, those of a tuple are
-    `output_0`, `output_1`; nested keys and indices are joined by dots. None values are not outputs.
+    `output_0`, `output_1`; nested keys and indices are joined by dots. None values are not outputs. A name of
+    `inputs` gets the prefix `output_`.
     """
     from torch.export.graph_signature import ConstantArgument
     from torch.utils import _pytree as pytree
@@ -29,8 +30,9 @@ def output_names(program: ONNXProgram) -> list[str]:
     specs = exported.graph_signature.output_specs[-spec.num_leaves :]
     paths = [path for (path, _), each in zip(leaves, specs, strict=True) if not isinstance(each.arg, ConstantArgument)]
     if len(paths) == 1:
-        return [_name(paths[0]) if any(isinstance(each, pytree.MappingKey) for each in paths[0]) else LOGITS]
-    return _unique([_name(path) for path in paths])
+        named = any(isinstance(each, pytree.MappingKey) for each in paths[0])
+        return [_other_than(inputs, _name(paths[0]) if named else LOGITS)]
+    return _unique([_other_than(inputs, _name(path)) for path in paths])
 
 
 def _name(path: Sequence[Any]) -> str:
@@ -41,6 +43,12 @@ def _name(path: Sequence[Any]) -> str:
 
 def _unique(names: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names)]
+
+
+def _other_than(inputs: Sequence[str], name: str) -> str:
+    while name in inputs:
+        name = f"output_{name}"
+    return name
 
 
 def logits_index(names: Sequence[str], ranks: Sequence[int | None]) -> int | None:

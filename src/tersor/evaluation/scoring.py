@@ -50,8 +50,7 @@ def arrays_of(inputs: NetworkInput) -> FileArrays:
     """The input of a network as arrays for a file."""
     if isinstance(inputs, Tensor):
         return np.ascontiguousarray(inputs.cpu().numpy())
-    arrays = [np.ascontiguousarray(each.cpu().numpy()) for each in inputs.all()]
-    return Inputs(dict(zip(inputs.kwargs, arrays, strict=True)) if inputs.kwargs else tuple(arrays))
+    return Inputs.of(inputs.kwargs, [np.ascontiguousarray(each.cpu().numpy()) for each in inputs.all()])
 
 
 def file_predictions(session: Session, arrays: Iterable[FileArrays], task: Task | None = None) -> Any:

@@ -102,6 +102,6 @@ def _with_shapes(graph: fx.GraphModule, inputs: Sequence[Tensor], placeholders: 
     ]
     try:
         FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*values)
-    except RuntimeError:  # an operator that does not run on another batch size
+    except (RuntimeError, IndexError, TypeError, ValueError):  # an operator that does not run on another batch size
         return False
     return not any(is_concrete_int(node.meta["val"].shape[0]) for node in placeholders)

@@ -67,8 +67,9 @@ def capture(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     with checked_forward(type(model).__name__, images):
         expected = [outputs_of(strip(model), each) for each in several]  # a copy: a forward may store what it computes
     captured = _recorded(model, images)
-    for each, outputs in zip(several, expected, strict=True):
-        require_same(captured, outputs, each)
+    with checked_forward(type(model).__name__, images, captured=True):
+        for each, outputs in zip(several, expected, strict=True):
+            require_same(captured, outputs, each)
     if (place := captured.meta[RANDOM]) is not None:
         warnings.warn(
             f"the forward of {type(model).__name__} draws random numbers in eval mode{place}: its outputs differ from "

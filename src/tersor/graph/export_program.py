@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -22,9 +22,10 @@ from torch.fx.graph import CodeGen
 from torch.utils._pytree import SUPPORTED_NODES
 
 from tersor.core.errors import InputError
-from tersor.data.network_inputs import NetworkInput, tensors_of
+from tersor.data.network_inputs import NetworkInput, TensorInputs, tensors_of
 from tersor.graph.aten import arguments, operator_name
 from tersor.graph.batch_constants import compute_batch_sizes
+from tersor.graph.forward_call import input_names, input_nodes
 from tersor.graph.inlined_regions import inline_regions
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_attention import with_plain_attention
@@ -54,7 +55,7 @@ def exported(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
         program = _exported(_copied(model), images, Dim.DYNAMIC)
     except _Refused as first:
         return _with_batch_found(images, model, first)
-    return _finished(_plain_graph(program))
+    return _finished(_plain_graph(program), model, images)
 
 
 def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
@@ -66,9 +67,22 @@ def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
     return graph
 
 
-def _finished(graph: fx.GraphModule) -> fx.GraphModule:
+def _finished(graph: fx.GraphModule, model: nn.Module, images: NetworkInput) -> fx.GraphModule:
+    if isinstance(images, TensorInputs):
+        _rename_inputs(graph.graph, input_names(model, images))
     _simplify(graph.graph)
     return graph
+
+
+def _rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Give the inputs the names that the network has for them; the exporter writes names in lower case."""
+    for node, name in zip(input_nodes(graph), names, strict=True):
+        if node.target != name:
+            with graph.inserting_before(node):
+                renamed = graph.placeholder(name)
+            renamed.meta = node.meta
+            node.replace_all_uses_with(renamed)
+            graph.erase_node(node)
 
 
 class _Refused(Exception):  # noqa: N818 - never leaves this module
@@ -115,7 +129,7 @@ def _with_batch_found(images: NetworkInput, model: nn.Module, first: _Refused) -
             "Possible reasons: it loops over the images, branches on their number, or stores a tensor of that size. "
             "Write a forward that runs the same operators for any number of images."
         ) from error
-    return _finished(graph)
+    return _finished(graph, model, images)
 
 
 def _free_batch(graph: fx.GraphModule, model: nn.Module, images: NetworkInput) -> None:

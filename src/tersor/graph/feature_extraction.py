@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError, nearest
-from tersor.data.network_inputs import NetworkInput
+from tersor.data.network_inputs import NetworkInput, tensors_of
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.forward_call import run
 
@@ -122,8 +122,11 @@ def channels_first(value: Tensor, images: NetworkInput) -> Tensor:
 
 
 def _same_aspect(sides: Sequence[int], images: NetworkInput) -> bool:
-    """Whether these sides have the aspect ratio of the images, up to rounding."""
-    height, width = images.shape[-2:]
+    """Whether these sides have the aspect ratio of the images, up to rounding; true for inputs without images."""
+    image = next((each for each in tensors_of(images) if each.ndim >= 4), None)
+    if image is None:
+        return True
+    height, width = image.shape[-2:]
     return abs(sides[0] * width - sides[1] * height) <= max(height, width)
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tersor.core.errors import InputError
-from tersor.data.network_inputs import NetworkInput, TensorInputs, tensors_of
+from tersor.data.network_inputs import NetworkInput, TensorInputs, by_name, tensors_of
 
 IMAGES = "images"
 """Name of the only input of a file."""
@@ -47,8 +46,7 @@ def zeros(specs: Sequence[InputSpec], count: int, device: torch.device | None = 
     tensors = [torch.zeros(count, *each.shape, dtype=getattr(torch, each.dtype), device=device) for each in specs]
     if len(specs) == 1 and specs[0].name is None:
         return tensors[0]
-    names = [each.name for each in specs if each.name is not None]
-    return TensorInputs(dict(zip(names, tensors, strict=True)) if names else tuple(tensors))
+    return TensorInputs.of([each.name for each in specs if each.name is not None], tensors)
 
 
 def run(network: Any, inputs: NetworkInput, *others: Any) -> Any:
@@ -67,7 +65,7 @@ def in_order(graph: fx.Graph, inputs: NetworkInput) -> list[Tensor]:
     """The tensors in the order of the inputs of a captured network."""
     if isinstance(inputs, Tensor):
         return [inputs]
-    return [*_by_name(tuple(str(node.target) for node in input_nodes(graph)), inputs).values()]
+    return by_name(tuple(str(node.target) for node in input_nodes(graph)), inputs)
 
 
 def input_names(network: nn.Module, inputs: NetworkInput) -> tuple[str, ...]:
@@ -82,15 +80,3 @@ def input_names(network: nn.Module, inputs: NetworkInput) -> tuple[str, ...]:
     names = [each.name for each in parameters if each.kind is not each.VAR_POSITIONAL]
     more = [f"input_{number}" for number in range(len(names), len(inputs.args))]
     return tuple([*names, *more][: len(inputs.args)])
-
-
-def _by_name(names: tuple[str, ...], inputs: TensorInputs) -> dict[str, Tensor]:
-    try:
-        found = inputs.by_name(names)
-    except KeyError:
-        given = ", ".join(inputs.kwargs) or f"{len(inputs.args)} tensors"
-        raise InputError(
-            f"the network takes the inputs {', '.join(names)}, but a batch has {given}. Pass the same inputs in every "
-            "batch."
-        ) from None
-    return {name: found[name] for name in names}

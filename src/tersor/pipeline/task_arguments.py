@@ -43,6 +43,11 @@ def task_of(task: str | Task | None, loss: Loss | None = None, metric: Any = Non
         InputError: one of them cannot be used.
     """
     for name, function in (("loss", loss), ("metric", metric)):
+        if isinstance(function, type):
+            raise InputError(
+                f"{name} is the class {function.__name__}. Pass a function of (outputs, targets), or an instance of "
+                "the class."
+            )
         if function is not None and not callable(function):
             raise InputError(f"{name} is a {type(function).__name__}. Pass a function of (outputs, targets).")
     if task is None and loss is None and metric is None:

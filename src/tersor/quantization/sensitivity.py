@@ -134,7 +134,7 @@ class _Reference:
             room -= sum(each.nbytes for each in floats)
             if room >= 0:
                 self._kept.append(outputs)
-            self._labelled &= batch.targets is not None and len(batch.images) > 0
+            self._labelled &= batch.targets is not None
             if self._labelled:
                 pairs.append((self._task.predictions(outputs), batch.targets))
         if not images:
@@ -158,7 +158,9 @@ class _Reference:
     def _batches(self) -> Iterator[Batch]:
         with evaluating(self._quantizers.graph):
             for batch in self._data:
-                yield read_batch(batch, self._task)
+                read = read_batch(batch, self._task)
+                if len(read.images):
+                    yield read
 
     def _run(self, batch: Batch) -> Any:
         graph = self._quantizers.graph

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tersor.core.errors import InputError
 from tersor.core.user_code import user_code
@@ -78,7 +79,7 @@ class FromFunctions(Task):
             for outputs, targets in pairs:
                 self._metric.update(outputs, targets)
             return self._number(self._metric.compute())
-        counts = [len(targets) for _, targets in pairs]
+        counts = [_rows(targets) for _, targets in pairs]
         values = [self._number(self._metric(outputs, targets)) for outputs, targets in pairs]
         return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
@@ -97,6 +98,11 @@ class FromFunctions(Task):
         if self._own:
             predictions, reference = (self.base.predictions(each) for each in (predictions, reference))
         return self.base.agreement(predictions, reference)
+
+
+def _rows(targets: Any) -> int:
+    """The number of images: a list has an entry for each, every tensor in another container a row."""
+    return len(targets) if isinstance(targets, list) else len(tree_leaves(targets)[0])
 
 
 def named(function: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
+from inspect import isfunction
 from typing import Any, ClassVar
 
 import torch
@@ -53,8 +54,7 @@ class Task:
         if cls.__module__.startswith("tersor."):
             return
         for name in _METHODS & vars(cls).keys():
-            method = vars(cls)[name]
-            setattr(cls, name, user_code(f"{name} of {cls.__name__}", method)(method))
+            setattr(cls, name, _explained(f"{name} of {cls.__name__}", vars(cls)[name]))
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The scalar to minimize, for the outputs in training mode."""
@@ -91,6 +91,15 @@ class Task:
     def agreement(self, predictions: Any, reference: Any) -> Tensor:
         """For each image (N,), float64, how much of the prediction stays the same, from 0 to 1."""
         return (1 - relative_errors(predictions, reference)).clamp(min=0)
+
+
+def _explained(name: str, member: Any) -> Any:
+    """A method, static method, class method or callable object with `user_code` around its call."""
+    if isinstance(member, staticmethod | classmethod):
+        function: Any = member.__func__
+        return type(member)(user_code(name, function)(function))
+    called = user_code(name, member)(member)
+    return called if isfunction(member) else staticmethod(called)
 
 
 def loss_of(task: Task, outputs: Any, targets: Any) -> Tensor:
