@@ -1,9 +1,9 @@
-"""Measure the cost of distillation: seconds of a step over the bare sum of student step and teacher forward pass.
+"""Measure the cost of distillation: time of a step over a reference: student step plus teacher forward pass.
 
 A ResNet-20 learns from a ResNet-56 by each method in turn, with its defaults, on batches of 128 augmented images.
 Student and teacher alone are written by hand, in the precision that the loop chooses on this machine. A method's
 teacher is fused, as in a stage. In every round each contender runs once, in a new order. A ratio compares times of one
-round, and the median of all rounds counts. The bare sum is also compared with a second copy of itself.
+round, and the median of all rounds counts. The reference is also compared with a second copy of itself.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _identity(name: str) -> dict[str, Any]:
 
 def show() -> None:
     """Print the rows of this machine and their limits."""
-    table = Table("method", "looks at", "seconds per step", "over the bare sum", "p10 to p90", "limit")
+    table = Table("method", "uses", "seconds per step", "over the reference", "p10 to p90", "limit")
     for row in rows.read(RESULT):
         if row["machine"] == rows.machine():
             spread = f"{row['spread']['p10']:.3f} to {row['spread']['p90']:.3f}"

@@ -1,4 +1,4 @@
-"""Measure the multiply peak of this machine, and the share of it that a ResNet-56 for CIFAR reaches.
+"""Measure the peak throughput of this machine, and the share of it that a ResNet-56 for CIFAR reaches.
 
 The files are the network in float32, at the default precision and in 8 bits, in every installed runtime, and the winner
 of a search if its folder is given. The peak is measured before and after the latencies: the two differ by the noise.
@@ -106,7 +106,7 @@ def measure(seconds: float, winner: Path | None) -> None:
 def show() -> None:
     """Print the rows of this machine."""
     found = [row for row in rows.read(RESULT) if row["machine"] == rows.machine()]
-    peaks = Table("runtime", "precision", "billion MACs/s", "median run", title="Multiply peak")
+    peaks = Table("runtime", "precision", "billion MACs/s", "median run", title="Peak throughput")
     shares = Table("file", "batch", "ms", "% of peak", title="ResNet-56")
     for row in found:
         if row["kind"] == "peak":

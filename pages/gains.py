@@ -189,7 +189,7 @@ GAINS: dict[str, Gain] = {
     "fitnet": _distilled("fitnet", "The teacher's features are not available, only its outputs."),
     "factor_transfer": _distilled("factors, k = 0.5", "The teacher's features are not available, only its outputs."),
     "reviewkd": _distilled("reviewkd", "Training time matters: `fitnet` gained the same in less time."),
-    "crd": _distilled("crd", "You train for tens of epochs only: it needs more."),
+    "crd": _distilled("crd", "Training lasts only tens of epochs: `crd` needs more."),
     "ptq": _few_bits(
         "ptq", "min-max", "ranges of the largest values", 3, "Weights have 2 bits: learn the rounding, or train."
     ),
@@ -249,7 +249,7 @@ FAMILIES = {
 
 def table(family: str) -> str:
     """The gains of a family as a Markdown table."""
-    lines = ["| method | points gained | over | time | when not |", "|---|---|---|---|---|"]
+    lines = ["| method | points gained | over | time | when not to use it |", "|---|---|---|---|---|"]
     for name in FAMILIES[family]:
         link = f"[`{name}`](methods/{name}.md)"
         if name not in GAINS:

@@ -22,7 +22,7 @@ settings.load_profile("tersor")
 
 
 def pytest_configure() -> None:
-    """Measure the multiply peak with one run: no test needs its value."""
+    """Measure the peak throughput with one run: no test needs its value."""
     from tersor.evaluation import multiply_peak
 
     multiply_peak._LEAST_RUNS, multiply_peak._SECONDS = 1, 0.0

@@ -45,7 +45,7 @@ RecipeFile = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_defa
 ChangedValues = Annotated[list[str] | None, typer.Option("--set", help="override a value: stages.0.epochs=3")]
 Json = Annotated[
     bool,
-    typer.Option("--json", callback=_tables_to_stderr, help="print a JSON document on stdout, all else on stderr"),
+    typer.Option("--json", callback=_tables_to_stderr, help="print a JSON document on stdout, the rest on stderr"),
 ]
 
 

@@ -36,9 +36,9 @@ def compress(
     ] = "classification",
     loss: Annotated[str | None, typer.Option(help="package.module:function of (outputs, targets)")] = None,
     metric: Annotated[
-        str | None, typer.Option(help="package.module:function of (outputs, targets), from 0 to 1")
+        str | None, typer.Option(help="package.module:function of (outputs, targets) that returns 0 to 1")
     ] = None,
-    time: Annotated[str, typer.Option(help="time of the search: 45m, 90s, 2h")] = "30m",
+    time: Annotated[str, typer.Option(help="search time: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
     pixels: Annotated[list[int] | None, typer.Option(help="another image size to try")] = None,
     augment: Annotated[
@@ -81,7 +81,7 @@ def compress(
             )
         except KeyboardInterrupt:
             again = f"tersor {shlex.join(sys.argv[1:])}"
-            message = f"interrupted. The best so far is {out / 'model.onnx'}. To resume: {again}"
+            message = f"interrupted. The best network so far is {out / 'model.onnx'}. To resume: {again}"
             Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(_INTERRUPTED) from None
     from tersor.search.verdict_line import verdict_lines
@@ -109,7 +109,7 @@ def pick(
     choice = Result(folder, numbers).pick(budget)
     console.print(f"budget: {budget}", highlight=False)
     if choice.shortfall:
-        console.print(f"No point meets the budget. The nearest one: {choice.shortfall}", highlight=False)
+        console.print(f"No point meets the budget. Closest point: {choice.shortfall}", highlight=False)
     console.print(front_table(numbers.model_copy(update={"points": [choice.point], "best": choice.point.name})))
     console.print(f"written: {choice.export(out)}" if out else f"file: {choice.file}", highlight=False)
 
@@ -132,7 +132,9 @@ def front_table(front: Front) -> Table:
     sizes = list(front.points[0].latency_ms)
     title = f"{front.machine.cpu}, {front.machine.threads} threads, {front.minutes_used:.1f} minutes"
     table = Table(
-        title=title, title_justify="left", caption="chosen on validation images; test images only for the results"
+        title=title,
+        title_justify="left",
+        caption="all choices used validation images; test images were used for these results only",
     )
     table.add_column("network", overflow="fold", min_width=22)
     for column in ("val., %", "test, %", *(f"ms,\nbatch {size}" for size in sizes), "MB"):

@@ -164,7 +164,7 @@ def sensitivity_table(found: BitCosts) -> Table:
     widths = sorted({cost.bits for cost in found.costs})
     costs = {(cost.layer, cost.bits): cost for cost in found.costs}
     worst = sorted(found.weights, key=lambda layer: -max(costs[layer, bits].error for bits in widths))[:_SHOWN]
-    caption = "error of the outputs in % (lost metric in points)"
+    caption = "error of the outputs in % (drop of the metric in points)"
     table = Table(title=f"the {len(worst)} most sensitive of {len(found.weights)} layers", caption=caption)
     table.add_column("layer", overflow="fold")
     for bits in widths:

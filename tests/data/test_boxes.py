@@ -32,8 +32,8 @@ def test_a_pixel_over_the_edge_is_cut_off():
         ([[5, 5, 4, 9]], [1], "has no area"),
         ([[1, 1, 2, 2]], [0], "the label 0. Number the classes of boxes from 1"),
         ([[1, 1, 2, 2]], [], "1 boxes and 0 labels"),
-        ([[1, 1, 2]], [1], "boxes that are not numbers"),
-        ("boxes", [1], "boxes that are not numbers"),
+        ([[1, 1, 2]], [1], "boxes that are not an array of numbers"),
+        ("boxes", [1], "boxes that are not an array of numbers"),
     ],
 )
 def test_boxes_that_cannot_be_used(boxes, labels, words):

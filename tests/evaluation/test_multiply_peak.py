@@ -1,4 +1,4 @@
-"""The multiply peak, and the share of it that a network reaches."""
+"""The peak throughput, and the share of it that a network reaches."""
 
 import numpy as np
 import pytest

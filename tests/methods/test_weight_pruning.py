@@ -212,7 +212,8 @@ def test_every_importance_masks_as_much_and_others(model, importance, granularit
 
 def test_two_of_four(model):
     attached = pruned(model, granularity="2:4")
-    assert attached.notes == ("not masked, since their number of input channels is not a multiple of 4: conv1",)
+    (note,) = attached.notes
+    assert note == "these layers are not masked, because their input channels are not a multiple of 4: conv1"
     for mask in masks_of(model).values():
         groups = mask.movedim(1, -1).reshape(-1, 4)
         assert (groups.sum(1) == 2).all()

@@ -76,7 +76,7 @@ def test_no_time_at_all_gives_a_usable_answer(few, without_time, tmp_path):
     assert result.best.point.free
     assert result.best.point.test is not None
     said = "\n".join(progress.lines)
-    assert "free baselines:" in said
+    assert "free baselines: " in said
     assert "int8" in said
     assert "plan:" in said
     assert result.numbers == read_front(result.folder)
@@ -144,7 +144,7 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
         cli.main()
     assert stopped.value.code == 130
     told = capfd.readouterr().err
-    assert f"The best so far is {tmp_path / 'model.onnx'}" in told
+    assert f"The best network so far is {tmp_path / 'model.onnx'}" in told
     assert f"tersor {' '.join(arguments)}" in told
 
 

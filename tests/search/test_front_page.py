@@ -49,7 +49,7 @@ def test_the_share_of_the_peak_follows_from_rate_and_latency(page):
 def test_before_the_end_there_is_no_evidence(tmp_path):
     text = write_front_page(tmp_path, front_of(3)).read_text()
     assert data_of(text)["evidence"] == {}
-    assert "multiply peak" not in text.partition("<script")[0].lower()
+    assert "peak throughput" not in text.partition("<script")[0].lower()
 
 
 @pytest.mark.slow

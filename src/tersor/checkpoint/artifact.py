@@ -202,7 +202,7 @@ def _read_manifest(folder: Path) -> _Manifest:
         raise InputError(f"{file} is damaged: {error.errors()[0]['msg']}.") from error
     for name in manifest.files:
         if not _lies_in(folder, name):
-            raise InputError(f"{file} is damaged: it names {name[:60]!r}, outside the folder.")
+            raise InputError(f"{file} is damaged: it lists {name[:60]!r}, a path outside the folder.")
     return manifest
 
 

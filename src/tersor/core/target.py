@@ -33,7 +33,8 @@ class Target(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     runtime: Runtime = "onnxruntime"
     cpu: Annotated[
-        Cpu, Field(description="how 8-bit products are accumulated; avx2 saturates. Default: this machine's")
+        Cpu,
+        Field(description="vnni sums 8-bit products in 32 bits, avx2 in 16, which can saturate; default: this machine"),
     ] = Field(default_factory=cpu_kind)
     input: Annotated[
         Literal["normalized", "uint8"],

@@ -72,7 +72,7 @@ def box_target(boxes: Any, labels: Any, size: tuple[int, int], name: str) -> Tar
         numbers = torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{name} has boxes that are not numbers (K, 4), or labels that are not (K,): {error}."
+            f"{name} has boxes that are not an array of numbers (K, 4), or labels that are not an array (K,): {error}."
         ) from error
     if len(corners) != len(numbers):
         raise InputError(f"{name} has {len(corners)} boxes and {len(numbers)} labels. Write one label for each box.")

@@ -176,7 +176,7 @@ def _check(
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}. Write 1 or more images, or leave limit out.")
     if (mean is None) != (std is None):
-        raise InputError("mean and std belong together. Write both, or neither to have them computed.")
+        raise InputError("mean and std belong together. Write both, or leave out both to have them computed.")
     if mean is not None and not (len(mean) == channels and all(0 <= value <= 1 for value in mean)):
         raise InputError(f"mean is {list(mean)}. Write {channels} numbers in [0, 1], for pixels in [0, 1].")
     if std is not None and not (len(std) == channels and all(0 < value < float("inf") for value in std)):

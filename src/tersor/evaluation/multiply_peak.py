@@ -1,4 +1,4 @@
-"""The multiply peak of this machine in each runtime and precision, and the share of it that a network reaches.
+"""The peak throughput of this machine in each runtime and precision, and the share of it that a network reaches.
 
 A network that is far below the peak does not become much faster with fewer MACs: its time goes to memory traffic, to
 rounding and to the start of each operator. Needs numpy, never torch.

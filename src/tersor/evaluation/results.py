@@ -72,9 +72,9 @@ class Peak(Execution):
     """Multiply-accumulate operations per second that large convolutions reach (see `multiply_peak.py`).
 
     Attributes:
-        precision: of the products: "float32", "bfloat16", "float16" or "int8".
-        macs_per_second: in the fastest of `n` runs.
-        median: in the median run; far below the fastest on a loaded machine.
+        precision: precision of the products: "float32", "bfloat16", "float16" or "int8".
+        macs_per_second: rate in the fastest of `n` runs.
+        median: rate in the median run; far below the fastest on a loaded machine.
     """
 
     macs_per_second: Positive
@@ -136,7 +136,8 @@ class FileResults(Execution):
     Attributes:
         score: the metric on the test set.
         agreement: share of predictions that equal those of the original file, in percent.
-        latency_ms, latency_runs_ms: by batch size; the runs in groups of interleaved rounds.
+        latency_ms: latencies by batch size.
+        latency_runs_ms: every run by batch size, in groups of interleaved rounds.
         masked: fraction of the prunable weights under masks.
         integer_macs_share: fraction of the MACs computed in integers; None for a float network.
     """

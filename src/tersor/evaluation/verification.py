@@ -108,7 +108,8 @@ def _compare(
             )
         )
     if several:
-        warnings.warn(f"{finding}. Compare the accuracy of both.", CompressionWarning, stacklevel=4)
+        advice = "Compare the accuracy of the file with that of the network in torch."
+        warnings.warn(f"{finding}. {advice}", CompressionWarning, stacklevel=4)
 
 
 def _inputs(images: NetworkInput, pixels: Normalization | None) -> tuple[FileArrays, NetworkInput]:

@@ -111,7 +111,7 @@ class ChannelPruning:
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always remains")] = 0.1
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not removed")] = ()
     branches: Annotated[
-        int, Field(ge=0, description="number of residual branches to remove first: smallest output error per cost")
+        int, Field(ge=0, description="number of residual branches to remove first, by output error per saved cost")
     ] = 0
     importance_images: Annotated[
         int, Field(ge=1, description="images for `importance: taylor` and `obs`, and for `branches`")
@@ -208,7 +208,7 @@ class ChannelPruning:
             f"{total - sum(map(len, order.removed(blocks)))} of {total} removable channels remain",
             *found,
             *notes,
-            *(f"not removed: the channels of {root}, since {reason}" for root, reason in unprunable.items()),
+            *(f"the channels of {root} are not removed, since {reason}" for root, reason in unprunable.items()),
         ]
 
     def _order(

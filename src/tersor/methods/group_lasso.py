@@ -66,7 +66,7 @@ class GroupLasso:
         graph = capture(model, images)
         groups, unprunable = removable_groups(graph, images[:1], self.exclude, "group_lasso")
         decayed = [_Group(len(group.slices), weight_slices(graph, group)) for group in groups]
-        notes = [f"not decayed: the channels of {root}, since {reason}" for root, reason in unprunable.items()]
+        notes = [f"the channels of {root} are not decayed, since {reason}" for root, reason in unprunable.items()]
         return GroupLassoAttachment(self, model, decayed, notes)
 
 

@@ -234,8 +234,8 @@ class PTQAttachment(Attachment):
 _ENERGY_IMAGES = 128
 """Images for the mean squares of the inputs of layers."""
 
-_NO_PAIRS = "equalize changed nothing: no layer is the only reader of another layer, directly or behind a ReLU"
-_NO_MEANS = "bias_correction changed nothing: no layer has a bias or a BatchNorm behind it"
+_NO_PAIRS = "equalize changed nothing: no layer's output goes to exactly one other layer, directly or through a ReLU"
+_NO_MEANS = "bias_correction changed nothing: no layer has a bias, and no BatchNorm follows a layer"
 
 
 def _nothing() -> None:
@@ -246,4 +246,4 @@ def _note(found: FloatLayers, task: Task) -> tuple[str, ...]:
     if not found.layers:
         return ()
     drop = f"{found.drop:.2f} points" if task.unit == "%" else f"{found.drop:.4g} ({task.metric})"
-    return (f"left in float to keep max_drop: {', '.join(found.layers)}; the remaining drop is {drop}",)
+    return (f"these layers stay in float because of max_drop: {', '.join(found.layers)}; the remaining drop is {drop}",)

@@ -9,8 +9,8 @@ Jacob et al., "Quantization and Training of Neural Networks for Efficient Intege
     gradient                     dL/dx = dL/dx_hat inside the range, 0 outside
 
 It starts from post-training quantization: from the grids of an earlier stage, or from ranges calibrated in one pass
-over a few hundred images. After every step the scales follow the weights; grids of an earlier stage keep spanning the
-share of max|w_c| that they spanned at the start. The final ranges are exported as they were trained.
+over a few hundred images. After every step the scales follow the weights; grids of an earlier stage keep their
+initial range relative to max|w_c|. The final ranges are exported as they were trained.
 
 The paper simulates BatchNorm folding with batch statistics, and leaves activations in float for the first steps when it
 trains from scratch. Here BatchNorm stays in the graph, because it folds into a channel's scale and leaves the integers

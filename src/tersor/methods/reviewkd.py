@@ -221,7 +221,7 @@ class ReviewKD:
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
     layers: Annotated[
-        tuple[str, ...], Field(description="patterns of student layers; default: the last at each resolution")
+        tuple[str, ...], Field(description="patterns of student layers; default: the last layer at each resolution")
     ] = ()
     teacher_layers: Annotated[
         tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")

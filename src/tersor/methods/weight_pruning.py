@@ -184,11 +184,8 @@ class WeightPruning:
                 "are none."
             )
         shown = ", ".join(whole[:6]) + (f" and {len(whole) - 6} more" if len(whole) > 6 else "")
-        notes = (
-            [f"not masked, since their number of input channels is not a multiple of {pattern[1]}: {shown}"]
-            if whole
-            else []
-        )
+        reason = f"because their input channels are not a multiple of {pattern[1]}"
+        notes = [f"these layers are not masked, {reason}: {shown}"] if whole else []
         return {name: layer for name, layer in layers.items() if name not in whole}, notes
 
 

@@ -146,7 +146,7 @@ def check_loss(task: Task, data: Iterable[Any] | None) -> None:
     if task.from_original:
         raise InputError(
             f"importance: taylor needs gradients of a loss with targets. In the task {name_of(task)} the loss is the "
-            "distance from the original network, which is zero before any change, and so is its gradient. Write "
+            "distance from the original network, which is zero before any change; its gradient is zero too. Write "
             "importance: magnitude, or, to remove channels, obs."
         )
 

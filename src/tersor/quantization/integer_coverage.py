@@ -37,6 +37,7 @@ ENOUGH = 0.95
 _MOST_BITS = 8
 _MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+_UNCOUNTED = "operators in float that the MACs do not include"
 _LISTED = 8
 _REASONS = 3
 
@@ -49,8 +50,8 @@ class FloatOperator:
         name: path of the layer, or of the module whose code multiplies; empty for the network itself.
         kind: class of the layer, or name of the function.
         reason: why it stays in float.
-        macs: for one image.
-        share: of the network's MACs, from 0 to 1.
+        macs: MACs for one image.
+        share: share of the network's MACs, from 0 to 1.
     """
 
     name: str
@@ -79,7 +80,7 @@ class IntegerCoverage:
     @property
     def warning(self) -> str | None:
         """One line if less than 95 % of the MACs are computed in integers, or if operators are not counted."""
-        uncounted = f"in float and not counted in the MACs: {', '.join(self.uncounted)}" if self.uncounted else None
+        uncounted = f"{_UNCOUNTED}: {', '.join(self.uncounted)}" if self.uncounted else None
         if self.share >= ENOUGH:
             return uncounted
         shares = Counter[str]()
@@ -101,7 +102,7 @@ class IntegerCoverage:
         lines = [f"{percent(self.share)} of the MACs are computed in integers"] if grouped else []
         lines += [f"in float, since {reason}: {_listed(members)}" for reason, members in grouped.items()]
         if self.uncounted:
-            lines.append(f"in float and not counted in the MACs: {', '.join(self.uncounted)}")
+            lines.append(f"{_UNCOUNTED}: {', '.join(self.uncounted)}")
         return tuple(lines)
 
 

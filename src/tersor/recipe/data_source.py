@@ -26,7 +26,7 @@ class DataSource(BaseModel):
     model_config = PLAIN
     folder: Annotated[
         Path | None,
-        Field(description="class folders, images alone, masks, Pascal VOC or COCO, in train/ and test/"),
+        Field(description="class folders, images without labels, masks, Pascal VOC or COCO, in train/ and test/"),
     ] = None
     csv: Annotated[Path | None, Field(description="file with a header: path, and class, classes or values")] = None
     name: Annotated[
@@ -47,11 +47,11 @@ class DataSource(BaseModel):
     limit: Annotated[int | None, Field(ge=1, description="number of training images; all by default")] = None
     mean: Annotated[
         tuple[_Share, ...] | None,
-        Field(description="of each channel, in 0..1; by default from the weights file"),
+        Field(description="mean of each channel, in 0..1; by default from the weights file"),
     ] = None
     std: Annotated[
         tuple[_Deviation, ...] | None,
-        Field(description="of each channel, in 0..1; by default from the weights file"),
+        Field(description="standard deviation of each channel, in 0..1; by default from the weights file"),
     ] = None
 
     @model_validator(mode="after")

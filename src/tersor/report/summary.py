@@ -79,7 +79,7 @@ def latency_runs(numbers: Results, size: str) -> tuple[dict[str, list[float]], f
 
 
 def peak_shares(numbers: Results) -> dict[str, dict[str, tuple[float, float | None]]]:
-    """By title of an entry and batch size: billion MACs per second, and their share of the multiply peak."""
+    """By title of an entry and batch size: billion MACs per second, and their share of the peak throughput."""
     shares: dict[str, dict[str, tuple[float, float | None]]] = {}
     for title, entry in entries(numbers).items():
         shares[title] = {}

@@ -148,5 +148,5 @@ def _recommendation(numbers: Results) -> str:
                 f"{model}: the baseline loses more than one {'point' if metric.unit else 'percent'} of {metric.name}."
             )
         if direction == 0 and artifact.bytes * 1.05 < alternative.bytes:
-            return f"{model} only for its smaller size."
+            return f"{model} only if its smaller size matters."
     return f"Deploy original.onnx in {RUNTIMES[alternative.runtime]} ({alternative.precision}) instead."

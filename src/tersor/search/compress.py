@@ -69,7 +69,7 @@ def compress(
         model: a trained network, or its name: resnet56, timm:NAME, package.module:function.
         data: images, an image folder, or the name of a data set.
         weights: weights file of a `model` that is given by name.
-        budget: limits of accuracy, latency, size and time; at most 1 point lost in 30 minutes by default.
+        budget: limits of accuracy, latency, size and search time; by default 1 point lost and 30 minutes.
         runtime: the runtime that files are measured in.
         students: other networks to try, as NAME or NAME=WEIGHTS.
         pixels: further resolutions to try.
@@ -87,7 +87,7 @@ def compress(
 
     Raises:
         InputError: an argument, the network or the data cannot be used.
-        KeyboardInterrupt: Ctrl-C; the folder then holds the best so far.
+        KeyboardInterrupt: Ctrl-C; the folder then holds the best network so far.
     """
     budget, out = budget or Budget(), Path(out or "runs/compress")
     progress = progress or NullProgress()

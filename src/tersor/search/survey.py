@@ -154,7 +154,7 @@ def _add_free(search: Search, point: Point) -> None:
 def describe_range(search: Search) -> list[str]:
     """Lines that show the feasible range, the budget, the seconds of a training step, and the time plan."""
     state = search.folder.state
-    lines = ["free baselines:"]
+    lines = ["free baselines: the original, without training"]
     for point in state.baselines:
         times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in point.latency_ms.items())
         lacking = shortfall(point, search.budget, search.reference)

@@ -44,7 +44,7 @@
     latency: { title: () => "ms at batch " + size(), of: (point) => point.latency[size()], limit: () => data.limits.latency_ms[size()] },
     megabytes: { title: () => "MB", of: (point) => point.megabytes, limit: () => data.limits.megabytes },
     macs: { title: () => "million MACs", of: (point) => point.macs, limit: () => null },
-    peak: { title: () => "% of the multiply peak at batch " + size(), of: (point) => point.peak[size()], limit: () => null },
+    peak: { title: () => "% of the peak throughput at batch " + size(), of: (point) => point.peak[size()], limit: () => null },
   };
   const METRICS = {
     validation: "on the validation images, %",
@@ -197,7 +197,7 @@
       row("prediction agreement of the two, %", () => "", fixed(between, 2)),
       ...data.sizes.map((each) => cost(`latency at batch ${each}, ms`, (point) => point.latency[each])),
       cost("file, MB", (each) => each.megabytes), cost("MACs, million", (each) => each.macs),
-      ...data.sizes.map((each) => row(`% of the multiply peak at batch ${each}`, (point) => number(point.peak[each]))),
+      ...data.sizes.map((each) => row(`% of the peak throughput at batch ${each}`, (point) => number(point.peak[each]))),
       row("training steps", (each) => each.steps.toLocaleString("en")), row("training, s", (each) => number(each.seconds)),
     ];
   }
