@@ -84,7 +84,8 @@ def edges(graph):
 
 def test_before_the_first_step_it_is_what_post_training_quantization_gives():
     ours = attached(method=QAT(bits=4)).model.eval()
-    theirs = PTQ(bits=4, weight_range="minmax", activation_range="minmax", variance_correction=False).attach(
+    without = {"bias_correction": False, "variance_correction": False}
+    theirs = PTQ(bits=4, weight_range="minmax", activation_range="minmax", **without).attach(
         Small().eval(), AttachContext(data=Loader(), target=VNNI)
     )
     theirs.begin()

@@ -115,9 +115,13 @@ def test_the_block_behind_the_last_single_value_ends_at_the_outputs():
 def test_learned_rounding_of_a_network_with_several_outputs(method):
     images = 10 * torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     exact, low = Heads().eval(), {"bits": 3, "first_last_bits": 3}
+    uncorrected = {"weight_range": "mse", "bias_correction": False, "variance_correction": False}
     nearest, learned = (
         each.attach(Heads().eval(), AttachContext(data=[images]))
-        for each in (PTQ(**low, weight_range="mse"), method(**low, iterations=100))
+        for each in (
+            PTQ(**low, weight_range="mse", bias_correction=False, variance_correction=False),
+            method(**low, iterations=100),
+        )
     )
     errors = []
     for attachment in (nearest, learned):

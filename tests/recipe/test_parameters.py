@@ -10,7 +10,7 @@ def test_types_are_named_as_a_user_writes_them():
     assert types["percentile"] == "float"
     assert types["max_drop"] == "float or none"
     assert types["variance_correction"] == "bool or none"
-    assert types["weight_range"] == "minmax or percentile or mse or none"
+    assert types["weight_range"] == "minmax or percentile or mse or output_mse or none"
 
 
 def test_defaults_and_descriptions_are_those_of_the_fields():

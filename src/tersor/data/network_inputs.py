@@ -92,6 +92,11 @@ def by_name(names: tuple[str, ...], inputs: TensorInputs) -> list[Tensor]:
     return [found[name] for name in names]
 
 
+def same_sizes(one: NetworkInput, other: NetworkInput) -> bool:
+    """Whether two batches differ in nothing but the number of rows, so that they can be joined."""
+    return [each.shape[1:] for each in tensors_of(one)] == [each.shape[1:] for each in tensors_of(other)]
+
+
 def joined_inputs(batches: Iterable[NetworkInput]) -> NetworkInput:
     """One batch of several, with the inputs in the order of the first.
 

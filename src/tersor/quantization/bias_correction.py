@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
-from tersor.data.network_inputs import NetworkInput, joined_inputs, tensors_of
+from tersor.data.network_inputs import NetworkInput, joined_inputs, same_sizes, tensors_of
 from tersor.graph.batchnorm import Norm
 from tersor.graph.batchnorm_behind import norm_reading
 from tersor.graph.batchnorm_statistics import Moments, fit, in_unit_of
@@ -40,7 +40,8 @@ _LEAST_IMAGES = 16
 def batch_of(images: Iterable[NetworkInput]) -> NetworkInput:
     """One batch of the `images` (N, C, H, W), limited to what the means need.
 
-    At least 16 images are taken, or the first batch if it is smaller. Calibration runs that whole batch, which needs
+    Images of another size than the first are left out. At least 16 images are taken, or the first batch if it is
+    smaller. Calibration runs that whole batch, which needs
     about as much memory (a UNet: 0.9 GB, and 1.1 GB here).
 
     Raises:
@@ -48,6 +49,8 @@ def batch_of(images: Iterable[NetworkInput]) -> NetworkInput:
     """
     taken: list[NetworkInput] = []
     for some in images:
+        if taken and not same_sizes(taken[0], some):
+            continue
         least = min(_LEAST_IMAGES, len(taken[0] if taken else some))
         most = max(least, _POSITIONS // max(prod(each.shape[2:]) for each in tensors_of(some)))
         room = most - sum(map(len, taken))
