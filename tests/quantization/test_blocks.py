@@ -118,10 +118,7 @@ def test_learned_rounding_of_a_network_with_several_outputs(method):
     uncorrected = {"weight_range": "mse", "bias_correction": False, "variance_correction": False}
     nearest, learned = (
         each.attach(Heads().eval(), AttachContext(data=[images]))
-        for each in (
-            PTQ(**low, weight_range="mse", bias_correction=False, variance_correction=False),
-            method(**low, iterations=100),
-        )
+        for each in (PTQ(**low, **uncorrected), method(**low, iterations=100))
     )
     errors = []
     for attachment in (nearest, learned):
