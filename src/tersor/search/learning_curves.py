@@ -15,7 +15,7 @@ from tersor.search.search_context import Search
 from tersor.search.study import Record
 
 FRESH, INHERITED = 0.6, 0.5
-"""Usual exponents for students with random weights, and for networks that start from trained weights: rough estimates."""
+"""Rough estimates for students with random weights, and for networks that start from trained weights."""
 _USUAL_ERROR = 0.15
 """One standard error of a usual exponent."""
 _SLOWEST, _FASTEST = 0.05, 1.0
