@@ -155,7 +155,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Training]] = {
     "repvgg": (repvgg, Training(repvgg_in_training, 4, 3e-3, True, reparametrised)),
     "convnext": (convnext, Training(convnext, 6, 3e-3, bfloat16=True)),
     "shufflenet_v2": (shufflenet_v2, Training(shufflenet_v2, 5, 4e-3)),
-    "mobilenet_v2": (mobilenet_v2, Training(mobilenet_v2, 5, 4e-3)),
+    "mobilenet_v2_half": (mobilenet_v2, Training(mobilenet_v2, 5, 4e-3)),
     "mobilenet_v3": (mobilenet_v3, Training(mobilenet_v3, 5, 4e-3)),
     "swin": (swin, Training(swin, 6, 2e-3, bfloat16=True)),
     "efficientnet_lite": (efficientnet_lite, Training(efficientnet_lite, 5, 4e-3)),

@@ -177,7 +177,10 @@ def _least_squares(
     """For each row of (R, n), the grid of the shrunk range with the smallest squared error, weighted if asked."""
     least = torch.full_like(low, torch.inf)
     scale, zero_point = _spanning(low, high, grid)
+    smallest = _spanning(low * SHRINK[-1], high * SHRINK[-1], grid)[0]
     for shrink in SHRINK if importance is None else torch.cat([SHRINK, _SMALL]):
+        if shrink < SHRINK[-1] and not (scale <= smallest).any():
+            break  # no row was best with the smallest range so far
         tried, zero = _spanning(low * shrink, high * shrink, grid)
         rounded = (to_integers(flat, tried[:, None], zero[:, None], grid) - zero[:, None]) * tried[:, None]
         squares = (rounded - flat).square()
