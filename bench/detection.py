@@ -109,11 +109,8 @@ def files(seed: int, maker: str, runtime: Runtime, scratch: Path, *, halved: boo
         if maker == "tersor":
             quantized = tersor.quantize(model, images.split(32), runtime=runtime, task=CellDetection())
             tersor.export(quantized, images[:8], path, runtime=runtime)
-        elif maker == "nncf":
-            path = path.with_suffix(".xml")
-            peers.nncf_post_training(float32, images, path)
         else:
-            peers.onnxruntime_static(float32, images, path)
+            path = peers.post_training(maker, float32, images, path)
         yield path
 
 

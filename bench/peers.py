@@ -85,6 +85,16 @@ def nncf_post_training(float32: Path, images: Tensor, path: Path) -> float:
     return time.perf_counter() - start
 
 
+def post_training(maker: str, float32: Path, images: Tensor, path: Path) -> Path:
+    """Write the 8-bit file of NNCF or of `quantize_static`, and return its path."""
+    if maker == "nncf":
+        path = path.with_suffix(".xml")
+        nncf_post_training(float32, images, path)
+    else:
+        onnxruntime_static(float32, images, path)
+    return path
+
+
 def torchao_post_training(network: nn.Module, images: Tensor, bits: int, activation_bits: int) -> nn.Module:
     """Quantize a network with PT2E and torchao's x86 quantizer; the first and last layer keep 8 bits.
 

@@ -154,11 +154,8 @@ def files(subject: Subject, seed: int, way: str | None, maker: str, runtime: Run
         if maker == "tersor":
             quantized = tersor.quantize(model, images.split(50), runtime=runtime, task=subject.task)
             tersor.export(quantized, images[:8], path, runtime=runtime)
-        elif maker == "nncf":
-            path = path.with_suffix(".xml")
-            peers.nncf_post_training(float32, images, path)
         else:
-            peers.onnxruntime_static(float32, images, path)
+            path = peers.post_training(maker, float32, images, path)
         yield path
 
 

@@ -224,8 +224,9 @@ def test_the_exported_file_equals_the_network(tmp_path):
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     with torch.no_grad():
         expected = attached.model(x)
-    off = (torch.from_numpy(np.array(found)) - expected).abs()
-    assert off.mean() < 0.002 * expected.std(), "but for values that lie between two points of a grid"
+    off = (torch.from_numpy(np.array(found)) - expected).abs().amax(1) / expected.std()
+    assert (off < 0.02).float().mean() > 0.95, "an activation between two points of a grid may be rounded either way"
+    assert off.max() < 0.1
 
 
 def test_a_checkpoint_holds_the_enabled_quantizers():

@@ -143,7 +143,7 @@ class Workbench:
     def train(self, candidate: Candidate, trained: Sequence[Stage], seconds: float) -> tuple[nn.Module, StageRecord]:
         """Train for `seconds` in the last of the stages `trained`; earlier ones come from their checkpoints.
 
-        A checkpoint of another stage in the place of one of them is deleted.
+        If a stage of another name has a checkpoint under the same number, that checkpoint is deleted.
 
         Returns:
             The network, and the record of the last stage.
