@@ -10,6 +10,7 @@ from tersor.core.target import Target
 from tersor.deploy.onnx import export
 from tersor.evaluation.session import open_session
 from tersor.evaluation.verification import verify
+from tersor.graph.aten import operator_name
 from tersor.methods.ptq import PTQ
 from tersor.quantization import runtime_defects
 from tersor.training.context import AttachContext
@@ -66,6 +67,24 @@ def test_the_file_for_openvino_is_the_network(tmp_path):
     model = quantized(Tokens(), "openvino")
     file = export(model, IMAGES, tmp_path / "model.onnx")
     verify(open_session(file, "openvino"), model, IMAGES)
+
+
+class Padded(nn.Module):
+    """Padding of a size that depends on the image, as in Swin: here it is 0 on all sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.second(nn.functional.pad(x, (0, -x.shape[3] % 7, 0, -x.shape[2] % 7))).mean((2, 3))
+
+
+def test_a_padding_of_0_is_removed():
+    graph = quantized(Padded(), "openvino")
+    assert not [node for node in graph.graph.nodes if operator_name(node) == "pad"]
+    assert not in_float(graph)
 
 
 def test_openvino_still_has_the_defect(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -15,7 +16,17 @@ def has_effects(node: fx.Node) -> bool:
 
 
 def remove_unused(graph: fx.Graph) -> None:
-    """Remove operators whose results are not used. An in-place change stays if its target is used."""
+    """Remove paddings of 0, and operators whose results are not used. An in-place change stays if its target is used.
+
+    Swin pads by 0 on all sides if the windows fit; OpenVINO 2026.4 crashes on a quantizer behind such a padding.
+    """
+    for node in graph.nodes:
+        if (
+            node.target is torch.ops.aten.pad.default
+            and not any(node.args[1])
+            and not any(map(has_effects, node.users))
+        ):
+            node.replace_all_uses_with(node.args[0])
     live: set[fx.Node] = set()
     waiting = [node for node in graph.nodes if node.op in ("placeholder", "output")]
     while waiting:

@@ -41,8 +41,7 @@ def batch_of(images: Iterable[NetworkInput]) -> NetworkInput:
     """One batch of the `images` (N, C, H, W), limited to what the means need.
 
     Images of another size than the first are left out. At least 16 images are taken, or the first batch if it is
-    smaller. Calibration runs that whole batch, which needs
-    about as much memory (a UNet: 0.9 GB, and 1.1 GB here).
+    smaller: calibration runs that whole batch too, and needs almost as much memory.
 
     Raises:
         InputError: there are none.

@@ -236,8 +236,7 @@ def _only_moves(node: fx.Node) -> bool:
 
 def is_nothing_in_eval(node: fx.Node) -> bool:
     """Whether `node` returns its input in eval mode; in training, its output is not on the input's grid."""
-    name = operator_name(node)
-    return name in _NOTHING_IN_EVAL or _is_a(node, _NOTHING_IN_EVAL_MODULES) or (name == "pad" and _pads_nothing(node))
+    return operator_name(node) in _NOTHING_IN_EVAL or _is_a(node, _NOTHING_IN_EVAL_MODULES)
 
 
 def entering(node: fx.Node) -> fx.Node:
@@ -256,15 +255,10 @@ def _is_mover(node: fx.Node) -> bool:
     """Whether `node` returns the values of its first input as one tensor in another place or shape."""
     name = operator_name(node)
     if name == "pad":
-        return not _pads_nothing(node) and _pads_with_values_of_the_grid(node)
+        return _pads_with_values_of_the_grid(node)
     if name == "getitem":  # of several results, which are known to be on one grid only after a split
         return operator_name(node.all_input_nodes[0]) in _SPLITTERS
     return name in _MOVERS or _is_a(node, _MOVER_MODULES)
-
-
-def _pads_nothing(node: fx.Node) -> bool:
-    """Whether `node` pads by 0 on all sides, as Swin does; OpenVINO 2026.4 crashes on a quantizer behind it."""
-    return not any(arguments(node)["pad"])
 
 
 def _pads_with_values_of_the_grid(node: fx.Node) -> bool:
