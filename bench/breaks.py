@@ -2,7 +2,8 @@
 
 `choose` draws single-line breaks from src/ and writes them to bench/breaks.json: a reversed comparison, + for -, a
 removed `not`, a constant changed by one, `min` for `max`, a removed statement or return value. A break is identified by
-the text of its line, so it can be tried on any commit that has the line.
+the text of its line, so it can be tried on any commit that has the line. `replace` sets a break aside that changes no
+result, with the reason, and draws another one of the same group.
 
 `run` tries each break on a commit: first the tests that mirror the broken module, or those that `--tests` names, then
 all of `make test`. A test that also fails without the break does not count. Rows go to bench/results/breaks.json one by
@@ -10,6 +11,7 @@ one; existing rows are skipped.
 
     python bench/breaks.py choose --commits 5e5b625 HEAD
     python bench/breaks.py run --commit 5e5b625
+    python bench/breaks.py replace 7 "the branch below handles the same case"
     python bench/breaks.py run
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import json
 import os
 import random
@@ -88,6 +91,13 @@ class Break:
     before: str
     after: str
     kind: str
+    equivalent: str | None = None
+    """Why the line computes the same as before, if it does. Such a break is not counted."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The fields of a row."""
+        return {"file": self.file, "before": self.before, "after": self.after, "kind": self.kind}
 
 
 def mutations(node: ast.AST) -> Iterator[tuple[str, str]]:
@@ -166,25 +176,42 @@ def _compiles(source: str) -> bool:
     return True
 
 
-def choose(commits: Sequence[str], seed: int) -> list[Break]:
-    """Return breaks that exist in every commit, spread over `GROUPS`, preferably no two in one file."""
+def candidates(commits: Sequence[str]) -> list[Break]:
+    """Return all breaks that exist in every commit."""
     possible: list[set[Break]] = []
     for commit in commits:
         files = _git("ls-tree", "-r", "--name-only", commit, "src/tersor").splitlines()
         sources = {file: _git("show", f"{commit}:{file}") for file in files if file.endswith(".py")}
         possible.append({each for file, source in sources.items() for each in breaks_of(file, source)})
-    candidates = sorted(set.intersection(*possible), key=lambda each: (each.file, each.before, each.after))
+    return sorted(set.intersection(*possible), key=lambda each: (each.file, each.before, each.after))
+
+
+def draw(group: Sequence[Break], chosen: Sequence[Break], generator: random.Random) -> Break:
+    """Return a break of the group, preferably of a file and a kind that `chosen` does not have."""
+    files, kinds = ([getattr(each, key) for each in chosen] for key in ("file", "kind"))
+    rarest = min((files.count(each.file), kinds.count(each.kind)) for each in group)
+    return generator.choice([each for each in group if (files.count(each.file), kinds.count(each.kind)) == rarest])
+
+
+def choose(commits: Sequence[str], seed: int) -> list[Break]:
+    """Return breaks that exist in every commit, spread over `GROUPS`."""
+    possible = candidates(commits)
     generator = random.Random(seed)  # noqa: S311 - a draw, no secret
     chosen: list[Break] = []
     for number, pattern in GROUPS.values():
-        group = [each for each in candidates if re.match(rf"src/tersor/{pattern}", each.file)]
+        group = [each for each in possible if re.match(rf"src/tersor/{pattern}", each.file)]
         for _ in range(number):
-            files, kinds = ([getattr(each, key) for each in chosen] for key in ("file", "kind"))
-            rarest = min((files.count(each.file), kinds.count(each.kind)) for each in group)
-            chosen.append(
-                generator.choice([each for each in group if (files.count(each.file), kinds.count(each.kind)) == rarest])
-            )
+            chosen.append(draw(group, chosen, generator))
     return chosen
+
+
+def replace(chosen: list[Break], number: int, reason: str, seed: int) -> list[Break]:
+    """Set a break aside for a reason, and add another one of its group."""
+    (pattern,) = [each for _, each in GROUPS.values() if re.match(rf"src/tersor/{each}", chosen[number].file)]
+    group = [each for each in candidates(["HEAD"]) if re.match(rf"src/tersor/{pattern}", each.file)]
+    generator = random.Random(seed + len(chosen))  # noqa: S311 - a draw, no secret
+    kept = [*chosen[:number], dataclasses.replace(chosen[number], equivalent=reason), *chosen[number + 1 :]]
+    return [*kept, draw(group, chosen, generator)]
 
 
 def _git(*arguments: str) -> str:
@@ -309,17 +336,18 @@ def run_together(commit: str, only: Sequence[int]) -> None:
     if failure is None:
         for number in only:
             numbers = {"line": lines[number], "caught": False, "by": None, "seconds": seconds, "n": 1, "spread": None}
-            rows.add(RESULT, {"tested": revision, **asdict(chosen[number])}, numbers, [SEED])
+            rows.add(RESULT, {"tested": revision, **chosen[number].identity}, numbers, [SEED])
 
 
 def run(commit: str, *, whole: bool, only: Sequence[int], tests: Sequence[str]) -> None:
     """Try every break that has no row yet, and print how many were caught."""
     chosen = [Break(**each) for each in json.loads(CHOSEN.read_text())]
     revision = _git("rev-parse", "--short=12", commit).strip()
+    counted = [number for number, each in enumerate(chosen) if each.equivalent is None]
     with rows.alone(), checked_out(revision) as tree:
-        for number in only or range(len(chosen)):
+        for number in only or counted:
             wanted = chosen[number]
-            identity = {"tested": revision, **asdict(wanted)}
+            identity = {"tested": revision, **wanted.identity}
             if rows.known(RESULT, identity, anywhere=True):
                 continue
             line, start = place(tree, wanted), time.monotonic()
@@ -331,8 +359,9 @@ def run(commit: str, *, whole: bool, only: Sequence[int], tests: Sequence[str]) 
                 caught = None if line is None else by is not None
                 numbers = {"line": line, "caught": caught, "by": by, "seconds": seconds, "n": 1, "spread": None}
                 rows.add(RESULT, identity, numbers, [SEED])
-    found = [row["caught"] for row in rows.read(RESULT) if row["tested"] == revision]
-    print(f"{revision}: {found.count(True)} of {len(chosen)} caught, {found.count(None)} without the line")
+    identities = [{"tested": revision, **chosen[number].identity} for number in counted]
+    found = [row["caught"] for row in rows.read(RESULT) if {key: row[key] for key in identities[0]} in identities]
+    print(f"{revision}: {found.count(True)} of {len(counted)} caught, {found.count(None)} without the line")
 
 
 def main() -> None:
@@ -341,6 +370,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     choosing = commands.add_parser("choose", help="draw breaks, and write bench/breaks.json")
     choosing.add_argument("--commits", nargs="+", default=["HEAD"], help="commits that must contain the lines")
+    replacing = commands.add_parser("replace", help="set a break aside, and draw another one of the same group")
+    replacing.add_argument("number", type=int, help="index of the break, from 0")
+    replacing.add_argument("reason", help="why the broken line computes the same")
     running = commands.add_parser("run", help="try the breaks on a commit")
     running.add_argument("--commit", default="HEAD")
     running.add_argument(
@@ -352,8 +384,12 @@ def main() -> None:
     )
     running.add_argument("--together", action="store_true", help="try the breaks of --only at once on all tests")
     given = parser.parse_args()
-    if given.command == "choose":
-        chosen = choose(given.commits, SEED)
+    if given.command in {"choose", "replace"}:
+        if given.command == "choose":
+            chosen = choose(given.commits, SEED)
+        else:
+            known = [Break(**each) for each in json.loads(CHOSEN.read_text())]
+            chosen = replace(known, given.number, given.reason, SEED)
         CHOSEN.write_text(json.dumps([asdict(each) for each in chosen], indent=1) + "\n")
         for number, each in enumerate(chosen):
             print(f"{number:2} {each.kind:10} {each.file}: {each.before}  ->  {each.after}")
