@@ -1,6 +1,7 @@
 """The site: its code runs, its links lead somewhere, its generated pages are complete, and it builds."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,6 +22,7 @@ import gains
 from browser import CHROMIUM, chromium
 from tersor.cli_output import Document
 from tersor.methods import names
+from tersor.models import build
 from tersor.recipe import parse
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +60,25 @@ def test_the_blocks_of_a_page_with_networks_of_the_reader_run(page, files, tmp_p
     loader = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(10, (64,))), 32)
     blocks.run(page, {"student": network(4), "teacher": network(8), "loader": loader})
     assert [path.name for path in tmp_path.iterdir()] == files
+
+
+@pytest.mark.slow
+def test_the_code_for_a_folder_of_images_runs(tmp_path, monkeypatch):
+    (block,) = blocks.blocks("other-tools.md", "python")
+    for text, smaller in {
+        ".transforms()": ".transforms(crop_size=32, resize_size=36)",
+        '"model.onnx", test)': '"model.onnx", test, seconds=0.1)',
+    }.items():
+        assert text in block
+        block = block.replace(text, smaller)
+    monkeypatch.chdir(tmp_path)
+    for part, name in itertools.product(("train", "test"), ("ambulance", "bus")):
+        folder = tmp_path / "cars" / part / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 44), "red" if name == "bus" else "white").save(folder / "1.jpg")
+    torch.save(build("resnet18", 2).state_dict(), "cars.pth")
+    exec(block, {})
+    assert (tmp_path / "model.onnx").is_file()
 
 
 @pytest.mark.slow
