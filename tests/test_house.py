@@ -50,9 +50,8 @@ LEVELS = [
     ),
     ("evaluation",),
     ("deploy",),
-    ("pruning.channel_importance",),
+    ("pruning.budget", "pruning.channel_importance"),
     (
-        "pruning.budget",
         "pruning.channel_selection",
         "pruning.least_squares",
         "pruning.optimal_brain_surgeon",

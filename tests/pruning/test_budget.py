@@ -1,15 +1,48 @@
 """How many blocks go for a budget."""
 
+from itertools import accumulate
+
 import pytest
 
 from tersor.pruning.budget import meet_cost, meet_latency
+from tersor.pruning.channel_selection import RemovalOrder
+
+
+def order_of(*blocks):
+    """A removal order of these blocks; the groups are not needed."""
+    return RemovalOrder([], [], list(blocks))
+
+
+def remaining(costs):
+    """The fraction that remains after each block of an order, if a block of group N costs `costs[N]`."""
+    return lambda order: [1.0, *(1 - total for total in accumulate(costs[number] for number, _ in order.blocks))]
 
 
 def test_the_network_is_measured_if_the_predicted_cost_is_wrong():
-    counted = [1.0, 0.8, 0.6, 0.4, 0.2]
-    assert meet_cost(counted, lambda blocks: counted[blocks], 0.6) == (2, 0.6)
-    assert meet_cost(counted, lambda blocks: counted[blocks] + 0.1 * blocks, 0.6) == (4, pytest.approx(0.6))
-    assert meet_cost(counted, lambda blocks: counted[blocks] + 0.5, 0.6) == (4, pytest.approx(0.7)), "as near as may be"
+    order, counted = order_of((0, 1), (0, 2), (0, 3), (0, 4)), [1.0, 0.8, 0.6, 0.4, 0.2]
+
+    def met(wrong):
+        same, *found = meet_cost(order, lambda _: counted, lambda _, blocks: counted[blocks] + wrong(blocks), 0.6)
+        assert same is order
+        return found
+
+    assert met(lambda _: 0.0) == [2, 0.6]
+    assert met(lambda blocks: 0.1 * blocks) == [4, pytest.approx(0.6)]
+    assert met(lambda _: 0.5) == [4, pytest.approx(0.7)], "as near as may be"
+
+
+def test_a_block_far_larger_than_the_rest_of_the_target_is_postponed():
+    order = order_of((0, 1), (1, 1), (0, 2), (1, 2), (2, 1), (0, 3))
+    found, blocks, fraction = meet_cost(order, remaining([0.1, 0.6, 0.31]), None, 0.5)
+    assert found.blocks == [(0, 1), (0, 2), (2, 1), (0, 3), (1, 1), (1, 2)]
+    assert (blocks, fraction) == (3, pytest.approx(0.49))
+
+
+def test_a_block_stays_where_postponing_it_comes_no_closer():
+    order = order_of((0, 1), (1, 1), (0, 2))
+    assert meet_cost(order, remaining([0.1, 0.6]), None, 0.5) == (order, 2, pytest.approx(0.3))
+    near = order_of((0, 1), (1, 1), (2, 1))
+    assert meet_cost(near, remaining([0.1, 0.415, 0.4]), None, 0.5) == (near, 2, pytest.approx(0.485)), "near enough"
 
 
 def test_a_latency_is_met_with_nearly_the_fewest_blocks():

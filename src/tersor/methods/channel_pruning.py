@@ -30,7 +30,6 @@ DepGraph's code also weights the scores of a group by BatchNorm and reports the 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as record
@@ -200,7 +199,7 @@ class ChannelPruning:
             task=context.task,
         )
         order = self._order(budget.kind, graph, now, groups, unprunable, scores)
-        blocks, fraction, found = _blocks_for(budget, graph, now, order)
+        order, blocks, fraction, found = _blocks_for(budget, graph, now, order)
         if fraction > budget.keep:
             raise self._unreachable(budget, fraction, graph, order, unprunable)
         total = sum(len(group.slices) for group in order.groups)
@@ -271,29 +270,29 @@ def _budget(kind: str, keep: float, graph: fx.GraphModule, example: NetworkInput
 
 def _blocks_for(
     budget: _Budget, graph: fx.GraphModule, now: Costs, order: RemovalOrder
-) -> tuple[int, float, list[str]]:
-    """The blocks to remove from `graph`, whose costs are `now`; the remaining fraction, and notes on it."""
+) -> tuple[RemovalOrder, int, float, list[str]]:
+    """The order, the blocks to remove from `graph`, whose costs are `now`, the remaining fraction, and notes on it."""
     ratio, kind = budget.latency_ratio, budget.kind
     share = 1.0 if kind == "channels" else budget.fraction(now)
-    remaining = [share * each for each in remaining_costs("macs" if ratio else kind, graph, order, _macs(now))]
 
-    @functools.cache
-    def exact(blocks: int) -> float:
-        if kind == "channels":
-            return remaining[blocks]
+    def estimated(order: RemovalOrder) -> list[float]:
+        return [share * each for each in remaining_costs("macs" if ratio else kind, graph, order, _macs(now))]
+
+    def exact(order: RemovalOrder, blocks: int) -> float:
         return budget.fraction(costs(order.pruned_copy(graph, blocks), budget.example))
 
     notes: list[str] = []
     if ratio is not None:
+        remaining = estimated(order)
         blocks, fraction = meet_latency(remaining, lambda blocks: ratio(order.pruned_copy(graph, blocks)), budget.keep)
         notes.append(
             f"{fraction:.3f} of the measured latency at batch size 1 remains, and {remaining[blocks]:.3f} of the MACs"
         )
     else:
-        blocks, fraction = meet_cost(remaining, exact, budget.keep)
+        order, blocks, fraction = meet_cost(order, estimated, None if kind == "channels" else exact, budget.keep)
     if budget.before.uncounted and kind in ("macs", "latency"):
         notes.append(f"the MACs do not include these uncounted operators: {', '.join(budget.before.uncounted)}")
-    return blocks, fraction, notes
+    return order, blocks, fraction, notes
 
 
 def _macs(of: Costs) -> dict[str, int]:

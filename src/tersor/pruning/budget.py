@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,13 @@ from torch import fx
 
 from tersor.graph.layer_selection import Layer, matching
 from tersor.pruning.channel_groups import Cut
+from tersor.pruning.channel_selection import RemovalOrder
 
 _ROUNDING = 0.005
 """Larger differences between the estimated and the exact fraction are not rounding."""
+
+_FAR = 0.02
+"""A cost that is lower than the target by more than this fraction calls for another order of the blocks."""
 
 _PROBES = 7
 _CLOSE = 0.02
@@ -22,20 +27,48 @@ _REASONS = 4
 _LAYERS = 3
 
 
-def meet_cost(estimated: Sequence[float], exact: Callable[[int], float], keep: float) -> tuple[int, float]:
-    """The fewest blocks to remove for a cost of at most `keep`, or all, and the exact remaining fraction.
+def meet_cost(
+    order: RemovalOrder,
+    estimated: Callable[[RemovalOrder], Sequence[float]],
+    exact: Callable[[RemovalOrder, int], float] | None,
+    keep: float,
+) -> tuple[RemovalOrder, int, float]:
+    """The fewest blocks to remove for a cost of at most `keep`, or all, their order, and the exact remaining fraction.
+
+    If the last block takes the cost far below `keep`, it is postponed to the end of the order as long as that comes
+    closer to `keep`.
 
     Args:
+        order: of the removal.
         estimated: remaining fraction without the first 0, 1, 2 ... blocks, from the widths of layers. Attention and
             other operators between layers are not in it.
         exact: the remaining fraction, counted on the network without so many blocks; used where the estimate is off.
+            None: the estimate is exact.
         keep: the target fraction.
     """
-    numbers = range(len(estimated))
-    blocks = min(bisect_left(numbers, x=True, key=lambda number: estimated[number] <= keep), numbers[-1])
-    if abs(exact(blocks) - estimated[blocks]) > _ROUNDING:
-        blocks = min(bisect_left(numbers, x=True, key=lambda number: exact(number) <= keep), numbers[-1])
-    return blocks, exact(blocks)
+    blocks, fraction = _fewest(order, estimated, exact, keep)
+    while blocks and keep - fraction > _FAR:
+        other = order.postponed(blocks - 1)
+        found, closer = _fewest(other, estimated, exact, keep)
+        if not fraction < closer <= keep:
+            break
+        order, blocks, fraction = other, found, closer
+    return order, blocks, fraction
+
+
+def _fewest(
+    order: RemovalOrder,
+    estimated: Callable[[RemovalOrder], Sequence[float]],
+    exact: Callable[[RemovalOrder, int], float] | None,
+    keep: float,
+) -> tuple[int, float]:
+    estimates = estimated(order)
+    numbers = range(len(estimates))
+    counted = functools.cache(lambda number: estimates[number] if exact is None else exact(order, number))
+    blocks = min(bisect_left(numbers, x=True, key=lambda number: estimates[number] <= keep), numbers[-1])
+    if abs(counted(blocks) - estimates[blocks]) > _ROUNDING:
+        blocks = min(bisect_left(numbers, x=True, key=lambda number: counted(number) <= keep), numbers[-1])
+    return blocks, counted(blocks)
 
 
 def meet_latency(macs: Sequence[float], ratio: Callable[[int], float], keep: float) -> tuple[int, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, fx, nn
@@ -54,6 +54,11 @@ class RemovalOrder:
         """The cuts of the first `blocks` blocks."""
         pairs = zip(self.groups, self.removed(blocks), strict=True)
         return merge_cuts(cut for group, removed in pairs for cut in group.cuts(removed))
+
+    def postponed(self, block: int) -> RemovalOrder:
+        """The order with this block, and all later ones of its group, at the end."""
+        last = [each for each in self.blocks[block:] if each[0] == self.blocks[block][0]]
+        return replace(self, blocks=[*(each for each in self.blocks if each not in last), *last])
 
     def pruned_copy(self, graph: fx.GraphModule, blocks: int) -> fx.GraphModule:
         """A copy of `graph` without the first `blocks` blocks."""
