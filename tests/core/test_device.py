@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tersor.core import device
-from tersor.core.device import cpu_flags, layout_for, precision_for, set_layout
+from tersor.core.device import cpu_flags, layout_for, precision_for, seeded, set_layout
 
 CPU = torch.device("cpu")
 
@@ -57,6 +57,25 @@ def test_set_layout_keeps_parameters_and_skips_5_d_tensors():
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), values, strict=True))
     set_layout(model, layout_for(torch.device("mps")))
     assert model[0].weight.is_contiguous()
+
+
+def test_seeded_draws_from_the_seed_and_restores_the_generator():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with seeded(5):
+        drawn = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(2), drawn)
+
+
+def test_seeded_leaves_the_generators_of_gpus_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", calls.append)
+    with seeded(5):
+        pass
+    assert not calls
 
 
 FAULTS = """

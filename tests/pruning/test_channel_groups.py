@@ -15,7 +15,14 @@ from tersor.evaluation.costs import costs
 from tersor.graph.aten import arguments
 from tersor.graph.capture import capture
 from tersor.pruning import channel_groups
-from tersor.pruning.channel_groups import Cut, coupled_channels, merge_cuts, removal_difference, remove
+from tersor.pruning.channel_groups import (
+    Cut,
+    _existing_objects_not_collected,
+    coupled_channels,
+    merge_cuts,
+    removal_difference,
+    remove,
+)
 from toy_networks import short
 
 
@@ -410,3 +417,14 @@ def test_the_trial_removal_does_not_change_a_network_without_modules():
     groups, _ = coupled_channels(graph, images)
     assert [len(group.slices) for group in groups] == [8]
     assert graph.code == code
+
+
+@pytest.mark.parametrize(("frozen", "expected"), [(0, ["freeze", "unfreeze"]), (5, [])])
+def test_objects_that_the_caller_froze_stay_frozen(monkeypatch, frozen, expected):
+    calls = []
+    monkeypatch.setattr(channel_groups.gc, "get_freeze_count", lambda: frozen)
+    for name in ("freeze", "unfreeze"):
+        monkeypatch.setattr(channel_groups.gc, name, lambda name=name: calls.append(name))
+    with _existing_objects_not_collected():
+        pass
+    assert calls == expected

@@ -85,6 +85,10 @@ def restore_device_and_layout(networks: nn.Module) -> Generator[None]:
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Generator[None]:
     """Draw random numbers from `seed` on the CPU and, if it is a GPU, on `device`; then restore the generators."""
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    gpu = device if device is not None and device.type == "cuda" else None
+    with torch.random.fork_rng(devices=[gpu] if gpu else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all GPUs
+        if gpu:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
         yield

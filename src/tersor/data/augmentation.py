@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from tersor.core.device import seeded
 from tersor.core.errors import InputError, unknown
 from tersor.core.import_path import import_function, is_function_path
 
@@ -64,8 +65,7 @@ def augmented(
             boxes.
     """
     if callable(augmentation):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(draw.initial_seed())  # torch.manual_seed would seed GPUs as well
+        with seeded(draw.initial_seed()):
             images, targets = _transformed(pixels.permute(0, 3, 1, 2), targets, augmentation)
         return images.permute(0, 2, 3, 1).contiguous(), targets
     if augmentation == "none":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tersor.core.device import seeded
 from tersor.core.errors import InputError
 from tersor.data.batch import images_of
 from tersor.data.network_inputs import NetworkInput
@@ -46,8 +47,7 @@ def outputs_of(model: nn.Module, images: NetworkInput, seed: int = 0) -> list[Te
 
     Random numbers come from `seed`. A forward that works in place changes a copy of the images.
     """
-    with evaluating(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with evaluating(model), seeded(seed, images.device):
         leaves: list[Any] = tree_leaves(run(model, images.clone()))
     return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 

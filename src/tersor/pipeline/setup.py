@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tersor import models, tasks
+from tersor.core.device import seeded
 from tersor.core.errors import InputError
 from tersor.core.progress import ProgressReporter
 from tersor.data import Splits, load
@@ -165,8 +166,7 @@ Built = tuple[nn.Module, dict[str, str]]
 def _build(network: Network, splits: Splits | None, seed: int) -> Built:
     """The network; without a weights file, its random weights depend on `seed` alone."""
     classes = network.num_classes or (len(splits.classes) if splits and splits.classes else None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         built = plain_copy(models.build(network.name, classes), network.name)
     if not network.weights:
         return built, {}

@@ -22,6 +22,9 @@ SHRINK = torch.linspace(1.0, 0.1, 91)
 _SMALL = torch.logspace(-1.02, -3, 40)
 """Smaller ones, for a weight far above the others whose input is almost always zero."""
 
+_TOGETHER = 2**18
+"""Rounded values that the search holds at once."""
+
 WeightRange = Literal["minmax", "percentile", "mse"]
 Range = Literal["minmax", "percentile", "mse", "entropy"]
 
@@ -63,14 +66,11 @@ class Histogram:
 
     def least_squares(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """The shrunk range whose rounding error, weighted by the counts, is smallest."""
-        best, chosen = torch.tensor(torch.inf, dtype=torch.float64), (self.low, self.high)
-        for shrink in SHRINK:
-            scale, zero_point = affine_parameters(self.low * shrink, self.high * shrink, grid)
-            rounded = (to_integers(self.centres, scale, zero_point, grid) - zero_point) * scale
-            error = (self.counts * (rounded - self.centres).square()).sum()
-            if error < best:
-                best, chosen = error, (self.low * shrink, self.high * shrink)
-        return chosen
+        lows, highs, centres = self.low * SHRINK, self.high * SHRINK, self.centres
+        scales, zero_points = (each[:, None] for each in affine_parameters(lows, highs, grid))
+        rounded = (to_integers(centres, scales, zero_points, grid) - zero_points) * scales
+        best = (self.counts * (rounded - centres).square()).sum(1).argmin()
+        return lows[best], highs[best]
 
     def least_divergence(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """The shrunk range whose rounded values have the distribution most similar to that of the clipped values.
@@ -178,14 +178,18 @@ def _least_squares(
     least = torch.full_like(low, torch.inf)
     scale, zero_point = _spanning(low, high, grid)
     smallest = _spanning(low * SHRINK[-1], high * SHRINK[-1], grid)[0]
-    for shrink in SHRINK if importance is None else torch.cat([SHRINK, _SMALL]):
-        if shrink < SHRINK[-1] and not (scale <= smallest).any():
+    together = max(1, _TOGETHER // max(1, flat.numel()))
+    smaller = () if importance is None else _SMALL.to(low.device).split(together)
+    for shrinks in (*SHRINK.to(low.device).split(together), *smaller):
+        if shrinks[0] < SHRINK[-1] and not (scale <= smallest).any():
             break  # no row was best with the smallest range so far
-        tried, zero = _spanning(low * shrink, high * shrink, grid)
-        rounded = (to_integers(flat, tried[:, None], zero[:, None], grid) - zero[:, None]) * tried[:, None]
+        tried, zeros = _spanning(low * shrinks[:, None], high * shrinks[:, None], grid)
+        rounded = (to_integers(flat, tried[..., None], zeros[..., None], grid) - zeros[..., None]) * tried[..., None]
         squares = (rounded - flat).square()
-        error = (squares if importance is None else squares * importance).sum(1)
-        scale, zero_point = torch.where(error < least, tried, scale), torch.where(error < least, zero, zero_point)
+        error, best = (squares if importance is None else squares * importance).sum(2).min(0)
+        better = error < least
+        scale = torch.where(better, tried.gather(0, best[None])[0], scale)
+        zero_point = torch.where(better, zeros.gather(0, best[None])[0], zero_point)
         least = torch.minimum(error, least)
     return scale, zero_point
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from tersor import models
 from tersor.checkpoint.store import Checkpoints
+from tersor.core.device import seeded
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.data import Batches, Splits, load
 from tersor.data.image_sets import View
@@ -236,8 +237,7 @@ class Workbench:
     def student(self, name: str) -> nn.Module:
         """Build a student, with its weights if there is a file; an `InputError` says why it cannot be built."""
         weights = self.students[name]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.experiment.recipe.seed)
+        with seeded(self.experiment.recipe.seed):
             built = plain_copy(models.build(name, len(self.experiment.data.classes)), name)
         if weights is not None:
             models.load_weights(built, weights)
