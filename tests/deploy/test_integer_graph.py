@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import fx, nn
 
 from tersor.core.target import Target
 from tersor.deploy.integer_graph import IntegerLayer, QuantizeDequantize, to_integer_graph
+from tersor.deploy.onnx import export
 from tersor.methods.ptq import PTQ
 from tersor.training.context import AttachContext
 
@@ -38,9 +40,9 @@ def weight_and_bias(layer: IntegerLayer):
     shape = (-1, *[1] * (layer.weight.ndim - 1))
     zero_point = torch.zeros_like(layer.scale) if layer.zero_point is None else layer.zero_point.float()
     weight = (layer.weight.float() - zero_point.reshape(shape)) * layer.scale.reshape(shape)
-    if layer.bias is None or layer.bias_scale is None:
+    if layer.integer_bias is None:
         return weight, layer.bias
-    return weight, layer.bias.double() * layer.bias_scale
+    return weight, layer.integer_bias.double() * layer.bias_scale
 
 
 def images(count=6, seed=1):
@@ -217,8 +219,18 @@ def test_a_batchnorm_with_several_inputs_or_readers_is_not_folded(kind):
 
 def test_a_layer_with_two_inputs_has_its_bias_in_float():
     (layer,) = modules_of(quantize(Twice(), images()), IntegerLayer).values()
-    assert layer.bias_scale is None
+    assert layer.integer_bias is None
     assert layer.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("flat", "integers"), [(nn.Flatten(), 1), (nn.Flatten(2), 0)])
+def test_the_bias_of_a_matrix_product_over_tokens_is_stored_in_float(flat, integers, tmp_path):
+    x = images()
+    graph = quantize(nn.Sequential(flat, nn.Linear(36 if integers == 0 else 108, 8)), x)
+    stored = onnx.load(export(graph, x, tmp_path / "model.onnx")).graph.initializer
+    kinds = [onnx.TensorProto.DataType.Name(each.data_type) for each in stored if [*each.dims] == [8]]
+    assert kinds.count("INT32") == integers
+    assert kinds.count("FLOAT") == 2, "the scales of the weight, and the bias or its scales"
 
 
 @pytest.mark.parametrize("between", [nn.Dropout(0.5), nn.Identity(), nn.Dropout2d(0.1)], ids=lambda m: type(m).__name__)
@@ -226,7 +238,7 @@ def test_identities_in_eval_mode_do_not_hide_the_input_scale(between):
     torch.manual_seed(0)
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), between, nn.Conv2d(4, 2, 1)), images())
     layer = to_integer_graph(graph).behind.get_submodule("2")
-    assert layer.bias.dtype == torch.int32
+    assert layer.integer_bias.dtype == torch.int32
     expected = layer.scale * graph.get_submodule("quantizers.behind_0").scale
     torch.testing.assert_close(layer.bias_scale, expected)
 

@@ -60,6 +60,9 @@ class QuantizeDequantize(nn.Module):
 class IntegerLayer(nn.Module):
     """A convolution or fully connected layer with an int8 weight and an int32 bias.
 
+    The bias of a fully connected layer whose inputs have more than two dimensions stays in float: ONNX writes it as an
+    addition behind the matrix product, so it is not part of an integer kernel.
+
     Args:
         layer: the layer without quantizers; its settings are used.
         weight: integers (C_out, ...), int8.
@@ -73,6 +76,7 @@ class IntegerLayer(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
     bias: Tensor | None
+    integer_bias: Tensor | None
     bias_scale: Tensor | None
 
     def __init__(
@@ -93,19 +97,20 @@ class IntegerLayer(nn.Module):
             # ONNX Runtime computes a matrix product in integers only if its weight has a zero point, even 0
             zero_point = torch.zeros_like(weight[:, 0])
         self.register_buffer("zero_point", zero_point)
-        bias_scale = None
+        integers, bias_scale = None, None
         if bias is not None and input_scale is not None:
             bias_scale = scale * input_scale
-            bias = torch.round(bias / bias_scale).to(torch.int32)
+            integers = torch.round(bias / bias_scale).to(torch.int32)
         self.register_buffer("bias", bias)
+        self.register_buffer("integer_bias", integers)
         self.register_buffer("bias_scale", bias_scale)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The layer's output from its dequantized weight and bias."""
         weight = _dequantize(self.weight, self.scale, self.zero_point)
-        bias = self.bias
-        if bias is not None and self.bias_scale is not None:
-            bias = _dequantize(bias, self.bias_scale)
+        bias, convolution = self.bias, isinstance(self.layer, Convolution)
+        if self.integer_bias is not None and self.bias_scale is not None and (convolution or inputs.ndim == 2):
+            bias = _dequantize(self.integer_bias, self.bias_scale)
         if isinstance(self.layer, Convolution):
             return self.layer._conv_forward(inputs, weight, bias)  # pyright: ignore[reportPrivateUsage]  # with its padding mode
         return F.linear(inputs, weight, bias)
