@@ -12,6 +12,7 @@ from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS
 from tersor.evaluation.results import StageRecord
 from tersor.recipe import DataSource, Network, Recipe, Stage
+from tersor.search import finish
 from tersor.search.candidate import ORIGINAL, Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.finish import write_front
@@ -71,6 +72,7 @@ class FakeBench:
         broken: names of candidates that cannot be built.
         rounding: points that quantization costs, unless the last stage quantizes.
         given: the stages of every training, interrupted ones included, with the name of the candidate.
+        settled: whether each planned training is shorter than those before it.
     """
 
     time: FakeTime
@@ -96,6 +98,7 @@ class FakeBench:
         self.experiment = SimpleNamespace(recipe=recipe, data=data, images=images, task=Classification())
         self.trained = {}
         self.interrupted = {}
+        self.settled = []
 
     def _work(self, what, seconds):
         if self.interrupt_at == len(self.log):
@@ -114,6 +117,7 @@ class FakeBench:
         return candidate
 
     def stage(self, candidate, name, steps, model, *, settled=False):
+        self.settled.append(settled)
         return Stage(name=name, steps=steps, methods=("soft_targets",))
 
     def train(self, candidate, trained, seconds):
@@ -166,6 +170,16 @@ class FakeLatency:
 
 def latencies(candidates):
     FakeLatency.of = {each.name: relative_ms(each) for each in candidates}
+
+
+def without_measurements(monkeypatch):
+    """Give all candidates their latencies, and leave out the final measurement."""
+    kept = [round(0.1 + 0.05 * step, 2) for step in range(19)]
+    latencies(
+        [Candidate("wide"), Candidate("deep")]
+        + [Candidate(branches=b, keep_macs=k, bits=w) for b in range(10) for k in kept for w in ("8", "4", "mixed")]
+    )
+    monkeypatch.setattr(finish, "_speedup", lambda _search, _best: {})
 
 
 def baseline(name, validation, milliseconds, precision):

@@ -7,7 +7,7 @@ import pytest
 from front_samples import evidence_for, front_of, write
 
 from browser import CHROMIUM, chromium
-from tersor.search.front_page import write_front_page
+from tersor.search.front_page import charts, write_front_page
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,60 @@ def test_before_the_end_there_is_no_evidence(tmp_path):
     text = write_front_page(tmp_path, front_of(3)).read_text()
     assert data_of(text)["evidence"] == {}
     assert "peak throughput" not in text.partition("<script")[0].lower()
+
+
+def test_places_in_a_chart_follow_from_its_axes():
+    made = front_of(30)
+    made = made.model_copy(update={"limits": made.limits | {"megabytes": 0.01}})
+    low = made.points[0].model_copy(update={"name": "low", "validation": 60.0})
+    points = [*made.baselines, *made.points, low]
+    drawn = {chart.title: chart for chart in charts(made, points)}
+    values = {
+        "ms at batch 1": lambda point: point.latency_ms[1],
+        "ms at batch 128": lambda point: point.latency_ms[128],
+        "MB": lambda point: point.bytes / 1e6,
+        "million MACs": lambda point: point.macs / 1e6,
+    }
+    assert drawn.keys() == values.keys()
+    for title, value in values.items():
+        chart = drawn[title]
+        limit = {"ms at batch 1": [0.9], "MB": [0.01]}.get(title, [])
+        ends = [*map(value, points), *limit]
+        assert (chart.low, chart.high) == pytest.approx((min(ends) / 1.08, max(ends) * 1.08))
+        best = max(point.validation for point in points)
+        assert (chart.bottom, chart.top) == pytest.approx((best - 12 * 1.08, best + 12 * 0.08))
+        for point, dot in zip(points, chart.points, strict=True):
+            assert chart.low * (chart.high / chart.low) ** dot["x"] == pytest.approx(value(point))
+            shown = chart.bottom + dot["y"] * (chart.top - chart.bottom)
+            assert shown == pytest.approx(max(point.validation, chart.bottom))
+        assert chart.bottom + chart.floor * (chart.top - chart.bottom) == pytest.approx(94.0 - 1.0)
+        assert (chart.limit is None) == (not limit)
+        if limit:
+            assert chart.low * (chart.high / chart.low) ** chart.limit == pytest.approx(limit[0])
+    assert [dot["kind"] for dot in chart.points] == [
+        "baseline" if point.free else "artifact" for point in points[:-1]
+    ] + ["original"]
+    alike = charts(made, [low, low])[0]
+    assert alike.top - alike.bottom == pytest.approx(2 * 0.08 * 0.1)
+
+
+def test_the_script_gets_the_numbers_of_every_point(page):
+    made = front_of()
+    data = data_of(page.read_text())
+    shown = {each["name"]: each for each in data["points"]}
+    assert (data["metric"], data["original"], data["best"]) == ("accuracy", "original", "best")
+    assert (data["sizes"], data["limits"]) == ([1, 128], made.limits)
+    kinds = {point.name: "original" for point in made.dominated} | {point.name: "artifact" for point in made.points}
+    kinds |= {point.name: "baseline" for point in made.baselines}
+    assert {name: each["kind"] for name, each in shown.items()} == kinds
+    for point in (*made.points, *made.dominated):
+        each = shown[point.name]
+        assert each["latency"] == {str(size): value for size, value in point.latency_ms.items()}
+        assert each["validation"] == pytest.approx(point.validation, abs=1e-4)
+        assert (each["megabytes"], each["macs"]) == pytest.approx((point.bytes / 1e6, point.macs / 1e6))
+        assert (each["steps"], each["test"]) == (point.steps, point.test)
+    order = [(each["family"] != "free baselines", each["latency"]["1"]) for each in data["points"]]
+    assert order == sorted(order)
 
 
 @pytest.mark.slow

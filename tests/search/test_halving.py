@@ -6,7 +6,8 @@ import json
 import optuna
 import pytest
 
-from search_fakes import FLOAT, SPACE, STORAGES, FakeBench, FakeTime, baseline, run, searching
+from search_fakes import FLOAT, SPACE, STORAGES, FakeBench, FakeTime, baseline, run, searching, without_measurements
+from tersor.search import halving
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.finish import write_front
@@ -22,9 +23,17 @@ from tersor.tasks.functions import FromFunctions
 pytestmark = pytest.mark.usefixtures("fake_search")
 
 
-def test_the_time_given_is_used(tmp_path):
-    search = searching(tmp_path / "out")
-    run(search)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A search of ten minutes at its end, and its front; tests only read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_measurements(patch)
+        search = searching(tmp_path_factory.mktemp("search") / "out")
+        return search, run(search)
+
+
+def test_the_time_given_is_used(finished):
+    search, _ = finished
     assert 0.95 * search.clock.total <= search.clock.used <= 1.05 * search.clock.total
 
 
@@ -55,9 +64,8 @@ def test_the_plan_holds_when_the_machine_slows_down_by_half(tmp_path, moment):
     assert 0.95 * search.clock.total <= search.clock.used <= 1.05 * search.clock.total
 
 
-def test_the_rungs_get_smaller_and_one_candidate_gets_the_rest(tmp_path):
-    search = searching(tmp_path / "out")
-    run(search)
+def test_the_rungs_get_smaller_and_one_candidate_gets_the_rest(finished):
+    search, _ = finished
     sizes = [len(rung.members) for rung in search.folder.state.rungs]
     assert len(sizes) <= len(RUNG_SIZES)
     assert all(size <= most for size, most in zip(sizes, RUNG_SIZES, strict=False))
@@ -68,27 +76,24 @@ def test_the_rungs_get_smaller_and_one_candidate_gets_the_rest(tmp_path):
     assert search.bench.trained[longest] > 0.4 * sum(search.bench.trained.values())
 
 
-def test_students_and_the_original_compete(tmp_path):
-    search = searching(tmp_path / "out")
-    run(search)
+def test_students_and_the_original_compete(finished):
+    search, _ = finished
     first = search.folder.state.rungs[0].members
     assert "wide-8bit" in first
     assert any(name.startswith("original") for name in first)
     assert "deep-8bit" not in first  # slower than the original in 8 bits
 
 
-def test_no_point_of_the_front_is_dominated(tmp_path):
-    search = searching(tmp_path / "out")
-    made = run(search)
+def test_no_point_of_the_front_is_dominated(finished):
+    search, made = finished
     assert len(made.points) > 1
     everything = [*made.points, *made.dominated]
     assert not [(a.name, b.name) for a in everything for b in made.points if dominates(a, b)]
     assert all(any(dominates(a, b) for a in made.points) for b in made.dominated)
 
 
-def test_the_test_set_is_used_once_for_points_that_are_handed_over(tmp_path):
-    search = searching(tmp_path / "out")
-    made = run(search)
+def test_the_test_set_is_used_once_for_points_that_are_handed_over(finished):
+    search, made = finished
     tests = [what for what in search.bench.log if what[0] == "test"]
     assert len(tests) == len(set(tests)) or sum(point.free for point in made.baselines) > 1
     assert all(point.test is not None for point in made.points)
@@ -142,16 +147,15 @@ def test_without_a_drop_the_most_accurate_within_the_latency_is_chosen(tmp_path)
     assert best.validation == max(point.validation for point in within)
 
 
-def test_every_point_of_the_front_has_its_file_recipe_and_numbers(tmp_path):
-    search = searching(tmp_path / "out")
-    made = run(search)
+def test_every_point_of_the_front_has_its_file_recipe_and_numbers(finished):
+    search, made = finished
     for point in itertools.chain(made.points, made.dominated):
-        folder = (tmp_path / "out" / point.file).parent
-        assert (tmp_path / "out" / point.file).is_file()
+        folder = (search.folder.path / point.file).parent
+        assert (search.folder.path / point.file).is_file()
         if not point.free:
             assert (folder / "recipe.yaml").is_file()
             assert json.loads((folder / "numbers.json").read_text())["name"] == point.name
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert (search.folder.path / "report.html").is_file()
 
 
 def test_without_the_time_of_a_step_the_number_of_steps_is_limited(tmp_path):
@@ -170,3 +174,73 @@ def test_quantization_aware_training_is_chosen_with_a_metric_of_the_user_too(tmp
     halve(search)
     assert bench.given[-1][1][-1].name == "quantize"
     assert {abs(round(record.rounding_loss, 6)) for record in search.study.records() if record.rung} == {0.0, 1.0}
+
+
+def test_the_seconds_steps_and_numbers_of_each_training(finished):
+    search, _ = finished
+    records = {(record.of.name, record.rung): record for record in search.study.records() if record.rung}
+    assert len(records) == sum(what[0] == "train" for what in search.bench.log)
+    seconds = dict.fromkeys((name for name, _ in records), 0.0)
+    for (name, rung), record in sorted(records.items(), key=lambda item: item[0][1]):
+        assert record.point.name == f"{name}-{rung}"
+        assert record.point.file == f"points/{name}-{rung}/model.onnx"
+        assert not record.point.free
+        assert [stage["name"] for stage in record.stages] == [f"train-{number + 1}" for number in range(rung)]
+        assert record.point.steps == 100 * rung, "as many as were made in each training"
+        assert record.point.seconds > seconds[name]
+        seconds[name] = record.point.seconds
+    trained = {candidate.name: value for candidate, value in search.bench.trained.items()}
+    assert seconds == pytest.approx(trained, abs=0.1)
+    costs = search.folder.state.costs
+    assert (costs.export, costs.attach) == pytest.approx((3.0, 1.0)), "in the fake, attaching is building"
+    for name, stages in search.bench.given:
+        if len(stages) == 1 and (name, 2) not in records:  # ten times the steps that the original makes in the time
+            assert stages[0].steps == pytest.approx(10 * trained[name] / 0.1, abs=20)
+
+
+def test_the_first_rung_by_hand(tmp_path):
+    search = searching(tmp_path / "out")
+    survey(search, SPACE)
+    used, tested = search.clock.used, len(search.tested_at_the_end())
+    available = 600.0 - used - (0.005 * 600 + 3.0 + (tested + 1) * 1.0 + 5.0)
+    rung = halving._rung(search, 1)
+    assert len(rung.members) == 6
+    assert set(rung.members.values()) == {1}
+    least = 4.0 + 4.0  # attached and exported in 4 s, and trained as long
+    assert rung.until == pytest.approx(used + max(0.16 * available, min(0.35 * available, 6 * least)))
+    search.clock.total = used + 45.0
+    short = halving._rung(search, 1)
+    available = 45.0 - min(0.2 * search.clock.total, 0.005 * search.clock.total + 3.0 + (tested + 1) * 1.0 + 5.0)
+    assert 0.35 * available < least < available, "too little for a share, enough for a single candidate"
+    assert len(short.members) == 1
+    assert short.until is None, "a single candidate gets all of the time"
+    assert not halving._worthwhile(searching(tmp_path / "short", minutes=0.2))
+
+
+def test_quantization_aware_training_gets_a_quarter_of_the_last_training(tmp_path):
+    time = FakeTime()
+    bench = FakeBench(time, rounding=1.0)
+    search = searching(tmp_path / "out", time=time, bench=bench)
+    run(search)
+    (name, stages), (_, both) = bench.given[-2:]
+    assert both[:-1] == stages
+    assert stages[-1].steps == pytest.approx(3 * both[-1].steps, rel=0.01)
+    made = max((record for record in search.study.records() if record.of.name == name), key=lambda each: each.rung)
+    assert made.rounding_loss == 0
+    assert made.point.steps == 100 * len(both)
+    assert made.point.seconds == pytest.approx(bench.trained[made.of], abs=0.1)
+    alone = [stages for _, stages in bench.given if stages[-1].name == "quantize"]
+    assert len(alone) == 1, "only the last training quantizes"
+    assert not any(settled for settled in bench.settled if settled), "each training is longer than those before"
+
+
+def test_a_training_that_is_shorter_than_those_before_is_settled(finished):
+    search, _ = finished
+    before = max((record for record in search.study.records() if record.rung), key=lambda each: each.point.seconds)
+    for limit, settled in ((before.point.seconds - 0.2, True), (before.point.seconds + 0.2, False)):
+        halving._planned(search, before.of, before.rung + 1, before, limit, last=True)
+        assert search.bench.settled[-1] is settled
+    halving._planned(search, before.of, 1, None, 1.0, last=True)
+    assert search.bench.settled[-1] is False
+    (least,) = halving._planned(search, before.of, 1, None, 1e-6, last=False)
+    assert (least.name, least.steps) == ("train-1", 1)

@@ -1,0 +1,235 @@
+"""The folder of a search: what it holds, keeps and refuses; the range of the free baselines."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from recorded_progress import RecordedProgress
+from search_fakes import FakeBench, FakeTime, baseline, searching
+from tersor.core.errors import InputError
+from tersor.search import survey as surveys
+from tersor.search.candidate import Candidate
+from tersor.search.compression_budget import Budget
+from tersor.search.folder import MODEL, RECIPE, Rung, SearchFolder, read_front
+from tersor.search.plan import Clock
+from tersor.search.search_context import TimeBar
+from tersor.search.space import Space
+from tersor.search.survey import describe_range, feasible_range, space_of, survey
+
+
+def test_the_state_is_read_again_and_belongs_to_its_arguments(tmp_path):
+    folder = SearchFolder(tmp_path / "out", {"budget": "a"})
+    with folder.held():
+        folder.state.rungs.append(Rung(members={"x": 1}, until=5.0))
+        folder.state.seen = True
+        folder.save()
+        again = SearchFolder(tmp_path / "out", {"budget": "a"})
+        with pytest.raises(InputError, match="another search is running"), again.held():
+            pass
+    with again.held():
+        pass
+    assert again.state == folder.state
+    for other in ({"budget": "b"}, {}, {"budget": "a", "seed": "1"}):
+        with pytest.raises(InputError, match="belongs to a search with"):
+            SearchFolder(tmp_path / "out", other)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="already exists"):
+        SearchFolder(tmp_path / "file", {})
+    (tmp_path / "empty").mkdir()
+    SearchFolder(tmp_path / "empty", {})
+
+
+@pytest.mark.parametrize("text", ["{}", "damaged", '{"arguments": {}, "study": "a", "more": 1}'])
+def test_a_state_of_another_version_is_refused(tmp_path, text):
+    (tmp_path / "search.json").write_text(text)
+    with pytest.raises(InputError, match=r"Choose another folder with --out\."):
+        SearchFolder(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "Give the folder that"), ("{}", "not written by this version"), ("damaged", "Run `tersor compress` again")],
+)
+def test_a_front_that_cannot_be_read(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "front.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_front(tmp_path)
+
+
+def test_files_of_the_folder(tmp_path):
+    folder = SearchFolder(tmp_path / "out", {})
+    with folder.held():
+        assert folder.original_right is None
+        folder.keep_original_right(np.array([True, False, True]))
+        assert folder.original_right.tolist() == [True, False, True]
+        for name in ("first", "second"):
+            file = folder.point_file(name)
+            file.write_text(name)
+            folder.provide(file)
+        assert (folder.path / MODEL).read_text() == "first", "there is a file already"
+        assert folder.relative(file) == "points/second/model.onnx"
+        folder.write_point(
+            baseline("second", 90.0, 1.0, "int8").model_copy(update={"file": folder.relative(file)}), "r"
+        )
+        assert (file.parent / RECIPE).read_text() == "r"
+        assert json.loads((file.parent / "numbers.json").read_text())["validation"] == 90.0
+        (folder.path / RECIPE).write_text("of the model")
+        folder.hand_over(baseline("missing", 90.0, 1.0, "int8"))
+        assert (folder.path / MODEL).read_text() == "first", "a file that is gone is not copied"
+        for name in ("kept", "other"):
+            (folder.path / "trials" / name).mkdir()
+        assert folder.untrained_file().parent.is_dir()
+        folder.remove_trials(kept=["kept"])
+        assert {each.name for each in (folder.path / "trials").iterdir()} == {"kept", "lock"}
+        folder.remove_trials()
+        assert {each.name for each in (folder.path / "trials").iterdir()} == {"lock"}
+
+
+def test_the_bar_counts_seconds_and_keeps_the_state_every_ten():
+    time, kept, progress = FakeTime(), [], RecordedProgress()
+    clock = Clock(1.0, used=3.0, now=time)
+    bar = TimeBar(progress, clock)
+    moved = []
+    progress.advance = lambda items, **values: moved.append((items, values))
+    bar.keep = lambda: kept.append(clock.used)
+    bar.begin()
+    bar.values = {"best": 90.0}
+    for seconds in (0.5, 7.0, 1.0, 9.0, 100.0):
+        time.work(seconds)
+        bar.advance()
+    # 3, 3.5, 10.5, 11.5, 20.5 and 120.5 seconds of 60
+    assert moved == [(3, {}), (7, bar.values), (1, bar.values), (9, bar.values), (40, bar.values)]
+    assert kept == [10.5, 120.5], "20.5 is not more than ten seconds later"
+
+
+@pytest.fixture
+def ranged(tmp_path, monkeypatch):
+    """A search before its feasible range, and the log of what was asked."""
+    search = searching(tmp_path / "out")
+    measured, search.folder.state.baselines = search.folder.state.baselines, []
+    search.points, search.original, search.best = [], None, None
+    search.folder.state.costs.step = 0.0
+    search.folder.state.costs.test = 6.0
+    other = baseline("original-openvino", 90.0, 1.5, "float32").model_copy(update={"runtime": "openvino"})
+    floats = baseline(surveys.FLOAT32, 90.0, 2.5, "float32")
+    file = tmp_path / "out" / "baselines" / "original.onnx"
+    log = []
+    monkeypatch.setattr(FakeBench, "pace", lambda bench, _model, steps: bench.time.work(10.0) or 0.5, raising=False)
+    monkeypatch.setattr(
+        FakeBench, "choosing_on_test_images", lambda bench: log.append("chosen") or bench, raising=False
+    )
+    search.bench.experiment.model = None
+    monkeypatch.setattr(surveys, "_export_original", lambda _search: file)
+    monkeypatch.setattr(surveys, "_integers", lambda _search: log.append("integers"))
+    monkeypatch.setattr(surveys, "_measured", lambda *_: [*measured, other, floats])
+    monkeypatch.setattr(surveys, "replace", lambda bench, **changed: bench.__dict__.update(changed) or bench)
+    return search, log
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_range_is_measured_once_and_gives_the_costs(ranged, monkeypatch, seen):
+    search, log = ranged
+    monkeypatch.setattr(surveys, "_seen", lambda *_: log.append("seen") or seen)
+    feasible_range(search)
+    state = search.folder.state
+    assert state.seen is seen
+    assert log == ["seen", *["chosen"] * seen, "integers"]
+    assert state.costs.test == (3.0 if seen else 6.0), "half of the test images are left for tests"
+    assert state.costs.runs == pytest.approx((2.0 + 256.0) / 1000)
+    assert [point.name for point in search.points] == ["original", Candidate().name], "those of the target runtime"
+    assert search.best.name == Candidate().name
+    assert [record.point.name for record in search.study.records()] == [Candidate().name]
+    assert state.costs.step == 0.5
+    assert state.costs.attach == pytest.approx(10.0 - 3 * 0.5)
+    assert search.bench.checkpoint_every == 60, "30 seconds"
+    log.clear()
+    feasible_range(search)
+    assert log == ["chosen"] * seen, "nothing is measured again"
+
+
+@pytest.mark.parametrize(("step", "every"), [(0.01, 200), (40.0, 1)])
+def test_checkpoints_are_neither_rare_nor_more_than_one_a_step(ranged, monkeypatch, step, every):
+    search, _ = ranged
+    monkeypatch.setattr(surveys, "_seen", lambda *_: False)
+    search.folder.state.costs.step = step
+    feasible_range(search)
+    assert search.bench.checkpoint_every == every
+
+
+def test_an_original_that_cannot_be_trained_is_searched_all_the_same(ranged, monkeypatch):
+    def fails(*_):
+        raise InputError("no gradient")
+
+    search, _ = ranged
+    monkeypatch.setattr(surveys, "_seen", lambda *_: False)
+    monkeypatch.setattr(FakeBench, "pace", fails)
+    progress = search.bar._progress = RecordedProgress()
+    feasible_range(search)
+    assert search.folder.state.costs.step == 0
+    assert progress.lines == ["warning: the original cannot be trained: no gradient"]
+
+
+def test_the_range_in_words(tmp_path):
+    search = searching(tmp_path / "out", minutes=20.0, budget=Budget(max_drop=0.1))
+    search.bench.time.work(60.0)
+    lines = describe_range(search)
+    assert lines[1] == "  onnxruntime float32: 90.00 %, 2 ms at batch 1, 256 ms at batch 128, 0.200 MB"
+    assert lines[2].startswith(
+        "  onnxruntime int8: 89.80 %, 1 ms at batch 1, 128 ms at batch 128, 0.200 MB; it loses 0.20"
+    )
+    assert lines[3] == "budget: at most 0.1 points lost; goal: the fastest network within it"
+    # reserve: 6 s of 1200, 3 s for the end, two points of 1 s, and 5 s for the peaks; the survey gets 120 s
+    reserve = 6.0 + 3.0 + 2.0 + 5.0
+    left = 1200 - 60 - reserve
+    assert lines[4] == (
+        f"plan: 19.0 minutes left: survey 2.0, training {(left - 120) / 60:.1f}, final measurements {reserve / 60:.1f}; "
+        "one training step of the original takes 0.1 s"
+    )
+    search = searching(tmp_path / "other", budget=Budget(megabytes=0.5))
+    assert describe_range(search)[3] == "budget: 0.5 MB; goal: the most accurate network within it"
+
+
+def test_the_original_has_seen_images_on_which_it_is_much_better(tmp_path):
+    search = searching(tmp_path / "out")
+    search.bench.test_metric = lambda *_: 80.0
+    for metric, seen in ((80.0, False), (85.3, False), (85.5, True)):
+        # two samples of 1000 images: one standard error of the difference is 1.79 points
+        search.bench.measured = lambda *_, metric=metric: SimpleNamespace(metric=metric)
+        assert surveys._seen(search, tmp_path) is seen
+
+
+def test_the_space_has_fewer_bits_if_the_size_is_limited(tmp_path, monkeypatch):
+    search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
+    search.bench.validation = [SimpleNamespace(images=np.zeros((5, 3, 8, 8)))]
+    monkeypatch.setattr(surveys, "capture", lambda _network, example: example)
+    monkeypatch.setattr(surveys, "find_branches", lambda network, example: range(len(network) + len(example)))
+    assert space_of(search, ["wide"], [24]) == Space(4, True, ["wide"], ("8", "mixed", "4"), [24])
+    search.bench.broken = (Candidate().name,)
+    assert space_of(search, ["wide"], []) == Space(0, False, ["wide"], ("8", "mixed", "4"), [])
+    search = searching(tmp_path / "other")
+    search.bench.validation, search.bench.broken = [SimpleNamespace(images=np.zeros((5, 3)))], (Candidate().name,)
+    assert space_of(search, [], []).bits == ("8",)
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_the_survey_stops_at_its_end_and_proposals_are_not_repeated(tmp_path):
+    search = searching(tmp_path / "out", minutes=4.0)
+    began = search.clock.used
+    survey(search, Space(1, prunable=True, students=["wide"]))
+    state = search.folder.state
+    left = 240.0 - (1.2 + 3.0 + 2.0 + 5.0)
+    assert state.survey_until == pytest.approx(began + 0.2 * left)
+    assert state.costs.survey == pytest.approx(1.0 + 3.0 + 1.0), "build, export and time"
+    assert state.survey_until - 2 * state.costs.survey < search.clock.used <= state.survey_until
+    names = [record.of.name for record in search.study.records()]
+    assert len(names) == len(set(names))
+    assert len(names) == (search.clock.used - began) // 5.0
+    assert "wide-8bit" in names
+    assert "wide-8bit" not in {point.name for point in search.points}, "it is not trained yet"
+    few = searching(tmp_path / "few")
+    survey(few, Space(1, prunable=False, students=[]))
+    assert {record.of for record in few.study.records()} == {Candidate(branches=1), Candidate()}
+    assert few.clock.used < few.folder.state.survey_until, "it ends early, because everything was tried"

@@ -1,0 +1,182 @@
+"""Which candidates are trained, by hand; the advice and the speedup at the end."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from search_fakes import baseline, latencies, searching
+from tersor.evaluation.timings import Ratio
+from tersor.search import finish
+from tersor.search.candidate import Candidate
+from tersor.search.compression_budget import Budget
+from tersor.search.learning_curves import expected
+from tersor.search.promotion import entrants, improvement
+from tersor.search.study import Record
+
+ROOT = math.sqrt(128)
+"""Latencies in the fakes are proportional to the batch size, so the geometric mean of 1 and 128 is this multiple."""
+
+
+def add(search, candidate, rung, validation, milliseconds, **changed):
+    point = baseline(candidate.name if not rung else f"{candidate.name}-{rung}", validation, milliseconds, "int8")
+    point = point.model_copy(update={"free": False, "description": str(candidate), **changed})
+    made = Record(candidate=candidate.parameters, rung=rung, point=point)
+    search.study.add(made)
+    return made
+
+
+def test_entrants_are_spread_over_the_latencies_and_one_third_are_students(tmp_path):
+    search = searching(tmp_path / "out")
+    pruned = [add(search, Candidate(branches=n), 0, 89.0 - 2 * n, 0.84 - 0.1 * n) for n in range(1, 7)]
+    add(search, Candidate(branches=7), 0, 89.0, 0.86)  # not much faster than the original in 8 bits
+    add(search, Candidate(branches=8), 0, 76.0, 0.5)  # dominated
+    students = [add(search, Candidate("wide", pixels=size), 0, 10.0, size / 100) for size in (60, 40, 20)]
+    chosen = entrants(search, 6)
+    # two of three students; four of six others in the order of their latency: 0.75, 2.25, 3.75 and 5.25
+    assert chosen[:2] == [students[2], students[0]]
+    ordered = sorted(pruned, key=lambda each: each.point.mean_ms)
+    assert chosen[2:] == [ordered[place] for place in (0, 2, 3, 5)]
+    (one,) = entrants(search, 1)
+    assert one == ordered[3], "a single one is a change of the original"
+    assert not entrants(search, 0)
+
+
+def test_changes_that_lost_most_of_the_metric_are_left_out_if_there_are_others(tmp_path):
+    search = searching(tmp_path / "out")
+    lost = add(search, Candidate(branches=5), 0, 0.4 * 90 - 0.1, 0.2)
+    assert entrants(search, 6) == [lost]
+    kept = add(search, Candidate(branches=4), 0, 0.4 * 90, 0.3)
+    assert entrants(search, 6) == [kept]
+
+
+def test_without_a_faster_candidate_the_original_in_8_bits_is_trained(tmp_path):
+    search = searching(tmp_path / "out")
+    original = add(search, Candidate(), 0, 89.8, 1.0)
+    add(search, Candidate(branches=1), 0, 89.0, 0.98)
+    assert entrants(search, 6) == [original]
+    little = add(search, Candidate(branches=2), 0, 88.0, 0.96)
+    assert entrants(search, 6) == [little], "a little faster is better than nothing"
+
+
+def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_path):
+    search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
+    add(search, Candidate(branches=3), 0, 89.0, 0.5, bytes=100_001)
+    small = add(search, Candidate(bits="4"), 0, 80.0, 1.0, bytes=90_000)
+    assert entrants(search, 6) == [small]
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_the_expected_improvement_by_hand(tmp_path, power):
+    search = searching(tmp_path / "out")
+    made = add(search, Candidate(branches=3), 1, 88.0, 0.5, drop_error=0.3)
+    # 89.5 is half a point above 89; the errors 0.3 of the images and 0.2 * 1.5 of the gain are independent
+    probability = NormalDist(0, math.hypot(0.3, 0.3)).cdf(0.5)
+    assert improvement(search, made, 89.5, power) == pytest.approx(math.log(1.0 / 0.5) * probability**power)
+    slow = add(search, Candidate(branches=1), 1, 88.0, 1.1)
+    assert improvement(search, slow, 89.5, power) == 0
+    search.points = [search.original.model_copy(update={"validation": 50.0, "name": "lost"})]
+    gain = math.log(2.0 / 0.5)  # nothing is within the budget: relative to the slowest point
+    assert improvement(search, made, 89.5, power) == pytest.approx(gain * probability**power)
+
+
+def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
+    search = searching(tmp_path / "out", minutes=10.0, budget=Budget(max_drop=0.5, latency_ms={1: 1.5}))
+    other = baseline("original-openvino", 90.0, 1.5, "float32").model_copy(update={"runtime": "openvino"})
+    search.folder.state.baselines.append(other)
+    first = add(search, Candidate(branches=3), 1, 88.0, 0.5, seconds=40.0)
+    worse = add(search, Candidate(branches=5), 1, 85.0, 0.3, seconds=50.0)
+    search.points = [search.original, first.point, worse.point]
+    after = 90 - expected(search, first, 150.0)
+    assert 0 < after < 2
+    assert finish.advice(search, first.point) == [
+        f"More time: in 30 minutes the same network is expected to lose about {after:.2f} points instead of 2.00.",
+        f"Larger drop: {first.point.description} meets the other limits and loses 2.00 points.",
+        "Another runtime: in openvino the original takes 0.75 of the time.",
+    ]
+    # the original does not meet the latency; the candidate with the best prospects is named
+    lines = finish.advice(search, search.original)
+    assert lines[0].startswith(f"More time: in 30 minutes {first.point.description} is expected to lose about")
+    assert lines[1].startswith("Larger drop: ")
+    slow = first.point.model_copy(update={"latency_ms": {1: 3.0, 128: 384.0}})
+    search.points = [search.original, slow]
+    assert not any("Larger drop" in line for line in finish.advice(search, search.original)), "it is slower"
+
+
+def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
+    search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
+    assert finish.advice(search, search.original) == ["More time: no candidate could be trained in the given time."]
+    add(search, Candidate(branches=3), 1, 80.0, 0.5, seconds=40.0)
+    assert finish.advice(search, search.original) == [
+        "No measured network is closer to the budget. Raise several limits."
+    ]
+    search.points = [search.original.model_copy(update={"bytes": 100_000})]
+    assert finish.advice(search, search.points[0]) == []
+
+
+def test_the_speedup_is_measured_over_the_fastest_baseline_of_each_batch_size(tmp_path, monkeypatch):
+    search = searching(tmp_path / "out", minutes=1.0)
+    search.folder.state.baselines.append(
+        baseline("slow", 90.0, 3.0, "int8").model_copy(update={"latency_ms": {1: 0.9, 128: 999.0}})
+    )
+    search.bench.example = lambda candidate: np.zeros((1, 3, 8 if candidate.pixels is None else 4, 8))
+    best = add(search, Candidate(branches=3), 1, 89.0, 0.5).point
+    given = {}
+
+    class FakeTimings:
+        def fastest(self, names, size):
+            assert set(names) == {"slow", Candidate().name}
+            return {1: "slow", 128: Candidate().name}[size]
+
+        def ratio(self, baseline_name, name, size):
+            assert name == best.name
+            value = {"slow": 2.0, Candidate().name: 3.0}[baseline_name]
+            return Ratio(value, value - 0.1, value + 0.1, 50, 5)
+
+    def measure(openers, image, sizes, *, ratios, seconds):
+        given.update(openers=set(openers), seconds=seconds)
+        assert [each.value for each in ratios(FakeTimings(), 1)] == [2.0]
+        return FakeTimings()
+
+    monkeypatch.setattr(finish, "measure_latency", measure)
+    found = finish._speedup(search, best)
+    assert {size: each.value for size, each in found.items()} == {1: 2.0, 128: 3.0}
+    assert given["openers"] == {best.name, "slow", Candidate().name}
+    evidence = 5.0
+    assert given["seconds"] == pytest.approx((60.0 - evidence) / 2), (
+        "half of the time that is left, for each batch size"
+    )
+    for clock_left, seconds in ((1e4, 30.0), (-50.0, 5.0)):
+        monkeypatch.setattr(type(search.clock), "left", clock_left)
+        finish._speedup(search, best)
+        assert given["seconds"] == seconds
+    assert finish._speedup(search, search.original) == {}
+    assert finish._speedup(search, best.model_copy(update={"runtime": "openvino"})) == {}
+    smaller = add(search, Candidate(branches=3, pixels=4), 1, 89.0, 0.5).point
+    assert finish._speedup(search, smaller) == {}, "other images cannot be compared"
+
+
+def test_the_front_says_what_was_measured(tmp_path, monkeypatch):
+    latencies([Candidate()])
+    search = searching(tmp_path / "out", minutes=10.0, budget=Budget(max_drop=0.15))
+    search.bench.experiment.data.test = range(25)
+    search.bench.time.work(90.0)
+    search.folder.state.baselines.append(baseline("elsewhere", 90.0, 0.1, "int8"))
+    dominated = add(search, Candidate(branches=3), 1, 80.0, 1.5).point
+    search.points = [*(each.model_copy(update={"test": 70.0}) for each in search.points), dominated]
+    monkeypatch.setattr(finish, "_speedup", lambda *_: pytest.fail("only at the end"))
+    made = finish.write_front(search, finished=False)
+    assert (made.minutes, made.minutes_used) == (10.0, 1.5)
+    assert (made.validation_images, made.test_images) == (1000, 25)
+    assert made.validation_error == pytest.approx(100 * math.sqrt(0.9 * 0.1 / 1000))
+    assert [point.name for point in made.points] == [Candidate().name, "original"]
+    assert [point.name for point in made.dominated] == [dominated.name]
+    assert [(point.name, point.test) for point in made.baselines] == [
+        ("original", 70.0), (Candidate().name, 70.0), ("elsewhere", None)
+    ]  # fmt: skip
+    assert (made.best, made.met, made.shortfall, made.speedup, made.original) == ("original", True, "", {}, "original")
+    assert made.advice == []
+    assert made.limits == {"max_drop": 0.15, "latency_ms": {}, "megabytes": None}
+    monkeypatch.setattr(finish, "_speedup", lambda *_: {})
+    assert finish.write_front(search, finished=True).advice, "nothing was gained"
