@@ -1,5 +1,8 @@
 """An artifact that is there already, on images of the user's."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -46,8 +49,29 @@ def test_other_classes_are_refused(images, tmp_path, classes, words):
 
 
 def test_the_same_classes_are_not(images, tmp_path):
-    export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
-    assert evaluate(tmp_path / "model.onnx", str(images), None, progress=NullProgress()).images == 6
+    always_cats = network(2)
+    nn.init.zeros_(always_cats[3].weight)
+    always_cats[3].bias.data = torch.tensor([1.0, 0.0])
+    export(always_cats, torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
+    found = evaluate(tmp_path / "model.onnx", str(images), None, progress=NullProgress())
+    assert (found.metric, found.score, found.images, found.runtime) == ("accuracy", 50.0, 6, "onnxruntime")
+    assert str(found) == "50.00 % of 6 test images, onnxruntime in float32"
+    assert str(dataclasses.replace(found, metric="mIoU")).startswith("mIoU 50.00 % on 6 test images")
+
+
+def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):
+    first = network(2)
+    second = copy.deepcopy(first)
+    second[3].weight.data *= 1.5
+    second[3].bias.data *= 1.5
+
+    def fill(folder):
+        for name, each in (("original", first), ("model", second)):
+            export(each, torch.rand(1, 3, 8, 8), folder / f"{name}.onnx")
+
+    folder = write_folder(tmp_path / "out", fill)
+    found = evaluate(folder, str(images), None, "distance", progress=NullProgress())
+    assert (found.metric, found.shown) == ("relative error", "50.00 %")
 
 
 def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):

@@ -1,14 +1,25 @@
-"""What a run says of an artifact that answers otherwise than torch."""
+"""The phases of a run, and what it says of an artifact that answers otherwise than torch."""
 
+import importlib
 import re
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from torch import nn
 
+from recorded_progress import RecordedProgress
+from tersor import recipe as recipes
+from tersor.core.errors import InputError
 from tersor.methods.ptq import PTQ
 from tersor.models import build
+from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.run import _disagreement
+from tersor.recipe import parse
 from tersor.training.context import AttachContext
+
+module = importlib.import_module("tersor.pipeline.run")
 
 
 @pytest.mark.parametrize(("bits", "harmless"), [(8, False), (4, True)])
@@ -21,3 +32,102 @@ def test_few_bits_may_answer_otherwise_and_eight_may_not(bits, harmless):
     assert re.search(r"96.00 % of the artifact's predictions agree with torch's", told)
     assert ("Do not deploy model.onnx" in told) != harmless
     assert "Do not deploy model.onnx" in _disagreement(96.0, build("resnet20", 10), "accuracy")
+
+
+RECIPE = "{model: {name: resnet20}, data: {name: digits}, stages: [{name: a}]}"
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """A run without networks; the log of its phases."""
+    log = []
+    text = recipes.write(parse(RECIPE, "recipe.yaml"))
+
+    def stages(experiment, checkpoints, _progress):
+        log.append("stages")
+        experiment.latency.file.write_text("{}")
+        checkpoints.save(1, "a", step=1, done=True, tensors={}, structure={}, record={})
+        checkpoints.damaged = [Path("x"), Path("x")]
+        return nn.Identity(), []
+
+    def fill(folder, *_):
+        log.append("fill")
+        (folder / "recipe.yaml").write_text(text)
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), folder / "model.onnx")
+
+    made = Experiment(parse(RECIPE, "recipe.yaml"), None, nn.Identity(), None, None, True, False)
+    monkeypatch.setattr(module.distributed, "init_process_group", lambda: log.append("init"))
+    monkeypatch.setattr(module, "prepare", lambda *_, **__: log.append("prepare") or made)
+    monkeypatch.setattr(module, "train_teacher", lambda *_: log.append("teacher"))
+    monkeypatch.setattr(module, "run_stages", stages)
+    monkeypatch.setattr(module, "_fill", fill)
+    return log
+
+
+def test_the_phases_of_a_run(tmp_path, faked):
+    progress = RecordedProgress()
+    out = module.run(parse(RECIPE, "r"), out=tmp_path / "out", progress=progress)
+    assert out == tmp_path / "out"
+    assert faked == ["init", "prepare", "teacher", "stages", "fill"]
+    assert progress.lines == ["x is damaged and was skipped."]
+    assert [each.name for each in tmp_path.iterdir()] == ["out"], "no checkpoints are left"
+    with pytest.raises(InputError, match="already exists"):
+        module.run(parse(RECIPE, "r"), out=out)
+
+
+def test_a_complete_run_is_not_repeated_and_its_checkpoints_are_removed(tmp_path, faked):
+    out = module.run(parse(RECIPE, "r"), out=tmp_path / "out", resume=True)
+    left = tmp_path / "out.checkpoints"
+    left.mkdir()
+    progress = RecordedProgress()
+    faked.clear()
+    assert module.run(parse(RECIPE, "r"), out=out, resume=True, progress=progress) == out
+    assert faked == ["init"]
+    assert progress.lines == [f"{out} exists: the run is complete."]
+    assert not left.exists()
+    other = parse(RECIPE.replace("name: a", "name: b"), "r")
+    with pytest.raises(InputError, match="already exists"):
+        module.run(other, out=out, resume=True)
+
+
+def test_latencies_of_a_run_that_was_killed_are_kept_only_where_it_is_resumed(tmp_path, faked, monkeypatch):
+    def teacher(experiment, *_):
+        faked.append(experiment.latency.file.exists())
+
+    monkeypatch.setattr(module, "train_teacher", teacher)
+    for number, resume in enumerate((False, True)):
+        left = tmp_path / f"{number}.checkpoints"
+        left.mkdir()
+        (left / "latencies.json").write_text("{}")
+        module.run(parse(RECIPE, "r"), out=tmp_path / str(number), resume=resume)
+    assert [each for each in faked if isinstance(each, bool)] == [False, True]
+
+
+def test_only_the_first_process_writes(tmp_path, faked, monkeypatch):
+    monkeypatch.setattr(module.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(module, "run_stages", lambda *_: (nn.Identity(), []))
+    progress = RecordedProgress()
+    module.run(parse(RECIPE, "r"), out=tmp_path / "out", progress=progress)
+    assert "fill" not in faked
+    assert not list(tmp_path.iterdir())
+    assert not progress.lines
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": 1}, "model is a int"),
+        ({"data": 1}, "data is a int"),
+        ({"recipe": 1}, "recipe is a int"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        module.run(**({"recipe": parse(RECIPE, "r"), "out": tmp_path / "out"} | given))
+
+
+def test_the_folder_is_named_after_the_recipe(tmp_path, faked, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(RECIPE)
+    assert module.run("mine.yaml") == Path("runs/mine")
+    assert module.run(parse(RECIPE, "r")) == Path("runs/recipe")

@@ -117,7 +117,7 @@ def ranged(tmp_path, monkeypatch):
     floats = baseline(surveys.FLOAT32, 90.0, 2.5, "float32")
     file = tmp_path / "out" / "baselines" / "original.onnx"
     log = []
-    monkeypatch.setattr(FakeBench, "pace", lambda bench, _model, steps: bench.time.work(10.0) or 0.5, raising=False)
+    monkeypatch.setattr(FakeBench, "pace", lambda bench, *_: bench.time.work(10.0) or 0.5, raising=False)
     monkeypatch.setattr(
         FakeBench, "choosing_on_test_images", lambda bench: log.append("chosen") or bench, raising=False
     )
@@ -185,8 +185,8 @@ def test_the_range_in_words(tmp_path):
     reserve = 6.0 + 3.0 + 2.0 + 5.0
     left = 1200 - 60 - reserve
     assert lines[4] == (
-        f"plan: 19.0 minutes left: survey 2.0, training {(left - 120) / 60:.1f}, final measurements {reserve / 60:.1f}; "
-        "one training step of the original takes 0.1 s"
+        f"plan: 19.0 minutes left: survey 2.0, training {(left - 120) / 60:.1f}, "
+        f"final measurements {reserve / 60:.1f}; one training step of the original takes 0.1 s"
     )
     search = searching(tmp_path / "other", budget=Budget(megabytes=0.5))
     assert describe_range(search)[3] == "budget: 0.5 MB; goal: the most accurate network within it"

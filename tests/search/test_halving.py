@@ -85,7 +85,7 @@ def test_students_and_the_original_compete(finished):
 
 
 def test_no_point_of_the_front_is_dominated(finished):
-    search, made = finished
+    _, made = finished
     assert len(made.points) > 1
     everything = [*made.points, *made.dominated]
     assert not [(a.name, b.name) for a in everything for b in made.points if dominates(a, b)]

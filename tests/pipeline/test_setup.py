@@ -1,0 +1,205 @@
+"""What a recipe needs before any training: networks, data, normalization, and what does not fit together."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from recorded_progress import RecordedProgress
+from tersor import models, tasks
+from tersor.core.errors import InputError
+from tersor.data.image_sets import Pixels, Splits, View
+from tersor.pipeline import setup
+from tersor.pipeline.experiment import Experiment
+from tersor.pipeline.setup import prepare
+from tersor.recipe import DataSource, Network, Recipe, Stage, Teacher
+from tersor.training.options import Training
+
+
+def images(labels, *, channels=3, dtype=torch.uint8):
+    drawn = torch.Generator().manual_seed(len(labels))
+    pixels = torch.randint(0, 200, (len(labels), 8, 8, channels), generator=drawn).to(dtype)
+    return Pixels(pixels, torch.tensor(labels))
+
+
+def splits(train=(0, 1) * 40, *, classes=2, test=(0, 1) * 4, validation=(0, 1), **changed):
+    return Splits(
+        images(list(train), **changed), images(list(validation), **changed), images(list(test), **changed),
+        tuple("abcdefghijkl"[:classes]), (0.5,) * 3, (0.25,) * 3,
+    )  # fmt: skip
+
+
+def network(classes=2):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)).eval()
+
+
+def of_two():
+    return network(2)
+
+
+OWN = f"{__name__}:of_two"
+
+
+def recipe(**changed):
+    given = {
+        "model": Network(name=OWN), "data": DataSource(name="digits"), "stages": (Stage(name="train", steps=1),)
+    }  # fmt: skip
+    return Recipe(**(given | changed))
+
+
+def prepared(given=None, data=None, **changed):
+    progress = RecordedProgress()
+    return prepare(recipe(**changed), model=given, data=data or splits(), progress=progress), progress.lines
+
+
+def test_a_network_that_is_given_is_trained_and_copied():
+    given = network()
+    made, lines = prepared(given, teacher="original")
+    assert made.model is not given
+    assert made.model_is_trained
+    assert made.teacher_is_trained
+    assert made.original is made.model
+    assert not made.teacher.training
+    assert all(torch.equal(a, b) for a, b in zip(given.parameters(), made.teacher.parameters(), strict=True))
+    assert lines[0] == "reading images"
+    assert "53.8 % of 80 labelled images" in lines[1], "the teacher is checked on the training images"
+    assert made.data.mean == (0.5,) * 3
+
+
+def test_a_network_without_weights_is_not_trained_and_its_teacher_is_trained_first(tmp_path):
+    made, _ = prepared(teacher=Teacher(name=OWN, epochs=1))
+    assert not made.model_is_trained
+    assert not made.teacher_is_trained
+    assert made.original is made.teacher
+    file = tmp_path / "w.safetensors"
+    models.save_weights(network(), file, {"normalize_mean": "0.1,0.2,0.3", "normalize_std": "0.4,0.5,0.6"})
+    made, _ = prepared(teacher=Teacher(name=OWN, weights=file))
+    assert made.teacher_is_trained
+    assert not made.model_is_trained
+    assert (made.data.mean, made.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), "those of the weights file"
+
+
+def test_the_normalization_is_that_of_the_recipe_else_that_of_both_files():
+    two = [{"a": "1"}, {"a": "2"}]
+    source = DataSource(name="digits", mean=(0.9,) * 3, std=(0.8,) * 3)
+    given = splits()
+    with pytest.MonkeyPatch.context() as patch:
+        found = {"1": ((0.1,), (0.2,)), "2": ((0.3,), (0.2,)), "": None}
+        patch.setattr(models, "normalization", lambda metadata: found[metadata.get("a", "")])
+        assert setup._normalised(given, recipe(data=source), *two) is given
+        assert setup._normalised(given, recipe(), {}, {}) is given
+        changed = setup._normalised(given, recipe(), {}, two[0])
+        assert (changed.mean, changed.std) == ((0.1,), (0.2,))
+        assert setup._normalised(given, recipe(), two[1], two[1]).mean == (0.3,)
+        with pytest.raises(InputError, match="trained with different mean"):
+            setup._normalised(given, recipe(), *two)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"teacher": "original"}, "teacher: original means the model before compression, which has no weights"),
+        ({"teacher": Teacher(name=OWN)}, "the teacher is untrained"),
+        ({"task": "distance"}, "task distance compares with the outputs of the model before compression"),
+        ({"model": Network(name=OWN, weights="missing.pt")}, r"missing\.pt not found"),
+        ({"teacher": Teacher(name=OWN, weights="missing.pt")}, r"missing\.pt not found"),
+        ({"stages": (Stage(name="a", steps=2, validate_every=1),)}, "stage 'a' has validate_every, and there are no"),
+        ({"task": "segmentation"}, "does not fit task segmentation: a segmentation network returns"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changed, message):
+    with pytest.raises(InputError, match=message):
+        prepared(data=splits(validation=()), **changed)
+
+
+def test_a_teacher_that_is_trained_has_no_weights(tmp_path):
+    file = tmp_path / "w.safetensors"
+    models.save_weights(network(), file)
+    with pytest.raises(InputError, match="both weights and epochs"):
+        prepared(teacher=Teacher(name=OWN, weights=file, epochs=1))
+    warm = Training(batch_size=80, lr_schedule={"warmup_epochs": 3})
+    with pytest.raises(InputError, match="a warm-up of 3 epochs"):
+        prepared(teacher=Teacher(name=OWN, epochs=3, training=warm))
+    prepared(teacher=Teacher(name=OWN, epochs=4, training=warm))
+
+
+def test_the_logits_fit_the_classes():
+    for data, message in (
+        (splits(classes=3, train=(0, 1, 2) * 9), r"shape \(2, 2\), but the data has 3 classes: logits \(2, 3\)"),
+        (splits(classes=3, train=(1, 2) * 9, test=(1, 2)), r"range from 1 to 2; class 0 has no image\. .* 3 classes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepared(network(), data)
+    several = nn.Sequential(network(), nn.Identity())
+    several.forward = lambda images: (images, images)
+    with pytest.raises(InputError, match="wraps the network and returns its logits alone"):
+        setup._check_logits(SimpleNamespace(data=splits()), several(torch.zeros(2)), "the model")
+
+
+def test_the_data_fits_the_task():
+    for task, targets, message in (
+        ("classification", None, "the images have no targets"),
+        ("classification", torch.rand(8), "not class numbers"),
+    ):
+        data = splits()
+        data.test.targets = targets
+        with pytest.raises(InputError, match=message):
+            setup._check_targets(tasks.build(task), data)
+    data.test.targets = None
+    setup._check_targets(tasks.build("distance"), data)
+    with pytest.raises(InputError, match="16 bits per channel"):
+        prepared(network(), splits(dtype=torch.uint16), target={"input": "uint8"})
+
+
+def test_classes_without_training_images_are_named():
+    progress = RecordedProgress()
+    for train, classes in (((0, 1), 2), ((1, 3), 4), ((0,), 7), ((0,), 6)):
+        setup._say_what_has_no_image(splits(train, classes=classes), progress)
+    assert progress.lines == [
+        "warning: 2 of 4 classes have no training image: 0, 2",
+        "warning: 6 of 7 classes have no training image: 1, 2, 3, 4, 5, ...",
+        "warning: 5 of 6 classes have no training image: 1, 2, 3, 4, 5",
+    ]
+
+
+def test_few_images_are_a_random_choice_of_the_seed():
+    experiment = Experiment(recipe(seed=5), tasks.build("classification"), network(), None, splits(), True, False)
+    few = setup._few(experiment, 64)
+    assert isinstance(few, View)
+    assert len(few) == len(setup._few(experiment, 64)._index.unique()) == 64
+    assert few._index.tolist() == setup._few(experiment, 64)._index.tolist() != sorted(few._index.tolist())
+    assert len(setup._few(experiment, 1000)) == 80
+    other = dataclasses.replace(experiment, recipe=recipe(seed=6))
+    assert setup._few(other, 64)._index.tolist() != few._index.tolist()
+
+
+def test_random_weights_follow_from_the_seed_alone():
+    name = Network(name="resnet20", num_classes=3)
+    first, same, other = (setup._build(name, None, seed)[0].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[key], same[key]) for key in first)
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+    assert setup._build(name, splits(), 0)[0].linear.out_features == 3, "the number in the recipe counts"
+    assert setup._build(Network(name="resnet20"), splits(), 0)[0].linear.out_features == 2
+
+
+def test_labels_from_one_and_weights_of_as_many_classes_as_labels_are_explained(tmp_path):
+    file = tmp_path / "w.safetensors"
+    models.save_weights(models.build("resnet20", 2), file)
+    given = Network(name="resnet20", weights=file)
+    with pytest.raises(InputError, match="Number the classes from 0 to 1"):
+        setup._build(given, splits(classes=3, train=(1, 2), test=(1, 2)), 0)
+    for data in (splits(classes=3, train=(0, 1, 2), test=(1, 2)), splits(classes=4, train=(1, 2, 3), test=(1, 2))):
+        with pytest.raises(models.OtherClasses):
+            setup._build(given, data, 0)
+
+
+def test_a_doubtful_teacher_is_named(tmp_path):
+    file = tmp_path / "w.safetensors"
+    broken = network()
+    nn.init.zeros_(broken[3].weight)
+    models.save_weights(broken, file)
+    _, lines = prepared(network(), splits((0, 1) * 200), teacher=Teacher(name=OWN, weights=file))
+    assert any(line.startswith("warning: the teacher") for line in lines)
