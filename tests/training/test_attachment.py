@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tersor.training.attachment import Attachment, Chain
+from tersor.training.attachment import Attachment, Chain, without_loss
+from tersor.training.loss_warmup import WarmupAttachment, WarmupLossTerm
 from tersor.training.objective import LossTerm
 
 
@@ -90,3 +91,21 @@ def test_an_empty_chain_has_no_terms():
     model, _ = setting()
     chain = Chain(model, [])
     assert (chain.terms, chain.label_weight) == ((), 1.0)
+
+
+def test_the_weight_of_a_term_rises_linearly_to_one():
+    term = WarmupLossTerm()
+    attached = WarmupAttachment(nn.Linear(1, 1), term, steps=4, label_weight=0.5, layers=[("a", "b")])
+    seen = [term.warmup.item()]
+    for number in range(6):
+        attached.after_step(number, None)
+        seen.append(term.warmup.item())
+    assert seen == [0.25, 0.5, 0.75, 1, 1, 1, 1]
+    assert (attached.label_weight, attached.layers) == (0.5, (("a", "b"),))
+    WarmupAttachment(nn.Linear(1, 1), term, steps=0, label_weight=1.0)
+    assert term.warmup == 1
+
+
+def test_without_a_loss_of_its_own_the_labels_count_once_or_not_at_all():
+    model = nn.Linear(1, 1)
+    assert [without_loss(model, weight).label_weight for weight in (0.0, 0.3, 2.0)] == [0, 1, 1]

@@ -21,3 +21,18 @@ def test_a_given_learning_rate_is_used_for_all_weights():
 def test_the_optimizer_gets_the_learning_rate_that_was_written_out():
     training = Training().with_learning_rate(trained=True)
     assert optimizer_for(nn.Linear(2, 2), training).param_groups[0]["lr"] == training.learning_rate(trained=True)
+
+
+def test_the_optimizer_has_the_options_and_the_trainable_parameters():
+    network = nn.Linear(2, 2)
+    network.bias.requires_grad_(False)
+    options = {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01}
+    (group,) = optimizer_for(network, Training(optimizer=options)).param_groups
+    assert [each is network.weight for each in group["params"]] == [True]
+    assert {name: group[name] for name in options} == options
+    (group,) = optimizer_for(network, Training(optimizer=options | {"momentum": 0.0})).param_groups
+    assert not group["nesterov"]
+    (group,) = optimizer_for(network, Training(optimizer=options | {"nesterov": False})).param_groups
+    assert not group["nesterov"]
+    (group,) = optimizer_for(network, Training(optimizer={"name": "adamw", "weight_decay": 0.01})).param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-3, 0.01, (0.9, 0.999))

@@ -7,11 +7,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import nn
 
 from tersor import tasks
 from tersor.data.batch import Batch
-from tersor.training.teacher_check import _accuracy, teacher_warnings
+from tersor.training.teacher_check import _accuracy, _binomial_tail, _swapped_classes, teacher_warnings
 
 torch.manual_seed(0)
 IMAGES = torch.randn(40, 3, 8, 8)
@@ -88,3 +89,52 @@ def test_logits_among_several_outputs_are_checked():
 
     (warning,) = teacher_warnings("t", Several(GOOD.softmax(1)), [Batch(IMAGES, LABELS)])
     assert "softmax" in warning
+
+
+def test_the_binomial_tail_is_that_of_scipy():
+    for correct, images, chance in ((0, 5, 0.3), (1, 5, 0.3), (7, 40, 0.1), (40, 40, 0.9)):
+        assert _binomial_tail(correct, images, chance) == pytest.approx(stats.binom.sf(correct - 1, images, chance))
+
+
+def test_the_first_256_images_are_used():
+    labels = torch.arange(200) % 10
+    seen = []
+
+    class Recording(Fixed):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    teacher = Recording(torch.zeros(200, 10))
+    (warning,) = teacher_warnings("t", teacher, [Batch(torch.zeros(200, 3, 2, 2), labels)] * 3)
+    assert seen == [200, 56]
+    assert "10.2 % of 256 labelled images" in warning, "20 and 6 of class 0"
+
+
+def test_too_few_images_have_no_accuracy():
+    for count, found in ((19, False), (20, True)):
+        labels = torch.arange(count) % 10
+        assert bool(_accuracy("t", torch.zeros(count, 10), labels)) is found
+    assert _accuracy("t", torch.zeros(40, 1), torch.zeros(40)) == ""
+
+
+def test_at_most_four_swapped_classes_are_named():
+    labels = torch.arange(60) % 10
+    for shifted, more in ((4, False), (5, True), (7, True)):
+        order = [*range(1, shifted), 0, *range(shifted, 10)]
+        warning = _accuracy("t", F.one_hot(torch.tensor(order)[labels], 10).float(), labels)
+        assert f"and {shifted} classes are consistently" in warning
+        assert (f" and {shifted - 4} more" in warning) is more
+        assert warning.count(" as class ") == 4
+
+
+def test_a_swap_needs_several_images():
+    # two classes with three images each: too few to tell
+    labels = torch.tensor([0] * 3 + [1] * 3 + [2] * 30)
+    swapped = torch.tensor([1, 0, 2])
+    assert _swapped_classes(swapped[labels], labels, 10) == {}
+    labels = torch.tensor([0] * 4 + [1] * 4 + [2] * 30)
+    assert _swapped_classes(swapped[labels], labels, 10) == {0: 1, 1: 0}
+    assert _swapped_classes(torch.tensor([2, 2, 3])[labels], labels, 10) == {}, "two classes as the same one"
+    labels = torch.tensor([0] * 2 + [1] * 20)
+    assert _swapped_classes(torch.tensor([5, 6])[labels], labels, 10) == {}, "of two images nothing is said"
