@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tersor.checkpoint import store
-from tersor.checkpoint.store import Checkpoints
+from tersor.checkpoint.store import Checkpoints, StageCheckpointer
 from tersor.core.errors import InputError
 from tersor.training.snapshot import restoring
 
@@ -173,3 +173,43 @@ def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path, m
         raise AssertionError
     monkeypatch.undo()
     assert not checkpoints.folder.exists()
+
+
+def test_where_no_lock_can_be_had_the_folders_that_were_made_are_removed(tmp_path, monkeypatch):
+    def refused(*_given, **_options):
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr(store.FileLock, "acquire", refused)
+    (tmp_path / "runs").mkdir()
+    checkpoints = Checkpoints(tmp_path / "runs" / "deep" / "out.checkpoints")
+    with pytest.raises(InputError, match="no locks here"), checkpoints.held("recipe", resume=False):
+        raise AssertionError
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_stage_resumes_from_its_setup_or_from_its_training(checkpoints):
+    network = torch.nn.Linear(1, 1)
+    keeper = StageCheckpointer(checkpoints, 2, "a", 5, {"cuts": [1]})
+    assert (keeper.resume_state, keeper.setup_state, keeper.every, keeper.last) == (None, None, 5, None)
+    keeper.keep_setup(network)
+    again = StageCheckpointer(checkpoints, 2, "a", 5, {})
+    assert again.resume_state is None
+    assert again.setup_state.keys() == {"weight", "bias"}
+    again.notes = ("one", "two")
+    again.save(7, {"model.weight": torch.ones(2)})
+    assert again.last == str(checkpoints.newest_within(2).path)
+    third = StageCheckpointer(checkpoints, 2, "a", 5, {})
+    assert third.setup_state is None
+    assert third.resume_state[0] == 7
+    assert third.resume_state[1]["model.weight"].tolist() == [1, 1]
+    assert third.notes == ("one", "two")
+    assert StageCheckpointer(checkpoints, 1, "a", 5, {}).resume_state is None
+    assert checkpoints.newest_within(2).structure() == {}
+
+
+def test_a_checkpoint_of_the_same_step_replaces_the_one_before(checkpoints):
+    save(checkpoints, 1, 2)
+    tensors = {"a": torch.zeros(3)}
+    second = checkpoints.save(1, "train", step=2, done=False, tensors=tensors, structure={}, record={})
+    assert [each.name for each in checkpoints.folder.glob("01-*")] == [second.name]
+    assert checkpoints.last == str(second)

@@ -66,6 +66,23 @@ def test_digits_stand_out():
     assert np.median(contrasts) > 30
 
 
+def test_scenes_are_those_of_earlier_versions():
+    """Numbers in reports were measured on these scenes: boxes, labels, mean and deviation of the colours."""
+    of = scenes((40, 56), seed=5)
+    expected = [
+        ([[33, 5, 41, 19], [15, 23, 25, 40]], [1, 3], [123.18, 106.63, 57.5], [23.48, 25.74, 32.13]),
+        ([[9, 1, 14, 10], [4, 6, 10, 16]], [8, 2], [148.87, 132.75, 97.41], [23.46, 34.01, 32.84]),
+        ([[26, 15, 34, 31], [20, 21, 25, 30]], [3, 4], [138.07, 122.87, 60.72], [16.39, 30.18, 29.92]),
+    ]
+    for number, (boxes, labels, mean, deviation) in enumerate(expected):
+        scene = of[number]
+        assert (scene.boxes.tolist(), scene.labels.tolist()) == (boxes, labels)
+        colours = scene.pixels.reshape(-1, 3)
+        assert colours.mean(0) == pytest.approx(mean, abs=0.05)
+        assert colours.std(0) == pytest.approx(deviation, abs=0.05)
+    assert np.bincount(of[1].mask.ravel()).tolist() == [2184, 0, 27, 0, 0, 0, 0, 0, 29]
+
+
 def test_load_gives_masks_or_boxes_of_the_same_scenes(monkeypatch):
     monkeypatch.setattr("tersor.data.datasets.TEST", 20)
     masks, boxes = (load(name="scenes", targets=targets, limit=6, validation=0.01) for targets in ("masks", "boxes"))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torchmetrics import MeanAbsoluteError
 
 from tersor import tasks
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
+from tersor.tasks.functions import FromFunctions
+from tersor.tasks.network_outputs import described, in_float32, logits_in
 from tersor.tasks.task import Task, with_label_smoothing
 from tersor.training.objective import Objective, Outputs
 
@@ -118,7 +122,8 @@ def test_segmentation_in_a_lower_resolution_than_the_masks():
     logits = torch.randn(2, 3, 4, 4)
     targets = task.predictions(logits).long().repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert task.score([(task.predictions(logits), targets)]) == 100
-    assert task.loss(logits, targets).isfinite()
+    larger = F.interpolate(logits, (8, 8), mode="bilinear")
+    torch.testing.assert_close(task.loss(logits, targets), F.cross_entropy(larger, targets))
 
 
 def test_multilabel():
@@ -129,6 +134,8 @@ def test_multilabel():
     # class 0: precision 1/2, recall 1; class 1: all right; class 2 does not occur
     assert task.score([(predictions, targets)]) == pytest.approx(100 * (2 / 3 + 1) / 2)
     assert task.agreement(predictions, targets.bool()).tolist() == pytest.approx([1, 2 / 3])
+    by_class = task.score_by_class([(predictions[:1], targets[:1]), (predictions[1:], targets[1:])], 3)
+    assert by_class.nan_to_num(-1).tolist() == pytest.approx([100 * 2 / 3, 100, -1])
     with pytest.raises(InputError, match=r"Pass 0 or 1 for each image and class"):
         task.loss(logits, torch.tensor([0, 1]))
 
@@ -143,8 +150,21 @@ def test_detection_scores_boxes_and_compares_confident_ones():
     by_class = task.score_by_class([(task.predictions(right), targets)], 4)
     assert by_class.nan_to_num(-1).tolist() == pytest.approx([-1, 100, 100, -1])
     assert task.agreement(right, [detected(BOX + 1), detected(apart, score=0.3, label=2)]).tolist() == [1, 0]
+    several = torch.cat([BOX, BOX + 2, BOX + 40])
+    assert task.agreement([detected(several)], [detected(several[:2])]).tolist() == pytest.approx([2 * 2 / 5])
+    assert task.agreement([detected(BOX)], [detected(several[:2])]).tolist() == pytest.approx([2 / 3]), "used once"
+    assert task.agreement([detected(score=0.4)], [detected(score=0.4)]).tolist() == [1], "no confident box in both"
+    assert task.agreement([detected()], [detected(label=2)]).tolist() == [0]
     batched = {key: torch.stack([one[key] for one in right]) for key in right[0]}
     assert task.score([(task.predictions(batched), targets)]) == pytest.approx(100)
+
+
+def test_many_boxes_are_scored_without_a_warning():
+    task = tasks.build("detection")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = task.score([([detected(BOX.repeat(150, 1))], [{"boxes": BOX, "labels": torch.tensor([1])}])])
+    assert found == pytest.approx(100)
 
 
 def test_a_detector_returns_its_own_losses_in_training_mode():
@@ -175,6 +195,7 @@ def test_embedding_compares_directions():
     assert task.from_original
     assert task.loss(outputs, original) == pytest.approx(0.5)
     assert task.score([(outputs, original)]) == pytest.approx(0.5)
+    assert task.agreement(outputs, -original).tolist() == [0, 0]
 
 
 def test_distance_is_the_relative_error_over_all_tensors_of_the_outputs():
@@ -229,6 +250,61 @@ def test_the_objective_takes_the_targets_from_the_original():
     task = tasks.build("distance")
     losses = Objective(student, teacher=teacher, task=task)(batch)
     torch.testing.assert_close(losses["labels"], task.loss(student(batch.images), teacher(batch.images)))
+
+
+def test_scores_in_words():
+    assert tasks.build("classification").shown(71.2) == "71.20 %"
+    assert tasks.build("regression").shown(0.12345) == "0.1235"
+
+
+def test_functions_of_the_user_replace_parts_of_a_task():
+    base = tasks.build("multilabel")
+    logits, targets = torch.tensor([[1.0, -1.0]]), torch.tensor([[1, 1]])
+    own = FromFunctions(base, lambda outputs, _: outputs.sum(), None)
+    assert (own.metric, own.unit, own.higher_is_better, own.independent_classes) == ("F1", "%", True, True)
+    assert own.loss(logits, targets) == 0
+    assert own.logits(logits) is logits
+    assert own.predictions(logits).tolist() == [[True, False]]
+    assert own.score([(own.predictions(logits), targets)]) == base.score([(base.predictions(logits), targets)]) == 50
+    assert own.score_by_class([(own.predictions(logits), targets)], 2).tolist() == [100, 0]
+    measured = FromFunctions(base, None, lambda outputs, _: float(outputs.sum()) + 3)
+    assert (measured.unit, measured.higher_is_better) == ("", True)
+    assert measured.loss(logits, targets) == base.loss(logits, targets)
+    assert measured.predictions(logits).tolist() == logits.tolist()
+    assert measured.score([(logits, targets)]) == 3
+    assert measured.score_by_class([(logits, targets)], 2) is None
+    assert measured.agreement(logits, -logits).tolist() == [0]
+    detection = tasks.build("detection")
+    batch = Batch(torch.zeros(1, 3, 4, 4), ["target"])
+    assert len(FromFunctions(detection, None, None).inputs(batch, training=True)) == 2
+    assert len(FromFunctions(detection, None, None).inputs(batch, training=False)) == 1
+    assert FromFunctions(tasks.build("segmentation"), None, None).ignore_index == 255
+    distance = tasks.build("distance")
+    assert FromFunctions(distance, None, None).from_original
+    assert not FromFunctions(distance, None, lambda *_: 1.0).from_original
+    assert not FromFunctions(distance, lambda *_: 1.0, None).from_original
+    assert not FromFunctions(distance, None, None).higher_is_better
+
+
+def test_a_metric_of_torchmetrics_is_computed_over_all_batches():
+    metric = MeanAbsoluteError()
+    own = FromFunctions(tasks.build("regression"), None, metric)
+    assert not own.higher_is_better
+    pairs = [(torch.tensor([1.0, 2.0]), torch.zeros(2)), (torch.tensor([6.0]), torch.zeros(1))]
+    assert own.score(pairs) == own.score(pairs) == 3, "it is reset"
+    assert own.metric == "MeanAbsoluteError"
+
+
+def test_the_logits_among_several_outputs():
+    maps = LOGITS[..., None, None]
+    assert logits_in({"hidden": LOGITS, "out": maps}, 4, ("logits", "out")) is maps
+    assert logits_in({"hidden": LOGITS, "out": maps}, 2) is LOGITS
+    assert logits_in([LOGITS, "text"]) is LOGITS
+    assert logits_in((LOGITS, LOGITS), 2) is None
+    assert logits_in((LOGITS, maps), 3) is None
+    assert in_float32({"a": LOGITS.double(), "b": LABELS, "c": "text"})["a"].dtype == torch.float32
+    assert in_float32([LABELS])[0].dtype == torch.int64
+    assert described({"a": [LOGITS, 3]}) == "a dict with a (a list of shape (4, 3), a int)"
 
 
 def test_outputs_have_logits_where_the_task_has_them():
