@@ -110,6 +110,12 @@ def test_the_paraphraser_minimizes_the_selected_error(networks, reconstruction):
     attached.begin()
     for before, after in zip(paraphraser.parameters(), attached.terms[0].paraphraser.parameters(), strict=True):
         torch.testing.assert_close(after, before - 0.01 * (before.grad + 5e-4 * before), rtol=1e-4, atol=1e-7)
+    told = attached.metrics["reconstruction"]
+    assert told["layer"] == attached.layers[0][1]
+    assert told["errors"] == [pytest.approx(float(error.detach().abs().mean() / features.abs().mean()), rel=1e-4)]
+    for name, maps in (("before", features), ("after", attached.terms[0].paraphraser(features))):
+        averaged = F.adaptive_avg_pool2d(maps[:6].abs().mean(1), min(8, maps.shape[2]))
+        torch.testing.assert_close(torch.tensor(told[name]), averaged.detach())
 
 
 def test_a_paraphraser_that_diverges_is_refused(networks):

@@ -15,6 +15,7 @@ from tersor.search.folder import read_front
 from tersor.search.front import dominates
 from tersor.search.halving import halve
 from tersor.search.plan import RUNG_SIZES
+from tersor.search.promotion import promoted
 from tersor.search.space import Space
 from tersor.search.survey import feasible_range, survey
 from tersor.tasks.classification import Classification
@@ -24,12 +25,24 @@ pytestmark = pytest.mark.usefixtures("fake_search")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A search of ten minutes at its end, and its front; tests only read it."""
+def observed(tmp_path_factory):
+    """A search of ten minutes at its end, its front, and what each rung asked `promoted` for; tests only read it."""
+    asked = []
+
+    def promote(search, trained, count, seconds, *, last):
+        asked.append((len(trained), count, seconds / halving._available(search), last))
+        return promoted(search, trained, count, seconds, last=last)
+
     with pytest.MonkeyPatch.context() as patch:
         without_measurements(patch)
+        patch.setattr(halving, "promoted", promote)
         search = searching(tmp_path_factory.mktemp("search") / "out")
-        return search, run(search)
+        return search, run(search), asked
+
+
+@pytest.fixture
+def finished(observed):
+    return observed[:2]
 
 
 def test_the_time_given_is_used(finished):
@@ -215,6 +228,19 @@ def test_the_first_rung_by_hand(tmp_path):
     assert len(short.members) == 1
     assert short.until is None, "a single candidate gets all of the time"
     assert not halving._worthwhile(searching(tmp_path / "short", minutes=0.2))
+
+
+def test_rungs_are_chosen_for_the_time_that_their_best_is_trained_further(observed):
+    search, _, asked = observed
+    # the second of (16, 20, 70) percent, and the rest: after it, four fifths of the time are left for the best
+    assert asked == [
+        (6, 3, pytest.approx(0.8), False),
+        (6, 1, pytest.approx(1.0), False),
+        (6, 1, pytest.approx(1.0), True),
+    ]
+    ends = [rung.until for rung in search.folder.state.rungs]
+    assert ends[-1] is None
+    assert ends[:-1] == sorted(ends[:-1])
 
 
 def test_quantization_aware_training_gets_a_quarter_of_the_last_training(tmp_path):

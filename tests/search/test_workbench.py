@@ -1,13 +1,18 @@
 """Which images train, choose and test."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 
+from tersor import models
 from tersor.core.progress import NO_PROGRESS
 from tersor.data.image_sets import Pixels, Splits, View
 from tersor.data.splitting import joined
 from tersor.pipeline.experiment import Experiment
-from tersor.recipe import DataSource, Network, Recipe, Stage
+from tersor.recipe import DataSource, Network, Recipe, Stage, Teacher
+from tersor.search.candidate import Candidate
 from tersor.search.workbench import Workbench
 from tersor.tasks.classification import Classification
 
@@ -53,3 +58,118 @@ def test_limited_training_images_stay_as_they_are(tmp_path):
 def test_images_that_are_not_in_memory_are_not_joined():
     whole = images(0, 10)
     assert joined(whole, View(whole, torch.tensor([7]))) is None
+
+
+class Small(nn.Module):
+    """A network that trains in milliseconds."""
+
+    def __init__(self, num_classes=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)),
+        )
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def made(num_classes):
+    return Small(num_classes)
+
+
+OWN = f"{__name__}:made"
+
+
+def with_network(tmp_path, students=None, **source):
+    given = bench(splits(), tmp_path, **source)
+    network = Small().eval()
+    experiment = replace(given.experiment, model=network, teacher=network)
+    return Workbench(experiment, students or {}, tmp_path, NO_PROGRESS, checkpoint_every=7)
+
+
+def test_the_recipe_of_a_candidate_names_what_changes(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    of = with_network(tmp_path, {"resnet20": None, "resnet56": weights})
+    stages = (Stage(name="a"),)
+    plain = of.recipe(Candidate(), stages)
+    assert plain == of.experiment.recipe.model_copy(update={"stages": stages})
+    student = of.recipe(Candidate("resnet56", pixels=24), stages)
+    assert student.model == Network(name="resnet56", weights=weights)
+    assert student.teacher == Teacher(name="resnet20")
+    assert student.data.image_size == 24
+    assert student.stages == stages
+
+
+def test_a_student_has_random_weights_of_the_seed_or_those_of_its_file(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    models.save_weights(Small(), weights)
+    of = with_network(tmp_path, {OWN: weights, "resnet20": None})
+    trained = of.experiment_of(Candidate(OWN), ())
+    assert trained.model_is_trained
+    assert torch.equal(trained.model.layers[0].weight, Small().layers[0].weight)
+    fresh = of.experiment_of(Candidate("resnet20"), ())
+    assert not fresh.model_is_trained
+    assert fresh.model.linear.out_features == 2
+    assert torch.equal(fresh.model.conv1.weight, of.student("resnet20").conv1.weight)
+    assert of.experiment_of(Candidate(), ()).model is of.experiment.model
+
+
+def test_images_of_another_size_are_loaded_once(tmp_path, monkeypatch):
+    of, asked = with_network(tmp_path, validation=0.2), []
+
+    def load(**options):
+        asked.append(options)
+        return splits()
+
+    monkeypatch.setattr("tersor.search.workbench.load", load)
+    first = of.experiment_of(Candidate(pixels=24), ())
+    assert of.experiment_of(Candidate(pixels=24), ()).data is first.data
+    (options,) = asked
+    assert (options["image_size"], options["validation"], options["name"]) == (24, 0.2, "digits")
+    assert (options["mean"], options["std"]) == ((0.5,) * 3, (0.25,) * 3), "those of the original"
+    assert len(first.data.validation) == 10
+    assert of.experiment_of(Candidate(), ()).data is of.experiment.data
+    halved = replace(of, tests_choose=True)
+    assert len(halved.experiment_of(Candidate(pixels=24), ()).data.test) == 10
+    assert halved.validation_of(halved.experiment) is halved.validation
+    assert of.validation_of(first) is not of.validation
+    assert of.example(Candidate(pixels=24)).shape == (1, 3, 8, 8)
+
+
+def test_validation_images_are_the_training_images_where_there_are_none(tmp_path):
+    of = with_network(tmp_path)
+    assert len(of.validation.images) == 10
+    none = replace(splits(), validation=View(images(0, 1), torch.arange(0)))
+    alone = replace(of, experiment=replace(of.experiment, data=none))
+    assert len(alone.validation.images) == 40
+
+
+def test_a_training_resumes_from_the_stages_before_it(tmp_path):
+    of = with_network(tmp_path)
+    candidate = Candidate()
+    one = of.stage(candidate, "train-1", 2, of.experiment.model)
+    assert (one.name, one.steps, one.batch_size) == ("train-1", 2, 5)
+    network, record = of.train(candidate, (one,), 60.0)
+    assert (record.name, record.steps) == ("train-1", 2)
+    assert not torch.equal(network.layers[0].weight, of.experiment.model.layers[0].weight)
+    two = of.stage(candidate, "train-2", 3, network, settled=True)
+    assert two.optimizer.learning_rate == pytest.approx(0.4 * one.optimizer.learning_rate)
+    _, record = of.train(candidate, (one, two), 60.0)
+    assert (record.name, record.steps) == ("train-2", 3)
+    ends = sorted(each.name[:10] for each in (tmp_path / candidate.name).glob("0*-end-*"))
+    assert ends == ["01-train-1", "02-train-2"]
+    _, record = of.train(candidate, (one, two.model_copy(update={"name": "other"})), 60.0)
+    assert record.name == "other"
+    assert [each.name[:8] for each in sorted((tmp_path / candidate.name).glob("02-*"))] == ["02-other"]
+    assert of.pace(of.experiment.model, 2) > 0
+
+
+def test_a_network_that_is_built_is_a_copy(tmp_path):
+    of = with_network(tmp_path)
+    built = of.build(Candidate())
+    assert built is not of.experiment.model
+    assert torch.equal(built.layers[0].weight, of.experiment.model.layers[0].weight)
+    pruned = of.build(Candidate(keep_macs=0.5))
+    assert sum(each.numel() for each in pruned.parameters()) < sum(each.numel() for each in built.parameters())
