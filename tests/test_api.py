@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tersor
 from tersor import api
 from tersor.core.errors import InputError
+from tersor.evaluation import latency
 from tersor.evaluation.costs import costs
 from tersor.models import build
 from toy_networks import resnet8
@@ -162,13 +163,70 @@ def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeyp
     assert (tmp_path / "model.onnx").read_bytes() == b"of before"
 
 
-def test_agreement_is_the_share_of_equal_predictions(tmp_path):
+def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
     torch.manual_seed(0)
     images = torch.randn(40, 3, 8, 8)
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval() for _ in range(2)]
     path = tersor.export(networks[1], images, tmp_path / "other.onnx")
     with torch.no_grad():
         same = (networks[0](images).argmax(1) == networks[1](images).argmax(1)).double().mean().item()
-    found = tersor.compare(networks[0], path, [images], seconds=0.01)
+    labels = networks[1](images).argmax(1)
+    labels[:10] = (labels[:10] + 1) % 4
+    batches = [(images[:25], labels[:25]), (images[:0], labels[:0]), (images[25:], labels[25:])]
+    found = tersor.compare(networks[0], path, batches, seconds=0.01)
     assert 0 < same < 1
     assert found["artifact"]["agreement"] == pytest.approx(100 * same)
+    assert found["original"]["agreement"] == 100
+    assert found["artifact"]["accuracy"] == 75
+    right = (networks[0](images).argmax(1) == labels).double().mean().item()
+    assert found["original"]["accuracy"] == pytest.approx(100 * right)
+    assert found["artifact"]["bytes"] == path.stat().st_size
+    assert 0 < found["artifact"]["compressed_bytes"] < found["artifact"]["bytes"]
+    assert set(found["artifact"]["latency_ms"]) == {"1", "32", "128"}
+    unlabelled = tersor.compare(path, path, [images], seconds=0.01)
+    assert unlabelled["artifact"]["accuracy"] is None
+    for seconds in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="Write a number above 0"):
+            tersor.compare(path, path, [images], seconds=seconds)
+    with pytest.raises(InputError, match="the artifact is a Sequential"):
+        tersor.compare(path, networks[0], [images])
+
+
+def test_outputs_that_are_no_logits_are_compared_with_those_of_the_original(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
+    torch.manual_seed(0)
+    original = nn.Conv2d(3, 4, 1, bias=False).eval()
+    other = copy.deepcopy(original)
+    other.weight.data *= 1.1
+    path = tersor.export(other, torch.rand(2, 3, 8, 8), tmp_path / "other.onnx")
+    found = tersor.compare(original, path, [torch.rand(5, 3, 8, 8)], seconds=0.01)
+    assert found["artifact"]["relative error"] == pytest.approx(10, rel=1e-3)
+    assert found["original"]["relative error"] == 0
+    assert found["artifact"]["agreement"] == pytest.approx(90, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [({}, 0.05), ({"optimizer": "adamw"}, 0.0005), ({"optimizer": "adamw", "learning_rate": 0.3}, 0.3)],
+)
+def test_the_training_of_distill(model, loader, monkeypatch, given, rate):
+    seen = {}
+
+    def train(*networks, epochs, task, progress):
+        seen.update(networks=networks, epochs=epochs, task=task)
+
+    monkeypatch.setattr(api, "train_on_outputs", train)
+    teacher = copy.deepcopy(model)
+    tersor.distill(model, teacher, loader, epochs=3, temperature=2.0, loss_weight=0.5, label_weight=0.3, **given)
+    student, its_teacher, batches, method, training = seen["networks"]
+    assert (student, its_teacher, batches) == (model, teacher, loader)
+    assert (method.temperature, method.loss_weight, method.label_weight) == (2.0, 0.5, 0.3)
+    assert (training.optimizer.name, training.optimizer.learning_rate) == (given.get("optimizer", "sgd"), rate)
+    assert (seen["epochs"], seen["task"]) == (3, None)
+    for epochs in (0, 1.5):
+        with pytest.raises(InputError, match=r"Write a whole number, 1 or more"):
+            tersor.distill(model, teacher, loader, epochs=epochs)
+    tersor.distill(model, teacher, loader, epochs=1)
+    with pytest.raises(InputError, match="a loader with a length"):
+        tersor.distill(model, teacher, (batch for batch in loader))
