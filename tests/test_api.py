@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import tersor
 from tersor import api
 from tersor.core.errors import InputError
-from tersor.evaluation import latency
 from tersor.evaluation.costs import costs
+from tersor.evaluation.latency import BATCH_SIZES
+from tersor.evaluation.timings import Timings
 from tersor.models import build
 from toy_networks import resnet8
 
@@ -163,8 +164,14 @@ def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeyp
     assert (tmp_path / "model.onnx").read_bytes() == b"of before"
 
 
+def one_millisecond(openers, image, *, seconds):
+    assert len(image) == 1
+    groups = {name: {size: [[1.0], [1.0]] for size in BATCH_SIZES} for name in openers}
+    return Timings(groups, dict.fromkeys(BATCH_SIZES, "time"))
+
+
 def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
+    monkeypatch.setattr(api, "measure_latency", one_millisecond)
     torch.manual_seed(0)
     images = torch.randn(40, 3, 8, 8)
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval() for _ in range(2)]
@@ -183,7 +190,9 @@ def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
     assert found["original"]["accuracy"] == pytest.approx(100 * right)
     assert found["artifact"]["bytes"] == path.stat().st_size
     assert 0 < found["artifact"]["compressed_bytes"] < found["artifact"]["bytes"]
-    assert set(found["artifact"]["latency_ms"]) == {"1", "32", "128"}
+    assert {size: each["median"] for size, each in found["artifact"]["latency_ms"].items()} == dict.fromkeys(
+        ("1", "32", "128"), 1.0
+    )
     unlabelled = tersor.compare(path, path, [images], seconds=0.01)
     assert unlabelled["artifact"]["accuracy"] is None
     for seconds in (0, -1, float("inf"), float("nan")):
@@ -194,7 +203,7 @@ def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
 
 
 def test_outputs_that_are_no_logits_are_compared_with_those_of_the_original(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
+    monkeypatch.setattr(api, "measure_latency", one_millisecond)
     torch.manual_seed(0)
     original = nn.Conv2d(3, 4, 1, bias=False).eval()
     other = copy.deepcopy(original)
