@@ -2,6 +2,8 @@
 
 import copy
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -202,14 +204,22 @@ def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
         tersor.compare(path, networks[0], [images])
 
 
+def scaling_file(path, factor):
+    """A file that multiplies images by a number."""
+    node = onnx.helper.make_node("Mul", ["images", "factor"], ["maps"])
+    ends = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 3, 8, 8]) for n in ("images", "maps")
+    ]
+    weight = onnx.numpy_helper.from_array(np.float32(factor), "factor")
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)]), path)
+    return path
+
+
 def test_outputs_that_are_no_logits_are_compared_with_those_of_the_original(tmp_path, monkeypatch):
     monkeypatch.setattr(api, "measure_latency", one_millisecond)
-    torch.manual_seed(0)
-    original = nn.Conv2d(3, 4, 1, bias=False).eval()
-    other = copy.deepcopy(original)
-    other.weight.data *= 1.1
-    path = tersor.export(other, torch.rand(2, 3, 8, 8), tmp_path / "other.onnx")
-    found = tersor.compare(original, path, [torch.rand(5, 3, 8, 8)], seconds=0.01)
+    files = [scaling_file(tmp_path / f"{factor}.onnx", factor) for factor in (2.0, 2.2)]
+    found = tersor.compare(*files, [torch.rand(5, 3, 8, 8)], seconds=0.01)
     assert found["artifact"]["relative error"] == pytest.approx(10, rel=1e-3)
     assert found["original"]["relative error"] == 0
     assert found["artifact"]["agreement"] == pytest.approx(90, rel=1e-3)
