@@ -242,7 +242,7 @@ def dump(data: dict[str, Any]) -> str:
     tree["stages"] = [_stage(stage) for stage in data["stages"]]
     yaml = YAML()
     yaml.width = 110
-    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.indent(sequence=4, offset=2)
     out = io.StringIO()
     yaml.dump(tree, out)
     return out.getvalue()
