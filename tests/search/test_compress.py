@@ -83,6 +83,42 @@ def test_no_time_at_all_gives_a_usable_answer(few, without_time, tmp_path):
     assert (result.folder / "report.html").is_file()
 
 
+def test_the_free_baselines_are_what_their_files_give(few, without_time):
+    result, _ = without_time
+    numbers, folder = result.numbers, SearchFolder(result.folder, _arguments(result.folder))
+    assert (numbers.runtime, numbers.minutes, numbers.original) == ("onnxruntime", 0.001, "original")
+    assert (numbers.validation_images, numbers.test_images) == (15, 35)
+    images = (few.validation.take(torch.arange(15)).float() / 255 - 0.5) / 0.3
+    right = {}
+    for point in numbers.baselines:
+        file = folder.path / point.file
+        logits = open_session(file, point.runtime).run(images.contiguous().numpy())
+        right[point.name] = logits.argmax(1) == few.validation.targets.numpy()
+        assert point.validation == pytest.approx(100 * right[point.name].mean())
+        assert point.bytes == file.stat().st_size
+        assert point.macs == 16 * 64 * 27 + 32 * 9 * 144 + 320
+        assert list(point.latency_ms) == [1, 128]
+        assert min(point.latency_ms.values()) > 0
+        assert point.free
+    original, integers = (numbers.point(name) for name in ("original", "original-8bit"))
+    assert folder.original_right.tolist() == right["original"].tolist()
+    changes = [*(right["original-8bit"].astype(float) - right["original"]), 1.0, -1.0]
+    assert integers.drop_error == pytest.approx(100 * np.std(changes) / 15**0.5, abs=1e-3)
+    assert original.drop_error == 0
+    assert (original.precision, integers.precision) == ("float32", "int8")
+    assert (original.description, integers.description) == ("the original", "the original in 8 bits")
+    costs = folder.state.costs
+    assert costs.runs == pytest.approx(sum(original.latency_ms.values()) / 1000)
+    assert min(costs.finish, costs.export, costs.test, costs.step) > 0
+    assert folder.state.finished
+    assert not folder.state.extended
+    assert folder.state.seen is False
+
+
+def _arguments(folder):
+    return json.loads((folder / "search.json").read_text())["arguments"]
+
+
 def test_two_points_can_be_compared_by_layers_classes_and_times(without_time):
     evidence = read_evidence(without_time[0].folder)
     assert set(evidence["points"]) == {"original", "original-8bit"}
