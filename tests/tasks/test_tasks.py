@@ -150,6 +150,9 @@ def test_detection_scores_boxes_and_compares_confident_ones():
     by_class = task.score_by_class([(task.predictions(right), targets)], 4)
     assert by_class.nan_to_num(-1).tolist() == pytest.approx([-1, 100, 100, -1])
     assert task.agreement(right, [detected(BOX + 1), detected(apart, score=0.3, label=2)]).tolist() == [1, 0]
+    half = [{"boxes": torch.cat([BOX, apart]), "labels": torch.tensor([1, 1])}]
+    by_class = task.score_by_class([(task.predictions([detected()]), half)], 2)
+    assert by_class[1] == pytest.approx(50, abs=1), "one of two boxes is found"
     several = torch.cat([BOX, BOX + 2, BOX + 40])
     assert task.agreement([detected(several)], [detected(several[:2])]).tolist() == pytest.approx([2 * 2 / 5])
     assert task.agreement([detected(BOX)], [detected(several[:2])]).tolist() == pytest.approx([2 / 3]), "used once"
