@@ -79,3 +79,15 @@ def on_affine_grids() -> Callable[..., torch.nn.Module]:
         return network
 
     return lay
+
+
+def scaling_file(path: Path, factor: float) -> Path:
+    """Write a file that multiplies images (N, 3, 8, 8) by a number."""
+    node = helper.make_node("Mul", ["images", "factor"], ["maps"])
+    images, maps = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3, 8, 8]) for name in ("images", "maps")
+    )
+    weight = numpy_helper.from_array(np.float32(factor), "factor")
+    graph = helper.make_graph([node], "scaling", [images], [maps], [weight])
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]), path)
+    return path

@@ -2,14 +2,13 @@
 
 import copy
 
-import numpy as np
-import onnx
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tersor
+from onnx_files import scaling_file
 from tersor import api
 from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
@@ -202,18 +201,6 @@ def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
             tersor.compare(path, path, [images], seconds=seconds)
     with pytest.raises(InputError, match="the artifact is a Sequential"):
         tersor.compare(path, networks[0], [images])
-
-
-def scaling_file(path, factor):
-    """A file that multiplies images by a number."""
-    node = onnx.helper.make_node("Mul", ["images", "factor"], ["maps"])
-    ends = [
-        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 3, 8, 8]) for n in ("images", "maps")
-    ]
-    weight = onnx.numpy_helper.from_array(np.float32(factor), "factor")
-    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
-    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)]), path)
-    return path
 
 
 def test_outputs_that_are_no_logits_are_compared_with_those_of_the_original(tmp_path, monkeypatch):

@@ -150,6 +150,8 @@ def test_few_weights_and_many_layers():
     found = layer_counts(shapes, 0.97, "uniform")
     assert sum(found.values()) == 210 - round(0.97 * 210)
     assert min(found.values()) == 1
+    for distribution in ("erk", "uniform"):
+        assert set(layer_counts(shapes, 0.99, distribution).values()) == {1}, "as many as layers, not fewer"
 
 
 def test_no_steps_no_masks():

@@ -1,6 +1,5 @@
 """An artifact that is there already, on images of the user's."""
 
-import copy
 import dataclasses
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from onnx_files import scaling_file
 from tersor.checkpoint.artifact import write_folder
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
@@ -60,14 +60,9 @@ def test_the_same_classes_are_not(images, tmp_path):
 
 
 def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):
-    first = network(2)
-    second = copy.deepcopy(first)
-    second[3].weight.data *= 1.5
-    second[3].bias.data *= 1.5
-
     def fill(folder):
-        for name, each in (("original", first), ("model", second)):
-            export(each, torch.rand(1, 3, 8, 8), folder / f"{name}.onnx")
+        for name, factor in (("original", 2.0), ("model", 3.0)):
+            scaling_file(folder / f"{name}.onnx", factor)
 
     folder = write_folder(tmp_path / "out", fill)
     found = evaluate(folder, str(images), None, "distance", progress=NullProgress())

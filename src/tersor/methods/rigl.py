@@ -56,7 +56,8 @@ def layer_counts(shapes: Mapping[str, torch.Size], sparsity: float, distribution
         distribution: "erk" or "uniform".
     """
     sizes = {name: shape.numel() for name, shape in shapes.items()}
-    target = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
+    total = sum(sizes.values())
+    target = max(len(sizes), total - round(sparsity * total))
     weight = {name: float(sum(shape) if distribution == "erk" else sizes[name]) for name, shape in shapes.items()}
     dense: set[str] = set()
     while True:  # layers with a density above 1 are dense, and the others share the rest
@@ -76,8 +77,6 @@ def layer_counts(shapes: Mapping[str, torch.Size], sparsity: float, distribution
             if left and 1 <= counts[name] + step <= sizes[name]:
                 counts[name] += step
                 left -= step
-        if all(count == 1 for count in counts.values()) and left < 0:
-            break
     return counts
 
 
