@@ -309,3 +309,17 @@ def test_a_manifest_that_cannot_be_replaced_leaves_nothing_beside(tmp_path, monk
             replace_file(out, "report.html", write_report("second"))
     assert {path.name for path in out.iterdir()} == {"manifest.json", "report.html"}
     assert (out / "manifest.json").read_bytes() == before["manifest.json"]
+
+
+def test_only_a_whole_folder_of_a_search_is_called_one(tmp_path):
+    for names, words in (
+        (("front.json",), "is not an artifact"),
+        (("model.onnx",), "is not an artifact"),
+        (("front.json", "model.onnx"), "is the folder of a search"),
+    ):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("")
+        with pytest.raises(InputError, match=words):
+            read_artifact(folder)
