@@ -88,8 +88,11 @@ def test_all_labels_of_a_loader():
     with pytest.raises(InputError, match="2"):
         all_labels(both, 2)
     one_based = [(IMAGES, torch.tensor([1, 2])), (IMAGES, torch.tensor([2, 3]))]
-    with pytest.raises(InputError, match="1 to 3"):
+    with pytest.raises(InputError, match="the labels range from 1 to 3"):
         all_labels(one_based, 3)
+    with_zero = [(IMAGES, torch.tensor(labels)) for labels in ([0, 1], [2, 2], [1, 3])]
+    with pytest.raises(InputError, match="because the network has 3 classes"):
+        all_labels(with_zero, 3)
 
 
 def test_the_targets_of_the_first_images_are_checked():
