@@ -7,7 +7,6 @@ branch, worked out by hand; `FROZEN` has the reason why none can be removed.
 import copy
 from functools import cache
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,7 +46,7 @@ GROUPS = {
     "chunk": (lambda x: torch.mul(*x.chunk(2, 1)), [4]),
     "glu of unequal parts": (lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1), [8]),
     "concatenation": (
-        lambda x: torch.cat([x, x.sigmoid(), torch.ones(1, 2, 1, 1).expand(x.shape[0], 2, 4, 4)], 1),
+        lambda x: torch.cat([x, x.sigmoid(), torch.ones(1, 2, 1, 1).expand(x.shape[0], -1, 4, 4)], 1),
         [8],
     ),
     "concatenation of rows": (lambda x: torch.cat([x, x.neg()], -1), [8]),
