@@ -9,6 +9,7 @@ from tersor import tasks
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.graph.capture import capture
+from tersor.pruning import residual_branches
 from tersor.pruning.channel_groups import copy_graph, coupled_channels, merge_cuts, remove
 from tersor.pruning.residual_branches import find_branches, removal_cost
 from toy_networks import short
@@ -295,3 +296,18 @@ def test_no_mean_is_taken_if_the_batch_is_the_second_dimension(images):
     with torch.no_grad():
         change = Otherwise(graph, {branch.total: lambda *sides: sides[branch.keep]}).run(IMAGES) - graph(IMAGES)
     assert told == pytest.approx(float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4)
+
+
+def test_branches_that_cannot_be_removed_together_are_added_one_by_one(monkeypatch):
+    graph = captured(short("resnet8"))
+    first, second, third = find_branches(graph, IMAGES[:1])
+
+    def removed(network, cuts):
+        if cuts[-2:] == [first.cut, second.cut]:
+            raise RuntimeError("shapes differ")
+        remove(network, cuts)
+        if second.cut in cuts:
+            torch.nn.init.ones_(network.get_parameter("linear.bias"))
+
+    monkeypatch.setattr(residual_branches, "remove", removed)
+    assert find_branches(graph, IMAGES[:1]) == [first, third]

@@ -26,6 +26,17 @@ class Learned(nn.Module):
         return self.function(x, self.tensor)
 
 
+class ChannelsLast(nn.Module):
+    """A layer over the last dimension."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.permute(0, 2, 3, 1))
+
+
 def tokens(x):
     return x.flatten(2).transpose(1, 2)
 
@@ -43,6 +54,7 @@ GROUPS = {
     "softmax over pixels": (lambda x: x.softmax(-1), [8]),
     "slice": (lambda x: x[:, 2:5], [5, 3]),
     "slice to the end": (lambda x: x[:, -2:], [6, 2]),
+    "all but one": (lambda x: x[:, 1:], [7]),
     "chunk": (lambda x: torch.mul(*x.chunk(2, 1)), [4]),
     "glu of unequal parts": (lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1), [8]),
     "concatenation": (
@@ -88,6 +100,9 @@ GROUPS = {
     "many groups": (nn.Conv2d(8, 16, 1, groups=4), [4]),
     "group norm": (nn.GroupNorm(2, 8), [4]),
     "group norm of pairs": (nn.GroupNorm(4, 8), [4]),
+    "instance norm": (nn.InstanceNorm2d(8, affine=True), [8]),
+    "RMS norm": (ChannelsLast(nn.RMSNorm(8)), [8]),
+    "layer norm layer": (ChannelsLast(nn.LayerNorm(8)), [8]),
     "learned slopes": (nn.PReLU(8), [8]),
     "softmax layer": (nn.Softmax(2), [8]),
     "pixel shuffle layer": (nn.PixelShuffle(2), [2]),
@@ -115,6 +130,7 @@ FROZEN = {
     "product with a fixed size": (lambda x: tokens(x) @ torch.ones(8, 2), "combines them with a tensor of fixed size"),
     "sorted": (lambda x: x.sort(1).values, "no rule"),
     "grouped transposed": (nn.ConvTranspose2d(8, 8, 2, groups=2), "is a grouped transposed convolution"),
+    "layer norm over all": (nn.LayerNorm((8, 4, 4)), "no rule"),
     "response norm": (nn.LocalResponseNorm(2), "no rule"),
 }
 
@@ -188,4 +204,4 @@ def test_removal_is_masking_for_every_operator():
                 tensor.data.index_fill_(int(columns), places, 0)
     pairs = zip(names.values(), pruned(images), masked(images), strict=True)
     different = {name for name, output, expected in pairs if not torch.allclose(output, expected, atol=1e-5)}
-    assert different == {"layer norm", "group norm"}, "they normalize across channels"
+    assert different == {"layer norm", "layer norm layer", "RMS norm", "group norm"}, "they normalize across channels"
