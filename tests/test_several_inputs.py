@@ -151,3 +151,21 @@ def test_wrong_inputs_are_one_message(tmp_path):
         open_session(path, "onnxruntime").run(LEFT.numpy())
     with pytest.raises(InputError, match=r"brecq learns rounding block by block, in networks with one input.* has 2"):
         BRECQ().attach(Siamese().eval(), AttachContext(data=batches((LEFT, RIGHT))))
+
+
+class AnyNumber(nn.Module):
+    def forward(self, first, *others):
+        return first
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names"),
+    [
+        (torch.zeros(2, 3), ("images",)),
+        (TensorInputs((torch.zeros(2, 3),)), ("first",)),
+        (TensorInputs((torch.zeros(2, 3), torch.zeros(2), torch.zeros(2))), ("first", "input_1", "input_2")),
+        (TensorInputs({"second": torch.zeros(2), "first": torch.zeros(2)}), ("second", "first")),
+    ],
+)
+def test_names_of_inputs(inputs, names):
+    assert input_names(AnyNumber(), inputs) == names

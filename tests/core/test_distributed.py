@@ -8,6 +8,8 @@ import sys
 import textwrap
 
 import pytest
+import torch
+from torch import nn
 
 from tersor.core import distributed
 from tersor.core.errors import ProcessLost
@@ -110,3 +112,52 @@ def test_lost_connections_raise_process_lost(monkeypatch, words, lost):
     with pytest.raises(ProcessLost if lost else RuntimeError) as told, distributed.others_alive():
         raise RuntimeError(words)
     assert isinstance(told.value, ProcessLost) == lost
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is the second of two; the first has the tensors of ones."""
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "_group", lambda: "group")
+
+    def broadcast(tensor, src, group):
+        assert (src, group) == (0, "group")
+        tensor.fill_(1)
+
+    def all_gather(tensors, tensor, group):
+        assert group == "group"
+        tensors[0].fill_(1)
+        tensors[1].copy_(tensor)
+
+    monkeypatch.setattr(distributed.dist, "broadcast", broadcast)
+    monkeypatch.setattr(distributed.dist, "all_gather", all_gather)
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_the_state_of_the_first_process_and_tensors_of_all():
+    assert (distributed.count(), distributed.rank()) == (2, 1)
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    distributed.broadcast_from_rank0(network)
+    assert all(bool((each == 1).all()) for each in network.state_dict().values())
+    first, second = distributed.all_gather(torch.tensor([3.0, 4.0]))
+    assert (first.tolist(), second.tolist()) == ([1, 1], [3, 4])
+
+
+@pytest.mark.usefixtures("second_of_two")
+@pytest.mark.parametrize(("here", "there"), [(False, False), (True, False), (False, True)])
+def test_a_condition_of_any_process(monkeypatch, here, there):
+    def all_reduce(flag, operation, group):
+        assert (operation, group) == (distributed.dist.ReduceOp.MAX, "group")
+        flag.fill_(max(int(flag), there))
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    assert distributed.any_rank(here) is (here or there)
+
+
+def test_one_process_needs_no_communication():
+    assert (distributed.count(), distributed.rank()) == (1, 0)
+    assert [distributed.any_rank(each) for each in (True, False)] == [True, False]
+    tensor = torch.ones(2)
+    assert distributed.all_gather(tensor)[0] is tensor

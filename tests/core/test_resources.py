@@ -24,8 +24,8 @@ from tersor.core.resources import enough_memory, smaller_batch, writable
     ],
 )
 def test_out_of_memory_errors_suggest_a_batch_size(error):
-    words = r"not enough memory: .*batch_size is 128: lower it.*batch_size: 64 with accumulate: 2"
-    with pytest.raises(InputError, match=words) as told, enough_memory(smaller_batch(128, 1)):
+    words = r"not enough memory: .*batch_size is 128: lower it.*batch_size: 64 with accumulate: 6 keeps"
+    with pytest.raises(InputError, match=words) as told, enough_memory(smaller_batch(128, 3)):
         raise error
     assert "\n" not in str(told.value)
 

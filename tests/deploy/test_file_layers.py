@@ -1,7 +1,10 @@
 """Names, channels and bits of the layers in an exported file."""
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from torch import nn
 
 import tersor
@@ -32,3 +35,26 @@ def test_layers_of_files_in_8_and_4_bits(tmp_path):
         tersor.export(quantized, images[:2], tmp_path / f"{bits}.onnx")
         layers = file_layers(tmp_path / f"{bits}.onnx")
         assert [(each.channels, each.bits) for each in layers] == [(8, 8), (6, bits), (7, 32), (5, 8)]
+
+
+def test_weights_of_matrix_products_in_a_file(tmp_path):
+    """A Gemm in both orientations, a product behind a conversion, one with a computed operand, and an unknown type."""
+    weights = {"rows": (5, 4), "columns": (5, 3), "half": (3, 6), "double": (6, 2)}
+    kinds = {"half": np.float16, "double": np.float64}
+    stored = [numpy_helper.from_array(np.zeros(s, kinds.get(n, np.float32)), n) for n, s in weights.items()]
+    nodes = [
+        helper.make_node("Gemm", ["x", "rows"], ["a"], name="first", transB=1),
+        helper.make_node("Gemm", ["a", "columns"], ["b"], name="second", transB=0),
+        helper.make_node("Cast", ["half"], ["h"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("MatMul", ["b", "h"], ["c"]),
+        helper.make_node("Relu", ["double"], ["r"]),
+        helper.make_node("MatMul", ["c", "r"], ["d"], name="computed"),
+        helper.make_node("MatMul", ["d", "double"], ["y"], name="last"),
+    ]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], stored)), tmp_path / "model.onnx")
+    assert file_layers(tmp_path / "model.onnx") == [
+        FileLayer("first", 5, 32),
+        FileLayer("second", 3, 32),
+        FileLayer("c", 6, 16),
+        FileLayer("last", 2, 32),
+    ]

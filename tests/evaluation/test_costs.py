@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from tersor import tasks
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.evaluation.costs import costs
-from tersor.evaluation.scoring import agreement, network_predictions, network_score
+from tersor.evaluation.scoring import agreement, images_at_once, network_predictions, network_score
 from tersor.graph.capture import capture
 from tersor.models import build, load_weights, normalization
 from tersor.pruning.mask import Mask
@@ -54,6 +55,20 @@ def test_accuracy_and_predictions_over_batches_of_unequal_size():
     assert network_predictions(model, batches).tolist() == [3, 1, 7, 2, 5]
     assert set(model.modes) == {(False, True)}
     assert network_predictions(model, []) is None
+
+
+def test_the_score_of_a_task_without_targets_is_the_distance_from_the_original_network():
+    original, changed = nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Threshold(0.5, 0.0))
+    images = [torch.full((2, 3, 1, 1), 0.4), torch.full((1, 3, 1, 1), 0.8)]
+    score = network_score(changed, iter([Batch(each) for each in images]), tasks.build("distance"), original)
+    squares = [3 * 2 * 0.4**2, 3 * 0.8**2]
+    assert score == pytest.approx(100 * (squares[0] / sum(squares)) ** 0.5, rel=1e-5)
+
+
+def test_outputs_as_large_as_the_images_are_computed_for_fewer_at_once():
+    assert images_at_once(Classification(), (4000, 4000)) == 500
+    found = [images_at_once(tasks.build("segmentation"), size) for size in ((8, 8), (64, 128), (2000, 1000))]
+    assert found == [500, 2**20 // (64 * 128), 1]
 
 
 def test_every_module_keeps_its_mode_even_after_an_error():

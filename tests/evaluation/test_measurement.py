@@ -54,7 +54,9 @@ def run(tmp_path, monkeypatch):
         shutil.copy(original, tmp_path / f"{name}.onnx")
     wanted = []
 
-    def latency(contenders, _example, *, ratios, seconds):
+    def latency(contenders, example, *, ratios, seconds):
+        assert example.shape == (1, 3, 8, 8)
+        assert seconds == 7
         noise = (1.0, 1.01, 0.99)
         groups = {
             name: {size: [[ms * each] for each in noise] for size, ms in zip(BATCH_SIZES, MS[name], strict=True)}
@@ -65,7 +67,7 @@ def run(tmp_path, monkeypatch):
         return timings
 
     monkeypatch.setattr(module, "measure_latency", latency)
-    monkeypatch.setattr(module, "footprint", lambda *_given, **_options: Footprint(1, 1.0))
+    monkeypatch.setattr(module, "footprint", lambda *_given, **_options: Footprint(1.5, 700))
 
     def measured(target, runtimes):
         monkeypatch.setattr(module, "installed_runtimes", lambda: runtimes)
@@ -136,6 +138,16 @@ def test_no_session_that_ran_the_test_set_is_open_while_latency_is_measured(run,
 
 def test_where_one_runtime_is_installed_the_original_is_the_baseline(run):
     found, _ = run("onnxruntime", ["onnxruntime"])
+    assert (found["test_images"], found["agreement_with_torch"], found["seed"]) == (40, 100, 0)
+    assert found["metric"] == {"name": "accuracy", "unit": "%", "higher_is_better": True}
+    original, (first, last) = found["original"], found["stages"]
+    assert (original["load_ms"], original["peak_memory_bytes"], original["agreement"]) == (1.5, 700, 100)
+    assert original["parameters"] == sum(each.numel() for each in Small().parameters())
+    assert original["macs"] == first["macs"] == 64 * (3 * 6 + 6 * 4) * 9 + 4 * 5
+    assert original["bit_operations"] == original["macs"] * 32 * 32
+    assert original["latency_ms"]["1"] == pytest.approx({"median": 4, "p10": 3.968, "p90": 4.032, "n": 3})
+    assert original["bytes"] == first["bytes"] == last["bytes"] > original["compressed_bytes"] > 0
+    assert 0 <= original["score"] == first["score"] == found["artifact"]["score"] <= 100
     assert found["candidates"] == {"onnxruntime": found["original"]}
     assert found["baseline"] == {key: {"runtime": "onnxruntime", "precision": "float32"} for key in ("1", "32", "128")}
     assert found["speedup"]["original"] == found["speedup"]["baseline"]

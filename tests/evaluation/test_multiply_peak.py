@@ -1,5 +1,7 @@
 """The peak throughput, and the share of it that a network reaches."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from tersor.evaluation import multiply_peak
 from tersor.evaluation.multiply_peak import multiply_peaks, share_of_peak
 from tersor.evaluation.node_profile import node_times
 from tersor.evaluation.results import Peak
+from tersor.evaluation.session import open_session
 
 
 def peak(precision, rate, runtime="onnxruntime"):
@@ -44,5 +47,24 @@ def test_the_integer_network_has_no_convolution_in_float(tmp_path):
     path = multiply_peak._write(tmp_path / "peak.onnx", "int8")
     times = node_times(path, "onnxruntime", np.zeros((1, 256, 14, 14), np.float32), runs=1)
     kinds = {each.kind for each in times}
+    image = np.random.default_rng(1).standard_normal((1, 256, 14, 14), np.float32)
+    exact = open_session(multiply_peak._write(tmp_path / "float.onnx", "float32"), "onnxruntime").run(image)
+    found = open_session(path, "onnxruntime").run(image)
+    assert exact.shape == image.shape
+    assert np.abs(found - exact).mean() < 0.1 * np.abs(exact).mean(), "both have the same weights"
     assert "QLinearConv" in kinds
     assert not kinds & {"Conv", "FusedConv"}
+
+
+@pytest.mark.parametrize(("least", "seconds", "runs"), [(3, 0.0, 3), (1, 1.7, 3), (2, 0.5, 2)])
+def test_a_peak_is_that_of_the_fastest_run(monkeypatch, least, seconds, runs):
+    """Three runs take 0.5, 0.25 and 1 s."""
+    times = iter([0.0, 0.5, 2.0, 2.25, 3.0, 4.0])
+    monkeypatch.setattr(multiply_peak, "_LEAST_RUNS", least)
+    monkeypatch.setattr(multiply_peak, "_SECONDS", seconds)
+    monkeypatch.setattr(multiply_peak.time, "perf_counter", lambda: next(times))
+    session = SimpleNamespace(runtime="openvino", run=lambda _: None, infer=lambda _: None)
+    found = multiply_peak._measure(session, "int8", np.zeros((2, 1)))
+    assert (found.runtime, found.precision, found.n) == ("openvino", "int8", runs)
+    assert found.macs_per_second == pytest.approx(2 * multiply_peak._MACS / 0.25)
+    assert found.median == pytest.approx(2 * multiply_peak._MACS / (0.5 if runs == 3 else 1 / 3))

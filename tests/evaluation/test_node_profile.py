@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tersor.core.errors import InputError
+from tersor.evaluation import node_profile
 from tersor.evaluation.node_profile import NodeTime, _events, _onnxruntime, layer_of_node, node_times, profile
 
 LAYERS = {"mix": "mix", "norm": "mix", "answer": "answer"}
@@ -122,6 +123,32 @@ class FakeRuntime:
 def test_times_of_onnxruntime_are_in_milliseconds():
     runs = list(_onnxruntime(FakeRuntime, Path("m.onnx"), np.zeros((1, 3, 8, 8), np.float32), None, 2))
     assert runs == [[NodeTime("conv1", "Conv", 1.5)]] * 2
+
+
+def test_a_time_is_the_median_of_the_runs_after_the_first_and_of_all_lines_of_a_node(monkeypatch):
+    def runs(_module, _path, _batch, precision, count):
+        assert precision == "float32"
+        for number in range(count):
+            slow = 0 if number >= 3 else 1000
+            yield [NodeTime("a", "Conv", slow + 1), NodeTime("b", "Add", slow + number), NodeTime("a", "Conv", 2)]
+
+    monkeypatch.setattr(node_profile, "_onnxruntime", runs)
+    found = node_times(Path("m.onnx"), "onnxruntime", np.zeros((1, 3, 8, 8)), precision="float32", runs=3)
+    assert found == [NodeTime("a", "Conv", 3), NodeTime("b", "Add", 4)]
+
+
+def test_a_profile_adds_the_times_of_nodes(named, monkeypatch):
+    times = [("norm", "Conv", 1.0), ("add", "Add", 2.0), ("answer_1", "Gemm", 4.0), ("norm_2", "Conv", 8.0)]
+    monkeypatch.setattr(node_profile, "node_times", lambda *_given, **_options: [NodeTime(*each) for each in times])
+    assert profile(named.path, "onnxruntime", named.images, LAYERS) == {
+        "ms": 15,
+        "kinds": [
+            {"kind": "Conv", "nodes": 2, "ms": 9},
+            {"kind": "Gemm", "nodes": 1, "ms": 4},
+            {"kind": "Add", "nodes": 1, "ms": 2},
+        ],
+        "layers": {"mix": 9, "answer": 4},
+    }
 
 
 def test_an_incomplete_profile_is_one_message(tmp_path):

@@ -3,12 +3,13 @@ from __future__ import annotations
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import tersor
 from tersor.core.errors import InputError
 from tersor.graph.aten import shape_of
+from tersor.graph.batch_constants import compute_batch_sizes
 from tersor.graph.capture import capture, has_batch_dimension
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -91,3 +92,43 @@ def test_an_operator_that_does_not_run_on_another_batch_size_is_refused(monkeypa
     monkeypatch.setattr(FakeTensorProp, "propagate_dont_convert_inputs", fails)
     with pytest.raises(InputError, match="fixes the batch size"):
         capture(Network(by_len).eval(), IMAGES)
+
+
+def recorded(size, run):
+    """The graph of `run` for a batch of `size`, as the exporter records it: the batch size is a number."""
+
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return run(x, size)
+
+    return fx.symbolic_trace(Fixed())
+
+
+def rows(x, count):
+    return torch.narrow(torch.tile(x, (2, 1)), 0, 0, count)
+
+
+def test_a_constant_that_is_linear_in_the_batch_size_is_computed():
+    graph = recorded(4, lambda x, n: torch.add(rows(x, 2 * n - 3), 7.0))
+    other = recorded(6, lambda x, n: torch.add(rows(x, 2 * n - 3), 7.0))
+    assert compute_batch_sizes(graph, other, [torch.zeros(4, 3)], 6)
+    graph.recompile()
+    x = torch.rand(9, 3)
+    assert torch.equal(graph(x), torch.tile(x, (2, 1))[:15] + 7)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x, n: rows(x, n // 3),  # 1 and 2 rows for 4 and 6 images
+        lambda x, n: torch.mul(x, 1.0 / n),
+        lambda x, n: torch.neg(x) if n == 4 else torch.sin(x),
+        lambda x, n: torch.add(torch.neg(x), x if n == 4 else torch.sin(torch.neg(x))),
+        lambda x, n: torch.sub(torch.neg(x), torch.sin(x)) if n == 4 else torch.sub(torch.neg(x), torch.sin(x) * 1),
+        lambda x, n: torch.tile(x, (n,) if n == 4 else (n, 1)),
+        lambda x, n: torch.sub(x, torch.neg(x)) if n == 4 else torch.sub(torch.neg(x), x),
+    ],
+)
+def test_graphs_that_differ_in_anything_else_are_refused(run):
+    size = 6
+    assert not compute_batch_sizes(recorded(4, run), recorded(size, run), [torch.zeros(4, 3)], size)

@@ -165,6 +165,8 @@ def test_tokens_are_maps_too():
     assert map_size(torch.Size([2, 6, 3])) is None
     assert map_size(torch.Size([2, 16 + 5, 3])) == (4, 4)  # four registers beside the class
     assert map_size(torch.Size([2, 16 + 6, 3])) is None
+    assert map_size(torch.Size([2, 9 + 5, 3])) == (3, 3)
+    assert map_size(torch.Size([2, 4 + 1, 3])) == (2, 2)
     assert map_size(torch.Size([2, 6])) is None
 
 

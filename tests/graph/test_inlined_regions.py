@@ -54,6 +54,34 @@ def test_no_gradient_leaves_a_region_without_gradients():
     assert {name for name, each in graph.named_parameters() if each.grad is not None} == {"head.weight", "head.bias"}
 
 
+class Within(nn.Module):
+    """A region within a region, and a result of it that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        with torch.no_grad():
+            with without_autocast():
+                gate = self.gate(x).sigmoid()
+            gate, height = gate * 2, x.shape[2]
+        return self.head(self.conv(x) * gate) / height
+
+
+def test_a_region_within_a_region():
+    model = Within().eval()
+    graph = capture(model, IMAGES)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["gate", "conv", "head"]
+    assert torch.equal(graph(IMAGES), model(IMAGES))
+    graph(IMAGES).sum().backward()
+    assert {name.partition(".")[0] for name, each in graph.named_parameters() if each.grad is not None} == {
+        "conv",
+        "head",
+    }
+    assert not [name for name, _ in graph.named_modules() if "region" in name], "the regions themselves are gone"
+
+
 def test_a_region_that_turns_autocast_on_is_refused():
     class Low(Regions):
         def forward(self, x):

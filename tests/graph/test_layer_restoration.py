@@ -132,6 +132,40 @@ def test_a_bias_that_depends_on_the_images_is_added_behind_the_layer():
     assert layer.bias is None
 
 
+class Buffers(nn.Module):
+    """Normalizes by buffers that are not those of a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.rand(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.var)
+
+
+@pytest.mark.filterwarnings("ignore:the forward of Sequential draws random numbers")
+@pytest.mark.parametrize(
+    ("build", "operator"),
+    [
+        (lambda: Function(lambda x, w: F.conv2d(x, w * x.mean()), (5, 4, 1, 1)), "conv2d"),
+        (lambda: Function(lambda x, w, b: F.conv2d(x, w, b * x.mean()), (5, 4, 1, 1), (5,)), "conv2d"),
+        (lambda: Function(lambda x, w: F.linear(x, w * x.mean()), (5, 6)), "linear"),
+        (Buffers, "batch_norm"),
+        (lambda: Function(lambda x: F.group_norm(x, 2)), "group_norm"),
+        (lambda: Function(lambda x, w: F.group_norm(x, 2, w), (4,)), "group_norm"),
+        (lambda: Function(lambda x: F.dropout(x, 0.0, training=True)), "dropout"),
+    ],
+)
+def test_an_operator_that_no_layer_computes_stays(build, operator):
+    torch.manual_seed(0)
+    model = nn.Sequential(build()).eval()
+    graph = capture(model, IMAGES)
+    assert operator in [operator_name(node) for node in graph.graph.nodes]
+    assert not [node for node in graph.graph.nodes if node.op == "call_module"]
+    torch.testing.assert_close(graph(IMAGES), model(IMAGES))
+
+
 class TwoInputs(nn.Module):
     """A module of torch that reads two tensors, here the same one twice."""
 

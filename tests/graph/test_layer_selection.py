@@ -40,6 +40,12 @@ def test_a_long_list_of_layers_is_cut_short():
     assert len(str(refusal.value)) < 300
 
 
+@pytest.mark.parametrize(("count", "shown"), [(12, r"f\.10, f\.11\.$"), (13, r"f\.11, \.\.\. \(13 in all\)\.$")])
+def test_up_to_twelve_layers_are_listed(count, shown):
+    with pytest.raises(InputError, match=shown):
+        matching(["zzz"], [f"f.{number}" for number in range(count)])
+
+
 def test_weighted_layers_are_convolutions_and_linears_in_order():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.ReLU(), nn.Linear(4, 2)))
     assert list(weighted_layers(model)) == ["0", "2.1"]

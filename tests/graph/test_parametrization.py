@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from tersor.graph.parametrization import parametrizations_of, strip
+from tersor.graph.parametrization import in_float32, parametrizations_of, strip
+from tersor.graph.plain_network import plain_copy
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid, affine_parameters, symmetric_scale
 
@@ -162,3 +163,20 @@ def test_a_module_that_is_used_twice_stays_one():
     shared = quantized(nn.Linear(3, 3))
     plain = strip(nn.Sequential(shared, nn.ReLU(), shared))
     assert plain[0] is plain[2]
+
+
+def test_a_network_in_another_precision_is_copied_to_float32():
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half())
+    assert {each.dtype for each in in_float32(mixed).parameters()} == {torch.float32}
+    assert mixed[1].weight.dtype == torch.float16
+    plain = nn.Linear(2, 2)
+    assert in_float32(plain) is plain
+
+
+def test_the_forward_that_accelerate_wraps_is_the_own_one_in_a_copy():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model._original_forward = model.forward
+    model.forward = lambda values: model._original_forward(values) * 2
+    plain, values = plain_copy(model), torch.ones(1, 2)
+    assert {"forward", "_original_forward"}.isdisjoint(vars(plain))
+    torch.testing.assert_close(2 * plain(values), model(values))

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +11,7 @@ from torch import nn
 from tersor.core.errors import InputError
 from tersor.models import build, names
 from tersor.models.cifar_resnet import CifarResNet
+from tersor.models.libraries import from_library, is_of_library
 
 
 def network(num_classes: int = 3) -> nn.Module:
@@ -64,3 +69,65 @@ def test_a_function_gets_num_classes_if_it_accepts_it():
 def test_messages_for_invalid_names(name, num_classes, said):
     with pytest.raises(InputError, match=said):
         build(name, num_classes)
+
+
+def test_networks_of_torchvision_and_timm_have_random_weights_and_as_many_classes_as_asked_for(monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_args, **_options: pytest.fail("a download"))
+    assert from_library("timm:resnet10t", 7).fc.out_features == 7
+    assert from_library("timm:resnet10t").fc.out_features == 1000
+    with torch.device("meta"):
+        segmenting = from_library("torchvision:fcn_resnet50", 4)
+    assert segmenting.classifier[-1].out_channels == 4
+    with pytest.raises(InputError, match=r"unknown timm model 'resnet10'"):
+        from_library("timm:resnet10")
+    assert is_of_library("timm:resnet10t")
+    assert not is_of_library("package.module:function")
+
+
+class Configured(nn.Linear):
+    """A network of a library like transformers."""
+
+    config_class = SimpleNamespace(from_dict=lambda given: SimpleNamespace(**given))
+
+    def __init__(self, config):
+        if config.width < 0:
+            raise ValueError("width must be positive.\nAnd more.")
+        super().__init__(config.width, config.num_labels)
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path):
+    module = ModuleType("transformers")
+    module.Configured, module.configure = Configured, lambda: None
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    (tmp_path / "config.json").write_text(json.dumps({"width": 3, "num_labels": 2}))
+    (tmp_path / "other.json").write_text(json.dumps({"width": -3, "num_labels": 2}))
+    return tmp_path
+
+
+def test_a_network_of_transformers_is_built_from_its_configuration(library):
+    assert from_library(f"hf:Configured:{library}").out_features == 2
+    assert from_library(f"hf:Configured:{library / 'config.json'}", 5).out_features == 5
+    assert from_library(f"hf:Configured:{library}", 5).in_features == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Configurd:{}", r"no network class 'Configurd'. Did you mean 'Configured'\?"),
+        ("configure:{}", "no network class 'configure'"),
+        ("Configured", "needs the configuration of the network. Write hf:Configured:FOLDER"),
+        ("Configured:{}/missing", "needs the configuration"),
+        ("Configured:{}/other.json", r"Configured cannot be built from .*other.json: width must be positive\.$"),
+    ],
+)
+def test_what_is_no_network_of_transformers_is_explained(library, name, said):
+    with pytest.raises(InputError, match=said):
+        from_library("hf:" + name.format(library))
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match="names a network of timm, which is not installed"):
+        from_library("timm:resnet10t")

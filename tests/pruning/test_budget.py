@@ -51,3 +51,29 @@ def test_a_latency_is_met_with_nearly_the_fewest_blocks():
     assert 0.48 < found <= 0.5
     assert found == pytest.approx(0.2 + 0.8 * stays[blocks])
     assert meet_latency(stays, lambda _blocks: 0.9, 0.5) == (100, 0.9)
+
+
+@pytest.mark.parametrize("needed", [1, 37, 64, 99, 100])
+def test_a_latency_that_falls_at_one_block_is_met_with_exactly_as_many(needed):
+    measured = []
+
+    def ratio(blocks):
+        measured.append(blocks)
+        return 0.4 if blocks >= needed else 0.9
+
+    stays = [1 - block / 100 for block in range(101)]
+    assert meet_latency(stays, ratio, 0.5) == (needed, 0.4)
+    assert len(measured) == len(set(measured)) <= 8
+    assert 0 not in measured
+
+
+def test_a_latency_is_bisected_by_the_macs_that_remain_and_not_by_blocks():
+    measured = []
+
+    def ratio(blocks):
+        measured.append(blocks)
+        return stays[blocks]
+
+    stays = [1.0, 0.55, 0.49, *[0.1 - block / 1000 for block in range(50)]]
+    assert meet_latency(stays, ratio, 0.5) == (2, 0.49)
+    assert measured == [2]

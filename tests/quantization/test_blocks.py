@@ -76,6 +76,28 @@ def test_consecutive_blocks_equal_the_network(name, layers, quantized):
     ]
 
 
+class Token(nn.Module):
+    """Reads the batch size of the images between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.token, self.linear = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 5)
+
+    def forward(self, x):
+        n = x.shape[0]
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        return self.linear(torch.cat([self.token.expand(n, -1, -1), x], 1))
+
+
+def test_a_part_reads_the_batch_size_from_the_values_at_its_begin():
+    graph = capture(Token().eval(), IMAGES)
+    part = between(graph, "conv", "linear_1")
+    assert [node.op for node in part.graph.nodes].count("placeholder") == 1
+    for count in (1, 3):
+        images = torch.randn(count, 3, 6, 6)
+        assert torch.equal(part(graph.conv(images)), graph(images))
+
+
 def test_an_empty_part_and_a_replaced_module():
     graph = capture(Small().eval(), IMAGES)
     values = torch.randn(2, 4, 6, 6)

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest, quantizers_disabled
 from tersor.quantization.grid import Grid
 
 
@@ -23,3 +24,67 @@ def test_a_state_dict_restores_whether_the_range_still_moves(active):
     assert loaded.is_trained is active
     loaded(torch.tensor([-8.0, 8.0]))
     assert (float(loaded.observer.high) > 1) is active
+
+
+def test_the_range_of_activations_follows_running_means_in_training_only():
+    quantizer, values = tracking(), torch.tensor([-3.0, 0.5, 2.0])
+    quantizer(values)
+    assert (float(quantizer.observer.low), float(quantizer.observer.high)) == pytest.approx((-1.2, 1.1))
+    assert float(quantizer.scale) == pytest.approx(2.3 / 255)
+    assert int(quantizer.zero_point) == round(1.2 * 255 / 2.3)
+    for run in (lambda: quantizer(values, moved=True), lambda: quantizer.eval()(values)):
+        run()
+        assert float(quantizer.observer.low) == pytest.approx(-1.2)
+
+
+def test_nothing_is_rounded_before_the_grid_is_set_and_with_quantizers_disabled():
+    first, second, values = FakeQuantize(Grid.signed(2)), FakeQuantize(Grid.signed(2)), torch.tensor([0.2, 0.8, -5.0])
+    assert first(values) is values
+    first.set_grid(torch.tensor(0.5))
+    assert first(values).tolist() == [0.0, 0.5, -0.5]
+    with quantizers_disabled(nn.Sequential(first, second)):
+        assert first(values) is values
+    assert (first.enabled, second.enabled) == (True, False)
+    loaded = FakeQuantize(Grid.signed(8))
+    loaded.load_state_dict(first.state_dict())
+    assert (loaded.enabled, loaded.grid) == (True, Grid.signed(2))
+
+
+def test_the_grid_of_a_weight_spans_the_same_share_of_its_range_while_it_trains():
+    weight = torch.tensor([[4.0, -8.0], [0.0, 0.0], [3.0, 7.0]])
+    quantizer = FakeQuantize(Grid.signed(4), channels=3).track_weight()
+    quantizer.set_grid(torch.tensor([4 / 7, 2.0, 1.0]))
+    quantizer.measure_share(weight)
+    assert quantizer.observer.share.tolist() == pytest.approx([0.5, 1.0, 1.0])
+    assert not quantizer.is_trained
+    quantizer.follow_weight(torch.tensor([[1.0, 14.0], [7.0, 0.0], [-21.0, 7.0]]))
+    assert quantizer.scale.tolist() == pytest.approx([1.0, 1.0, 3.0])
+
+
+def test_a_learned_step_and_offset():
+    quantizer = FakeQuantize(Grid.unsigned(4), channels=2)
+    quantizer.set_grid(torch.tensor([0.5, 2.0]), torch.tensor([3, 10]))
+    quantizer.learn_step(offset=True)
+    assert quantizer.is_trained
+    assert quantizer.learned_step.offset.tolist() == [-1.5, -20.0]
+    assert {name for name, _ in quantizer.named_parameters()} == {"scale", "learned_step.offset"}
+    with torch.no_grad():
+        quantizer.scale.copy_(torch.tensor([-1.0, 0.5]))
+        quantizer.learned_step.offset[1] = -4.0
+    quantizer.follow_step()
+    assert 0 < quantizer.scale[0].item() < 1e-6
+    assert quantizer.zero_point.tolist() == [15, 8], "the first is clipped to the grid"
+    quantizer.fix_step()
+    assert not quantizer.is_trained
+    assert not list(quantizer.parameters())
+    assert quantizer.scale[1].item() == 0.5
+
+
+def test_the_running_mean_of_the_largest_value():
+    weights = [torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[4.0, 0.0], [-13.0, 1.0]])]
+    for channels, expected in ((2, ([2.0, 3.0], [2.2, 4.0])), (None, (3.0, 4.0))):
+        running = RunningLargest(channels)
+        for number, (weight, mean) in enumerate(zip(weights, expected, strict=True)):
+            running.follow(weight, first=number == 0)
+            assert running.largest.tolist() == pytest.approx(mean)
+            assert running(weight) is weight

@@ -41,6 +41,12 @@ def test_moves_are_in_steps_of_the_initial_grid():
     assert found["distance"] == pytest.approx([0.125, 0.0625])
 
 
+def test_the_outermost_bins_hold_weights_halfway_to_the_next_point_and_beyond_the_grid():
+    found = drawn({"a": laid(1.5, 2.5, 7.0)}, {"a": laid(1.5, 2.0, 8.0)})["all"]
+    assert {place: count for place, count in enumerate(found["before"]) if count} == {0: 1, 32: 2}
+    assert found["moved"] == [*[None] * 9, pytest.approx(0.5)]
+
+
 def test_some_layers_and_all_weights_are_summarised():
     torch.manual_seed(0)
     before = {f"layer{place}": laid(*torch.randn(10 + place).tolist()) for place in range(300)}

@@ -93,6 +93,24 @@ class Multiplies(nn.Module):
         return self.function(self.inner(images), self.weight)
 
 
+class Applied(nn.Module):
+    """A function of a layer and the images."""
+
+    def __init__(self, layer, function):
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def forward(self, images):
+        return self.function(self.layer, images)
+
+
+class Images(nn.Module):
+    """Any values as images (N, 3, 8, 8)."""
+
+    def forward(self, values):
+        return values.flatten(1)[:, :64].reshape(-1, 1, 8, 8).expand(-1, 3, 8, 8)
+
+
 class Twice(nn.Module):
     """Two inputs of one layer."""
 
@@ -293,3 +311,35 @@ def test_the_list_is_that_of_a_copy_and_of_what_was_saved(tmp_path):
         assert tersor.integer_coverage(other, IMAGES) == expected
     inside = tersor.integer_coverage(nn.Sequential(nn.Identity(), quantized), IMAGES)
     assert [(each.name, each.reason) for each in inside.operators] == [("1.2", TRANSPOSED)]
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (nn.Conv2d(3, 3, 1), "it is called from within Sequential, which is not traced"),
+        (SameConv(3, 3, 3), "SameConv is a subclass with its own forward"),
+        (nn.ConvTranspose2d(3, 3, 1), TRANSPOSED),
+        (
+            Applied(nn.GRU(8, 8, batch_first=True), lambda layer, x: layer(x[:, 0])[0]),
+            "recurrent layers are not supported",
+        ),
+        (Applied(nn.Bilinear(8, 8, 8), lambda layer, x: layer(x, x)), "Bilinear is not supported"),
+        (
+            Applied(nn.Linear(8, 8), lambda layer, x: x @ layer.weight),
+            "the forward of Applied reads the weights directly",
+        ),
+    ],
+)
+def test_reasons_of_modules_outside_of_the_captured_network(first, reason):
+    around_it = nn.Sequential(copy.deepcopy(first), nn.Identity(), nn.ReLU())
+    quantized = PTQ().attach(around(nn.Conv2d(8, 8, 1)), AttachContext(data=[IMAGES])).model
+    covered = integer_coverage(nn.Sequential(around_it, Images(), quantized), IMAGES, planned=True)
+    assert [each.reason for each in covered.operators] == [reason]
+    assert covered.operators[0].name.startswith("0.0")
+
+
+def test_a_layer_with_hooks_in_a_captured_network_is_named():
+    network = PTQ(exclude=("2",)).attach(around(nn.Conv2d(8, 8, 1)), AttachContext(data=[IMAGES])).model
+    network.get_submodule("2").register_forward_hook(lambda _module, _inputs, output: output)
+    (left,) = integer_coverage(network, IMAGES, planned=True).operators
+    assert (left.name, left.reason) == ("2", "forward hooks are registered on it")

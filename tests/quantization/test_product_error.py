@@ -29,8 +29,9 @@ TARGET = Target(runtime="onnxruntime", cpu="vnni")
 class Attention(nn.Module):
     """Two heads; the first attends with `sharpness`, the second to all 196 positions (1.3 steps of 1 / 255 each)."""
 
-    def __init__(self, sharpness=1.0, width=32):
+    def __init__(self, sharpness=1.0, width=32, moved=lambda weights: weights):
         super().__init__()
+        self.moved = moved
         torch.manual_seed(0)
         self.patches, self.qkv, self.out = nn.Conv2d(3, 16, 1), nn.Linear(16, 6 * width), nn.Linear(2 * width, 16)
         self.head = nn.Linear(16, 4)
@@ -39,7 +40,7 @@ class Attention(nn.Module):
     def forward(self, images):
         tokens = self.patches(images).flatten(2).mT
         q, k, v = self.qkv(tokens).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.mT * self.factors).softmax(-1)
+        weights = self.moved((q @ k.mT * self.factors).softmax(-1))
         return self.head((tokens + self.out((weights @ v).transpose(1, 2).flatten(2))).mean(1))
 
 
@@ -86,19 +87,24 @@ def test_a_product_that_rounding_distorts_stays_in_float():
     assert "quantizers.softmax" not in quantizers.activations
 
 
-def test_the_error_is_that_of_the_two_products():
-    graph = quantized(Attention().eval())
-    softmax = graph.get_submodule("quantizers.softmax")
-    softmax.set_grid(torch.tensor(1 / 255))
-    operands = {}
-    hook = softmax.register_forward_hook(lambda _, inputs, output: operands.update(exact=inputs[0], rounded=output))
+@pytest.mark.parametrize(
+    ("moved", "rounded"),
+    [(lambda weights: weights, "softmax"), (lambda weights: weights.mT.contiguous(), "m_t_2")],
+    ids=["as they are", "moved behind the quantizer"],
+)
+def test_the_error_is_that_of_the_two_products(moved, rounded):
+    graph = quantized(Attention(moved=moved).eval())
+    quantizer = graph.get_submodule(f"quantizers.{rounded}")
+    quantizer.set_grid(torch.tensor(1 / 255))
+    operands = []
+    hook = quantizer.register_forward_hook(lambda _, inputs, output: operands.append((inputs[0], output)))
     with evaluating(graph), torch.no_grad():
         graph(IMAGES)
         _, _, values = graph.qkv(operands_of(graph)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
     hook.remove()
     values = graph.get_submodule("quantizers.qkv")(values)
-    exact, rounded = operands["exact"] @ values, operands["rounded"] @ values
-    expected = ((rounded - exact).square().sum((2, 3)) / exact.square().sum((2, 3))).mean()
+    exact, product = (each @ values for each in operands[0])
+    expected = ((product - exact).square().sum((2, 3)) / exact.square().sum((2, 3))).mean()
     errors = product_errors(find_quantizers(graph), IMAGES, always={"quantizers.qkv"})
     (name,) = [name for name in errors if name.endswith("matmul_1")]
     assert errors[name] == pytest.approx(float(expected), rel=1e-3)

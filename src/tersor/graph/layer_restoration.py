@@ -157,7 +157,6 @@ class _Restoration:
                 total = self.graph.call_function(torch.ops.aten.add.Tensor, (call, added))
             total.meta = dict(call.meta)
             call.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-            _move_behind(total, added)
 
     def _put(
         self, node: fx.Node, given: dict[str, Any], layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None
@@ -278,13 +277,3 @@ def _empty(kind: type[nn.Module], *positional: Any, **options: Any) -> Any:
     """A module without memory for its tensors, which are assigned afterwards."""
     with torch.device("meta"):
         return cast("Any", kind(*positional, **options))
-
-
-def _move_behind(node: fx.Node, other: fx.Node) -> None:
-    """Move `node` behind `other` if `other` comes later in the graph; all users of `node` come after both."""
-    for each in node.graph.nodes:
-        if each is node:
-            other.append(node)
-            return
-        if each is other:
-            return

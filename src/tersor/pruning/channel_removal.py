@@ -188,16 +188,14 @@ def _shrink_transposed(layer: _ConvNd, channels: dict[str, tuple[int, ...]]) -> 
 
 def _shrink_per_channel(module: nn.Module, removed: tuple[int, ...]) -> None:
     tensors = [each for each in [*module.parameters(), *module.buffers()] if each.numel() > 1]
-    mask = _remaining(tensors[0].numel(), removed)
+    mask = _remaining(len(tensors[0]), removed)
     for tensor in tensors:
-        _select(tensor, next(axis for axis, size in enumerate(tensor.shape) if size > 1), mask)
+        _select(tensor, 0, mask)
     width = int(mask.sum())
     if isinstance(module, nn.GroupNorm):
         module.num_groups = int(mask.reshape(module.num_groups, -1).any(1).sum())
     attributes: dict[str, Any] = dict.fromkeys(("num_features", "num_channels", "num_parameters"), width)
     attributes["normalized_shape"] = (width,)
-    if isinstance(shape := getattr(module, "shape", None), tuple):  # of a scale that is reshaped
-        attributes["shape"] = tuple(width if size == len(mask) else size for size in shape)
     for name, size in attributes.items():
         if hasattr(module, name):
             setattr(module, name, size)

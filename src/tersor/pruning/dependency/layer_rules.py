@@ -77,11 +77,9 @@ def per_channel(propagation: ChannelPropagation, call: Call) -> Any:
     own = [each for each in [*layer.parameters(), *layer.buffers()] if each.numel() > 1]
     if not own:
         return tensor
-    sizes = {size for each in own for size in each.shape if size > 1}
-    with_parts = any(layer.children()) and not isinstance(layer, _BatchNorm)  # timm's has an activation inside
-    if len(sizes) > 1 or any(each.numel() != max(each.shape) for each in own) or with_parts:
+    if any(each.ndim > 1 for each in own) or len({len(each) for each in own}) > 1:
         return propagation.freeze(call)
-    axis = _channel_axis(layer, tensor, sizes.pop())
+    axis = _channel_axis(layer, tensor, len(own[0]))
     if axis is None:
         return propagation.freeze(call)
     ids = propagation.bind(str(call.node.target), "out", tensor.ids[axis])
