@@ -98,19 +98,25 @@ def pick(
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,
 ) -> None:
-    """Pick another point of the Pareto front, without training."""
+    """Pick another point of the Pareto front, without training. Without limits: list the front."""
     from tersor.search.compression_budget import Budget, parse_latency, parse_size
     from tersor.search.folder import read_front
     from tersor.search.result import Result
 
     console = Console()
-    budget = Budget(max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None)
     numbers = read_front(folder)
+    if max_drop is None and not latency and not size:
+        budget, shown = Budget.of_numbers(numbers.limits), numbers.points
+    else:
+        budget = Budget(max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None)
+        shown = []
     choice = Result(folder, numbers).pick(budget)
-    console.print(f"budget: {budget}", highlight=False)
+    console.print(f"budget{' of the search' if shown else ''}: {budget}", highlight=False)
     if choice.shortfall:
         console.print(f"No point meets the budget. Closest point: {choice.shortfall}", highlight=False)
-    console.print(front_table(numbers.model_copy(update={"points": [choice.point], "best": choice.point.name})))
+    console.print(
+        front_table(numbers.model_copy(update={"points": shown or [choice.point], "best": choice.point.name}))
+    )
     console.print(f"written: {choice.export(out)}" if out else f"file: {choice.file}", highlight=False)
 
 
@@ -130,7 +136,8 @@ def _function_in_file(name: str) -> str:
 def front_table(front: Front) -> Table:
     """The free baselines and the Pareto front, from the fastest to the slowest."""
     sizes = list(front.points[0].latency_ms)
-    title = f"{front.machine.cpu}, {front.machine.threads} threads, {front.minutes_used:.1f} minutes"
+    threads = f"{front.machine.threads} thread{'' if front.machine.threads == 1 else 's'}"
+    title = f"{front.machine.cpu}, {threads}, {front.minutes_used:.1f} minutes"
     table = Table(
         title=title,
         title_justify="left",

@@ -7,10 +7,11 @@ import json
 import numpy as np
 import torch
 
-from tersor.evaluation.results import Machine, Speedup
+from tersor.evaluation.results import Machine
 from tersor.report.analysis.predictions import png
+from tersor.search.candidate import Candidate
 from tersor.search.folder import Front
-from tersor.search.front import Point, front
+from tersor.search.front import BaselineSpeedup, Point, front
 
 SIZES = (1, 128)
 CLASSES = ["cat", "dog", "</script><script>alert(1)</script>"]
@@ -24,6 +25,10 @@ def point(name, validation, ms, **more):
     return Point(**(defaults | given | {"validation": validation} | more))
 
 
+def _speedup():
+    return BaselineSpeedup(baseline="original-8bit", value=1.7, low=1.6, high=1.8, n=9, groups=3)
+
+
 def front_of(trials=199):
     drawn = np.random.default_rng(0)
     baselines = [
@@ -35,7 +40,7 @@ def front_of(trials=199):
     for number in range(trials):
         ms = float(drawn.uniform(0.2, 2.5))
         validation = 94 - 12 * max(0.0, 1 - ms) ** 2 - float(drawn.uniform(0, 3))
-        description = f"original, {number} branches removed, 8 bits"
+        description = str(Candidate(branches=number))
         family = FAMILIES[number % len(FAMILIES)]
         points.append(point(f"t{number}", validation, ms, description=description, family=family, steps=100))
     points.append(point("best", 93.4, 0.6, description="original, 9 branches removed, 8 bits", family=FAMILIES[0]))
@@ -43,12 +48,12 @@ def front_of(trials=199):
     names = {each.name for each in kept}
     machine = {"cpu": "Some CPU", "cpu_kind": "vnni", "threads": 2, "system": "Linux x86_64", "versions": {}}
     return Front(
-        metric="accuracy", budget="at most 1 points lost", runtime="openvino", mean=None, std=None,
+        metric="accuracy", budget="at most 1 point lost", runtime="openvino", mean=None, std=None,
         limits={"max_drop": 1.0, "latency_ms": {"1": 0.9}, "megabytes": None},
         minutes=45.0, minutes_used=44.0, machine=Machine.model_validate(machine), validation_images=5000,
         validation_error=0.3, test_images=10000, original="original", baselines=baselines, best="best", met=True,
         shortfall="", advice=[], points=kept,
-        speedup={size: Speedup(value=1.7, low=1.6, high=1.8, n=9, groups=3) for size in SIZES},
+        speedup={size: _speedup() for size in SIZES},
         dominated=[each for each in points if each.name not in names], failed={},
     )  # fmt: skip
 

@@ -1,5 +1,7 @@
 """The front, the point that a budget picks, and how budgets are written."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,5 +137,11 @@ def test_impossible_budgets_are_refused(limits):
 
 
 def test_a_budget_in_words():
-    assert str(Budget()) == "at most 1 points lost"
+    assert str(Budget()) == "at most 1 point lost"
+    assert str(Budget(max_drop=2)) == "at most 2 points lost"
     assert str(Budget(latency_ms={1: 2.0}, megabytes=0.5)) == "2 ms at batch 1, 0.5 MB"
+
+
+def test_a_budget_is_read_from_its_numbers():
+    for budget in (Budget(max_drop=2), Budget(latency_ms={1: 2.0, 32: 9.0}), Budget(max_drop=0.5, megabytes=0.5)):
+        assert Budget.of_numbers(json.loads(json.dumps(budget.as_numbers()))) == budget

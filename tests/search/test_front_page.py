@@ -210,7 +210,7 @@ def _pair(browser):
         assert part in browser.value(text), part
     assert browser.value("document.querySelectorAll('#pair img').length") == 24
     browser.value("document.querySelector('#chart circle[data-name=t1]').dispatchEvent(new MouseEvent('mouseenter'))")
-    assert "1 branches removed" in browser.value(f"{id_of('tip')}.textContent")
+    assert "1 branch removed" in browser.value(f"{id_of('tip')}.textContent")
     assert browser.value(f"{id_of('tip')}.hidden") is False
     browser.value("document.querySelector('#chart circle[data-name=t1]').dispatchEvent(new MouseEvent('click'))")
     assert browser.value(f"{id_of('first')}.value + ' ' + {id_of('second')}.value") == "best t1"

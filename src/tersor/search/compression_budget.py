@@ -59,11 +59,22 @@ class Budget:
         latency = {str(size): limit for size, limit in self.latency_ms.items()}
         return {"max_drop": self.points, "latency_ms": latency, "megabytes": self.megabytes}
 
+    @staticmethod
+    def of_numbers(numbers: Mapping[str, Any]) -> Budget:
+        """The budget of `as_numbers`."""
+        latency = {int(size): limit for size, limit in numbers["latency_ms"].items()}
+        return Budget(numbers["max_drop"], latency, numbers["megabytes"])
+
     def __str__(self) -> str:
-        parts = [] if self.points is None else [f"at most {self.points:g} points lost"]
+        parts = [] if self.points is None else [f"at most {in_points(self.points)} lost"]
         parts += [f"{limit:g} ms at batch {size}" for size, limit in self.latency_ms.items()]
         parts += [] if self.megabytes is None else [f"{self.megabytes:g} MB"]
         return ", ".join(parts)
+
+
+def in_points(number: float) -> str:
+    """ "1 point", "0.5 points"."""
+    return f"{number:g} point{'' if number == 1 else 's'}"
 
 
 def _check(name: str, value: object, possible: str, *, zero: bool = False) -> None:

@@ -8,12 +8,12 @@ from functools import partial
 
 from tersor.core.machine import machine
 from tersor.evaluation.latency import measure_latency
-from tersor.evaluation.results import Machine, Speedup
+from tersor.evaluation.results import Machine
 from tersor.evaluation.session import open_session
 from tersor.evaluation.timings import Ratio, Timings
 from tersor.search import search_metric
 from tersor.search.folder import Front
-from tersor.search.front import Point, front, shortfall, violations
+from tersor.search.front import BaselineSpeedup, Point, front, pick, shortfall, violations
 from tersor.search.front_page import write_front_page
 from tersor.search.learning_curves import expected
 from tersor.search.plan import SPEEDUP_SECONDS
@@ -22,15 +22,17 @@ from tersor.search.search_context import Search
 
 _LONGEST = 30.0
 """Seconds of the longest final measurement for each batch size."""
+_MOST_TIMED = 3
+"""Points that are timed at the end, if the first ones turn out slower than others."""
 _MORE_TIME = 3
 """The advice predicts the drop after this multiple of the search time."""
 
 
 def write_front(search: Search, *, finished: bool) -> Front:
     """Write `front.json` and `report.html`; at the end of a search with the speedup."""
-    best = search.choose()
-    kept = front(search.points)
-    speedup = _speedup(search, best) if finished else {}
+    best, kept, speedup = search.choose(), front(search.points), dict[int, BaselineSpeedup]()
+    if finished:
+        best, kept, speedup = _time_best(search, kept)
     names = {point.name for point in kept}
     data = search.bench.experiment.data
     images = len(search.bench.validation.images)
@@ -65,7 +67,30 @@ def write_front(search: Search, *, finished: bool) -> Front:
     return made
 
 
-def _speedup(search: Search, best: Point) -> dict[int, Speedup]:
+def _time_best(search: Search, tested: list[Point]) -> tuple[Point, list[Point], dict[int, BaselineSpeedup]]:
+    """Time the best of the tested points together with the free baselines; returns it, the front, and its speedup.
+
+    Its latency becomes that of the fastest baseline divided by the speedup, so that the two agree. If another point is
+    then better, that one is timed too.
+    """
+    points = {point.name: point for point in tested}
+    baselines = {point.name: point for point in search.folder.state.baselines}
+    timed: dict[str, dict[int, BaselineSpeedup]] = {}
+    allowed = list(points)
+    while (best := pick([points[name] for name in allowed], search.budget, search.reference)).name not in timed:
+        timed[best.name] = speedup = _speedup(search, best)
+        latency = {size: baselines[each.baseline].latency_ms[size] / each.value for size, each in speedup.items()}
+        points[best.name] = best.model_copy(update={"latency_ms": {**best.latency_ms, **latency}})
+        if len(timed) == _MOST_TIMED:
+            allowed = list(timed)
+    search.points = [points.get(point.name, point) for point in search.points]
+    if search.best is None or search.best.name != best.name:
+        search.folder.hand_over(best)
+    search.best = best
+    return best, front(points.values()), timed[best.name]
+
+
+def _speedup(search: Search, best: Point) -> dict[int, BaselineSpeedup]:
     """How much faster the best point is than the fastest free baseline at each batch size, with intervals."""
     sizes = search.measurement.batch_sizes
     fastest = {min(search.folder.state.baselines, key=lambda point: point.latency_ms[size]).name for size in sizes}
@@ -83,23 +108,54 @@ def _speedup(search: Search, best: Point) -> dict[int, Speedup]:
     }
     names = [point.name for point in baselines]
 
-    def speedup_ratio(timings: Timings, size: int) -> list[Ratio]:
-        return [timings.ratio(timings.fastest(names, size), best.name, size)]
+    def speedup_ratio(timings: Timings, size: int) -> Ratio:
+        return timings.ratio(timings.fastest(names, size), best.name, size)
 
     image = search.bench.example(search.candidate_of(best))
     if image.shape != search.bench.example(search.candidate_of(baselines[0])).shape:
         return {}
     left = (search.clock.left - search.evidence_seconds) / len(sizes)
     seconds = min(max(left, SPEEDUP_SECONDS), _LONGEST)
-    timings = measure_latency(openers, image, sizes, ratios=speedup_ratio, seconds=seconds)
-    return {size: Speedup.model_validate(asdict(speedup_ratio(timings, size)[0])) for size in sizes}
+    timings = measure_latency(
+        openers, image, sizes, ratios=lambda timings, size: [speedup_ratio(timings, size)], seconds=seconds
+    )
+    return {
+        size: BaselineSpeedup(baseline=timings.fastest(names, size), **asdict(speedup_ratio(timings, size)))
+        for size in sizes
+    }
 
 
 def advice(search: Search, best: Point) -> list[str]:
     """What to expect of more time, a larger drop or another runtime, if the budget is not met or nothing was gained."""
-    lines = [*_more_time(search, best), *_more_loss(search, best), *_another_runtime(search)]
+    lines = [
+        *_out_of_reach(search, best),
+        *_more_time(search, best),
+        *_more_loss(search, best),
+        *_another_runtime(search),
+    ]
     met = not violations(best, search.budget, search.reference)
     return lines if lines or met else ["No measured network is closer to the budget. Raise several limits."]
+
+
+def _out_of_reach(search: Search, best: Point) -> list[str]:
+    """The exceeded limits of latency and size that no network meets, with the network nearest to each."""
+    lacking = violations(best, search.budget, search.reference)
+    lines: list[str] = []
+    for size, limit in search.budget.latency_ms.items():
+        if f"latency {size}" in lacking:
+            fastest = min(search.points, key=lambda point: point.latency_ms[size])
+            if (least := fastest.latency_ms[size]) > limit:
+                lines.append(
+                    f"Latency: no network reached {limit:g} ms at batch {size}; the fastest is {fastest.description} "
+                    f"with {least:.3g} ms."
+                )
+    limit, smallest = search.budget.megabytes, min(search.points, key=lambda point: point.bytes)
+    if limit is not None and "size" in lacking and smallest.bytes / 1e6 > limit:
+        lines.append(
+            f"Size: no network reached {limit:g} MB; the smallest is {smallest.description} with "
+            f"{smallest.bytes / 1e6:.3f} MB."
+        )
+    return lines
 
 
 def _more_time(search: Search, best: Point) -> list[str]:

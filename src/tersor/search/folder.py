@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tersor.core.errors import InputError
 from tersor.core.files import read_json, replacing, write_file
-from tersor.evaluation.results import Machine, Speedup
-from tersor.search.front import Point
-from tersor.search.plan import Costs
+from tersor.evaluation.results import Machine
+from tersor.search.front import BaselineSpeedup, Point
+from tersor.search.state import VERSION, State, read_state
 
 MODEL, FRONT, RECIPE, STATE, DATABASE, LATENCIES = (
     *("model.onnx", "front.json", "recipe.yaml", "search.json", "study.db", "latencies.json"),
@@ -28,53 +28,7 @@ UNCHANGED = f"{BASELINES}/original.onnx"
 """The file of the original, which no recipe makes."""
 _RIGHT = f"{BASELINES}/original-right.npy"
 _UNTRAINED = f"{TRIALS}/untrained"
-VERSION = 1
-
-
-class Rung(BaseModel):
-    """A rung of the halving.
-
-    Attributes:
-        members: its candidates by name, with the number of their training, from 1.
-        until: seconds used at which it ends; None for the last one, which gets all that is left.
-        planned: the stages of each training that has begun and not ended, as plain data.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    members: dict[str, int]
-    until: float | None = None
-    planned: dict[str, list[dict[str, Any]]] = {}
-
-
-class State(BaseModel):
-    """What a resumed search needs besides its trials.
-
-    Attributes:
-        arguments: the arguments of the search; a resumed search must have the same ones.
-        study: name of the search in its database, which other searches may share.
-        used: seconds used so far.
-        seen: whether the original was trained on the validation images; half of the test images are then used for
-        validation.
-        survey_until: seconds used at which the survey ends.
-        rungs: the rungs of the halving so far.
-        costs: seconds that each kind of work takes.
-        baselines: the measured free baselines.
-        finished: whether the search ended by itself.
-        extended: whether it got more time after that, in which its last candidate is trained further.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    version: int = VERSION
-    arguments: dict[str, str]
-    study: str
-    used: float = 0.0
-    seen: bool | None = None
-    survey_until: float | None = None
-    rungs: list[Rung] = []
-    costs: Costs = Costs()
-    baselines: list[Point] = []
-    finished: bool = False
-    extended: bool = False
+_LOCK = "lock"
 
 
 class Front(BaseModel):
@@ -125,7 +79,7 @@ class Front(BaseModel):
     met: bool
     shortfall: str
     advice: list[str]
-    speedup: dict[int, Speedup] = {}
+    speedup: dict[int, BaselineSpeedup] = {}
     points: list[Point]
     dominated: list[Point]
     failed: dict[str, str]
@@ -143,20 +97,24 @@ class SearchFolder:
         arguments: the arguments of the search.
 
     Raises:
-        InputError: the folder holds something else, or a search with other arguments.
+        InputError: the folder holds something else, or a search with other arguments that has measured something.
     """
 
     def __init__(self, path: Path, arguments: Mapping[str, str]) -> None:
         self.path = path
-        if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / STATE).is_file())):
+        self._created = not path.exists()
+        self._begins_again = False
+        if path.exists() and (not path.is_dir() or (_holds_files(path) and not (path / STATE).is_file())):
             raise InputError(f"{path} already exists and is not overwritten. Choose another folder, or remove it.")
         self.state = State(arguments=dict(arguments), study=f"{path.absolute().name}-{uuid.uuid4().hex[:8]}")
         if (path / STATE).is_file():
-            self.state = _read_state(path / STATE)
-            self._check(arguments)
+            begun = read_state(path / STATE)
+            self._begins_again = not begun.baselines and begun.arguments != self.state.arguments
+            if not self._begins_again:
+                self._check(begun.arguments, arguments)
+                self.state = begun
 
-    def _check(self, arguments: Mapping[str, str]) -> None:
-        begun = self.state.arguments
+    def _check(self, begun: Mapping[str, str], arguments: Mapping[str, str]) -> None:
         changed = [name for name in {**begun, **arguments} if begun.get(name) != arguments.get(name)]
         if changed:
             name = changed[0]
@@ -167,16 +125,19 @@ class SearchFolder:
 
     @contextmanager
     def held(self) -> Generator[None]:
-        """Hold the lock of the folder.
+        """Hold the lock of the folder. A start that fails before there is a `model.onnx` leaves nothing behind.
 
         Raises:
             InputError: another process holds it, or the folder cannot be written.
         """
         try:
-            for folder in (POINTS, TRIALS, BASELINES):
-                (self.path / folder).mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / TRIALS / "lock")
+            (self.path / TRIALS).mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / TRIALS / _LOCK)
             lock.acquire(timeout=0)
+            if self._begins_again:
+                self._clear()
+            for folder in (POINTS, BASELINES):
+                (self.path / folder).mkdir(exist_ok=True)
         except Timeout:
             raise InputError(
                 f"another search is running in {self.path}. Wait until it ends, or choose another folder with --out."
@@ -186,8 +147,24 @@ class SearchFolder:
         try:
             self.save()
             yield
+        except BaseException:
+            if not (self.path / MODEL).is_file():
+                self._clear()
+                lock.release()
+                shutil.rmtree(self.path / TRIALS, ignore_errors=True)
+                if self._created and not any(self.path.iterdir()):
+                    self.path.rmdir()
+            raise
         finally:
             lock.release()
+
+    def _clear(self) -> None:
+        """Remove what a search writes before it has measured anything."""
+        self.remove_trials()
+        for folder in (POINTS, BASELINES):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        for name in (MODEL, STATE, DATABASE, LATENCIES):
+            (self.path / name).unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write the state."""
@@ -275,9 +252,6 @@ def read_front(path: Path) -> Front:
         raise InputError(f"{file} was not written by this version of tersor. Run `tersor compress` again.") from error
 
 
-def _read_state(file: Path) -> State:
-    advice = "Choose another folder with --out."
-    try:
-        return State.model_validate(read_json(file, advice))
-    except ValidationError as error:
-        raise InputError(f"{file} was not written by this version of tersor. {advice}") from error
+def _holds_files(path: Path) -> bool:
+    """Whether a folder has files besides the lock of a search that was killed at its start."""
+    return any(not each.is_dir() and each != path / TRIALS / _LOCK for each in path.rglob("*"))

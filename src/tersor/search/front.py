@@ -8,7 +8,18 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tersor.search.compression_budget import Budget
+from tersor.evaluation.results import Speedup
+from tersor.search.compression_budget import Budget, in_points
+
+
+class BaselineSpeedup(Speedup):
+    """A speedup over the fastest free baseline: the latency of the point with this name, divided by that of a network.
+
+    Attributes:
+        baseline: name of the baseline.
+    """
+
+    baseline: str
 
 
 class Point(BaseModel):
@@ -89,6 +100,30 @@ def violations(point: Point, budget: Budget, original: float) -> dict[str, float
     if budget.megabytes is not None and point.bytes > 1e6 * budget.megabytes:
         lacking["size"] = point.bytes / 1e6 / budget.megabytes
     return lacking
+
+
+def share_of_budget(point: Point, budget: Budget, original: float) -> str:
+    """What a point uses of each limit, in words."""
+    texts: list[str] = []
+    if budget.points is not None:
+        lost = max(0.0, original - point.validation)
+        texts.append(f"{lost:.2f} of {in_points(budget.points)} lost on the validation images")
+    for size, limit in budget.latency_ms.items():
+        texts.append(f"{point.latency_ms[size]:.3g} of {limit:g} ms at batch {size}")
+    if budget.megabytes is not None:
+        texts.append(f"{point.bytes / 1e6:.3f} of {budget.megabytes:g} MB")
+    return ", ".join(texts)
+
+
+def reason(point: Point, budget: Budget, *, met: bool) -> str:
+    """Why `rank` chose a point, in words."""
+    sizes = " and ".join(map(str, point.latency_ms))
+    mean = ", the geometric mean of" if len(point.latency_ms) > 1 else " at"
+    if not met:
+        return "Chosen because it is closest to the budget."
+    if budget.points is None:
+        return "Chosen because it has the best metric on the validation images within the budget."
+    return f"Chosen because it has the lowest latency within the budget{mean} batch {sizes}."
 
 
 def distance(lacking: dict[str, float]) -> float:

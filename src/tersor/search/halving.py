@@ -16,16 +16,15 @@ from typing import Any
 
 from torch import nn
 
-from tersor import recipe as recipes
 from tersor.core.errors import InputError
 from tersor.evaluation.results import StageRecord
 from tersor.recipe import Stage
 from tersor.search.candidate import QUANTIZE, Candidate
-from tersor.search.folder import Rung
 from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
 from tersor.search.promotion import entrants, promoted
 from tersor.search.search_context import Search
 from tersor.search.search_metric import in_percent
+from tersor.search.state import Rung
 from tersor.search.study import Record
 from tersor.search.training_stage import as_made
 
@@ -147,7 +146,7 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
         return
     search.study.add(record)
     del rung.planned[candidate.name]
-    search.add(record.point, recipes.write(search.bench.recipe(candidate, candidate.stages(trained))))
+    search.add(record.point, search.recipe_text(candidate, candidate.stages(trained)))
     search.bar.tell(_described(search, record))
 
 

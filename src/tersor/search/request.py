@@ -28,6 +28,8 @@ _FEW = 2000
 """With fewer training images, a larger share is held out."""
 _VALIDATION, _VALIDATION_OF_FEW = 0.1, 0.25
 _GRAY_SAMPLE = 64
+YOUR_DATA = "your.module:splits"
+"""In the recipes of a search with `Splits`: to be replaced by the user."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _network(request: Request) -> Network:
 
 def _source(request: Request) -> DataSource:
     if isinstance(request.data, Splits):
-        return DataSource(name="your.module:splits", limit=request.limit)
+        return DataSource(name=YOUR_DATA, limit=request.limit)
     text = str(request.data)
     where = {"folder": Path(text)} if Path(text).is_dir() else {"csv" if text.endswith(".csv") else "name": text}
     return DataSource.model_validate({**where, "limit": request.limit})

@@ -57,16 +57,18 @@ class Result:
         return self.numbers.points
 
     def pick(self, budget: Budget | None = None, **limits: object) -> Choice:
-        """The best point for another budget, without new training; the nearest one if none meets it.
+        """The best point for a budget, without new training; the nearest one if none meets it.
 
         Args:
-            budget: the budget.
+            budget: the budget; that of the search by default.
             limits: or its parts: `max_drop`, `latency_ms`, `megabytes`.
 
         Raises:
             InputError: the budget is not possible, or has a batch size that was not measured.
         """
-        budget = budget or Budget(**limits)  # pyright: ignore[reportArgumentType]
+        if budget is None:
+            own = Budget.of_numbers(self.numbers.limits)
+            budget = Budget(**limits) if limits else own  # pyright: ignore[reportArgumentType]
         measured = set(self.front[0].latency_ms)
         if unknown := set(budget.latency_ms) - measured:
             raise InputError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tersor import recipe as recipes
 from tersor.core.progress import ProgressReporter
 from tersor.evaluation.multiply_peak import INTEGERS
+from tersor.recipe import Stage
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import Measurement
@@ -18,11 +20,22 @@ from tersor.search.compression_budget import Budget
 from tersor.search.folder import SearchFolder
 from tersor.search.front import Point, front, pick, rank
 from tersor.search.plan import Clock
+from tersor.search.request import YOUR_DATA
 from tersor.search.study import Record, Study
 from tersor.search.workbench import Exported, Workbench
 
 _KEPT_EVERY = 10.0
 """Seconds between two writes of the used time, from which a killed search resumes."""
+
+
+_MODEL = """\
+# The network came from Python. Before `tersor run`, write a function that builds it and the file of its weights:
+# {key}: {{name: package.module:function, weights: FILE}}
+"""
+_DATA = """\
+# The images came from Python. Before `tersor run`, write their folder, or a function that returns them, under data:
+# folder: PATH, or name: package.module:function
+"""
 
 
 class TimeBar:
@@ -152,6 +165,18 @@ class Search:
             size, milliseconds = next(iter(point.latency_ms.items()))
             self.bar.values = {"best": point.validation, f"ms at batch {size}": milliseconds}
         self.save()
+
+    def recipe_text(self, candidate: Candidate, stages: Sequence[Stage]) -> str:
+        """The recipe of a candidate. Comments name what a search that was started in Python cannot write."""
+        recipe, shared = self.bench.recipe(candidate, stages), self.bench.experiment
+        comments = ""
+        if shared.recipe.model.weights is None:
+            comments += _MODEL.format(key="model" if candidate.inherits else "teacher")
+        if recipe.data.name == YOUR_DATA:
+            known = {"channels": shared.data.train.channels, "mean": shared.data.mean, "std": shared.data.std}
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=known)})
+            comments += _DATA
+        return comments + recipes.write(recipe)
 
     def candidate_of(self, point: Point) -> Candidate:
         """The candidate that a point was made from; the original for its baselines."""

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tersor import recipe as recipes
 from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
 from tersor.evaluation.multiply_peak import INTEGERS
@@ -146,7 +145,7 @@ def _measured(search: Search, original: Path, integers: Path | None) -> list[Poi
 
 def _add_free(search: Search, point: Point) -> None:
     candidate = Candidate()
-    search.add(point, recipes.write(search.bench.recipe(candidate, (candidate.rounding,))))
+    search.add(point, search.recipe_text(candidate, (candidate.rounding,)))
     if point.name == candidate.name and search.study.find(candidate) is None:
         search.study.add(Record(candidate=candidate.parameters, rung=0, point=point))
 
@@ -219,7 +218,7 @@ def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record 
     if store:
         search.study.add(record)
     if usable:
-        search.add(record.point, recipes.write(search.bench.recipe(candidate, candidate.stages(()))))
+        search.add(record.point, search.recipe_text(candidate, candidate.stages(())))
     return record
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from tersor.report.verdict import RUNTIMES, describe_speedup
+from tersor.search.compression_budget import Budget
 from tersor.search.folder import Front
+from tersor.search.front import reason, share_of_budget
 
 
 def verdict_lines(front: Front) -> list[str]:
-    """The gain over the fastest free baseline, the limits that are exceeded, and advice."""
+    """The gain over the fastest free baseline, the share of the budget, why the network was chosen, and advice."""
     best, original = front.point(front.best), front.point(front.original)
     split, after, before = ("test", best.test, original.test)
     if after is None or before is None:
@@ -16,14 +19,15 @@ def verdict_lines(front: Front) -> list[str]:
     if best.free:
         first = f"{best.description}: {metric}, {smaller}. No faster network was found within the budget."
     else:
-        faster = " and ".join(
-            f"{ratio.value:.2f} times faster at batch {size}" for size, ratio in front.speedup.items()
-        )
-        gained = f"{faster} than the fastest free baseline, " if faster else ""
-        first = f"{best.description}: {gained}{smaller}, {metric}."
-    lines = [first]
-    if not front.met:
-        lines.append(f"This network does not meet the budget ({front.budget}): {front.shortfall}.")
+        first = f"{best.description}: {', '.join([*_speedups(front), smaller, metric])}."
+    budget = Budget.of_numbers(front.limits)
+    lines = [
+        first,
+        f"Meets the budget: {share_of_budget(best, budget, original.validation)}."
+        if front.met
+        else f"This network does not meet the budget ({front.budget}): {front.shortfall}.",
+        reason(best, budget, met=front.met),
+    ]
     images = f"{front.validation_images} validation images"
     if best.name == original.name:
         lines.append(f"One standard error of the metric is {front.validation_error:.2f} points ({images}).")
@@ -31,3 +35,19 @@ def verdict_lines(front: Front) -> list[str]:
         change = best.validation - original.validation
         lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
     return [*lines, *front.advice]
+
+
+def _speedups(front: Front) -> list[str]:
+    """The speedups with their intervals, grouped by the baseline that they are over."""
+    gains: dict[str, list[str]] = {}
+    for size, ratio in front.speedup.items():
+        gains.setdefault(ratio.baseline, []).append(f"{describe_speedup(ratio)} at batch {size}")
+    return [
+        f"{' and '.join(texts)} compared with {_named(front, name)}, the fastest free baseline"
+        for name, texts in gains.items()
+    ]
+
+
+def _named(front: Front, name: str) -> str:
+    point = front.point(name)
+    return f"{point.description} ({RUNTIMES[point.runtime]}, {point.precision})"

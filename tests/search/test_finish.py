@@ -1,0 +1,91 @@
+"""The end of a search: the final measurement, the verdict, and advice for limits that are out of reach."""
+
+import pytest
+from front_samples import front_of
+
+from search_fakes import run, searching
+from tersor.search import finish
+from tersor.search.compression_budget import Budget
+from tersor.search.finish import write_front
+from tersor.search.front import BaselineSpeedup, pick
+from tersor.search.verdict_line import verdict_lines
+
+SIZES = (1, 128)
+
+
+def timed_as(values):
+    """A final measurement: the speedup over the original in 8 bits by the name of the point, and the names it timed."""
+    names = []
+
+    def speedup(search, best):
+        names.append(best.name)
+        if best.free:
+            return {}
+        value = values(best)
+        ratio = {"value": value, "low": 0.9 * value, "high": 1.1 * value, "n": 9, "groups": 3}
+        return {size: BaselineSpeedup(baseline="original-8bit", **ratio) for size in SIZES}
+
+    return speedup, names
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_the_table_has_the_latency_of_the_final_measurement(tmp_path, monkeypatch):
+    speedup, names = timed_as(lambda point: 1.2 / point.latency_ms[1])
+    search = searching(tmp_path / "out")
+    monkeypatch.setattr(finish, "_speedup", speedup)
+    made = run(search)
+    best, baseline = made.point(made.best), made.point("original-8bit")
+    assert names == [best.name]
+    assert not best.free
+    for size in SIZES:
+        assert baseline.latency_ms[size] / best.latency_ms[size] == pytest.approx(made.speedup[size].value)
+    assert best in made.points
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_a_point_that_turns_out_slower_than_another_is_not_handed_over(tmp_path, monkeypatch):
+    search = searching(tmp_path / "out")
+    made = run(search)
+    first = made.best
+    speedup, names = timed_as(lambda point: 0.01 if point.name == first else 1 / point.latency_ms[1])
+    monkeypatch.setattr(finish, "_speedup", speedup)
+    again = write_front(search, finished=True)
+    assert names[0] == first
+    assert again.best == names[-1] != first
+    assert pick(again.points, search.budget, search.reference).name == again.best
+    out = search.folder.path
+    assert (out / "model.onnx").read_text() == (out / again.point(again.best).file).read_text()
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_the_advice_names_limits_that_no_network_reached(tmp_path):
+    search = searching(tmp_path / "out", minutes=0.1, budget=Budget(latency_ms={1: 1e-6, 128: 1e6}, megabytes=1e-6))
+    advice = "\n".join(run(search).advice)
+    assert "Latency: no network reached 1e-06 ms at batch 1; the fastest is " in advice
+    assert "Size: no network reached 1e-06 MB; the smallest is " in advice
+    assert "batch 128" not in advice
+
+
+def test_the_headline_names_the_baseline_and_has_intervals():
+    made = front_of(3)
+    headline = verdict_lines(made)[0]
+    assert headline.startswith(
+        "original, 9 branches removed, 8 bits: 1.7x faster (1.6 to 1.8) at batch 1 and 1.7x faster (1.6 to 1.8) at "
+        "batch 128 compared with original-8bit (OpenVINO, int8), the fastest free baseline, "
+    )
+
+
+def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_chosen():
+    limits = {"max_drop": 1.0, "latency_ms": {"1": 0.9}, "megabytes": 0.5}
+    lines = verdict_lines(front_of(3).model_copy(update={"limits": limits}))
+    assert lines[1:3] == [
+        "Meets the budget: 0.60 of 1 point lost on the validation images, 0.6 of 0.9 ms at batch 1, 0.120 of 0.5 MB.",
+        "Chosen because it has the lowest latency within the budget, the geometric mean of batch 1 and 128.",
+    ]
+    limits["max_drop"] = None
+    lines = verdict_lines(front_of(3).model_copy(update={"limits": limits}))
+    assert "best metric on the validation images within the budget" in lines[2]
+    missed = {"met": False, "shortfall": "it takes 0.6 ms at batch 1, 2.00 times the limit"}
+    lines = verdict_lines(front_of(3).model_copy(update=missed))
+    assert lines[1].startswith("This network does not meet the budget")
+    assert lines[2] == "Chosen because it is closest to the budget."
