@@ -81,8 +81,11 @@ def compress(
             )
         except KeyboardInterrupt:
             again = f"tersor {shlex.join(sys.argv[1:])}"
-            message = f"interrupted. The best network so far is {out / 'model.onnx'}. To resume: {again}"
-            Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+            file = out / "model.onnx"
+            best = f"The best network so far is {file}" if file.is_file() else "No network is exported yet"
+            Console(stderr=True).print(
+                f"interrupted. {best}. To resume: {again}", highlight=False, markup=False, soft_wrap=True
+            )
             raise typer.Exit(_INTERRUPTED) from None
     from tersor.search.verdict_line import verdict_lines
 

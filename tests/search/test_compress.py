@@ -183,6 +183,7 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("tersor.search.compress"), "compress", pressed)
+    (tmp_path / MODEL).touch()
     arguments = ["compress", "net.py:make", "--weights", "w.safetensors", "--data", "digits", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["tersor", *arguments])
     with pytest.raises(SystemExit) as stopped:
