@@ -12,10 +12,11 @@ from tersor.core.errors import InputError
 from tersor.search import survey as surveys
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
-from tersor.search.folder import MODEL, RECIPE, Rung, SearchFolder, read_front
+from tersor.search.folder import MODEL, RECIPE, SearchFolder, read_front
 from tersor.search.plan import Clock
 from tersor.search.search_context import TimeBar
 from tersor.search.space import Space
+from tersor.search.state import Rung
 from tersor.search.survey import describe_range, feasible_range, space_of, survey
 
 
@@ -24,6 +25,7 @@ def test_the_state_is_read_again_and_belongs_to_its_arguments(tmp_path):
     with folder.held():
         folder.state.rungs.append(Rung(members={"x": 1}, until=5.0))
         folder.state.seen = True
+        folder.state.baselines = [baseline("original", 90.0, 2.0, "float32")]
         folder.save()
         again = SearchFolder(tmp_path / "out", {"budget": "a"})
         with pytest.raises(InputError, match="another search is running"), again.held():

@@ -106,8 +106,15 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
 
 def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
-    assert finish.advice(search, search.original) == ["More time: no candidate could be trained in the given time."]
-    add(search, Candidate(branches=3), 1, 80.0, 0.5, seconds=40.0)
+    out_of_reach = "Size: no network reached 0.1 MB; the smallest is original with 0.200 MB."
+    assert finish.advice(search, search.original) == [
+        out_of_reach, "More time: no candidate could be trained in the given time."
+    ]  # fmt: skip
+    small = add(search, Candidate(branches=3), 1, 80.0, 0.5, seconds=40.0).point
+    search.points = [search.original, small.model_copy(update={"bytes": 150_000})]
+    (out_of_reach,) = finish.advice(search, search.original)
+    assert out_of_reach == f"Size: no network reached 0.1 MB; the smallest is {small.description} with 0.150 MB."
+    search.points = [search.original, small.model_copy(update={"bytes": 100_000})]
     assert finish.advice(search, search.original) == [
         "No measured network is closer to the budget. Raise several limits."
     ]
