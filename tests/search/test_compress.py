@@ -169,15 +169,6 @@ def test_pick_on_the_command_line(without_time, tmp_path, monkeypatch, capfd):
     assert "budget: at most 100 points lost" in capfd.readouterr().out
 
 
-def test_a_recipe_of_a_search_in_python_says_what_to_write(without_time, few):
-    file = without_time[0].folder / "baselines" / RECIPE
-    text = file.read_text()
-    assert "# model: {name: package.module:function, weights: FILE}" in text
-    assert "# folder: PATH, or name: package.module:function" in text
-    data = recipe.read(file).data
-    assert (data.channels, data.mean, data.std) == (3, few.mean, few.std)
-
-
 def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
