@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor.core.errors import InputError
 from tersor.core.target import Runtime
 from tersor.progress_bars import Bars
 
@@ -38,6 +39,12 @@ def compress(
     metric: Annotated[
         str | None, typer.Option(help="package.module:function of (outputs, targets) that returns 0 to 1")
     ] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="channels of the images, 1 for grey ones [default: 3]")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45")] = None,
+    std: Annotated[str | None, typer.Option(help="standard deviation of each channel: 0.25,0.24,0.26")] = None,
+    image_size: Annotated[str | None, typer.Option(help="size of the images: 224, or height,width")] = None,
     time: Annotated[str, typer.Option(help="search time: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
     pixels: Annotated[list[int] | None, typer.Option(help="another image size to try")] = None,
@@ -70,6 +77,10 @@ def compress(
                 task=task,
                 loss=_imported(loss),
                 metric=_imported(metric),
+                channels=channels,
+                mean=_numbers("--mean", mean),
+                std=_numbers("--std", std),
+                image_size=_image_size(image_size),
                 students=[_function_in_file(each) for each in student or []],
                 pixels=pixels or [],
                 augment=augment,
@@ -119,6 +130,24 @@ def _imported(name: str | None) -> Any:
     from tersor.core.import_path import import_function
 
     return None if name is None else import_function(_function_in_file(name))
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    """The numbers of `0.49,0.48,0.45`."""
+    try:
+        return None if text is None else [float(each) for each in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} is '{text}'. Write numbers with commas between them.") from None
+
+
+def _image_size(text: str | None) -> int | list[int] | None:
+    """The pixels of `224` or `160,224`."""
+    numbers = _numbers("--image-size", text)
+    if numbers is None:
+        return None
+    if not all(each.is_integer() for each in numbers):
+        raise InputError(f"--image-size is '{text}'. Write whole numbers of pixels.")
+    return int(numbers[0]) if len(numbers) == 1 else [int(each) for each in numbers]
 
 
 def _function_in_file(name: str) -> str:

@@ -1,0 +1,67 @@
+"""The images of a search: how many channels they have, and how they are normalized."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.core.progress import NO_PROGRESS
+from tersor.data import load
+from tersor.search.request import Request, experiment_of
+
+
+def grey_net():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eight grey images of 16x16 pixels in two classes, in train and in test."""
+    path = tmp_path_factory.mktemp("grey")
+    for number in range(16):
+        place = path / ("train", "test")[number % 2] / str(number // 2 % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16), 16 * number, np.uint8)).save(place / f"{number}.png")
+    return path
+
+
+def request(data, **options):
+    standard = {"weights": None, "runtime": "onnxruntime", "students": (), "pixels": (), "augment": None}
+    standard |= {"limit": None, "seed": 0, "task": "classification"}
+    return Request(**{"model": grey_net(), "data": data, **standard, **options})
+
+
+def test_grey_images_are_read_with_one_channel(folder):
+    experiment = experiment_of(request(folder, channels=1, mean=(0.4,), std=(0.2,), image_size=8), NO_PROGRESS)
+    assert (experiment.data.train.channels, experiment.data.train.size) == (1, (8, 8))
+    assert (experiment.data.mean, experiment.data.std) == ((0.4,), (0.2,))
+    source = experiment.recipe.data
+    assert (source.channels, source.mean, source.std, source.image_size) == (1, (0.4,), (0.2,), 8), "for `tersor run`"
+
+
+def test_a_grey_network_on_rgb_images_names_the_option(folder):
+    with pytest.raises(InputError, match=r"It takes images \(N, 1, H, W\).*--channels 1 for `tersor compress`"):
+        experiment_of(request(folder), NO_PROGRESS)
+
+
+def test_images_of_a_function_keep_their_channels(folder, monkeypatch):
+    images = load(folder=folder, channels=1, validation=0.25)
+    monkeypatch.setattr("tersor.data.datasets.import_function", lambda _: lambda: images)
+    assert experiment_of(request("my_data:grey"), NO_PROGRESS).recipe.data.channels == 1
+    with pytest.raises(InputError, match=r"1 channel, and 3 are requested. Write channels: 1 in a recipe"):
+        experiment_of(request("my_data:grey", channels=3), NO_PROGRESS)
+    with pytest.raises(InputError, match=r"mean is \[0.5, 0.5\]. Write 1 number in"):
+        experiment_of(request("my_data:grey", mean=(0.5, 0.5), std=(0.5, 0.5)), NO_PROGRESS)
+
+
+def test_options_of_reading_do_not_go_with_images_that_are_read(folder):
+    images = load(folder=folder, channels=1, validation=0.25)
+    assert experiment_of(request(images), NO_PROGRESS).recipe.data.channels == 1
+    with pytest.raises(InputError, match=r"channels, image_size cannot be used .* tersor.data.load"):
+        request(images, channels=1, image_size=8)
+
+
+def test_options_of_reading_belong_to_the_search():
+    assert "channels" not in request("digits").arguments
+    assert request("digits", channels=1, mean=(0.4,), std=(0.2,)).arguments["mean"] == "(0.4,)"
