@@ -2,13 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS
 from tersor.data import load
+from tersor.pipeline.setup import prepare
+from tersor.search.candidate import Candidate
 from tersor.search.request import Request, experiment_of
+from tersor.search.workbench import Workbench
 
 
 def grey_net():
@@ -60,6 +64,15 @@ def test_options_of_reading_do_not_go_with_images_that_are_read(folder):
     assert experiment_of(request(images), NO_PROGRESS).recipe.data.channels == 1
     with pytest.raises(InputError, match=r"channels, image_size cannot be used .* tersor.data.load"):
         request(images, channels=1, image_size=8)
+
+
+def test_the_shipped_students_take_grey_images(folder, tmp_path):
+    experiment = experiment_of(request(folder, channels=1), NO_PROGRESS)
+    bench = Workbench(experiment, {"wide_plain_8": None}, tmp_path, NO_PROGRESS)
+    assert bench.student("wide_plain_8")(torch.zeros(1, 1, 16, 16)).shape == (1, 2)
+    recipe = bench.recipe(Candidate("wide_plain_8"), experiment.recipe.stages)
+    student = recipe.model_copy(update={"teacher": None})
+    assert prepare(student, model=None, data=None, progress=NO_PROGRESS).model.stem[0].conv.in_channels == 1
 
 
 def test_options_of_reading_belong_to_the_search():

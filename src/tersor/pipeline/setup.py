@@ -44,7 +44,9 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
     for network in (recipe.model, recipe.teacher):
         if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
             raise InputError(f"weights file {network.weights} not found. Paths are relative to the working directory.")
-    early = _build(recipe.model, None, recipe.seed) if model is None and recipe.model.num_classes else None
+    channels = data.train.channels if data else recipe.data.channels
+    known = model is None and recipe.model.num_classes
+    early = _build(recipe.model, None, recipe.seed, channels) if known else None
     progress.say("reading images")
     task = recipe.task.build()
     splits = data or load(
@@ -54,7 +56,9 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
     if recipe.target.input == "uint8" and splits.train.largest > 255:
         raise InputError("the images have 16 bits per channel, and target.input is uint8. Write input: normalized.")
     _say_what_has_no_image(splits, progress)
-    network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)
+    network, metadata = (
+        (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed, channels)
+    )
     for path in masked_by_torch(network):
         progress.say(
             f"{path}: the mask of torch.nn.utils.prune was applied to the weight; training can change the masked "
@@ -163,11 +167,11 @@ def _say_what_has_no_image(splits: Splits, progress: ProgressReporter) -> None:
 Built = tuple[nn.Module, dict[str, str]]
 
 
-def _build(network: Network, splits: Splits | None, seed: int) -> Built:
+def _build(network: Network, splits: Splits | None, seed: int, channels: int) -> Built:
     """The network; without a weights file, its random weights depend on `seed` alone."""
     classes = network.num_classes or (len(splits.classes) if splits and splits.classes else None)
     with seeded(seed):
-        built = plain_copy(models.build(network.name, classes), network.name)
+        built = plain_copy(models.build(network.name, classes, channels=channels), network.name)
     if not network.weights:
         return built, {}
     try:
@@ -183,7 +187,7 @@ def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Modul
         return None, {}
     if isinstance(recipe.teacher, str):
         return copy.deepcopy(model).eval(), {}
-    built, metadata = _build(recipe.teacher, splits, recipe.seed)
+    built, metadata = _build(recipe.teacher, splits, recipe.seed, splits.train.channels)
     return plain_copy(built, "the teacher"), metadata
 
 
