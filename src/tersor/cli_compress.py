@@ -69,7 +69,7 @@ def compress(
     with Bars(console) as bars:
         try:
             result = search(
-                _function_in_file(model),
+                model,
                 data,
                 weights=weights,
                 budget=budget,
@@ -81,7 +81,7 @@ def compress(
                 mean=_numbers("--mean", mean),
                 std=_numbers("--std", std),
                 image_size=_image_size(image_size),
-                students=[_function_in_file(each) for each in student or []],
+                students=student or [],
                 pixels=pixels or [],
                 augment=augment,
                 limit=limit,
@@ -129,7 +129,7 @@ def _imported(name: str | None) -> Any:
     """The function of a loss or a metric."""
     from tersor.core.import_path import import_function
 
-    return None if name is None else import_function(_function_in_file(name))
+    return None if name is None else import_function(name)
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -148,12 +148,6 @@ def _image_size(text: str | None) -> int | list[int] | None:
     if not all(each.is_integer() for each in numbers):
         raise InputError(f"--image-size is '{text}'. Write whole numbers of pixels.")
     return int(numbers[0]) if len(numbers) == 1 else [int(each) for each in numbers]
-
-
-def _function_in_file(name: str) -> str:
-    """`package.module:function` for `folder/net.py:function`; other names unchanged."""
-    file, colon, function = name.partition(":")
-    return f"{file.removesuffix('.py').replace('/', '.')}:{function}" if colon and file.endswith(".py") else name
 
 
 def front_table(front: Front) -> Table:

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from recorded_progress import RecordedProgress
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS
 from tersor.data import load
@@ -37,7 +38,9 @@ def request(data, **options):
 
 
 def test_grey_images_are_read_with_one_channel(folder):
-    experiment = experiment_of(request(folder, channels=1, mean=(0.4,), std=(0.2,), image_size=8), NO_PROGRESS)
+    progress = RecordedProgress()
+    experiment = experiment_of(request(folder, channels=1, mean=(0.4,), std=(0.2,), image_size=8), progress)
+    assert "normalization: mean 0.4, std 0.2 (given)" in progress.lines
     assert (experiment.data.train.channels, experiment.data.train.size) == (1, (8, 8))
     assert (experiment.data.mean, experiment.data.std) == ((0.4,), (0.2,))
     source = experiment.recipe.data
@@ -60,8 +63,9 @@ def test_images_of_a_function_keep_their_channels(folder, monkeypatch):
 
 
 def test_options_of_reading_do_not_go_with_images_that_are_read(folder):
-    images = load(folder=folder, channels=1, validation=0.25)
-    assert experiment_of(request(images), NO_PROGRESS).recipe.data.channels == 1
+    images, progress = load(folder=folder, channels=1, validation=0.25, mean=[0.5], std=[0.25]), RecordedProgress()
+    assert experiment_of(request(images), progress).recipe.data.channels == 1
+    assert "normalization: mean 0.5, std 0.25 (from the data)" in progress.lines
     with pytest.raises(InputError, match=r"channels, image_size cannot be used .* tersor.data.load"):
         request(images, channels=1, image_size=8)
 
@@ -71,8 +75,9 @@ def test_the_shipped_students_take_grey_images(folder, tmp_path):
     bench = Workbench(experiment, {"wide_plain_8": None}, tmp_path, NO_PROGRESS)
     assert bench.student("wide_plain_8")(torch.zeros(1, 1, 16, 16)).shape == (1, 2)
     recipe = bench.recipe(Candidate("wide_plain_8"), experiment.recipe.stages)
-    student = recipe.model_copy(update={"teacher": None})
-    assert prepare(student, model=None, data=None, progress=NO_PROGRESS).model.stem[0].conv.in_channels == 1
+    student, progress = recipe.model_copy(update={"teacher": None}), RecordedProgress()
+    assert prepare(student, model=None, data=None, progress=progress).model.stem[0].conv.in_channels == 1
+    assert "(computed from the training images)" in "".join(progress.lines)
 
 
 def test_options_of_reading_belong_to_the_search():

@@ -131,7 +131,8 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
     augment = request.augment or _augmentation(request, data.train)
     recipe = _recipe(request, source.model_copy(update={"augment": augment}))
     model = request.model if isinstance(request.model, nn.Module) else None
-    experiment = prepare(recipe, model=model, data=data, progress=progress)
+    own_mean = isinstance(request.data, Splits)
+    experiment = prepare(recipe, model=model, data=data, progress=progress, own_mean=own_mean)
     task = task_of(experiment.task, request.loss, request.metric) or experiment.task
     experiment = replace(experiment, task=task)
     refuse_other_metrics(experiment.task)
