@@ -18,7 +18,14 @@ class _Rate(TextColumn):
 
 
 class Bars:
-    """A `ProgressReporter` that draws one bar for the current task and prints lines above it."""
+    """A `ProgressReporter` that draws one bar for the current task and prints lines above it.
+
+    with Bars(Console(stderr=True)) as progress:
+        tersor.compress(model, data, progress=progress)
+
+    Args:
+        console: a `rich.console.Console`.
+    """
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(

@@ -60,7 +60,7 @@ def run(
         out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.
         resume: resume the interrupted run of `out`, with the same `model` and `data`; if there is none, start a
             new run.
-        progress: receives the progress.
+        progress: receives the progress; `tersor.progress_bars.Bars` draws it.
 
     Returns:
         The folder.

@@ -90,7 +90,7 @@ def compress(
         image_size: height and width in pixels, or one number for both.
         storage: SQLAlchemy URL of the trials; `study.db` in the folder by default.
         out: the folder, `runs/compress` by default.
-        progress: receives the progress.
+        progress: receives the progress; `tersor.progress_bars.Bars` draws it.
         now: a clock in seconds.
 
     Raises:
