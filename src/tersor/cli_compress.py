@@ -22,13 +22,26 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
+def _points(text: str) -> float:
+    """The number of `--max-drop`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not a number of points. Write a number such as 2.") from None
+
+
+_MaxDrop = Annotated[
+    float | None, typer.Option(parser=_points, metavar="<float>", help="largest allowed drop of the metric, in points")
+]
+
+
 def compress(
     model: Annotated[
         str, typer.Argument(help="trained network: resnet56, timm:NAME, net.py:function, ...", show_default=False)
     ],
     data: Annotated[str, typer.Option(help="image folder or data set", show_default=False)],
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
-    max_drop: Annotated[float | None, typer.Option(help="largest allowed drop of the metric, in points")] = None,
+    max_drop: _MaxDrop = None,
     latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     runtime: Annotated[Runtime, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
@@ -104,7 +117,7 @@ def compress(
 
 def pick(
     folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
-    max_drop: Annotated[float | None, typer.Option(help="largest allowed drop of the metric, in points")] = None,
+    max_drop: _MaxDrop = None,
     latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,

@@ -20,11 +20,10 @@ class _Rate(TextColumn):
 class Bars:
     """A `ProgressReporter` that draws one bar for the current task and prints lines above it.
 
-    with Bars(Console(stderr=True)) as progress:
-        tersor.compress(model, data, progress=progress)
+    It is a context manager: the bars disappear at its end.
 
     Args:
-        console: a `rich.console.Console`.
+        console: where to draw.
     """
 
     def __init__(self, console: Console) -> None:

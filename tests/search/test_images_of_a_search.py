@@ -1,5 +1,7 @@
 """The images of a search: how many channels they have, and how they are normalized."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from recorded_progress import RecordedProgress
+from tersor import cli
 from tersor.core.errors import InputError
 from tersor.core.progress import NO_PROGRESS
 from tersor.data import load
@@ -78,6 +81,31 @@ def test_the_shipped_students_take_grey_images(folder, tmp_path):
     student, progress = recipe.model_copy(update={"teacher": None}), RecordedProgress()
     assert prepare(student, model=None, data=None, progress=progress).model.stem[0].conv.in_channels == 1
     assert "(computed from the training images)" in "".join(progress.lines)
+
+
+def test_a_name_that_is_no_folder_either(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"unknown data name 'dta'.* There is no folder 'dta'\."):
+        experiment_of(request("dta"), NO_PROGRESS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cars").mkdir()
+    with pytest.raises(InputError, match=r"To read the folder 'cars', write folder: cars\."):
+        load(name="cars")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--max-drop", "2%"], "'2%' is not a number of points. Write a number such as 2."),
+        (["--mean", "0.4;0.5"], "--mean is '0.4;0.5'. Write numbers with commas between them."),
+        (["--image-size", "1.5"], "--image-size is '1.5'. Write whole numbers of pixels."),
+    ],
+)
+def test_numbers_on_the_command_line(options, told, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["tersor", "compress", "resnet20", "--weights", "w", "--data", "digits", *options])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert told in " ".join(capfd.readouterr().err.split())
 
 
 def test_options_of_reading_belong_to_the_search():
