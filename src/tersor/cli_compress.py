@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor.core.errors import InputError
 from tersor.core.target import Runtime
 from tersor.progress_bars import Bars
 
@@ -21,13 +22,26 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
+def _points(text: str) -> float:
+    """The number of `--max-drop`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not a number of points. Write a number such as 2.") from None
+
+
+_MaxDrop = Annotated[
+    float | None, typer.Option(parser=_points, metavar="<float>", help="largest allowed drop of the metric, in points")
+]
+
+
 def compress(
     model: Annotated[
         str, typer.Argument(help="trained network: resnet56, timm:NAME, net.py:function, ...", show_default=False)
     ],
     data: Annotated[str, typer.Option(help="image folder or data set", show_default=False)],
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
-    max_drop: Annotated[float | None, typer.Option(help="largest allowed drop of the metric, in points")] = None,
+    max_drop: _MaxDrop = None,
     latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     runtime: Annotated[Runtime, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
@@ -38,6 +52,12 @@ def compress(
     metric: Annotated[
         str | None, typer.Option(help="package.module:function of (outputs, targets) that returns 0 to 1")
     ] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="channels of the images, 1 for grey ones [default: 3]")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45")] = None,
+    std: Annotated[str | None, typer.Option(help="standard deviation of each channel: 0.25,0.24,0.26")] = None,
+    image_size: Annotated[str | None, typer.Option(help="size of the images: 224, or height,width")] = None,
     time: Annotated[str, typer.Option(help="search time: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
     pixels: Annotated[list[int] | None, typer.Option(help="another image size to try")] = None,
@@ -62,7 +82,7 @@ def compress(
     with Bars(console) as bars:
         try:
             result = search(
-                _function_in_file(model),
+                model,
                 data,
                 weights=weights,
                 budget=budget,
@@ -70,7 +90,11 @@ def compress(
                 task=task,
                 loss=_imported(loss),
                 metric=_imported(metric),
-                students=[_function_in_file(each) for each in student or []],
+                channels=channels,
+                mean=_numbers("--mean", mean),
+                std=_numbers("--std", std),
+                image_size=_image_size(image_size),
+                students=student or [],
                 pixels=pixels or [],
                 augment=augment,
                 limit=limit,
@@ -96,7 +120,7 @@ def compress(
 
 def pick(
     folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
-    max_drop: Annotated[float | None, typer.Option(help="largest allowed drop of the metric, in points")] = None,
+    max_drop: _MaxDrop = None,
     latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,
@@ -127,13 +151,25 @@ def _imported(name: str | None) -> Any:
     """The function of a loss or a metric."""
     from tersor.core.import_path import import_function
 
-    return None if name is None else import_function(_function_in_file(name))
+    return None if name is None else import_function(name)
 
 
-def _function_in_file(name: str) -> str:
-    """`package.module:function` for `folder/net.py:function`; other names unchanged."""
-    file, colon, function = name.partition(":")
-    return f"{file.removesuffix('.py').replace('/', '.')}:{function}" if colon and file.endswith(".py") else name
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    """The numbers of `0.49,0.48,0.45`."""
+    try:
+        return None if text is None else [float(each) for each in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} is '{text}'. Write numbers with commas between them.") from None
+
+
+def _image_size(text: str | None) -> int | list[int] | None:
+    """The pixels of `224` or `160,224`."""
+    numbers = _numbers("--image-size", text)
+    if numbers is None:
+        return None
+    if not all(each.is_integer() for each in numbers):
+        raise InputError(f"--image-size is '{text}'. Write whole numbers of pixels.")
+    return int(numbers[0]) if len(numbers) == 1 else [int(each) for each in numbers]
 
 
 def front_table(front: Front) -> Table:

@@ -18,7 +18,13 @@ class _Rate(TextColumn):
 
 
 class Bars:
-    """A `ProgressReporter` that draws one bar for the current task and prints lines above it."""
+    """A `ProgressReporter` that draws one bar for the current task and prints lines above it.
+
+    It is a context manager: the bars disappear at its end.
+
+    Args:
+        console: where to draw.
+    """
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(

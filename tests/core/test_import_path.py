@@ -24,6 +24,13 @@ def test_a_function_in_the_current_folder_is_found(here):
     assert import_function("our_nets_a:build")(4) == 5
 
 
+def test_a_function_is_named_by_its_file_too(here):
+    (here / "nets_d").mkdir()
+    (here / "nets_d" / "our_nets_d.py").write_text("def build():\n    return 3\n")
+    assert is_function_path("nets_d/our_nets_d.py:build")
+    assert import_function("nets_d/our_nets_d.py:build")() == 3
+
+
 def test_a_file_here_never_stands_in_for_an_installed_package(here):
     (here / "safetensors.py").write_text("def save():\n    raise AssertionError\n")
     assert not str(sys.modules.get("safetensors", "")).startswith(str(here))
@@ -37,6 +44,8 @@ def test_a_file_here_never_stands_in_for_an_installed_package(here):
         ("pack age:build", "package.module:function"),
         ("no_such_module_anywhere:build", "no module 'no_such_module_anywhere'"),
         ("json.nothing:loads", "no module 'json.nothing'"),
+        ("no_such_file_anywhere.py:build", "no file 'no_such_file_anywhere.py' in"),
+        ("../other/net.py:build", "the path of a file from the current folder"),
         ("json:laods", "Did you mean 'loads'?"),
         ("json:decoder", "of type module"),
     ],

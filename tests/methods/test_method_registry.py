@@ -90,6 +90,7 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_class_of_the_users_own():
     cls = get("users_own:Mine")
     assert name_of(cls(rate=0.25)) == "users_own:Mine"
+    assert get("users_own.py:Mine") is cls
 
 
 @pytest.mark.usefixtures("users")

@@ -12,7 +12,7 @@ from torch import nn
 
 import tersor
 from recorded_progress import RecordedProgress
-from tersor import cli, cli_compress, models, recipe
+from tersor import cli, models, recipe
 from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
@@ -183,11 +183,6 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
     told = capfd.readouterr().err
     assert f"The best network so far is {tmp_path / 'model.onnx'}" in told
     assert f"tersor {' '.join(arguments)}" in told
-
-
-def test_a_function_in_a_file_is_a_network():
-    assert cli_compress._function_in_file("nets/mine.py:make") == "nets.mine:make"
-    assert cli_compress._function_in_file("timm:resnet18") == "timm:resnet18"
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def test_students_have_the_weights_files_that_were_given(tmp_path):
 
 
 def test_the_experiment_of_a_request(monkeypatch):
-    def prepare(recipe, *, model, data, progress):
+    def prepare(recipe, *, model, data, progress, own_mean):
+        assert not own_mean or recipe.data.name == "your.module:splits"
         return Experiment(recipe, recipe.task.build(), model, model, data, True, True)
 
     monkeypatch.setattr(requests, "prepare", prepare)

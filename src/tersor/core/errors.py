@@ -48,6 +48,11 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
     return next(iter([*swapped, *close]), None)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 channel` or `3 channels`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def unknown(kind: str, name: str, options: Iterable[str]) -> InputError:
     """Return the error for a name that is not among the `options`, with the most similar option."""
     known = sorted(options)

@@ -1,4 +1,4 @@
-"""Import functions that a user names as `package.module:function`."""
+"""Import functions that a user names as `package.module:function` or `folder/file.py:function`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from tersor.core.errors import InputError, nearest, unknown
 
 
 def is_function_path(name: str) -> bool:
-    """Whether `name` has the form `package.module:function`."""
+    """Whether `name` has the form `package.module:function` or `folder/file.py:function`."""
     return ":" in name
+
+
+def module_and_name(path: str) -> tuple[str, str]:
+    """`package.module` and `function` of `package.module:function`, or of `package/module.py:function`."""
+    module, _, name = path.partition(":")
+    return (module.removesuffix(".py").replace("/", ".") if module.endswith(".py") else module), name
 
 
 def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
@@ -31,16 +37,21 @@ def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """Import the function that `path` names; installed modules precede those of the current folder.
+    """Import the function that `path` names, in an installed module or in one of the current folder.
+
+    Installed modules come first.
 
     Exceptions that the user's module raises during import propagate with their traceback.
 
     Raises:
         InputError: the path is malformed, the module cannot be imported, or it has no such function.
     """
-    module_name, _, function_name = path.partition(":")
+    module_name, function_name = module_and_name(path)
     if not all(part.isidentifier() for part in [*module_name.split("."), *function_name.split(".")]):
-        raise InputError(f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build'.")
+        raise InputError(
+            f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build', or "
+            "the path of a file from the current folder, as in 'my_models.py:build'."
+        )
     target: Any = _import_module(module_name, path)
     where = getattr(target, "__file__", None) or "a folder"
     for part in function_name.split("."):
@@ -86,9 +97,10 @@ def _import_module(name: str, path: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise InputError(
-                f"'{path}': there is no module '{error.name}', neither installed nor in {here}."
-            ) from error
+            missing = f"module '{error.name}', neither installed nor"
+            if ".py:" in path:
+                missing = f"file '{path.partition(':')[0]}'"
+            raise InputError(f"'{path}': there is no {missing} in {here}.") from error
         raise InputError(f"'{path}': importing '{name}' failed: {error}.") from error
     except (ImportError, SyntaxError) as error:
         raise InputError(f"'{path}': importing '{name}' failed: {type(error).__name__}: {error}.") from error

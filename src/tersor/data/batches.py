@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.data.augmentation import Augmentation, Named, Transform, augmented, resolve
 from tersor.data.batch import Batch
 from tersor.data.image_sets import Images, Pixels
@@ -73,8 +73,8 @@ class Batches:
             )
         if not len(mean) == len(std) == images.channels:
             raise InputError(
-                f"mean has {len(mean)} and std {len(std)} numbers, and the images have {images.channels} channels. "
-                "Write one of each for each channel."
+                f"mean has {len(mean)} and std {len(std)} numbers, and the images have "
+                f"{counted(images.channels, 'channel')}. Write one of each for each channel."
             )
         self.images = images
         self.batch_size = batch_size

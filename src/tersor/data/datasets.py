@@ -61,7 +61,13 @@ def from_name(name: str, root: Path | None, form: ImageFormat, targets: SceneTar
     if name.lower() in by_name:
         return _from_torchvision(by_name[name.lower()], root, form)
     if name.lower() not in BUNDLED:
-        raise unknown("data name", name.lower(), [*BUNDLED, *by_name, "package.module:function"])
+        error = unknown("data name", name.lower(), [*BUNDLED, *by_name, "package.module:function"])
+        advice = (
+            f"To read the folder '{name}', write folder: {name}"
+            if Path(name).is_dir()
+            else f"There is no folder '{name}'"
+        )
+        raise InputError(f"{error} {advice}.")
     if root is not None:
         raise InputError(f"the {name} are made from scikit-learn's data and need no root. Leave root out.")
     return _digits(form) if name.lower() == "digits" else _scenes(form, targets)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -188,8 +188,8 @@ def _layers_of_tensor(image: Tensor, channels: int, name: str) -> list[Image.Ima
         )
     if image.shape[0] not in {1, channels}:
         raise InputError(
-            f"{name} is a tensor {tuple(image.shape)} with {image.shape[0]} channels, and {channels} are requested. "
-            f"Write channels: {image.shape[0]}."
+            f"{name} is a tensor {tuple(image.shape)} with {counted(image.shape[0], 'channel')}, and {channels} are "
+            f"requested. Write channels: {image.shape[0]}."
         )
     bands = image.numpy()
     if not deep and channels == 3 == len(bands):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.data.coco_folder import files_of, from_coco
 from tersor.data.csv_file import from_csv
 from tersor.data.datasets import SceneTargets, from_datasets, from_name
@@ -40,7 +40,7 @@ def load(
     root: str | Path | None = None,
     targets: SceneTargets = "masks",
     image_size: int | Sequence[int] | None = None,
-    channels: int = 3,
+    channels: int | None = None,
     validation: float = 0.1,
     limit: int | None = None,
     seed: int = 0,
@@ -69,8 +69,8 @@ def load(
         image_size: height and width in pixels, or one number for both; None if all images have the same size. Images
             with classes or values are resized until they cover it, and the centre is cropped. Images with masks or
             boxes are resized to exactly this size, with their targets.
-        channels: 3, or 1 for grey images, or 4; Datasets of tensors may have any number. Images with 16 bits per
-            channel keep the 16 bits.
+        channels: 3, or 1 for grey images, or 4; data sets of tensors may have any number. By default 3, or those of the
+            `Splits` that a function returns. Images with 16 bits per channel keep the 16 bits.
         validation: fraction of the training images to hold out, in [0, 1), stratified by class; ignored if the data
             set has validation images.
         limit: number of images to train on, stratified by class; drawn after the validation images.
@@ -83,10 +83,10 @@ def load(
     """
     size = _size(image_size)
     _check(channels, validation, limit, mean, std)
-    splits = _source(
-        {"folder": folder, "csv": csv, "name": name, "datasets": datasets}, root, targets, ImageFormat(size, channels)
-    )
+    form = ImageFormat(size) if channels is None else ImageFormat(size, channels)
+    splits = _source({"folder": folder, "csv": csv, "name": name, "datasets": datasets}, root, targets, form)
     check_splits(splits, size, channels)
+    _check_normalization(splits.train.channels, mean, std)
     splits = limited(with_validation(splits, validation, seed), limit, seed)
     if sum(bytes_in_memory(images) for images in (splits.train, splits.validation, splits.test)) <= MEMORY:
         splits = replace(
@@ -163,13 +163,13 @@ def _size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
 
 
 def _check(
-    channels: int,
+    channels: int | None,
     validation: float,
     limit: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> None:
-    if channels < 1:
+    if channels is not None and channels < 1:
         raise InputError(f"channels is {channels}. Write 3, 1 for grey images, or 4.")
     if not 0 <= validation < 1:
         raise InputError(f"validation is {validation}. Write a fraction of at least 0 (none) and below 1, such as 0.1.")
@@ -177,7 +177,13 @@ def _check(
         raise InputError(f"limit is {limit}. Write 1 or more images, or leave limit out.")
     if (mean is None) != (std is None):
         raise InputError("mean and std belong together. Write both, or leave out both to have them computed.")
+    if channels is not None:
+        _check_normalization(channels, mean, std)
+
+
+def _check_normalization(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    wanted = counted(channels, "number")
     if mean is not None and not (len(mean) == channels and all(0 <= value <= 1 for value in mean)):
-        raise InputError(f"mean is {list(mean)}. Write {channels} numbers in [0, 1], for pixels in [0, 1].")
+        raise InputError(f"mean is {list(mean)}. Write {wanted} in [0, 1], for pixels in [0, 1].")
     if std is not None and not (len(std) == channels and all(0 < value < float("inf") for value in std)):
-        raise InputError(f"std is {list(std)}. Write {channels} numbers above 0, for pixels in [0, 1].")
+        raise InputError(f"std is {list(std)}. Write {wanted} above 0, for pixels in [0, 1].")

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.data.image_sets import Images, Splits, class_numbers
 from tersor.data.mask_folder import IGNORE
 
 
-def check_splits(splits: Splits, image_size: tuple[int, int] | None, channels: int) -> None:
+def check_splits(splits: Splits, image_size: tuple[int, int] | None, channels: int | None) -> None:
     """Check numbers, sizes and class numbers of the images.
 
     Raises:
@@ -38,8 +38,12 @@ def check_splits(splits: Splits, image_size: tuple[int, int] | None, channels: i
             f"{image_size[0] if image_size[0] == image_size[1] else list(image_size)}. Resize them in the function and "
             "leave image_size out."
         )
-    if splits.train.channels != channels:
-        raise InputError(f"the images have {splits.train.channels} channels. Write channels: {splits.train.channels}.")
+    found = splits.train.channels
+    if channels is not None and found != channels:
+        raise InputError(
+            f"the images have {counted(found, 'channel')}, and {channels} are requested. Write channels: {found} in a "
+            f"recipe, channels={found} in Python, or leave out --channels of `tersor compress`."
+        )
 
 
 def check_targets(splits: Splits) -> None:

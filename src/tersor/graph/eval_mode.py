@@ -73,8 +73,8 @@ def checked_forward(name: str, images: NetworkInput, *, captured: bool = False) 
             details, advice = "", f"It takes images (N, {found[1]}, H, W), but these are (N, {found[2]}, H, W)."
             if images.shape[1] == 3:
                 advice += (
-                    " Images of a recipe are RGB; the functions (tersor.quantize, ...) accept images with any "
-                    "number of channels."
+                    f" Where tersor reads the images, write --channels {found[1]} for `tersor compress`, "
+                    f"data.channels: {found[1]} in a recipe, or channels={found[1]} in Python."
                 )
             if images.shape[3] == int(found[1]):
                 advice = "These have their channels last: pass images.permute(0, 3, 1, 2)."

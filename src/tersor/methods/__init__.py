@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from tersor.core.errors import InputError, unknown
+from tersor.core.import_path import module_and_name
 
 if TYPE_CHECKING:  # it imports torch, which is not needed to list the names
     from tersor.training.method import Method
@@ -74,7 +75,7 @@ def _is_method(value: object) -> bool:
 
 
 def _of_the_user(name: str) -> type[Method]:
-    path, _, attribute = name.partition(":")
+    path, attribute = module_and_name(name)
     if not all(part.isidentifier() for part in (*path.split("."), attribute)):
         raise InputError(
             f"'{name}' is not the name of a method. Write package.module:Class, or one of {', '.join(names())}."

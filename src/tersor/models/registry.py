@@ -23,7 +23,7 @@ def names() -> list[str]:
     return [*CIFAR_RESNETS, *FOURFOLD_RESNETS, *WIDE_RESNETS, *WIDE_PLAIN, "unet", *models.list_models(module=models)]
 
 
-def build(name: str, num_classes: int | None = None) -> nn.Module:
+def build(name: str, num_classes: int | None = None, *, channels: int = 3) -> nn.Module:
     """Build a network with random weights.
 
     Args:
@@ -32,6 +32,7 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
             (`timm:resnet18`, see `libraries.py`), or `package.module:function`, which is called with `num_classes` if
             it accepts that, and returns a network.
         num_classes: number of logits; None for the network's own (10 for CIFAR, 11 of `unet`, 1000 in torchvision).
+        channels: of the images; only `wide_plain_...` accepts other numbers than 3, other networks ignore it.
 
     Raises:
         InputError: the name is unknown, or the function cannot be imported or does not return a network.
@@ -52,7 +53,7 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
     if name == "unet":
         return UNet(**options)
     if name in WIDE_PLAIN:
-        return WidePlain(*WIDE_PLAIN[name], **options)
+        return WidePlain(*WIDE_PLAIN[name], **options, channels=channels)
     known = names()
     if name not in known:
         raise unknown("model", name, known)

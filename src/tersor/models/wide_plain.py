@@ -45,12 +45,13 @@ class WidePlain(nn.Module):
         width: base width.
         large: whether the stem quarters the image.
         num_classes: number of logits.
+        channels: of the images.
     """
 
-    def __init__(self, width: int, large: bool, num_classes: int = 10) -> None:
+    def __init__(self, width: int, large: bool, num_classes: int = 10, channels: int = 3) -> None:
         super().__init__()
-        downscaling = [_Layer(3, _STEM, stride=2), _Layer(_STEM, _STEM, stride=2)] if large else []
-        self.stem = nn.Sequential(*downscaling, _Layer(_STEM if large else 3, _STEM))
+        downscaling = [_Layer(channels, _STEM, stride=2), _Layer(_STEM, _STEM, stride=2)] if large else []
+        self.stem = nn.Sequential(*downscaling, _Layer(_STEM if large else channels, _STEM))
         self.stage1 = _stage(_STEM, width)
         self.stage2 = _stage(width, 4 * width)
         self.stage3 = _stage(4 * width, 4 * width)
@@ -60,7 +61,7 @@ class WidePlain(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W), at least 8 pixels (32 with a large stem) -> logits (N, num_classes)."""
+        """Images (N, channels, H, W), at least 8 pixels (32 with a large stem) -> logits (N, num_classes)."""
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
         return self.linear(x.amax(dim=(2, 3)))
 

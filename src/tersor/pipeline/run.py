@@ -60,7 +60,7 @@ def run(
         out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.
         resume: resume the interrupted run of `out`, with the same `model` and `data`; if there is none, start a
             new run.
-        progress: receives the progress.
+        progress: receives the progress; `tersor.progress_bars.Bars` draws it.
 
     Returns:
         The folder.
@@ -92,7 +92,7 @@ def run(
         return out
     require_free(out)
     with enough_memory(_MEMORY), writable(out), checkpoints.held(text, resume=resume):
-        experiment = prepare(recipe, model=model, data=data, progress=progress)
+        experiment = prepare(recipe, model=model, data=data, progress=progress, own_mean=data is not None)
         if not (resume or distributed.rank()):
             # left by a run that was killed before its first checkpoint
             (checkpoints.folder / latency_cache.FILE).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from tersor import models, tasks
 from tersor.core.device import seeded
 from tersor.core.errors import InputError
+from tersor.core.import_path import is_function_path
 from tersor.core.progress import ProgressReporter
 from tersor.data import Splits, load
 from tersor.data.image_sets import View, class_numbers
@@ -34,8 +36,22 @@ _FEW = 64
 """Images for the trial attachment of every stage."""
 
 
-def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, progress: ProgressReporter) -> Experiment:
+def prepare(
+    recipe: Recipe,
+    *,
+    model: nn.Module | None,
+    data: Splits | None,
+    progress: ProgressReporter,
+    own_mean: bool = False,
+) -> Experiment:
     """Load the networks and images of a recipe and check them against each other.
+
+    Args:
+        recipe: the recipe.
+        model: replaces its model.
+        data: replaces its data.
+        progress: receives the progress.
+        own_mean: whether the mean of `data` need not be that of the training images.
 
     Raises:
         InputError: a file, a network or the data cannot be used, or they do not fit together.
@@ -44,7 +60,9 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
     for network in (recipe.model, recipe.teacher):
         if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
             raise InputError(f"weights file {network.weights} not found. Paths are relative to the working directory.")
-    early = _build(recipe.model, None, recipe.seed) if model is None and recipe.model.num_classes else None
+    channels = data.train.channels if data else recipe.data.channels
+    known = model is None and recipe.model.num_classes
+    early = _build(recipe.model, None, recipe.seed, channels) if known else None
     progress.say("reading images")
     task = recipe.task.build()
     splits = data or load(
@@ -54,7 +72,9 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
     if recipe.target.input == "uint8" and splits.train.largest > 255:
         raise InputError("the images have 16 bits per channel, and target.input is uint8. Write input: normalized.")
     _say_what_has_no_image(splits, progress)
-    network, metadata = (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed)
+    network, metadata = (
+        (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed, channels)
+    )
     for path in masked_by_torch(network):
         progress.say(
             f"{path}: the mask of torch.nn.utils.prune was applied to the weight; training can change the masked "
@@ -67,7 +87,7 @@ def prepare(recipe: Recipe, *, model: nn.Module | None, data: Splits | None, pro
         task,
         network,
         teacher,
-        _normalised(splits, recipe, metadata, of_teacher),
+        _normalised(splits, recipe, (metadata, of_teacher), progress, own_mean=own_mean),
         model_is_trained=model is not None or recipe.model.weights is not None,
         teacher_is_trained=not isinstance(recipe.teacher, Teacher) or recipe.teacher.weights is not None,
     )
@@ -163,11 +183,11 @@ def _say_what_has_no_image(splits: Splits, progress: ProgressReporter) -> None:
 Built = tuple[nn.Module, dict[str, str]]
 
 
-def _build(network: Network, splits: Splits | None, seed: int) -> Built:
+def _build(network: Network, splits: Splits | None, seed: int, channels: int) -> Built:
     """The network; without a weights file, its random weights depend on `seed` alone."""
     classes = network.num_classes or (len(splits.classes) if splits and splits.classes else None)
     with seeded(seed):
-        built = plain_copy(models.build(network.name, classes), network.name)
+        built = plain_copy(models.build(network.name, classes, channels=channels), network.name)
     if not network.weights:
         return built, {}
     try:
@@ -183,21 +203,33 @@ def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Modul
         return None, {}
     if isinstance(recipe.teacher, str):
         return copy.deepcopy(model).eval(), {}
-    built, metadata = _build(recipe.teacher, splits, recipe.seed)
+    built, metadata = _build(recipe.teacher, splits, recipe.seed, splits.train.channels)
     return plain_copy(built, "the teacher"), metadata
 
 
-def _normalised(splits: Splits, recipe: Recipe, *metadata: dict[str, str]) -> Splits:
-    """The images with mean and standard deviation from the recipe, else the weights files, else computed."""
-    if recipe.data.mean is not None:
-        return splits
+def _normalised(
+    splits: Splits, recipe: Recipe, metadata: Sequence[dict[str, str]], progress: ProgressReporter, *, own_mean: bool
+) -> Splits:
+    """The images with mean and standard deviation from the recipe, else the weights files, else the data."""
     told = list(dict.fromkeys(found for found in map(models.normalization, metadata) if found is not None))
-    if len(told) > 1:
+    given = recipe.data.mean is not None
+    if len(told) > 1 and not given:
         raise InputError(
             f"model and teacher were trained with different mean and standard deviation: {told[0]} and {told[1]}. "
             "Both get the same images. Write data.mean and data.std to choose one normalization."
         )
-    return replace(splits, mean=told[0][0], std=told[0][1]) if told else splits
+    weights = recipe.model.weights
+    if given:
+        source = "given"
+    elif told:
+        splits, source = replace(splits, mean=told[0][0], std=told[0][1]), "from the weights file"
+    else:
+        function = recipe.data.name is not None and is_function_path(recipe.data.name)
+        source = "from the data" if own_mean or function else "computed from the training images"
+        source += f"; {weights.name} has none" if weights else ""
+    shown = [" ".join(f"{value:.3g}" for value in values or ()) for values in (splits.mean, splits.std)]
+    progress.say(f"normalization: mean {shown[0]}, std {shown[1]} ({source})")
+    return splits
 
 
 def _check_outputs(experiment: Experiment, network: nn.Module, name: str) -> None:

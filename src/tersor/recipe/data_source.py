@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.core.import_path import named
 from tersor.training.options import PLAIN
 
@@ -64,7 +64,7 @@ class DataSource(BaseModel):
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise InputError(
-                    f"data.{key} has {len(values)} numbers, and the images have {self.channels} channels. Write "
-                    f"{self.channels} numbers."
+                    f"data.{key} has {counted(len(values), 'number')}, and the images have "
+                    f"{counted(self.channels, 'channel')}. Write {counted(self.channels, 'number')}."
                 )
         return self

@@ -58,6 +58,10 @@ def compress(
     task: str = "classification",
     loss: Loss | None = None,
     metric: Any = None,
+    channels: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int | Sequence[int] | None = None,
     storage: str | None = None,
     out: Path | str | None = None,
     progress: ProgressReporter | None = None,
@@ -80,9 +84,13 @@ def compress(
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss. A recipe has no loss of its own: to
             repeat the training with `tersor run`, write a task.
         metric: (outputs, targets) -> number from 0 to 1 that is better when higher, or a torchmetrics Metric.
+        channels: of the images: 3 by default, 1 for grey images (see `tersor.data.load`, also for the next three).
+        mean: of each channel in [0, 1]; by default from the weights file, else computed from the training images.
+        std: of each channel in [0, 1].
+        image_size: height and width in pixels, or one number for both.
         storage: SQLAlchemy URL of the trials; `study.db` in the folder by default.
         out: the folder, `runs/compress` by default.
-        progress: receives the progress.
+        progress: receives the progress; `tersor.progress_bars.Bars` draws it.
         now: a clock in seconds.
 
     Raises:
@@ -109,6 +117,10 @@ def compress(
         task,
         loss,
         metric,
+        channels,
+        None if mean is None else tuple(mean),
+        None if std is None else tuple(std),
+        image_size if image_size is None or isinstance(image_size, int) else tuple(image_size),
     )
     folder = SearchFolder(out, {**request.arguments, "budget": str(budget)})
     minutes = budget.minutes or DEFAULT_MINUTES

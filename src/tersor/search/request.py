@@ -48,6 +48,10 @@ class Request:
     task: str
     loss: Loss | None = None
     metric: Any = None
+    channels: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, str):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -57,6 +61,17 @@ class Request:
                 f"data is a {type(self.data).__name__}. Pass a folder, a CSV file, the name of a data set, or "
                 "tersor.data.load(datasets={'train': ..., 'test': ...})."
             )
+        if isinstance(self.data, Splits) and self.reading:
+            raise InputError(
+                f"{', '.join(self.reading)} cannot be used with images that are read already. Pass them to "
+                "tersor.data.load."
+            )
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The given arguments of `tersor.data.load`."""
+        given = {"channels": self.channels, "mean": self.mean, "std": self.std, "image_size": self.image_size}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -76,6 +91,7 @@ class Request:
             "task": self.task,
             "loss": _name(self.loss),
             "metric": _name(self.metric),
+            **{name: str(value) for name, value in self.reading.items()},
         }
 
     def weights_of_students(self) -> dict[str, Path | None]:
@@ -113,10 +129,12 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
     data = request.data
     if not isinstance(data, Splits):
         data, source = _loaded(request, source)
+    source = source.model_copy(update={**request.reading, "channels": data.train.channels})
     augment = request.augment or _augmentation(request, data.train)
     recipe = _recipe(request, source.model_copy(update={"augment": augment}))
     model = request.model if isinstance(request.model, nn.Module) else None
-    experiment = prepare(recipe, model=model, data=data, progress=progress)
+    own_mean = isinstance(request.data, Splits)
+    experiment = prepare(recipe, model=model, data=data, progress=progress, own_mean=own_mean)
     task = task_of(experiment.task, request.loss, request.metric) or experiment.task
     experiment = replace(experiment, task=task)
     refuse_other_metrics(experiment.task)
@@ -157,7 +175,10 @@ def _source(request: Request) -> DataSource:
 
 def _loaded(request: Request, source: DataSource) -> tuple[Splits, DataSource]:
     """The images; if there are few, a larger share is held out, because a small validation set is too noisy."""
-    options = source.model_dump(exclude={"augment", "validation"})
+    options: dict[str, Any] = source.model_dump(exclude={"augment", "validation"}) | {
+        "channels": None,
+        **request.reading,
+    }
     splits = load(seed=request.seed, **options, validation=_VALIDATION)
     if len(splits.train) >= _FEW or not len(splits.validation):
         return splits, source

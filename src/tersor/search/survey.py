@@ -79,11 +79,16 @@ def _seen(search: Search, file: Path) -> bool:
     validation = bench.measured(file, search.runtime).metric
     error = math.hypot(*(search_metric.standard_error(test, count) for count in images))
     seen = validation - test > _SEEN * error
+    scores = f"{bench.experiment.task.metric} {validation:.2f} % there, {test:.2f} % on the test images"
     if seen:
         search.bar.tell(
-            f"the original was trained on the validation images: {bench.experiment.task.metric} {validation:.2f} % "
-            f"there, {test:.2f} % on the test images. Half of the test images are used for validation instead, the "
-            "other half for the results."
+            f"the original was trained on the validation images: {scores}. Half of the test images are used "
+            "for validation instead, the other half for the results."
+        )
+    elif validation - test > error or validation == 100 > test:
+        search.bar.tell(
+            f"the original may have been trained on the validation images: {scores}. The difference is too small to be "
+            "certain, so they stay validation images."
         )
     return seen
 

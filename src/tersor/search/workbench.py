@@ -238,7 +238,8 @@ class Workbench:
         """Build a student, with its weights if there is a file; an `InputError` says why it cannot be built."""
         weights = self.students[name]
         with seeded(self.experiment.recipe.seed):
-            built = plain_copy(models.build(name, len(self.experiment.data.classes)), name)
+            data = self.experiment.data
+            built = plain_copy(models.build(name, len(data.classes), channels=data.train.channels), name)
         if weights is not None:
             models.load_weights(built, weights)
         return built

@@ -1,0 +1,31 @@
+"""What a search says about the validation images."""
+
+from pathlib import Path
+
+import pytest
+
+from search_fakes import FakeBench, FakeTime, searching
+from tersor.search.search_metric import Measured
+from tersor.search.survey import _seen
+
+pytestmark = pytest.mark.usefixtures("fake_search")
+
+
+@pytest.mark.parametrize(
+    ("validation", "test", "seen", "told"),
+    [
+        (97.0, 90.0, True, "the original was trained on the validation images"),
+        (92.0, 90.0, False, "may have been trained on the validation images: accuracy 92.00 % there, 90.00 % on"),
+        (100.0, 99.9, False, "may have been trained on the validation images"),
+        (90.5, 90.0, False, ""),
+        (88.0, 90.0, False, ""),
+    ],
+)
+def test_an_original_that_knows_the_validation_images(tmp_path, monkeypatch, validation, test, seen, told):
+    monkeypatch.setattr(FakeBench, "test_metric", lambda *_: test, raising=False)
+    monkeypatch.setattr(FakeBench, "measured", lambda *_: Measured(validation), raising=False)
+    search, lines = searching(tmp_path / "out", bench=FakeBench(FakeTime())), []
+    monkeypatch.setattr(search.bar, "tell", lines.append)
+    assert _seen(search, Path("original.onnx")) == seen
+    assert len(lines) == bool(told)
+    assert told in "".join(lines)
