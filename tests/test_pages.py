@@ -33,7 +33,8 @@ SELF_CONTAINED = [
     *("how-to/detection.md", "how-to/cpp.md"),
 ]
 """Pages whose Python blocks need nothing but each other, and seconds."""
-QUICK = ["how-to/resume.md", "agents.md"]
+OWN_METHOD = "how-to/own-method.md"
+QUICK = ["how-to/resume.md", "agents.md", OWN_METHOD]
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'pages'}",
@@ -106,7 +107,10 @@ def test_the_blocks_of_the_tutorial_run():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks.blocks(page, "yaml")])
-def test_recipes_in_pages_are_valid(page):
+def test_recipes_in_pages_are_valid(page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    if page == OWN_METHOD:
+        (tmp_path / "my_methods.py").write_text(blocks.blocks(page, "python")[0])
     for text in blocks.blocks(page, "yaml"):
         assert parse(text, page).stages
 

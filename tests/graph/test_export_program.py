@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import sysconfig
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tersor.core.errors import InputError
+from tersor.graph import export_program
 from tersor.graph.aten import operator_name
 from tersor.graph.capture import capture
 
@@ -109,3 +113,19 @@ def test_the_network_keeps_what_requires_gradients():
     graph = capture(model, IMAGES)
     assert not any(each.requires_grad for each in [*model.parameters(), *graph.parameters()])
     assert not graph(IMAGES).requires_grad
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        if x.mean() > 0:
+            x = x + 1
+        return x
+
+
+def test_a_refusal_names_the_line_of_the_network_where_tersor_is_installed():
+    installed = f"{sysconfig.get_path('purelib')}/tersor/graph/export_program.py"
+    exporter = compile(Path(export_program.__file__).read_text(), installed, "exec")
+    namespace = {"__name__": "installed", "__file__": installed}
+    exec(exporter, namespace)
+    with pytest.raises(InputError, match=r"\(test_export_program.py, line \d+: if x.mean\(\) > 0:\)"):
+        namespace["exported"](Branches(), IMAGES)

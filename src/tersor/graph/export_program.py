@@ -34,7 +34,8 @@ _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n\s+(.+)')
 _OTHER_BATCH = 5
 """Images of a second recording; the first has two, and the captured graph is compared on one and on three."""
 _CONVERSIONS = {"to", "type_as", "_to_copy"}
-_LIBRARY = re.compile(r"/(torch|torchvision|tersor)/")
+_LIBRARY = re.compile(r"/(torch|torchvision)/")
+_TERSOR = str(Path(__file__).parents[1])
 _WAY_OUT = (
     "A forward must not branch on the values of tensors or create tensors of data-dependent size. Pass the submodule "
     "without that part (such as model.backbone), and keep the rest unchanged."
@@ -192,6 +193,7 @@ def _frames(stack_trace: str) -> list[tuple[str, int, str]]:
 
 
 def _innermost(frames: list[tuple[str, int, str]]) -> str:
+    frames = [frame for frame in frames if not frame[0].startswith(_TERSOR)]
     own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and "/lib/python" not in frame[0]]
     inside = [frame for frame in frames if "/torchvision/" in frame[0] or "/site-packages/" in frame[0]]
     inside = [frame for frame in inside if "/site-packages/torch/" not in frame[0]]

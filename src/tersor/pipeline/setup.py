@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tersor import models, tasks
+from tersor.checkpoint.structure import structure
 from tersor.core.device import seeded
 from tersor.core.errors import InputError
 from tersor.core.import_path import is_function_path
@@ -138,6 +139,7 @@ def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
             )
         learning_rates(experiment.training_batches(stage), stage, experiment.steps_of(stage))
         model = attach(rehearsal, stage, model, progress).model
+        structure(model)  # what cannot be saved fails now
 
 
 def _few(experiment: Experiment, images: int) -> View:

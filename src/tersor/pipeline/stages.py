@@ -21,6 +21,7 @@ from tersor.evaluation.scoring import network_score
 from tersor.graph.fused_inference import fused
 from tersor.graph.modes import training_notes
 from tersor.pipeline.experiment import Experiment
+from tersor.pruning.mask import note_of_lost_zeros, unmasked_zeros
 from tersor.recipe import Stage, Teacher
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
@@ -113,11 +114,13 @@ def attach(
     checkpoint: Callable[[nn.Module], None] = lambda _model: None,
 ) -> Attachment:
     """Attach the methods of a stage to `model`."""
+    steps = experiment.steps_of(stage)
     context = AttachContext(
         data=experiment.batches(experiment.data.train, _CALIBRATION_BATCH, shuffle=True, seed=experiment.recipe.seed),
         teacher=experiment.teacher,
         task=experiment.task,
-        steps=experiment.steps_of(stage),
+        steps=steps,
+        steps_per_epoch=steps_per_epoch(experiment.training_batches(stage), stage) if steps else None,
         target=experiment.recipe.target,
         latency=experiment.latency,
         progress=StageProgress(stage.name, progress),
@@ -140,7 +143,7 @@ def _run_stage(
     What `attach` decides follows from the model's weights, which are those after the stage before: a resumed stage
     attaches again and then loads its own weights.
     """
-    start = time.perf_counter()
+    start, zeros = time.perf_counter(), unmasked_zeros(model)
     distributed.broadcast_from_rank0(model)
     attachment = attach(experiment, stage, model, progress, lambda network: keeper.keep_setup(network))
     every = experiment.recipe.checkpoint_every
@@ -156,11 +159,14 @@ def _run_stage(
     if steps:
         steps, training, earlier_seconds = _train(experiment, stage, attachment, steps, progress, keeper, seconds)
     attachment.finish()
+    lost_zeros = note_of_lost_zeros(zeros, attachment.model)
+    for note in lost_zeros:
+        progress.say(f"{stage.name}: {note}")
     record = StageRecord(
         name=stage.name,
         methods=stage.model_dump(mode="json")["methods"],
         steps=steps,
-        notes=list(keeper.notes),
+        notes=[*keeper.notes, *lost_zeros],
         minutes=(time.perf_counter() - start + earlier_seconds) / 60,
         validation_score=_validate(experiment, attachment.model, stage.name, progress),
         **training,

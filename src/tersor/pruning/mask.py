@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tersor.graph.parametrization import parametrizations_of
+from tersor.graph.layer_selection import weighted_layers
+from tersor.graph.parametrization import original_weight, parametrizations_of
 
 Gradient = Literal["masked", "straight_through", "split"]
+
+_WORTH_A_NOTE = 0.01
+"""Fraction of the weights."""
 
 
 class Mask(nn.Module):
@@ -56,3 +60,34 @@ class Mask(nn.Module):
 def weight_mask(module: nn.Module) -> Mask | None:
     """The mask of the module's weight, if it has one."""
     return next((each for each in parametrizations_of(module) if isinstance(each, Mask)), None)
+
+
+def unmasked_zeros(model: nn.Module) -> dict[str, Tensor]:
+    """Where the Parameters of the layers are zero without a mask: layer -> bool (C_out, ...)."""
+    zeros: dict[str, Tensor] = {}
+    for name, layer in weighted_layers(model).items():
+        mask, zero = weight_mask(layer), original_weight(layer) == 0
+        zeros[name] = zero if mask is None else zero & mask.mask
+    return zeros
+
+
+def note_of_lost_zeros(zeros: Mapping[str, Tensor], model: nn.Module) -> tuple[str, ...]:
+    """A note for the user if a stage has changed more than 1 % of the weights that were zero without a mask.
+
+    Args:
+        zeros: `unmasked_zeros` before the stage.
+        model: after the stage.
+    """
+    lost = total = 0
+    for name, layer in weighted_layers(model).items():
+        weight, mask = original_weight(layer), weight_mask(layer)
+        total += weight.numel()
+        if name in zeros and zeros[name].shape == weight.shape:
+            remaining = weight != 0 if mask is None else (weight != 0) & mask.mask
+            lost += int((zeros[name] & remaining).sum())
+    if lost <= _WORTH_A_NOTE * total:
+        return ()
+    return (
+        f"{100 * lost / total:.1f} % of the weights were zero before this stage and are not zero after it: zeros that "
+        "no mask holds do not last. Use tersor.training.mask_attachment.insert_masks.",
+    )

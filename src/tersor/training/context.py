@@ -35,6 +35,7 @@ class AttachContext:
         teacher: the network to learn from.
         task: what the network is for: its loss, logits and metric.
         steps: number of optimizer steps that follow.
+        steps_per_epoch: optimizer steps of one epoch; None if no training follows, or if the caller has not set it.
         target: runtime and processor that the network is compressed for.
         latency: measures latency, for methods with a latency budget.
         progress: reports the progress of slow work.
@@ -45,6 +46,7 @@ class AttachContext:
     teacher: nn.Module | None = None
     task: Task = field(default_factory=Classification)
     steps: int = 0
+    steps_per_epoch: int | None = None
     target: Target = field(default_factory=Target)
     latency: LatencyRatio | None = None
     progress: ProgressReporter = field(default_factory=NullProgress)

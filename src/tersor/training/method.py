@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from pydantic import ConfigDict
@@ -49,7 +50,7 @@ def chain(
     with torch.random.fork_rng(devices=[]):
         for method in methods:
             before = {id(parameter): parameter.shape for parameter in model.parameters()}
-            part = method.attach(model, context)
+            part = _attached(method, model, context)
             model = part.model
             if any(parameter.shape != before.get(id(parameter), parameter.shape) for parameter in model.parameters()):
                 _refuse_new_shapes(method, parts)
@@ -60,6 +61,24 @@ def chain(
     layers = weighted_layers(model).items()
     frozen = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in masked}
     return Chain(model, [*parts, FrozenMaskedWeights(model, frozen)] if frozen else parts)
+
+
+def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attachment:
+    """Call `attach`.
+
+    Raises:
+        InputError: a method of the user takes other arguments, or returns no Attachment.
+    """
+    kind = type(method)
+    rule = f"method '{kind.__module__}:{kind.__qualname__}': attach must take (model, context) and return an Attachment"
+    try:
+        inspect.signature(method.attach).bind(model, context)
+    except TypeError as error:
+        raise InputError(f"{rule}. Its arguments do not fit: {error}.") from error
+    part = cast("Any", method.attach(model, context))
+    if not isinstance(part, Attachment):
+        raise InputError(f"{rule}; it returns an object of type {type(part).__name__}.")
+    return part
 
 
 def _refuse_masks(method: Method, part: MaskedAttachment, parts: Sequence[Attachment]) -> None:

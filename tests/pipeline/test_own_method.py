@@ -1,0 +1,128 @@
+"""Methods of the user: the example of the documentation, zeros without a mask, and methods that tersor refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic.dataclasses import dataclass
+from torch import nn
+from torch.nn.utils import parametrize
+
+import blocks
+from tersor.checkpoint.store import Checkpoints
+from tersor.core.errors import InputError
+from tersor.core.progress import NullProgress
+from tersor.pipeline.dry_run import explain
+from tersor.pipeline.setup import prepare
+from tersor.pipeline.stages import run_stages
+from tersor.pruning.mask import note_of_lost_zeros, unmasked_zeros
+from tersor.recipe import parse
+from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
+from tersor.training.mask_attachment import insert_masks, mask_of
+from tersor.training.method import PLAIN_VALUES, chain
+
+RECIPE = """\
+model: {name: "test_own_method:network"}
+data: {name: digits, limit: 64}
+stages:
+  - {name: prune, epochs: 3, batch_size: 32, methods: ["METHOD"]}
+  - {name: finetune, epochs: 1, batch_size: 32, methods: []}
+"""
+
+
+def network(num_classes: int = 10):
+    return nn.Sequential(
+        nn.Conv2d(3, 10, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, num_classes)
+    )
+
+
+class Zeros(Attachment):
+    def after_step(self, step, optimizer):
+        with torch.no_grad():
+            self.model[0].weight[:, :2] = 0
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class WithoutMask:
+    def attach(self, model, context):
+        return Zeros(model)
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class OwnParametrization:
+    def attach(self, model, context):
+        parametrize.register_parametrization(model[0], "weight", Halved())
+        return Attachment(model)
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class WithoutContext:
+    def attach(self, model):
+        return Attachment(model)
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class ReturnsNothing:
+    def attach(self, model, context):
+        pass
+
+
+def run(method, tmp_path):
+    recipe = parse(RECIPE.replace("METHOD", method), "recipe.yaml")
+    experiment = prepare(recipe, model=None, data=None, progress=NullProgress())
+    return run_stages(experiment, Checkpoints(tmp_path / "checkpoints"), NullProgress())
+
+
+def test_the_zeros_of_the_documented_method_last(tmp_path, monkeypatch):
+    (tmp_path / "my_methods.py").write_text(blocks.blocks("how-to/own-method.md", "python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    pruned, records = run("my_methods:Grow", tmp_path)
+    assert mask_of(pruned[0]).mask.float().mean().item() == pytest.approx(0.7)
+    assert pruned[0].weight.eq(0).float().mean().item() == pytest.approx(0.3)
+    assert records[0].masks[0]["sparsity"][-3:] == pytest.approx([0.1, 0.2, 0.3], abs=0.01)
+    assert not any("zero" in note for record in records for note in record.notes)
+
+
+def test_zeros_that_a_later_stage_changes_are_noted(tmp_path):
+    pruned, records = run("test_own_method:WithoutMask", tmp_path)
+    assert pruned[0].weight.ne(0).all()
+    assert not any("zero" in note for note in records[0].notes)
+    assert records[1].notes[-1].startswith("48.6 % of the weights were zero before this stage and are not zero after")
+    assert "insert_masks" in records[1].notes[-1]
+
+
+def test_masked_zeros_are_not_lost():
+    model = network()
+    with torch.no_grad():
+        model[0].weight[:6] = 0
+    zeros = unmasked_zeros(model)
+    insert_masks({"0": model[0]}, "masked", "a method")
+    mask_of(model[0]).mask[:6] = False
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.fill_(1)
+    assert not note_of_lost_zeros(zeros, model)
+    assert not unmasked_zeros(model)["0"].any()
+
+
+def test_explain_refuses_a_parametrization_that_cannot_be_saved():
+    recipe = parse(RECIPE.replace("METHOD", "test_own_method:OwnParametrization"), "recipe.yaml")
+    with pytest.raises(InputError, match=r"Halved, which tersor cannot save.*insert_masks"):
+        list(explain(recipe, progress=NullProgress()))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (WithoutContext(), "test_own_method:WithoutContext': attach must take .model, context.* too many positional"),
+        (ReturnsNothing(), "test_own_method:ReturnsNothing': attach must .* return an Attachment; .* of type NoneType"),
+    ],
+)
+def test_attach_of_the_wrong_form_is_one_message(method, message):
+    with pytest.raises(InputError, match=message):
+        chain([method], network(), AttachContext())
