@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tersor
 from onnx_files import scaling_file
 from tersor import api
-from tersor.core.errors import InputError
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import BATCH_SIZES
 from tersor.evaluation.timings import Timings
@@ -163,6 +163,13 @@ def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeyp
         tersor.export(model, IMAGES, tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_bytes() == b"of before"
+
+
+def test_export_warns_if_the_network_was_quantized_for_another_runtime(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)).eval()
+    quantized = copy.deepcopy(tersor.quantize(network, IMAGES, runtime="openvino"))
+    with pytest.warns(CompressionWarning, match=r"quantized for openvino and is exported for onnxruntime"):
+        tersor.export(quantized, IMAGES, tmp_path / "model.onnx")
 
 
 def one_millisecond(openers, image, *, seconds):

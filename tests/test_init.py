@@ -33,5 +33,14 @@ def test_verbs_are_functions_whatever_was_imported_first(first):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'exprot'"):
-        tersor.__getattr__("exprot")
+    with pytest.raises(AttributeError, match=r"no attribute 'quantise'. Did you mean 'quantize'"):
+        tersor.__getattr__("quantise")
+    with pytest.raises(AttributeError, match="no attribute 'zzz'$"):
+        tersor.__getattr__("zzz")
+
+
+@pytest.mark.usefixtures("not_imported")
+def test_tab_completion_lists_the_functions_before_they_are_imported():
+    listed = dir(importlib.import_module("tersor"))
+    assert set(tersor.__all__) <= set(listed)
+    assert "import_module" not in listed

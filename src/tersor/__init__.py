@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from tersor.api import compare, distill, export, prune, quantize
@@ -47,6 +47,11 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module 'tersor' has no attribute '{name}'")
+        similar = nearest(name, _MODULES)
+        raise AttributeError(f"module 'tersor' has no attribute '{name}'" + (f". Did you mean '{similar}'?" if similar else ""))
     function = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return function
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -39,6 +39,7 @@ from tersor.pipeline.arguments import (
     teacher_of,
     to_compress,
     to_export,
+    warn_of_another_runtime,
 )
 from tersor.pipeline.distillation import train_on_outputs
 from tersor.pipeline.task_arguments import Loss, check_targets, targets_for, task_of, task_of_files
@@ -62,7 +63,7 @@ def quantize(
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
     A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers;
-    `integer_coverage(quantized, images)` lists the operators that stay in float, with reasons.
+    `integer_coverage(quantized, images)` lists the operators with MACs that stay in float.
 
     Args:
         model: a trained network; it is not changed.
@@ -193,7 +194,8 @@ def export(
 ) -> Path:
     """Write a network to one ONNX file and compare its outputs in `runtime` with torch on `example`.
 
-    A `CompressionWarning` is issued if the outputs differ by more than usual.
+    A `CompressionWarning` is issued if the outputs differ by more than usual, or if `quantize` was called with another
+    runtime.
 
     Args:
         model: any network; the result of `quantize` is written with integer weights and operators.
@@ -209,6 +211,7 @@ def export(
             outputs differ by more than rounding can explain. In these cases no file is written.
     """
     path = onnx_path(path)
+    warn_of_another_runtime(model, runtime)
     images = example_of(example).cpu().float()
     check_metadata(classes, pixels, images)
     network = to_export(model, images, "the network")

@@ -84,15 +84,16 @@ def print_json(value: Any) -> None:
 def results_table(results: Results) -> Table:
     """The results side by side, and the artifact compared with the original and the baseline."""
     from tersor.report.summary import describe_reduction, entries
-    from tersor.report.verdict import RUNTIMES, describe_speedup, reference_entry, same_runtime
+    from tersor.report.verdict import RUNTIMES, describe_speedup, precision_of, reference_entry, same_runtime
 
     columns, artifact = entries(results), results.artifact
-    title = f"{results.machine.cpu}, {results.machine.threads} threads"
+    threads = results.machine.threads
+    title = f"{results.machine.cpu}, {threads} thread{'s' if threads != 1 else ''}"
     table = Table(title=title, caption=f"95 % intervals are in parentheses. Rounds ran {_ended(results)}.")
     for column in ("", *columns, "vs. original", "vs. baseline"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
-    table.add_row("float precision", *[entry.precision for entry in columns.values()])
+    table.add_row("precision", *[precision_of(entry) for entry in columns.values()])
     metric = results.metric
     table.add_row(metric.title, *[f"{entry.score:.{metric.digits}f}" for entry in columns.values()])
     table.add_row("prediction agreement, %", *[f"{entry.agreement:.2f}" for entry in columns.values()])

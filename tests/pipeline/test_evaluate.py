@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import tersor
 from onnx_files import scaling_file
 from tersor.checkpoint.artifact import write_folder
 from tersor.core.errors import InputError
@@ -67,6 +68,18 @@ def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):
     folder = write_folder(tmp_path / "out", fill)
     found = evaluate(folder, str(images), None, "distance", progress=NullProgress())
     assert (found.metric, found.shown) == ("relative error", "50.00 %")
+
+
+def test_the_bits_of_a_quantized_file_are_named(images, tmp_path):
+    quantized = tersor.quantize(network(2), torch.rand(4, 3, 8, 8))
+    for name, model in {"float": network(2), "int8": quantized}.items():
+        export(model, torch.rand(2, 3, 8, 8), tmp_path / f"{name}.onnx", classes=("cat", "dog"))
+    told = {
+        name: str(evaluate(tmp_path / f"{name}.onnx", str(images), None, progress=NullProgress()))
+        for name in ("float", "int8")
+    }
+    assert told["float"].endswith("of 6 test images, onnxruntime in float32")
+    assert told["int8"].endswith("of 6 test images, onnxruntime in 8 bits (the rest in float32)")
 
 
 def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):

@@ -101,6 +101,13 @@ def test_the_share_of_the_peak_throughput(page):
     assert "at least 80 % of the peak" in section
 
 
+def test_the_precision_of_a_quantized_network_is_int8(page):
+    numbers = numbers_of()
+    numbers["artifact"]["integer_macs_share"] = 0.97
+    cells = re.search(r'<th scope="row">precision</th>(.*?)</tr>', page(numbers), re.DOTALL)[1]
+    assert re.findall("<td>([^<]+)</td>", cells)[::2] == ["float32", "int8, rest float32"]
+
+
 def test_the_page_has_all_sections(page):
     text = page()
     for title in ("Results", "Results by stage", "Latency measurements", "Time per operator and layer", "Layers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.core.errors import InputError
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.inputs import Inputs
 from tersor.data.batch import images_of
 from tersor.data.loader import batches_of
@@ -20,6 +21,7 @@ from tersor.data.network_inputs import NetworkInput
 from tersor.evaluation.session import Session
 from tersor.graph.eval_mode import check_forward, only_tensors
 from tersor.graph.plain_network import plain_copy, refuse_without_weights, require_network, unwrapped
+from tersor.quantization.qdq_placement import RUNTIME
 from tersor.tasks.network_outputs import described
 
 
@@ -34,6 +36,18 @@ def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, 
     batches, first = batches_of(loader, images)
     check_forward(type(network).__name__, network, first)
     return network, batches
+
+
+def warn_of_another_runtime(model: object, runtime: str) -> None:
+    """Warn if the network was quantized for another runtime than it is exported for; called by `export`."""
+    before = getattr(model, "meta", {}).get(RUNTIME, runtime)
+    if before != runtime:
+        warnings.warn(
+            f"the network was quantized for {before} and is exported for {runtime}, where fewer operators may run in "
+            f"integers. Pass runtime='{runtime}' to quantize as well.",
+            CompressionWarning,
+            stacklevel=3,
+        )
 
 
 def to_export(model: nn.Module, images: NetworkInput, name: str) -> nn.Module:

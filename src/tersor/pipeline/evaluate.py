@@ -12,6 +12,7 @@ import numpy as np
 from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import InputError
 from tersor.core.progress import ProgressReporter
+from tersor.deploy.file_layers import file_layers
 from tersor.evaluation.latency import BATCH_SIZES, measure_latency, size_bytes
 from tersor.evaluation.results import Reference
 from tersor.evaluation.session import Array, Session, installed_runtimes, open_session
@@ -25,10 +26,18 @@ from tersor.pipeline.artifact_settings import (
     task_of_artifact,
 )
 
+_MOST_BITS = 8
+"""Of a quantized weight."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metric on the test images, and the runtime that it was measured in."""
+    """The metric on the test images, and the runtime that it was measured in.
+
+    Attributes:
+        bits: stored bits of the quantized weights; empty for a float file.
+        precision: of all else.
+    """
 
     metric: str
     score: float
@@ -36,11 +45,14 @@ class Evaluation:
     images: int
     runtime: str
     precision: str
+    bits: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        """ "91.20 % of 360 test images, onnxruntime in float32"."""
+        """ "91.20 % of 360 test images, onnxruntime in 8 bits (the rest in float32)"."""
         score = f"{self.shown} of" if self.metric == "accuracy" else f"{self.metric} {self.shown} on"
-        return f"{score} {self.images} test images, {self.runtime} in {self.precision}"
+        bits = " and ".join(map(str, self.bits))
+        precision = f"{bits} bits (the rest in {self.precision})" if bits else self.precision
+        return f"{score} {self.images} test images, {self.runtime} in {precision}"
 
 
 def evaluate(
@@ -84,7 +96,15 @@ def evaluate(
         targets = file_predictions(open_session(original, session.runtime), arrays(batches, kind), asked)
     progress.advance()
     result = score(asked, predictions, targets)
-    return Evaluation(asked.metric, result, asked.shown(result), len(splits.test), session.runtime, session.precision)
+    shown, tested, bits = asked.shown(result), len(splits.test), _weight_bits(found.model)
+    return Evaluation(asked.metric, result, shown, tested, session.runtime, session.precision, bits)
+
+
+def _weight_bits(path: Path) -> tuple[int, ...]:
+    """The stored bits of quantized weights, sorted."""
+    if path.suffix != ".onnx":
+        return ()
+    return tuple(sorted({layer.bits for layer in file_layers(path) if layer.bits <= _MOST_BITS}))
 
 
 @dataclass(frozen=True)

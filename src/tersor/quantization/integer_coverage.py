@@ -68,7 +68,7 @@ class IntegerCoverage:
     Attributes:
         share: share of the MACs computed in integers, from 0 to 1.
         macs: total MACs for one image.
-        operators: operators in float, the largest first.
+        operators: operators with MACs that stay in float, the largest first.
         uncounted: operators that multiply but are not counted in these numbers, see `tersor.evaluation.costs.Costs`.
     """
 

@@ -33,6 +33,9 @@ from tersor.quantization.activation_products import matrix_products
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 
+RUNTIME = "runtime"
+"""Key of the `meta` of a quantized graph: the runtime that its quantizers are placed for."""
+
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _ACTIVATION_OPERATORS = {"relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_"}
 _ADDITIONS = {"add", "add_"}
@@ -80,6 +83,7 @@ def insert_activation_quantizers(
             names.append(name)
         read_through(graph, value, name, moved=value is not source)
     graph.recompile()
+    graph.meta[RUNTIME] = runtime
     return names
 
 
