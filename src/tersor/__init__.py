@@ -48,7 +48,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         similar = nearest(name, _MODULES)
-        raise AttributeError(f"module 'tersor' has no attribute '{name}'" + (f". Did you mean '{similar}'?" if similar else ""))
+        hint = f". Did you mean '{similar}'?" if similar else ""
+        raise AttributeError(f"module 'tersor' has no attribute '{name}'{hint}")
     function = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return function
 

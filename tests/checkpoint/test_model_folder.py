@@ -9,6 +9,8 @@ from torch import nn
 
 import tersor
 from tersor.checkpoint import model_folder
+from tersor.checkpoint.store import Checkpoints
+from tersor.checkpoint.structure import structure
 from tersor.core.errors import InputError
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
@@ -126,3 +128,20 @@ def test_nothing_in_the_folder_is_code(folder):
     path, _ = folder
     assert json.loads((path / "structure.json").read_text())["cuts"]
     assert (path / "model.safetensors").read_bytes()[8:9] == b"{"
+
+
+def small():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(784, 2))
+
+
+def test_the_network_after_a_stage_is_loaded_from_its_checkpoint(tmp_path):
+    model = chain([WeightPruning(sparsity=0.5)], small(), AttachContext()).model
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    options = {"step": 3, "done": True, "tensors": tensors, "structure": structure(model), "record": {}}
+    path = Checkpoints(tmp_path).save(1, "prune", **options)
+    assert torch.equal(tersor.load(small(), path)(IMAGES), model(IMAGES))
+    with pytest.raises(InputError, match=r"checkpoint .* belongs to another network"):
+        tersor.load(nn.Linear(2, 2), path)
+    path = path.rename(tmp_path / "renamed")
+    with pytest.raises(InputError, match="is damaged, or its folder was renamed"):
+        tersor.load(small(), path)

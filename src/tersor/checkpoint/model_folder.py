@@ -4,7 +4,7 @@
     FOLDER/structure.json        removed channels, masks, quantizers; see `structure.py`
     FOLDER/manifest.json         SHA-256 of both
 
-The folder of a run holds the same files, so `load` reads it too.
+The folder of a run holds the same files, so `load` reads it too. It also reads a checkpoint of a run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from tersor.checkpoint.artifact import read_folder, write_folder
+from tersor.checkpoint.checkpoint_folder import CLOCK, read
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.core.files import read_json
@@ -58,18 +59,20 @@ def write_files(model: nn.Module, folder: Path) -> None:
 
 
 def load(fresh: nn.Module, folder: Path | str) -> nn.Module:
-    """Load the network that `save` or a run wrote; it is returned in eval mode.
+    """Load the network that `save` or a run wrote, or that of a checkpoint; it is returned in eval mode.
 
     Args:
         fresh: a new network of the same class and size as the one before compression. It is not changed, and its
             weights do not matter.
-        folder: the folder to read.
+        folder: the folder to read; for the network after a stage, `OUT/checkpoints/01-NAME-end-...`.
 
     Raises:
         InputError: the folder was not written by `save` or a run, is damaged, or belongs to another network.
     """
     plain = plain_copy(fresh, "the fresh network")
     folder = Path(folder)
+    if (folder / CLOCK).is_file():
+        return _of_checkpoint(plain, folder).eval()
     files = read_folder(folder)
     missing = [name for name in (WEIGHTS, PLAN) if name not in files]
     if missing:
@@ -82,3 +85,15 @@ def load(fresh: nn.Module, folder: Path | str) -> nn.Module:
         raise InputError(f"{folder}: {error}") from error
     load_weights(model, files[WEIGHTS])
     return model.eval()
+
+
+def _of_checkpoint(fresh: nn.Module, folder: Path) -> nn.Module:
+    checkpoint = read(folder)
+    if checkpoint is None:
+        raise InputError(f"the checkpoint {folder} is damaged, or its folder was renamed. Pass another one.")
+    try:
+        model = rebuild(fresh, checkpoint.structure())
+        model.load_state_dict(checkpoint.network())
+    except (InputError, RuntimeError) as error:
+        raise InputError(f"the checkpoint {folder} belongs to another network: {str(error)[:300]}") from error
+    return model

@@ -87,7 +87,5 @@ def note_of_lost_zeros(zeros: Mapping[str, Tensor], model: nn.Module) -> tuple[s
             lost += int((zeros[name] & remaining).sum())
     if lost <= _WORTH_A_NOTE * total:
         return ()
-    return (
-        f"{100 * lost / total:.1f} % of the weights were zero before this stage and are not zero after it: zeros that "
-        "no mask holds do not last. Use tersor.training.mask_attachment.insert_masks.",
-    )
+    share = f"{100 * lost / total:.1f} % of the weights were zero before this stage and are not zero after it"
+    return (f"{share}: zeros without a mask do not last. Use tersor.training.mask_attachment.insert_masks.",)
