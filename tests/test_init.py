@@ -33,10 +33,8 @@ def test_verbs_are_functions_whatever_was_imported_first(first):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match=r"no attribute 'quantise'. Did you mean 'quantize'"):
-        tersor.__getattr__("quantise")
-    with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
-        tersor.__getattr__("zzz")
+    with pytest.raises(AttributeError, match="no attribute 'exprot'"):
+        tersor.__getattr__("exprot")
 
 
 @pytest.mark.usefixtures("not_imported")

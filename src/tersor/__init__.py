@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from tersor.core.errors import InputError, nearest
+from tersor.core.errors import InputError
 
 if TYPE_CHECKING:
     from tersor.api import compare, distill, export, prune, quantize
@@ -47,12 +47,10 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        similar = nearest(name, _MODULES)
-        hint = f". Did you mean '{similar}'?" if similar else ""
-        raise AttributeError(f"module 'tersor' has no attribute '{name}'{hint}")
+        raise AttributeError(f"module 'tersor' has no attribute '{name}'")
     function = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return function
 
 
-def __dir__() -> list[str]:
+def __dir__() -> list[str]:  # for completion, and for Python's "Did you mean"
     return sorted([*__all__, "__version__"])

@@ -80,8 +80,10 @@ def run(method, tmp_path):
 
 
 def test_the_zeros_of_the_documented_method_last(tmp_path, monkeypatch):
-    (tmp_path / "my_methods.py").write_text(blocks.blocks("how-to/own-method.md", "python")[0])
+    page = "how-to/own-method.md"
+    (tmp_path / "my_methods.py").write_text(blocks.blocks(page, "python")[0])
     monkeypatch.syspath_prepend(tmp_path)
+    assert [parse(text, page).stages[0].name for text in blocks.blocks(page, "yaml")] == ["prune"]
     pruned, records = run("my_methods:Grow", tmp_path)
     assert mask_of(pruned[0]).mask.float().mean().item() == pytest.approx(0.7)
     assert pruned[0].weight.eq(0).float().mean().item() == pytest.approx(0.3)
