@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from samples import alone, entry, evidence_of, numbers_at, numbers_of, profile_of, ratio_of, speedups
 
+from tersor.cli_output import results_table
 from tersor.evaluation.results import FileResults, Metric, Results, Speedup
 from tersor.report import verdict as module
 from tersor.report.verdict import by_batch_size
@@ -190,3 +191,13 @@ def test_a_larger_error_is_not_recommended(score, file):
     numbers = alone(4.0, artifact=entry(4.0, score=score, size=1_000_000), original=entry(4.0, score=0.1))
     numbers |= {"candidates": {"onnxruntime": entry(4.0, score=0.1)}, "metric": ERROR.model_dump()}
     assert f"Deploy {file}" in verdict(numbers)
+
+
+def test_the_table_of_a_run_names_one_thread_and_the_integers():
+    numbers = numbers_of()
+    numbers["machine"]["threads"] = 1
+    numbers["artifact"]["integer_macs_share"] = 1.0
+    table = results_table(Results.model_validate(numbers))
+    assert table.title == "Some CPU, 1 thread"
+    place = [*table.columns[0].cells].index("precision")
+    assert [[*column.cells][place] for column in table.columns][-3] == "int8, rest float32"
