@@ -168,8 +168,11 @@ def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeyp
 def test_export_warns_if_the_network_was_quantized_for_another_runtime(tmp_path):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)).eval()
     quantized = copy.deepcopy(tersor.quantize(network, IMAGES, runtime="openvino"))
-    with pytest.warns(CompressionWarning, match=r"quantized for openvino and is exported for onnxruntime"):
-        tersor.export(quantized, IMAGES, tmp_path / "model.onnx")
+    with (
+        pytest.warns(CompressionWarning, match="for openvino and is exported for onnxruntime"),
+        pytest.raises(InputError),
+    ):
+        tersor.export(quantized, IMAGES[0], tmp_path / "model.onnx")  # refused before the slow part
 
 
 def one_millisecond(openers, image, *, seconds):
