@@ -65,7 +65,8 @@ def test_a_network_that_is_given_is_trained_and_copied():
     assert not made.teacher.training
     assert all(torch.equal(a, b) for a, b in zip(given.parameters(), made.teacher.parameters(), strict=True))
     assert lines[0] == "reading images"
-    assert "53.8 % of 80 labelled images" in lines[1], "the teacher is checked on the training images"
+    assert lines[1].startswith("normalization: mean 0.5 0.5 0.5, std 0.25 0.25 0.25")
+    assert "53.8 % of 80 labelled images" in lines[2], "the teacher is checked on the training images"
     assert made.data.mean == (0.5,) * 3
 
 
@@ -85,17 +86,30 @@ def test_a_network_without_weights_is_not_trained_and_its_teacher_is_trained_fir
 def test_the_normalization_is_that_of_the_recipe_else_that_of_both_files():
     two = [{"a": "1"}, {"a": "2"}]
     source = DataSource(name="digits", mean=(0.9,) * 3, std=(0.8,) * 3)
-    given = splits()
+    given, progress = splits(), RecordedProgress()
+
+    def normalised(recipe, *metadata, own_mean=False):
+        return setup._normalised(given, recipe, metadata, progress, own_mean=own_mean)
+
     with pytest.MonkeyPatch.context() as patch:
         found = {"1": ((0.1,), (0.2,)), "2": ((0.3,), (0.2,)), "": None}
         patch.setattr(models, "normalization", lambda metadata: found[metadata.get("a", "")])
-        assert setup._normalised(given, recipe(data=source), *two) is given
-        assert setup._normalised(given, recipe(), {}, {}) is given
-        changed = setup._normalised(given, recipe(), {}, two[0])
+        assert normalised(recipe(data=source), *two) is given
+        assert normalised(recipe(), {}, {}) is given
+        assert normalised(recipe(), {}, {}, own_mean=True) is given
+        changed = normalised(recipe(), {}, two[0])
         assert (changed.mean, changed.std) == ((0.1,), (0.2,))
-        assert setup._normalised(given, recipe(), two[1], two[1]).mean == (0.3,)
+        assert normalised(recipe(), two[1], two[1]).mean == (0.3,)
         with pytest.raises(InputError, match="trained with different mean"):
-            setup._normalised(given, recipe(), *two)
+            normalised(recipe(), *two)
+    sources = [line.partition("(")[2] for line in progress.lines]
+    assert sources == [
+        "given)",
+        "computed from the training images)",
+        "from the data)",
+        "from the weights file)",
+        "from the weights file)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -178,11 +192,11 @@ def test_few_images_are_a_random_choice_of_the_seed():
 
 def test_random_weights_follow_from_the_seed_alone():
     name = Network(name="resnet20", num_classes=3)
-    first, same, other = (setup._build(name, None, seed)[0].state_dict() for seed in (1, 1, 2))
+    first, same, other = (setup._build(name, None, seed, 3)[0].state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[key], same[key]) for key in first)
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
-    assert setup._build(name, splits(), 0)[0].linear.out_features == 3, "the number in the recipe counts"
-    assert setup._build(Network(name="resnet20"), splits(), 0)[0].linear.out_features == 2
+    assert setup._build(name, splits(), 0, 3)[0].linear.out_features == 3, "the number in the recipe counts"
+    assert setup._build(Network(name="resnet20"), splits(), 0, 3)[0].linear.out_features == 2
 
 
 def test_labels_from_one_and_weights_of_as_many_classes_as_labels_are_explained(tmp_path):
@@ -190,10 +204,10 @@ def test_labels_from_one_and_weights_of_as_many_classes_as_labels_are_explained(
     models.save_weights(models.build("resnet20", 2), file)
     given = Network(name="resnet20", weights=file)
     with pytest.raises(InputError, match="Number the classes from 0 to 1"):
-        setup._build(given, splits(classes=3, train=(1, 2), test=(1, 2)), 0)
+        setup._build(given, splits(classes=3, train=(1, 2), test=(1, 2)), 0, 3)
     for data in (splits(classes=3, train=(0, 1, 2), test=(1, 2)), splits(classes=4, train=(1, 2, 3), test=(1, 2))):
         with pytest.raises(models.OtherClasses):
-            setup._build(given, data, 0)
+            setup._build(given, data, 0, 3)
 
 
 def test_a_doubtful_teacher_is_named(tmp_path):
