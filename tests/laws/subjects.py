@@ -175,11 +175,11 @@ def rank_of_two(rank: int, port: int, out: Path) -> None:
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     _record_once()
-    processes(out)
+    processes(out, demo=False)
 
 
-def processes(out: Path) -> None:
-    """Run every method and the demo as one of several processes, and save the models."""
+def processes(out: Path, *, demo: bool) -> None:
+    """Run every method, and the demo, as one of several processes, and save the models."""
     distributed.init_process_group()
     here = distributed.rank()
     layer = nn.Linear(1, 1)
@@ -189,7 +189,8 @@ def processes(out: Path) -> None:
     given = {name: recipe(build_method(name, "example"), seed=here) for name in registry.names()}
     shorter = ["data.limit=192", "teacher.epochs=1", "stages.0.epochs=1", "stages.1.epochs=1", f"seed={here}"]
     shorter += [f"{training}.lr_schedule.warmup_epochs=0" for training in ("teacher.training", "stages.0")]
-    given[DEMO.stem] = read(DEMO, shorter)
+    if demo:
+        given[DEMO.stem] = read(DEMO, shorter)
     for name, each in given.items():
         recorder = StateRecorder(STEPS if name != DEMO.stem else 0)
         model = run_recipe(each, out / name, recorder)
@@ -200,4 +201,4 @@ def processes(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    processes(Path(sys.argv[1]))
+    processes(Path(sys.argv[1]), demo=True)
