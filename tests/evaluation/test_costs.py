@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from tersor import tasks
@@ -18,6 +19,7 @@ from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.evaluation.costs import costs
 from tersor.evaluation.scoring import agreement, images_at_once, network_predictions, network_score
+from tersor.graph import multiplications
 from tersor.graph.capture import capture
 from tersor.models import build, load_weights, normalization
 from tersor.pruning.mask import Mask
@@ -362,3 +364,10 @@ def test_the_accuracy_of_the_shared_network_is_as_published():
     ]
     assert sum(len(batch.images) for batch in batches) == 1000
     assert network_score(model, batches) == pytest.approx(89.2, abs=0.2)
+
+
+def test_a_recurrent_layer_multiplies_at_every_position_of_every_sequence():
+    sequences = torch.randn(5, 3, 8)
+    with FlopCounterMode(display=False, custom_mapping=multiplications._OURS) as counter:
+        nn.LSTM(8, 4)(sequences)
+    assert counter.get_total_flops() == 2 * 5 * 3 * (16 * 8 + 16 * 4)

@@ -214,7 +214,7 @@ def test_networks_with_in_place_layers_train_after_removal(make):
 
 
 class InPlace(nn.Module):
-    """An activation that changes both sides of the next sum, and a sum that is changed later."""
+    """An activation that changes both sides of the next sum, and a sum that is read and then changed."""
 
     def __init__(self):
         super().__init__()
@@ -224,8 +224,9 @@ class InPlace(nn.Module):
     def forward(self, x):
         x = self.first(x)
         x = x + self.second(F.relu(x, inplace=True))
-        y = self.relu(x + self.third(x))
-        return torch.cat([x, y], 1).mean((2, 3))
+        total = x + self.third(x)
+        twice, y = 2 * total, self.relu(total)
+        return torch.cat([x, y, twice], 1).mean((2, 3))
 
 
 @pytest.mark.parametrize("layers", [["second"], ["third"], ["second", "third"]])
