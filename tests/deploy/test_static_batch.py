@@ -142,6 +142,7 @@ def test_a_run_for_an_affected_runtime_writes_and_measures_a_static_batch(affect
     pytest.importorskip("openvino")
     module = importlib.import_module("tersor.pipeline.run")
     monkeypatch.setattr(module, "measure", partial(module.measure, seconds=0.2))
+    torch.manual_seed(0)
     models.save_weights(models.build("resnet20", 10), tmp_path / "weights.safetensors")
     recipe = parse(
         "{model: {name: resnet20, weights: WEIGHTS}, data: {name: digits}, target: {runtime: openvino},"

@@ -1,6 +1,7 @@
 """What somebody sent is read or refused with one message, whatever is in it. `bench/fuzz.py` reads ten thousand."""
 
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,10 @@ def test_the_payload_executes_where_nothing_refuses_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["recipe", "structure", "numbers"])
 def test_guided_by_coverage(name, tmp_path):
     pytest.importorskip("atheris", reason="pip install atheris (Linux and macOS)")
-    command = [sys.executable, str(HERE / "guided.py"), name, "-runs=2000", "-max_total_time=60", "-max_len=20000"]
+    # Linux passes the largest memory of this process on to its children
+    memory = 2048 + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    options = ["-runs=2000", "-max_total_time=60", "-max_len=20000", f"-rss_limit_mb={memory}"]
+    command = [sys.executable, str(HERE / "guided.py"), name, *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2000 runs" in done.stderr or "Done " in done.stderr, done.stderr[-3000:]
