@@ -246,3 +246,9 @@ def test_the_training_of_distill(model, loader, monkeypatch, given, rate):
     tersor.distill(model, teacher, loader, epochs=1)
     with pytest.raises(InputError, match="a loader with a length"):
         tersor.distill(model, teacher, (batch for batch in loader))
+
+
+def test_compare_looks_for_the_file_before_it_converts_the_network(monkeypatch):
+    monkeypatch.setattr(api, "to_export", None)
+    with pytest.raises(InputError, match="missing.onnx"):
+        tersor.compare(resnet8(), "missing.onnx", [(IMAGES, LABELS)])

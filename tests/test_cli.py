@@ -258,7 +258,7 @@ def test_images_that_cannot_be_used(tmp_path, weights, monkeypatch, capfd):
 
 def test_a_runtime_that_is_not_installed(tmp_path, weights, monkeypatch, capfd):
     def absent(name: str) -> None:
-        raise InputError(f"the runtime {name} is not installed. Write pip install 'tersor[openvino]'.")
+        raise InputError(f"the runtime {name} is not installed. Write pip install openvino.")
 
     monkeypatch.setattr("tersor.pipeline.setup.load_runtime", absent)
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))

@@ -24,7 +24,7 @@ from tersor.deploy.static_batch import batch_for, static_batch_reason
 from tersor.evaluation.latency import BATCH_SIZES, compressed_bytes, measure_latency, size_bytes
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.scoring import agreement, arrays_of, file_outputs, file_predictions, score
-from tersor.evaluation.session import open_session
+from tersor.evaluation.session import load_runtime, open_session
 from tersor.evaluation.verification import verify
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
@@ -258,6 +258,8 @@ def compare(
         raise InputError(f"seconds is {seconds}. Write a number above 0.")
     if not isinstance(artifact, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"the artifact is a {type(artifact).__name__}. Export it and pass the path of the file.")
+    load_runtime(runtime)
+    compressed = read_artifact(artifact).model
     loader, _ = batches_of(loader)
     batches = [(images.cpu(), targets_in(batch)) for batch in loader if len(images := images_of(batch))]
     if not isinstance(original, str | Path):
@@ -266,7 +268,7 @@ def compare(
         path = original if isinstance(original, str | Path) else Path(folder) / "original.onnx"
         if isinstance(original, nn.Module):
             write_onnx(original, batches[0][0], path)
-        files = {"original": Path(path), "artifact": read_artifact(artifact).model}
+        files = {"original": Path(path), "artifact": compressed}
         sessions = {name: open_session(file, runtime) for name, file in files.items()}
         images = [each for each, _ in batches]
         few = arrays_of(batches[0][0][:2])

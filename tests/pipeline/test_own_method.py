@@ -55,6 +55,12 @@ class Halved(nn.Module):
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
+class PlainFunction:
+    def attach(self, model, context):
+        return Attachment(model, [torch.mean])
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
 class OwnParametrization:
     def attach(self, model, context):
         parametrize.register_parametrization(model[0], "weight", Halved())
@@ -123,6 +129,10 @@ def test_explain_refuses_a_parametrization_that_cannot_be_saved():
     [
         (WithoutContext(), "test_own_method:WithoutContext': attach must take .model, context.* too many positional"),
         (ReturnsNothing(), "test_own_method:ReturnsNothing': attach must .* return an Attachment; .* of type NoneType"),
+        (
+            PlainFunction(),
+            "one of its terms is of type builtin_function_or_method. Write a class derived from .*LossTerm",
+        ),
     ],
 )
 def test_attach_of_the_wrong_form_is_one_message(method, message):

@@ -21,7 +21,7 @@ from tersor.evaluation.file_inputs import Array, FileArrays, FileInput, by_name,
 
 RUNTIMES: tuple[str, ...] = get_args(Runtime)
 
-_INSTALL = {"onnxruntime": "pip install onnxruntime", "openvino": "pip install 'tersor[openvino]'"}
+_INSTALL = {"onnxruntime": "pip install onnxruntime", "openvino": "pip install openvino"}
 _SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".onnx", ".xml")}
 _EQUAL_NAMES = ("float16", "uint8", "int32", "int64")
 _ONNX_TYPES = {

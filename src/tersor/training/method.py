@@ -16,6 +16,7 @@ from tersor.pruning.mask import weight_mask
 from tersor.training.attachment import Attachment, Chain
 from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import FrozenMaskedWeights, MaskedAttachment
+from tersor.training.objective import LossTerm
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
 """The pydantic configuration of every method: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
@@ -78,6 +79,12 @@ def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attac
     part = cast("Any", method.attach(model, context))
     if not isinstance(part, Attachment):
         raise InputError(f"{rule}; it returns an object of type {type(part).__name__}.")
+    for term in part.terms:
+        if not isinstance(term, LossTerm):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"{rule}; one of its terms is of type {type(term).__name__}. Write a class derived from "
+                "tersor.training.objective.LossTerm with a `name` and a forward(batch, student, teacher)."
+            )
     return part
 
 
