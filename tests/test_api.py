@@ -250,5 +250,5 @@ def test_the_training_of_distill(model, loader, monkeypatch, given, rate):
 
 def test_compare_looks_for_the_file_before_it_converts_the_network(monkeypatch):
     monkeypatch.setattr(api, "to_export", None)
-    with pytest.raises(InputError, match="missing.onnx"):
+    with pytest.raises(InputError, match=r"missing\.onnx"):
         tersor.compare(resnet8(), "missing.onnx", [(IMAGES, LABELS)])
