@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from onnx_files import scaling_file, tiny_proto
+from recorded_progress import RecordedProgress
 from tersor.checkpoint.artifact import write_folder
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
@@ -60,6 +61,18 @@ def test_the_same_classes_are_not(images, tmp_path):
     assert (found.metric, found.score, found.images, found.runtime) == ("accuracy", 50.0, 6, "onnxruntime")
     assert str(found) == "50.00 % of 6 test images, onnxruntime in float32"
     assert str(dataclasses.replace(found, metric="mIoU")).startswith("mIoU 50.00 % on 6 test images")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_have_the_channels_of_the_file_and_their_normalization_is_said(images, tmp_path, channels):
+    progress = RecordedProgress()
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    file = export(model, torch.rand(1, channels, 8, 8), tmp_path / "model.onnx")
+    assert evaluate(file, str(images), None, progress=progress).images == 6
+    mean, std = " ".join(["0.282"] * channels), " ".join(["0.176"] * channels)
+    assert f"normalization: mean {mean}, std {std} (computed from the training images, since the file has none" in str(
+        progress.lines
+    )
 
 
 def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):

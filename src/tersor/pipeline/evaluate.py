@@ -26,6 +26,7 @@ from tersor.pipeline.artifact_settings import (
     task_of_artifact,
 )
 
+_CHANNELS = (1, 3, 4)
 _MOST_BITS = 8
 """Of a quantized weight."""
 
@@ -80,14 +81,17 @@ def evaluate(
     progress.say("reading the images")
     asked = task_of_artifact(found, task)
     options = data_source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
-    if numbers.get("mean"):
-        options["channels"] = len(numbers["mean"])
+    channels = len(numbers["mean"]) if numbers.get("mean") else session.input_shape[1]
+    if channels in _CHANNELS:
+        options["channels"] = channels
     splits = load(**options, targets="boxes" if asked.boxes else "masks")
     refuse_other_classes(class_names(found.model), splits.classes)
     assert splits.mean is not None
     assert splits.std is not None
     batches = Batches(splits.test, images_at_once(asked, splits.test.size), mean=splits.mean, std=splits.std)
     kind = "uint8" if session.input_dtype == np.uint8 else "normalized"
+    if kind == "normalized":
+        progress.say(_normalization(splits.mean, splits.std, known=bool(numbers.get("mean"))))
     progress.start("test set", 1)
     predictions = file_predictions(session, arrays(batches, kind), asked)
     targets = targets_of(batches)
@@ -98,6 +102,15 @@ def evaluate(
     result = score(asked, predictions, targets)
     shown, tested, bits = asked.shown(result), len(splits.test), _weight_bits(found.model)
     return Evaluation(asked.metric, result, shown, tested, session.runtime, session.precision, bits)
+
+
+def _normalization(mean: Sequence[float], std: Sequence[float], *, known: bool) -> str:
+    """The line that says how the images are normalized."""
+    shown = [" ".join(f"{value:.3g}" for value in values) for values in (mean, std)]
+    source = "from the artifact"
+    if not known:
+        source = "computed from the training images, since the file has none; they must be those of its training"
+    return f"normalization: mean {shown[0]}, std {shown[1]} ({source})"
 
 
 def _weight_bits(path: Path) -> tuple[int, ...]:
