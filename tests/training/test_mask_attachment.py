@@ -243,3 +243,27 @@ def test_masks_lie_under_grids():
     parametrize.register_parametrization(model[0], "weight", Mask(model[0].weight.shape))
     insert_masks({"0": model[0]}, "split", "a method")
     assert mask_of(model[0]).gradient == "split"
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"1": torch.ones(4, 3, 3, 3, dtype=torch.bool)}, "unknown masked layer '1'.* Possible: 0, 2"),
+        ({"0": torch.ones(4, 3, 3, 3)}, r"mask of layer '0' must be bool of shape \(4, 3, 3, 3\), given float32"),
+        ({"0": torch.ones(4, dtype=torch.bool)}, r"must be bool of shape \(4, 3, 3, 3\), given bool \(4,\)"),
+    ],
+)
+def test_masks_of_the_wrong_form_are_refused_and_none_is_set(masks, message):
+    _, attached = masked("masked")
+    before = attached.sparsity
+    with pytest.raises(InputError, match=message):
+        attached.set_masks(masks, 1)
+    assert attached.sparsity == before
+
+
+def test_an_attachment_needs_masks_and_masks_a_gradient():
+    model = network()
+    with pytest.raises(InputError, match=r"a Conv2d has no mask\. Call insert_masks"):
+        MaskedAttachment(model, {"0": model[0]})
+    with pytest.raises(InputError, match=r"unknown gradient of a mask 'mask'.* Did you mean 'masked'"):
+        insert_masks({"0": model[0]}, "mask", "a method")

@@ -1,6 +1,5 @@
 """The state of a training: Ctrl-C, the optimizer, the clock and the losses."""
 
-import os
 import signal
 import threading
 
@@ -18,7 +17,7 @@ from tersor.training.snapshot import defer_sigint, restore, snapshot, with_prefi
 
 
 def press():
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 
 
 def test_the_first_ctrl_c_waits_and_the_second_interrupts():

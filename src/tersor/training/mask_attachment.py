@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, get_args
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tersor.core.distributed import broadcast_from_rank0
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, unknown
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.pruning.mask import Gradient, Mask, weight_mask
@@ -83,8 +83,10 @@ def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -
     """Put a mask of ones on every weight without one; all masks then use this `gradient`.
 
     Raises:
-        InputError: a weight is quantized already.
+        InputError: a weight is quantized already, or there is no such gradient.
     """
+    if gradient not in get_args(Gradient):
+        raise unknown("gradient of a mask", str(gradient), get_args(Gradient))
     for name, layer in layers.items():
         if any(isinstance(each, FakeQuantize) for each in parametrizations_of(layer)):
             raise InputError(
@@ -99,9 +101,14 @@ def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -
 
 
 def mask_of(layer: Layer) -> Mask:
-    """The mask of a layer that has one."""
+    """The mask of a layer.
+
+    Raises:
+        InputError: it has none.
+    """
     mask = weight_mask(layer)
-    assert mask is not None
+    if mask is None:
+        raise InputError(f"a {type(layer).__name__} has no mask. Call insert_masks(layers, gradient, method) first.")
     return mask
 
 
@@ -197,7 +204,17 @@ class MaskedAttachment(FrozenMaskedWeights):
             new_masks: layer -> bool (C_out, ...).
             step: number of completed steps.
             number: of the update; every few updates are logged.
+
+        Raises:
+            InputError: a layer is not masked here, or a mask has another shape or data type.
         """
+        for name, mask in new_masks.items():
+            if name not in self.masked:
+                raise unknown("masked layer", name, self.masked)
+            shape = mask_of(self.masked[name]).mask.shape
+            if mask.dtype != torch.bool or mask.shape != shape:
+                given = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
+                raise InputError(f"the mask of layer '{name}' must be bool of shape {tuple(shape)}, given {given}.")
         changed = sum(int((mask_of(self.masked[name]).mask != mask).sum()) for name, mask in new_masks.items())
         for name, mask in new_masks.items():
             mask_of(self.masked[name]).mask.copy_(mask)
