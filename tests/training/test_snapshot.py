@@ -20,6 +20,15 @@ def press():
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def interruptible():
+    """The usual handler: a process that a shell started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_ctrl_c_waits_and_the_second_interrupts():
     before = signal.getsignal(signal.SIGINT)
     with defer_sigint(True) as interrupted:
