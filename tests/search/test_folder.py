@@ -109,7 +109,7 @@ def test_the_bar_counts_seconds_and_keeps_the_state_every_ten():
 
 @pytest.fixture
 def ranged(tmp_path, monkeypatch):
-    """A search before its feasible range, and the log of what was asked."""
+    """A search before its feasible range, and the list of the calls that it received."""
     search = searching(tmp_path / "out")
     measured, search.folder.state.baselines = search.folder.state.baselines, []
     search.points, search.original, search.best = [], None, None

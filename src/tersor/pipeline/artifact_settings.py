@@ -127,6 +127,12 @@ def _normalization_in(model: Path) -> dict[str, Any]:
         raise InputError(f"the normalization in the metadata of {model} is damaged. Export it again.") from error
 
 
+def normalization_line(mean: Sequence[float], std: Sequence[float], source: str) -> str:
+    """The line that says how images are normalized, and where the numbers come from."""
+    shown = [" ".join(f"{value:.3g}" for value in values) for values in (mean, std)]
+    return f"normalization: mean {shown[0]}, std {shown[1]} ({source})"
+
+
 def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:
     """Arguments of `tersor.data.load`: the given data, else those of the folder's recipe.
 

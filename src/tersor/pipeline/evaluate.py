@@ -20,6 +20,7 @@ from tersor.evaluation.timings import EndedBy, Ratio, Spread, Timings
 from tersor.pipeline.artifact_settings import (
     class_names,
     data_source,
+    normalization_line,
     numbers_of,
     original_file,
     refuse_other_classes,
@@ -27,6 +28,7 @@ from tersor.pipeline.artifact_settings import (
 )
 
 _CHANNELS = (1, 3, 4)
+_COMPUTED = "computed from the training images, since the file has none; they must be those of its training"
 _MOST_BITS = 8
 """Of a quantized weight."""
 
@@ -91,7 +93,8 @@ def evaluate(
     batches = Batches(splits.test, images_at_once(asked, splits.test.size), mean=splits.mean, std=splits.std)
     kind = "uint8" if session.input_dtype == np.uint8 else "normalized"
     if kind == "normalized":
-        progress.say(_normalization(splits.mean, splits.std, known=bool(numbers.get("mean"))))
+        source = "from the artifact" if numbers.get("mean") else _COMPUTED
+        progress.say(normalization_line(splits.mean, splits.std, source))
     progress.start("test set", 1)
     predictions = file_predictions(session, arrays(batches, kind), asked)
     targets = targets_of(batches)
@@ -102,15 +105,6 @@ def evaluate(
     result = score(asked, predictions, targets)
     shown, tested, bits = asked.shown(result), len(splits.test), _weight_bits(found.model)
     return Evaluation(asked.metric, result, shown, tested, session.runtime, session.precision, bits)
-
-
-def _normalization(mean: Sequence[float], std: Sequence[float], *, known: bool) -> str:
-    """The line that says how the images are normalized."""
-    shown = [" ".join(f"{value:.3g}" for value in values) for values in (mean, std)]
-    source = "from the artifact"
-    if not known:
-        source = "computed from the training images, since the file has none; they must be those of its training"
-    return f"normalization: mean {shown[0]}, std {shown[1]} ({source})"
 
 
 def _weight_bits(path: Path) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from tersor.evaluation.costs import macs_ratio
 from tersor.evaluation.session import load_runtime
 from tersor.graph.eval_mode import check_forward, evaluating
 from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_without_weights
+from tersor.pipeline.artifact_settings import normalization_line
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.pipeline.stages import attach
 from tersor.recipe import Network, Recipe, Teacher
@@ -229,8 +230,7 @@ def _normalised(
         function = recipe.data.name is not None and is_function_path(recipe.data.name)
         source = "from the data" if own_mean or function else "computed from the training images"
         source += f"; {weights.name} has none" if weights else ""
-    shown = [" ".join(f"{value:.3g}" for value in values or ()) for values in (splits.mean, splits.std)]
-    progress.say(f"normalization: mean {shown[0]}, std {shown[1]} ({source})")
+    progress.say(normalization_line(splits.mean or (), splits.std or (), source))
     return splits
 
 
