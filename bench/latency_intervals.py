@@ -8,7 +8,7 @@ There are three experiments in each runtime, ten times each:
   fixed cost of a call (`fixed` is the share of a network that only copies its input).
 
 At least nine of ten intervals should cover the true ratio. The two stacks of the last file must not have equal weights:
-OpenVINO merges equal constants, and then adds the biases in nodes of their own instead of inside the convolutions, which
+OpenVINO merges equal constants. It then adds the biases in nodes of their own instead of inside the convolutions, and
 takes 3 to 4 % longer.
 """
 
