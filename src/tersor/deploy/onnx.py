@@ -25,6 +25,7 @@ from tersor.core.files import write_file
 from tersor.data.network_inputs import NetworkInput
 from tersor.deploy.int4_packing import pack_int4
 from tersor.deploy.integer_graph import to_integer_graph
+from tersor.deploy.mask_packing import pack_masks
 from tersor.deploy.operator_table import one_operator_table
 from tersor.deploy.outputs import output_names
 from tersor.graph.export_program import refusal_reason, without_exporter_output
@@ -108,6 +109,7 @@ def export(
     program = _convert(network, rows, dynamic=batch is None)
     proto = program.model_proto
     pack_int4(proto.graph)
+    pack_masks(proto.graph)
     _strip_metadata(proto, output_names(program, [each.name for each in proto.graph.input]))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
