@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor.core.errors import InputError, nearest, unknown
+from tersor.core.user_code import user_code
 
 
 def is_function_path(name: str) -> bool:
@@ -69,7 +70,7 @@ def call_with(path: str, function: Callable[..., Any], **values: Any) -> Any:
     """Call `function` with those of the `values` that it accepts by name.
 
     Raises:
-        InputError: it requires other arguments.
+        InputError: it requires other arguments, or raises an exception.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -85,7 +86,8 @@ def call_with(path: str, function: Callable[..., Any], **values: Any) -> Any:
             f"'{path}' cannot be called: {error}. Write a function that needs no argument"
             f"{' other than ' + ' and '.join(values) if values else ''}."
         ) from error
-    return function(**accepted)
+    with user_code(f"'{path}'", function):
+        return function(**accepted)
 
 
 def _import_module(name: str, path: str) -> Any:

@@ -25,6 +25,7 @@ from tersor.graph.eval_mode import check_forward, evaluating
 from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_without_weights
 from tersor.pipeline.artifact_settings import normalization_line
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
+from tersor.pipeline.loss_check import check_losses
 from tersor.pipeline.stages import attach
 from tersor.recipe import Network, Recipe, Teacher
 from tersor.tasks.classification import Classification
@@ -124,7 +125,10 @@ def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
 
 
 def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
-    """Attach every stage to a copy with few images, so that a wrong parameter fails now and not after an hour."""
+    """Attach every stage to a copy with few images, so that a wrong parameter fails now and not after an hour.
+
+    The losses are computed once, for the same reason.
+    """
     data = replace(experiment.data, train=_few(experiment, _FEW))
     rehearsal = replace(experiment, data=data, latency=macs_ratio)
     model = copy.deepcopy(experiment.model)
@@ -139,7 +143,9 @@ def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
                 "the fraction of the training images to hold out, or remove validate_every."
             )
         learning_rates(experiment.training_batches(stage), stage, experiment.steps_of(stage))
-        model = attach(rehearsal, stage, model, progress).model
+        attachment = attach(rehearsal, stage, model, progress)
+        model = attachment.model
+        check_losses(experiment, stage, attachment)
         structure(model)  # what cannot be saved fails now
 
 
