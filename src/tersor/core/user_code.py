@@ -19,8 +19,9 @@ def user_code(name: str, function: object, *, if_none: str = "") -> Generator[No
 
     Args:
         name: of the function, in the message.
-        function: the function, or an object whose methods run. Errors that none of the functions of its module, or of
-            the modules of its base classes, raised or passed on stay as they are. So do errors of tersor's own modules.
+        function: the function, an object whose methods run, or the name of a module that is imported. Errors that none
+            of the functions of its module, or of the modules of its base classes, raised or passed on stay as they are.
+            So do errors of tersor's own modules.
         if_none: a sentence for exceptions that a value None caused.
 
     Raises:
@@ -43,9 +44,9 @@ def _is_about_none(error: Exception, place: str) -> bool:
 
 def _place(error: Exception, function: object) -> str | None:
     """The last line that ran of the function's module, or of a module of its base classes."""
-    if isinstance(function, functools.partial):
-        function = function.func
-    named = [getattr(function, "__module__", None), *(kind.__module__ for kind in type(function).__mro__)]
+    called: object = function.func if isinstance(function, functools.partial) else function
+    named = [called if isinstance(called, str) else getattr(called, "__module__", None)]
+    named += [kind.__module__ for kind in type(called).__mro__]
     modules = [module for module in named if module is not None and module.partition(".")[0] != "tersor"]
     frames = [*traceback.walk_tb(error.__traceback__)][::-1]
     for module, (frame, line) in product(modules, frames):

@@ -12,6 +12,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.core.user_code import user_code
+from tersor.graph.feature_extraction import matching_paths
 from tersor.graph.layer_selection import weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.training.attachment import Attachment, Chain
@@ -90,7 +91,7 @@ def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attac
 
     Raises:
         InputError: a method of the user takes other arguments, raises an exception, or returns no Attachment; a
-            method needs a teacher or steps that there are not.
+            method needs a teacher, steps or a layer that there are not.
     """
     name = _name(method)
     rule = f"method '{name}': attach must take (model, context) and return an Attachment"
@@ -114,6 +115,10 @@ def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attac
                 "tersor.training.objective.LossTerm with a `name` and a forward(batch, student, teacher)."
             )
         term.of_method = name
+    for student, teacher in part.layers:
+        matching_paths(part.model, [student], f"method '{name}' compares a layer of the student, which")
+        if context.teacher is not None:
+            matching_paths(context.teacher, [teacher], f"method '{name}' compares a layer of the teacher, which")
     return part
 
 
