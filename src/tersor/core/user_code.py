@@ -45,8 +45,9 @@ def _is_about_none(error: Exception, place: str) -> bool:
 def _place(error: Exception, function: object) -> str | None:
     """The last line that ran of the function's module, or of a module of its base classes."""
     called: object = function.func if isinstance(function, functools.partial) else function
+    kind: type = type(called)
     named = [called if isinstance(called, str) else getattr(called, "__module__", None)]
-    named += [kind.__module__ for kind in type(called).__mro__]
+    named += [base.__module__ for base in kind.__mro__]
     modules = [module for module in named if module is not None and module.partition(".")[0] != "tersor"]
     frames = [*traceback.walk_tb(error.__traceback__)][::-1]
     for module, (frame, line) in product(modules, frames):
