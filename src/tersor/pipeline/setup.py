@@ -33,7 +33,7 @@ from tersor.tasks.network_outputs import described, in_float32
 from tersor.tasks.task import Task
 from tersor.training.schedule import learning_rates, steps_per_epoch
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
-from tersor.training.teacher_check import teacher_warnings
+from tersor.training.teacher_check import level_warning, teacher_warnings
 
 _FEW = 64
 """Images for the trial attachment of every stage."""
@@ -118,10 +118,16 @@ def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
             "has no weights. Write model.weights."
         )
     _check_teacher(recipe)
-    if isinstance(experiment.task, Classification) and teacher is not None and experiment.teacher_is_trained:
-        few = _few(experiment, TEACHER_IMAGES)
-        for doubt in teacher_warnings("the teacher", teacher, experiment.batches(few, EVALUATION_BATCH)):
-            progress.say(f"warning: {doubt}")
+    if not isinstance(experiment.task, Classification):
+        return
+    few = experiment.batches(_few(experiment, TEACHER_IMAGES), EVALUATION_BATCH)
+    doubts = list[str]()
+    if teacher is not None and experiment.teacher_is_trained:
+        doubts += teacher_warnings("the teacher", teacher, few)
+    if experiment.model_is_trained and recipe.teacher != "original":
+        doubts.append(level_warning(recipe.model.name, experiment.model, few, experiment.task))
+    for doubt in filter(None, doubts):
+        progress.say(f"warning: {doubt}")
 
 
 def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
