@@ -42,6 +42,11 @@ def network(num_classes: int = 10):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, num_classes))
 
 
+def pooled(num_classes: int = 10):
+    layers = nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, num_classes)
+    return nn.Sequential(nn.Conv2d(3, 3, 3), *layers)
+
+
 class Broken(Attachment):
     def after_step(self, step, optimizer):
         self.absent.append(step)
@@ -168,3 +173,10 @@ def test_explain_finds_a_loss_that_fails():
 
 def test_explain_accepts_a_loss_that_needs_many_images():
     assert any("for the losses labels, many_images" in each for each in explained("NeedsTwenty"))
+
+
+def test_explain_finds_a_batch_that_is_too_small_for_batchnorm():
+    text = RECIPE.replace("METHOD", "NeedsTwenty").replace("batch_size: 32", "batch_size: 1")
+    text = text.replace(":network", ":pooled")
+    with pytest.raises(InputError, match="BatchNorm needs more than one value"):
+        list(explain(parse(text, "recipe.yaml"), progress=NullProgress()))

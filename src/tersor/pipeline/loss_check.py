@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tersor.data.batch import Batch
+from tersor.data.batch_errors import explain_batchnorm_error
 from tersor.graph.eval_mode import modes_restored
 from tersor.pipeline.experiment import Experiment
 from tersor.recipe import Stage
@@ -43,7 +44,9 @@ def check_losses(experiment: Experiment, stage: Stage, attachment: Attachment) -
         ).train()
         if not _fails(objective, _first(experiment, stage, min(_FEW, stage.batch_size))):
             return
-        objective(_first(experiment, stage, stage.batch_size))
+        batch = _first(experiment, stage, stage.batch_size)
+        with explain_batchnorm_error(len(batch.images)):
+            objective(batch)
 
 
 def _fails(objective: Objective, batch: Batch) -> bool:
