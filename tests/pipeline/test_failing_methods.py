@@ -162,8 +162,12 @@ def test_chain_refuses_what_a_method_declares_to_need():
         chain([SoftTargets()], network(), AttachContext(steps=1))
 
 
+def explain_text(text: str):
+    return list(explain(parse(text, "recipe.yaml"), progress=NullProgress()))
+
+
 def explained(method: str):
-    return list(explain(parse(RECIPE.replace("METHOD", method), "recipe.yaml"), progress=NullProgress()))
+    return explain_text(RECIPE.replace("METHOD", method))
 
 
 def test_explain_finds_a_loss_that_fails():
@@ -175,8 +179,14 @@ def test_explain_accepts_a_loss_that_needs_many_images():
     assert any("for the losses labels, many_images" in each for each in explained("NeedsTwenty"))
 
 
+def test_explain_computes_a_loss_with_a_memory_of_all_images():
+    text = RECIPE.replace("test_failing_methods:METHOD", "crd").replace("limit: 64", "limit: 200")
+    text += f'teacher: {{name: "{HERE}:network", epochs: 1}}\n'
+    assert any("for the losses labels, crd" in each for each in explain_text(text))
+
+
 def test_explain_finds_a_batch_that_is_too_small_for_batchnorm():
     text = RECIPE.replace("METHOD", "NeedsTwenty").replace("batch_size: 32", "batch_size: 1")
     text = text.replace(":network", ":pooled")
     with pytest.raises(InputError, match="BatchNorm needs more than one value"):
-        list(explain(parse(text, "recipe.yaml"), progress=NullProgress()))
+        explain_text(text)

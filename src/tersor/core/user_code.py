@@ -21,7 +21,7 @@ def user_code(name: str, function: object, *, if_none: str = "") -> Generator[No
         name: of the function, in the message.
         function: the function, an object whose methods run, or the name of a module that is imported. Errors that none
             of the functions of its module, or of the modules of its base classes, raised or passed on stay as they are.
-            So do errors of tersor's own modules.
+            So do errors of tersor's own classes.
         if_none: a sentence for exceptions that a value None caused.
 
     Raises:
@@ -46,9 +46,9 @@ def _place(error: Exception, function: object) -> str | None:
     """The last line that ran of the function's module, or of a module of its base classes."""
     called: object = function.func if isinstance(function, functools.partial) else function
     kind: type = type(called)
-    named = [called if isinstance(called, str) else getattr(called, "__module__", None)]
-    named += [base.__module__ for base in kind.__mro__]
-    modules = [module for module in named if module is not None and module.partition(".")[0] != "tersor"]
+    own: str | None = called if isinstance(called, str) else getattr(called, "__module__", None)
+    bases = [base.__module__ for base in kind.__mro__ if base.__module__.partition(".")[0] != "torch"]
+    modules = [module for module in (own, *bases) if module is not None and module.partition(".")[0] != "tersor"]
     frames = [*traceback.walk_tb(error.__traceback__)][::-1]
     for module, (frame, line) in product(modules, frames):
         if frame.f_globals.get("__name__") == module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,11 +21,17 @@ _FEW = 2
 """Images of the first attempt: every task and method of tersor can compute its loss for two."""
 
 
-def check_losses(experiment: Experiment, stage: Stage, attachment: Attachment) -> None:
+def check_losses(experiment: Experiment, stage: Stage, attachment: Attachment, images: int) -> None:
     """Compute the losses of a stage for one batch, so that a loss that fails is found before the training.
 
     A loss may need more than a few images, so that one which fails for these gets a whole batch. The weights, buffers
     and modes of the networks stay as they are.
+
+    Args:
+        experiment: with all images.
+        stage: one of its stages.
+        attachment: the methods of the stage.
+        images: number of images with which they were attached.
 
     Raises:
         InputError: a loss fails.
@@ -42,9 +49,9 @@ def check_losses(experiment: Experiment, stage: Stage, attachment: Attachment) -
             layers=attachment.layers,
             task=task,
         ).train()
-        if not _fails(objective, _first(experiment, stage, min(_FEW, stage.batch_size))):
+        if not _fails(objective, _first(experiment, stage, min(_FEW, stage.batch_size), images)):
             return
-        batch = _first(experiment, stage, stage.batch_size)
+        batch = _first(experiment, stage, stage.batch_size, images)
         with explain_batchnorm_error(len(batch.images)):
             objective(batch)
 
@@ -57,8 +64,10 @@ def _fails(objective: Objective, batch: Batch) -> bool:
     return False
 
 
-def _first(experiment: Experiment, stage: Stage, images: int) -> Batch:
-    return next(iter(experiment.training_batches(stage.model_copy(update={"batch_size": images}))))
+def _first(experiment: Experiment, stage: Stage, size: int, images: int) -> Batch:
+    """The first batch of the stage, with the indices of a data set of `images` images."""
+    batch = next(iter(experiment.training_batches(stage.model_copy(update={"batch_size": size}))))
+    return replace(batch, index=None if batch.index is None else batch.index % images)
 
 
 @contextmanager
