@@ -31,6 +31,7 @@ LEVELS = [
     (
         "training.attachment",
         "training.class_logits",
+        "training.norm_statistics",
         "training.optimizer",
         "training.output_distance",
         "training.schedule",

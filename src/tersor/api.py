@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tersor.checkpoint.artifact import read_artifact
@@ -33,6 +32,7 @@ from tersor.pipeline.arguments import (
     check_classes,
     check_metadata,
     example_of,
+    made,
     onnx_path,
     refuse_shared_weights,
     student_of,
@@ -42,14 +42,12 @@ from tersor.pipeline.arguments import (
     warn_of_another_runtime,
 )
 from tersor.pipeline.distillation import train_on_outputs
+from tersor.pipeline.outcome_warnings import warn_of_chance, warn_of_quantized
 from tersor.pipeline.task_arguments import Loss, check_targets, targets_for, task_of, task_of_files
-from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
 from tersor.training.context import AttachContext
 from tersor.training.options import OptimizerOptions, Training
-
-_T = TypeVar("_T")
 
 
 def quantize(
@@ -62,8 +60,8 @@ def quantize(
 ) -> nn.Module:
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
-    A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers;
-    `integer_coverage(quantized, images)` lists the operators with MACs that stay in float.
+    A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers
+    (`integer_coverage(quantized, images)` lists the operators in float), and if a classifier is at chance level.
 
     Args:
         model: a trained network; it is not changed.
@@ -75,14 +73,12 @@ def quantize(
     Raises:
         InputError: the network cannot be captured, its forward pass fails, or the batches have no images.
     """
-    method, target = _made(PTQ, bits=bits), _made(Target, runtime=runtime)
+    method, target = made(PTQ, bits=bits), made(Target, runtime=runtime)
     network, data = to_compress(model, loader, method.calibration_images)
     goal = task_of(task) or Classification()
     attached = method.attach(network, AttachContext(data=data, task=goal, target=target))
     attached.begin()
-    warning = calibrated_coverage(attached.model).warning
-    if warning is not None:
-        warnings.warn(warning, CompressionWarning, stacklevel=2)
+    warn_of_quantized(attached.model, data, goal)
     return attached.model
 
 
@@ -121,8 +117,8 @@ def prune(
             forward pass fails on the images.
     """
     options = {"keep_macs": keep_macs, "keep_latency": keep_latency, "importance": importance, "scope": scope}
-    method = _made(ChannelPruning, **options, branches=branches, round_to=round_to)
-    target = _made(Target, runtime=runtime)
+    method = made(ChannelPruning, **options, branches=branches, round_to=round_to)
+    target = made(Target, runtime=runtime)
     network, data = to_compress(model, example, max(method.estimation_images, method.importance_images))
     goal = task_of(task, loss) or Classification()
     if method.importance == "taylor":
@@ -175,9 +171,9 @@ def distill(
     refuse_shared_weights(student, teacher)
     if not isinstance(epochs, int) or epochs < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"epochs is {epochs}. Write a whole number, 1 or more.")
-    method = _made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
+    method = made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
     rate = {"sgd": 0.05, "adamw": 0.0005}.get(optimizer) if learning_rate is None else learning_rate
-    training = Training(optimizer=_made(OptimizerOptions, name=optimizer, learning_rate=rate))
+    training = Training(optimizer=made(OptimizerOptions, name=optimizer, learning_rate=rate))
     asked = task_of(task, loss)
     return train_on_outputs(student, teacher, loader, method, training, epochs=epochs, task=asked, progress=progress)
 
@@ -215,7 +211,7 @@ def export(
     images = example_of(example).cpu().float()
     check_metadata(classes, pixels, images)
     network = to_export(model, images, "the network")
-    fixed = batch_for(network, _made(Target, runtime=runtime, batch=batch))
+    fixed = batch_for(network, made(Target, runtime=runtime, batch=batch))
     if fixed != batch:
         warnings.warn(static_batch_reason(), CompressionWarning, stacklevel=2)
     try:  # a file that the runtime rejects must not replace an existing one
@@ -241,6 +237,8 @@ def compare(
     metric: Any = None,
 ) -> dict[str, Any]:
     """Measure two networks in a runtime: metric (under its name, "accuracy"), prediction agreement, file size, latency.
+
+    A `CompressionWarning` is issued if a classifier is at chance level.
 
     Args:
         original: a network, or its ONNX file.
@@ -274,7 +272,9 @@ def compare(
         few = arrays_of(batches[0][0][:2])
         goal = task_of_files(task_of(task, metric=metric), sessions, few)
         answers = {name: file_predictions(session, map(arrays_of, images), goal) for name, session in sessions.items()}
-        targets = targets_for(goal, batches, file_outputs(sessions["original"], few))
+        outputs = file_outputs(sessions["original"], few)
+        targets = targets_for(goal, batches, outputs)
+        warn_of_chance(goal, answers, targets, outputs)
         if goal.from_original:
             targets = answers["original"]
         openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
@@ -289,12 +289,3 @@ def compare(
             }
             for name in files
         }
-
-
-def _made(kind: Callable[..., _T], **parameters: Any) -> _T:
-    """Construct a method or record; invalid parameters raise an InputError."""
-    try:
-        return kind(**parameters)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise InputError(f"{wrong['loc'][0]}: {wrong['msg']}, given {wrong['input']!r}.") from None

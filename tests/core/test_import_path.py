@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tersor.core.errors import InputError
-from tersor.core.import_path import call_with, import_function, is_function_path
+from tersor.core.import_path import call_with, import_function, is_function_path, named
 
 
 @pytest.fixture
@@ -72,10 +72,33 @@ def test_the_import_error_of_the_users_module_is_shown(here, text, said):
     assert said in str(caught.value)
 
 
-def test_what_the_users_module_raises_itself_keeps_its_traceback(here):
+def test_what_the_users_module_raises_itself_has_its_file_and_line(here):
     (here / "our_nets_c.py").write_text("1 / 0\n")
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(InputError) as raised:
         import_function("our_nets_c:build")
+    place = f"{here / 'our_nets_c.py'}, line 1 (1 / 0)"
+    assert str(raised.value) == (
+        f"'our_nets_c:build': importing 'our_nets_c' failed in {place}: ZeroDivisionError: division by zero"
+    )
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_a_module_that_does_not_exist_may_be_a_file_in_a_folder(here):
+    with pytest.raises(InputError, match=r"the path of a file .* 'ours/nets.py:build' or 'folder/ours/nets.py:bu"):
+        import_function("ours.nets:build")
+    (here / "ours").mkdir()
+    (here / "ours" / "nets.py").write_text("def build(): return 3\n")
+    assert import_function("ours/nets.py:build")() == 3
+    with pytest.raises(InputError, match=r"package\.module:function or folder/file\.py:function"):
+        named("importance", ["magnitude"])("magnitud")
+
+
+def test_an_exception_of_the_function_has_its_file_and_line():
+    def build():
+        raise KeyError("depth")
+
+    with pytest.raises(InputError, match=rf"'x:build' failed in {__file__}, line \d+ .*: KeyError: 'depth'"):
+        call_with("x:build", build)
 
 
 def test_only_values_that_are_accepted_are_given():

@@ -1,6 +1,7 @@
 import functools
 
 import pytest
+import torch
 
 from tersor.core.errors import InputError
 from tersor.core.user_code import user_code
@@ -60,3 +61,15 @@ def test_other_messages_stay(function, error):
 def test_an_error_outside_of_the_function_stays():
     with pytest.raises(ZeroDivisionError), user_code("the loss", pytest.raises):
         divided(0)
+
+
+class OfTorch(torch.nn.Module):
+    def forward(self, value):
+        return 1 / value
+
+
+def test_errors_of_tersors_own_modules_stay():
+    own = type("Own", (OfTorch,), {"__module__": "tersor.methods.crd"})()
+    OfTorch.__module__ = "tersor.methods.crd"
+    with pytest.raises(ZeroDivisionError), user_code("the loss", own):
+        own(0)

@@ -149,6 +149,14 @@ def test_a_function_must_return_masks_too():
         augmented(*stripes_and_masks(2), lambda images, _: images, torch.Generator())
 
 
+def test_an_exception_of_a_function_has_its_file_and_line():
+    def broken(images):
+        return images / None
+
+    with pytest.raises(InputError, match=rf"the augmentation broken failed in {__file__}, line \d+ .return images"):
+        augmented(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), None, broken, torch.Generator())
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_sixteen_bits_and_other_channels_are_augmented(channels):
     draw = torch.Generator().manual_seed(0)

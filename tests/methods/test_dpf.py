@@ -125,7 +125,7 @@ def test_it_begins_with_the_sparsity_that_is_there():
 
 
 def test_no_steps_no_masks():
-    with pytest.raises(InputError, match="dpf updates masks during training"):
+    with pytest.raises(InputError, match="dpf needs training, but there are 0 steps"):
         DPF().attach(network(), AttachContext())
     with pytest.raises(InputError, match=r"floor of 0\.2"):
         DPF(sparsity=0.9, floor=0.2).attach(network(), AttachContext(steps=5))

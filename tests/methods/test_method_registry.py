@@ -114,5 +114,5 @@ def test_a_class_that_is_not_there(name: str, expected: str):
 
 @pytest.mark.usefixtures("users")
 def test_a_users_file_that_cannot_be_imported_shows_its_own_error():
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_here"):
+    with pytest.raises(InputError, match="a_package_that_is_not_here"):
         get("users_broken:Mine")

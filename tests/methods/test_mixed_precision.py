@@ -233,7 +233,7 @@ def test_training_keeps_the_bits(method, together):
 def test_training_with_other_bits_is_refused():
     attached, _ = begun(MixedPrecision(average_bits=3.5))
     with pytest.raises(InputError, match="Leave out bits"):
-        QAT(bits=4).attach(attached.model, AttachContext(data=[images()]))
+        QAT(bits=4).attach(attached.model, AttachContext(data=[images()], steps=1))
 
 
 def test_the_exported_file_equals_torch(tmp_path):

@@ -155,5 +155,5 @@ def test_few_weights_and_many_layers():
 
 
 def test_no_steps_no_masks():
-    with pytest.raises(InputError, match="rigl updates masks during training"):
+    with pytest.raises(InputError, match="rigl needs training, but there are 0 steps"):
         RigL().attach(network(), AttachContext())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 import torch
 from pydantic.dataclasses import dataclass
@@ -21,6 +24,7 @@ from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.mask_attachment import insert_masks, mask_of
 from tersor.training.method import PLAIN_VALUES, chain
+from tersor.training.objective import Outputs
 
 RECIPE = """\
 model: {name: "test_own_method:network"}
@@ -61,6 +65,12 @@ class PlainFunction:
 
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
+class OtherLayer:
+    def attach(self, model, context):
+        return Attachment(model, layers=[("0", "layer9")])
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
 class OwnParametrization:
     def attach(self, model, context):
         parametrize.register_parametrization(model[0], "weight", Halved())
@@ -79,8 +89,11 @@ class ReturnsNothing:
         pass
 
 
-def run(method, tmp_path):
-    recipe = parse(RECIPE.replace("METHOD", method), "recipe.yaml")
+def run(method, tmp_path, teacher=False):
+    text = RECIPE.replace('"METHOD"', method if method.startswith("{") else f'"{method}"')
+    if teacher:
+        text += 'teacher: {name: "test_own_method:network", epochs: 1, training: {batch_size: 32}}\n'
+    recipe = parse(text, "recipe.yaml")
     experiment = prepare(recipe, model=None, data=None, progress=NullProgress())
     return run_stages(experiment, Checkpoints(tmp_path / "checkpoints"), NullProgress())
 
@@ -89,12 +102,55 @@ def test_the_zeros_of_the_documented_method_last(tmp_path, monkeypatch):
     page = "how-to/own-method.md"
     (tmp_path / "my_methods.py").write_text(blocks.blocks(page, "python")[0])
     monkeypatch.syspath_prepend(tmp_path)
-    assert [parse(text, page).stages[0].name for text in blocks.blocks(page, "yaml")] == ["prune"]
+    assert parse(blocks.blocks(page, "yaml")[0], page).stages[0].name == "prune"
     pruned, records = run("my_methods:Grow", tmp_path)
     assert mask_of(pruned[0]).mask.float().mean().item() == pytest.approx(0.7)
     assert pruned[0].weight.eq(0).float().mean().item() == pytest.approx(0.3)
     assert records[0].masks[0]["sparsity"][-3:] == pytest.approx([0.1, 0.2, 0.3], abs=0.01)
     assert not any("zero" in note for record in records for note in record.notes)
+
+
+def test_the_documented_loss_trains(tmp_path, monkeypatch):
+    page = "how-to/own-method.md"
+    (tmp_path / "my_losses.py").write_text(blocks.blocks(page, "python")[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert parse(blocks.blocks(page, "yaml")[1], page).stages[0].name == "distill"
+    _, records = run('{"my_losses:Similarity": {layers: ["1", "2"], weight: 2}}', tmp_path, teacher=True)
+    assert 0 < records[0].losses["similarity"] < 2
+
+
+def test_the_documented_loss_is_the_mean_squared_difference_of_cosines():
+    found = {}
+    exec(blocks.blocks("how-to/own-method.md", "python")[1].replace("config=PLAIN_VALUES", ""), found)
+    ours, theirs = torch.randn(3, 4, 2, 2), torch.randn(3, 5, 2, 2)
+    value = found["SimilarityTerm"](("a", "b"), 2.0)(None, Outputs(None, {"a": ours}), Outputs(None, {"b": theirs}))
+    cosines = [
+        [torch.cosine_similarity(each[i].flatten(), each[j].flatten(), dim=0) for i in range(3) for j in range(3)]
+        for each in (ours, theirs)
+    ]
+    expected = 2 * sum((one - other) ** 2 for one, other in zip(*cosines, strict=True)) / 9
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_layer_that_does_not_exist_is_one_message():
+    with pytest.raises(InputError, match=r"OtherLayer' compares a layer of the teacher, which has no layer 'layer9'"):
+        chain([OtherLayer()], network(), AttachContext(teacher=network()))
+
+
+def test_the_names_that_the_page_imports_are_in_the_reference():
+    page, reference = "how-to/own-method.md", (blocks.DOCS / "reference" / "api.md").read_text()
+    imports = [
+        node
+        for text in blocks.blocks(page, "python")
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("tersor")
+    ]
+    imported = {f"{node.module}.{each.name}" for node in imports for each in node.names}
+    listed = set(re.findall(r"^::: (\S+)$", reference, re.MULTILINE))
+    assert len(imported) > 9
+    assert imported <= listed
+    named = re.search(r"## Write a method.*?```python\n(.*?)```", reference, re.DOTALL)[1]
+    exec(named, {})
 
 
 def test_zeros_that_a_later_stage_changes_are_noted(tmp_path):

@@ -266,7 +266,7 @@ def test_training_reuses_the_enabled_layers(method):
 def test_training_in_the_same_stage_too(method):
     first = PTQ(**OPTIONS).attach(Sensitive().eval(), AttachContext(data=[images()], target=Target(cpu="vnni")))
     second = method.attach(first.model, AttachContext(data=[images()], target=Target(cpu="vnni"), steps=1))
-    ready = trains(Chain(second.model, [first, second]))
+    ready = trains(Chain(second.model, [first, second], ["m:A", "m:B"]))
     assert [name for name, rounds in ready.items() if not rounds] == [
         "conv2.parametrizations.weight.0",
         "quantizers.relu_1",

@@ -68,7 +68,7 @@ def test_a_chain_keeps_the_order_and_multiplies_label_weights():
     model, optimizer = setting()
     calls = []
     parts = [Recorder(model, calls, "a", 0.5), Recorder(model, calls, "b", 0.25)]
-    chain = Chain(model, parts)
+    chain = Chain(model, parts, ["m:A", "m:B"])
     assert chain.label_weight == 0.125
     assert chain.terms == (*parts[0].terms, *parts[1].terms)
     chain.begin()
@@ -89,7 +89,7 @@ def test_a_chain_keeps_the_order_and_multiplies_label_weights():
 
 def test_an_empty_chain_has_no_terms():
     model, _ = setting()
-    chain = Chain(model, [])
+    chain = Chain(model, [], [])
     assert (chain.terms, chain.label_weight) == ((), 1.0)
 
 

@@ -12,7 +12,15 @@ from torch import nn
 
 from tersor import tasks
 from tersor.data.batch import Batch
-from tersor.training.teacher_check import _accuracy, _binomial_tail, _swapped_classes, teacher_warnings
+from tersor.tasks.classification import CLASSIFICATION
+from tersor.training.teacher_check import (
+    _accuracy,
+    _binomial_tail,
+    _swapped_classes,
+    chance_warning,
+    level_warning,
+    teacher_warnings,
+)
 
 torch.manual_seed(0)
 IMAGES = torch.randn(40, 3, 8, 8)
@@ -138,3 +146,36 @@ def test_a_swap_needs_several_images():
     assert _swapped_classes(torch.tensor([2, 2, 3])[labels], labels, 10) == {}, "two classes as the same one"
     labels = torch.tensor([0] * 2 + [1] * 20)
     assert _swapped_classes(torch.tensor([5, 6])[labels], labels, 10) == {}, "of two images nothing is said"
+
+
+def test_the_tail_of_many_images_does_not_overflow():
+    assert _binomial_tail(5100, 50000, 0.1) == pytest.approx(stats.binom.sf(5099, 50000, 0.1), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("logits", "words"),
+    [
+        (torch.ones(40, 10), "the network returns the same logits for all of 40 images. Check that its weights"),
+        (torch.randn(40, 10), "not significantly more than by chance .10.0 % for 10 classes.. Check that its weights"),
+        (GOOD * 1e-3 + 5 * torch.eye(10)[3], "10.0 % of 40 .*: class 3 is predicted for all of them. Check that"),
+        (GOOD.softmax(1), "^$"),
+    ],
+)
+def test_a_network_at_chance_level_is_named_with_its_accuracy(logits, words):
+    assert re.search(words, level_warning("the network", Fixed(logits), [Batch(IMAGES, LABELS)], CLASSIFICATION))
+
+
+def test_the_same_logits_need_no_labels():
+    assert "same logits" in level_warning("n", Fixed(torch.ones(40, 10)), [Batch(IMAGES)], CLASSIFICATION)
+    assert not level_warning("n", Fixed(torch.ones(40, 10)), [Batch(IMAGES, LABELS)], tasks.build("regression"))
+
+
+def test_labels_of_one_class_and_rare_classes_say_nothing():
+    assert not chance_warning("n", torch.zeros(40), torch.zeros(40), 10)
+    rare = torch.zeros(40, dtype=torch.int64)
+    rare[:9] = 1
+    assert not chance_warning("n", torch.zeros(40), rare, 2)
+    rare[9] = 1
+    assert "75.0 % of 40 labelled images are classified correctly: class 0 is predicted for all" in chance_warning(
+        "n", torch.zeros(40), rare, 2
+    )

@@ -7,9 +7,11 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tersor.core.errors import InputError, nearest, unknown
+from tersor.core.user_code import user_code
 
 
 def is_function_path(name: str) -> bool:
@@ -30,7 +32,8 @@ def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
         if name in options or is_function_path(name):
             return name
         raise InputError(
-            f"{unknown(kind, name, options)} You can also write your own function as package.module:function."
+            f"{unknown(kind, name, options)} You can also write your own function as "
+            "package.module:function or folder/file.py:function."
         )
 
     return check
@@ -41,10 +44,9 @@ def import_function(path: str) -> Callable[..., Any]:
 
     Installed modules come first.
 
-    Exceptions that the user's module raises during import propagate with their traceback.
-
     Raises:
-        InputError: the path is malformed, the module cannot be imported, or it has no such function.
+        InputError: the path is malformed, the module cannot be imported or raises an exception, or it has no such
+            function.
     """
     module_name, function_name = module_and_name(path)
     if not all(part.isidentifier() for part in [*module_name.split("."), *function_name.split(".")]):
@@ -52,7 +54,7 @@ def import_function(path: str) -> Callable[..., Any]:
             f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build', or "
             "the path of a file from the current folder, as in 'my_models.py:build'."
         )
-    target: Any = _import_module(module_name, path)
+    target: Any = import_module(module_name, path)
     where = getattr(target, "__file__", None) or "a folder"
     for part in function_name.split("."):
         if not hasattr(target, part):
@@ -69,7 +71,7 @@ def call_with(path: str, function: Callable[..., Any], **values: Any) -> Any:
     """Call `function` with those of the `values` that it accepts by name.
 
     Raises:
-        InputError: it requires other arguments.
+        InputError: it requires other arguments, or raises an exception.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -85,22 +87,33 @@ def call_with(path: str, function: Callable[..., Any], **values: Any) -> Any:
             f"'{path}' cannot be called: {error}. Write a function that needs no argument"
             f"{' other than ' + ' and '.join(values) if values else ''}."
         ) from error
-    return function(**accepted)
+    with user_code(f"'{path}'", function):
+        return function(**accepted)
 
 
-def _import_module(name: str, path: str) -> Any:
+def import_module(name: str, path: str) -> ModuleType:
+    """Import the module `name` of `path`, from where Python finds it or from the current folder.
+
+    Raises:
+        InputError: there is no such module, or it raises an exception.
+    """
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)  # last, so that a file here never shadows an installed package
     importlib.invalidate_caches()
     try:
-        return importlib.import_module(name)
+        with user_code(f"'{path}': importing '{name}'", name):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            missing = f"module '{error.name}', neither installed nor"
-            if ".py:" in path:
-                missing = f"file '{path.partition(':')[0]}'"
-            raise InputError(f"'{path}': there is no {missing} in {here}.") from error
-        raise InputError(f"'{path}': importing '{name}' failed: {error}.") from error
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise InputError(f"'{path}': importing '{name}' failed: {error}.") from error
+        file, _, function = path.partition(":")
+        if file.endswith(".py"):
+            raise InputError(f"'{path}': there is no file '{file}' in {here}.") from error
+        as_file = f"{name.replace('.', '/')}.py:{function}"
+        raise InputError(
+            f"'{path}': there is no module '{error.name}', neither installed nor in {here}. You can also write the "
+            f"path of a file from there, as in '{as_file}' or 'folder/{as_file}'."
+        ) from error
     except (ImportError, SyntaxError) as error:
         raise InputError(f"'{path}': importing '{name}' failed: {type(error).__name__}: {error}.") from error

@@ -12,6 +12,7 @@ from torch import Tensor
 from tersor.core.device import seeded
 from tersor.core.errors import InputError, unknown
 from tersor.core.import_path import import_function, is_function_path
+from tersor.core.user_code import user_code
 
 Named = Literal["none", "flip", "crop_flip"]
 NAMES: tuple[str, ...] = get_args(Named)
@@ -120,9 +121,10 @@ def _transformed(images: Tensor, targets: Any, transform: Transform) -> tuple[Te
     """Images (B, C, H, W) and targets -> the same shapes and data types."""
     masks, boxes = _are_masks(targets, images[:, 0]), _are_boxes(targets)
     if not any(cls.__module__.startswith("torchvision.transforms") for cls in inspect.getmro(type(transform))):
+        with user_code(f"the augmentation {getattr(transform, '__name__', transform)}", transform):
+            returned: Any = transform(images, targets) if masks or boxes else transform(images)
         if not masks and not boxes:
-            return _checked(transform(images), images, transform), targets
-        returned = transform(images, targets)
+            return _checked(returned, images, transform), targets
         if not isinstance(returned, tuple) or len(cast("tuple[Any, ...]", returned)) != 2:
             raise InputError(
                 f"the augmentation {getattr(transform, '__name__', transform)} returned a {type(returned).__name__}. "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from tersor.core.errors import InputError, unknown
-from tersor.core.import_path import module_and_name
+from tersor.core.import_path import import_module, module_and_name
 
 if TYPE_CHECKING:  # it imports torch, which is not needed to list the names
     from tersor.training.method import Method
@@ -47,7 +47,8 @@ def get(name: str) -> type[Method]:
     """The class of a method.
 
     Args:
-        name: a file of this folder, such as `soft_targets`, or a class of your own as `package.module:Class`.
+        name: a file of this folder, such as `soft_targets`, or a class of your own as `package.module:Class` or
+            `folder/file.py:Class`.
 
     Raises:
         InputError: the method does not exist, or the class is not a method.
@@ -78,17 +79,10 @@ def _of_the_user(name: str) -> type[Method]:
     path, attribute = module_and_name(name)
     if not all(part.isidentifier() for part in (*path.split("."), attribute)):
         raise InputError(
-            f"'{name}' is not the name of a method. Write package.module:Class, or one of {', '.join(names())}."
+            f"'{name}' is not the name of a method. Write package.module:Class, folder/file.py:Class, or one of "
+            f"{', '.join(names())}."
         )
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module exists, but one of its own imports is missing: show that error
-        raise InputError(
-            f"method '{name}': there is no module '{error.name}'. Write package.module:Class, where Python finds the "
-            "package: installed, or in a folder on PYTHONPATH."
-        ) from None
+    module = import_module(path, name)
     found = getattr(module, attribute, None)
     if not _is_method(found):
         possible = ", ".join(key for key, value in vars(module).items() if _is_method(value)) or "none"

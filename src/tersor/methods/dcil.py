@@ -43,8 +43,8 @@ from tersor.tasks.network_outputs import in_float32
 from tersor.tasks.task import loss_of
 from tersor.training.attachment import Attachment
 from tersor.training.class_logits import distributions, require_logits
-from tersor.training.context import AttachContext
-from tersor.training.mask_attachment import DynamicMasks, MaskedLayers, check_floor, check_steps, insert_masks
+from tersor.training.context import AttachContext, require_steps
+from tersor.training.mask_attachment import DynamicMasks, MaskedLayers, check_floor, insert_masks
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 
@@ -140,7 +140,7 @@ class DCIL:
                 f"dcil trains its dense path on targets, which in the task {name_of(context.task)} are the outputs of "
                 "the original network. Pass the original network as teacher=..."
             )
-        check_steps(context.steps, "dcil")
+        require_steps(context, "dcil")
         check_floor(self.floor, self.sparsity)
         insert_masks(layers, "split" if self.refined_gradient else "straight_through", "dcil")
         own = DensePathModules(model, masked=layers if self.own_norms else None)

@@ -26,8 +26,8 @@ from torch import nn
 
 from tersor.graph.layer_selection import prunable
 from tersor.training.attachment import Attachment
-from tersor.training.context import AttachContext
-from tersor.training.mask_attachment import DynamicMasks, MaskedLayers, check_floor, check_steps, insert_masks
+from tersor.training.context import AttachContext, require_steps
+from tersor.training.mask_attachment import DynamicMasks, MaskedLayers, check_floor, insert_masks
 from tersor.training.method import PLAIN_VALUES
 
 
@@ -57,7 +57,7 @@ class DPF:
         layers = prunable(model, self.layers)
         if not self.sparsity:
             return Attachment(model)
-        check_steps(context.steps, "dpf")
+        require_steps(context, "dpf")
         check_floor(self.floor, self.sparsity)
         insert_masks(layers, "straight_through", "dpf")
         return DynamicMasks(model, layers, self, context.steps)

@@ -36,7 +36,7 @@ from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.quantizer_options import QuantizedTrainingOptions
 from tersor.quantization.quantizers import Quantizers, insert_or_reuse_quantizers, notes
 from tersor.training.attachment import Attachment
-from tersor.training.context import AttachContext
+from tersor.training.context import AttachContext, require_steps
 from tersor.training.method import PLAIN_VALUES
 
 
@@ -61,8 +61,9 @@ class LSQ(QuantizedTrainingOptions):
         """Captures the network and inserts quantizers, or reuses those of an earlier stage.
 
         Raises:
-            InputError: no data, an `exclude` pattern that matches nothing, no layer left, grids of other options.
+            InputError: no steps, no data, an `exclude` pattern that matches nothing, no layer left, other grids.
         """
+        require_steps(context, "lsq")
         quantizers = insert_or_reuse_quantizers(model, self, data=context.data, target=context.target, method="lsq")
         for name in quantizers.layers:
             quantizers.of_weight(name).learn_step()

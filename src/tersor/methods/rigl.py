@@ -32,11 +32,10 @@ from torch.optim import Optimizer
 from tersor.graph.layer_selection import Layer, prunable
 from tersor.pruning.topk import top_k_mask
 from tersor.training.attachment import Attachment
-from tersor.training.context import AttachContext
+from tersor.training.context import AttachContext, require_steps
 from tersor.training.mask_attachment import (
     MaskedAttachment,
     MaskedLayers,
-    check_steps,
     dense_weight,
     insert_masks,
     mask_of,
@@ -108,7 +107,7 @@ class RigL:
         layers = prunable(model, self.layers)
         if not self.sparsity:
             return Attachment(model)
-        check_steps(context.steps, "rigl")
+        require_steps(context, "rigl")
         insert_masks(layers, "straight_through", "rigl")
         return RigLAttachment(self, model, layers, context.steps)
 

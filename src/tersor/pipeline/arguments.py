@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tersor.core.errors import CompressionWarning, InputError
@@ -23,6 +24,21 @@ from tersor.graph.eval_mode import check_forward, only_tensors
 from tersor.graph.plain_network import plain_copy, refuse_without_weights, require_network, unwrapped
 from tersor.quantization.qdq_placement import RUNTIME
 from tersor.tasks.network_outputs import described
+
+_T = TypeVar("_T")
+
+
+def made(kind: Callable[..., _T], **parameters: Any) -> _T:
+    """Construct a method or record.
+
+    Raises:
+        InputError: a parameter is invalid.
+    """
+    try:
+        return kind(**parameters)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise InputError(f"{wrong['loc'][0]}: {wrong['msg']}, given {wrong['input']!r}.") from None
 
 
 def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, Iterable[Any]]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import nn
 
@@ -20,12 +21,13 @@ from tersor.core import distributed
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, writable
-from tersor.data import Splits
+from tersor.data import Batches, Splits
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for, static_batch_reason
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.measurement import measure
 from tersor.evaluation.results import StageRecord
+from tersor.evaluation.scoring import targets_of
 from tersor.pipeline import latency_cache
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.latency_cache import CachedLatencyRatio
@@ -35,6 +37,8 @@ from tersor.quantization.quantizers import find_quantizers
 from tersor.recipe import Recipe
 from tersor.report.analysis.evidence import collect_evidence
 from tersor.report.page import write_report
+from tersor.tasks.classification import Classification
+from tersor.training.teacher_check import COMPRESS_LESS, chance_warning
 
 _AGREEMENT = 99.0
 """Lowest acceptable agreement of the file's predictions with torch's, in percent."""
@@ -168,6 +172,9 @@ def _fill(
     assert results.agreement_with_torch is not None
     if results.agreement_with_torch < _AGREEMENT:
         progress.say(_disagreement(results.agreement_with_torch, compressed, results.metric.name))
+    level = _level(experiment, test, predictions["artifact"])
+    if level:
+        progress.say(f"warning: {level}")
     (folder / "numbers.json").write_text(results.to_json())
     evidence = collect_evidence(
         original,
@@ -190,6 +197,13 @@ def _fill(
     (folder / "checkpoints").mkdir()
     for each in checkpoints.ends():  # copied, not moved: a run that fails here resumes from them
         shutil.copytree(each.path, folder / "checkpoints" / each.path.name)
+
+
+def _level(experiment: Experiment, test: Batches, predicted: Any) -> str:
+    """A sentence about a compressed classifier at chance level; "" for any other."""
+    if not isinstance(experiment.task, Classification):
+        return ""
+    return chance_warning("model.onnx", predicted, targets_of(test), len(experiment.data.classes), COMPRESS_LESS)
 
 
 def _disagreement(percent: float, model: nn.Module, metric: str) -> str:

@@ -25,6 +25,7 @@ from tersor.graph.eval_mode import check_forward, evaluating
 from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_without_weights
 from tersor.pipeline.artifact_settings import normalization_line
 from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
+from tersor.pipeline.loss_check import check_losses
 from tersor.pipeline.stages import attach
 from tersor.recipe import Network, Recipe, Teacher
 from tersor.tasks.classification import Classification
@@ -32,7 +33,7 @@ from tersor.tasks.network_outputs import described, in_float32
 from tersor.tasks.task import Task
 from tersor.training.schedule import learning_rates, steps_per_epoch
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
-from tersor.training.teacher_check import teacher_warnings
+from tersor.training.teacher_check import level_warning, teacher_warnings
 
 _FEW = 64
 """Images for the trial attachment of every stage."""
@@ -117,14 +118,23 @@ def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
             "has no weights. Write model.weights."
         )
     _check_teacher(recipe)
-    if isinstance(experiment.task, Classification) and teacher is not None and experiment.teacher_is_trained:
-        few = _few(experiment, TEACHER_IMAGES)
-        for doubt in teacher_warnings("the teacher", teacher, experiment.batches(few, EVALUATION_BATCH)):
-            progress.say(f"warning: {doubt}")
+    if not isinstance(experiment.task, Classification):
+        return
+    few = experiment.batches(_few(experiment, TEACHER_IMAGES), EVALUATION_BATCH)
+    doubts = list[str]()
+    if teacher is not None and experiment.teacher_is_trained:
+        doubts += teacher_warnings("the teacher", teacher, few)
+    if experiment.model_is_trained and recipe.teacher != "original":
+        doubts.append(level_warning(recipe.model.name, experiment.model, few, experiment.task))
+    for doubt in filter(None, doubts):
+        progress.say(f"warning: {doubt}")
 
 
 def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
-    """Attach every stage to a copy with few images, so that a wrong parameter fails now and not after an hour."""
+    """Attach every stage to a copy with few images, so that a wrong parameter fails now and not after an hour.
+
+    The losses are computed once, for the same reason.
+    """
     data = replace(experiment.data, train=_few(experiment, _FEW))
     rehearsal = replace(experiment, data=data, latency=macs_ratio)
     model = copy.deepcopy(experiment.model)
@@ -139,7 +149,9 @@ def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
                 "the fraction of the training images to hold out, or remove validate_every."
             )
         learning_rates(experiment.training_batches(stage), stage, experiment.steps_of(stage))
-        model = attach(rehearsal, stage, model, progress).model
+        attachment = attach(rehearsal, stage, model, progress)
+        model = attachment.model
+        check_losses(experiment, stage, attachment, len(data.train))
         structure(model)  # what cannot be saved fails now
 
 

@@ -12,6 +12,12 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.parametrization import original_weight, parametrizations_of
 
 Gradient = Literal["masked", "straight_through", "split"]
+"""The gradient of a weight under a mask.
+
+`masked`: masked weights have none and stay as they are, in this stage and in all later ones. `straight_through`: all
+weights learn, as if nothing was masked, so that masked weights can come back. `split`: as `masked`, and masked weights
+learn from a second forward pass with the dense weights (`dcil`).
+"""
 
 _WORTH_A_NOTE = 0.01
 """Fraction of the weights."""

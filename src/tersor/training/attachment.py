@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tersor.core.user_code import user_code
 from tersor.training.objective import LossTerm
 
 
@@ -110,64 +112,93 @@ def without_loss(model: nn.Module, label_weight: float) -> Attachment:
 
 
 class Chain(Attachment):
-    """Several attachments as one: all terms, the product of the label weights, hooks in the order of the methods."""
+    """Several attachments as one: all terms, the product of the label weights, hooks in the order of the methods.
 
-    def __init__(self, model: nn.Module, parts: Sequence[Attachment]) -> None:
+    An exception in a hook of a user's class becomes an InputError with the file and the line.
+
+    Args:
+        model: the network to train.
+        parts: the attachments.
+        methods: the name of the method of each part, for error messages.
+    """
+
+    def __init__(self, model: nn.Module, parts: Sequence[Attachment], methods: Sequence[str]) -> None:
         label_weight = 1.0
         for part in parts:
             label_weight *= part.label_weight
         terms = [term for part in parts for term in part.terms]
         super().__init__(model, terms, label_weight, layers=[pair for part in parts for pair in part.layers])
         self.parts = tuple(parts)
+        self._methods = tuple(methods)
         self.notes = self._all_notes()
 
     def _all_notes(self) -> tuple[str, ...]:
         return tuple(note for part in self.parts for note in part.notes)
 
+    def _in_turn(self, hook: str) -> Iterator[tuple[Attachment, AbstractContextManager[None]]]:
+        """Every part, with the context in which its hook is called."""
+        for part, method in zip(self.parts, self._methods, strict=True):
+            yield part, user_code(f"method '{method}': {hook}", part)
+
     @property
     def metrics(self) -> dict[str, Any]:
         """The metrics of all parts; lists of the same name are concatenated."""
         metrics: dict[str, Any] = {}
-        for part in self.parts:
-            for name, value in part.metrics.items():
+        for part, explained in self._in_turn("metrics"):
+            with explained:
+                of_part = part.metrics
+            for name, value in of_part.items():
                 metrics[name] = metrics[name] + value if name in metrics and isinstance(value, list) else value
         return metrics
 
     @property
     def extra_state(self) -> dict[str, Tensor]:
         """The extra state of all parts, under `index.name`."""
-        return _by_place([part.extra_state for part in self.parts])
+        states: list[Mapping[str, Tensor]] = []
+        for part, explained in self._in_turn("extra_state"):
+            with explained:
+                states.append(part.extra_state)
+        return _by_place(states)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of all parts, under `index.name`."""
-        return _by_place([part.state_dict() for part in self.parts])
+        states: list[Mapping[str, Tensor]] = []
+        for part, explained in self._in_turn("state_dict"):
+            with explained:
+                states.append(part.state_dict())
+        return _by_place(states)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the state of all parts."""
-        for place, part in enumerate(self.parts):
+        for place, (part, explained) in enumerate(self._in_turn("load_state_dict")):
             own = [name for name in state if name.startswith(f"{place}.")]
-            part.load_state_dict({name.removeprefix(f"{place}."): state[name] for name in own})
+            with explained:
+                part.load_state_dict({name.removeprefix(f"{place}."): state[name] for name in own})
 
     def begin(self) -> None:
         """Call `begin` of every part, in order."""
-        for part in self.parts:
-            part.begin()
+        for part, explained in self._in_turn("begin"):
+            with explained:
+                part.begin()
         self.notes = self._all_notes()
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Call `before_step` of every part, in order."""
-        for part in self.parts:
-            part.before_step(step, optimizer)
+        for part, explained in self._in_turn("before_step"):
+            with explained:
+                part.before_step(step, optimizer)
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Call `after_step` of every part, in order."""
-        for part in self.parts:
-            part.after_step(step, optimizer)
+        for part, explained in self._in_turn("after_step"):
+            with explained:
+                part.after_step(step, optimizer)
 
     def finish(self) -> None:
         """Call `finish` of every part, in order."""
-        for part in self.parts:
-            part.finish()
+        for part, explained in self._in_turn("finish"):
+            with explained:
+                part.finish()
 
 
 def _by_place(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

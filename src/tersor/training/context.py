@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.target import Target
 from tersor.data.batch import OnePass
@@ -55,3 +56,17 @@ class AttachContext:
     def __post_init__(self) -> None:
         if isinstance(self.data, Iterator) and not isinstance(self.data, OnePass):
             object.__setattr__(self, "data", OnePass(self.data))
+
+
+def require_steps(context: AttachContext, method: str) -> int:
+    """The number of optimizer steps that follow.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not context.steps:
+        raise InputError(
+            f"{method} needs training, but there are 0 steps. Write epochs or steps in its stage; in your own loop, "
+            "pass AttachContext(steps=...), the number of optimizer steps that follow."
+        )
+    return context.steps

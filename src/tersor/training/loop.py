@@ -36,6 +36,7 @@ from tersor.tasks.task import Task, with_label_smoothing
 from tersor.training.attachment import Attachment
 from tersor.training.ema import WeightEMA
 from tersor.training.history import LossHistory
+from tersor.training.norm_statistics import average_again
 from tersor.training.objective import Objective
 from tersor.training.optimizer import optimizer_for
 from tersor.training.options import Training
@@ -218,6 +219,9 @@ class _Loop:
             raise NonFiniteWeights(name)
         if ema:
             ema.copy_to(self.model)
+        with history.paused():
+            for line in average_again(self.unwrapped, batches, done * self.training.accumulate, self._to_device):
+                self.progress.say(f"{name}: {line}")
         broadcast_from_rank0(self.model)  # running statistics and ranges differ after each process's last batch
         broadcast_from_rank0(self.unwrapped.terms)
         return TrainingResult(done, history.seconds, history.earlier_seconds, history.means(), self.precision)
@@ -282,10 +286,8 @@ class _Loop:
     def _check_finite(self, names: Iterable[str], values: Tensor, step: int, rate: float) -> None:
         # After the backward pass was started: on a GPU the wait is then no longer than the pass.
         if any_rank(not bool(values.isfinite().all())):
-            losses = zip(names, values.tolist(), strict=True)
-            name, value = next(
-                (loss for loss in losses if not math.isfinite(loss[1])), ("of another process", math.nan)
-            )
+            here = [loss for loss in zip(names, values.tolist(), strict=True) if not math.isfinite(loss[1])]
+            name, value = (*here, ("of another process", math.nan))[0]
             last = self.checkpointer.last if self.checkpointer else None
             raise NonFiniteLoss(step + 1, name, value, rate, last)
 

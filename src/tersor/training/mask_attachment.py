@@ -69,16 +69,6 @@ def check_floor(floor: float, sparsity: float) -> None:
         )
 
 
-def check_steps(steps: int, method: str) -> None:
-    """Check that there are training steps.
-
-    Raises:
-        InputError: there are none.
-    """
-    if not steps:
-        raise InputError(f"{method} updates masks during training, but the stage has 0 steps. Write epochs or steps.")
-
-
 def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -> None:
     """Put a mask of ones on every weight without one; all masks then use this `gradient`.
 

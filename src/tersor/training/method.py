@@ -11,12 +11,15 @@ from pydantic import ConfigDict
 from torch import nn
 
 from tersor.core.errors import InputError
+from tersor.core.user_code import user_code
+from tersor.graph.feature_extraction import matching_paths
 from tersor.graph.layer_selection import weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.training.attachment import Attachment, Chain
-from tersor.training.context import AttachContext
+from tersor.training.context import AttachContext, require_steps
+from tersor.training.layer_pairs import require_teacher
 from tersor.training.mask_attachment import FrozenMaskedWeights, MaskedAttachment
-from tersor.training.objective import LossTerm
+from tersor.training.objective import LossTerm, without_teacher
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
 """The pydantic configuration of every method: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
@@ -26,7 +29,8 @@ PLAIN_VALUES = ConfigDict(extra="forbid")
 class Method(Protocol):
     """The protocol of every class in `methods/`.
 
-    Optional class variables: `needs_teacher`, `needs_steps`; `needs_logits`, `needs_classes` (one target class for each
+    Optional class variables: `needs_teacher`, `needs_steps`, and a recipe without a teacher or training is refused, as
+    by `chain`; `needs_logits`, `needs_classes` (one target class for each
     position), and a task without them is refused; `example`, parameters for a small network; `off`, parameters at which
     the method changes nothing; `exempt`, the laws of `tests/laws` that it cannot pass, each with the reason.
     """
@@ -46,8 +50,18 @@ def chain(
     model: nn.Module,
     context: AttachContext,
 ) -> Attachment:
-    """Attach `methods` in order, as one attachment; weights masked in earlier stages stay zero."""
-    parts: list[Attachment] = []
+    """Attach `methods` in order, as one attachment; weights masked in earlier stages stay zero.
+
+    Args:
+        methods: tersor's or your own.
+        model: the network.
+        context: has what the methods declare to need.
+
+    Raises:
+        InputError: a method needs a teacher or steps that `context` does not have, cannot be combined with an earlier
+            one, or raises an exception.
+    """
+    parts, names = list[Attachment](), list[str]()
     with torch.random.fork_rng(devices=[]):
         for method in methods:
             before = {id(parameter): parameter.shape for parameter in model.parameters()}
@@ -58,25 +72,40 @@ def chain(
             if isinstance(part, MaskedAttachment):
                 _refuse_masks(method, part, parts)
             parts.append(part)
+            names.append(_name(method))
     masked = {name for part in parts if isinstance(part, MaskedAttachment) for name in part.masked}
     layers = weighted_layers(model).items()
     frozen = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in masked}
-    return Chain(model, [*parts, FrozenMaskedWeights(model, frozen)] if frozen else parts)
+    if frozen:
+        parts.append(FrozenMaskedWeights(model, frozen))
+        names.append("the masks of earlier stages")
+    return Chain(model, parts, names)
+
+
+def _name(method: Method) -> str:
+    return f"{type(method).__module__}:{type(method).__qualname__}"
 
 
 def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attachment:
     """Call `attach`.
 
     Raises:
-        InputError: a method of the user takes other arguments, or returns no Attachment.
+        InputError: a method of the user takes other arguments, raises an exception, or returns no Attachment; a
+            method needs a teacher, steps or a layer that there are not.
     """
-    kind = type(method)
-    rule = f"method '{kind.__module__}:{kind.__qualname__}': attach must take (model, context) and return an Attachment"
+    name = _name(method)
+    rule = f"method '{name}': attach must take (model, context) and return an Attachment"
+    if getattr(method, "needs_steps", False):
+        require_steps(context, f"method '{name}'")
+    if getattr(method, "needs_teacher", False):
+        require_teacher(context.teacher, f"method '{name}'")
     try:
         inspect.signature(method.attach).bind(model, context)
     except TypeError as error:
         raise InputError(f"{rule}. Its arguments do not fit: {error}.") from error
-    part = cast("Any", method.attach(model, context))
+    hint = without_teacher(name) if context.teacher is None else ""
+    with user_code(f"method '{name}': attach", method, if_none=hint):
+        part = cast("Any", method.attach(model, context))
     if not isinstance(part, Attachment):
         raise InputError(f"{rule}; it returns an object of type {type(part).__name__}.")
     for term in part.terms:
@@ -85,6 +114,11 @@ def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attac
                 f"{rule}; one of its terms is of type {type(term).__name__}. Write a class derived from "
                 "tersor.training.objective.LossTerm with a `name` and a forward(batch, student, teacher)."
             )
+        term.of_method = name
+    for student, teacher in part.layers:
+        matching_paths(part.model, [student], f"method '{name}' compares a layer of the student, which")
+        if context.teacher is not None:
+            matching_paths(context.teacher, [teacher], f"method '{name}' compares a layer of the teacher, which")
     return part
 
 

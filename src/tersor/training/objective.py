@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tersor.core.errors import InputError
+from tersor.core.user_code import user_code
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.tasks import name_of
@@ -83,9 +84,14 @@ class LossTerm(nn.Module):
 
     `forward(batch, student, teacher)` returns the weighted loss, a scalar tensor. Its inputs are in float32. Costly
     work of its own may run under `student.context.autocasting(batch)`, but not the loss itself.
+
+    Attributes:
+        name: of the loss.
+        of_method: name of the method in a recipe, for error messages; set by `chain`.
     """
 
     name: str = ""
+    of_method: str = ""
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The weighted loss of one batch."""
@@ -144,7 +150,7 @@ class Objective(nn.Module):
         """The losses of one batch by name, each a scalar in float32.
 
         Raises:
-            InputError: the outputs do not fit the task, or there is no loss.
+            InputError: the outputs do not fit the task, there is no loss, or a loss of the user fails.
         """
         task = self.context.task
         with self.context.autocasting(batch):
@@ -159,9 +165,7 @@ class Objective(nn.Module):
             losses["labels"] = self.label_weight * loss_of(task, student.outputs, targets)
         for term in self.terms:
             assert isinstance(term, LossTerm)
-            value = term(batch, student, teacher)
-            if not isinstance(value, Tensor) or value.ndim:
-                raise InputError(f"the loss {term.name} returned {described(value)}. Return a scalar tensor.")
+            value = _value(term, batch, student, teacher)
             losses[term.name] = losses.get(term.name, 0) + value  # a method may come twice
         if not losses:
             raise InputError("no loss: the images have no labels, and no method adds a loss.")
@@ -174,6 +178,26 @@ class Objective(nn.Module):
             returned = self._teacher_features(*self.context.task.inputs(batch, training=False))
         outputs, features = tree_map(_float32_copy, returned)
         return Outputs(outputs, features, self.context)
+
+
+def without_teacher(method: str) -> str:
+    """What to do about a method of the user that got no teacher; without a name, it is not from a recipe."""
+    if not method:
+        return "There is no teacher. Pass one."
+    return (
+        "There is no teacher. Write one in the recipe, and set needs_teacher: ClassVar[bool] = True in class "
+        f"{method.rpartition(':')[2]}, so that a recipe without one is refused."
+    )
+
+
+def _value(term: LossTerm, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
+    name = f"the loss {term.name or type(term).__name__}" + (f" of method '{term.of_method}'" if term.of_method else "")
+    hint = without_teacher(term.of_method) if teacher is None else ""
+    with user_code(name, term, if_none=hint):
+        value: object = term(batch, student, teacher)
+    if not isinstance(value, Tensor) or value.ndim:
+        raise InputError(f"{name} returned {described(value)}. Return a scalar tensor.")
+    return value
 
 
 def _float32_copy(leaf: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Literal, cast
 
 from tersor.core.errors import InputError
 from tersor.core.import_path import import_function, is_function_path
+from tersor.core.user_code import user_code
 from tersor.data.batch_source import BatchSource
 from tersor.training.options import LearningRateSchedule, Training
 
@@ -44,7 +45,8 @@ def curve(name: str) -> Callable[[float], float]:
     function = import_function(name)
 
     def checked(progress: float) -> float:
-        value = function(progress)
+        with user_code(f"'{name}'", function):
+            value: object = function(progress)
         if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise InputError(f"'{name}' returned {value!r} at progress {progress:g}. Return a number from 0 to 1.")
         return float(value)

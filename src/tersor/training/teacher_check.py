@@ -1,4 +1,4 @@
-"""Checks of a teacher before training, by its outputs for a few labelled images."""
+"""Checks of a network by its outputs for a few images: a teacher, or a network at chance level."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from tersor.tasks.task import Task
 IMAGES = 256
 """Largest number of images that are used."""
 
+COMPRESS_LESS = "Compress less, train longer, or fine-tune with a smaller learning rate."
+"""What to do about a network that compression has brought to chance level."""
+
 _SUM_TOLERANCE = 1e-3
 _MIN_IMAGES = 20
 _MIN_IMAGES_PER_CLASS = 3
 _MIN_SWAPPED_IMAGES = 8
+_MIN_OTHERS = 10
+"""Images of other classes from which on a network that predicts one class alone has not learned from them."""
 _SIGNIFICANCE = 0.01
+_CHECK = "Check that its weights, mean, std and image size are those of its training."
 
 
-@torch.no_grad()
 def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], task: Task = CLASSIFICATION) -> list[str]:
     """Reasons why a network may be a bad teacher, one sentence each, with the measured value.
 
@@ -34,27 +39,56 @@ def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], ta
         batches: the first 256 images are used; labels that are not class numbers are ignored.
         task: only classification is checked, with logits (N, classes).
     """
-    if not isinstance(task, Classification):
+    found = _logits_and_labels(network, batches, task, IMAGES)
+    if found is None:
         return []
+    logits, labels = found
+    labelled = (labels >= 0) & (labels < logits.shape[1])
+    warnings = [_probabilities(name, logits), _accuracy(name, logits[labelled], labels[labelled])]
+    return [sentence for sentence in warnings if sentence]
+
+
+def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task: Task, images: int = IMAGES) -> str:
+    """A sentence about a classifier at chance level, or with the same logits for all images; "" for any other network.
+
+    Args:
+        name: the network's name in the sentence.
+        network: it is not changed.
+        batches: labels that are not class numbers are ignored.
+        task: only classification is checked, with logits (N, classes).
+        images: largest number of images to use.
+    """
+    found = _logits_and_labels(network, batches, task, images)
+    if found is None:
+        return ""
+    logits, labels = found
+    if len(logits) >= _MIN_IMAGES and bool((logits == logits[0]).all()):
+        return f"{name} returns the same logits for all of {len(logits)} images. {_CHECK}"
+    labelled = (labels >= 0) & (labels < logits.shape[1])
+    return _accuracy(name, logits[labelled], labels[labelled])
+
+
+@torch.no_grad()
+def _logits_and_labels(
+    network: nn.Module, batches: Iterable[Batch], task: Task, images: int
+) -> tuple[Tensor, Tensor] | None:
+    """Logits (N, classes) and labels (N,), -1 where there is none; None without logits."""
+    if not isinstance(task, Classification):
+        return None
     logits, labels = list[Tensor](), list[Tensor]()
     device = next((each.device for each in network.parameters()), torch.device("cpu"))
-    remaining = IMAGES
+    remaining = images
     with evaluating(network):
         for batch in batches:
             outputs = task.logits(run(network, batch.images[:remaining].to(device)))
             if outputs is None or outputs.ndim != 2:
-                return []
+                return None
             logits.append(outputs.float().cpu())
             labels.append(torch.full((len(outputs),), -1) if batch.targets is None else batch.targets[:remaining].cpu())
             remaining -= len(outputs)
             if remaining <= 0:
                 break
-    if not logits:
-        return []
-    all_logits, all_labels = torch.cat(logits), torch.cat(labels)
-    labelled = (all_labels >= 0) & (all_labels < all_logits.shape[1])
-    warnings = [_probabilities(name, all_logits), _accuracy(name, all_logits[labelled], all_labels[labelled])]
-    return [sentence for sentence in warnings if sentence]
+    return (torch.cat(logits), torch.cat(labels)) if logits else None
 
 
 def _probabilities(name: str, logits: Tensor) -> str:
@@ -76,10 +110,22 @@ def _probabilities(name: str, logits: Tensor) -> str:
 
 
 def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
-    images, classes = logits.shape
-    if images < _MIN_IMAGES or classes < 2:
+    return chance_warning(name, logits.argmax(1), labels, logits.shape[1])
+
+
+def chance_warning(name: str, predicted: Tensor, labels: Tensor, classes: int, advice: str = _CHECK) -> str:
+    """A sentence about predictions that are not significantly better than chance, or in another order of the classes.
+
+    Args:
+        name: of the network.
+        predicted: class numbers (N,).
+        labels: class numbers (N,); without two different ones there is nothing to compare.
+        classes: their number.
+        advice: what to do about chance level; a sentence.
+    """
+    images = len(labels)
+    if images < _MIN_IMAGES or classes < 2 or bool((labels == labels[0]).all()):
         return ""
-    predicted = logits.argmax(1)
     correct = int((predicted == labels).sum())
     accuracy = f"{name}: {100 * correct / images:.1f} % of {images} labelled images are classified correctly"
     swapped, chance = _swapped_classes(predicted, labels, classes), _binomial_tail(correct, images, 1 / classes)
@@ -92,10 +138,11 @@ def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
             f"{accuracy}, and {len(swapped)} classes are consistently predicted as another class: {examples}{more}. "
             "The order of its classes probably differs from that of the data: compare the lists of classes."
         )
+    if images - int((labels == predicted[0]).sum()) >= _MIN_OTHERS and bool((predicted == predicted[0]).all()):
+        return f"{accuracy}: class {int(predicted[0])} is predicted for all of them. {advice}"
     if chance > _SIGNIFICANCE:
         return (
-            f"{accuracy}, not significantly more than by chance ({100 / classes:.1f} % for {classes} classes). Check "
-            "that its weights, mean, std and image size are those of its training."
+            f"{accuracy}, not significantly more than by chance ({100 / classes:.1f} % for {classes} classes). {advice}"
         )
     return ""
 
@@ -118,5 +165,6 @@ def _swapped_classes(predicted: Tensor, labels: Tensor, classes: int) -> dict[in
 
 def _binomial_tail(correct: int, images: int, chance: float) -> float:
     """The probability of at least `correct` hits in `images` draws."""
-    terms = (math.comb(images, hits) * chance**hits * (1 - chance) ** (images - hits) for hits in range(correct))
-    return 1 - sum(terms)
+    hits = torch.arange(correct, dtype=torch.float64)
+    ways = math.lgamma(images + 1) - torch.lgamma(hits + 1) - torch.lgamma(images - hits + 1)
+    return 1 - float((ways + hits * math.log(chance) + (images - hits) * math.log1p(-chance)).exp().sum())

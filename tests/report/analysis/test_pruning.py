@@ -60,7 +60,7 @@ def trained_on_grids():
     """Masks, then a few 8-bit quantized steps, which change every remaining weight."""
     model = pruned()
     before = {name: mask.clone() for name, mask in masks_of(model).items()}
-    attached = chain([QAT(calibration_images=32)], model, AttachContext(data=[IMAGES[:32]]))
+    attached = chain([QAT(calibration_images=32)], model, AttachContext(data=[IMAGES[:32]], steps=8))
     attached.begin()
     training = Training(optimizer=OptimizerOptions(learning_rate=0.05), precision="float32")
     fit(attached, Few(), training, steps=8)

@@ -1,0 +1,89 @@
+"""The losses of every stage, computed once before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from tersor.data.batch import Batch
+from tersor.data.batch_errors import explain_batchnorm_error
+from tersor.graph.eval_mode import modes_restored
+from tersor.pipeline.experiment import Experiment
+from tersor.recipe import Stage
+from tersor.training.attachment import Attachment
+from tersor.training.objective import Objective
+
+_FEW = 2
+"""Images of the first attempt: every task and method of tersor can compute its loss for two."""
+
+
+def check_losses(experiment: Experiment, stage: Stage, attachment: Attachment, images: int) -> None:
+    """Compute the losses of a stage for one batch, so that a loss that fails is found before the training.
+
+    A loss may need more than a few images, so that one which fails for these gets a whole batch. The weights, buffers
+    and modes of the networks stay as they are.
+
+    Args:
+        experiment: with all images.
+        stage: one of its stages.
+        attachment: the methods of the stage.
+        images: number of images with which they were attached.
+
+    Raises:
+        InputError: a loss fails.
+    """
+    if not experiment.steps_of(stage) or not (attachment.terms or attachment.label_weight):
+        return
+    task = experiment.task
+    teacher = experiment.teacher or (experiment.original if task.from_original else None)
+    with _unchanged(attachment.model), _unchanged(teacher), torch.random.fork_rng(devices=[]):
+        objective = Objective(
+            attachment.model,
+            attachment.terms,
+            teacher,
+            label_weight=attachment.label_weight,
+            layers=attachment.layers,
+            task=task,
+        ).train()
+        if not _fails(objective, _first(experiment, stage, min(_FEW, stage.batch_size), images)):
+            return
+        batch = _first(experiment, stage, stage.batch_size, images)
+        with explain_batchnorm_error(len(batch.images)):
+            objective(batch)
+
+
+def _fails(objective: Objective, batch: Batch) -> bool:
+    try:
+        objective(batch)
+    except Exception:  # the whole batch, which is computed next, raises it again
+        return True
+    return False
+
+
+def _first(experiment: Experiment, stage: Stage, size: int, images: int) -> Batch:
+    """The first batch of the stage, with the indices of a data set of `images` images."""
+    batch = next(iter(experiment.training_batches(stage.model_copy(update={"batch_size": size}))))
+    return replace(batch, index=None if batch.index is None else batch.index % images)
+
+
+@contextmanager
+def _unchanged(network: nn.Module | None) -> Generator[None]:
+    """Context that restores buffers, modes and `requires_grad` at its end."""
+    if network is None:
+        yield
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    learning = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    try:
+        with modes_restored(network):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for parameter, learns in learning:
+            parameter.requires_grad = learns

@@ -1,0 +1,57 @@
+"""Warnings of the Python functions about their outcome: layers in float, and classifiers at chance level."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from tersor.core.errors import CompressionWarning
+from tersor.data.batch import Batch, images_of, parts_of
+from tersor.quantization.integer_coverage import calibrated_coverage
+from tersor.tasks.classification import Classification
+from tersor.tasks.task import Task
+from tersor.training.teacher_check import COMPRESS_LESS, chance_warning, level_warning
+
+_IMAGES = 128
+
+
+def warn_of_quantized(model: fx.GraphModule | nn.Module, batches: Iterable[Any], task: Task) -> None:
+    """Warn if a quantized network computes little in integers, or classifies at chance level; called by `quantize`."""
+    found = (
+        calibrated_coverage(model).warning,
+        level_warning("the quantized network", model, _read(batches), task, _IMAGES),
+    )
+    for sentence in filter(None, found):
+        warnings.warn(sentence, CompressionWarning, stacklevel=3)
+
+
+def warn_of_chance(task: Task, predictions: Mapping[str, Any], targets: Any, outputs: Any) -> None:
+    """Warn of the first classifier at chance level; called by `compare`.
+
+    Args:
+        task: what the files are for.
+        predictions: of the files by name, the original first.
+        targets: of all images, or None.
+        outputs: of the original for some images.
+    """
+    logits = task.logits(outputs) if isinstance(task, Classification) else None
+    if logits is None or not isinstance(targets, Tensor):
+        return
+    classes = max(2, logits.shape[1])
+    for place, (name, predicted) in enumerate(predictions.items()):
+        advice = (COMPRESS_LESS,) if place else ()
+        sentence = chance_warning(name, predicted, targets, classes, *advice)
+        if sentence:
+            warnings.warn(sentence, CompressionWarning, stacklevel=3)
+            return
+
+
+def _read(batches: Iterable[Any]) -> Iterator[Batch]:
+    """A user's batches, with targets where these are whole numbers (N,)."""
+    for batch in batches:
+        images, (_, found) = images_of(batch), parts_of(batch)
+        numbers = isinstance(found, Tensor) and found.shape == (len(images),) and not found.is_floating_point()
+        yield Batch(images, found if numbers else None)

@@ -1,0 +1,80 @@
+"""BatchNorm statistics after a short training: averaged again over training images.
+
+With momentum m, running statistics after k batches still contain the fraction (1 - m)^k of those before the training.
+Only batch statistics are used during training, so that the weights may be good and the network in eval mode be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+
+import torch
+
+from tersor.core.errors import counted
+from tersor.data.batch import Batch
+from tersor.data.batch_source import BatchSource
+from tersor.graph.batchnorm import Norm
+from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
+from tersor.training.objective import Objective
+
+_REMAINING = 0.05
+"""Largest fraction of the statistics before the training that may remain."""
+_IMAGES = 1024
+"""Images to average over, rounded up to batches; at most one epoch."""
+
+
+def average_again(
+    objective: Objective, batches: BatchSource, updates: int, place: Callable[[Batch], Batch]
+) -> Iterator[str]:
+    """Average the running statistics that follow too slowly over training images, and yield a line that says so.
+
+    Those that are frozen during training stay as they are, and so do those of layers that run only in training.
+
+    Args:
+        objective: with the network in training mode.
+        batches: the first batches of the first epoch are used.
+        updates: number of batches of the training.
+        place: moves a batch to the device of the network.
+    """
+    norms = [each for each in objective.model.modules() if isinstance(each, Norm) and _is_slow(each, updates)]
+    if not norms:
+        return
+    before = [(norm, norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms]
+    batches.set_epoch(0)
+    images = _average(norms, objective, map(place, islice(batches, len(batches))))
+    for norm, momentum, buffers in before:
+        norm.momentum = momentum
+        if not norm.num_batches_tracked:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    momenta = ", ".join(dict.fromkeys(f"{momentum:g}" for _, momentum, _ in before))
+    yield (
+        f"statistics of {counted(len(norms), 'BatchNorm layer')} averaged over {counted(images, 'training image')}, "
+        f"since their momentum of {momenta} is too small for {updates} batches"
+    )
+
+
+@torch.no_grad()
+def _average(norms: Sequence[Norm], objective: Objective, batches: Iterable[Batch]) -> int:
+    """Average the statistics of `norms` over batches, all other modules in eval mode; return the number of images."""
+    model, images = objective.model, 0
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the average of all batches
+            norm.train()
+        for batch in batches:
+            with objective.context.autocasting(batch):
+                run(model, *objective.context.task.inputs(batch, training=False))
+            images += len(batch.images)
+            if images >= _IMAGES:
+                break
+    return images
+
+
+def _is_slow(norm: Norm, updates: int) -> bool:
+    if not norm.training or norm.running_mean is None or norm.num_batches_tracked is None or norm.momentum is None:
+        return False
+    return (1 - norm.momentum) ** updates > _REMAINING

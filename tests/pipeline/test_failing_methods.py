@@ -1,0 +1,192 @@
+"""Exceptions in a user's own method: one message with the file and the line, before the training where possible."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from tersor import cli
+from tersor.core.errors import InputError
+from tersor.core.progress import NullProgress
+from tersor.data.batch import Batch
+from tersor.methods.dcil import DCIL
+from tersor.methods.dpf import DPF
+from tersor.methods.lsq import LSQ
+from tersor.methods.qat import QAT
+from tersor.methods.rigl import RigL
+from tersor.methods.soft_targets import SoftTargets
+from tersor.pipeline.dry_run import explain
+from tersor.recipe import parse
+from tersor.training.attachment import Attachment
+from tersor.training.context import AttachContext
+from tersor.training.method import PLAIN_VALUES, chain
+from tersor.training.objective import LossTerm, Objective
+
+RECIPE = """\
+model: {name: "test_failing_methods:network"}
+data: {name: digits, limit: 64}
+stages:
+  - {name: first, steps: 1, batch_size: 32, methods: ["test_failing_methods:METHOD"]}
+"""
+HERE = "test_failing_methods"
+
+
+def network(num_classes: int = 10):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, num_classes))
+
+
+def pooled(num_classes: int = 10):
+    layers = nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, num_classes)
+    return nn.Sequential(nn.Conv2d(3, 3, 3), *layers)
+
+
+class Broken(Attachment):
+    def after_step(self, step, optimizer):
+        self.absent.append(step)
+
+
+class Hint(LossTerm):
+    name = "hint"
+
+    def forward(self, batch, student, teacher):
+        return F.mse_loss(student.logits, teacher.logits)
+
+
+class ManyImages(LossTerm):
+    name = "many_images"
+
+    def forward(self, batch, student, teacher):
+        return student.logits.topk(20, dim=0).values.mean()
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class InAttach:
+    def attach(self, model, context):
+        return Attachment(model, [Hint()], label_weight=1 / context.absent)
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class InStep:
+    def attach(self, model, context):
+        return Broken(model)
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class WithoutTeacher:
+    def attach(self, model, context):
+        return Attachment(model, [Hint()])
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class TeacherInAttach:
+    def attach(self, model, context):
+        return Attachment(context.teacher.eval())
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class NeedsTwenty:
+    needs_steps: ClassVar[bool] = True
+
+    def attach(self, model, context):
+        return Attachment(model, [ManyImages()])
+
+
+def line(code: str) -> int:
+    """The number of the line of this file that is `code`."""
+    return [each.strip() for each in Path(__file__).read_text().splitlines()].index(code) + 1
+
+
+IN_ATTACH = "return Attachment(model, [Hint()], label_weight=1 / context.absent)"
+IN_LOSS = "return F.mse_loss(student.logits, teacher.logits)"
+MESSAGES = {
+    "InAttach": f"method '{HERE}:InAttach': attach failed in {__file__}, line {line(IN_ATTACH)} ({IN_ATTACH}): "
+    "AttributeError: 'AttachContext' object has no attribute 'absent'",
+    "InStep": f"method '{HERE}:InStep': after_step failed in {__file__}, line {line('self.absent.append(step)')} "
+    "(self.absent.append(step)): AttributeError: 'Broken' object has no attribute 'absent'",
+    "WithoutTeacher": f"the loss hint of method '{HERE}:WithoutTeacher' failed in {__file__}, line {line(IN_LOSS)} "
+    f"({IN_LOSS}): AttributeError: 'NoneType' object has no attribute 'logits'. There is no teacher. Write one in the "
+    "recipe, and set needs_teacher: ClassVar[bool] = True in class WithoutTeacher, so that a recipe without one is "
+    "refused.",
+}
+
+
+@pytest.mark.parametrize("method", MESSAGES)
+def test_the_command_line_prints_one_message(method, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("METHOD", method))
+    monkeypatch.setattr(sys, "argv", ["tersor", "run", "recipe.yaml"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    error = capfd.readouterr().err
+    assert f"error: {MESSAGES[method]}\n" in error
+    assert "Traceback" not in error
+
+
+def test_the_exception_of_the_method_is_the_cause():
+    attached = chain([InStep()], network(), AttachContext())
+    with pytest.raises(InputError) as raised:
+        attached.after_step(0, torch.optim.SGD(attached.model.parameters()))
+    assert isinstance(raised.value.__cause__, AttributeError)
+    assert raised.value.__cause__.obj is attached.parts[0]
+
+
+def test_a_missing_teacher_in_attach_is_named():
+    with pytest.raises(InputError, match=r"needs_teacher: ClassVar\[bool\] = True in class TeacherInAttach"):
+        chain([TeacherInAttach()], network(), AttachContext())
+
+
+def test_a_missing_teacher_in_an_own_loop_is_named():
+    attached = WithoutTeacher().attach(network(), AttachContext())
+    with pytest.raises(InputError, match=r"the loss hint failed .* no attribute 'logits'. There is no teacher. Pass"):
+        Objective(attached.model, attached.terms)(Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("method", [QAT(), LSQ(), DPF(), RigL(), DCIL()], ids=lambda each: type(each).__name__)
+def test_a_method_without_its_steps_is_refused_in_an_own_loop(method):
+    with pytest.raises(InputError, match=r"needs training, but there are 0 steps.*AttachContext\(steps=\.\.\.\)"):
+        method.attach(network(), AttachContext(data=[torch.randn(4, 3, 8, 8)]))
+
+
+def test_chain_refuses_what_a_method_declares_to_need():
+    with pytest.raises(InputError, match=r"method 'test_failing_methods:NeedsTwenty' needs training, but .* 0 steps"):
+        chain([NeedsTwenty()], network(), AttachContext())
+    with pytest.raises(InputError, match=r"SoftTargets' needs a teacher"):
+        chain([SoftTargets()], network(), AttachContext(steps=1))
+
+
+def explain_text(text: str):
+    return list(explain(parse(text, "recipe.yaml"), progress=NullProgress()))
+
+
+def explained(method: str):
+    return explain_text(RECIPE.replace("METHOD", method))
+
+
+def test_explain_finds_a_loss_that_fails():
+    with pytest.raises(InputError, match="the loss hint of method"):
+        explained("WithoutTeacher")
+
+
+def test_explain_accepts_a_loss_that_needs_many_images():
+    assert any("for the losses labels, many_images" in each for each in explained("NeedsTwenty"))
+
+
+def test_explain_computes_a_loss_with_a_memory_of_all_images():
+    text = RECIPE.replace("test_failing_methods:METHOD", "crd").replace("limit: 64", "limit: 200")
+    text += f'teacher: {{name: "{HERE}:network", epochs: 1}}\n'
+    assert any("for the losses labels, crd" in each for each in explain_text(text))
+
+
+def test_explain_finds_a_batch_that_is_too_small_for_batchnorm():
+    text = RECIPE.replace("METHOD", "NeedsTwenty").replace("batch_size: 32", "batch_size: 1")
+    text = text.replace(":network", ":pooled")
+    with pytest.raises(InputError, match="BatchNorm needs more than one value"):
+        explain_text(text)

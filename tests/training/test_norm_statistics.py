@@ -1,0 +1,150 @@
+"""Running statistics of BatchNorm after a training that is too short for their momentum."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.data.batch import Batch
+from tersor.graph.batchnorm import freezable
+from tersor.training.attachment import Attachment
+from tersor.training.loop import fit
+from tersor.training.options import OptimizerOptions, Training
+from tersor.training.snapshot import Checkpointer
+
+TRAINING = Training(optimizer=OptimizerOptions(learning_rate=0.05), precision="float32")
+
+
+class Shifted:
+    """Images of three classes whose mean is 3 and whose standard deviation is 2."""
+
+    def __init__(self, batches=4):
+        draw = torch.Generator().manual_seed(1)
+        images = 3 + 2 * torch.randn(batches * 16, 3, 4, 4, generator=draw)
+        self.all = [Batch(part, part.mean((2, 3)).argmax(1)) for part in images.split(16)]
+
+    def set_epoch(self, epoch):
+        pass
+
+    def __len__(self):
+        return len(self.all)
+
+    def __iter__(self):
+        return iter(self.all)
+
+
+class Lines:
+    def __init__(self):
+        self.lines = []
+
+    def start(self, task, total):
+        pass
+
+    def advance(self, items=1, **values):
+        pass
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+class OnlyInTraining(nn.Sequential):
+    """Its first norm runs only in training mode."""
+
+    def forward(self, images):
+        first, *others = self
+        for module in [first, *others] if self.training else others:
+            images = module(images)
+        return images
+
+
+def network(momentum):
+    torch.manual_seed(0)
+    norms = nn.BatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(4, momentum=momentum)
+    return nn.Sequential(norms[0], nn.Conv2d(3, 4, 3), norms[1], nn.Flatten(), nn.Linear(16, 3))
+
+
+def trained(model, steps, source=None, **options):
+    progress = Lines()
+    fit(Attachment(model), source or Shifted(), TRAINING, steps=steps, progress=progress, name="short", **options)
+    return model, [line for line in progress.lines if "BatchNorm" in line]
+
+
+def average(source):
+    variances = torch.stack([batch.images.var((0, 2, 3)) for batch in source])
+    return torch.stack([batch.images.mean((0, 2, 3)) for batch in source]).mean(0), variances.mean(0)
+
+
+def test_statistics_that_the_momentum_leaves_behind_are_averaged_over_the_images():
+    model, lines = trained(network(0.01), 8)
+    mean, variance = average(Shifted())
+    assert torch.allclose(model[0].running_mean, mean)
+    assert torch.allclose(model[0].running_var, variance)
+    assert model[0].momentum == 0.01
+    assert len(lines) == 1
+    assert lines[0] == (
+        "short: statistics of 2 BatchNorm layers averaged over 64 training images, since their momentum of 0.01 is too "
+        "small for 8 batches"
+    )
+
+
+def test_at_most_a_thousand_images_are_used():
+    source = Shifted(batches=70)
+    model, lines = trained(network(0.01), 8, source)
+    assert torch.allclose(model[0].running_mean, average(source.all[:64])[0])
+    assert "averaged over 1024 training images" in lines[0]
+
+
+@pytest.mark.parametrize(("momentum", "steps", "again"), [(0.1, 28, True), (0.1, 29, False), (0.5, 5, False)])
+def test_enough_steps_leave_the_statistics_to_the_momentum(momentum, steps, again):
+    assert bool(trained(network(momentum), steps)[1]) == again
+
+
+def test_accumulated_batches_count():
+    model = network(0.1)
+    progress = Lines()
+    fit(Attachment(model), Shifted(), TRAINING.model_copy(update={"accumulate": 4}), steps=8, progress=progress)
+    assert not any("BatchNorm" in line for line in progress.lines)
+
+
+def test_frozen_statistics_stay():
+    model = network(0.01)
+    model[0] = freezable(model[0])
+    model[0].freeze()
+    before = copy.deepcopy(dict(model[0].named_buffers()))
+    _, lines = trained(model, 8)
+    assert all(torch.equal(value, before[name]) for name, value in model[0].named_buffers())
+    assert "1 BatchNorm layer averaged" in lines[0]
+
+
+def test_a_norm_that_runs_only_in_training_keeps_its_statistics():
+    model = OnlyInTraining(
+        nn.BatchNorm2d(3, momentum=0.01), nn.BatchNorm2d(3, momentum=0.01), nn.Flatten(), nn.Linear(48, 3)
+    )
+    trained(model, 8)
+    assert torch.allclose(model[0].running_mean, (1 - 0.99**8) * torch.tensor(3.0), atol=0.05)
+    assert model[0].num_batches_tracked == 8
+    assert torch.allclose(model[1].running_mean, torch.tensor(3.0), atol=0.2)
+
+
+class Stored(Checkpointer):
+    """Stores every snapshot in memory."""
+
+    every = 4
+    last = None
+
+    def __init__(self, resume_state=None):
+        self.resume_state, self.saved = resume_state, {}
+
+    def save(self, step, state):
+        self.saved[step] = state
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_resumed_training_ends_with_the_same_statistics(step):
+    stored = Stored()
+    whole, _ = trained(network(0.01), 8, checkpointer=stored)
+    resumed, _ = trained(network(0.01), 8, checkpointer=Stored((step, stored.saved[step])))
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
