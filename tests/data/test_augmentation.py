@@ -161,8 +161,18 @@ def test_an_exception_of_a_function_has_its_file_and_line():
 def test_sixteen_bits_and_other_channels_are_augmented(channels):
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 2**16, (64, 8, 9, channels), generator=draw).to(torch.uint16)
-    for augment in ("crop_flip", ["RandomHorizontalFlip"]):
+    for augment in ("crop_flip", ["RandomHorizontalFlip"], ["GaussianNoise"]):
         after, _ = augmented(pixels.clone(), None, resolve(augment), draw)
         assert after.dtype == torch.uint16
         assert after.shape == pixels.shape
         assert not torch.equal(after, pixels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transforms_keep_every_value_of_16_bits(channels):
+    pixels = torch.arange(2**16).to(torch.uint16).view(4, 128, 128, 1).expand(-1, -1, -1, channels).contiguous()
+    flip = [{"RandomHorizontalFlip": {"p": 1}}]
+    masks = torch.arange(128).expand(4, 128, 128)
+    after, moved = augmented(pixels, masks, resolve(flip), torch.Generator())
+    assert torch.equal(after.int(), pixels.int().flip(2))
+    assert torch.equal(moved, masks.flip(2))

@@ -1,5 +1,7 @@
 """A convolution that OpenVINO would compute incorrectly stays in float, and is named."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from torch import nn
@@ -87,6 +89,7 @@ def test_a_padding_of_0_is_removed():
     assert not in_float(graph)
 
 
+@pytest.mark.skipif(version("openvino") < "2026", reason="OpenVINO has this defect since 2026.0")
 def test_openvino_still_has_the_defect(tmp_path, monkeypatch):
     """If this fails, OpenVINO computes the layer correctly, and the rule can go."""
     monkeypatch.setattr(runtime_defects, "before_concatenated_constants", lambda _: set())

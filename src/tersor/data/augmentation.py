@@ -20,6 +20,8 @@ Transform = Callable[..., Any]
 Augmentation = str | Sequence[str | Mapping[str, Mapping[str, Any] | None]] | Transform
 """A name; "package.module:function"; classes of torchvision.transforms.v2 with their arguments; or a callable."""
 
+_LARGEST = 2**16 - 1
+
 _FORMS = (
     f"Possible: {', '.join(NAMES)}; package.module:function; or a list of torchvision.transforms.v2, such as "
     "[{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip]."
@@ -48,9 +50,9 @@ def augmented(
 
     `flip` mirrors half of the images. `crop_flip` also shifts each by up to an eighth of its size, padded by
     reflection. Transforms of torchvision are called for each image and its mask or boxes, because one call draws one
-    set of random numbers; boxes that leave the image are dropped. Any other callable gets the whole batch: the images,
-    and the targets too if they are masks or boxes. Both may draw from torch's global CPU generator, which is seeded for
-    each batch and restored.
+    set of random numbers; boxes that leave the image are dropped, and images with 16 bits are float32 from 0 to 1 in
+    them. Any other callable gets the whole batch: the images, and the targets too if they are masks or boxes. Both may
+    draw from torch's global CPU generator, which is seeded for each batch and restored.
 
     Args:
         pixels: (B, H, W, C) uint8 or uint16, contiguous; may be overwritten.
@@ -132,6 +134,9 @@ def _transformed(images: Tensor, targets: Any, transform: Transform) -> tuple[Te
             )
         moved, after = cast("tuple[Any, Any]", returned)
         return _checked(moved, images, transform), _checked(after, targets, transform) if masks else after
+    if images.dtype == torch.uint16:  # torch has no operators for it that transforms need, before 2.14 not even flip
+        moved, after = _transformed(images / _LARGEST, targets, transform)
+        return (moved.clamp(0, 1) * _LARGEST).round().to(torch.uint16), after
     try:
         if masks:
             pairs = [_with_mask(image, mask, transform) for image, mask in zip(images, targets, strict=True)]

@@ -1,4 +1,4 @@
-"""Keys of a captured network: Parameters that have moved into a new layer keep those of the user's network."""
+"""Keys of a captured network: those of the user's network, also for Parameters that have moved into a new layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx, nn
 
 
 def keep_keys(captured: fx.GraphModule, model: nn.Module) -> None:
-    """Save and load Parameters that have moved into a new layer under their keys in `model`."""
+    """Save and load Parameters that have moved into a new layer under their keys in `model`; also in copies."""
     keys = {id(each): key for key, each in model.named_parameters(remove_duplicate=False)}
     known = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     own = dict(captured.named_parameters(remove_duplicate=False))
@@ -20,6 +20,9 @@ def keep_keys(captured: fx.GraphModule, model: nn.Module) -> None:
         captured.register_load_state_dict_pre_hook(partial(_rename_back, renamed, own.keys() & known))
     if further := _further_keys(captured, model):
         captured.register_load_state_dict_pre_hook(partial(_drop, further))
+    buffers = {key for key, _ in captured.named_buffers(remove_duplicate=False)}
+    if unsaved := buffers - captured.state_dict().keys():
+        captured._register_deepcopy_hook(partial(_leave_unsaved, unsaved))  # pyright: ignore[reportPrivateUsage]
 
 
 def _further_keys(captured: fx.GraphModule, model: nn.Module) -> set[str]:
@@ -30,6 +33,14 @@ def _further_keys(captured: fx.GraphModule, model: nn.Module) -> set[str]:
     own = captured.state_dict().keys()
     shared = [{*each} for each in keys.values() if len(each) > 1]
     return {key for each in shared if each & own for key in each - own}
+
+
+def _leave_unsaved(unsaved: set[str], copied: fx.GraphModule) -> None:
+    """Before torch 2.14, a copy saves every buffer that the graph reads."""
+    for node in copied.graph.find_nodes(op="get_attr"):
+        if node.target in unsaved:
+            path, _, name = str(node.target).rpartition(".")
+            copied.get_submodule(path)._non_persistent_buffers_set.add(name)  # pyright: ignore[reportPrivateUsage]
 
 
 def _drop(further: set[str], _module: nn.Module, state: dict[str, Any], prefix: str, *_others: object) -> None:
