@@ -14,6 +14,7 @@ from tersor.evaluation.results import StageRecord
 from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.search import finish
 from tersor.search.candidate import ORIGINAL, Candidate
+from tersor.search.candidate_latency import Latency
 from tersor.search.compression_budget import Budget
 from tersor.search.finish import write_front
 from tersor.search.folder import SearchFolder
@@ -157,13 +158,13 @@ class FakeLatency:
     def __init__(self, time):
         self.time = time
 
-    def compare_with(self, reference):
+    def compare_with(self, reference, milliseconds):
         pass
 
     def latency(self, file, image=None):
         self.time.work(1.0)
         name = file.read_text().split()[0]
-        return {size: FakeLatency.of[name] * size for size in self.batch_sizes}
+        return Latency({size: FakeLatency.of[name] * size for size in self.batch_sizes}, {})
 
     of: dict[str, float] = {}  # noqa: RUF012
 

@@ -12,6 +12,7 @@ from tersor.evaluation.results import Machine
 from tersor.evaluation.session import open_session
 from tersor.evaluation.timings import Ratio, Timings
 from tersor.search import search_metric
+from tersor.search.candidate_latency import error_of
 from tersor.search.folder import Front
 from tersor.search.front import BaselineSpeedup, Point, front, pick, shortfall, violations
 from tersor.search.front_page import write_front_page
@@ -30,7 +31,7 @@ _MORE_TIME = 3
 
 def write_front(search: Search, *, finished: bool) -> Front:
     """Write `front.json` and `report.html`; at the end of a search with the speedup."""
-    best, kept, speedup = search.choose(), front(search.points), dict[int, BaselineSpeedup]()
+    best, kept, speedup = search.choose(), search.front(), dict[int, BaselineSpeedup]()
     if finished:
         best, kept, speedup = _time_best(search, kept)
     names = {point.name for point in kept}
@@ -76,18 +77,21 @@ def _time_best(search: Search, tested: list[Point]) -> tuple[Point, list[Point],
     points = {point.name: point for point in tested}
     baselines = {point.name: point for point in search.folder.state.baselines}
     timed: dict[str, dict[int, BaselineSpeedup]] = {}
-    allowed = list(points)
+    allowed = sorted(points, key=lambda name: search.best is None or name != search.best.name)
     while (best := pick([points[name] for name in allowed], search.budget, search.reference)).name not in timed:
         timed[best.name] = speedup = _speedup(search, best)
         latency = {size: baselines[each.baseline].latency_ms[size] / each.value for size, each in speedup.items()}
-        points[best.name] = best.model_copy(update={"latency_ms": {**best.latency_ms, **latency}})
+        errors = {size: error_of(each) for size, each in speedup.items()}
+        points[best.name] = best.model_copy(
+            update={"latency_ms": {**best.latency_ms, **latency}, "latency_error": {**best.latency_error, **errors}}
+        )
         if len(timed) == _MOST_TIMED:
             allowed = list(timed)
     search.points = [points.get(point.name, point) for point in search.points]
     if search.best is None or search.best.name != best.name:
         search.folder.hand_over(best)
     search.best = best
-    return best, front(points.values()), timed[best.name]
+    return best, front(points.values(), best), timed[best.name]
 
 
 def _speedup(search: Search, best: Point) -> dict[int, BaselineSpeedup]:

@@ -49,7 +49,7 @@ def feasible_range(search: Search) -> None:
             integers = _integers(search)
         state.baselines = _measured(search, file, integers)
     state.costs.runs = sum(state.baselines[0].latency_ms.values()) / 1000
-    search.measurement.compare_with(file)
+    search.measurement.compare_with(file, state.baselines[0].latency_ms)
     for point in state.baselines:
         if point.runtime == search.runtime and point.name != FLOAT32:
             _add_free(search, point)
@@ -140,7 +140,8 @@ def _measured(search: Search, original: Path, integers: Path | None) -> list[Poi
             free=True,
             validation=measured[name].metric,
             drop_error=0.0 if name == ORIGINAL else search.drop_error(measured[name].right, measured[name].metric),
-            latency_ms=latencies[name],
+            latency_ms=latencies[name].ms,
+            latency_error=latencies[name].error,
             bytes=path.stat().st_size,
             macs=macs,
         )
