@@ -89,3 +89,19 @@ def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_ch
     lines = verdict_lines(front_of(3).model_copy(update=missed))
     assert lines[1].startswith("This network does not meet the budget")
     assert lines[2] == "Chosen because it is closest to the budget."
+
+
+def test_a_saturated_metric_is_said():
+    made = front_of(3)
+    saturated = "The 5000 validation images cannot rank the candidates: accuracy is 100 % for the original and for this"
+    perfect = {each.name: each.model_copy(update={"validation": 100.0}) for each in (*made.points, *made.baselines)}
+    both = made.model_copy(
+        update={
+            "points": [perfect[each.name] for each in made.points],
+            "baselines": [perfect[each.name] for each in made.baselines],
+        }
+    )
+    assert sum(line.startswith(saturated) for line in verdict_lines(both)) == 1
+    alone = both.model_copy(update={"best": "original"})
+    for each in (made, alone):
+        assert not any("cannot rank" in line for line in verdict_lines(each))

@@ -11,8 +11,9 @@ from tersor.evaluation.timings import Ratio
 from tersor.search import finish
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
+from tersor.search.halving import halve
 from tersor.search.learning_curves import expected
-from tersor.search.promotion import entrants, improvement
+from tersor.search.promotion import entrants, improvement, promoted
 from tersor.search.study import Record
 
 ROOT = math.sqrt(128)
@@ -58,6 +59,37 @@ def test_without_a_faster_candidate_the_original_in_8_bits_is_trained(tmp_path):
     assert entrants(search, 6) == [original]
     little = add(search, Candidate(branches=2), 0, 88.0, 0.96)
     assert entrants(search, 6) == [little], "a little faster is better than nothing"
+
+
+def test_what_loses_nothing_is_not_trained(tmp_path):
+    search = searching(tmp_path / "out")
+    lossless = add(search, Candidate(branches=1), 0, 90.0, 0.6)
+    assert not entrants(search, 6)
+    lost = add(search, Candidate(branches=2), 0, 89.9, 0.5)
+    assert entrants(search, 6) == [lost]
+    trained = [add(search, each.of, 1, each.point.validation, 0.5) for each in (lossless, lost)]
+    assert promoted(search, trained, 2, 10.0) == promoted(search, trained, 1, 10.0) == trained[1:]
+    assert promoted(search, trained[:1], 1, 10.0) == []
+    search.points = [search.original, trained[0].point]
+    assert finish.advice(search, search.original) == [], "more time does not help"
+
+
+def test_for_the_best_metric_a_candidate_is_trained_up_to_the_ceiling(tmp_path):
+    search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 1.0}))
+    better = add(search, Candidate(branches=1), 0, 99.9, 0.6)
+    add(search, Candidate(branches=2), 0, 100.0, 0.5)
+    assert entrants(search, 6) == [better]
+
+
+def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path):
+    search = searching(tmp_path / "out")
+    told = []
+    search.bar.tell = told.append
+    add(search, Candidate(branches=1), 0, 90.0, 0.6)
+    halve(search)
+    assert not search.folder.state.rungs
+    assert told == ["no more training: it cannot improve any candidate that is worth it"]
+    assert finish.advice(search, search.original) == []
 
 
 def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_path):

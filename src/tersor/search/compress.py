@@ -31,6 +31,7 @@ from tersor.search.space import family
 from tersor.search.study import Study
 from tersor.search.survey import describe_range, feasible_range, space_of, survey
 from tersor.search.tested_points import run_on_test_images
+from tersor.search.verdict_line import saturation
 from tersor.search.workbench import Workbench
 from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
@@ -184,7 +185,8 @@ def _run(search: Search, request: Request) -> Front:
         write_front(search, finished=False)
         search.bar.begin()
         survey(search, space_of(search, list(search.bench.students), list(request.pixels)))
-        write_front(search, finished=False)
+        for line in saturation(write_front(search, finished=False)):
+            search.bar.tell(line)
         halve(search)
     except BaseException:
         if search.original is not None:

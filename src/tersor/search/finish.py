@@ -12,13 +12,14 @@ from tersor.evaluation.results import Machine
 from tersor.evaluation.session import open_session
 from tersor.evaluation.timings import Ratio, Timings
 from tersor.search import search_metric
+from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import error_of
 from tersor.search.folder import Front
 from tersor.search.front import BaselineSpeedup, Point, front, pick, shortfall, violations
 from tersor.search.front_page import write_front_page
 from tersor.search.learning_curves import expected
 from tersor.search.plan import SPEEDUP_SECONDS
-from tersor.search.promotion import promoted
+from tersor.search.promotion import improvable, promoted
 from tersor.search.search_context import Search
 
 _LONGEST = 30.0
@@ -166,10 +167,15 @@ def _more_time(search: Search, best: Point) -> list[str]:
     """The drop that is expected after more time: of the best network, or of another one if the best is not trained."""
     trained = [record for record in search.study.records() if record.rung]
     if not trained:
+        surveyed = [record for record in search.study.records() if record.of != Candidate()]
+        if surveyed and not any(improvable(search, record) for record in surveyed):
+            return []
         return ["More time: no candidate could be trained in the given time."]
     seconds = _MORE_TIME * max(record.point.seconds for record in trained)
     of_best = [record for record in trained if record.point.name == best.name]
-    (record,) = of_best or promoted(search, trained, 1, seconds)
+    record = next(iter(of_best or promoted(search, trained, 1, seconds)), None)
+    if record is None:
+        return []
     point = record.point
     if "drop" not in violations(point, search.budget, search.reference):
         return []

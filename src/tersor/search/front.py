@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from tersor.evaluation.results import Speedup
 from tersor.search.compression_budget import Budget, in_points
 
+CEILING = 100.0
+"""The best possible metric, in percent."""
 SAME_SIZE = 0.01
 """Files whose sizes differ by less than this fraction are equally large."""
 

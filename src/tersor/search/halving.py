@@ -53,6 +53,8 @@ def halve(search: Search) -> None:
                 return
             made = _rung(search, number)
             if not made.members:
+                if _worthwhile(search):
+                    search.bar.tell("no more training: it cannot improve any candidate that is worth it")
                 return
             state.rungs.append(made)
             search.save()

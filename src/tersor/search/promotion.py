@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from tersor.search.candidate import Candidate
-from tersor.search.front import Point, distance, front, rank, violations
+from tersor.search.front import CEILING, Point, distance, front, rank, violations
 from tersor.search.learning_curves import expected
 from tersor.search.search_context import Search
 from tersor.search.study import Record
@@ -33,7 +33,7 @@ _LEAST_GAIN = 0.01
 
 def entrants(search: Search, count: int) -> list[Record]:
     """Surveyed candidates to train: the Pareto front and the students, evenly spread over the latencies."""
-    records = [record for record in search.study.records() if not record.rung]
+    records = [record for record in search.study.records() if not record.rung and improvable(search, record)]
     free = min(point.mean_ms for point in search.points if point.free)
     smaller = search.budget.megabytes is not None
     for share in (_MUCH_FASTER, _FASTER):
@@ -51,6 +51,11 @@ def entrants(search: Search, count: int) -> list[Record]:
     if not chosen and count:  # nothing is faster: the original in 8 bits
         chosen = [record for record in records if record.of == Candidate()]
     return chosen
+
+
+def improvable(search: Search, record: Record) -> bool:
+    """Whether training can improve a candidate: with a limit on the drop, it must have lost something."""
+    return record.point.validation < (CEILING if search.budget.points is None else search.reference)
 
 
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:
@@ -79,6 +84,8 @@ def promoted(
 ) -> list[Record]:
     """The candidates of the next rung. If there are several, the best student and the best change of the original stay.
 
+    Those that training cannot improve are left out.
+
     Args:
         search: the search.
         trained: the candidates so far.
@@ -86,6 +93,7 @@ def promoted(
         seconds: time for which the best one is expected to be trained further.
         last: whether it is the last training.
     """
+    trained = [record for record in trained if improvable(search, record)]
     metrics = {record.point.name: expected(search, record, record.point.seconds + seconds) for record in trained}
     ordered = sorted(trained, key=lambda record: _key(search, record, metrics, last=last))
     if count > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tersor.report.verdict import RUNTIMES, describe_speedup
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import Front
-from tersor.search.front import reason, share_of_budget
+from tersor.search.front import CEILING, reason, share_of_budget
 
 
 def verdict_lines(front: Front) -> list[str]:
@@ -34,7 +34,18 @@ def verdict_lines(front: Front) -> list[str]:
     else:
         change = best.validation - original.validation
         lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
-    return [*lines, *front.advice]
+    return [*lines, *saturation(front), *front.advice]
+
+
+def saturation(front: Front) -> list[str]:
+    """A line if the validation images cannot tell the best network from the original."""
+    best, original = front.point(front.best), front.point(front.original)
+    if best.name == original.name or min(best.validation, original.validation) < CEILING:
+        return []
+    return [
+        f"The {front.validation_images} validation images cannot rank the candidates: {front.metric} is 100 % for the "
+        "original and for this network. Use more validation images."
+    ]
 
 
 def _speedups(front: Front) -> list[str]:
