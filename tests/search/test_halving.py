@@ -195,8 +195,8 @@ def test_the_seconds_steps_and_numbers_of_each_training(finished):
     assert len(records) == sum(what[0] == "train" for what in search.bench.log)
     seconds = dict.fromkeys((name for name, _ in records), 0.0)
     for (name, rung), record in sorted(records.items(), key=lambda item: item[0][1]):
-        assert record.point.name == f"{name}-{rung}"
-        assert record.point.file == f"points/{name}-{rung}/model.onnx"
+        assert record.point.name == f"{name}-{100 * rung}steps"
+        assert record.point.file == f"points/{record.point.name}/model.onnx"
         assert not record.point.free
         assert [stage["name"] for stage in record.stages] == [f"train-{number + 1}" for number in range(rung)]
         assert record.point.steps == 100 * rung, "as many as were made in each training"

@@ -39,7 +39,7 @@ def test_a_record_holds_what_was_measured(tmp_path):
     )  # fmt: skip
     point = made.point
     assert (point.name, point.file, point.description) == (
-        "original-branches3-8bit-2", "points/a/model.onnx", "original, 3 branches removed, 8 bits"
+        "original-branches3-8bit-70steps", "points/a/model.onnx", "original, 3 branches removed, 8 bits"
     )  # fmt: skip
     assert (point.runtime, point.precision, point.family, point.free) == ("onnxruntime", "int8", "fewer blocks", False)
     assert (point.validation, point.bytes, point.macs, point.steps, point.seconds) == (88.0, 50_000, 10**6, 70, 12.3)

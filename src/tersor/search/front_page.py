@@ -156,7 +156,7 @@ def _chart(
             "x": place(value(point)),
             "y": height(point.validation),
             "kind": _kind(point, kept),
-            "label": f"{point.description}: {point.validation:.2f} %, {value(point):.3g} {title}",
+            "label": f"{point.name} ({point.description}): {point.validation:.2f} %, {value(point):.3g} {title}",
         }
         for point in points
     ]

@@ -124,8 +124,9 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
         trained = _without_rounding(before)
         model, made = _run(search, candidate, trained, stages, limit)
         trained += [as_made(stage, record.steps) for stage, record in zip(stages, made, strict=True)]
+        steps = sum(stage.steps for stage in trained)
         with search.timed("export"):
-            file = search.folder.point_file(f"{candidate.name}-{training}")
+            file = search.folder.point_file(candidate.trained(steps))
             exported = search.bench.export(candidate, model, file, quantized=_rounds(trained))
         in_training = sum(record.training_seconds or 0.0 for record in made)
         if not resumed:
@@ -137,7 +138,7 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
             candidate,
             exported,
             rung=training,
-            steps=sum(stage.steps for stage in trained),
+            steps=steps,
             seconds=in_training + (before.point.seconds if before else 0.0),
             stages=tuple(_plain(stage) for stage in trained),
             rounding_loss=None if validation is None else validation - exported.validation,
@@ -204,7 +205,4 @@ def _described(search: Search, record: Record) -> str:
     point = record.point
     times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in point.latency_ms.items())
     drop = point.validation - search.reference
-    return (
-        f"{point.description}, {point.steps} steps: {point.validation:.2f} % "
-        f"({drop:+.2f}, standard error {point.drop_error:.2f}), {times}"
-    )
+    return f"{point.name}: {point.validation:.2f} % ({drop:+.2f}, standard error {point.drop_error:.2f}), {times}"

@@ -196,7 +196,7 @@ class Search:
         """Measure the latency of an exported candidate, and make the record of its trial."""
         size = candidate.pixels
         image = self.bench.example(candidate) if size else None
-        name = candidate.name if not rung else f"{candidate.name}-{rung}"
+        name = candidate.trained(steps) if rung else candidate.name
         latency = self.measurement.latency(exported.file, image)
         point = Point(
             name=name,

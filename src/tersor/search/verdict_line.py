@@ -34,7 +34,19 @@ def verdict_lines(front: Front) -> list[str]:
     else:
         change = best.validation - original.validation
         lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
-    return [*lines, *saturation(front), *front.advice]
+    return [*lines, *single(front), *saturation(front), *front.advice]
+
+
+def single(front: Front) -> list[str]:
+    """A sentence about a front of one point."""
+    if len(front.points) > 1:
+        return []
+    name = front.points[0].name
+    line = (
+        f"The Pareto front has one point: of all networks measured in {RUNTIMES[front.runtime]}, {name} has the best "
+        f"{front.metric}, and none is measurably faster or smaller. Another budget chooses it too."
+    )
+    return [line]
 
 
 def saturation(front: Front) -> list[str]:
@@ -42,10 +54,11 @@ def saturation(front: Front) -> list[str]:
     best, original = front.point(front.best), front.point(front.original)
     if best.name == original.name or min(best.validation, original.validation) < CEILING:
         return []
-    return [
+    line = (
         f"The {front.validation_images} validation images cannot rank the candidates: {front.metric} is 100 % for the "
         "original and for this network. Use more validation images."
-    ]
+    )
+    return [line]
 
 
 def _speedups(front: Front) -> list[str]:
