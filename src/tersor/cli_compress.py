@@ -112,10 +112,11 @@ def compress(
                 f"interrupted. {best}. To resume: {again}", highlight=False, markup=False, soft_wrap=True
             )
             raise typer.Exit(_INTERRUPTED) from None
-    from tersor.search.verdict_line import verdict_lines
+    from tersor.search.verdict_line import test_use, verdict_lines
 
     console.print(*verdict_lines(result.numbers), sep="\n", highlight=False, markup=False, soft_wrap=True)
     console.print(front_table(result.numbers))
+    console.print(test_use(result.numbers), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {out}", highlight=False)
 
 
@@ -191,7 +192,7 @@ def front_table(front: Front, best: str = "model.onnx") -> Table:
     table = Table(
         title=title,
         title_justify="left",
-        caption=f"* {best}. All choices used validation images; test images were used for these results only.",
+        caption=f"* {best}. All choices used validation images.",
     )
     table.add_column("point", overflow="fold", min_width=22)
     for column in ("val., %", "test, %", *(f"ms,\nbatch {size}" for size in sizes), "MB"):

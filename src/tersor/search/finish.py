@@ -14,6 +14,7 @@ from tersor.evaluation.timings import Ratio, Timings
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import error_of
+from tersor.search.dropped import dropped
 from tersor.search.folder import Front
 from tersor.search.front import BaselineSpeedup, Point, front, pick, shortfall, violations
 from tersor.search.front_page import write_front_page
@@ -63,6 +64,8 @@ def write_front(search: Search, *, finished: bool) -> Front:
         points=kept,
         dominated=[point for point in search.points if point.name not in names],
         failed=search.study.failed,
+        dropped=dropped(search, kept) if finished else {},
+        test_runs=search.folder.state.test_runs,
     )  # fmt: skip
     search.folder.write_front(made)
     write_front_page(search.folder.path, made)

@@ -40,7 +40,7 @@ class Point(BaseModel):
         free: whether it needs no search: the original, and the original in 8 bits.
         validation: metric on the validation images, in percent.
         drop_error: one standard error of the difference to the original on the validation images, in points.
-        test: metric on the test images; measured once, at the end, for the Pareto front and the free baselines.
+        test: metric on the test images; measured at the end, for the Pareto front and the free baselines.
         latency_ms: median latency by batch size.
         latency_error: half the width of the 95 % interval of each latency, as a fraction of it; none for the reference.
         bytes: size of the file.
@@ -94,8 +94,7 @@ def _same_latency(point: Point, other: Point, size: int) -> bool:
 
 def dominates(first: Point, second: Point) -> bool:
     """Whether `first` is at least as good as `second` in everything, and better in something; see `like`."""
-    ours, theirs = _costs(like(first, second)), _costs(second)
-    return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
+    return covers(first, second) and _costs(like(first, second)) != _costs(second)
 
 
 def _costs(point: Point) -> list[float]:
@@ -111,16 +110,16 @@ def front(points: Iterable[Point], best: Point | None = None) -> list[Point]:
     """
     kept: list[Point] = []
     for point in sorted(points, key=lambda point: -point.validation):
-        if all(_cheaper_somewhere(point, each) for each in kept):
+        if not any(covers(each, point) for each in kept):
             kept = [each for each in kept if not dominates(point, each)] + [point]
     if best is not None and all(each.name != best.name for each in kept):
         kept.append(best)
     return sorted(kept, key=lambda point: point.mean_ms)
 
 
-def _cheaper_somewhere(point: Point, other: Point) -> bool:
-    """Whether a point is measurably faster than another one at some batch size, or smaller."""
-    return any(ours < theirs for ours, theirs in zip(_costs(like(point, other))[1:], _costs(other)[1:], strict=True))
+def covers(first: Point, second: Point) -> bool:
+    """Whether `first` is at least as good as `second` in everything; see `like`."""
+    return all(a <= b for a, b in zip(_costs(like(first, second)), _costs(second), strict=True))
 
 
 def violations(point: Point, budget: Budget, original: float) -> dict[str, float]:

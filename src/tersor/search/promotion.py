@@ -58,6 +58,20 @@ def improvable(search: Search, record: Record) -> bool:
     return record.point.validation < (CEILING if search.budget.points is None else search.reference)
 
 
+def why_not_trained(search: Search, record: Record) -> str:
+    """Why a surveyed candidate was not trained, in words."""
+    free = min(point.mean_ms for point in search.points if point.free)
+    if not search.folder.state.rungs:
+        return "not trained: there was no time for it"
+    if not improvable(search, record):
+        return "not trained: it loses nothing"
+    if _fixed(search, record.point):
+        return "not trained: it exceeds a limit that training does not change"
+    if record.point.mean_ms >= _FASTER * free:
+        return "not trained: it is hardly faster than the fastest free baseline, or slower"
+    return "not trained: other candidates were chosen, spread over the latencies"
+
+
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:
     """Changes of the original that no other one dominates, without those that have lost most of the metric."""
     kept = {point.name for point in front(record.point for record in inherited)}

@@ -7,6 +7,8 @@ from tersor.search.compression_budget import Budget
 from tersor.search.folder import Front
 from tersor.search.front import CEILING, reason, share_of_budget
 
+_MOST_NAMES = 8
+
 
 def verdict_lines(front: Front) -> list[str]:
     """The gain over the fastest free baseline, the share of the budget, why the network was chosen, and advice."""
@@ -59,6 +61,16 @@ def saturation(front: Front) -> list[str]:
         "original and for this network. Use more validation images."
     )
     return [line]
+
+
+def test_use(front: Front) -> str:
+    """How many times the test images were used, and on which points."""
+    uses = ["at the start, on the original, to see whether it was trained on the validation images"]
+    for number, names in enumerate(front.test_runs):
+        when = f"after more time ({number})" if number else "at the end"
+        uses.append(f"{when}, on {', '.join(names) if len(names) <= _MOST_NAMES else f'{len(names)} points'}")
+    times = "once" if len(uses) == 1 else f"{len(uses)} times"
+    return f"{front.test_images} test images were used {times}: {'; '.join(uses)}."
 
 
 def _speedups(front: Front) -> list[str]:
