@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -181,6 +182,7 @@ def without_measurements(monkeypatch):
         + [Candidate(branches=b, keep_macs=k, bits=w) for b in range(10) for k in kept for w in ("8", "4", "mixed")]
     )
     monkeypatch.setattr(finish, "_speedup", lambda _search, _best: {})
+    monkeypatch.setattr(sys.modules[survey.__module__], "measure_end", lambda _search, _file: None)
 
 
 def baseline(name, validation, milliseconds, precision):

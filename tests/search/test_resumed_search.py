@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from search_fakes import SPACE, FakeBench, FakeTime, run, searching
+from tersor.search import finish
 from tersor.search.finish import write_front
 from tersor.search.folder import SearchFolder, read_front
 from tersor.search.front import rank
@@ -175,6 +176,26 @@ def test_the_time_of_the_evidence_counts_and_it_gets_the_predictions_of_the_test
     assert read_front(tmp_path / "out") == made
     assert len(given) == sum(point.test is not None for point in made.points + made.dominated)
     assert all(each.classes.tolist() == [0] * 22 + [1] * 3 for each in given)
+
+
+@pytest.mark.usefixtures("_only_the_end")
+@pytest.mark.parametrize("times", [1, 3])
+def test_three_minutes_end_within_five_percent_with_all_that_the_end_takes(tmp_path, monkeypatch, times):
+    """The final measurement uses the time that it may; `times` of them if others turn out faster."""
+    search = searching(tmp_path / "out", minutes=3.0)
+    costs, time = search.folder.state.costs, search.bench.time
+    costs.layers, costs.open, costs.runs = 3.0, 0.5, 0.05
+
+    def speedup(search, _best):
+        for _ in range(times):
+            time.work(2 * finish.final_seconds(search))
+        return {}
+
+    monkeypatch.setattr(finish, "_speedup", speedup)
+    monkeypatch.setattr(compress, "write_evidence", lambda _search, _front, tested: time.work(3 + 1.5 * len(tested)))
+    made = compress._run(search, SimpleNamespace(pixels=()))
+    assert search.folder.state.rungs
+    assert made.minutes_used == pytest.approx(3.0, rel=0.05)
 
 
 def test_searches_of_equally_named_folders_do_not_share_a_study_and_a_moved_folder_keeps_its_own(tmp_path):

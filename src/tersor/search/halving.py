@@ -73,8 +73,7 @@ def _worthwhile(search: Search) -> bool:
 
 def _available(search: Search) -> float:
     """Seconds for training: those left, without the reserve for the end."""
-    reserve = search.folder.state.costs.reserve(search.clock.total, len(search.tested_at_the_end()) + 1)
-    return max(0.0, search.clock.left - reserve)
+    return max(0.0, search.clock.left - search.reserve(more=1))
 
 
 def _rung(search: Search, number: int) -> Rung:
@@ -134,15 +133,16 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
         validation = made[-1].validation_score
         if validation is not None:
             validation = in_percent(search.bench.experiment.task, validation)
-        record = search.record(
-            candidate,
-            exported,
-            rung=training,
-            steps=steps,
-            seconds=in_training + (before.point.seconds if before else 0.0),
-            stages=tuple(_plain(stage) for stage in trained),
-            rounding_loss=None if validation is None else validation - exported.validation,
-        )
+        with search.timed("latency"):
+            record = search.record(
+                candidate,
+                exported,
+                rung=training,
+                steps=steps,
+                seconds=in_training + (before.point.seconds if before else 0.0),
+                stages=tuple(_plain(stage) for stage in trained),
+                rounding_loss=None if validation is None else validation - exported.validation,
+            )
     except InputError as error:
         search.study.fail(candidate, training, str(error))
         search.bar.tell(f"{candidate}: {error}")

@@ -119,6 +119,11 @@ class Search:
         """Seconds that `evidence.json` is expected to take after the points were tested."""
         return self.folder.state.costs.evidence(sum(point.test is not None for point in self.points))
 
+    def reserve(self, more: int = 0) -> float:
+        """Seconds to reserve for the end, if so many more points than now are tested."""
+        points, sizes = len(self.tested_at_the_end()) + more, len(self.measurement.batch_sizes)
+        return self.folder.state.costs.reserve(self.clock.total, points, sizes)
+
     def restore(self) -> None:
         """Read the points of an earlier process. A finished search is extended: it has more time now."""
         if self.folder.state.finished:

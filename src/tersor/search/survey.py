@@ -16,6 +16,7 @@ from tersor.graph.capture import capture
 from tersor.pruning.residual_branches import find_branches
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
+from tersor.search.end_costs import measure_end
 from tersor.search.folder import BASELINES, UNCHANGED
 from tersor.search.front import Point, shortfall
 from tersor.search.plan import survey_seconds
@@ -61,6 +62,7 @@ def feasible_range(search: Search) -> None:
             state.costs.attach -= _PACE_STEPS * state.costs.step
         except InputError as error:
             search.bar.tell(f"warning: the original cannot be trained: {error}")
+    measure_end(search, file)
     if state.costs.step:
         steps = int(_CHECKPOINT_SECONDS / state.costs.step)
         search.bench = replace(search.bench, checkpoint_every=min(_MOST_STEPS, max(1, steps)))
@@ -167,7 +169,7 @@ def describe_range(search: Search) -> list[str]:
             f"  {point.runtime} {point.precision}: {point.validation:.2f} %, {times}, {point.bytes / 1e6:.3f} MB"
             + (f"; {lacking}" if lacking else "")
         )
-    step, reserve = state.costs.step, state.costs.reserve(search.clock.total, len(search.tested_at_the_end()))
+    step, reserve = state.costs.step, search.reserve()
     left = max(0.0, search.clock.left - reserve)
     lines.append(f"budget: {search.budget}; goal: the fastest network within it" if search.budget.points is not None
                  else f"budget: {search.budget}; goal: the most accurate network within it")  # fmt: skip
@@ -183,8 +185,7 @@ def survey(search: Search, space: Space) -> None:
     """Build, export, validate and time candidates until the time of the survey is used up."""
     state = search.folder.state
     if state.survey_until is None:
-        reserve = state.costs.reserve(search.clock.total, len(search.tested_at_the_end()))
-        state.survey_until = search.clock.used + survey_seconds(max(0.0, search.clock.left - reserve))
+        state.survey_until = search.clock.used + survey_seconds(max(0.0, search.clock.left - search.reserve()))
         search.save()
     state.costs.survey = state.costs.survey or state.costs.export
     for candidate in space.first():
