@@ -112,12 +112,12 @@ def compress(
                 f"interrupted. {best}. To resume: {again}", highlight=False, markup=False, soft_wrap=True
             )
             raise typer.Exit(_INTERRUPTED) from None
-    from tersor.search.verdict_line import test_use, verdict_lines
+    from tersor.search.verdict_line import last_line, test_use, verdict_lines
 
     console.print(*verdict_lines(result.numbers), sep="\n", highlight=False, markup=False, soft_wrap=True)
     console.print(front_table(result.numbers))
-    console.print(test_use(result.numbers), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written: {out}", highlight=False)
+    for line in (test_use(result.numbers), last_line(result.numbers, out)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def pick(

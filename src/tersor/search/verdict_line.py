@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tersor.report.verdict import RUNTIMES, describe_speedup
 from tersor.search.compression_budget import Budget
-from tersor.search.folder import Front
+from tersor.search.folder import MODEL, Front
 from tersor.search.front import CEILING, reason, share_of_budget
 
 _MOST_NAMES = 8
@@ -12,11 +14,7 @@ _MOST_NAMES = 8
 
 def verdict_lines(front: Front) -> list[str]:
     """The gain over the fastest free baseline, the share of the budget, why the network was chosen, and advice."""
-    best, original = front.point(front.best), front.point(front.original)
-    split, after, before = ("test", best.test, original.test)
-    if after is None or before is None:
-        split, after, before = "validation", best.validation, original.validation
-    metric = f"{front.metric} {after:.2f} %, {after - before:+.2f} points on the {split} images"
+    best, original, metric = front.point(front.best), front.point(front.original), _metric(front)
     smaller = f"{original.bytes / best.bytes:.1f} times smaller than the original"
     if best.free:
         first = f"{best.description}: {metric}, {smaller}. No faster network was found within the budget."
@@ -37,6 +35,27 @@ def verdict_lines(front: Front) -> list[str]:
         change = best.validation - original.validation
         lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
     return [*lines, *single(front), *saturation(front), *front.advice]
+
+
+def last_line(front: Front, folder: Path) -> str:
+    """The network that was found, its metric and its gain, and the files to use."""
+    best = front.point(front.best)
+    gain = ", ".join(_speedups(front)) or "the speedup was not measured"
+    if best.free:
+        gain = "a free baseline: no faster network was found within the budget"
+    return (
+        f"{best.name}: {_metric(front)}; {gain}. Use {folder / MODEL}; its recipe, report.html and all other networks "
+        f"(points/) are in {folder}."
+    )
+
+
+def _metric(front: Front) -> str:
+    """The metric on the test images, and its change; on the validation images before the end."""
+    best, original = front.point(front.best), front.point(front.original)
+    split, after, before = ("test", best.test, original.test)
+    if after is None or before is None:
+        split, after, before = "validation", best.validation, original.validation
+    return f"{front.metric} {after:.2f} %, {after - before:+.2f} points on the {split} images"
 
 
 def single(front: Front) -> list[str]:
