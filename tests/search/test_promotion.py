@@ -90,6 +90,11 @@ def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path):
     assert not search.folder.state.rungs
     assert told == ["no more training: it cannot improve any candidate that is worth it"]
     assert finish.advice(search, search.original) == []
+    told.clear()
+    add(search, Candidate(branches=2), 0, 80.0, 0.5)
+    search.folder.state.costs.step = 100.0
+    halve(search)
+    assert not told, "there is no time for twenty steps"
 
 
 def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_path):

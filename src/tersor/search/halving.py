@@ -53,7 +53,7 @@ def halve(search: Search) -> None:
                 return
             made = _rung(search, number)
             if not made.members:
-                if _worthwhile(search):
+                if state.costs.entrants(_available(search)):
                     search.bar.tell("no more training: it cannot improve any candidate that is worth it")
                 return
             state.rungs.append(made)
