@@ -226,6 +226,14 @@ def test_the_space_has_fewer_bits_if_the_size_is_limited(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("fake_search")
+def test_a_single_slow_candidate_does_not_decide_the_cost_of_the_survey(tmp_path):
+    search = searching(tmp_path / "out")
+    search.bench.time.slowness = 5.0
+    surveys._try(search, Candidate(branches=1))
+    assert search.folder.state.costs.survey == pytest.approx((5.0 + 25.0) / 2)
+
+
+@pytest.mark.usefixtures("fake_search")
 def test_the_survey_stops_at_its_end_and_proposals_are_not_repeated(tmp_path):
     search = searching(tmp_path / "out", minutes=4.0)
     began = search.clock.used

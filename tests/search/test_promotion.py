@@ -57,6 +57,9 @@ def test_without_a_faster_candidate_the_original_in_8_bits_is_trained(tmp_path):
     original = add(search, Candidate(), 0, 89.8, 1.0)
     add(search, Candidate(branches=1), 0, 89.0, 0.98)
     assert entrants(search, 6) == [original]
+    equally_fast = add(search, Candidate(branches=3), 0, 89.0, 1.0, bytes=50_000)
+    search.best = equally_fast.point
+    assert entrants(search, 6) == [equally_fast], "the best so far: it is smaller"
     little = add(search, Candidate(branches=2), 0, 88.0, 0.96)
     assert entrants(search, 6) == [little], "a little faster is better than nothing"
 

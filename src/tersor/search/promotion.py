@@ -48,8 +48,10 @@ def entrants(search: Search, count: int) -> list[Record]:
     least = -(-count // _STUDENTS) if count > 1 else 0
     chosen = _spread(students, min(len(students), max(least, count - len(inherited))))
     chosen += _spread(inherited, count - len(chosen))
-    if not chosen and count:  # nothing is faster: the original in 8 bits
-        chosen = [record for record in records if record.of == Candidate()]
+    if not chosen and count:  # nothing is much faster: the best network so far, else the original in 8 bits
+        best = "" if search.best is None else search.best.name
+        chosen = [record for record in records if record.point.name == best]
+        chosen = chosen or [record for record in records if record.of == Candidate()]
     return chosen
 
 

@@ -213,7 +213,8 @@ def _time_for_another(search: Search) -> bool:
 
 def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record | None:
     """Survey one candidate; None if it cannot be built or exported."""
-    usable = search.is_trained(candidate)
+    usable, costs = search.is_trained(candidate), search.folder.state.costs
+    before = costs.survey
     try:
         with search.timed("survey"):
             model = search.bench.build(candidate)
@@ -222,6 +223,7 @@ def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record 
     except InputError as error:
         search.study.fail(candidate, 0, str(error))
         return None
+    costs.survey = (before + costs.survey) / 2  # so that a single slow moment of the machine does not decide
     if store:
         search.study.add(record)
     if usable:
