@@ -127,7 +127,7 @@ def _latency(bench: Workbench, file: Path, runtime: Runtime, path: Path) -> dict
     measurement = Measurement(path / "latencies.json", runtime, example, compress.BATCHES, seconds=10)
     openers = {"original": partial(open_session, original, runtime)}
     openers["file"] = partial(open_session, file, runtime)
-    return measurement.baselines(openers, "original")["file"]
+    return measurement.baselines(openers, "original")["file"].ms
 
 
 def _dominance(

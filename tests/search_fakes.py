@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from tersor.evaluation.results import StageRecord
 from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.search import finish
 from tersor.search.candidate import ORIGINAL, Candidate
+from tersor.search.candidate_latency import Latency
 from tersor.search.compression_budget import Budget
 from tersor.search.finish import write_front
 from tersor.search.folder import SearchFolder
@@ -157,13 +159,13 @@ class FakeLatency:
     def __init__(self, time):
         self.time = time
 
-    def compare_with(self, reference):
+    def compare_with(self, reference, milliseconds):
         pass
 
     def latency(self, file, image=None):
         self.time.work(1.0)
         name = file.read_text().split()[0]
-        return {size: FakeLatency.of[name] * size for size in self.batch_sizes}
+        return Latency({size: FakeLatency.of[name] * size for size in self.batch_sizes}, {})
 
     of: dict[str, float] = {}  # noqa: RUF012
 
@@ -180,6 +182,7 @@ def without_measurements(monkeypatch):
         + [Candidate(branches=b, keep_macs=k, bits=w) for b in range(10) for k in kept for w in ("8", "4", "mixed")]
     )
     monkeypatch.setattr(finish, "_speedup", lambda _search, _best: {})
+    monkeypatch.setattr(sys.modules[survey.__module__], "measure_end", lambda _search, _file: None)
 
 
 def baseline(name, validation, milliseconds, precision):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,11 +112,12 @@ def compress(
                 f"interrupted. {best}. To resume: {again}", highlight=False, markup=False, soft_wrap=True
             )
             raise typer.Exit(_INTERRUPTED) from None
-    from tersor.search.verdict_line import verdict_lines
+    from tersor.search.verdict_line import last_line, test_use, verdict_lines
 
     console.print(*verdict_lines(result.numbers), sep="\n", highlight=False, markup=False, soft_wrap=True)
     console.print(front_table(result.numbers))
-    console.print(f"written: {out}", highlight=False)
+    for line in (test_use(result.numbers), last_line(result.numbers, out)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def pick(
@@ -123,28 +125,33 @@ def pick(
     max_drop: _MaxDrop = None,
     latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
+    point: Annotated[str | None, typer.Option(metavar="NAME", help="a point by its name, instead of limits")] = None,
     out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,
 ) -> None:
-    """Pick another point of the Pareto front, without training. Without limits: list the front."""
+    """Pick another point of the Pareto front, without training. Without limits: by the budget of the search."""
     from tersor.search.compression_budget import Budget, parse_latency, parse_size
     from tersor.search.folder import read_front
     from tersor.search.result import Result
+    from tersor.search.verdict_line import single
 
     console = Console()
     numbers = read_front(folder)
-    if max_drop is None and not latency and not size:
-        budget, shown = Budget.of_numbers(numbers.limits), numbers.points
-    else:
+    budget = None
+    if max_drop is not None or latency or size:
         budget = Budget(max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None)
-        shown = []
-    choice = Result(folder, numbers).pick(budget)
-    console.print(f"budget{' of the search' if shown else ''}: {budget}", highlight=False)
+    choice = Result(folder, numbers).pick(budget, point=point)
+    print_lines = partial(console.print, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    print_lines(f"budget: {budget}" if budget else f"budget of the search: {Budget.of_numbers(numbers.limits)}")
     if choice.shortfall:
-        console.print(f"No point meets the budget. Closest point: {choice.shortfall}", highlight=False)
-    console.print(
-        front_table(numbers.model_copy(update={"points": shown or [choice.point], "best": choice.point.name}))
-    )
-    console.print(f"written: {choice.export(out)}" if out else f"file: {choice.file}", highlight=False)
+        print_lines(
+            f"{choice.point.name} does not meet the budget: {choice.shortfall}"
+            if point
+            else f"No point meets the budget. Closest point: {choice.shortfall}"
+        )
+    shown = numbers.points if choice.point in numbers.points else [*numbers.points, choice.point]
+    console.print(front_table(numbers.model_copy(update={"points": shown, "best": choice.point.name}), "chosen"))
+    print_lines(*single(numbers), f"chosen: {choice.point.name}")
+    print_lines(f"written: {choice.export(out)}" if out else f"file: {choice.file}")
 
 
 def _imported(name: str | None) -> Any:
@@ -172,27 +179,33 @@ def _image_size(text: str | None) -> int | list[int] | None:
     return int(numbers[0]) if len(numbers) == 1 else [int(each) for each in numbers]
 
 
-def front_table(front: Front) -> Table:
-    """The free baselines and the Pareto front, from the fastest to the slowest."""
+def front_table(front: Front, best: str = "model.onnx") -> Table:
+    """The free baselines and the Pareto front, from the fastest to the slowest.
+
+    Args:
+        front: the points.
+        best: what the best point is called, which is marked.
+    """
     sizes = list(front.points[0].latency_ms)
     threads = f"{front.machine.threads} thread{'' if front.machine.threads == 1 else 's'}"
     title = f"{front.machine.cpu}, {threads}, {front.minutes_used:.1f} minutes"
     table = Table(
         title=title,
         title_justify="left",
-        caption="all choices used validation images; test images were used for these results only",
+        caption=f"* {best}. All choices used validation images.",
     )
-    table.add_column("network", overflow="fold", min_width=22)
+    table.add_column("point", overflow="fold", min_width=22)
     for column in ("val., %", "test, %", *(f"ms,\nbatch {size}" for size in sizes), "MB"):
         table.add_column(column, justify="right")
     free = {point.name for point in front.baselines}
     for point in [*front.baselines, *(each for each in front.points if each.name not in free)]:
-        table.add_row(*_cells(point), style="bold" if point.name == front.best else None)
+        chosen = point.name == front.best
+        table.add_row(*_cells(point, "* " if chosen else ""), style="bold" if chosen else None)
     return table
 
 
-def _cells(point: Point) -> list[str]:
+def _cells(point: Point, mark: str) -> list[str]:
     tested = "" if point.test is None else f"{point.test:.2f}"
     times = [f"{value:.3g}" for value in point.latency_ms.values()]
-    name = f"{point.description}\n{point.runtime} {point.precision}"
+    name = f"{mark}{point.name}\n{point.runtime} {point.precision}"
     return [name, f"{point.validation:.2f}", tested, *times, f"{point.bytes / 1e6:.3f}"]

@@ -1,6 +1,7 @@
 """Candidates and their recipes, the space, the shipped family, and the cache of latencies."""
 
 import importlib
+import math
 
 import numpy as np
 import onnx
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from tersor import models, recipe
+from tersor.evaluation.timings import Ratio
 from tersor.models.wide_plain import WIDE_PLAIN
 from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.search import candidate_latency
 from tersor.search.candidate import BITS, Candidate
-from tersor.search.candidate_latency import Measurement, structure_hash
+from tersor.search.candidate_latency import Latency, Measurement, structure_hash
 from tersor.search.space import Space, candidate_of, family
 from tersor.search.training_stage import as_made
 from tersor.training.options import LearningRateSchedule
@@ -106,8 +108,11 @@ def test_latency_is_the_ratio_to_the_reference_and_is_measured_once_for_each_str
             return type("Spread", (), {"median": {"original": 4.0, "int8": 2.0}[name] * size})
 
         def ratio(self, name, against, size):
+            if name == "int8":
+                assert against == "original"
+                return Ratio(0.5, 0.45, 0.55, 9, 3)
             assert (name, against) == ("file", "reference")
-            return type("Ratio", (), {"value": 0.25})
+            return Ratio(0.25, 0.2, 0.3, 9, 3)
 
     monkeypatch.setattr(module, "measure_latency", lambda openers, *_, **__: FakeTimings(openers))
     image = np.zeros((1, 3, 8, 8), np.float32)
@@ -115,18 +120,24 @@ def test_latency_is_the_ratio_to_the_reference_and_is_measured_once_for_each_str
     measurement = Measurement(cache, "onnxruntime", image, (1, 32))
     reference = file_of(tmp_path / "original.onnx", 8, 1.0)
     baselines = measurement.baselines({"original": None, "int8": None}, "original")
-    assert baselines == {"original": {1: 4.0, 32: 128.0}, "int8": {1: 2.0, 32: 64.0}}
-    measurement.compare_with(reference)
+    error = round(math.log(0.55 / 0.45) / 2, 4)
+    assert baselines == {
+        "original": Latency({1: 4.0, 32: 128.0}, {}), "int8": Latency({1: 2.0, 32: 64.0}, {1: error, 32: error})
+    }  # fmt: skip
+    measurement.compare_with(reference, baselines["original"].ms)
     file = file_of(tmp_path / "a.onnx", 16, 1.0)
-    assert measurement.latency(file) == {1: 1.0, 32: 32.0}
+    expected = Latency({1: 1.0, 32: 32.0}, dict.fromkeys((1, 32), round(math.log(0.3 / 0.2) / 2, 4)))
+    assert measurement.latency(file) == expected
     again = Measurement(cache, "onnxruntime", image, (1, 32))
-    again.compare_with(reference)
-    assert again.latency(file_of(tmp_path / "b.onnx", 16, 5.0)) == {1: 1.0, 32: 32.0}
+    again.compare_with(reference, baselines["original"].ms)
+    assert again.latency(file_of(tmp_path / "b.onnx", 16, 5.0)) == expected
     assert again.baselines({"original": None, "int8": None}, "original") == baselines
     assert len(measured) == 2
     cache.write_text("damaged")
     assert again.baselines({"original": None, "int8": None}, "original") == baselines
     assert len(measured) == 3
+    cache.write_text("damaged")
+    assert again.latency(file) == expected, "the reference comes from the state of the search"
 
 
 def test_a_stage_as_it_was_made_keeps_the_share_of_its_warm_up():

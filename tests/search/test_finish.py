@@ -8,7 +8,7 @@ from tersor.search import finish
 from tersor.search.compression_budget import Budget
 from tersor.search.finish import write_front
 from tersor.search.front import BaselineSpeedup, pick
-from tersor.search.verdict_line import verdict_lines
+from tersor.search.verdict_line import last_line, verdict_lines
 
 SIZES = (1, 128)
 
@@ -89,3 +89,35 @@ def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_ch
     lines = verdict_lines(front_of(3).model_copy(update=missed))
     assert lines[1].startswith("This network does not meet the budget")
     assert lines[2] == "Chosen because it is closest to the budget."
+
+
+def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_path):
+    made = front_of(3)
+    files = f"Use {tmp_path / 'model.onnx'}; its recipe, report.html and all other networks (points/) are in "
+    files += f"{tmp_path}."
+    assert last_line(made, tmp_path) == (
+        "best: accuracy 93.00 %, -0.60 points on the test images; 1.7x faster (1.6 to 1.8) at batch 1 and 1.7x faster "
+        "(1.6 to 1.8) at batch 128 compared with original-8bit (OpenVINO, int8), the fastest free baseline. " + files
+    )
+    unmeasured = last_line(made.model_copy(update={"speedup": {}}), tmp_path)
+    assert "; the speedup was not measured. " in unmeasured
+    free = last_line(made.model_copy(update={"best": "original-8bit", "speedup": {}}), tmp_path)
+    assert free.startswith(
+        "original-8bit: accuracy 93.40 %, -0.20 points on the test images; a free baseline: no faster"
+    )
+
+
+def test_a_saturated_metric_is_said():
+    made = front_of(3)
+    saturated = "The 5000 validation images cannot rank the candidates: accuracy is 100 % for the original and for this"
+    perfect = {each.name: each.model_copy(update={"validation": 100.0}) for each in (*made.points, *made.baselines)}
+    both = made.model_copy(
+        update={
+            "points": [perfect[each.name] for each in made.points],
+            "baselines": [perfect[each.name] for each in made.baselines],
+        }
+    )
+    assert sum(line.startswith(saturated) for line in verdict_lines(both)) == 1
+    alone = both.model_copy(update={"best": "original"})
+    for each in (made, alone):
+        assert not any("cannot rank" in line for line in verdict_lines(each))

@@ -9,6 +9,7 @@ import pytest
 from recorded_progress import RecordedProgress
 from search_fakes import FakeBench, FakeTime, baseline, searching
 from tersor.core.errors import InputError
+from tersor.search import end_costs
 from tersor.search import survey as surveys
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
@@ -127,6 +128,11 @@ def ranged(tmp_path, monkeypatch):
     monkeypatch.setattr(surveys, "_export_original", lambda _search: file)
     monkeypatch.setattr(surveys, "_integers", lambda _search: log.append("integers"))
     monkeypatch.setattr(surveys, "_measured", lambda *_: [*measured, other, floats])
+    monkeypatch.setattr(
+        end_costs, "multiply_peaks", lambda runtimes: search.bench.time.work(50.0) or log.append(runtimes)
+    )
+    monkeypatch.setattr(end_costs, "folded_layers", lambda _search: search.bench.time.work(7.0))
+    monkeypatch.setattr(end_costs, "open_session", lambda *_: search.bench.time.work(2.0))
     monkeypatch.setattr(surveys, "replace", lambda bench, **changed: bench.__dict__.update(changed) or bench)
     return search, log
 
@@ -138,7 +144,9 @@ def test_the_range_is_measured_once_and_gives_the_costs(ranged, monkeypatch, see
     feasible_range(search)
     state = search.folder.state
     assert state.seen is seen
-    assert log == ["seen", *["chosen"] * seen, "integers"]
+    peaks = ["onnxruntime", "openvino"]
+    assert log == ["seen", *["chosen"] * seen, "integers", peaks]
+    assert (state.costs.layers, state.costs.open) == (7.0, 3 * 2.0), "opened once, and for each of two batch sizes"
     assert state.costs.test == (3.0 if seen else 6.0), "half of the test images are left for tests"
     assert state.costs.runs == pytest.approx((2.0 + 256.0) / 1000)
     assert [point.name for point in search.points] == ["original", Candidate().name], "those of the target runtime"
@@ -149,7 +157,7 @@ def test_the_range_is_measured_once_and_gives_the_costs(ranged, monkeypatch, see
     assert search.bench.checkpoint_every == 60, "30 seconds"
     log.clear()
     feasible_range(search)
-    assert log == ["chosen"] * seen, "nothing is measured again"
+    assert log == [*["chosen"] * seen, peaks], "nothing but the peaks is measured again, by a new process"
 
 
 @pytest.mark.parametrize(("step", "every"), [(0.01, 200), (40.0, 1)])
@@ -168,6 +176,7 @@ def test_an_original_that_cannot_be_trained_is_searched_all_the_same(ranged, mon
     search, _ = ranged
     monkeypatch.setattr(surveys, "_seen", lambda *_: False)
     monkeypatch.setattr(FakeBench, "pace", fails)
+    monkeypatch.setattr(surveys, "measure_end", lambda *_: None)
     progress = search.bar._progress = RecordedProgress()
     feasible_range(search)
     assert search.folder.state.costs.step == 0
@@ -183,8 +192,8 @@ def test_the_range_in_words(tmp_path):
         "  onnxruntime int8: 89.80 %, 1 ms at batch 1, 128 ms at batch 128, 0.200 MB; it loses 0.20"
     )
     assert lines[3] == "budget: at most 0.1 points lost; goal: the fastest network within it"
-    # reserve: 6 s of 1200, 3 s for the end, two points of 1 s, and 5 s for the peaks; the survey gets 120 s
-    reserve = 6.0 + 3.0 + 2.0 + 5.0
+    # reserve: 6 s of 1200, one and a half final measurements of 2 * 5 s, two points of 1 s; the survey gets 120 s
+    reserve = 6.0 + 15.0 + 2.0
     left = 1200 - 60 - reserve
     assert lines[4] == (
         f"plan: 19.0 minutes left: survey 2.0, training {(left - 120) / 60:.1f}, "
@@ -217,12 +226,20 @@ def test_the_space_has_fewer_bits_if_the_size_is_limited(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("fake_search")
+def test_a_single_slow_candidate_does_not_decide_the_cost_of_the_survey(tmp_path):
+    search = searching(tmp_path / "out")
+    search.bench.time.slowness = 5.0
+    surveys._try(search, Candidate(branches=1))
+    assert search.folder.state.costs.survey == pytest.approx((5.0 + 25.0) / 2)
+
+
+@pytest.mark.usefixtures("fake_search")
 def test_the_survey_stops_at_its_end_and_proposals_are_not_repeated(tmp_path):
     search = searching(tmp_path / "out", minutes=4.0)
     began = search.clock.used
     survey(search, Space(1, prunable=True, students=["wide"]))
     state = search.folder.state
-    left = 240.0 - (1.2 + 3.0 + 2.0 + 5.0)
+    left = 240.0 - (1.2 + 15.0 + 2.0)
     assert state.survey_until == pytest.approx(began + 0.2 * left)
     assert state.costs.survey == pytest.approx(1.0 + 3.0 + 1.0), "build, export and time"
     assert state.survey_until - 2 * state.costs.survey < search.clock.used <= state.survey_until

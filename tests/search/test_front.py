@@ -11,7 +11,7 @@ from tersor.search.compression_budget import Budget, parse_latency, parse_size, 
 from tersor.search.front import Point, dominates, front, pick, shortfall, violations
 
 
-def point(name, validation, milliseconds, size=1000):
+def point(name, validation, milliseconds, size=1000, error=0.0):
     return Point(
         name=name,
         description=name,
@@ -20,6 +20,7 @@ def point(name, validation, milliseconds, size=1000):
         precision="int8",
         validation=validation,
         latency_ms={1: milliseconds, 32: 20 * milliseconds},
+        latency_error={1: error, 32: error},
         bytes=size,
         macs=1,
     )
@@ -58,6 +59,50 @@ def test_of_equal_points_the_first_is_kept():
     assert not dominates(kept[0], kept[0])
 
 
+def test_sizes_that_differ_by_less_than_one_percent_are_equal():
+    better, smaller = point("better", 90.0, 1.0, 27_517), point("smaller", 86.0, 1.0, 27_500)
+    for points in ([better, smaller], [smaller, better]):
+        assert front(points) == [better]
+        for budget in (Budget(max_drop=10), Budget(megabytes=0.02), Budget(max_drop=10, megabytes=0.02)):
+            assert pick(points, budget, 90.0) == better, "also where neither meets the limit"
+    assert dominates(better, smaller)
+    assert not dominates(smaller, better)
+    much_smaller = point("much smaller", 86.0, 1.0, 27_000)
+    assert len(front([better, much_smaller])) == 2
+    assert pick([better, much_smaller], Budget(max_drop=10), 90.0) == much_smaller
+
+
+def test_latencies_are_equal_if_the_interval_of_their_ratio_contains_one():
+    # the errors 3 % and 4 % of two independent ratios give 5 % for the ratio of both
+    better, faster = point("better", 90.0, 1.04, error=0.03), point("faster", 89.5, 1.0, error=0.04)
+    for points in ([better, faster], [faster, better]):
+        assert front(points) == [better]
+        assert pick(points, Budget(max_drop=1), 90.0) == better
+        assert pick(points, Budget(latency_ms={1: 0.5}, max_drop=1), 90.0) == better, "equally far from the limit"
+        assert pick(points, Budget(latency_ms={1: 1.02}, max_drop=1), 90.0) == faster, "only one meets the limit"
+    slow = point("slow", 90.0, 1.06, error=0.03)
+    assert len(front([slow, faster])) == 2
+    assert pick([slow, faster], Budget(max_drop=1), 90.0) == faster
+
+
+def test_small_differences_do_not_add_up():
+    chain = [point(str(step), 90.0 - step, 1.04**-step, error=0.03) for step in range(3)]
+    for points in (chain, chain[::-1]):
+        assert [each.name for each in front(points)] == ["2", "0"]
+        assert pick(points, Budget(max_drop=5), 90.0).name == "1", "equal to the fastest, and better"
+
+
+def test_of_points_that_are_equal_in_everything_the_first_stays():
+    first, second = point("first", 90.0, 1.0, 1003, error=0.02), point("second", 90.0, 0.99, 1000, error=0.02)
+    for points in ([first, second], [second, first]):
+        assert front(points) == points[:1]
+        assert pick(points, Budget(max_drop=1), 90.0) == points[0]
+
+
+def test_the_best_point_is_on_the_front_in_any_case():
+    assert [each.name for each in front(POINTS, POINTS[-1])] == ["tiny", "useless", "half", "int8", "slow"]
+
+
 @pytest.mark.parametrize(
     ("budget", "name"),
     [
@@ -83,6 +128,14 @@ def test_what_a_point_lacks_is_said_in_numbers():
     assert text == (
         "it loses 10.00 points, 9.00 more than allowed; it takes 0.3 ms at batch 1, 3.00 times the limit; "
         "it has 0.100 MB, 2.00 times the limit"
+    )
+
+
+def test_an_excess_that_is_not_measurable_is_called_so():
+    near = point("near", 90.0, 2.02, 50_017, error=0.02)
+    assert shortfall(near, Budget(latency_ms={1: 2.0}, megabytes=0.05), 90.0) == (
+        "it takes 2.02 ms at batch 1, 1.00 % above the limit, which is inside the measurement error; "
+        "it has 0.050 MB, 0.03 % above the limit"
     )
 
 

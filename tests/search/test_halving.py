@@ -195,8 +195,8 @@ def test_the_seconds_steps_and_numbers_of_each_training(finished):
     assert len(records) == sum(what[0] == "train" for what in search.bench.log)
     seconds = dict.fromkeys((name for name, _ in records), 0.0)
     for (name, rung), record in sorted(records.items(), key=lambda item: item[0][1]):
-        assert record.point.name == f"{name}-{rung}"
-        assert record.point.file == f"points/{name}-{rung}/model.onnx"
+        assert record.point.name == f"{name}-{100 * rung}steps"
+        assert record.point.file == f"points/{record.point.name}/model.onnx"
         assert not record.point.free
         assert [stage["name"] for stage in record.stages] == [f"train-{number + 1}" for number in range(rung)]
         assert record.point.steps == 100 * rung, "as many as were made in each training"
@@ -215,15 +215,16 @@ def test_the_first_rung_by_hand(tmp_path):
     search = searching(tmp_path / "out")
     survey(search, SPACE)
     used, tested = search.clock.used, len(search.tested_at_the_end())
-    available = 600.0 - used - (0.005 * 600 + 3.0 + (tested + 1) * 1.0 + 5.0)
+    available = 600.0 - used - (0.005 * 600 + 1.5 * 2 * 5.0 + (tested + 1) * 1.0)
     rung = halving._rung(search, 1)
     assert len(rung.members) == 6
     assert set(rung.members.values()) == {1}
-    least = 4.0 + 4.0  # attached and exported in 4 s, and trained as long
+    least = 5.0 + 5.0  # attached, exported and timed in 5 s, as in the survey, and trained as long
     assert rung.until == pytest.approx(used + max(0.16 * available, min(0.35 * available, 6 * least)))
-    search.clock.total = used + 45.0
+    search.clock.total = used + 55.0
     short = halving._rung(search, 1)
-    available = 45.0 - min(0.2 * search.clock.total, 0.005 * search.clock.total + 3.0 + (tested + 1) * 1.0 + 5.0)
+    final = 1.5 * 2 * min(5.0, 0.03 * search.clock.total)
+    available = 55.0 - min(0.3 * search.clock.total, 0.005 * search.clock.total + final + (tested + 1) * 1.0)
     assert 0.35 * available < least < available, "too little for a share, enough for a single candidate"
     assert len(short.members) == 1
     assert short.until is None, "a single candidate gets all of the time"

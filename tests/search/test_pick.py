@@ -1,4 +1,4 @@
-"""`tersor pick` without limits."""
+"""`tersor pick` without limits, and by the name of a point."""
 
 import sys
 
@@ -6,7 +6,9 @@ import pytest
 from front_samples import front_of
 
 from tersor import cli
+from tersor.core.errors import InputError
 from tersor.search.result import Result
+from tersor.search.verdict_line import verdict_lines
 
 
 def test_it_lists_the_front_and_picks_by_the_budget_of_the_search(tmp_path, monkeypatch, capfd):
@@ -17,11 +19,49 @@ def test_it_lists_the_front_and_picks_by_the_budget_of_the_search(tmp_path, monk
     (tmp_path / "front.json").write_text(made.model_dump_json())
     assert Result(tmp_path, made).pick().point == original
     assert Result(tmp_path, made).pick(max_drop=1).point.name == "best"
-    monkeypatch.setattr(sys, "argv", ["tersor", "pick", str(tmp_path)])
+    shown = printed(["pick", tmp_path], monkeypatch, capfd)
+    assert "budget of the search: at most 0.1 points lost" in shown
+    marked = [line for line in shown.splitlines() if "* " in line and "│" in line]
+    assert [line.split()[2] for line in marked] == ["original"]
+    assert "│ best " in shown
+    assert "chosen: original\n" in shown
+    assert f"file: {tmp_path / original.file}" in shown
+
+
+def test_a_point_is_chosen_by_its_name(tmp_path, monkeypatch, capfd):
+    made = front_of(3)
+    (tmp_path / "front.json").write_text(made.model_dump_json())
+    result = Result(tmp_path, made)
+    assert result.pick(point="best").point.name == "best"
+    assert result.pick(point="original-onnxruntime").file == tmp_path / "points/original-onnxruntime/model.onnx"
+    dominated = made.dominated[0]
+    choice = result.pick(point=dominated.name)
+    assert choice.point == dominated
+    assert choice.shortfall.startswith("it takes")
+    names = ", ".join(point.name for point in made.points)
+    with pytest.raises(InputError, match=rf"has no point 8bit\. The points of the front: {names}\.$"):
+        result.pick(point="8bit")
+    with pytest.raises(InputError, match="Give either the name of a point or limits"):
+        result.pick(point="best", max_drop=1)
+    shown = printed(["pick", tmp_path, "--point", dominated.name], monkeypatch, capfd)
+    assert f"│ * {dominated.name} " in shown
+    assert f"{dominated.name} does not meet the budget: it takes" in shown
+    assert f"chosen: {dominated.name}\n" in shown
+
+
+def test_a_front_of_one_point_is_explained(tmp_path, monkeypatch, capfd):
+    made = front_of(3)
+    one = made.model_copy(update={"points": made.points[:1], "dominated": made.points[1:], "best": made.points[0].name})
+    sentence = f"The Pareto front has one point: of all networks measured in OpenVINO, {one.best} has the best accuracy"
+    assert not any("has one point" in line for line in verdict_lines(made))
+    assert sum(line.startswith(sentence) for line in verdict_lines(one)) == 1
+    (tmp_path / "front.json").write_text(one.model_dump_json())
+    assert sentence in printed(["pick", tmp_path], monkeypatch, capfd)
+
+
+def printed(arguments, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["tersor", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert not stopped.value.code
-    shown = capfd.readouterr().out
-    assert "budget of the search: at most 0.1 points lost" in shown
-    assert "original, 9 branches" in shown
-    assert f"file: {tmp_path / original.file}" in shown.replace("\n", "")
+    return capfd.readouterr().out

@@ -11,11 +11,11 @@ from search_fakes import FakeTime, baseline
 from tersor.methods.mixed_precision import MixedPrecision
 from tersor.methods.ptq import PTQ
 from tersor.search.candidate import Candidate
-from tersor.search.plan import Clock, Costs, survey_seconds
+from tersor.search.plan import Clock, Costs, speedup_seconds, survey_seconds
 from tersor.search.space import Space, candidate_of, family
 from tersor.search.study import Record, Study
 
-COSTS = Costs(survey=5.0, attach=4.0, export=6.0, step=0.1, test=2.0, finish=30.0, runs=0.05)
+COSTS = Costs(survey=5.0, attach=4.0, export=6.0, step=0.1, test=2.0, finish=30.0, runs=0.05, open=1.5, layers=4.0)
 
 
 def test_the_clock_counts_the_seconds_of_earlier_processes():
@@ -28,10 +28,14 @@ def test_the_clock_counts_the_seconds_of_earlier_processes():
 
 def test_the_seconds_of_each_kind_of_work_give_the_plan():
     assert [survey_seconds(left) for left in (100.0, 1000.0, 5000.0)] == [20.0, 120.0, 500.0]
-    assert COSTS.evidence(3) == pytest.approx(5 + 3 * 2 * 10 * 0.05)
-    assert COSTS.reserve(10_000.0, 3) == pytest.approx(0.005 * 10_000 + 30 + 3 * 2 + 8)
-    assert COSTS.reserve(100.0, 3) == pytest.approx(20.0), "at most a fifth of the whole time"
+    assert [speedup_seconds(total) for total in (50.0, 180.0, 2700.0)] == [1.5, 5.0, 5.0]
+    assert COSTS.evidence(3) == pytest.approx(4 + 3 * (1.5 + 2 * 10 * 0.05))
+    assert COSTS.reserve(10_000.0, 3, 2) == pytest.approx(0.005 * 10_000 + 2 * 30 + 3 * 2 + 11.5)
+    assert COSTS.reserve(10_000.0, 3, 10) == pytest.approx(0.005 * 10_000 + 1.5 * 10 * 5 + 3 * 2 + 11.5)
+    assert COSTS.reserve(100.0, 3, 2) == pytest.approx(30.0), "at most three tenths of the whole time"
     assert (COSTS.overhead, COSTS.least) == (10.0, 20.0)
+    assert Costs(attach=4.0, export=6.0, latency=3.0).overhead == 13.0
+    assert Costs(attach=4.0, export=6.0, survey=12.0).overhead == 12.0, "the survey of a candidate took longer"
     slow = Costs(attach=4.0, export=6.0, step=1.0)
     assert slow.least == 30.0, "twenty steps take longer than the overhead"
     assert [slow.entrants(seconds) for seconds in (-100.0, 0.0, 29.0, 61.0, 1e4)] == [0, 0, 0, 2, 6]

@@ -11,8 +11,9 @@ from tersor.evaluation.timings import Ratio
 from tersor.search import finish
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
+from tersor.search.halving import halve
 from tersor.search.learning_curves import expected
-from tersor.search.promotion import entrants, improvement
+from tersor.search.promotion import entrants, improvement, promoted
 from tersor.search.study import Record
 
 ROOT = math.sqrt(128)
@@ -56,8 +57,47 @@ def test_without_a_faster_candidate_the_original_in_8_bits_is_trained(tmp_path):
     original = add(search, Candidate(), 0, 89.8, 1.0)
     add(search, Candidate(branches=1), 0, 89.0, 0.98)
     assert entrants(search, 6) == [original]
+    equally_fast = add(search, Candidate(branches=3), 0, 89.0, 1.0, bytes=50_000)
+    search.best = equally_fast.point
+    assert entrants(search, 6) == [equally_fast], "the best so far: it is smaller"
     little = add(search, Candidate(branches=2), 0, 88.0, 0.96)
     assert entrants(search, 6) == [little], "a little faster is better than nothing"
+
+
+def test_what_loses_nothing_is_not_trained(tmp_path):
+    search = searching(tmp_path / "out")
+    lossless = add(search, Candidate(branches=1), 0, 90.0, 0.6)
+    assert not entrants(search, 6)
+    lost = add(search, Candidate(branches=2), 0, 89.9, 0.5)
+    assert entrants(search, 6) == [lost]
+    trained = [add(search, each.of, 1, each.point.validation, 0.5) for each in (lossless, lost)]
+    assert promoted(search, trained, 2, 10.0) == promoted(search, trained, 1, 10.0) == trained[1:]
+    assert promoted(search, trained[:1], 1, 10.0) == []
+    search.points = [search.original, trained[0].point]
+    assert finish.advice(search, search.original) == [], "more time does not help"
+
+
+def test_for_the_best_metric_a_candidate_is_trained_up_to_the_ceiling(tmp_path):
+    search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 1.0}))
+    better = add(search, Candidate(branches=1), 0, 99.9, 0.6)
+    add(search, Candidate(branches=2), 0, 100.0, 0.5)
+    assert entrants(search, 6) == [better]
+
+
+def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path):
+    search = searching(tmp_path / "out")
+    told = []
+    search.bar.tell = told.append
+    add(search, Candidate(branches=1), 0, 90.0, 0.6)
+    halve(search)
+    assert not search.folder.state.rungs
+    assert told == ["no more training: it cannot improve any candidate that is worth it"]
+    assert finish.advice(search, search.original) == []
+    told.clear()
+    add(search, Candidate(branches=2), 0, 80.0, 0.5)
+    search.folder.state.costs.step = 100.0
+    halve(search)
+    assert not told, "there is no time for twenty steps"
 
 
 def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_path):
@@ -127,6 +167,7 @@ def test_the_speedup_is_measured_over_the_fastest_baseline_of_each_batch_size(tm
     search.folder.state.baselines.append(
         baseline("slow", 90.0, 3.0, "int8").model_copy(update={"latency_ms": {1: 0.9, 128: 999.0}})
     )
+    search.folder.state.costs.layers = 7.0
     search.bench.example = lambda candidate: np.zeros((1, 3, 8 if candidate.pixels is None else 4, 8))
     best = add(search, Candidate(branches=3), 1, 89.0, 0.5).point
     given = {}
@@ -150,11 +191,11 @@ def test_the_speedup_is_measured_over_the_fastest_baseline_of_each_batch_size(tm
     found = finish._speedup(search, best)
     assert {size: each.value for size, each in found.items()} == {1: 2.0, 128: 3.0}
     assert given["openers"] == {best.name, "slow", Candidate().name}
-    evidence = 5.0
-    assert given["seconds"] == pytest.approx((60.0 - evidence) / 2), (
-        "half of the time that is left, for each batch size"
+    least = 0.03 * 60 / 2
+    assert given["seconds"] == pytest.approx((60.0 - search.evidence_seconds) / 2 - least), (
+        "half of the time that is left, for each batch size, without that of a further measurement"
     )
-    for clock_left, seconds in ((1e4, 30.0), (-50.0, 5.0)):
+    for clock_left, seconds in ((1e4, 30.0), (-50.0, least)):
         monkeypatch.setattr(type(search.clock), "left", clock_left)
         finish._speedup(search, best)
         assert given["seconds"] == seconds

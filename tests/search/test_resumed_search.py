@@ -3,14 +3,19 @@
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from search_fakes import SPACE, FakeBench, FakeTime, run, searching
+from tersor.evaluation.timings import Ratio
+from tersor.search import finish
+from tersor.search.compression_budget import Budget
 from tersor.search.finish import write_front
 from tersor.search.folder import SearchFolder, read_front
 from tersor.search.front import rank
 
 compress = importlib.import_module("tersor.search.compress")
+SPEEDUP = finish._speedup
 pytestmark = pytest.mark.usefixtures("fake_search")
 
 
@@ -175,6 +180,30 @@ def test_the_time_of_the_evidence_counts_and_it_gets_the_predictions_of_the_test
     assert read_front(tmp_path / "out") == made
     assert len(given) == sum(point.test is not None for point in made.points + made.dominated)
     assert all(each.classes.tolist() == [0] * 22 + [1] * 3 for each in given)
+
+
+@pytest.mark.usefixtures("_only_the_end")
+@pytest.mark.parametrize("gain", [20.0, 0.01])
+def test_three_minutes_end_within_five_percent_with_all_that_the_end_takes(tmp_path, monkeypatch, gain):
+    """The final measurement uses all of the time that it may, and three points are timed if the first ones are slow."""
+    search = searching(tmp_path / "out", minutes=3.0, budget=Budget(max_drop=20))
+    costs, work = search.folder.state.costs, search.bench.time.work
+    costs.layers, costs.open, costs.runs, costs.test = 4.0, 1.0, 0.05, 1.0
+    timings = SimpleNamespace(fastest=lambda names, _: names[0], ratio=lambda *_: Ratio(gain, gain, gain, 9, 3))
+    measured = []
+
+    def measure(*_, seconds, **__):
+        work(2 * seconds)
+        measured.append(seconds)
+        return timings
+
+    monkeypatch.setattr(finish, "_speedup", SPEEDUP)
+    monkeypatch.setattr(finish, "measure_latency", measure)
+    monkeypatch.setattr(compress, "write_evidence", lambda _search, _front, tested: work(4.0 + 2.0 * len(tested)))
+    search.bench.example = lambda _candidate: np.zeros((1, 3, 8, 8))
+    made = compress._run(search, SimpleNamespace(pixels=()))
+    assert len(measured) == {20.0: 1, 0.01: 3}[gain]
+    assert made.minutes_used == pytest.approx(3.0, rel=0.05)
 
 
 def test_searches_of_equally_named_folders_do_not_share_a_study_and_a_moved_folder_keeps_its_own(tmp_path):

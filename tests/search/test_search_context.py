@@ -11,6 +11,7 @@ import torch
 from search_fakes import FakeLatency, baseline, searching
 from tersor.search import point_evidence, tested_points
 from tersor.search.candidate import Candidate
+from tersor.search.candidate_latency import Latency
 from tersor.search.compression_budget import Budget
 from tersor.search.point_evidence import _agreement, _examples, _inside, read_evidence
 from tersor.search.study import Record
@@ -38,7 +39,7 @@ def test_a_record_holds_what_was_measured(tmp_path):
     )  # fmt: skip
     point = made.point
     assert (point.name, point.file, point.description) == (
-        "original-branches3-8bit-2", "points/a/model.onnx", "original, 3 branches removed, 8 bits"
+        "original-branches3-8bit-70steps", "points/a/model.onnx", "original, 3 branches removed, 8 bits"
     )  # fmt: skip
     assert (point.runtime, point.precision, point.family, point.free) == ("onnxruntime", "int8", "fewer blocks", False)
     assert (point.validation, point.bytes, point.macs, point.steps, point.seconds) == (88.0, 50_000, 10**6, 70, 12.3)
@@ -58,9 +59,10 @@ def test_images_of_another_size_are_timed_with_one_of_theirs(tmp_path):
     search = searching(tmp_path / "out")
     seen = []
     search.bench.example = lambda candidate: f"image of {candidate.pixels}"
-    search.measurement.latency = lambda _file, image: seen.append(image) or {1: 1.0}
+    search.measurement.latency = lambda _file, image: seen.append(image) or Latency({1: 1.0}, {1: 0.02})
     for pixels in (None, 24):
-        search.record(Candidate(pixels=pixels), exported(search, "a"))
+        point = search.record(Candidate(pixels=pixels), exported(search, "a")).point
+        assert (point.latency_ms, point.latency_error) == ({1: 1.0}, {1: 0.02})
     assert seen == [None, "image of 24"]
 
 
@@ -83,6 +85,23 @@ def test_a_better_point_is_handed_over_and_shown(tmp_path):
     search.add(point, "recipe")
     assert len(search.points) == 5, "a point of the same name is replaced"
     assert search.original.name == "original"
+
+
+def test_an_equal_copy_does_not_replace_the_winner_and_a_better_one_of_the_same_size_does(tmp_path):
+    search = searching(tmp_path / "out", budget=Budget(max_drop=5.0))
+    for name, validation, size, best in (
+        ("winner", 89.0, 50_017, "winner"),
+        ("copy", 89.0, 50_000, "winner"),
+        ("worse", 85.0, 50_000, "winner"),
+        ("longer", 89.5, 50_034, "longer"),
+    ):
+        file = f"points/{name}/model.onnx"
+        point = baseline(name, validation, 0.5, "int8").model_copy(update={"file": file, "bytes": size})
+        search.folder.point_file(name).write_text(name)
+        search.add(point, "recipe")
+        assert search.best.name == search.choose().name == best
+        assert next(each.name for each in search.front()) == best
+    assert (search.folder.path / "model.onnx").read_text() == "longer"
 
 
 def test_an_earlier_process_left_points_and_costs(tmp_path):

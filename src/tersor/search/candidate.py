@@ -55,6 +55,10 @@ class Candidate:
         parts += [f"{self.pixels}px"] if self.pixels else []
         return "-".join([*parts, f"{self.bits}bit"])
 
+    def trained(self, steps: int) -> str:
+        """The name of its network after this many training steps in total."""
+        return f"{self.name}-{steps}steps"
+
     def __str__(self) -> str:
         parts = [self.network]
         parts += [f"{self.branches} branch{'es' if self.branches > 1 else ''} removed"] if self.branches else []

@@ -1,14 +1,15 @@
 """Latency of exported files in the target runtime, interleaved with one reference file, and cached by structure.
 
 All latencies of a search are comparable, although they are measured at different times: each is the ratio to the
-reference in the same rounds, times the reference's latency at the start.
+reference in the same rounds, times the reference's latency at the start. The interval of the ratio is the error.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +19,30 @@ from pydantic import TypeAdapter, ValidationError
 
 from tersor.core.files import replacing
 from tersor.evaluation.latency import Array, measure_latency
+from tersor.evaluation.results import Speedup
 from tersor.evaluation.session import Session, open_session
+from tersor.evaluation.timings import Ratio
 
-Milliseconds = dict[int, float]
-_FILE: TypeAdapter[dict[str, Milliseconds]] = TypeAdapter(dict[str, Milliseconds])
+Milliseconds = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of a file by batch size.
+
+    Attributes:
+        ms: milliseconds.
+        error: half the width of the 95 % interval, as a fraction of the latency.
+    """
+
+    ms: dict[int, float]
+    error: dict[int, float]
+
+
+_FILE: TypeAdapter[dict[str, Latency]] = TypeAdapter(dict[str, Latency])
 _GROUPS = 3
 """Groups of rounds of a candidate; sessions are reopened for each group."""
-REFERENCE = "reference"
+_REFERENCE = "reference"
 
 
 def structure_hash(path: Path) -> str:
@@ -35,6 +53,11 @@ def structure_hash(path: Path) -> str:
         for values in (tensor.float_data, tensor.int32_data, tensor.int64_data):
             del values[:]
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
+def error_of(ratio: Ratio | Speedup) -> float:
+    """Half the width of the interval of a ratio, as a fraction of it."""
+    return round(math.log(ratio.high / ratio.low) / 2, 4)
 
 
 class Measurement:
@@ -54,25 +77,27 @@ class Measurement:
         self.batch_sizes = tuple(batch_sizes)
         self._cache, self._runtime, self._seconds = cache, runtime, seconds
         self._example = np.ascontiguousarray(example[:1])
-        self._reference: Path | None = None
+        self._reference: tuple[Path, Milliseconds] | None = None
 
-    def baselines(self, openers: Mapping[str, Callable[[], Session]], reference: str) -> dict[str, Milliseconds]:
-        """Measure the free baselines together; later files are compared with the file `reference`."""
+    def baselines(self, openers: Mapping[str, Callable[[], Session]], reference: str) -> dict[str, Latency]:
+        """Measure the free baselines together; the errors are those of the ratios to the baseline `reference`."""
         cached = self._read()
         if not all(name in cached for name in openers):
             timings = measure_latency(
                 openers, self._example, self.batch_sizes, seconds=self._seconds, least_groups=_GROUPS
             )
-            cached |= {name: {size: timings.spread(name, size).median for size in self.batch_sizes} for name in openers}
-            cached[REFERENCE] = cached[reference]
+            for name in openers:
+                ms = {size: timings.spread(name, size).median for size in self.batch_sizes}
+                ratios = {size: timings.ratio(name, reference, size) for size in self.batch_sizes if name != reference}
+                cached[name] = Latency(ms, {size: error_of(ratio) for size, ratio in ratios.items()})
             self._write(cached)
         return {name: cached[name] for name in openers}
 
-    def compare_with(self, reference: Path) -> None:
-        """Set the file of the reference."""
-        self._reference = reference
+    def compare_with(self, reference: Path, milliseconds: Milliseconds) -> None:
+        """Set the file of the reference, and its latency."""
+        self._reference = reference, milliseconds
 
-    def latency(self, file: Path, pixels: Array | None = None) -> Milliseconds:
+    def latency(self, file: Path, pixels: Array | None = None) -> Latency:
         """The latency of a file, from the cache if a file of the same structure was measured.
 
         Args:
@@ -81,29 +106,35 @@ class Measurement:
         """
         cached, key = self._read(), structure_hash(file)
         if key not in cached:
-            cached[key] = self._measure(file, self._example if pixels is None else pixels, cached[REFERENCE])
+            cached[key] = self._measure(file, self._example if pixels is None else pixels)
             self._write(cached)
         return cached[key]
 
-    def _measure(self, file: Path, image: Array, reference: Milliseconds) -> Milliseconds:
+    def _measure(self, file: Path, image: Array) -> Latency:
         assert self._reference is not None
-        if image.shape != self._example.shape:  # rounds need one input; files of another size are timed alone
-            openers = {"file": partial(open_session, file, self._runtime)}
-            timings = measure_latency(openers, image, self.batch_sizes, seconds=self._seconds, least_groups=_GROUPS)
-            return {size: timings.spread("file", size).median for size in self.batch_sizes}
-        openers = {
-            name: partial(open_session, path, self._runtime)
-            for name, path in (("file", file), (REFERENCE, self._reference))
-        }
+        reference, milliseconds = self._reference
+        alone = image.shape != self._example.shape  # rounds need one input; files of another size are timed alone
+        files = {"file": file} if alone else {"file": file, _REFERENCE: reference}
+        openers = {name: partial(open_session, path, self._runtime) for name, path in files.items()}
         timings = measure_latency(openers, image, self.batch_sizes, seconds=self._seconds, least_groups=_GROUPS)
-        return {size: timings.ratio("file", REFERENCE, size).value * reference[size] for size in self.batch_sizes}
+        if alone:
+            groups = timings.groups["file"]
+            ratios = {
+                size: Ratio.of(groups[size], [[1.0] * len(group) for group in groups[size]])
+                for size in self.batch_sizes
+            }
+            ms = {size: timings.spread("file", size).median for size in self.batch_sizes}
+        else:
+            ratios = {size: timings.ratio("file", _REFERENCE, size) for size in self.batch_sizes}
+            ms = {size: ratio.value * milliseconds[size] for size, ratio in ratios.items()}
+        return Latency(ms, {size: error_of(ratio) for size, ratio in ratios.items()})
 
-    def _read(self) -> dict[str, Milliseconds]:
+    def _read(self) -> dict[str, Latency]:
         try:
             return _FILE.validate_json(self._cache.read_bytes())
         except (FileNotFoundError, ValidationError):  # a damaged file: measure again
             return {}
 
-    def _write(self, cached: Mapping[str, Milliseconds]) -> None:
+    def _write(self, cached: Mapping[str, Latency]) -> None:
         with replacing(self._cache) as partial_file:
-            partial_file.write_text(json.dumps(cached))
+            partial_file.write_bytes(_FILE.dump_json(dict(cached)))

@@ -12,12 +12,15 @@ from tersor.evaluation.results import Machine
 from tersor.evaluation.session import open_session
 from tersor.evaluation.timings import Ratio, Timings
 from tersor.search import search_metric
+from tersor.search.candidate import Candidate
+from tersor.search.candidate_latency import error_of
+from tersor.search.dropped import dropped
 from tersor.search.folder import Front
 from tersor.search.front import BaselineSpeedup, Point, front, pick, shortfall, violations
 from tersor.search.front_page import write_front_page
 from tersor.search.learning_curves import expected
-from tersor.search.plan import SPEEDUP_SECONDS
-from tersor.search.promotion import promoted
+from tersor.search.plan import AGAIN, speedup_seconds
+from tersor.search.promotion import improvable, promoted
 from tersor.search.search_context import Search
 
 _LONGEST = 30.0
@@ -30,7 +33,7 @@ _MORE_TIME = 3
 
 def write_front(search: Search, *, finished: bool) -> Front:
     """Write `front.json` and `report.html`; at the end of a search with the speedup."""
-    best, kept, speedup = search.choose(), front(search.points), dict[int, BaselineSpeedup]()
+    best, kept, speedup = search.choose(), search.front(), dict[int, BaselineSpeedup]()
     if finished:
         best, kept, speedup = _time_best(search, kept)
     names = {point.name for point in kept}
@@ -61,6 +64,8 @@ def write_front(search: Search, *, finished: bool) -> Front:
         points=kept,
         dominated=[point for point in search.points if point.name not in names],
         failed=search.study.failed,
+        dropped=dropped(search, kept) if finished else {},
+        test_runs=search.folder.state.test_runs,
     )  # fmt: skip
     search.folder.write_front(made)
     write_front_page(search.folder.path, made)
@@ -76,18 +81,21 @@ def _time_best(search: Search, tested: list[Point]) -> tuple[Point, list[Point],
     points = {point.name: point for point in tested}
     baselines = {point.name: point for point in search.folder.state.baselines}
     timed: dict[str, dict[int, BaselineSpeedup]] = {}
-    allowed = list(points)
+    allowed = sorted(points, key=lambda name: search.best is None or name != search.best.name)
     while (best := pick([points[name] for name in allowed], search.budget, search.reference)).name not in timed:
         timed[best.name] = speedup = _speedup(search, best)
         latency = {size: baselines[each.baseline].latency_ms[size] / each.value for size, each in speedup.items()}
-        points[best.name] = best.model_copy(update={"latency_ms": {**best.latency_ms, **latency}})
+        errors = {size: error_of(each) for size, each in speedup.items()}
+        points[best.name] = best.model_copy(
+            update={"latency_ms": {**best.latency_ms, **latency}, "latency_error": {**best.latency_error, **errors}}
+        )
         if len(timed) == _MOST_TIMED:
             allowed = list(timed)
     search.points = [points.get(point.name, point) for point in search.points]
     if search.best is None or search.best.name != best.name:
         search.folder.hand_over(best)
     search.best = best
-    return best, front(points.values()), timed[best.name]
+    return best, front(points.values(), best), timed[best.name]
 
 
 def _speedup(search: Search, best: Point) -> dict[int, BaselineSpeedup]:
@@ -114,15 +122,19 @@ def _speedup(search: Search, best: Point) -> dict[int, BaselineSpeedup]:
     image = search.bench.example(search.candidate_of(best))
     if image.shape != search.bench.example(search.candidate_of(baselines[0])).shape:
         return {}
-    left = (search.clock.left - search.evidence_seconds) / len(sizes)
-    seconds = min(max(left, SPEEDUP_SECONDS), _LONGEST)
-    timings = measure_latency(
-        openers, image, sizes, ratios=lambda timings, size: [speedup_ratio(timings, size)], seconds=seconds
-    )
+    ratios, seconds = lambda timings, size: [speedup_ratio(timings, size)], final_seconds(search)
+    timings = measure_latency(openers, image, sizes, ratios=ratios, seconds=seconds)
     return {
         size: BaselineSpeedup(baseline=timings.fastest(names, size), **asdict(speedup_ratio(timings, size)))
         for size in sizes
     }
+
+
+def final_seconds(search: Search) -> float:
+    """Seconds of the final measurement for each batch size; a further one, if it is needed, gets the least time."""
+    least, sizes = AGAIN * speedup_seconds(search.clock.total), len(search.measurement.batch_sizes)
+    left = (search.clock.left - search.evidence_seconds) / sizes - least
+    return min(max(left, least), _LONGEST)
 
 
 def advice(search: Search, best: Point) -> list[str]:
@@ -162,10 +174,15 @@ def _more_time(search: Search, best: Point) -> list[str]:
     """The drop that is expected after more time: of the best network, or of another one if the best is not trained."""
     trained = [record for record in search.study.records() if record.rung]
     if not trained:
+        surveyed = [record for record in search.study.records() if record.of != Candidate()]
+        if surveyed and not any(improvable(search, record) for record in surveyed):
+            return []
         return ["More time: no candidate could be trained in the given time."]
     seconds = _MORE_TIME * max(record.point.seconds for record in trained)
     of_best = [record for record in trained if record.point.name == best.name]
-    (record,) = of_best or promoted(search, trained, 1, seconds)
+    record = next(iter(of_best or promoted(search, trained, 1, seconds)), None)
+    if record is None:
+        return []
     point = record.point
     if "drop" not in violations(point, search.budget, search.reference):
         return []

@@ -57,6 +57,8 @@ class Front(BaseModel):
         points: the front, from the fastest to the slowest.
         dominated: all other measured points.
         failed: candidates that could not be built, trained or exported, with reasons.
+        dropped: why each candidate has no point on the front, by its name; empty before the end.
+        test_runs: names of the points that ran on the test images, for each end of the search.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,6 +85,8 @@ class Front(BaseModel):
     points: list[Point]
     dominated: list[Point]
     failed: dict[str, str]
+    dropped: dict[str, str] = {}
+    test_runs: list[list[str]] = []
 
     def point(self, name: str) -> Point:
         """The point of a name."""

@@ -11,6 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from tersor.evaluation.results import Speedup
 from tersor.search.compression_budget import Budget, in_points
 
+CEILING = 100.0
+"""The best possible metric, in percent."""
+SAME_SIZE = 0.01
+"""Files whose sizes differ by less than this fraction are equally large."""
+
 
 class BaselineSpeedup(Speedup):
     """A speedup over the fastest free baseline: the latency of the point with this name, divided by that of a network.
@@ -35,8 +40,9 @@ class Point(BaseModel):
         free: whether it needs no search: the original, and the original in 8 bits.
         validation: metric on the validation images, in percent.
         drop_error: one standard error of the difference to the original on the validation images, in points.
-        test: metric on the test images; measured once, at the end, for the Pareto front and the free baselines.
+        test: metric on the test images; measured at the end, for the Pareto front and the free baselines.
         latency_ms: median latency by batch size.
+        latency_error: half the width of the 95 % interval of each latency, as a fraction of it; none for the reference.
         bytes: size of the file.
         macs: multiply-accumulate operations for one image.
         steps: optimizer steps of its training.
@@ -55,6 +61,7 @@ class Point(BaseModel):
     drop_error: Annotated[float, Field(ge=0)] = 0.0
     test: Annotated[float | None, Field(ge=0, le=100)] = None
     latency_ms: dict[int, float]
+    latency_error: dict[int, Annotated[float, Field(ge=0)]] = {}
     bytes: int
     macs: int
     steps: int = 0
@@ -66,21 +73,53 @@ class Point(BaseModel):
         return math.exp(sum(map(math.log, self.latency_ms.values())) / len(self.latency_ms))
 
 
+def like(point: Point, other: Point) -> Point:
+    """The point with the latencies and the size of another one wherever the two are equal.
+
+    Sizes are equal if they differ by less than 1 %, latencies if the 95 % interval of their ratio contains 1.
+    """
+    latency = {
+        size: other.latency_ms[size] if _same_latency(point, other, size) else value
+        for size, value in point.latency_ms.items()
+    }
+    large, small = max(point.bytes, other.bytes), min(point.bytes, other.bytes)
+    same = large - small < SAME_SIZE * large
+    return point.model_copy(update={"latency_ms": latency, "bytes": other.bytes if same else point.bytes})
+
+
+def _same_latency(point: Point, other: Point, size: int) -> bool:
+    error = math.hypot(point.latency_error.get(size, 0.0), other.latency_error.get(size, 0.0))
+    return abs(math.log(point.latency_ms[size] / other.latency_ms[size])) <= error
+
+
 def dominates(first: Point, second: Point) -> bool:
-    """Whether `first` is at least as good as `second` in everything, and better in something."""
-    ours, theirs = _costs(first), _costs(second)
-    return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
+    """Whether `first` is at least as good as `second` in everything, and better in something; see `like`."""
+    return covers(first, second) and _costs(like(first, second)) != _costs(second)
 
 
 def _costs(point: Point) -> list[float]:
     return [-point.validation, *(point.latency_ms[size] for size in sorted(point.latency_ms)), point.bytes]
 
 
-def front(points: Iterable[Point]) -> list[Point]:
-    """The points that no other dominates, from the fastest to the slowest. Of equal points the first is kept."""
-    unique = list({tuple(_costs(point)): point for point in reversed(list(points))}.values())
-    kept = [point for point in unique if not any(dominates(other, point) for other in unique)]
+def front(points: Iterable[Point], best: Point | None = None) -> list[Point]:
+    """The points that no other one of the front dominates or equals, from the fastest to the slowest.
+
+    They join in the order of their metric, and those with the same metric in the order given. So of equal points the
+    first is kept, and a chain of small differences does not add up: each point is compared with those that are kept.
+    The point `best` is on the front in any case.
+    """
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda point: -point.validation):
+        if not any(covers(each, point) for each in kept):
+            kept = [each for each in kept if not dominates(point, each)] + [point]
+    if best is not None and all(each.name != best.name for each in kept):
+        kept.append(best)
     return sorted(kept, key=lambda point: point.mean_ms)
+
+
+def covers(first: Point, second: Point) -> bool:
+    """Whether `first` is at least as good as `second` in everything; see `like`."""
+    return all(a <= b for a, b in zip(_costs(like(first, second)), _costs(second), strict=True))
 
 
 def violations(point: Point, budget: Budget, original: float) -> dict[str, float]:
@@ -143,8 +182,19 @@ def rank(point: Point, budget: Budget, original: float) -> tuple[float, ...]:
 
 
 def pick(points: Sequence[Point], budget: Budget, original: float) -> Point:
-    """The best point within the budget, or the nearest to it."""
-    return min(points, key=lambda point: rank(point, budget, original))
+    """The best point within the budget, or the nearest to it; of equal points the first.
+
+    It has the order of `rank`, but points that are equal to the best one in a step (see `like`) stay for the next step.
+    """
+    kept = [point for point in points if not violations(point, budget, original)] or list(points)
+    for step in range(len(rank(kept[0], budget, original))):
+        best = min(kept, key=lambda point: rank(point, budget, original)[step])
+        kept = [
+            point
+            for point in kept
+            if rank(like(point, best), budget, original)[step] <= rank(best, budget, original)[step]
+        ]
+    return kept[0]
 
 
 def shortfall(point: Point, budget: Budget, original: float) -> str:
@@ -154,8 +204,14 @@ def shortfall(point: Point, budget: Budget, original: float) -> str:
         if name == "drop":
             texts.append(f"it loses {original - point.validation:.2f} points, {value:.2f} more than allowed")
         elif name == "size":
-            texts.append(f"it has {point.bytes / 1e6:.3f} MB, {value:.2f} times the limit")
+            texts.append(f"it has {point.bytes / 1e6:.3f} MB, {_excess(value)}")
         else:
             size = int(name.removeprefix("latency "))
-            texts.append(f"it takes {point.latency_ms[size]:.3g} ms at batch {size}, {value:.2f} times the limit")
+            inside = math.log(value) <= point.latency_error.get(size, 0.0)
+            text = f"it takes {point.latency_ms[size]:.3g} ms at batch {size}, {_excess(value)}"
+            texts.append(text + (", which is inside the measurement error" if inside else ""))
     return "; ".join(texts)
+
+
+def _excess(ratio: float) -> str:
+    return f"{ratio:.2f} times the limit" if ratio > 1.05 else f"{100 * (ratio - 1):.2f} % above the limit"

@@ -22,7 +22,7 @@ from tersor.report.verdict import RUNTIMES
 from tersor.search.folder import Front
 from tersor.search.front import Point
 from tersor.search.point_evidence import read_evidence
-from tersor.search.verdict_line import verdict_lines
+from tersor.search.verdict_line import test_use, verdict_lines
 
 _MARGIN, _VERTICAL_MARGIN = 1.08, 0.08
 """Factor between the outermost point of a logarithmic axis and its end; margin of the vertical axis, as a share."""
@@ -57,6 +57,8 @@ def write_front_page(folder: Path, front: Front) -> Path:
         **script_values("front.js"),
         front=front,
         lines=verdict_lines(front),
+        test_use=test_use(front),
+        dropped={**{name: f"Failed: {reason}" for name, reason in front.failed.items()}, **front.dropped},
         rows=rows,
         kept=kept,
         charts_of_front=charts(front, rows),
@@ -156,7 +158,7 @@ def _chart(
             "x": place(value(point)),
             "y": height(point.validation),
             "kind": _kind(point, kept),
-            "label": f"{point.description}: {point.validation:.2f} %, {value(point):.3g} {title}",
+            "label": f"{point.name} ({point.description}): {point.validation:.2f} %, {value(point):.3g} {title}",
         }
         for point in points
     ]

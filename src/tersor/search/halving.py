@@ -53,6 +53,8 @@ def halve(search: Search) -> None:
                 return
             made = _rung(search, number)
             if not made.members:
+                if state.costs.entrants(_available(search)):
+                    search.bar.tell("no more training: it cannot improve any candidate that is worth it")
                 return
             state.rungs.append(made)
             search.save()
@@ -71,8 +73,7 @@ def _worthwhile(search: Search) -> bool:
 
 def _available(search: Search) -> float:
     """Seconds for training: those left, without the reserve for the end."""
-    reserve = search.folder.state.costs.reserve(search.clock.total, len(search.tested_at_the_end()) + 1)
-    return max(0.0, search.clock.left - reserve)
+    return max(0.0, search.clock.left - search.reserve(more=1))
 
 
 def _rung(search: Search, number: int) -> Rung:
@@ -122,8 +123,9 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
         trained = _without_rounding(before)
         model, made = _run(search, candidate, trained, stages, limit)
         trained += [as_made(stage, record.steps) for stage, record in zip(stages, made, strict=True)]
+        steps = sum(stage.steps for stage in trained)
         with search.timed("export"):
-            file = search.folder.point_file(f"{candidate.name}-{training}")
+            file = search.folder.point_file(candidate.trained(steps))
             exported = search.bench.export(candidate, model, file, quantized=_rounds(trained))
         in_training = sum(record.training_seconds or 0.0 for record in made)
         if not resumed:
@@ -131,15 +133,16 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
         validation = made[-1].validation_score
         if validation is not None:
             validation = in_percent(search.bench.experiment.task, validation)
-        record = search.record(
-            candidate,
-            exported,
-            rung=training,
-            steps=sum(stage.steps for stage in trained),
-            seconds=in_training + (before.point.seconds if before else 0.0),
-            stages=tuple(_plain(stage) for stage in trained),
-            rounding_loss=None if validation is None else validation - exported.validation,
-        )
+        with search.timed("latency"):
+            record = search.record(
+                candidate,
+                exported,
+                rung=training,
+                steps=steps,
+                seconds=in_training + (before.point.seconds if before else 0.0),
+                stages=tuple(_plain(stage) for stage in trained),
+                rounding_loss=None if validation is None else validation - exported.validation,
+            )
     except InputError as error:
         search.study.fail(candidate, training, str(error))
         search.bar.tell(f"{candidate}: {error}")
@@ -202,7 +205,4 @@ def _described(search: Search, record: Record) -> str:
     point = record.point
     times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in point.latency_ms.items())
     drop = point.validation - search.reference
-    return (
-        f"{point.description}, {point.steps} steps: {point.validation:.2f} % "
-        f"({drop:+.2f}, standard error {point.drop_error:.2f}), {times}"
-    )
+    return f"{point.name}: {point.validation:.2f} % ({drop:+.2f}, standard error {point.drop_error:.2f}), {times}"

@@ -16,19 +16,28 @@ RUNG_SIZES = (6, 3, 1, 1)
 """Largest number of candidates in each rung."""
 RESERVE = 0.005
 """Share of the whole time that is reserved for delays at the end."""
-MOST_RESERVED = 0.2
-SPEEDUP_SECONDS = 5.0
-"""Least time of the final measurement for each batch size; it gets longer if there is time left."""
+MOST_RESERVED = 0.3
+_SPEEDUP, _SPEEDUP_SHARE = 5.0, 0.03
+"""Least seconds of the final measurement for each batch size, and at most this share of the whole time."""
+AGAIN = 0.5
+"""Least time of a further final measurement relative to that, if the first point turns out slower than another."""
+_GROUPS_AT_THE_END = 2.0
+"""Least final measurement relative to that of the free baselines: it opens more groups of fewer files."""
 PROFILED_RUNS = 10
 """Runs in which the nodes of a file are timed, at each batch size."""
-_PROFILE, _PEAKS = 2.0, 5.0
-"""Time of a profile relative to that of its runs, and seconds to measure the multiply peaks of the machine."""
+_PROFILE = 2.0
+"""Time of a profile relative to that of its runs."""
 _LEAST_STEPS = 20
 
 
 def survey_seconds(left: float) -> float:
     """Seconds for the survey of the candidates, if so many are left for survey and training."""
     return max(_SURVEY * left, min(_SURVEY_OF_SHORT * left, _SHORT))
+
+
+def speedup_seconds(total: float) -> float:
+    """Least seconds of the final measurement for each batch size; it gets longer if there is time left."""
+    return min(_SPEEDUP, _SPEEDUP_SHARE * total)
 
 
 class Clock:
@@ -66,8 +75,11 @@ class Costs:
         export: to quantize, export and validate a trained candidate.
         step: one training step of the original.
         test: to run one file on the test set.
-        finish: to measure the free baselines, which is about as long as the final measurement.
+        latency: to measure the latency of a trained candidate, unless one of the same structure was measured.
+        finish: to measure the free baselines.
         runs: to run the original once at each batch size.
+        open: to open a file as often as its profile does.
+        layers: to name the layers of the original.
     """
 
     survey: float = 0.0
@@ -77,15 +89,25 @@ class Costs:
     test: float = 0.0
     finish: float = 0.0
     runs: float = 0.0
+    latency: float = 0.0
+    open: float = 0.0
+    layers: float = 0.0
 
-    def reserve(self, total: float, points: int) -> float:
-        """Seconds to reserve for the end, with this number of points to test and profile."""
-        needed = RESERVE * total + self.finish + points * self.test + self.evidence(points)
+    def reserve(self, total: float, points: int, sizes: int) -> float:
+        """Seconds to reserve for the end.
+
+        Args:
+            total: seconds of the whole search.
+            points: number of points to test and profile.
+            sizes: number of batch sizes.
+        """
+        final = max((1 + AGAIN) * sizes * speedup_seconds(total), _GROUPS_AT_THE_END * self.finish)
+        needed = RESERVE * total + final + points * self.test + self.evidence(points)
         return min(MOST_RESERVED * total, needed)
 
     def evidence(self, points: int) -> float:
-        """Seconds for the multiply peaks and the profiles of this number of points."""
-        return _PEAKS + points * _PROFILE * PROFILED_RUNS * self.runs
+        """Seconds for the layers and the profiles of this number of points."""
+        return self.layers + points * (self.open + _PROFILE * PROFILED_RUNS * self.runs)
 
     def entrants(self, seconds: float) -> int:
         """Number of candidates for a rung of this many seconds, so that each has enough time to train."""
@@ -93,8 +115,8 @@ class Costs:
 
     @property
     def overhead(self) -> float:
-        """Seconds of a training besides its steps."""
-        return self.attach + self.export
+        """Seconds of a training besides its steps: at least those of a survey, which does the same without steps."""
+        return max(self.attach + self.export + self.latency, self.survey)
 
     @property
     def least(self) -> float:

@@ -5,7 +5,6 @@ It is measured at the end, for the points that run on the test images: the Paret
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,8 +21,8 @@ from tersor.evaluation.multiply_peak import multiply_peaks
 from tersor.evaluation.node_profile import profile
 from tersor.evaluation.scoring import agreement
 from tersor.evaluation.session import Array, open_session
-from tersor.report.analysis.evidence import layers_by_module
 from tersor.report.analysis.predictions import evenly_spaced, image_entry
+from tersor.search.end_costs import folded_layers
 from tersor.search.folder import Front
 from tersor.search.front import Point
 from tersor.search.plan import PROFILED_RUNS
@@ -46,8 +45,7 @@ def write_evidence(search: Search, front: Front, tested: Mapping[str, Tested]) -
     each point predicts; empty for other tasks than classification.
     """
     experiment = search.bench.experiment
-    original = copy.deepcopy(experiment.model).cpu().float().eval()
-    folded = layers_by_module(original, next(iter(search.bench.validation)).only_images[:2])
+    folded = folded_layers(search)
     predicted = {name: each.classes for name, each in tested.items() if each.classes is not None}
     evidence = {
         "peaks": [peak.model_dump() for peak in multiply_peaks(sorted({each.runtime for each in front.baselines}))],

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from tersor.search.candidate import Candidate
-from tersor.search.front import Point, distance, front, rank, violations
+from tersor.search.front import CEILING, Point, distance, front, rank, violations
 from tersor.search.learning_curves import expected
 from tersor.search.search_context import Search
 from tersor.search.study import Record
@@ -33,7 +33,7 @@ _LEAST_GAIN = 0.01
 
 def entrants(search: Search, count: int) -> list[Record]:
     """Surveyed candidates to train: the Pareto front and the students, evenly spread over the latencies."""
-    records = [record for record in search.study.records() if not record.rung]
+    records = [record for record in search.study.records() if not record.rung and improvable(search, record)]
     free = min(point.mean_ms for point in search.points if point.free)
     smaller = search.budget.megabytes is not None
     for share in (_MUCH_FASTER, _FASTER):
@@ -48,9 +48,30 @@ def entrants(search: Search, count: int) -> list[Record]:
     least = -(-count // _STUDENTS) if count > 1 else 0
     chosen = _spread(students, min(len(students), max(least, count - len(inherited))))
     chosen += _spread(inherited, count - len(chosen))
-    if not chosen and count:  # nothing is faster: the original in 8 bits
-        chosen = [record for record in records if record.of == Candidate()]
+    if not chosen and count:  # nothing is much faster: the best network so far, else the original in 8 bits
+        best = "" if search.best is None else search.best.name
+        chosen = [record for record in records if record.point.name == best]
+        chosen = chosen or [record for record in records if record.of == Candidate()]
     return chosen
+
+
+def improvable(search: Search, record: Record) -> bool:
+    """Whether training can improve a candidate: with a limit on the drop, it must have lost something."""
+    return record.point.validation < (CEILING if search.budget.points is None else search.reference)
+
+
+def why_not_trained(search: Search, record: Record) -> str:
+    """Why a surveyed candidate was not trained, in words."""
+    free = min(point.mean_ms for point in search.points if point.free)
+    if not search.folder.state.rungs:
+        return "not trained: there was no time for it"
+    if not improvable(search, record):
+        return "not trained: it loses nothing"
+    if _fixed(search, record.point):
+        return "not trained: it exceeds a limit that training does not change"
+    if record.point.mean_ms >= _FASTER * free:
+        return "not trained: it is hardly faster than the fastest free baseline, or slower"
+    return "not trained: other candidates were chosen, spread over the latencies"
 
 
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:
@@ -79,6 +100,8 @@ def promoted(
 ) -> list[Record]:
     """The candidates of the next rung. If there are several, the best student and the best change of the original stay.
 
+    Those that training cannot improve are left out.
+
     Args:
         search: the search.
         trained: the candidates so far.
@@ -86,6 +109,7 @@ def promoted(
         seconds: time for which the best one is expected to be trained further.
         last: whether it is the last training.
     """
+    trained = [record for record in trained if improvable(search, record)]
     metrics = {record.point.name: expected(search, record, record.point.seconds + seconds) for record in trained}
     ordered = sorted(trained, key=lambda record: _key(search, record, metrics, last=last))
     if count > 1:

@@ -56,24 +56,43 @@ class Result:
         """The Pareto front, from the fastest to the slowest network."""
         return self.numbers.points
 
-    def pick(self, budget: Budget | None = None, **limits: object) -> Choice:
-        """The best point for a budget, without new training; the nearest one if none meets it.
+    def pick(self, budget: Budget | None = None, *, point: str | None = None, **limits: object) -> Choice:
+        """The best point for a budget, without new training; the nearest one if none meets it. Or the point of a name.
 
         Args:
             budget: the budget; that of the search by default.
+            point: the name of a point instead of a budget.
             limits: or its parts: `max_drop`, `latency_ms`, `megabytes`.
 
         Raises:
-            InputError: the budget is not possible, or has a batch size that was not measured.
+            InputError: the budget is not possible, or has a batch size that was not measured; there is no such point,
+                or limits are given as well.
         """
+        own = Budget.of_numbers(self.numbers.limits)
+        if point is not None:
+            if budget is not None or limits:
+                raise InputError(f"the point {point} and limits are given. Give either the name of a point or limits.")
+            return self._choice(self._named(point), own)
         if budget is None:
-            own = Budget.of_numbers(self.numbers.limits)
             budget = Budget(**limits) if limits else own  # pyright: ignore[reportArgumentType]
         measured = set(self.front[0].latency_ms)
         if unknown := set(budget.latency_ms) - measured:
             raise InputError(
                 f"latency was not measured at batch {unknown.pop()}. Possible: {', '.join(map(str, sorted(measured)))}."
             )
-        original = self.numbers.point(self.numbers.original).validation
-        point = pick(self.front, budget, original)
-        return Choice(point, self.folder / point.file, shortfall(point, budget, original))
+        return self._choice(pick(self.front, budget, self._original), budget)
+
+    @property
+    def _original(self) -> float:
+        return self.numbers.point(self.numbers.original).validation
+
+    def _choice(self, point: Point, budget: Budget) -> Choice:
+        return Choice(point, self.folder / point.file, shortfall(point, budget, self._original))
+
+    def _named(self, name: str) -> Point:
+        numbers = self.numbers
+        points = {point.name: point for point in (*numbers.baselines, *numbers.dominated, *numbers.points)}
+        if name not in points:
+            names = ", ".join(point.name for point in self.front)
+            raise InputError(f"{self.folder} has no point {name}. The points of the front: {names}.")
+        return points[name]

@@ -18,7 +18,7 @@ from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import Measurement
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import SearchFolder
-from tersor.search.front import Point, front, pick, rank
+from tersor.search.front import Point, front, pick
 from tersor.search.plan import Clock
 from tersor.search.request import YOUR_DATA
 from tersor.search.study import Record, Study
@@ -119,6 +119,11 @@ class Search:
         """Seconds that `evidence.json` is expected to take after the points were tested."""
         return self.folder.state.costs.evidence(sum(point.test is not None for point in self.points))
 
+    def reserve(self, more: int = 0) -> float:
+        """Seconds to reserve for the end, if so many more points than now are tested."""
+        points, sizes = len(self.tested_at_the_end()) + more, len(self.measurement.batch_sizes)
+        return self.folder.state.costs.reserve(self.clock.total, points, sizes)
+
     def restore(self) -> None:
         """Read the points of an earlier process. A finished search is extended: it has more time now."""
         if self.folder.state.finished:
@@ -149,7 +154,7 @@ class Search:
 
     def tested_at_the_end(self) -> list[Point]:
         """The points whose metric on the test images is measured at the end: the front, and the free baselines."""
-        points = {point.name: point for point in [*front(self.points), *(each for each in self.points if each.free)]}
+        points = {point.name: point for point in [*self.front(), *(each for each in self.points if each.free)]}
         return [point for point in points.values() if point.test is None]
 
     def add(self, point: Point, recipe: str) -> None:
@@ -158,10 +163,10 @@ class Search:
         self.points = [each for each in self.points if each.name != point.name] + [point]
         if self.original is None:
             self.original = point
-        before = self.best
-        if before is None or rank(point, self.budget, self.reference) < rank(before, self.budget, self.reference):
-            self.best = point
-            self.folder.hand_over(point)
+        before, self.best = self.best, self.choose()
+        if before is None or before.name != self.best.name:
+            self.folder.hand_over(self.best)
+            point = self.best
             size, milliseconds = next(iter(point.latency_ms.items()))
             self.bar.values = {"best": point.validation, f"ms at batch {size}": milliseconds}
         self.save()
@@ -183,15 +188,21 @@ class Search:
         return next((record.of for record in self.study.records() if record.point.name == point.name), Candidate())
 
     def choose(self) -> Point:
-        """The best point of all."""
-        return pick(self.points, self.budget, self.reference)
+        """The best point of all; the one in `model.onnx` stays if another one is only equal to it."""
+        best = None if self.best is None else self.best.name
+        return pick(sorted(self.points, key=lambda point: point.name != best), self.budget, self.reference)
+
+    def front(self) -> list[Point]:
+        """The Pareto front, from the fastest to the slowest network, with the best point."""
+        return front(self.points, self.choose())
 
     def record(self, candidate: Candidate, exported: Exported, *, rung: int = 0, steps: int = 0, seconds: float = 0.0,
                stages: tuple[dict[str, object], ...] = (), rounding_loss: float | None = None) -> Record:  # fmt: skip
         """Measure the latency of an exported candidate, and make the record of its trial."""
         size = candidate.pixels
         image = self.bench.example(candidate) if size else None
-        name = candidate.name if not rung else f"{candidate.name}-{rung}"
+        name = candidate.trained(steps) if rung else candidate.name
+        latency = self.measurement.latency(exported.file, image)
         point = Point(
             name=name,
             description=str(candidate),
@@ -202,7 +213,8 @@ class Search:
             free=candidate == Candidate() and not rung,
             validation=exported.validation,
             drop_error=self.drop_error(exported.right, exported.validation),
-            latency_ms=self.measurement.latency(exported.file, image),
+            latency_ms=latency.ms,
+            latency_error=latency.error,
             bytes=exported.bytes,
             macs=exported.macs,
             steps=steps,

@@ -44,6 +44,7 @@ class State(BaseModel):
         costs: seconds that each kind of work takes.
         baselines: the measured free baselines.
         finished: whether the search ended by itself.
+        test_runs: names of the points that ran on the test images, for each end of the search.
         extended: whether it got more time after that, in which its last candidate is trained further.
     """
 
@@ -58,6 +59,7 @@ class State(BaseModel):
     costs: Costs = Costs()
     baselines: list[Point] = []
     finished: bool = False
+    test_runs: list[list[str]] = []
     extended: bool = False
 
 

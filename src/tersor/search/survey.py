@@ -16,6 +16,7 @@ from tersor.graph.capture import capture
 from tersor.pruning.residual_branches import find_branches
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
+from tersor.search.end_costs import measure_end
 from tersor.search.folder import BASELINES, UNCHANGED
 from tersor.search.front import Point, shortfall
 from tersor.search.plan import survey_seconds
@@ -49,7 +50,7 @@ def feasible_range(search: Search) -> None:
             integers = _integers(search)
         state.baselines = _measured(search, file, integers)
     state.costs.runs = sum(state.baselines[0].latency_ms.values()) / 1000
-    search.measurement.compare_with(file)
+    search.measurement.compare_with(file, state.baselines[0].latency_ms)
     for point in state.baselines:
         if point.runtime == search.runtime and point.name != FLOAT32:
             _add_free(search, point)
@@ -61,6 +62,7 @@ def feasible_range(search: Search) -> None:
             state.costs.attach -= _PACE_STEPS * state.costs.step
         except InputError as error:
             search.bar.tell(f"warning: the original cannot be trained: {error}")
+    measure_end(search, file)
     if state.costs.step:
         steps = int(_CHECKPOINT_SECONDS / state.costs.step)
         search.bench = replace(search.bench, checkpoint_every=min(_MOST_STEPS, max(1, steps)))
@@ -140,7 +142,8 @@ def _measured(search: Search, original: Path, integers: Path | None) -> list[Poi
             free=True,
             validation=measured[name].metric,
             drop_error=0.0 if name == ORIGINAL else search.drop_error(measured[name].right, measured[name].metric),
-            latency_ms=latencies[name],
+            latency_ms=latencies[name].ms,
+            latency_error=latencies[name].error,
             bytes=path.stat().st_size,
             macs=macs,
         )
@@ -166,7 +169,7 @@ def describe_range(search: Search) -> list[str]:
             f"  {point.runtime} {point.precision}: {point.validation:.2f} %, {times}, {point.bytes / 1e6:.3f} MB"
             + (f"; {lacking}" if lacking else "")
         )
-    step, reserve = state.costs.step, state.costs.reserve(search.clock.total, len(search.tested_at_the_end()))
+    step, reserve = state.costs.step, search.reserve()
     left = max(0.0, search.clock.left - reserve)
     lines.append(f"budget: {search.budget}; goal: the fastest network within it" if search.budget.points is not None
                  else f"budget: {search.budget}; goal: the most accurate network within it")  # fmt: skip
@@ -182,8 +185,7 @@ def survey(search: Search, space: Space) -> None:
     """Build, export, validate and time candidates until the time of the survey is used up."""
     state = search.folder.state
     if state.survey_until is None:
-        reserve = state.costs.reserve(search.clock.total, len(search.tested_at_the_end()))
-        state.survey_until = search.clock.used + survey_seconds(max(0.0, search.clock.left - reserve))
+        state.survey_until = search.clock.used + survey_seconds(max(0.0, search.clock.left - search.reserve()))
         search.save()
     state.costs.survey = state.costs.survey or state.costs.export
     for candidate in space.first():
@@ -211,7 +213,8 @@ def _time_for_another(search: Search) -> bool:
 
 def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record | None:
     """Survey one candidate; None if it cannot be built or exported."""
-    usable = search.is_trained(candidate)
+    usable, costs = search.is_trained(candidate), search.folder.state.costs
+    before = costs.survey
     try:
         with search.timed("survey"):
             model = search.bench.build(candidate)
@@ -220,6 +223,7 @@ def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record 
     except InputError as error:
         search.study.fail(candidate, 0, str(error))
         return None
+    costs.survey = (before + costs.survey) / 2  # so that a single slow moment of the machine does not decide
     if store:
         search.study.add(record)
     if usable:

@@ -1,4 +1,4 @@
-"""The points of the front and the free baselines on the test images, once, at the end of a search."""
+"""The points of the front and the free baselines on the test images, at the end of a search."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def run_on_test_images(search: Search) -> dict[str, Tested]:
             _by_class(task, predictions, targets, classes) if comparable else [],
             predictions if classifies else None,
         )
+    search.folder.state.test_runs.append(list(found))
     return found
 
 

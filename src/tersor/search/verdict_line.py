@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tersor.report.verdict import RUNTIMES, describe_speedup
 from tersor.search.compression_budget import Budget
-from tersor.search.folder import Front
-from tersor.search.front import reason, share_of_budget
+from tersor.search.folder import MODEL, Front
+from tersor.search.front import CEILING, reason, share_of_budget
+
+_MOST_NAMES = 8
 
 
 def verdict_lines(front: Front) -> list[str]:
     """The gain over the fastest free baseline, the share of the budget, why the network was chosen, and advice."""
-    best, original = front.point(front.best), front.point(front.original)
-    split, after, before = ("test", best.test, original.test)
-    if after is None or before is None:
-        split, after, before = "validation", best.validation, original.validation
-    metric = f"{front.metric} {after:.2f} %, {after - before:+.2f} points on the {split} images"
+    best, original, metric = front.point(front.best), front.point(front.original), _metric(front)
     smaller = f"{original.bytes / best.bytes:.1f} times smaller than the original"
     if best.free:
         first = f"{best.description}: {metric}, {smaller}. No faster network was found within the budget."
@@ -34,7 +34,62 @@ def verdict_lines(front: Front) -> list[str]:
     else:
         change = best.validation - original.validation
         lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
-    return [*lines, *front.advice]
+    return [*lines, *single(front), *saturation(front), *front.advice]
+
+
+def last_line(front: Front, folder: Path) -> str:
+    """The network that was found, its metric and its gain, and the files to use."""
+    best = front.point(front.best)
+    gain = ", ".join(_speedups(front)) or "the speedup was not measured"
+    if best.free:
+        gain = "a free baseline: no faster network was found within the budget"
+    return (
+        f"{best.name}: {_metric(front)}; {gain}. Use {folder / MODEL}; its recipe, report.html and all other networks "
+        f"(points/) are in {folder}."
+    )
+
+
+def _metric(front: Front) -> str:
+    """The metric on the test images, and its change; on the validation images before the end."""
+    best, original = front.point(front.best), front.point(front.original)
+    split, after, before = ("test", best.test, original.test)
+    if after is None or before is None:
+        split, after, before = "validation", best.validation, original.validation
+    return f"{front.metric} {after:.2f} %, {after - before:+.2f} points on the {split} images"
+
+
+def single(front: Front) -> list[str]:
+    """A sentence about a front of one point."""
+    if len(front.points) > 1:
+        return []
+    name = front.points[0].name
+    line = (
+        f"The Pareto front has one point: of all networks measured in {RUNTIMES[front.runtime]}, {name} has the best "
+        f"{front.metric}, and none is measurably faster or smaller. Another budget chooses it too."
+    )
+    return [line]
+
+
+def saturation(front: Front) -> list[str]:
+    """A line if the validation images cannot tell the best network from the original."""
+    best, original = front.point(front.best), front.point(front.original)
+    if best.name == original.name or min(best.validation, original.validation) < CEILING:
+        return []
+    line = (
+        f"The {front.validation_images} validation images cannot rank the candidates: {front.metric} is 100 % for the "
+        "original and for this network. Use more validation images."
+    )
+    return [line]
+
+
+def test_use(front: Front) -> str:
+    """How many times the test images were used, and on which points."""
+    uses = ["at the start, on the original, to see whether it was trained on the validation images"]
+    for number, names in enumerate(front.test_runs):
+        when = f"after more time ({number})" if number else "at the end"
+        uses.append(f"{when}, on {', '.join(names) if len(names) <= _MOST_NAMES else f'{len(names)} points'}")
+    times = "once" if len(uses) == 1 else f"{len(uses)} times"
+    return f"{front.test_images} test images were used {times}: {'; '.join(uses)}."
 
 
 def _speedups(front: Front) -> list[str]:

@@ -52,7 +52,7 @@
   };
 
   const label = (point) =>
-    point.description + ", " + point.runtime + ": " + data.metric + " " +
+    point.name + " (" + point.description + "), " + point.runtime + ": " + data.metric + " " +
     fixed(point[element("y").value], 2) + " %, " + number(AXES[element("x").value].of(point)) + " " + AXES[element("x").value].title();
 
   function shownPoints() {
@@ -191,7 +191,7 @@
     const agreement = (each) => (evidence[each.name] || { agreement: {} }).agreement;
     const between = agreement(first)[second.name] ?? agreement(second)[first.name];
     return [
-      row("network", (each) => each.description), row("runtime", (each) => each.runtime + ", " + each.precision),
+      row("point", (each) => each.name), row("network", (each) => each.description), row("runtime", (each) => each.runtime + ", " + each.precision),
       metric("validation, %", "validation"), metric("test, %", "test"),
       row("prediction agreement with the original, %", (each) => fixed(agreement(each)[data.original], 2)),
       row("prediction agreement of the two, %", () => "", fixed(between, 2)),

@@ -1,0 +1,43 @@
+"""Why candidates have no point on the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tersor.search.front import Point, covers
+from tersor.search.promotion import why_not_trained
+from tersor.search.search_context import Search
+from tersor.search.study import Record
+
+
+def dropped(search: Search, kept: Sequence[Point]) -> dict[str, str]:
+    """The reason for every candidate without a point on the front, by its name; failed ones have their error.
+
+    Args:
+        search: a search at its end.
+        kept: the front.
+    """
+    names = {point.name for point in kept}
+    candidates: dict[str, list[Record]] = {}
+    for record in search.study.records():
+        candidates.setdefault(record.of.name, []).append(record)
+    found: dict[str, str] = {}
+    for name, records in candidates.items():
+        last = max(records, key=lambda record: record.rung)
+        if not last.point.free and not any(record.point.name in names for record in records):
+            reasons = "; ".join(_reasons(search, last, kept))
+            trained = f"after {last.point.steps} steps" if last.rung else "untrained"
+            found[name] = f"{last.point.validation:.2f} % {trained}. {reasons[:1].upper()}{reasons[1:]}."
+    return found | {name: f"Failed: {reason}" for name, reason in search.study.failed.items()}
+
+
+def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:
+    rungs = search.folder.state.rungs
+    members = [number for number, rung in enumerate(rungs, 1) if last.of.name in rung.members]
+    reasons = [] if members else [why_not_trained(search, last)]
+    if members and members[-1] < len(rungs):
+        reasons.append(
+            f"not trained further after rung {members[-1]} of {len(rungs)}: others were expected to gain more"
+        )
+    better = next((point.name for point in kept if covers(point, last.point)), None)
+    return [*reasons, *([f"{better} is at least as good in metric, latency and size"] if better else [])]

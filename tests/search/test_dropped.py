@@ -1,0 +1,62 @@
+"""Every candidate of a search is in its report: as a point of the front, or with the reason why it is not."""
+
+import pytest
+
+from search_fakes import run, searching
+from tersor.search.candidate import Candidate
+from tersor.search.verdict_line import test_use as use_of_test_images
+
+pytestmark = pytest.mark.usefixtures("fake_search")
+
+
+def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
+    search = searching(tmp_path / "out")
+    search.bench.broken = (Candidate(branches=3).name,)
+    made = run(search)
+    on_the_front = {point.name for point in made.points}
+    records = search.study.records()
+    for record in records:
+        kept = any(each.point.name in on_the_front for each in records if each.of == record.of)
+        assert (record.of.name in made.dropped) is not (kept or record.of == Candidate())
+    first = search.folder.state.rungs[0].members
+    assert any(name not in first for name in made.dropped)
+    assert made.dropped[Candidate(branches=3).name] == "Failed: cannot be built"
+    slow = made.dropped["deep-8bit"]
+    assert slow.startswith("49.80 % untrained. Not trained: it is hardly faster than the fastest free baseline")
+    rung = [text for name, text in made.dropped.items() if name in first]
+    assert rung
+    assert all("steps. Not trained further after rung 1 of" in text for text in rung if "100 steps" in text)
+    page = (search.folder.path / "report.html").read_text()
+    assert all(f"<p>{name}: {reason}</p>" in page for name, reason in made.dropped.items())
+
+
+def test_a_dominated_candidate_names_the_point_that_is_better(tmp_path):
+    search = searching(tmp_path / "out")
+    made = run(search)
+    dominated = {point.name for point in made.dominated}
+    names = [name for name in made.dropped if name in dominated]
+    assert names
+    points = {point.name for point in made.points}
+    for name in names:
+        better = made.dropped[name].rpartition("; ")[2].partition(" is at least as good")[0]
+        assert better in points
+
+
+def test_the_use_of_the_test_images_is_counted(tmp_path):
+    search = searching(tmp_path / "out")
+    made = run(search)
+    (names,) = made.test_runs
+    assert set(names) == {point.name for point in (*made.points, *made.dominated) if point.test is not None}
+    start = "at the start, on the original, to see whether it was trained on the validation images"
+    few = made.model_copy(update={"test_runs": [["a", "b"]]})
+    assert use_of_test_images(few) == f"1000 test images were used 2 times: {start}; at the end, on a, b."
+    assert use_of_test_images(made.model_copy(update={"test_runs": []})) == f"1000 test images were used once: {start}."
+    search.folder.state.finished = True
+    search.save()
+    longer = searching(tmp_path / "out", minutes=20.0, time=search.bench.time, bench=search.bench)
+    again = run(longer)
+    assert again.test_runs[0] == names
+    assert len(again.test_runs) == 2
+    text = use_of_test_images(again.model_copy(update={"test_runs": [["a"], 9 * ["b"]]}))
+    assert text == f"1000 test images were used 3 times: {start}; at the end, on a; after more time (1), on 9 points."
+    assert "were used once" not in (search.folder.path / "report.html").read_text()
