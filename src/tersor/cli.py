@@ -154,7 +154,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Compare the latency of artifacts in interleaved rounds, in every installed runtime."""
-    from tersor.pipeline.evaluate import LatencyTable, timed
+    from tersor.pipeline.bench import LatencyTable, timed
 
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds is {seconds}. Write a number above 0.")

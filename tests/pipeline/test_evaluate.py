@@ -17,9 +17,6 @@ from tersor.checkpoint.artifact import write_folder
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
 from tersor.deploy.onnx import export
-from tersor.evaluation.latency import BATCH_SIZES
-from tersor.evaluation.timings import Timings
-from tersor.pipeline import evaluate as module
 from tersor.pipeline.evaluate import evaluate
 
 
@@ -98,56 +95,6 @@ def test_the_bits_of_a_quantized_file_are_named(images, tmp_path):
             shutil.copytree(images / part / "cat", images / part / name)
     found = evaluate(tmp_path / "int8.onnx", str(images), None, progress=NullProgress())
     assert str(found).endswith(" of 15 test images, onnxruntime in 8 bits (the rest in float32)")
-
-
-def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
-    for name in ("one", "two"):
-        export(network(2), torch.rand(1, 3, 8, 8), tmp_path / f"{name}.onnx")
-    one, two = (str(tmp_path / f"{name}.onnx") for name in ("one", "two"))
-    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
-
-    def latency(contenders, example, *, ratios, seconds):
-        assert example.shape == (1, 3, 8, 8)
-        ms = {name: 2.0 if "one" in name else 1.0 for name in contenders}
-        groups = {
-            name: {size: [[value], [1.01 * value], [0.99 * value]] for size in BATCH_SIZES}
-            for name, value in ms.items()
-        }
-        timings = Timings(groups, dict.fromkeys(BATCH_SIZES, "interval"))
-        assert [round(ratio.value, 6) for ratio in ratios(timings, 1)] == [2, 2], "original and baseline"
-        return timings
-
-    monkeypatch.setattr(module, "measure_latency", latency)
-    tables = list(module.timed([tmp_path / "one.onnx", tmp_path / "two.onnx"], 1.0))
-    assert [(each.batch_size, each.rounds, each.ended_by) for each in tables] == [
-        (size, 3, "interval") for size in BATCH_SIZES
-    ]
-    for each in tables:
-        original, artifact = each.files
-        assert (original.file, artifact.file) == (one, two)
-        assert (original.runtime, original.precision, original.latency_ms.median) == ("onnxruntime", "float32", 2.0)
-        assert (original.roles, original.speedup) == (["original", "baseline"], {})
-        assert {name: round(ratio.value, 6) for name, ratio in artifact.speedup.items()} == {
-            "original": 2,
-            "baseline": 2,
-        }
-
-
-def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
-    for size in (8, 16):
-        export(network(2), torch.rand(1, 3, size, size), tmp_path / f"{size}.onnx")
-    shapes = []
-
-    def latency(contenders, example, **_options):
-        shapes.append((example.shape, [name.rpartition("/")[2].split(".")[0] for name in contenders]))
-        return Timings({name: {size: [[1.0], [1.0]] for size in BATCH_SIZES} for name in contenders},
-                       dict.fromkeys(BATCH_SIZES, "time"))  # fmt: skip
-
-    monkeypatch.setattr(module, "measure_latency", latency)
-    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
-    tables = list(module.timed([tmp_path / "8.onnx", tmp_path / "16.onnx"], 1.0))
-    assert shapes == [((1, 3, 8, 8), ["8"]), ((1, 3, 16, 16), ["16"])]
-    assert len(tables) == 6
 
 
 def folder_saying(tmp_path, *, recipe, numbers):

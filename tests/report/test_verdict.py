@@ -196,7 +196,7 @@ def test_a_larger_error_is_not_recommended(score, file):
 def test_the_table_of_a_run_names_one_thread_and_the_integers():
     numbers = numbers_of()
     numbers["machine"]["threads"] = 1
-    numbers["artifact"]["integer_macs_share"] = 1.0
+    numbers["artifact"]["precision"] = "int8, rest float32"
     table = results_table(Results.model_validate(numbers))
     assert table.title == "Some CPU, 1 thread"
     place = [*table.columns[0].cells].index("precision")

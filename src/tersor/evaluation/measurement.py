@@ -20,6 +20,7 @@ from tersor.core.machine import machine
 from tersor.core.progress import ProgressReporter
 from tersor.core.target import Target
 from tersor.data import Batches
+from tersor.deploy.file_layers import stored_precision
 from tersor.deploy.float_operators import float_operators
 from tersor.evaluation.costs import FLOAT_BITS, Costs, costs
 from tersor.evaluation.latency import (
@@ -93,7 +94,8 @@ class _Measured:
         used = footprint(file.path, file.runtime, self.example, precision=file.precision)
         return {
             "runtime": file.runtime,
-            "precision": session.precision,
+            "precision": self.precision(name),
+            "float_precision": session.precision,
             "batch": session.batch,
             "score": score(self.task, self.predictions[name], self.targets),
             "agreement": agreement(self.task, self.predictions[name], self.predictions["original"]),
@@ -110,6 +112,10 @@ class _Measured:
             "latency_runs_ms": {str(size): self.timings.groups[name][size] for size in BATCH_SIZES},
         }
 
+    def precision(self, name: str) -> str:
+        """What a file holds, and the float precision of the runtime."""
+        return stored_precision(self.files[name].path, self.sessions[name].precision)
+
     def speedups(self, slow: Mapping[int, str], fast: str) -> dict[str, Any]:
         """By batch size: latency of `slow` over that of `fast`, with a 95 % interval."""
         return {str(size): asdict(self.timings.ratio(name, fast, size)) for size, name in slow.items()}
@@ -119,7 +125,7 @@ class _Measured:
         fastest = {size: self.timings.fastest(self.candidates.values(), size) for size in BATCH_SIZES}
         return {
             "baseline": {
-                str(size): {"runtime": self.files[name].runtime, "precision": self.sessions[name].precision}
+                str(size): {"runtime": self.files[name].runtime, "precision": self.precision(name)}
                 for size, name in fastest.items()
             },
             "speedup": {

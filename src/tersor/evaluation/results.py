@@ -62,7 +62,7 @@ class Machine(_Record):
 
 
 class Execution(_Record):
-    """Where a file runs: the runtime, and the precision of its floats."""
+    """Where a file runs: the runtime, and the precision: "float32", "bfloat16", or "int8, rest float32"."""
 
     runtime: Runtime
     precision: Text
@@ -134,6 +134,8 @@ class FileResults(Execution):
     """Everything measured of one file in one runtime.
 
     Attributes:
+        precision: of the weights in the file, and of all else: "int8, rest float32".
+        float_precision: what the runtime computes in where it does not compute in integers.
         score: the metric on the test set.
         agreement: share of predictions that equal those of the original file, in percent.
         latency_ms: latencies by batch size.
@@ -142,6 +144,7 @@ class FileResults(Execution):
         integer_macs_share: fraction of the MACs computed in integers; None for a float network.
     """
 
+    float_precision: Text
     batch: int | None = None
     score: float
     agreement: Percent

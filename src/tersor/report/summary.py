@@ -86,7 +86,12 @@ def peak_shares(numbers: Results) -> dict[str, dict[str, tuple[float, float | No
         for size, latency in entry.latency_ms.items():
             macs = int(size) * entry.macs
             share = share_of_peak(
-                entry.runtime, entry.precision, macs, latency.median, numbers.peaks, entry.integer_macs_share or 0.0
+                entry.runtime,
+                entry.float_precision,
+                macs,
+                latency.median,
+                numbers.peaks,
+                entry.integer_macs_share or 0.0,
             )
             shares[title][size] = macs / latency.median / 1e6, share
     return shares
