@@ -82,7 +82,7 @@ def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):
     assert (found.metric, found.shown) == ("relative error", "50.00 %")
 
 
-def test_the_bits_of_a_quantized_file_are_named(images, tmp_path):
+def test_the_precision_of_a_quantized_file_is_that_of_its_weights(images, tmp_path):
     proto, weights = tiny_proto(np.random.default_rng(0))
     kernel = [each.name for each in proto.graph.initializer].index("kernel")
     stored, scale = weights["kernel"].astype(np.int8), np.float32(0.1)
@@ -94,7 +94,7 @@ def test_the_bits_of_a_quantized_file_are_named(images, tmp_path):
         for part in ("train", "test"):
             shutil.copytree(images / part / "cat", images / part / name)
     found = evaluate(tmp_path / "int8.onnx", str(images), None, progress=NullProgress())
-    assert str(found).endswith(" of 15 test images, onnxruntime in 8 bits (the rest in float32)")
+    assert str(found).endswith(" of 15 test images, onnxruntime in int8, rest float32")
 
 
 def folder_saying(tmp_path, *, recipe, numbers):

@@ -189,6 +189,6 @@ def _timed_files(family: _Family, timings: Timings, size: int) -> Iterator[Timed
     for each in family.contenders():
         spread = timings.spread(each.key, size)
         speedup = family.ratios(timings, size, each) if each in family.artifacts else {}
-        roles = [name for name, reference in references.items() if reference == each]
+        roles: list[Compared] = [name for name, reference in references.items() if reference == each]
         precision = stored_precision(each.path, each.executed)
         yield TimedFile(each.name, size_bytes(each.path), each.runtime, precision, spread, roles, speedup)

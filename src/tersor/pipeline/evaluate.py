@@ -9,7 +9,7 @@ import numpy as np
 
 from tersor.checkpoint.artifact import read_artifact
 from tersor.core.progress import ProgressReporter
-from tersor.deploy.file_layers import weight_bits
+from tersor.deploy.file_layers import stored_precision
 from tersor.evaluation.session import open_session
 from tersor.pipeline.artifact_settings import (
     class_names,
@@ -29,9 +29,7 @@ _COMPUTED = "computed from the training images, since the file has none; they mu
 class Evaluation:
     """The metric on the test images, and the runtime that it was measured in.
 
-    Attributes:
-        bits: stored bits of the quantized weights; empty for a float file.
-        precision: of all else.
+    `precision` is that of the weights, and of all else: "int8, rest float32".
     """
 
     metric: str
@@ -40,14 +38,11 @@ class Evaluation:
     images: int
     runtime: str
     precision: str
-    bits: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        """ "91.20 % of 360 test images, onnxruntime in 8 bits (the rest in float32)"."""
+        """ "91.20 % of 360 test images, onnxruntime in int8, rest float32"."""
         score = f"{self.shown} of" if self.metric == "accuracy" else f"{self.metric} {self.shown} on"
-        bits = " and ".join(map(str, self.bits))
-        precision = f"{bits} bits (the rest in {self.precision})" if bits else self.precision
-        return f"{score} {self.images} test images, {self.runtime} in {precision}"
+        return f"{score} {self.images} test images, {self.runtime} in {self.precision}"
 
 
 def evaluate(
@@ -95,5 +90,5 @@ def evaluate(
         targets = file_predictions(open_session(original, session.runtime), arrays(batches, kind), asked)
     progress.advance()
     result = score(asked, predictions, targets)
-    shown, tested, bits = asked.shown(result), len(splits.test), weight_bits(found.model)
-    return Evaluation(asked.metric, result, shown, tested, session.runtime, session.precision, bits)
+    precision = stored_precision(found.model, session.precision)
+    return Evaluation(asked.metric, result, asked.shown(result), len(splits.test), session.runtime, precision)
