@@ -91,9 +91,9 @@ def compress(
                 loss=_imported(loss),
                 metric=_imported(metric),
                 channels=channels,
-                mean=_numbers("--mean", mean),
-                std=_numbers("--std", std),
-                image_size=_image_size(image_size),
+                mean=numbers("--mean", mean),
+                std=numbers("--std", std),
+                image_size=read_size(image_size),
                 students=student or [],
                 pixels=pixels or [],
                 augment=augment,
@@ -131,19 +131,17 @@ def pick(
     from tersor.search.result import Result
 
     console = Console()
-    numbers = read_front(folder)
+    front = read_front(folder)
     if max_drop is None and not latency and not size:
-        budget, shown = Budget.of_numbers(numbers.limits), numbers.points
+        budget, shown = Budget.of_numbers(front.limits), front.points
     else:
         budget = Budget(max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None)
         shown = []
-    choice = Result(folder, numbers).pick(budget)
+    choice = Result(folder, front).pick(budget)
     console.print(f"budget{' of the search' if shown else ''}: {budget}", highlight=False)
     if choice.shortfall:
         console.print(f"No point meets the budget. Closest point: {choice.shortfall}", highlight=False)
-    console.print(
-        front_table(numbers.model_copy(update={"points": shown or [choice.point], "best": choice.point.name}))
-    )
+    console.print(front_table(front.model_copy(update={"points": shown or [choice.point], "best": choice.point.name})))
     console.print(f"written: {choice.export(out)}" if out else f"file: {choice.file}", highlight=False)
 
 
@@ -154,7 +152,7 @@ def _imported(name: str | None) -> Any:
     return None if name is None else import_function(name)
 
 
-def _numbers(option: str, text: str | None) -> list[float] | None:
+def numbers(option: str, text: str | None) -> list[float] | None:
     """The numbers of `0.49,0.48,0.45`."""
     try:
         return None if text is None else [float(each) for each in text.split(",")]
@@ -162,14 +160,14 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise InputError(f"{option} is '{text}'. Write numbers with commas between them.") from None
 
 
-def _image_size(text: str | None) -> int | list[int] | None:
-    """The pixels of `224` or `160,224`."""
-    numbers = _numbers("--image-size", text)
-    if numbers is None:
+def read_size(text: str | None) -> int | list[int] | None:
+    """The pixels of `224` or `160,224`, of `--image-size`."""
+    sides = numbers("--image-size", text)
+    if sides is None:
         return None
-    if not all(each.is_integer() for each in numbers):
+    if not all(each.is_integer() for each in sides):
         raise InputError(f"--image-size is '{text}'. Write whole numbers of pixels.")
-    return int(numbers[0]) if len(numbers) == 1 else [int(each) for each in numbers]
+    return int(sides[0]) if len(sides) == 1 else [int(each) for each in sides]
 
 
 def front_table(front: Front) -> Table:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tersor.checkpoint.artifact import read_artifact
+from tersor.checkpoint.artifact import Artifact, read_artifact
 from tersor.core.progress import ProgressReporter
 from tersor.deploy.file_layers import stored_precision
-from tersor.evaluation.session import open_session
+from tersor.evaluation.session import Session, open_session
 from tersor.pipeline.artifact_settings import (
+    ImageOptions,
     class_names,
     data_source,
     normalization_line,
@@ -20,6 +23,10 @@ from tersor.pipeline.artifact_settings import (
     refuse_other_classes,
     task_of_artifact,
 )
+
+if TYPE_CHECKING:  # they import torch
+    from tersor.data import Batches
+    from tersor.tasks.task import Task
 
 _CHANNELS = (1, 3, 4)
 _COMPUTED = "computed from the training images, since the file has none; they must be those of its training"
@@ -46,42 +53,38 @@ class Evaluation:
 
 
 def evaluate(
-    artifact: Path, data: str | None, runtime: str | None, task: str | None = None, *, progress: ProgressReporter
+    artifact: Path,
+    data: str | None,
+    runtime: str | None,
+    task: str | None = None,
+    options: ImageOptions | None = None,
+    *,
+    progress: ProgressReporter,
 ) -> Evaluation:
     """Measure the metric of `artifact` on the test images of `data`.
 
     Args:
-        artifact: the folder of a run, or an ONNX file.
+        artifact: the folder of a run, a search or one of its points, or an ONNX file.
         data: an image folder, a CSV file or the name of a data set; by default the data of the folder's recipe.
         runtime: by default that of the folder's recipe, else ONNX Runtime.
         task: its name; by default that of the folder's recipe, else classification.
+        options: how the images are read, where the artifact does not say it.
         progress: reports the progress.
 
     Raises:
         InputError: the artifact or the data cannot be used, or an ONNX file is given without data.
     """
-    from tersor.data import Batches, load
     from tersor.evaluation.measurement import arrays
-    from tersor.evaluation.scoring import file_predictions, images_at_once, score, targets_of
+    from tersor.evaluation.scoring import file_predictions, score, targets_of
 
     found = read_artifact(artifact)
-    numbers = numbers_of(found)
-    session = open_session(found.model, runtime or numbers.get("runtime", "onnxruntime"))
+    told = numbers_of(found)
+    session = open_session(found.model, runtime or told.get("runtime", "onnxruntime"))
+    options = options or ImageOptions()
+    options.check(session, told)
     progress.say("reading the images")
     asked = task_of_artifact(found, task)
-    options = data_source(found, data) | {key: numbers[key] for key in ("mean", "std") if key in numbers}
-    channels = len(numbers["mean"]) if numbers.get("mean") else session.input_shape[1]
-    if channels in _CHANNELS:
-        options["channels"] = channels
-    splits = load(**options, targets="boxes" if asked.boxes else "masks")
-    refuse_other_classes(class_names(found.model), splits.classes)
-    assert splits.mean is not None
-    assert splits.std is not None
-    batches = Batches(splits.test, images_at_once(asked, splits.test.size), mean=splits.mean, std=splits.std)
-    kind = "uint8" if session.input_dtype == np.uint8 else "normalized"
-    if kind == "normalized":
-        source = "from the artifact" if numbers.get("mean") else _COMPUTED
-        progress.say(normalization_line(splits.mean, splits.std, source))
+    batches, kind = _test_images(found, data, asked, session, options, told, progress)
     progress.start("test set", 1)
     predictions = file_predictions(session, arrays(batches, kind), asked)
     targets = targets_of(batches)
@@ -91,4 +94,39 @@ def evaluate(
     progress.advance()
     result = score(asked, predictions, targets)
     precision = stored_precision(found.model, session.precision)
-    return Evaluation(asked.metric, result, asked.shown(result), len(splits.test), session.runtime, precision)
+    return Evaluation(asked.metric, result, asked.shown(result), len(batches.images), session.runtime, precision)
+
+
+def _test_images(
+    artifact: Artifact,
+    data: str | None,
+    task: Task,
+    session: Session,
+    options: ImageOptions,
+    told: Mapping[str, Any],
+    progress: ProgressReporter,
+) -> tuple[Batches, str]:
+    """The test images, read as the file takes them, and the kind of its input: "normalized" or "uint8"."""
+    from tersor.data import Batches, load
+    from tersor.evaluation.scoring import images_at_once
+
+    source = data_source(artifact, data)
+    how = {key: told[key] for key in ("mean", "std") if key in told}
+    how |= {key: value for key, value in asdict(options).items() if value is not None and key not in how}
+    channels = len(how["mean"]) if told.get("mean") else session.input_shape[1]
+    if options.channels is None and channels in _CHANNELS:
+        how["channels"] = channels
+    size = session.input_shape[2:]
+    if data is not None and "name" not in source and "image_size" not in how and len(size) == 2 and all(size):
+        how["image_size"] = size
+        progress.say(f"images of another size are resized to {size[0]} x {size[1]}, which the file takes")
+    splits = load(**source | how, targets="boxes" if task.boxes else "masks")
+    refuse_other_classes(class_names(artifact.model), splits.classes)
+    assert splits.mean is not None
+    assert splits.std is not None
+    kind = "uint8" if session.input_dtype == np.uint8 else "normalized"
+    if kind == "normalized":
+        origin = "from the artifact" if told.get("mean") else "given" if options.mean else _COMPUTED
+        progress.say(normalization_line(splits.mean, splits.std, origin))
+    at_once = images_at_once(task, splits.test.size)
+    return Batches(splits.test, at_once, mean=splits.mean, std=splits.std), kind
