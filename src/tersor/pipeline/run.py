@@ -135,7 +135,8 @@ def _fill(
     assert data.std is not None
     test = experiment.batches(data.test, experiment.evaluation_batch)
     example = next(iter(test)).images[:1]
-    pixels = (data.mean, data.std) if recipe.target.input == "uint8" else None
+    normalization = (data.mean, data.std)
+    pixels = normalization if recipe.target.input == "uint8" else None
     with TemporaryDirectory() as scratch:
         stages = {
             number: (network, Path(scratch) / f"{number}.onnx")
@@ -146,7 +147,13 @@ def _fill(
         progress.start("export", len(files))
         for network, path in files:
             batch = batch_for(network, recipe.target)
-            export(network, example, path, classes=data.classes, pixels=pixels, batch=batch)
+            export(
+                *(network, example, path),
+                classes=data.classes,
+                pixels=pixels,
+                normalization=normalization,
+                batch=batch,
+            )
             progress.advance()
         if batch_for(compressed, recipe.target) != recipe.target.batch:
             progress.say(static_batch_reason())
