@@ -6,6 +6,7 @@ The minimum of several noisy medians is too low on average, so the speedup over 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from tersor.core.machine import machine
 from tersor.core.progress import ProgressReporter
 from tersor.core.target import Target
 from tersor.data import Batches
-from tersor.deploy.file_layers import stored_precision
+from tersor.deploy.file_layers import stored_precision, weight_bits
 from tersor.deploy.float_operators import float_operators
 from tersor.evaluation.costs import FLOAT_BITS, Costs, costs
 from tersor.evaluation.latency import (
@@ -75,10 +76,12 @@ class _Measured:
     task: Task
     example: Array
 
-    def stage(self, name: str) -> dict[str, Any]:
-        """The fields of a `StageRecord` that are measured."""
+    def stage(self, name: str, before: str) -> dict[str, Any]:
+        """The fields of a `StageRecord` that are measured; `before` is the file before the stage."""
         file = self.files[name]
-        return {
+        bits, bits_before = (weight_bits(self.files[each].path) for each in (name, before))
+        found = {"speedup_of_quantization": self.speedups(dict.fromkeys(BATCH_SIZES, before), name)}
+        return (found if bits and bits != bits_before else {}) | {
             "score": score(self.task, self.predictions[name], self.targets),
             "bytes": size_bytes(file.path),
             "compressed_bytes": compressed_bytes(file.path),
@@ -202,8 +205,10 @@ def measure(
     if warning is not None:
         progress.say(f"warning: {warning}")
     by_file = {name: measured.file(name) for name in compared}
-    by_stage = {number: measured.stage(f"stage {number}") for number in stages or {}}
-    by_stage[len(records)] = measured.stage("artifact")
+    names = {0: "original", **{number: f"stage {number}" for number in sorted(stages or {})}, len(records): "artifact"}
+    by_stage = {
+        number: measured.stage(names[number], names[before]) for before, number in itertools.pairwise(sorted(names))
+    }
     results = Results.model_validate(
         {
             "version": VERSION,

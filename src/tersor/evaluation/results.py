@@ -173,6 +173,7 @@ class StageRecord(BaseModel):
         losses: mean of each loss over the last epoch, by name.
         validation_by_epoch, validated_at: validation scores, and the steps at which they were measured.
         score, ..., speedup: of the exported file after the stage; the speedup is over the original.
+        speedup_of_quantization: over the file before the stage, if the stage changed the stored bits of the weights.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -194,6 +195,7 @@ class StageRecord(BaseModel):
     sparsity: Fraction | None = None
     latency_ms: dict[BatchSize, Spread] | None = None
     speedup: dict[BatchSize, Speedup] | None = None
+    speedup_of_quantization: dict[BatchSize, Speedup] | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for, static_batch_reason
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.measurement import measure
-from tersor.evaluation.results import StageRecord
+from tersor.evaluation.results import Results, StageRecord
 from tersor.pipeline import latency_cache
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.latency_cache import CachedLatencyRatio
@@ -35,9 +35,8 @@ from tersor.quantization.quantizers import find_quantizers
 from tersor.recipe import Recipe
 from tersor.report.analysis.evidence import collect_evidence
 from tersor.report.page import write_report
+from tersor.report.summary import disagreement, slower_by_quantization
 
-_AGREEMENT = 99.0
-"""Lowest acceptable agreement of the file's predictions with torch's, in percent."""
 _BYTE = 8
 _MEMORY = "Close other programs, or use smaller images (data.image_size) or a smaller network."
 
@@ -172,9 +171,9 @@ def _fill(
             std=data.std,
             classes=data.classes,
         )
-    assert results.agreement_with_torch is not None
-    if results.agreement_with_torch < _AGREEMENT:
-        progress.say(_disagreement(results.agreement_with_torch, compressed, results.metric.name))
+    for warning in (_disagreement(results, compressed), *slower_by_quantization(results)):
+        if warning:
+            progress.say(f"warning: {warning}")
     (folder / "numbers.json").write_text(results.to_json())
     evidence = collect_evidence(
         original,
@@ -199,15 +198,15 @@ def _fill(
         shutil.copytree(each.path, folder / "checkpoints" / each.path.name)
 
 
-def _disagreement(percent: float, model: nn.Module, metric: str) -> str:
-    laid = find_quantizers(model)
+def _disagreement(results: Results, model: nn.Module) -> str:
+    """What a disagreement of the file with torch means for this network; empty if they agree."""
+    told, laid = disagreement(results), find_quantizers(model)
+    if not told:
+        return ""
     coarse = laid is not None and any(laid.of_activation(name).grid.bits < _BYTE for name in laid.activations)
     if not coarse:
-        return (
-            f"warning: only {percent:.2f} % of the artifact's predictions agree with torch's. Do not deploy model.onnx."
-        )
+        return f"{told}. Do not deploy model.onnx."
     return (
-        f"{percent:.2f} % of the artifact's predictions agree with torch's. With few bits, rounding biases to int32 "
-        "can shift an activation by a whole quantization step, in this layer and the following ones. Use the "
-        f"{metric} measured in the runtime."
+        f"{told}. With few bits, rounding biases to int32 can shift an activation by a whole quantization step, in "
+        f"this layer and the following ones. Use the {results.metric.name} measured in the runtime."
     )
