@@ -97,7 +97,8 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert tersor(monkeypatch, "run", recipe, "--out", out, "--json") == 0
     printed = capfd.readouterr()
     assert document(printed.out, "results") == json.loads((out / "numbers.json").read_text())
-    assert f"written: {out}" in printed.err.replace("\n", "")
+    written = f"written: {out}; model.onnx takes uint8 images of 3 x 8 x 8"
+    assert written.replace(" ", "") in printed.err.replace("\n", "").replace(" ", "")
     assert {
         "model.safetensors",
         "structure.json",

@@ -14,7 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from tersor import cli_compress
-from tersor.cli_output import Document, latency_table, print_json, results_table, schema_of, sensitivity_table
+from tersor.cli_output import (
+    Document,
+    described_input,
+    latency_table,
+    print_json,
+    results_table,
+    schema_of,
+    sensitivity_table,
+)
 from tersor.core.errors import InputError, ProcessLost
 from tersor.core.resources import enough_memory
 from tersor.progress_bars import Bars
@@ -91,7 +99,7 @@ def run(
     results = Results.model_validate_json(numbers)
     console.print(f"results are in {folder / 'report.html'}", highlight=False)
     console.print(results_table(results))
-    console.print(f"written: {folder}", highlight=False)
+    console.print(f"written: {folder}; model.onnx takes {described_input(folder / 'model.onnx')}", highlight=False)
     if as_json:
         sys.stdout.write(numbers)
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor.cli_output import described_input
 from tersor.core.errors import InputError
 from tersor.core.target import Runtime
 from tersor.progress_bars import Bars
@@ -115,7 +116,7 @@ def compress(
 
     console.print(*verdict_lines(result.numbers), sep="\n", highlight=False, markup=False, soft_wrap=True)
     console.print(front_table(result.numbers))
-    console.print(f"written: {out}", highlight=False)
+    console.print(f"written: {out}; model.onnx takes {described_input(out / 'model.onnx')}", highlight=False)
 
 
 def pick(
@@ -142,7 +143,8 @@ def pick(
     if choice.shortfall:
         console.print(f"No point meets the budget. Closest point: {choice.shortfall}", highlight=False)
     console.print(front_table(front.model_copy(update={"points": shown or [choice.point], "best": choice.point.name})))
-    console.print(f"written: {choice.export(out)}" if out else f"file: {choice.file}", highlight=False)
+    taken = f"; it takes {described_input(choice.export(out))}" if out else ""
+    console.print(f"written: {out}{taken}" if out else f"file: {choice.file}", highlight=False)
 
 
 def _imported(name: str | None) -> Any:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Document = Literal["recipe", "results", "eval", "bench", "sensitivity", "methods"]
 _SHOWN = 10
+_SPARSE = 0.001
+"""Share of zero weights from which it is shown."""
 
 
 def schema_of(document: Document) -> dict[str, Any]:
@@ -82,6 +84,19 @@ def print_json(value: Any) -> None:
     sys.stdout.write(to_json(value, indent=1).decode() + "\n")
 
 
+def described_input(file: Path) -> str:
+    """ "float32 images of 3 x 32 x 32": what an ONNX file takes."""
+    import onnx  # slow to import
+
+    kinds = [each.type.tensor_type for each in onnx.load(str(file), load_external_data=False).graph.input]
+    texts = [
+        f"{onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name} images of "
+        + " x ".join(str(side.dim_value or "any") for side in kind.shape.dim[1:])
+        for kind in kinds
+    ]
+    return " and ".join(texts)
+
+
 def results_table(results: Results) -> Table:
     """The results side by side, and the artifact compared with the original and the baseline."""
     from tersor.report.summary import describe_reduction, entries
@@ -98,6 +113,9 @@ def results_table(results: Results) -> Table:
     metric = results.metric
     table.add_row(metric.title, *[f"{entry.score:.{metric.digits}f}" for entry in columns.values()])
     table.add_row("prediction agreement, %", *[f"{entry.agreement:.2f}" for entry in columns.values()])
+    if any(entry.sparsity >= _SPARSE for entry in columns.values()):
+        zeros = [f"{100 * entry.sparsity:.1f}" for entry in columns.values()]
+        table.add_row("zero weights, %", *zeros)
     for label, key, unit in (
         ("MB", "bytes", 1e6),
         ("million MACs", "macs", 1e6),

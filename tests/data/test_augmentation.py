@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tersor.core.errors import InputError
-from tersor.data.augmentation import augmented, resolve
+from tersor.data.augmentation import augmented, described, resolve
 
 
 def every_crop(image: np.ndarray) -> dict[tuple[int, int, bool], bytes]:
@@ -158,3 +158,11 @@ def test_sixteen_bits_and_other_channels_are_augmented(channels):
         assert after.dtype == torch.uint16
         assert after.shape == pixels.shape
         assert not torch.equal(after, pixels)
+
+
+def test_what_a_user_reads_of_an_augmentation():
+    assert described("none") == "none"
+    assert described("flip") == "flip (half of the images are mirrored)"
+    assert described("mine.py:change") == "mine.py:change"
+    assert described([{"RandomCrop": {"size": 32}}, "RandomHorizontalFlip"]) == "RandomCrop, RandomHorizontalFlip"
+    assert described(described) == "described"

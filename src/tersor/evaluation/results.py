@@ -169,6 +169,9 @@ class StageRecord(BaseModel):
 
     Attributes:
         methods: as in the recipe.
+        minutes: preparation (calibration, ranking) and training, over all processes of an interrupted run; without
+            validation at the end, export and measurements.
+        training_seconds: of these, the training alone.
         validation_score: the metric on the validation images; None without any.
         losses: mean of each loss over the last epoch, by name.
         validation_by_epoch, validated_at: validation scores, and the steps at which they were measured.

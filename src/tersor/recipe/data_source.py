@@ -65,6 +65,7 @@ class DataSource(BaseModel):
             if values is not None and len(values) != self.channels:
                 raise InputError(
                     f"data.{key} has {counted(len(values), 'number')}, and the images have "
-                    f"{counted(self.channels, 'channel')}. Write {counted(self.channels, 'number')}."
+                    f"{counted(self.channels, 'channel')}. Write {counted(self.channels, 'number')}"
+                    + (", or channels: 1 for gray images." if len(values) == 1 else ".")
                 )
         return self
