@@ -54,7 +54,7 @@ def compress(
         str | None, typer.Option(help="package.module:function of (outputs, targets) that returns 0 to 1")
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="channels of the images, 1 for grey ones [default: 3]")
+        int | None, typer.Option(min=1, help="channels of the images, 1 for gray ones [default: 3]")
     ] = None,
     mean: Annotated[str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45")] = None,
     std: Annotated[str | None, typer.Option(help="standard deviation of each channel: 0.25,0.24,0.26")] = None,
