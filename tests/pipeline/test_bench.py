@@ -126,6 +126,7 @@ def test_the_files_of_a_folder_are_compared_with_its_original(tmp_path):
     folder = write_folder(tmp_path / "out", fill)
     table = next(module.timed([folder], 1.0))
     assert [each.roles for each in table.files] == [["original", "baseline"], []]
+    assert [each.file for each in table.files] == [str(folder / "original.onnx"), str(folder / "model.onnx")]
     text = printed(table)
     assert "vs. original" in text
     assert "vs. baseline" in text
@@ -134,6 +135,13 @@ def test_the_files_of_a_folder_are_compared_with_its_original(tmp_path):
     text = printed(next(module.timed([folder, tmp_path / "mine.onnx"], 1.0)))
     assert "vs. original or mine.onnx in onnxruntime" in text
     assert "vs. baseline or mine.onnx in its fastest runtime" in text
+
+
+@pytest.mark.usefixtures("equal_times")
+def test_a_file_of_any_name_is_timed_alone(tmp_path):
+    export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "original.onnx")
+    (file,) = next(module.timed([tmp_path / "original.onnx"], 1.0)).files
+    assert (file.file, file.roles) == (str(tmp_path / "original.onnx"), ["first", "first_fastest"])
 
 
 def test_each_column_names_the_row_that_it_compares_with():

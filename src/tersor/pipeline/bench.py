@@ -128,9 +128,9 @@ def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
     bare: dict[tuple[tuple[int | None, ...], str], list[Path]] = {}
     for artifact in artifacts:
         found = read_artifact(artifact)
-        if "original.onnx" in found.files:
+        if artifact.is_dir() and "original.onnx" in found.files:
             runtime = numbers_of(found).get("runtime", "onnxruntime")
-            names = {f"{artifact}/{name}": found.files[name] for name in ("original.onnx", "model.onnx")}
+            names = {str(found.files[name]): found.files[name] for name in ("original.onnx", "model.onnx")}
             groups.setdefault(_images(found.model), []).append(_family(names, runtime, bare=False))
         else:
             bare.setdefault(_images(found.model), []).append(found.model)
