@@ -1,7 +1,11 @@
 """The verbs leave what they are given as it was."""
 
 import copy
+import json
+import re
+import warnings
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -15,6 +19,7 @@ from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import BATCH_SIZES
 from tersor.evaluation.timings import Timings
 from tersor.models import build
+from tersor.pipeline import file_comparison
 from toy_networks import resnet8
 
 IMAGES = torch.rand(16, 3, 16, 16)
@@ -175,14 +180,14 @@ def test_export_warns_if_the_network_was_quantized_for_another_runtime(tmp_path)
         tersor.export(quantized, IMAGES[0], tmp_path / "model.onnx")  # refused before the slow part
 
 
-def one_millisecond(openers, image, *, seconds):
-    assert len(image) == 1
+def one_millisecond(openers, images, *, seconds):
+    assert [len(image) for image in images.values()] == [1, 1]
     groups = {name: {size: [[1.0], [1.0]] for size in BATCH_SIZES} for name in openers}
     return Timings(groups, dict.fromkeys(BATCH_SIZES, "time"))
 
 
 def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "measure_latency", one_millisecond)
+    monkeypatch.setattr(file_comparison, "measure_latency", one_millisecond)
     torch.manual_seed(0)
     images = torch.randn(40, 3, 8, 8)
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval() for _ in range(2)]
@@ -204,8 +209,14 @@ def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
     assert {size: each["median"] for size, each in found["artifact"]["latency_ms"].items()} == dict.fromkeys(
         ("1", "32", "128"), 1.0
     )
+    assert found["artifact"]["difference"] == pytest.approx(75 - 100 * right)
+    assert {size: each["value"] for size, each in found["artifact"]["speedup"].items()} == dict.fromkeys(
+        ("1", "32", "128"), 1.0
+    )
+    assert not {"difference", "speedup"} & set(found["original"])
     unlabelled = tersor.compare(path, path, [images], seconds=0.01)
     assert unlabelled["artifact"]["accuracy"] is None
+    assert unlabelled["artifact"]["difference"] is None
     for seconds in (0, -1, float("inf"), float("nan")):
         with pytest.raises(InputError, match="Write a number above 0"):
             tersor.compare(path, path, [images], seconds=seconds)
@@ -213,8 +224,97 @@ def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
         tersor.compare(path, networks[0], [images])
 
 
+def test_the_speedup_is_the_original_over_the_artifact(tmp_path, monkeypatch):
+    def timings(openers, _example, **_options):
+        ms = {"original": 3.0, "artifact": 2.0}
+        groups = {name: {size: [[ms[name]], [ms[name]]] for size in BATCH_SIZES} for name in openers}
+        return Timings(groups, dict.fromkeys(BATCH_SIZES, "time"))
+
+    monkeypatch.setattr(file_comparison, "measure_latency", timings)
+    file = scaling_file(tmp_path / "file.onnx", 2.0)
+    ratio = tersor.compare(file, file, [torch.rand(5, 3, 8, 8)], seconds=0.01)["artifact"]["speedup"]["1"]
+    assert ratio["value"] == pytest.approx(1.5)
+    assert ratio["low"] < 1.5 < ratio["high"]
+
+
+def test_a_file_for_pixels_is_compared_on_normalized_images(tmp_path, monkeypatch):
+    examples = {}
+
+    def timings(openers, example, **options):
+        examples.update({name: each.dtype for name, each in example.items()})
+        return one_millisecond(openers, example, **options)
+
+    monkeypatch.setattr(file_comparison, "measure_latency", timings)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    pixels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
+    mean, std = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    images = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    file = tersor.export(network, images, tmp_path / "pixels.onnx", pixels=(mean, std))
+    found = tersor.compare(network, file, [images[:30], images[30:]], seconds=0.01)
+    assert found["artifact"]["agreement"] == 100
+    assert examples == {"original": "float32", "artifact": "uint8"}
+    proto = onnx.load(file)
+    del proto.metadata_props[:]
+    onnx.save(proto, file)
+    with pytest.raises(InputError, match=r"pixels\.onnx takes uint8 pixels, and the batches are torch\.float32"):
+        tersor.compare(network, file, [images], seconds=0.01)
+
+
+RGB = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def normalization_of(file):
+    return {each.key: json.loads(each.value) for each in onnx.load(file).metadata_props}.get("normalization")
+
+
+def test_the_normalization_is_stored_in_the_file(tmp_path):
+    network, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)).eval(), torch.randn(8, 3, 8, 8)
+    told = {"mean": list(RGB[0]), "std": list(RGB[1])}
+    path = tmp_path / "file.onnx"
+    assert normalization_of(tersor.export(network, images, path)) is None
+    assert normalization_of(tersor.export(network, images, path, normalization=RGB)) == told
+    assert normalization_of(tersor.export(network, images, path, pixels=RGB)) == told
+    quantized = tersor.quantize(network, images, normalization=RGB)
+    assert normalization_of(tersor.export(quantized, images, path)) == told
+    with pytest.raises(InputError, match=r"but quantize was called with \(\(0\.5"):
+        tersor.export(quantized, images, path, normalization=((0.1, 0.4, 0.3), RGB[1]))
+    with pytest.raises(InputError, match=r"normalization is \(\[0\.5\], \[0\.2\]\)\. Pass .* lists of 3 numbers"):
+        tersor.export(network, images, path, normalization=([0.5], [0.2]))
+    with pytest.raises(InputError, match=r"the network is quantized already\. Pass it to tersor\.export"):
+        tersor.quantize(quantized, images)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            lambda unit: 255 * unit,
+            "have values from 0 to 255, but pixels normalized with mean 0.5 0.4 0.3 and",
+        ),
+        (lambda unit: unit, r"have values from 0 to 1, but .* lie between -2\.5 and 2\.5\. Pass"),
+        (lambda unit: unit[:15], None),
+        (lambda unit: (unit - 0.5) / 0.25, None),
+        (lambda unit: 8 * unit - 4, None),
+    ],
+)
+def test_calibration_images_that_are_not_normalized_are_told(values, words):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)).eval()
+    unit = torch.rand(24, 3, 8, 8)
+    unit[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    batches = values(unit).split(5)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", CompressionWarning)
+        tersor.quantize(network, batches, normalization=RGB)
+    told = [str(each.message) for each in seen if "normalized with" in str(each.message)]
+    assert len(told) == (words is not None)
+    if words:
+        assert re.search(words, told[0])
+        assert seen[0].filename == __file__
+
+
 def test_outputs_that_are_no_logits_are_compared_with_those_of_the_original(tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "measure_latency", one_millisecond)
+    monkeypatch.setattr(file_comparison, "measure_latency", one_millisecond)
     files = [scaling_file(tmp_path / f"{factor}.onnx", factor) for factor in (2.0, 2.2)]
     found = tersor.compare(*files, [torch.rand(5, 3, 8, 8)], seconds=0.01)
     assert found["artifact"]["relative error"] == pytest.approx(10, rel=1e-3)
@@ -249,6 +349,6 @@ def test_the_training_of_distill(model, loader, monkeypatch, given, rate):
 
 
 def test_compare_looks_for_the_file_before_it_converts_the_network(monkeypatch):
-    monkeypatch.setattr(api, "to_export", None)
+    monkeypatch.setattr(file_comparison, "to_export", None)
     with pytest.raises(InputError, match=r"missing\.onnx"):
         tersor.compare(resnet8(), "missing.onnx", [(IMAGES, LABELS)])

@@ -97,7 +97,8 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert tersor(monkeypatch, "run", recipe, "--out", out, "--json") == 0
     printed = capfd.readouterr()
     assert document(printed.out, "results") == json.loads((out / "numbers.json").read_text())
-    assert f"written: {out}" in printed.err.replace("\n", "")
+    written = f"written: {out}; model.onnx takes uint8 images of 3 x 8 x 8"
+    assert written.replace(" ", "") in printed.err.replace("\n", "").replace(" ", "")
     assert {
         "model.safetensors",
         "structure.json",
@@ -119,6 +120,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert numbers["artifact"]["bytes"] < numbers["original"]["bytes"] / 3
     assert numbers["artifact"]["bit_operations"] * 16 == numbers["original"]["bit_operations"]
     assert numbers["agreement_with_torch"] >= 99
+    assert (numbers["artifact"]["precision"], numbers["original"]["precision"]) == ("int8, rest float32", "float32")
     assert (numbers["artifact"]["integer_macs_share"], numbers["artifact"]["float_operators"]) == (1.0, [])
     assert not list(tmp_path.glob("*.checkpoints"))
     assert not list(tmp_path.glob("*.partial*"))
@@ -130,12 +132,10 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert document(told.out, "eval")["score"] == numbers["artifact"]["score"]
     assert " 359 test images" in told.err
     # the run above had every runtime
-    monkeypatch.setattr(
-        importlib.import_module("tersor.pipeline.evaluate"), "installed_runtimes", lambda: ["onnxruntime"]
-    )
+    monkeypatch.setattr(importlib.import_module("tersor.pipeline.bench"), "installed_runtimes", lambda: ["onnxruntime"])
     assert tersor(monkeypatch, "bench", out, out / "model.onnx", "--seconds", 0.1) == 0
     table = capfd.readouterr().out
-    assert table.count("onnxruntime") == 9, "three files at three batch sizes"
+    assert table.count("onnxruntime") == 12, "three files and the title of a column, at three batch sizes"
     assert table.count(" rounds, until ") == 3
     assert tersor(monkeypatch, "bench", out, "--seconds", 0.1, "--json") == 0
     tables = document(capfd.readouterr().out, "bench")

@@ -21,6 +21,7 @@ import blocks
 import gains
 from browser import CHROMIUM, chromium
 from tersor.cli_output import Document
+from tersor.data import load
 from tersor.methods import names
 from tersor.models import build
 from tersor.recipe import parse
@@ -53,6 +54,15 @@ def network(width):
 def test_the_blocks_of_a_quick_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert blocks.run(page, {})
+
+
+def test_the_function_of_the_data_page_has_validation_images_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "data.py").write_text(blocks.blocks("how-to/data.md", "python")[0])
+    splits = load(name="data.py:images", validation=0.5)
+    assert [len(each) for each in (splits.train, splits.validation, splits.test)] == [100, 20, 20]
+    assert splits.validation.size == (32, 32)
 
 
 @pytest.mark.parametrize(("page", "files"), [("how-to/own-loop.md", ["model.onnx"]), ("how-to/tasks.md", [])])

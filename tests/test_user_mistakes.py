@@ -108,7 +108,7 @@ WORKS = {
     "double": lambda: small().double(),
     "frozen": lambda: small().requires_grad_(False),
     "frozen norm": lambda: nn.Sequential(nn.BatchNorm2d(3).eval(), small()).train(),
-    "grey": lambda: small(1),
+    "gray": lambda: small(1),
     "four channels": lambda: small(4),
     "one logit": lambda: small(3, 1),
 }
@@ -134,7 +134,7 @@ def test_wrappers_are_taken_off_a_copy(kind):
 @pytest.mark.parametrize("kind", WORKS)
 def test_it_works_and_is_left_as_it_was(kind):
     network = WORKS[kind]()
-    images = {"grey": IMAGES[:, :1], "four channels": IMAGES[:, [0, 1, 2, 0]]}.get(kind, IMAGES)
+    images = {"gray": IMAGES[:, :1], "four channels": IMAGES[:, [0, 1, 2, 0]]}.get(kind, IMAGES)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     modes = [module.training for module in network.modules()]
     plain = plain_copy(network)
@@ -147,7 +147,7 @@ def test_it_works_and_is_left_as_it_was(kind):
         wanted = network.eval()(images.to(next(network.parameters()).dtype)).float()
         low = kind in ("half", "bfloat16")
         torch.testing.assert_close(plain(images), wanted, atol=0.05 if low else 1e-5, rtol=0.05 if low else 1e-5)
-    if kind in ("weight_norm", "prune", "half", "no leaf", "grey", "one logit"):
+    if kind in ("weight_norm", "prune", "half", "no leaf", "gray", "one logit"):
         tersor.quantize(network, [images])
         pruned = tersor.prune(network, images, round_to=2)
         assert sum(each.numel() for each in pruned.parameters()) < sum(each.numel() for each in plain.parameters())
@@ -241,7 +241,7 @@ LOADERS = {
     "numpy": ([(IMAGES.numpy(), LABELS)], r"torch.from_numpy"),
     "uint8": ([IMAGES.to(torch.uint8)], "torch.uint8"),
     "channels last": ([IMAGES.permute(0, 2, 3, 1)], r"permute\(0, 3, 1, 2\)"),
-    "grey": ([IMAGES[:, :1]], r"takes images \(N, 3, H, W\)"),
+    "gray": ([IMAGES[:, :1]], r"takes images \(N, 3, H, W\)"),
     "meta": ([IMAGES.to("meta")], "meta device"),
     "NaN": ([IMAGES * torch.nan], "NaN"),
 }

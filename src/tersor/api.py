@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.progress import ProgressReporter
 from tersor.core.target import Runtime, Target
-from tersor.data.batch import images_of
-from tersor.data.loader import batches_of, targets_in
 from tersor.deploy.onnx import export as write_onnx
 from tersor.deploy.static_batch import batch_for, static_batch_reason
-from tersor.evaluation.latency import BATCH_SIZES, compressed_bytes, measure_latency, size_bytes
 from tersor.evaluation.latency_ratio import latency_ratio
-from tersor.evaluation.scoring import agreement, arrays_of, file_outputs, file_predictions, score
 from tersor.evaluation.session import load_runtime, open_session
 from tersor.evaluation.verification import verify
 from tersor.methods.channel_pruning import ChannelPruning
@@ -34,6 +28,7 @@ from tersor.pipeline.arguments import (
     example_of,
     made,
     onnx_path,
+    refuse_quantized,
     refuse_shared_weights,
     student_of,
     teacher_of,
@@ -42,8 +37,10 @@ from tersor.pipeline.arguments import (
     warn_of_another_runtime,
 )
 from tersor.pipeline.distillation import train_on_outputs
-from tersor.pipeline.outcome_warnings import warn_of_chance, warn_of_quantized
-from tersor.pipeline.task_arguments import Loss, check_targets, targets_for, task_of, task_of_files
+from tersor.pipeline.file_comparison import compare_files
+from tersor.pipeline.normalization import NORMALIZATION, check_values, known_normalization
+from tersor.pipeline.outcome_warnings import warn_of_quantized
+from tersor.pipeline.task_arguments import Loss, check_targets, task_of
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
 from tersor.training.context import AttachContext
@@ -57,6 +54,7 @@ def quantize(
     bits: int = 8,
     runtime: Runtime = "onnxruntime",
     task: str | Task | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> nn.Module:
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
@@ -69,17 +67,25 @@ def quantize(
         bits: bits per weight, 2 to 8.
         runtime: the runtime to quantize for.
         task: what the network is for.
+        normalization: mean and standard deviation of the images. The calibration images are checked against them, and
+            `export` stores them in the file.
 
     Raises:
-        InputError: the network cannot be captured, its forward pass fails, or the batches have no images.
+        InputError: the network is quantized already, cannot be captured, or its forward pass fails; or the batches have
+            no images.
     """
+    refuse_quantized(model)
     method, target = made(PTQ, bits=bits), made(Target, runtime=runtime)
     network, data = to_compress(model, loader, method.calibration_images)
+    if normalization is not None:
+        check_values(data, normalization)
     goal = task_of(task) or Classification()
     attached = method.attach(network, AttachContext(data=data, task=goal, target=target))
     attached.begin()
-    warn_of_quantized(attached.model, data, goal)
-    return attached.model
+    quantized = cast("fx.GraphModule", attached.model)
+    quantized.meta[NORMALIZATION] = normalization
+    warn_of_quantized(quantized, data, goal)
+    return quantized
 
 
 def prune(
@@ -186,6 +192,7 @@ def export(
     runtime: Runtime = "onnxruntime",
     classes: Sequence[str] = (),
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     batch: int | None = None,
 ) -> Path:
     """Write a network to one ONNX file and compare its outputs in `runtime` with torch on `example`.
@@ -200,6 +207,8 @@ def export(
         runtime: the runtime for the comparison.
         classes: class names in the order of the logits, stored in the metadata.
         pixels: mean and standard deviation of the normalization; the file then takes uint8 pixels.
+        normalization: mean and standard deviation of normalized images, stored in the metadata, where `tersor eval`
+            reads them; by default those given to `quantize`.
         batch: fixed batch size; by default it is dynamic, or 1 with a warning if the installed OpenVINO would crash.
 
     Raises:
@@ -210,13 +219,22 @@ def export(
     warn_of_another_runtime(model, runtime)
     images = example_of(example).cpu().float()
     check_metadata(classes, pixels, images)
+    told = known_normalization(model, normalization or pixels, images)
     network = to_export(model, images, "the network")
     fixed = batch_for(network, made(Target, runtime=runtime, batch=batch))
     if fixed != batch:
         warnings.warn(static_batch_reason(), CompressionWarning, stacklevel=2)
     try:  # a file that the runtime rejects must not replace an existing one
         with TemporaryDirectory(dir=path.parent) as folder:
-            written = write_onnx(network, images, Path(folder) / path.name, classes=classes, pixels=pixels, batch=fixed)
+            written = write_onnx(
+                network,
+                images,
+                Path(folder) / path.name,
+                classes=classes,
+                pixels=pixels,
+                normalization=told,
+                batch=fixed,
+            )
             session = open_session(written, runtime)
             check_classes(session, classes)
             verify(session, network, images, pixels)
@@ -238,12 +256,14 @@ def compare(
 ) -> dict[str, Any]:
     """Measure two networks in a runtime: metric (under its name, "accuracy"), prediction agreement, file size, latency.
 
-    A `CompressionWarning` is issued if a classifier is at chance level.
+    The artifact also has its `speedup` over the original by batch size, with a 95 % interval, and the `difference` of
+    its metric to the original's. A `CompressionWarning` is issued if a classifier is at chance level.
 
     Args:
         original: a network, or its ONNX file.
         artifact: an ONNX file, or the folder of a run.
-        loader: batches (images, targets) in the input format of the files; without targets, the metric is None.
+        loader: batches (images, targets) in the input format of the files; without targets, the metric is None. Files
+            that take uint8 pixels get the pixels of normalized images.
         runtime: the runtime for both.
         seconds: time limit for the latency of one batch size, measured in interleaved rounds.
         task: what the network is for; by default classification if it returns logits (N, classes), else distance.
@@ -258,34 +278,5 @@ def compare(
         raise InputError(f"the artifact is a {type(artifact).__name__}. Export it and pass the path of the file.")
     load_runtime(runtime)
     compressed = read_artifact(artifact).model
-    loader, _ = batches_of(loader)
-    batches = [(images.cpu(), targets_in(batch)) for batch in loader if len(images := images_of(batch))]
-    if not isinstance(original, str | Path):
-        original = to_export(original, batches[0][0].float(), "original")
-    with TemporaryDirectory() as folder:
-        path = original if isinstance(original, str | Path) else Path(folder) / "original.onnx"
-        if isinstance(original, nn.Module):
-            write_onnx(original, batches[0][0], path)
-        files = {"original": Path(path), "artifact": compressed}
-        sessions = {name: open_session(file, runtime) for name, file in files.items()}
-        images = [each for each, _ in batches]
-        few = arrays_of(batches[0][0][:2])
-        goal = task_of_files(task_of(task, metric=metric), sessions, few)
-        answers = {name: file_predictions(session, map(arrays_of, images), goal) for name, session in sessions.items()}
-        outputs = file_outputs(sessions["original"], few)
-        targets = targets_for(goal, batches, outputs)
-        warn_of_chance(goal, answers, targets, outputs)
-        if goal.from_original:
-            targets = answers["original"]
-        openers = {name: partial(open_session, file, runtime) for name, file in files.items()}
-        timings = measure_latency(openers, arrays_of(batches[0][0][:1]), seconds=seconds)
-        return {
-            name: {
-                goal.metric: None if targets is None else score(goal, answers[name], targets),
-                "agreement": agreement(goal, answers[name], answers["original"]),
-                "bytes": size_bytes(files[name]),
-                "compressed_bytes": compressed_bytes(files[name]),
-                "latency_ms": {str(size): asdict(timings.spread(name, size)) for size in BATCH_SIZES},
-            }
-            for name in files
-        }
+    asked = task_of(task, metric=metric)
+    return compare_files(original, compressed, loader, asked, runtime=runtime, seconds=seconds)

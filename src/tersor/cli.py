@@ -14,7 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from tersor import cli_compress
-from tersor.cli_output import Document, latency_table, print_json, results_table, schema_of, sensitivity_table
+from tersor.cli_output import (
+    Document,
+    described_input,
+    latency_table,
+    print_json,
+    results_table,
+    schema_of,
+    sensitivity_table,
+)
 from tersor.core.errors import InputError, ProcessLost
 from tersor.core.resources import enough_memory
 from tersor.progress_bars import Bars
@@ -91,7 +99,7 @@ def run(
     results = Results.model_validate_json(numbers)
     console.print(f"results are in {folder / 'report.html'}", highlight=False)
     console.print(results_table(results))
-    console.print(f"written: {folder}", highlight=False)
+    console.print(f"written: {folder}; model.onnx takes {described_input(folder / 'model.onnx')}", highlight=False)
     if as_json:
         sys.stdout.write(numbers)
 
@@ -128,20 +136,35 @@ def sensitivity(
 
 @app.command("eval")
 def evaluate(
-    artifact: Annotated[Path, typer.Argument(help="folder of a run, or ONNX file", show_default=False)],
+    artifact: Annotated[Path, typer.Argument(help="folder of a run or a search, or ONNX file", show_default=False)],
     data: Annotated[str | None, typer.Option(help="image folder or data set [default: from the recipe]")] = None,
     runtime: Annotated[str | None, typer.Option(help="onnxruntime or openvino [default: from the recipe]")] = None,
     task: Annotated[
         str | None,
         typer.Option(help="task of the network: classification, segmentation, ... [default: from the recipe]"),
     ] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="channels of the images, 1 for gray ones [default: those of the file]")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45 [default: from the file]")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="standard deviation of each channel [default: from the file]")] = None,
+    image_size: Annotated[str | None, typer.Option(help="size of the images [default: that of the file]")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure an artifact on test images in its runtime: accuracy, or the metric of its task."""
+    from tersor.pipeline.artifact_settings import ImageOptions
     from tersor.pipeline.evaluate import evaluate as measured
 
+    images = ImageOptions(
+        channels,
+        cli_compress.numbers("--mean", mean),
+        cli_compress.numbers("--std", std),
+        cli_compress.read_size(image_size),
+    )
     with Bars(console) as bars:
-        found = measured(artifact, data, runtime, task, progress=bars)
+        found = measured(artifact, data, runtime, task, images, progress=bars)
     console.print(str(found))
     if as_json:
         print_json(found)
@@ -154,7 +177,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Compare the latency of artifacts in interleaved rounds, in every installed runtime."""
-    from tersor.pipeline.evaluate import LatencyTable, timed
+    from tersor.pipeline.bench import LatencyTable, timed
 
     if not 0 < seconds < float("inf"):
         raise InputError(f"--seconds is {seconds}. Write a number above 0.")
@@ -169,13 +192,18 @@ def bench(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="folder of a run", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="folder of a run or a search", show_default=False)],
 ) -> None:
     """Render report.html again from the measurements in the folder."""
     from tersor.checkpoint.artifact import replace_file
     from tersor.report.page import REPORT, write_report
+    from tersor.search.folder import FRONT, read_front
+    from tersor.search.front_page import write_front_page
 
-    replace_file(folder, REPORT, write_report)
+    if (folder / FRONT).is_file():
+        write_front_page(folder, read_front(folder))
+    else:
+        replace_file(folder, REPORT, write_report)
     console.print(f"written: {folder / REPORT}", highlight=False)
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tersor.cli_output import described_input
 from tersor.core.errors import InputError
 from tersor.core.target import Runtime
 from tersor.progress_bars import Bars
@@ -54,7 +55,7 @@ def compress(
         str | None, typer.Option(help="package.module:function of (outputs, targets) that returns 0 to 1")
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="channels of the images, 1 for grey ones [default: 3]")
+        int | None, typer.Option(min=1, help="channels of the images, 1 for gray ones [default: 3]")
     ] = None,
     mean: Annotated[str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45")] = None,
     std: Annotated[str | None, typer.Option(help="standard deviation of each channel: 0.25,0.24,0.26")] = None,
@@ -92,9 +93,9 @@ def compress(
                 loss=_imported(loss),
                 metric=_imported(metric),
                 channels=channels,
-                mean=_numbers("--mean", mean),
-                std=_numbers("--std", std),
-                image_size=_image_size(image_size),
+                mean=numbers("--mean", mean),
+                std=numbers("--std", std),
+                image_size=read_size(image_size),
                 students=student or [],
                 pixels=pixels or [],
                 augment=augment,
@@ -116,8 +117,8 @@ def compress(
 
     console.print(*verdict_lines(result.numbers), sep="\n", highlight=False, markup=False, soft_wrap=True)
     console.print(front_table(result.numbers))
-    for line in (test_use(result.numbers), last_line(result.numbers, out)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    lines = test_use(result.numbers), f"model.onnx takes {described_input(out / 'model.onnx')}"
+    console.print(*lines, last_line(result.numbers, out), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def pick(
@@ -135,23 +136,26 @@ def pick(
     from tersor.search.verdict_line import single
 
     console = Console()
-    numbers = read_front(folder)
+    front = read_front(folder)
     budget = None
     if max_drop is not None or latency or size:
         budget = Budget(max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None)
-    choice = Result(folder, numbers).pick(budget, point=point)
+    choice = Result(folder, front).pick(budget, point=point)
     print_lines = partial(console.print, sep="\n", highlight=False, markup=False, soft_wrap=True)
-    print_lines(f"budget: {budget}" if budget else f"budget of the search: {Budget.of_numbers(numbers.limits)}")
+    print_lines(f"budget: {budget}" if budget else f"budget of the search: {Budget.of_numbers(front.limits)}")
     if choice.shortfall:
         print_lines(
             f"{choice.point.name} does not meet the budget: {choice.shortfall}"
             if point
             else f"No point meets the budget. Closest point: {choice.shortfall}"
         )
-    shown = numbers.points if choice.point in numbers.points else [*numbers.points, choice.point]
-    console.print(front_table(numbers.model_copy(update={"points": shown, "best": choice.point.name}), "chosen"))
-    print_lines(*single(numbers), f"chosen: {choice.point.name}")
-    print_lines(f"written: {choice.export(out)}" if out else f"file: {choice.file}")
+    shown = front.points if choice.point in front.points else [*front.points, choice.point]
+    console.print(front_table(front.model_copy(update={"points": shown, "best": choice.point.name}), "chosen"))
+    print_lines(*single(front), f"chosen: {choice.point.name}")
+    if out:
+        print_lines(f"written: {choice.export(out)}; it takes {described_input(out)}")
+    else:
+        print_lines(f"file: {choice.file}")
 
 
 def _imported(name: str | None) -> Any:
@@ -161,7 +165,7 @@ def _imported(name: str | None) -> Any:
     return None if name is None else import_function(name)
 
 
-def _numbers(option: str, text: str | None) -> list[float] | None:
+def numbers(option: str, text: str | None) -> list[float] | None:
     """The numbers of `0.49,0.48,0.45`."""
     try:
         return None if text is None else [float(each) for each in text.split(",")]
@@ -169,14 +173,14 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise InputError(f"{option} is '{text}'. Write numbers with commas between them.") from None
 
 
-def _image_size(text: str | None) -> int | list[int] | None:
-    """The pixels of `224` or `160,224`."""
-    numbers = _numbers("--image-size", text)
-    if numbers is None:
+def read_size(text: str | None) -> int | list[int] | None:
+    """The pixels of `224` or `160,224`, of `--image-size`."""
+    sides = numbers("--image-size", text)
+    if sides is None:
         return None
-    if not all(each.is_integer() for each in numbers):
+    if not all(each.is_integer() for each in sides):
         raise InputError(f"--image-size is '{text}'. Write whole numbers of pixels.")
-    return int(numbers[0]) if len(numbers) == 1 else [int(each) for each in numbers]
+    return int(sides[0]) if len(sides) == 1 else [int(each) for each in sides]
 
 
 def front_table(front: Front, best: str = "model.onnx") -> Table:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
 if TYPE_CHECKING:
     from tersor.evaluation.results import Results
-    from tersor.pipeline.evaluate import LatencyTable, TimedFile
+    from tersor.pipeline.bench import LatencyTable, TimedFile
     from tersor.pipeline.sensitivity_analysis import BitCosts
 
 Document = Literal["recipe", "results", "eval", "bench", "sensitivity", "methods"]
 _SHOWN = 10
+_SPARSE = 0.001
+"""Share of zero weights from which it is shown."""
 
 
 def schema_of(document: Document) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def _eval() -> dict[str, Any]:
 def _bench() -> dict[str, Any]:
     from pydantic import TypeAdapter
 
-    from tersor.pipeline.evaluate import LatencyTable
+    from tersor.pipeline.bench import LatencyTable
 
     return TypeAdapter(list[LatencyTable]).json_schema()
 
@@ -81,10 +84,23 @@ def print_json(value: Any) -> None:
     sys.stdout.write(to_json(value, indent=1).decode() + "\n")
 
 
+def described_input(file: Path) -> str:
+    """ "float32 images of 3 x 32 x 32": what an ONNX file takes."""
+    import onnx  # slow to import
+
+    kinds = [each.type.tensor_type for each in onnx.load(str(file), load_external_data=False).graph.input]
+    texts = [
+        f"{onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name} images of "
+        + " x ".join(str(side.dim_value or "any") for side in kind.shape.dim[1:])
+        for kind in kinds
+    ]
+    return " and ".join(texts)
+
+
 def results_table(results: Results) -> Table:
     """The results side by side, and the artifact compared with the original and the baseline."""
     from tersor.report.summary import describe_reduction, entries
-    from tersor.report.verdict import RUNTIMES, describe_speedup, precision_of, reference_entry, same_runtime
+    from tersor.report.verdict import RUNTIMES, describe_speedup, reference_entry, same_runtime
 
     columns, artifact = entries(results), results.artifact
     threads = results.machine.threads
@@ -93,10 +109,13 @@ def results_table(results: Results) -> Table:
     for column in ("", *columns, "vs. original", "vs. baseline"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
-    table.add_row("precision", *[precision_of(entry) for entry in columns.values()])
+    table.add_row("precision", *[entry.precision for entry in columns.values()])
     metric = results.metric
     table.add_row(metric.title, *[f"{entry.score:.{metric.digits}f}" for entry in columns.values()])
     table.add_row("prediction agreement, %", *[f"{entry.agreement:.2f}" for entry in columns.values()])
+    if any(entry.sparsity >= _SPARSE for entry in columns.values()):
+        zeros = [f"{100 * entry.sparsity:.1f}" for entry in columns.values()]
+        table.add_row("zero weights, %", *zeros)
     for label, key, unit in (
         ("MB", "bytes", 1e6),
         ("million MACs", "macs", 1e6),
@@ -139,7 +158,7 @@ def latency_table(measured: LatencyTable, seconds: float) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("file", overflow="fold")
     table.add_column("runtime", no_wrap=True)
-    for column in ("median ms (p10 to p90)", "vs. original", "vs. baseline"):
+    for column in ("median ms (p10 to p90)", *_compared_with(measured)):
         table.add_column(column)
     for each in measured.files:
         spread = each.latency_ms
@@ -149,13 +168,30 @@ def latency_table(measured: LatencyTable, seconds: float) -> Table:
     return table
 
 
+def _compared_with(measured: LatencyTable) -> list[str]:
+    """The titles of the two columns of speedups: the original and the baseline of folders, else the first file."""
+    titles: list[list[str]] = [[], []]
+    roles = [dict.fromkeys(each.roles, each) for each in measured.files]
+    if any("original" in each for each in roles):
+        titles = [["original"], ["baseline"]]
+    first = next((each["first"] for each in roles if "first" in each), None)
+    if first is not None:
+        name = Path(first.file).name
+        titles = [[*titles[0], f"{name} in {first.runtime}"], [*titles[1], f"{name} in its fastest runtime"]]
+    return [f"vs. {' or '.join(each)}" for each in titles]
+
+
 def _compared(file: TimedFile) -> Sequence[str]:
-    """How a file compares with the original and with the baseline, or that it is one of them."""
+    """How a file compares with the two files of its table that the others are compared with, or that it is one."""
     from tersor.report.verdict import describe_speedup
 
     if file.speedup:
-        return [describe_speedup(file.speedup[name]) for name in ("original", "baseline")]
-    return [name if name in file.roles else "" for name in ("original", "baseline")]
+        return [describe_speedup(ratio) for ratio in file.speedup.values()]
+    shown = {"original": "original", "baseline": "baseline", "first": "this file", "first_fastest": "this file"}
+    return [
+        "".join(shown[role] for role in file.roles if role in column)
+        for column in (("original", "first"), ("baseline", "first_fastest"))
+    ]
 
 
 def sensitivity_table(found: BitCosts) -> Table:

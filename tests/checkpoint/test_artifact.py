@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tersor.checkpoint.artifact import read_artifact, replace_file, require_free, write_folder
+from tersor.checkpoint.artifact import read_artifact, read_folder, replace_file, require_free, write_folder
 from tersor.core.errors import InputError
 
 CONTENTS = {"model.onnx": b"network", "original.onnx": b"large network", "checkpoints/last.bin": b"\x00\x01"}
@@ -311,15 +311,16 @@ def test_a_manifest_that_cannot_be_replaced_leaves_nothing_beside(tmp_path, monk
     assert (out / "manifest.json").read_bytes() == before["manifest.json"]
 
 
-def test_only_a_whole_folder_of_a_search_is_called_one(tmp_path):
-    for names, words in (
-        (("front.json",), "is not an artifact"),
-        (("model.onnx",), "is not an artifact"),
-        (("front.json", "model.onnx"), "is the folder of a search"),
-    ):
+def test_only_a_whole_folder_of_a_search_is_read_without_a_manifest(tmp_path):
+    for names in (("front.json",), ("model.onnx",)):
         folder = tmp_path / "-".join(names)
         folder.mkdir()
         for name in names:
             (folder / name).write_text("")
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match="is not an artifact"):
             read_artifact(folder)
+    (folder / "front.json").write_text("")
+    assert read_artifact(folder).model == folder / "model.onnx"
+    assert list(read_artifact(folder).files) == ["model.onnx", "numbers.json"]
+    with pytest.raises(InputError, match=r"belongs to a search, and this needs the folder of a run"):
+        read_folder(folder)

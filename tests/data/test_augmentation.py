@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tersor.core.errors import InputError
-from tersor.data.augmentation import augmented, resolve
+from tersor.data.augmentation import augmented, described, resolve
 
 
 def every_crop(image: np.ndarray) -> dict[tuple[int, int, bool], bytes]:
@@ -176,3 +176,11 @@ def test_transforms_keep_every_value_of_16_bits(channels):
     after, moved = augmented(pixels, masks, resolve(flip), torch.Generator())
     assert torch.equal(after.int(), pixels.int().flip(2))
     assert torch.equal(moved, masks.flip(2))
+
+
+def test_what_a_user_reads_of_an_augmentation():
+    assert described("none") == "none"
+    assert described("flip") == "flip (half of the images are mirrored)"
+    assert described("mine.py:change") == "mine.py:change"
+    assert described([{"RandomCrop": {"size": 32}}, "RandomHorizontalFlip"]) == "RandomCrop, RandomHorizontalFlip"
+    assert described(described) == "described"

@@ -45,7 +45,7 @@ def test_sixteen_bits_are_kept(tmp_path, channels):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "LA"])
-def test_grey_images_have_one_channel(mode):
+def test_gray_images_have_one_channel(mode):
     image = Image.fromarray(PIXELS).convert(mode)
     assert np.array_equal(pixels_of(image, ImageFormat(channels=1), "it")[..., 0], np.asarray(image.convert("L")))
 

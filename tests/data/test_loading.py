@@ -106,7 +106,11 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
         ({"name": "digits", "image_size": 0}, "image_size is 0"),
         ({"name": "digits", "mean": (0, 0, 0)}, "belong together"),
         ({"name": "digits", "mean": (124, 117, 104), "std": (1, 1, 1)}, r"mean is .*in \[0, 1\]"),
-        ({"name": "digits", "mean": (0.5,), "std": (1, 1, 1)}, "Write 3 numbers"),
+        (
+            {"name": "digits", "mean": (0.5,), "std": (1, 1, 1)},
+            r"Write 3 numbers \(for gray images, write channels: 1 or --channels 1\)",
+        ),
+        ({"name": "digits", "mean": (0.5, 0.5), "std": (1, 1)}, r"Write 3 numbers in"),
         ({"name": "digits", "mean": (0, 0, 0), "std": (1, 0, 1)}, "Write 3 numbers above 0"),
         ({"name": "digits", "mean": (0, 0, 0), "std": (1, float("nan"), 1)}, "Write 3 numbers above 0"),
     ],

@@ -107,7 +107,7 @@ def test_a_mask_without_image_is_refused(masks):
 def test_masks_that_are_pictures_of_classes_are_refused(masks, numbers, message):
     for place, count in (("train", 6), ("test", 3)):
         for number in range(count):
-            grey = np.resize(np.array(numbers, np.uint8), (6, 8))
-            Image.fromarray(grey).save(masks / place / "masks" / f"{number}.png")
+            gray = np.resize(np.array(numbers, np.uint8), (6, 8))
+            Image.fromarray(gray).save(masks / place / "masks" / f"{number}.png")
     with pytest.raises(InputError, match=message):
         load(folder=masks)

@@ -58,10 +58,10 @@ def test_digits_stand_out():
     of = scenes()
     contrasts = []
     for number in range(40):
-        grey = of[number].pixels.mean(2)
+        gray = of[number].pixels.mean(2)
         for (left, top, right, bottom), label in zip(of[number].boxes.astype(int), of[number].labels, strict=True):
             inside = of[number].mask[top:bottom, left:right]
-            window = grey[top:bottom, left:right]
+            window = gray[top:bottom, left:right]
             contrasts.append(abs(window[inside == label].mean() - window[inside == 0].mean()))
     assert np.median(contrasts) > 30
 

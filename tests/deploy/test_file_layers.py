@@ -9,7 +9,7 @@ from torch import nn
 
 import tersor
 from tersor.core.errors import CompressionWarning
-from tersor.deploy.file_layers import FileLayer, file_layers
+from tersor.deploy.file_layers import FileLayer, file_layers, stored_precision, weight_bits
 
 
 def network():
@@ -58,3 +58,25 @@ def test_weights_of_matrix_products_in_a_file(tmp_path):
         FileLayer("c", 6, 16),
         FileLayer("last", 2, 32),
     ]
+
+
+def test_weights_of_integer_operators(tmp_path):
+    """As ONNX Runtime's own quantization writes them: the weight of `QLinear` operators is their fourth input."""
+    stored = [numpy_helper.from_array(np.zeros((6, 3, 1, 1), np.int8), "kernel")]
+    stored.append(numpy_helper.from_array(np.zeros((6, 5), np.uint8), "matrix"))
+    nodes = [
+        helper.make_node("QLinearConv", ["x", "s", "z", "kernel", "s", "z", "s", "z"], ["a"], name="conv"),
+        helper.make_node("MatMulInteger", ["a", "matrix"], ["y"], name="product"),
+    ]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], stored)), tmp_path / "model.onnx")
+    assert file_layers(tmp_path / "model.onnx") == [FileLayer("conv", 6, 8), FileLayer("product", 5, 8)]
+    assert stored_precision(tmp_path / "model.onnx", "bfloat16") == "int8, rest bfloat16"
+
+
+def test_integer_constants_of_an_openvino_file(tmp_path):
+    layer = '<layer type="{}"><data element_type="{}"/></layer>'
+    for name, types in {"quantized": ("f32", "i8", "u4", "i64"), "float": ("f32", "i64")}.items():
+        layers = "".join(layer.format("Const", each) for each in types)
+        (tmp_path / f"{name}.xml").write_text(f"<net><layers><layer/>{layers}</layers></net>")
+    assert weight_bits(tmp_path / "quantized.xml") == (4, 8)
+    assert stored_precision(tmp_path / "float.xml", "bfloat16") == "bfloat16"

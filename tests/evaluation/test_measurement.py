@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+import tersor
 from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.data import Batches
@@ -157,6 +158,20 @@ def test_where_one_runtime_is_installed_the_original_is_the_baseline(run):
         "ended_by": dict.fromkeys(("1", "32", "128"), "time"),
     }
     assert found["stages"][0]["speedup"]["1"]["value"] == pytest.approx(4 / 3)
+
+
+def test_a_stage_that_quantizes_is_compared_with_the_file_before_it(run, tmp_path):
+    found, _ = run("onnxruntime", ["onnxruntime"])
+    assert not any("speedup_of_quantization" in stage for stage in found["stages"]), "all files hold floats"
+    images = torch.rand(8, 3, 8, 8)
+    tersor.export(tersor.quantize(Small().eval(), images), images, tmp_path / "model.onnx")
+    found, _ = run("onnxruntime", ["onnxruntime"])
+    first, second = found["stages"]
+    assert "speedup_of_quantization" not in first
+    assert [second["speedup_of_quantization"][size]["value"] for size in ("1", "32", "128")] == pytest.approx(
+        [1.5, 3, 3]
+    )
+    assert found["artifact"]["precision"] == "int8, rest float32"
 
 
 @needs_openvino

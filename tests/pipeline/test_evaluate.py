@@ -13,13 +13,11 @@ from torch import nn
 
 from onnx_files import scaling_file, tiny_proto
 from recorded_progress import RecordedProgress
-from tersor.checkpoint.artifact import write_folder
+from tersor.checkpoint.artifact import read_artifact, write_folder
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
 from tersor.deploy.onnx import export
-from tersor.evaluation.latency import BATCH_SIZES
-from tersor.evaluation.timings import Timings
-from tersor.pipeline import evaluate as module
+from tersor.pipeline.artifact_settings import ImageOptions
 from tersor.pipeline.evaluate import evaluate
 
 
@@ -75,6 +73,91 @@ def test_images_have_the_channels_of_the_file_and_their_normalization_is_said(im
     )
 
 
+RGB = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def test_a_given_normalization_is_used_and_named(images, tmp_path):
+    """A network whose logits are the mean of the red channel and 0: positive where red is above its given mean."""
+    model = network(2)
+    model[0] = nn.Conv2d(3, 4, 1)
+    model[0].weight.data = torch.eye(4, 3)[:, :, None, None]
+    model[0].bias.data.zero_()
+    model[3].weight.data = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])
+    model[3].bias.data.zero_()
+    for name in ("cat", "dog"):
+        red = Image.new("RGB", (8, 8), (100 if name == "cat" else 80, 0, 0))
+        for number in range(3):
+            red.save(images / "test" / name / f"{number}.png")
+    file, progress = export(model, torch.rand(1, 3, 8, 8), tmp_path / "model.onnx"), RecordedProgress()
+    options = ImageOptions(mean=[90 / 255, 0.4, 0.3], std=[0.2, 0.25, 0.3])
+    assert evaluate(file, str(images), None, options=options, progress=progress).score == 100
+    assert "normalization: mean 0.353 0.4 0.3, std 0.2 0.25 0.3 (given)" in progress.lines
+    low = ImageOptions(mean=[0.0, 0.4, 0.3], std=[0.2, 0.25, 0.3])
+    assert evaluate(file, str(images), None, options=low, progress=progress).score == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"mean": [0.1, 0.4, 0.3], "std": RGB[1]},
+            r"--mean is 0\.1 0\.4 0\.3, but the network was exported with mean 0\.5 0\.4 0\.3 and std 0\.2 0\.25 ",
+        ),
+        ({"std": [0.3, 0.3, 0.3]}, r"--std is 0\.3 0\.3 0\.3, but"),
+        ({"channels": 1}, r"--channels is 1, but the file takes 3 channels\. Leave it out"),
+        ({"image_size": 9}, r"--image-size is 9 x 9, but the file takes 8 x 8"),
+        ({"image_size": [8, 16]}, r"--image-size is 8 x 16, but the file takes 8 x 8"),
+    ],
+)
+def test_what_contradicts_the_file_is_one_message(images, tmp_path, options, words):
+    file = export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", normalization=RGB)
+    with pytest.raises(InputError, match=words):
+        evaluate(file, str(images), None, options=ImageOptions(**options), progress=NullProgress())
+
+
+def test_the_same_numbers_with_fewer_digits_do_not_contradict_the_file(images, tmp_path):
+    mean = (0.4914, 0.4822, 0.4465)
+    file = export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", normalization=(mean, RGB[1]))
+    options, progress = ImageOptions(3, [0.491, 0.482, 0.447], RGB[1], 8), RecordedProgress()
+    assert evaluate(file, str(images), None, options=options, progress=progress).images == 6
+    assert "normalization: mean 0.491 0.482 0.447, std 0.2 0.25 0.3 (from the artifact)" in progress.lines
+
+
+def test_a_file_for_pixels_takes_no_normalization(images, tmp_path):
+    file = export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", pixels=RGB)
+    assert evaluate(file, str(images), None, progress=NullProgress()).images == 6
+    with pytest.raises(InputError, match="takes uint8 pixels and normalizes them itself"):
+        evaluate(file, str(images), None, options=ImageOptions(mean=RGB[0], std=RGB[1]), progress=NullProgress())
+
+
+def test_images_have_the_size_of_the_file(images, tmp_path):
+    for part in ("train", "test"):
+        Image.new("RGB", (11, 20)).save(images / part / "cat" / "tall.png")
+    file, progress = export(network(2), torch.rand(1, 3, 8, 6), tmp_path / "model.onnx"), RecordedProgress()
+    assert evaluate(file, str(images), None, progress=progress).images == 7
+    assert "images of another size are resized to 8 x 6, which the file takes" in progress.lines
+
+
+def test_the_folders_of_a_search_and_of_its_points(images, tmp_path):
+    """They have no manifest; the points hold the normalization in their files, the search in `front.json`."""
+    search, point = tmp_path / "search", tmp_path / "search" / "points" / "small"
+    point.mkdir(parents=True)
+    (search / "baselines").mkdir()
+    recipe = f"{{model: {{name: resnet20}}, data: {{folder: '{images}'}}, stages: [{{name: a}}]}}"
+    for folder in (search, point):
+        export(network(2), torch.rand(1, 3, 8, 8), folder / "model.onnx", normalization=RGB)
+        (folder / "recipe.yaml").write_text(recipe)
+    scaling_file(search / "baselines" / "original.onnx", 2.0)
+    (search / "front.json").write_text('{"runtime": "onnxruntime", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}')
+    (point / "numbers.json").write_text('{"name": "small", "runtime": "onnxruntime", "validation": 90.0}')
+    for folder in (search, point):
+        progress = RecordedProgress()
+        found = evaluate(folder, None, None, progress=progress)
+        assert (found.images, found.runtime) == (6, "onnxruntime")
+        assert "normalization: mean 0.5 0.4 0.3, std 0.2 0.25 0.3 (from the artifact)" in progress.lines
+        assert read_artifact(folder).files["original.onnx"] == search / "baselines" / "original.onnx"
+
+
 def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):
     def fill(folder):
         for name, factor in (("original", 2.0), ("model", 3.0)):
@@ -85,7 +168,7 @@ def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):
     assert (found.metric, found.shown) == ("relative error", "50.00 %")
 
 
-def test_the_bits_of_a_quantized_file_are_named(images, tmp_path):
+def test_the_precision_of_a_quantized_file_is_that_of_its_weights(images, tmp_path):
     proto, weights = tiny_proto(np.random.default_rng(0))
     kernel = [each.name for each in proto.graph.initializer].index("kernel")
     stored, scale = weights["kernel"].astype(np.int8), np.float32(0.1)
@@ -97,57 +180,7 @@ def test_the_bits_of_a_quantized_file_are_named(images, tmp_path):
         for part in ("train", "test"):
             shutil.copytree(images / part / "cat", images / part / name)
     found = evaluate(tmp_path / "int8.onnx", str(images), None, progress=NullProgress())
-    assert str(found).endswith(" of 15 test images, onnxruntime in 8 bits (the rest in float32)")
-
-
-def test_files_are_timed_beside_the_first_of_them(tmp_path, monkeypatch):
-    for name in ("one", "two"):
-        export(network(2), torch.rand(1, 3, 8, 8), tmp_path / f"{name}.onnx")
-    one, two = (str(tmp_path / f"{name}.onnx") for name in ("one", "two"))
-    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
-
-    def latency(contenders, example, *, ratios, seconds):
-        assert example.shape == (1, 3, 8, 8)
-        ms = {name: 2.0 if "one" in name else 1.0 for name in contenders}
-        groups = {
-            name: {size: [[value], [1.01 * value], [0.99 * value]] for size in BATCH_SIZES}
-            for name, value in ms.items()
-        }
-        timings = Timings(groups, dict.fromkeys(BATCH_SIZES, "interval"))
-        assert [round(ratio.value, 6) for ratio in ratios(timings, 1)] == [2, 2], "original and baseline"
-        return timings
-
-    monkeypatch.setattr(module, "measure_latency", latency)
-    tables = list(module.timed([tmp_path / "one.onnx", tmp_path / "two.onnx"], 1.0))
-    assert [(each.batch_size, each.rounds, each.ended_by) for each in tables] == [
-        (size, 3, "interval") for size in BATCH_SIZES
-    ]
-    for each in tables:
-        original, artifact = each.files
-        assert (original.file, artifact.file) == (one, two)
-        assert (original.runtime, original.precision, original.latency_ms.median) == ("onnxruntime", "float32", 2.0)
-        assert (original.roles, original.speedup) == (["original", "baseline"], {})
-        assert {name: round(ratio.value, 6) for name, ratio in artifact.speedup.items()} == {
-            "original": 2,
-            "baseline": 2,
-        }
-
-
-def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
-    for size in (8, 16):
-        export(network(2), torch.rand(1, 3, size, size), tmp_path / f"{size}.onnx")
-    shapes = []
-
-    def latency(contenders, example, **_options):
-        shapes.append((example.shape, [name.rpartition("/")[2].split(".")[0] for name in contenders]))
-        return Timings({name: {size: [[1.0], [1.0]] for size in BATCH_SIZES} for name in contenders},
-                       dict.fromkeys(BATCH_SIZES, "time"))  # fmt: skip
-
-    monkeypatch.setattr(module, "measure_latency", latency)
-    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
-    tables = list(module.timed([tmp_path / "8.onnx", tmp_path / "16.onnx"], 1.0))
-    assert shapes == [((1, 3, 8, 8), ["8"]), ((1, 3, 16, 16), ["16"])]
-    assert len(tables) == 6
+    assert str(found).endswith(" of 15 test images, onnxruntime in int8, rest float32")
 
 
 def folder_saying(tmp_path, *, recipe, numbers):

@@ -1,7 +1,6 @@
 """The phases of a run, and what it says of an artifact that answers otherwise than torch."""
 
 import importlib
-import re
 from pathlib import Path
 
 import onnx
@@ -12,12 +11,15 @@ from torch import nn
 from recorded_progress import RecordedProgress
 from tersor import recipe as recipes
 from tersor.core.errors import InputError
+from tersor.evaluation.results import Metric, Results
 from tersor.methods.ptq import PTQ
 from tersor.models import build
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.run import _disagreement
 from tersor.recipe import parse
 from tersor.training.context import AttachContext
+
+ACCURACY = Metric(name="accuracy", unit="%", higher_is_better=True)
 
 module = importlib.import_module("tersor.pipeline.run")
 
@@ -28,10 +30,12 @@ def test_few_bits_may_answer_otherwise_and_eight_may_not(bits, harmless):
         build("resnet20", 10).eval(), AttachContext(data=[torch.randn(4, 3, 16, 16)])
     )
     attached.begin()
-    told = _disagreement(96.0, attached.model, "accuracy")
-    assert re.search(r"96.00 % of the artifact's predictions agree with torch's", told)
+    results = Results.model_construct(agreement_with_torch=96.0, metric=ACCURACY)
+    told = _disagreement(results, attached.model)
+    assert told.startswith("only 96.00 % of the predictions of model.onnx agree with those of the network in torch. ")
     assert ("Do not deploy model.onnx" in told) != harmless
-    assert "Do not deploy model.onnx" in _disagreement(96.0, build("resnet20", 10), "accuracy")
+    assert "Do not deploy model.onnx" in _disagreement(results, build("resnet20", 10))
+    assert not _disagreement(results.model_copy(update={"agreement_with_torch": 99.0}), attached.model)
 
 
 RECIPE = "{model: {name: resnet20}, data: {name: digits}, stages: [{name: a}]}"

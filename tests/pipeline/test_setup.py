@@ -70,6 +70,16 @@ def test_a_network_that_is_given_is_trained_and_copied():
     assert made.data.mean == (0.5,) * 3
 
 
+def test_the_augmentation_is_named_where_something_is_trained():
+    data = DataSource(name="digits", augment="crop_flip")
+    progress = RecordedProgress()
+    prepare(recipe(data=data), model=network(), data=splits(), progress=progress)
+    line = "augmentation of the training images: crop_flip (half of the images are mirrored, each is shifted by"
+    assert any(each.startswith(line) for each in progress.lines)
+    without = (Stage(name="convert", steps=0, epochs=0),)
+    assert not any("augmentation" in each for each in prepared(network(), stages=without)[1])
+
+
 def test_a_network_without_weights_is_not_trained_and_its_teacher_is_trained_first(tmp_path):
     made, _ = prepared(teacher=Teacher(name=OWN, epochs=1))
     assert not made.model_is_trained

@@ -23,6 +23,7 @@ def entry(
     return {
         "runtime": runtime,
         "precision": precision,
+        "float_precision": precision.rpartition(" ")[2],
         "score": score,
         "agreement": 100.0,
         "bytes": size,

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from samples import alone, evidence_of, numbers_of, positions_of
+from samples import alone, evidence_of, numbers_of, positions_of, ratio_of
 
 from browser import CHROMIUM, chromium
 from tersor import cli
@@ -101,11 +101,31 @@ def test_the_share_of_the_peak_throughput(page):
     assert "at least 80 % of the peak" in section
 
 
-def test_the_precision_of_a_quantized_network_is_int8(page):
+def test_the_precision_is_that_of_the_numbers(page):
     numbers = numbers_of()
-    numbers["artifact"]["integer_macs_share"] = 0.97
+    numbers["artifact"]["precision"] = "int8, rest float32"
     cells = re.search(r'<th scope="row">precision</th>(.*?)</tr>', page(numbers), re.DOTALL)[1]
     assert re.findall("<td>([^<]+)</td>", cells)[::2] == ["float32", "int8, rest float32"]
+
+
+def test_the_page_warns_of_a_file_that_disagrees_with_torch(page):
+    numbers = numbers_of(agreement_with_torch=97.5)
+    warning = "Warning: only 97.50 % of the predictions of model.onnx agree with those of the network in torch."
+    assert warning in page(numbers)
+    assert "agree with those" not in page(numbers | {"agreement_with_torch": 99.0})
+
+
+def test_the_page_warns_of_a_quantization_that_made_the_file_slower(page):
+    numbers = numbers_of()
+    ratios = {"1": ratio_of(0.8), "32": ratio_of(1.0), "128": ratio_of(0.5)}
+    numbers["stages"][-1]["speedup_of_quantization"] = ratios
+    warning = (
+        "Warning: stage quantize: the quantized file is 1.2x slower (1.2 to 1.3) at batch 1 and "
+        "2.0x slower (1.9 to 2.1) at batch 128 than the file before this stage."
+    )
+    assert warning in page(numbers)
+    numbers["stages"][-1]["speedup_of_quantization"] = {"1": ratio_of(1.5)}
+    assert "Warning" not in page(numbers)
 
 
 def test_the_page_has_all_sections(page):

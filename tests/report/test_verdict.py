@@ -193,10 +193,20 @@ def test_a_larger_error_is_not_recommended(score, file):
     assert f"Deploy {file}" in verdict(numbers)
 
 
+def test_the_table_of_a_run_has_the_share_of_zero_weights_if_there_are_any():
+    numbers = numbers_of()
+    table = results_table(Results.model_validate(numbers))
+    assert "zero weights, %" not in [*table.columns[0].cells]
+    numbers["artifact"]["sparsity"] = 0.7004
+    table = results_table(Results.model_validate(numbers))
+    place = [*table.columns[0].cells].index("zero weights, %")
+    assert [[*column.cells][place] for column in table.columns] == ["zero weights, %", "0.0", "0.0", "70.0", "", ""]
+
+
 def test_the_table_of_a_run_names_one_thread_and_the_integers():
     numbers = numbers_of()
     numbers["machine"]["threads"] = 1
-    numbers["artifact"]["integer_macs_share"] = 1.0
+    numbers["artifact"]["precision"] = "int8, rest float32"
     table = results_table(Results.model_validate(numbers))
     assert table.title == "Some CPU, 1 thread"
     place = [*table.columns[0].cells].index("precision")

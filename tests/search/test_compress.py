@@ -210,10 +210,11 @@ def test_wrong_arguments_are_one_message(few, tmp_path, changed, message):
         tersor.compress(given.pop("model"), given.pop("data"), **given)
 
 
-def test_a_folder_names_its_files_to_the_other_commands(without_time):
+def test_the_other_commands_find_the_files_of_a_search(without_time):
     folder = without_time[0].folder
-    with pytest.raises(InputError, match=r"folder of a search\. Pass its file .*model\.onnx"):
-        read_artifact(folder)
+    found = read_artifact(folder)
+    assert found.model == folder / "model.onnx"
+    assert found.files["original.onnx"] == folder / UNCHANGED
 
 
 def test_pick_after_a_search_that_measured_nothing(tmp_path):

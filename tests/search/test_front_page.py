@@ -7,6 +7,7 @@ import pytest
 from front_samples import evidence_for, front_of, write
 
 from browser import CHROMIUM, chromium
+from tersor import cli
 from tersor.search.front_page import charts, write_front_page
 
 
@@ -122,6 +123,18 @@ def test_every_control_in_chromium(page):
         assert browser.value(displayed) == "none,none"
         assert browser.complaints == []
         assert {url for url in browser.requests if not url.startswith("data:")} == {page.as_uri()}
+
+
+def test_the_command_renders_the_page_of_a_search_again(tmp_path, monkeypatch):
+    write(tmp_path, front_of(3))
+    (tmp_path / "front.json").write_text(front_of(3).model_dump_json())
+    page = write_front_page(tmp_path, front_of(3)).read_bytes()
+    (tmp_path / "report.html").unlink()
+    monkeypatch.setattr("sys.argv", ["tersor", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert (tmp_path / "report.html").read_bytes() == page
 
 
 @pytest.mark.slow

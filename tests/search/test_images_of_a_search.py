@@ -19,14 +19,14 @@ from tersor.search.request import Request, experiment_of
 from tersor.search.workbench import Workbench
 
 
-def grey_net():
+def gray_net():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Eight grey images of 16x16 pixels in two classes, in train and in test."""
-    path = tmp_path_factory.mktemp("grey")
+    """Eight gray images of 16x16 pixels in two classes, in train and in test."""
+    path = tmp_path_factory.mktemp("gray")
     for number in range(16):
         place = path / ("train", "test")[number % 2] / str(number // 2 % 2)
         place.mkdir(parents=True, exist_ok=True)
@@ -37,10 +37,10 @@ def folder(tmp_path_factory):
 def request(data, **options):
     standard = {"weights": None, "runtime": "onnxruntime", "students": (), "pixels": (), "augment": None}
     standard |= {"limit": None, "seed": 0, "task": "classification"}
-    return Request(**{"model": grey_net(), "data": data, **standard, **options})
+    return Request(**{"model": gray_net(), "data": data, **standard, **options})
 
 
-def test_grey_images_are_read_with_one_channel(folder):
+def test_gray_images_are_read_with_one_channel(folder):
     progress = RecordedProgress()
     experiment = experiment_of(request(folder, channels=1, mean=(0.4,), std=(0.2,), image_size=8), progress)
     assert "normalization: mean 0.4, std 0.2 (given)" in progress.lines
@@ -50,7 +50,7 @@ def test_grey_images_are_read_with_one_channel(folder):
     assert (source.channels, source.mean, source.std, source.image_size) == (1, (0.4,), (0.2,), 8), "for `tersor run`"
 
 
-def test_a_grey_network_on_rgb_images_names_the_option(folder):
+def test_a_gray_network_on_rgb_images_names_the_option(folder):
     with pytest.raises(InputError, match=r"It takes images \(N, 1, H, W\).*--channels 1 for `tersor compress`"):
         experiment_of(request(folder), NO_PROGRESS)
 
@@ -58,11 +58,11 @@ def test_a_grey_network_on_rgb_images_names_the_option(folder):
 def test_images_of_a_function_keep_their_channels(folder, monkeypatch):
     images = load(folder=folder, channels=1, validation=0.25)
     monkeypatch.setattr("tersor.data.datasets.import_function", lambda _: lambda: images)
-    assert experiment_of(request("my_data:grey"), NO_PROGRESS).recipe.data.channels == 1
+    assert experiment_of(request("my_data:gray"), NO_PROGRESS).recipe.data.channels == 1
     with pytest.raises(InputError, match=r"1 channel, and 3 are requested. Write channels: 1 in a recipe"):
-        experiment_of(request("my_data:grey", channels=3), NO_PROGRESS)
+        experiment_of(request("my_data:gray", channels=3), NO_PROGRESS)
     with pytest.raises(InputError, match=r"mean is \[0.5, 0.5\]. Write 1 number in"):
-        experiment_of(request("my_data:grey", mean=(0.5, 0.5), std=(0.5, 0.5)), NO_PROGRESS)
+        experiment_of(request("my_data:gray", mean=(0.5, 0.5), std=(0.5, 0.5)), NO_PROGRESS)
 
 
 def test_options_of_reading_do_not_go_with_images_that_are_read(folder):
@@ -73,7 +73,7 @@ def test_options_of_reading_do_not_go_with_images_that_are_read(folder):
         request(images, channels=1, image_size=8)
 
 
-def test_the_shipped_students_take_grey_images(folder, tmp_path):
+def test_the_shipped_students_take_gray_images(folder, tmp_path):
     experiment = experiment_of(request(folder, channels=1), NO_PROGRESS)
     bench = Workbench(experiment, {"wide_plain_8": None}, tmp_path, NO_PROGRESS)
     assert bench.student("wide_plain_8")(torch.zeros(1, 1, 16, 16)).shape == (1, 2)

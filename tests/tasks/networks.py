@@ -95,17 +95,17 @@ def network(task: str) -> nn.Module:
 
 def targets(task: str, images: torch.Tensor):
     """Targets of uint8 images (N, 3, H, W) for a task; None where the original gives them."""
-    grey = images.float().mean(1)
-    mean = grey.mean((1, 2))
+    gray = images.float().mean(1)
+    mean = gray.mean((1, 2))
     if task == "segmentation":
-        return torch.bucketize(grey, torch.tensor([90.0, 160.0]))
+        return torch.bucketize(gray, torch.tensor([90.0, 160.0]))
     if task == "detection":
         boxes = torch.tensor([[2.0, 2.0, 9.0, 9.0]])
         return [{"boxes": boxes, "labels": torch.tensor([1])} for _ in images]
     if task == "multilabel":
         return torch.stack([mean > 127, mean > 128, mean > 129], 1).long()
     if task == "regression":
-        return torch.stack([mean, grey.std((1, 2))], 1) / 255
+        return torch.stack([mean, gray.std((1, 2))], 1) / 255
     return (mean > 127.5).long() if task == "classification" else None
 
 

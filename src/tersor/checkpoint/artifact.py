@@ -29,6 +29,8 @@ MODEL = "model.onnx"
 _LARGEST_MANIFEST = 2**22
 _LONGEST_NAME = 200
 _BARE = (".onnx", ".xml")
+_FRONT = "front.json"
+"""In the folder of a search, which has no manifest because its files change until the search ends."""
 
 
 _Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -136,6 +138,8 @@ def replace_file(path: Path | str, name: str, write: Callable[[Path], object]) -
 def read_artifact(path: Path | str) -> Artifact:
     """Verify a folder written by `write_folder` and find its model, or accept a single model file.
 
+    The folder of a search and those of its points have no manifest: their files are accepted as single files are.
+
     Raises:
         InputError: neither of them, or files are missing or damaged; the message names them.
     """
@@ -147,13 +151,27 @@ def read_artifact(path: Path | str) -> Artifact:
         return Artifact(path, path, {path.name: path})
     if not path.is_dir():
         raise InputError(f"file or folder {path} not found.")
-    files = read_folder(path)
+    files = _files_of_search(path) or read_folder(path)
     if MODEL not in files:
         raise InputError(f"{path} holds no {MODEL}, only {', '.join(files)}.")
     for name, file in files.items():
         if name.endswith(".onnx"):
             refuse_outside(file)
     return Artifact(path, files[MODEL], files)
+
+
+def _files_of_search(path: Path) -> dict[str, Path]:
+    """The files of the folder of a search, or of one of its points, under the names of a run; empty for others."""
+    search = path if (path / _FRONT).is_file() else path.absolute().parent.parent
+    if (path / MANIFEST).is_file() or not (path / MODEL).is_file() or not (search / _FRONT).is_file():
+        return {}
+    files = {
+        MODEL: path / MODEL,
+        "recipe.yaml": path / "recipe.yaml",
+        "numbers.json": path / (_FRONT if search == path else "numbers.json"),
+        "original.onnx": search / "baselines" / "original.onnx",
+    }
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def read_folder(path: Path) -> dict[str, Path]:
@@ -188,9 +206,10 @@ def _dump(manifest: _Manifest, file: Path) -> None:
 def _read_manifest(folder: Path) -> _Manifest:
     file = folder / MANIFEST
     if not file.is_file():
-        if (folder / "front.json").is_file() and (folder / MODEL).is_file():
+        if _files_of_search(folder):
             raise InputError(
-                f"{folder} is the folder of a search. Pass its file {folder / MODEL}, or one of {folder / 'points'}."
+                f"{folder} belongs to a search, and this needs the folder of a run. Give its recipe to `tersor run`; "
+                "the report of a search is in the folder of the search."
             )
         raise InputError(f"{folder} is not an artifact: it holds no {MANIFEST}. Pass a folder written by a run.")
     try:

@@ -22,6 +22,10 @@ Augmentation = str | Sequence[str | Mapping[str, Mapping[str, Any] | None]] | Tr
 
 _LARGEST = 2**16 - 1
 
+_MEANINGS = {
+    "flip": "half of the images are mirrored",
+    "crop_flip": "half of the images are mirrored, each is shifted by up to an eighth of its size",
+}
 _FORMS = (
     f"Possible: {', '.join(NAMES)}; package.module:function; or a list of torchvision.transforms.v2, such as "
     "[{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip]."
@@ -41,6 +45,16 @@ def resolve(augmentation: Augmentation) -> Named | Transform:
             raise unknown("augmentation", augmentation, [*NAMES, "package.module:function"])
         return cast("Named", augmentation)
     return augmentation if callable(augmentation) else _composed(augmentation)
+
+
+def described(augmentation: Augmentation) -> str:
+    """ "flip (half of the images are mirrored)": what a user reads of an augmentation."""
+    if isinstance(augmentation, str):
+        meaning = _MEANINGS.get(augmentation)
+        return f"{augmentation} ({meaning})" if meaning else augmentation
+    if callable(augmentation):
+        return getattr(augmentation, "__name__", type(augmentation).__name__)
+    return ", ".join(each if isinstance(each, str) else next(iter(each)) for each in augmentation)
 
 
 def augmented(

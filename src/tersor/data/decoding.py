@@ -33,7 +33,7 @@ class ImageFormat:
 
     Attributes:
         size: height and width in pixels; None keeps the size.
-        channels: 3 for RGB, 1 for grey, 4 for RGBA (a file with four channels of another kind keeps them).
+        channels: 3 for RGB, 1 for gray, 4 for RGBA (a file with four channels of another kind keeps them).
         crop: whether the image is resized until it covers `size`, and the centre is cropped; otherwise both sides are
             resized, which can change the aspect, so that nothing of a mask or a box is cut off.
     """
@@ -123,7 +123,7 @@ def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[n
     """Convert a mask to class numbers (H, W), the nearest ones if it is resized to `size` (height, width).
 
     Args:
-        image: a palette or grey Pillow image, or an integer tensor or array (H, W), whose values are class numbers.
+        image: a palette or gray Pillow image, or an integer tensor or array (H, W), whose values are class numbers.
         size: height and width; None keeps the size.
         name: of the mask, in errors.
 
@@ -133,7 +133,7 @@ def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[n
     if isinstance(image, Image.Image):
         if image.mode not in {"P", "L", "1", "I;16", "I"}:
             raise InputError(
-                f"{name} is a mask of Pillow mode '{image.mode}'. Possible: a palette or grey image whose values are "
+                f"{name} is a mask of Pillow mode '{image.mode}'. Possible: a palette or gray image whose values are "
                 "class numbers. Convert colours to class numbers."
             )
         image = np.asarray(image)
@@ -154,7 +154,7 @@ def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[n
 
 
 def _layers(image: object, channels: int, name: str) -> list[Image.Image]:
-    """Pillow images whose channels, one after the other, are those of `image`: RGB, grey, or float32 for 16 bits."""
+    """Pillow images whose channels, one after the other, are those of `image`: RGB, gray, or float32 for 16 bits."""
     if isinstance(image, Tensor):
         return _layers_of_tensor(image, channels, name)
     if not isinstance(image, Image.Image):

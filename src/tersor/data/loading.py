@@ -69,7 +69,7 @@ def load(
         image_size: height and width in pixels, or one number for both; None if all images have the same size. Images
             with classes or values are resized until they cover it, and the centre is cropped. Images with masks or
             boxes are resized to exactly this size, with their targets.
-        channels: 3, or 1 for grey images, or 4; data sets of tensors may have any number. By default 3, or those of the
+        channels: 3, or 1 for gray images, or 4; data sets of tensors may have any number. By default 3, or those of the
             `Splits` that a function returns. Images with 16 bits per channel keep the 16 bits.
         validation: fraction of the training images to hold out, in [0, 1), stratified by class; ignored if the data
             set has validation images.
@@ -170,7 +170,7 @@ def _check(
     std: Sequence[float] | None,
 ) -> None:
     if channels is not None and channels < 1:
-        raise InputError(f"channels is {channels}. Write 3, 1 for grey images, or 4.")
+        raise InputError(f"channels is {channels}. Write 3, 1 for gray images, or 4.")
     if not 0 <= validation < 1:
         raise InputError(f"validation is {validation}. Write a fraction of at least 0 (none) and below 1, such as 0.1.")
     if limit is not None and limit < 1:
@@ -183,6 +183,8 @@ def _check(
 
 def _check_normalization(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     wanted = counted(channels, "number")
+    if channels > 1 and any(each is not None and len(each) == 1 for each in (mean, std)):
+        wanted += " (for gray images, write channels: 1 or --channels 1)"
     if mean is not None and not (len(mean) == channels and all(0 <= value <= 1 for value in mean)):
         raise InputError(f"mean is {list(mean)}. Write {wanted} in [0, 1], for pixels in [0, 1].")
     if std is not None and not (len(std) == channels and all(0 < value < float("inf") for value in std)):

@@ -1,4 +1,4 @@
-"""The convolutions and matrix products of an ONNX file: names, output channels and stored bits of their weights."""
+"""The convolutions and matrix products of a model file: names, output channels and stored bits of their weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 _PASSED = {"DequantizeLinear", "Cast"}
 _BITS = {"INT8": 8, "UINT8": 8, "INT4": 4, "UINT4": 4, "FLOAT16": 16, "BFLOAT16": 16}
+_WEIGHT_INPUT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}
 FLOAT_BITS = 32
+_MOST_BITS = 8
+"""Of a quantized weight."""
+_OPENVINO_INTEGERS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ def file_layers(path: Path) -> list[FileLayer]:
     """The layers with a stored weight, in the order of execution.
 
     Args:
-        path: a file of `deploy/onnx.py`.
+        path: an ONNX file: of `deploy/onnx.py`, or with the integer operators of ONNX Runtime's own quantization.
     """
     import onnx  # here, because it is slow to import
 
@@ -41,24 +46,43 @@ def file_layers(path: Path) -> list[FileLayer]:
     layers: list[FileLayer] = []
     for node in graph.node:
         axis = _channel_axis(node)
-        weight = None if axis is None else _stored(node.input[1], weights, makers)
+        weight = None if axis is None else _stored(node.input[_WEIGHT_INPUT.get(node.op_type, 1)], weights, makers)
         if weight is not None and axis is not None:
             bits = _BITS.get(onnx.TensorProto.DataType.Name(weight.data_type), FLOAT_BITS)
             layers.append(FileLayer(node.name or node.output[0], weight.dims[axis], bits))
     return layers
 
 
+def weight_bits(path: Path) -> tuple[int, ...]:
+    """The stored bits of quantized weights, sorted; empty for a float file.
+
+    Args:
+        path: an `.onnx` file, or OpenVINO's `.xml`, where every integer constant of at most 8 bits is a weight.
+    """
+    if path.suffix == ".xml":
+        constants = [layer.find("data") for layer in ElementTree.parse(path).iter("layer")]  # noqa: S314  # opened before
+        types = {data.get("element_type", "") for data in constants if data is not None}
+        return tuple(sorted({_OPENVINO_INTEGERS[each] for each in types & set(_OPENVINO_INTEGERS)}))
+    return tuple(sorted({layer.bits for layer in file_layers(path) if layer.bits <= _MOST_BITS}))
+
+
+def stored_precision(path: Path, executed: str) -> str:
+    """ "int8, rest float32", "int4 and int8, rest float32", or for a float file the precision that is `executed`."""
+    bits = weight_bits(path)
+    return f"{' and '.join(f'int{each}' for each in bits)}, rest {executed}" if bits else executed
+
+
 def _channel_axis(node: Any) -> int | None:
     """The axis of the output channels in the weight; None for other operators."""
     match node.op_type:
-        case "Conv":
+        case "Conv" | "QLinearConv" | "ConvInteger":
             return 0
         case "ConvTranspose":
             return 1
-        case "Gemm":
+        case "Gemm" | "QGemm":
             transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
             return 0 if transposed else 1
-        case "MatMul":
+        case "MatMul" | "QLinearMatMul" | "MatMulInteger":
             return -1
         case _:
             return None

@@ -85,7 +85,8 @@ def export(
         path: file to write, `*.onnx`; an existing one is replaced.
         classes: class names, stored in the file's metadata as JSON under `classes`.
         pixels: mean and standard deviation; the file then takes uint8 pixels (N, 3, H, W) and normalizes them itself.
-        normalization: mean and standard deviation of the images, stored in the metadata as JSON under `normalization`.
+        normalization: mean and standard deviation of the images, stored in the metadata as JSON under `normalization`;
+            by default `pixels`.
         batch: batch size; dynamic by default.
 
     Raises:
@@ -113,7 +114,7 @@ def export(
     _strip_metadata(proto, output_names(program, [each.name for each in proto.graph.input]))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
-    if normalization is not None:
+    if normalization := normalization or pixels:
         mean, std = normalization
         proto.metadata_props.add(key="normalization", value=json.dumps({"mean": list(mean), "std": list(std)}))
     onnx.checker.check_model(proto, full_check=True)

@@ -48,7 +48,7 @@ _MAX_RUNS = 5
 
 def measure_latency(
     openers: Mapping[str, Callable[[], Session]],
-    example: FileArrays,
+    example: FileArrays | Mapping[str, FileArrays],
     batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
     ratios: Callable[[Timings, int], Iterable[Ratio]] | None = None,
@@ -59,7 +59,8 @@ def measure_latency(
 
     Args:
         openers: functions that open a session, by the model's name.
-        example: one image (1, C, H, W), or one row of several inputs, repeated to fill a batch.
+        example: one image (1, C, H, W), or one row of several inputs, repeated to fill a batch; by the model's name if
+            the models differ in it.
         batch_sizes: images per batch.
         ratios: (timings so far, batch size) -> the ratios of interest; by default those of every model against the
             first. A batch size ends when all their intervals are narrower than 10 %.
@@ -70,11 +71,16 @@ def measure_latency(
         InputError: a file cannot be opened, or a network does not accept the example or the batch size.
     """
     assert openers, "nothing to time"
-    assert len(example) == 1, "one image"
     names = list(openers)
+    examples = example if isinstance(example, Mapping) else dict.fromkeys(names, example)
+    assert all(len(each) == 1 for each in examples.values()), "one image"
     ratios = ratios or (lambda timings, size: [timings.ratio(name, names[0], size) for name in names[1:]])
     rounds = {
-        size: _Rounds(example[np.zeros(size, np.int64)], names, seconds, least_groups or _MIN_GROUPS)
+        size: _Rounds(
+            {name: each[np.zeros(size, np.int64)] for name, each in examples.items()},
+            seconds,
+            least_groups or _MIN_GROUPS,
+        )
         for size in batch_sizes
     }
     timings = Timings({name: {size: each.groups[name] for size, each in rounds.items()} for name in names}, {})
@@ -108,9 +114,9 @@ class _Rounds:
         ended_by: why the measurement ended; None while it runs.
     """
 
-    def __init__(self, batch: FileArrays, names: Sequence[str], seconds: float, least_groups: int) -> None:
-        self.batch = batch
-        self.groups: dict[str, list[list[float]]] = {name: [] for name in names}
+    def __init__(self, batches: Mapping[str, FileArrays], seconds: float, least_groups: int) -> None:
+        self.batches = batches
+        self.groups: dict[str, list[list[float]]] = {name: [] for name in batches}
         self.ended_by: EndedBy | None = None
         self._seconds = seconds
         self._least_groups = least_groups
@@ -121,20 +127,20 @@ class _Rounds:
     def measure_group(self, sessions: Mapping[str, Session], orders: Iterable[Sequence[str]], opening: float) -> None:
         """Measure one group of rounds with `sessions`, which took `opening` seconds to open."""
         start = time.perf_counter()
-        for session in sessions.values():
-            session.run(self.batch)  # checks the batch, and warms up
+        for name, session in sessions.items():
+            session.run(self.batches[name])  # checks the batch, and warms up
         if not self._rounds:
             self._plan(sessions)
         for groups in self.groups.values():
             groups.append([])
         for _, order in zip(range(self._rounds), orders, strict=False):
             for name in order:
-                self.groups[name][-1].append(_time_runs(sessions[name], self.batch, self._runs))
+                self.groups[name][-1].append(_time_runs(sessions[name], self.batches[name], self._runs))
         self._spent += opening + time.perf_counter() - start
 
     def _plan(self, sessions: Mapping[str, Session]) -> None:
         """Set the number of runs per measurement, the same for all models, and of rounds per group."""
-        warm = [_time_runs(session, self.batch, runs=2) for session in sessions.values()]
+        warm = [_time_runs(session, self.batches[name], runs=2) for name, session in sessions.items()]
         self._runs = int(np.clip(_MAX_MEASUREMENT_MS / max(warm), 1, _MAX_RUNS))
         milliseconds = sum(warm) * (1 + self._runs)
         rounds = 1000 * self._seconds / _GROUPS_WITHIN_LIMIT / milliseconds

@@ -6,6 +6,7 @@ The minimum of several noisy medians is too low on average, so the speedup over 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from tersor.core.machine import machine
 from tersor.core.progress import ProgressReporter
 from tersor.core.target import Target
 from tersor.data import Batches
+from tersor.deploy.file_layers import stored_precision, weight_bits
 from tersor.deploy.float_operators import float_operators
 from tersor.evaluation.costs import FLOAT_BITS, Costs, costs
 from tersor.evaluation.latency import (
@@ -74,10 +76,12 @@ class _Measured:
     task: Task
     example: Array
 
-    def stage(self, name: str) -> dict[str, Any]:
-        """The fields of a `StageRecord` that are measured."""
+    def stage(self, name: str, before: str) -> dict[str, Any]:
+        """The fields of a `StageRecord` that are measured; `before` is the file before the stage."""
         file = self.files[name]
-        return {
+        bits, bits_before = (weight_bits(self.files[each].path) for each in (name, before))
+        found = {"speedup_of_quantization": self.speedups(dict.fromkeys(BATCH_SIZES, before), name)}
+        return (found if bits and bits != bits_before else {}) | {
             "score": score(self.task, self.predictions[name], self.targets),
             "bytes": size_bytes(file.path),
             "compressed_bytes": compressed_bytes(file.path),
@@ -93,7 +97,8 @@ class _Measured:
         used = footprint(file.path, file.runtime, self.example, precision=file.precision)
         return {
             "runtime": file.runtime,
-            "precision": session.precision,
+            "precision": self.precision(name),
+            "float_precision": session.precision,
             "batch": session.batch,
             "score": score(self.task, self.predictions[name], self.targets),
             "agreement": agreement(self.task, self.predictions[name], self.predictions["original"]),
@@ -110,6 +115,10 @@ class _Measured:
             "latency_runs_ms": {str(size): self.timings.groups[name][size] for size in BATCH_SIZES},
         }
 
+    def precision(self, name: str) -> str:
+        """What a file holds, and the float precision of the runtime."""
+        return stored_precision(self.files[name].path, self.sessions[name].precision)
+
     def speedups(self, slow: Mapping[int, str], fast: str) -> dict[str, Any]:
         """By batch size: latency of `slow` over that of `fast`, with a 95 % interval."""
         return {str(size): asdict(self.timings.ratio(name, fast, size)) for size, name in slow.items()}
@@ -119,7 +128,7 @@ class _Measured:
         fastest = {size: self.timings.fastest(self.candidates.values(), size) for size in BATCH_SIZES}
         return {
             "baseline": {
-                str(size): {"runtime": self.files[name].runtime, "precision": self.sessions[name].precision}
+                str(size): {"runtime": self.files[name].runtime, "precision": self.precision(name)}
                 for size, name in fastest.items()
             },
             "speedup": {
@@ -196,8 +205,10 @@ def measure(
     if warning is not None:
         progress.say(f"warning: {warning}")
     by_file = {name: measured.file(name) for name in compared}
-    by_stage = {number: measured.stage(f"stage {number}") for number in stages or {}}
-    by_stage[len(records)] = measured.stage("artifact")
+    names = {0: "original", **{number: f"stage {number}" for number in sorted(stages or {})}, len(records): "artifact"}
+    by_stage = {
+        number: measured.stage(names[number], names[before]) for before, number in itertools.pairwise(sorted(names))
+    }
     results = Results.model_validate(
         {
             "version": VERSION,

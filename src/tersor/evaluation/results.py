@@ -62,7 +62,7 @@ class Machine(_Record):
 
 
 class Execution(_Record):
-    """Where a file runs: the runtime, and the precision of its floats."""
+    """Where a file runs: the runtime, and the precision: "float32", "bfloat16", or "int8, rest float32"."""
 
     runtime: Runtime
     precision: Text
@@ -134,6 +134,8 @@ class FileResults(Execution):
     """Everything measured of one file in one runtime.
 
     Attributes:
+        precision: of the weights in the file, and of all else: "int8, rest float32".
+        float_precision: what the runtime computes in where it does not compute in integers.
         score: the metric on the test set.
         agreement: share of predictions that equal those of the original file, in percent.
         latency_ms: latencies by batch size.
@@ -142,6 +144,7 @@ class FileResults(Execution):
         integer_macs_share: fraction of the MACs computed in integers; None for a float network.
     """
 
+    float_precision: Text
     batch: int | None = None
     score: float
     agreement: Percent
@@ -166,10 +169,14 @@ class StageRecord(BaseModel):
 
     Attributes:
         methods: as in the recipe.
+        minutes: preparation (calibration, ranking) and training, over all processes of an interrupted run; without
+            validation at the end, export and measurements.
+        training_seconds: of these, the training alone.
         validation_score: the metric on the validation images; None without any.
         losses: mean of each loss over the last epoch, by name.
         validation_by_epoch, validated_at: validation scores, and the steps at which they were measured.
         score, ..., speedup: of the exported file after the stage; the speedup is over the original.
+        speedup_of_quantization: over the file before the stage, if the stage changed the stored bits of the weights.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -191,6 +198,7 @@ class StageRecord(BaseModel):
     sparsity: Fraction | None = None
     latency_ms: dict[BatchSize, Spread] | None = None
     speedup: dict[BatchSize, Speedup] | None = None
+    speedup_of_quantization: dict[BatchSize, Speedup] | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -117,9 +117,20 @@ def _inputs(images: NetworkInput, pixels: Normalization | None) -> tuple[FileArr
     if pixels is None:
         return arrays_of(images), images
     assert isinstance(images, Tensor)
-    mean, deviation = (torch.tensor(each).reshape(1, -1, *[1] * (images.ndim - 2)) for each in pixels)
-    raw = ((images * deviation + mean) * 255).round().clamp(0, 255)
-    return np.ascontiguousarray(raw.numpy().astype(np.uint8)), (raw / 255 - mean) / deviation
+    raw = pixels_of(images, pixels)
+    mean, deviation = _by_channel(images, pixels)
+    return np.ascontiguousarray(raw.numpy()), (raw / 255 - mean) / deviation
+
+
+def pixels_of(images: Tensor, normalization: Normalization) -> Tensor:
+    """The uint8 pixels of normalized images (N, C, H, W), rounded."""
+    mean, deviation = _by_channel(images, normalization)
+    return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _by_channel(images: Tensor, normalization: Normalization) -> list[Tensor]:
+    """Mean and standard deviation in the shape (1, C, 1, 1)."""
+    return [torch.tensor(each).reshape(1, -1, *[1] * (images.ndim - 2)) for each in normalization]
 
 
 def _of_file(session: Session, inputs: FileArrays) -> list[Tensor]:

@@ -22,6 +22,8 @@ from tersor.data.network_inputs import NetworkInput
 from tersor.evaluation.session import Session
 from tersor.graph.eval_mode import check_forward, only_tensors
 from tersor.graph.plain_network import plain_copy, refuse_without_weights, require_network, unwrapped
+from tersor.pipeline.normalization import check_normalization
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.qdq_placement import RUNTIME
 from tersor.tasks.network_outputs import described
 
@@ -63,6 +65,19 @@ def warn_of_another_runtime(model: object, runtime: str) -> None:
             f"integers. Pass runtime='{runtime}' to quantize as well.",
             CompressionWarning,
             stacklevel=3,
+        )
+
+
+def refuse_quantized(model: object) -> None:
+    """Check that a network has no quantizers yet; called by `quantize`.
+
+    Raises:
+        InputError: it has some.
+    """
+    if isinstance(model, nn.Module) and any(isinstance(each, FakeQuantize) for each in model.modules()):
+        raise InputError(
+            "the network is quantized already. Pass it to tersor.export, or quantize the network in float once more "
+            "with other arguments."
         )
 
 
@@ -175,20 +190,7 @@ def check_metadata(classes: object, pixels: object, images: NetworkInput) -> Non
         return
     if not isinstance(images, Tensor):
         raise InputError("pixels normalizes the only input of a network, and this one has several. Leave pixels out.")
-    channels = images.shape[1]
-    try:
-        mean, deviation = (torch.tensor(each, dtype=torch.float64) for each in cast("Sequence[Any]", pixels))
-    except (TypeError, ValueError, RuntimeError):
-        mean = deviation = torch.tensor(float("nan"))
-    if not mean.shape == deviation.shape == (channels,) or not (deviation > 0).all() or not mean.isfinite().all():
-        raise InputError(
-            f"pixels is {pixels!r}. Pass mean and standard deviation: two lists of {channels} numbers, the second "
-            "above 0."
-        )
-    if (mean.abs() > 2).any() or (deviation > 2).any():
-        raise InputError(
-            f"pixels is {pixels!r}. Pass mean and standard deviation of pixels in [0, 1], not in 0 to 255."
-        )
+    check_normalization("pixels", pixels, images.shape[1])
 
 
 def check_classes(session: Session, classes: Sequence[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from tersor.checkpoint.artifact import Artifact
@@ -13,8 +15,12 @@ from tersor.core.errors import InputError
 from tersor.core.files import read_json
 from tersor.core.import_path import is_function_path
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # the tasks import torch
+    from tersor.evaluation.session import Session
     from tersor.tasks.task import Task
+
+_ROUNDING = 0.002
+"""Two means closer than this are the same, written with another number of digits."""
 
 
 def task_of_artifact(artifact: Artifact, name: str | None) -> Task:
@@ -104,22 +110,28 @@ class _Told(BaseModel):
 
 
 def numbers_of(artifact: Artifact) -> dict[str, Any]:
-    """Runtime, mean and standard deviation from `numbers.json`; without one, the normalization in the file's metadata.
+    """Runtime, mean and standard deviation from `numbers.json`; without them, the normalization in the file's metadata.
 
     Raises:
         InputError: it is damaged.
     """
     path = artifact.files.get("numbers.json")
+    of_file = normalization_in(artifact.model)
     if path is None:
-        return _normalization_in(artifact.model)
+        return of_file
     again = "Run its recipe.yaml again."
     try:
-        return _Told.model_validate(read_json(path, again)).model_dump(exclude_unset=True)
+        return of_file | _Told.model_validate(read_json(path, again)).model_dump(exclude_unset=True, exclude_none=True)
     except ValidationError as error:
         raise InputError(f"{path} was not written by this version of tersor. {again}") from error
 
 
-def _normalization_in(model: Path) -> dict[str, Any]:
+def normalization_in(model: Path) -> dict[str, Any]:
+    """Mean and standard deviation from the metadata of an ONNX file; empty without any.
+
+    Raises:
+        InputError: they are damaged.
+    """
     told = _metadata(model).get("normalization")
     try:
         return {} if told is None else _Told.model_validate_json(told).model_dump(include={"mean", "std"})
@@ -129,8 +141,48 @@ def _normalization_in(model: Path) -> dict[str, Any]:
 
 def normalization_line(mean: Sequence[float], std: Sequence[float], source: str) -> str:
     """The line that says how images are normalized, and where the numbers come from."""
-    shown = [" ".join(f"{value:.3g}" for value in values) for values in (mean, std)]
-    return f"normalization: mean {shown[0]}, std {shown[1]} ({source})"
+    return f"normalization: mean {_shown(mean)}, std {_shown(std)} ({source})"
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are read, as the user gives it; None where the artifact says it."""
+
+    channels: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    image_size: int | Sequence[int] | None = None
+
+    def check(self, session: Session, told: Mapping[str, Any]) -> None:
+        """Check that they fit the file, and what its folder or its metadata says.
+
+        Raises:
+            InputError: one of them contradicts it.
+        """
+        takes, sides = session.input_shape[1:], self.image_size
+        if session.input_dtype == np.uint8 and (self.mean or self.std):
+            raise InputError("the file takes uint8 pixels and normalizes them itself. Leave out --mean and --std.")
+        if self.channels is not None and takes and takes[0] not in (None, self.channels):
+            raise InputError(f"--channels is {self.channels}, but the file takes {takes[0]} channels. Leave it out.")
+        size = [sides, sides] if isinstance(sides, int) else sides
+        if size is not None and any(fixed not in (None, side) for fixed, side in zip(takes[1:], size, strict=False)):
+            shown = " x ".join(map(str, takes[1:]))
+            raise InputError(f"--image-size is {' x '.join(map(str, size))}, but the file takes {shown}. Leave it out.")
+        for name, given in (("mean", self.mean), ("std", self.std)):
+            if given and told.get(name) and not _equal(given, told[name]):
+                raise InputError(
+                    f"--{name} is {_shown(given)}, but the network was exported with mean {_shown(told['mean'])} and "
+                    f"std {_shown(told['std'])}. Leave out --mean and --std, or correct them."
+                )
+
+
+def _equal(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether they differ by rounding only."""
+    return len(one) == len(other) and all(abs(a - b) < _ROUNDING for a, b in zip(one, other, strict=True))
+
+
+def _shown(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)
 
 
 def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:

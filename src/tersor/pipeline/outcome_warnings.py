@@ -29,7 +29,7 @@ def warn_of_quantized(model: fx.GraphModule | nn.Module, batches: Iterable[Any],
 
 
 def warn_of_chance(task: Task, predictions: Mapping[str, Any], targets: Any, outputs: Any) -> None:
-    """Warn of the first classifier at chance level; called by `compare`.
+    """Warn of the first classifier at chance level; called by `compare_files`.
 
     Args:
         task: what the files are for.
@@ -45,7 +45,7 @@ def warn_of_chance(task: Task, predictions: Mapping[str, Any], targets: Any, out
         advice = (COMPRESS_LESS,) if place else ()
         sentence = chance_warning(name, predicted, targets, classes, *advice)
         if sentence:
-            warnings.warn(sentence, CompressionWarning, stacklevel=3)
+            warnings.warn(sentence, CompressionWarning, stacklevel=4)
             return
 
 

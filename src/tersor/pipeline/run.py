@@ -26,7 +26,7 @@ from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for, static_batch_reason
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.measurement import measure
-from tersor.evaluation.results import StageRecord
+from tersor.evaluation.results import Results, StageRecord
 from tersor.evaluation.scoring import targets_of
 from tersor.pipeline import latency_cache
 from tersor.pipeline.experiment import Experiment
@@ -37,11 +37,10 @@ from tersor.quantization.quantizers import find_quantizers
 from tersor.recipe import Recipe
 from tersor.report.analysis.evidence import collect_evidence
 from tersor.report.page import write_report
+from tersor.report.summary import disagreement, slower_by_quantization
 from tersor.tasks.classification import Classification
 from tersor.training.teacher_check import COMPRESS_LESS, chance_warning
 
-_AGREEMENT = 99.0
-"""Lowest acceptable agreement of the file's predictions with torch's, in percent."""
 _BYTE = 8
 _MEMORY = "Close other programs, or use smaller images (data.image_size) or a smaller network."
 
@@ -139,7 +138,8 @@ def _fill(
     assert data.std is not None
     test = experiment.batches(data.test, experiment.evaluation_batch)
     example = next(iter(test)).images[:1]
-    pixels = (data.mean, data.std) if recipe.target.input == "uint8" else None
+    normalization = (data.mean, data.std)
+    pixels = normalization if recipe.target.input == "uint8" else None
     with TemporaryDirectory() as scratch:
         stages = {
             number: (network, Path(scratch) / f"{number}.onnx")
@@ -150,7 +150,13 @@ def _fill(
         progress.start("export", len(files))
         for network, path in files:
             batch = batch_for(network, recipe.target)
-            export(network, example, path, classes=data.classes, pixels=pixels, batch=batch)
+            export(
+                *(network, example, path),
+                classes=data.classes,
+                pixels=pixels,
+                normalization=normalization,
+                batch=batch,
+            )
             progress.advance()
         if batch_for(compressed, recipe.target) != recipe.target.batch:
             progress.say(static_batch_reason())
@@ -169,12 +175,10 @@ def _fill(
             std=data.std,
             classes=data.classes,
         )
-    assert results.agreement_with_torch is not None
-    if results.agreement_with_torch < _AGREEMENT:
-        progress.say(_disagreement(results.agreement_with_torch, compressed, results.metric.name))
-    level = _level(experiment, test, predictions["artifact"])
-    if level:
-        progress.say(f"warning: {level}")
+        level = _level(experiment, test, predictions["artifact"])
+        for warning in (_disagreement(results, compressed), *slower_by_quantization(results), level):
+            if warning:
+                progress.say(f"warning: {warning}")
     (folder / "numbers.json").write_text(results.to_json())
     evidence = collect_evidence(
         original,
@@ -206,15 +210,15 @@ def _level(experiment: Experiment, test: Batches, predicted: Any) -> str:
     return chance_warning("model.onnx", predicted, targets_of(test), len(experiment.data.classes), COMPRESS_LESS)
 
 
-def _disagreement(percent: float, model: nn.Module, metric: str) -> str:
-    laid = find_quantizers(model)
+def _disagreement(results: Results, model: nn.Module) -> str:
+    """What a disagreement of the file with torch means for this network; empty if they agree."""
+    told, laid = disagreement(results), find_quantizers(model)
+    if not told:
+        return ""
     coarse = laid is not None and any(laid.of_activation(name).grid.bits < _BYTE for name in laid.activations)
     if not coarse:
-        return (
-            f"warning: only {percent:.2f} % of the artifact's predictions agree with torch's. Do not deploy model.onnx."
-        )
+        return f"{told}. Do not deploy model.onnx."
     return (
-        f"{percent:.2f} % of the artifact's predictions agree with torch's. With few bits, rounding biases to int32 "
-        "can shift an activation by a whole quantization step, in this layer and the following ones. Use the "
-        f"{metric} measured in the runtime."
+        f"{told}. With few bits, rounding biases to int32 can shift an activation by a whole quantization step, in "
+        f"this layer and the following ones. Use the {results.metric.name} measured in the runtime."
     )

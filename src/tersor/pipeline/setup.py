@@ -17,6 +17,7 @@ from tersor.core.errors import InputError
 from tersor.core.import_path import is_function_path
 from tersor.core.progress import ProgressReporter
 from tersor.data import Splits, load
+from tersor.data.augmentation import described as described_augmentation
 from tersor.data.image_sets import View, class_numbers
 from tersor.data.stratified import generator
 from tersor.evaluation.costs import macs_ratio
@@ -98,6 +99,8 @@ def prepare(
         if "taken" in of_file:
             progress.say(f"weights of {whose}: {of_file['taken']}")
     _check_networks(experiment, progress)
+    if any(map(experiment.steps_of, recipe.stages)) or not experiment.teacher_is_trained:
+        progress.say(f"augmentation of the training images: {described_augmentation(recipe.data.augment)}")
     _rehearse(experiment, progress)
     return experiment
 

@@ -152,13 +152,15 @@ def all_labels(batches: Iterable[tuple[NetworkInput, Any]], classes: int) -> Ten
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 
-def task_of_files(task: Task | None, sessions: Mapping[str, Session], images: FileArrays) -> Task:
+def task_of_files(task: Task | None, sessions: Mapping[str, Session], images: Mapping[str, FileArrays]) -> Task:
     """The task of files whose outputs can be compared: without one, classification if there are logits (N, classes).
+
+    `images` are the same for all, in the input format of each file.
 
     Raises:
         InputError: the files differ in their outputs, or one returns NaN.
     """
-    outputs = {name: file_outputs(session, images) for name, session in sessions.items()}
+    outputs = {name: file_outputs(session, images[name]) for name, session in sessions.items()}
     task = task or (Classification() if all(map(_are_logits, outputs.values())) else Distance())
     if isinstance(task, Classification):
         _check_same_logits(task, outputs)

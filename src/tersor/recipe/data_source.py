@@ -37,7 +37,7 @@ class DataSource(BaseModel):
         _Side | tuple[_Side, _Side] | None,
         Field(description="pixels of each side, or [height, width]; unchanged by default"),
     ] = None
-    channels: Annotated[int, Field(ge=1, description="3, 1 for grey images, or 4")] = 3
+    channels: Annotated[int, Field(ge=1, description="3, 1 for gray images, or 4")] = 3
     augment: Annotated[
         str | _Transforms,
         AfterValidator(lambda augment: _augmentation(augment) if isinstance(augment, str) else augment),
@@ -65,6 +65,7 @@ class DataSource(BaseModel):
             if values is not None and len(values) != self.channels:
                 raise InputError(
                     f"data.{key} has {counted(len(values), 'number')}, and the images have "
-                    f"{counted(self.channels, 'channel')}. Write {counted(self.channels, 'number')}."
+                    f"{counted(self.channels, 'channel')}. Write {counted(self.channels, 'number')}"
+                    + (", or channels: 1 for gray images." if len(values) == 1 else ".")
                 )
         return self

@@ -10,7 +10,10 @@ import numpy as np
 
 from tersor.evaluation.multiply_peak import share_of_peak
 from tersor.evaluation.results import FileResults, Peak, Reference, Results
-from tersor.report.verdict import RUNTIMES, by_batch_size, runtime_of, same_runtime
+from tersor.report.verdict import RUNTIMES, by_batch_size, describe_speedup, runtime_of, same_runtime
+
+AGREEMENT = 99.0
+"""Lowest acceptable agreement of the file's predictions with torch's, in percent."""
 
 
 def references(numbers: Results) -> list[Reference]:
@@ -61,6 +64,23 @@ def stages(numbers: Results) -> Iterator[tuple[Mapping[str, Any], Mapping[str, A
         before = before | stage
 
 
+def slower_by_quantization(numbers: Results) -> Iterator[str]:
+    """A line for each stage whose quantization made the file slower, with the ratios whose intervals exclude 1."""
+    for record in numbers.stages:
+        ratios = (record.speedup_of_quantization or {}).items()
+        slower = [f"{describe_speedup(ratio)} at batch {size}" for size, ratio in ratios if ratio.high < 1]
+        if slower:
+            yield f"stage {record.name}: the quantized file is {' and '.join(slower)} than the file before this stage"
+
+
+def disagreement(numbers: Results) -> str:
+    """What to know if predictions of the artifact differ from those of the network in torch; else empty."""
+    agreement = numbers.agreement_with_torch
+    if agreement is None or agreement >= AGREEMENT:
+        return ""
+    return f"only {agreement:.2f} % of the predictions of model.onnx agree with those of the network in torch"
+
+
 def describe_methods(methods: Sequence[Any]) -> str:
     """Methods as a recipe writes them: names, or names with their parameters."""
     every: list[tuple[Any, Any]] = []
@@ -86,7 +106,12 @@ def peak_shares(numbers: Results) -> dict[str, dict[str, tuple[float, float | No
         for size, latency in entry.latency_ms.items():
             macs = int(size) * entry.macs
             share = share_of_peak(
-                entry.runtime, entry.precision, macs, latency.median, numbers.peaks, entry.integer_macs_share or 0.0
+                entry.runtime,
+                entry.float_precision,
+                macs,
+                latency.median,
+                numbers.peaks,
+                entry.integer_macs_share or 0.0,
             )
             shares[title][size] = macs / latency.median / 1e6, share
     return shares

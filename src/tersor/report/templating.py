@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tersor.report import charts
-from tersor.report.verdict import RUNTIMES, precision_of
+from tersor.report.verdict import RUNTIMES
 
 _PNG = "data:image/png;base64,"
 
@@ -81,6 +81,5 @@ def _numbered(name: str, count: int) -> list[str]:
 _FILTERS: dict[str, Any] = {
     "number": number, "signed": signed, "fixed": fixed, "percent": _percent, "minus": _minus,
     "thousands": "{:,}".format, "product": math.prod, "inline_png": inline_png, "runtime": RUNTIMES.__getitem__,
-    "precision": precision_of,
 }  # fmt: skip
 _GLOBALS: dict[str, Any] = {"charts": charts, "zip": zip, "numbered": _numbered}

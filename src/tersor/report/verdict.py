@@ -82,11 +82,6 @@ def runtime_of(entry: Execution) -> str:
     return f"{RUNTIMES[entry.runtime]} in {entry.precision}"
 
 
-def precision_of(entry: FileResults) -> str:
-    """ "int8, rest float32", or "float32" for a network without integers."""
-    return f"int8, rest {entry.precision}" if entry.integer_macs_share else entry.precision
-
-
 def by_batch_size(texts: Mapping[str, str]) -> str:
     """Batch size -> text, in one line: "a at batch 1, b at batch 32 and 128"; only the text if all are the same."""
     sizes: dict[str, list[str]] = {}

@@ -12,32 +12,32 @@ from tersor.data.image_sets import Pixels
 from tersor.report.analysis.changed_outputs import compare_outputs, with_boxes, with_mask
 from tersor.report.analysis.predictions import rgb_of
 
-GREY = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+GRAY = torch.full((3, 8, 8), 100, dtype=torch.uint8)
 
 
 def test_a_mask_colours_its_classes_only():
     mask = torch.zeros(8, 8, dtype=torch.uint8)
     mask[0], mask[1], mask[2] = 1, 2, 255
-    drawn = with_mask(GREY, mask, ignore_index=255)
-    changed = (drawn != GREY).any(0)
+    drawn = with_mask(GRAY, mask, ignore_index=255)
+    changed = (drawn != GRAY).any(0)
     assert changed[:2].all()
     assert not changed[2:].any()
     assert (drawn[:, 0, 0] != drawn[:, 1, 0]).any(), "each class has its own colour"
-    enlarged = with_mask(GREY, mask[::2, ::2], ignore_index=255)
-    assert (enlarged != GREY).any(0)[:2].all()
+    enlarged = with_mask(GRAY, mask[::2, ::2], ignore_index=255)
+    assert (enlarged != GRAY).any(0)[:2].all()
 
 
 def test_confident_boxes_are_drawn():
     boxes = torch.tensor([[1.0, 1.0, 6.0, 6.0], [0.0, 0.0, 8.0, 8.0]])
     found = {"boxes": boxes, "labels": torch.tensor([1, 1]), "scores": torch.tensor([0.9, 0.1])}
     scale = 160 // 8
-    drawn = with_boxes(GREY, found)
+    drawn = with_boxes(GRAY, found)
     assert drawn.shape == (3, 160, 160)
     changed = (drawn != 100).any(0)
     assert changed[1 * scale, 1 * scale : 6 * scale].all()
     assert not changed[0].any()
     assert not changed[4 * scale, 4 * scale]
-    assert (with_boxes(GREY, {"boxes": boxes[1:], "labels": torch.tensor([1])}) != 100).any(0)[0].all(), "a label"
+    assert (with_boxes(GRAY, {"boxes": boxes[1:], "labels": torch.tensor([1])}) != 100).any(0)[0].all(), "a label"
 
 
 def test_the_least_agreement_comes_first_with_values_in_words():
@@ -79,7 +79,7 @@ def test_masks_are_mixed_with_the_image_in_the_colours_of_their_classes():
     """Class n has the hue n * 137.508 degrees; it covers three fifths of the image."""
     mask = torch.zeros(8, 8, dtype=torch.int64)
     mask[0, 0], mask[0, 1], mask[0, 2] = 1, 2, 5
-    drawn = with_mask(GREY, mask, ignore_index=255)
+    drawn = with_mask(GRAY, mask, ignore_index=255)
     for place, number in enumerate((1, 2, 5)):
         colour = colorsys.hsv_to_rgb(number * 137.508 % 360 / 360, 0.9, 0.95)
         expected = [0.4 * 100 + 0.6 * 255 * each for each in colour]

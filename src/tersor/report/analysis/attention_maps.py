@@ -57,5 +57,5 @@ def attention_maps(networks: Mapping[str, nn.Module], test: Batches, index: Tens
 def _map_png(attention: Tensor) -> str:
     """(H, W) -> a data URI."""
     span = (attention.max() - attention.min()).clamp(min=1e-12)
-    grey = (255 * (attention - attention.min()) / span).round().to(torch.uint8)
-    return png(F.interpolate(grey[None, None], (_SIDE, _SIDE))[0].expand(3, -1, -1))
+    gray = (255 * (attention - attention.min()) / span).round().to(torch.uint8)
+    return png(F.interpolate(gray[None, None], (_SIDE, _SIDE))[0].expand(3, -1, -1))

@@ -1,0 +1,194 @@
+"""Interleaved latency of existing artifacts (`tersor bench`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tersor.checkpoint.artifact import read_artifact
+from tersor.core.errors import InputError
+from tersor.deploy.file_layers import stored_precision
+from tersor.evaluation.latency import BATCH_SIZES, measure_latency, size_bytes
+from tersor.evaluation.session import Array, Session, installed_runtimes, open_session
+from tersor.evaluation.timings import EndedBy, Ratio, Spread, Timings
+from tersor.pipeline.artifact_settings import numbers_of
+
+Compared = Literal["original", "baseline", "first", "first_fastest"]
+"""What a file is compared with: the original and the baseline of its folder; of ONNX files, the first of them in ONNX
+Runtime and in its fastest runtime."""
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A file in a runtime. `precision` None: the runtime's default; `executed`: the float precision it then uses."""
+
+    name: str
+    path: Path
+    runtime: str
+    precision: Literal["float32"] | None
+    executed: str
+
+    @property
+    def key(self) -> str:
+        """Unique among all files."""
+        return f"{self.name} in {self.runtime} in {self.precision or 'default'}"
+
+    def open(self) -> Session:
+        """Open a session."""
+        return open_session(self.path, self.runtime, precision=self.precision)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """An original, its baseline candidates, and the artifacts made from it, each in every runtime.
+
+    `bare`: they are ONNX files without a folder, of which the first takes the place of the original.
+    """
+
+    original: _Contender
+    candidates: Sequence[_Contender]
+    artifacts: Sequence[_Contender]
+    bare: bool
+
+    def contenders(self) -> list[_Contender]:
+        """All of them, each once: a candidate may be the original itself."""
+        return list(dict.fromkeys((self.original, *self.candidates, *self.artifacts)))
+
+    def baseline(self, timings: Timings, size: int) -> _Contender:
+        """The fastest candidate at a batch size."""
+        key = timings.fastest([each.key for each in self.candidates], size)
+        return next(each for each in self.candidates if each.key == key)
+
+    def references(self, timings: Timings, size: int) -> dict[Compared, _Contender]:
+        """What the artifacts are compared with."""
+        original, baseline = self.original, self.baseline(timings, size)
+        if self.bare:
+            return {"first": original, "first_fastest": baseline}
+        return {"original": original, "baseline": baseline}
+
+    def ratios(self, timings: Timings, size: int, artifact: _Contender) -> dict[Compared, Ratio]:
+        """Speedups of an artifact over what it is compared with."""
+        found = self.references(timings, size)
+        return {name: timings.ratio(each.key, artifact.key, size) for name, each in found.items()}
+
+
+@dataclass(frozen=True)
+class TimedFile:
+    """The latency of a file in a runtime.
+
+    Attributes:
+        precision: of its weights, and of all else: "int8, rest float32".
+        roles: what it is for the other files: the original, the baseline, or both; of ONNX files, the first in ONNX
+            Runtime, or in its fastest runtime.
+        speedup: over the files with these roles; empty for the original, or the first file, in any runtime.
+    """
+
+    file: str
+    bytes: int
+    runtime: str
+    precision: str
+    latency_ms: Spread
+    roles: Sequence[Compared]
+    speedup: Mapping[Compared, Ratio]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What `tersor bench` measures at a batch size.
+
+    Attributes:
+        batch_size, rounds, ended_by: as in `Timings`.
+        files: every file in every runtime.
+    """
+
+    batch_size: int
+    rounds: int
+    ended_by: EndedBy
+    files: Sequence[TimedFile]
+
+
+def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
+    """Time every file in every runtime, in interleaved rounds of one run.
+
+    In a folder, the original is `original.onnx` in float32 in the recipe's runtime, and the baseline is the same file
+    in the fastest runtime at its default precision. ONNX files are compared with the first of them in the same way.
+
+    Args:
+        artifacts: folders of runs, or ONNX files.
+        seconds: time limit per batch size, as for `measure_latency`.
+
+    Raises:
+        InputError: an artifact cannot be read, opened or timed.
+    """
+    groups: dict[tuple[tuple[int | None, ...], str], list[_Family]] = {}
+    bare: dict[tuple[tuple[int | None, ...], str], list[Path]] = {}
+    for artifact in artifacts:
+        found = read_artifact(artifact)
+        if artifact.is_dir() and "original.onnx" in found.files:
+            runtime = numbers_of(found).get("runtime", "onnxruntime")
+            names = {str(found.files[name]): found.files[name] for name in ("original.onnx", "model.onnx")}
+            groups.setdefault(_images(found.model), []).append(_family(names, runtime, bare=False))
+        else:
+            bare.setdefault(_images(found.model), []).append(found.model)
+    for images, paths in bare.items():
+        groups.setdefault(images, []).append(_family({str(path): path for path in paths}, "onnxruntime", bare=True))
+    for (shape, dtype), families in groups.items():
+        if not all(isinstance(size, int) for size in shape):
+            name = families[0].original.name
+            raise InputError(f"{name} accepts images of any size. Export it for a fixed size to time it.")
+        yield from _tables(families, np.zeros((1, *shape), dtype), seconds)  # type: ignore[arg-type]
+
+
+def _images(path: Path) -> tuple[tuple[int | None, ...], str]:
+    """Shape (C, H, W) and data type of a file's input."""
+    session = open_session(path, "onnxruntime")
+    return session.input_shape[1:], str(session.input_dtype)
+
+
+def _family(files: Mapping[str, Path], runtime: str, *, bare: bool) -> _Family:
+    """The first file is the original, in `runtime`; the others are artifacts."""
+
+    def contender(name: str, each: str, precision: Literal["float32"] | None = None) -> _Contender:
+        executed = open_session(files[name], each, precision=precision).precision
+        return _Contender(name, files[name], each, precision, executed)
+
+    first, *others = files
+    installed, original = installed_runtimes(), contender(first, runtime, "float32")
+    candidates = [contender(first, each) for each in installed]
+    return _Family(
+        original,
+        [original if (each.runtime, each.executed) == (runtime, "float32") else each for each in candidates],
+        [contender(name, each) for name in others for each in installed],
+        bare,
+    )
+
+
+def _tables(families: Sequence[_Family], example: Array, seconds: float) -> Iterator[LatencyTable]:
+    def compared(timings: Timings, size: int) -> list[Ratio]:
+        return [
+            ratio
+            for family in families
+            for artifact in family.artifacts
+            for ratio in family.ratios(timings, size, artifact).values()
+        ]
+
+    openers = {each.key: each.open for family in families for each in family.contenders()}
+    timings = measure_latency(openers, example, ratios=compared, seconds=seconds)
+    for size in BATCH_SIZES:
+        files = [each for family in families for each in _timed_files(family, timings, size)]
+        rounds = timings.spread(families[0].original.key, size).n
+        yield LatencyTable(size, rounds, timings.ended_by[size], files)
+
+
+def _timed_files(family: _Family, timings: Timings, size: int) -> Iterator[TimedFile]:
+    references = family.references(timings, size)
+    for each in family.contenders():
+        spread = timings.spread(each.key, size)
+        speedup = family.ratios(timings, size, each) if each in family.artifacts else {}
+        roles: list[Compared] = [name for name, reference in references.items() if reference == each]
+        precision = stored_precision(each.path, each.executed)
+        yield TimedFile(each.name, size_bytes(each.path), each.runtime, precision, spread, roles, speedup)

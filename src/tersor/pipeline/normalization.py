@@ -1,0 +1,117 @@
+"""Mean and standard deviation that a user gives for a network, checked against its images.
+
+Two contradictions can be told from the values of the images alone, because normalized pixels lie between
+`(0 - mean) / std` and `(1 - mean) / std`, a range of width `1 / std`:
+
+* Values further outside than five times this width: pixels from 0 to 255, or another unit. Random numbers and the
+  overshoot of resizing stay within it.
+* In 16 images or more, no value below 0 and none above 1 in any channel, although normalized pixels reach far below 0:
+  pixels in [0, 1]. Normalized, they would all have to be brighter than the mean and at most one deviation above it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tersor.core.errors import CompressionWarning, InputError
+from tersor.data.batch import images_of
+from tersor.data.network_inputs import NetworkInput
+from tersor.evaluation.verification import Normalization
+
+NORMALIZATION = "normalization"
+"""Key of the `meta` of a quantized graph: mean and standard deviation of its images, or None."""
+
+_FAR = 5.0
+"""Distance from the range of normalized pixels, as a multiple of its width."""
+_IMAGES = 16
+_FAR_BELOW = -0.5
+
+
+def check_normalization(name: str, given: object, channels: int) -> None:
+    """Check that `given` are mean and standard deviation of pixels in [0, 1].
+
+    Raises:
+        InputError: they are not, or not one for each channel.
+    """
+    try:
+        mean, deviation = (torch.tensor(each, dtype=torch.float64) for each in cast("Sequence[Any]", given))
+    except (TypeError, ValueError, RuntimeError):
+        mean = deviation = torch.tensor(float("nan"))
+    if not mean.shape == deviation.shape == (channels,) or not (deviation > 0).all() or not mean.isfinite().all():
+        raise InputError(
+            f"{name} is {given!r}. Pass mean and standard deviation: two lists of {channels} numbers, the second "
+            "above 0."
+        )
+    if (mean.abs() > 2).any() or (deviation > 2).any():
+        raise InputError(f"{name} is {given!r}. Pass mean and standard deviation of pixels in [0, 1], not in 0 to 255.")
+
+
+def known_normalization(model: object, given: Normalization | None, images: NetworkInput) -> Normalization | None:
+    """The normalization of an exported network: `given`, or that of `quantize`.
+
+    Raises:
+        InputError: they contradict each other, or `given` does not fit the images.
+
+    Warns:
+        CompressionWarning: it contradicts the values of the images.
+    """
+    before: Normalization | None = getattr(model, "meta", {}).get(NORMALIZATION)
+    told = given or before
+    if told is None:
+        return None
+    if not isinstance(images, Tensor):
+        raise InputError("normalization belongs to images, and this network has several inputs. Leave it out.")
+    check_normalization(NORMALIZATION, told, images.shape[1])
+    if given and before and not torch.allclose(torch.tensor(given), torch.tensor(before), atol=1e-3):
+        raise InputError(f"normalization is {given}, but quantize was called with {before}. Leave it out.")
+    _warn_of_values("the example", [images.float().cpu()], told, look_for_unit=False)
+    return told
+
+
+def check_values(batches: Iterable[Any], normalization: Normalization) -> None:
+    """Compare the first calibration images with the normalization that they should have.
+
+    Raises:
+        InputError: the normalization does not fit the images.
+
+    Warns:
+        CompressionWarning: their values contradict it.
+    """
+    few: list[Tensor] = []
+    for batch in batches:
+        images = images_of(batch)
+        if not isinstance(images, Tensor):
+            raise InputError("normalization belongs to images, and this network has several inputs. Leave it out.")
+        few.append(images.detach().float().cpu())
+        if sum(map(len, few)) >= _IMAGES:
+            break
+    check_normalization(NORMALIZATION, normalization, few[0].shape[1])
+    _warn_of_values("the calibration images", few, normalization, look_for_unit=sum(map(len, few)) >= _IMAGES)
+
+
+def _warn_of_values(who: str, batches: Sequence[Tensor], given: Normalization, *, look_for_unit: bool) -> None:
+    """Warn of values that normalized images cannot have; `look_for_unit`: also of values in [0, 1]."""
+    mean, deviation = (torch.tensor(each) for each in given)
+    low, high = -mean / deviation, (1 - mean) / deviation
+    by_channel = [batch.transpose(0, 1).flatten(1) for batch in batches if len(batch)]
+    least = torch.stack([each.amin(1) for each in by_channel]).amin(0)
+    most = torch.stack([each.amax(1) for each in by_channel]).amax(0)
+    far = (least < low - _FAR * (high - low)) | (most > high + _FAR * (high - low))
+    in_unit = look_for_unit and (low < _FAR_BELOW).all() and least.min() >= 0 and most.max() <= 1
+    if far.any() or in_unit:
+        warnings.warn(
+            f"{who} {'have' if who.endswith('s') else 'has'} values from {least.min():.3g} to {most.max():.3g}, but "
+            f"pixels normalized with mean {_shown(mean)} and std {_shown(deviation)} lie between {low.min():.3g} and "
+            f"{high.max():.3g}. Pass images normalized as in training: (pixel / 255 - mean) / std.",
+            CompressionWarning,
+            stacklevel=4,
+        )
+
+
+def _shown(values: Tensor) -> str:
+    return " ".join(f"{value:.3g}" for value in values.tolist())
