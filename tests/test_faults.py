@@ -58,17 +58,19 @@ def one_message(errors):
     return told[0]
 
 
-def at_step(monkeypatch, step, error):
-    """The forward pass of that step raises."""
+def counted_steps(monkeypatch, step=None, error=None):
+    """A list that grows with each step of the training; the forward pass of `step` raises `error`."""
     forward, steps = Objective.forward, []
 
-    def fails(self, *given):
-        steps.append(0)
-        if len(steps) == step:
-            raise error
-        return forward(self, *given)
+    def counts(self, batch):
+        if len(batch.images) == 20:  # before the training, the loss is computed for two images
+            steps.append(0)
+            if len(steps) == step:
+                raise error
+        return forward(self, batch)
 
-    monkeypatch.setattr(Objective, "forward", fails)
+    monkeypatch.setattr(Objective, "forward", counts)
+    return steps
 
 
 def test_a_loss_that_becomes_nan_names_the_last_good_checkpoint(tersor, tmp_path):
@@ -83,14 +85,12 @@ def test_a_loss_that_becomes_nan_names_the_last_good_checkpoint(tersor, tmp_path
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
 def test_no_memory_left_names_the_batch_size_and_goes_on_with_resume(tersor, tmp_path, monkeypatch, error):
     with monkeypatch.context() as during:
-        at_step(during, 3, error)
+        counted_steps(during, 3, error)
         code, errors = tersor()
     assert code == 2
     assert "The batch_size is 20: lower it. batch_size: 10 with accumulate: 2" in one_message(errors)
     assert left(tmp_path) == ["out.checkpoints"]
-    steps = []
-    forward = Objective.forward
-    monkeypatch.setattr(Objective, "forward", lambda *given: steps.append(0) or forward(*given))
+    steps = counted_steps(monkeypatch)
     monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_: full(folder))
     code, errors = tersor("--resume")
     assert len(steps) == 2, "the other two were done before"
@@ -139,13 +139,11 @@ def test_a_disk_that_refuses_a_checkpoint_keeps_the_one_before(tersor, tmp_path,
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tersor, tmp_path, monkeypatch):
     with monkeypatch.context() as during:
-        at_step(during, 4, KeyboardInterrupt())
+        counted_steps(during, 4, KeyboardInterrupt())
         assert tersor()[0] == 130
     newest = sorted((tmp_path / "out.checkpoints").glob("01-*"))[-1] / "tensors.safetensors"
     newest.write_bytes(newest.read_bytes()[:-5])
-    steps = []
-    forward = Objective.forward
-    monkeypatch.setattr(Objective, "forward", lambda *given: steps.append(0) or forward(*given))
+    steps = counted_steps(monkeypatch)
     monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_: full(folder))
     tersor("--resume")
     assert len(steps) == 2, "the third is done again"

@@ -21,7 +21,7 @@ _FEW = 2
 """Images of the first attempt: every task and method of tersor can compute its loss for two."""
 
 
-def check_losses(experiment: Experiment, stage: Stage, attachment: Attachment, images: int) -> None:
+def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, attachment: Attachment) -> None:
     """Compute the losses of a stage for one batch, so that a loss that fails is found before the training.
 
     A loss may need more than a few images, so that one which fails for these gets a whole batch. The weights, buffers
@@ -29,9 +29,9 @@ def check_losses(experiment: Experiment, stage: Stage, attachment: Attachment, i
 
     Args:
         experiment: with all images.
+        rehearsal: with the few images to which the methods were attached.
         stage: one of its stages.
         attachment: the methods of the stage.
-        images: number of images with which they were attached.
 
     Raises:
         InputError: a loss fails.
@@ -49,9 +49,11 @@ def check_losses(experiment: Experiment, stage: Stage, attachment: Attachment, i
             layers=attachment.layers,
             task=task,
         ).train()
-        if not _fails(objective, _first(experiment, stage, min(_FEW, stage.batch_size), images)):
+        if not _fails(objective, _first(rehearsal, stage, min(_FEW, stage.batch_size))):
             return
-        batch = _first(experiment, stage, stage.batch_size, images)
+        batch = _first(experiment, stage, stage.batch_size)
+        if batch.index is not None:
+            batch = replace(batch, index=batch.index % len(rehearsal.data.train))
         with explain_batchnorm_error(len(batch.images)):
             objective(batch)
 
@@ -64,10 +66,8 @@ def _fails(objective: Objective, batch: Batch) -> bool:
     return False
 
 
-def _first(experiment: Experiment, stage: Stage, size: int, images: int) -> Batch:
-    """The first batch of the stage, with the indices of a data set of `images` images."""
-    batch = next(iter(experiment.training_batches(stage.model_copy(update={"batch_size": size}))))
-    return replace(batch, index=None if batch.index is None else batch.index % images)
+def _first(experiment: Experiment, stage: Stage, images: int) -> Batch:
+    return next(iter(experiment.training_batches(stage.model_copy(update={"batch_size": images}))))
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
         learning_rates(experiment.training_batches(stage), stage, experiment.steps_of(stage))
         attachment = attach(rehearsal, stage, model, progress)
         model = attachment.model
-        check_losses(experiment, stage, attachment, len(data.train))
+        check_losses(experiment, rehearsal, stage, attachment)
         structure(model)  # what cannot be saved fails now
 
 

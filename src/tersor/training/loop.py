@@ -115,13 +115,10 @@ def fit(
         raise InputError("no loss: label_weight is 0 and no method adds one.")
     rates = learning_rates(batches, training, steps)
     # without the labels' loss the classifier may get no gradient: a term may use inner layers alone
-    ddp_options = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
-    accelerator = Accelerator(
-        cpu=init_process_group(),
-        mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[ddp_options],
-    )
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
+    plugin = GradientAccumulationPlugin(num_steps=1)
+    cpu = init_process_group()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_plugin=plugin, kwargs_handlers=[ddp])
     device = accelerator.device
     objective = Objective(
         attachment.model,
@@ -222,6 +219,8 @@ class _Loop:
         with history.paused():
             for line in average_again(self.unwrapped, batches, done * self.training.accumulate, self._to_device):
                 self.progress.say(f"{name}: {line}")
+                if self.curve:
+                    self.curve.measure_again(done, self.model)
         broadcast_from_rank0(self.model)  # running statistics and ranges differ after each process's last batch
         broadcast_from_rank0(self.unwrapped.terms)
         return TrainingResult(done, history.seconds, history.earlier_seconds, history.means(), self.precision)
@@ -241,11 +240,10 @@ class _Loop:
 
     def _validate(self, done: int, ema: WeightEMA | None, history: LossHistory) -> dict[str, float]:
         """The latest validation score, as the progress shows it."""
-        if self.curve is None:
-            return {}
         with history.paused():
-            self.curve.measure_if_due(done, self.model, ema)
-        return self.curve.latest
+            if self.curve:
+                self.curve.measure_if_due(done, self.model, ema)
+        return self.curve.latest if self.curve else {}
 
     def _checkpoint(
         self, checkpointer: Checkpointer, done: int, interrupted: bool, ema: WeightEMA | None, history: LossHistory

@@ -60,6 +60,12 @@ class ValidationCurve:
         first, *_ = distributed.all_gather(torch.tensor(score, dtype=torch.float64))
         self.values.append(first.item())
 
+    def measure_again(self, done: int, model: nn.Module) -> None:
+        """Replace a measurement after `done` steps: the statistics of `model` have changed since."""
+        if done % self.every == 0:
+            self.values.pop()
+            self.measure_if_due(done, model, None)
+
     def state(self) -> dict[str, Tensor]:
         """The state for the next process."""
         return {_VALUES: torch.tensor(self.values, dtype=torch.float64)}
