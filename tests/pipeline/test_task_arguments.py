@@ -114,7 +114,7 @@ def test_the_targets_of_the_first_images_are_checked():
 
 def of_files(monkeypatch, task, **outputs):
     monkeypatch.setattr("tersor.pipeline.task_arguments.file_outputs", lambda session, _: session)
-    return task_of_files(task, outputs, np.zeros((2, 3, 4, 4)))
+    return task_of_files(task, outputs, dict.fromkeys(outputs, np.zeros((2, 3, 4, 4))))
 
 
 def test_files_with_logits_are_classifiers_and_others_are_compared_by_distance(monkeypatch):
