@@ -69,7 +69,7 @@ def test_the_normalization_is_in_the_numbers_else_in_the_file(tmp_path):
     assert numbers_of(artifact(tmp_path, numbers=written, normalization=told)) == {
         "runtime": "openvino", "mean": (0.5,), "std": (1.0,)
     }  # fmt: skip
-    assert numbers_of(artifact(tmp_path, numbers="{}", normalization=told)) == expected
+    assert numbers_of(artifact(tmp_path, numbers="{}", normalization=told)) == expected, "as of a point"
     with pytest.raises(InputError, match="the normalization in the metadata of"):
         numbers_of(artifact(tmp_path, normalization='{"mean": "x"}'))
 

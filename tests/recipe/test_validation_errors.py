@@ -84,7 +84,7 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
         ("folder", "std: [1, 0, 1], folder", "line 4: data.std.1 should be greater than 0, given 0."),
         ("soft_targets", "kd", "line 10: unknown method 'kd'. Did you mean 'soft_targets'? Possible: "),
         ("soft_targets", "soft_target", "line 10: unknown method 'soft_target'. Did you mean 'soft_targets'?"),
-        ("soft_targets", "nowhere:Method", "line 10: method 'nowhere:Method': there is no module 'nowhere'."),
+        ("soft_targets", "nowhere:Method", "line 10: 'nowhere:Method': there is no module 'nowhere', neither"),
         (
             "[{soft_targets: {temperature: 3, loss_weight: 0.5}}]",
             "[3]",
