@@ -49,7 +49,7 @@ def test_the_use_of_the_test_images_is_counted(tmp_path):
     assert set(names) == {point.name for point in (*made.points, *made.dominated) if point.test is not None}
     start = "at the start, on the original, to see whether it was trained on the validation images"
     few = made.model_copy(update={"test_runs": [["a", "b"]]})
-    assert use_of_test_images(few) == f"1000 test images were used 2 times: {start}; at the end, on a, b."
+    assert use_of_test_images(few) == f"1000 test images were used twice: {start}; at the end, on a, b."
     assert use_of_test_images(made.model_copy(update={"test_runs": []})) == f"1000 test images were used once: {start}."
     search.folder.state.finished = True
     search.save()

@@ -88,7 +88,7 @@ def test_use(front: Front) -> str:
     for number, names in enumerate(front.test_runs):
         when = f"after more time ({number})" if number else "at the end"
         uses.append(f"{when}, on {', '.join(names) if len(names) <= _MOST_NAMES else f'{len(names)} points'}")
-    times = "once" if len(uses) == 1 else f"{len(uses)} times"
+    times = {1: "once", 2: "twice"}.get(len(uses), f"{len(uses)} times")
     return f"{front.test_images} test images were used {times}: {'; '.join(uses)}."
 
 

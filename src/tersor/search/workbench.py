@@ -28,6 +28,7 @@ from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import Array
 from tersor.evaluation.results import StageRecord
 from tersor.evaluation.scoring import targets_of
+from tersor.graph.batchnorm import Norm
 from tersor.graph.plain_network import plain_copy
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.stages import attach, run_stages
@@ -216,17 +217,23 @@ class Workbench:
         return experiment.batches(data.validation if len(data.validation) else data.train, experiment.evaluation_batch)
 
     def pace(self, model: nn.Module, steps: int) -> float:
-        """Seconds of one training step of the original.
+        """Seconds of one training step of the original, after a first one that loads libraries and kernels.
 
         Raises:
             InputError: it cannot be trained.
         """
-        candidate = Candidate()
+        candidate, network = Candidate(), copy.deepcopy(model)
+        for norm in network.modules():
+            if isinstance(norm, Norm):
+                norm.momentum = None  # statistics that are an average are not averaged again after the training
         stage = self.stage(candidate, "pace", steps, model)
         experiment = self.experiment_of(candidate, (stage,))
-        attachment = attach(experiment, stage, copy.deepcopy(model), NO_PROGRESS)
         batches = experiment.training_batches(stage)
-        return fit(attachment, batches, stage, steps=steps, teacher=experiment.teacher).seconds / steps
+        seconds = 0.0
+        for count in (1, steps):
+            attachment = attach(experiment, stage, copy.deepcopy(network), NO_PROGRESS)
+            seconds = fit(attachment, batches, stage, steps=count, teacher=experiment.teacher).seconds
+        return seconds / steps
 
     def stage(self, candidate: Candidate, name: str, steps: int, model: nn.Module, *, settled: bool = False) -> Stage:
         """A training stage for a candidate; see `training_stage`."""
