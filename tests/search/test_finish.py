@@ -11,6 +11,8 @@ from tersor.search.front import BaselineSpeedup, pick
 from tersor.search.verdict_line import last_line, verdict_lines
 
 SIZES = (1, 128)
+ROOMY = Budget(max_drop=2.0)
+"""A trained candidate is within it, whatever candidates Optuna's sampler proposes: 4.5 and 5.0 draw others."""
 
 
 def timed_as(values):
@@ -31,7 +33,7 @@ def timed_as(values):
 @pytest.mark.usefixtures("fake_search")
 def test_the_table_has_the_latency_of_the_final_measurement(tmp_path, monkeypatch):
     speedup, names = timed_as(lambda point: 1.2 / point.latency_ms[1])
-    search = searching(tmp_path / "out")
+    search = searching(tmp_path / "out", budget=ROOMY)
     monkeypatch.setattr(finish, "_speedup", speedup)
     made = run(search)
     best, baseline = made.point(made.best), made.point("original-8bit")
@@ -44,7 +46,7 @@ def test_the_table_has_the_latency_of_the_final_measurement(tmp_path, monkeypatc
 
 @pytest.mark.usefixtures("fake_search")
 def test_a_point_that_turns_out_slower_than_another_is_not_handed_over(tmp_path, monkeypatch):
-    search = searching(tmp_path / "out")
+    search = searching(tmp_path / "out", budget=ROOMY)
     made = run(search)
     first = made.best
     speedup, names = timed_as(lambda point: 0.01 if point.name == first else 1 / point.latency_ms[1])
