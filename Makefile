@@ -35,7 +35,7 @@ test: $(DEV)
 	$(BIN)/python $(QUICK)
 
 test-all: $(DEV)
-	$(INSTALL) -e '.[fuzz]'
+	$(INSTALL) -e '.[fuzz,ray]'
 	$(BIN)/python $(PYTEST)
 	$(MAKE) test-lowest wheel
 

@@ -69,6 +69,12 @@ def compress(
     limit: Annotated[int | None, typer.Option(min=1, help="number of training images [default: all]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="random seed")] = 0,
     storage: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the database [default: study.db]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="number of Ray processes that train candidates at the same time")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="address of a Ray cluster for the workers [default: this machine]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder to write, or to resume")] = Path("runs/compress"),
 ) -> None:
     """Search for a smaller, faster network within a budget. The same command resumes an interrupted search."""
@@ -102,6 +108,8 @@ def compress(
                 limit=limit,
                 seed=seed,
                 storage=storage,
+                workers=workers,
+                ray_address=ray_address,
                 out=out,
                 progress=bars,
             )

@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from search_fakes import FLOAT, SPACE, STORAGES, FakeBench, FakeTime, baseline, run, searching, without_measurements
-from tersor.search import halving
+from tersor.search import halving, rung_training
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.finish import write_front
@@ -16,6 +16,7 @@ from tersor.search.front import dominates
 from tersor.search.halving import halve
 from tersor.search.plan import RUNG_SIZES
 from tersor.search.promotion import promoted
+from tersor.search.rung_training import seconds_to_train
 from tersor.search.space import Space
 from tersor.search.survey import feasible_range, survey
 from tersor.tasks.classification import Classification
@@ -30,7 +31,7 @@ def observed(tmp_path_factory):
     asked = []
 
     def promote(search, trained, count, seconds, *, last):
-        asked.append((len(trained), count, seconds / halving._available(search), last))
+        asked.append((len(trained), count, seconds / seconds_to_train(search), last))
         return promoted(search, trained, count, seconds, last=last)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -216,13 +217,13 @@ def test_the_first_rung_by_hand(tmp_path):
     survey(search, SPACE)
     used, tested = search.clock.used, len(search.tested_at_the_end())
     available = 600.0 - used - (0.005 * 600 + 1.5 * 2 * 5.0 + (tested + 1) * 1.0)
-    rung = halving._rung(search, 1)
+    rung = halving._rung(search, 1, 1)
     assert len(rung.members) == 6
     assert set(rung.members.values()) == {1}
     least = 5.0 + 5.0  # attached, exported and timed in 5 s, as in the survey, and trained as long
     assert rung.until == pytest.approx(used + max(0.16 * available, min(0.35 * available, 6 * least)))
     search.clock.total = used + 55.0
-    short = halving._rung(search, 1)
+    short = halving._rung(search, 1, 1)
     final = 1.5 * 2 * min(5.0, 0.03 * search.clock.total)
     available = 55.0 - min(0.3 * search.clock.total, 0.005 * search.clock.total + final + (tested + 1) * 1.0)
     assert 0.35 * available < least < available, "too little for a share, enough for a single candidate"
@@ -265,9 +266,9 @@ def test_a_training_that_is_shorter_than_those_before_is_settled(finished):
     search, _ = finished
     before = max((record for record in search.study.records() if record.rung), key=lambda each: each.point.seconds)
     for limit, settled in ((before.point.seconds - 0.2, True), (before.point.seconds + 0.2, False)):
-        halving._planned(search, before.of, before.rung + 1, before, limit, last=True)
+        rung_training._planned(search, before.of, before.rung + 1, before, limit, last=True)
         assert search.bench.settled[-1] is settled
-    halving._planned(search, before.of, 1, None, 1.0, last=True)
+    rung_training._planned(search, before.of, 1, None, 1.0, last=True)
     assert search.bench.settled[-1] is False
-    (least,) = halving._planned(search, before.of, 1, None, 1e-6, last=False)
+    (least,) = rung_training._planned(search, before.of, 1, None, 1e-6, last=False)
     assert (least.name, least.steps) == ("train-1", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tersor.search.survey import describe_range, feasible_range, space_of, surve
 from tersor.search.tested_points import run_on_test_images
 from tersor.search.verdict_line import last_line, saturation
 from tersor.search.workbench import Workbench
+from tersor.search.workers import Placement, started
 from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.multilabel import Multilabel
@@ -64,6 +66,8 @@ def compress(
     std: Sequence[float] | None = None,
     image_size: int | Sequence[int] | None = None,
     storage: str | None = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
     out: Path | str | None = None,
     progress: ProgressReporter | None = None,
     now: Callable[[], float] = time.monotonic,
@@ -90,6 +94,9 @@ def compress(
         std: of each channel in [0, 1].
         image_size: height and width in pixels, or one number for both.
         storage: SQLAlchemy URL of the trials; `study.db` in the folder by default.
+        workers: number of Ray processes that train candidates at the same time; without it, this process trains them.
+        ray_address: of a Ray cluster for the workers; by default they run on this machine. Paths in the arguments must
+            exist on all machines.
         out: the folder, `runs/compress` by default.
         progress: receives the progress; `tersor.progress_bars.Bars` draws it.
         now: a clock in seconds.
@@ -104,7 +111,8 @@ def compress(
         raise InputError(f"budget is a {type(budget).__name__}. Pass tersor.Budget(max_drop=0.5, minutes=45).")
     if isinstance(students, str):
         raise InputError(f"students is '{students}'. Pass a list of names: ['{students}'].")
-    started = now()
+    placement = _placement(workers, ray_address)
+    begun = now()
     request = Request(
         model,
         data,
@@ -128,10 +136,16 @@ def compress(
     if folder.state.finished and folder.state.used >= 60 * _USED_UP * minutes:
         progress.say(f"{out}: the search is complete.")
         return _told(Result(out, read_front(out)), progress)
-    clock = Clock(minutes, folder.state.used + now() - started, now)
+    clock = Clock(minutes, folder.state.used + now() - begun, now)
     with enough_memory(_MEMORY), writable(out), folder.held():
         search = _search(request, folder, budget, clock, storage, progress)
-        return _told(Result(out, _run(search, request)), progress)
+        return _told(Result(out, _run(search, request, placement)), progress)
+
+
+def _placement(workers: int | None, address: str | None) -> Placement | None:
+    if workers is None and address is not None:
+        raise InputError("ray_address needs workers: write the number of processes too, such as --workers 4.")
+    return None if workers is None else Placement(workers, address)
 
 
 def _told(result: Result, progress: ProgressReporter) -> Result:
@@ -180,7 +194,7 @@ def _check_students(bench: Workbench, names: Sequence[str]) -> None:
             raise InputError(f"the student {name} cannot be used: {error}") from error
 
 
-def _run(search: Search, request: Request) -> Front:
+def _run(search: Search, request: Request, placement: Placement | None = None) -> Front:
     """All phases; after Ctrl-C or an error, `front.json` describes what there is."""
     search.restore()
     try:
@@ -192,7 +206,8 @@ def _run(search: Search, request: Request) -> Front:
         survey(search, space_of(search, list(search.bench.students), list(request.pixels)))
         for line in saturation(write_front(search, finished=False)):
             search.bar.tell(line)
-        halve(search)
+        with started(placement, request, search.bench) if placement else nullcontext() as workers:
+            halve(search, workers)
     except BaseException:
         if search.original is not None:
             write_front(search, finished=False)

@@ -109,9 +109,17 @@ class Costs:
         """Seconds for the layers and the profiles of this number of points."""
         return self.layers + points * (self.open + _PROFILE * PROFILED_RUNS * self.runs)
 
-    def entrants(self, seconds: float) -> int:
-        """Number of candidates for a rung of this many seconds, so that each has enough time to train."""
-        return max(0, min(RUNG_SIZES[0], int(seconds / max(self.least, 1e-9))))
+    def entrants(self, seconds: float, at_once: int = 1) -> int:
+        """Number of candidates for a rung of this many seconds, so that each has enough time to train.
+
+        Args:
+            seconds: of the rung.
+            at_once: number of candidates that are trained at the same time.
+        """
+        trained = int(at_once * seconds / max(self.least, 1e-9))
+        if at_once > 1:  # exports and measurements are made one after the other
+            trained = min(trained, int(seconds / max(2 * (self.export + self.latency), 1e-9)))
+        return max(0, min(RUNG_SIZES[0] * at_once, trained))
 
     @property
     def overhead(self) -> float:

@@ -1,0 +1,187 @@
+"""The trainings of a rung: planned, run here or in workers, then exported, measured and stored as trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.evaluation.results import StageRecord
+from tersor.recipe import Stage
+from tersor.search.candidate import QUANTIZE, Candidate
+from tersor.search.search_context import Search
+from tersor.search.search_metric import in_percent
+from tersor.search.state import Rung
+from tersor.search.study import Record
+from tersor.search.training_stage import as_made
+from tersor.search.trial import QUANTIZED_SHARE, Training, train
+from tersor.search.workers import Workers
+
+_ROUNDING = 0.4
+"""If quantization costs more points than this, the last training ends with quantization-aware training."""
+_HEADROOM = 10
+"""Limit on the steps of a training, relative to the original's in the same time; usually the time ends it first."""
+_MOST_STEPS = 10**6
+"""Limit on the steps where the original cannot be trained, so that its step has no time."""
+
+
+def train_candidates(
+    search: Search, rung: Rung, candidates: Sequence[Candidate], workers: Workers | None = None
+) -> None:
+    """Train candidates until the rung ends, each for the same time."""
+    if workers is not None:
+        _train_in_workers(search, workers, rung, candidates)
+        return
+    for place, candidate in enumerate(candidates):
+        _train(search, candidate, rung, _left(search, rung) / (len(candidates) - place))
+
+
+def seconds_to_train(search: Search) -> float:
+    """Seconds for training: those left, without the reserve for the end."""
+    return max(0.0, search.clock.left - search.reserve(more=1))
+
+
+def _left(search: Search, rung: Rung) -> float:
+    end = search.clock.used + seconds_to_train(search)
+    return min(end, rung.until or end) - search.clock.used
+
+
+def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> None:
+    """Train a candidate once more; all of its work takes `seconds`. An error is stored as a failed trial."""
+    limit = seconds - search.folder.state.costs.overhead
+    if limit <= 0:
+        return
+    start, resumed = search.clock.used, candidate.name in rung.planned
+    try:
+        training = _training(search, candidate, rung, limit)
+        model, made = train(search.bench, candidate, training, lambda: search.clock.used)
+        _add(search, candidate, rung, training, model, made)
+    except InputError as error:
+        _fail(search, candidate, rung, str(error))
+        return
+    if not resumed:
+        costs, in_training = search.folder.state.costs, sum(record.training_seconds or 0.0 for record in made)
+        costs.attach = max(0.0, search.clock.used - start - in_training - costs.export - costs.latency)
+
+
+def _train_in_workers(search: Search, workers: Workers, rung: Rung, candidates: Sequence[Candidate]) -> None:
+    """Train candidates in the workers until the rung ends; then export and measure them here."""
+    costs, rounds = search.folder.state.costs, math.ceil(len(candidates) / workers.count)
+    last = min(len(candidates), workers.count)  # the others are exported and measured while these are trained
+    seconds = _left(search, rung) - last * (costs.export + costs.latency)
+    limit = seconds / max(1, rounds) - costs.attach
+    if limit <= 0:
+        return
+    trainings: dict[Candidate, Training] = {}
+    for candidate in candidates:
+        try:
+            trainings[candidate] = _training(search, candidate, rung, limit)
+        except InputError as error:
+            _fail(search, candidate, rung, str(error))
+    for found in workers.train(trainings):
+        search.bar.advance()
+        if found is None:
+            continue
+        candidate, error = found
+        if error:
+            _fail(search, candidate, rung, error)
+            continue
+        try:
+            model, made = train(search.bench, candidate, trainings[candidate])  # from the checkpoints of the worker
+            _add(search, candidate, rung, trainings[candidate], model, made)
+        except InputError as failure:
+            _fail(search, candidate, rung, str(failure))
+
+
+def _training(search: Search, candidate: Candidate, rung: Rung, limit: float) -> Training:
+    """A training of `limit` seconds; its plan is stored."""
+    training = rung.members[candidate.name]
+    before = search.study.find(candidate, training - 1) if training > 1 else None
+    if candidate.name not in rung.planned:
+        planned = _planned(search, candidate, training, before, limit, last=rung.until is None)
+        rung.planned[candidate.name] = [_plain(stage) for stage in planned]
+        search.save()
+    stages = [Stage.model_validate(stage) for stage in rung.planned[candidate.name]]
+    return Training(_without_rounding(before), stages, limit)
+
+
+def _add(
+    search: Search, candidate: Candidate, rung: Rung, training: Training, model: nn.Module, made: list[StageRecord]
+) -> None:
+    """Export and measure a trained candidate, and add its trial."""
+    number = rung.members[candidate.name]
+    before = search.study.find(candidate, number - 1) if number > 1 else None
+    trained = [*training.trained]
+    trained += [as_made(stage, record.steps) for stage, record in zip(training.stages, made, strict=True)]
+    steps = sum(stage.steps for stage in trained)
+    with search.timed("export"):
+        file = search.folder.point_file(candidate.trained(steps))
+        exported = search.bench.export(candidate, model, file, quantized=_rounds(trained))
+    validation = made[-1].validation_score
+    if validation is not None:
+        validation = in_percent(search.bench.experiment.task, validation)
+    in_training = sum(record.training_seconds or 0.0 for record in made)
+    with search.timed("latency"):
+        record = search.record(
+            candidate,
+            exported,
+            rung=number,
+            steps=steps,
+            seconds=in_training + (before.point.seconds if before else 0.0),
+            stages=tuple(_plain(stage) for stage in trained),
+            rounding_loss=None if validation is None else validation - exported.validation,
+        )
+    search.study.add(record)
+    del rung.planned[candidate.name]
+    search.add(record.point, search.recipe_text(candidate, candidate.stages(trained)))
+    search.bar.tell(_described(search, record))
+
+
+def _fail(search: Search, candidate: Candidate, rung: Rung, reason: str) -> None:
+    search.study.fail(candidate, rung.members[candidate.name], reason)
+    search.bar.tell(f"{candidate}: {reason}")
+
+
+def _planned(
+    search: Search, candidate: Candidate, training: int, before: Record | None, limit: float, *, last: bool
+) -> list[Stage]:
+    """The stages of a training of `limit` seconds. A resumed training repeats them, although less time is left."""
+    rounds_badly = before is not None and (before.rounding_loss or 0.0) > _ROUNDING
+    quantizes = last and (rounds_badly or _rounds(_stages(before)))
+    names = [(f"train-{training}", 1 - QUANTIZED_SHARE * quantizes)]
+    names += [(QUANTIZE, QUANTIZED_SHARE)] * quantizes
+    settled = before is not None and before.point.seconds > limit
+    step, model = max(search.folder.state.costs.step, 1e-9), search.bench.build(candidate)
+    return [
+        search.bench.stage(
+            candidate, name, max(1, min(_MOST_STEPS, int(_HEADROOM * share * limit / step))), model, settled=settled
+        )
+        for name, share in names
+    ]
+
+
+def _stages(record: Record | None) -> list[Stage]:
+    return [Stage.model_validate(stage) for stage in record.stages] if record else []
+
+
+def _without_rounding(record: Record | None) -> list[Stage]:
+    """The trained stages but those that quantize: the next training goes on from the float network."""
+    return [stage for stage in _stages(record) if stage.name != QUANTIZE]
+
+
+def _rounds(stages: Sequence[Stage]) -> bool:
+    return any(stage.name == QUANTIZE for stage in stages)
+
+
+def _plain(stage: Stage) -> dict[str, Any]:
+    return stage.model_dump(mode="json", exclude_defaults=True)
+
+
+def _described(search: Search, record: Record) -> str:
+    point = record.point
+    times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in point.latency_ms.items())
+    drop = point.validation - search.reference
+    return f"{point.name}: {point.validation:.2f} % ({drop:+.2f}, standard error {point.drop_error:.2f}), {times}"

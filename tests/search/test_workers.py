@@ -1,0 +1,171 @@
+"""Trainings in several processes: the plan with made-up durations, and real Ray workers."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from search_fakes import STUDENTS, FakeBench, FakeTime, searching
+from tersor.core.errors import InputError
+from tersor.data import load
+from tersor.search.compress import compress
+from tersor.search.compression_budget import Budget
+from tersor.search.halving import halve
+from tersor.search.plan import RUNG_SIZES
+from tersor.search.space import Space
+from tersor.search.survey import survey
+from tersor.search.workers import Placement, read_folder, write_folder
+
+SPACE = Space(branches=9, prunable=True, students=list(STUDENTS))
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+
+
+class FakeWorkers:
+    """Workers that train in made-up time.
+
+    Attributes:
+        broken: names of candidates whose workers die.
+    """
+
+    def __init__(self, time, count, broken=()):
+        self.time, self.count, self.broken, self.seconds = time, count, broken, []
+
+    def train(self, trainings):
+        waiting, end = list(trainings), self.time.seconds
+        while waiting:
+            wave, waiting = waiting[: self.count], waiting[self.count :]
+            self.seconds += [trainings[each].seconds for each in wave]
+            end += max(trainings[each].seconds for each in wave)
+            self.time.seconds = max(self.time.seconds, end)
+            yield None
+            for each in wave:
+                yield each, "the worker died" if each.name in self.broken else ""
+
+
+def searched(path, count, broken=()):
+    """A search of ten minutes whose candidates are trained in `count` workers."""
+    time = FakeTime()
+    bench = FakeBench(time)
+    train = bench.train
+
+    def from_checkpoints(candidate, trained, seconds):
+        now = time.seconds
+        result = train(candidate, trained, seconds)
+        time.seconds = now
+        return result
+
+    bench.train = from_checkpoints
+    search = searching(path, time=time, bench=bench)
+    workers = FakeWorkers(time, count, broken)
+    survey(search, SPACE)
+    halve(search, workers)
+    return search, workers
+
+
+@pytest.mark.usefixtures("fake_search")
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_more_workers_train_more_candidates_in_the_same_time(tmp_path, count):
+    search, workers = searched(tmp_path / "out", count)
+    assert 0.9 * search.clock.total <= search.clock.used <= search.clock.total
+    sizes = [len(rung.members) for rung in search.folder.state.rungs]
+    assert all(size <= count * most for size, most in zip(sizes, RUNG_SIZES, strict=False))
+    assert sizes[0] > RUNG_SIZES[0] or count == 1
+    assert sum(workers.seconds) > 0.5 * count * search.clock.total
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_a_worker_that_dies_loses_its_trial_only(tmp_path):
+    search, _ = searched(tmp_path / "whole", 2)
+    lost = next(iter(search.folder.state.rungs[0].members))
+    search, _ = searched(tmp_path / "out", 2, broken=(lost,))
+    assert list(search.study.failed) == [lost]
+    trained = {record.of.name for record in search.study.records() if record.rung}
+    assert trained == set(search.folder.state.rungs[0].members) - {lost}
+
+
+def test_checkpoints_travel_as_bytes(tmp_path):
+    (tmp_path / "a" / "01-train").mkdir(parents=True)
+    (tmp_path / "a" / "01-train" / "clock.json").write_bytes(b"{}")
+    (tmp_path / "a" / "recipe").write_bytes(b"text")
+    (tmp_path / "a" / "lock").touch()
+    files = read_folder(tmp_path / "a")
+    assert files == {"01-train/clock.json": b"{}", "recipe": b"text"}
+    (tmp_path / "b" / "02-train").mkdir(parents=True)
+    (tmp_path / "b" / "02-train" / "clock.json").write_bytes(b"1")
+    write_folder(tmp_path / "b", files)
+    assert read_folder(tmp_path / "b") == {**files, "02-train/clock.json": b"1"}
+    assert read_folder(tmp_path / "none") == {}
+
+
+def test_wrong_places_are_refused(tmp_path):
+    with pytest.raises(InputError, match="workers is 0"):
+        Placement(0)
+    with pytest.raises(InputError, match="--workers 4"):
+        compress("resnet20", "digits", ray_address="auto", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_without_ray_workers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    given = {"budget": Budget(minutes=0.01), "out": tmp_path / "out"}
+    with pytest.raises(InputError, match="pip install ray"):
+        compress(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), load(name="digits", limit=100), workers=2, **given)
+
+
+class Digits(nn.Module):
+    """A network for digits; its first training step ends the process if there is a file named `deadly`."""
+
+    def __init__(self, deadly):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+        )
+        self.deadly = str(deadly)
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+class Loss:
+    """Cross entropy that ends the process of a worker the first time."""
+
+    def __init__(self, deadly):
+        self.deadly, self.searching = str(deadly), os.getpid()
+
+    def __call__(self, outputs, targets):
+        if os.getpid() != self.searching and Path(self.deadly).exists():
+            Path(self.deadly).unlink()
+            os._exit(1)
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_two_workers_of_a_local_cluster_train_and_one_that_dies_is_replaced(tmp_path, monkeypatch):
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    deadly = tmp_path / "deadly"
+    deadly.touch()
+    result = tersor.compress(
+        Digits(deadly),
+        load(name="digits", limit=600),
+        budget=Budget(latency_ms={1: 1000}, minutes=2),
+        loss=Loss(deadly),
+        workers=2,
+        out=tmp_path / "out",
+    )
+    assert not deadly.exists()
+    trained = [point for point in [*result.numbers.points, *result.numbers.dominated] if point.steps]
+    assert len(trained) >= 2
+    assert all(point.validation > 15 for point in trained)
+    assert not any("died" in (each.reason or "") for each in result.numbers.dropped)
