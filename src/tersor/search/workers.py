@@ -60,7 +60,7 @@ class Worker:
     """In the process of a worker: the original, the data, and the candidates that it trains.
 
     Args:
-        reference: a list with the arguments of the search in Ray's object store.
+        request: the arguments of the search.
         students: networks that replace the original, with their weights files.
         folder: the working directory of the search, which paths are relative to.
         threads: threads of torch.
@@ -69,7 +69,7 @@ class Worker:
 
     def __init__(
         self,
-        reference: list[Any],
+        request: Request,
         students: Mapping[str, Path | None],
         folder: str,
         threads: int,
@@ -79,7 +79,6 @@ class Worker:
         if Path(folder).is_dir():
             os.chdir(folder)
         torch.set_num_threads(threads)
-        request: Request = _ray().get(reference[0])
         experiment = experiment_of(request, NO_PROGRESS)
         bench = Workbench(experiment, students, Path(tempfile.mkdtemp(prefix="tersor-")), NO_PROGRESS)
         self._bench = bench.choosing_on_test_images() if tests_choose else bench
@@ -164,7 +163,7 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
         threads = max(1, cores // placement.workers)
         reserved = threads if placement.address else 1
         remote = ray.remote(num_cpus=reserved, max_restarts=-1, max_task_retries=1)(Worker)
-        arguments = [ray.put(request)], dict(bench.students), str(Path.cwd()), threads
+        arguments = request, dict(bench.students), str(Path.cwd()), threads
         actors = [remote.remote(*arguments, tests_choose=bench.tests_choose) for _ in range(placement.workers)]
         yield Workers(ray, actors, bench.folder)
     finally:
