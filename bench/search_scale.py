@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import rows
 from tersor.search.candidate import Candidate
@@ -56,7 +57,8 @@ def measure_workers(count: int) -> None:
     ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            actors = [ray.remote(num_cpus=1)(Sleeper).remote() for _ in range(count)]
+            sleeper: Any = ray.remote(num_cpus=1)(Sleeper)
+            actors = [sleeper.remote() for _ in range(count)]
             ray.get([each.train.remote(Candidate(), Training((), (), 0.0), {}) for each in actors])  # processes are up
             workers = Workers(ray, actors, Path(folder))
             wall = seconds_of(lambda: list(workers.train(trainings)))
@@ -87,7 +89,7 @@ def measure_study(trials: int) -> None:
             seconds_of(lambda: again.tell(again.suggest(space.distributions())[0], None)) for _ in range(REPETITIONS)
         ]
         megabytes = (Path(folder) / "study.db").stat().st_size / 1e6
-    numbers = {
+    numbers: dict[str, Any] = {
         "open": sorted(opened)[1],
         "propose": sorted(proposed)[1],
         "add": filled / trials,
