@@ -58,5 +58,5 @@ def test_the_use_of_the_test_images_is_counted(tmp_path):
     assert again.test_runs[0] == names
     assert len(again.test_runs) == 2
     text = use_of_test_images(again.model_copy(update={"test_runs": [["a"], 9 * ["b"]]}))
-    assert text == f"1000 test images were used 3 times: {start}; at the end, on a; after more time (1), on 9 points."
+    assert text == f"1000 test images were used 3 times: {start}; at the end, on a; after extension 1, on 9 points."
     assert "were used once" not in (search.folder.path / "report.html").read_text()
