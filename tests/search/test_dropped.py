@@ -22,7 +22,9 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
     assert any(name not in first for name in made.dropped)
     assert made.dropped[Candidate(branches=3).name] == "Failed: cannot be built"
     slow = made.dropped["deep-8bit"]
-    assert slow.startswith("49.80 % untrained. Not trained: it is slower, or hardly faster, than the fastest free baseline")
+    assert slow.startswith(
+        "49.80 % untrained. Not trained: it is slower, or hardly faster, than the fastest free baseline"
+    )
     rung = [text for name, text in made.dropped.items() if name in first]
     assert rung
     assert all("steps. Not trained further after rung 1 of" in text for text in rung if "100 steps" in text)
