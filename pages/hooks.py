@@ -1,6 +1,6 @@
 """MkDocs hooks: the pages that are generated from the code, and the tables of measured gains.
 
-`python -m mkdocs build` loads this file by its path, so its neighbours are found through `sys.path`.
+`python -m mkdocs build` loads this file by its path, so its neighbors are found through `sys.path`.
 """
 
 from __future__ import annotations

@@ -144,25 +144,25 @@ def test_own_data_loss_and_loop(capsys):
     assert min(scores) > 60  # chance: 50
 
 
-def test_a_centre_detector_finds_the_boxes_of_its_loss():
-    """Maps with a peak at each centre and the right sides have a small loss and a perfect mAP50."""
-    module = example("centre_detection")
+def test_a_center_detector_finds_the_boxes_of_its_loss():
+    """Maps with a peak at each center and the right sides have a small loss and a perfect mAP50."""
+    module = example("center_detection")
     boxes = torch.tensor([[4.0, 8.0, 20.0, 24.0], [30.0, 30.0, 62.0, 50.0]])
     targets = [{"boxes": boxes, "labels": torch.tensor([2, 1])}]
     cells = [(4, 3, 1, boxes[0]), (10, 11, 0, boxes[1])]  # row, column, map
-    centres, sides = torch.full((1, 3, 16, 16), -8.0), torch.zeros(1, 4, 16, 16)
+    centers, sides = torch.full((1, 3, 16, 16), -8.0), torch.zeros(1, 4, 16, 16)
     for row, column, label, box in cells:
-        centres[0, label, row, column] = 8.0
+        centers[0, label, row, column] = 8.0
         x, y = column + 0.5, row + 0.5
         wanted = torch.stack([x - box[0] / 4, y - box[1] / 4, box[2] / 4 - x, box[3] / 4 - y])
         sides[0, :, row, column] = wanted.expm1().log()  # the inverse of softplus
-    task, outputs = module.CentreDetection(), {"centres": centres, "sides": sides}
+    task, outputs = module.CenterDetection(), {"centers": centers, "sides": sides}
     [found] = task.predictions(outputs)
     best = found["scores"].argsort(descending=True)[:2]
     order = found["labels"][best].argsort(descending=True)
     torch.testing.assert_close(found["boxes"][best][order], boxes)
     assert task.score([(task.predictions(outputs), targets)]) == pytest.approx(100)
-    assert task.loss(outputs, targets) < 0.01 < 1 < task.loss({"centres": -centres, "sides": sides}, targets)
+    assert task.loss(outputs, targets) < 0.01 < 1 < task.loss({"centers": -centers, "sides": sides}, targets)
 
 
 @pytest.mark.slow

@@ -288,7 +288,7 @@ def _same_twice():
 
 LABELLED = {
     "from 1": (LABELS + 1, "from 1 to 10, but the 10 classes .* from 0 to 9. Write labels - 1"),
-    "below 0": (LABELS - 1, "from -1 to 8.*unlabelled"),
+    "below 0": (LABELS - 1, "from -1 to 8.*unlabeled"),
     "too high": (LABELS + 3, "from 3 to 12"),
     "floats": (LABELS.float(), r"labels.long\(\)"),
     "one-hot": (torch.eye(10)[LABELS], r"labels.argmax\(1\)"),
@@ -335,7 +335,7 @@ def test_one_logit_is_a_class_above_zero_unless_it_may_be_a_probability():
 def test_distill_warns_of_its_teacher_and_trains():
     with pytest.warns(CompressionWarning, match="sum to 1.000"):
         tersor.distill(small(), small(3, 10, nn.Softmax(1)), [(IMAGES, LABELS)], label_weight=0)
-    with pytest.warns(CompressionWarning, match=r"% of 40 labelled images .* by chance \(10.0 % for 10 classes\)"):
+    with pytest.warns(CompressionWarning, match=r"% of 40 labeled images .* by chance \(10.0 % for 10 classes\)"):
         tersor.distill(small(), small(), [(IMAGES, LABELS)])
 
 

@@ -156,7 +156,7 @@ def distill(
     Args:
         student: the network to train, in place.
         teacher: a trained network for the same images, with outputs of the same shapes.
-        loader: batches (images, targets), with a length; images alone if `label_weight` is 0, or if the outputs are no
+        loader: batches (images, targets), with a length; images alone if `label_weight` is 0, or if the outputs are not
             logits (N, classes) and neither `task` nor `loss` is given.
         epochs: passes over `loader`.
         temperature: temperature T of the softened outputs.
@@ -207,8 +207,8 @@ def export(
         runtime: the runtime for the comparison.
         classes: class names in the order of the logits, stored in the metadata.
         pixels: mean and standard deviation of the normalization; the file then takes uint8 pixels.
-        normalization: mean and standard deviation of normalized images, stored in the metadata, where `tersor eval`
-            reads them; by default those given to `quantize`.
+        normalization: mean and standard deviation that the images were normalized with, stored in the metadata for
+            `tersor eval`; by default those given to `quantize`.
         batch: fixed batch size; by default it is dynamic, or 1 with a warning if the installed OpenVINO would crash.
 
     Raises:
@@ -254,16 +254,17 @@ def compare(
     task: str | Task | None = None,
     metric: Any = None,
 ) -> dict[str, Any]:
-    """Measure two networks in a runtime: metric (under its name, "accuracy"), prediction agreement, file size, latency.
+    """Measure two networks in a runtime: metric (such as "accuracy"), prediction agreement, file size and latency.
 
-    The artifact also has its `speedup` over the original by batch size, with a 95 % interval, and the `difference` of
-    its metric to the original's. A `CompressionWarning` is issued if a classifier is at chance level.
+    The entry of the artifact also has the `speedup` over the original by batch size, with a 95 % interval, and the
+    `difference` of the metric from that of the original. A `CompressionWarning` is issued if a classifier is at chance
+    level.
 
     Args:
         original: a network, or its ONNX file.
         artifact: an ONNX file, or the folder of a run.
-        loader: batches (images, targets) in the input format of the files; without targets, the metric is None. Files
-            that take uint8 pixels get the pixels of normalized images.
+        loader: batches (images, targets) in the input format of the files; without targets, the metric is None. For
+            files that take uint8 pixels, normalized images are converted to pixels.
         runtime: the runtime for both.
         seconds: time limit for the latency of one batch size, measured in interleaved rounds.
         task: what the network is for; by default classification if it returns logits (N, classes), else distance.

@@ -134,10 +134,10 @@ def pick(
     max_drop: _MaxDrop = None,
     latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
-    point: Annotated[str | None, typer.Option(metavar="NAME", help="a point by its name, instead of limits")] = None,
+    point: Annotated[str | None, typer.Option(metavar="NAME", help="name of a point, instead of limits")] = None,
     out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,
 ) -> None:
-    """Pick another point of the Pareto front, without training. Without limits: by the budget of the search."""
+    """Choose a point of the Pareto front, without training. By default, the budget of the search is used."""
     from tersor.search.compression_budget import Budget, parse_latency, parse_size
     from tersor.search.folder import read_front
     from tersor.search.result import Result
@@ -196,7 +196,7 @@ def front_table(front: Front, best: str = "model.onnx") -> Table:
 
     Args:
         front: the points.
-        best: what the best point is called, which is marked.
+        best: label of the best point, which has an asterisk.
     """
     sizes = list(front.points[0].latency_ms)
     threads = f"{front.machine.threads} thread{'' if front.machine.threads == 1 else 's'}"
@@ -204,7 +204,7 @@ def front_table(front: Front, best: str = "model.onnx") -> Table:
     table = Table(
         title=title,
         title_justify="left",
-        caption=f"* {best}. All choices used validation images.",
+        caption=f"* = {best}. All choices were made on validation images.",
     )
     table.add_column("point", overflow="fold", min_width=22)
     for column in ("val., %", "test, %", *(f"ms,\nbatch {size}" for size in sizes), "MB"):

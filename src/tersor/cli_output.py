@@ -182,7 +182,7 @@ def _compared_with(measured: LatencyTable) -> list[str]:
 
 
 def _compared(file: TimedFile) -> Sequence[str]:
-    """How a file compares with the two files of its table that the others are compared with, or that it is one."""
+    """The two speedups of a file over the reference files; for a reference file, its role in place of the speedup."""
     from tersor.report.verdict import describe_speedup
 
     if file.speedup:

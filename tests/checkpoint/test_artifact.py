@@ -322,5 +322,5 @@ def test_only_a_whole_folder_of_a_search_is_read_without_a_manifest(tmp_path):
     (folder / "front.json").write_text("")
     assert read_artifact(folder).model == folder / "model.onnx"
     assert list(read_artifact(folder).files) == ["model.onnx", "numbers.json"]
-    with pytest.raises(InputError, match=r"belongs to a search, and this needs the folder of a run"):
+    with pytest.raises(InputError, match=r"belongs to a search, but the folder of a run is needed"):
         read_folder(folder)

@@ -45,7 +45,7 @@ def test_a_file_here_never_stands_in_for_an_installed_package(here):
         ("no_such_module_anywhere:build", "no module 'no_such_module_anywhere'"),
         ("json.nothing:loads", "no module 'json.nothing'"),
         ("no_such_file_anywhere.py:build", "no file 'no_such_file_anywhere.py' in"),
-        ("../other/net.py:build", "the path of a file from the current folder"),
+        ("../other/net.py:build", "the path of a file relative to the current folder"),
         ("json:laods", "Did you mean 'loads'?"),
         ("json:decoder", "of type module"),
     ],

@@ -81,7 +81,7 @@ def test_what_is_said_of_images_that_are_none(batch, words):
         ([2, 3, 3], 3, 0, "from 2 to 3. .* because the network has 3 classes"),
         ([0, 3, 3], 3, 1, "because the network has 3 classes"),
         ([1, 2, 4], 3, None, "because the network has 3 classes"),
-        ([-1, 0, 1], 3, None, "from -1 to 1.*Leave out unlabelled images"),
+        ([-1, 0, 1], 3, None, "from -1 to 1.*Leave out unlabeled images"),
         ([0.0, 1.0, 2.0], 3, None, r"labels\.long"),
         ([True, False, True], 3, None, r"labels\.long"),
         ([[0], [1], [2]], 3, None, r"labels\.squeeze\(1\)"),

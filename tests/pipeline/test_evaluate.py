@@ -135,7 +135,7 @@ def test_images_have_the_size_of_the_file(images, tmp_path):
         Image.new("RGB", (11, 20)).save(images / part / "cat" / "tall.png")
     file, progress = export(network(2), torch.rand(1, 3, 8, 6), tmp_path / "model.onnx"), RecordedProgress()
     assert evaluate(file, str(images), None, progress=progress).images == 7
-    assert "images of another size are resized to 8 x 6, which the file takes" in progress.lines
+    assert "images of another size are resized to 8 x 6, the input size of the file" in progress.lines
 
 
 def test_the_folders_of_a_search_and_of_its_points(images, tmp_path):

@@ -37,7 +37,7 @@ def said(function, *arguments, **options):
         warnings.simplefilter("always")
         function(*arguments, **options)
     found = [each for each in caught if issubclass(each.category, CompressionWarning)]
-    return [str(each.message) for each in found if re.search(r"labelled|same logits", str(each.message))]
+    return [str(each.message) for each in found if re.search(r"labeled|same logits", str(each.message))]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def said(function, *arguments, **options):
         (0.0, LABELS, ["the quantized network returns the same logits for all of 60 images"]),
         (0.0, None, ["the quantized network returns the same logits for all of 60 images"]),
         (1.0, LABELS.roll(1), []),
-        (1.0, LABELS[torch.randperm(60, generator=torch.Generator().manual_seed(1))], ["% of 60 labelled images"]),
+        (1.0, LABELS[torch.randperm(60, generator=torch.Generator().manual_seed(1))], ["% of 60 labeled images"]),
     ],
 )
 def test_quantize_warns_of_chance_level(scale, labels, words):
@@ -64,7 +64,7 @@ def test_compare_warns_of_the_first_file_at_chance_level():
     constant, right, logits = torch.zeros(60, dtype=torch.int64), LABELS, torch.zeros(2, 3)
     warn = outcome_warnings.warn_of_chance
     (found,) = said(warn, CLASSIFICATION, {"original": constant, "artifact": constant}, LABELS, logits)
-    assert found.startswith("original: 33.3 % of 60 labelled images are classified correctly: class 0 is predicted for")
+    assert found.startswith("original: 33.3 % of 60 labeled images are classified correctly: class 0 is predicted for")
     assert found.endswith("image size are those of its training.")
     (found,) = said(warn, CLASSIFICATION, {"original": right, "artifact": constant}, LABELS, logits)
     assert found.startswith("artifact: 33.3 %")
@@ -111,11 +111,11 @@ stages:
     )
     progress = Lines()
     experiment = prepare(recipe, model=None, data=None, progress=progress)
-    (found,) = [line for line in progress.lines if "labelled images" in line]
+    (found,) = [line for line in progress.lines if "labeled images" in line]
     assert found.startswith("warning: test_outcome_warnings:dead: ")
-    assert "of 64 labelled images are classified correctly" in found
+    assert "of 64 labeled images are classified correctly" in found
     test = experiment.batches(experiment.data.test, 500)
     artifact = run._level(experiment, test, torch.zeros(len(test.images), dtype=torch.int64))
     assert re.match(
-        r"model.onnx: \d+\.\d % of 359 labelled images .* class 0 is predicted for all .* Compress less", artifact
+        r"model.onnx: \d+\.\d % of 359 labeled images .* class 0 is predicted for all .* Compress less", artifact
     )

@@ -66,7 +66,7 @@ def test_a_network_that_is_given_is_trained_and_copied():
     assert all(torch.equal(a, b) for a, b in zip(given.parameters(), made.teacher.parameters(), strict=True))
     assert lines[0] == "reading images"
     assert lines[1].startswith("normalization: mean 0.5 0.5 0.5, std 0.25 0.25 0.25")
-    assert "53.8 % of 80 labelled images" in lines[2], "the teacher is checked on the training images"
+    assert "53.8 % of 80 labeled images" in lines[2], "the teacher is checked on the training images"
     assert made.data.mean == (0.5,) * 3
 
 

@@ -22,7 +22,9 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
     assert any(name not in first for name in made.dropped)
     assert made.dropped[Candidate(branches=3).name] == "Failed: cannot be built"
     slow = made.dropped["deep-8bit"]
-    assert slow.startswith("49.80 % untrained. Not trained: it is hardly faster than the fastest free baseline")
+    assert slow.startswith(
+        "49.80 % untrained. Not trained: it is slower, or hardly faster, than the fastest free baseline"
+    )
     rung = [text for name, text in made.dropped.items() if name in first]
     assert rung
     assert all("steps. Not trained further after rung 1 of" in text for text in rung if "100 steps" in text)
@@ -58,5 +60,5 @@ def test_the_use_of_the_test_images_is_counted(tmp_path):
     assert again.test_runs[0] == names
     assert len(again.test_runs) == 2
     text = use_of_test_images(again.model_copy(update={"test_runs": [["a"], 9 * ["b"]]}))
-    assert text == f"1000 test images were used 3 times: {start}; at the end, on a; after more time (1), on 9 points."
+    assert text == f"1000 test images were used 3 times: {start}; at the end, on a; after extension 1, on 9 points."
     assert "were used once" not in (search.folder.path / "report.html").read_text()

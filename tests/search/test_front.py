@@ -134,7 +134,7 @@ def test_what_a_point_lacks_is_said_in_numbers():
 def test_an_excess_that_is_not_measurable_is_called_so():
     near = point("near", 90.0, 2.02, 50_017, error=0.02)
     assert shortfall(near, Budget(latency_ms={1: 2.0}, megabytes=0.05), 90.0) == (
-        "it takes 2.02 ms at batch 1, 1.00 % above the limit, which is inside the measurement error; "
+        "it takes 2.02 ms at batch 1, 1.00 % above the limit, within the measurement error; "
         "it has 0.050 MB, 0.03 % above the limit"
     )
 

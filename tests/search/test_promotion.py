@@ -91,7 +91,7 @@ def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path):
     add(search, Candidate(branches=1), 0, 90.0, 0.6)
     halve(search)
     assert not search.folder.state.rungs
-    assert told == ["no more training: it cannot improve any candidate that is worth it"]
+    assert told == ["no more training: no promising candidate can be improved by it"]
     assert finish.advice(search, search.original) == []
     told.clear()
     add(search, Candidate(branches=2), 0, 80.0, 0.5)

@@ -42,7 +42,7 @@ GOOD = 10 * torch.eye(10)[LABELS] + torch.randn(40, 10)
 SWAPPED = torch.tensor([1, 0, *range(2, 10)])
 TEACHERS = {
     "good": (GOOD, None),
-    "by chance": (torch.randn(40, 10), r"% of 40 labelled images .* by chance \(10.0 % for 10 classes\)"),
+    "by chance": (torch.randn(40, 10), r"% of 40 labeled images .* by chance \(10.0 % for 10 classes\)"),
     "softmax": (GOOD.softmax(1), r"sum to 1\.000.*softmax"),
     "log_softmax": (GOOD.log_softmax(1), r"log-probabilities.*1\.000"),
     "rolled": (GOOD.roll(1, 1), "0.0 % of 40 .*10 classes .*label 0 as class 1.*order of its classes probably differs"),
@@ -116,7 +116,7 @@ def test_the_first_256_images_are_used():
     teacher = Recording(torch.zeros(200, 10))
     (warning,) = teacher_warnings("t", teacher, [Batch(torch.zeros(200, 3, 2, 2), labels)] * 3)
     assert seen == [200, 56]
-    assert "10.2 % of 256 labelled images" in warning, "20 and 6 of class 0"
+    assert "10.2 % of 256 labeled images" in warning, "20 and 6 of class 0"
 
 
 def test_too_few_images_have_no_accuracy():
@@ -176,6 +176,6 @@ def test_labels_of_one_class_and_rare_classes_say_nothing():
     rare[:9] = 1
     assert not chance_warning("n", torch.zeros(40), rare, 2)
     rare[9] = 1
-    assert "75.0 % of 40 labelled images are classified correctly: class 0 is predicted for all" in chance_warning(
+    assert "75.0 % of 40 labeled images are classified correctly: class 0 is predicted for all" in chance_warning(
         "n", torch.zeros(40), rare, 2
     )

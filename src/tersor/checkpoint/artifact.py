@@ -208,8 +208,8 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not file.is_file():
         if _files_of_search(folder):
             raise InputError(
-                f"{folder} belongs to a search, and this needs the folder of a run. Give its recipe to `tersor run`; "
-                "the report of a search is in the folder of the search."
+                f"{folder} belongs to a search, but the folder of a run is needed. Write one with `tersor run` and the "
+                "recipe of the point. The report of a search is in the folder of the search."
             )
         raise InputError(f"{folder} is not an artifact: it holds no {MANIFEST}. Pass a folder written by a run.")
     try:

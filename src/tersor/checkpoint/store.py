@@ -3,8 +3,8 @@
     OUT.checkpoints/
       recipe.yaml                        the recipe of the run
       lock                               held while a process runs; the operating system releases it
-      01-distil-0000200-1a2b3c4d/        stage, step, and the first digits of the SHA-256 of clock.json
-      01-distil-end-5e6f7a8b/            at the end of a stage
+      01-distill-0000200-1a2b3c4d/        stage, step, and the first digits of the SHA-256 of clock.json
+      01-distill-end-5e6f7a8b/            at the end of a stage
         clock.json                       position in the run, and the SHA-256 of the other two files
         structure.json                   parametrizations, quantizers and removed channels
         tensors.safetensors              weights, buffers, optimizer state, random state

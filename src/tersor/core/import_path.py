@@ -52,7 +52,7 @@ def import_function(path: str) -> Callable[..., Any]:
     if not all(part.isidentifier() for part in [*module_name.split("."), *function_name.split(".")]):
         raise InputError(
             f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build', or "
-            "the path of a file from the current folder, as in 'my_models.py:build'."
+            "the path of a file relative to the current folder, as in 'my_models.py:build'."
         )
     target: Any = import_module(module_name, path)
     where = getattr(target, "__file__", None) or "a folder"
@@ -113,7 +113,7 @@ def import_module(name: str, path: str) -> ModuleType:
         as_file = f"{name.replace('.', '/')}.py:{function}"
         raise InputError(
             f"'{path}': there is no module '{error.name}', neither installed nor in {here}. You can also write the "
-            f"path of a file from there, as in '{as_file}' or 'folder/{as_file}'."
+            f"path of a file relative to this folder, as in '{as_file}' or 'folder/{as_file}'."
         ) from error
     except (ImportError, SyntaxError) as error:
         raise InputError(f"'{path}': importing '{name}' failed: {type(error).__name__}: {error}.") from error

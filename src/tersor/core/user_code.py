@@ -19,9 +19,9 @@ def user_code(name: str, function: object, *, if_none: str = "") -> Generator[No
 
     Args:
         name: of the function, in the message.
-        function: the function, an object whose methods run, or the name of a module that is imported. Errors that none
-            of the functions of its module, or of the modules of its base classes, raised or passed on stay as they are.
-            So do errors of tersor's own classes.
+        function: the function, an object whose methods run, or the name of a module that is imported. An error stays
+            unchanged if no function of its module, or of a module of its base classes, is in the traceback. Errors of
+            tersor's own classes stay unchanged too.
         if_none: a sentence for exceptions that a value None caused.
 
     Raises:

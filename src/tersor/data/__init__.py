@@ -1,4 +1,4 @@
-"""Labelled images: loading, splitting, augmentation and batches."""
+"""Labeled images: loading, splitting, augmentation and batches."""
 
 from tersor.data.batches import Batches
 from tersor.data.image_sets import Images, Splits

@@ -71,7 +71,7 @@ def labels_error(labels: Tensor, images: int, classes: int | None, least: int | 
         return None
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
-        return InputError(f"{of}, from {low} to {high}. Possible: {numbers}. Leave out unlabelled images.")
+        return InputError(f"{of}, from {low} to {high}. Possible: {numbers}. Leave out unlabeled images.")
     least = low if least is None else min(least, low)
     if classes is not None and high == classes and least > 0:
         return InputError(

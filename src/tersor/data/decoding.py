@@ -34,7 +34,7 @@ class ImageFormat:
     Attributes:
         size: height and width in pixels; None keeps the size.
         channels: 3 for RGB, 1 for gray, 4 for RGBA (a file with four channels of another kind keeps them).
-        crop: whether the image is resized until it covers `size`, and the centre is cropped; otherwise both sides are
+        crop: whether the image is resized until it covers `size`, and the center is cropped; otherwise both sides are
             resized, which can change the aspect, so that nothing of a mask or a box is cut off.
     """
 
@@ -99,7 +99,7 @@ def pixels_of(image: object, form: ImageFormat, name: str) -> NDArray[Any]:
     """Convert an image to pixels (H, W, C) uint8, or uint16 if it has 16 bits per channel.
 
     Resizing is bilinear. With one or three channels, transparency is dropped. Pillow reads a file of 16 bits per
-    channel as 8 bits if it has colour.
+    channel as 8 bits if it has color.
 
     Args:
         image: a Pillow image, or a uint8 or uint16 tensor (C, H, W); one channel is repeated.
@@ -134,7 +134,7 @@ def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[n
         if image.mode not in {"P", "L", "1", "I;16", "I"}:
             raise InputError(
                 f"{name} is a mask of Pillow mode '{image.mode}'. Possible: a palette or gray image whose values are "
-                "class numbers. Convert colours to class numbers."
+                "class numbers. Convert colors to class numbers."
             )
         image = np.asarray(image)
     values: NDArray[Any] = np.asarray(image)

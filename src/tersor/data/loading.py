@@ -65,9 +65,9 @@ def load(
         datasets: "train", "test" and perhaps "validation": torch or Hugging Face data sets, or lists, of pairs (image,
             target) or dicts (see `dataset_items`).
         root: the folder of torchvision's files. Nothing is downloaded.
-        targets: what "scenes" have, "masks" or "boxes".
+        targets: "masks" or "boxes", the targets of "scenes".
         image_size: height and width in pixels, or one number for both; None if all images have the same size. Images
-            with classes or values are resized until they cover it, and the centre is cropped. Images with masks or
+            with classes or values are resized until they cover it, and the center is cropped. Images with masks or
             boxes are resized to exactly this size, with their targets.
         channels: 3, or 1 for gray images, or 4; data sets of tensors may have any number. By default 3, or those of the
             `Splits` that a function returns. Images with 16 bits per channel keep the 16 bits.

@@ -100,7 +100,7 @@ def _scene(digits: Floats, labels: NDArray[Any], size: tuple[int, int], random: 
 
 
 def _background(size: tuple[int, int], random: np.random.Generator) -> Floats:
-    """A gradient between two colours with stripes and noise: (H, W, 3) float32 in 0..255."""
+    """A gradient between two colors with stripes and noise: (H, W, 3) float32 in 0..255."""
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32) / max(size)
     along, across = (np.cos(each) * x + np.sin(each) * y for each in random.uniform(0, 2 * np.pi, 2).astype(np.float32))
     share = (along - along.min()) / max(float(np.ptp(along)), 1e-6)
@@ -144,7 +144,7 @@ def _covered(box: tuple[int, int, int, int], other: tuple[int, int, int, int]) -
 
 
 def _paint(window: Floats, opacity: Floats, random: np.random.Generator) -> None:
-    """Paint a digit in a colour that is brighter or darker than the background there, in place."""
+    """Paint a digit in a color that is brighter or darker than the background there, in place."""
     mean = float(window.mean())
     contrast = random.uniform(60, 120)
     level = mean + contrast if mean < 128 else mean - contrast

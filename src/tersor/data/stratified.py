@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """Return a generator seeded by the `numbers`; neighbouring seeds give unrelated streams."""
+    """Return a generator seeded by the `numbers`; neighboring seeds give unrelated streams."""
     # the count is included because a SeedSequence treats (1,) and (1, 0) alike
     state = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

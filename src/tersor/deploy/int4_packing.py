@@ -19,7 +19,7 @@ _MINIMUM, _MAXIMUM = -8, 7
 
 
 def pack_int4(graph: onnx.GraphProto) -> None:
-    """Pack every int8 input (C, ...) of a DequantizeLinear whose channels each span at most 16 neighbouring integers.
+    """Pack every int8 input (C, ...) of a DequantizeLinear whose channels each span at most 16 neighboring integers.
 
     No value changes.
     """

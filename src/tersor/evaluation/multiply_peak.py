@@ -5,8 +5,8 @@ rounding and to the start of each operator. Needs numpy, never torch.
 
 The peak is that of two 3x3 convolutions of 256 channels on 14x14 values, with one image for each thread, which every
 runtime computes near its best. It is measured through the same sessions as all latencies, so the threads and the
-precision are those of the network. The fastest run counts: other work on the machine only makes runs slower, and a run
-of a few milliseconds is likely to meet a quiet moment. The median says how loaded the machine was.
+precision are those of the network. The fastest run counts: other work on the machine only makes runs slower, and some
+runs of a few milliseconds are not disturbed by it. The median shows how loaded the machine was.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ class FileResults(Execution):
     """Everything measured of one file in one runtime.
 
     Attributes:
-        precision: of the weights in the file, and of all else: "int8, rest float32".
-        float_precision: what the runtime computes in where it does not compute in integers.
+        precision: of the stored weights, and of all that is not quantized: "int8, rest float32".
+        float_precision: data type of everything that the runtime does not compute in integers.
         score: the metric on the test set.
         agreement: share of predictions that equal those of the original file, in percent.
         latency_ms: latencies by batch size.

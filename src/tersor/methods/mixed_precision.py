@@ -13,7 +13,7 @@ over the total number of bits. As in the papers, the errors of layers are added 
 
 The papers estimate a layer's error: HAWQ by the largest eigenvalue of its Hessian, which orders the layers and leaves
 the choice of bits to the user; V3 by the Hessian's trace times |w - w_hat|^2. Here the error is measured on a few
-hundred unlabelled images, in one pass for each layer and width, without gradients. V3 can also bound latency or bit
+hundred unlabeled images, in one pass for each layer and width, without gradients. V3 can also bound latency or bit
 operations, and gives a layer's input the bits of its weight; here all activations have one width. The papers fine-tune
 afterwards; here that is a separate `qat` or `lsq` stage, which keeps the bits. An excluded layer counts neither in the
 sum nor in the average. In files, up to four bits take half a byte, and five to eight take a byte.

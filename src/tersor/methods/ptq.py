@@ -1,4 +1,4 @@
-"""Post-training quantization: quantizes a trained network, with a few hundred unlabelled images for calibration.
+"""Post-training quantization: quantizes a trained network, with a few hundred unlabeled images for calibration.
 
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR
 2018; Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018 (arXiv 1806.08342).

@@ -1,7 +1,7 @@
 """A small UNet: Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015.
 
 Three changes: convolutions are padded, so that the output has the size of the image; BatchNorm follows each of them;
-the decoder upsamples by nearest neighbours in place of transposed convolutions.
+the decoder upsamples by nearest neighbors in place of transposed convolutions.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def refuse_quantized(model: object) -> None:
     """
     if isinstance(model, nn.Module) and any(isinstance(each, FakeQuantize) for each in model.modules()):
         raise InputError(
-            "the network is quantized already. Pass it to tersor.export, or quantize the network in float once more "
-            "with other arguments."
+            "the network is quantized already. Pass it to tersor.export. To use other arguments, quantize the original "
+            "float network."
         )
 
 
@@ -189,7 +189,7 @@ def check_metadata(classes: object, pixels: object, images: NetworkInput) -> Non
     if pixels is None:
         return
     if not isinstance(images, Tensor):
-        raise InputError("pixels normalizes the only input of a network, and this one has several. Leave pixels out.")
+        raise InputError("pixels needs a network with one input, but this network has several. Leave pixels out.")
     check_normalization("pixels", pixels, images.shape[1])
 
 

@@ -146,7 +146,7 @@ def normalization_line(mean: Sequence[float], std: Sequence[float], source: str)
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How images are read, as the user gives it; None where the artifact says it."""
+    """How images are read, as the user gives it; None: as stored in the artifact."""
 
     channels: int | None = None
     mean: Sequence[float] | None = None

@@ -29,14 +29,14 @@ if TYPE_CHECKING:  # they import torch
     from tersor.tasks.task import Task
 
 _CHANNELS = (1, 3, 4)
-_COMPUTED = "computed from the training images, since the file has none; they must be those of its training"
+_COMPUTED = "computed from the training images, since the file has none; must equal those used to train the network"
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The metric on the test images, and the runtime that it was measured in.
 
-    `precision` is that of the weights, and of all else: "int8, rest float32".
+    `precision` is that of the stored weights, and of all that is not quantized: "int8, rest float32".
     """
 
     metric: str
@@ -119,7 +119,7 @@ def _test_images(
     size = session.input_shape[2:]
     if data is not None and "name" not in source and "image_size" not in how and len(size) == 2 and all(size):
         how["image_size"] = size
-        progress.say(f"images of another size are resized to {size[0]} x {size[1]}, which the file takes")
+        progress.say(f"images of another size are resized to {size[0]} x {size[1]}, the input size of the file")
     splits = load(**source | how, targets="boxes" if task.boxes else "masks")
     refuse_other_classes(class_names(artifact.model), splits.classes)
     assert splits.mean is not None

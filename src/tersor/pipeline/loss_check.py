@@ -24,8 +24,8 @@ _FEW = 2
 def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, attachment: Attachment) -> None:
     """Compute the losses of a stage for one batch, so that a loss that fails is found before the training.
 
-    A loss may need more than a few images, so that one which fails for these gets a whole batch. The weights, buffers
-    and modes of the networks stay as they are.
+    Two images are tried first. A loss may need more, so a loss that fails for two is computed for a whole batch. The
+    weights, buffers and modes of the networks stay unchanged.
 
     Args:
         experiment: with all images.

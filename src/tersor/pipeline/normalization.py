@@ -1,12 +1,12 @@
 """Mean and standard deviation that a user gives for a network, checked against its images.
 
-Two contradictions can be told from the values of the images alone, because normalized pixels lie between
-`(0 - mean) / std` and `(1 - mean) / std`, a range of width `1 / std`:
+Normalized pixels lie between `(0 - mean) / std` and `(1 - mean) / std`, a range of width `1 / std`. So two mistakes
+are visible in the values of the images alone:
 
-* Values further outside than five times this width: pixels from 0 to 255, or another unit. Random numbers and the
-  overshoot of resizing stay within it.
-* In 16 images or more, no value below 0 and none above 1 in any channel, although normalized pixels reach far below 0:
-  pixels in [0, 1]. Normalized, they would all have to be brighter than the mean and at most one deviation above it.
+* Pixels from 0 to 255, or another unit: values are further outside the range than five times its width. Random numbers
+  and the overshoot of resizing stay within this distance.
+* Pixels in [0, 1] that were not normalized: at least 16 images have no value below 0 and none above 1, although the
+  range reaches far below 0. Normalized images would need pixels between the mean and one deviation above it only.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def known_normalization(model: object, given: Normalization | None, images: Netw
     if told is None:
         return None
     if not isinstance(images, Tensor):
-        raise InputError("normalization belongs to images, and this network has several inputs. Leave it out.")
+        raise InputError("normalization is for images, but this network has several inputs. Leave it out.")
     check_normalization(NORMALIZATION, told, images.shape[1])
     if given and before and not torch.allclose(torch.tensor(given), torch.tensor(before), atol=1e-3):
         raise InputError(f"normalization is {given}, but quantize was called with {before}. Leave it out.")
@@ -86,7 +86,7 @@ def check_values(batches: Iterable[Any], normalization: Normalization) -> None:
     for batch in batches:
         images = images_of(batch)
         if not isinstance(images, Tensor):
-            raise InputError("normalization belongs to images, and this network has several inputs. Leave it out.")
+            raise InputError("normalization is for images, but this network has several inputs. Leave it out.")
         few.append(images.detach().float().cpu())
         if sum(map(len, few)) >= _IMAGES:
             break

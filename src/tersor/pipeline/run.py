@@ -219,6 +219,6 @@ def _disagreement(results: Results, model: nn.Module) -> str:
     if not coarse:
         return f"{told}. Do not deploy model.onnx."
     return (
-        f"{told}. With few bits, rounding biases to int32 can shift an activation by a whole quantization step, in "
-        f"this layer and the following ones. Use the {results.metric.name} measured in the runtime."
+        f"{told}. With few bits, rounding a bias to int32 can shift activations of its layer and of the following "
+        f"layers by a whole quantization step. Use the {results.metric.name} measured in the runtime."
     )

@@ -94,7 +94,7 @@ def top_k_mask(scores: Tensor, count: int) -> Tensor:
 
 
 def n_of_m_mask(scores: Tensor, kept: int, of: int) -> Tensor:
-    """Bool mask of scores (C_out, C_in, ...): the best `kept` of any `of` neighbours along C_in, a multiple of `of`."""
+    """Bool mask of scores (C_out, C_in, ...): the best `kept` of any `of` neighbors along C_in, a multiple of `of`."""
     grouped = scores.movedim(1, -1)
     rows = grouped.reshape(-1, of)
     best = rows.argsort(dim=1, descending=True, stable=True)[:, :kept]

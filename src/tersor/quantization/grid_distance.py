@@ -16,7 +16,7 @@ from torch import Tensor
 from tersor.quantization.grid import Grid, symmetric_scale
 
 _POSITIONS = 33
-"""Bins from -0.5 to 0.5; an odd number, so that one bin is centred on the points."""
+"""Bins from -0.5 to 0.5; an odd number, so that one bin is centered on the points."""
 _DISTANCES = 10
 """Bins from 0 to 0.5."""
 _LAYERS = 6

@@ -112,7 +112,7 @@ def integer_coverage(model: nn.Module, example: NetworkInput, *, planned: bool =
     Args:
         model: a network, such as the result of `tersor.quantize`; it stays unchanged.
         example: input images (N, C, H, W), of which the first is used.
-        planned: whether quantizers count before calibration.
+        planned: whether quantizers that are not calibrated yet count as enabled.
 
     Raises:
         InputError: this is not a network, or it does not run on the example.

@@ -52,7 +52,7 @@ class Histogram:
 
     @property
     def centres(self) -> Tensor:
-        """The centre of every bin (bins,)."""
+        """The center of every bin (bins,)."""
         bins = self.counts.numel()
         return self.low + (torch.arange(bins) + 0.5) * ((self.high - self.low) / bins)
 

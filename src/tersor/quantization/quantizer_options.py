@@ -22,8 +22,8 @@ ActivationBits = Annotated[Bits, Field(description="bits of an activation")]
 PerChannel = Annotated[bool, Field(description="one scale per output channel of a weight, or one per weight")]
 ActivationRange = Annotated[Range, Field(description="how an activation's range is chosen")]
 Exclude = Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")]
-CalibrationImages = Annotated[int, Field(ge=1, description="number of unlabelled images to calibrate with")]
-ReconstructionImages = Annotated[int, Field(ge=32, description="number of unlabelled images to calibrate with")]
+CalibrationImages = Annotated[int, Field(ge=1, description="number of unlabeled images to calibrate with")]
+ReconstructionImages = Annotated[int, Field(ge=32, description="number of unlabeled images to calibrate with")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of the random batches")]
 
 

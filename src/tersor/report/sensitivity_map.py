@@ -1,4 +1,4 @@
-"""The figure of `tersor sensitivity`: layers by bit widths, with the error of the outputs as colour, as one SVG."""
+"""The figure of `tersor sensitivity`: layers by bit widths, with the error of the outputs as color, as one SVG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tersor.quantization.sensitivity import Cost
 from tersor.report.templating import environment
 
 _COLOURS = ((255, 247, 236), (252, 141, 89), (127, 0, 0))
-"""Colours of the smallest, the middle and the largest error, on a logarithmic scale."""
+"""Colors of the smallest, the middle and the largest error, on a logarithmic scale."""
 _WHITE_TEXT_FROM = 0.715
 
 
@@ -29,7 +29,7 @@ def sensitivity_svg(costs: Sequence[Cost], weights: Mapping[str, int], title: st
 
 
 class _Scale:
-    """A logarithmic colour scale: errors span several powers of ten."""
+    """A logarithmic color scale: errors span several powers of ten."""
 
     def __init__(self, errors: Sequence[float]) -> None:
         positive = [error for error in errors if error > 0] or [1.0]
@@ -42,12 +42,12 @@ class _Scale:
         return math.log(error / self.least) / math.log(self.largest / self.least)
 
     def colour(self, position: float) -> str:
-        """The colour of a position from 0 to 1."""
+        """The color of a position from 0 to 1."""
         first = min(int(2 * position), 1)
         part = 2 * position - first
         mixed = (round(a + part * (b - a)) for a, b in zip(_COLOURS[first], _COLOURS[first + 1], strict=True))
         return "#" + "".join(f"{each:02x}" for each in mixed)
 
     def text_colour(self, position: float) -> str:
-        """The colour of readable text on it."""
+        """The color of readable text on it."""
         return "#ffffff" if position > _WHITE_TEXT_FROM else "#000000"

@@ -1,4 +1,4 @@
-"""Measures at the start of a search what its end takes, so that the plan can reserve the time for it."""
+"""Measures, at the start of a search, how long its last steps take, so that the plan can reserve this time."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def rank(point: Point, budget: Budget, original: float) -> tuple[float, ...]:
 def pick(points: Sequence[Point], budget: Budget, original: float) -> Point:
     """The best point within the budget, or the nearest to it; of equal points the first.
 
-    It has the order of `rank`, but points that are equal to the best one in a step (see `like`) stay for the next step.
+    The criteria of `rank` are applied one after the other. Points equal to the best one (see `like`) stay for the next.
     """
     kept = [point for point in points if not violations(point, budget, original)] or list(points)
     for step in range(len(rank(kept[0], budget, original))):
@@ -209,7 +209,7 @@ def shortfall(point: Point, budget: Budget, original: float) -> str:
             size = int(name.removeprefix("latency "))
             inside = math.log(value) <= point.latency_error.get(size, 0.0)
             text = f"it takes {point.latency_ms[size]:.3g} ms at batch {size}, {_excess(value)}"
-            texts.append(text + (", which is inside the measurement error" if inside else ""))
+            texts.append(text + (", within the measurement error" if inside else ""))
     return "; ".join(texts)
 
 

@@ -3,7 +3,7 @@
 Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS 2016. The
 resource is time, not steps, since a step of a fast network costs less: each candidate of a rung gets the same seconds.
 Each rung is a training stage of its own, from the weights of the rung before. The last rungs have one candidate and
-most of the time. The candidate of the very last one is chosen again from all: if the favourite is already within the
+most of the time. The candidate of the very last one is chosen again from all: if the best one is already within the
 budget, a faster one can have the rest of the time.
 """
 
@@ -43,7 +43,7 @@ def halve(search: Search, workers: Workers | None = None) -> None:
             made = _rung(search, number, workers.count if workers else 1)
             if not made.members:
                 if state.costs.entrants(seconds_to_train(search)):
-                    search.bar.tell("no more training: it cannot improve any candidate that is worth it")
+                    search.bar.tell("no more training: no promising candidate can be improved by it")
                 return
             state.rungs.append(made)
             search.save()

@@ -20,9 +20,9 @@ MOST_RESERVED = 0.3
 _SPEEDUP, _SPEEDUP_SHARE = 5.0, 0.03
 """Least seconds of the final measurement for each batch size, and at most this share of the whole time."""
 AGAIN = 0.5
-"""Least time of a further final measurement relative to that, if the first point turns out slower than another."""
+"""Least time of a second final measurement relative to the first, if the first point proves slower than another."""
 _GROUPS_AT_THE_END = 2.0
-"""Least final measurement relative to that of the free baselines: it opens more groups of fewer files."""
+"""Least time of the final measurement relative to that of the free baselines: it has fewer files, but more groups."""
 PROFILED_RUNS = 10
 """Runs in which the nodes of a file are timed, at each batch size."""
 _PROFILE = 2.0

@@ -66,12 +66,12 @@ def why_not_trained(search: Search, record: Record) -> str:
     if not search.folder.state.rungs:
         return "not trained: there was no time for it"
     if not improvable(search, record):
-        return "not trained: it loses nothing"
+        return "not trained: its metric has not dropped"
     if _fixed(search, record.point):
-        return "not trained: it exceeds a limit that training does not change"
+        return "not trained: it exceeds a latency or size limit, which training does not change"
     if record.point.mean_ms >= _FASTER * free:
-        return "not trained: it is hardly faster than the fastest free baseline, or slower"
-    return "not trained: other candidates were chosen, spread over the latencies"
+        return "not trained: it is slower, or hardly faster, than the fastest free baseline"
+    return "not trained: other candidates were chosen, spread evenly over the range of latencies"
 
 
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:

@@ -192,7 +192,7 @@ def _augmentation(request: Request, images: Images) -> str:
 
 
 def _gray(images: Images) -> bool:
-    """Whether the first images have no colour: letters and digits, which must not be mirrored."""
+    """Whether the first images have no color: letters and digits, which must not be mirrored."""
     pixels = images.take(torch.arange(min(_GRAY_SAMPLE, len(images))))
     return bool((pixels[:, :1] == pixels).all())
 

@@ -57,12 +57,12 @@ class Result:
         return self.numbers.points
 
     def pick(self, budget: Budget | None = None, *, point: str | None = None, **limits: object) -> Choice:
-        """The best point for a budget, without new training; the nearest one if none meets it. Or the point of a name.
+        """The best point for a budget (the closest one if none meets it), or the point of a name. Nothing is trained.
 
         Args:
             budget: the budget; that of the search by default.
             point: the name of a point instead of a budget.
-            limits: or its parts: `max_drop`, `latency_ms`, `megabytes`.
+            limits: the parts of a budget instead of a `Budget`: `max_drop`, `latency_ms`, `megabytes`.
 
         Raises:
             InputError: the budget is not possible, or has a batch size that was not measured; there is no such point,

@@ -65,7 +65,7 @@ def single(front: Front) -> list[str]:
     name = front.points[0].name
     line = (
         f"The Pareto front has one point: of all networks measured in {RUNTIMES[front.runtime]}, {name} has the best "
-        f"{front.metric}, and none is measurably faster or smaller. Another budget chooses it too."
+        f"{front.metric}, and none is measurably faster or smaller. It is chosen for any budget."
     )
     return [line]
 
@@ -86,7 +86,7 @@ def test_use(front: Front) -> str:
     """How many times the test images were used, and on which points."""
     uses = ["at the start, on the original, to see whether it was trained on the validation images"]
     for number, names in enumerate(front.test_runs):
-        when = f"after more time ({number})" if number else "at the end"
+        when = f"after extension {number}" if number else "at the end"
         uses.append(f"{when}, on {', '.join(names) if len(names) <= _MOST_NAMES else f'{len(names)} points'}")
     times = {1: "once", 2: "twice"}.get(len(uses), f"{len(uses)} times")
     return f"{front.test_images} test images were used {times}: {'; '.join(uses)}."

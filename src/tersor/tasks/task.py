@@ -139,7 +139,7 @@ def with_label_smoothing(task: Task, fraction: float) -> Task:
 def no_targets(task: Task) -> InputError:
     """The error for images without targets, where the task needs them."""
     return InputError(
-        f"{task.metric} cannot be measured on images without labels. Give labelled batches, or write task: distance, "
+        f"{task.metric} cannot be measured on images without labels. Give labeled batches, or write task: distance, "
         "which compares with the outputs of the original network."
     )
 
@@ -154,7 +154,7 @@ def required(pairs: Pairs, task: Task) -> list[tuple[Any, Any]]:
     if any(targets is None for _, targets in found):
         raise no_targets(task)
     if not found:
-        raise InputError(f"{task.metric} cannot be measured without images. Give at least one labelled batch.")
+        raise InputError(f"{task.metric} cannot be measured without images. Give at least one labeled batch.")
     return found
 
 

@@ -31,7 +31,7 @@ class AttachContext:
     """Everything around a network that `Method.attach` and `Attachment.begin` may use.
 
     Attributes:
-        data: batches of images for methods that look at data: tensors (N, C, H, W), tuples that begin with one, or
+        data: batches of images for methods that need images: tensors (N, C, H, W), tuples that begin with one, or
             `Batch`es. It is iterated again for every pass; an iterator is enough for a method that needs one pass.
         teacher: the network to learn from.
         task: what the network is for: its loss, logits and metric.

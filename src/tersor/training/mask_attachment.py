@@ -151,7 +151,7 @@ class MaskedAttachment(FrozenMaskedWeights):
     """Masks that a method updates.
 
     Args:
-        updates: about how often the masks are updated; all else as in `FrozenMaskedWeights`.
+        updates: approximate number of mask updates; the other arguments as in `FrozenMaskedWeights`.
     """
 
     def __init__(

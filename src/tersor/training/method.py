@@ -29,10 +29,10 @@ PLAIN_VALUES = ConfigDict(extra="forbid")
 class Method(Protocol):
     """The protocol of every class in `methods/`.
 
-    Optional class variables: `needs_teacher`, `needs_steps`, and a recipe without a teacher or training is refused, as
-    by `chain`; `needs_logits`, `needs_classes` (one target class for each
-    position), and a task without them is refused; `example`, parameters for a small network; `off`, parameters at which
-    the method changes nothing; `exempt`, the laws of `tests/laws` that it cannot pass, each with the reason.
+    Optional class variables. `needs_teacher`, `needs_steps`: recipes and `chain` refuse the method without a teacher or
+    without training. `needs_logits`, `needs_classes` (one target class for each position): tasks without them are
+    refused. `example`: parameters for a small network. `off`: parameters at which the method changes nothing. `exempt`:
+    the tests of `tests/laws` that it cannot pass, each with the reason.
     """
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
@@ -55,7 +55,7 @@ def chain(
     Args:
         methods: tersor's or your own.
         model: the network.
-        context: has what the methods declare to need.
+        context: contains everything that the methods require.
 
     Raises:
         InputError: a method needs a teacher or steps that `context` does not have, cannot be combined with an earlier
@@ -91,7 +91,7 @@ def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attac
 
     Raises:
         InputError: a method of the user takes other arguments, raises an exception, or returns no Attachment; a
-            method needs a teacher, steps or a layer that there are not.
+            required teacher, steps or layers are missing.
     """
     name = _name(method)
     rule = f"method '{name}': attach must take (model, context) and return an Attachment"

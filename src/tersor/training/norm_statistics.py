@@ -1,7 +1,7 @@
 """BatchNorm statistics after a short training: averaged again over training images.
 
 With momentum m, running statistics after k batches still contain the fraction (1 - m)^k of those before the training.
-Only batch statistics are used during training, so that the weights may be good and the network in eval mode be wrong.
+Training uses batch statistics only. So a well-trained network can have wrong outputs in eval mode.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _IMAGES = 1024
 def average_again(
     objective: Objective, batches: BatchSource, updates: int, place: Callable[[Batch], Batch]
 ) -> Iterator[str]:
-    """Average the running statistics that follow too slowly over training images, and yield a line that says so.
+    """Replace running statistics with a too small momentum by averages over training images; yield a line about it.
 
     Those that are frozen during training stay as they are, and so do those of layers that run only in training.
 

@@ -83,7 +83,7 @@ class LossTerm(nn.Module):
     """A scalar loss for the student, logged under its `name`.
 
     `forward(batch, student, teacher)` returns the weighted loss, a scalar tensor. Its inputs are in float32. Costly
-    work of its own may run under `student.context.autocasting(batch)`, but not the loss itself.
+    computations may run under `student.context.autocasting(batch)`, but the loss itself must be computed in float32.
 
     Attributes:
         name: of the loss.

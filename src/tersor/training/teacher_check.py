@@ -127,7 +127,7 @@ def chance_warning(name: str, predicted: Tensor, labels: Tensor, classes: int, a
     if images < _MIN_IMAGES or classes < 2 or bool((labels == labels[0]).all()):
         return ""
     correct = int((predicted == labels).sum())
-    accuracy = f"{name}: {100 * correct / images:.1f} % of {images} labelled images are classified correctly"
+    accuracy = f"{name}: {100 * correct / images:.1f} % of {images} labeled images are classified correctly"
     swapped, chance = _swapped_classes(predicted, labels, classes), _binomial_tail(correct, images, 1 / classes)
     in_swapped = sum(int((labels == label).sum()) for label in swapped)
     # an untrained network may also prefer a class or two

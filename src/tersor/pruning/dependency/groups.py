@@ -112,7 +112,7 @@ class _Pattern(NamedTuple):
 
 
 def _pattern(axes: list[PrunableAxis], learned: set[str]) -> _Pattern:
-    ends = {axis: end for end, axis in enumerate(axes, 1)}  # equal axes are neighbours
+    ends = {axis: end for end, axis in enumerate(axes, 1)}  # equal axes are neighbors
     begins = [0, *ends.values()]
     runs = [(axis, begin, end) for (axis, end), begin in zip(ends.items(), begins, strict=False)]
     runs.sort(key=lambda run: "=" in run[0][1])

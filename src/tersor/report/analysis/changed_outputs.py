@@ -21,7 +21,7 @@ _EXAMPLES = 8
 _VALUES = 8
 _SIDE = 160
 _GOLDEN_ANGLE = 137.508
-"""Degrees between the hues of neighbouring classes, which keeps them apart for any number of classes."""
+"""Degrees between the hues of neighboring classes, which keeps them apart for any number of classes."""
 
 
 def compare_outputs(
@@ -79,7 +79,7 @@ def _example(task: Task, images: Images, index: int, shown: Mapping[str, Any]) -
 
 
 def with_mask(pixels: Tensor, mask: Tensor, ignore_index: int) -> Tensor:
-    """An image (3, H, W) uint8 with the classes of a mask (h, w) in colours; class 0 and ignored pixels have none."""
+    """An image (3, H, W) uint8 with the classes of a mask (h, w) in colors; class 0 and ignored pixels have none."""
     if mask.shape != pixels.shape[1:]:
         mask = torch.nn.functional.interpolate(mask[None, None].float(), pixels.shape[1:], mode="nearest")[0, 0]
     mask = mask.long()
@@ -106,7 +106,7 @@ def with_boxes(pixels: Tensor, found: Mapping[str, Tensor]) -> Tensor:
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    """A saturated colour, different for each class."""
+    """A saturated color, different for each class."""
     from colorsys import hsv_to_rgb
 
     red, green, blue = hsv_to_rgb(number * _GOLDEN_ANGLE / 360 % 1, 0.9, 0.95)

@@ -230,7 +230,7 @@
     const box = make("div", undefined, { class: "images" });
     for (const image of data.evidence.examples.filter((each) => each.predicted[first.name] !== each.predicted[second.name]).slice(0, 24)) {
       const figure = make("figure"), caption = make("figcaption");
-      figure.append(make("img", undefined, { src: image.png, alt: `test image ${image.index}, labelled ${name(image.label)}` }), caption);
+      figure.append(make("img", undefined, { src: image.png, alt: `test image ${image.index}, labeled ${name(image.label)}` }), caption);
       caption.append(make("b", name(image.label)), make("span", "A: " + name(image.predicted[first.name])), make("span", "B: " + name(image.predicted[second.name])));
       box.append(figure);
     }

@@ -1,7 +1,7 @@
 """A detector that can be captured as a whole, and its task. `recipes/detection.yaml` uses both.
 
 Zhou et al., "Objects as Points", arXiv:1904.07850. The network returns maps at a quarter of the image's size: a logit
-for the centre of each class, and the distances from there to the sides of the box, instead of the paper's size and
+for the center of each class, and the distances from there to the sides of the box, instead of the paper's size and
 offset. Loss, decoding and metric belong to the task, so that every method can train the network, and the exported file
 holds convolutions only.
 """
@@ -23,8 +23,8 @@ MOST = 20
 """Largest number of boxes for an image."""
 
 
-class CentreNet(nn.Module):
-    """Predicts maps of centres and sides. The height and width of the images must be multiples of four.
+class CenterNet(nn.Module):
+    """Predicts maps of centers and sides. The height and width of the images must be multiples of four.
 
     Args:
         num_classes: number of classes, including the background (class 0), which has no map.
@@ -36,14 +36,14 @@ class CentreNet(nn.Module):
         half = width // 2
         layers = [_layer(3, half), _layer(half, half, 2), _layer(half, width), _layer(width, width, 2)]
         self.trunk = nn.Sequential(*layers, *(_layer(width, width) for _ in range(4)))
-        self.centres = nn.Sequential(_layer(width, width), nn.Conv2d(width, num_classes - 1, 1))
+        self.centers = nn.Sequential(_layer(width, width), nn.Conv2d(width, num_classes - 1, 1))
         self.sides = nn.Sequential(_layer(width, width), nn.Conv2d(width, 4, 1))
-        nn.init.constant_(self.centres[1].bias, -4)  # centres are rare
+        nn.init.constant_(self.centers[1].bias, -4)  # centers are rare
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images (N, 3, H, W) -> centres (N, classes - 1, H / 4, W / 4) and sides (N, 4, H / 4, W / 4)."""
+        """Images (N, 3, H, W) -> centers (N, classes - 1, H / 4, W / 4) and sides (N, 4, H / 4, W / 4)."""
         x = self.trunk(x)
-        return {"centres": self.centres(x), "sides": self.sides(x)}
+        return {"centers": self.centers(x), "sides": self.sides(x)}
 
 
 def _layer(given: int, wanted: int, stride: int = 1) -> nn.Sequential:
@@ -51,37 +51,37 @@ def _layer(given: int, wanted: int, stride: int = 1) -> nn.Sequential:
 
 
 @dataclass(frozen=True)
-class CentreDetection(Detection):
-    """The task of `CentreNet`: focal loss of the centres and GIoU loss of the boxes; mAP50."""
+class CenterDetection(Detection):
+    """The task of `CenterNet`: focal loss of the centers and GIoU loss of the boxes; mAP50."""
 
     def inputs(self, batch: Any, *, training: bool) -> tuple[Any, ...]:
         """Return the images, the only input of the network."""
         return (batch.images,)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the paper's penalty-reduced focal loss plus the GIoU loss at the centres, both per box."""
-        centres = outputs["centres"]
-        wanted = torch.zeros_like(centres)
+        """Return the paper's penalty-reduced focal loss plus the GIoU loss at the centers, both per box."""
+        centers = outputs["centers"]
+        wanted = torch.zeros_like(centers)
         cells: list[Tensor] = []
         boxes = torch.cat([target["boxes"] for target in targets])
         for number, target in enumerate(targets):
             places = (target["boxes"][:, :2] + target["boxes"][:, 2:]) / (2 * STRIDE)
             column, row = places.long().unbind(1)
             for box, label, place in zip(target["boxes"], target["labels"] - 1, places, strict=True):
-                heat = _gaussian(centres.shape[2:], place, (box[2:] - box[:2]) / (6 * STRIDE))
+                heat = _gaussian(centers.shape[2:], place, (box[2:] - box[:2]) / (6 * STRIDE))
                 wanted[number, label] = torch.maximum(wanted[number, label], heat)
             wanted[number, target["labels"] - 1, row, column] = 1
             cells.append(torch.stack([torch.full_like(row, number), row, column]))
-        near = torch.sigmoid(centres)
-        hit = torch.where(wanted == 1, (1 - near) ** 2 * F.logsigmoid(centres), 0)
-        miss = torch.where(wanted < 1, (1 - wanted) ** 4 * near**2 * F.logsigmoid(-centres), 0)
+        near = torch.sigmoid(centers)
+        hit = torch.where(wanted == 1, (1 - near) ** 2 * F.logsigmoid(centers), 0)
+        miss = torch.where(wanted < 1, (1 - wanted) ** 4 * near**2 * F.logsigmoid(-centers), 0)
         number, row, column = torch.cat(cells, 1)
         found = _boxes(outputs["sides"])[number, :, row, column]
         return (generalized_box_iou_loss(found, boxes, reduction="sum") - hit.sum() - miss.sum()) / max(1, len(boxes))
 
     def predictions(self, outputs: Any) -> list[dict[str, Tensor]]:
-        """Return the boxes at the highest peaks of the centres."""
-        heat = torch.sigmoid(outputs["centres"].detach().cpu())
+        """Return the boxes at the highest peaks of the centers."""
+        heat = torch.sigmoid(outputs["centers"].detach().cpu())
         peaks = torch.where(heat == F.max_pool2d(heat, 3, 1, 1), heat, 0).flatten(1)
         scores, places = peaks.topk(min(MOST, peaks.shape[1]))
         labels, cells = places // heat[0, 0].numel(), places % heat[0, 0].numel()
