@@ -28,6 +28,7 @@ from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import Array
 from tersor.evaluation.results import StageRecord
 from tersor.evaluation.scoring import targets_of
+from tersor.graph.batchnorm import Norm
 from tersor.graph.plain_network import plain_copy
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.stages import attach, run_stages
@@ -224,7 +225,11 @@ class Workbench:
         candidate = Candidate()
         stage = self.stage(candidate, "pace", steps, model)
         experiment = self.experiment_of(candidate, (stage,))
-        attachment = attach(experiment, stage, copy.deepcopy(model), NO_PROGRESS)
+        copied = copy.deepcopy(model)
+        for norm in copied.modules():
+            if isinstance(norm, Norm):
+                norm.momentum = 1.0  # so few steps would be followed by the average of the statistics
+        attachment = attach(experiment, stage, copied, NO_PROGRESS)
         batches = experiment.training_batches(stage)
         return fit(attachment, batches, stage, steps=steps, teacher=experiment.teacher).seconds / steps
 
