@@ -63,14 +63,15 @@ def improvable(search: Search, record: Record) -> bool:
 def why_not_trained(search: Search, record: Record) -> str:
     """Why a surveyed candidate was not trained, in words."""
     free = min(point.mean_ms for point in search.points if point.free)
-    if not search.folder.state.rungs:
-        return "not trained: there was no time for it"
     if not improvable(search, record):
         return "not trained: it loses nothing"
     if _fixed(search, record.point):
         return "not trained: it exceeds a limit that training does not change"
-    if record.point.mean_ms >= _FASTER * free:
+    smaller = search.budget.megabytes is not None and record.of.bits != "8"
+    if record.point.mean_ms >= _FASTER * free and not smaller:
         return "not trained: it is hardly faster than the fastest free baseline, or slower"
+    if not search.folder.state.rungs:
+        return "not trained: there was no time for it"
     return "not trained: other candidates were chosen, spread over the latencies"
 
 
