@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import nn
@@ -40,6 +41,10 @@ HERE = "test_failing_methods"
 
 def network(num_classes: int = 10):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, num_classes))
+
+
+def synchronized(num_classes: int = 10):
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network(num_classes))
 
 
 def pooled(num_classes: int = 10):
@@ -96,6 +101,26 @@ class NeedsTwenty:
 
     def attach(self, model, context):
         return Attachment(model, [ManyImages()])
+
+
+class Prepared(Attachment):
+    def begin(self):
+        self.terms[0].center = torch.zeros(10)
+
+
+class Centered(LossTerm):
+    name = "centered"
+
+    def forward(self, batch, student, teacher):
+        return F.mse_loss(student.logits.mean(0), self.center)
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class PreparedByBegin:
+    needs_steps: ClassVar[bool] = True
+
+    def attach(self, model, context):
+        return Prepared(model, [Centered()])
 
 
 def line(code: str) -> int:
@@ -190,3 +215,16 @@ def test_explain_finds_a_batch_that_is_too_small_for_batchnorm():
     text = text.replace(":network", ":pooled")
     with pytest.raises(InputError, match="BatchNorm needs more than one value"):
         explain_text(text)
+
+
+def test_a_loss_that_needs_what_begin_prepares_is_not_computed_before():
+    assert any("for the losses labels, centered" in each for each in explained("PreparedByBegin"))
+
+
+def test_batchnorm_of_several_processes_can_be_explained():
+    text = RECIPE.replace("METHOD", "NeedsTwenty").replace(":network", ":synchronized")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert any("for the losses labels, many_images" in each for each in explain_text(text))
+    finally:
+        dist.destroy_process_group()

@@ -2,8 +2,11 @@
 
 import pytest
 
-from search_fakes import run, searching
+import search_fakes
+from search_fakes import FakeBench, run, searching
+from tersor.core.errors import InputError
 from tersor.search.candidate import Candidate
+from tersor.search.dropped import dropped
 from tersor.search.verdict_line import test_use as use_of_test_images
 
 pytestmark = pytest.mark.usefixtures("fake_search")
@@ -62,3 +65,38 @@ def test_the_use_of_the_test_images_is_counted(tmp_path):
     text = use_of_test_images(again.model_copy(update={"test_runs": [["a"], 9 * ["b"]]}))
     assert text == f"1000 test images were used 3 times: {start}; at the end, on a; after extension 1, on 9 points."
     assert "were used once" not in (search.folder.path / "report.html").read_text()
+
+
+def test_candidates_that_lose_nothing_are_not_said_to_lack_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_fakes, "metric", lambda _candidate, _seconds: 95.0)
+    search = searching(tmp_path / "out")
+    made = run(search)
+    assert not search.folder.state.rungs
+    assert made.dropped
+    assert all("Not trained: it loses nothing" in reason for reason in made.dropped.values())
+
+
+def test_a_candidate_on_the_front_whose_further_training_fails_is_not_dropped(tmp_path, monkeypatch):
+    train = FakeBench.train
+
+    def fails_later(bench, candidate, trained, seconds):
+        if len(trained) > 1:
+            raise InputError("diverged")
+        return train(bench, candidate, trained, seconds)
+
+    monkeypatch.setattr(FakeBench, "train", fails_later)
+    search = searching(tmp_path / "out")
+    made = run(search)
+    names = {point.name for point in made.points}
+    kept = {each.of.name for each in search.study.records() if each.point.name in names}
+    assert kept & set(made.failed)
+    assert not kept & set(made.dropped)
+
+
+def test_every_reason_is_a_sentence(tmp_path):
+    search = searching(tmp_path / "out")
+    run(search)
+    reasons = dropped(search, [])
+    (last,) = search.folder.state.rungs[-1].members
+    assert reasons[last].endswith("steps. Another point was at least as good before the final measurement.")
+    assert not any(reason.endswith(". .") for reason in reasons.values())

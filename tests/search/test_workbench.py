@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from recorded_progress import RecordedProgress
 from tersor import models
 from tersor.core.progress import NO_PROGRESS
 from tersor.data.image_sets import Pixels, Splits, View
 from tersor.data.splitting import joined
 from tersor.pipeline.experiment import Experiment
 from tersor.recipe import DataSource, Network, Recipe, Stage, Teacher
+from tersor.search import workbench
 from tersor.search.candidate import Candidate
 from tersor.search.workbench import Workbench
 from tersor.tasks.classification import Classification
+from tersor.training.loop import fit
 
 
 def images(first, count):
@@ -164,6 +167,21 @@ def test_a_training_resumes_from_the_stages_before_it(tmp_path):
     assert record.name == "other"
     assert [each.name[:8] for each in sorted((tmp_path / candidate.name).glob("02-*"))] == ["02-other"]
     assert of.pace(of.experiment.model, 2) > 0
+
+
+def test_the_pace_has_no_average_of_statistics(tmp_path, monkeypatch):
+    of, progress, models_used = with_network(tmp_path), RecordedProgress(), []
+
+    def recorded(attachment, *arguments, **options):
+        models_used.append(attachment.model)
+        return fit(attachment, *arguments, progress=progress, **options)
+
+    monkeypatch.setattr(workbench, "fit", recorded)
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 2))
+    of.pace(network, 2)
+    assert models_used[0][0].num_batches_tracked == 2
+    assert not any("BatchNorm" in line for line in progress.lines)
+    assert network[0].momentum == 0.1
 
 
 def test_a_network_that_is_built_is_a_copy(tmp_path):

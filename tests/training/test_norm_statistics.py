@@ -109,6 +109,23 @@ def test_accumulated_batches_count():
     assert not any("BatchNorm" in line for line in progress.lines)
 
 
+def test_an_epoch_that_is_no_multiple_of_the_accumulated_batches_has_fewer():
+    progress, training = Lines(), TRAINING.model_copy(update={"accumulate": 4})
+    fit(Attachment(network(0.1)), Shifted(batches=5), training, steps=9, progress=progress)
+    (line,) = (line for line in progress.lines if "BatchNorm" in line)
+    assert line.endswith("too small for 24 batches")
+
+
+def test_a_last_batch_of_few_images_does_not_count_as_much_as_the_others():
+    source = Shifted()
+    mean, variance = average(source)
+    source.all.append(Batch(torch.full((2, 3, 4, 4), 50.0), torch.tensor([0, 1])))
+    model, lines = trained(network(0.01), 5, source)
+    assert torch.allclose(model[0].running_mean, mean)
+    assert torch.allclose(model[0].running_var, variance)
+    assert "averaged over 64 training images" in lines[0]
+
+
 def test_frozen_statistics_stay():
     model = network(0.01)
     model[0] = freezable(model[0])

@@ -36,6 +36,12 @@ class Group:
     first: bool
 
 
+def batches_in(groups: int, batches: BatchSource, accumulate: int) -> int:
+    """Number of batches in the first `groups` groups: the last group of an epoch may be smaller."""
+    epochs, rest = divmod(groups, math.ceil(len(batches) / accumulate))
+    return epochs * len(batches) + rest * accumulate
+
+
 def groups(batches: BatchSource, accumulate: int, first: int) -> Iterator[Group]:
     """Yield groups of `accumulate` batches, epoch after epoch without end, starting at group number `first`."""
     per_epoch = math.ceil(len(batches) / accumulate)

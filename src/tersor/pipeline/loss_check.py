@@ -14,18 +14,19 @@ from tersor.data.batch_errors import explain_batchnorm_error
 from tersor.graph.eval_mode import modes_restored
 from tersor.pipeline.experiment import Experiment
 from tersor.recipe import Stage
-from tersor.training.attachment import Attachment
+from tersor.training.attachment import Attachment, Chain
 from tersor.training.objective import Objective
 
 _FEW = 2
 """Images of the first attempt: every task and method of tersor can compute its loss for two."""
 
 
-def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, attachment: Attachment) -> None:
+def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, attachment: Chain) -> None:
     """Compute the losses of a stage for one batch, so that a loss that fails is found before the training.
 
     Two images are tried first. A loss may need more, so a loss that fails for two is computed for a whole batch. The
-    weights, buffers and modes of the networks stay unchanged.
+    weights, buffers and modes of the networks stay unchanged. A method of the user with a `begin` of its own is not
+    checked: its loss may need what `begin` prepares.
 
     Args:
         experiment: with all images.
@@ -38,6 +39,8 @@ def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, at
     """
     if not experiment.steps_of(stage) or not (attachment.terms or attachment.label_weight):
         return
+    if any(map(_begins_itself, attachment.parts)):
+        return
     task = experiment.task
     teacher = experiment.teacher or (experiment.original if task.from_original else None)
     with _unchanged(attachment.model), _unchanged(teacher), torch.random.fork_rng(devices=[]):
@@ -49,6 +52,9 @@ def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, at
             layers=attachment.layers,
             task=task,
         ).train()
+        for module in objective.modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                module.eval()  # in training mode it communicates, which it cannot do with networks on the CPU
         if not _fails(objective, _first(rehearsal, stage, min(_FEW, stage.batch_size))):
             return
         batch = _first(experiment, stage, stage.batch_size)
@@ -56,6 +62,10 @@ def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, at
             batch = replace(batch, index=batch.index % len(rehearsal.data.train))
         with explain_batchnorm_error(len(batch.images)):
             objective(batch)
+
+
+def _begins_itself(part: Attachment) -> bool:
+    return type(part).begin.__module__.partition(".")[0] != "tersor"
 
 
 def _fails(objective: Objective, batch: Batch) -> bool:

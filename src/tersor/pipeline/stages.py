@@ -23,7 +23,7 @@ from tersor.graph.modes import training_notes
 from tersor.pipeline.experiment import Experiment
 from tersor.pruning.mask import note_of_lost_zeros, unmasked_zeros
 from tersor.recipe import Stage, Teacher
-from tersor.training.attachment import Attachment
+from tersor.training.attachment import Attachment, Chain
 from tersor.training.context import AttachContext
 from tersor.training.loop import fit
 from tersor.training.method import chain
@@ -112,7 +112,7 @@ def attach(
     model: nn.Module,
     progress: ProgressReporter,
     checkpoint: Callable[[nn.Module], None] = lambda _model: None,
-) -> Attachment:
+) -> Chain:
     """Attach the methods of a stage to `model`."""
     steps = experiment.steps_of(stage)
     context = AttachContext(

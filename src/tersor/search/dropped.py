@@ -17,18 +17,20 @@ def dropped(search: Search, kept: Sequence[Point]) -> dict[str, str]:
         search: a search at its end.
         kept: the front.
     """
-    names = {point.name for point in kept}
+    names, failed = {point.name for point in kept}, search.study.failed
     candidates: dict[str, list[Record]] = {}
     for record in search.study.records():
         candidates.setdefault(record.of.name, []).append(record)
     found: dict[str, str] = {}
     for name, records in candidates.items():
         last = max(records, key=lambda record: record.rung)
-        if not last.point.free and not any(record.point.name in names for record in records):
+        if any(record.point.name in names for record in records):
+            failed = {each: reason for each, reason in failed.items() if each != name}
+        elif not last.point.free:
             reasons = "; ".join(_reasons(search, last, kept))
             trained = f"after {last.point.steps} steps" if last.rung else "untrained"
             found[name] = f"{last.point.validation:.2f} % {trained}. {reasons[:1].upper()}{reasons[1:]}."
-    return found | {name: f"Failed: {reason}" for name, reason in search.study.failed.items()}
+    return found | {name: f"Failed: {reason}" for name, reason in failed.items()}
 
 
 def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:
@@ -40,4 +42,6 @@ def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:
             f"not trained further after rung {members[-1]} of {len(rungs)}: others were expected to gain more"
         )
     better = next((point.name for point in kept if covers(point, last.point)), None)
-    return [*reasons, *([f"{better} is at least as good in metric, latency and size"] if better else [])]
+    if better:
+        reasons.append(f"{better} is at least as good in metric, latency and size")
+    return reasons or ["another point was at least as good before the final measurement"]

@@ -63,14 +63,15 @@ def improvable(search: Search, record: Record) -> bool:
 def why_not_trained(search: Search, record: Record) -> str:
     """Why a surveyed candidate was not trained, in words."""
     free = min(point.mean_ms for point in search.points if point.free)
-    if not search.folder.state.rungs:
-        return "not trained: there was no time for it"
     if not improvable(search, record):
         return "not trained: its metric has not dropped"
     if _fixed(search, record.point):
         return "not trained: it exceeds a latency or size limit, which training does not change"
-    if record.point.mean_ms >= _FASTER * free:
+    smaller = search.budget.megabytes is not None and record.of.bits != "8"
+    if record.point.mean_ms >= _FASTER * free and not smaller:
         return "not trained: it is slower, or hardly faster, than the fastest free baseline"
+    if not search.folder.state.rungs:
+        return "not trained: there was no time for it"
     return "not trained: other candidates were chosen, spread evenly over the range of latencies"
 
 

@@ -30,7 +30,7 @@ from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, smaller_batch
 from tersor.data.batch import Batch
 from tersor.data.batch_errors import explain_batchnorm_error
-from tersor.data.batch_source import BatchSource, Group, groups
+from tersor.data.batch_source import BatchSource, Group, batches_in, groups
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task, with_label_smoothing
 from tersor.training.attachment import Attachment
@@ -217,7 +217,8 @@ class _Loop:
         if ema:
             ema.copy_to(self.model)
         with history.paused():
-            for line in average_again(self.unwrapped, batches, done * self.training.accumulate, self._to_device):
+            updates = batches_in(done, batches, self.training.accumulate)
+            for line in average_again(self.unwrapped, batches, updates, self._to_device):
                 self.progress.say(f"{name}: {line}")
                 if self.curve:
                     self.curve.measure_again(done, self.model)

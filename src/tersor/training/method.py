@@ -49,7 +49,7 @@ def chain(
     methods: Sequence[Method],
     model: nn.Module,
     context: AttachContext,
-) -> Attachment:
+) -> Chain:
     """Attach `methods` in order, as one attachment; weights masked in earlier stages stay zero.
 
     Args:

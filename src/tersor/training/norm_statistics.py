@@ -59,13 +59,16 @@ def average_again(
 @torch.no_grad()
 def _average(norms: Sequence[Norm], objective: Objective, batches: Iterable[Batch]) -> int:
     """Average the statistics of `norms` over batches, all other modules in eval mode; return the number of images."""
-    model, images = objective.model, 0
+    model, images, first = objective.model, 0, 0
     with evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the average of all batches
             norm.train()
         for batch in batches:
+            first = first or len(batch.images)
+            if 2 * len(batch.images) < first:  # every batch counts the same, and a small one is noisy
+                continue
             with objective.context.autocasting(batch):
                 run(model, *objective.context.task.inputs(batch, training=False))
             images += len(batch.images)
