@@ -107,7 +107,7 @@ def measure_study(trials: int) -> None:
 
 def record(number: int) -> Record:
     """Return a made-up trial of the survey, different from those of other numbers."""
-    candidate = Candidate(branches=number % 10, keep_macs=round(0.1 + 0.0004 * (number // 10), 4))
+    candidate = Candidate(branches=number % 10, pixels=8 + number // 10)
     point = Point(
         name=candidate.name,
         description=str(candidate),
