@@ -31,7 +31,7 @@ from tersor.search.space import family
 from tersor.search.study import Study
 from tersor.search.survey import describe_range, feasible_range, space_of, survey
 from tersor.search.tested_points import run_on_test_images
-from tersor.search.verdict_line import last_line, saturation
+from tersor.search.verdict_line import saturation
 from tersor.search.workbench import Workbench
 from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
@@ -127,16 +127,11 @@ def compress(
     minutes = budget.minutes or DEFAULT_MINUTES
     if folder.state.finished and folder.state.used >= 60 * _USED_UP * minutes:
         progress.say(f"{out}: the search is complete.")
-        return _told(Result(out, read_front(out)), progress)
+        return Result(out, read_front(out))
     clock = Clock(minutes, folder.state.used + now() - started, now)
     with enough_memory(_MEMORY), writable(out), folder.held():
         search = _search(request, folder, budget, clock, storage, progress)
-        return _told(Result(out, _run(search, request)), progress)
-
-
-def _told(result: Result, progress: ProgressReporter) -> Result:
-    progress.say(last_line(result.numbers, result.folder))
-    return result
+        return Result(out, _run(search, request))
 
 
 def _search(
