@@ -135,7 +135,7 @@ def test_class_names_and_normalization():
     for pixels in (([127.0] * 3, [0.2] * 3), ([0.5] * 3, [64.0] * 3), ([-2.1] * 3, [0.2] * 3)):
         with pytest.raises(InputError, match=r"in \[0, 1\], not in 0 to 255"):
             check_metadata([], pixels, IMAGES)
-    with pytest.raises(InputError, match="the only input of a network"):
+    with pytest.raises(InputError, match="needs a network with one input"):
         check_metadata([], ([0.5] * 3, [0.2] * 3), TensorInputs((IMAGES, IMAGES)))
 
 

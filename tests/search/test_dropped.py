@@ -73,7 +73,7 @@ def test_candidates_that_lose_nothing_are_not_said_to_lack_time(tmp_path, monkey
     made = run(search)
     assert not search.folder.state.rungs
     assert made.dropped
-    assert all("Not trained: it loses nothing" in reason for reason in made.dropped.values())
+    assert all("Not trained: its metric has not dropped" in reason for reason in made.dropped.values())
 
 
 def test_a_candidate_on_the_front_whose_further_training_fails_is_not_dropped(tmp_path, monkeypatch):

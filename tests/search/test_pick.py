@@ -3,10 +3,11 @@
 import sys
 
 import pytest
-from front_samples import front_of
+from front_samples import SIZES, front_of, point
 
 from tersor import cli
 from tersor.core.errors import InputError
+from tersor.search.front import front
 from tersor.search.result import Result
 from tersor.search.verdict_line import verdict_lines
 
@@ -47,6 +48,20 @@ def test_a_point_is_chosen_by_its_name(tmp_path, monkeypatch, capfd):
     assert f"│ * {dominated.name} " in shown
     assert f"{dominated.name} does not meet the budget: it takes" in shown
     assert f"chosen: {dominated.name}\n" in shown
+
+
+def test_a_point_that_is_equal_to_one_of_the_front_but_meets_the_budget_is_picked(tmp_path):
+    made = front_of(3)
+    slower, faster = point("slower", 93.4, 1.0), point("faster", 93.3, 0.99)
+    error = dict.fromkeys(SIZES, 0.02)
+    slower, faster = (each.model_copy(update={"latency_error": error, "bytes": 10**5}) for each in (slower, faster))
+    kept = front([slower, faster])
+    assert kept == [slower]
+    result = Result(tmp_path, made.model_copy(update={"points": kept, "dominated": [faster]}))
+    assert result.pick(latency_ms={1: 1.005}).point == slower
+    choice = result.pick(latency_ms={1: 0.995})
+    assert (choice.point, choice.shortfall) == (faster, "")
+    assert result.pick(latency_ms={1: 0.001}).point == slower
 
 
 def test_a_front_of_one_point_is_explained(tmp_path, monkeypatch, capfd):

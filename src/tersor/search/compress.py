@@ -32,7 +32,7 @@ from tersor.search.space import family
 from tersor.search.study import Study
 from tersor.search.survey import describe_range, feasible_range, space_of, survey
 from tersor.search.tested_points import run_on_test_images
-from tersor.search.verdict_line import last_line, saturation
+from tersor.search.verdict_line import saturation
 from tersor.search.workbench import Workbench
 from tersor.search.workers import Placement, started
 from tersor.tasks.classification import Classification
@@ -135,22 +135,17 @@ def compress(
     minutes = budget.minutes or DEFAULT_MINUTES
     if folder.state.finished and folder.state.used >= 60 * _USED_UP * minutes:
         progress.say(f"{out}: the search is complete.")
-        return _told(Result(out, read_front(out)), progress)
+        return Result(out, read_front(out))
     clock = Clock(minutes, folder.state.used + now() - begun, now)
     with enough_memory(_MEMORY), writable(out), folder.held():
         search = _search(request, folder, budget, clock, storage, progress)
-        return _told(Result(out, _run(search, request, placement)), progress)
+        return Result(out, _run(search, request, placement))
 
 
 def _placement(workers: int | None, address: str | None) -> Placement | None:
     if workers is None and address is not None:
         raise InputError("ray_address needs workers: write the number of processes too, such as --workers 4.")
     return None if workers is None else Placement(workers, address)
-
-
-def _told(result: Result, progress: ProgressReporter) -> Result:
-    progress.say(last_line(result.numbers, result.folder))
-    return result
 
 
 def _search(

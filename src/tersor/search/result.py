@@ -9,7 +9,7 @@ from pathlib import Path
 from tersor.core.errors import InputError
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, Front
-from tersor.search.front import Point, pick, shortfall
+from tersor.search.front import Point, pick, shortfall, violations
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,17 @@ class Result:
             raise InputError(
                 f"latency was not measured at batch {unknown.pop()}. Possible: {', '.join(map(str, sorted(measured)))}."
             )
-        return self._choice(pick(self.front, budget, self._original), budget)
+        return self._choice(pick(self._candidates(budget), budget, self._original), budget)
+
+    def _candidates(self, budget: Budget) -> list[Point]:
+        """The front; where none of it meets the budget also the points that do, although they are only equal to it."""
+
+        def meets(point: Point) -> bool:
+            return not violations(point, budget, self._original)
+
+        if any(map(meets, self.front)):
+            return self.front
+        return [*self.front, *filter(meets, self.numbers.dominated)]
 
     @property
     def _original(self) -> float:

@@ -65,7 +65,7 @@ def single(front: Front) -> list[str]:
     name = front.points[0].name
     line = (
         f"The Pareto front has one point: of all networks measured in {RUNTIMES[front.runtime]}, {name} has the best "
-        f"{front.metric}, and none is measurably faster or smaller. It is chosen for any budget."
+        f"{front.metric}, and none is measurably faster or smaller. Another budget chooses it or its equal."
     )
     return [line]
 
