@@ -121,12 +121,12 @@ def compress(
                 f"interrupted. {best}. To resume: {again}", highlight=False, markup=False, soft_wrap=True
             )
             raise typer.Exit(_INTERRUPTED) from None
-    from tersor.search.verdict_line import test_use, verdict_lines
+    from tersor.search.verdict_line import last_line, test_use, verdict_lines
 
     console.print(*verdict_lines(result.numbers), sep="\n", highlight=False, markup=False, soft_wrap=True)
     console.print(front_table(result.numbers))
-    written = f"written: {out}; model.onnx takes {described_input(out / 'model.onnx')}"
-    console.print(test_use(result.numbers), written, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    lines = test_use(result.numbers), f"model.onnx takes {described_input(out / 'model.onnx')}"
+    console.print(*lines, last_line(result.numbers, out), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def pick(
