@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -283,6 +284,25 @@ def test_the_normalization_is_stored_in_the_file(tmp_path):
         tersor.export(network, images, path, normalization=([0.5], [0.2]))
     with pytest.raises(InputError, match=r"the network is quantized already\. Pass it to tersor\.export"):
         tersor.quantize(quantized, images)
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_the_normalization_may_be_arrays_or_tensors(tmp_path, kind):
+    network, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)).eval(), torch.randn(8, 3, 8, 8)
+    given, path = tuple(map(kind, RGB)), tmp_path / "file.onnx"
+    for stored in (
+        normalization_of(tersor.export(network, images, path, normalization=given)),
+        normalization_of(tersor.export(network, images, path, pixels=given)),
+        normalization_of(tersor.export(tersor.quantize(network, images, normalization=given), images, path)),
+    ):
+        assert stored["mean"] == pytest.approx(RGB[0])
+        assert stored["std"] == pytest.approx(RGB[1])
+
+
+def test_pixels_and_normalization_that_differ_are_refused(tmp_path):
+    network, images = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), torch.randn(8, 3, 8, 8)
+    with pytest.raises(InputError, match=r"normalization is \(\(0\.1.* but pixels is \(\(0\.5.*must be the same"):
+        tersor.export(network, images, tmp_path / "a.onnx", pixels=RGB, normalization=((0.1, 0.4, 0.3), RGB[1]))
 
 
 @pytest.mark.parametrize(

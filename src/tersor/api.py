@@ -77,13 +77,12 @@ def quantize(
     refuse_quantized(model)
     method, target = made(PTQ, bits=bits), made(Target, runtime=runtime)
     network, data = to_compress(model, loader, method.calibration_images)
-    if normalization is not None:
-        check_values(data, normalization)
+    told = None if normalization is None else check_values(data, normalization)
     goal = task_of(task) or Classification()
     attached = method.attach(network, AttachContext(data=data, task=goal, target=target))
     attached.begin()
     quantized = cast("fx.GraphModule", attached.model)
-    quantized.meta[NORMALIZATION] = normalization
+    quantized.meta[NORMALIZATION] = told
     warn_of_quantized(quantized, data, goal)
     return quantized
 
@@ -218,8 +217,8 @@ def export(
     path = onnx_path(path)
     warn_of_another_runtime(model, runtime)
     images = example_of(example).cpu().float()
-    check_metadata(classes, pixels, images)
-    told = known_normalization(model, normalization or pixels, images)
+    pixels = check_metadata(classes, pixels, images)
+    told = known_normalization(model, normalization, pixels, images)
     network = to_export(model, images, "the network")
     fixed = batch_for(network, made(Target, runtime=runtime, batch=batch))
     if fixed != batch:

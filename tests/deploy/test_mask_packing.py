@@ -67,6 +67,13 @@ def test_other_constants_stay_as_they_are(mask):
     assert proto.SerializeToString() == before
 
 
+def test_a_constant_near_the_smallest_number_warns_of_nothing():
+    proto = added(draw([1e-41, 1.0]))
+    with np.errstate(over="raise"):
+        pack_masks(proto.graph)
+    assert [tensor.name for tensor in proto.graph.initializer] == ["mask"]
+
+
 def test_a_weight_of_a_product_stays_as_it_is():
     proto = added(draw([-1, 1]))
     proto.graph.node[0].op_type = "MatMul"

@@ -179,3 +179,9 @@ def test_labels_of_one_class_and_rare_classes_say_nothing():
     assert "75.0 % of 40 labeled images are classified correctly: class 0 is predicted for all" in chance_warning(
         "n", torch.zeros(40), rare, 2
     )
+
+
+def test_numbers_that_are_no_classes_of_the_outputs_say_nothing_about_them():
+    embeddings, people = torch.randn(40, 10), torch.arange(40) % 13
+    assert not level_warning("n", Fixed(embeddings), [Batch(IMAGES, people)], CLASSIFICATION)
+    assert "order of its classes" in level_warning("n", Fixed(GOOD), [Batch(IMAGES, LABELS + 1)], CLASSIFICATION)

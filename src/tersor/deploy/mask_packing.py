@@ -27,7 +27,8 @@ def pack_masks(graph: onnx.GraphProto) -> None:
             continue
         mask = numpy_helper.to_array(tensor)
         step = _step(mask)
-        multiples = np.rint(mask / step)
+        with np.errstate(over="ignore"):  # a step near the smallest number
+            multiples = np.rint(mask / step)
         if not (np.abs(multiples) <= _LARGEST).all() or not (multiples.astype(np.float32) * step == mask).all():
             continue
         name, cast = tensor.name, f"{tensor.name}.cast"

@@ -20,6 +20,7 @@ from tersor.data.batch import images_of
 from tersor.data.loader import batches_of
 from tersor.data.network_inputs import NetworkInput
 from tersor.evaluation.session import Session
+from tersor.evaluation.verification import Normalization
 from tersor.graph.eval_mode import check_forward, only_tensors
 from tersor.graph.plain_network import plain_copy, refuse_without_weights, require_network, unwrapped
 from tersor.pipeline.normalization import check_normalization
@@ -175,8 +176,8 @@ def example_of(example: object) -> NetworkInput:
     return images
 
 
-def check_metadata(classes: object, pixels: object, images: NetworkInput) -> None:
-    """Check class names and the normalization of uint8 pixels.
+def check_metadata(classes: object, pixels: object, images: NetworkInput) -> Normalization | None:
+    """Check class names and the normalization of uint8 pixels, and return this as plain numbers.
 
     Raises:
         InputError: class names are not distinct strings, or mean and deviation are not for pixels in [0, 1].
@@ -187,10 +188,15 @@ def check_metadata(classes: object, pixels: object, images: NetworkInput) -> Non
     if not all(isinstance(each, str) for each in names) or len(set(names)) < len(names):
         raise InputError("classes must be distinct strings, in the order of the logits.")
     if pixels is None:
-        return
+        return None
     if not isinstance(images, Tensor):
+<<<<<<< HEAD
         raise InputError("pixels needs a network with one input, but this network has several. Leave pixels out.")
     check_normalization("pixels", pixels, images.shape[1])
+=======
+        raise InputError("pixels normalizes the only input of a network, and this one has several. Leave pixels out.")
+    return check_normalization("pixels", pixels, images.shape[1])
+>>>>>>> h-review
 
 
 def check_classes(session: Session, classes: Sequence[str]) -> None:

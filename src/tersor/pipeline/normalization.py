@@ -32,14 +32,19 @@ _IMAGES = 16
 _FAR_BELOW = -0.5
 
 
-def check_normalization(name: str, given: object, channels: int) -> None:
-    """Check that `given` are mean and standard deviation of pixels in [0, 1].
+def check_normalization(name: str, given: object, channels: int) -> Normalization:
+    """Check that `given` are mean and standard deviation of pixels in [0, 1], and return them as plain numbers.
+
+    Args:
+        name: of the argument.
+        given: two lists, arrays or tensors (channels,).
+        channels: number of channels.
 
     Raises:
         InputError: they are not, or not one for each channel.
     """
     try:
-        mean, deviation = (torch.tensor(each, dtype=torch.float64) for each in cast("Sequence[Any]", given))
+        mean, deviation = (torch.as_tensor(each, dtype=torch.float64).cpu() for each in cast("Sequence[Any]", given))
     except (TypeError, ValueError, RuntimeError):
         mean = deviation = torch.tensor(float("nan"))
     if not mean.shape == deviation.shape == (channels,) or not (deviation > 0).all() or not mean.isfinite().all():
@@ -49,32 +54,45 @@ def check_normalization(name: str, given: object, channels: int) -> None:
         )
     if (mean.abs() > 2).any() or (deviation > 2).any():
         raise InputError(f"{name} is {given!r}. Pass mean and standard deviation of pixels in [0, 1], not in 0 to 255.")
+    return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
-def known_normalization(model: object, given: Normalization | None, images: NetworkInput) -> Normalization | None:
-    """The normalization of an exported network: `given`, or that of `quantize`.
+def known_normalization(
+    model: object, normalization: object, pixels: Normalization | None, images: NetworkInput
+) -> Normalization | None:
+    """The normalization of an exported network: that of the arguments of `export`, or that of `quantize`.
 
     Raises:
-        InputError: they contradict each other, or `given` does not fit the images.
+        InputError: they contradict each other, or `normalization` does not fit the images.
 
     Warns:
         CompressionWarning: it contradicts the values of the images.
     """
     before: Normalization | None = getattr(model, "meta", {}).get(NORMALIZATION)
-    told = given or before
-    if told is None:
+    if normalization is None and pixels is None and before is None:
         return None
     if not isinstance(images, Tensor):
+<<<<<<< HEAD
         raise InputError("normalization is for images, but this network has several inputs. Leave it out.")
     check_normalization(NORMALIZATION, told, images.shape[1])
     if given and before and not torch.allclose(torch.tensor(given), torch.tensor(before), atol=1e-3):
         raise InputError(f"normalization is {given}, but quantize was called with {before}. Leave it out.")
+=======
+        raise InputError("normalization belongs to images, and this network has several inputs. Leave it out.")
+    given = {NORMALIZATION: normalization, "pixels": pixels}
+    known = {name: check_normalization(name, each, images.shape[1]) for name, each in given.items() if each is not None}
+    (name, told), *others = [*known.items(), *([("quantize", before)] if before else [])]
+    for other, values in others:
+        if not torch.allclose(torch.tensor(told), torch.tensor(values), atol=1e-3):
+            source = "quantize was called with" if other == "quantize" else f"{other} is"
+            raise InputError(f"{name} is {told}, but {source} {values}. They must be the same.")
+>>>>>>> h-review
     _warn_of_values("the example", [images.float().cpu()], told, look_for_unit=False)
     return told
 
 
-def check_values(batches: Iterable[Any], normalization: Normalization) -> None:
-    """Compare the first calibration images with the normalization that they should have.
+def check_values(batches: Iterable[Any], normalization: object) -> Normalization:
+    """Compare the first calibration images with the normalization that they should have, and return it.
 
     Raises:
         InputError: the normalization does not fit the images.
@@ -90,8 +108,9 @@ def check_values(batches: Iterable[Any], normalization: Normalization) -> None:
         few.append(images.detach().float().cpu())
         if sum(map(len, few)) >= _IMAGES:
             break
-    check_normalization(NORMALIZATION, normalization, few[0].shape[1])
-    _warn_of_values("the calibration images", few, normalization, look_for_unit=sum(map(len, few)) >= _IMAGES)
+    told = check_normalization(NORMALIZATION, normalization, few[0].shape[1])
+    _warn_of_values("the calibration images", few, told, look_for_unit=sum(map(len, few)) >= _IMAGES)
+    return told
 
 
 def _warn_of_values(who: str, batches: Sequence[Tensor], given: Normalization, *, look_for_unit: bool) -> None:

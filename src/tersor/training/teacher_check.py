@@ -54,7 +54,7 @@ def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task:
     Args:
         name: the network's name in the sentence.
         network: it is not changed.
-        batches: labels that are not class numbers are ignored.
+        batches: labels below 0 are ignored; with others that are no class numbers, the outputs are no logits for them.
         task: only classification is checked, with logits (N, classes).
         images: largest number of images to use.
     """
@@ -64,6 +64,8 @@ def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task:
     logits, labels = found
     if len(logits) >= _MIN_IMAGES and bool((logits == logits[0]).all()):
         return f"{name} returns the same logits for all of {len(logits)} images. {_CHECK}"
+    if bool((labels > logits.shape[1]).any()):  # embeddings; one more than the last class are classes from 1
+        return ""
     labelled = (labels >= 0) & (labels < logits.shape[1])
     return _accuracy(name, logits[labelled], labels[labelled])
 
