@@ -190,13 +190,8 @@ def check_metadata(classes: object, pixels: object, images: NetworkInput) -> Nor
     if pixels is None:
         return None
     if not isinstance(images, Tensor):
-<<<<<<< HEAD
         raise InputError("pixels needs a network with one input, but this network has several. Leave pixels out.")
-    check_normalization("pixels", pixels, images.shape[1])
-=======
-        raise InputError("pixels normalizes the only input of a network, and this one has several. Leave pixels out.")
     return check_normalization("pixels", pixels, images.shape[1])
->>>>>>> h-review
 
 
 def check_classes(session: Session, classes: Sequence[str]) -> None:

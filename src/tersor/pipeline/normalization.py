@@ -72,13 +72,7 @@ def known_normalization(
     if normalization is None and pixels is None and before is None:
         return None
     if not isinstance(images, Tensor):
-<<<<<<< HEAD
         raise InputError("normalization is for images, but this network has several inputs. Leave it out.")
-    check_normalization(NORMALIZATION, told, images.shape[1])
-    if given and before and not torch.allclose(torch.tensor(given), torch.tensor(before), atol=1e-3):
-        raise InputError(f"normalization is {given}, but quantize was called with {before}. Leave it out.")
-=======
-        raise InputError("normalization belongs to images, and this network has several inputs. Leave it out.")
     given = {NORMALIZATION: normalization, "pixels": pixels}
     known = {name: check_normalization(name, each, images.shape[1]) for name, each in given.items() if each is not None}
     (name, told), *others = [*known.items(), *([("quantize", before)] if before else [])]
@@ -86,7 +80,6 @@ def known_normalization(
         if not torch.allclose(torch.tensor(told), torch.tensor(values), atol=1e-3):
             source = "quantize was called with" if other == "quantize" else f"{other} is"
             raise InputError(f"{name} is {told}, but {source} {values}. They must be the same.")
->>>>>>> h-review
     _warn_of_values("the example", [images.float().cpu()], told, look_for_unit=False)
     return told
 
