@@ -258,7 +258,7 @@ def test_a_file_for_pixels_is_compared_on_normalized_images(tmp_path, monkeypatc
     proto = onnx.load(file)
     del proto.metadata_props[:]
     onnx.save(proto, file)
-    with pytest.raises(InputError, match=r"pixels\.onnx takes uint8 pixels, and the batches are torch\.float32"):
+    with pytest.raises(InputError, match=r"pixels\.onnx takes uint8 pixels, but the batches are torch\.float32"):
         tersor.compare(network, file, [images], seconds=0.01)
 
 
