@@ -22,6 +22,7 @@ LEVELS = [
     ("methods",),
     ("training.method",),
     (
+        "training.hook_names",
         "training.loop",
         "training.loss_warmup",
         "training.mask_attachment",

@@ -13,3 +13,6 @@ def test_two_swapped_letters_come_before_other_similar_names():
 def test_without_a_similar_name_there_is_no_hint():
     assert nearest("resnet", ["ptq", "qat"]) is None
     assert str(unknown("method", "resnet", ["qat", "ptq"])) == "unknown method 'resnet'. Possible: ptq, qat."
+    assert str(unknown("method", "clip.py", ["qat"])) == (
+        "'clip.py' is a file, not a method. Write what to use from it too: clip.py:NAME."
+    )

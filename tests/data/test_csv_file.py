@@ -87,3 +87,9 @@ def test_an_image_that_is_missing(table, tmp_path):
     (tmp_path / "4.png").unlink()
     with pytest.raises(InputError, match=r"4\.png' does not exist"):
         load(csv=path)
+
+
+def test_a_python_file_is_no_csv_file(tmp_path):
+    (tmp_path / "data.py").write_text("from pathlib import Path\n")
+    with pytest.raises(InputError, match=r"data\.py' is a Python file\. Write its function .*data\.py:NAME"):
+        load(csv=tmp_path / "data.py")

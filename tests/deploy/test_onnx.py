@@ -545,3 +545,18 @@ def test_another_extension_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(InputError, match=r"the name must end in \.onnx"):
         export(build("resnet20", 10), torch.rand(1, 3, 16, 16), tmp_path / "model.xml")
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_the_exporter_stays_ctrl_c(tmp_path, monkeypatch):
+    def interrupted(*_arguments, **_options):
+        raise torch.onnx.OnnxExporterError("module has no attribute 'exc'") from KeyboardInterrupt()
+
+    def failing(*_arguments, **_options):
+        raise TypeError("no")
+
+    monkeypatch.setattr(torch.onnx, "export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "model.onnx")
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: exec("raise TypeError('no')"))
+    with pytest.raises(InputError, match="cannot be converted to ONNX: no"):
+        export(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "model.onnx")

@@ -109,3 +109,13 @@ def test_the_weight_of_a_term_rises_linearly_to_one():
 def test_without_a_loss_of_its_own_the_labels_count_once_or_not_at_all():
     model = nn.Linear(1, 1)
     assert [without_loss(model, weight).label_weight for weight in (0.0, 0.3, 2.0)] == [0, 1, 1]
+
+
+def test_tensors_among_the_metrics_become_numbers():
+    class Counting(Attachment):
+        @property
+        def metrics(self):
+            return {"share": torch.tensor(0.5), "by_layer": torch.tensor([1, 2]), "name": "x"}
+
+    model = nn.Linear(1, 1)
+    assert Chain(model, [Counting(model)], ["counting"]).metrics == {"share": 0.5, "by_layer": [1, 2], "name": "x"}

@@ -55,6 +55,8 @@ def counted(number: int, noun: str) -> str:
 
 def unknown(kind: str, name: str, options: Iterable[str]) -> InputError:
     """Return the error for a name that is not among the `options`, with the most similar option."""
+    if name.endswith(".py"):
+        return InputError(f"'{name}' is a file, not a {kind}. Write what to use from it too: {name}:NAME.")
     known = sorted(options)
     similar = nearest(name, known)
     hint = f" Did you mean '{similar}'?" if similar else ""

@@ -66,6 +66,8 @@ def _rows(path: Path) -> tuple[list[str], list[Row]]:
         raise InputError(f"'{path}' is not a CSV file in UTF-8: {error}. Convert it.") from error
     columns = [name for name in header if name not in {"path", "split"}]
     if "path" not in header or not columns or len({*header}) < len(header):
+        if path.suffix == ".py":
+            raise InputError(f"'{path}' is a Python file. Write its function that returns the images too: {path}:NAME.")
         raise InputError(f"'{path}' begins with {', '.join(header) or 'nothing'}. Begin with a header: {_EXAMPLE}.")
     if not rows:
         raise InputError(f"'{path}' lists no images. Write one line for each.")

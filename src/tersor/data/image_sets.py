@@ -260,6 +260,7 @@ class Splits:
         classes: the name of each class number; of each value, where the targets are values.
         mean: of each channel in [0, 1]; subtracted from every pixel.
         std: of each channel in [0, 1]; every pixel is then divided by it.
+        test_is_drawn: whether the data has no test set of its own, so that a fifth of each class became the test set.
     """
 
     train: Images
@@ -268,6 +269,7 @@ class Splits:
     classes: tuple[str, ...]
     mean: Channels | None = None
     std: Channels | None = None
+    test_is_drawn: bool = False
 
 
 def in_memory(images: Images) -> Pixels:

@@ -39,7 +39,7 @@ def with_test_set(images: Images, classes: tuple[str, ...]) -> Splits:
         )
     count = max(int((counts > 0).sum()), round(TEST_SHARE * len(images)))
     test, train = stratified(of_class, count, generator(_TEST_SEED), at_least=1, leave=1)
-    return Splits(View(images, train), none_of(images), View(images, test), classes)
+    return Splits(View(images, train), none_of(images), View(images, test), classes, test_is_drawn=True)
 
 
 def with_validation(splits: Splits, share: float, seed: int) -> Splits:

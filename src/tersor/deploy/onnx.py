@@ -148,9 +148,25 @@ def _convert(network: nn.Module, inputs: NetworkInput, *, dynamic: bool) -> torc
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
         raise InputError(f"the network cannot be converted to ONNX: {_reason(error)}") from error
     assert program is not None
     return program
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is among the causes of an exporter's error."""
+    known = set[int]()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, KeyboardInterrupt):
+            return True
+        if each is not None and id(each) not in known:
+            known.add(id(each))
+            waiting += [each.__cause__, each.__context__]
+    return False
 
 
 def _reason(error: BaseException) -> str:

@@ -121,6 +121,11 @@ def _test_images(
         how["image_size"] = size
         progress.say(f"images of another size are resized to {size[0]} x {size[1]}, the input size of the file")
     splits = load(**source | how, targets="boxes" if task.boxes else "masks")
+    if splits.test_is_drawn:
+        total = sum(map(len, (splits.train, splits.validation, splits.test)))
+        progress.say(
+            f"the data has no test set of its own: {len(splits.test)} of {total} images are used, a fifth of each class"
+        )
     refuse_other_classes(class_names(artifact.model), splits.classes)
     assert splits.mean is not None
     assert splits.std is not None

@@ -147,7 +147,8 @@ class Chain(Attachment):
         for part, explained in self._in_turn("metrics"):
             with explained:
                 of_part = part.metrics
-            for name, value in of_part.items():
+            for name, given in of_part.items():
+                value = given.tolist() if isinstance(given, Tensor) else given
                 metrics[name] = metrics[name] + value if name in metrics and isinstance(value, list) else value
         return metrics
 

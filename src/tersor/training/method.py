@@ -17,6 +17,7 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.pruning.mask import weight_mask
 from tersor.training.attachment import Attachment, Chain
 from tersor.training.context import AttachContext, require_steps
+from tersor.training.hook_names import misspelled_hooks
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.mask_attachment import FrozenMaskedWeights, MaskedAttachment
 from tersor.training.objective import LossTerm, without_teacher
@@ -115,6 +116,7 @@ def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attac
                 "tersor.training.objective.LossTerm with a `name` and a forward(batch, student, teacher)."
             )
         term.of_method = name
+    part.notes = (*part.notes, *misspelled_hooks(part))
     for student, teacher in part.layers:
         matching_paths(part.model, [student], f"method '{name}' compares a layer of the student, which")
         if context.teacher is not None:
