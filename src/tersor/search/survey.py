@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +78,7 @@ def _seen(search: Search, file: Path) -> bool:
         test = bench.test_metric(Candidate(), file)
     images = len(bench.validation.images), len(bench.experiment.data.test)
     validation = bench.measured(file, search.runtime).metric
-    error = math.hypot(*(search_metric.standard_error(test, count) for count in images))
+    error = search_metric.error_of_difference((validation, test), images)
     seen = validation - test > _SEEN * error
     scores = f"{bench.experiment.task.metric} {validation:.2f} % there, {test:.2f} % on the test images"
     if seen:
