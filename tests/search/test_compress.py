@@ -26,6 +26,8 @@ from tersor.search.folder import MODEL, RECIPE, UNCHANGED, SearchFolder, read_fr
 from tersor.search.point_evidence import read_evidence
 from tersor.search.search_metric import Measured
 
+compress = importlib.import_module("tersor.search.compress")
+
 
 def small(num_classes=10):
     torch.manual_seed(0)
@@ -137,7 +139,9 @@ def test_the_same_call_of_a_finished_search_does_nothing(few, without_time):
     progress = RecordedProgress()
     again = tersor.compress(small(), few, budget=Budget(minutes=0.001), out=result.folder, progress=progress)
     assert again == result
-    assert progress.lines == [f"{result.folder}: the search is complete."], "the command prints the last line"
+    assert progress.lines == [f"{result.folder}: the search is complete. {compress._LONGER}"], (
+        "the command prints the last line"
+    )
 
 
 def test_another_call_for_the_same_folder_is_refused(few, without_time):

@@ -20,8 +20,8 @@ from tersor.evaluation.results import Machine
 from tersor.search.front import BaselineSpeedup, Point
 from tersor.search.state import VERSION, State, read_state
 
-MODEL, FRONT, RECIPE, STATE, DATABASE, LATENCIES = (
-    *("model.onnx", "front.json", "recipe.yaml", "search.json", "study.db", "latencies.json"),
+MODEL, FRONT, RECIPE, STATE, DATABASE, LATENCIES, TESTED = (
+    *("model.onnx", "front.json", "recipe.yaml", "search.json", "study.db", "latencies.json", "tested.json"),
 )
 POINTS, TRIALS, BASELINES = "points", "trials", "baselines"
 UNCHANGED = f"{BASELINES}/original.onnx"
