@@ -114,12 +114,10 @@ def test_what_the_user_named_is_tried_first_and_otherwise_listed(tmp_path, monke
     assert told[1] == "deep, 8 bits failed: cannot be built"
     short = searching(tmp_path / "short", minutes=0.2)
     short.named, short.bench.example = named, search.bench.example
-    short.folder.state.costs.finish = 0.0
     surveys.survey(short, Space(9, prunable=True, students=["wide", "deep"]))
     assert short.untried, "there is no time for all three"
-    reasons = dropped(short, [])
-    assert [reasons[each.name] for each in short.untried][-1] == "24 pixels was not tried: no time"
-    assert reasons.get("deep-8bit", "deep was not tried: no time") == "deep was not tried: no time"
+    reasons = [dropped(short, [])[each.name] for each in short.untried]
+    assert reasons == ["24 pixels was not tried: no time"]
 
 
 def test_every_reason_is_a_sentence(tmp_path):

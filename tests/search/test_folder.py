@@ -252,6 +252,10 @@ def test_the_survey_stops_at_its_end_and_proposals_are_not_repeated(tmp_path):
     assert len(names) == (search.clock.used - began) // 5.0
     assert "wide-8bit" in names
     assert "wide-8bit" not in {point.name for point in search.points}, "it is not trained yet"
+    slow = searching(tmp_path / "slow", minutes=4.0)
+    slow.folder.state.costs.survey = 80.0
+    survey(slow, Space(1, prunable=True, students=["wide"]))
+    assert len(slow.study.records()) > len([Candidate()]), "at least one candidate"
     few = searching(tmp_path / "few")
     survey(few, Space(1, prunable=False, students=[]))
     assert {record.of for record in few.study.records()} == {Candidate(branches=1), Candidate()}

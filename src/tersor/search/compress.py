@@ -160,8 +160,8 @@ def _search(
 ) -> Search:
     """Open everything that a search needs."""
     bar = TimeBar(progress, clock)
-    experiment = experiment_of(request, progress)
     students = request.weights_of_students()
+    experiment = experiment_of(request, progress)
     given = list(students)
     task = experiment.task.base if isinstance(experiment.task, FromFunctions) else experiment.task
     classifies = isinstance(task, Classification | Multilabel)

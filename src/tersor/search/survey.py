@@ -28,6 +28,8 @@ _PACE_STEPS = 3
 _CHECKPOINT_SECONDS, _MOST_STEPS = 30.0, 200
 _SEEN = 3.0
 """Standard errors."""
+_FOR_ONE = 0.5
+"""The survey lasts long enough for one candidate, if that takes at most this share of the time left."""
 _MOST_KNOWN = 20
 """The survey ends after this many proposals in a row that were tried before."""
 
@@ -183,7 +185,7 @@ def describe_range(search: Search) -> list[str]:
 def survey(search: Search, space: Space, *, proposals: bool = True) -> None:
     """Build, export, validate and time candidates until the time of the survey is used up.
 
-    Those that the user named come first, and may take all of the time.
+    Those that the user named come first, and may take all of the time, even some that is reserved for the end.
 
     Args:
         search: the search.
@@ -191,12 +193,13 @@ def survey(search: Search, space: Space, *, proposals: bool = True) -> None:
         proposals: whether those of the sampler follow the ones that are always tried.
     """
     state = search.folder.state
-    if state.survey_until is None:
-        state.survey_until = search.clock.used + survey_seconds(max(0.0, search.clock.left - search.reserve()))
-        search.save()
     state.costs.survey = state.costs.survey or state.costs.export
+    if state.survey_until is None:
+        left = max(0.0, search.clock.left - search.reserve())
+        state.survey_until = search.clock.used + max(survey_seconds(left), min(state.costs.survey, _FOR_ONE * left))
+        search.save()
     for candidate in search.untried:
-        if search.clock.left - search.reserve() >= state.costs.survey:
+        if search.clock.left >= max(state.costs.survey, search.reserve()):
             _try(search, candidate)
             search.bar.tell(_described(search, candidate))
     for candidate in space.first():

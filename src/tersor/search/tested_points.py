@@ -89,17 +89,17 @@ def _read(folder: Path) -> dict[str, Tested]:
     """The points that earlier ends of the search have tested."""
     if not (folder / TESTED).is_file():
         return {}
-    kept = read_json(folder / TESTED, "Choose another folder with --out.")
+    kept: dict[str, Any] = read_json(folder / TESTED, "Choose another folder with --out.")
     return {
-        name: Tested(**{**each, "classes": None if each["classes"] is None else torch.tensor(each["classes"])})
-        for name, each in kept.items()
+        name: Tested(metric, with_original, by_class, None if classes is None else torch.tensor(classes))
+        for name, (metric, with_original, by_class, classes) in kept.items()
     }
 
 
 def _write(folder: Path, tested: Mapping[str, Tested]) -> None:
     """Keep all tested points, those of earlier ends included."""
     plain = {
-        name: {**vars(each), "classes": None if each.classes is None else each.classes.tolist()}
+        name: [each.metric, each.agreement, each.by_class, None if each.classes is None else each.classes.tolist()]
         for name, each in {**_read(folder), **tested}.items()
     }
     write_file(folder / TESTED, json.dumps(plain).encode())
