@@ -33,7 +33,7 @@ def train_and_survey(search: Search, space: Space, train: Callable[[], None]) ->
     if unused > _UNUSED * search.clock.total:
         left, total, reserve = (each / 60 for each in (search.clock.left, search.clock.total, search.reserve(more=1)))
         search.bar.tell(
-            f"{left:.1f} of {total:g} minutes left, {reserve:.1f} of them reserved for the final measurements: "
+            f"{left:.1f} of {total:.3g} minutes left, {reserve:.1f} of them reserved for the final measurements: "
             f"{why_not_trained(search)}"
         )
     for candidate in search.untried:
