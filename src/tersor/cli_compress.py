@@ -44,7 +44,9 @@ def compress(
     data: Annotated[str, typer.Option(help="image folder or data set", show_default=False)],
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
     max_drop: _MaxDrop = None,
-    latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms is for batch 1")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     runtime: Annotated[Runtime, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
     task: Annotated[
@@ -62,7 +64,7 @@ def compress(
     image_size: Annotated[str | None, typer.Option(help="size of the images: 224, or height,width")] = None,
     time: Annotated[str, typer.Option(help="search time: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
-    pixels: Annotated[list[int] | None, typer.Option(help="another image size to try")] = None,
+    pixels: Annotated[list[int] | None, typer.Option(min=8, help="another image size to try")] = None,
     augment: Annotated[
         str | None, typer.Option(help="none, flip, ... [default: crop_flip; none for gray images, flip for boxes]")
     ] = None,
@@ -78,14 +80,17 @@ def compress(
     out: Annotated[Path, typer.Option(help="folder to write, or to resume")] = Path("runs/compress"),
 ) -> None:
     """Search for a smaller, faster network within a budget. The same command resumes an interrupted search."""
-    from tersor.core.device import keep_freed_memory
-    from tersor.search.compress import compress as search
     from tersor.search.compression_budget import Budget, parse_latency, parse_size, parse_time
 
     console = Console()
     budget = Budget(
         max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None, parse_time(time)
     )
+    means, deviations, sides = numbers("--mean", mean), numbers("--std", std), read_size(image_size)
+
+    from tersor.core.device import keep_freed_memory  # below the checks of the arguments, because it imports torch
+    from tersor.search.compress import compress as search
+
     keep_freed_memory()
     with Bars(console) as bars:
         try:
@@ -99,9 +104,9 @@ def compress(
                 loss=_imported(loss),
                 metric=_imported(metric),
                 channels=channels,
-                mean=numbers("--mean", mean),
-                std=numbers("--std", std),
-                image_size=read_size(image_size),
+                mean=means,
+                std=deviations,
+                image_size=sides,
                 students=student or [],
                 pixels=pixels or [],
                 augment=augment,
@@ -132,7 +137,9 @@ def compress(
 def pick(
     folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
     max_drop: _MaxDrop = None,
-    latency: Annotated[str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms")] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms is for batch 1")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     point: Annotated[str | None, typer.Option(metavar="NAME", help="name of a point, instead of limits")] = None,
     out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,

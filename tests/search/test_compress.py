@@ -21,10 +21,12 @@ from tersor.data.image_sets import Pixels, View
 from tersor.evaluation import latency
 from tersor.evaluation.session import open_session
 from tersor.pipeline.evaluate import evaluate
-from tersor.search.compression_budget import Budget
+from tersor.search.compression_budget import Budget, parse_latency
 from tersor.search.folder import MODEL, RECIPE, UNCHANGED, SearchFolder, read_front
 from tersor.search.point_evidence import read_evidence
 from tersor.search.search_metric import Measured
+
+compress = importlib.import_module("tersor.search.compress")
 
 
 def small(num_classes=10):
@@ -137,7 +139,9 @@ def test_the_same_call_of_a_finished_search_does_nothing(few, without_time):
     progress = RecordedProgress()
     again = tersor.compress(small(), few, budget=Budget(minutes=0.001), out=result.folder, progress=progress)
     assert again == result
-    assert progress.lines == [f"{result.folder}: the search is complete."], "the command prints the last line"
+    assert progress.lines == [f"{result.folder}: the search is complete. {compress._LONGER}"], (
+        "the command prints the last line"
+    )
 
 
 def test_another_call_for_the_same_folder_is_refused(few, without_time):
@@ -207,6 +211,32 @@ def test_wrong_arguments_are_one_message(few, tmp_path, changed, message):
     given = {"model": small(), "data": few, "out": tmp_path / "out", "budget": Budget(minutes=0.001)} | changed
     with pytest.raises(InputError, match=message):
         tersor.compress(given.pop("model"), given.pop("data"), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--time", "3"], "the time is '3'"),
+        (["--max-drop", "-1"], "max_drop is -1"),
+        (["--size", "5"], "the size is '5'"),
+        (["--mean", "a"], "--mean is 'a'"),
+        (["--image-size", "2.5"], "--image-size is '2.5'"),
+        (["--pixels", "2"], "greater than or equal to 8"),
+    ],
+)
+def test_plain_arguments_are_checked_before_torch_is_imported(monkeypatch, capfd, given, message):
+    monkeypatch.setattr(
+        sys, "argv", ["tersor", "compress", "net.py:make", "--weights", "w", "--data", "digits", *given]
+    )
+    monkeypatch.setitem(sys.modules, "tersor.search.compress", None)  # its import fails
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert message in capfd.readouterr().err
+
+
+def test_a_latency_without_batch_size_is_that_of_batch_1():
+    assert str(Budget(latency_ms=parse_latency("2ms"))) == "2 ms at batch 1"
 
 
 def test_the_other_commands_find_the_files_of_a_search(without_time):
@@ -289,7 +319,7 @@ def test_a_metric_and_a_loss_of_the_user(few, tmp_path):
     assert result.numbers.metric == "share_right"
     point = result.numbers.point(result.numbers.original)
     assert point.validation == pytest.approx(100 * round(point.validation / 100 * 15) / 15), "in percent of 15 images"
-    with pytest.raises(InputError, match=r"belongs to a search with metric 'share_right', but 'None'"):
+    with pytest.raises(InputError, match=r"belongs to a search with metric 'share_right', but none is given"):
         tersor.compress(small(), few, **given)
 
 

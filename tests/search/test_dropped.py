@@ -5,8 +5,10 @@ import pytest
 import search_fakes
 from search_fakes import FakeBench, run, searching
 from tersor.core.errors import InputError
+from tersor.search import survey as surveys
 from tersor.search.candidate import Candidate
 from tersor.search.dropped import dropped
+from tersor.search.space import Space
 from tersor.search.verdict_line import test_use as use_of_test_images
 
 pytestmark = pytest.mark.usefixtures("fake_search")
@@ -20,7 +22,11 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
     records = search.study.records()
     for record in records:
         kept = any(each.point.name in on_the_front for each in records if each.of == record.of)
-        assert (record.of.name in made.dropped) is not (kept or record.of == Candidate())
+        if kept and record.rung == 0 and record.of != Candidate():
+            reason = made.dropped.get(record.point.name, "")
+            assert ("untrained. After its training it is" in reason) is (record.point.name not in on_the_front)
+        elif record.of != Candidate():
+            assert kept or record.of.name in made.dropped
     first = search.folder.state.rungs[0].members
     assert any(name not in first for name in made.dropped)
     assert made.dropped[Candidate(branches=3).name] == "Failed: cannot be built"
@@ -39,7 +45,7 @@ def test_a_dominated_candidate_names_the_point_that_is_better(tmp_path):
     search = searching(tmp_path / "out")
     made = run(search)
     dominated = {point.name for point in made.dominated}
-    names = [name for name in made.dropped if name in dominated]
+    names = [name for name in made.dropped if name in dominated and "After its training" not in made.dropped[name]]
     assert names
     points = {point.name for point in made.points}
     for name in names:
@@ -62,6 +68,9 @@ def test_the_use_of_the_test_images_is_counted(tmp_path):
     again = run(longer)
     assert again.test_runs[0] == names
     assert len(again.test_runs) == 2
+    assert not set(names) & set(again.test_runs[1]), "no point runs on the test images twice"
+    unchanged = use_of_test_images(made.model_copy(update={"test_runs": [["a"], []]}))
+    assert unchanged == f"1000 test images were used twice: {start}; at the end, on a."
     text = use_of_test_images(again.model_copy(update={"test_runs": [["a"], 9 * ["b"]]}))
     assert text == f"1000 test images were used 3 times: {start}; at the end, on a; after extension 1, on 9 points."
     assert "were used once" not in (search.folder.path / "report.html").read_text()
@@ -90,7 +99,25 @@ def test_a_candidate_on_the_front_whose_further_training_fails_is_not_dropped(tm
     names = {point.name for point in made.points}
     kept = {each.of.name for each in search.study.records() if each.point.name in names}
     assert kept & set(made.failed)
-    assert not kept & set(made.dropped)
+    assert not any(made.dropped[name].startswith("Failed") for name in kept & set(made.dropped))
+
+
+def test_what_the_user_named_is_tried_first_and_otherwise_listed(tmp_path, monkeypatch):
+    named = [Candidate("wide"), Candidate("deep"), Candidate(pixels=24)]
+    monkeypatch.setitem(search_fakes.FakeLatency.of, named[2].name, 0.5)
+    search, told = searching(tmp_path / "out"), []
+    search.bench.example, search.bar.tell = lambda _candidate: None, told.append
+    search.named, search.bench.broken = named, ("deep-8bit",)
+    surveys.survey(search, Space(9, prunable=True, students=["wide", "deep"]))
+    assert [what[1] for what in search.bench.log if what[0] == "build"][:3] == [each.name for each in named]
+    assert told[0] == "wide, 8 bits: 49.80 % before training, 0.3 ms at batch 1, 38.4 ms at batch 128"
+    assert told[1] == "deep, 8 bits failed: cannot be built"
+    short = searching(tmp_path / "short", minutes=0.2)
+    short.named, short.bench.example = named, search.bench.example
+    surveys.survey(short, Space(9, prunable=True, students=["wide", "deep"]))
+    assert short.untried, "there is no time for all three"
+    reasons = [dropped(short, [])[each.name] for each in short.untried]
+    assert reasons == ["24 pixels was not tried: no time"]
 
 
 def test_every_reason_is_a_sentence(tmp_path):

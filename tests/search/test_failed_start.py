@@ -23,6 +23,9 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
         with pytest.raises(InputError, match="no such model"), SearchFolder(tmp_path / name, {}).held():
             raise InputError("no such model")
     assert [each.name for each in tmp_path.rglob("*")] == ["empty"]
+    with pytest.raises(InputError, match="no such model"), SearchFolder(tmp_path / "runs" / "mine", {}).held():
+        raise InputError("no such model")
+    assert [each.name for each in tmp_path.rglob("*")] == ["empty"], "nor the folders above it"
 
 
 def test_an_error_after_the_original_was_exported_keeps_the_folder(tmp_path):
@@ -51,6 +54,10 @@ def test_other_arguments_are_refused_once_the_baselines_are_measured(tmp_path):
     folder.save()
     with pytest.raises(InputError, match="belongs to a search with model 'net:MyNet', but 'net:Other' is given"):
         SearchFolder(tmp_path, {"model": "net:Other"})
+    given = {"model": "net:Other", "students": "wide", "limit": "None"}
+    message = r"but 'net:Other' is given; with students none, but 'wide' is given\. Repeat"
+    with pytest.raises(InputError, match=message):
+        SearchFolder(tmp_path, given)
 
 
 def test_the_lock_of_a_killed_start_does_not_occupy_a_folder(tmp_path):

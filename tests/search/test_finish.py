@@ -95,8 +95,7 @@ def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_ch
 
 def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_path):
     made = front_of(3)
-    files = f"Use {tmp_path / 'model.onnx'}; its recipe, report.html and all other networks (points/) are in "
-    files += f"{tmp_path}."
+    files = f"Use {tmp_path / 'model.onnx'}; report.html and all networks (points/ and baselines/) are in {tmp_path}."
     assert last_line(made, tmp_path) == (
         "best: accuracy 93.00 %, -0.60 points on the test images; 1.7x faster (1.6 to 1.8) at batch 1 and 1.7x faster "
         "(1.6 to 1.8) at batch 128 compared with original-8bit (OpenVINO, int8), the fastest free baseline. " + files
@@ -107,6 +106,14 @@ def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_pat
     assert free.startswith(
         "original-8bit: accuracy 93.40 %, -0.20 points on the test images; a free baseline: no faster"
     )
+    missed = {"met": False, "shortfall": "it has 0.262 MB, 262.00 times the limit"}
+    closest = made.model_copy(update={"best": "original-8bit", "speedup": {}, **missed})
+    assert last_line(closest, tmp_path) == (
+        "original-8bit: accuracy 93.40 %, -0.20 points on the test images; the budget is not met: it has 0.262 MB, "
+        f"262.00 times the limit. {tmp_path / 'model.onnx'} is the closest network that was found; "
+        + files.partition("; ")[2]
+    )
+    assert verdict_lines(closest)[0].endswith("smaller than the original. No network meets the budget.")
 
 
 def test_a_saturated_metric_is_said():

@@ -6,14 +6,15 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from search_fakes import baseline, latencies, searching
+from search_fakes import SPACE, baseline, latencies, searching
 from tersor.evaluation.timings import Ratio
-from tersor.search import finish
+from tersor.search import finish, rest_of_time
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.halving import halve
 from tersor.search.learning_curves import expected
 from tersor.search.promotion import entrants, improvement, promoted
+from tersor.search.rest_of_time import train_and_survey
 from tersor.search.study import Record
 
 ROOT = math.sqrt(128)
@@ -84,20 +85,23 @@ def test_for_the_best_metric_a_candidate_is_trained_up_to_the_ceiling(tmp_path):
     assert entrants(search, 6) == [better]
 
 
-def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path):
+def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path, monkeypatch):
     search = searching(tmp_path / "out")
     told = []
     search.bar.tell = told.append
     add(search, Candidate(branches=1), 0, 90.0, 0.6)
-    halve(search)
+    monkeypatch.setattr(rest_of_time, "survey", lambda *_: None)
+    train_and_survey(search, SPACE, lambda: halve(search))
     assert not search.folder.state.rungs
-    assert told == ["no more training: no promising candidate can be improved by it"]
+    assert len(told) == 1
+    assert told[0].startswith("10.0 of 10 minutes left, ")
+    assert told[0].endswith("reserved for the final measurements: no promising candidate can be improved by training")
     assert finish.advice(search, search.original) == []
     told.clear()
     add(search, Candidate(branches=2), 0, 80.0, 0.5)
     search.folder.state.costs.step = 100.0
-    halve(search)
-    assert not told, "there is no time for twenty steps"
+    train_and_survey(search, SPACE, lambda: halve(search))
+    assert told[0].endswith("final measurements: a training takes at least 33.4 minutes"), "no time for twenty steps"
 
 
 def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_path):

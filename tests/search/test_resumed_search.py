@@ -57,7 +57,7 @@ def test_a_finished_trial_is_never_run_twice(tmp_path):
     again = searching(tmp_path / "out", time=search.bench.time, bench=search.bench)
     position = len(again.bench.log)
     run(again)
-    assert [what[0] for what in again.bench.log[position:] if what[0] != "test"] == []
+    assert again.bench.log[position:] == [], "not even on the test images"
 
 
 def test_more_time_for_a_finished_search_goes_to_the_last_candidate(tmp_path):
@@ -150,6 +150,28 @@ def _only_the_end(monkeypatch):
     monkeypatch.setattr(compress, "feasible_range", lambda _search: None)
     monkeypatch.setattr(compress, "describe_range", lambda _search: [])
     monkeypatch.setattr(compress, "space_of", lambda *_: SPACE)
+
+
+@pytest.mark.usefixtures("_only_the_end")
+@pytest.mark.parametrize("export", [3.0, 60.0])
+def test_an_extension_surveys_where_it_cannot_train_and_says_why_it_ends(tmp_path, monkeypatch, export):
+    """The first minute is too short for a candidate; in the extension, a training is possible or not."""
+    monkeypatch.setattr(compress, "write_evidence", lambda *_: None)
+    search, told = searching(tmp_path / "out", minutes=0.2), []
+    compress._run(search, SimpleNamespace(pixels=()))
+    assert not search.folder.state.rungs
+    search.folder.state.costs.attach = export
+    search.save()
+    longer = searching(tmp_path / "out", minutes=2.0, time=search.bench.time, bench=search.bench)
+    longer.bar.tell = told.append
+    before = len(longer.study.records())
+    compress._run(longer, SimpleNamespace(pixels=()))
+    assert len(longer.study.records()) > before + 4
+    trained = bool(longer.folder.state.rungs)
+    assert trained is (export < 60)
+    if not trained:
+        assert longer.clock.used > 0.6 * longer.clock.total
+        assert any("reserved for the final measurements: a training takes at least 2" in line for line in told)
 
 
 @pytest.mark.usefixtures("_only_the_end")

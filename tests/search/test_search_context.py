@@ -133,7 +133,7 @@ def test_an_earlier_process_left_points_and_costs(tmp_path):
     assert search.candidate_of(search.points[0]) == Candidate()
     state.finished, state.survey_until, state.rungs = True, 5.0, []
     search.restore()
-    assert (state.finished, state.extended, state.survey_until) == (False, True, 5.0)
+    assert (state.finished, state.extended, state.survey_until) == (False, True, None), "and surveys"
 
 
 def test_the_points_of_the_front_and_free_ones_run_on_the_test_images(tmp_path):
@@ -163,15 +163,23 @@ def test_the_points_of_the_front_and_free_ones_run_on_the_test_images(tmp_path):
     assert not search.tested_at_the_end()
     data.classes = ()
     search.points = [point.model_copy(update={"test": None}) for point in search.points]
+    again = tested_points.run_on_test_images(search)
+    assert len(order) == 2, "no point runs twice"
+    assert search.folder.state.test_runs == [order, []]
+    assert {point.test for point in search.points} == {75.0, 50.0, None}
+    assert again["original"].by_class == found["original"].by_class
+    assert again["original"].classes.tolist() == [0, 0, 1, 0]
+    (search.folder.path / "tested.json").unlink()
+    search.points = [point.model_copy(update={"test": None}) for point in search.points]
     assert tested_points.run_on_test_images(search)["original"].by_class == []
 
 
 def test_agreement_with_every_point_or_with_the_original_alone():
     predicted = {"a": torch.tensor([0, 1, 1]), "b": torch.tensor([0, 1, 0])}
-    found = _agreement(Classification(), "a", tested_points.Tested(None, []), predicted, "a")
+    found = _agreement(Classification(), "a", tested_points.Tested(0.0, None, []), predicted, "a")
     assert found == {"a": 100.0, "b": 66.667}
-    assert _agreement(Classification(), "c", tested_points.Tested(12.3456, []), predicted, "a") == {"a": 12.346}
-    assert _agreement(Classification(), "c", tested_points.Tested(None, []), predicted, "a") == {}
+    assert _agreement(Classification(), "c", tested_points.Tested(0.0, 12.3456, []), predicted, "a") == {"a": 12.346}
+    assert _agreement(Classification(), "c", tested_points.Tested(0.0, None, []), predicted, "a") == {}
 
 
 def test_examples_are_images_on_which_points_differ(monkeypatch):

@@ -1,11 +1,20 @@
 """The metric of a search and its errors."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from tersor.core.errors import InputError
-from tersor.search.search_metric import error_of_drop, measured, measures_accuracy, refuse_other_metrics, standard_error
+from tersor.search.search_metric import (
+    error_of_difference,
+    error_of_drop,
+    measured,
+    measures_accuracy,
+    refuse_other_metrics,
+    standard_error,
+)
 from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.regression import Regression
@@ -52,3 +61,13 @@ def test_errors_are_refused_and_shares_of_the_user_are_not():
     refuse_other_metrics(FromFunctions(Segmentation(), None, lambda *_: 0.5))
     with pytest.raises(InputError, match="better when higher"):
         refuse_other_metrics(Regression())
+
+
+def test_the_difference_of_two_sets_has_the_pooled_error():
+    images = 300, 1000
+    pooled = (99 * 300 + 95 * 1000) / 1300 / 100
+    expected = 100 * math.sqrt(pooled * (1 - pooled) * (1 / 300 + 1 / 1000))
+    assert error_of_difference((99.0, 95.0), images) == pytest.approx(expected)
+    assert round(expected, 2) == 1.30, "the example of docs/how-to/budget.md"
+    assert error_of_difference((83.25, 76.10), (400, 1000)) == pytest.approx(2.445, abs=1e-3)
+    assert error_of_difference((100.0, 100.0), images) > 0

@@ -67,6 +67,11 @@ class Candidate:
         return ", ".join([*parts, "mixed bits" if self.bits == "mixed" else f"{self.bits} bits"])
 
     @property
+    def given(self) -> str:
+        """What the user wrote to have it tried: a student, or a resolution of the original."""
+        return f"{self.pixels} pixels" if self.pixels else self.network
+
+    @property
     def family(self) -> str:
         """The kind of change, by which a report groups candidates."""
         if not self.inherits:

@@ -16,7 +16,7 @@ from tersor.core.resources import enough_memory, writable
 from tersor.core.target import Runtime
 from tersor.data import Splits
 from tersor.pipeline.task_arguments import Loss, task_of_both
-from tersor.search.candidate import ORIGINAL
+from tersor.search.candidate import ORIGINAL, Candidate
 from tersor.search.candidate_latency import Measurement
 from tersor.search.compression_budget import DEFAULT_MINUTES, Budget
 from tersor.search.finish import write_front
@@ -26,6 +26,7 @@ from tersor.search.halving import halve
 from tersor.search.plan import Clock
 from tersor.search.point_evidence import write_evidence
 from tersor.search.request import Request, experiment_of
+from tersor.search.rest_of_time import train_and_survey
 from tersor.search.result import Result
 from tersor.search.search_context import Search, TimeBar
 from tersor.search.space import family
@@ -43,6 +44,7 @@ _LARGE = 64
 """Image size from which latency is measured at batch 32 instead of 128."""
 _USED_UP = 0.9
 """A finished search that used at least this share of its time is complete."""
+_LONGER = "--time is the total time: to search longer, repeat the command with a larger --time."
 _MEMORY = "Close other programs, or use smaller images or a smaller network."
 
 
@@ -134,7 +136,7 @@ def compress(
     folder = SearchFolder(out, {**request.arguments, "budget": str(budget)})
     minutes = budget.minutes or DEFAULT_MINUTES
     if folder.state.finished and folder.state.used >= 60 * _USED_UP * minutes:
-        progress.say(f"{out}: the search is complete.")
+        progress.say(f"{out}: the search is complete. {_LONGER}")
         return Result(out, read_front(out))
     clock = Clock(minutes, folder.state.used + now() - begun, now)
     with enough_memory(_MEMORY), writable(out), folder.held():
@@ -158,8 +160,8 @@ def _search(
 ) -> Search:
     """Open everything that a search needs."""
     bar = TimeBar(progress, clock)
-    experiment = experiment_of(request, progress)
     students = request.weights_of_students()
+    experiment = experiment_of(request, progress)
     given = list(students)
     task = experiment.task.base if isinstance(experiment.task, FromFunctions) else experiment.task
     classifies = isinstance(task, Classification | Multilabel)
@@ -172,7 +174,8 @@ def _search(
     sizes = sorted(budget.latency_ms) or [1, 128 if min(experiment.data.train.size) < _LARGE else 32]
     example = next(iter(bench.validation)).only_images[:1].numpy()
     measurement = Measurement(folder.path / LATENCIES, request.runtime, example, sizes)
-    return Search(bench, study, folder, clock, budget, measurement, bar)
+    named = [*map(Candidate, given), *(Candidate(pixels=size) for size in dict.fromkeys(request.pixels))]
+    return Search(bench, study, folder, clock, budget, measurement, bar, named=named)
 
 
 def _check_students(bench: Workbench, names: Sequence[str]) -> None:
@@ -198,11 +201,12 @@ def _run(search: Search, request: Request, placement: Placement | None = None) -
             search.bar.tell(line)
         write_front(search, finished=False)
         search.bar.begin()
-        survey(search, space_of(search, list(search.bench.students), list(request.pixels)))
+        space = space_of(search, list(search.bench.students), list(request.pixels))
+        survey(search, space, proposals=not search.folder.state.extended)
         for line in saturation(write_front(search, finished=False)):
             search.bar.tell(line)
         with started(placement, request, search.bench) if placement else nullcontext() as workers:
-            halve(search, workers)
+            train_and_survey(search, space, lambda: halve(search, workers))
     except BaseException:
         if search.original is not None:
             write_front(search, finished=False)

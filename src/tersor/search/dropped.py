@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from tersor.search.candidate import Candidate
 from tersor.search.front import Point, covers
 from tersor.search.promotion import why_not_trained
 from tersor.search.search_context import Search
@@ -26,11 +27,27 @@ def dropped(search: Search, kept: Sequence[Point]) -> dict[str, str]:
         last = max(records, key=lambda record: record.rung)
         if any(record.point.name in names for record in records):
             failed = {each: reason for each, reason in failed.items() if each != name}
+            found |= _trained_further(records, names)
         elif not last.point.free:
             reasons = "; ".join(_reasons(search, last, kept))
             trained = f"after {last.point.steps} steps" if last.rung else "untrained"
             found[name] = f"{last.point.validation:.2f} % {trained}. {reasons[:1].upper()}{reasons[1:]}."
-    return found | {name: f"Failed: {reason}" for name, reason in failed.items()}
+    found |= {name: f"Failed: {reason}" for name, reason in failed.items()}
+    return found | {candidate.name: not_tried(candidate) for candidate in search.untried}
+
+
+def not_tried(candidate: Candidate) -> str:
+    """That the search had no time for a candidate that the user named."""
+    return f"{candidate.given} was not tried: no time"
+
+
+def _trained_further(records: Sequence[Record], names: Collection[str]) -> dict[str, str]:
+    """The reason for a candidate that is on the front only after training."""
+    first = min(records, key=lambda record: record.rung)
+    if first.rung or first.point.free or first.point.name in names:
+        return {}
+    kept = next(record.point for record in records if record.point.name in names)
+    return {first.point.name: f"{first.point.validation:.2f} % untrained. After its training it is {kept.name}."}
 
 
 def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:

@@ -20,8 +20,8 @@ from tersor.evaluation.results import Machine
 from tersor.search.front import BaselineSpeedup, Point
 from tersor.search.state import VERSION, State, read_state
 
-MODEL, FRONT, RECIPE, STATE, DATABASE, LATENCIES = (
-    *("model.onnx", "front.json", "recipe.yaml", "search.json", "study.db", "latencies.json"),
+MODEL, FRONT, RECIPE, STATE, DATABASE, LATENCIES, TESTED = (
+    *("model.onnx", "front.json", "recipe.yaml", "search.json", "study.db", "latencies.json", "tested.json"),
 )
 POINTS, TRIALS, BASELINES = "points", "trials", "baselines"
 UNCHANGED = f"{BASELINES}/original.onnx"
@@ -106,7 +106,7 @@ class SearchFolder:
 
     def __init__(self, path: Path, arguments: Mapping[str, str]) -> None:
         self.path = path
-        self._created = not path.exists()
+        self._created = [each for each in (path, *path.parents) if not each.exists()]
         self._begins_again = False
         if path.exists() and (not path.is_dir() or (_holds_files(path) and not (path / STATE).is_file())):
             raise InputError(f"{path} already exists and is not overwritten. Choose another folder, or remove it.")
@@ -119,12 +119,14 @@ class SearchFolder:
                 self.state = begun
 
     def _check(self, begun: Mapping[str, str], arguments: Mapping[str, str]) -> None:
-        changed = [name for name in {**begun, **arguments} if begun.get(name) != arguments.get(name)]
+        changed = [name for name in {**begun, **arguments} if _shown(begun.get(name)) != _shown(arguments.get(name))]
         if changed:
-            name = changed[0]
+            texts = [
+                f"with {name} {_shown(begun.get(name))}, but {_shown(arguments.get(name))} is given" for name in changed
+            ]
             raise InputError(
-                f"{self.path} belongs to a search with {name} {begun.get(name)!r}, but {arguments.get(name)!r} is "
-                "given. Repeat the same command to resume it, or choose another folder with --out."
+                f"{self.path} belongs to a search {'; '.join(texts)}. Repeat the same command to resume it, or choose "
+                "another folder with --out."
             )
 
     @contextmanager
@@ -156,8 +158,10 @@ class SearchFolder:
                 self._clear()
                 lock.release()
                 shutil.rmtree(self.path / TRIALS, ignore_errors=True)
-                if self._created and not any(self.path.iterdir()):
-                    self.path.rmdir()
+                for folder in self._created:
+                    if any(folder.iterdir()):
+                        break
+                    folder.rmdir()
             raise
         finally:
             lock.release()
@@ -254,6 +258,11 @@ def read_front(path: Path) -> Front:
         return Front.model_validate(read_json(file, "Run `tersor compress` again."))
     except ValidationError as error:
         raise InputError(f"{file} was not written by this version of tersor. Run `tersor compress` again.") from error
+
+
+def _shown(value: str | None) -> str:
+    """An argument of a search in a message."""
+    return "none" if value in (None, "", "None") else repr(value)
 
 
 def _holds_files(path: Path) -> bool:

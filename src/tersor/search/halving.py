@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 
+from tersor.search.candidate import Candidate
 from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
 from tersor.search.promotion import entrants, promoted
 from tersor.search.rung_training import seconds_to_train, train_candidates
@@ -42,8 +43,6 @@ def halve(search: Search, workers: Workers | None = None) -> None:
                 return
             made = _rung(search, number, workers.count if workers else 1)
             if not made.members:
-                if state.costs.entrants(seconds_to_train(search)):
-                    search.bar.tell("no more training: no promising candidate can be improved by it")
                 return
             state.rungs.append(made)
             search.save()
@@ -56,9 +55,24 @@ def halve(search: Search, workers: Workers | None = None) -> None:
         train_candidates(search, rung, waiting, workers)
 
 
+def why_not_trained(search: Search) -> str:
+    """Why `halve` trains no further candidate, in words."""
+    if seconds_to_train(search) < (least := _least_seconds(search)):
+        return f"a training takes at least {least / 60:.1f} minutes"
+    return "no promising candidate can be improved by training"
+
+
 def _worthwhile(search: Search) -> bool:
     """Whether the time left is enough for another training."""
-    return seconds_to_train(search) > max(_LEAST_SHARE * search.clock.total, 3 * search.folder.state.costs.overhead)
+    return seconds_to_train(search) > _least_seconds(search)
+
+
+def _least_seconds(search: Search) -> float:
+    """Seconds below which no candidate is trained: for the first time, or further."""
+    costs = search.folder.state.costs
+    if not search.folder.state.rungs:
+        return costs.least
+    return max(_LEAST_SHARE * search.clock.total, 3 * costs.overhead)
 
 
 def _rung(search: Search, number: int, at_once: int) -> Rung:
@@ -77,9 +91,18 @@ def _rung(search: Search, number: int, at_once: int) -> Rung:
         count = max(1, min(largest, state.costs.entrants(share * available, at_once)))
         left = available * (math.prod(1 - each for each in RUNGS[number - 1 : -1]) if count > at_once else 1.0)
         chosen = promoted(search, _trained(search), count, left, last=last)
+        if state.extended and not chosen:
+            chosen = _never_trained(search)
     last = last or (len(chosen) <= at_once and number < len(RUNGS))
     members = {record.of.name: record.rung + 1 for record in chosen}
     return Rung(members=members, until=None if last else search.clock.used + share * available)
+
+
+def _never_trained(search: Search) -> list[Record]:
+    """The surveyed candidate that an extended search trains if its last one cannot be improved."""
+    trained = {record.of.name for record in search.study.records() if record.rung}
+    chosen = [record for record in entrants(search, RUNG_SIZES[0]) if record.of.name not in trained]
+    return [record for record in chosen if record.of != Candidate()][:1]
 
 
 def _trained(search: Search) -> list[Record]:

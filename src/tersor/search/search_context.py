@@ -87,6 +87,7 @@ class Search:
     Attributes:
         original: the measured original; drops are computed from it.
         best: the point in `model.onnx`.
+        named: the students and resolutions that the user named, which are tried before all others.
     """
 
     bench: Workbench
@@ -99,6 +100,7 @@ class Search:
     original: Point | None = None
     best: Point | None = None
     points: list[Point] = field(default_factory=list[Point])
+    named: Sequence[Candidate] = ()
 
     def __post_init__(self) -> None:
         self.bar.keep = self._keep
@@ -144,9 +146,16 @@ class Search:
         state = self.folder.state
         state.finished = False
         state.extended = any(record.rung for record in self.study.records())
+        state.survey_until = None
         if not state.extended:
-            state.survey_until, state.rungs = None, []
+            state.rungs = []
         self.save()
+
+    @property
+    def untried(self) -> list[Candidate]:
+        """Those that the user named and that have no trial."""
+        done = {record.of.name for record in self.study.records()} | self.study.failed.keys()
+        return [candidate for candidate in self.named if candidate.name not in done]
 
     def is_trained(self, candidate: Candidate) -> bool:
         """Whether a candidate starts from trained weights; an untrained student is no point before its training."""

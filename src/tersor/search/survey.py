@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,8 @@ _PACE_STEPS = 3
 _CHECKPOINT_SECONDS, _MOST_STEPS = 30.0, 200
 _SEEN = 3.0
 """Standard errors."""
+_FOR_ONE = 0.5
+"""The survey lasts long enough for one candidate, if that takes at most this share of the time left."""
 _MOST_KNOWN = 20
 """The survey ends after this many proposals in a row that were tried before."""
 
@@ -79,7 +80,7 @@ def _seen(search: Search, file: Path) -> bool:
         test = bench.test_metric(Candidate(), file)
     images = len(bench.validation.images), len(bench.experiment.data.test)
     validation = bench.measured(file, search.runtime).metric
-    error = math.hypot(*(search_metric.standard_error(test, count) for count in images))
+    error = search_metric.error_of_difference((validation, test), images)
     seen = validation - test > _SEEN * error
     scores = f"{bench.experiment.task.metric} {validation:.2f} % there, {test:.2f} % on the test images"
     if seen:
@@ -181,20 +182,33 @@ def describe_range(search: Search) -> list[str]:
     return lines
 
 
-def survey(search: Search, space: Space) -> None:
-    """Build, export, validate and time candidates until the time of the survey is used up."""
+def survey(search: Search, space: Space, *, proposals: bool = True) -> None:
+    """Build, export, validate and time candidates until the time of the survey is used up.
+
+    Those that the user named come first, and may take all of the time, even some that is reserved for the end.
+
+    Args:
+        search: the search.
+        space: the candidates.
+        proposals: whether those of the sampler follow the ones that are always tried.
+    """
     state = search.folder.state
-    if state.survey_until is None:
-        state.survey_until = search.clock.used + survey_seconds(max(0.0, search.clock.left - search.reserve()))
-        search.save()
     state.costs.survey = state.costs.survey or state.costs.export
+    if state.survey_until is None:
+        left = max(0.0, search.clock.left - search.reserve())
+        state.survey_until = search.clock.used + max(survey_seconds(left), min(state.costs.survey, _FOR_ONE * left))
+        search.save()
+    for candidate in search.untried:
+        if search.clock.left >= max(state.costs.survey, search.reserve()):
+            _try(search, candidate)
+            search.bar.tell(_described(search, candidate))
     for candidate in space.first():
         if not _time_for_another(search):
             return
         if search.study.find(candidate) is None and candidate.name not in search.study.failed:
             _try(search, candidate)
     known = 0
-    while space.samples and known < _MOST_KNOWN and _time_for_another(search):
+    while proposals and space.samples and known < _MOST_KNOWN and _time_for_another(search):
         trial, parameters = search.study.suggest(space.distributions())
         candidate = candidate_of(parameters)
         found = search.study.find(candidate)
@@ -203,6 +217,15 @@ def survey(search: Search, space: Space) -> None:
         else:
             known += 1
         search.study.tell(trial, found)
+
+
+def _described(search: Search, candidate: Candidate) -> str:
+    """What the survey found about a candidate that the user named."""
+    found = search.study.find(candidate)
+    if found is None:
+        return f"{candidate} failed: {search.study.failed[candidate.name]}"
+    times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in found.point.latency_ms.items())
+    return f"{candidate}: {found.point.validation:.2f} % before training, {times}"
 
 
 def _time_for_another(search: Search) -> bool:
@@ -214,16 +237,20 @@ def _time_for_another(search: Search) -> bool:
 def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record | None:
     """Survey one candidate; None if it cannot be built or exported."""
     usable, costs = search.is_trained(candidate), search.folder.state.costs
+    estimated = all(record.of == Candidate() for record in search.study.records())
     before = costs.survey
     try:
         with search.timed("survey"):
             model = search.bench.build(candidate)
             file = search.folder.point_file(candidate.name) if usable else search.folder.untrained_file()
-            record = search.record(candidate, search.bench.export(candidate, model, file))
+            with search.timed("export"):
+                exported = search.bench.export(candidate, model, file)
+            record = search.record(candidate, exported)
     except InputError as error:
         search.study.fail(candidate, 0, str(error))
         return None
-    costs.survey = (before + costs.survey) / 2  # so that a single slow moment of the machine does not decide
+    if not estimated:  # the first export, which is the estimate, also loads libraries
+        costs.survey = (before + costs.survey) / 2  # so that a single slow moment of the machine does not decide
     if store:
         search.study.add(record)
     if usable:

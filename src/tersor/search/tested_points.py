@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tersor.core.files import read_json, write_file
 from tersor.evaluation.scoring import agreement
 from tersor.search import search_metric
+from tersor.search.folder import TESTED
+from tersor.search.front import Point
 from tersor.search.search_context import Search
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
@@ -23,11 +30,13 @@ class Tested:
     """What the page shows of a point's predictions for the test images.
 
     Attributes:
+        metric: in percent.
         agreement: with the original, in percent; None for outputs that have the size of other images.
         by_class: scores in percent, None for a class that does not occur.
         classes: predicted class numbers (N,), int64; None for other tasks than classification.
     """
 
+    metric: float
     agreement: float | None
     by_class: list[float | None]
     classes: Tensor | None = None
@@ -36,28 +45,64 @@ class Tested:
 def run_on_test_images(search: Search) -> dict[str, Tested]:
     """Add the metric on the test images to the points that are tested at the end.
 
-    Only the predictions of the original and of one other point are in memory at the same time.
+    Points that an earlier end of the search has tested do not run again, but the original does where its predictions
+    are needed and were not kept. Only the predictions of the original and of one other point are in memory at once.
     """
-    task, classes = search.bench.experiment.task, len(search.bench.experiment.data.classes)
     assert search.original is not None
-    original, found = search.original.name, dict[str, Tested]()
-    reference: Any = None
-    for point in sorted(search.tested_at_the_end(), key=lambda point: point.name != original):
-        candidate = search.candidate_of(point)
-        predictions, targets = search.bench.test_predictions(candidate, search.folder.path / point.file)
-        reference = predictions if point.name == original else reference
-        metric = search_metric.measured(task, predictions, targets).metric
-        tested = point.model_copy(update={"test": metric})
-        search.points = [tested if each.name == point.name else each for each in search.points]
-        classifies = isinstance(task, Classification)
-        comparable = classifies or candidate.pixels is None
-        found[point.name] = Tested(
-            agreement(task, predictions, reference) if comparable else None,
-            _by_class(task, predictions, targets, classes) if comparable else [],
-            predictions if classifies else None,
+    original, points = search.original.name, search.tested_at_the_end()
+    known = {name: each for name, each in _read(search.folder.path).items() if name in {each.name for each in points}}
+    new = [point for point in points if point.name not in known]
+    if new and original in known and known[original].classes is None:
+        new += [point for point in points if point.name == original]
+    reference: Any = known[original].classes if original in known else None
+    run: list[str] = []
+    for point in sorted(new, key=lambda point: point.name != original):
+        predictions, targets = search.bench.test_predictions(
+            search.candidate_of(point), search.folder.path / point.file
         )
-    search.folder.state.test_runs.append(list(found))
-    return found
+        reference = predictions if point.name == original else reference
+        known[point.name] = _tested(search, point, predictions, targets, reference)
+        run.append(point.name)
+    search.points = [
+        each.model_copy(update={"test": known[each.name].metric}) if each.name in known else each
+        for each in search.points
+    ]
+    search.folder.state.test_runs.append(run)
+    _write(search.folder.path, known)
+    return known
+
+
+def _tested(search: Search, point: Point, predictions: Any, targets: Any, reference: Any) -> Tested:
+    experiment = search.bench.experiment
+    task, classes = experiment.task, len(experiment.data.classes)
+    classifies = isinstance(task, Classification)
+    comparable = classifies or search.candidate_of(point).pixels is None
+    return Tested(
+        search_metric.measured(task, predictions, targets).metric,
+        agreement(task, predictions, reference) if comparable else None,
+        _by_class(task, predictions, targets, classes) if comparable else [],
+        predictions if classifies else None,
+    )
+
+
+def _read(folder: Path) -> dict[str, Tested]:
+    """The points that earlier ends of the search have tested."""
+    if not (folder / TESTED).is_file():
+        return {}
+    kept: dict[str, Any] = read_json(folder / TESTED, "Choose another folder with --out.")
+    return {
+        name: Tested(metric, with_original, by_class, None if classes is None else torch.tensor(classes))
+        for name, (metric, with_original, by_class, classes) in kept.items()
+    }
+
+
+def _write(folder: Path, tested: Mapping[str, Tested]) -> None:
+    """Keep all tested points, those of earlier ends included."""
+    plain = {
+        name: [each.metric, each.agreement, each.by_class, None if each.classes is None else each.classes.tolist()]
+        for name, each in {**_read(folder), **tested}.items()
+    }
+    write_file(folder / TESTED, json.dumps(plain).encode())
 
 
 def _by_class(task: Task, predictions: Any, targets: Any, classes: int) -> list[float | None]:

@@ -17,7 +17,8 @@ def verdict_lines(front: Front) -> list[str]:
     best, original, metric = front.point(front.best), front.point(front.original), _metric(front)
     smaller = f"{original.bytes / best.bytes:.1f} times smaller than the original"
     if best.free:
-        first = f"{best.description}: {metric}, {smaller}. No faster network was found within the budget."
+        found = "No faster network was found within the budget." if front.met else "No network meets the budget."
+        first = f"{best.description}: {metric}, {smaller}. {found}"
     else:
         first = f"{best.description}: {', '.join([*_speedups(front), smaller, metric])}."
     budget = Budget.of_numbers(front.limits)
@@ -39,14 +40,16 @@ def verdict_lines(front: Front) -> list[str]:
 
 def last_line(front: Front, folder: Path) -> str:
     """The network that was found, its metric and its gain, and the files to use."""
-    best = front.point(front.best)
+    best, files = front.point(front.best), f"report.html and all networks (points/ and baselines/) are in {folder}."
+    if not front.met:
+        return (
+            f"{best.name}: {_metric(front)}; the budget is not met: {front.shortfall}. {folder / MODEL} is the closest "
+            f"network that was found; {files}"
+        )
     gain = ", ".join(_speedups(front)) or "the speedup was not measured"
     if best.free:
         gain = "a free baseline: no faster network was found within the budget"
-    return (
-        f"{best.name}: {_metric(front)}; {gain}. Use {folder / MODEL}; its recipe, report.html and all other networks "
-        f"(points/) are in {folder}."
-    )
+    return f"{best.name}: {_metric(front)}; {gain}. Use {folder / MODEL}; {files}"
 
 
 def _metric(front: Front) -> str:
@@ -86,6 +89,8 @@ def test_use(front: Front) -> str:
     """How many times the test images were used, and on which points."""
     uses = ["at the start, on the original, to see whether it was trained on the validation images"]
     for number, names in enumerate(front.test_runs):
+        if not names:
+            continue  # all of its points were tested before
         when = f"after extension {number}" if number else "at the end"
         uses.append(f"{when}, on {', '.join(names) if len(names) <= _MOST_NAMES else f'{len(names)} points'}")
     times = {1: "once", 2: "twice"}.get(len(uses), f"{len(uses)} times")

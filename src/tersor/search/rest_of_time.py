@@ -1,0 +1,51 @@
+"""What a search does with the time that no training can use, and why it ends early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tersor.search.dropped import not_tried
+from tersor.search.halving import why_not_trained
+from tersor.search.plan import survey_seconds
+from tersor.search.rung_training import seconds_to_train
+from tersor.search.search_context import Search
+from tersor.search.space import Space
+from tersor.search.survey import survey
+
+_UNUSED = 0.1
+"""A search that leaves more than this share of its time unused says why."""
+
+
+def train_and_survey(search: Search, space: Space, train: Callable[[], None]) -> None:
+    """Train; while there is time that no training can use, survey more candidates and train again.
+
+    A search that ends early prints the reason; candidates that the user named and that were not tried are listed.
+
+    Args:
+        search: a search after its survey.
+        space: the candidates.
+        train: trains what it can.
+    """
+    train()
+    while _survey_more(search, space):
+        train()
+    unused = search.clock.left if search.best is not None and search.best.free else seconds_to_train(search)
+    if unused > _UNUSED * search.clock.total:
+        left, total, reserve = (each / 60 for each in (search.clock.left, search.clock.total, search.reserve(more=1)))
+        search.bar.tell(
+            f"{left:.1f} of {total:.3g} minutes left, {reserve:.1f} of them reserved for the final measurements: "
+            f"{why_not_trained(search)}"
+        )
+    for candidate in search.untried:
+        search.bar.tell(not_tried(candidate))
+
+
+def _survey_more(search: Search, space: Space) -> bool:
+    """Survey for a share of the time left, but at least one candidate; returns whether there was another one."""
+    state, left = search.folder.state, seconds_to_train(search)
+    if left < state.costs.survey:
+        return False
+    before = len(search.study.records()) + len(search.study.failed)
+    state.survey_until = search.clock.used + max(state.costs.survey, survey_seconds(left))
+    survey(search, space)
+    return len(search.study.records()) + len(search.study.failed) > before
