@@ -8,7 +8,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 import tersor
-from tersor.core.errors import CompressionWarning
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.deploy.file_layers import FileLayer, file_layers, stored_precision, weight_bits
 
 
@@ -80,3 +80,9 @@ def test_integer_constants_of_an_openvino_file(tmp_path):
         (tmp_path / f"{name}.xml").write_text(f"<net><layers><layer/>{layers}</layers></net>")
     assert weight_bits(tmp_path / "quantized.xml") == (4, 8)
     assert stored_precision(tmp_path / "float.xml", "bfloat16") == "bfloat16"
+
+
+def test_a_damaged_file_is_told(tmp_path):
+    (tmp_path / "text.onnx").write_text("no graph" * 50)
+    with pytest.raises(InputError, match=r"text\.onnx is damaged or no ONNX file"):
+        file_layers(tmp_path / "text.onnx")

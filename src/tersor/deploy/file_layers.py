@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from tersor.deploy.onnx_file import read_onnx
+
 _PASSED = {"DequantizeLinear", "Cast"}
 _BITS = {"INT8": 8, "UINT8": 8, "INT4": 4, "UINT4": 4, "FLOAT16": 16, "BFLOAT16": 16}
 _WEIGHT_INPUT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}
@@ -40,7 +42,7 @@ def file_layers(path: Path) -> list[FileLayer]:
     """
     import onnx  # here, because it is slow to import
 
-    graph = onnx.load(str(path), load_external_data=False).graph
+    graph = read_onnx(path).graph
     weights = {each.name: each for each in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
     layers: list[FileLayer] = []
