@@ -229,11 +229,11 @@ class _PointName:
     name: str
     executed: str
 
-    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for line in (self.name, self.executed):
             yield Text("\n".join(_folded(line, options.max_width)), overflow="fold")
 
-    def __rich_measure__(self, _console: Console, options: ConsoleOptions) -> Measurement:
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         widest = max(len(self.name), len(self.executed))
         return Measurement(min(_NAME_WIDTH, widest), min(widest, options.max_width))
 
@@ -251,10 +251,5 @@ def _folded(line: str, width: int) -> list[str]:
 def _cells(point: Point, mark: str) -> list[RenderableType]:
     tested = "" if point.test is None else f"{point.test:.2f}"
     times = [f"{value:.3g}" for value in point.latency_ms.values()]
-    return [
-        _PointName(f"{mark}{point.name}", f"{point.runtime} {point.precision}"),
-        f"{point.validation:.2f}",
-        tested,
-        *times,
-        f"{point.bytes / 1e6:.3f}",
-    ]
+    name = _PointName(f"{mark}{point.name}", f"{point.runtime} {point.precision}")
+    return [name, f"{point.validation:.2f}", tested, *times, f"{point.bytes / 1e6:.3f}"]

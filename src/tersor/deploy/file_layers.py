@@ -14,8 +14,10 @@ _PASSED = {"DequantizeLinear", "Cast"}
 _BITS = {"INT8": 8, "UINT8": 8, "INT4": 4, "UINT4": 4, "FLOAT16": 16, "BFLOAT16": 16}
 _WEIGHT_INPUT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}
 _FLOAT_PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"}
-_SAME_NUMBERS = {"Cast", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze"}
-_SAME_NUMBERS |= {"Transpose", "Unsqueeze"}
+_SAME_NUMBERS = {
+    *("Cast", "Flatten", "Gather", "Identity", "MaxPool"),
+    *("Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+}
 FLOAT_BITS = 32
 _MOST_BITS = 8
 """Of a quantized weight."""

@@ -89,8 +89,9 @@ def _of_the_user(name: str) -> type[Method]:
         similar = nearest(attribute, possible)
         hint = f" Did you mean '{similar}'?" if similar else ""
         raise InputError(
-            f"method '{name}': '{attribute}' is not a method.{hint} Possible: {', '.join(possible) or 'none'}. A method is a class with `attach`, "
-            "made by @pydantic.dataclasses.dataclass(frozen=True, config=tersor.training.method.PLAIN_VALUES)."
+            f"method '{name}': '{attribute}' is not a method.{hint} Possible: {', '.join(possible) or 'none'}. A "
+            "method is a class with `attach`, made by @pydantic.dataclasses.dataclass(frozen=True, "
+            "config=tersor.training.method.PLAIN_VALUES)."
         )
     return cast("type[Method]", found)
 
