@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from tersor.cli_output import described_input
 from tersor.core.errors import InputError
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from tersor.search.front import Point
 
 _INTERRUPTED = 130
+_NAME_WIDTH = 22
+"""Least columns for the names of points in the table."""
 
 
 def _points(text: str) -> float:
@@ -213,7 +219,7 @@ def front_table(front: Front, best: str = "model.onnx") -> Table:
         title_justify="left",
         caption=f"* = {best}. All choices were made on validation images.",
     )
-    table.add_column("point", overflow="fold", min_width=22)
+    table.add_column("point", min_width=_NAME_WIDTH)
     for column in ("val., %", "test, %", *(f"ms,\nbatch {size}" for size in sizes), "MB"):
         table.add_column(column, justify="right")
     free = {point.name for point in front.baselines}
@@ -223,8 +229,34 @@ def front_table(front: Front, best: str = "model.onnx") -> Table:
     return table
 
 
-def _cells(point: Point, mark: str) -> list[str]:
+@dataclass(frozen=True)
+class _PointName:
+    """A point's name over its runtime and precision. Long lines are folded after hyphens, and between words."""
+
+    name: str
+    executed: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in (self.name, self.executed):
+            yield Text("\n".join(_folded(line, options.max_width)), overflow="fold")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        widest = max(len(self.name), len(self.executed))
+        return Measurement(min(_NAME_WIDTH, widest), min(widest, options.max_width))
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """The line in several of at most `width`, unless a part is longer; the asterisk stays with what follows."""
+    lines = [""]
+    for part in re.split(r"(?<=-)|(?<=[^*] )", line):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [each.rstrip() for each in lines]
+
+
+def _cells(point: Point, mark: str) -> list[RenderableType]:
     tested = "" if point.test is None else f"{point.test:.2f}"
     times = [f"{value:.3g}" for value in point.latency_ms.values()]
-    name = f"{mark}{point.name}\n{point.runtime} {point.precision}"
+    name = _PointName(f"{mark}{point.name}", f"{point.runtime} {point.precision}")
     return [name, f"{point.validation:.2f}", tested, *times, f"{point.bytes / 1e6:.3f}"]

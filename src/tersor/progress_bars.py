@@ -35,6 +35,7 @@ class Bars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
             console=console,
+            transient=True,
         )
         self._task: TaskID | None = None
 

@@ -8,7 +8,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 import tersor
-from tersor.core.errors import CompressionWarning
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.deploy.file_layers import FileLayer, file_layers, stored_precision, weight_bits
 
 
@@ -70,7 +70,7 @@ def test_weights_of_integer_operators(tmp_path):
     ]
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], stored)), tmp_path / "model.onnx")
     assert file_layers(tmp_path / "model.onnx") == [FileLayer("conv", 6, 8), FileLayer("product", 5, 8)]
-    assert stored_precision(tmp_path / "model.onnx", "bfloat16") == "int8, rest bfloat16"
+    assert stored_precision(tmp_path / "model.onnx", "bfloat16") == "int8"
 
 
 def test_integer_constants_of_an_openvino_file(tmp_path):
@@ -80,3 +80,28 @@ def test_integer_constants_of_an_openvino_file(tmp_path):
         (tmp_path / f"{name}.xml").write_text(f"<net><layers><layer/>{layers}</layers></net>")
     assert weight_bits(tmp_path / "quantized.xml") == (4, 8)
     assert stored_precision(tmp_path / "float.xml", "bfloat16") == "bfloat16"
+
+
+def test_a_damaged_file_is_told(tmp_path):
+    (tmp_path / "text.onnx").write_text("no graph" * 50)
+    with pytest.raises(InputError, match=r"text\.onnx is damaged or no ONNX file"):
+        file_layers(tmp_path / "text.onnx")
+
+
+def quantized_layer(path, *, before):
+    """A matrix product of int8 weights whose input is dequantized, and then passes `before`."""
+    stored = [numpy_helper.from_array(np.zeros((6, 5), np.int8), "stored")]
+    stored.append(numpy_helper.from_array(np.float32(0.1), "scale"))
+    nodes = [
+        helper.make_node("DequantizeLinear", ["stored", "scale"], ["weight"]),
+        helper.make_node("DequantizeLinear", ["x", "scale"], ["values"]),
+        helper.make_node(before, ["values"], ["input"]),
+        helper.make_node("MatMul", ["input", "weight"], ["y"]),
+    ]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], stored)), path)
+
+
+@pytest.mark.parametrize(("before", "precision"), [("Flatten", "int8"), ("Exp", "int8, rest float32")])
+def test_the_rest_is_named_if_a_product_has_a_float_operand(before, precision, tmp_path):
+    quantized_layer(tmp_path / "model.onnx", before=before)
+    assert stored_precision(tmp_path / "model.onnx", "float32") == precision

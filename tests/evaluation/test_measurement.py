@@ -171,7 +171,7 @@ def test_a_stage_that_quantizes_is_compared_with_the_file_before_it(run, tmp_pat
     assert [second["speedup_of_quantization"][size]["value"] for size in ("1", "32", "128")] == pytest.approx(
         [1.5, 3, 3]
     )
-    assert found["artifact"]["precision"] == "int8, rest float32"
+    assert found["artifact"]["precision"] == "int8"
 
 
 @needs_openvino

@@ -97,7 +97,7 @@ def test_a_class_of_the_users_own():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("users_own:Mien", "'Mien' is not a method. Possible: Mine."),
+        ("users_own:Mien", "'Mien' is not a method. Did you mean 'Mine'? Possible: Mine."),
         ("users_own:Other", "'Other' is not a method. Possible: Mine."),
         ("users_own.x:Mine", "there is no module 'users_own.x'"),
         ("nowhere.at.all:Mine", "there is no module 'nowhere'"),

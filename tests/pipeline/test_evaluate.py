@@ -183,6 +183,14 @@ def test_the_precision_of_a_quantized_file_is_that_of_its_weights(images, tmp_pa
     assert str(found).endswith(" of 15 test images, onnxruntime in int8, rest float32")
 
 
+def test_a_truncated_file_is_told(images, tmp_path):
+    proto, _ = tiny_proto(np.random.default_rng(0))
+    whole = proto.SerializeToString()
+    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"cut\.onnx is damaged or no ONNX file"):
+        evaluate(tmp_path / "cut.onnx", str(images), None, progress=NullProgress())
+
+
 def folder_saying(tmp_path, *, recipe, numbers):
     def fill(folder):
         export(network(2), torch.rand(1, 3, 8, 8), folder / "model.onnx", classes=("cat", "dog"))

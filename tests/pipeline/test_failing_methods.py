@@ -123,6 +123,57 @@ class PreparedByBegin:
         return Prepared(model, [Centered()])
 
 
+class NoInit(LossTerm):
+    name = "no_init"
+
+    def __init__(self):
+        self.weight = 1.0
+
+
+class Unprepared(Attachment):
+    def __init__(self, model):
+        self.model = model
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class TermWithoutInit:
+    def attach(self, model, context):
+        return Attachment(model, [NoInit()])
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class AttachmentWithoutInit:
+    def attach(self, model, context):
+        return Unprepared(model)
+
+
+class OfLogits(LossTerm):
+    name = "of_logits"
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, batch, student, teacher):
+        return self.function(student.logits).mean()
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class NotFinite:
+    needs_steps: ClassVar[bool] = True
+
+    def attach(self, model, context):
+        return Attachment(model, [OfLogits(lambda logits: logits.new_zeros(()).log() * logits)])
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class NoGradient:
+    needs_steps: ClassVar[bool] = True
+
+    def attach(self, model, context):
+        return Attachment(model, [OfLogits(torch.Tensor.detach)])
+
+
 def line(code: str) -> int:
     """The number of the line of this file that is `code`."""
     return [each.strip() for each in Path(__file__).read_text().splitlines()].index(code) + 1
@@ -139,6 +190,10 @@ MESSAGES = {
     f"({IN_LOSS}): AttributeError: 'NoneType' object has no attribute 'logits'. There is no teacher. Write one in the "
     "recipe, and set needs_teacher: ClassVar[bool] = True in class WithoutTeacher, so that a recipe without one is "
     "refused.",
+    "TermWithoutInit": f"method '{HERE}:TermWithoutInit': NoInit.__init__ does not initialize its base class: call "
+    "super().__init__() first.",
+    "AttachmentWithoutInit": f"method '{HERE}:AttachmentWithoutInit': Unprepared.__init__ does not initialize its base "
+    "class: call super().__init__() first.",
 }
 
 
@@ -170,7 +225,9 @@ def test_a_missing_teacher_in_attach_is_named():
 
 def test_a_missing_teacher_in_an_own_loop_is_named():
     attached = WithoutTeacher().attach(network(), AttachContext())
-    with pytest.raises(InputError, match=r"the loss hint failed .* no attribute 'logits'. There is no teacher. Pass"):
+    with pytest.raises(
+        InputError, match=r"the loss hint failed .* no attribute 'logits'. There is no teacher. Pass teacher="
+    ):
         Objective(attached.model, attached.terms)(Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])))
 
 
@@ -228,3 +285,27 @@ def test_batchnorm_of_several_processes_can_be_explained():
         assert any("for the losses labels, many_images" in each for each in explain_text(text))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("NotFinite", "the loss 'of_logits' is nan before any update of the weights"),
+        ("NoGradient", "the loss of_logits has no gradient with respect to the network's weights"),
+    ],
+)
+def test_explain_finds_a_loss_that_cannot_train(method, message):
+    with pytest.raises(InputError, match=message):
+        explained(method)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (InStep(), r"an object of type InStep. Pass a list of methods: chain\(\[\.\.\.\]"),
+        ([InStep], "the class InStep in the list. Pass instances"),
+    ],
+)
+def test_chain_takes_a_list_of_instances(methods, message):
+    with pytest.raises(InputError, match=message):
+        chain(methods, network(), AttachContext())

@@ -187,7 +187,7 @@ def test_explain_refuses_a_parametrization_that_cannot_be_saved():
         (ReturnsNothing(), "test_own_method:ReturnsNothing': attach must .* return an Attachment; .* of type NoneType"),
         (
             PlainFunction(),
-            "one of its terms is of type builtin_function_or_method. Write a class",
+            "PlainFunction': one of the terms is of type builtin_function_or_method. Write a class",
         ),
     ],
 )

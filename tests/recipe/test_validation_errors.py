@@ -75,7 +75,7 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
             "openvino",
             "line 5: target should be a mapping of the keys runtime, cpu, input, batch, given",
         ),
-        ("name: resnet20, ", "", "line 2: model has no key 'name'. Possible: name, num_classes, weights."),
+        ("name: resnet20, ", "", "line 2: model needs 'name'."),
         ("folder", "name: digits, folder", "line 4: data needs one of folder, csv, name, given folder and name."),
         ("folder: data/cifar10", "limit: 5", "line 4: data needs one of folder, csv, name, given none."),
         ("folder", "mean: [0, 0, 0], folder", "line 4: data needs `mean` and `std` together"),
@@ -124,7 +124,7 @@ def test_a_method_that_needs_a_teacher_says_what_to_write():
             "orignal",
             ["teacher should be a mapping of the keys name, num_classes, weights, epochs, training or 'original'"],
         ),
-        ("{nam: a}", ["teacher has no key 'name'. Possible:", "unknown key 'nam'. Did you mean 'name'?"]),
+        ("{nam: a}", ["teacher needs 'name'.", "unknown key 'nam'. Did you mean 'name'?"]),
     ],
 )
 def test_teacher_of_two_types(teacher: str, expected: list[str]):

@@ -1,11 +1,14 @@
 """`tersor pick` without limits, and by the name of a point."""
 
+import io
 import sys
 
 import pytest
 from front_samples import SIZES, front_of, point
+from rich.console import Console
 
 from tersor import cli
+from tersor.cli_compress import front_table
 from tersor.core.errors import InputError
 from tersor.search.front import front
 from tersor.search.result import Result
@@ -80,3 +83,17 @@ def printed(arguments, monkeypatch, capfd):
         cli.main()
     assert not stopped.value.code
     return capfd.readouterr().out
+
+
+def test_names_in_the_printed_front_are_folded_after_hyphens():
+    front = front_of(0)
+    long = "original-branches3-8bit-217steps-of-10000"
+    best = point(long, 93.0, 0.5, latency_ms={1: 0.5, 32: 14.25, 128: 57.0})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(front_table(front.model_copy(update={"points": [*front.points, best], "best": long})))
+    cells = [line.split("\u2502")[1].strip() for line in console.export_text().splitlines() if "\u2502" in line]
+    first = cells.index("* original-branches3-")
+    assert cells[first : first + 3] == ["* original-branches3-", "8bit-217steps-of-10000", "openvino int8"]
+    wide = Console(width=140, record=True, file=io.StringIO())
+    wide.print(front_table(front.model_copy(update={"points": [best], "best": long})))
+    assert f"* {long} " in wide.export_text()

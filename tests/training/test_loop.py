@@ -366,7 +366,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value, accumulate, at
 
 def test_without_a_checkpoint_the_message_says_so():
     with pytest.raises(NonFiniteLoss, match="none was written"):
+        fit(Attachment(linear(), [Breaks(2, float("nan"))]), Toy(), Training(), steps=2)
+
+
+def test_a_loss_that_is_not_finite_in_the_first_step_is_not_due_to_the_learning_rate():
+    with pytest.raises(NonFiniteLoss, match="'fragile' is nan before any update of the weights") as raised:
         fit(Attachment(linear(), [Breaks(1, float("nan"))]), Toy(), Training(), steps=1)
+    assert "learning_rate" not in str(raised.value)
 
 
 def test_weights_that_are_not_finite_after_the_last_step_are_an_error():

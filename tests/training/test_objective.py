@@ -9,6 +9,7 @@ from tersor.core.errors import InputError
 from tersor.data.batch import Batch, labels_of
 from tersor.tasks.classification import Classification
 from tersor.training.objective import LossTerm, Objective
+from tersor.training.output_distance import OutputDistance
 
 
 class Mean(LossTerm):
@@ -128,3 +129,96 @@ def test_a_batch_of_images_alone_has_no_labels():
     for batch in (images, (images,), [images]):
         assert labels_of(batch) is None
     assert labels_of((images, torch.arange(4))).tolist() == [0, 1, 2, 3]
+
+
+class NoInit(Mean):
+    def __init__(self):
+        self.weight = 1.0
+
+
+class Named(LossTerm):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, batch, student, teacher):
+        return student.logits.mean()
+
+
+def test_a_term_that_does_not_initialize_its_base_class_is_refused():
+    with pytest.raises(InputError, match=r"NoInit.__init__ does not .* call super\(\).__init__\(\) first"):
+        Objective(network(), [NoInit()])
+
+
+@pytest.mark.parametrize("name", ["", "labels"])
+def test_an_empty_or_reserved_name_of_a_term_is_refused(name):
+    with pytest.raises(InputError, match=f"the loss Named has the name '{name}'. Write `name` in the class"):
+        Objective(network(), [Named(name)])
+
+
+def test_terms_of_two_classes_with_the_same_name_are_refused():
+    with pytest.raises(InputError, match="the losses Mean and Named have the same name 'mean'"):
+        Objective(network(), [Mean(1.0), Named("mean")])
+
+
+class Detached(LossTerm):
+    name = "detached"
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, batch, student, teacher):
+        return self.weight * student.logits.detach().square().mean()
+
+
+def test_a_loss_without_gradient_is_refused(batch):
+    objective = Objective(network(), [Detached(1.0)])
+    with pytest.raises(InputError, match="the loss detached has no gradient with respect to the network's weights"):
+        objective(batch)
+    with torch.no_grad():
+        assert objective(batch)["detached"] > 0
+
+
+def test_a_loss_of_zero_may_have_no_gradient_yet(batch):
+    assert Objective(network(), [Detached(0.0)])(batch)["detached"] == 0
+
+
+def test_a_frozen_network_has_losses_without_gradient(batch):
+    assert Objective(network().requires_grad_(requires_grad=False))(batch)["labels"] > 0
+
+
+class OfLayer(LossTerm):
+    name = "of_layer"
+
+    def forward(self, batch, student, teacher):
+        return student.layers["0"].mean()
+
+
+def test_a_layer_that_was_not_requested_names_both_arguments(batch):
+    with pytest.raises(InputError, match=r"layer '0' was not requested; requested: 1. .*to Attachment.*to Objective"):
+        Objective(network(), [OfLayer()], layers=[("1", "1")])(batch)
+
+
+def test_a_pair_of_images_and_targets_is_a_batch(batch):
+    objective = Objective(network().eval()).eval()
+    assert torch.equal(objective((batch.images, batch.targets))["labels"], objective(batch)["labels"])
+    with pytest.raises(
+        InputError, match=r"a batch is of type Tensor. Pass tersor.data.batch.Batch\(images, targets\), or a tuple"
+    ):
+        objective(batch.images)
+
+
+class Compared(LossTerm):
+    name = "compared"
+
+    def forward(self, batch, student, teacher):
+        return (student.logits - teacher.logits).square().mean()
+
+
+def test_a_teacher_that_only_the_objective_lacks_is_named(batch):
+    chained = Compared()
+    chained.of_method, chained.had_teacher = "my:Method", True
+    for term in (chained, OutputDistance(1.0)):
+        with pytest.raises(InputError, match=r"There is no teacher. Pass teacher=\.\.\. to Objective\.$"):
+            Objective(network(), [term])(batch)

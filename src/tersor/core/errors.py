@@ -19,12 +19,22 @@ class NonFiniteLoss(InputError):  # noqa: N818 - names the event
 
     def __init__(self, step: int, term: str, value: float, learning_rate: float, last_good: str | None) -> None:
         super().__init__(
-            f"the loss '{term}' is {value} at step {step}, with a learning rate of {learning_rate:g}. The weights were "
-            f"not updated in this step. Last good checkpoint: {last_good or 'none was written'}. Try a smaller "
+            not_finite(term, value)
+            if step == 1
+            else f"the loss '{term}' is {value} at step {step}, with a learning rate of {learning_rate:g}. The weights "
+            f"were not updated in this step. Last good checkpoint: {last_good or 'none was written'}. Try a smaller "
             "learning_rate, some warmup_epochs, or clip_norm."
         )
         self.step = step
         self.term = term
+
+
+def not_finite(term: str, value: float) -> str:
+    """The message for a loss that is infinite or NaN in the first step."""
+    return (
+        f"the loss '{term}' is {value} before any update of the weights. Check how it is computed (divisions by 0, "
+        "logarithms or square roots of 0), and the weights and images that are loaded."
+    )
 
 
 class NonFiniteWeights(InputError):  # noqa: N818 - names the event

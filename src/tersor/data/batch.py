@@ -46,6 +46,24 @@ class Batch:
         return Batch(self.images.to(device), tree_map(move, self.targets), move(self.index))
 
 
+def as_batch(value: object) -> Batch:
+    """A `Batch` unchanged, and a pair (images, targets) as one; several inputs are a tuple, list or dict of tensors.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(value, Batch):
+        return value
+    if isinstance(value, tuple | list) and len(cast("list[Any]", value)) == 2:
+        images, targets = cast("list[Any]", value)
+        inputs = several_inputs(images)
+        return Batch(images if inputs is None else inputs, targets)
+    raise InputError(
+        f"a batch is of type {type(value).__name__}. Pass tersor.data.batch.Batch(images, targets), or a tuple "
+        "(images, targets)."
+    )
+
+
 def parts_of(batch: Any) -> tuple[Any, Any]:
     """Return what a user's batch holds as images and as targets, unchecked; None where there is nothing.
 

@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from tersor.deploy.onnx_file import read_onnx
+
 _PASSED = {"DequantizeLinear", "Cast"}
 _BITS = {"INT8": 8, "UINT8": 8, "INT4": 4, "UINT4": 4, "FLOAT16": 16, "BFLOAT16": 16}
 _WEIGHT_INPUT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}
+_FLOAT_PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"}
+_SAME_NUMBERS = {
+    *("Cast", "Flatten", "Gather", "Identity", "MaxPool"),
+    *("Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+}
 FLOAT_BITS = 32
 _MOST_BITS = 8
 """Of a quantized weight."""
@@ -40,7 +47,7 @@ def file_layers(path: Path) -> list[FileLayer]:
     """
     import onnx  # here, because it is slow to import
 
-    graph = onnx.load(str(path), load_external_data=False).graph
+    graph = read_onnx(path).graph
     weights = {each.name: each for each in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
     layers: list[FileLayer] = []
@@ -67,9 +74,33 @@ def weight_bits(path: Path) -> tuple[int, ...]:
 
 
 def stored_precision(path: Path, executed: str) -> str:
-    """ "int8, rest float32", "int4 and int8, rest float32", or for a float file the precision that is `executed`."""
+    """ "int8", "int4 and int8, rest float32", or for a float file the precision that is `executed`.
+
+    The rest are products of which an operand is not quantized; without them it is left out. It is always named for an
+    OpenVINO file, whose products are not read.
+    """
     bits = weight_bits(path)
-    return f"{' and '.join(f'int{each}' for each in bits)}, rest {executed}" if bits else executed
+    if not bits:
+        return executed
+    stored = " and ".join(f"int{each}" for each in bits)
+    return stored if path.suffix == ".onnx" and _all_in_integers(path) else f"{stored}, rest {executed}"
+
+
+def _all_in_integers(path: Path) -> bool:
+    """Whether both operands of every product of an ONNX file are quantized; false for a file with subgraphs."""
+    graph = read_onnx(path).graph
+    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+        return False
+    makers = {output: node for node in graph.node for output in node.output}
+    operands = [value for node in graph.node if node.op_type in _FLOAT_PRODUCTS for value in node.input[:2]]
+    return all(_is_quantized(value, makers) for value in operands)
+
+
+def _is_quantized(value: str, makers: Mapping[str, Any]) -> bool:
+    """Whether a value is dequantized, and its numbers are unchanged since."""
+    while value in makers and makers[value].op_type in _SAME_NUMBERS:
+        value = makers[value].input[0]
+    return value in makers and makers[value].op_type == "DequantizeLinear"
 
 
 def _channel_axis(node: Any) -> int | None:

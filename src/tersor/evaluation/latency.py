@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from tersor.core.errors import InputError
+from tersor.deploy.onnx_file import read_onnx
 from tersor.evaluation.file_inputs import Array, FileArrays
 from tersor.evaluation.process_footprint import Footprint
 from tersor.evaluation.session import Session
@@ -243,13 +244,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _external_data(path: Path) -> set[Path]:
-    import onnx  # here, because it is slow to import
-    from google.protobuf.message import DecodeError
-
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except DecodeError as error:
-        raise InputError(f"{path} is not an ONNX file, or is damaged: {error}") from error
+    graph = read_onnx(path).graph
     constants = [attribute.t for node in graph.node for attribute in node.attribute]
     return {
         path.parent / entry.value

@@ -62,7 +62,7 @@ class Machine(_Record):
 
 
 class Execution(_Record):
-    """Where a file runs: the runtime, and the precision: "float32", "bfloat16", or "int8, rest float32"."""
+    """Where a file runs: the runtime, and the precision: "float32", "int8", or "int8, rest float32"."""
 
     runtime: Runtime
     precision: Text
@@ -134,7 +134,7 @@ class FileResults(Execution):
     """Everything measured of one file in one runtime.
 
     Attributes:
-        precision: of the stored weights, and of all that is not quantized: "int8, rest float32".
+        precision: of the stored weights, and of products that are not quantized: "int8, rest float32".
         float_precision: data type of everything that the runtime does not compute in integers.
         score: the metric on the test set.
         agreement: share of predictions that equal those of the original file, in percent.

@@ -15,6 +15,7 @@ import numpy as np
 from tersor.core.errors import InputError, unknown
 from tersor.core.machine import default_threads
 from tersor.core.target import Runtime
+from tersor.deploy.onnx_file import damaged
 from tersor.deploy.outputs import LOGITS, logits_index
 from tersor.evaluation.batch_padding import InferenceOfAll, all_in_batches_of, in_batches_of
 from tersor.evaluation.file_inputs import Array, FileArrays, FileInput, by_name, checked
@@ -159,11 +160,13 @@ def _open_onnxruntime(ort: Any, path: Path, _precision: str | None, threads: int
     options = onnxruntime_options(ort, threads)
     failures = ort.capi.onnxruntime_pybind11_state
     refusals = (
-        *(failures.Fail, failures.InvalidArgument, failures.InvalidGraph, failures.InvalidProtobuf),
+        *(failures.Fail, failures.InvalidArgument, failures.InvalidGraph),
         *(failures.NoModel, failures.NoSuchFile, failures.NotImplemented, failures.RuntimeException),
     )
     try:
         model = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except failures.InvalidProtobuf as error:
+        raise damaged(path) from error
     except refusals as error:
         raise _unreadable(path, "onnxruntime", error) from error
     _require_inputs(path, len(model.get_inputs()), len(model.get_outputs()))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from pydantic.dataclasses import is_pydantic_dataclass
 
-from tersor.core.errors import InputError, unknown
+from tersor.core.errors import InputError, nearest, unknown
 from tersor.core.import_path import import_module, module_and_name
 
 if TYPE_CHECKING:  # it imports torch, which is not needed to list the names
@@ -85,10 +85,13 @@ def _of_the_user(name: str) -> type[Method]:
     module = import_module(path, name)
     found = getattr(module, attribute, None)
     if not _is_method(found):
-        possible = ", ".join(key for key, value in vars(module).items() if _is_method(value)) or "none"
+        possible = [key for key, value in vars(module).items() if _is_method(value)]
+        similar = nearest(attribute, possible)
+        hint = f" Did you mean '{similar}'?" if similar else ""
         raise InputError(
-            f"method '{name}': '{attribute}' is not a method. Possible: {possible}. A method is a class with `attach`, "
-            "made by @pydantic.dataclasses.dataclass(frozen=True, config=tersor.training.method.PLAIN_VALUES)."
+            f"method '{name}': '{attribute}' is not a method.{hint} Possible: {', '.join(possible) or 'none'}. A "
+            "method is a class with `attach`, made by @pydantic.dataclasses.dataclass(frozen=True, "
+            "config=tersor.training.method.PLAIN_VALUES)."
         )
     return cast("type[Method]", found)
 

@@ -14,6 +14,7 @@ from tersor.checkpoint.artifact import Artifact
 from tersor.core.errors import InputError
 from tersor.core.files import read_json
 from tersor.core.import_path import is_function_path
+from tersor.deploy.onnx_file import read_onnx
 
 if TYPE_CHECKING:  # the tasks import torch
     from tersor.evaluation.session import Session
@@ -74,9 +75,7 @@ def _metadata(model: Path) -> dict[str, str]:
     """The metadata of an ONNX file; empty for other files."""
     if model.suffix != ".onnx":
         return {}
-    import onnx  # slow to import
-
-    return {entry.key: entry.value for entry in onnx.load(model, load_external_data=False).metadata_props}
+    return {entry.key: entry.value for entry in read_onnx(model).metadata_props}
 
 
 def refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[str]) -> None:

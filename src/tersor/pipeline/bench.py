@@ -81,7 +81,7 @@ class TimedFile:
     """The latency of a file in a runtime.
 
     Attributes:
-        precision: of the stored weights, and of all that is not quantized: "int8, rest float32".
+        precision: of the stored weights, and of products that are not quantized: "int8, rest float32".
         roles: which references of the speedups it is: original, baseline, or both; among ONNX files, the first one in
             ONNX Runtime, or in its fastest runtime.
         speedup: over the files with these roles; empty for the original, or the first file, in any runtime.

@@ -36,7 +36,7 @@ _COMPUTED = "computed from the training images, since the file has none; must eq
 class Evaluation:
     """The metric on the test images, and the runtime that it was measured in.
 
-    `precision` is that of the stored weights, and of all that is not quantized: "int8, rest float32".
+    `precision` is that of the stored weights, and of products that are not quantized: "int8, rest float32".
     """
 
     metric: str

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from tersor.core.errors import InputError, not_finite
 from tersor.data.batch import Batch
 from tersor.data.batch_errors import explain_batchnorm_error
 from tersor.graph.eval_mode import modes_restored
@@ -35,7 +36,7 @@ def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, at
         attachment: the methods of the stage.
 
     Raises:
-        InputError: a loss fails.
+        InputError: a loss fails, is infinite or NaN, or has no gradient.
     """
     if not experiment.steps_of(stage) or not (attachment.terms or attachment.label_weight):
         return
@@ -61,7 +62,13 @@ def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, at
         if batch.index is not None:
             batch = replace(batch, index=batch.index % len(rehearsal.data.train))
         with explain_batchnorm_error(len(batch.images)):
-            objective(batch)
+            _check(objective, batch)
+
+
+def _check(objective: Objective, batch: Batch) -> None:
+    for name, loss in objective(batch).items():
+        if not bool(loss.isfinite()):
+            raise InputError(not_finite(name, loss.item()))
 
 
 def _begins_itself(part: Attachment) -> bool:
@@ -70,7 +77,7 @@ def _begins_itself(part: Attachment) -> bool:
 
 def _fails(objective: Objective, batch: Batch) -> bool:
     try:
-        objective(batch)
+        _check(objective, batch)
     except Exception:  # the whole batch, which is computed next, raises it again
         return True
     return False

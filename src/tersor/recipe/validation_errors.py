@@ -80,7 +80,7 @@ def _problem(detail: Any, tree: Located, keys: Callable[[Location], Iterable[str
     if kind in _UNKNOWN_KEY:
         return _Problem(node, path, str(unknown("key", location[-1], keys(location[:-1]))))
     if kind == "missing" and isinstance(location[-1], str):
-        message = f"{path or 'the recipe'} has no key '{location[-1]}'. Possible: {', '.join(keys(location[:-1]))}."
+        message = f"{path or 'the recipe'} needs '{location[-1]}'."
         return _Problem(node, f"{path}.{location[-1]}".lstrip("."), message)
     if kind == "missing":
         return _Problem(node, path, wanted=("a longer list",))

@@ -20,10 +20,13 @@ from tersor.training.context import AttachContext, require_steps
 from tersor.training.hook_names import misspelled_hooks
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.mask_attachment import FrozenMaskedWeights, MaskedAttachment
-from tersor.training.objective import LossTerm, without_teacher
+from tersor.training.objective import check_terms, without_init, without_teacher
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
 """The pydantic configuration of every method: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
+
+_OF_ATTACHMENT = ("model", "terms", "label_weight", "notes", "layers")
+"""What `Attachment.__init__` sets."""
 
 
 @runtime_checkable
@@ -62,6 +65,7 @@ def chain(
         InputError: a method needs a teacher or steps that `context` does not have, cannot be combined with an earlier
             one, or raises an exception.
     """
+    _check_form(methods)
     parts, names = list[Attachment](), list[str]()
     with torch.random.fork_rng(devices=[]):
         for method in methods:
@@ -74,6 +78,7 @@ def chain(
                 _refuse_masks(method, part, parts)
             parts.append(part)
             names.append(_name(method))
+    check_terms([term for part in parts for term in part.terms])
     masked = {name for part in parts if isinstance(part, MaskedAttachment) for name in part.masked}
     layers = weighted_layers(model).items()
     frozen = {name: layer for name, layer in layers if weight_mask(layer) is not None and name not in masked}
@@ -81,6 +86,22 @@ def chain(
         parts.append(FrozenMaskedWeights(model, frozen))
         names.append("the masks of earlier stages")
     return Chain(model, parts, names)
+
+
+def _check_form(methods: object) -> None:
+    """Refuse what is not a list of methods."""
+    if not isinstance(methods, list | tuple):
+        raise InputError(f"chain was called with {_described(methods)}. Pass a list of methods: chain([...], ...).")
+    for method in cast("Sequence[object]", methods):
+        if isinstance(method, type) or not isinstance(method, Method):
+            raise InputError(
+                f"chain was called with {_described(method)} in the list. Pass instances of methods, such as "
+                "SoftTargets()."
+            )
+
+
+def _described(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 
 def _name(method: Method) -> str:
@@ -109,13 +130,11 @@ def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attac
         part = cast("Any", method.attach(model, context))
     if not isinstance(part, Attachment):
         raise InputError(f"{rule}; it returns an object of type {type(part).__name__}.")
+    if not all(hasattr(part, attribute) for attribute in _OF_ATTACHMENT):
+        raise InputError(f"method '{name}': {without_init(part)}")
+    check_terms(part.terms, f"method '{name}': ")
     for term in part.terms:
-        if not isinstance(term, LossTerm):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(
-                f"{rule}; one of its terms is of type {type(term).__name__}. Write a class derived from "
-                "tersor.training.objective.LossTerm with a `name` and a forward(batch, student, teacher)."
-            )
-        term.of_method = name
+        term.of_method, term.had_teacher = name, context.teacher is not None
     part.notes = (*part.notes, *misspelled_hooks(part))
     for student, teacher in part.layers:
         matching_paths(part.model, [student], f"method '{name}' compares a layer of the student, which")

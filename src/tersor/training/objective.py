@@ -6,7 +6,7 @@ call a batch, however often the model runs inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,12 +16,15 @@ from torch.utils._pytree import tree_map
 
 from tersor.core.errors import InputError
 from tersor.core.user_code import user_code
-from tersor.data.batch import Batch
+from tersor.data.batch import Batch, as_batch
 from tersor.graph.feature_extraction import FeatureExtractor
 from tersor.tasks import name_of
 from tersor.tasks.classification import Classification
 from tersor.tasks.network_outputs import described, in_float32
 from tersor.tasks.task import Task, loss_of
+
+LABELS = "labels"
+"""Name of the task's loss with the targets."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,17 @@ class ForwardContext:
         return torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None)
 
 
+class _LayerOutputs(dict[str, Tensor]):
+    """Outputs of layers by path; a path that was not requested is an InputError."""
+
+    def __missing__(self, path: str) -> Tensor:
+        raise InputError(
+            f"the output of layer '{path}' was not requested; requested: {', '.join(self) or 'none'}. Pass "
+            "layers=[(path in the student, path in the teacher)] to Attachment and, in your own loop, "
+            "layers=attached.layers to Objective."
+        )
+
+
 @dataclass(frozen=True)
 class Outputs:
     """Outputs of a network for one batch, in float32.
@@ -62,6 +76,9 @@ class Outputs:
     outputs: Any
     layers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     context: ForwardContext = field(default_factory=ForwardContext)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _LayerOutputs(self.layers))
 
     @property
     def logits(self) -> Tensor:
@@ -86,12 +103,14 @@ class LossTerm(nn.Module):
     computations may run under `student.context.autocasting(batch)`, but the loss itself must be computed in float32.
 
     Attributes:
-        name: of the loss.
+        name: of the loss; not empty, and not "labels".
         of_method: name of the method in a recipe, for error messages; set by `chain`.
+        had_teacher: whether there was a teacher in `attach`, for error messages; set by `chain`.
     """
 
     name: str = ""
     of_method: str = ""
+    had_teacher: bool = False
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The weighted loss of one batch."""
@@ -112,6 +131,9 @@ class Objective(nn.Module):
 
     Attributes:
         teacher_cache: returns cached teacher outputs for a batch, instead of running the teacher.
+
+    Raises:
+        InputError: a term does not call `super().__init__()`, or its name cannot be used.
     """
 
     def __init__(
@@ -127,7 +149,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        pairs = list(layers)
+        pairs, terms = list(layers), list(terms)
+        check_terms(terms)
         self._student_features = FeatureExtractor(model, [path for path, _ in pairs])
         self._teacher_features = None if teacher is None else FeatureExtractor(teacher, [path for _, path in pairs])
         self.terms = nn.ModuleList(terms)
@@ -146,13 +169,14 @@ class Objective(nn.Module):
             self.teacher.eval()
         return self
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses of one batch by name, each a scalar in float32.
+    def forward(self, batch: Batch | tuple[Any, Any]) -> dict[str, Tensor]:
+        """The losses of one batch, or of a pair (images, targets), by name, each a scalar in float32.
 
         Raises:
-            InputError: the outputs do not fit the task, there is no loss, or a loss of the user fails.
+            InputError: the outputs do not fit the task, there is no loss, a loss of the user fails, or a loss that is
+                not 0 has no gradient.
         """
-        task = self.context.task
+        task, batch = self.context.task, as_batch(batch)
         with self.context.autocasting(batch):
             outputs, features = self._student_features(*task.inputs(batch, training=self.model.training))
         student = Outputs(in_float32(outputs), {path: value.float() for path, value in features.items()}, self.context)
@@ -162,13 +186,15 @@ class Objective(nn.Module):
         targets = self.context.targets(batch, teacher)
         losses: dict[str, Tensor] = {}
         if self.label_weight and targets is not None:
-            losses["labels"] = self.label_weight * loss_of(task, student.outputs, targets)
+            losses[LABELS] = self.label_weight * loss_of(task, student.outputs, targets)
         for term in self.terms:
             assert isinstance(term, LossTerm)
             value = _value(term, batch, student, teacher)
             losses[term.name] = losses.get(term.name, 0) + value  # a method may come twice
         if not losses:
             raise InputError("no loss: the images have no labels, and no method adds a loss.")
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
+            _require_gradients(losses)
         return losses
 
     def teacher_forward(self, batch: Batch) -> Outputs:
@@ -181,20 +207,73 @@ class Objective(nn.Module):
 
 
 def without_teacher(method: str) -> str:
-    """What to do about a method of the user that got no teacher; without a name, it is not from a recipe."""
+    """What to do about a method of the user that got no teacher; without a name, the Objective lacks it."""
     if not method:
-        return "There is no teacher. Pass one."
+        return "There is no teacher. Pass teacher=... to Objective."
     return (
         "There is no teacher. Write one in the recipe, and set needs_teacher: ClassVar[bool] = True in class "
         f"{method.rpartition(':')[2]}, so that a recipe without one is refused."
     )
 
 
+def check_terms(terms: Sequence[object], owner: str = "") -> None:
+    """Check the form and the names of loss terms. Terms of one class may share a name: their losses are added.
+
+    Args:
+        terms: of one method, or of several.
+        owner: begins the message.
+
+    Raises:
+        InputError: an object is no LossTerm or does not call `super().__init__()`, or a name cannot be used.
+    """
+    classes: dict[str, str] = {}
+    for term in terms:
+        cls = type(term).__name__
+        if not isinstance(term, LossTerm):
+            raise InputError(
+                f"{owner}one of the terms is of type {cls}. Write a class derived from "
+                "tersor.training.objective.LossTerm with a `name` and a forward(batch, student, teacher)."
+            )
+        if "_modules" not in vars(term):
+            raise InputError(f"{owner}{without_init(term)}")
+        if not term.name or term.name == LABELS:
+            raise InputError(
+                f"{owner}the loss {cls} has the name '{term.name}'. Write `name` in the class: not empty, and not "
+                f"'{LABELS}', which is the name of the task's loss."
+            )
+        other = classes.setdefault(term.name, cls)
+        if other != cls:
+            raise InputError(
+                f"{owner}the losses {other} and {cls} have the same name '{term.name}'. Write another `name` in one of "
+                "them."
+            )
+
+
+def without_init(instance: object) -> str:
+    """What to do about a class of the user that does not initialize its base class."""
+    return f"{type(instance).__name__}.__init__ does not initialize its base class: call super().__init__() first."
+
+
+def _require_gradients(losses: Mapping[str, Tensor]) -> None:
+    """Refuse a loss without gradient; one that is 0 may increase later in the training."""
+    for name, loss in losses.items():
+        if not loss.requires_grad and bool(loss):
+            raise InputError(
+                f"the loss {name} has no gradient with respect to the network's weights. Compute it from the student's "
+                "outputs, without detach(), item(), numpy() or no_grad()."
+            )
+
+
 def _value(term: LossTerm, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
-    name = f"the loss {term.name or type(term).__name__}" + (f" of method '{term.of_method}'" if term.of_method else "")
-    hint = without_teacher(term.of_method) if teacher is None else ""
-    with user_code(name, term, if_none=hint):
-        value: object = term(batch, student, teacher)
+    name = f"the loss {term.name}" + (f" of method '{term.of_method}'" if term.of_method else "")
+    hint = without_teacher("" if term.had_teacher else term.of_method) if teacher is None else ""
+    try:
+        with user_code(name, term, if_none=hint):
+            value: object = term(batch, student, teacher)
+    except AssertionError as error:  # of a term of tersor
+        if teacher is not None:
+            raise
+        raise InputError(f"{name} needs a teacher. {hint}") from error
     if not isinstance(value, Tensor) or value.ndim:
         raise InputError(f"{name} returned {described(value)}. Return a scalar tensor.")
     return value
