@@ -176,7 +176,8 @@ def test_a_method_without_plain_values_refuses_unknown_options_too(tmp_path, mon
     (tmp_path / "lenient.py").write_text(LENIENT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    text = WHOLE[: WHOLE.index("stages:")] + 'stages:\n  - name: a\n    steps: 1\n    methods: [{"lenient.py:Cubic": %s}]'
+    stages = 'stages:\n  - name: a\n    steps: 1\n    methods: [{"lenient.py:Cubic": %s}]'
+    text = WHOLE[: WHOLE.index("stages:")] + stages
     assert mistakes(text % "{sparsty: 0.3}")[0].endswith(
         "unknown key 'sparsty'. Did you mean 'sparsity'? Possible: sparsity."
     )
