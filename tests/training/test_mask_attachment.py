@@ -270,7 +270,7 @@ def test_masks_of_the_wrong_form_are_refused_and_none_is_set(masks, message):
 
 def test_an_attachment_needs_masks_and_masks_a_gradient():
     model = network()
-    with pytest.raises(InputError, match=r"a Conv2d has no mask\. Call insert_masks"):
+    with pytest.raises(InputError, match=r"the layer '0' has no mask\. Call insert_masks"):
         MaskedAttachment(model, {"0": model[0]})
     with pytest.raises(InputError, match=r"unknown gradient of a mask 'mask'.* Did you mean 'masked'"):
         insert_masks({"0": model[0]}, "mask", "a method")

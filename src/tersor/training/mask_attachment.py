@@ -99,7 +99,8 @@ def mask_of(layer: Layer) -> Mask:
     """
     mask = weight_mask(layer)
     if mask is None:
-        raise InputError(f"a {type(layer).__name__} has no mask. Call insert_masks(layers, gradient, method) first.")
+        described = f"{type(layer).__name__}({layer.extra_repr()})"
+        raise InputError(f"the layer {described} has no mask. Call insert_masks(layers, gradient, method) first.")
     return mask
 
 
@@ -118,6 +119,9 @@ class FrozenMaskedWeights(Attachment):
         layers: by name; each has a mask (`insert_masks`).
         terms: losses that a method adds.
         notes: for the user.
+
+    Raises:
+        InputError: a layer has no mask.
     """
 
     def __init__(
@@ -130,6 +134,9 @@ class FrozenMaskedWeights(Attachment):
     ) -> None:
         super().__init__(model, terms, notes=notes)
         self.masked = dict(layers)
+        for name, layer in self.masked.items():
+            if weight_mask(layer) is None:
+                raise InputError(f"the layer '{name}' has no mask. Call insert_masks(layers, gradient, method) first.")
         self._before_step: dict[str, Tensor] = {}
 
     @torch.no_grad()
