@@ -86,7 +86,8 @@ def test_what_has_not_ended_is_not_written_over(checkpoints):
         save(checkpoints, 1, 2)
     with pytest.raises(InputError, match="--resume"), checkpoints.held("a: 1\n", resume=False):
         pass
-    with pytest.raises(InputError, match="another recipe: a: 2"), checkpoints.held("a: 2\n", resume=True):
+    other = checkpoints.held("a: 2\n", resume=True, changes=lambda before: f"{before.strip()}, now 2")
+    with pytest.raises(InputError, match=r"another recipe \(a: 1, now 2\)\. Resume it with .*recipe.yaml, or"), other:
         pass
     assert checkpoints.newest_within(1).step == 2
 

@@ -5,6 +5,7 @@ import torch
 
 from tersor.core.errors import InputError
 from tersor.core.user_code import user_code
+from tersor.training.mask_attachment import mask_of
 
 
 def divided(value):
@@ -56,6 +57,20 @@ def test_other_messages_stay(function, error):
     with pytest.raises(error) as raised, user_code("the loss", function):
         function()
     assert "failed in" not in str(raised.value)
+
+
+def without_mask():
+    return mask_of(torch.nn.Conv2d(3, 4, 2))
+
+
+def test_an_error_that_tersor_raises_in_a_users_function_names_its_line():
+    line = without_mask.__code__.co_firstlineno + 1
+    with pytest.raises(InputError) as raised, user_code("outer", without_mask), user_code("attach", without_mask):
+        without_mask()
+    assert str(raised.value) == (
+        f"attach failed in {__file__}, line {line} (return mask_of(torch.nn.Conv2d(3, 4, 2))): the layer Conv2d(3, 4, "
+        "kernel_size=(2, 2), stride=(1, 1)) has no mask. Call insert_masks(layers, gradient, method) first."
+    )
 
 
 def test_an_error_outside_of_the_function_stays():

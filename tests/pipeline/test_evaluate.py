@@ -19,6 +19,9 @@ from tersor.core.progress import NullProgress
 from tersor.deploy.onnx import export
 from tersor.pipeline.artifact_settings import ImageOptions
 from tersor.pipeline.evaluate import evaluate
+from tersor.pipeline.setup import prepare
+from tersor.recipe import parse
+from tersor.recipe.data_source import YOUR_DATA
 
 
 def network(classes: int) -> nn.Module:
@@ -136,6 +139,28 @@ def test_images_have_the_size_of_the_file(images, tmp_path):
     file, progress = export(network(2), torch.rand(1, 3, 8, 6), tmp_path / "model.onnx"), RecordedProgress()
     assert evaluate(file, str(images), None, progress=progress).images == 7
     assert "images of another size are resized to 8 x 6, the input size of the file" in progress.lines
+
+
+def test_digits_and_the_images_of_a_function_have_the_size_of_the_file_too(tmp_path, monkeypatch):
+    file = export(network(10), torch.rand(1, 3, 12, 12), tmp_path / "model.onnx")
+    assert evaluate(file, "digits", None, progress=NullProgress()).images == 359
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_sets.py").write_text(
+        "from PIL import Image\nitems = [(Image.new('RGB', (9, 9)), number % 10) for number in range(40)]\n"
+        "def sets():\n    return items, items\n"
+        "def read():\n    from tersor.data import load\n    return load(datasets={'train': items, 'test': items})\n"
+    )
+    assert evaluate(file, "my_sets.py:sets", None, progress=NullProgress()).images == 40
+    with pytest.raises(InputError, match=r"returned images of 9x9 pixels, but image_size is 12. Resize them in the f"):
+        evaluate(file, "my_sets.py:read", None, progress=NullProgress())
+
+
+def test_the_images_of_a_search_in_python_must_be_named(tmp_path):
+    recipe = f"{{model: {{name: resnet20}}, data: {{name: '{YOUR_DATA}'}}, stages: [{{name: a}}]}}"
+    with pytest.raises(InputError, match=r"came from Python, so .* Write --data FOLDER, or --data your_file.py:func"):
+        evaluate(folder_saying(tmp_path, recipe=recipe, numbers="{}"), None, None, progress=NullProgress())
+    with pytest.raises(InputError, match=r"splits in its recipe is a placeholder. Write data: {folder: PATH}, or data"):
+        prepare(parse(recipe, "recipe.yaml"), model=None, data=None, progress=NullProgress())
 
 
 def test_the_folders_of_a_search_and_of_its_points(images, tmp_path):

@@ -161,6 +161,29 @@ def test_what_is_no_recipe(text: str, expected: str):
     assert expected in mistakes(text)[0]
 
 
+LENIENT = """
+from pydantic.dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Cubic:
+    sparsity: float = 0.5
+
+    def attach(self, model, context): ...
+"""
+
+
+def test_a_method_without_plain_values_refuses_unknown_options_too(tmp_path, monkeypatch):
+    (tmp_path / "lenient.py").write_text(LENIENT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    stages = 'stages:\n  - name: a\n    steps: 1\n    methods: [{"lenient.py:Cubic": %s}]'
+    text = WHOLE[: WHOLE.index("stages:")] + stages
+    assert mistakes(text % "{sparsty: 0.3}")[0].endswith(
+        "unknown key 'sparsty'. Did you mean 'sparsity'? Possible: sparsity."
+    )
+    assert parse(text % "{sparsity: 0.3}", "recipe.yaml").stages[0].methods[0].sparsity == 0.3
+
+
 def test_a_key_given_twice_and_a_wrong_value_need_two_readings():
     assert mistakes("a: 1\na: 2\nb: .nan") == [
         "recipe.yaml, line 2: the key 'a' is given twice, first in line 1.",

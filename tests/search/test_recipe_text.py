@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from search_fakes import searching
 from tersor import recipe
 from tersor.recipe import DataSource, Network
+from tersor.recipe.data_source import YOUR_DATA
 from tersor.search.candidate import Candidate
-from tersor.search.request import YOUR_DATA
 
 
 def test_the_recipe_of_a_search_in_python_says_what_to_write(tmp_path):

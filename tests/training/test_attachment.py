@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import warnings
+
+import pytest
 import torch
 from torch import nn
 
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.training.attachment import Attachment, Chain, without_loss
 from tersor.training.loss_warmup import WarmupAttachment, WarmupLossTerm
 from tersor.training.objective import LossTerm
@@ -85,6 +89,49 @@ def test_a_chain_keeps_the_order_and_multiplies_label_weights():
         ("a", "finish"),
         ("b", "finish"),
     ]
+
+
+class Scheduled(Attachment):
+    scheduled_steps = 3
+
+
+def scheduled_in_a_chain(model):
+    return Chain(model, [Scheduled(model), Attachment(model)], ["m:A", "m:B"])
+
+
+@pytest.mark.parametrize("made", [Scheduled, scheduled_in_a_chain])
+@pytest.mark.parametrize(
+    ("start", "steps", "expected"),
+    [
+        (None, 0, r"Scheduled: finish was called after 0 optimizer steps, .* has 3. .* call bind\(optimizer\) before"),
+        (0, 2, r"after 2 optimizer steps, but its schedule has 3. Pass AttachContext\(steps=...\) the number"),
+        (0, 3, None),
+        (3, 0, None),
+    ],
+)
+def test_an_incomplete_schedule_is_a_warning(made, start, steps, expected):
+    model, optimizer = setting()
+    attached = made(model)
+    if start is not None:
+        attached.bind(optimizer, start=start)
+    for _ in range(steps):
+        step(model, optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attached.finish()
+    if expected is None:
+        assert not caught
+        return
+    assert [each.category for each in caught] == [CompressionWarning]
+    with pytest.raises(CompressionWarning, match=expected):
+        raise caught[0].message
+
+
+def test_an_optimizer_of_another_network_is_refused():
+    model, _ = setting()
+    _, other = setting()
+    with pytest.raises(InputError, match=r"the SGD has no parameter of the attached network. Create it with attached"):
+        Attachment(model).bind(other)
 
 
 def test_an_empty_chain_has_no_terms():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tersor.checkpoint.structure import rebuild, structure
-from tersor.core.errors import InputError
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.methods.dcil import DCIL
 from tersor.methods.dpf import DPF
 from tersor.methods.weight_pruning import WeightPruning
@@ -178,6 +178,13 @@ def test_what_is_told_of_moving_masks():
     assert told["changed"][4] > 0.1, "masked weights came back"
 
 
+def test_masks_that_no_step_has_set_are_a_warning():
+    model = network()
+    insert_masks({"0": model[0]}, "masked", "a method")
+    with pytest.warns(CompressionWarning, match=r"after 0 optimizer steps, and no mask was set: the sparsity is 0. In"):
+        MaskedAttachment(model, {"0": model[0]}).finish()
+
+
 def test_a_log_of_a_long_stage_is_thinned():
     log = MaskLog()
     every = log_interval(5000)
@@ -263,7 +270,7 @@ def test_masks_of_the_wrong_form_are_refused_and_none_is_set(masks, message):
 
 def test_an_attachment_needs_masks_and_masks_a_gradient():
     model = network()
-    with pytest.raises(InputError, match=r"a Conv2d has no mask\. Call insert_masks"):
+    with pytest.raises(InputError, match=r"the layer '0' has no mask\. Call insert_masks"):
         MaskedAttachment(model, {"0": model[0]})
     with pytest.raises(InputError, match=r"unknown gradient of a mask 'mask'.* Did you mean 'masked'"):
         insert_masks({"0": model[0]}, "mask", "a method")

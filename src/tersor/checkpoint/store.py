@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -55,12 +55,13 @@ class Checkpoints:
         self.damaged: list[Path] = []
 
     @contextmanager
-    def held(self, recipe: str, *, resume: bool) -> Generator[None]:
+    def held(self, recipe: str, *, resume: bool, changes: Callable[[str], str] = lambda _: "") -> Generator[None]:
         """Hold the lock of the folder: only this process writes checkpoints.
 
         Args:
             recipe: the text of the recipe.
             resume: whether to resume from existing checkpoints.
+            changes: what differs from an earlier recipe, of which it gets the text.
 
         Raises:
             InputError: another process uses the folder; checkpoints exist and `resume` is False, or they belong to
@@ -73,7 +74,7 @@ class Checkpoints:
         try:
             try:
                 if self._folders("*"):
-                    self._check(recipe, resume=resume)
+                    self._check(recipe, resume, changes)
                 else:
                     (self.folder / _RECIPE).write_text(recipe)
             except OSError as error:
@@ -103,18 +104,18 @@ class Checkpoints:
             raise InputError(f"cannot use {self.folder}: {error}.") from error
         return lock
 
-    def _check(self, recipe: str, *, resume: bool) -> None:
+    def _check(self, recipe: str, resume: bool, changes: Callable[[str], str]) -> None:
         begun = self.folder / _RECIPE
         if not resume:
             raise InputError(
                 f"{self.folder} holds an unfinished run. Add --resume to resume it, remove the folder, or choose "
                 "another one with --out."
             )
-        before = begun.read_text(errors="replace").splitlines()
-        changed = [line.strip() for line in recipe.splitlines() if line not in before]
-        if before != recipe.splitlines():
+        before = begun.read_text(errors="replace")
+        if before != recipe:
+            changed = changes(before)
             raise InputError(
-                f"{self.folder} belongs to another recipe{': ' + changed[0] if changed else ''}. Resume it with "
+                f"{self.folder} belongs to another recipe{f' ({changed})' if changed else ''}. Resume it with "
                 f"{begun}, or choose another folder with --out."
             )
 

@@ -12,6 +12,8 @@ from itertools import product
 from tersor.core.errors import InputError
 from tersor.core.resources import is_out_of_memory
 
+_FAILED_IN = " failed in "
+
 
 @contextmanager
 def user_code(name: str, function: object, *, if_none: str = "") -> Generator[None]:
@@ -21,7 +23,7 @@ def user_code(name: str, function: object, *, if_none: str = "") -> Generator[No
         name: of the function, in the message.
         function: the function, an object whose methods run, or the name of a module that is imported. An error stays
             unchanged if no function of its module, or of a module of its base classes, is in the traceback. Errors of
-            tersor's own classes stay unchanged too.
+            tersor's own classes stay unchanged too, and so does an InputError that the user's code raises itself.
         if_none: a sentence for exceptions that a value None caused.
 
     Raises:
@@ -30,12 +32,21 @@ def user_code(name: str, function: object, *, if_none: str = "") -> Generator[No
     try:
         yield
     except Exception as error:
-        place = None if isinstance(error, InputError) or is_out_of_memory(error) else _place(error, function)
+        place = None if _is_clear(error) or is_out_of_memory(error) else _place(error, function)
         if place is None:
             raise
-        said = f"{type(error).__name__}: {error}".removesuffix(": ")
+        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}".removesuffix(": ")
         hint = f". {if_none}" if if_none and _is_about_none(error, place) else ""
-        raise InputError(f"{name} failed in {place}: {said}{hint}") from error
+        raise InputError(f"{name}{_FAILED_IN}{place}: {said}{hint}") from error
+
+
+def _is_clear(error: Exception) -> bool:
+    """Whether it is a message for the user that needs no line: tersor did not raise it, or it names one already."""
+    if not isinstance(error, InputError):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    of_tersor = str(frame.f_globals.get("__name__")).partition(".")[0] == "tersor"
+    return type(error) is not InputError or not of_tersor or _FAILED_IN in str(error)
 
 
 def _is_about_none(error: Exception, place: str) -> bool:

@@ -35,8 +35,8 @@ def check_splits(splits: Splits, image_size: tuple[int, int] | None, channels: i
     if image_size is not None and splits.train.size != image_size:
         raise InputError(
             f"the function returned images of {_shown(splits.train.size)} pixels, but image_size is "
-            f"{image_size[0] if image_size[0] == image_size[1] else list(image_size)}. Resize them in the function and "
-            "leave image_size out."
+            f"{image_size[0] if image_size[0] == image_size[1] else list(image_size)}. Resize them in the function, "
+            "or leave out image_size if you wrote it."
         )
     found = splits.train.channels
     if channels is not None and found != channels:

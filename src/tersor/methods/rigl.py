@@ -118,6 +118,7 @@ class RigLAttachment(MaskedAttachment):
     def __init__(self, method: RigL, model: nn.Module, layers: dict[str, Layer], steps: int) -> None:
         super().__init__(model, layers, updates=steps // method.every)
         self.method = method
+        self.scheduled_steps = steps
         self.until = max(1, round(method.end * steps))
         self.growth: dict[str, Tensor] = {}
 

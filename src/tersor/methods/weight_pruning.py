@@ -214,6 +214,7 @@ class WeightPruningAttachment(MaskedAttachment):
                 "weights stay masked. Write a higher sparsity."
             )
         self.curve = curve(method.sparsity_schedule) if method.needs_steps else None
+        self.scheduled_steps = self.steps if self.curve else 0
 
     def begin(self) -> None:
         """Set the masks at once, without a schedule."""

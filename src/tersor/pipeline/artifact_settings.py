@@ -198,8 +198,14 @@ def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:
             f"{artifact.path} does not name its data. Write --data with an image folder or the name of a data set."
         )
     from tersor.recipe import read
+    from tersor.recipe.data_source import YOUR_DATA
 
     source = read(recipe).data
+    if source.name == YOUR_DATA:
+        raise InputError(
+            f"the images of the search in {artifact.path} came from Python, so its recipe does not name them. Write "
+            "--data FOLDER, or --data your_file.py:function with a function that returns them."
+        )
     if source.name is not None and is_function_path(source.name):
         raise InputError(
             f"the recipe in {artifact.path} loads images with the function '{source.name}'. Code of an artifact is "

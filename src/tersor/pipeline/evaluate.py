@@ -117,7 +117,7 @@ def _test_images(
     if options.channels is None and channels in _CHANNELS:
         how["channels"] = channels
     size = session.input_shape[2:]
-    if data is not None and "name" not in source and "image_size" not in how and len(size) == 2 and all(size):
+    if data is not None and "image_size" not in how and len(size) == 2 and all(size):
         how["image_size"] = size
         progress.say(f"images of another size are resized to {size[0]} x {size[1]}, the input size of the file")
     splits = load(**source | how, targets="boxes" if task.boxes else "masks")

@@ -94,7 +94,8 @@ def run(
         progress.say(f"{out} exists: the run is complete.")
         return out
     require_free(out)
-    with enough_memory(_MEMORY), writable(out), checkpoints.held(text, resume=resume):
+    held = checkpoints.held(text, resume=resume, changes=lambda before: recipes.changes(before, recipe))
+    with enough_memory(_MEMORY), writable(out), held:
         experiment = prepare(recipe, model=model, data=data, progress=progress, own_mean=data is not None)
         if not (resume or distributed.rank()):
             # left by a run that was killed before its first checkpoint

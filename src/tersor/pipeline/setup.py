@@ -29,6 +29,7 @@ from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
 from tersor.pipeline.loss_check import check_losses
 from tersor.pipeline.stages import attach
 from tersor.recipe import Network, Recipe, Teacher
+from tersor.recipe.data_source import YOUR_DATA
 from tersor.tasks.classification import Classification
 from tersor.tasks.network_outputs import described, in_float32
 from tersor.tasks.task import Task
@@ -61,6 +62,11 @@ def prepare(
         InputError: a file, a network or the data cannot be used, or they do not fit together.
     """
     load_runtime(recipe.target.runtime)
+    if data is None and recipe.data.name == YOUR_DATA:
+        raise InputError(
+            f"the images of this search came from Python: {YOUR_DATA} in its recipe is a placeholder. Write data: "
+            "{folder: PATH}, or data: {name: your_file.py:function} with a function that returns them."
+        )
     for network in (recipe.model, recipe.teacher):
         if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
             raise InputError(f"weights file {network.weights} not found. Paths are relative to the working directory.")

@@ -1,5 +1,6 @@
 """A recipe: YAML text, checked and turned into plain data. Needs no torch."""
 
+from tersor.recipe.changes import changes
 from tersor.recipe.parameters import MethodDescription, describe, parameters
 from tersor.recipe.schema import DataSource, Network, Recipe, Stage, Teacher, parse, read, schema, write
 
@@ -10,6 +11,7 @@ __all__ = [
     "Recipe",
     "Stage",
     "Teacher",
+    "changes",
     "describe",
     "parameters",
     "parse",

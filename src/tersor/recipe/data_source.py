@@ -18,6 +18,8 @@ _Deviation = Annotated[float, Field(gt=0)]
 _Transforms = Annotated[list[str | dict[str, dict[str, Any] | None]], Field(min_length=1)]
 _augmentation = named("augmentation", ("none", "flip", "crop_flip"))
 _SOURCES = ("folder", "csv", "name")
+YOUR_DATA = "your.module:splits"
+"""The `name` in recipes of a search whose images came from Python: to be replaced by the user."""
 
 
 class DataSource(BaseModel):

@@ -76,7 +76,22 @@ def _method(entry: Any) -> Any:
     cls: Any = registry.get(name)
     adapter = TypeAdapter[dict[str, Any]](dict[str, cls])  # pyright: ignore[reportInvalidTypeForm]
     parameters = {} if entry[name] is None else entry[name]
+    _refuse_unknown(name, parameters, cls)
     return adapter.validate_json(json.dumps({name: parameters}), strict=True)[name]
+
+
+def _refuse_unknown(name: str, parameters: Any, cls: Any) -> None:
+    """Refuse parameters that are no fields. A user's class may lack `extra="forbid"`, and would ignore them."""
+    if not isinstance(parameters, dict) or cls.__pydantic_config__.get("extra") == "forbid":
+        return
+    known = {field.alias or key for key, field in _fields(cls).items()}
+    strange = [
+        InitErrorDetails(type="unexpected_keyword_argument", loc=(name, key), input=value)
+        for key, value in parameters.items()
+        if key not in known
+    ]
+    if strange:
+        raise ValidationError.from_exception_data("method", strange)
 
 
 def _entry(method: Any) -> Any:

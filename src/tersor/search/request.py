@@ -21,6 +21,7 @@ from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.task_arguments import Loss, task_of
 from tersor.recipe import DataSource, Network, Recipe, Stage
+from tersor.recipe.data_source import YOUR_DATA
 from tersor.search.search_metric import refuse_other_metrics
 from tersor.search.space import SMALLEST_IMAGE
 
@@ -28,8 +29,6 @@ _FEW = 2000
 """With fewer training images, a larger share is held out."""
 _VALIDATION, _VALIDATION_OF_FEW = 0.1, 0.25
 _GRAY_SAMPLE = 64
-YOUR_DATA = "your.module:splits"
-"""In the recipes of a search with `Splits`: to be replaced by the user."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tersor import recipe as recipes
 from tersor.core.progress import ProgressReporter
 from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.recipe import Stage
+from tersor.recipe.data_source import YOUR_DATA
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import Measurement
@@ -20,7 +21,6 @@ from tersor.search.compression_budget import Budget
 from tersor.search.folder import SearchFolder
 from tersor.search.front import Point, front, pick
 from tersor.search.plan import Clock
-from tersor.search.request import YOUR_DATA
 from tersor.search.study import Record, Study
 from tersor.search.workbench import Exported, Workbench
 

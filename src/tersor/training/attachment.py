@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.user_code import user_code
 from tersor.training.objective import LossTerm
 
@@ -35,9 +37,15 @@ class Attachment:
         label_weight: factor on the task's loss with the labels.
         notes: messages of `attach` and `begin` for the user, one line each.
         holds_shapes: whether it depends on the shapes of the weights at the time of `attach`.
+        scheduled_steps: steps after which its schedule is complete; `finish` warns if fewer were done. 0: no schedule.
+        completed: steps that were done, counted by `after_step`.
+        parts: the attachments that it consists of, if any.
     """
 
     holds_shapes = False
+    scheduled_steps = 0
+    completed = 0
+    parts: tuple[Attachment, ...] = ()
 
     def __init__(
         self,
@@ -80,10 +88,28 @@ class Attachment:
         """Called after the gradients are computed and before the weights are updated."""
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Called after the weights are updated."""
+        """Called after the weights are updated. Counts the steps."""
+        self.completed = step + 1
 
     def finish(self) -> None:
-        """Called after the last step, for example to freeze masks and ranges."""
+        """Called after the last step, for example to freeze masks and ranges.
+
+        Warns:
+            CompressionWarning: fewer than `scheduled_steps` were done.
+        """
+        if self.completed >= self.scheduled_steps:
+            return
+        remedy = (
+            "Pass AttachContext(steps=...) the number of optimizer steps that follow"
+            if self.completed
+            else "In your own loop, call bind(optimizer) before the first step"
+        )
+        warnings.warn(
+            f"{type(self).__name__}: finish was called after {self.completed} optimizer steps, but its schedule has "
+            f"{self.scheduled_steps}. {remedy}.",
+            CompressionWarning,
+            stacklevel=2,
+        )
 
     def bind(self, optimizer: Optimizer, start: int = 0) -> Handle:
         """Call `before_step` and `after_step` around every step of `optimizer`, in a user's own loop.
@@ -91,7 +117,13 @@ class Attachment:
         Args:
             optimizer: has the parameters of `self.model`.
             start: number of the first step; more than 0 for a resumed training.
+
+        Raises:
+            InputError: the optimizer has no parameter of the network or of a loss term.
         """
+        self._check_parameters(optimizer)
+        for each in (self, *self.parts):
+            each.completed = start
         step = start
 
         def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -104,6 +136,15 @@ class Attachment:
 
         hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
         return Handle([hook.remove for hook in hooks])
+
+    def _check_parameters(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that trains another network."""
+        own = {id(parameter) for module in (self.model, *self.terms) for parameter in module.parameters()}
+        if own and not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise InputError(
+                f"bind: the {type(optimizer).__name__} has no parameter of the attached network. Create it with "
+                "attached.model.parameters(), after attach."
+            )
 
 
 def without_loss(model: nn.Module, label_weight: float) -> Attachment:

@@ -44,7 +44,7 @@ class WarmupAttachment(Attachment):
     ) -> None:
         super().__init__(model, [term], label_weight, layers=layers)
         self.term = term
-        self.steps = steps
+        self.steps = self.scheduled_steps = steps
         self._set(0)
 
     def _set(self, step: int) -> None:
@@ -52,4 +52,5 @@ class WarmupAttachment(Attachment):
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Set the weight for the next step."""
+        super().after_step(step, optimizer)
         self._set(step + 1)

@@ -8,6 +8,7 @@ they are restored after every step.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Protocol, get_args
 
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tersor.core.distributed import broadcast_from_rank0
-from tersor.core.errors import InputError, unknown
+from tersor.core.errors import CompressionWarning, InputError, unknown
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.pruning.mask import Gradient, Mask, weight_mask
@@ -98,7 +99,8 @@ def mask_of(layer: Layer) -> Mask:
     """
     mask = weight_mask(layer)
     if mask is None:
-        raise InputError(f"a {type(layer).__name__} has no mask. Call insert_masks(layers, gradient, method) first.")
+        described = f"{type(layer).__name__}({layer.extra_repr()})"
+        raise InputError(f"the layer {described} has no mask. Call insert_masks(layers, gradient, method) first.")
     return mask
 
 
@@ -117,6 +119,9 @@ class FrozenMaskedWeights(Attachment):
         layers: by name; each has a mask (`insert_masks`).
         terms: losses that a method adds.
         notes: for the user.
+
+    Raises:
+        InputError: a layer has no mask.
     """
 
     def __init__(
@@ -129,6 +134,9 @@ class FrozenMaskedWeights(Attachment):
     ) -> None:
         super().__init__(model, terms, notes=notes)
         self.masked = dict(layers)
+        for name, layer in self.masked.items():
+            if weight_mask(layer) is None:
+                raise InputError(f"the layer '{name}' has no mask. Call insert_masks(layers, gradient, method) first.")
         self._before_step: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -141,6 +149,7 @@ class FrozenMaskedWeights(Attachment):
     @torch.no_grad()
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Restore masked weights, which momentum and weight decay have moved."""
+        super().after_step(step, optimizer)
         for name, weight in self._before_step.items():
             dense = dense_weight(self.masked[name])
             dense.copy_(torch.where(mask_of(self.masked[name]).mask, dense, weight))
@@ -213,7 +222,19 @@ class MaskedAttachment(FrozenMaskedWeights):
         broadcast_from_rank0(nn.ModuleList(mask_of(layer) for layer in self.masked.values()))
 
     def finish(self) -> None:
-        """Fix the masks: masked weights have no gradient from here on."""
+        """Fix the masks: masked weights have no gradient from here on.
+
+        Warns:
+            CompressionWarning: no mask was set, because no step was done.
+        """
+        super().finish()
+        if not (self.completed or self.scheduled_steps or len(self.log.rows) or self.sparsity):
+            warnings.warn(
+                f"{type(self).__name__}: finish was called after 0 optimizer steps, and no mask was set: the sparsity "
+                "is 0. In your own loop, call bind(optimizer) before the first step.",
+                CompressionWarning,
+                stacklevel=2,
+            )
         for layer in self.masked.values():
             mask_of(layer).gradient = "masked"
 
@@ -241,7 +262,7 @@ class DynamicMasks(MaskedAttachment):
     ) -> None:
         super().__init__(model, layers, updates=steps // method.every, terms=terms)
         self.method = method
-        self.steps = steps
+        self.steps = self.scheduled_steps = steps
         self.ramp = max(1, round(method.end * steps))
         self.start = self.sparsity
 
