@@ -1,6 +1,7 @@
 """Every candidate of a search is in its report: as a point of the front, or with the reason why it is not."""
 
 import pytest
+from optuna.storages import InMemoryStorage
 
 import search_fakes
 from search_fakes import FakeBench, run, searching
@@ -9,6 +10,7 @@ from tersor.search import survey as surveys
 from tersor.search.candidate import Candidate
 from tersor.search.dropped import dropped
 from tersor.search.space import Space
+from tersor.search.study import Study
 from tersor.search.verdict_line import test_use as use_of_test_images
 
 pytestmark = pytest.mark.usefixtures("fake_search")
@@ -118,6 +120,16 @@ def test_what_the_user_named_is_tried_first_and_otherwise_listed(tmp_path, monke
     assert short.untried, "there is no time for all three"
     reasons = [dropped(short, [])[each.name] for each in short.untried]
     assert reasons == ["24 pixels was not tried: no time"]
+
+
+def test_a_student_has_the_name_that_the_user_wrote(tmp_path):
+    search = searching(tmp_path / "out")
+    student = Candidate("net.py:small")
+    search_fakes.FakeLatency.of[student.name] = 3.0
+    search.bench.students["net.py:small"] = None
+    search.study = Study(InMemoryStorage(), "own", ["original", "net.py:small"], 0)
+    surveys._try(search, student)
+    assert dropped(search, [])[student.name].startswith("net.py:small: 49.80 % untrained. Not trained")
 
 
 def test_every_reason_is_a_sentence(tmp_path):

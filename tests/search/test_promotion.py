@@ -8,13 +8,14 @@ import pytest
 
 from search_fakes import SPACE, baseline, latencies, searching
 from tersor.evaluation.timings import Ratio
-from tersor.search import finish, rest_of_time
+from tersor.search import finish, halving, rest_of_time
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.halving import halve
 from tersor.search.learning_curves import expected
 from tersor.search.promotion import entrants, improvement, promoted
 from tersor.search.rest_of_time import train_and_survey
+from tersor.search.state import Rung
 from tersor.search.study import Record
 
 ROOT = math.sqrt(128)
@@ -76,6 +77,18 @@ def test_what_loses_nothing_is_not_trained(tmp_path):
     assert promoted(search, trained[:1], 1, 10.0) == []
     search.points = [search.original, trained[0].point]
     assert finish.advice(search, search.original) == [], "more time does not help"
+
+
+def test_an_extension_trains_another_candidate_if_its_last_one_cannot_be_improved(tmp_path):
+    search = searching(tmp_path / "out")
+    lossless = add(search, Candidate(branches=1), 0, 89.0, 0.6)
+    add(search, lossless.of, 1, 90.0, 0.6)
+    lost = add(search, Candidate(branches=2), 0, 85.0, 0.5)
+    state = search.folder.state
+    state.rungs, state.extended = [Rung(members={lossless.of.name: 1})], True
+    assert halving._rung(search, 2, 1).members == {lost.of.name: 1}
+    state.extended = False
+    assert halving._rung(search, 2, 1).members == {}
 
 
 def test_for_the_best_metric_a_candidate_is_trained_up_to_the_ceiling(tmp_path):

@@ -169,6 +169,11 @@ def test_the_points_of_the_front_and_free_ones_run_on_the_test_images(tmp_path):
     assert {point.test for point in search.points} == {75.0, 50.0, None}
     assert again["original"].by_class == found["original"].by_class
     assert again["original"].classes.tolist() == [0, 0, 1, 0]
+    kept = json.loads((search.folder.path / "tested.json").read_text())
+    (search.folder.path / "tested.json").write_text(json.dumps({"original": [*kept["original"][:3], None]}))
+    search.points = [point.model_copy(update={"test": None}) for point in search.points]
+    tested_points.run_on_test_images(search)
+    assert order[2:] == order[:2], "the original too: its predictions were not kept, and a new point needs them"
     (search.folder.path / "tested.json").unlink()
     search.points = [point.model_copy(update={"test": None}) for point in search.points]
     assert tested_points.run_on_test_images(search)["original"].by_class == []

@@ -31,7 +31,8 @@ def dropped(search: Search, kept: Sequence[Point]) -> dict[str, str]:
         elif not last.point.free:
             reasons = "; ".join(_reasons(search, last, kept))
             trained = f"after {last.point.steps} steps" if last.rung else "untrained"
-            found[name] = f"{last.point.validation:.2f} % {trained}. {reasons[:1].upper()}{reasons[1:]}."
+            network = "" if last.of.network in name else f"{last.of.network}: "  # as the user wrote it
+            found[name] = f"{network}{last.point.validation:.2f} % {trained}. {reasons[:1].upper()}{reasons[1:]}."
     found |= {name: f"Failed: {reason}" for name, reason in failed.items()}
     return found | {candidate.name: not_tried(candidate) for candidate in search.untried}
 

@@ -31,7 +31,8 @@ def train_and_survey(search: Search, space: Space, train: Callable[[], None]) ->
         train()
     unused = search.clock.left if search.best is not None and search.best.free else seconds_to_train(search)
     if unused > _UNUSED * search.clock.total:
-        left, total, reserve = (each / 60 for each in (search.clock.left, search.clock.total, search.reserve(more=1)))
+        left, total = search.clock.left / 60, search.clock.total / 60
+        reserve = min(left, search.reserve(more=1) / 60)
         search.bar.tell(
             f"{left:.1f} of {total:.3g} minutes left, {reserve:.1f} of them reserved for the final measurements: "
             f"{why_not_trained(search)}"
