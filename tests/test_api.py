@@ -257,7 +257,7 @@ def test_a_file_for_pixels_is_compared_on_normalized_images(tmp_path, monkeypatc
     proto = onnx.load(file)
     del proto.metadata_props[:]
     onnx.save(proto, file)
-    with pytest.raises(InputError, match=r"pixels\.onnx takes uint8 pixels, and the batches are torch\.float32"):
+    with pytest.raises(InputError, match=r"pixels\.onnx takes uint8 pixels, but the batches are torch\.float32"):
         tersor.compare(network, file, [images], seconds=0.01)
 
 
@@ -283,6 +283,21 @@ def test_the_normalization_is_stored_in_the_file(tmp_path):
         tersor.export(network, images, path, normalization=([0.5], [0.2]))
     with pytest.raises(InputError, match=r"the network is quantized already\. Pass it to tersor\.export"):
         tersor.quantize(quantized, images)
+
+
+def test_compare_warns_of_images_that_are_not_normalized(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_comparison, "measure_latency", one_millisecond)
+    network, unit = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), torch.rand(24, 3, 8, 8)
+    file = tersor.export(network, unit, tmp_path / "model.onnx", normalization=RGB)
+    with pytest.warns(
+        CompressionWarning, match=r"the images have values from .* but pixels normalized with mean 0\.5"
+    ) as seen:
+        tersor.compare(network, file, [unit], seconds=0.01)
+    assert [each.filename for each in seen if "normalized with" in str(each.message)] == [__file__]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", CompressionWarning)
+        tersor.compare(network, file, [(unit - 0.5) / 0.25], seconds=0.01)
+    assert not [each for each in seen if "normalized with" in str(each.message)]
 
 
 @pytest.mark.parametrize(
