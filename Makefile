@@ -28,8 +28,10 @@ QUICK := $(PYTEST) -m 'not slow'
 .PHONY: demo test test-all test-lowest wheel audit lint docs
 
 demo: $(USE)
-	rm -rf runs/demo runs/demo.checkpoints
-	$(BIN)/tersor run recipes/digits.yaml --out runs/demo
+	rm -rf runs/demo runs/demo-original
+	$(BIN)/python examples/train_digits.py runs/demo-original
+	$(BIN)/tersor compress resnet44 --weights runs/demo-original/weights.safetensors --data digits --max-drop 1 \
+		--time 75s --out runs/demo
 
 test: $(DEV)
 	$(BIN)/python $(QUICK)

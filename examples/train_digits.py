@@ -13,7 +13,7 @@ from tersor.data import Batches, load
 from tersor.models import build
 
 
-def main(folder: Path, epochs: int = 10) -> None:
+def main(folder: Path, epochs: int = 6) -> None:
     """Write `weights.safetensors` to `folder`, and print the accuracy on the test images."""
     torch.manual_seed(0)
     digits = load(name="digits")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tersor import models
 from tersor.pruning.mask import weight_mask
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -27,6 +28,12 @@ def example(name):
 def test_soft_targets_in_your_own_loop(capsys):
     example("soft_targets_own_loop").main(epochs=1, sizes=("resnet20", "resnet20"))
     assert "student" in capsys.readouterr().out
+
+
+def test_train_digits_writes_weights_for_the_demo(tmp_path, capsys):
+    example("train_digits").main(tmp_path / "new", epochs=1)
+    models.load_weights(models.build("resnet44", 10), tmp_path / "new" / "weights.safetensors")
+    assert "% accuracy" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,10 @@ def make(): return made
         ("def make(): return [(image, 0)], [(image, torch.zeros(3))]", "label of item 0 is a Tensor"),
         ("def make(): return [(image, 'cat')], [(image, 0)]", "target of item 0 is a str"),
         ("def make(): return {'train': [(image, 0)]}", "has the sets train. Possible: a dict of train, test"),
-        ("def make(): return [(image / 255, 0)], [(image, 0)]", "image 0 is a tensor .* of torch.float32"),
+        (
+            "def make(): return [(image / 255, 0)], [(image, 0)]",
+            r"image 0 is a tensor .* of torch.float32.*: \(image \* 255\)\.round\(\)",
+        ),
         ("def make(width): return None", "cannot be called"),
         ("def mak(): return None", "has no 'make'. Did you mean 'mak'"),
     ],

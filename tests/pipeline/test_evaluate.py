@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 from torch import nn
 
+import tersor
 from onnx_files import scaling_file, tiny_proto
 from recorded_progress import RecordedProgress
 from tersor.checkpoint.artifact import read_artifact, write_folder
@@ -153,6 +154,18 @@ def test_digits_and_the_images_of_a_function_have_the_size_of_the_file_too(tmp_p
     assert evaluate(file, "my_sets.py:sets", None, progress=NullProgress()).images == 40
     with pytest.raises(InputError, match=r"returned images of 9x9 pixels, but image_size is 12. Resize them in the f"):
         evaluate(file, "my_sets.py:read", None, progress=NullProgress())
+
+
+def test_a_file_that_was_quantized_for_another_runtime_is_told(images, tmp_path):
+    quantized = tersor.quantize(network(2), torch.rand(8, 3, 8, 8), runtime="openvino")
+    file, progress = export(quantized, torch.rand(1, 3, 8, 8), tmp_path / "model.onnx"), RecordedProgress()
+    evaluate(file, str(images), None, progress=progress)
+    (told,) = (line for line in progress.lines if "openvino" in line)
+    assert told.startswith("warning: the file was made for openvino and runs in onnxruntime, where fewer operators may")
+    assert told.endswith("Write --runtime openvino.")
+    quiet = RecordedProgress()
+    evaluate(export(network(2), torch.rand(1, 3, 8, 8), file), str(images), None, progress=quiet)
+    assert not any("warning" in line for line in quiet.lines)
 
 
 def test_the_images_of_a_search_in_python_must_be_named(tmp_path):

@@ -182,9 +182,10 @@ def _layers(image: object, channels: int, name: str) -> list[Image.Image]:
 def _layers_of_tensor(image: Tensor, channels: int, name: str) -> list[Image.Image]:
     deep = image.dtype == torch.uint16
     if not (deep or image.dtype == torch.uint8) or image.dim() != 3 or not image.numel():
+        remedy = " For values in [0, 1]: (image * 255).round().to(torch.uint8)." if image.is_floating_point() else ""
         raise InputError(
             f"{name} is a tensor {tuple(image.shape)} of {image.dtype}. Pass a PIL image or a uint8 or uint16 tensor "
-            "(C, H, W) that is not normalized."
+            f"(C, H, W) that is not normalized.{remedy}"
         )
     if image.shape[0] not in {1, channels}:
         raise InputError(

@@ -31,6 +31,7 @@ from tersor.deploy.outputs import output_names
 from tersor.graph.export_program import refusal_reason, without_exporter_output
 from tersor.graph.forward_call import input_names
 from tersor.graph.parametrization import in_float32, strip
+from tersor.quantization.qdq_placement import RUNTIME
 
 OPSET = 21
 _FIRST_IR_VERSION_OF_OPSET_21 = 10
@@ -79,6 +80,8 @@ def export(
 ) -> Path:
     """Export `model` to `path` as one ONNX file; the file is written atomically.
 
+    The runtime that a network was quantized for is stored in the metadata as JSON under `runtime`.
+
     Args:
         model: any network; one quantized by `ptq` or `qat` becomes an integer network.
         example: normalized images (N, C, H, W) float32 of the size to export for, or several inputs.
@@ -97,6 +100,7 @@ def export(
         raise InputError(f"cannot write {path}: the name must end in .onnx.")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
+    runtime = getattr(model, "meta", {}).get(RUNTIME)
     model = in_float32(model)
     network = to_integer_graph(model) if isinstance(model, fx.GraphModule) else strip(model)
     network = network.cpu().float().eval()
@@ -114,6 +118,8 @@ def export(
     _strip_metadata(proto, output_names(program, [each.name for each in proto.graph.input]))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
+    if runtime is not None:
+        proto.metadata_props.add(key="runtime", value=json.dumps(runtime))
     if normalization := normalization or pixels:
         mean, std = normalization
         proto.metadata_props.add(key="normalization", value=json.dumps({"mean": list(mean), "std": list(std)}))

@@ -138,6 +138,15 @@ def normalization_in(model: Path) -> dict[str, Any]:
         raise InputError(f"the normalization in the metadata of {model} is damaged. Export it again.") from error
 
 
+def quantized_for(artifact: Artifact) -> str | None:
+    """The runtime that the file was quantized for, from its metadata or `numbers.json`; None if neither says it."""
+    told = _metadata(artifact.model).get("runtime")
+    try:
+        return numbers_of(artifact).get("runtime") if told is None else TypeAdapter(str).validate_json(told)
+    except ValidationError as error:
+        raise InputError(f"the runtime in the metadata of {artifact.model} is damaged. Export it again.") from error
+
+
 def normalization_line(mean: Sequence[float], std: Sequence[float], source: str) -> str:
     """The line that says how images are normalized, and where the numbers come from."""
     return f"normalization: mean {_shown(mean)}, std {_shown(std)} ({source})"

@@ -20,6 +20,7 @@ from tersor.pipeline.artifact_settings import (
     normalization_line,
     numbers_of,
     original_file,
+    quantized_for,
     refuse_other_classes,
     task_of_artifact,
 )
@@ -80,6 +81,12 @@ def evaluate(
     found = read_artifact(artifact)
     told = numbers_of(found)
     session = open_session(found.model, runtime or told.get("runtime", "onnxruntime"))
+    made_for = quantized_for(found) or session.runtime
+    if made_for != session.runtime:
+        progress.say(
+            f"warning: the file was made for {made_for} and runs in {session.runtime}, where fewer operators may run "
+            f"in integers and the metric may differ. Write --runtime {made_for}."
+        )
     options = options or ImageOptions()
     options.check(session, told)
     progress.say("reading the images")

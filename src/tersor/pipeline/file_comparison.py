@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from tersor.evaluation.session import Session, open_session
 from tersor.evaluation.verification import pixels_of
 from tersor.pipeline.arguments import to_export
 from tersor.pipeline.artifact_settings import normalization_in
+from tersor.pipeline.normalization import check_values
 from tersor.pipeline.outcome_warnings import warn_of_chance
 from tersor.pipeline.task_arguments import targets_for, task_of_files
 from tersor.tasks.task import Task
@@ -54,6 +55,7 @@ def compare_files(
         if isinstance(original, nn.Module):
             export(original, first, path)
         files = {"original": path, "artifact": compressed}
+        _check_normalization(files.values(), [images for images, _ in batches])
         sessions = {name: open_session(file, runtime) for name, file in files.items()}
         arrays = {name: _input_format(files[name], session, first) for name, session in sessions.items()}
         few = {name: arrays[name](first[:2]) for name in files}
@@ -84,6 +86,15 @@ def compare_files(
     ratios = {str(size): timings.ratio("original", "artifact", size) for size in BATCH_SIZES}
     found["artifact"]["speedup"] = {size: asdict(ratio) for size, ratio in ratios.items()}
     return found
+
+
+def _check_normalization(files: Iterable[Path], batches: Sequence[NetworkInput]) -> None:
+    """Warn if the images cannot have the normalization in the metadata of a file."""
+    for file in files:
+        told = normalization_in(file)
+        if {"mean", "std"} <= told.keys() and isinstance(batches[0], Tensor) and batches[0].is_floating_point():
+            check_values(batches, (told["mean"], told["std"]), "the images", stacklevel=6)
+            return
 
 
 def _input_format(file: Path, session: Session, images: NetworkInput) -> Callable[[NetworkInput], FileArrays]:

@@ -84,8 +84,21 @@ def known_normalization(
     return told
 
 
+<<<<<<< HEAD
 def check_values(batches: Iterable[Any], normalization: object) -> Normalization:
     """Compare the first calibration images with the normalization that they should have, and return it.
+=======
+def check_values(
+    batches: Iterable[Any], normalization: Normalization, who: str = "the calibration images", stacklevel: int = 4
+) -> None:
+    """Compare the first images with the normalization that they should have.
+
+    Args:
+        batches: the images.
+        normalization: mean and standard deviation.
+        who: what the images are, in the warning.
+        stacklevel: of the warning, so that it names the line of the user.
+>>>>>>> h-fix3
 
     Raises:
         InputError: the normalization does not fit the images.
@@ -101,12 +114,20 @@ def check_values(batches: Iterable[Any], normalization: object) -> Normalization
         few.append(images.detach().float().cpu())
         if sum(map(len, few)) >= _IMAGES:
             break
+<<<<<<< HEAD
     told = check_normalization(NORMALIZATION, normalization, few[0].shape[1])
     _warn_of_values("the calibration images", few, told, look_for_unit=sum(map(len, few)) >= _IMAGES)
     return told
+=======
+    check_normalization(NORMALIZATION, normalization, few[0].shape[1])
+    enough = sum(map(len, few)) >= _IMAGES
+    _warn_of_values(who, few, normalization, look_for_unit=enough, stacklevel=stacklevel)
+>>>>>>> h-fix3
 
 
-def _warn_of_values(who: str, batches: Sequence[Tensor], given: Normalization, *, look_for_unit: bool) -> None:
+def _warn_of_values(
+    who: str, batches: Sequence[Tensor], given: Normalization, *, look_for_unit: bool, stacklevel: int = 4
+) -> None:
     """Warn of values that normalized images cannot have; `look_for_unit`: also of values in [0, 1]."""
     mean, deviation = (torch.tensor(each) for each in given)
     low, high = -mean / deviation, (1 - mean) / deviation
@@ -121,7 +142,7 @@ def _warn_of_values(who: str, batches: Sequence[Tensor], given: Normalization, *
             f"pixels normalized with mean {_shown(mean)} and std {_shown(deviation)} lie between {low.min():.3g} and "
             f"{high.max():.3g}. Pass images normalized as in training: (pixel / 255 - mean) / std.",
             CompressionWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
