@@ -286,7 +286,6 @@ def test_the_normalization_is_stored_in_the_file(tmp_path):
         tersor.quantize(quantized, images)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("kind", [np.float32, torch.tensor])
 def test_the_normalization_may_be_arrays_or_tensors(tmp_path, kind):
     network, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)).eval(), torch.randn(8, 3, 8, 8)
@@ -304,7 +303,8 @@ def test_pixels_and_normalization_that_differ_are_refused(tmp_path):
     network, images = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), torch.randn(8, 3, 8, 8)
     with pytest.raises(InputError, match=r"normalization is \(\(0\.1.* but pixels is \(\(0\.5.*must be the same"):
         tersor.export(network, images, tmp_path / "a.onnx", pixels=RGB, normalization=((0.1, 0.4, 0.3), RGB[1]))
-=======
+
+
 def test_compare_warns_of_images_that_are_not_normalized(tmp_path, monkeypatch):
     monkeypatch.setattr(file_comparison, "measure_latency", one_millisecond)
     network, unit = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), torch.rand(24, 3, 8, 8)
@@ -318,7 +318,6 @@ def test_compare_warns_of_images_that_are_not_normalized(tmp_path, monkeypatch):
         warnings.simplefilter("always", CompressionWarning)
         tersor.compare(network, file, [(unit - 0.5) / 0.25], seconds=0.01)
     assert not [each for each in seen if "normalized with" in str(each.message)]
->>>>>>> h-fix3
 
 
 @pytest.mark.parametrize(

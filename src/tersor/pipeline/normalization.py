@@ -84,21 +84,16 @@ def known_normalization(
     return told
 
 
-<<<<<<< HEAD
-def check_values(batches: Iterable[Any], normalization: object) -> Normalization:
-    """Compare the first calibration images with the normalization that they should have, and return it.
-=======
 def check_values(
-    batches: Iterable[Any], normalization: Normalization, who: str = "the calibration images", stacklevel: int = 4
-) -> None:
-    """Compare the first images with the normalization that they should have.
+    batches: Iterable[Any], normalization: object, who: str = "the calibration images", stacklevel: int = 4
+) -> Normalization:
+    """Compare the first images with the normalization that they should have, and return it.
 
     Args:
         batches: the images.
         normalization: mean and standard deviation.
         who: what the images are, in the warning.
         stacklevel: of the warning, so that it names the line of the user.
->>>>>>> h-fix3
 
     Raises:
         InputError: the normalization does not fit the images.
@@ -114,15 +109,10 @@ def check_values(
         few.append(images.detach().float().cpu())
         if sum(map(len, few)) >= _IMAGES:
             break
-<<<<<<< HEAD
     told = check_normalization(NORMALIZATION, normalization, few[0].shape[1])
-    _warn_of_values("the calibration images", few, told, look_for_unit=sum(map(len, few)) >= _IMAGES)
-    return told
-=======
-    check_normalization(NORMALIZATION, normalization, few[0].shape[1])
     enough = sum(map(len, few)) >= _IMAGES
-    _warn_of_values(who, few, normalization, look_for_unit=enough, stacklevel=stacklevel)
->>>>>>> h-fix3
+    _warn_of_values(who, few, told, look_for_unit=enough, stacklevel=stacklevel)
+    return told
 
 
 def _warn_of_values(
