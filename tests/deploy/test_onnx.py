@@ -162,10 +162,12 @@ def test_onnxruntime_computes_every_layer_in_integers(small, tmp_path):
     assert not MATRIX_PRODUCTS & set(operators)
 
 
-def test_the_metadata_holds_only_the_classes(small):
+def test_the_metadata_holds_only_the_classes_and_the_runtime(small):
     _, paths = small
     proto = onnx.load(paths["onnxruntime"])
-    assert {entry.key: json.loads(entry.value) for entry in proto.metadata_props} == {"classes": list(CLASSES)}
+    stored = {entry.key: entry.value for entry in proto.metadata_props}
+    assert stored.keys() == {"classes", "runtime"}
+    assert (json.loads(stored["classes"]), stored["runtime"]) == (list(CLASSES), "onnxruntime")
     assert not proto.functions
     assert not proto.graph.value_info
     for part in [proto, proto.graph, *proto.graph.node, *proto.graph.initializer, *proto.graph.input]:
