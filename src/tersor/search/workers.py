@@ -7,6 +7,7 @@ worker that dies is trained once more.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -172,10 +173,9 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
 
 def _ray() -> ModuleType:
     try:
-        import ray
+        return importlib.import_module("ray")
     except ImportError as error:
         raise InputError("workers need Ray, which is not installed: pip install ray") from error
-    return ray
 
 
 def read_folder(folder: Path) -> Files:
