@@ -9,7 +9,7 @@ import pytest
 from recorded_progress import RecordedProgress
 from search_fakes import FakeBench, FakeTime, baseline, searching
 from tersor.core.errors import InputError
-from tersor.search import end_costs
+from tersor.search import end_costs, rest_of_time
 from tersor.search import survey as surveys
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
@@ -260,3 +260,19 @@ def test_the_survey_stops_at_its_end_and_proposals_are_not_repeated(tmp_path):
     survey(few, Space(1, prunable=False, students=[]))
     assert {record.of for record in few.study.records()} == {Candidate(branches=1), Candidate()}
     assert few.clock.used < few.folder.state.survey_until, "it ends early, because everything was tried"
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_another_survey_tries_a_candidate_although_the_clock_moves_between_two_readings(tmp_path, monkeypatch):
+    search = searching(tmp_path / "out")
+    search.folder.state.costs.survey = 150.0  # more than the share of the time that is left
+    time = search.bench.time
+
+    def moving(fake):
+        fake.seconds += 0.001
+        return fake.seconds
+
+    monkeypatch.setattr(type(time), "__call__", moving)
+    before = len(search.study.records())
+    assert rest_of_time._survey_more(search, Space(1, prunable=True, students=["wide"]))
+    assert len(search.study.records()) > before

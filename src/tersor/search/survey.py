@@ -30,6 +30,8 @@ _SEEN = 3.0
 """Standard errors."""
 _FOR_ONE = 0.5
 """The survey lasts long enough for one candidate, if that takes at most this share of the time left."""
+_MOST_OF_IT = 0.9
+"""A candidate is surveyed if at least this share of its expected time is left for the survey."""
 _MOST_KNOWN = 20
 """The survey ends after this many proposals in a row that were tried before."""
 
@@ -231,7 +233,7 @@ def _described(search: Search, candidate: Candidate) -> str:
 def _time_for_another(search: Search) -> bool:
     state = search.folder.state
     assert state.survey_until is not None
-    return search.clock.used + state.costs.survey <= state.survey_until
+    return search.clock.used + _MOST_OF_IT * state.costs.survey <= state.survey_until
 
 
 def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record | None:
