@@ -562,3 +562,35 @@ def test_ctrl_c_in_the_exporter_stays_ctrl_c(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: exec("raise TypeError('no')"))
     with pytest.raises(InputError, match="cannot be converted to ONNX: no"):
         export(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "model.onnx")
+
+
+def test_an_error_in_the_exporter_after_a_handled_ctrl_c_is_not_ctrl_c(tmp_path, monkeypatch):
+    def failing(*_arguments, **_options):
+        raise TypeError("no")
+
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    with pytest.raises(KeyboardInterrupt) as before:
+        exec("raise KeyboardInterrupt")
+    try:
+        raise before.value
+    except KeyboardInterrupt:
+        with pytest.raises(InputError, match="cannot be converted to ONNX: no"):
+            export(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "model.onnx")
+
+
+class WithMeta(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        setattr(self, name, nn.Linear(4, 2))
+
+    def forward(self, images):
+        return next(self.children())(images.flatten(1))
+
+
+def test_a_submodule_called_meta_is_refused_and_any_other_meta_is_none_of_the_graph(tmp_path):
+    with pytest.raises(InputError, match=r"an attribute named 'meta', which is reserved in a captured graph. Rename it"):
+        tersor.export(WithMeta("meta").eval(), torch.rand(3, 1, 2, 2), tmp_path / "model.onnx")
+    network, images = WithMeta("linear").eval(), torch.rand(3, 1, 2, 2)
+    network.meta = None
+    file = tersor.export(network, images, tmp_path / "model.onnx", normalization=((0.5,), (0.5,)))
+    assert np.allclose(run(file, images.numpy(), "onnxruntime"), network(images).detach(), atol=1e-5)

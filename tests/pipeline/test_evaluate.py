@@ -263,3 +263,11 @@ def test_a_folder_without_a_test_set_is_said_to_be_split(images, tmp_path):
     progress = RecordedProgress()
     evaluate(tmp_path / "model.onnx", str(images), None, progress=progress)
     assert not any("no test set" in line for line in progress.lines)
+
+
+def test_a_float_run_is_evaluated_in_another_runtime_without_a_warning(images, tmp_path):
+    recipe = "{model: {name: resnet20}, data: {name: digits}, stages: [{name: a}]}"
+    folder = folder_saying(tmp_path, recipe=recipe, numbers='{"runtime": "openvino"}')
+    progress = RecordedProgress()
+    evaluate(folder, str(images), "onnxruntime", progress=progress)
+    assert not any("warning" in line for line in progress.lines)

@@ -166,3 +166,23 @@ def test_tensors_among_the_metrics_become_numbers():
 
     model = nn.Linear(1, 1)
     assert Chain(model, [Counting(model)], ["counting"]).metrics == {"share": 0.5, "by_layer": [1, 2], "name": "x"}
+
+
+class OwnSteps(Scheduled):
+    def after_step(self, step, optimizer):
+        self.steps = step + 1
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_steps_are_counted_although_a_class_overrides_after_step(chained):
+    model, optimizer = setting()
+    own = OwnSteps(model)
+    own.parts = ["a name of the user's class"]
+    attached = Chain(model, [own], ["m:A"]) if chained else own
+    attached.bind(optimizer)
+    for _ in range(3):
+        step(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attached.finish()
+    assert own.completed == own.steps == 3

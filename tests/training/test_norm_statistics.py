@@ -12,6 +12,8 @@ from tersor.data.batch import Batch
 from tersor.graph.batchnorm import freezable
 from tersor.training.attachment import Attachment
 from tersor.training.loop import fit
+from tersor.training.norm_statistics import average_again
+from tersor.training.objective import Objective
 from tersor.training.options import OptimizerOptions, Training
 from tersor.training.snapshot import Checkpointer
 
@@ -165,3 +167,34 @@ def test_a_resumed_training_ends_with_the_same_statistics(step):
     whole, _ = trained(network(0.01), 8, checkpointer=stored)
     resumed, _ = trained(network(0.01), 8, checkpointer=Stored((step, stored.saved[step])))
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_an_interrupted_average_leaves_the_network_as_it_was():
+    model = network(0.01).train()
+    source = Shifted()
+    objective = Objective(model)
+    before = copy.deepcopy(dict(model.named_buffers()))
+
+    def interrupted(batch):
+        if batch is source.all[1]:
+            raise KeyboardInterrupt
+        return batch
+
+    with pytest.raises(KeyboardInterrupt):
+        list(average_again(objective, source, 8, interrupted))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert [model[0].momentum, model[2].momentum] == [0.01, 0.01]
+
+
+def test_statistics_with_a_momentum_of_zero_are_frozen():
+    model = network(0.01)
+    model[0].momentum = 0.0
+    before = copy.deepcopy(dict(model[0].named_buffers()))
+    _, lines = trained(model, 8)
+    assert torch.equal(model[0].running_mean, before["running_mean"])
+    assert "1 BatchNorm layer averaged" in lines[0]
+
+
+def test_layers_that_never_run_are_not_counted():
+    model = OnlyInTraining(nn.BatchNorm2d(3, momentum=0.01), *network(0.01))
+    assert "statistics of 2 BatchNorm layers" in trained(model, 8)[1][0]

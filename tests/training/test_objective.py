@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,3 +224,20 @@ def test_a_teacher_that_only_the_objective_lacks_is_named(batch):
     for term in (chained, OutputDistance(1.0)):
         with pytest.raises(InputError, match=r"There is no teacher. Pass teacher=\.\.\. to Objective\.$"):
             Objective(network(), [term])(batch)
+
+
+class OfStem(OfLayer):
+    name = "of_stem"
+
+    def forward(self, batch, student, teacher):
+        return student.layers["0"].square().mean()
+
+
+def test_the_loss_of_a_frozen_layer_has_no_gradient(batch):
+    model = network()
+    stem = next(iter(model.children()))
+    stem.requires_grad_(requires_grad=False)
+    teacher = copy.deepcopy(model)
+    assert Objective(model, [OfStem()], teacher, layers=[("0", "0")])(batch)["of_stem"] > 0
+    with pytest.raises(InputError, match="the loss of_stem has no gradient"):
+        Objective(model, [OfStem()], teacher, label_weight=0.0, layers=[("0", "0")])(batch)

@@ -10,6 +10,7 @@ machine (stack traces with paths) is removed.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from tersor.deploy.integer_graph import to_integer_graph
 from tersor.deploy.mask_packing import pack_masks
 from tersor.deploy.operator_table import one_operator_table
 from tersor.deploy.outputs import output_names
+from tersor.graph.capture import refuse_reserved_names
 from tersor.graph.export_program import refusal_reason, without_exporter_output
 from tersor.graph.forward_call import input_names
 from tersor.graph.parametrization import in_float32, strip
@@ -100,7 +102,7 @@ def export(
         raise InputError(f"cannot write {path}: the name must end in .onnx.")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}.")
-    runtime = getattr(model, "meta", {}).get(RUNTIME)
+    runtime = model.meta.get(RUNTIME) if isinstance(model, fx.GraphModule) else None
     model = in_float32(model)
     network = to_integer_graph(model) if isinstance(model, fx.GraphModule) else strip(model)
     network = network.cpu().float().eval()
@@ -135,7 +137,10 @@ def _replace_global_pooling(network: nn.Module) -> None:
 
 
 def _convert(network: nn.Module, inputs: NetworkInput, *, dynamic: bool) -> torch.onnx.ONNXProgram:
+    if not isinstance(network, fx.GraphModule):
+        refuse_reserved_names(network)
     names = input_names(network, inputs)
+    handled = sys.exception()  # of the caller; it is in the context of every error below
     batch = {0: torch.export.Dim("batch", min=1)} if dynamic else None
     args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else (inputs.args, inputs.kwargs)
     try:
@@ -154,24 +159,25 @@ def _convert(network: nn.Module, inputs: NetworkInput, *, dynamic: bool) -> torc
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
-        if _interrupted(error):
+        if _interrupted(error, handled):
             raise KeyboardInterrupt from error
         raise InputError(f"the network cannot be converted to ONNX: {_reason(error)}") from error
     assert program is not None
     return program
 
 
-def _interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C is among the causes of an exporter's error."""
-    known = set[int]()
+def _interrupted(error: BaseException, handled: BaseException | None) -> bool:
+    """Whether Ctrl-C is among the causes of an exporter's error; `handled` and what is before it are none."""
+    known = {id(handled)}
     waiting: list[BaseException | None] = [error]
     while waiting:
         each = waiting.pop()
+        if each is None or id(each) in known:
+            continue
         if isinstance(each, KeyboardInterrupt):
             return True
-        if each is not None and id(each) not in known:
-            known.add(id(each))
-            waiting += [each.__cause__, each.__context__]
+        known.add(id(each))
+        waiting += [each.__cause__, each.__context__]
     return False
 
 

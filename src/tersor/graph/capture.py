@@ -109,6 +109,23 @@ def _recorded(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     return captured
 
 
+def refuse_reserved_names(model: nn.Module) -> None:
+    """Check that no submodule, parameter or buffer has the name of an attribute of `torch.fx.GraphModule`.
+
+    Raises:
+        InputError: one has.
+    """
+    if taken := sorted(_own_names(model) & _NAMES_OF_A_GRAPH):
+        raise InputError(
+            f"{type(model).__name__} has an attribute named '{taken[0]}', which is reserved in a captured graph. "
+            f"Rename it, for example to '{taken[0]}_'."
+        )
+
+
+def _own_names(model: nn.Module) -> set[str]:
+    return {name for part in ("_modules", "_parameters", "_buffers") for name in vars(model)[part]}
+
+
 def _require_own_forward(model: nn.Module) -> None:
     """Check that the graph can hold everything that the forward of the outermost module does.
 
@@ -121,13 +138,8 @@ def _require_own_forward(model: nn.Module) -> None:
             "hooks are registered on it, and the graph would lose them. Define the forward in a class; remove the "
             "hooks."
         )
-    names = {name for part in ("_modules", "_parameters", "_buffers") for name in vars(model)[part]}
-    if taken := sorted(names & _NAMES_OF_A_GRAPH):
-        raise InputError(
-            f"{type(model).__name__} has an attribute named '{taken[0]}', which is reserved in a captured graph. "
-            f"Rename it, for example to '{taken[0]}_'."
-        )
-    if "self" in names:
+    refuse_reserved_names(model)
+    if "self" in _own_names(model):
         raise InputError(f"{type(model).__name__} has a submodule named 'self', which a captured graph cannot call.")
     if scripts := [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
         raise InputError(

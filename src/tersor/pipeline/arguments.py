@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.inputs import Inputs
@@ -67,7 +67,7 @@ def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, 
 
 def warn_of_another_runtime(model: object, runtime: str) -> None:
     """Warn if the network was quantized for another runtime than it is exported for; called by `export`."""
-    before = getattr(model, "meta", {}).get(RUNTIME, runtime)
+    before = model.meta.get(RUNTIME, runtime) if isinstance(model, fx.GraphModule) else runtime
     if before != runtime:
         warnings.warn(
             f"the network was quantized for {before} and is exported for {runtime}, where fewer operators may run in "

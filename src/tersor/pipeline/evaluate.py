@@ -11,7 +11,7 @@ import numpy as np
 
 from tersor.checkpoint.artifact import Artifact, read_artifact
 from tersor.core.progress import ProgressReporter
-from tersor.deploy.file_layers import stored_precision
+from tersor.deploy.file_layers import stored_precision, weight_bits
 from tersor.evaluation.session import Session, open_session
 from tersor.pipeline.artifact_settings import (
     ImageOptions,
@@ -82,7 +82,7 @@ def evaluate(
     told = numbers_of(found)
     session = open_session(found.model, runtime or told.get("runtime", "onnxruntime"))
     made_for = quantized_for(found) or session.runtime
-    if made_for != session.runtime:
+    if made_for != session.runtime and weight_bits(found.model):
         progress.say(
             f"warning: the file was made for {made_for} and runs in {session.runtime}, where fewer operators may run "
             f"in integers and the metric may differ. Write --runtime {made_for}."

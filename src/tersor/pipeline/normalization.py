@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.data.batch import images_of
@@ -68,7 +68,7 @@ def known_normalization(
     Warns:
         CompressionWarning: it contradicts the values of the images.
     """
-    before: Normalization | None = getattr(model, "meta", {}).get(NORMALIZATION)
+    before: Normalization | None = model.meta.get(NORMALIZATION) if isinstance(model, fx.GraphModule) else None
     if normalization is None and pixels is None and before is None:
         return None
     if not isinstance(images, Tensor):

@@ -38,14 +38,12 @@ class Attachment:
         notes: messages of `attach` and `begin` for the user, one line each.
         holds_shapes: whether it depends on the shapes of the weights at the time of `attach`.
         scheduled_steps: steps after which its schedule is complete; `finish` warns if fewer were done. 0: no schedule.
-        completed: steps that were done, counted by `after_step`.
-        parts: the attachments that it consists of, if any.
+        completed: steps that were done, counted by `bind` and `after_step`.
     """
 
     holds_shapes = False
     scheduled_steps = 0
     completed = 0
-    parts: tuple[Attachment, ...] = ()
 
     def __init__(
         self,
@@ -91,6 +89,10 @@ class Attachment:
         """Called after the weights are updated. Counts the steps."""
         self.completed = step + 1
 
+    def count_steps(self, steps: int) -> None:
+        """Set the number of steps that were done."""
+        self.completed = steps
+
     def finish(self) -> None:
         """Called after the last step, for example to freeze masks and ranges.
 
@@ -122,8 +124,7 @@ class Attachment:
             InputError: the optimizer has no parameter of the network or of a loss term.
         """
         self._check_parameters(optimizer)
-        for each in (self, *self.parts):
-            each.completed = start
+        self.count_steps(start)
         step = start
 
         def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -133,6 +134,7 @@ class Attachment:
             nonlocal step
             self.after_step(step, optimizer)
             step += 1
+            self.count_steps(step)  # a class that overrides `after_step` may not do it
 
         hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
         return Handle([hook.remove for hook in hooks])
@@ -235,6 +237,12 @@ class Chain(Attachment):
         for part, explained in self._in_turn("after_step"):
             with explained:
                 part.after_step(step, optimizer)
+
+    def count_steps(self, steps: int) -> None:
+        """Set the number of steps that were done, for every part too."""
+        super().count_steps(steps)
+        for part in self.parts:
+            part.count_steps(steps)
 
     def finish(self) -> None:
         """Call `finish` of every part, in order."""

@@ -30,7 +30,8 @@ def average_again(
 ) -> Iterator[str]:
     """Replace running statistics with a too small momentum by averages over training images; yield a line about it.
 
-    Those that are frozen during training stay as they are, and so do those of layers that run only in training.
+    Those that are frozen during training (in eval mode, or with momentum 0) stay as they are, and so do those of layers
+    that run only in training.
 
     Args:
         objective: with the network in training mode.
@@ -43,15 +44,21 @@ def average_again(
         return
     before = [(norm, norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms]
     batches.set_epoch(0)
-    images = _average(norms, objective, map(place, islice(batches, len(batches))))
-    for norm, momentum, buffers in before:
-        norm.momentum = momentum
-        if not norm.num_batches_tracked:
-            for buffer, value in buffers:
-                buffer.copy_(value)
-    momenta = ", ".join(dict.fromkeys(f"{momentum:g}" for _, momentum, _ in before))
+    images, averaged = 0, []
+    try:
+        images = _average(norms, objective, map(place, islice(batches, len(batches))))
+        averaged = [norm for norm in norms if norm.num_batches_tracked]
+    finally:  # after an interrupt, none is averaged
+        for norm, momentum, buffers in before:
+            norm.momentum = momentum
+            if norm not in averaged:
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+    if not averaged:
+        return
+    momenta = ", ".join(dict.fromkeys(f"{norm.momentum:g}" for norm in averaged))
     yield (
-        f"statistics of {counted(len(norms), 'BatchNorm layer')} averaged over {counted(images, 'training image')}, "
+        f"statistics of {counted(len(averaged), 'BatchNorm layer')} averaged over {counted(images, 'training image')}, "
         f"since their momentum of {momenta} is too small for {updates} batches"
     )
 
@@ -78,6 +85,6 @@ def _average(norms: Sequence[Norm], objective: Objective, batches: Iterable[Batc
 
 
 def _is_slow(norm: Norm, updates: int) -> bool:
-    if not norm.training or norm.running_mean is None or norm.num_batches_tracked is None or norm.momentum is None:
+    if not norm.training or norm.running_mean is None or norm.num_batches_tracked is None or not norm.momentum:
         return False
     return (1 - norm.momentum) ** updates > _REMAINING

@@ -194,7 +194,7 @@ class Objective(nn.Module):
         if not losses:
             raise InputError("no loss: the images have no labels, and no method adds a loss.")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
-            _require_gradients(losses)
+            _require_gradients(losses, student)
         return losses
 
     def teacher_forward(self, batch: Batch) -> Outputs:
@@ -254,8 +254,11 @@ def without_init(instance: object) -> str:
     return f"{type(instance).__name__}.__init__ does not initialize its base class: call super().__init__() first."
 
 
-def _require_gradients(losses: Mapping[str, Tensor]) -> None:
-    """Refuse a loss without gradient; one that is 0 may increase later in the training."""
+def _require_gradients(losses: Mapping[str, Tensor], student: Outputs) -> None:
+    """Refuse a loss without gradient, unless it is 0 now, or may be the loss of a layer that is frozen."""
+    frozen = not all(value.requires_grad for value in student.layers.values())
+    if frozen and any(loss.requires_grad for loss in losses.values()):
+        return
     for name, loss in losses.items():
         if not loss.requires_grad and bool(loss):
             raise InputError(
