@@ -588,7 +588,9 @@ class WithMeta(nn.Module):
 
 
 def test_a_submodule_called_meta_is_refused_and_any_other_meta_is_none_of_the_graph(tmp_path):
-    with pytest.raises(InputError, match=r"an attribute named 'meta', which is reserved in a captured graph. Rename it"):
+    with pytest.raises(
+        InputError, match=r"an attribute named 'meta', which is reserved in a captured graph. Rename it"
+    ):
         tersor.export(WithMeta("meta").eval(), torch.rand(3, 1, 2, 2), tmp_path / "model.onnx")
     network, images = WithMeta("linear").eval(), torch.rand(3, 1, 2, 2)
     network.meta = None

@@ -98,7 +98,8 @@ def test_the_experiment_of_a_request(monkeypatch):
         experiment_of(request(task="regression"), NO_PROGRESS)
     with pytest.raises(InputError, match=r"pixels is 7\. Write the side of an image, 8 or more"):
         experiment_of(request(pixels=(8, 7)), NO_PROGRESS)
-    experiment_of(request(pixels=(8,)), NO_PROGRESS)
+    with pytest.raises(InputError, match="pixels cannot be used with images that are read already"):
+        experiment_of(request(pixels=(8,)), NO_PROGRESS)
     named = experiment_of(request(model="resnet20", weights=Path("w.pt")), NO_PROGRESS)
     assert named.recipe.model == Network(name="resnet20", weights=Path("w.pt"))
     assert named.model is None, "`prepare` builds it"

@@ -14,6 +14,7 @@ from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import Latency
 from tersor.search.compression_budget import Budget
 from tersor.search.point_evidence import _agreement, _examples, _inside, read_evidence
+from tersor.search.state import read_state
 from tersor.search.study import Record
 from tersor.search.workbench import Exported
 from tersor.tasks.classification import Classification
@@ -165,7 +166,7 @@ def test_the_points_of_the_front_and_free_ones_run_on_the_test_images(tmp_path):
     search.points = [point.model_copy(update={"test": None}) for point in search.points]
     again = tested_points.run_on_test_images(search)
     assert len(order) == 2, "no point runs twice"
-    assert search.folder.state.test_runs == [order, []]
+    assert search.folder.state.test_runs == [order]
     assert {point.test for point in search.points} == {75.0, 50.0, None}
     assert again["original"].by_class == found["original"].by_class
     assert again["original"].classes.tolist() == [0, 0, 1, 0]
@@ -227,3 +228,25 @@ def test_evidence_is_empty_before_the_end(tmp_path):
     assert read_evidence(tmp_path) == {}
     (tmp_path / "evidence.json").write_text(json.dumps({"a": 1}))
     assert read_evidence(tmp_path) == {"a": 1}
+
+
+def test_an_interrupted_test_counts_its_points_and_repeats_only_the_last_one(tmp_path):
+    search = searching(tmp_path / "out")
+    order, targets = [], torch.tensor([0, 1])
+
+    def predictions(_candidate, file):
+        order.append(file.stem)
+        if len(order) == 2:
+            raise KeyboardInterrupt
+        return targets, targets
+
+    search.bench.test_predictions = predictions
+    with pytest.raises(KeyboardInterrupt):
+        tested_points.run_on_test_images(search)
+    assert read_state(search.folder.path / "search.json").test_runs == [order]
+    assert search.folder.state.test_runs == [["original", Candidate().name]]
+    tested_points.run_on_test_images(search)
+    assert order == ["original", Candidate().name, Candidate().name]
+    assert search.folder.state.test_runs == [order[:2], order[2:]]
+    tested_points.run_on_test_images(search)
+    assert len(search.folder.state.test_runs) == 2, "nothing ran"

@@ -214,10 +214,11 @@ def _run(search: Search, request: Request, placement: Placement | None = None) -
         raise
     tested = run_on_test_images(search)
     made, state = write_front(search, finished=True), search.folder.state
-    state.finished = True
-    search.save()
-    write_evidence(search, made, tested)
-    search.save()
+    try:
+        write_evidence(search, made, tested)
+    finally:  # a killed search repeats it, but an error in it would only come again
+        state.finished = True
+        search.save()
     made = made.model_copy(update={"minutes_used": search.clock.used / 60})
     search.folder.write_front(made)
     write_front_page(search.folder.path, made)

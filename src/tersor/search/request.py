@@ -119,6 +119,11 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
         resolve(request.augment)
     if any(size < SMALLEST_IMAGE for size in request.pixels):
         raise InputError(f"pixels is {min(request.pixels)}. Write the side of an image, {SMALLEST_IMAGE} or more.")
+    if request.pixels and isinstance(request.data, Splits):
+        raise InputError(
+            "pixels cannot be used with images that are read already, since candidates of another resolution read them "
+            "anew. Pass a folder or a function (`file.py:function`) instead."
+        )
     if isinstance(request.model, str) and request.weights is None:
         raise InputError(
             f"the network {request.model} has no weights. Write --weights FILE: compression starts from a trained "

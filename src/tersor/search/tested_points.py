@@ -55,20 +55,22 @@ def run_on_test_images(search: Search) -> dict[str, Tested]:
     if new and original in known and known[original].classes is None:
         new += [point for point in points if point.name == original]
     reference: Any = known[original].classes if original in known else None
-    run: list[str] = []
+    state = search.folder.state
+    if new:
+        state.test_runs.append([])
     for point in sorted(new, key=lambda point: point.name != original):
+        state.test_runs[-1].append(point.name)  # counted before it runs, since the process may be killed
+        search.save()
         predictions, targets = search.bench.test_predictions(
             search.candidate_of(point), search.folder.path / point.file
         )
         reference = predictions if point.name == original else reference
         known[point.name] = _tested(search, point, predictions, targets, reference)
-        run.append(point.name)
+        _write(search.folder.path, known)
     search.points = [
         each.model_copy(update={"test": known[each.name].metric}) if each.name in known else each
         for each in search.points
     ]
-    search.folder.state.test_runs.append(run)
-    _write(search.folder.path, known)
     return known
 
 

@@ -89,9 +89,7 @@ def test_use(front: Front) -> str:
     """How many times the test images were used, and on which points."""
     uses = ["at the start, on the original, to see whether it was trained on the validation images"]
     for number, names in enumerate(front.test_runs):
-        if not names:
-            continue  # all of its points were tested before
-        when = f"after extension {number}" if number else "at the end"
+        when = "when the search ended again" if number else "at the end"
         uses.append(f"{when}, on {', '.join(names) if len(names) <= _MOST_NAMES else f'{len(names)} points'}")
     times = {1: "once", 2: "twice"}.get(len(uses), f"{len(uses)} times")
     return f"{front.test_images} test images were used {times}: {'; '.join(uses)}."
