@@ -8,7 +8,7 @@ import pytest
 
 from search_fakes import SPACE, baseline, latencies, searching
 from tersor.evaluation.timings import Ratio
-from tersor.search import finish, halving, rest_of_time
+from tersor.search import finish, halving, rest_of_time, rung_training
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.halving import halve
@@ -184,6 +184,18 @@ def test_the_expected_improvement_by_hand(tmp_path, power):
     search.points = [search.original.model_copy(update={"validation": 50.0, "name": "lost"})]
     gain = math.log(2.0 / 0.5)  # nothing is within the budget: relative to the slowest point
     assert improvement(search, made, 89.5, power) == pytest.approx(gain * probability**power)
+
+
+def test_the_line_about_a_training_has_the_errors_of_its_drop_and_its_latencies(tmp_path):
+    search = searching(tmp_path / "out")
+    made = add(search, Candidate(branches=3), 1, 88.0, 0.5, drop_error=0.3, latency_error={1: 0.03, 128: 0.02})
+    assert rung_training._described(search, made) == (
+        "original-branches3-8bit-1: 88.00 % (-2.00, standard error 0.30), 0.500 ± 0.015 ms at batch 1, 64.0 ± 1.3 ms "
+        "at batch 128"
+    )
+    search.budget = Budget(latency_ms={1: 0.1})
+    search.points = [made.point]
+    assert finish.advice(search, made.point)[0].endswith("3 branches removed, 8 bits with 0.500 ± 0.015 ms.")
 
 
 def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
