@@ -217,7 +217,8 @@ def front_table(front: Front, best: str = "model.onnx") -> Table:
     table = Table(
         title=title,
         title_justify="left",
-        caption=f"* = {best}. All choices were made on validation images.",
+        caption=f"* = {best}. ± is half of the 95 % interval of a latency; the original is the reference. "
+        "All choices were made on validation images.",
     )
     table.add_column("point", min_width=_NAME_WIDTH)
     for column in ("val., %", "test, %", *(f"ms,\nbatch {size}" for size in sizes), "MB"):
@@ -257,6 +258,6 @@ def _folded(line: str, width: int) -> list[str]:
 
 def _cells(point: Point, mark: str) -> list[RenderableType]:
     tested = "" if point.test is None else f"{point.test:.2f}"
-    times = [f"{value:.3g}" for value in point.latency_ms.values()]
+    times = [point.milliseconds(size).replace(" ±", "\n±") for size in point.latency_ms]
     name = _PointName(f"{mark}{point.name}", f"{point.runtime} {point.precision}")
     return [name, f"{point.validation:.2f}", tested, *times, f"{point.bytes / 1e6:.3f}"]

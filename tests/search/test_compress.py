@@ -3,7 +3,10 @@
 import dataclasses
 import importlib
 import json
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +147,51 @@ def test_the_same_call_of_a_finished_search_does_nothing(few, without_time):
     )
 
 
+def test_only_more_minutes_extend_a_finished_search(few, without_time, tmp_path, monkeypatch):
+    """Also where the search ended early: it used a part of its minutes."""
+    out = tmp_path / "out"
+    shutil.copytree(without_time[0].folder, out)
+    file = out / "search.json"
+    state = json.loads(file.read_text())
+    assert state["minutes"] == 0.001
+    file.write_text(json.dumps(state | {"minutes": 45.0, "used": 60.0}))
+
+    def extended(*_given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress, "_search", extended)
+    for minutes in (45.0, 44.0):
+        progress = RecordedProgress()
+        tersor.compress(small(), few, budget=Budget(minutes=minutes), out=out, progress=progress)
+        assert progress.lines[-1].endswith(f"the search is complete. {compress._LONGER}")
+    with pytest.raises(KeyboardInterrupt):
+        tersor.compress(small(), few, budget=Budget(minutes=45.1), out=out)
+
+
+def test_an_extension_that_was_interrupted_goes_on_with_the_same_minutes(few, without_time, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(without_time[0].folder, out)
+
+    def pressed(*_given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress, "feasible_range", pressed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tersor.compress(small(), few, budget=Budget(minutes=0.002), out=out)
+
+
+def test_messages_name_the_argument_in_python_beside_the_option():
+    """Everything below the command line can be called from Python."""
+    source = Path(tersor.__file__).parent
+    files = [*(source / "search").glob("*.py"), source / "core/resources.py", source / "checkpoint/store.py"]
+    for file in files:
+        for line in file.read_text().splitlines():
+            options = re.findall(r"(?<!`)--[a-z][a-z-]*", line)
+            assert not options or "`ray start --head`" in line, f"{file.name}: {line.strip()}"
+    assert "minutes (`--time`)" in compress._LONGER
+
+
 def test_another_call_for_the_same_folder_is_refused(few, without_time):
     result, _ = without_time
     with pytest.raises(InputError, match="belongs to a search with budget"):
@@ -191,7 +239,7 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "resnet20"}, "has no weights. Write --weights"),
+        ({"model": "resnet20"}, "has no weights. Write weights=FILE \\(`--weights FILE`\\)"),
         ({"students": ["resnet20=missing.safetensors"]}, "missing.safetensors of the student resnet20 not found"),
         ({"storage": "nonsense://x"}, "the database nonsense://x cannot be opened"),
         ({"data": "nonsense"}, "unknown data name"),

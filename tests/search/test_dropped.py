@@ -113,7 +113,7 @@ def test_what_the_user_named_is_tried_first_and_otherwise_listed(tmp_path, monke
     search.named, search.bench.broken = named, ("deep-8bit",)
     surveys.survey(search, Space(9, prunable=True, students=["wide", "deep"]))
     assert [what[1] for what in search.bench.log if what[0] == "build"][:3] == [each.name for each in named]
-    assert told[0] == "wide, 8 bits: 49.80 % before training, 0.3 ms at batch 1, 38.4 ms at batch 128"
+    assert told[0] == "wide, 8 bits: 49.80 % before training, 0.300 ms at batch 1, 38.4 ms at batch 128"
     assert told[1] == "deep, 8 bits failed: cannot be built"
     short = searching(tmp_path / "short", minutes=0.2)
     short.named, short.bench.example = named, search.bench.example

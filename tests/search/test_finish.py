@@ -7,7 +7,8 @@ from search_fakes import run, searching
 from tersor.search import finish
 from tersor.search.compression_budget import Budget
 from tersor.search.finish import write_front
-from tersor.search.front import BaselineSpeedup, pick
+from tersor.search.front import BaselineSpeedup, Point, pick
+from tersor.search.front_page import write_front_page
 from tersor.search.verdict_line import last_line, verdict_lines
 
 SIZES = (1, 128)
@@ -42,6 +43,8 @@ def test_the_table_has_the_latency_of_the_final_measurement(tmp_path, monkeypatc
     for size in SIZES:
         assert baseline.latency_ms[size] / best.latency_ms[size] == pytest.approx(made.speedup[size].value)
     assert best in made.points
+    beside = (search.folder.path / best.file).parent / "numbers.json"
+    assert Point.model_validate_json(beside.read_text()) == best, "as in front.json"
 
 
 @pytest.mark.usefixtures("fake_search")
@@ -81,7 +84,7 @@ def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_ch
     limits = {"max_drop": 1.0, "latency_ms": {"1": 0.9}, "megabytes": 0.5}
     lines = verdict_lines(front_of(3).model_copy(update={"limits": limits}))
     assert lines[1:3] == [
-        "Meets the budget: 0.60 of 1 point lost on the validation images, 0.6 of 0.9 ms at batch 1, 0.120 of 0.5 MB.",
+        "Meets the budget: 0.60 of 1 point lost on the validation images, 0.600 of 0.9 ms at batch 1, 0.120 of 0.5 MB.",
         "Chosen because it has the lowest latency within the budget, the geometric mean of batch 1 and 128.",
     ]
     limits["max_drop"] = None
@@ -114,6 +117,48 @@ def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_pat
         + files.partition("; ")[2]
     )
     assert verdict_lines(closest)[0].endswith("smaller than the original. No network meets the budget.")
+
+
+def with_another_runtime(made, milliseconds, **changed):
+    """The sample with other latencies of the original in ONNX Runtime, which is not the target runtime."""
+    elsewhere = {"latency_ms": dict(zip(SIZES, milliseconds, strict=True)), "bytes": 10**5} | changed
+    baselines = [each.model_copy(update=elsewhere if each.runtime == "onnxruntime" else {}) for each in made.baselines]
+    return made.model_copy(update={"baselines": baselines})
+
+
+@pytest.mark.parametrize("best", ["best", "original-8bit"])
+def test_a_faster_file_of_another_runtime_is_in_the_verdict_and_in_the_last_line(tmp_path, best):
+    made = front_of(3).model_copy(update={"best": best, "limits": {"max_drop": 1, "latency_ms": {}, "megabytes": None}})
+    error = dict.fromkeys(SIZES, 0.02)
+    found = with_another_runtime(made, (0.5, 60.0), latency_error=error)
+    sentence = " Original-onnxruntime (ONNX Runtime, float32) is faster without a search: 0.500 ± 0.010 ms at batch 1"
+    if best != "best":  # whose batch of 128 takes 47 ms
+        sentence += ", 60.0 ± 1.2 ms at batch 128"
+    sentence += ". It meets the budget."
+    assert verdict_lines(found)[0].endswith(sentence)
+    file = tmp_path / found.point("original-onnxruntime").file
+    use = f"Use {file} in ONNX Runtime; in OpenVINO, use {tmp_path / 'model.onnx'}; "
+    assert f"{sentence} {use}" in last_line(found, tmp_path)
+    assert f"{sentence}</h1>" in write_front_page(tmp_path, found).read_text()
+    slower = with_another_runtime(made, (9.0, 900.0))
+    for line in (verdict_lines(slower)[0], last_line(slower, tmp_path)):
+        assert "without a search" not in line
+
+
+def test_a_faster_file_of_another_runtime_that_exceeds_a_limit_is_not_recommended(tmp_path):
+    missed = {"met": False, "shortfall": "it is slow", "limits": {"max_drop": 1, "latency_ms": {}, "megabytes": 0.05}}
+    made = with_another_runtime(front_of(3).model_copy(update=missed), (0.1, 9.0))
+    lacking = "It does not meet the budget: it has 0.100 MB, 2.00 times the limit."
+    assert verdict_lines(made)[0].endswith(lacking)
+    assert f" {lacking} {tmp_path / 'model.onnx'} is the closest network that was found; " in last_line(made, tmp_path)
+    fitting = with_another_runtime(made, (0.1, 9.0), bytes=10**4)
+    file = tmp_path / made.point("original-onnxruntime").file
+    assert (
+        f" It meets the budget. Use {file} in ONNX Runtime; in OpenVINO, {tmp_path / 'model.onnx'} is the closest "
+        "network that was found; "
+    ) in last_line(fitting, tmp_path)
+    equal = with_another_runtime(made, (0.99 * 0.6, 0.99 * 0.6 * 128**0.9), latency_error=dict.fromkeys(SIZES, 0.02))
+    assert "without a search" not in verdict_lines(equal)[0], "not measurably faster"
 
 
 def test_a_saturated_metric_is_said():

@@ -47,7 +47,7 @@ def test_the_state_is_read_again_and_belongs_to_its_arguments(tmp_path):
 @pytest.mark.parametrize("text", ["{}", "damaged", '{"arguments": {}, "study": "a", "more": 1}'])
 def test_a_state_of_another_version_is_refused(tmp_path, text):
     (tmp_path / "search.json").write_text(text)
-    with pytest.raises(InputError, match=r"Choose another folder with --out\."):
+    with pytest.raises(InputError, match=r"Choose another folder with out \(`--out`\)\."):
         SearchFolder(tmp_path, {})
 
 
@@ -187,9 +187,9 @@ def test_the_range_in_words(tmp_path):
     search = searching(tmp_path / "out", minutes=20.0, budget=Budget(max_drop=0.1))
     search.bench.time.work(60.0)
     lines = describe_range(search)
-    assert lines[1] == "  onnxruntime float32: 90.00 %, 2 ms at batch 1, 256 ms at batch 128, 0.200 MB"
+    assert lines[1] == "  onnxruntime float32: 90.00 %, 2.00 ms at batch 1, 256 ms at batch 128, 0.200 MB"
     assert lines[2].startswith(
-        "  onnxruntime int8: 89.80 %, 1 ms at batch 1, 128 ms at batch 128, 0.200 MB; it loses 0.20"
+        "  onnxruntime int8: 89.80 %, 1.00 ms at batch 1, 128 ms at batch 128, 0.200 MB; it loses 0.20"
     )
     assert lines[3] == "budget: at most 0.1 points lost; goal: the fastest network within it"
     # reserve: 6 s of 1200, one and a half final measurements of 2 * 5 s, two points of 1 s; the survey gets 120 s

@@ -126,15 +126,34 @@ def test_a_budget_picks(budget, name):
 def test_what_a_point_lacks_is_said_in_numbers():
     text = shortfall(POINTS[3], Budget(max_drop=1, latency_ms={1: 0.1}, megabytes=0.05), 90.0)
     assert text == (
-        "it loses 10.00 points, 9.00 more than allowed; it takes 0.3 ms at batch 1, 3.00 times the limit; "
+        "it loses 10.00 points, 9.00 more than allowed; it takes 0.300 ms at batch 1, 3.00 times the limit; "
         "it has 0.100 MB, 2.00 times the limit"
     )
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "error", "shown"),
+    [
+        (0.68512, 0.03, "0.685 ± 0.021"),
+        (0.98765, 0.0, "0.988"),
+        (12.345, 0.005, "12.3 ± 0.1"),  # rounded up: an error is never shown too small
+        (256.4, 0.1, "256 ± 26"),
+        (1234.5, 0.02, "1234 ± 25"),
+        (0.0123, 0.5, "0.0123 ± 0.0062"),
+    ],
+)
+def test_a_latency_is_shown_with_its_error(milliseconds, error, shown):
+    assert point("a", 90.0, milliseconds, error=error).milliseconds(1) == shown
+
+
+def test_all_latencies_are_shown_with_their_errors():
+    assert point("a", 90.0, 2.0, error=0.03).latencies == "2.00 ± 0.06 ms at batch 1, 40.0 ± 1.2 ms at batch 32"
 
 
 def test_an_excess_that_is_not_measurable_is_called_so():
     near = point("near", 90.0, 2.02, 50_017, error=0.02)
     assert shortfall(near, Budget(latency_ms={1: 2.0}, megabytes=0.05), 90.0) == (
-        "it takes 2.02 ms at batch 1, 1.00 % above the limit, within the measurement error; "
+        "it takes 2.02 ± 0.05 ms at batch 1, 1.00 % above the limit, within the measurement error; "
         "it has 0.050 MB, 0.03 % above the limit"
     )
 

@@ -107,6 +107,18 @@ def test_the_script_gets_the_numbers_of_every_point(page):
     assert order == sorted(order)
 
 
+def test_latencies_have_their_errors_in_the_table_the_charts_and_the_data_of_the_script(tmp_path):
+    made = front_of(0)
+    best = made.points[0].model_copy(update={"latency_error": {1: 0.03, 128: 0.02}})
+    text = write_front_page(tmp_path, made.model_copy(update={"points": [best], "dominated": []})).read_text()
+    shown = {"1": "0.600 ± 0.018", "128": "47.3 ± 1.0"}
+    assert {each["name"]: each["milliseconds"] for each in data_of(text)["points"]}["best"] == shown
+    for size, milliseconds in shown.items():
+        assert f"<td>{milliseconds}</td>" in text
+        assert f"93.40 %, {milliseconds} ms at batch {size}" in text
+    assert "± is half of the 95 % interval of a latency" in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 def test_every_control_in_chromium(page):
@@ -218,6 +230,7 @@ def _pair(browser):
         "prediction agreement of the two, %97.50",
         "Score by class",
         "cat93.092.4−0.60 points",
+        "latency at batch 1, ms2.000.6003.33x lower",
         "layer55.conv",
     ):
         assert part in browser.value(text), part

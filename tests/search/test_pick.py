@@ -1,6 +1,7 @@
 """`tersor pick` without limits, and by the name of a point."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 from tersor import cli
 from tersor.cli_compress import front_table
 from tersor.core.errors import InputError
+from tersor.search.compression_budget import Budget
 from tersor.search.front import front
 from tersor.search.result import Result
 from tersor.search.verdict_line import verdict_lines
@@ -42,15 +44,53 @@ def test_a_point_is_chosen_by_its_name(tmp_path, monkeypatch, capfd):
     choice = result.pick(point=dominated.name)
     assert choice.point == dominated
     assert choice.shortfall.startswith("it takes")
-    names = ", ".join(point.name for point in made.points)
-    with pytest.raises(InputError, match=rf"has no point 8bit\. The points of the front: {names}\.$"):
-        result.pick(point="8bit")
     with pytest.raises(InputError, match="Give either the name of a point or limits"):
         result.pick(point="best", max_drop=1)
     shown = printed(["pick", tmp_path, "--point", dominated.name], monkeypatch, capfd)
     assert f"│ * {dominated.name} " in shown
     assert f"{dominated.name} does not meet the budget: it takes" in shown
     assert f"chosen: {dominated.name}\n" in shown
+
+
+def test_a_wrong_name_of_a_point_gets_the_possible_ones_and_the_most_similar(tmp_path, monkeypatch, capfd):
+    made = front_of(3)
+    (tmp_path / "front.json").write_text(made.model_dump_json())
+    names = dict.fromkeys(point.name for point in (*made.points, *made.baselines))
+    dominated = len(made.dominated)
+    assert dominated
+    message = (
+        f"{tmp_path} has no point 'orignal-8bit'. Did you mean original-8bit? Points of the front and free baselines: "
+        f"{', '.join(names)}. report.html has {dominated} more."
+    )
+    with pytest.raises(InputError) as refused:
+        Result(tmp_path, made).pick(point="orignal-8bit")
+    assert str(refused.value) == message
+    monkeypatch.setattr(sys, "argv", ["tersor", "pick", str(tmp_path), "--point", "orignal-8bit"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert message in capfd.readouterr().err
+    hidden = made.dominated[0].name
+    with pytest.raises(InputError, match=f"Did you mean {hidden}"):
+        Result(tmp_path, made).pick(point=f"{hidden}x")
+    with pytest.raises(InputError, match=r"has no point 'zzz'\. Points of the front"):
+        Result(tmp_path, made).pick(point="zzz")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"latency": {1: 2.0}}, "unknown limit 'latency'. Did you mean 'latency_ms'? Possible: latency_ms, max_drop,"),
+        ({"minutes": 5}, "unknown limit 'minutes'. Possible: latency_ms, max_drop, megabytes."),
+        ({"point": "best", "drop": 1}, "unknown limit 'drop'. Did you mean 'max_drop'?"),
+        ({"budget": 0.5}, "budget is a float. Pass tersor.Budget(max_drop=0.5), or max_drop=0.5."),
+        ({"budget": Budget(), "max_drop": 1}, "a budget and max_drop are given. Give either a budget or limits."),
+        ({"budget": Budget(), "point": "best"}, "Give either the name of a point or limits."),
+    ],
+)
+def test_wrong_arguments_of_pick_get_one_message(tmp_path, given, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Result(tmp_path, front_of(3)).pick(**given)
 
 
 def test_a_point_that_is_equal_to_one_of_the_front_but_meets_the_budget_is_picked(tmp_path):
@@ -83,6 +123,19 @@ def printed(arguments, monkeypatch, capfd):
         cli.main()
     assert not stopped.value.code
     return capfd.readouterr().out
+
+
+def test_the_printed_front_has_the_error_of_each_latency():
+    made = front_of(0)
+    best = made.points[0].model_copy(update={"latency_error": {1: 0.03, 128: 0.02}})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(front_table(made.model_copy(update={"points": [best]})))
+    text = console.export_text()
+    row = next(line for line in text.splitlines() if "* best" in line)
+    below = text.splitlines()[text.splitlines().index(row) + 1]
+    assert [cell.strip() for cell in row.split("│")[4:6]] == ["0.600", "47.3"]
+    assert [cell.strip() for cell in below.split("│")[4:6]] == ["± 0.018", "± 1.0"]
+    assert "± is half of the 95 % interval of a latency" in " ".join(text.split())
 
 
 def test_names_in_the_printed_front_are_folded_after_hyphens():

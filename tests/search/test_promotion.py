@@ -8,13 +8,14 @@ import pytest
 
 from search_fakes import SPACE, baseline, latencies, searching
 from tersor.evaluation.timings import Ratio
-from tersor.search import finish, halving, rest_of_time
+from tersor.search import finish, halving, rest_of_time, rung_training
 from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.halving import halve
 from tersor.search.learning_curves import expected
-from tersor.search.promotion import entrants, improvement, promoted
+from tersor.search.promotion import entrants, hopeful, improvement, promoted
 from tersor.search.rest_of_time import train_and_survey
+from tersor.search.rung_training import seconds_to_train
 from tersor.search.state import Rung
 from tersor.search.study import Record
 
@@ -91,6 +92,53 @@ def test_an_extension_trains_another_candidate_if_its_last_one_cannot_be_improve
     assert halving._rung(search, 2, 1).members == {}
 
 
+def hopeless_student(path):
+    """A search with 100 s for training, a student that lost 60 points in its first 30 s, and a change that lost 1.5."""
+    search = searching(path)
+    student = add(search, Candidate("wide"), 1, 30.0, 0.3, seconds=30.0)
+    change = add(search, Candidate(branches=1), 1, 88.5, 0.6, seconds=30.0)
+    search.folder.state.rungs = [Rung(members={each.of.name: 1 for each in (student, change)}, until=0.0)]
+    for _ in range(2):  # the reserve depends on the total
+        search.clock.total = search.clock.used + 100 + search.reserve(more=1)
+    return search, student, change
+
+
+def test_a_candidate_that_ends_far_below_the_drop_is_not_trained_again(tmp_path):
+    search, student, change = hopeless_student(tmp_path / "out")
+    # 30 + 100 s: 60 * (130 / 30)^-0.6 = 24.9 points lost, with an error of a fifth of the gain
+    assert expected(search, student, 130.0) == pytest.approx(65.1, abs=0.1)
+    assert hopeful(search, [student, change], 100.0) == [change]
+    assert halving._rung(search, 2, 1).members == {change.of.name: 2}
+    assert promoted(search, [student, change], 2, 100.0) == [change, student], "but for this, the best student stays"
+    assert hopeful(search, [student, change], 10_000.0) == [student, change], "more time gives it a chance"
+    search = searching(tmp_path / "other", budget=Budget(latency_ms={1: 1.0}))
+    assert hopeful(search, [student, change], 100.0) == [student, change], "there is no drop to end within"
+
+
+def test_without_a_promising_candidate_others_are_trained_then_more_surveyed_then_the_nearest_is_trained(tmp_path):
+    search, student, change = hopeless_student(tmp_path / "out")
+    search.folder.state.rungs[0].members.pop(change.of.name)
+    for surveyed in (student.of, Candidate()):
+        add(search, surveyed, 0, 20.0, 0.9)
+    assert halving._rung(search, 2, 1, last_resort=False).members == {}, "the time is left for the survey"
+    assert halving._rung(search, 2, 1).members == {student.of.name: 2}
+    others = [add(search, Candidate(branches=count), 0, 80.0 + count, 0.9 - count / 10) for count in (2, 3, 4)]
+    failed = add(search, Candidate(branches=5), 0, 86.0, 0.4)
+    search.study.fail(failed.of, 1, "diverged")
+    rung = halving._rung(search, 2, 1)
+    assert set(rung.members.items()) <= {(each.of.name, 1) for each in others}
+    assert rung.members
+    used = rung.until - search.clock.used
+    assert used == pytest.approx(0.35 * seconds_to_train(search)), "as much as a first rung, and not all"
+
+
+def test_the_survey_goes_on_before_candidates_without_prospects_are_trained_again(tmp_path, monkeypatch):
+    order, found = [], iter([True, False])
+    monkeypatch.setattr(rest_of_time, "_survey_more", lambda *_: order.append("survey") or next(found))
+    train_and_survey(searching(tmp_path / "out"), SPACE, order.append)
+    assert order == [False, "survey", True, "survey", True]
+
+
 def test_for_the_best_metric_a_candidate_is_trained_up_to_the_ceiling(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 1.0}))
     better = add(search, Candidate(branches=1), 0, 99.9, 0.6)
@@ -104,7 +152,7 @@ def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path, monk
     search.bar.tell = told.append
     add(search, Candidate(branches=1), 0, 90.0, 0.6)
     monkeypatch.setattr(rest_of_time, "survey", lambda *_: None)
-    train_and_survey(search, SPACE, lambda: halve(search))
+    train_and_survey(search, SPACE, lambda _last: halve(search))
     assert not search.folder.state.rungs
     assert len(told) == 1
     assert told[0].startswith("10.0 of 10 minutes left, ")
@@ -113,7 +161,7 @@ def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path, monk
     told.clear()
     add(search, Candidate(branches=2), 0, 80.0, 0.5)
     search.folder.state.costs.step = 100.0
-    train_and_survey(search, SPACE, lambda: halve(search))
+    train_and_survey(search, SPACE, lambda _last: halve(search))
     assert told[0].endswith("final measurements: a training takes at least 33.4 minutes"), "no time for twenty steps"
 
 
@@ -136,6 +184,18 @@ def test_the_expected_improvement_by_hand(tmp_path, power):
     search.points = [search.original.model_copy(update={"validation": 50.0, "name": "lost"})]
     gain = math.log(2.0 / 0.5)  # nothing is within the budget: relative to the slowest point
     assert improvement(search, made, 89.5, power) == pytest.approx(gain * probability**power)
+
+
+def test_the_line_about_a_training_has_the_errors_of_its_drop_and_its_latencies(tmp_path):
+    search = searching(tmp_path / "out")
+    made = add(search, Candidate(branches=3), 1, 88.0, 0.5, drop_error=0.3, latency_error={1: 0.03, 128: 0.02})
+    assert rung_training._described(search, made) == (
+        "original-branches3-8bit-1: 88.00 % (-2.00, standard error 0.30), 0.500 ± 0.015 ms at batch 1, 64.0 ± 1.3 ms "
+        "at batch 128"
+    )
+    search.budget = Budget(latency_ms={1: 0.1})
+    search.points = [made.point]
+    assert finish.advice(search, made.point)[0].endswith("3 branches removed, 8 bits with 0.500 ± 0.015 ms.")
 
 
 def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):

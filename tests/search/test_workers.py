@@ -1,8 +1,12 @@
 """Trainings in several processes: the plan with made-up durations, and real Ray workers."""
 
+import importlib
 import os
+import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +22,10 @@ from tersor.search.halving import halve
 from tersor.search.plan import RUNG_SIZES
 from tersor.search.space import Space
 from tersor.search.survey import survey
-from tersor.search.workers import Placement, read_folder, write_folder
+from tersor.search.workers import Placement, Worker, read_folder, started, write_folder
 
 SPACE = Space(branches=9, prunable=True, students=list(STUDENTS))
+workers_module = importlib.import_module("tersor.search.workers")
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 
 
@@ -146,6 +151,90 @@ class Loss:
         return nn.functional.cross_entropy(outputs, targets)
 
 
+class FakeRay:
+    """A cluster on which an actor is its arguments."""
+
+    def __init__(self):
+        self.folders, self.killed, self.removed = [], 0, []
+
+    def init(self, **_options):
+        pass
+
+    def shutdown(self):
+        pass
+
+    def cluster_resources(self):
+        return {"CPU": 4.0}
+
+    def nodes(self):
+        return [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": True}, {"NodeID": "c", "Alive": False}]
+
+    def kill(self, _actor):
+        self.killed += 1
+
+    def wait(self, tasks, *, num_returns, timeout):
+        assert (num_returns, timeout) == (len(tasks), 20.0)
+
+    def remote(self, **_options):
+        return lambda made: SimpleNamespace(
+            remote=lambda *_given, scratch, **_more: self.folders.append(scratch),
+            options=lambda scheduling_strategy: SimpleNamespace(
+                remote=lambda folder: self.removed.append((made, folder, scheduling_strategy))
+            ),
+        )
+
+
+@pytest.fixture
+def ray(monkeypatch, tmp_path):
+    made = FakeRay()
+    monkeypatch.setattr(workers_module, "_ray", lambda: made)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft))
+    monkeypatch.setitem(sys.modules, "ray.util.scheduling_strategies", strategies)
+    return made
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_the_search_makes_and_removes_the_folders_of_its_workers(tmp_path, ray, address):
+    """Ray ends workers without any clean-up of their own."""
+    bench = SimpleNamespace(students={}, tests_choose=False, folder=tmp_path)
+
+    def interrupted():
+        with started(Placement(2, address), None, bench):
+            (scratch,) = tmp_path.glob("tersor-*")
+            assert ray.folders == [scratch / "0", scratch / "1"]
+            (scratch / "0").mkdir()
+            (scratch / "0" / "checkpoint").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    scratch = ray.folders[0].parent
+    assert not list(tmp_path.iterdir())
+    assert ray.killed == 2, "none writes while the folder is removed"
+    nodes = [(folder, node) for _, folder, node in ray.removed]
+    assert nodes == ([(scratch, ("a", False)), (scratch, ("b", False))] if address else []), "on all machines"
+    for remove, _, _ in ray.removed:
+        scratch.mkdir()
+        remove(scratch)
+        assert not scratch.exists()
+        remove(scratch)
+
+
+def test_a_worker_uses_the_folder_that_it_is_given(tmp_path, monkeypatch):
+    scratch = tmp_path / "tersor-x" / "0"
+    made = []
+    monkeypatch.setattr(workers_module, "experiment_of", lambda *_: None)
+    monkeypatch.setattr(workers_module, "Workbench", lambda *given: made.append(given[2]))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for _ in ("first", "one that replaces it after its death"):
+        Worker(None, {}, str(tmp_path / "elsewhere"), 1, tests_choose=False, scratch=scratch)
+        assert list(scratch.iterdir()) == []
+        (scratch / "checkpoint").touch()
+    assert made == [scratch, scratch]
+    assert list(tmp_path.iterdir()) == [scratch.parent]
+
+
 @needs_ray
 @pytest.mark.slow
 def test_two_workers_of_a_local_cluster_train_and_one_that_dies_is_replaced(tmp_path, monkeypatch):
@@ -153,6 +242,7 @@ def test_two_workers_of_a_local_cluster_train_and_one_that_dies_is_replaced(tmp_
 
     cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     torch.manual_seed(0)
     deadly = tmp_path / "deadly"
     deadly.touch()
@@ -165,6 +255,7 @@ def test_two_workers_of_a_local_cluster_train_and_one_that_dies_is_replaced(tmp_
         out=tmp_path / "out",
     )
     assert not deadly.exists()
+    assert not list(tmp_path.glob("tersor-*")), "the folders of the workers"
     trained = [point for point in [*result.numbers.points, *result.numbers.dominated] if point.steps]
     assert trained
     assert all(point.validation > 15 for point in trained)

@@ -94,7 +94,8 @@ class Checkpoints:
             lock.acquire(timeout=0)
         except Timeout:
             raise InputError(
-                f"another process is writing to {self.folder}. Wait for it, or choose another folder with --out."
+                f"another process is writing to {self.folder}. Wait for it, or choose another folder with out "
+                "(`--out`)."
             ) from None
         except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
             for folder in above:
@@ -108,15 +109,15 @@ class Checkpoints:
         begun = self.folder / _RECIPE
         if not resume:
             raise InputError(
-                f"{self.folder} holds an unfinished run. Add --resume to resume it, remove the folder, or choose "
-                "another one with --out."
+                f"{self.folder} holds an unfinished run. Add resume=True (`--resume`) to resume it, remove the "
+                "folder, or choose another one with out (`--out`)."
             )
         before = begun.read_text(errors="replace")
         if before != recipe:
             changed = changes(before)
             raise InputError(
                 f"{self.folder} belongs to another recipe{f' ({changed})' if changed else ''}. Resume it with "
-                f"{begun}, or choose another folder with --out."
+                f"{begun}, or choose another folder with out (`--out`)."
             )
 
     @property
@@ -160,7 +161,8 @@ class Checkpoints:
             shutil.rmtree(scratch, ignore_errors=True)
             raise InputError(
                 f"cannot write a checkpoint to {self.folder}: {error}. The last checkpoint is "
-                f"{self.last or 'none'}. Free disk space, then resume with --resume."
+                f"{self.last or 'none'}. Free disk space, then repeat the call. A run also needs resume=True "
+                "(`--resume`)."
             ) from error
         self.last = str(path)
         replaced = [old for old in self._folders(f"{unit:02d}-{name}-{place}-{_ANY_HASH}") if old != path]

@@ -42,9 +42,7 @@ from tersor.tasks.multilabel import Multilabel
 
 _LARGE = 64
 """Image size from which latency is measured at batch 32 instead of 128."""
-_USED_UP = 0.9
-"""A finished search that used at least this share of its time is complete."""
-_LONGER = "--time is the total time: to search longer, repeat the command with a larger --time."
+_LONGER = "The minutes (`--time`) are the total time: to search longer, repeat the same call with more minutes."
 _MEMORY = "Close other programs, or use smaller images or a smaller network."
 
 
@@ -135,7 +133,7 @@ def compress(
     )
     folder = SearchFolder(out, {**request.arguments, "budget": str(budget)})
     minutes = budget.minutes or DEFAULT_MINUTES
-    if folder.state.finished and folder.state.used >= 60 * _USED_UP * minutes:
+    if folder.state.finished and minutes <= folder.state.minutes:
         progress.say(f"{out}: the search is complete. {_LONGER}")
         return Result(out, read_front(out))
     clock = Clock(minutes, folder.state.used + now() - begun, now)
@@ -146,7 +144,9 @@ def compress(
 
 def _placement(workers: int | None, address: str | None) -> Placement | None:
     if workers is None and address is not None:
-        raise InputError("ray_address needs workers: write the number of processes too, such as --workers 4.")
+        raise InputError(
+            "ray_address needs workers: write the number of processes too, such as workers=4 (`--workers 4`)."
+        )
     return None if workers is None else Placement(workers, address)
 
 
@@ -206,7 +206,7 @@ def _run(search: Search, request: Request, placement: Placement | None = None) -
         for line in saturation(write_front(search, finished=False)):
             search.bar.tell(line)
         with started(placement, request, search.bench) if placement else nullcontext() as workers:
-            train_and_survey(search, space, lambda: halve(search, workers))
+            train_and_survey(search, space, lambda last: halve(search, workers, last_resort=last))
     except BaseException:
         if search.original is not None:
             write_front(search, finished=False)
@@ -217,7 +217,7 @@ def _run(search: Search, request: Request, placement: Placement | None = None) -
     try:
         write_evidence(search, made, tested)
     finally:  # a killed search repeats it, but an error in it would only come again
-        state.finished = True
+        state.finished, state.minutes = True, search.clock.minutes
         search.save()
     made = made.model_copy(update={"minutes_used": search.clock.used / 60})
     search.folder.write_front(made)

@@ -36,6 +36,9 @@ def write_front(search: Search, *, finished: bool) -> Front:
     best, kept, speedup = search.choose(), search.front(), dict[int, BaselineSpeedup]()
     if finished:
         best, kept, speedup = _time_best(search, kept)
+        for point in kept:
+            if not point.free:  # the free baselines share a folder
+                search.folder.write_numbers(point)
     names = {point.name for point in kept}
     data = search.bench.experiment.data
     images = len(search.bench.validation.images)
@@ -156,10 +159,10 @@ def _out_of_reach(search: Search, best: Point) -> list[str]:
     for size, limit in search.budget.latency_ms.items():
         if f"latency {size}" in lacking:
             fastest = min(search.points, key=lambda point: point.latency_ms[size])
-            if (least := fastest.latency_ms[size]) > limit:
+            if fastest.latency_ms[size] > limit:
                 lines.append(
                     f"Latency: no network reached {limit:g} ms at batch {size}; the fastest is {fastest.description} "
-                    f"with {least:.3g} ms."
+                    f"with {fastest.milliseconds(size)} ms."
                 )
     limit, smallest = search.budget.megabytes, min(search.points, key=lambda point: point.bytes)
     if limit is not None and "size" in lacking and smallest.bytes / 1e6 > limit:

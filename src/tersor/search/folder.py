@@ -125,8 +125,8 @@ class SearchFolder:
                 f"with {name} {_shown(begun.get(name))}, but {_shown(arguments.get(name))} is given" for name in changed
             ]
             raise InputError(
-                f"{self.path} belongs to a search {'; '.join(texts)}. Repeat the same command to resume it, or choose "
-                "another folder with --out."
+                f"{self.path} belongs to a search {'; '.join(texts)}. Use the same arguments to resume it, or choose "
+                "another folder with out (`--out`)."
             )
 
     @contextmanager
@@ -146,7 +146,8 @@ class SearchFolder:
                 (self.path / folder).mkdir(exist_ok=True)
         except Timeout:
             raise InputError(
-                f"another search is running in {self.path}. Wait until it ends, or choose another folder with --out."
+                f"another search is running in {self.path}. Wait until it ends, or choose another folder with "
+                "out (`--out`)."
             ) from None
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}.") from error
@@ -208,9 +209,12 @@ class SearchFolder:
 
     def write_point(self, point: Point, recipe: str) -> None:
         """Write the recipe and the numbers beside a point's file."""
-        folder = (self.path / point.file).parent
-        write_file(folder / RECIPE, recipe.encode())
-        write_file(folder / "numbers.json", point.model_dump_json(indent=1).encode())
+        write_file((self.path / point.file).parent / RECIPE, recipe.encode())
+        self.write_numbers(point)
+
+    def write_numbers(self, point: Point) -> None:
+        """Write the numbers beside a point's file."""
+        write_file((self.path / point.file).parent / "numbers.json", point.model_dump_json(indent=1).encode())
 
     def provide(self, file: Path) -> None:
         """Copy a file to `model.onnx` if there is none yet."""
@@ -251,7 +255,7 @@ def read_front(path: Path) -> Front:
     """
     file = path / FRONT
     if not file.is_file() and (path / STATE).is_file():
-        raise InputError(f"the search in {path} was stopped before it had measured anything. Repeat its command.")
+        raise InputError(f"the search in {path} was stopped before it had measured anything. Start it again.")
     if not file.is_file():
         raise InputError(f"{path} has no {FRONT}. Give the folder that `tersor compress` wrote.")
     try:

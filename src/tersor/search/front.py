@@ -72,6 +72,18 @@ class Point(BaseModel):
         """Geometric mean of the latencies."""
         return math.exp(sum(map(math.log, self.latency_ms.values())) / len(self.latency_ms))
 
+    def milliseconds(self, size: int) -> str:
+        """The latency at a batch size and its error: "0.685 ± 0.021"."""
+        value = self.latency_ms[size]
+        places = max(0, 2 - math.floor(math.log10(value)))
+        error = math.ceil(10**places * value * self.latency_error.get(size, 0.0)) / 10**places
+        return f"{value:.{places}f}" + (f" ± {error:.{places}f}" if error else "")
+
+    @property
+    def latencies(self) -> str:
+        """All latencies: "0.685 ± 0.021 ms at batch 1, 40.1 ± 0.9 ms at batch 128"."""
+        return ", ".join(f"{self.milliseconds(size)} ms at batch {size}" for size in self.latency_ms)
+
 
 def like(point: Point, other: Point) -> Point:
     """The point with the latencies and the size of another one wherever the two are equal.
@@ -148,7 +160,7 @@ def share_of_budget(point: Point, budget: Budget, original: float) -> str:
         lost = max(0.0, original - point.validation)
         texts.append(f"{lost:.2f} of {in_points(budget.points)} lost on the validation images")
     for size, limit in budget.latency_ms.items():
-        texts.append(f"{point.latency_ms[size]:.3g} of {limit:g} ms at batch {size}")
+        texts.append(f"{point.milliseconds(size)} of {limit:g} ms at batch {size}")
     if budget.megabytes is not None:
         texts.append(f"{point.bytes / 1e6:.3f} of {budget.megabytes:g} MB")
     return ", ".join(texts)
@@ -208,7 +220,7 @@ def shortfall(point: Point, budget: Budget, original: float) -> str:
         else:
             size = int(name.removeprefix("latency "))
             inside = math.log(value) <= point.latency_error.get(size, 0.0)
-            text = f"it takes {point.latency_ms[size]:.3g} ms at batch {size}, {_excess(value)}"
+            text = f"it takes {point.milliseconds(size)} ms at batch {size}, {_excess(value)}"
             texts.append(text + (", within the measurement error" if inside else ""))
     return "; ".join(texts)
 

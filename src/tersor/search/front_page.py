@@ -44,6 +44,16 @@ class Chart:
     top: float
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """The horizontal axis of a chart: its title, and of a point the value, its text, and the limit of the value."""
+
+    title: str
+    value: Callable[[Point], float]
+    text: Callable[[Point], str]
+    limit: float | None = None
+
+
 def write_front_page(folder: Path, front: Front) -> Path:
     """Write `report.html`; returns it."""
     points = [*front.baselines, *front.points, *front.dominated]
@@ -95,6 +105,7 @@ def _explorer_data(
                 "validation": round(point.validation, 4),
                 "test": point.test,
                 "latency": point.latency_ms,
+                "milliseconds": {size: point.milliseconds(size) for size in point.latency_ms},
                 "megabytes": point.bytes / 1e6,
                 "macs": point.macs / 1e6,
                 "steps": point.steps,
@@ -125,18 +136,24 @@ def charts(front: Front, points: list[Point]) -> list[Chart]:
     """The metric against the latency at each batch size, the size of the file and the MACs."""
     sizes = list(front.points[0].latency_ms)
     limits: dict[str, Any] = front.limits
-    panels: list[tuple[str, Callable[[Point], float], float | None]] = [
-        (f"ms at batch {size}", lambda point, size=size: point.latency_ms[size], limits["latency_ms"].get(str(size)))
+    panels = [
+        _Panel(
+            f"ms at batch {size}",
+            lambda point, size=size: point.latency_ms[size],
+            lambda point, size=size: point.milliseconds(size),
+            limits["latency_ms"].get(str(size)),
+        )
         for size in sizes
     ]
-    panels.append(("MB", lambda point: point.bytes / 1e6, limits["megabytes"]))
-    panels.append(("million MACs", lambda point: point.macs / 1e6, None))
-    return [_chart(front, points, title, value, limit) for title, value, limit in panels]
+    panels.append(
+        _Panel("MB", lambda each: each.bytes / 1e6, lambda each: f"{each.bytes / 1e6:.3g}", limits["megabytes"])
+    )
+    panels.append(_Panel("million MACs", lambda each: each.macs / 1e6, lambda each: f"{each.macs / 1e6:.3g}"))
+    return [_chart(front, points, panel) for panel in panels]
 
 
-def _chart(
-    front: Front, points: list[Point], title: str, value: Callable[[Point], float], limit: float | None
-) -> Chart:
+def _chart(front: Front, points: list[Point], panel: _Panel) -> Chart:
+    title, value, limit = panel.title, panel.value, panel.limit
     values = [*map(value, points), *([] if limit is None else [limit])]
     low, high = min(values) / _MARGIN, max(values) * _MARGIN
     best = max(point.validation for point in points)
@@ -158,7 +175,7 @@ def _chart(
             "x": place(value(point)),
             "y": height(point.validation),
             "kind": _kind(point, kept),
-            "label": f"{point.name} ({point.description}): {point.validation:.2f} %, {value(point):.3g} {title}",
+            "label": f"{point.name} ({point.description}): {point.validation:.2f} %, {panel.text(point)} {title}",
         }
         for point in points
     ]

@@ -5,6 +5,9 @@ resource is time, not steps, since a step of a fast network costs less: each can
 Each rung is a training stage of its own, from the weights of the rung before. The last rungs have one candidate and
 most of the time. The candidate of the very last one is chosen again from all: if the best one is already within the
 budget, a faster one can have the rest of the time.
+
+A candidate that is not expected to end within the drop, even after all of the time left, is not trained again, unless
+nothing else can use the time.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import math
 
 from tersor.search.candidate import Candidate
 from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
-from tersor.search.promotion import entrants, promoted
+from tersor.search.promotion import entrants, hopeful, promoted
 from tersor.search.rung_training import seconds_to_train, train_candidates
 from tersor.search.search_context import Search
 from tersor.search.state import Rung
@@ -26,7 +29,7 @@ _LEAST_OVERHEADS = 10
 """A training is divided if its second part has at least so many times the seconds of attaching and exporting."""
 
 
-def halve(search: Search, workers: Workers | None = None) -> None:
+def halve(search: Search, workers: Workers | None = None, *, last_resort: bool = True) -> None:
     """Train candidates in rungs until the time is used up.
 
     If a finished search gets more time, its last candidate is trained further.
@@ -34,6 +37,8 @@ def halve(search: Search, workers: Workers | None = None) -> None:
     Args:
         search: the search.
         workers: processes that train several candidates at a time; by default, this one trains one after the other.
+        last_resort: whether candidates that are not expected to end within the drop are trained further if there are no
+            others; else the time is left for surveying more candidates.
     """
     state = search.folder.state
     by_name = {record.of.name: record.of for record in search.study.records()}
@@ -41,7 +46,7 @@ def halve(search: Search, workers: Workers | None = None) -> None:
         if len(state.rungs) < number:
             if state.rungs and state.rungs[-1].until is None and not _worthwhile(search):
                 return
-            made = _rung(search, number, workers.count if workers else 1)
+            made = _rung(search, number, workers.count if workers else 1, last_resort=last_resort)
             if not made.members:
                 return
             state.rungs.append(made)
@@ -75,12 +80,13 @@ def _least_seconds(search: Search) -> float:
     return max(_LEAST_SHARE * search.clock.total, 3 * costs.overhead)
 
 
-def _rung(search: Search, number: int, at_once: int) -> Rung:
+def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True) -> Rung:
     """The candidates of a rung, and its end; `at_once` of them are trained at the same time."""
     state, available = search.folder.state, seconds_to_train(search)
     share = RUNGS[number - 1] if number <= len(RUNGS) else 1.0
     short = number == len(RUNGS) and (1 - share) * available < _LEAST_OVERHEADS * state.costs.overhead
     last = number > len(RUNGS) or state.extended or short
+    fresh: list[Record] = []
     if number == 1:
         seconds = max(share, LEAST_FIRST) * available
         count = state.costs.entrants(seconds, at_once) or min(1, state.costs.entrants(available))
@@ -90,19 +96,24 @@ def _rung(search: Search, number: int, at_once: int) -> Rung:
         largest = RUNG_SIZES[min(number, len(RUNG_SIZES)) - 1] * at_once
         count = max(1, min(largest, state.costs.entrants(share * available, at_once)))
         left = available * (math.prod(1 - each for each in RUNGS[number - 1 : -1]) if count > at_once else 1.0)
-        chosen = promoted(search, _trained(search), count, left, last=last)
-        if state.extended and not chosen:
-            chosen = _never_trained(search)
-    last = last or (len(chosen) <= at_once and number < len(RUNGS))
+        trained = _trained(search)
+        kept = hopeful(search, trained, available)
+        chosen = promoted(search, kept, count, left, last=last)
+        if not chosen and (state.extended or len(kept) < len(trained)):
+            chosen = fresh = _never_trained(search, 1 if state.extended else count)
+            share = max(share, LEAST_FIRST) if fresh else share
+            if not fresh and last_resort:
+                chosen = promoted(search, trained, count, left, last=last)
+    last = last or (len(chosen) <= at_once and number < len(RUNGS) and not fresh)
     members = {record.of.name: record.rung + 1 for record in chosen}
     return Rung(members=members, until=None if last else search.clock.used + share * available)
 
 
-def _never_trained(search: Search) -> list[Record]:
-    """The surveyed candidate that an extended search trains if its last one cannot be improved."""
+def _never_trained(search: Search, count: int) -> list[Record]:
+    """The surveyed candidates that are trained if no trained one can be improved enough."""
     trained = {record.of.name for record in search.study.records() if record.rung}
-    chosen = [record for record in entrants(search, RUNG_SIZES[0]) if record.of.name not in trained]
-    return [record for record in chosen if record.of != Candidate()][:1]
+    chosen = entrants(search, count, without={*trained, *search.study.failed})
+    return [record for record in chosen if record.of != Candidate()]
 
 
 def _trained(search: Search) -> list[Record]:

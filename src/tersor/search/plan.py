@@ -43,6 +43,10 @@ def speedup_seconds(total: float) -> float:
 class Clock:
     """Seconds that a search has used, those of earlier processes included.
 
+    Attributes:
+        minutes: time of the search.
+        total: its seconds.
+
     Args:
         minutes: time of the search.
         used: seconds that earlier processes used.
@@ -50,7 +54,7 @@ class Clock:
     """
 
     def __init__(self, minutes: float, used: float = 0.0, now: Callable[[], float] = time.monotonic) -> None:
-        self.total = 60 * minutes
+        self.minutes, self.total = minutes, 60 * minutes
         self._now = now
         self._start = now() - used
 

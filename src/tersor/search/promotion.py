@@ -10,7 +10,7 @@ with the same expected improvement, the safer one is trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tersor.search.candidate import Candidate
 from tersor.search.front import CEILING, Point, distance, front, rank, violations
@@ -29,11 +29,20 @@ _DOUBT = 0.2
 _CAUTION = {False: 1.5, True: 2.0}
 """Exponent of the probability in the expected improvement, before the last training and for it."""
 _LEAST_GAIN = 0.01
+_HOPELESS = 0.05
+"""A candidate is trained further if it ends within the drop with at least this probability, or if no other can be."""
 
 
-def entrants(search: Search, count: int) -> list[Record]:
-    """Surveyed candidates to train: the Pareto front and the students, evenly spread over the latencies."""
-    records = [record for record in search.study.records() if not record.rung and improvable(search, record)]
+def entrants(search: Search, count: int, without: Collection[str] = ()) -> list[Record]:
+    """Surveyed candidates to train: the Pareto front and the students, evenly spread over the latencies.
+
+    Args:
+        search: the search.
+        count: the largest number of candidates.
+        without: names of candidates to leave out.
+    """
+    surveyed = [record for record in search.study.records() if not record.rung and record.of.name not in without]
+    records = [record for record in surveyed if improvable(search, record)]
     free = min(point.mean_ms for point in search.points if point.free)
     smaller = search.budget.megabytes is not None
     for share in (_MUCH_FASTER, _FASTER):
@@ -130,13 +139,29 @@ def _key(search: Search, record: Record, metrics: Mapping[str, float], *, last: 
     return distance(_fixed(search, record.point)), -gain if gain > _LEAST_GAIN else 0.0, *order
 
 
+def hopeful(search: Search, trained: Sequence[Record], seconds: float) -> list[Record]:
+    """The trained candidates that may end within the drop after `seconds` more of training."""
+    if search.budget.points is None:
+        return list(trained)
+    metrics = [expected(search, record, record.point.seconds + seconds) for record in trained]
+    return [
+        record
+        for record, metric in zip(trained, metrics, strict=True)
+        if _probability(search, record, metric) >= _HOPELESS
+    ]
+
+
 def improvement(search: Search, record: Record, metric: float, power: float = 1.0) -> float:
     """The probability to this power that a candidate with this expected metric is within the drop, times its gain."""
-    assert search.budget.points is not None
     within = [point for point in search.points if not violations(point, search.budget, search.reference)]
     before = min((point.mean_ms for point in within), default=max(point.mean_ms for point in search.points))
     gained = math.log(before / record.point.mean_ms)
+    return max(0.0, gained) * _probability(search, record, metric) ** power
+
+
+def _probability(search: Search, record: Record, metric: float) -> float:
+    """The probability that a candidate with this expected metric ends within the drop."""
+    assert search.budget.points is not None
     error = math.hypot(record.point.drop_error, _DOUBT * (metric - record.point.validation))
     margin = metric - (search.reference - search.budget.points)
-    probability = (1 + math.erf(margin / (math.sqrt(2) * max(error, 1e-9)))) / 2
-    return max(0.0, gained) * probability**power
+    return (1 + math.erf(margin / (math.sqrt(2) * max(error, 1e-9)))) / 2

@@ -126,8 +126,8 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
         )
     if isinstance(request.model, str) and request.weights is None:
         raise InputError(
-            f"the network {request.model} has no weights. Write --weights FILE: compression starts from a trained "
-            "network."
+            f"the network {request.model} has no weights. Write weights=FILE (`--weights FILE`): compression starts "
+            "from a trained network."
         )
     source = _source(request)
     data = request.data

@@ -16,19 +16,23 @@ _UNUSED = 0.1
 """A search that leaves more than this share of its time unused says why."""
 
 
-def train_and_survey(search: Search, space: Space, train: Callable[[], None]) -> None:
+def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]) -> None:
     """Train; while there is time that no training can use, survey more candidates and train again.
+
+    Candidates that are not expected to end within the drop are trained further only after the survey has continued.
 
     A search that ends early prints the reason; candidates that the user named and that were not tried are listed.
 
     Args:
         search: a search after its survey.
         space: the candidates.
-        train: trains what it can.
+        train: trains what it can; its argument states whether candidates without prospects are trained too.
     """
-    train()
-    while _survey_more(search, space):
-        train()
+    train(False)
+    more = True
+    while more:
+        more = _survey_more(search, space)
+        train(True)
     unused = search.clock.left if search.best is not None and search.best.free else seconds_to_train(search)
     if unused > _UNUSED * search.clock.total:
         left, total = search.clock.left / 60, search.clock.total / 60

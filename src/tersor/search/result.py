@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, nearest, unknown
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, Front
 from tersor.search.front import Point, pick, shortfall, violations
@@ -65,13 +66,12 @@ class Result:
             limits: the parts of a budget instead of a `Budget`: `max_drop`, `latency_ms`, `megabytes`.
 
         Raises:
-            InputError: the budget is not possible, or has a batch size that was not measured; there is no such point,
-                or limits are given as well.
+            InputError: there is no such limit, point or batch size; the budget is not possible; or more than one of
+                a budget, a point and limits are given.
         """
         own = Budget.of_numbers(self.numbers.limits)
+        _check(budget, point, limits)
         if point is not None:
-            if budget is not None or limits:
-                raise InputError(f"the point {point} and limits are given. Give either the name of a point or limits.")
             return self._choice(self._named(point), own)
         if budget is None:
             budget = Budget(**limits) if limits else own  # pyright: ignore[reportArgumentType]
@@ -102,7 +102,31 @@ class Result:
     def _named(self, name: str) -> Point:
         numbers = self.numbers
         points = {point.name: point for point in (*numbers.baselines, *numbers.dominated, *numbers.points)}
-        if name not in points:
-            names = ", ".join(point.name for point in self.front)
-            raise InputError(f"{self.folder} has no point {name}. The points of the front: {names}.")
-        return points[name]
+        if name in points:
+            return points[name]
+        similar, free = nearest(name, points), [point.name for point in numbers.baselines]
+        shown = dict.fromkeys([*(point.name for point in self.front), *free])
+        hint = f" Did you mean {similar}?" if similar else ""
+        others = f" report.html has {len(points) - len(shown)} more." if len(points) > len(shown) else ""
+        raise InputError(
+            f"{self.folder} has no point '{name}'.{hint} Points of the front and free baselines: {', '.join(shown)}."
+            f"{others}"
+        )
+
+
+def _check(budget: Budget | None, point: str | None, limits: Mapping[str, object]) -> None:
+    """Check that the arguments of `pick` name one choice.
+
+    Raises:
+        InputError: they do not.
+    """
+    possible = [each.name for each in fields(Budget) if each.name != "minutes"]
+    for name in limits:
+        if name not in possible:
+            raise unknown("limit", name, possible)
+    if budget is not None and not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"budget is a {type(budget).__name__}. Pass tersor.Budget(max_drop=0.5), or max_drop=0.5.")
+    if point is not None and (budget is not None or limits):
+        raise InputError(f"the point {point} and limits are given. Give either the name of a point or limits.")
+    if budget is not None and limits:
+        raise InputError(f"a budget and {', '.join(limits)} are given. Give either a budget or limits.")

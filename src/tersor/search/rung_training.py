@@ -182,6 +182,6 @@ def _plain(stage: Stage) -> dict[str, Any]:
 
 def _described(search: Search, record: Record) -> str:
     point = record.point
-    times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in point.latency_ms.items())
     drop = point.validation - search.reference
-    return f"{point.name}: {point.validation:.2f} % ({drop:+.2f}, standard error {point.drop_error:.2f}), {times}"
+    change = f"{drop:+.2f}, standard error {point.drop_error:.2f}"
+    return f"{point.name}: {point.validation:.2f} % ({change}), {point.latencies}"

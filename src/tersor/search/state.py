@@ -44,6 +44,7 @@ class State(BaseModel):
         costs: seconds that each kind of work takes.
         baselines: the measured free baselines.
         finished: whether the search ended by itself.
+        minutes: the time given to the search that ended; only a larger one extends it.
         test_runs: names of the points that ran on the test images, for each end of the search.
         extended: whether it got more time after that, in which its last candidate is trained further.
     """
@@ -59,6 +60,7 @@ class State(BaseModel):
     costs: Costs = Costs()
     baselines: list[Point] = []
     finished: bool = False
+    minutes: float = 0.0
     test_runs: list[list[str]] = []
     extended: bool = False
 
@@ -69,7 +71,7 @@ def read_state(file: Path) -> State:
     Raises:
         InputError: it is damaged, or was written by another version.
     """
-    advice = "Choose another folder with --out."
+    advice = "Choose another folder with out (`--out`)."
     try:
         return State.model_validate(read_json(file, advice))
     except ValidationError as error:

@@ -26,8 +26,8 @@ from tersor.search.study import Record
 ORIGINAL, FLOAT32 = "original", "original-float32"
 _PACE_STEPS = 3
 _CHECKPOINT_SECONDS, _MOST_STEPS = 30.0, 200
-_SEEN = 3.0
-"""Standard errors."""
+_SEEN, _PERHAPS_SEEN = 3.0, 2.0
+"""Standard errors from which the original was, or may have been, trained on the validation images."""
 _FOR_ONE = 0.5
 """The survey lasts long enough for one candidate, if that takes at most this share of the time left."""
 _MOST_OF_IT = 0.9
@@ -90,7 +90,7 @@ def _seen(search: Search, file: Path) -> bool:
             f"the original was trained on the validation images: {scores}. Half of the test images are used "
             "for validation instead, the other half for the results."
         )
-    elif validation - test > error or validation == 100 > test:
+    elif validation - test > _PERHAPS_SEEN * error or validation == 100 > test:
         search.bar.tell(
             f"the original may have been trained on the validation images: {scores}. The difference is too small to be "
             "certain, so they stay validation images."
@@ -164,13 +164,12 @@ def _add_free(search: Search, point: Point) -> None:
 def describe_range(search: Search) -> list[str]:
     """Lines that show the feasible range, the budget, the seconds of a training step, and the time plan."""
     state = search.folder.state
-    lines = ["free baselines: the original, without training"]
+    lines = ["free baselines: the original, without training; ± is half of the 95 % interval of a latency"]
     for point in state.baselines:
-        times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in point.latency_ms.items())
         lacking = shortfall(point, search.budget, search.reference)
         lines.append(
-            f"  {point.runtime} {point.precision}: {point.validation:.2f} %, {times}, {point.bytes / 1e6:.3f} MB"
-            + (f"; {lacking}" if lacking else "")
+            f"  {point.runtime} {point.precision}: {point.validation:.2f} %, {point.latencies}, "
+            f"{point.bytes / 1e6:.3f} MB" + (f"; {lacking}" if lacking else "")
         )
     step, reserve = state.costs.step, search.reserve()
     left = max(0.0, search.clock.left - reserve)
@@ -226,8 +225,7 @@ def _described(search: Search, candidate: Candidate) -> str:
     found = search.study.find(candidate)
     if found is None:
         return f"{candidate} failed: {search.study.failed[candidate.name]}"
-    times = ", ".join(f"{value:.3g} ms at batch {size}" for size, value in found.point.latency_ms.items())
-    return f"{candidate}: {found.point.validation:.2f} % before training, {times}"
+    return f"{candidate}: {found.point.validation:.2f} % before training, {found.point.latencies}"
 
 
 def _time_for_another(search: Search) -> bool:

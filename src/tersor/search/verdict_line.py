@@ -7,7 +7,7 @@ from pathlib import Path
 from tersor.report.verdict import RUNTIMES, describe_speedup
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, Front
-from tersor.search.front import CEILING, reason, share_of_budget
+from tersor.search.front import CEILING, Point, like, reason, share_of_budget, shortfall
 
 _MOST_NAMES = 8
 
@@ -21,6 +21,7 @@ def verdict_lines(front: Front) -> list[str]:
         first = f"{best.description}: {metric}, {smaller}. {found}"
     else:
         first = f"{best.description}: {', '.join([*_speedups(front), smaller, metric])}."
+    first = " ".join([first, *_another_runtime(front)])
     budget = Budget.of_numbers(front.limits)
     lines = [
         first,
@@ -41,15 +42,47 @@ def verdict_lines(front: Front) -> list[str]:
 def last_line(front: Front, folder: Path) -> str:
     """The network that was found, its metric and its gain, and the files to use."""
     best, files = front.point(front.best), f"report.html and all networks (points/ and baselines/) are in {folder}."
-    if not front.met:
-        return (
-            f"{best.name}: {_metric(front)}; the budget is not met: {front.shortfall}. {folder / MODEL} is the closest "
-            f"network that was found; {files}"
-        )
     gain = ", ".join(_speedups(front)) or "the speedup was not measured"
     if best.free:
         gain = "a free baseline: no faster network was found within the budget"
-    return f"{best.name}: {_metric(front)}; {gain}. Use {folder / MODEL}; {files}"
+    if not front.met:
+        gain = f"the budget is not met: {front.shortfall}"
+    elsewhere, model = faster_elsewhere(front), str(folder / MODEL)
+    use = f"Use {model}" if front.met else f"{model} is the closest network that was found"
+    if elsewhere is not None and not _shortfall(front, elsewhere):
+        here = f"{use[:1].lower()}{use[1:]}" if front.met else use
+        use = f"Use {folder / elsewhere.file} in {RUNTIMES[elsewhere.runtime]}; in {RUNTIMES[front.runtime]}, {here}"
+    return " ".join([f"{best.name}: {_metric(front)}; {gain}.", *_another_runtime(front), f"{use}; {files}"])
+
+
+def faster_elsewhere(front: Front) -> Point | None:
+    """The fastest free baseline of another runtime, if it is measurably faster than the network at a batch size."""
+    others = [point for point in front.baselines if point.runtime != front.runtime]
+    faster = [point for point in others if _faster_at(point, front.point(front.best))]
+    return min(faster, key=lambda point: point.mean_ms, default=None)
+
+
+def _faster_at(point: Point, best: Point) -> list[int]:
+    """The batch sizes at which a point is faster than the best one by more than the measurement error."""
+    return [size for size, milliseconds in like(point, best).latency_ms.items() if milliseconds < best.latency_ms[size]]
+
+
+def _another_runtime(front: Front) -> list[str]:
+    """A sentence about a file of another runtime that needs no search and is faster."""
+    point = faster_elsewhere(front)
+    if point is None:
+        return []
+    times = ", ".join(
+        f"{point.milliseconds(size)} ms at batch {size}" for size in _faster_at(point, front.point(front.best))
+    )
+    lacking = _shortfall(front, point)
+    budget = f"It does not meet the budget: {lacking}." if lacking else "It meets the budget."
+    name = _named(front, point.name)
+    return [f"{name[:1].upper()}{name[1:]} is faster without a search: {times}. {budget}"]
+
+
+def _shortfall(front: Front, point: Point) -> str:
+    return shortfall(point, Budget.of_numbers(front.limits), front.point(front.original).validation)
 
 
 def _metric(front: Front) -> str:

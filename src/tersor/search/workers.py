@@ -29,6 +29,8 @@ from tersor.search.workbench import Workbench
 
 _SECONDS = 0.5
 """Time between two looks at the workers, while the bar moves."""
+_REMOVAL_SECONDS = 20.0
+"""Longest time for removing the temporary folders on all machines of a cluster."""
 Files = dict[str, bytes]
 
 
@@ -66,6 +68,8 @@ class Worker:
         folder: the working directory of the search, which paths are relative to.
         threads: threads of torch.
         tests_choose: whether half of the test images are used for validation.
+        scratch: a temporary folder of its own. The process that starts the worker removes it, because Ray may kill the
+            worker at any moment.
     """
 
     def __init__(
@@ -76,12 +80,15 @@ class Worker:
         threads: int,
         *,
         tests_choose: bool,
+        scratch: Path,
     ) -> None:
         if Path(folder).is_dir():
             os.chdir(folder)
         torch.set_num_threads(threads)
         experiment = experiment_of(request, NO_PROGRESS)
-        bench = Workbench(experiment, students, Path(tempfile.mkdtemp(prefix="tersor-")), NO_PROGRESS)
+        _remove(scratch)  # of a worker that died
+        scratch.mkdir(parents=True)
+        bench = Workbench(experiment, students, scratch, NO_PROGRESS)
         self._bench = bench.choosing_on_test_images() if tests_choose else bench
 
     def train(self, candidate: Candidate, training: Training, files: Files) -> Outcome:
@@ -157,18 +164,40 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
     except (ConnectionError, ValueError) as error:
         raise InputError(
             f"there is no Ray cluster at {placement.address}: {error}. Start one with `ray start --head`, or leave "
-            "--ray-address out."
+            "ray_address (`--ray-address`) out."
         ) from error
+    scratch, actors = Path(tempfile.mkdtemp(prefix="tersor-")), list[Any]()
     try:
         cores = int(ray.cluster_resources()["CPU"]) if placement.address else os.cpu_count() or 1
         threads = max(1, cores // placement.workers)
         reserved = threads if placement.address else 1
         remote = ray.remote(num_cpus=reserved, max_restarts=-1, max_task_retries=1)(Worker)
         arguments = request, dict(bench.students), str(Path.cwd()), threads
-        actors = [remote.remote(*arguments, tests_choose=bench.tests_choose) for _ in range(placement.workers)]
+        actors = [
+            remote.remote(*arguments, tests_choose=bench.tests_choose, scratch=scratch / str(number))
+            for number in range(placement.workers)
+        ]
         yield Workers(ray, actors, bench.folder)
     finally:
+        for actor in actors:
+            ray.kill(actor)
+        if placement.address:
+            _remove_everywhere(ray, scratch)
         ray.shutdown()
+        _remove(scratch)
+
+
+def _remove_everywhere(ray: ModuleType, folder: Path) -> None:
+    """Remove a folder on all machines of a cluster."""
+    on_node = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+    remove = ray.remote(num_cpus=0)(_remove)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    tasks = [remove.options(scheduling_strategy=on_node(node, soft=False)).remote(folder) for node in nodes]
+    ray.wait(tasks, num_returns=len(tasks), timeout=_REMOVAL_SECONDS)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ray() -> ModuleType:

@@ -41,7 +41,7 @@
 
   const size = () => element("batch").value;
   const AXES = {
-    latency: { title: () => "ms at batch " + size(), of: (point) => point.latency[size()], limit: () => data.limits.latency_ms[size()] },
+    latency: { title: () => "ms at batch " + size(), of: (point) => point.latency[size()], text: (point) => point.milliseconds[size()], limit: () => data.limits.latency_ms[size()] },
     megabytes: { title: () => "MB", of: (point) => point.megabytes, limit: () => data.limits.megabytes },
     macs: { title: () => "million MACs", of: (point) => point.macs, limit: () => null },
     peak: { title: () => "% of the peak throughput at batch " + size(), of: (point) => point.peak[size()], limit: () => null },
@@ -51,9 +51,11 @@
     test: "on the test images, %",
   };
 
-  const label = (point) =>
-    point.name + " (" + point.description + "), " + point.runtime + ": " + data.metric + " " +
-    fixed(point[element("y").value], 2) + " %, " + number(AXES[element("x").value].of(point)) + " " + AXES[element("x").value].title();
+  function label(point) {
+    const x = AXES[element("x").value];
+    return point.name + " (" + point.description + "), " + point.runtime + ": " + data.metric + " " +
+      fixed(point[element("y").value], 2) + " %, " + (x.text ? x.text(point) : number(x.of(point))) + " " + x.title();
+  }
 
   function shownPoints() {
     const families = new Set([...document.querySelectorAll("#families input:checked")].map((box) => box.value));
@@ -195,7 +197,7 @@
       metric("validation, %", "validation"), metric("test, %", "test"),
       row("prediction agreement with the original, %", (each) => fixed(agreement(each)[data.original], 2)),
       row("prediction agreement of the two, %", () => "", fixed(between, 2)),
-      ...data.sizes.map((each) => cost(`latency at batch ${each}, ms`, (point) => point.latency[each])),
+      ...data.sizes.map((each) => row(`latency at batch ${each}, ms`, (point) => point.milliseconds[each], ratio(first.latency[each], second.latency[each]))),
       cost("file, MB", (each) => each.megabytes), cost("MACs, million", (each) => each.macs),
       ...data.sizes.map((each) => row(`% of the peak throughput at batch ${each}`, (point) => number(point.peak[each]))),
       row("training steps", (each) => each.steps.toLocaleString("en")), row("training, s", (each) => number(each.seconds)),
