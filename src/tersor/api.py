@@ -255,9 +255,7 @@ def compare(
 ) -> dict[str, Any]:
     """Measure two networks in a runtime: metric (such as "accuracy"), prediction agreement, file size and latency.
 
-    The entry of the artifact also has the `speedup` over the original by batch size, with a 95 % interval, and the
-    `difference` of the metric from that of the original. A `CompressionWarning` is issued if a classifier is at chance
-    level.
+    A `CompressionWarning` is issued if a classifier is at chance level.
 
     Args:
         original: a network, or its ONNX file.
@@ -268,6 +266,12 @@ def compare(
         seconds: time limit for the latency of one batch size, measured in interleaved rounds.
         task: what the network is for; by default classification if it returns logits (N, classes), else distance.
         metric: (outputs, targets) -> number, averaged over the images, or a torchmetrics Metric; by default the task's.
+
+    Returns:
+        The entries `original` and `artifact`, each with the metric under its name, `agreement` with the original in
+        percent, `bytes`, `compressed_bytes` (after gzip), and `latency_ms` in milliseconds by batch size: `median`,
+        `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original, and `speedup` over
+        the original by batch size: `value`, the 95 % interval `low` to `high`, `n` rounds in `groups`.
 
     Raises:
         InputError: a file or a batch cannot be used.
