@@ -4,8 +4,7 @@ import pytest
 from samples import alone, entry, evidence_of, numbers_at, numbers_of, profile_of, ratio_of, speedups
 
 from tersor.cli_output import results_table
-from tersor.evaluation.metric import Metric
-from tersor.evaluation.results import FileResults, Results, Speedup
+from tersor.evaluation.results import FileResults, Metric, Results, Speedup
 from tersor.report import verdict as module
 from tersor.report.verdict import by_batch_size
 
