@@ -19,6 +19,7 @@ import gains
 import reference
 
 _TABLE = re.compile(r"^<!-- gains: (\w+) -->$", re.MULTILINE)
+_PAGE_LINK = re.compile(r"(\]\([^():]+)\.md(?=[#)])")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -31,9 +32,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages."""
+    """Add the generated pages, and `llms.txt` with links to the pages of the site."""
     for path, text in reference.generated().items():
         files.append(File.generated(config, path, content=text))
+    listed = files.src_uris["llms.txt"]
+    files.remove(listed)
+    files.append(File.generated(config, "llms.txt", content=_PAGE_LINK.sub(r"\1.html", listed.content_string)))
     return files
 
 

@@ -1,4 +1,4 @@
-"""The pages that are generated from the code: a card per method, recipe keys, numbers.json, the command line."""
+"""The pages generated from the code: method cards, recipe keys, numbers.json, front.json, the command line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tersor import methods
 from tersor.cli import app
 from tersor.evaluation.results import Results
 from tersor.recipe import Recipe, parameters
+from tersor.search.folder import Front
 
 Schema = dict[str, Any]
 
@@ -26,6 +27,7 @@ def generated() -> dict[str, str]:
     return cards | {
         "reference/recipe.md": recipe_page(),
         "reference/numbers.md": numbers_page(),
+        "reference/front.md": front_page(),
         "reference/command-line.md": command_line(),
     }
 
@@ -83,6 +85,15 @@ def numbers_page() -> str:
     return text + "\n\n".join(_tables(Results.model_json_schema(), "numbers.json"))
 
 
+def front_page() -> str:
+    """The entries of front.json."""
+    text = (
+        "# front.json\n\nA search writes its budget, its result and all measured points to `front.json`. Beside the "
+        "file of each point, `numbers.json` has the entries of [Point](#point).\n\n"
+    )
+    return text + "\n\n".join(_tables(Front.model_json_schema(), "front.json"))
+
+
 def _tables(schema: Schema, title: str) -> Iterator[str]:
     """A table for the schema itself and for every record in it."""
     for name, record in {title: schema, **schema.get("$defs", {})}.items():
@@ -100,7 +111,9 @@ def _default(field: Mapping[str, Any], required: bool) -> str:
     if required:
         return "required"
     value = field.get("default")
-    return "" if value is None or isinstance(value, dict | list) else f"`{value}`"
+    if value is None or value == "" or isinstance(value, dict | list):
+        return ""
+    return f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value}`"
 
 
 def _kind(field: Mapping[str, Any]) -> str:
@@ -112,10 +125,13 @@ def _kind(field: Mapping[str, Any]) -> str:
         return " or ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if "anyOf" in field:
         return " or ".join(_kind(each) for each in field["anyOf"])
+    if "prefixItems" in field:
+        return f"[{', '.join(map(_kind, field['prefixItems']))}]"
     if field.get("type") == "array" and isinstance(field.get("items"), dict):
         return f"list of {_kind(field['items'])}" if field["items"] else "list"
-    if field.get("type") == "object" and isinstance(field.get("additionalProperties"), dict):
-        return f"map to {_kind(field['additionalProperties'])}"
+    values = [*field.get("patternProperties", {}).values(), field.get("additionalProperties")]
+    if field.get("type") == "object" and isinstance(values[0], dict):
+        return f"map to {_kind(values[0])}"
     words = {"null": "none", "integer": "integer", "object": "map", "string": "text", "boolean": "true or false"}
     return words.get(field.get("type", ""), field.get("type", "any"))
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import blocks
 import gains
+import reference
 from browser import CHROMIUM, chromium
 from tersor.cli_output import Document
 from tersor.data import load
@@ -197,7 +199,7 @@ def test_links_with_an_anchor_lead_to_a_heading(document):
 
 def test_llms_txt_lists_the_pages():
     listed = set(re.findall(r"\]\(([^)]+)\)", (DOCS / "llms.txt").read_text()))
-    assert all((DOCS / page).is_file() for page in listed)
+    assert not {page for page in listed if not (DOCS / page).is_file()} - reference.generated().keys()
     assert {page for page in PAGES if page.startswith(("how-to/", "tutorial/"))} - listed == {"how-to/index.md"}
 
 
@@ -208,14 +210,16 @@ def test_the_page_for_agents_names_every_schema_and_exit_code():
 
 
 class Requests(HTMLParser):
-    """What a page loads."""
+    """What a page loads, what it links to, and the anchors in it."""
 
     def __init__(self):
         super().__init__()
-        self.loaded = []
+        self.loaded, self.links, self.anchors = [], [], set()
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
+        self.anchors |= {given[key] for key in ("id", "name") if given.get(key)}
+        self.links += [given["href"]] if tag == "a" and given.get("href") else []
         if tag in {"script", "img", "iframe", "source"} or (tag == "link" and given.get("rel") != "canonical"):
             self.loaded += [given[key] for key in ("src", "href") if given.get(key)]
 
@@ -231,15 +235,46 @@ def site(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-def test_the_site_loads_nothing_from_elsewhere(site):
-    pages = list(site.rglob("*.html"))
-    assert len(pages) > 80
-    for page in pages:
-        parser = Requests()
+@pytest.fixture(scope="module")
+def pages(site):
+    """Every page of the site, parsed."""
+    parsed = {page: Requests() for page in site.rglob("*.html")}
+    for page, parser in parsed.items():
         parser.feed(page.read_text())
+    return parsed
+
+
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_elsewhere(pages):
+    assert len(pages) > 80
+    for page, parser in pages.items():
         assert not [address for address in parser.loaded if re.match(r"(https?:)?//", address)], page
-    assert (site / "llms.txt").is_file()
+
+
+@pytest.mark.slow
+def test_links_in_the_site_lead_to_a_file_and_an_anchor(site, pages):
+    for page, parser in pages.items():
+        for link in parser.links + parser.loaded:
+            if re.match(r"[a-z]+:|//", link):
+                continue
+            path, _, anchor = unquote(link).partition("#")
+            target = (page.parent / path).resolve() if path else page
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), f"{page.relative_to(site)} links {link}"
+            assert not anchor or target not in pages or anchor in pages[target].anchors, f"{page}: {link}"
+
+
+@pytest.mark.slow
+def test_links_of_llms_txt_lead_to_pages_of_the_site(site):
+    links = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text())
+    assert len(links) > 20
+    assert not [link for link in links if not link.endswith(".html") or not (site / link).is_file()]
+
+
+@pytest.mark.slow
+def test_the_site_has_the_notebooks(site, pages):
+    linked = {(page.parent / link).resolve() for page, parser in pages.items() for link in parser.links}
+    assert {site / "notebooks" / f"{name}.ipynb" for name in blocks.NOTEBOOKS} <= linked
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def quantize(
         loader: batches of images (N, C, H, W), with or without labels; a few hundred images are enough.
         bits: bits per weight, 2 to 8.
         runtime: the runtime to quantize for.
-        task: what the network is for.
+        task: the task of the network, such as "segmentation"; classification by default.
         normalization: mean and standard deviation of the images. The calibration images are checked against them, and
             `export` stores them in the file.
 
@@ -114,7 +114,7 @@ def prune(
         branches: number of residual branches to remove first, those with the smallest effect on the outputs.
         round_to: keep a multiple of this many channels.
         runtime: the runtime that measures latency.
-        task: what the network is for, for `taylor`; classification by default.
+        task: the task of the network, such as "segmentation", for `taylor`; classification by default.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
     Raises:
@@ -164,7 +164,7 @@ def distill(
         optimizer: SGD with momentum, or AdamW; usually the one that the teacher was trained with.
         learning_rate: its peak, before cosine decay; by default 0.05 for sgd and 0.0005 for adamw.
         progress: receives the progress.
-        task: what the networks are for; by default classification, if they return logits (N, classes).
+        task: the task of the networks; by default classification if they return logits (N, classes), else distance.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
     Raises:
@@ -255,9 +255,7 @@ def compare(
 ) -> dict[str, Any]:
     """Measure two networks in a runtime: metric (such as "accuracy"), prediction agreement, file size and latency.
 
-    The entry of the artifact also has the `speedup` over the original by batch size, with a 95 % interval, and the
-    `difference` of the metric from that of the original. A `CompressionWarning` is issued if a classifier is at chance
-    level.
+    A `CompressionWarning` is issued if a classifier is at chance level.
 
     Args:
         original: a network, or its ONNX file.
@@ -266,8 +264,14 @@ def compare(
             files that take uint8 pixels, normalized images are converted to pixels.
         runtime: the runtime for both.
         seconds: time limit for the latency of one batch size, measured in interleaved rounds.
-        task: what the network is for; by default classification if it returns logits (N, classes), else distance.
+        task: the task of the network; by default classification if it returns logits (N, classes), else distance.
         metric: (outputs, targets) -> number, averaged over the images, or a torchmetrics Metric; by default the task's.
+
+    Returns:
+        The entries `original` and `artifact`, each with the metric under its name, `agreement` with the original in
+        percent, `bytes`, `compressed_bytes` (after gzip), and `latency_ms` in milliseconds by batch size: `median`,
+        `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original, and `speedup` over
+        the original by batch size: `value`, the 95 % interval `low` to `high`, `n` rounds in `groups`.
 
     Raises:
         InputError: a file or a batch cannot be used.

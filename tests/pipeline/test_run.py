@@ -11,7 +11,8 @@ from torch import nn
 from recorded_progress import RecordedProgress
 from tersor import recipe as recipes
 from tersor.core.errors import InputError
-from tersor.evaluation.results import Metric, Results
+from tersor.evaluation.metric import Metric
+from tersor.evaluation.results import Results
 from tersor.methods.ptq import PTQ
 from tersor.models import build
 from tersor.pipeline.experiment import Experiment

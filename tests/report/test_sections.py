@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from samples import alone, evidence_of, numbers_of, profile_of
 
-from tersor.evaluation.results import Metric, Peak, Results
+from tersor.evaluation.metric import Metric
+from tersor.evaluation.results import Peak, Results
 from tersor.report import layers_section, predictions_section, summary, training_section
 from tersor.report.charts import (
     grouped,

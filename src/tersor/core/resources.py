@@ -21,7 +21,7 @@ _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the error says that there was not enough memory."""
+    """Whether the error was caused by a lack of memory."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
     )

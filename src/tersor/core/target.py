@@ -31,7 +31,7 @@ class Target(BaseModel):
     """Where the artifact will run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    runtime: Runtime = "onnxruntime"
+    runtime: Annotated[Runtime, Field(description="the runtime that will run the file")] = "onnxruntime"
     cpu: Annotated[
         Cpu,
         Field(description="vnni sums 8-bit products in 32 bits, avx2 in 16, which can saturate; default: this machine"),

@@ -176,7 +176,7 @@ def measure(
         folder: contains `original.onnx` and `model.onnx`.
         test: the whole test set, in order.
         target: the runtime to measure in.
-        task: what the network is for.
+        task: the task of the network.
         seed: the seed of the recipe.
         progress: reports the progress.
         records: records of the stages, which are completed with the measurements.

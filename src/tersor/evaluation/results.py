@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tersor.core.target import Runtime, Target
+from tersor.evaluation.metric import Metric
 
 VERSION = 1
 Reference = Literal["original", "baseline"]
@@ -26,179 +27,178 @@ Text = Annotated[str, BeforeValidator(_unicode)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Spread(_Record):
-    """Median and percentiles of `n` latencies in milliseconds."""
+    """Latencies of one batch: median and percentiles."""
 
     median: Positive
+    """Median, in milliseconds."""
     p10: Positive
+    """10th percentile, in milliseconds."""
     p90: Positive
+    """90th percentile, in milliseconds."""
     n: Count
+    """Number of timed runs."""
 
 
 class Speedup(_Record):
-    """A ratio of latencies with its 95 % interval, from `n` rounds in `groups`."""
+    """A ratio of two latencies, measured in the same rounds. Above 1, the second file is faster."""
 
     value: Positive
+    """Latency of the first file divided by that of the second."""
     low: Positive
+    """Lower end of the 95 % interval of the ratio."""
     high: Positive
+    """Upper end of the 95 % interval of the ratio."""
     n: Count
+    """Number of rounds."""
     groups: Count
+    """Number of groups of rounds; all files are opened again for each group."""
 
 
 class Machine(_Record):
     """What a measurement depends on: processor, cores, instruction sets, versions."""
 
     cpu: Text
+    """Name of the processor."""
     cpu_kind: Text
+    """How 8-bit products are summed: `vnni` and `arm64` in 32 bits, `avx2` in 16."""
     cores: int | None = None
+    """Number of physical cores."""
     threads: Count
+    """Number of threads of the measurements."""
     instruction_sets: list[Text] = []
+    """Instruction sets that matter here, such as `avx512_vnni`; only known on Linux."""
     system: Text
+    """Operating system and architecture."""
     python: str = ""
+    """Version of Python."""
     versions: dict[str, str | None]
+    """Version of each runtime and of torch; none for a package that is not installed."""
 
 
 class Execution(_Record):
-    """Where a file runs: the runtime, and the precision: "float32", "int8", or "int8, rest float32"."""
+    """The runtime and the precision of a file."""
 
     runtime: Runtime
+    """Runtime that runs the file."""
     precision: Text
+    """Data type of the weights, and of products that are not quantized, such as `int8, rest float32`."""
 
 
 class Peak(Execution):
-    """Multiply-accumulate operations per second that large convolutions reach (see `multiply_peak.py`).
+    """The peak throughput of this machine, reached by large convolutions (see `multiply_peak.py`)."""
 
-    Attributes:
-        precision: precision of the products: "float32", "bfloat16", "float16" or "int8".
-        macs_per_second: rate in the fastest of `n` runs.
-        median: rate in the median run; far below the fastest on a loaded machine.
-    """
-
+    precision: Text
+    """Precision of the products: `float32`, `bfloat16`, `float16` or `int8`."""
     macs_per_second: Positive
+    """Multiply-accumulate operations per second in the fastest run."""
     median: Positive
+    """Multiply-accumulate operations per second in the median run; far below the fastest on a loaded machine."""
     n: Count
-
-
-class Metric(_Record):
-    """The task's metric, which every `score` has: "accuracy" in "%"."""
-
-    name: Text
-    unit: Text
-    higher_is_better: bool
-
-    @property
-    def digits(self) -> int:
-        """Decimal places to show."""
-        return 2 if self.unit else 4
-
-    @property
-    def title(self) -> str:
-        """ "accuracy, %"."""
-        return self.titled(self.name)
-
-    def titled(self, name: str) -> str:
-        """ "validation, %": the name of a score, with the unit of the metric."""
-        return f"{name}, {self.unit}" if self.unit else name
-
-    def shown(self, score: float) -> str:
-        """ "91.20 %"."""
-        return f"{score:.{self.digits}f} {self.unit}".rstrip()
-
-    def loss(self, before: float, after: float) -> float:
-        """By how much `after` is worse than `before`."""
-        return before - after if self.higher_is_better else after - before
-
-    def change(self, before: float, after: float) -> str:
-        """ "accuracy 0.4 points lower", from two scores."""
-        change = after - before
-        if abs(change) < (0.005 if self.unit else 0.0005 * abs(before)):
-            return f"{self.name} unchanged"
-        size = f"{abs(change):.{1 if abs(change) >= 0.1 else 2}f} points" if self.unit else f"{abs(change):.3g}"
-        return f"{self.name} {size} {'lower' if change < 0 else 'higher'}"
+    """Number of runs."""
 
 
 class FloatOperator(_Record):
     """An operator that is not computed in integers."""
 
     name: Text
+    """Path of the layer, or of the module that contains the operator; empty for the network itself."""
     kind: Text
+    """Class of the layer, or name of the function."""
     macs: Count
+    """Multiply-accumulate operations for one image."""
     share: Fraction
+    """Fraction of the MACs of the network, from 0 to 1."""
     reason: Text
+    """Why it is computed in float."""
 
 
 class FileResults(Execution):
-    """Everything measured of one file in one runtime.
-
-    Attributes:
-        precision: of the stored weights, and of products that are not quantized: "int8, rest float32".
-        float_precision: data type of everything that the runtime does not compute in integers.
-        score: the metric on the test set.
-        agreement: share of predictions that equal those of the original file, in percent.
-        latency_ms: latencies by batch size.
-        latency_runs_ms: every run by batch size, in groups of interleaved rounds.
-        masked: fraction of the prunable weights under masks.
-        integer_macs_share: fraction of the MACs computed in integers; None for a float network.
-    """
+    """The measurements of one file in one runtime."""
 
     float_precision: Text
+    """Data type of everything that the runtime does not compute in integers."""
     batch: int | None = None
+    """Fixed batch size of the file; none if it accepts any."""
     score: float
+    """The metric on the test images, in the unit of `metric`."""
     agreement: Percent
+    """Predictions that equal those of the original file, in percent."""
     bytes: Count
+    """Size of all files that the runtime needs, in bytes."""
     compressed_bytes: Count
+    """Size of the same files after compression with deflate, as in zip and gzip, in bytes."""
     parameters: Count = 0
+    """Number of trainable values."""
     macs: Count
+    """Multiply-accumulate operations for one image."""
     bit_operations: Count
+    """Sum of the MACs for one image, each multiplied by the bits of both operands."""
     sparsity: Fraction
+    """Fraction of zeros in the prunable weights, from 0 to 1."""
     masked: Fraction
+    """Fraction of the prunable weights that is masked, from 0 to 1."""
     peak_memory_bytes: Count
+    """Peak memory that opening the file and running one image add to a process, in bytes."""
     load_ms: float
+    """Time to open the file, in milliseconds: the median of three."""
     latency_ms: dict[BatchSize, Spread]
+    """Latency by batch size."""
     latency_runs_ms: dict[BatchSize, list[list[Positive]]]
+    """Every latency by batch size, in milliseconds, in groups of interleaved rounds."""
     integer_macs_share: Fraction | None = None
+    """Fraction of the MACs computed in integers, from 0 to 1; none for a float network."""
     float_operators: list[FloatOperator] = []
+    """Operators that a quantized network computes in float."""
     uncounted_operators: list[Text] = []
+    """Operators that multiply and are not included in the MACs, each with its module."""
 
 
 class StageRecord(BaseModel):
-    """What a stage did. Metrics of its methods (`masks`, `bits`, `reconstruction`, ...) are further fields.
+    """What a stage did. Metrics of its methods (`masks`, `bits`, `reconstruction`, ...) are further fields."""
 
-    Attributes:
-        methods: as in the recipe.
-        minutes: preparation (calibration, ranking) and training, over all processes of an interrupted run; without
-            validation at the end, export and measurements.
-        training_seconds: of these, the training alone.
-        validation_score: the metric on the validation images; None without any.
-        losses: mean of each loss over the last epoch, by name.
-        validation_by_epoch, validated_at: validation scores, and the steps at which they were measured.
-        score, ..., speedup: of the exported file after the stage; the speedup is over the original.
-        speedup_of_quantization: over the file before the stage, if the stage changed the stored bits of the weights.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
     name: Text
+    """Name of the stage."""
     methods: list[Any]
+    """Methods and parameters, as in the recipe."""
     steps: Count
+    """Number of optimizer steps."""
     notes: list[Text] = []
+    """Information for the user, such as the default learning rate."""
     minutes: float
+    """Time of preparation and training in minutes, that of interrupted processes included, without measurements."""
     validation_score: float | None = None
+    """The metric on the validation images after the stage; none without validation images."""
     losses: dict[str, float] = {}
+    """Mean of each loss over the last epoch, by name."""
     precision: Text | None = None
+    """Precision of the training: `float32` or `bfloat16`."""
     training_seconds: float | None = None
+    """Time of the training alone, in seconds."""
     validation_by_epoch: list[float] = []
+    """The metric on the validation images during the training."""
     validated_at: list[Count] = []
+    """Optimizer steps after which `validation_by_epoch` was measured."""
     score: float | None = None
+    """The metric of the exported file on the test images."""
     bytes: Count | None = None
+    """Size of the exported file, in bytes."""
     compressed_bytes: Count | None = None
+    """Size of the exported file after compression with deflate, in bytes."""
     macs: Count | None = None
+    """Multiply-accumulate operations of the network for one image."""
     sparsity: Fraction | None = None
+    """Fraction of zeros in the prunable weights, from 0 to 1."""
     latency_ms: dict[BatchSize, Spread] | None = None
+    """Latency of the exported file by batch size."""
     speedup: dict[BatchSize, Speedup] | None = None
+    """Latency of the original divided by that of the exported file, by batch size."""
     speedup_of_quantization: dict[BatchSize, Speedup] | None = None
+    """The same over the file before the stage, if the stage changed the bits of the weights."""
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -207,41 +207,59 @@ class StageRecord(BaseModel):
 
 
 class Rounds(_Record):
-    """How long latency was measured, and why it ended, by batch size."""
+    """How long latency was measured."""
 
     time_limit_seconds: float
+    """Time limit of each batch size, in seconds."""
     interval_width: float
+    """The measurement of a batch size ends when all intervals are narrower than this fraction of the ratio."""
     ended_by: dict[BatchSize, Literal["interval", "time"]]
+    """What ended the measurement of each batch size: narrow intervals, or the time limit."""
 
 
 class Results(_Record):
-    """`numbers.json`.
-
-    `metric` is that of every score. `original` is the uncompressed file in float32 in the target runtime. `candidates`
-    are the same file in every installed runtime at its default precision; the fastest of them is the `baseline` of a
-    batch size. `artifact` is the compressed file in the target runtime.
-    """
+    """The measurements of a run."""
 
     version: Literal[1] = VERSION
+    """Version of this schema."""
     runtime: Runtime
+    """The target runtime."""
     target: Target | None = None
+    """Runtime and processor type that the compressed file is made for."""
     metric: Metric
+    """The metric of every score."""
     machine: Machine
+    """The machine of the measurements."""
     seed: Count
+    """Random seed of the run."""
     date: Text
+    """Date and time of the measurements, in UTC."""
     original: FileResults
+    """The file before compression, in float32, in the target runtime."""
     candidates: dict[Runtime, FileResults]
+    """The original file in every installed runtime, at the default precision of the runtime."""
     baseline: dict[BatchSize, Execution]
+    """The fastest candidate by batch size."""
     artifact: FileResults
+    """The compressed file in the target runtime."""
     agreement_with_torch: Percent | None = None
+    """Predictions of the compressed file that equal those of the network in torch, in percent."""
     speedup: dict[Reference, dict[BatchSize, Speedup]]
+    """Latency of the original, and of the baseline, divided by that of the compressed file, by batch size."""
     rounds: Rounds
+    """When the latency measurement of each batch size ended."""
     peaks: list[Peak] = []
+    """Peak throughput of the machine, by runtime and precision."""
     test_images: Count
+    """Number of test images."""
     stages: list[StageRecord] = []
+    """The stages, in order."""
     mean: tuple[float, ...] | None = None
+    """Mean of each channel, from 0 to 1. Subtract it from the pixels divided by 255."""
     std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, from 0 to 1. Divide by it after subtracting the mean."""
     classes: list[Text] = []
+    """Names of the classes, in the order of the logits."""
 
     def to_json(self) -> str:
         """The text of `numbers.json`."""

@@ -97,7 +97,7 @@ def network_score(
     Args:
         model: the network.
         batches: images with targets.
-        task: what the network is for; classification by default.
+        task: the task of the network; classification by default.
         original: gives the targets of a task that takes them from the original network.
 
     Raises:

@@ -23,6 +23,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
 Groups: TypeAlias = Sequence[Sequence[float]]
 """Milliseconds per batch, `groups[group][round]`, in the order of measurement."""
@@ -43,12 +44,17 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.22
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, 10th and 90th percentile of `n` values."""
+    """Median, 10th and 90th percentile of latencies."""
 
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
     median: float
+    """Median, in milliseconds."""
     p10: float
+    """10th percentile, in milliseconds."""
     p90: float
+    """90th percentile, in milliseconds."""
     n: int
+    """Number of timed runs."""
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
@@ -59,13 +65,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two times with its 95 % interval, from `n` rounds in `groups` groups."""
+    """A ratio of two latencies with its 95 % interval."""
 
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
     value: float
+    """Latency of the first file divided by that of the second."""
     low: float
+    """Lower end of the 95 % interval of the ratio."""
     high: float
+    """Upper end of the 95 % interval of the ratio."""
     n: int
+    """Number of rounds."""
     groups: int
+    """Number of groups of rounds; all files are opened again for each group."""
 
     @property
     def width(self) -> float:

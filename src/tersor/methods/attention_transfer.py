@@ -96,7 +96,9 @@ class AttentionTransfer:
     ] = ()
     p: Annotated[Literal[1, 2, 4], Field(description="power of the absolute activations")] = 2
     mode: Annotated[Mode, Field(description="mean of squares (code) or norm (paper)")] = "code"
-    loss_weight: Annotated[float, Field(ge=0, description="beta; 0 turns the loss off")] = 1000.0
+    loss_weight: Annotated[float, Field(ge=0, description="weight of the loss (beta in the code); 0 turns it off")] = (
+        1000.0
+    )
     label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:

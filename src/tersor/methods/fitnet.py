@@ -1,4 +1,4 @@
-"""FitNets: the teacher's features (hints) are regressed from the student's.
+"""FitNets: a regressor predicts the teacher's features (hints) from the student's features.
 
 Romero, Ballas, Kahou, Chassang, Gatta and Bengio, "FitNets: Hints for Thin Deep Nets", ICLR 2015.
 
@@ -8,9 +8,9 @@ Romero, Ballas, Kahou, Chassang, Gatta and Bengio, "FitNets: Hints for Thin Deep
 The paper first trains the student up to the layer with this loss only, then the whole network with soft targets: two
 stages, the first with `label_weight: 0`. Later implementations (RepDistiller, mdistiller) use both losses at once, with
 the mean over all elements, weight 100, a middle layer, and a regressor with BatchNorm and ReLU. The mean here is the
-same as theirs; without BatchNorm in the regressor, a weight of 100 keeps a ResNet-20 from learning anything, so the
-default is 10. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A student that was
-pruned from its teacher has the same channels along the residual stream and needs no regressor: `regressor: false`.
+same as theirs; without BatchNorm in the regressor, a ResNet-20 does not learn with a weight of 100, so the default is
+10. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A student that was pruned from
+its teacher has the same channels along the residual stream and needs no regressor: `regressor: false`.
 
 It works with any task and any outputs of the network, because only outputs of layers are compared.
 """

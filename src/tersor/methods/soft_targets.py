@@ -85,7 +85,7 @@ class SoftTargets:
     example: ClassVar[dict[str, Any]] = {"temperature": 2.0, "loss_weight": 0.5, "standardize": True}
     off: ClassVar[dict[str, Any]] = {"loss_weight": 0.0}
 
-    temperature: Annotated[float, Field(gt=0, description="T; larger values soften more; 1 to 20 are common")] = 4.0
+    temperature: Annotated[float, Field(gt=0, description="temperature T of the softmax; 1 to 20 are common")] = 4.0
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 0.9
     label_weight: Annotated[
         float, Field(ge=0, description="factor on the task's loss with the labels; 0 needs no labels")

@@ -139,7 +139,7 @@ def normalization_in(model: Path) -> dict[str, Any]:
 
 
 def quantized_for(artifact: Artifact) -> str | None:
-    """The runtime that the file was quantized for, from its metadata or `numbers.json`; None if neither says it."""
+    """The runtime that the file was quantized for, from its metadata or `numbers.json`; None if it is in neither."""
     told = _metadata(artifact.model).get("runtime")
     try:
         return numbers_of(artifact).get("runtime") if told is None else TypeAdapter(str).validate_json(told)
@@ -148,7 +148,7 @@ def quantized_for(artifact: Artifact) -> str | None:
 
 
 def normalization_line(mean: Sequence[float], std: Sequence[float], source: str) -> str:
-    """The line that says how images are normalized, and where the numbers come from."""
+    """A line with the normalization of the images, and the source of the numbers."""
     return f"normalization: mean {_shown(mean)}, std {_shown(std)} ({source})"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import ConfigDict
 
 from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import InputError
@@ -78,37 +79,38 @@ class _Family:
 
 @dataclass(frozen=True)
 class TimedFile:
-    """The latency of a file in a runtime.
+    """The latency of a file in a runtime."""
 
-    Attributes:
-        precision: of the stored weights, and of products that are not quantized: "int8, rest float32".
-        roles: which references of the speedups it is: original, baseline, or both; among ONNX files, the first one in
-            ONNX Runtime, or in its fastest runtime.
-        speedup: over the files with these roles; empty for the original, or the first file, in any runtime.
-    """
-
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
     file: str
+    """Path of the file."""
     bytes: int
+    """Size of the file, in bytes."""
     runtime: str
+    """Runtime of the measurement."""
     precision: str
+    """Data type of the weights, and of products that are not quantized, such as `int8, rest float32`."""
     latency_ms: Spread
+    """Latency of one batch."""
     roles: Sequence[Compared]
+    """What the file is a reference for: `original`, `baseline`; of ONNX files, `first`, `first_fastest`."""
     speedup: Mapping[Compared, Ratio]
+    """Latency of each reference divided by that of the file; empty for the original, or the first file."""
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What `tersor bench` measures at a batch size.
+    """What `tersor bench` measures at a batch size."""
 
-    Attributes:
-        batch_size, rounds, ended_by: as in `Timings`.
-        files: every file in every runtime.
-    """
-
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
     batch_size: int
+    """Number of images in a batch."""
     rounds: int
+    """Number of interleaved rounds."""
     ended_by: EndedBy
+    """What ended the measurement: narrow intervals, or the time limit."""
     files: Sequence[TimedFile]
+    """Every file in every runtime."""
 
 
 def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:

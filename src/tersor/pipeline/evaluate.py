@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ConfigDict
 
 from tersor.checkpoint.artifact import Artifact, read_artifact
 from tersor.core.progress import ProgressReporter
@@ -35,17 +36,21 @@ _COMPUTED = "computed from the training images, since the file has none; must eq
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metric on the test images, and the runtime that it was measured in.
+    """The metric on the test images, and the runtime that it was measured in."""
 
-    `precision` is that of the stored weights, and of products that are not quantized: "int8, rest float32".
-    """
-
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
     metric: str
+    """Name of the metric."""
     score: float
+    """The metric on the test images: in percent if the task's metric is a percentage."""
     shown: str
+    """The score with its unit."""
     images: int
+    """Number of test images."""
     runtime: str
+    """Runtime of the measurement."""
     precision: str
+    """Data type of the weights, and of products that are not quantized, such as `int8, rest float32`."""
 
     def __str__(self) -> str:
         """ "91.20 % of 360 test images, onnxruntime in int8, rest float32"."""

@@ -26,7 +26,7 @@ class Experiment:
 
     Attributes:
         recipe: the checked recipe.
-        task: what the networks are for.
+        task: the task of the networks.
         model: the network before the first stage. Stages change copies of it.
         teacher: the network to learn from.
         data: training, validation and test images.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tersor.core.errors import InputError
 from tersor.core.files import sha256, write_file
@@ -36,17 +36,15 @@ _DIGITS = 16
 
 
 class BitCosts(BaseModel):
-    """The file.
+    """The error of each layer at each bit width."""
 
-    Attributes:
-        measured_with: all that the costs depend on, by its name in the recipe.
-        weights: layer -> how many weights it has.
-        costs: those that were measured, in the order of the layers.
-    """
-
+    model_config = ConfigDict(use_attribute_docstrings=True)
     measured_with: dict[str, Any]
+    """Everything that the costs depend on, by its name in the recipe."""
     weights: dict[str, int]
+    """Number of weights of each layer."""
     costs: list[Cost]
+    """The measured costs, in the order of the layers."""
 
 
 def measure(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from tersor.core.errors import InputError
@@ -36,20 +36,17 @@ KEPT_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of quantizing the weight of one layer.
+    """The cost of quantizing the weight of one layer."""
 
-    Attributes:
-        layer: name of the layer.
-        bits: bit width of its weight.
-        error: mean squared difference of the outputs from those in float, as a fraction of their mean square.
-        drop: drop of the task's metric (accuracy in points), positive where it is worse; None if the images have no
-            labels.
-    """
-
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
     layer: str
+    """Name of the layer."""
     bits: int
+    """Bit width of its weight."""
     error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Mean squared difference of the outputs from those in float, as a fraction of their mean square."""
     drop: float | None
+    """Drop of the metric (accuracy in points), positive where it is worse; none if the images have no labels."""
 
 
 def sensitivity(

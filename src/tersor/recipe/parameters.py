@@ -9,26 +9,25 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
 
 @dataclass(frozen=True)
 class MethodDescription:
-    """A method, as `tersor methods --json` prints it.
+    """A method, as `tersor methods --json` prints it."""
 
-    Attributes:
-        documentation: formula and paper.
-        needs_teacher, needs_steps: what a recipe must have for it, with its default parameters.
-        parameters: the JSON schema of its entry in a recipe.
-        example: parameters for a small network.
-    """
-
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
     documentation: str
+    """Formula and paper."""
     needs_teacher: bool
+    """Whether a recipe must have a teacher, with the default parameters."""
     needs_steps: bool
+    """Whether the stage must train, with the default parameters."""
     parameters: Mapping[str, Any]
+    """JSON schema of the parameters in a recipe."""
     example: Mapping[str, Any]
+    """Parameters for a small network."""
 
 
 def describe(method: Any) -> MethodDescription:

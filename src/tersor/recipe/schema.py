@@ -151,8 +151,8 @@ class Recipe(BaseModel):
         RecipeTask,
         Field(description="classification, segmentation, ..., with parameters if any; or package.module:Task"),
     ] = TaskEntry()
-    data: DataSource
-    target: Annotated[Target, Field(default_factory=Target)]
+    data: Annotated[DataSource, Field(description="the images")]
+    target: Annotated[Target, Field(default_factory=Target, description="the runtime and the processor type")]
     seed: Annotated[int, Field(ge=0, lt=2**32, description="random seed")] = 0
     checkpoint_every: Annotated[int, Field(ge=1, description="steps between checkpoints within a stage")] = 200
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="stages, run one after the other")]

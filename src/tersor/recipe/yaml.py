@@ -1,4 +1,4 @@
-"""The text of a recipe: YAML 1.2 to plain values that remember their line, and plain values to text.
+"""The text of a recipe: YAML 1.2 to plain values with their line numbers, and plain values to text.
 
 PyYAML implements YAML 1.1: `2:4` is 124, `1e-4` is text, `on` is true, and a key may occur twice. Here, the nodes of
 ruamel.yaml are read before any Python object is created from them, so that every value has a line number.

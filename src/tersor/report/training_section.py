@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from tersor.evaluation.results import Metric, Results
+from tersor.evaluation.metric import Metric
+from tersor.evaluation.results import Results
 from tersor.report.charts import Groups
 from tersor.report.templating import number
 

@@ -32,61 +32,59 @@ _LOCK = "lock"
 
 
 class Front(BaseModel):
-    """The content of `front.json`.
+    """The content of `front.json`."""
 
-    Attributes:
-        metric: name of the metric, in percent.
-        budget: the budget in words.
-        limits: the budget as numbers.
-        runtime: the target runtime.
-        mean: of each channel in [0, 1]; subtract it from every pixel before running a file.
-        std: of each channel; then divide by it.
-        minutes: time given.
-        minutes_used: time used.
-        machine: what the measurements depend on.
-        validation_images: number of validation images.
-        validation_error: one standard error of the original's metric on them, in points.
-        test_images: number of test images.
-        original: name of the baseline that drops are computed from.
-        baselines: the free baselines, in all runtimes.
-        best: name of the point in `model.onnx`.
-        met: whether it meets the budget on the validation images.
-        shortfall: the limits that it exceeds, in words; empty if it meets the budget.
-        advice: what to expect of more time, a larger drop or another runtime.
-        speedup: of the best point over the fastest free baseline, by batch size; empty before the end.
-        points: the front, from the fastest to the slowest.
-        dominated: all other measured points.
-        failed: candidates that could not be built, trained or exported, with reasons.
-        dropped: why each candidate has no point on the front, by its name; empty before the end.
-        test_runs: names of the points that ran on the test images, for each end of the search.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     version: int = VERSION
+    """Version of the folder's format."""
     metric: str
+    """Name of the metric, which is in percent."""
     budget: str
+    """The budget in words."""
     limits: dict[str, Any]
+    """The budget as numbers: `max_drop` in points, `latency_ms` by batch size, `megabytes`."""
     runtime: str
+    """The target runtime."""
     mean: tuple[float, ...] | None
+    """Mean of each channel, from 0 to 1. Subtract it from the pixels divided by 255."""
     std: tuple[float, ...] | None
+    """Standard deviation of each channel, from 0 to 1. Divide by it after subtracting the mean."""
     minutes: float
+    """Time given, in minutes."""
     minutes_used: float
+    """Time used, in minutes."""
     machine: Machine
+    """The machine of the measurements."""
     validation_images: int
+    """Number of validation images."""
     validation_error: float
+    """One standard error of the original's metric on the validation images, in points."""
     test_images: int
+    """Number of test images."""
     original: str
+    """Name of the baseline that drops are computed from."""
     baselines: list[Point]
+    """The free baselines, in all runtimes."""
     best: str
+    """Name of the point in `model.onnx`."""
     met: bool
+    """Whether the best point meets the budget on the validation images."""
     shortfall: str
+    """The limits that the best point exceeds, in words; empty if it meets the budget."""
     advice: list[str]
+    """What to expect from more time, a larger drop or another runtime."""
     speedup: dict[int, BaselineSpeedup] = {}
+    """Speedup of the best point over the fastest free baseline, by batch size; empty before the end."""
     points: list[Point]
+    """The Pareto front, from the fastest to the slowest."""
     dominated: list[Point]
+    """All other measured points."""
     failed: dict[str, str]
+    """Candidates that could not be built, trained or exported, each with the reason."""
     dropped: dict[str, str] = {}
+    """Why each candidate has no point on the front, by its name; empty before the end."""
     test_runs: list[list[str]] = []
+    """Names of the points that ran on the test images, for each end of the search."""
 
     def point(self, name: str) -> Point:
         """The point of a name."""

@@ -18,54 +18,48 @@ SAME_SIZE = 0.01
 
 
 class BaselineSpeedup(Speedup):
-    """A speedup over the fastest free baseline: the latency of the point with this name, divided by that of a network.
-
-    Attributes:
-        baseline: name of the baseline.
-    """
+    """The latency of the fastest free baseline, divided by that of the point."""
 
     baseline: str
+    """Name of the baseline."""
 
 
 class Point(BaseModel):
-    """One measured file.
+    """One measured file."""
 
-    Attributes:
-        name: short name, also of its folder.
-        description: what was changed, in words.
-        file: path of the ONNX file in the folder of the search.
-        runtime: runtime of the measurements.
-        precision: data type of its layers: int8, or that of the runtime for a float file.
-        family: kind of change; "fewer blocks", "student networks".
-        free: whether it needs no search: the original, and the original in 8 bits.
-        validation: metric on the validation images, in percent.
-        drop_error: one standard error of the difference to the original on the validation images, in points.
-        test: metric on the test images; measured at the end, for the Pareto front and the free baselines.
-        latency_ms: median latency by batch size.
-        latency_error: half the width of the 95 % interval of each latency, as a fraction of it; none for the reference.
-        bytes: size of the file.
-        macs: multiply-accumulate operations for one image.
-        steps: optimizer steps of its training.
-        seconds: time of its training.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
     name: str
+    """Short name, also of the folder in `points/`."""
     description: str
+    """What was changed, in words."""
     file: str
+    """Path of the ONNX file in the folder of the search."""
     runtime: str
+    """Runtime of the measurements."""
     precision: str
+    """Data type of the layers: `int8`, or that of the runtime for a float file."""
     family: str = "fewer bits"
+    """Kind of change, such as `fewer blocks` or `student networks`."""
     free: bool = False
+    """Whether it needs no search: the original, and the original in 8 bits."""
     validation: Annotated[float, Field(ge=0, le=100)]
+    """The metric on the validation images, in percent."""
     drop_error: Annotated[float, Field(ge=0)] = 0.0
+    """One standard error of the difference to the original on the validation images, in points."""
     test: Annotated[float | None, Field(ge=0, le=100)] = None
+    """The metric on the test images, in percent; measured at the end, for the front and the free baselines."""
     latency_ms: dict[int, float]
+    """Median latency by batch size, in milliseconds."""
     latency_error: dict[int, Annotated[float, Field(ge=0)]] = {}
+    """Half the width of the 95 % interval of each latency, as a fraction of it; none for the reference."""
     bytes: int
+    """Size of the file, in bytes."""
     macs: int
+    """Multiply-accumulate operations for one image."""
     steps: int = 0
+    """Optimizer steps of its training."""
     seconds: float = 0.0
+    """Time of its training, in seconds."""
 
     @property
     def mean_ms(self) -> float:

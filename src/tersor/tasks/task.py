@@ -1,4 +1,4 @@
-"""What a network is for: its loss, its metric, and what a changed prediction is."""
+"""The task of a network: its loss, its metric, and when two predictions agree."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _METHODS = {"loss", "inputs", "logits", "predictions", "score", "score_by_class"
 
 
 class Task:
-    """What a network is for. Subclasses set the attributes, and override `loss`, `score` and, if necessary, more.
+    """The task of a network. Subclasses set the attributes, and override `loss`, `score` and, if necessary, more.
 
     `outputs` is whatever the network returned (a tensor, a tuple, a dict), with floats in float32. `targets` is what
     the data holds for a batch of images.

@@ -34,7 +34,7 @@ class AttachContext:
         data: batches of images for methods that need images: tensors (N, C, H, W), tuples that begin with one, or
             `Batch`es. It is iterated again for every pass; an iterator is enough for a method that needs one pass.
         teacher: the network to learn from.
-        task: what the network is for: its loss, logits and metric.
+        task: the task of the network: loss, logits and metric.
         steps: number of optimizer steps that follow.
         steps_per_epoch: optimizer steps of one epoch; None if no training follows, or if the caller has not set it.
         target: runtime and processor that the network is compressed for.

@@ -34,7 +34,7 @@ class ForwardContext:
     Attributes:
         model: the student.
         autocast: data type of its forward pass, or None for the model's own.
-        task: what the networks are for.
+        task: the task of the networks.
     """
 
     model: nn.Module | None = None

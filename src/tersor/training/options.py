@@ -18,7 +18,7 @@ class OptimizerOptions(BaseModel):
     """The optimizer of a stage."""
 
     model_config = PLAIN
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Annotated[Literal["sgd", "adamw"], Field(description="SGD with momentum, or AdamW")] = "sgd"
     learning_rate: Annotated[
         float | None,
         Field(
@@ -27,16 +27,18 @@ class OptimizerOptions(BaseModel):
         ),
     ] = None
     momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD; ignored by AdamW")] = 0.9
-    nesterov: Annotated[bool, Field(description="of SGD")] = True
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    nesterov: Annotated[bool, Field(description="Nesterov momentum of SGD; ignored by AdamW")] = True
+    weight_decay: Annotated[float, Field(ge=0, description="coefficient of the weight decay")] = 5e-4
 
 
 class LearningRateSchedule(BaseModel):
     """Factor on the learning rate over a stage, after `warmup_epochs` of linear warm-up."""
 
     model_config = PLAIN
-    name: Literal["cosine", "linear", "step", "constant"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0
+    name: Annotated[
+        Literal["cosine", "linear", "step", "constant"], Field(description="shape of the curve after the warm-up")
+    ] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0, description="epochs in which the rate rises linearly from 0")] = 0
     milestones: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...],
         Field(description="`step` schedule: fractions of the stage after which the learning rate drops"),
@@ -49,9 +51,13 @@ class Training(BaseModel):
 
     model_config = PLAIN
     batch_size: Annotated[int, Field(ge=1, description="images per batch and process")] = 128
-    optimizer: OptimizerOptions = OptimizerOptions()
-    lr_schedule: LearningRateSchedule = LearningRateSchedule()
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    optimizer: Annotated[OptimizerOptions, Field(description="the optimizer")] = OptimizerOptions()
+    lr_schedule: Annotated[LearningRateSchedule, Field(description="learning rate over the stage")] = (
+        LearningRateSchedule()
+    )
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="fraction of label smoothing in the cross entropy")
+    ] = 0.0
     clip_norm: Annotated[float | None, Field(gt=0, description="maximum norm of the whole gradient")] = None
     accumulate: Annotated[int, Field(ge=1, description="batches per optimizer step")] = 1
     ema: Annotated[

@@ -61,7 +61,7 @@ def restoring(checkpoint: str | None) -> Generator[None]:
 
 @contextmanager
 def defer_sigint(enabled: bool) -> Generator[Callable[[], bool]]:
-    """Defer Ctrl-C to the end of a step; the yielded function says whether it was pressed.
+    """Defer Ctrl-C to the end of a step; the yielded function returns whether it was pressed.
 
     An interrupted step would leave half of the weights updated. A second Ctrl-C interrupts at once. Nothing is deferred
     if not `enabled`, or outside of the main thread.

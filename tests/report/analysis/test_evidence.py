@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from evidence_page import undocumented
 from tersor.core.progress import NullProgress
 from tersor.core.target import Target
 from tersor.data import Batches
@@ -82,6 +83,11 @@ def test_it_is_plain_values(evidence):
         *("observed_images", "layers", "widths", "masks", "profile", "soft_targets", "attention", "predictions")
     }
     assert evidence["observed_images"] == 256
+
+
+def test_the_reference_page_has_every_key(evidence):
+    assert not undocumented(evidence, "Of a run")
+    assert undocumented({"layers": [{"name": "first", "colour": 1}]}, "Of a run") == {"layers[].colour"}
 
 
 def test_predictions_are_compared(evidence):

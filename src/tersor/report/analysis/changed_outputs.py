@@ -30,7 +30,7 @@ def compare_outputs(
     """Compare the predictions of two networks, as plain values.
 
     Args:
-        task: what the networks are for.
+        task: the task of the networks.
         images: N images.
         classes: names of the classes; empty if there are none.
         targets: of the N images, or None.

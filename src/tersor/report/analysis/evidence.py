@@ -64,7 +64,7 @@ def collect_evidence(
         folder: contains `original.onnx` and `model.onnx`.
         test: the whole test set, in order.
         target: the runtime to profile.
-        task: what the networks are for.
+        task: the task of the networks.
         predictions: `original` and `artifact` -> predictions for the test images, in the runtime.
         classes: names of the classes.
         baseline: batch size -> `runtime` and `precision` of the baseline, as in `numbers.json`.

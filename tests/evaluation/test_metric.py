@@ -1,6 +1,6 @@
 """How the values of a metric are written."""
 
-from tersor.evaluation.results import Metric
+from tersor.evaluation.metric import Metric
 
 ACCURACY = Metric(name="accuracy", unit="%", higher_is_better=True)
 ERROR = Metric(name="error", unit="", higher_is_better=False)
