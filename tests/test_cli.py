@@ -11,10 +11,12 @@ from PIL import Image
 from torch import nn
 
 from tersor import cli, models
-from tersor.cli_output import Document, schema_of
+from tersor.cli_output import Document, plain_console, schema_of
 from tersor.core.errors import InputError
 from tersor.evaluation import latency
-from tersor.methods import names
+from tersor.methods import get, names
+from tersor.progress_bars import Bars
+from tersor.recipe import parameters
 
 RECIPE = """\
 model: {name: resnet20, weights: WEIGHTS}
@@ -135,7 +137,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(importlib.import_module("tersor.pipeline.bench"), "installed_runtimes", lambda: ["onnxruntime"])
     assert tersor(monkeypatch, "bench", out, out / "model.onnx", "--seconds", 0.1) == 0
     table = capfd.readouterr().out
-    assert table.count("onnxruntime") == 12, "three files and the title of a column, at three batch sizes"
+    assert table.count("onnxruntime") == 6, "two files at three batch sizes: one is given twice"
     assert table.count(" rounds, until ") == 3
     assert tersor(monkeypatch, "bench", out, "--seconds", 0.1, "--json") == 0
     tables = document(capfd.readouterr().out, "bench")
@@ -281,6 +283,23 @@ def test_explain_and_methods_train_nothing(tmp_path, weights, monkeypatch, capfd
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert tersor(monkeypatch, "methods", "ptq") == 0
     assert "activation_bits" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_description_of_a_method_is_complete_at_60_columns(name, monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert tersor(monkeypatch, "methods", name) == 0
+    text = capfd.readouterr().out
+    cells = "".join("".join(line.split("│")[4].split()) for line in text.splitlines() if line.startswith("│"))
+    for _, _, _, description in parameters(get(name)):
+        assert "".join(description.split()) in cells
+
+
+def test_lines_in_a_file_are_not_folded(capfd):
+    line = "a warning of more than eighty characters with a [path] in it: " + "x" * 60
+    with Bars(plain_console()) as bars:
+        bars.say(line)
+    assert line in capfd.readouterr().out.splitlines()
 
 
 def test_methods_as_json(monkeypatch, capfd):

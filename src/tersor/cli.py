@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from tersor import cli_compress
 from tersor.cli_output import (
     Document,
     described_input,
-    latency_table,
+    latency_tables,
+    plain_console,
     print_json,
-    results_table,
+    results_tables,
     schema_of,
     sensitivity_table,
+    show,
 )
 from tersor.core.errors import InputError, ProcessLost
 from tersor.core.resources import enough_memory
@@ -39,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = plain_console()
 _INTERRUPTED = 130
 
 
@@ -97,9 +98,9 @@ def run(
 
     numbers = (folder / "numbers.json").read_text()
     results = Results.model_validate_json(numbers)
-    console.print(f"results are in {folder / 'report.html'}", highlight=False)
-    console.print(results_table(results))
-    console.print(f"written: {folder}; model.onnx takes {described_input(folder / 'model.onnx')}", highlight=False)
+    console.print(f"results are in {folder / 'report.html'}", soft_wrap=True)
+    show(console, *results_tables(results))
+    console.print(f"written: {folder}; model.onnx takes {described_input(folder / 'model.onnx')}", soft_wrap=True)
     if as_json:
         sys.stdout.write(numbers)
 
@@ -128,8 +129,8 @@ def sensitivity(
         except KeyboardInterrupt:
             _say(f"interrupted. To resume: tersor {shlex.join(sys.argv[1:])}")
             raise typer.Exit(_INTERRUPTED) from None
-    console.print(sensitivity_table(found))
-    console.print(f"written: {out} and {figure}", highlight=False)
+    show(console, sensitivity_table(found))
+    console.print(f"written: {out} and {figure}", soft_wrap=True)
     if as_json:
         print_json(found)
 
@@ -165,7 +166,7 @@ def evaluate(
     )
     with Bars(console) as bars:
         found = measured(artifact, data, runtime, task, images, progress=bars)
-    console.print(str(found))
+    console.print(str(found), soft_wrap=True)
     if as_json:
         print_json(found)
 
@@ -184,7 +185,7 @@ def bench(
 
     found: list[LatencyTable] = []
     for each in timed(artifacts, seconds):
-        console.print(latency_table(each, seconds))
+        show(console, *latency_tables(each, seconds))
         found.append(each)
     if as_json:
         print_json(found)
@@ -204,7 +205,7 @@ def report(
         write_front_page(folder, read_front(folder))
     else:
         replace_file(folder, REPORT, write_report)
-    console.print(f"written: {folder / REPORT}", highlight=False)
+    console.print(f"written: {folder / REPORT}", soft_wrap=True)
 
 
 @app.command()
@@ -226,17 +227,19 @@ def methods(
             cls = registry.get(each)
             table.add_row(each, (sys.modules[cls.__module__].__doc__ or "").splitlines()[0])
             exempt += [f"{each}, test '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
-        console.print(table)
-        console.print("Some methods are exempt from a test that all others have to pass:", *exempt, sep="\n  ")
+        show(console, table)
+        console.print(
+            "Some methods are exempt from a test that all others have to pass:", *exempt, sep="\n  ", soft_wrap=True
+        )
         return
     cls = registry.get(name)
-    console.print((sys.modules[cls.__module__].__doc__ or "").strip(), highlight=False, markup=False, soft_wrap=True)
+    console.print((sys.modules[cls.__module__].__doc__ or "").strip(), soft_wrap=True)
     table = Table("parameter", "type", "default", "description")
     for row in parameters(cls):
         table.add_row(*row)
-    console.print(table)
+    show(console, table)
     example = json.dumps({name: getattr(cls, "example", {})})
-    console.print(f"example: {example}", highlight=False, markup=False)
+    console.print(f"example: {example}", soft_wrap=True)
 
 
 @app.command()
@@ -255,7 +258,7 @@ def _explain(recipe: Recipe) -> None:
 
     with Bars(console) as bars:
         for line in explain(recipe, progress=bars):
-            console.print(line, highlight=False, markup=False)
+            console.print(line, soft_wrap=True)
 
 
 def main() -> None:
@@ -275,4 +278,4 @@ def main() -> None:
 def _say(message: str, style: str | None = None, *, everyone: bool = False) -> None:
     """Print to stderr, from the first process only unless `everyone`."""
     if everyone or os.environ.get("RANK", "0") == "0":
-        Console(stderr=True).print(message, style=style, highlight=False, markup=False, soft_wrap=True)
+        plain_console(stderr=True).print(message, style=style, soft_wrap=True)

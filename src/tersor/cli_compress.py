@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from tersor.cli_output import described_input
+from tersor.cli_output import described_input, plain_console, show
 from tersor.core.errors import InputError
 from tersor.core.target import Runtime
 from tersor.progress_bars import Bars
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 _NAME_WIDTH = 22
 """Least columns for the names of points in the table."""
+_BESIDE, _SIZES = 2, 4
+"""Most batch sizes beside the other columns of the table, and in a table of latencies: they fit 80 columns."""
 
 
 def _points(text: str) -> float:
@@ -88,7 +91,7 @@ def compress(
     """Search for a smaller, faster network within a budget. The same command resumes an interrupted search."""
     from tersor.search.compression_budget import Budget, parse_latency, parse_size, parse_time
 
-    console = Console()
+    console = plain_console()
     budget = Budget(
         max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None, parse_time(time)
     )
@@ -128,16 +131,14 @@ def compress(
             again = f"tersor {shlex.join(sys.argv[1:])}"
             file = out / "model.onnx"
             best = f"The best network so far is {file}" if file.is_file() else "No network is exported yet"
-            Console(stderr=True).print(
-                f"interrupted. {best}. To resume: {again}", highlight=False, markup=False, soft_wrap=True
-            )
+            plain_console(stderr=True).print(f"interrupted. {best}. To resume: {again}", soft_wrap=True)
             raise typer.Exit(_INTERRUPTED) from None
     from tersor.search.verdict_line import last_line, test_use, verdict_lines
 
-    console.print(*verdict_lines(result.numbers), sep="\n", highlight=False, markup=False, soft_wrap=True)
-    console.print(front_table(result.numbers))
+    console.print(*verdict_lines(result.numbers), sep="\n", soft_wrap=True)
+    show(console, *front_tables(result.numbers))
     lines = test_use(result.numbers), f"model.onnx takes {described_input(out / 'model.onnx')}"
-    console.print(*lines, last_line(result.numbers, out), sep="\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(*lines, last_line(result.numbers, out), sep="\n", soft_wrap=True)
 
 
 def pick(
@@ -156,13 +157,13 @@ def pick(
     from tersor.search.result import Result
     from tersor.search.verdict_line import single
 
-    console = Console()
+    console = plain_console()
     front = read_front(folder)
     budget = None
     if max_drop is not None or latency or size:
         budget = Budget(max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None)
     choice = Result(folder, front).pick(budget, point=point)
-    print_lines = partial(console.print, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    print_lines = partial(console.print, sep="\n", soft_wrap=True)
     print_lines(f"budget: {budget}" if budget else f"budget of the search: {Budget.of_numbers(front.limits)}")
     if choice.shortfall:
         print_lines(
@@ -171,7 +172,7 @@ def pick(
             else f"No point meets the budget. Closest point: {choice.shortfall}"
         )
     shown = front.points if choice.point in front.points else [*front.points, choice.point]
-    console.print(front_table(front.model_copy(update={"points": shown, "best": choice.point.name}), "chosen"))
+    show(console, *front_tables(front.model_copy(update={"points": shown, "best": choice.point.name}), "chosen"))
     print_lines(*single(front), f"chosen: {choice.point.name}")
     if out:
         print_lines(f"written: {choice.export(out)}; it takes {described_input(out)}")
@@ -204,30 +205,36 @@ def read_size(text: str | None) -> int | list[int] | None:
     return int(sides[0]) if len(sides) == 1 else [int(each) for each in sides]
 
 
-def front_table(front: Front, best: str = "model.onnx") -> Table:
-    """The free baselines and the Pareto front, from the fastest to the slowest.
+def front_tables(front: Front, best: str = "model.onnx") -> Iterator[Table]:
+    """The free baselines and the Pareto front, from the fastest to the slowest; many latencies in tables of their own.
 
     Args:
         front: the points.
         best: label of the best point, which has an asterisk.
     """
     sizes = list(front.points[0].latency_ms)
+    groups = [sizes[start : start + _SIZES] for start in range(0, len(sizes), _SIZES)]
+    groups = groups if len(sizes) <= _BESIDE else [[], *groups]
     threads = f"{front.machine.threads} thread{'' if front.machine.threads == 1 else 's'}"
     title = f"{front.machine.cpu}, {threads}, {front.minutes_used:.1f} minutes"
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption=f"* = {best}. ± is half of the 95 % interval of a latency; the original is the reference. "
-        "All choices were made on validation images.",
+    caption = (
+        f"* = {best}. ± is half of the 95 % interval of a latency; the original is the reference. "
+        "All choices were made on validation images."
     )
-    table.add_column("point", min_width=_NAME_WIDTH)
-    for column in ("val., %", "test, %", *(f"ms,\nbatch {size}" for size in sizes), "MB"):
-        table.add_column(column, justify="right")
     free = {point.name for point in front.baselines}
-    for point in [*front.baselines, *(each for each in front.points if each.name not in free)]:
-        chosen = point.name == front.best
-        table.add_row(*_cells(point, "* " if chosen else ""), style="bold" if chosen else None)
-    return table
+    points = [*front.baselines, *(each for each in front.points if each.name not in free)]
+    for number, group in enumerate(groups):
+        last = number == len(groups) - 1
+        table = Table(title=None if number else title, title_justify="left", caption=caption if last else None)
+        table.add_column("point", min_width=_NAME_WIDTH)
+        latencies = [f"ms,\nbatch {size}" for size in group]
+        for column in latencies if number else ("val., %", "test, %", *latencies, "MB"):
+            table.add_column(column, justify="right")
+        for point in points:
+            chosen = point.name == front.best
+            name = _PointName(f"{'* ' if chosen else ''}{point.name}", f"{point.runtime} {point.precision}")
+            table.add_row(name, *_cells(point, group, scores=not number), style="bold" if chosen else None)
+        yield table
 
 
 @dataclass(frozen=True)
@@ -256,8 +263,9 @@ def _folded(line: str, width: int) -> list[str]:
     return [each.rstrip() for each in lines]
 
 
-def _cells(point: Point, mark: str) -> list[RenderableType]:
+def _cells(point: Point, sizes: Sequence[int], *, scores: bool) -> list[str]:
+    times = [point.milliseconds(size).replace(" ±", "\n±") for size in sizes]
+    if not scores:
+        return times
     tested = "" if point.test is None else f"{point.test:.2f}"
-    times = [point.milliseconds(size).replace(" ±", "\n±") for size in point.latency_ms]
-    name = _PointName(f"{mark}{point.name}", f"{point.runtime} {point.precision}")
-    return [name, f"{point.validation:.2f}", tested, *times, f"{point.bytes / 1e6:.3f}"]
+    return [f"{point.validation:.2f}", tested, *times, f"{point.bytes / 1e6:.3f}"]

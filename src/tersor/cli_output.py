@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from tersor.evaluation.results import Results
-    from tersor.pipeline.bench import LatencyTable, TimedFile
+    from tersor.evaluation.results import Results, Speedup
+    from tersor.evaluation.timings import Ratio
+    from tersor.pipeline.bench import Compared, LatencyTable, TimedFile
     from tersor.pipeline.sensitivity_analysis import BitCosts
 
 Document = Literal["recipe", "results", "eval", "bench", "sensitivity", "methods"]
 _SHOWN = 10
 _SPARSE = 0.001
 """Share of zero weights from which it is shown."""
+_COSTS = (("MB", "bytes", 1e6), ("million MACs", "macs", 1e6), ("giga bit operations", "bit_operations", 1e9))
+_COLUMNS: tuple[tuple[Compared, ...], ...] = (("original", "first"), ("baseline", "first_fastest"))
+"""What each of two columns of speedups compares with: files of a folder, else the first file."""
 
 
 def schema_of(document: Document) -> dict[str, Any]:
@@ -77,6 +82,19 @@ _SCHEMAS: dict[Document, Callable[[], dict[str, Any]]] = {
 }
 
 
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: `[0.5]` is no markup, and `:M` no emoji."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def show(console: Console, *tables: Table) -> None:
+    """Print tables in full: text that is too wide for a column is folded, never cut."""
+    for table in tables:
+        for column in table.columns:
+            column.overflow = "fold"
+        console.print(table)
+
+
 def print_json(value: Any) -> None:
     """Print a record, or a list or mapping of records, as one JSON document on stdout."""
     from pydantic_core import to_json
@@ -97,16 +115,15 @@ def described_input(file: Path) -> str:
     return " and ".join(texts)
 
 
-def results_table(results: Results) -> Table:
-    """The results side by side, and the artifact compared with the original and the baseline."""
-    from tersor.report.summary import describe_reduction, entries
-    from tersor.report.verdict import RUNTIMES, describe_speedup, reference_entry, same_runtime
+def results_tables(results: Results) -> Iterator[Table]:
+    """What was measured of each file; then the artifact compared with the original and the baseline."""
+    from tersor.report.summary import entries
+    from tersor.report.verdict import RUNTIMES, same_runtime
 
     columns, artifact = entries(results), results.artifact
     threads = results.machine.threads
-    title = f"{results.machine.cpu}, {threads} thread{'s' if threads != 1 else ''}"
-    table = Table(title=title, caption=f"95 % intervals are in parentheses. Rounds ran {_ended(results)}.")
-    for column in ("", *columns, "vs. original", "vs. baseline"):
+    table = Table(title=f"{results.machine.cpu}, {threads} thread{'s' if threads != 1 else ''}")
+    for column in ("", *columns):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
     table.add_row("precision", *[entry.precision for entry in columns.values()])
@@ -116,23 +133,33 @@ def results_table(results: Results) -> Table:
     if any(entry.sparsity >= _SPARSE for entry in columns.values()):
         zeros = [f"{100 * entry.sparsity:.1f}" for entry in columns.values()]
         table.add_row("zero weights, %", *zeros)
-    for label, key, unit in (
-        ("MB", "bytes", 1e6),
-        ("million MACs", "macs", 1e6),
-        ("giga bit operations", "bit_operations", 1e9),
-    ):
-        less = [
-            describe_reduction(getattr(reference_entry(results, name, "1"), key), getattr(artifact, key))
-            for name in results.speedup
-        ]
-        table.add_row(label, *[f"{getattr(entry, key) / unit:.3f}" for entry in columns.values()], *less)
+    for label, key, unit in _COSTS:
+        table.add_row(label, *[f"{getattr(entry, key) / unit:.3f}" for entry in columns.values()])
     for size, baseline in results.baseline.items():
         medians = [
             f"{entry.latency_ms[size].median:.2f}"
             + ("\nbaseline" if entry is not artifact and same_runtime(entry, baseline) else "")
             for entry in columns.values()
         ]
-        table.add_row(f"ms, batch {size}", *medians, *[describe_speedup(of[size]) for of in results.speedup.values()])
+        table.add_row(f"ms, batch {size}", *medians)
+    yield table
+    yield _comparison(results)
+
+
+def _comparison(results: Results) -> Table:
+    """The artifact compared with the original and the baseline."""
+    from tersor.report.summary import describe_reduction
+    from tersor.report.verdict import reference_entry
+
+    caption = f"95 % intervals are in parentheses. Rounds ran {_ended(results)}."
+    table = Table(title="artifact, compared with the original and the baseline", caption=caption)
+    for column in ("", *(f"vs. {name}" for name in results.speedup)):
+        table.add_column(column, justify="right" if column else "left")
+    for label, key, _ in _COSTS:
+        before = [getattr(reference_entry(results, name, "1"), key) for name in results.speedup]
+        table.add_row(label, *[describe_reduction(each, getattr(results.artifact, key)) for each in before])
+    for size in results.baseline:
+        table.add_row(f"ms, batch {size}", *[_speedup(of[size]) for of in results.speedup.values()])
     return table
 
 
@@ -152,45 +179,71 @@ def _until(ended_by: str, seconds: float) -> str:
     return narrow if ended_by == "interval" else f"until the time limit of {seconds:g} s"
 
 
-def latency_table(measured: LatencyTable, seconds: float) -> Table:
-    """The latencies of one batch size."""
-    title = f"batch {measured.batch_size}: {measured.rounds} rounds, {_until(measured.ended_by, seconds)}"
+def latency_tables(measured: LatencyTable, seconds: float) -> Iterator[Table]:
+    """The latencies of one batch size; then, if files are given beside a folder, a comparison with its artifact."""
+    ended = _until(measured.ended_by, seconds)
+    title = f"batch {measured.batch_size}, {measured.images}: {measured.rounds} rounds, {ended}"
     table = Table(title=title, title_justify="left")
-    table.add_column("file", overflow="fold")
-    table.add_column("runtime", no_wrap=True)
-    for column in ("median ms (p10 to p90)", *_compared_with(measured)):
+    for column in ("file", "runtime", "median ms\n(p10 to p90)", *_compared_with(measured)):
         table.add_column(column)
     for each in measured.files:
         spread = each.latency_ms
         milliseconds = f"{spread.median:.3f}\n({spread.p10:.3f} to {spread.p90:.3f})"
-        file = f"{each.file}, {each.bytes / 1e6:.3f} MB"
-        table.add_row(file, f"{each.runtime}\n{each.precision}", milliseconds, *_compared(each))
+        table.add_row(*_named(each), milliseconds, *_compared(each))
+    yield table
+    model = next((each for each in measured.files if "model" in each.roles), None)
+    if model is not None:
+        yield _beside_folder(measured, model)
+
+
+def _beside_folder(measured: LatencyTable, model: TimedFile) -> Table:
+    """Speedups over the artifact of a folder."""
+    folder = Path(model.file).parent
+    table = Table(
+        title=f"batch {measured.batch_size}, compared with {model.file} in {model.runtime}",
+        caption=f"The table above compares files without a folder with the original and the baseline of {folder}.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("file", "runtime", "vs. model.onnx"):
+        table.add_column(column)
+    for each in measured.files:
+        if "model" in each.speedup:
+            table.add_row(*_named(each), _speedup(each.speedup["model"]))
     return table
 
 
-def _compared_with(measured: LatencyTable) -> list[str]:
+def _named(file: TimedFile) -> tuple[str, str]:
+    """The cells that name a file and how it runs."""
+    return f"{file.file}, {file.bytes / 1e6:.3f} MB", f"{file.runtime}\n{file.precision}"
+
+
+def _speedup(ratio: Ratio | Speedup) -> str:
+    """A speedup over its interval."""
+    from tersor.report.verdict import describe_speedup
+
+    return describe_speedup(ratio).replace(" (", "\n(")
+
+
+def _compared_with(measured: LatencyTable) -> tuple[str, str]:
     """The titles of the two columns of speedups: the original and the baseline of folders, else the first file."""
-    titles: list[list[str]] = [[], []]
-    roles = [dict.fromkeys(each.roles, each) for each in measured.files]
-    if any("original" in each for each in roles):
-        titles = [["original"], ["baseline"]]
-    first = next((each["first"] for each in roles if "first" in each), None)
-    if first is not None:
-        name = Path(first.file).name
-        titles = [[*titles[0], f"{name} in {first.runtime}"], [*titles[1], f"{name} in its fastest runtime"]]
-    return [f"vs. {' or '.join(each)}" for each in titles]
+    first = next((each for each in measured.files if "first" in each.roles), None)
+    if first is None:
+        return "vs. original", "vs. baseline"
+    name = Path(first.file).name
+    return f"vs. {name} in {first.runtime}", f"vs. {name} in its fastest runtime"
 
 
 def _compared(file: TimedFile) -> Sequence[str]:
     """The two speedups of a file over the reference files; for a reference file, its role in place of the speedup."""
-    from tersor.report.verdict import describe_speedup
-
-    if file.speedup:
-        return [describe_speedup(ratio) for ratio in file.speedup.values()]
     shown = {"original": "original", "baseline": "baseline", "first": "this file", "first_fastest": "this file"}
     return [
-        "".join(shown[role] for role in file.roles if role in column)
-        for column in (("original", "first"), ("baseline", "first_fastest"))
+        "".join(
+            _speedup(file.speedup[role]) if role in file.speedup else shown[role]
+            for role in column
+            if role in file.speedup or role in file.roles
+        )
+        for column in _COLUMNS
     ]
 
 
@@ -203,10 +256,10 @@ def sensitivity_table(found: BitCosts) -> Table:
     worst = sorted(found.weights, key=lambda layer: -max(costs[layer, bits].error for bits in widths))[:_SHOWN]
     caption = "error of the outputs in % (drop of the metric in points)"
     table = Table(title=f"the {len(worst)} most sensitive of {len(found.weights)} layers", caption=caption)
-    table.add_column("layer", overflow="fold")
+    table.add_column("layer")
     for bits in widths:
         table.add_column(f"{bits} bits", justify="right")
     for layer in worst:
         row = [costs[layer, bits] for bits in widths]
-        table.add_row(layer, *[f"{number(100 * each.error, 2)}\n({each.drop:.1f})" for each in row])
+        table.add_row(layer, *[f"{number(100 * each.error, 2)}\n({each.drop:z.1f})" for each in row])
     return table

@@ -58,4 +58,6 @@ class Bars:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(line, highlight=False, markup=False)
+        console = self._progress.console
+        # in a file, a line stays one line
+        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=not console.is_terminal)

@@ -7,7 +7,7 @@ from torch import nn
 
 import tersor
 from tersor.checkpoint.artifact import write_folder
-from tersor.cli_output import latency_table
+from tersor.cli_output import latency_tables
 from tersor.deploy.onnx import export
 from tersor.evaluation.latency import BATCH_SIZES
 from tersor.evaluation.timings import Spread, Timings
@@ -22,7 +22,7 @@ def printed(table: module.LatencyTable) -> str:
     """The text of a table, wide enough for every title."""
     console = Console(width=400)
     with console.capture() as capture:
-        console.print(latency_table(table, 1.0))
+        console.print(*latency_tables(table, 1.0))
     return capture.get()
 
 
@@ -131,10 +131,56 @@ def test_the_files_of_a_folder_are_compared_with_its_original(tmp_path):
     assert "vs. original" in text
     assert "vs. baseline" in text
     assert ".onnx in" not in text
+
+
+@pytest.mark.usefixtures("equal_times")
+def test_files_beside_a_folder_are_compared_with_its_files(tmp_path):
+    def fill(folder):
+        for name in ("original", "model"):
+            export(network(2), torch.rand(1, 3, 8, 8), folder / f"{name}.onnx")
+
+    folders = [write_folder(tmp_path / name, fill) for name in ("one", "two")]
+    mine, other_size = tmp_path / "mine.onnx", tmp_path / "16.onnx"
+    export(network(2), torch.rand(1, 3, 8, 8), mine)
+    export(network(2), torch.rand(1, 3, 16, 16), other_size)
+    model = folders[0] / "model.onnx"
+    given = [other_size, mine, folders[0], model, folders[1], folders[1], mine]
+    tables = list(module.timed(given, 1.0))
+    assert [each.images for each in tables] == [
+        *["float32 images of 3 x 8 x 8"] * len(BATCH_SIZES),
+        *["float32 images of 3 x 16 x 16"] * len(BATCH_SIZES),
+    ]
+    found = {each.file: (each.roles, list(each.speedup)) for each in tables[0].files}
+    assert found == {
+        str(folders[0] / "original.onnx"): (["original", "baseline"], []),
+        str(model): (["model"], ["original", "baseline"]),
+        str(mine): ([], ["original", "baseline", "model"]),
+        str(folders[1] / "original.onnx"): (["original", "baseline"], []),
+        str(folders[1] / "model.onnx"): ([], ["original", "baseline"]),
+    }
+    assert len(tables[0].files) == len(found)
+    text = printed(tables[0])
+    assert f"batch 1, compared with {model} in onnxruntime" in text
+    assert text.count(str(mine)) == 2
+    assert "compared with" not in printed(tables[-1])
+
+
+@pytest.mark.usefixtures("equal_times")
+def test_the_artifact_that_files_are_compared_with_runs_in_the_runtime_of_its_recipe(tmp_path, monkeypatch):
+    def fill(folder):
+        for name in ("original", "model"):
+            export(network(2), torch.rand(1, 3, 8, 8), folder / f"{name}.onnx")
+        (folder / "numbers.json").write_text('{"runtime": "openvino"}')
+
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime", "openvino"])
+    folder = write_folder(tmp_path / "out", fill)
     export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "mine.onnx")
-    text = printed(next(module.timed([folder, tmp_path / "mine.onnx"], 1.0)))
-    assert "vs. original or mine.onnx in onnxruntime" in text
-    assert "vs. baseline or mine.onnx in its fastest runtime" in text
+    table = next(module.timed([folder, tmp_path / "mine.onnx"], 1.0))
+    assert [each.runtime for each in table.files if "model" in each.roles] == ["openvino"]
+    assert [each.runtime for each in table.files if "model" in each.speedup] == [
+        "onnxruntime", "onnxruntime", "openvino",
+    ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("equal_times")
@@ -150,5 +196,7 @@ def test_each_column_names_the_row_that_it_compares_with():
         module.TimedFile("a.onnx", 1, "onnxruntime", "float32", spread, [role], {})
         for role in ("first", "first_fastest")
     ]
-    rows = [line for line in printed(module.LatencyTable(1, 2, "time", files)).splitlines() if "a.onnx, " in line]
+    rows = [
+        line for line in printed(module.LatencyTable(1, 2, "time", files, "images")).splitlines() if "a.onnx, " in line
+    ]
     assert [[cell.strip() for cell in row.split("│")[4:6]] for row in rows] == [["this file", ""], ["", "this file"]]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from samples import alone, entry, evidence_of, numbers_at, numbers_of, profile_of, ratio_of, speedups
 
-from tersor.cli_output import results_table
+from tersor.cli_output import plain_console, results_tables, show
 from tersor.evaluation.results import FileResults, Metric, Results, Speedup
 from tersor.report import verdict as module
 from tersor.report.verdict import by_batch_size
@@ -195,19 +195,39 @@ def test_a_larger_error_is_not_recommended(score, file):
 
 def test_the_table_of_a_run_has_the_share_of_zero_weights_if_there_are_any():
     numbers = numbers_of()
-    table = results_table(Results.model_validate(numbers))
+    table, _ = results_tables(Results.model_validate(numbers))
     assert "zero weights, %" not in [*table.columns[0].cells]
     numbers["artifact"]["sparsity"] = 0.7004
-    table = results_table(Results.model_validate(numbers))
+    table, _ = results_tables(Results.model_validate(numbers))
     place = [*table.columns[0].cells].index("zero weights, %")
-    assert [[*column.cells][place] for column in table.columns] == ["zero weights, %", "0.0", "0.0", "70.0", "", ""]
+    assert [[*column.cells][place] for column in table.columns] == ["zero weights, %", "0.0", "0.0", "70.0"]
 
 
 def test_the_table_of_a_run_names_one_thread_and_the_integers():
     numbers = numbers_of()
     numbers["machine"]["threads"] = 1
     numbers["artifact"]["precision"] = "int8, rest float32"
-    table = results_table(Results.model_validate(numbers))
+    table, _ = results_tables(Results.model_validate(numbers))
     assert table.title == "Some CPU, 1 thread"
     place = [*table.columns[0].cells].index("precision")
-    assert [[*column.cells][place] for column in table.columns][-3] == "int8, rest float32"
+    assert [[*column.cells][place] for column in table.columns][-1] == "int8, rest float32"
+
+
+def test_the_tables_of_a_run_are_complete_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    numbers = numbers_of()
+    numbers["artifact"]["precision"] = "int4 and int8, rest float32"
+    for ratios in numbers["speedup"].values():
+        ratios["1"] |= {"value": 1.0, "low": 0.987, "high": 1.012}
+    numbers["metric"] |= {"name": "a_metric_with_a_long_name_of_your_own"}
+    results = Results.model_validate(numbers)
+    show(plain_console(), *results_tables(results))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    labels = "".join(line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│"))
+    assert "a_metric_with_a_long_name_of_your_own" in labels
+    for size, latency in results.artifact.latency_ms.items():
+        assert f"{latency.median:.2f}" in printed
+        assert f"batch {size} " in printed
+    assert "(0.99x to 1.01x)" in printed

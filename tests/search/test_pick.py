@@ -9,7 +9,8 @@ from front_samples import SIZES, front_of, point
 from rich.console import Console
 
 from tersor import cli
-from tersor.cli_compress import front_table
+from tersor.cli_compress import front_tables
+from tersor.cli_output import show
 from tersor.core.errors import InputError
 from tersor.search.compression_budget import Budget
 from tersor.search.front import front
@@ -141,12 +142,25 @@ def test_the_printed_front_has_the_error_of_each_latency():
 def test_names_in_the_printed_front_are_folded_after_hyphens():
     front = front_of(0)
     long = "original-branches3-8bit-217steps-of-10000"
-    best = point(long, 93.0, 0.5, latency_ms={1: 0.5, 32: 14.25, 128: 57.0})
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(front_table(front.model_copy(update={"points": [*front.points, best], "best": long})))
+    best = point(long, 93.0, 0.5)
+    console = Console(width=70, record=True, file=io.StringIO())
+    show(console, *front_tables(front.model_copy(update={"points": [*front.points, best], "best": long})))
     cells = [line.split("\u2502")[1].strip() for line in console.export_text().splitlines() if "\u2502" in line]
     first = cells.index("* original-branches3-")
     assert cells[first : first + 3] == ["* original-branches3-", "8bit-217steps-of-10000", "openvino int8"]
     wide = Console(width=140, record=True, file=io.StringIO())
-    wide.print(front_table(front.model_copy(update={"points": [best], "best": long})))
+    show(wide, *front_tables(front.model_copy(update={"points": [best], "best": long})))
     assert f"* {long} " in wide.export_text()
+
+
+@pytest.mark.parametrize("sizes", [(1, 128), (1, 32, 128), (1, 2, 4, 8, 16, 32, 64, 128)])
+def test_all_columns_of_the_printed_front_fit_80_columns(sizes):
+    front = front_of(0)
+    best = point("original-branches3-8bit-217steps", 93.0, 0.5, latency_ms={size: size / 7 for size in sizes})
+    console = Console(width=80, record=True, file=io.StringIO())
+    show(console, *front_tables(front.model_copy(update={"points": [best], "baselines": [], "best": best.name})))
+    lines = console.export_text().splitlines()
+    assert all(len(line.rstrip()) <= 80 and (line[:1] not in "│┃" or line.rstrip()[-1] in "│┃") for line in lines)
+    printed = "\n".join(lines)
+    for text in (*(f"batch {size} " for size in sizes), *(f" {size / 7:.3g} " for size in sizes), "93.00", " MB "):
+        assert printed.count(text) == 1, text
