@@ -55,7 +55,7 @@ def test_other_arguments_are_refused_once_the_baselines_are_measured(tmp_path):
     with pytest.raises(InputError, match="belongs to a search with model 'net:MyNet', but 'net:Other' is given"):
         SearchFolder(tmp_path, {"model": "net:Other"})
     given = {"model": "net:Other", "students": "wide", "limit": "None"}
-    message = r"but 'net:Other' is given; with students none, but 'wide' is given\. Repeat"
+    message = r"but 'net:Other' is given; with students none, but 'wide' is given\. Use the same"
     with pytest.raises(InputError, match=message):
         SearchFolder(tmp_path, given)
 

@@ -130,7 +130,7 @@ def test_the_printed_front_has_the_error_of_each_latency():
     made = front_of(0)
     best = made.points[0].model_copy(update={"latency_error": {1: 0.03, 128: 0.02}})
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(front_table(made.model_copy(update={"points": [best]})))
+    show(console, *front_tables(made.model_copy(update={"points": [best]})))
     text = console.export_text()
     row = next(line for line in text.splitlines() if "* best" in line)
     below = text.splitlines()[text.splitlines().index(row) + 1]

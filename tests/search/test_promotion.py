@@ -89,7 +89,10 @@ def test_an_extension_trains_another_candidate_if_its_last_one_cannot_be_improve
     state.rungs, state.extended = [Rung(members={lossless.of.name: 1})], True
     assert halving._rung(search, 2, 1).members == {lost.of.name: 1}
     state.extended = False
-    assert halving._rung(search, 2, 1).members == {}
+    assert halving._rung(search, 2, 1).members == {lost.of.name: 1}, "as after a survey that went on"
+    search.study.fail(lost.of, 1, "NaN")
+    for state.extended in (False, True):
+        assert halving._rung(search, 2, 1).members == {}, "what failed is not trained again"
 
 
 def hopeless_student(path):

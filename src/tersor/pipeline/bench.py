@@ -99,8 +99,8 @@ class TimedFile:
     latency_ms: Spread
     """Latency of one batch."""
     roles: Sequence[Compared]
-    """What the file is a reference for: `original`, `baseline`; `model`, the artifact of a folder; of ONNX files without a
-    folder, `first` and `first_fastest`."""
+    """What the file is a reference for: `original`, `baseline`; `model`, the artifact of a folder; of ONNX files
+    without a folder, `first` and `first_fastest`."""
     speedup: Mapping[Compared, Ratio]
     """Latency of each reference divided by that of the file; empty for the original, or the first file."""
 

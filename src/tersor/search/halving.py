@@ -99,10 +99,10 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
         trained = _trained(search)
         kept = hopeful(search, trained, available)
         chosen = promoted(search, kept, count, left, last=last)
-        if not chosen and (state.extended or len(kept) < len(trained)):
+        if not chosen:
             chosen = fresh = _never_trained(search, 1 if state.extended else count)
             share = max(share, LEAST_FIRST) if fresh else share
-            if not fresh and last_resort:
+            if not fresh and last_resort and len(kept) < len(trained):
                 chosen = promoted(search, trained, count, left, last=last)
     last = last or (len(chosen) <= at_once and number < len(RUNGS) and not fresh)
     members = {record.of.name: record.rung + 1 for record in chosen}
@@ -112,7 +112,7 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
 def _never_trained(search: Search, count: int) -> list[Record]:
     """The surveyed candidates that are trained if no trained one can be improved enough."""
     trained = {record.of.name for record in search.study.records() if record.rung}
-    chosen = entrants(search, count, without={*trained, *search.study.failed})
+    chosen = entrants(search, count, without=trained)
     return [record for record in chosen if record.of != Candidate()]
 
 

@@ -36,12 +36,15 @@ _HOPELESS = 0.05
 def entrants(search: Search, count: int, without: Collection[str] = ()) -> list[Record]:
     """Surveyed candidates to train: the Pareto front and the students, evenly spread over the latencies.
 
+    Candidates that failed are left out.
+
     Args:
         search: the search.
         count: the largest number of candidates.
         without: names of candidates to leave out.
     """
-    surveyed = [record for record in search.study.records() if not record.rung and record.of.name not in without]
+    left_out = {*without, *search.study.failed}
+    surveyed = [record for record in search.study.records() if not record.rung and record.of.name not in left_out]
     records = [record for record in surveyed if improvable(search, record)]
     free = min(point.mean_ms for point in search.points if point.free)
     smaller = search.budget.megabytes is not None
