@@ -16,13 +16,14 @@ import tersor
 from search_fakes import STUDENTS, FakeBench, FakeTime, searching
 from tersor.core.errors import InputError
 from tersor.data import load
+from tersor.search.candidate import Candidate
 from tersor.search.compress import compress
 from tersor.search.compression_budget import Budget
 from tersor.search.halving import halve
 from tersor.search.plan import RUNG_SIZES
 from tersor.search.space import Space
 from tersor.search.survey import survey
-from tersor.search.workers import Placement, Worker, read_folder, started, write_folder
+from tersor.search.workers import LostWorkerError, Placement, Worker, Workers, read_folder, started, write_folder
 
 SPACE = Space(branches=9, prunable=True, students=list(STUDENTS))
 workers_module = importlib.import_module("tersor.search.workers")
@@ -48,7 +49,7 @@ class FakeWorkers:
             self.time.seconds = max(self.time.seconds, end)
             yield None
             for each in wave:
-                yield each, "the worker died" if each.name in self.broken else ""
+                yield each, LostWorkerError("the worker died") if each.name in self.broken else None
 
 
 def searched(path, count, broken=()):
@@ -90,6 +91,7 @@ def test_a_worker_that_dies_loses_its_trial_only(tmp_path):
     assert list(search.study.failed) == [lost]
     trained = {record.of.name for record in search.study.records() if record.rung}
     assert trained == set(search.folder.state.rungs[0].members) - {lost}
+    assert not search.study._failures(), "a resumed search trains it"
 
 
 def test_checkpoints_travel_as_bytes(tmp_path):
@@ -152,32 +154,54 @@ class Loss:
 
 
 class FakeRay:
-    """A cluster on which an actor is its arguments."""
+    """A cluster on which an actor is its number.
+
+    Attributes:
+        initialized: whether the process uses Ray already.
+        reserved: cores of a worker.
+        pending: actors that wait for cores.
+        broken: what an actor raises.
+    """
+
+    exceptions = SimpleNamespace(RayError=OSError, RayTaskError=ConnectionError)
 
     def __init__(self):
         self.folders, self.killed, self.removed = [], 0, []
+        self.initialized, self.reserved, self.pending, self.broken, self.address = False, [], (), None, None
 
-    def init(self, **_options):
-        pass
+    def init(self, *, address, **_options):
+        self.address = address
 
     def shutdown(self):
         pass
 
-    def cluster_resources(self):
-        return {"CPU": 4.0}
+    def is_initialized(self):
+        return self.initialized
 
     def nodes(self):
-        return [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": True}, {"NodeID": "c", "Alive": False}]
+        cores = {"a": 4.0, "b": 3.0, "c": 64.0}
+        return [{"NodeID": key, "Alive": key != "c", "Resources": {"CPU": cores[key]}} for key in cores]
 
     def kill(self, _actor):
         self.killed += 1
 
     def wait(self, tasks, *, num_returns, timeout):
-        assert (num_returns, timeout) == (len(tasks), 20.0)
+        assert (num_returns, timeout) in ((len(tasks), 20.0), (len(tasks), 300.0))
+        return [task for task in tasks if task not in self.pending], list(self.pending)
 
-    def remote(self, **_options):
+    def get(self, _reference):
+        if self.broken is not None:
+            raise self.broken
+
+    def actor(self, scratch):
+        self.folders.append(scratch)
+        number = len(self.folders) - 1
+        return SimpleNamespace(ready=SimpleNamespace(remote=lambda: number))
+
+    def remote(self, *, num_cpus, **_options):
+        self.reserved.append(num_cpus)
         return lambda made: SimpleNamespace(
-            remote=lambda *_given, scratch, **_more: self.folders.append(scratch),
+            remote=lambda *_given, scratch, **_more: self.actor(scratch),
             options=lambda scheduling_strategy: SimpleNamespace(
                 remote=lambda folder: self.removed.append((made, folder, scheduling_strategy))
             ),
@@ -219,6 +243,57 @@ def test_the_search_makes_and_removes_the_folders_of_its_workers(tmp_path, ray, 
         remove(scratch)
         assert not scratch.exists()
         remove(scratch)
+
+
+def workers_of(ray, count, address="auto"):
+    with started(
+        Placement(count, address), None, SimpleNamespace(students={}, tests_choose=False, folder=None)
+    ) as made:
+        return made
+
+
+@pytest.mark.parametrize(("count", "threads"), [(1, 4), (2, 3), (3, 2), (4, 1), (7, 1)])
+def test_a_worker_fits_on_a_machine(ray, count, threads):
+    assert workers_of(ray, count).count == count
+    assert ray.reserved[0] == threads
+    assert ray.address == "auto"
+
+
+def test_more_workers_than_cores_are_refused(ray):
+    with pytest.raises(InputError, match=r"workers is 8, but the cluster at auto has 7 cores. Write fewer workers"):
+        workers_of(ray, 8)
+
+
+def test_without_an_address_no_running_cluster_is_used(ray):
+    workers_of(ray, 2, None)
+    assert ray.address == "local"
+    ray.initialized = True
+    with pytest.raises(InputError, match=r"Ray is in use in this process. Call ray.shutdown\(\) first"):
+        workers_of(ray, 2, None)
+
+
+def test_workers_that_do_not_start_are_left_out(ray):
+    ray.pending = (1,)
+    assert workers_of(ray, 2).count == 1
+    ray.pending, ray.folders = (0, 1), []
+    with pytest.raises(InputError, match="no worker has started after 300 s: the cores of the cluster are in use"):
+        workers_of(ray, 2)
+    ray.broken = OSError("The actor died\ntersor.core.errors.InputError: there is no folder cars.")
+    with pytest.raises(
+        InputError, match=r"a worker cannot start: .* no folder cars\. Paths in the arguments must exist"
+    ):
+        workers_of(ray, 2)
+
+
+def test_a_lost_worker_is_no_failure_of_its_candidate(ray, tmp_path):
+    workers, candidate = Workers(ray, [1], tmp_path), Candidate()
+    ray.broken = OSError("The node\ndied.")
+    lost = workers._received(candidate, None)
+    assert isinstance(lost, LostWorkerError)
+    assert str(lost) == "the worker that trained it was lost, twice: died."
+    ray.broken = ConnectionError("an error in the code")
+    with pytest.raises(ConnectionError):
+        workers._received(candidate, None)
 
 
 def test_a_worker_uses_the_folder_that_it_is_given(tmp_path, monkeypatch):

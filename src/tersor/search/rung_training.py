@@ -18,7 +18,7 @@ from tersor.search.state import Rung
 from tersor.search.study import Record
 from tersor.search.training_stage import as_made
 from tersor.search.trial import QUANTIZED_SHARE, Training, train
-from tersor.search.workers import Workers
+from tersor.search.workers import LostWorkerError, Workers
 
 _ROUNDING = 0.4
 """If quantization costs more points than this, the last training ends with quantization-aware training."""
@@ -86,8 +86,8 @@ def _train_in_workers(search: Search, workers: Workers, rung: Rung, candidates: 
         if found is None:
             continue
         candidate, error = found
-        if error:
-            _fail(search, candidate, rung, error)
+        if error is not None:
+            _fail(search, candidate, rung, str(error), lost=isinstance(error, LostWorkerError))
             continue
         try:
             model, made = train(search.bench, candidate, trainings[candidate])  # from the checkpoints of the worker
@@ -140,8 +140,12 @@ def _add(
     search.bar.tell(_described(search, record))
 
 
-def _fail(search: Search, candidate: Candidate, rung: Rung, reason: str) -> None:
-    search.study.fail(candidate, rung.members[candidate.name], reason)
+def _fail(search: Search, candidate: Candidate, rung: Rung, reason: str, *, lost: bool = False) -> None:
+    """Store the failed training; a `lost` one has no trial, so that a resumed search repeats it."""
+    if lost:
+        search.study.failed[candidate.name] = reason
+    else:
+        search.study.fail(candidate, rung.members[candidate.name], reason)
     search.bar.tell(f"{candidate}: {reason}")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.core.progress import NO_PROGRESS
 from tersor.search.candidate import Candidate
 from tersor.search.request import Request, experiment_of
@@ -29,6 +29,8 @@ from tersor.search.workbench import Workbench
 
 _SECONDS = 0.5
 """Time between two looks at the workers, while the bar moves."""
+_START_SECONDS = 300.0
+"""Longest time for starting the workers, which read the images."""
 _REMOVAL_SECONDS = 20.0
 """Longest time for removing the temporary folders on all machines of a cluster."""
 Files = dict[str, bytes]
@@ -49,6 +51,10 @@ class Placement:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise InputError(f"workers is {self.workers}. Write a number of processes, 1 or more.")
+
+
+class LostWorkerError(InputError):
+    """The processes that trained a candidate died; on other machines, or with more memory, its training may succeed."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,9 @@ class Worker:
         bench = Workbench(experiment, students, scratch, NO_PROGRESS)
         self._bench = bench.choosing_on_test_images() if tests_choose else bench
 
+    def ready(self) -> None:
+        """Do nothing; Ray calls it after the start."""
+
     def train(self, candidate: Candidate, training: Training, files: Files) -> Outcome:
         """Train a candidate from its checkpoints."""
         folder = self._bench.folder / candidate.name
@@ -115,11 +124,11 @@ class Workers:
         self._ray, self._actors, self._folder = ray, list(actors), folder
         self.count = len(self._actors)
 
-    def train(self, trainings: Mapping[Candidate, Training]) -> Generator[tuple[Candidate, str] | None]:
+    def train(self, trainings: Mapping[Candidate, Training]) -> Generator[tuple[Candidate, InputError | None] | None]:
         """Train candidates; their checkpoints are written to the folder of the search.
 
         Yields:
-            Each trained candidate with "" or the reason of its failure, and None every half second.
+            Each trained candidate with the reason if it failed, and None every half second.
         """
         waiting, free, busy = list(trainings), list(self._actors), dict[Any, tuple[Candidate, Any]]()
         ended: list[tuple[Candidate, Any]] = []
@@ -135,14 +144,17 @@ class Workers:
             ended = [(busy[each][0], each) for each in done]
             free += [busy.pop(each)[1] for each in done]
 
-    def _received(self, candidate: Candidate, reference: Any) -> str:
+    def _received(self, candidate: Candidate, reference: Any) -> InputError | None:
         try:
             outcome = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as error:
-            return f"the worker that trained it died, and the one that tried again too: {str(error).splitlines()[-1]}"
-        if not outcome.error:
-            write_folder(self._folder / candidate.name, outcome.files)
-        return outcome.error
+        except self._ray.exceptions.RayTaskError:  # an error in the code of a worker
+            raise
+        except self._ray.exceptions.RayError as error:
+            return LostWorkerError(f"the worker that trained it was lost, twice: {_last_line(error)}")
+        if outcome.error:
+            return InputError(outcome.error)
+        write_folder(self._folder / candidate.name, outcome.files)
+        return None
 
 
 @contextmanager
@@ -150,12 +162,15 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
     """Start the workers, and end them afterwards.
 
     Raises:
-        InputError: Ray is not installed, or there is no cluster at the address.
+        InputError: Ray is not installed or is in use, there is no cluster at the address, it has fewer cores than
+            workers, or a worker cannot start.
     """
     ray = _ray()
+    if ray.is_initialized():
+        raise InputError("Ray is in use in this process. Call ray.shutdown() first.")
     try:
         ray.init(
-            address=placement.address,
+            address=placement.address or "local",
             num_cpus=None if placement.address else placement.workers,
             include_dashboard=False,
             log_to_driver=False,
@@ -168,8 +183,7 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
         ) from error
     scratch, actors = Path(tempfile.mkdtemp(prefix="tersor-")), list[Any]()
     try:
-        cores = int(ray.cluster_resources()["CPU"]) if placement.address else os.cpu_count() or 1
-        threads = max(1, cores // placement.workers)
+        threads = _threads(ray, placement)
         reserved = threads if placement.address else 1
         remote = ray.remote(num_cpus=reserved, max_restarts=-1, max_task_retries=1)(Worker)
         arguments = request, dict(bench.students), str(Path.cwd()), threads
@@ -177,7 +191,7 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
             remote.remote(*arguments, tests_choose=bench.tests_choose, scratch=scratch / str(number))
             for number in range(placement.workers)
         ]
-        yield Workers(ray, actors, bench.folder)
+        yield Workers(ray, _ready(ray, actors), bench.folder)
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -185,6 +199,42 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
             _remove_everywhere(ray, scratch)
         ray.shutdown()
         _remove(scratch)
+
+
+def _threads(ray: ModuleType, placement: Placement) -> int:
+    """Threads of a worker: the most with which all workers fit on the machines."""
+    if not placement.address:
+        return max(1, (os.cpu_count() or 1) // placement.workers)
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    for threads in range(max(cores, default=0), 0, -1):
+        if sum(each // threads for each in cores) >= placement.workers:
+            return threads
+    raise InputError(
+        f"workers is {placement.workers}, but the cluster at {placement.address} has {counted(sum(cores), 'core')}. "
+        "Write fewer workers."
+    )
+
+
+def _ready(ray: ModuleType, actors: Sequence[Any]) -> list[Any]:
+    """The workers that have started. The others wait for cores that other programs use."""
+    calls = [actor.ready.remote() for actor in actors]
+    done, _ = ray.wait(calls, num_returns=len(calls), timeout=_START_SECONDS)
+    try:
+        ray.get(done)
+    except ray.exceptions.RayError as error:
+        raise InputError(
+            f"a worker cannot start: {_last_line(error)} Paths in the arguments must exist on all machines."
+        ) from error
+    if not done:
+        raise InputError(
+            f"no worker has started after {_START_SECONDS:.0f} s: the cores of the cluster are in use. Write fewer "
+            "workers, or wait."
+        )
+    return [actor for actor, call in zip(actors, calls, strict=True) if call in done]
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _remove_everywhere(ray: ModuleType, folder: Path) -> None:
