@@ -196,7 +196,7 @@ class FakeRay:
     def actor(self, scratch):
         self.folders.append(scratch)
         number = len(self.folders) - 1
-        return SimpleNamespace(ready=SimpleNamespace(remote=lambda: number))
+        return SimpleNamespace(ready=SimpleNamespace(options=lambda **_options: SimpleNamespace(remote=lambda: number)))
 
     def remote(self, *, num_cpus, **_options):
         self.reserved.append(num_cpus)
@@ -280,7 +280,7 @@ def test_workers_that_do_not_start_are_left_out(ray):
         workers_of(ray, 2)
     ray.broken = OSError("The actor died\ntersor.core.errors.InputError: there is no folder cars.")
     with pytest.raises(
-        InputError, match=r"a worker cannot start: .* no folder cars\. Paths in the arguments must exist"
+        InputError, match=r"a worker cannot start: there is no folder cars\. Paths in the arguments must exist"
     ):
         workers_of(ray, 2)
 

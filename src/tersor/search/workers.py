@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
@@ -217,7 +218,7 @@ def _threads(ray: ModuleType, placement: Placement) -> int:
 
 def _ready(ray: ModuleType, actors: Sequence[Any]) -> list[Any]:
     """The workers that have started. The others wait for cores that other programs use."""
-    calls = [actor.ready.remote() for actor in actors]
+    calls = [actor.ready.options(max_task_retries=0).remote() for actor in actors]
     done, _ = ray.wait(calls, num_returns=len(calls), timeout=_START_SECONDS)
     try:
         ray.get(done)
@@ -234,7 +235,8 @@ def _ready(ray: ModuleType, actors: Sequence[Any]) -> list[Any]:
 
 
 def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+    """The last line of an error of Ray, which ends with that of the worker, without its class."""
+    return re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])
 
 
 def _remove_everywhere(ray: ModuleType, folder: Path) -> None:
