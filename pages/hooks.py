@@ -19,7 +19,7 @@ import gains
 import reference
 
 _TABLE = re.compile(r"^<!-- gains: (\w+) -->$", re.MULTILINE)
-_PAGE_LINK = re.compile(r"(\]\([^():]+)\.md(?=[#)])")
+_PAGE_LINK = re.compile(r"(?<=\]\()[^():]+\.md(?=\))")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -37,7 +37,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path, content=text))
     listed = files.src_uris["llms.txt"]
     files.remove(listed)
-    files.append(File.generated(config, "llms.txt", content=_PAGE_LINK.sub(r"\1.html", listed.content_string)))
+    text = _PAGE_LINK.sub(lambda link: files.src_uris[link[0]].dest_uri, listed.content_string)
+    files.append(File.generated(config, "llms.txt", content=text))
     return files
 
 

@@ -258,6 +258,8 @@ def test_links_in_the_site_lead_to_a_file_and_an_anchor(site, pages):
             if re.match(r"[a-z]+:|//", link):
                 continue
             path, _, anchor = unquote(link).partition("#")
+            if page.name == "404.html":  # a server sends it for any address, so its links start at the root
+                path = path.removeprefix("/")
             target = (page.parent / path).resolve() if path else page
             target = target / "index.html" if target.is_dir() else target
             assert target.is_file(), f"{page.relative_to(site)} links {link}"
