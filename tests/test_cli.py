@@ -194,6 +194,7 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
     ("change", "message"),
     [
         (("WEIGHTS", "absent.safetensors"), "weights file absent.safetensors"),
+        (("WEIGHTS", "."), "weights file . is a folder"),
         (("WEIGHTS", "OTHER"), "resnet32"),
         (("WEIGHTS", "CORRUPT"), "corrupt.safetensors"),
         (("name: resnet20", "name: resnet20, num_classes: 7"), "classes"),

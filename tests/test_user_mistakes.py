@@ -169,6 +169,7 @@ def test_every_verb_unwraps(tmp_path):
 REFUSED = {
     "class": (lambda: NeedsMask, r"is the class NeedsMask\. Pass an instance"),
     "path": (lambda: "w.pt", r"not a path.*load_weights\(network, 'w.pt'\)"),
+    "name": (lambda: "resnet20", r"not a name: tersor.models.build\('resnet20'\)"),
     "state_dict": (lambda: small().state_dict(), "load_state_dict"),
     "none": (lambda: None, "is a NoneType"),
     "meta": (lambda: small().to("meta"), "0.weight .*meta device"),

@@ -26,7 +26,6 @@ from tersor.pipeline.arguments import (
     check_classes,
     check_metadata,
     example_of,
-    made,
     onnx_path,
     refuse_quantized,
     refuse_shared_weights,
@@ -75,7 +74,7 @@ def quantize(
             no images.
     """
     refuse_quantized(model)
-    method, target = made(PTQ, bits=bits), made(Target, runtime=runtime)
+    method, target = PTQ(bits=bits), Target(runtime=runtime)
     network, data = to_compress(model, loader, method.calibration_images)
     told = None if normalization is None else check_values(data, normalization)
     goal = task_of(task) or Classification()
@@ -122,8 +121,8 @@ def prune(
             forward pass fails on the images.
     """
     options = {"keep_macs": keep_macs, "keep_latency": keep_latency, "importance": importance, "scope": scope}
-    method = made(ChannelPruning, **options, branches=branches, round_to=round_to)
-    target = made(Target, runtime=runtime)
+    method = ChannelPruning(**options, branches=branches, round_to=round_to)
+    target = Target(runtime=runtime)
     network, data = to_compress(model, example, max(method.estimation_images, method.importance_images))
     goal = task_of(task, loss) or Classification()
     if method.importance == "taylor":
@@ -176,9 +175,9 @@ def distill(
     refuse_shared_weights(student, teacher)
     if not isinstance(epochs, int) or epochs < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"epochs is {epochs}. Write a whole number, 1 or more.")
-    method = made(SoftTargets, temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
+    method = SoftTargets(temperature=temperature, loss_weight=loss_weight, label_weight=label_weight)
     rate = {"sgd": 0.05, "adamw": 0.0005}.get(optimizer) if learning_rate is None else learning_rate
-    training = Training(optimizer=made(OptimizerOptions, name=optimizer, learning_rate=rate))
+    training = Training(optimizer=OptimizerOptions(name=optimizer, learning_rate=rate))
     asked = task_of(task, loss)
     return train_on_outputs(student, teacher, loader, method, training, epochs=epochs, task=asked, progress=progress)
 
@@ -220,7 +219,7 @@ def export(
     pixels = check_metadata(classes, pixels, images)
     told = known_normalization(model, normalization, pixels, images)
     network = to_export(model, images, "the network")
-    fixed = batch_for(network, made(Target, runtime=runtime, batch=batch))
+    fixed = batch_for(network, Target(runtime=runtime, batch=batch))
     if fixed != batch:
         warnings.warn(static_batch_reason(), CompressionWarning, stacklevel=2)
     try:  # a file that the runtime rejects must not replace an existing one

@@ -197,11 +197,11 @@ def numbers(option: str, text: str | None) -> list[float] | None:
 
 def read_size(text: str | None) -> int | list[int] | None:
     """The pixels of `224` or `160,224`, of `--image-size`."""
-    sides = numbers("--image-size", text)
-    if sides is None:
+    if text is None:
         return None
-    if not all(each.is_integer() for each in sides):
-        raise InputError(f"--image-size is '{text}'. Write whole numbers of pixels.")
+    sides = text.split(",")
+    if len(sides) > 2 or not all(each.strip().isdecimal() and int(each) for each in sides):
+        raise InputError(f"--image-size is '{text}'. Write pixels: 224, or height,width such as 160,224.")
     return int(sides[0]) if len(sides) == 1 else [int(each) for each in sides]
 
 

@@ -190,7 +190,7 @@ def test_a_bare_file_is_an_artifact(tmp_path):
 def test_what_is_no_artifact_is_refused(tmp_path):
     with pytest.raises(InputError, match="not found"):
         read_artifact(tmp_path / "absent")
-    with pytest.raises(InputError, match=r"holds no manifest\.json"):
+    with pytest.raises(InputError, match=r"has no manifest\.json"):
         read_artifact(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes(b"weights")
     with pytest.raises(InputError, match="is not a model"):
@@ -233,9 +233,9 @@ def test_where_writing_fails_the_manifest_stays(out):
 
 
 def test_only_in_a_folder_a_file_is_written_anew(tmp_path):
-    with pytest.raises(InputError, match=r"holds no manifest\.json"):
+    with pytest.raises(InputError, match=r"has no manifest\.json"):
         replace_file(tmp_path, "report.html", write_report("text"))
-    with pytest.raises(InputError, match="is not the folder of an artifact"):
+    with pytest.raises(InputError, match="Pass the folder of a run"):
         replace_file(tmp_path / "absent", "report.html", write_report("text"))
 
 
@@ -317,10 +317,34 @@ def test_only_a_whole_folder_of_a_search_is_read_without_a_manifest(tmp_path):
         folder.mkdir()
         for name in names:
             (folder / name).write_text("")
-        with pytest.raises(InputError, match="is not an artifact"):
+        with pytest.raises(InputError, match="is not the folder of a run"):
             read_artifact(folder)
     (folder / "front.json").write_text("")
     assert read_artifact(folder).model == folder / "model.onnx"
     assert list(read_artifact(folder).files) == ["model.onnx", "numbers.json"]
     with pytest.raises(InputError, match=r"belongs to a search, but the folder of a run is needed"):
         read_folder(folder)
+
+
+def test_a_parent_folder_lists_the_runs_in_it(tmp_path):
+    for name in ("b", "a", "more/c"):
+        write_folder(tmp_path / "runs" / name, lambda folder: (folder / "model.onnx").write_text("x"))
+    (tmp_path / "runs" / "search").mkdir()
+    (tmp_path / "runs" / "search" / "front.json").write_text("{}")
+    runs = tmp_path / "runs"
+    with pytest.raises(InputError) as caught:
+        read_artifact(runs)
+    assert str(caught.value) == (
+        f"{runs} is not the folder of a run: it has no manifest.json. It contains the runs {runs}/a, {runs}/b, "
+        f"{runs}/more/c and the searches {runs}/search. Pass one of them, such as {runs}/a."
+    )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"has no manifest\.json\. Pass a folder that a run wrote\.$"):
+        read_artifact(tmp_path / "empty")
+
+
+def test_many_runs_are_not_all_listed(tmp_path):
+    for number in range(12):
+        write_folder(tmp_path / f"{number:02}", lambda folder: (folder / "model.onnx").write_text("x"))
+    with pytest.raises(InputError, match=r"/09, \.\.\.\. Pass one of them, such as .*/00\."):
+        read_artifact(tmp_path)

@@ -13,6 +13,21 @@ def test_two_swapped_letters_come_before_other_similar_names():
 def test_without_a_similar_name_there_is_no_hint():
     assert nearest("resnet", ["ptq", "qat"]) is None
     assert str(unknown("method", "resnet", ["qat", "ptq"])) == "unknown method 'resnet'. Possible: ptq, qat."
-    assert str(unknown("method", "clip.py", ["qat"])) == (
-        "'clip.py' is a file, not a method. Write what to use from it too: clip.py:NAME."
-    )
+
+
+def test_a_python_file_needs_the_name_of_a_function_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = "a function that returns the network"
+    message = lambda: str(unknown("model", "net.py", ["resnet20"], own))  # noqa: E731
+    assert message() == f"there is no file 'net.py' in {tmp_path}. Write net.py:NAME, where NAME is {own}."
+    file = tmp_path / "net.py"
+    file.write_text("raise SystemExit\ndef make(): ...\ndef _hidden(): ...\n")
+    assert message() == "'net.py' is a file. Write net.py:make. net.py defines make."
+    file.write_text("class Net: ...\ndef make(): ...\n")
+    assert message() == f"'net.py' is a file. Write net.py:NAME, where NAME is {own}. net.py defines Net, make."
+    file.write_text("def (")
+    assert message() == f"'net.py' is a file. Write net.py:NAME, where NAME is {own}."
+
+
+def test_a_name_that_no_python_file_can_define_is_only_unknown():
+    assert str(unknown("runtime", "ort.py", ["openvino"])) == "unknown runtime 'ort.py'. Possible: openvino."

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from tersor.core.errors import InputError
@@ -306,5 +305,5 @@ def test_a_layer_without_batchnorm_behind_it_is_refused(model):
     ],
 )
 def test_names_that_are_none(options, told):
-    with pytest.raises(ValidationError, match=told):
+    with pytest.raises(InputError, match=told):
         WeightPruning(**options)

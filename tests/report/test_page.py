@@ -99,6 +99,10 @@ def test_the_share_of_the_peak_throughput(page):
     assert rows[1] == ["5.00", "25", "160", "800"], "bfloat16"
     assert rows[2] == ["5.00", "12", "160", "400"], "5e6 MACs in 1 ms at 4e10"
     assert "at least 80 % of the peak" in section
+    assert "A share above 100 % has one of two causes." in section
+    for peak in numbers["peaks"]:
+        peak["macs_per_second"] *= 100
+    assert "above 100 %" not in page(numbers), "the largest share is 8 %"
 
 
 def test_the_precision_is_that_of_the_numbers(page):

@@ -47,6 +47,20 @@ def test_the_share_of_the_peak_follows_from_rate_and_latency(page):
     assert points["original-onnxruntime"]["peak"]["1"] is None, "not measured"
 
 
+@pytest.mark.parametrize(("factor", "above"), [(1000, False), (0.1, True)])
+def test_a_share_above_the_peak_is_explained(factor, above, tmp_path):
+    made = front_of(3)
+    write(tmp_path, made)
+    evidence = json.loads((tmp_path / "evidence.json").read_text())
+    for peak in evidence["peaks"]:
+        peak["macs_per_second"] *= factor
+    (tmp_path / "evidence.json").write_text(json.dumps(evidence))
+    text = write_front_page(tmp_path, made).read_text()
+    shares = [share for each in data_of(text)["points"] for share in each["peak"].values() if share is not None]
+    assert (max(shares) > 100) is above
+    assert ("A share above 100 % has one of two causes." in text) is above
+
+
 def test_before_the_end_there_is_no_evidence(tmp_path):
     text = write_front_page(tmp_path, front_of(3)).read_text()
     assert data_of(text)["evidence"] == {}

@@ -97,7 +97,7 @@ def test_a_name_that_is_no_folder_either(tmp_path, monkeypatch):
     [
         (["--max-drop", "2%"], "'2%' is not a number of points. Write a number such as 2."),
         (["--mean", "0.4;0.5"], "--mean is '0.4;0.5'. Write numbers with commas between them."),
-        (["--image-size", "1.5"], "--image-size is '1.5'. Write whole numbers of pixels."),
+        (["--image-size", "1.5"], "--image-size is '1.5'. Write pixels: 224, or height,width"),
     ],
 )
 def test_numbers_on_the_command_line(options, told, monkeypatch, capfd):

@@ -28,6 +28,8 @@ MODEL = "model.onnx"
 
 _LARGEST_MANIFEST = 2**22
 _LONGEST_NAME = 200
+_SHOWN = 10
+"""Most folders that a message lists."""
 _BARE = (".onnx", ".xml")
 _FRONT = "front.json"
 """In the folder of a search, which has no manifest because its files change until the search ends."""
@@ -124,8 +126,6 @@ def replace_file(path: Path | str, name: str, write: Callable[[Path], object]) -
         InputError: not such a folder, or other files are missing or damaged.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"{path} is not the folder of an artifact. Pass a folder written by a run.")
     manifest = _read_manifest(path)
     _refuse_damage(path, {other: entry for other, entry in manifest.files.items() if other != name})
     with writable(path):
@@ -205,13 +205,16 @@ def _dump(manifest: _Manifest, file: Path) -> None:
 
 def _read_manifest(folder: Path) -> _Manifest:
     file = folder / MANIFEST
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {problem}. Pass the folder of a run.")
     if not file.is_file():
         if _files_of_search(folder):
             raise InputError(
                 f"{folder} belongs to a search, but the folder of a run is needed. Write one with `tersor run` and the "
                 "recipe of the point. The report of a search is in the folder of the search."
             )
-        raise InputError(f"{folder} is not an artifact: it holds no {MANIFEST}. Pass a folder written by a run.")
+        raise InputError(f"{folder} is not the folder of a run: it has no {MANIFEST}. {_found_in(folder)}")
     try:
         with file.open("rb") as opened:
             manifest = _Manifest.model_validate_json(opened.read(_LARGEST_MANIFEST))
@@ -223,6 +226,21 @@ def _read_manifest(folder: Path) -> _Manifest:
         if not _lies_in(folder, name):
             raise InputError(f"{file} is damaged: it lists {name[:60]!r}, a path outside the folder.")
     return manifest
+
+
+def _found_in(folder: Path) -> str:
+    """The folders of runs and searches in a folder, and what to write."""
+    marks = ((MANIFEST, "runs"), (_FRONT, "searches"))
+    found = {
+        kind: sorted(str(file.parent) for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{mark}"))
+        for mark, kind in marks
+    }
+    first = next((each[0] for each in found.values() if each), None)
+    if first is None:
+        return "Pass a folder that a run wrote."
+    more = {kind: ", ..." if len(each) > _SHOWN else "" for kind, each in found.items()}
+    shown = [f"the {kind} {', '.join(each[:_SHOWN])}{more[kind]}" for kind, each in found.items() if each]
+    return f"It contains {' and '.join(shown)}. Pass one of them, such as {first}."
 
 
 def _lies_in(folder: Path, name: str) -> bool:

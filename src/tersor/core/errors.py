@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -63,11 +65,35 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def unknown(kind: str, name: str, options: Iterable[str]) -> InputError:
-    """Return the error for a name that is not among the `options`, with the most similar option."""
-    if name.endswith(".py"):
-        return InputError(f"'{name}' is a file, not a {kind}. Write what to use from it too: {name}:NAME.")
+def unknown(kind: str, name: str, options: Iterable[str], own: str = "") -> InputError:
+    """Return the error for a name that is not among the `options`, with the most similar option.
+
+    `own`: what a Python file may define instead, such as "a function that returns the network".
+    """
+    if own and name.endswith(".py"):
+        return without_function(name, own)
     known = sorted(options)
     similar = nearest(name, known)
     hint = f" Did you mean '{similar}'?" if similar else ""
     return InputError(f"unknown {kind} '{name}'.{hint} Possible: {', '.join(known) or 'none'}.")
+
+
+def without_function(file: str, own: str) -> InputError:
+    """Return the error for a Python file without the name of a function or class in it."""
+    path = Path(file)
+    if not path.is_file():
+        return InputError(f"there is no file '{file}' in {Path.cwd()}. Write {file}:NAME, where NAME is {own}.")
+    defined = _defined_in(path)
+    example = f"{file}:{defined[0]}" if len(defined) == 1 else f"{file}:NAME, where NAME is {own}"
+    found = f" {file} defines {', '.join(defined)}." if defined else ""
+    return InputError(f"'{file}' is a file. Write {example}.{found}")
+
+
+def _defined_in(file: Path) -> list[str]:
+    """The public functions and classes of a Python file, which is not executed."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [each.name for each in tree.body if isinstance(each, kinds) and not each.name.startswith("_")]

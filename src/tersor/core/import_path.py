@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tersor.core.errors import InputError, nearest, unknown
+from tersor.core.errors import InputError, nearest, unknown, without_function
 from tersor.core.user_code import user_code
 
 
@@ -31,9 +31,11 @@ def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
     def check(name: str) -> str:
         if name in options or is_function_path(name):
             return name
+        error = unknown(kind, name, options, "your function")
+        if name.endswith(".py"):
+            raise error
         raise InputError(
-            f"{unknown(kind, name, options)} You can also write your own function as "
-            "package.module:function or folder/file.py:function."
+            f"{error} You can also write your own function as package.module:function or folder/file.py:function."
         )
 
     return check
@@ -49,6 +51,8 @@ def import_function(path: str) -> Callable[..., Any]:
             function.
     """
     module_name, function_name = module_and_name(path)
+    if path.endswith(".py"):
+        raise without_function(path, "a function or class in it")
     if not all(part.isidentifier() for part in [*module_name.split("."), *function_name.split(".")]):
         raise InputError(
             f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build', or "

@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from tersor.core.plain_values import PlainRecord
 
 Runtime = Literal["onnxruntime", "openvino"]
 Cpu = Literal["vnni", "avx2", "arm64"]
@@ -27,7 +29,7 @@ def cpu_kind() -> Cpu:
     return "vnni" if flags & {"avx512_vnni", "avx_vnni", "amx_int8"} else "avx2"
 
 
-class Target(BaseModel):
+class Target(PlainRecord):
     """Where the artifact will run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, without_function
 from tersor.data.decoding import ImageFormat, read_file
 from tersor.data.image_sets import Decoded, Splits, View
 from tersor.data.splitting import with_test_set
@@ -67,7 +67,7 @@ def _rows(path: Path) -> tuple[list[str], list[Row]]:
     columns = [name for name in header if name not in {"path", "split"}]
     if "path" not in header or not columns or len({*header}) < len(header):
         if path.suffix == ".py":
-            raise InputError(f"'{path}' is a Python file. Write its function that returns the images too: {path}:NAME.")
+            raise without_function(str(path), "a function that returns the images")
         raise InputError(f"'{path}' begins with {', '.join(header) or 'nothing'}. Begin with a header: {_EXAMPLE}.")
     if not rows:
         raise InputError(f"'{path}' lists no images. Write one line for each.")

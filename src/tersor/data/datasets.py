@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tersor.core.errors import InputError, unknown
+from tersor.core.errors import InputError, unknown, without_function
 from tersor.core.import_path import call_with, import_function, is_function_path
 from tersor.data.dataset_items import ItemSet, class_names, described
 from tersor.data.decoding import ImageFormat, pixels_of
@@ -60,6 +60,8 @@ def from_name(name: str, root: Path | None, form: ImageFormat, targets: SceneTar
     by_name = {known.lower(): known for known in TORCHVISION}
     if name.lower() in by_name:
         return _from_torchvision(by_name[name.lower()], root, form)
+    if name.endswith(".py"):
+        raise without_function(name, "a function that returns the images")
     if name.lower() not in BUNDLED:
         error = unknown("data name", name.lower(), [*BUNDLED, *by_name, "package.module:function"])
         advice = (

@@ -116,7 +116,7 @@ def open_session(
     if path.suffix not in _SUFFIXES[runtime]:
         raise InputError(f"{runtime} reads {' or '.join(_SUFFIXES[runtime])} files; {path} was given.")
     if not path.stat().st_size:
-        raise InputError(f"{path} is empty.")
+        raise InputError(f"{path} is empty. Copy or export it again.")
     opener = _open_onnxruntime if runtime == "onnxruntime" else _open_openvino
     session = opener(module, path, precision, threads or default_threads())
     batch = session.input_shape[0] if session.input_shape else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from pickle import PicklingError
 from typing import Any, cast
 
@@ -107,6 +108,8 @@ def _how_to_get_one(given: object) -> str:
     if isinstance(given, dict):
         return ": build the network, and call its load_state_dict with this dict"
     if isinstance(given, str) or hasattr(given, "__fspath__"):
+        if isinstance(given, str) and given.isidentifier() and not Path(given).exists():
+            return f", not a name: tersor.models.build('{given}') builds a network of tersor or torchvision"
         return f", not a path: build the network, then tersor.models.load_weights(network, '{given}')"
     return ""
 

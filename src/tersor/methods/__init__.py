@@ -102,4 +102,4 @@ def _unknown(given: str) -> InputError:
     for name in options:
         if said == name or said in _ALSO_CALLED.get(name, ()):
             return InputError(f"unknown method '{given}'. Did you mean '{name}'? Possible: {', '.join(options)}.")
-    return unknown("method", given, options)
+    return unknown("method", given, options, "the class of a method")

@@ -24,9 +24,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import pooled
 from tersor.training.attachment import Attachment, without_loss
@@ -79,7 +79,7 @@ class AttentionTerm(LossTerm):
         return self.loss_weight * torch.stack(losses).sum()
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class AttentionTransfer:
     """Matches the teacher's spatial attention maps at several layers (attention transfer)."""
 

@@ -30,9 +30,9 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.quantization.quantizer_options import BitOptions, RangeOptions, ReconstructionImages, Seed, WeightBits
 from tersor.quantization.reconstruction import Reconstruction
 from tersor.training.attachment import Attachment
@@ -41,7 +41,7 @@ from tersor.training.method import PLAIN_VALUES
 from tersor.training.reconstruction_attachment import ReconstructionAttachment
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class BRECQ(RangeOptions, BitOptions):
     """Post-training quantization with weight rounding and activation steps learned block by block; needs no labels."""
 

@@ -36,10 +36,10 @@ from dataclasses import dataclass as record
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import first_batch
 from tersor.data.network_inputs import NetworkInput
 from tersor.evaluation.costs import Costs, costs
@@ -82,7 +82,7 @@ class _Budget:
         return now.macs / self.before.macs
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class ChannelPruning:
     """Remove the least important coupled channels until a fraction of the MACs, parameters or latency remains."""
 

@@ -25,12 +25,12 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core import distributed
 from tersor.core.device import seeded
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import as_map
 from tersor.training.attachment import Attachment, without_loss
@@ -127,7 +127,7 @@ class ContrastTerm(LossTerm):
         memory[index] = F.normalize(momentum * memory[index] + (1 - momentum) * values, dim=1)
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class CRD:
     """Contrasts student and teacher embeddings of the same image with those of other images (CRD)."""
 

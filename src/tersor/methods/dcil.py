@@ -30,11 +30,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.graph.layer_selection import Layer, prunable
 from tersor.pruning.dense_path import DensePathModules
@@ -96,7 +96,7 @@ class DensePath(LossTerm):
         return labels + self.mutual * mutual_loss(ours, dense)
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class DCIL:
     """Train a masked and a dense path over shared weights; masked weights learn from the dense path's gradients."""
 

@@ -20,9 +20,9 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.class_logits import by_position, require_logits
@@ -59,7 +59,7 @@ class CorrelationTerm(LossTerm):
         return method.temperature**2 * (method.beta * inter + method.gamma * intra)
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class DIST:
     """Maximizes the correlation with the teacher's predictions; suited to a much stronger teacher (DIST)."""
 

@@ -23,10 +23,10 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
 from tersor.training.class_logits import require_class_targets, require_logits, rows_with_class
@@ -73,7 +73,7 @@ class DecoupledTerm(WarmupLossTerm):
         return self.warmup * (self.method.alpha * tckd + self.method.beta * nckd)
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class DKD:
     """Distills target-class and non-target-class probabilities with separate weights (decoupled distillation)."""
 

@@ -21,9 +21,9 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.graph.layer_selection import prunable
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext, require_steps
@@ -31,7 +31,7 @@ from tersor.training.mask_attachment import DynamicMasks, MaskedLayers, check_fl
 from tersor.training.method import PLAIN_VALUES
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class DPF:
     """Train dense weights under magnitude masks that are renewed every few steps, so that weights can come back."""
 

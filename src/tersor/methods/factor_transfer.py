@@ -30,11 +30,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.device import seeded
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch, images_of
 from tersor.graph.feature_extraction import FeatureExtractor, as_map, pooled
 from tersor.training.attachment import Attachment, without_loss
@@ -115,7 +115,7 @@ class FactorTerm(LossTerm):
         return self.method.loss_weight * factor_loss(translated, factor, self.method.p)
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class FactorTransfer:
     """Matches the teacher's features after compression by a trained paraphraser (factor transfer)."""
 

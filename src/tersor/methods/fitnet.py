@@ -23,11 +23,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.device import seeded
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import pooled
 from tersor.training.attachment import Attachment, without_loss
@@ -61,7 +61,7 @@ class HintTerm(LossTerm):
         return self.loss_weight * torch.stack(losses).sum()
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class FitNet:
     """Regresses the teacher's intermediate features from the student's (FitNets hints)."""
 

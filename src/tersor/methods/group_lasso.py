@@ -23,10 +23,10 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass as validated
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import first_batch
 from tersor.graph.capture import capture
 from tersor.pruning.channel_importance import WeightSlice, row_norms, weight_slices
@@ -42,7 +42,7 @@ def decay_factors(importance: Tensor, alpha: float) -> Tensor:
     return 2 ** (alpha * (importance.max() - importance) / spread) if spread > 0 else torch.ones_like(importance)
 
 
-@validated(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class GroupLasso:
     """Decay unimportant coupled channels during training, before their removal."""
 

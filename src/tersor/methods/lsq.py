@@ -24,10 +24,10 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.graph.batchnorm import FrozenAt
 from tersor.graph.parametrization import parametrization_input
 from tersor.quantization.calibration import calibrate
@@ -47,7 +47,7 @@ def first_step(weight: Tensor, grid: Grid, *, per_channel: bool = True) -> Tenso
     return torch.where(mean > 0, 2 * mean / grid.maximum**0.5, torch.ones_like(mean))
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class LSQ(QuantizedTrainingOptions):
     """Quantization-aware training with learned step sizes."""
 

@@ -28,10 +28,10 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import first_batch
 from tersor.data.network_inputs import NetworkInput
 from tersor.graph.capture import capture
@@ -97,7 +97,7 @@ def _most(options: Mapping[int, int]) -> int:
     return max(options.values())
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class MixedPrecision(RangeOptions):
     """Post-training quantization that chooses each layer's bit width within an average; needs no labels."""
 

@@ -34,12 +34,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.graph.layer_selection import Layer, matching, weighted_layers
 from tersor.graph.parametrization import original_weight, parametrizations_of
 from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
@@ -65,7 +65,7 @@ def distance(weight: Tensor, largest: Tensor, grid: Grid) -> Tensor:
     return on_grid(weight, largest, grid).distances
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class PSGD:
     """Scales gradients by each weight's distance to its nearest grid point, to prepare for quantization."""
 

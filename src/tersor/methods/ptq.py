@@ -30,9 +30,9 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import OnePass, first_batch
 from tersor.data.network_inputs import NetworkInput
 from tersor.graph.batchnorm import Norm
@@ -57,7 +57,7 @@ from tersor.training.method import PLAIN_VALUES
 AnyWeightRange = WeightRange | Literal["output_mse"]
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class PTQ(CalibrationOptions, BitOptions):
     """Post-training quantization of weights and activations; needs no training and no labels."""
 

@@ -23,10 +23,10 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.graph.batchnorm import FrozenAt
 from tersor.graph.parametrization import parametrization_input
 from tersor.quantization.calibration import calibrate
@@ -39,7 +39,7 @@ from tersor.training.context import AttachContext, require_steps
 from tersor.training.method import PLAIN_VALUES
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class QAT(QuantizedTrainingOptions):
     """Quantization-aware training with the straight-through gradient and running activation ranges."""
 

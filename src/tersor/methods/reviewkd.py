@@ -25,10 +25,10 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.device import seeded
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.graph.feature_extraction import as_map, layer_paths
 from tersor.training.attachment import Attachment, without_loss
@@ -211,7 +211,7 @@ class ReviewTerm(WarmupLossTerm):
         return self.warmup * self.loss_weight * torch.stack(losses).sum()
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class ReviewKD:
     """Matches the teacher's features at several layers with fused student features (knowledge review)."""
 

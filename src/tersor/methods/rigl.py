@@ -25,10 +25,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.graph.layer_selection import Layer, prunable
 from tersor.pruning.topk import top_k_mask
 from tersor.training.attachment import Attachment
@@ -79,7 +79,7 @@ def layer_counts(shapes: Mapping[str, torch.Size], sparsity: float, distribution
     return counts
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class RigL:
     """Train sparse at constant sparsity; drop the smallest weights and grow those with the largest gradients."""
 

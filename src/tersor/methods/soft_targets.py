@@ -26,10 +26,10 @@ from typing import Annotated, Any, ClassVar
 
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.tasks import name_of
 from tersor.training.attachment import Attachment, without_loss
@@ -75,7 +75,7 @@ class SoftTargetTerm(LossTerm):
         return self.loss_weight * soft_target_loss(ours, theirs, self.temperature)
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class SoftTargets:
     """Distills a teacher's softened class probabilities, with or without labels (knowledge distillation)."""
 

@@ -30,12 +30,12 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import AfterValidator, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tersor.core.errors import InputError
 from tersor.core.import_path import import_function, is_function_path, named
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import first_batch
 from tersor.graph.batchnorm import Norm
 from tersor.graph.batchnorm_behind import norms_behind
@@ -68,7 +68,7 @@ from tersor.training.schedule import curve
 _SCHEDULES = ("one_shot", "linear", "cubic")
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class WeightPruning:
     """Mask the least important weights, kernels or filters, at once or gradually during training."""
 

@@ -56,7 +56,7 @@ def build(name: str, num_classes: int | None = None, *, channels: int = 3) -> nn
         return WidePlain(*WIDE_PLAIN[name], **options, channels=channels)
     known = names()
     if name not in known:
-        raise unknown("model", name, known)
+        raise unknown("model", name, known, "a function that returns the network")
     return from_torchvision(name, num_classes)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import CompressionWarning, InputError
@@ -27,29 +25,7 @@ from tersor.graph.plain_network import plain_copy, refuse_without_weights, requi
 from tersor.pipeline.normalization import check_normalization
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.qdq_placement import RUNTIME
-from tersor.recipe.parameters import possible_range
 from tersor.tasks.network_outputs import described
-
-_T = TypeVar("_T")
-_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
-
-
-def made(kind: Callable[..., _T], **parameters: Any) -> _T:
-    """Construct a method or record.
-
-    Raises:
-        InputError: a parameter is invalid.
-    """
-    try:
-        return kind(**parameters)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        fields: Mapping[str, FieldInfo] = getattr(kind, "__pydantic_fields__", {})
-        field = fields.get(str(wrong["loc"][0]))
-        possible = possible_range(field) if field is not None and wrong["type"] in _OUT_OF_RANGE else ""
-        if possible:
-            raise InputError(f"{wrong['loc'][0]} is {wrong['input']!r}. Possible: {possible}.") from None
-        raise InputError(f"{wrong['loc'][0]}: {wrong['msg']}, given {wrong['input']!r}.") from None
 
 
 def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, Iterable[Any]]:

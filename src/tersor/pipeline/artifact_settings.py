@@ -200,7 +200,8 @@ def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:
         InputError: there is neither, or the recipe names the user's own code.
     """
     if data is not None:
-        return {"folder" if Path(data).is_dir() else "csv" if Path(data).is_file() else "name": data}
+        is_table = Path(data).is_file() and not data.endswith(".py")
+        return {"folder" if Path(data).is_dir() else "csv" if is_table else "name": data}
     recipe = artifact.files.get("recipe.yaml")
     if recipe is None:
         raise InputError(

@@ -69,7 +69,8 @@ def prepare(
         )
     for network in (recipe.model, recipe.teacher):
         if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():
-            raise InputError(f"weights file {network.weights} not found. Paths are relative to the working directory.")
+            problem = "is a folder" if network.weights.is_dir() else "not found"
+            raise InputError(f"weights file {network.weights} {problem}. Paths are relative to the working directory.")
     channels = data.train.channels if data else recipe.data.channels
     known = model is None and recipe.model.num_classes
     early = _build(recipe.model, None, recipe.seed, channels) if known else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tersor.core.errors import InputError, counted
 from tersor.core.import_path import named
+from tersor.core.plain_values import PlainRecord
 from tersor.training.options import PLAIN
 
 Named = Annotated[str, Field(min_length=1)]
@@ -22,7 +23,7 @@ YOUR_DATA = "your.module:splits"
 """The `name` in recipes of a search whose images came from Python: to be replaced by the user."""
 
 
-class DataSource(BaseModel):
+class DataSource(PlainRecord):
     """The images: a `folder`, a `csv` file, or a data set by its `name`."""
 
     model_config = PLAIN

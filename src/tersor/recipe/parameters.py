@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter
-from pydantic.fields import FieldInfo
 
 
 @dataclass(frozen=True)
@@ -52,27 +50,6 @@ def parameters(method: Any) -> Iterator[tuple[str, str, str, str]]:
             str(field.default),
             field.description or "",
         )
-
-
-def possible_range(field: FieldInfo) -> str:
-    """ "2 to 8", "at least 1", "above 0 and below 1": the bounds of a number; empty without any."""
-    bounds: dict[type, Any] = {}
-    for each in field.metadata:
-        match each:
-            case Ge():
-                bounds[Ge] = each.ge
-            case Gt():
-                bounds[Gt] = each.gt
-            case Le():
-                bounds[Le] = each.le
-            case Lt():
-                bounds[Lt] = each.lt
-            case _:
-                pass
-    if {Ge, Le} <= bounds.keys():
-        return f"{bounds[Ge]} to {bounds[Le]}"
-    words = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
-    return " and ".join(f"{word} {bounds[kind]}" for kind, word in words.items() if kind in bounds)
 
 
 def _type_name(kind: Any) -> str:

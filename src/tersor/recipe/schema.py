@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     PlainSerializer,
@@ -26,6 +25,7 @@ from pydantic_core import InitErrorDetails
 
 from tersor import methods as registry
 from tersor.core.errors import InputError
+from tersor.core.plain_values import PlainRecord
 from tersor.core.target import Target
 from tersor.recipe.data_source import DataSource, Named
 from tersor.recipe.recipe_file import text_of
@@ -35,7 +35,7 @@ from tersor.recipe.yaml import Located, Location, complete, dump, load, override
 from tersor.training.options import PLAIN, Training
 
 
-class Network(BaseModel):
+class Network(PlainRecord):
     """A network and its weights file."""
 
     model_config = PLAIN
@@ -138,7 +138,7 @@ class Stage(Training):
         return self
 
 
-class Recipe(BaseModel):
+class Recipe(PlainRecord):
     """Everything about one compression run."""
 
     model_config = PLAIN

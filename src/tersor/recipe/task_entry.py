@@ -50,7 +50,7 @@ def _entry(value: Any) -> TaskEntry:
         raise InputError(f"the parameters of task {name} must be keys with values, given {shown(parameters)}.")
     entry = TaskEntry(name, parameters or {})
     if not entry.is_own and name not in tasks.NAMES:
-        raise unknown("task", name, [*tasks.NAMES, "package.module:Task"])
+        raise unknown("task", name, [*tasks.NAMES, "package.module:Task"], "the class of a task")
     if not entry.is_own and entry.parameters:
         entry.build()  # checks the parameters
     return entry

@@ -10,27 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from tersor.core.errors import InputError, nearest, unknown
+from tersor.core.plain_values import UNKNOWN_KEY, WANTED
 from tersor.recipe.yaml import Located, Location, shown
 
-_WANTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "path_type": "text",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "dataclass_type": "a mapping",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
-}
-"""Expected value by pydantic error type."""
-
 _MAPPING = ("model_type", "dataclass_type")
-_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 @dataclass
@@ -77,7 +60,7 @@ def explain(error: ValidationError, tree: Located, keys: Callable[[Location], It
 def _problem(detail: Any, tree: Located, keys: Callable[[Location], Iterable[str]]) -> _Problem:
     kind, location, context = detail["type"], detail["loc"], detail.get("ctx", {})
     node, path, branch = _find(tree, location)
-    if kind in _UNKNOWN_KEY:
+    if kind in UNKNOWN_KEY:
         return _Problem(node, path, str(unknown("key", location[-1], keys(location[:-1]))))
     if kind == "missing" and isinstance(location[-1], str):
         message = f"{path or 'the recipe'} needs '{location[-1]}'."
@@ -86,7 +69,7 @@ def _problem(detail: Any, tree: Located, keys: Callable[[Location], Iterable[str
         return _Problem(node, path, wanted=("a longer list",))
     if kind == "value_error":
         return _Problem(node, path, str(context["error"]))
-    wanted = str(_WANTED.get(kind) or detail["msg"].removeprefix("Input should be ")).format(**context)
+    wanted = str(WANTED.get(kind) or detail["msg"].removeprefix("Input should be ")).format(**context)
     if kind in _MAPPING:
         wanted = f"a mapping of the keys {', '.join(keys(location))}"
     return _Problem(node, path or "a recipe", wanted=(wanted,), branch=branch)

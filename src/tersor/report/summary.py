@@ -117,6 +117,11 @@ def peak_shares(numbers: Results) -> dict[str, dict[str, tuple[float, float | No
     return shares
 
 
+def above_peak(shares: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> bool:
+    """Whether a share of `peak_shares` is above 100 %."""
+    return any((share or 0) > 1 for sizes in shares.values() for _, share in sizes.values())
+
+
 def peak_noise(peaks: Sequence[Peak]) -> float:
     """The median run over the fastest run, of the peak where the two differ most."""
     return min(peak.median / peak.macs_per_second for peak in peaks)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import ValidationError
-
 from tersor.core.errors import InputError, unknown
 from tersor.core.import_path import call_with, import_function, is_function_path
 
@@ -23,7 +21,7 @@ def get(name: str) -> type[Task]:
         InputError: the task does not exist.
     """
     if name not in NAMES:
-        raise unknown("task", name, [*NAMES, "package.module:Task"])
+        raise unknown("task", name, [*NAMES, "package.module:Task"], "the class of a task")
     module = importlib.import_module(f"{__name__}.{name}")
     return cast("type[Task]", getattr(module, name.capitalize()))
 
@@ -45,12 +43,7 @@ def build(task: str | Task, **parameters: Any) -> Task:
     if isinstance(task, str) and is_function_path(task):
         made = call_with(task, import_function(task), **parameters)
     elif isinstance(task, str):
-        try:
-            made = get(task)(**parameters)
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            place = ".".join(map(str, wrong["loc"]))
-            raise InputError(f"task {task}: {place}: {wrong['msg']}, given {wrong['input']!r}.") from None
+        made = get(task)(**parameters)
     if not isinstance(made, Task):
         raise InputError(
             f"the task is of type {type(made).__name__}. Write one of {', '.join(NAMES)}, or package.module:Task, a "

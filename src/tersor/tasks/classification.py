@@ -7,15 +7,15 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.tasks.network_outputs import described, logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required, whole
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class Classification(Task):
     """Logits (N, classes), or one logit (N, 1) of two classes; the targets are class numbers (N,)."""
 

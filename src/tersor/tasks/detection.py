@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 
@@ -20,7 +20,7 @@ _SAME_BOX = 0.5
 _KEYS = ("boxes", "scores", "labels")
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class Detection(Task):
     """For each image a dict of boxes (K, 4), scores (K,) and labels (K,); boxes are x1, y1, x2, y2 in pixels.
 

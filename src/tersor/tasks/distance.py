@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from tersor.core.plain_values import plain_dataclass
 from tersor.tasks.network_outputs import relative_squared_error, relative_squared_error_of_all
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class Distance(Task):
     """Any tensors in any container; the targets are the outputs of the original network.
 

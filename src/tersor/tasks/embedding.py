@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.tasks.network_outputs import logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class Embedding(Task):
     """One tensor (N, dimensions); the targets are those of the original network, so the images need no labels."""
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.tasks.network_outputs import logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required, whole
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class Multilabel(Task):
     """Logits (N, classes); the targets are 0 or 1 (N, classes). The metric is the mean F1 score of the classes."""
 

@@ -7,15 +7,15 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.plain_values import plain_dataclass
 from tersor.tasks.network_outputs import logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 
 
-@dataclass(frozen=True, config=PLAIN_VALUES)
+@plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class Segmentation(Task):
     """Logits (N, classes, H, W), alone or under `logits` or `out`; the targets are class numbers (N, H, W).
 

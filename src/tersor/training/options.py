@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from tersor.core.plain_values import PlainRecord
 
 PLAIN = ConfigDict(extra="forbid", frozen=True)
 
@@ -14,7 +16,7 @@ FINE_TUNING = {"sgd": 0.01, "adamw": 1e-4}
 """Default learning rates; those for fine-tuning were chosen by `bench/fine_tuning_rates.py`."""
 
 
-class OptimizerOptions(BaseModel):
+class OptimizerOptions(PlainRecord):
     """The optimizer of a stage."""
 
     model_config = PLAIN
@@ -31,7 +33,7 @@ class OptimizerOptions(BaseModel):
     weight_decay: Annotated[float, Field(ge=0, description="coefficient of the weight decay")] = 5e-4
 
 
-class LearningRateSchedule(BaseModel):
+class LearningRateSchedule(PlainRecord):
     """Factor on the learning rate over a stage, after `warmup_epochs` of linear warm-up."""
 
     model_config = PLAIN
@@ -46,7 +48,7 @@ class LearningRateSchedule(BaseModel):
     factor: Annotated[float, Field(gt=0, lt=1, description="`step` schedule: factor of each drop")] = 0.1
 
 
-class Training(BaseModel):
+class Training(PlainRecord):
     """Training options of a stage, except its length and its methods."""
 
     model_config = PLAIN

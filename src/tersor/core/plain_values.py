@@ -1,0 +1,169 @@
+"""Records of plain values, whose constructors report all invalid values in an `InputError`. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast, dataclass_transform, get_args
+
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from tersor.core.errors import InputError, nearest, unknown
+
+_Class = TypeVar("_Class", bound=type)
+
+WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+    "path_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "package.module:function",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
+"""Expected value by pydantic error type."""
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+
+
+class PlainRecord(BaseModel):
+    """A pydantic model whose constructor raises an `InputError`."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise invalid(type(self), error, values) from None
+
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]  # not called by validators
+
+
+@dataclass_transform(field_specifiers=(pydantic.Field, dataclasses.field))
+def plain_dataclass(*, frozen: bool = False, config: ConfigDict | None = None) -> Callable[[_Class], _Class]:
+    """`pydantic.dataclasses.dataclass`, with a constructor that raises an `InputError`."""
+
+    def decorate(cls: _Class) -> _Class:
+        made: Any = pydantic.dataclasses.dataclass(frozen=frozen, config=config)(cls)
+        validated = made.__init__
+
+        @functools.wraps(validated)
+        def init(self: Any, *values: Any, **named: Any) -> None:
+            try:
+                validated(self, *values, **named)
+            except ValidationError as error:
+                raise invalid(made, error, dict(zip(made.__pydantic_fields__, values, strict=False)) | named) from None
+
+        made.__init__ = init
+        return made
+
+    return decorate
+
+
+def invalid(kind: type, error: ValidationError, values: Mapping[str, Any]) -> InputError:
+    """One line for each invalid value.
+
+    Args:
+        kind: the record.
+        error: from its constructor.
+        values: the arguments of the constructor, by name.
+    """
+    lines: list[str] = []
+    wanted: dict[str, list[str]] = {}
+    given: dict[str, Any] = {}
+    for detail in error.errors(include_url=False):
+        path, fields = _place(kind, detail["loc"], values)
+        name, value = ".".join(path), detail["input"]
+        field = fields.get(path[-1])
+        if detail["type"] == "unexpected_positional_argument":
+            lines.append(f"{kind.__name__} takes {len(fields)} values: {', '.join(fields)}. More are given.")
+        elif detail["type"] in UNKNOWN_KEY and not fields:
+            lines.append(f"{kind.__name__} has no parameter {name}.")
+        elif detail["type"] in UNKNOWN_KEY:
+            lines.append(str(unknown(f"parameter of {'.'.join([kind.__name__, *path[:-1]])}", path[-1], fields)))
+        elif detail["type"] in ("missing", "missing_argument"):
+            lines.append(f"{'.'.join([kind.__name__, *path[:-1]])} needs {path[-1]}.")
+        elif detail["type"] == "value_error":
+            lines.append(str(detail.get("ctx", {})["error"]))
+        elif detail["type"] in _OUT_OF_RANGE and field is not None and possible_range(field):
+            lines.append(f"{name} is {value!r}. Possible: {possible_range(field)}.")
+        else:
+            context = detail.get("ctx", {})
+            wish = WANTED.get(detail["type"]) or detail["msg"].removeprefix("Input should be ")
+            wish += f" or {context['class_name']}" if "class_name" in context else ""
+            wanted.setdefault(name, []).append(wish.format(**context))
+            given.setdefault(name, value)
+    return InputError(
+        "\n".join([*dict.fromkeys(lines), *(_should_be(name, wanted[name], given[name]) for name in wanted)])
+    )
+
+
+def _should_be(name: str, wanted: Sequence[str], value: object) -> str:
+    possible = " or ".join(dict.fromkeys(wanted))
+    meant = nearest(value, re.findall(r"'([^']*)'", possible)) if isinstance(value, str) else None
+    return f"{name} should be {possible}, given {value!r}.{f' Did you mean {meant!r}?' if meant else ''}"
+
+
+def _place(
+    kind: Any, location: tuple[int | str, ...], values: Mapping[str, Any]
+) -> tuple[list[str], Mapping[str, FieldInfo]]:
+    """The path of a value, without names of types that pydantic adds, and the fields of the record that holds it."""
+    fields: Mapping[str, FieldInfo] = kind.__pydantic_fields__
+    path: list[str] = []
+    within: Any = values
+    for place, part in enumerate(location):
+        if isinstance(part, int) and not place:  # a positional argument
+            part = [*fields, str(part)][part]
+        last = place == len(location) - 1
+        if isinstance(within, Mapping | Sequence) and not isinstance(within, str) and (last or _holds(within, part)):
+            path.append(str(part))
+            within = within[part] if _holds(within, part) else None
+            if not last and part in fields:
+                fields = _fields_in(fields[part].annotation)
+    return path, fields
+
+
+def _holds(values: Any, part: int | str) -> bool:
+    return part in values if isinstance(values, Mapping) else isinstance(part, int) and part < len(values)
+
+
+def _fields_in(annotation: Any) -> Mapping[str, FieldInfo]:
+    """The fields of the records in a type: those of `Network` in `Network | None`."""
+    own = cast("Mapping[str, FieldInfo]", getattr(annotation, "__pydantic_fields__", {}))
+    return dict(own) | {name: field for each in get_args(annotation) for name, field in _fields_in(each).items()}
+
+
+def possible_range(field: FieldInfo) -> str:
+    """ "2 to 8", "at least 1", "above 0 and below 1": the bounds of a number; empty without any."""
+    bounds: dict[type, Any] = {}
+    for each in field.metadata:
+        match each:
+            case Ge():
+                bounds[Ge] = each.ge
+            case Gt():
+                bounds[Gt] = each.gt
+            case Le():
+                bounds[Le] = each.le
+            case Lt():
+                bounds[Lt] = each.lt
+            case _:
+                pass
+    if {Ge, Le} <= bounds.keys():
+        return f"{bounds[Ge]} to {bounds[Le]}"
+    words = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
+    return " and ".join(f"{word} {bounds[kind]}" for kind, word in words.items() if kind in bounds)

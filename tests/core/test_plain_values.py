@@ -1,0 +1,78 @@
+"""Constructors of methods, tasks and recipes: a wrong value is one plain message."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from tersor import methods, tasks
+from tersor.core.errors import InputError
+from tersor.core.target import Target
+from tersor.methods.channel_pruning import ChannelPruning
+from tersor.methods.ptq import PTQ
+from tersor.methods.soft_targets import SoftTargets
+from tersor.recipe import DataSource, Network, Recipe, Stage, Teacher
+from tersor.training.options import LearningRateSchedule, OptimizerOptions, Training
+
+RECORDS = [Target, Training, OptimizerOptions, LearningRateSchedule, Recipe, Stage, Network, Teacher, DataSource]
+METHODS = [methods.get(name) for name in methods.names()]
+TASKS = [tasks.get(name) for name in tasks.NAMES]
+
+
+@pytest.mark.parametrize("kind", [*RECORDS, *METHODS, *TASKS], ids=lambda kind: kind.__name__)
+def test_an_unknown_parameter_is_named_with_the_possible_ones(kind):
+    with pytest.raises(InputError, match=rf"{kind.__name__} .*tempeature") as caught:
+        kind(tempeature=4)
+    assert "pydantic" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: SoftTargets(tempeature=4),
+            "unknown parameter of SoftTargets 'tempeature'. Did you mean 'temperature'? Possible: label_weight, loss_",
+        ),
+        (lambda: SoftTargets(temperature="hot"), "temperature should be a number, given 'hot'."),
+        (lambda: SoftTargets("hot"), "temperature should be a number, given 'hot'."),
+        (
+            lambda: SoftTargets(1, 1, 1, False, 5),
+            "SoftTargets takes 4 values: temperature, loss_weight, label_weight, standardize. More are given.",
+        ),
+        (lambda: PTQ(bits=9, first_last_bits=2.5), "bits is 9. Possible: 2 to 8.\nfirst_last_bits should be a whole"),
+        (lambda: ChannelPruning(scope="glob"), "scope should be 'layer' or 'global', given 'glob'. Did you"),
+        (lambda: Training(optimizer={"nme": "sgd"}), "unknown parameter of Training.optimizer 'nme'. Did you mean"),
+        (lambda: Training(optimizer={"name": "adamx"}), "optimizer.name should be 'sgd' or 'adamw', given 'adamx'."),
+        (lambda: Training(optimizer="sgd"), "optimizer should be a mapping or OptimizerOptions, given 'sgd'."),
+        (lambda: LearningRateSchedule(milestones=(0.5, 2)), "milestones.1 should be less than 1, given 2."),
+        (lambda: Recipe(model={"name": "resnet20"}), "Recipe needs data.\nRecipe needs stages."),
+        (lambda: Stage(name="a", methods=["pqt"]), "unknown method 'pqt'. Did you mean 'ptq'?"),
+        (lambda: Stage(name="a", methods=[{"ptq": {"bit": 4}}]), "Stage has no parameter methods.0.ptq.bit."),
+        (lambda: Stage(name="a b"), "a stage name may contain letters, digits, - and _, given 'a b'."),
+        (lambda: DataSource(name="digits", image_size="big"), "image_size should be a whole number or a list, given"),
+        (lambda: Network(name=""), "name should be text that is not empty, given ''."),
+        (lambda: tasks.build("segmentation", num_clases=3), "unknown parameter of Segmentation 'num_clases'."),
+    ],
+)  # fmt: skip
+def test_an_invalid_value_is_one_line(make, message):
+    with pytest.raises(InputError) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
+def test_validators_do_not_call_the_constructors():
+    """In a recipe, the lines of a file are named: pydantic's own error reaches the reader of the recipe."""
+    for kind in (Training, SoftTargets):
+        with pytest.raises(ValidationError):
+            TypeAdapter(kind).validate_python({"tempeature": 4})
+
+
+@pytest.mark.parametrize("value", [SoftTargets(temperature=2), Training(batch_size=3), Target()])
+def test_records_are_copied_and_pickled(value):
+    assert copy.deepcopy(value) == value
+    assert pickle.loads(pickle.dumps(value)) == value
