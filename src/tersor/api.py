@@ -120,7 +120,12 @@ def prune(
         InputError: no channel can be removed, or too few (the message names the layers that limit it), or the
             forward pass fails on the images.
     """
-    options = {"keep_macs": keep_macs, "keep_latency": keep_latency, "importance": importance, "scope": scope}
+    options: dict[str, Any] = {
+        "keep_macs": keep_macs,
+        "keep_latency": keep_latency,
+        "importance": importance,
+        "scope": scope,
+    }
     method = ChannelPruning(**options, branches=branches, round_to=round_to)
     target = Target(runtime=runtime)
     network, data = to_compress(model, example, max(method.estimation_images, method.importance_images))

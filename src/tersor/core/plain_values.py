@@ -132,9 +132,9 @@ def _place(
         last = place == len(location) - 1
         if isinstance(within, Mapping | Sequence) and not isinstance(within, str) and (last or _holds(within, part)):
             path.append(str(part))
-            within = within[part] if _holds(within, part) else None
+            within = cast("Any", within)[part] if _holds(within, part) else None
             if not last and part in fields:
-                fields = _fields_in(fields[part].annotation)
+                fields = _fields_in(fields[str(part)].annotation)
     return path, fields
 
 
