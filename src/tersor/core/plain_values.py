@@ -132,20 +132,10 @@ def _place(
         last = place == len(location) - 1
         if isinstance(within, Mapping | Sequence) and not isinstance(within, str) and (last or _holds(within, part)):
             path.append(str(part))
-<<<<<<< HEAD
-            within = _entry(within, part)
-            if not last and isinstance(part, str) and part in fields:
-                fields = _fields_in(fields[part].annotation)
-=======
             within = cast("Any", within)[part] if _holds(within, part) else None
             if not last and part in fields:
                 fields = _fields_in(fields[str(part)].annotation)
->>>>>>> h-cli
     return path, fields
-
-
-def _entry(values: Any, part: int | str) -> Any:
-    return values[part] if _holds(values, part) else None
 
 
 def _holds(values: Any, part: int | str) -> bool:

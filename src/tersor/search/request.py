@@ -129,6 +129,11 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
             f"the network {request.model} has no weights. Write weights=FILE (`--weights FILE`): compression starts "
             "from a trained network."
         )
+    if not isinstance(request.model, str) and request.weights is not None:
+        raise InputError(
+            f"weights is for a network that is given by name, but the model is a {type(request.model).__name__}. Load "
+            "them first: tersor.models.load_weights(model, FILE)."
+        )
     source = _source(request)
     data = request.data
     if not isinstance(data, Splits):
