@@ -169,7 +169,7 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     rows = [line for line in told.splitlines() if "conv" in line or "linear" in line]
     assert len(rows) == 10
     assert worst["layer"] in rows[0]
-    assert f"({worst['drop']:.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
+    assert f"({worst['drop']:z.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20, "--json") == 0
     assert document(capfd.readouterr().out, "sensitivity")["costs"] == costs
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 30) == 2
