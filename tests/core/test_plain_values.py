@@ -6,10 +6,11 @@ import copy
 import pickle
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, model_validator
 
 from tersor import methods, tasks
 from tersor.core.errors import InputError
+from tersor.core.plain_values import PlainRecord
 from tersor.core.target import Target
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
@@ -63,6 +64,26 @@ def test_an_invalid_value_is_one_line(make, message):
     with pytest.raises(InputError) as caught:
         make()
     assert str(caught.value).startswith(message)
+
+
+def test_records_take_values_by_name():
+    with pytest.raises(InputError, match=r"Target takes values by name, given 'openvino'. Names: runtime, "):
+        Target("openvino")
+
+
+class Even(PlainRecord):
+    number: int
+
+    @model_validator(mode="after")
+    def is_even(self):
+        if self.number % 2:
+            raise ValueError("number is odd")
+        return self
+
+
+def test_an_error_of_the_whole_record_is_one_line():
+    with pytest.raises(InputError, match=r"^number is odd$"):
+        Even(number=3)
 
 
 def test_validators_do_not_call_the_constructors():

@@ -91,5 +91,5 @@ def test_an_image_that_is_missing(table, tmp_path):
 
 def test_a_python_file_is_no_csv_file(tmp_path):
     (tmp_path / "data.py").write_text("from pathlib import Path\n")
-    with pytest.raises(InputError, match=r"data\.py' is a file\. Write .*data\.py:NAME, where NAME is a function that ret"):
+    with pytest.raises(InputError, match=r"data\.py' is a file\. Write .*data\.py:NAME, where NAME is a function"):
         load(csv=tmp_path / "data.py")

@@ -45,7 +45,10 @@ _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_e
 class PlainRecord(BaseModel):
     """A pydantic model whose constructor raises an `InputError`."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, *unnamed: Any, **values: Any) -> None:
+        if unnamed:
+            names = ", ".join(type(self).model_fields)
+            raise InputError(f"{type(self).__name__} takes values by name, given {unnamed[0]!r}. Names: {names}.")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -89,7 +92,7 @@ def invalid(kind: type, error: ValidationError, values: Mapping[str, Any]) -> In
     for detail in error.errors(include_url=False):
         path, fields = _place(kind, detail["loc"], values)
         name, value = ".".join(path), detail["input"]
-        field = fields.get(path[-1])
+        field = fields.get(path[-1]) if path else None
         if detail["type"] == "unexpected_positional_argument":
             lines.append(f"{kind.__name__} takes {len(fields)} values: {', '.join(fields)}. More are given.")
         elif detail["type"] in UNKNOWN_KEY and not fields:
