@@ -32,6 +32,15 @@ def test_verbs_are_functions_whatever_was_imported_first(first):
     assert all(callable(getattr(imported, verb)) for verb in tersor.__all__[1:])
 
 
+@pytest.mark.usefixtures("not_imported")
+def test_packages_that_the_pages_name_need_no_import_of_their_own():
+    imported = importlib.import_module("tersor")
+    assert callable(imported.data.load)
+    assert callable(imported.models.build)
+    assert callable(imported.methods.get)
+    assert "tersor.search" not in sys.modules
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'exprot'"):
         tersor.__getattr__("exprot")

@@ -1,6 +1,6 @@
 """tersor: compress PyTorch vision models. Distill, prune, quantize, export to ONNX, and measure the result.
 
-Importing the package does not import torch; the functions below are loaded on first use.
+Importing the package does not import torch; the functions and packages below are loaded on first use.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ _MODULES = {
     **dict.fromkeys(("compare", "distill", "export", "prune", "quantize"), "tersor.api"),
     **dict.fromkeys(("load", "save"), "tersor.checkpoint.model_folder"),
 }
+_PACKAGES = ("data", "methods", "models", "recipe", "tasks", "training")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"tersor.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'tersor' has no attribute '{name}'")
     function = globals()[name] = getattr(import_module(_MODULES[name]), name)
@@ -53,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:  # for completion, and for Python's "Did you mean"
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, *_PACKAGES, "__version__"])
