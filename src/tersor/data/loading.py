@@ -57,13 +57,13 @@ def load(
     (1294, 144, 359, (8, 8))
 
     Args:
-        folder: images in class folders or without classes (see `image_folder`), images and masks (`mask_folder`),
-            Pascal VOC (`voc_folder`) or COCO (`coco_folder`); the layout is detected from the content of the folder.
-        csv: a file of paths and classes or values (see `csv_file`).
+        folder: images in class folders or without classes, images and masks, Pascal VOC or COCO; the layout is detected
+            from the content of the folder.
+        csv: a file of paths and classes or values.
         name: "digits", "scenes", a torchvision data set ("CIFAR10"), or "package.module:function", which is called with
             `root` if it accepts that, and returns `Splits`, a pair (train, test) of Datasets, or a dict of them.
-        datasets: "train", "test" and perhaps "validation": torch or Hugging Face data sets, or lists, of pairs (image,
-            target) or dicts (see `dataset_items`).
+        datasets: "train", "test" and perhaps "validation": torch or Hugging Face data sets, or lists. An item is a pair
+            (image, target) or a dict; its image is a PIL image or a uint8 tensor (C, H, W) that is not normalized.
         root: the folder of torchvision's files. Nothing is downloaded.
         targets: "masks" or "boxes", the targets of "scenes".
         image_size: height and width in pixels, or one number for both; None if all images have the same size. Images
@@ -75,7 +75,8 @@ def load(
             set has validation images.
         limit: number of images to train on, stratified by class; drawn after the validation images.
         seed: 0 or more; draws the validation images and the limited training images.
-        mean: of each channel in [0, 1]; None computes mean and `std` from the training images.
+        mean: of each channel in [0, 1]; None computes mean and `std` from the training images. For a network that was
+            trained on images in [0, 1] without normalization, pass 0 for each channel, and 1 as `std`.
         std: of each channel in [0, 1].
 
     Raises:
