@@ -33,6 +33,7 @@ LEVELS = [
         "training.attachment",
         "training.class_logits",
         "training.norm_statistics",
+        "training.normalization_check",
         "training.optimizer",
         "training.output_distance",
         "training.schedule",

@@ -11,7 +11,7 @@ from recorded_progress import RecordedProgress
 from tersor import models, tasks
 from tersor.core.errors import InputError
 from tersor.data.image_sets import Pixels, Splits, View
-from tersor.pipeline import setup
+from tersor.pipeline import network_checks, setup
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.setup import prepare
 from tersor.recipe import DataSource, Network, Recipe, Stage, Teacher
@@ -122,6 +122,22 @@ def test_the_normalization_is_that_of_the_recipe_else_that_of_both_files():
     ]
 
 
+def test_a_normalization_that_is_not_that_of_the_training_is_a_warning(monkeypatch):
+    asked = []
+
+    def doubt(name, model, batches, task, mean, std):
+        asked.append((mean, std))
+        return f"{name} is better with other values."
+
+    monkeypatch.setattr(network_checks, "normalization_warning", doubt)
+    made, lines = prepared(network())
+    assert "warning: own is better with other values." in [line.replace(OWN, "own") for line in lines]
+    assert asked == [(made.data.mean, made.data.std)]
+    asked.clear()
+    prepared()
+    assert not asked, "a network without weights"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -160,7 +176,7 @@ def test_the_logits_fit_the_classes():
     several = nn.Sequential(network(), nn.Identity())
     several.forward = lambda images: (images, images)
     with pytest.raises(InputError, match="wraps the network and returns its logits alone"):
-        setup._check_logits(SimpleNamespace(data=splits()), several(torch.zeros(2)), "the model")
+        network_checks._check_logits(SimpleNamespace(data=splits()), several(torch.zeros(2)), "the model")
 
 
 def test_the_data_fits_the_task():
@@ -191,13 +207,13 @@ def test_classes_without_training_images_are_named():
 
 def test_few_images_are_a_random_choice_of_the_seed():
     experiment = Experiment(recipe(seed=5), tasks.build("classification"), network(), None, splits(), True, False)
-    few = setup._few(experiment, 64)
+    few = network_checks.few_of(experiment, 64)
     assert isinstance(few, View)
-    assert len(few) == len(setup._few(experiment, 64)._index.unique()) == 64
-    assert few._index.tolist() == setup._few(experiment, 64)._index.tolist() != sorted(few._index.tolist())
-    assert len(setup._few(experiment, 1000)) == 80
+    assert len(few) == len(network_checks.few_of(experiment, 64)._index.unique()) == 64
+    assert few._index.tolist() == network_checks.few_of(experiment, 64)._index.tolist() != sorted(few._index.tolist())
+    assert len(network_checks.few_of(experiment, 1000)) == 80
     other = dataclasses.replace(experiment, recipe=recipe(seed=6))
-    assert setup._few(other, 64)._index.tolist() != few._index.tolist()
+    assert network_checks.few_of(other, 64)._index.tolist() != few._index.tolist()
 
 
 def test_random_weights_follow_from_the_seed_alone():

@@ -276,3 +276,17 @@ def test_another_survey_tries_a_candidate_although_the_clock_moves_between_two_r
     before = len(search.study.records())
     assert rest_of_time._survey_more(search, Space(1, prunable=True, students=["wide"]))
     assert len(search.study.records()) > before
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_a_surveyed_candidate_that_is_the_best_so_far_is_printed(tmp_path):
+    search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 100.0}))
+    told = []
+    search.bar.tell = told.append
+    surveys._try(search, Candidate(branches=1))
+    assert not told, "it lost more than the original"
+    search = searching(tmp_path / "other", budget=Budget(max_drop=50))
+    search.bar.tell = told.append
+    found = surveys._try(search, Candidate(branches=2))
+    assert search.best == found.point
+    assert told == [f"best so far, {found.of}: {found.point.validation:.2f} % before training, {found.point.latencies}"]

@@ -35,6 +35,14 @@ def test_it_lists_the_front_and_picks_by_the_budget_of_the_search(tmp_path, monk
     assert f"file: {tmp_path / original.file}" in shown
 
 
+def test_a_result_is_printed_as_its_verdict(tmp_path):
+    made = front_of(3)
+    lines = str(Result(tmp_path, made)).splitlines()
+    assert lines[:-1] == verdict_lines(made)
+    assert lines[-1].startswith("best: ")
+    assert f"{tmp_path / 'model.onnx'}" in lines[-1]
+
+
 def test_a_point_is_chosen_by_its_name(tmp_path, monkeypatch, capfd):
     made = front_of(3)
     (tmp_path / "front.json").write_text(made.model_dump_json())

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
+
+from tersor.core.errors import CompressionWarning
+
+WARNING = "warning: "
+"""Begins the line of a warning, after the name of a stage."""
 
 
 class ProgressReporter(Protocol):
@@ -32,6 +38,16 @@ class NullProgress:
 
     def say(self, line: str) -> None:
         """Do nothing."""
+
+
+class WarningProgress(NullProgress):
+    """Issues each line that is a warning as a `CompressionWarning`, and ignores all other progress."""
+
+    def say(self, line: str) -> None:
+        """Issue a `CompressionWarning` if the line has one."""
+        stage, mark, text = line.rpartition(WARNING)
+        if mark:
+            warnings.warn(f"{stage}{text}", CompressionWarning, stacklevel=2)
 
 
 NO_PROGRESS = NullProgress()

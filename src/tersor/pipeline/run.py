@@ -19,7 +19,7 @@ from tersor.checkpoint.model_folder import write_files
 from tersor.checkpoint.store import Checkpoints
 from tersor.core import distributed
 from tersor.core.errors import InputError
-from tersor.core.progress import NullProgress, ProgressReporter
+from tersor.core.progress import NullProgress, ProgressReporter, WarningProgress
 from tersor.core.resources import enough_memory, writable
 from tersor.data import Batches, Splits
 from tersor.deploy.onnx import export
@@ -63,7 +63,7 @@ def run(
         out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.
         resume: resume the interrupted run of `out`, with the same `model` and `data`; if there is none, start a
             new run.
-        progress: receives the progress; `tersor.progress_bars.Bars` draws it.
+        progress: receives the progress; `tersor.progress_bars.Bars` draws it. Without it, only warnings are issued.
 
     Returns:
         The folder.
@@ -72,7 +72,7 @@ def run(
         InputError: an argument, the recipe, a network or the data cannot be used.
     """
     distributed.init_process_group()
-    progress = progress if progress and not distributed.rank() else NullProgress()
+    progress = NullProgress() if distributed.rank() else progress or WarningProgress()
     if not isinstance(model, nn.Module | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
             f"model is a {type(model).__name__}. Pass a torch.nn.Module, or write the model in the recipe."

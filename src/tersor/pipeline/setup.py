@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import nn
 
 from tersor import models, tasks
@@ -18,24 +16,20 @@ from tersor.core.import_path import is_function_path
 from tersor.core.progress import ProgressReporter
 from tersor.data import Splits, load
 from tersor.data.augmentation import described as described_augmentation
-from tersor.data.image_sets import View, class_numbers
-from tersor.data.stratified import generator
+from tersor.data.image_sets import class_numbers
 from tersor.evaluation.costs import macs_ratio
 from tersor.evaluation.session import load_runtime
-from tersor.graph.eval_mode import check_forward, evaluating
-from tersor.graph.plain_network import masked_by_torch, plain_copy, refuse_without_weights
+from tersor.graph.plain_network import masked_by_torch, plain_copy
 from tersor.pipeline.artifact_settings import normalization_line
-from tersor.pipeline.experiment import EVALUATION_BATCH, Experiment
+from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.loss_check import check_losses
+from tersor.pipeline.network_checks import check_networks, few_of, refuse_labels_from_one
 from tersor.pipeline.stages import attach
 from tersor.recipe import Network, Recipe, Teacher
 from tersor.recipe.data_source import YOUR_DATA
 from tersor.tasks.classification import Classification
-from tersor.tasks.network_outputs import described, in_float32
 from tersor.tasks.task import Task
 from tersor.training.schedule import learning_rates, steps_per_epoch
-from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
-from tersor.training.teacher_check import level_warning, teacher_warnings
 
 _FEW = 64
 """Images for the trial attachment of every stage."""
@@ -105,39 +99,11 @@ def prepare(
     for whose, of_file in ((recipe.model.name, metadata), ("the teacher", of_teacher)):
         if "taken" in of_file:
             progress.say(f"weights of {whose}: {of_file['taken']}")
-    _check_networks(experiment, progress)
+    check_networks(experiment, progress)
     if any(map(experiment.steps_of, recipe.stages)) or not experiment.teacher_is_trained:
         progress.say(f"augmentation of the training images: {described_augmentation(recipe.data.augment)}")
     _rehearse(experiment, progress)
     return experiment
-
-
-def _check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
-    recipe, teacher = experiment.recipe, experiment.teacher
-    refuse_without_weights(experiment.model, recipe.model.name)
-    _check_outputs(experiment, experiment.model, recipe.model.name)
-    if teacher is not None and recipe.teacher != "original":
-        _check_outputs(experiment, teacher, "the teacher")
-    if recipe.teacher == "original" and not experiment.model_is_trained:
-        raise InputError(
-            "teacher: original means the model before compression, which has no weights. Write model.weights."
-        )
-    if experiment.task.from_original and teacher is None and not experiment.model_is_trained:
-        raise InputError(
-            f"task {tasks.name_of(experiment.task)} compares with the outputs of the model before compression, which "
-            "has no weights. Write model.weights."
-        )
-    _check_teacher(recipe)
-    if not isinstance(experiment.task, Classification):
-        return
-    few = experiment.batches(_few(experiment, TEACHER_IMAGES), EVALUATION_BATCH)
-    doubts = list[str]()
-    if teacher is not None and experiment.teacher_is_trained:
-        doubts += teacher_warnings("the teacher", teacher, few)
-    if experiment.model_is_trained and recipe.teacher != "original":
-        doubts.append(level_warning(recipe.model.name, experiment.model, few, experiment.task))
-    for doubt in filter(None, doubts):
-        progress.say(f"warning: {doubt}")
 
 
 def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
@@ -145,7 +111,7 @@ def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
 
     The losses are computed once, for the same reason.
     """
-    data = replace(experiment.data, train=_few(experiment, _FEW))
+    data = replace(experiment.data, train=few_of(experiment, _FEW))
     rehearsal = replace(experiment, data=data, latency=macs_ratio)
     model = copy.deepcopy(experiment.model)
     wanted = experiment.recipe.teacher
@@ -163,22 +129,6 @@ def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
         model = attachment.model
         check_losses(experiment, rehearsal, stage, attachment)
         structure(model)  # what cannot be saved fails now
-
-
-def _few(experiment: Experiment, images: int) -> View:
-    """A random subset of the training images, fixed by the seed."""
-    train, draw = experiment.data.train, generator(experiment.recipe.seed)
-    return View(train, torch.randperm(len(train), generator=draw)[:images])
-
-
-def _check_teacher(recipe: Recipe) -> None:
-    teacher = recipe.teacher
-    if isinstance(teacher, Teacher) and teacher.weights is None and not teacher.epochs:
-        raise InputError("the teacher is untrained. Write teacher.weights, or teacher.epochs to train it first.")
-    if isinstance(teacher, Teacher) and teacher.weights is not None and teacher.epochs:
-        raise InputError(
-            "the teacher has both weights and epochs. Write one of them: with epochs it is trained from scratch."
-        )
 
 
 def _check_targets(task: Task, splits: Splits) -> None:
@@ -219,7 +169,7 @@ def _build(network: Network, splits: Splits | None, seed: int, channels: int) ->
         return built, models.load_weights(built, network.weights)
     except models.OtherClasses as error:
         if splits and error.in_file == len(splits.classes) - 1:
-            _refuse_labels_from_one(splits, f"'{network.weights}'")
+            refuse_labels_from_one(splits, f"'{network.weights}'")
         raise
 
 
@@ -254,44 +204,3 @@ def _normalised(
         source += f"; {weights.name} has none" if weights else ""
     progress.say(normalization_line(splits.mean or (), splits.std or (), source))
     return splits
-
-
-def _check_outputs(experiment: Experiment, network: nn.Module, name: str) -> None:
-    """Check by one forward pass that the network accepts the images, and that its outputs fit the task."""
-    batch, task = next(iter(experiment.batches(experiment.data.test, 2))), experiment.task
-    with evaluating(network):
-        outputs = check_forward(name, network, batch.images)
-    if isinstance(task, Classification):
-        _check_logits(experiment, outputs, name)
-        return
-    try:
-        predictions = task.predictions(in_float32(outputs))
-        task.score([(predictions, predictions if task.from_original else batch.targets)])
-    except InputError as error:
-        raise InputError(f"{name} does not fit task {tasks.name_of(task)}: {error}") from error
-
-
-def _check_logits(experiment: Experiment, logits: Any, name: str) -> None:
-    classes = len(experiment.data.classes)
-    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[1] == classes:
-        return
-    if isinstance(logits, torch.Tensor) and logits.shape == (2, classes - 1):
-        _refuse_labels_from_one(experiment.data, name)
-    needed = f"logits (2, {classes}) are needed. "
-    if not isinstance(logits, torch.Tensor):
-        needed += "Write a function package.module:function that wraps the network and returns its logits alone."
-    else:
-        needed += f"Write num_classes: {classes}, and weights of such a network."
-    raise InputError(f"for two images {name} returns {described(logits)}, but the data has {classes} classes: {needed}")
-
-
-def _refuse_labels_from_one(data: Splits, whose: str) -> None:
-    labels = torch.cat([data.train.targets, data.test.targets])
-    if int(labels.min()) != 1:
-        return
-    last = int(labels.max())
-    raise InputError(
-        f"the labels range from 1 to {last}; class 0 has no image. The data is read as {last + 1} classes, but {whose} "
-        f"has {last}. Number the classes from 0 to {last - 1}: subtract 1 from every label. If class 0 is meant to "
-        f"have no image, the network needs {last + 1} logits, and weights for them."
-    )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.core.progress import NullProgress, ProgressReporter
+from tersor.core.progress import ProgressReporter, WarningProgress
 from tersor.core.resources import enough_memory, writable
 from tersor.core.target import Runtime
 from tersor.data import Splits
@@ -98,7 +98,7 @@ def compress(
         ray_address: of a Ray cluster for the workers; by default they run on this machine. Paths in the arguments must
             exist on all machines.
         out: the folder, `runs/compress` by default.
-        progress: receives the progress; `tersor.progress_bars.Bars` draws it.
+        progress: receives the progress; `tersor.progress_bars.Bars` draws it. Without it, only warnings are issued.
         now: a clock in seconds.
 
     Raises:
@@ -106,7 +106,7 @@ def compress(
         KeyboardInterrupt: Ctrl-C; the folder then holds the best network so far.
     """
     budget, out = budget or Budget(), Path(out or "runs/compress")
-    progress = progress or NullProgress()
+    progress = progress or WarningProgress()
     if not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"budget is a {type(budget).__name__}. Pass tersor.Budget(max_drop=0.5, minutes=45).")
     if isinstance(students, str):

@@ -11,6 +11,7 @@ from tersor.core.errors import InputError, nearest, unknown
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, Front
 from tersor.search.front import Point, pick, shortfall, violations
+from tersor.search.verdict_line import last_line, verdict_lines
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Result:
-    """The folder of a search, as read from its `front.json`."""
+    """The folder of a search, as read from its `front.json`. `print(result)` shows the verdict."""
 
     folder: Path
     numbers: Front
+
+    def __str__(self) -> str:
+        """The verdict: what was gained and lost, why this point was chosen, and the files."""
+        return "\n".join([*verdict_lines(self.numbers), last_line(self.numbers, self.folder)])
 
     @property
     def best(self) -> Choice:

@@ -225,7 +225,11 @@ def _described(search: Search, candidate: Candidate) -> str:
     found = search.study.find(candidate)
     if found is None:
         return f"{candidate} failed: {search.study.failed[candidate.name]}"
-    return f"{candidate}: {found.point.validation:.2f} % before training, {found.point.latencies}"
+    return _before_training(found)
+
+
+def _before_training(record: Record) -> str:
+    return f"{record.of}: {record.point.validation:.2f} % before training, {record.point.latencies}"
 
 
 def _time_for_another(search: Search) -> bool:
@@ -255,6 +259,8 @@ def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record 
         search.study.add(record)
     if usable:
         search.add(record.point, search.recipe_text(candidate, candidate.stages(())))
+        if search.best == record.point and candidate not in search.named:
+            search.bar.tell(f"best so far, {_before_training(record)}")
     return record
 
 

@@ -39,7 +39,7 @@ def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], ta
         batches: the first 256 images are used; labels that are not class numbers are ignored.
         task: only classification is checked, with logits (N, classes).
     """
-    found = _logits_and_labels(network, batches, task, IMAGES)
+    found = logits_and_labels(network, batches, task, IMAGES)
     if found is None:
         return []
     logits, labels = found
@@ -58,7 +58,7 @@ def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task:
         task: only classification is checked, with logits (N, classes).
         images: largest number of images to use.
     """
-    found = _logits_and_labels(network, batches, task, images)
+    found = logits_and_labels(network, batches, task, images)
     if found is None:
         return ""
     logits, labels = found
@@ -71,7 +71,7 @@ def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task:
 
 
 @torch.no_grad()
-def _logits_and_labels(
+def logits_and_labels(
     network: nn.Module, batches: Iterable[Batch], task: Task, images: int
 ) -> tuple[Tensor, Tensor] | None:
     """Logits (N, classes) and labels (N,), -1 where there is none; None without logits."""
