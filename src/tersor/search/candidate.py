@@ -62,7 +62,7 @@ class Candidate:
     def __str__(self) -> str:
         parts = [self.network]
         parts += [f"{self.branches} branch{'es' if self.branches > 1 else ''} removed"] if self.branches else []
-        parts += [f"{100 * self.keep_macs:.0f} % of the MACs"] if self.keep_macs < 1 else []
+        parts += [f"at most {100 * self.keep_macs:.0f} % of the MACs"] if self.keep_macs < 1 else []
         parts += [f"{self.pixels} pixels"] if self.pixels else []
         return ", ".join([*parts, "mixed bits" if self.bits == "mixed" else f"{self.bits} bits"])
 

@@ -90,7 +90,7 @@ def _seen(search: Search, file: Path) -> bool:
             f"the original was trained on the validation images: {scores}. Half of the test images are used "
             "for validation instead, the other half for the results."
         )
-    elif validation - test > _PERHAPS_SEEN * error or validation == 100 > test:
+    elif validation - test > _PERHAPS_SEEN * error:
         search.bar.tell(
             f"the original may have been trained on the validation images: {scores}. The difference is too small to be "
             "certain, so they stay validation images."
