@@ -178,6 +178,17 @@ def test_what_is_told_of_moving_masks():
     assert told["changed"][4] > 0.1, "masked weights came back"
 
 
+def test_a_method_that_never_sets_its_masks_is_a_warning():
+    model = network()
+    insert_masks({"0": model[0]}, "masked", "a method")
+    attached = MaskedAttachment(model, {"0": model[0]})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached.bind(optimizer)
+    optimizer.step()
+    with pytest.warns(CompressionWarning, match=r"after 1 optimizer steps, and no mask was set.* Call set_masks"):
+        attached.finish()
+
+
 def test_masks_that_no_step_has_set_are_a_warning():
     model = network()
     insert_masks({"0": model[0]}, "masked", "a method")

@@ -225,13 +225,18 @@ class MaskedAttachment(FrozenMaskedWeights):
         """Fix the masks: masked weights have no gradient from here on.
 
         Warns:
-            CompressionWarning: no mask was set, because no step was done.
+            CompressionWarning: no mask was set.
         """
         super().finish()
-        if not (self.completed or self.scheduled_steps or len(self.log.rows) or self.sparsity):
+        if not (self.scheduled_steps or len(self.log.rows) or self.sparsity):
+            remedy = (
+                "Call set_masks, for example in begin."
+                if self.completed
+                else "In your own loop, call bind(optimizer) before the first step."
+            )
             warnings.warn(
-                f"{type(self).__name__}: finish was called after 0 optimizer steps, and no mask was set: the sparsity "
-                "is 0. In your own loop, call bind(optimizer) before the first step.",
+                f"{type(self).__name__}: finish was called after {self.completed} optimizer steps, and no mask was "
+                f"set: the sparsity is 0. {remedy}",
                 CompressionWarning,
                 stacklevel=2,
             )
