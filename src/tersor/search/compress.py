@@ -88,7 +88,7 @@ def compress(
         task: what the network is for: classification, segmentation, ..., package.module:Task.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss. A recipe has no loss of its own: to
             repeat the training with `tersor run`, write a task.
-        metric: (outputs, targets) -> number from 0 to 1 that is better when higher, or a torchmetrics Metric.
+        metric: (outputs, targets) -> number from 0 to 1, where higher is better, or a torchmetrics Metric.
         channels: of the images: 3 by default, 1 for gray images; see `tersor.data.load` for this and the next three.
         mean: of each channel in [0, 1]; by default from the weights file, else computed from the training images.
         std: of each channel in [0, 1].

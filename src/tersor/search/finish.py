@@ -149,7 +149,7 @@ def advice(search: Search, best: Point) -> list[str]:
         *_another_runtime(search),
     ]
     met = not violations(best, search.budget, search.reference)
-    return lines if lines or met else ["No measured network is closer to the budget. Raise several limits."]
+    return lines if lines or met else ["No measured network is closer to the budget. Raise more than one limit."]
 
 
 def _out_of_reach(search: Search, best: Point) -> list[str]:

@@ -38,8 +38,8 @@ def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]
         left, total = search.clock.left / 60, search.clock.total / 60
         reserve = min(left, search.reserve(more=1) / 60)
         search.bar.tell(
-            f"{left:.1f} of {total:.3g} minutes left, {reserve:.1f} of them reserved for the final measurements: "
-            f"{why_not_trained(search)}"
+            f"training ends: {why_not_trained(search)}. {left:.1f} of {total:.3g} minutes are left, {reserve:.1f} of "
+            "them reserved for the final measurements."
         )
     for candidate in search.untried:
         search.bar.tell(not_tried(candidate))

@@ -29,11 +29,11 @@ _KEPT_EVERY = 10.0
 
 
 _MODEL = """\
-# The network came from Python. Before `tersor run`, write a function that builds it and the file of its weights:
+# The network was passed in Python. Before `tersor run`, write a function that builds it, and its weights file:
 # {key}: {{name: package.module:function, weights: FILE}}
 """
 _DATA = """\
-# The images came from Python. Before `tersor run`, write their folder, or a function that returns them, under data:
+# The images were passed in Python. Before `tersor run`, write their folder or a function that returns them:
 # folder: PATH, or name: package.module:function
 """
 

@@ -176,8 +176,8 @@ def describe_range(search: Search) -> list[str]:
     lines.append(f"budget: {search.budget}; goal: the fastest network within it" if search.budget.points is not None
                  else f"budget: {search.budget}; goal: the most accurate network within it")  # fmt: skip
     lines.append(
-        f"plan: {max(0.0, search.clock.left) / 60:.1f} minutes left: survey {survey_seconds(left) / 60:.1f}, training "
-        f"{(left - survey_seconds(left)) / 60:.1f}, final measurements {reserve / 60:.1f}; "
+        f"plan: {max(0.0, search.clock.left) / 60:.1f} minutes left: {survey_seconds(left) / 60:.1f} for the survey, "
+        f"{(left - survey_seconds(left)) / 60:.1f} for training, {reserve / 60:.1f} for the final measurements; "
         f"one training step of the original takes {step:.2g} s"
     )
     return lines

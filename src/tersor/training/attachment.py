@@ -102,7 +102,7 @@ class Attachment:
         if self.completed >= self.scheduled_steps:
             return
         remedy = (
-            "Pass AttachContext(steps=...) the number of optimizer steps that follow"
+            "Pass AttachContext(steps=...) with the number of optimizer steps that follow"
             if self.completed
             else "In your own loop, call bind(optimizer) before the first step"
         )
