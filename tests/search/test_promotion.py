@@ -165,7 +165,7 @@ def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path, monk
     add(search, Candidate(branches=2), 0, 80.0, 0.5)
     search.folder.state.costs.step = 100.0
     train_and_survey(search, SPACE, lambda _last: halve(search))
-    assert told[0].endswith("final measurements: a training takes at least 33.4 minutes"), "no time for twenty steps"
+    assert told[0].startswith("training ends: a training takes at least 33.4 minutes. "), "no time for twenty steps"
 
 
 def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_path):

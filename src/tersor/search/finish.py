@@ -134,7 +134,7 @@ def _speedup(search: Search, best: Point) -> dict[int, BaselineSpeedup]:
 
 
 def final_seconds(search: Search) -> float:
-    """Seconds of the final measurement for each batch size; a further one, if it is needed, gets the least time."""
+    """Seconds of the final measurement for each batch size. The least time for a second one is kept."""
     least, sizes = AGAIN * speedup_seconds(search.clock.total), len(search.measurement.batch_sizes)
     left = (search.clock.left - search.evidence_seconds) / sizes - least
     return min(max(left, least), _LONGEST)

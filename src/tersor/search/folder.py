@@ -1,4 +1,4 @@
-"""The folder of a search: state, points, `model.onnx` and `front.json`. It is valid at every moment."""
+"""The folder of a search: state, points, `model.onnx` and `front.json`. It can be read at any time."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]
 
     Candidates that are not expected to end within the drop are trained further only after the survey has continued.
 
-    A search that ends early prints the reason; candidates that the user named and that were not tried are listed.
+    A search that ends early prints the reason. Candidates that the user named and that were not tried are printed.
 
     Args:
         search: a search after its survey.
         space: the candidates.
-        train: trains what it can; its argument states whether candidates without prospects are trained too.
+        train: trains candidates. Its argument is `last_resort` of `halve`.
     """
     train(False)
     more = True
