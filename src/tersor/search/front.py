@@ -41,7 +41,7 @@ class Point(BaseModel):
     family: str = "fewer bits"
     """Kind of change, such as `fewer blocks` or `student networks`."""
     free: bool = False
-    """Whether it needs no search: the original, and the original in 8 bits."""
+    """Whether it is a free baseline, which needs no search: the original, or the original in 8 bits."""
     validation: Annotated[float, Field(ge=0, le=100)]
     """The metric on the validation images, in percent."""
     drop_error: Annotated[float, Field(ge=0)] = 0.0
@@ -51,7 +51,7 @@ class Point(BaseModel):
     latency_ms: dict[int, float]
     """Median latency by batch size, in milliseconds."""
     latency_error: dict[int, Annotated[float, Field(ge=0)]] = {}
-    """Half the width of the 95 % interval of each latency, as a fraction of it; none for the reference."""
+    """Half the width of the 95 % interval of each latency, as a fraction of it; none for the point `original`."""
     bytes: int
     """Size of the file, in bytes."""
     macs: int
