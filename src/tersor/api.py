@@ -166,7 +166,7 @@ def distill(
         loss_weight: weight of the loss between student and teacher.
         label_weight: weight of the task's loss, such as the cross entropy with the labels.
         optimizer: SGD with momentum, or AdamW; usually the one that the teacher was trained with.
-        learning_rate: its peak, before cosine decay; by default 0.05 for sgd and 0.0005 for adamw.
+        learning_rate: peak of the learning rate, before cosine decay; by default 0.05 for sgd and 0.0005 for adamw.
         progress: receives the progress.
         task: the task of the networks; by default classification if they return logits (N, classes), else distance.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.

@@ -145,13 +145,13 @@ def evaluate(
         typer.Option(help="task of the network: classification, segmentation, ... [default: from the recipe]"),
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="channels of the images, 1 for gray ones [default: those of the file]")
+        int | None, typer.Option(min=1, help="number of image channels, 1 for gray images [default: from the file]")
     ] = None,
     mean: Annotated[
         str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45 [default: from the file]")
     ] = None,
     std: Annotated[str | None, typer.Option(help="standard deviation of each channel [default: from the file]")] = None,
-    image_size: Annotated[str | None, typer.Option(help="size of the images [default: that of the file]")] = None,
+    image_size: Annotated[str | None, typer.Option(help="size of the images [default: from the file]")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure an artifact on test images in its runtime: accuracy, or the metric of its task."""

@@ -54,19 +54,19 @@ def compress(
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
     max_drop: _MaxDrop = None,
     latency: Annotated[
-        str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms is for batch 1")
+        str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms means 1:2ms")
     ] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     runtime: Annotated[Runtime, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
     task: Annotated[
         str, typer.Option(help="task of the network: classification, segmentation, ...")
     ] = "classification",
-    loss: Annotated[str | None, typer.Option(help="package.module:function of (outputs, targets)")] = None,
+    loss: Annotated[str | None, typer.Option(help="loss: package.module:function of (outputs, targets)")] = None,
     metric: Annotated[
-        str | None, typer.Option(help="package.module:function of (outputs, targets) that returns 0 to 1")
+        str | None, typer.Option(help="metric from 0 to 1: package.module:function of (outputs, targets)")
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="channels of the images, 1 for gray ones [default: 3]")
+        int | None, typer.Option(min=1, help="number of image channels, 1 for gray images [default: 3]")
     ] = None,
     mean: Annotated[str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45")] = None,
     std: Annotated[str | None, typer.Option(help="standard deviation of each channel: 0.25,0.24,0.26")] = None,
@@ -75,7 +75,8 @@ def compress(
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
     pixels: Annotated[list[int] | None, typer.Option(min=8, help="another image size to try")] = None,
     augment: Annotated[
-        str | None, typer.Option(help="none, flip, ... [default: crop_flip; none for gray images, flip for boxes]")
+        str | None,
+        typer.Option(help="augmentation: none, flip, ... [default: crop_flip; none for gray images, flip for boxes]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="number of training images [default: all]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="random seed")] = 0,
@@ -145,7 +146,7 @@ def pick(
     folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
     max_drop: _MaxDrop = None,
     latency: Annotated[
-        str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms is for batch 1")
+        str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms means 1:2ms")
     ] = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     point: Annotated[str | None, typer.Option(metavar="NAME", help="name of a point, instead of limits")] = None,
@@ -218,7 +219,7 @@ def front_tables(front: Front, best: str = "model.onnx") -> Iterator[Table]:
     threads = f"{front.machine.threads} thread{'' if front.machine.threads == 1 else 's'}"
     title = f"{front.machine.cpu}, {threads}, {front.minutes_used:.1f} minutes"
     caption = (
-        f"* = {best}. ± is half of the 95 % interval of a latency; the original is the reference. "
+        f"* = {best}. ± is half of the 95 % interval of a latency relative to the original. "
         "All choices were made on validation images."
     )
     free = {point.name for point in front.baselines}

@@ -201,7 +201,7 @@ def _beside_folder(measured: LatencyTable, model: TimedFile) -> Table:
     folder = Path(model.file).parent
     table = Table(
         title=f"batch {measured.batch_size}, compared with {model.file} in {model.runtime}",
-        caption=f"The table above compares files without a folder with the original and the baseline of {folder}.",
+        caption=f"Above, ONNX files that were given alone are compared with the original and baseline of {folder}.",
         title_justify="left",
         caption_justify="left",
     )

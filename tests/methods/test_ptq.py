@@ -538,7 +538,7 @@ def test_empty_data(data):
 
 def test_data_that_can_be_read_only_once():
     calibrated(data=iter([images()]))  # one pass needs no more
-    with pytest.raises(InputError, match=r"needs images, and the data contains none in a second pass. A DataLoader"):
+    with pytest.raises(InputError, match=r"reads the data twice, but the data cannot be read again. Pass a DataLoader"):
         calibrated(method=PTQ(activation_range="mse"), data=iter([images()]))
 
 

@@ -240,7 +240,7 @@ def test_an_augmentation_is_written_as_it_was_read(augment):
         ("3", "data.augment should be text or a list, given 3"),
         ("[3]", "data.augment.0 should be text or a mapping, given 3"),
         ("[{RandomCrop: 32}]", "data.augment.0.RandomCrop should be a mapping, given 32"),
-        ("[]", "data.augment should be text or a list of at least 1, given a list of 0"),
+        ("[]", "data.augment should be text or a list of length at least 1, given a list of length 0"),
     ],
 )
 def test_an_augmentation_that_cannot_be(augment, message):

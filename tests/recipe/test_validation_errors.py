@@ -139,7 +139,7 @@ def test_teacher_of_two_types(teacher: str, expected: list[str]):
     [
         ("", "recipe.yaml, line 1: a recipe should be a mapping of the keys model, teacher, task, data, target,"),
         ("# nothing\n", "given nothing."),
-        ("- a\n- b", "stages, given a list of 2."),
+        ("- a\n- b", "stages, given a list of length 2."),
         ("hello", "given the text 'hello'."),
         ("model: {name: a", "line 1: this is not YAML: "),
         ("a: 1\nb: c: d", "line 2: this is not YAML: mapping values are not allowed here."),
@@ -153,7 +153,7 @@ def test_teacher_of_two_types(teacher: str, expected: list[str]):
         ("? [a]\n: 1", "line 1: a key should be a name"),
         (
             "{model: {name: a}, data: {name: digits}, stages: []}",
-            "stages should be a list of at least 1, given a list of 0.",
+            "stages should be a list of length at least 1, given a list of length 0.",
         ),
     ],
 )

@@ -26,7 +26,7 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
         kept = any(each.point.name in on_the_front for each in records if each.of == record.of)
         if kept and record.rung == 0 and record.of != Candidate():
             reason = made.dropped.get(record.point.name, "")
-            assert ("untrained. After its training it is" in reason) is (record.point.name not in on_the_front)
+            assert ("untrained. The trained network is" in reason) is (record.point.name not in on_the_front)
         elif record.of != Candidate():
             assert kept or record.of.name in made.dropped
     first = search.folder.state.rungs[0].members
@@ -47,7 +47,7 @@ def test_a_dominated_candidate_names_the_point_that_is_better(tmp_path):
     search = searching(tmp_path / "out")
     made = run(search)
     dominated = {point.name for point in made.dominated}
-    names = [name for name in made.dropped if name in dominated and "After its training" not in made.dropped[name]]
+    names = [name for name in made.dropped if name in dominated and "The trained network is" not in made.dropped[name]]
     assert names
     points = {point.name for point in made.points}
     for name in names:
@@ -60,7 +60,7 @@ def test_the_use_of_the_test_images_is_counted(tmp_path):
     made = run(search)
     (names,) = made.test_runs
     assert set(names) == {point.name for point in (*made.points, *made.dominated) if point.test is not None}
-    start = "at the start, on the original, to see whether it was trained on the validation images"
+    start = "at the start, on the original, to check whether it was trained on the validation images"
     few = made.model_copy(update={"test_runs": [["a", "b"]]})
     assert use_of_test_images(few) == f"1000 test images were used twice: {start}; at the end, on a, b."
     assert use_of_test_images(made.model_copy(update={"test_runs": []})) == f"1000 test images were used once: {start}."
@@ -72,10 +72,8 @@ def test_the_use_of_the_test_images_is_counted(tmp_path):
     assert len(again.test_runs) == 2
     assert not set(names) & set(again.test_runs[1]), "no point runs on the test images twice"
     text = use_of_test_images(again.model_copy(update={"test_runs": [["a"], 9 * ["b"]]}))
-    assert (
-        text
-        == f"1000 test images were used 3 times: {start}; at the end, on a; when the search ended again, on 9 points."
-    )
+    ends = "at the end, on a; at the end of the continued search, on 9 points"
+    assert text == f"1000 test images were used 3 times: {start}; {ends}."
     assert "were used once" not in (search.folder.path / "report.html").read_text()
 
 
@@ -120,7 +118,7 @@ def test_what_the_user_named_is_tried_first_and_otherwise_listed(tmp_path, monke
     surveys.survey(short, Space(9, prunable=True, students=["wide", "deep"]))
     assert short.untried, "there is no time for all three"
     reasons = [dropped(short, [])[each.name] for each in short.untried]
-    assert reasons == ["24 pixels was not tried: no time"]
+    assert reasons == ["24 pixels was not tried: there was no time for it"]
 
 
 def test_a_student_has_the_name_that_the_user_wrote(tmp_path):

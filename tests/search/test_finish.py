@@ -131,7 +131,9 @@ def test_a_faster_file_of_another_runtime_is_in_the_verdict_and_in_the_last_line
     made = front_of(3).model_copy(update={"best": best, "limits": {"max_drop": 1, "latency_ms": {}, "megabytes": None}})
     error = dict.fromkeys(SIZES, 0.02)
     found = with_another_runtime(made, (0.5, 60.0), latency_error=error)
-    sentence = " Original-onnxruntime (ONNX Runtime, float32) is faster without a search: 0.500 ± 0.010 ms at batch 1"
+    sentence = (
+        " Original-onnxruntime (ONNX Runtime, float32) is faster and needs no search: 0.500 ± 0.010 ms at batch 1"
+    )
     if best != "best":  # whose batch of 128 takes 47 ms
         sentence += ", 60.0 ± 1.2 ms at batch 128"
     sentence += ". It meets the budget."
@@ -142,7 +144,7 @@ def test_a_faster_file_of_another_runtime_is_in_the_verdict_and_in_the_last_line
     assert f"{sentence}</h1>" in write_front_page(tmp_path, found).read_text()
     slower = with_another_runtime(made, (9.0, 900.0))
     for line in (verdict_lines(slower)[0], last_line(slower, tmp_path)):
-        assert "without a search" not in line
+        assert "needs no search" not in line
 
 
 def test_a_faster_file_of_another_runtime_that_exceeds_a_limit_is_not_recommended(tmp_path):
@@ -158,7 +160,7 @@ def test_a_faster_file_of_another_runtime_that_exceeds_a_limit_is_not_recommende
         "network that was found; "
     ) in last_line(fitting, tmp_path)
     equal = with_another_runtime(made, (0.99 * 0.6, 0.99 * 0.6 * 128**0.9), latency_error=dict.fromkeys(SIZES, 0.02))
-    assert "without a search" not in verdict_lines(equal)[0], "not measurably faster"
+    assert "needs no search" not in verdict_lines(equal)[0], "not measurably faster"
 
 
 def test_a_saturated_metric_is_said():

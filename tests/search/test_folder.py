@@ -196,8 +196,8 @@ def test_the_range_in_words(tmp_path):
     reserve = 6.0 + 15.0 + 2.0
     left = 1200 - 60 - reserve
     assert lines[4] == (
-        f"plan: 19.0 minutes left: survey 2.0, training {(left - 120) / 60:.1f}, "
-        f"final measurements {reserve / 60:.1f}; one training step of the original takes 0.1 s"
+        f"plan: 19.0 minutes left: 2.0 for the survey, {(left - 120) / 60:.1f} for training, "
+        f"{reserve / 60:.1f} for the final measurements; one training step of the original takes 0.1 s"
     )
     search = searching(tmp_path / "other", budget=Budget(megabytes=0.5))
     assert describe_range(search)[3] == "budget: 0.5 MB; goal: the most accurate network within it"

@@ -158,14 +158,14 @@ def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path, monk
     train_and_survey(search, SPACE, lambda _last: halve(search))
     assert not search.folder.state.rungs
     assert len(told) == 1
-    assert told[0].startswith("10.0 of 10 minutes left, ")
-    assert told[0].endswith("reserved for the final measurements: no promising candidate can be improved by training")
+    assert told[0].startswith("training ends: no promising candidate can be improved by training. 10.0 of 10 minutes")
+    assert told[0].endswith(" of them reserved for the final measurements.")
     assert finish.advice(search, search.original) == []
     told.clear()
     add(search, Candidate(branches=2), 0, 80.0, 0.5)
     search.folder.state.costs.step = 100.0
     train_and_survey(search, SPACE, lambda _last: halve(search))
-    assert told[0].endswith("final measurements: a training takes at least 33.4 minutes"), "no time for twenty steps"
+    assert told[0].startswith("training ends: a training takes at least 33.4 minutes. "), "no time for twenty steps"
 
 
 def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_path):
@@ -236,7 +236,7 @@ def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
     assert out_of_reach == f"Size: no network reached 0.1 MB; the smallest is {small.description} with 0.150 MB."
     search.points = [search.original, small.model_copy(update={"bytes": 100_000})]
     assert finish.advice(search, search.original) == [
-        "No measured network is closer to the budget. Raise several limits."
+        "No measured network is closer to the budget. Raise more than one limit."
     ]
     search.points = [search.original.model_copy(update={"bytes": 100_000})]
     assert finish.advice(search, search.points[0]) == []

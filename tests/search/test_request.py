@@ -94,11 +94,11 @@ def test_the_experiment_of_a_request(monkeypatch):
     assert experiment_of(request(augment="flip"), NO_PROGRESS).recipe.data.augment == "flip"
     own = experiment_of(request(metric=lambda *_: 0.5), NO_PROGRESS)
     assert not isinstance(own.task, Classification)
-    with pytest.raises(InputError, match="is better when higher"):
+    with pytest.raises(InputError, match="higher is better"):
         experiment_of(request(task="regression"), NO_PROGRESS)
     with pytest.raises(InputError, match=r"pixels is 7\. Write the side of an image, 8 or more"):
         experiment_of(request(pixels=(8, 7)), NO_PROGRESS)
-    with pytest.raises(InputError, match="pixels cannot be used with images that are read already"):
+    with pytest.raises(InputError, match="pixels cannot be used with images that are already loaded"):
         experiment_of(request(pixels=(8,)), NO_PROGRESS)
     with pytest.raises(InputError, match="weights is for a network that is given by name, but the model is a Sequenti"):
         experiment_of(request(weights=Path("w.pt")), NO_PROGRESS)

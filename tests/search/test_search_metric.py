@@ -59,7 +59,7 @@ def test_a_classification_with_its_own_score_has_no_paired_error():
 
 def test_errors_are_refused_and_shares_of_the_user_are_not():
     refuse_other_metrics(FromFunctions(Segmentation(), None, lambda *_: 0.5))
-    with pytest.raises(InputError, match="better when higher"):
+    with pytest.raises(InputError, match="higher is better"):
         refuse_other_metrics(Regression())
 
 

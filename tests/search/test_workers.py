@@ -290,7 +290,7 @@ def test_a_lost_worker_is_no_failure_of_its_candidate(ray, tmp_path):
     ray.broken = OSError("The node\ndied.")
     lost = workers._received(candidate, None)
     assert isinstance(lost, LostWorkerError)
-    assert str(lost) == "the worker that trained it was lost, twice: died."
+    assert str(lost) == "the worker process died twice during its training: died."
     ray.broken = ConnectionError("an error in the code")
     with pytest.raises(ConnectionError):
         workers._received(candidate, None)

@@ -104,7 +104,7 @@ def scheduled_in_a_chain(model):
     ("start", "steps", "expected"),
     [
         (None, 0, r"Scheduled: finish was called after 0 optimizer steps, .* has 3. .* call bind\(optimizer\) before"),
-        (0, 2, r"after 2 optimizer steps, but its schedule has 3. Pass AttachContext\(steps=...\) the number"),
+        (0, 2, r"after 2 optimizer steps, but its schedule has 3. Pass AttachContext\(steps=...\) with the number"),
         (0, 3, None),
         (3, 0, None),
     ],

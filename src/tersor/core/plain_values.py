@@ -34,8 +34,8 @@ WANTED = {
     "dataclass_type": "a mapping",
     "string_too_short": "text that is not empty",
     "string_pattern_mismatch": "package.module:function",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of length at least {min_length}",
+    "too_long": "a list of length at most {max_length}",
 }
 """Expected value by pydantic error type."""
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")

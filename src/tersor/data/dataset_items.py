@@ -94,7 +94,8 @@ class ItemSet:
             image, target = self.item(number)
             if kind == "class" and target != targets[number]:
                 raise InputError(
-                    f"{self.name}: image {number} has label {target}, but had label {int(targets[number])} before."
+                    f"{self.name}: image {number} has label {target}, but had label {int(targets[number])} before. "
+                    "Return the same label each time."
                 )
             return pixels_of(image, form, f"{self.name}: image {number}")
 

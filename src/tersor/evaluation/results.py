@@ -170,7 +170,7 @@ class StageRecord(BaseModel):
     notes: list[Text] = []
     """Information for the user, such as the default learning rate."""
     minutes: float
-    """Time of preparation and training in minutes, that of interrupted processes included, without measurements."""
+    """Time of preparation and training in minutes. It includes interrupted processes, but not measurements."""
     validation_score: float | None = None
     """The metric on the validation images after the stage; none without validation images."""
     losses: dict[str, float] = {}
@@ -198,7 +198,7 @@ class StageRecord(BaseModel):
     speedup: dict[BatchSize, Speedup] | None = None
     """Latency of the original divided by that of the exported file, by batch size."""
     speedup_of_quantization: dict[BatchSize, Speedup] | None = None
-    """The same over the file before the stage, if the stage changed the bits of the weights."""
+    """Latency of the file before the stage divided by that of the exported file, if the bits of weights changed."""
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -102,8 +102,8 @@ def check_forward(name: str, network: nn.Module, images: NetworkInput) -> Any:
     if len(required) > 1 and isinstance(images, Tensor):
         raise InputError(
             f"the forward of {name} needs {len(required)} inputs: {', '.join(required)}, but a batch has one. Pass "
-            f"batches (({', '.join(required)}), targets) to the Python functions, or give the others a default; a "
-            "recipe has one input, the images."
+            f"batches (({', '.join(required)}), targets) to the Python functions, or give the other inputs a default. "
+            "A recipe has one input, the images."
         )
     if not images.is_floating_point():
         raise InputError(f"images for {name} have the type {images.dtype}. Pass normalized floating-point images.")

@@ -52,7 +52,7 @@ def get(name: str) -> type[Method]:
 
     Raises:
         InputError: the method does not exist, or the class is not a method.
-        ImportError: the file lacks something that it imports.
+        ImportError: an import in the file fails.
     """
     if ":" in name:
         return _of_the_user(name)

@@ -10,8 +10,7 @@ rounded. It needs a few hundred images and no labels. `quantization/reconstructi
 
 The paper folds BatchNorm first. Here it stays a module after the layer; the choices per channel are the same. The paper
 runs 10,000 iterations; the default here is 1,000 at ten times the learning rate. Activations are quantized after all
-weights are rounded. The network may return any tensors. The error is measured on a layer's output. After the last point
-at which the network has a single value, it is measured on all outputs of the network.
+weights are rounded. The network may return any tensors, because the error is measured on the output of each layer.
 """
 
 from __future__ import annotations

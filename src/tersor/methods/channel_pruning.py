@@ -18,8 +18,8 @@ runtime. Pruned copies with different fractions of the MACs are timed against th
 
 With `branches`, that number of residual branches is removed first (`pruning/residual_branches.py`): those with the
 smallest change of the outputs per saved MAC (or parameter). A ResNet-56 from which `obs` and `global` removed half of
-the MACs takes 1.05 of the time of one that lost half of every layer (ONNX Runtime, AVX2, batch 32); with two branches
-removed first, it takes 0.99.
+the MACs takes 1.05 times as long as one that lost half of every layer (ONNX Runtime, AVX2, batch 32); with two
+branches removed first, it takes 0.99 times as long.
 
 The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`), and BatchNorm
 statistics are adjusted so that the mean and spread of BatchNorm outputs on training images are kept

@@ -11,8 +11,8 @@ Encoder and translator are three 3x3 convolutions, the decoder three transposed 
 k compresses channels, not pixels.
 
 The authors' code uses p = 1, weight 500 and the mean over all D elements. The elements of a vector of norm 1 have size
-D^(-1/2), so the mean shrinks as k grows, and a sweep over k would also sweep the weight. Here the sum is divided by
-D^(1/2) (for p = 1), whose scale does not depend on k; the default weight is the authors' at their D of 2048:
+D^(-1/2), so the mean decreases as k grows, and another k would also change the effective weight. Here the sum is
+divided by D^(1/2) (for p = 1), whose scale does not depend on k; the default weight is the authors' at their D of 2048:
 500 / 2048 * 2048^(1/2). The paper's reconstruction error is squared, the code's absolute; `reconstruction`
 selects one. The code runs the teacher with gradients and ignores its seed option. Where the maps differ in size, the
 larger is pooled. The paraphraser is trained on the calibration images: not augmented, and in a recipe in batches of 64;

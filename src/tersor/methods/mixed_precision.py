@@ -62,7 +62,8 @@ def assign(errors: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], 
     """Choose bits for every layer with the smallest sum of errors, and at most `average` bits per weight.
 
     The result is exact if a common divisor of the sizes divides the budget into at most 2^18 units; otherwise a layer
-    may be charged up to one unit too much. The budget holds in either case. Ties take the fewer bits.
+    may be charged up to one unit too much. The budget holds in either case. Among choices with equal errors, the one
+    with fewer bits is taken.
 
     Args:
         errors: layer -> bits -> error; the possible widths may differ between layers.

@@ -80,12 +80,12 @@ class PSGD:
         Literal["exact", "running"], Field(description="range of the grid: the largest weight, or its running mean")
     ] = "exact"
     mean_scale: Annotated[
-        float, Field(gt=0, description="mean factor on the first gradients, if strength is not set")
+        float, Field(gt=0, description="mean gradient scale at the start, if strength is not set")
     ] = 2.0
     strength: Annotated[float | None, Field(gt=0, description="lambda, instead of mean_scale")] = None
     scale_by: Annotated[
         Literal["distance", "constant"],
-        Field(description="distance to the grid point; constant: the same factor for all weights, as a control"),
+        Field(description="distance: scale by the distance to the grid point; constant: same scale, as a control"),
     ] = "distance"
     layers: Annotated[
         tuple[str, ...], Field(description="patterns of layers; default: all convolutions and fully connected layers")

@@ -77,7 +77,7 @@ class PTQ(CalibrationOptions, BitOptions):
         AnyWeightRange | None,
         Field(
             description="how a weight's range is chosen; output_mse: by the squared error of the layer's output; "
-            "default: mse with variance_correction, else output_mse at 8 bits, minmax below"
+            "default: mse with variance_correction; without it, output_mse at 8 bits and minmax below 8 bits"
         ),
     ] = None
     activation_range: Annotated[
@@ -100,7 +100,7 @@ class PTQ(CalibrationOptions, BitOptions):
         Field(
             ge=0,
             description="largest drop of the task's metric (accuracy in points), estimated on the calibration images; "
-            "layers that cost more stay in float. Default: quantize all layers",
+            "the most sensitive layers stay in float until it is met. Default: quantize all layers",
         ),
     ] = None
 

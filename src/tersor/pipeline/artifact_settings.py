@@ -213,8 +213,8 @@ def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:
     source = read(recipe).data
     if source.name == YOUR_DATA:
         raise InputError(
-            f"the images of the search in {artifact.path} came from Python, so its recipe does not name them. Write "
-            "--data FOLDER, or --data your_file.py:function with a function that returns them."
+            f"the images of the search in {artifact.path} were passed in Python, so its recipe does not name them. "
+            "Write --data FOLDER, or --data your_file.py:function with a function that returns them."
         )
     if source.name is not None and is_function_path(source.name):
         raise InputError(

@@ -19,8 +19,9 @@ from tersor.evaluation.timings import EndedBy, Ratio, Spread, Timings
 from tersor.pipeline.artifact_settings import numbers_of
 
 Compared = Literal["original", "baseline", "model", "first", "first_fastest"]
-"""What a file is compared with: the original and the baseline of its folder. ONNX files beside a folder are compared
-with its model.onnx as well; without a folder, with the first of them in ONNX Runtime and in its fastest runtime."""
+"""What a file is compared with. Files of a folder: the original and the baseline of the folder. ONNX files given with a
+folder: these two and the folder's model.onnx. ONNX files given without a folder: the first of them, in ONNX Runtime and
+in its fastest runtime."""
 
 _Images = tuple[tuple[int | None, ...], str]
 """Shape (C, H, W) and data type of a file's input."""
@@ -99,8 +100,8 @@ class TimedFile:
     latency_ms: Spread
     """Latency of one batch."""
     roles: Sequence[Compared]
-    """What the file is a reference for: `original`, `baseline`; `model`, the artifact of a folder; of ONNX files
-    without a folder, `first` and `first_fastest`."""
+    """The references that this file is: `original`, `baseline` or `model` (the artifact) of a folder; without a folder,
+    `first` or `first_fastest` (the first ONNX file in its fastest runtime)."""
     speedup: Mapping[Compared, Ratio]
     """Latency of each reference divided by that of the file; empty for the original, or the first file."""
 
@@ -119,7 +120,7 @@ class LatencyTable:
     files: Sequence[TimedFile]
     """Every file in every runtime."""
     images: str
-    """What the files take: `float32 images of 3 x 32 x 32`."""
+    """Data type and shape of the images that the files take: `float32 images of 3 x 32 x 32`."""
 
 
 def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:

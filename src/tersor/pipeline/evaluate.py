@@ -31,7 +31,10 @@ if TYPE_CHECKING:  # they import torch
     from tersor.tasks.task import Task
 
 _CHANNELS = (1, 3, 4)
-_COMPUTED = "computed from the training images, since the file has none; must equal those used to train the network"
+_COMPUTED = (
+    "computed from the training images, since the file has none; if the network was trained with others, write them as "
+    "--mean and --std"
+)
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def prepare(
     load_runtime(recipe.target.runtime)
     if data is None and recipe.data.name == YOUR_DATA:
         raise InputError(
-            f"the images of this search came from Python: {YOUR_DATA} in its recipe is a placeholder. Write data: "
-            "{folder: PATH}, or data: {name: your_file.py:function} with a function that returns them."
+            f"the images of this search were passed in Python: {YOUR_DATA} in its recipe is a placeholder. Write "
+            "data: {folder: PATH}, or data: {name: your_file.py:function} with a function that returns them."
         )
     for network in (recipe.model, recipe.teacher):
         if isinstance(network, Network) and network.weights is not None and not network.weights.is_file():

@@ -94,4 +94,4 @@ def note_of_lost_zeros(zeros: Mapping[str, Tensor], model: nn.Module) -> tuple[s
     if lost <= _WORTH_A_NOTE * total:
         return ()
     share = f"{100 * lost / total:.1f} % of the weights were zero before this stage and are not zero after it"
-    return (f"{share}: zeros without a mask do not last. Use tersor.training.mask_attachment.insert_masks.",)
+    return (f"{share}: training changes zeros without a mask. Use tersor.training.mask_attachment.insert_masks.",)

@@ -61,8 +61,11 @@ def calibrate(
             done += len(batch)
             progress.advance(len(batch))
         if done == before:
-            again = " in a second pass. A DataLoader or a list can be read twice" if number else ""
-            raise InputError(f"{method} needs images, and the data contains none{again}. Pass batches (N, C, H, W).")
+            if number:
+                raise InputError(
+                    f"{method} reads the data twice, but the data cannot be read again. Pass a DataLoader or a list."
+                )
+            raise InputError(f"{method} needs images, and the data contains none. Pass batches (N, C, H, W).")
         _require_finite_ranges(histograms)
     return histograms
 

@@ -261,14 +261,14 @@ def _require_same_options(quantizers: Quantizers, options: QuantizedTrainingOpti
         if bits is not None and widths - {bits}:
             raise InputError(
                 f"{method} has {key}: {bits}, but an earlier stage has quantized the network to "
-                f"{', '.join(map(str, sorted(widths)))} bits. Leave out {key} to train with those, or write the same "
-                "in the earlier stage."
+                f"{', '.join(map(str, sorted(widths)))} bits. Leave out {key} to keep those bits, or write the same "
+                "{key} in the earlier stage."
             )
     kinds = {bool(quantizers.of_weight(name).scale.ndim) for name in quantizers.layers}
     if options.per_channel is not None and kinds - {options.per_channel}:
         raise InputError(
             f"{method} has per_channel: {str(options.per_channel).lower()}, but an earlier stage has quantized with "
-            "the other value. Leave out per_channel to train with those, or write the same in the earlier stage."
+            "the other value. Leave out per_channel to keep that value, or write the same one in the earlier stage."
         )
 
 

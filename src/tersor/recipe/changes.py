@@ -15,7 +15,7 @@ _SHOWN = 3
 def changes(before: str, recipe: Recipe) -> str:
     """The first keys that differ, with both values: `checkpoint_every: 10, now the default 200`.
 
-    Nothing that the text names is imported: it may come from elsewhere.
+    Code that `before` names is not imported, because `before` may come from another source.
 
     Args:
         before: the YAML text of the earlier recipe.

@@ -20,7 +20,7 @@ _Transforms = Annotated[list[str | dict[str, dict[str, Any] | None]], Field(min_
 _augmentation = named("augmentation", ("none", "flip", "crop_flip"))
 _SOURCES = ("folder", "csv", "name")
 YOUR_DATA = "your.module:splits"
-"""The `name` in recipes of a search whose images came from Python: to be replaced by the user."""
+"""The `name` in recipes of a search whose images were passed in Python: the user has to replace it."""
 
 
 class DataSource(PlainRecord):
@@ -29,9 +29,11 @@ class DataSource(PlainRecord):
     model_config = PLAIN
     folder: Annotated[
         Path | None,
-        Field(description="class folders, images without labels, masks, Pascal VOC or COCO, in train/ and test/"),
+        Field(description="folder with train/ and test/: class folders, unlabeled images, masks, Pascal VOC or COCO"),
     ] = None
-    csv: Annotated[Path | None, Field(description="file with a header: path, and class, classes or values")] = None
+    csv: Annotated[Path | None, Field(description="CSV file with the columns path and class, classes, or numbers")] = (
+        None
+    )
     name: Annotated[
         Named | None, Field(description="digits, scenes, a set of torchvision, or package.module:function")
     ] = None

@@ -169,7 +169,7 @@ class Recipe(PlainRecord):
                 problems.append((("stages", index, "name"), f"there is already a stage '{first}'. Write another name."))
             if stage.cache and (self.teacher is None or self.data.augment != "none"):
                 why = "there is no teacher" if self.teacher is None else f"data.augment is {self.data.augment}"
-                message = f"cache stores the teacher outputs of unaugmented images, and {why}. Remove it"
+                message = f"cache needs a teacher and images without augmentation, but {why}. Remove cache"
                 hint = "." if self.teacher is None else ", or write data.augment: none."
                 problems.append((("stages", index, "cache"), message + hint))
             for place, method in enumerate(stage.methods):
@@ -208,7 +208,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(text: str, name: str) -> Recipe:
-    """Parse a recipe from YAML text; error messages call it `name`.
+    """Parse a recipe from YAML text; `name` is its name in error messages.
 
     Raises:
         InputError: it is invalid; one line per problem.

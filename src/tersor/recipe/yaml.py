@@ -37,7 +37,7 @@ _TEXT = {_TAG + kind for kind in ("str", "timestamp", "value", "merge")}  # the 
 
 @dataclass
 class Located:
-    """A value of the text: a scalar, a list or a dict of further `Located`, and where it stands."""
+    """A value of the text and its position. The value is a scalar, or a list or dict of further `Located`."""
 
     value: Any
     line: int
@@ -108,7 +108,7 @@ class _Reader:
             self.complain(line, f"{shown(node.value)} cannot be read as {node.tag.removeprefix(_TAG)}.")
             return None
         if isinstance(value, int) and value.bit_length() > _BITS:
-            self.complain(line, f"a whole number should have at most {_BITS} bits, given one of {value.bit_length()}.")
+            self.complain(line, f"a whole number should have at most {_BITS} bits, given {value.bit_length()} bits.")
             return None
         if isinstance(value, float) and not math.isfinite(value):
             self.complain(line, f"a number should be finite, given {node.value}.")
@@ -126,8 +126,8 @@ def load(text: str, name: str, *, lines: bool = True) -> Located:
 
     Args:
         text: YAML 1.2, one document.
-        name: what errors call it.
-        lines: whether errors also name the line.
+        name: name of the text in error messages.
+        lines: whether error messages also contain the line number.
 
     Raises:
         InputError: it is not YAML, or a key is given twice; one line for each problem.
@@ -149,14 +149,15 @@ def load(text: str, name: str, *, lines: bool = True) -> Located:
 
 
 def override(tree: Located, assignment: str) -> None:
-    """Sets one value in `tree`.
+    """Set one value in `tree`.
 
     Args:
-        tree: what `load` gave; it is changed.
-        assignment: `path=value`: keys and list indices with dots between, and YAML; `stages.0.epochs=3`.
+        tree: the result of `load`; it is changed.
+        assignment: `path=value`, such as `stages.0.epochs=3`. The path consists of keys and list indices, separated by
+            dots; the value is YAML.
 
     Raises:
-        InputError: there is no such place, or the value is not YAML.
+        InputError: the path does not exist, or the value is not YAML.
     """
     place = f"--set {assignment}"
     path, equals, text = assignment.partition("=")
@@ -184,7 +185,7 @@ def _inside(node: Located, part: str, place: str, where: str) -> Located:
 
 
 def complete(tree: Located) -> Located:
-    """Return the tree after a check that no value is `???`, which marks values that the user of a recipe has to give.
+    """Check that no value is `???`, the placeholder for values that the user has to write. Return the tree.
 
     Raises:
         InputError: values are missing; the message names all of them.
@@ -210,7 +211,7 @@ def _missing(node: Located, path: str) -> Iterator[tuple[str, str]]:
 
 
 def plain(tree: Located) -> Any:
-    """The values without their places."""
+    """The values without their positions."""
     if isinstance(tree.value, dict):
         return {key: plain(value) for key, value in tree.value.items()}
     if isinstance(tree.value, list):
@@ -219,7 +220,7 @@ def plain(tree: Located) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value as text for a message."""
     match value:
         case None:
             return "nothing"
@@ -230,7 +231,7 @@ def shown(value: Any) -> str:
         case dict():
             return "a mapping"
         case list():
-            return f"a list of {len(value)}"
+            return f"a list of length {len(value)}"
         case _:
             return str(value)[:60]
 

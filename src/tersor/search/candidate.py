@@ -56,7 +56,7 @@ class Candidate:
         return "-".join([*parts, f"{self.bits}bit"])
 
     def trained(self, steps: int) -> str:
-        """The name of its network after this many training steps in total."""
+        """The name of its network after a total of `steps` training steps."""
         return f"{self.name}-{steps}steps"
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Candidate:
 
     @property
     def given(self) -> str:
-        """What the user wrote to have it tried: a student, or a resolution of the original."""
+        """What the user wrote for this candidate: the name of a student, or a resolution of the original."""
         return f"{self.pixels} pixels" if self.pixels else self.network
 
     @property

@@ -88,15 +88,16 @@ def compress(
         task: what the network is for: classification, segmentation, ..., package.module:Task.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss. A recipe has no loss of its own: to
             repeat the training with `tersor run`, write a task.
-        metric: (outputs, targets) -> number from 0 to 1 that is better when higher, or a torchmetrics Metric.
-        channels: of the images: 3 by default, 1 for gray images; see `tersor.data.load` for this and the next three.
-        mean: of each channel in [0, 1]; by default from the weights file, else computed from the training images.
-        std: of each channel in [0, 1].
+        metric: (outputs, targets) -> number from 0 to 1, where higher is better, or a torchmetrics Metric.
+        channels: number of image channels: 3 by default, 1 for gray images; see `tersor.data.load` for this and the
+            next three.
+        mean: mean of each channel in [0, 1]; by default from the weights file, else computed from the training images.
+        std: standard deviation of each channel in [0, 1].
         image_size: height and width in pixels, or one number for both.
         storage: SQLAlchemy URL of the trials; `study.db` in the folder by default.
         workers: number of Ray processes that train candidates at the same time; without it, this process trains them.
-        ray_address: of a Ray cluster for the workers; by default they run on this machine. Paths in the arguments must
-            exist on all machines.
+        ray_address: address of a Ray cluster for the workers; by default they run on this machine. Paths in the
+            arguments must exist on all machines.
         out: the folder, `runs/compress` by default.
         progress: receives the progress; `tersor.progress_bars.Bars` draws it. Without it, only warnings are issued.
         now: a clock in seconds.

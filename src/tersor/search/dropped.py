@@ -38,8 +38,8 @@ def dropped(search: Search, kept: Sequence[Point]) -> dict[str, str]:
 
 
 def not_tried(candidate: Candidate) -> str:
-    """That the search had no time for a candidate that the user named."""
-    return f"{candidate.given} was not tried: no time"
+    """A line about a candidate that the user named and that the search had no time for."""
+    return f"{candidate.given} was not tried: there was no time for it"
 
 
 def _trained_further(records: Sequence[Record], names: Collection[str]) -> dict[str, str]:
@@ -48,7 +48,7 @@ def _trained_further(records: Sequence[Record], names: Collection[str]) -> dict[
     if first.rung or first.point.free or first.point.name in names:
         return {}
     kept = next(record.point for record in records if record.point.name in names)
-    return {first.point.name: f"{first.point.validation:.2f} % untrained. After its training it is {kept.name}."}
+    return {first.point.name: f"{first.point.validation:.2f} % untrained. The trained network is {kept.name}."}
 
 
 def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:

@@ -134,7 +134,7 @@ def _speedup(search: Search, best: Point) -> dict[int, BaselineSpeedup]:
 
 
 def final_seconds(search: Search) -> float:
-    """Seconds of the final measurement for each batch size; a further one, if it is needed, gets the least time."""
+    """Seconds of the final measurement for each batch size. The least time for a second one is kept."""
     least, sizes = AGAIN * speedup_seconds(search.clock.total), len(search.measurement.batch_sizes)
     left = (search.clock.left - search.evidence_seconds) / sizes - least
     return min(max(left, least), _LONGEST)
@@ -149,7 +149,7 @@ def advice(search: Search, best: Point) -> list[str]:
         *_another_runtime(search),
     ]
     met = not violations(best, search.budget, search.reference)
-    return lines if lines or met else ["No measured network is closer to the budget. Raise several limits."]
+    return lines if lines or met else ["No measured network is closer to the budget. Raise more than one limit."]
 
 
 def _out_of_reach(search: Search, best: Point) -> list[str]:

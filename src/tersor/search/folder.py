@@ -1,4 +1,4 @@
-"""The folder of a search: state, points, `model.onnx` and `front.json`. It is valid at every moment."""
+"""The folder of a search: state, points, `model.onnx` and `front.json`. It can be read at any time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Front(BaseModel):
     std: tuple[float, ...] | None
     """Standard deviation of each channel, from 0 to 1. Divide by it after subtracting the mean."""
     minutes: float
-    """Time given, in minutes."""
+    """Time limit, in minutes."""
     minutes_used: float
     """Time used, in minutes."""
     machine: Machine

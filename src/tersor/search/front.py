@@ -41,7 +41,7 @@ class Point(BaseModel):
     family: str = "fewer bits"
     """Kind of change, such as `fewer blocks` or `student networks`."""
     free: bool = False
-    """Whether it needs no search: the original, and the original in 8 bits."""
+    """Whether it is a free baseline, which needs no search: the original, or the original in 8 bits."""
     validation: Annotated[float, Field(ge=0, le=100)]
     """The metric on the validation images, in percent."""
     drop_error: Annotated[float, Field(ge=0)] = 0.0
@@ -51,7 +51,7 @@ class Point(BaseModel):
     latency_ms: dict[int, float]
     """Median latency by batch size, in milliseconds."""
     latency_error: dict[int, Annotated[float, Field(ge=0)]] = {}
-    """Half the width of the 95 % interval of each latency, as a fraction of it; none for the reference."""
+    """Half the width of the 95 % interval of each latency, as a fraction of it; none for the point `original`."""
     bytes: int
     """Size of the file, in bytes."""
     macs: int
@@ -80,7 +80,7 @@ class Point(BaseModel):
 
 
 def like(point: Point, other: Point) -> Point:
-    """The point with the latencies and the size of another one wherever the two are equal.
+    """A copy of the point. Latencies and size that are equal to those of `other` get the values of `other`.
 
     Sizes are equal if they differ by less than 1 %, latencies if the 95 % interval of their ratio contains 1.
     """
@@ -110,9 +110,9 @@ def _costs(point: Point) -> list[float]:
 def front(points: Iterable[Point], best: Point | None = None) -> list[Point]:
     """The points that no other one of the front dominates or equals, from the fastest to the slowest.
 
-    They join in the order of their metric, and those with the same metric in the order given. So of equal points the
-    first is kept, and a chain of small differences does not add up: each point is compared with those that are kept.
-    The point `best` is on the front in any case.
+    Points are considered from the best metric to the worst, and points with the same metric in the given order. Each is
+    compared with the points kept so far. So the first of equal points is kept, and small differences do not add up.
+    The point `best` is always on the front.
     """
     kept: list[Point] = []
     for point in sorted(points, key=lambda point: -point.validation):

@@ -3,8 +3,8 @@
 Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS 2016. The
 resource is time, not steps, since a step of a fast network costs less: each candidate of a rung gets the same seconds.
 Each rung is a training stage of its own, from the weights of the rung before. The last rungs have one candidate and
-most of the time. The candidate of the very last one is chosen again from all: if the best one is already within the
-budget, a faster one can have the rest of the time.
+most of the time. The candidate of the very last rung is chosen from all candidates again: if the best one is already
+within the budget, the rest of the time can be used for a faster one.
 
 A candidate that is not expected to end within the drop, even after all of the time left, is not trained again, unless
 nothing else can use the time.
@@ -37,8 +37,8 @@ def halve(search: Search, workers: Workers | None = None, *, last_resort: bool =
     Args:
         search: the search.
         workers: processes that train several candidates at a time; by default, this one trains one after the other.
-        last_resort: whether candidates that are not expected to end within the drop are trained further if there are no
-            others; else the time is left for surveying more candidates.
+        last_resort: what to do if all candidates are expected to exceed the allowed drop. True: train them further.
+            False: leave the time for surveying more candidates.
     """
     state = search.folder.state
     by_name = {record.of.name: record.of for record in search.study.records()}

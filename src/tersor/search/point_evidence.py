@@ -1,4 +1,4 @@
-"""What the page of a search compares two points by: scores by class, agreement, changed images, layers, node times.
+"""Data for comparing two points on the page of a search: scores by class, agreement, images, layers, node times.
 
 It is measured at the end, for the points that run on the test images: the Pareto front and the free baselines.
 """

@@ -62,7 +62,7 @@ class Request:
             )
         if isinstance(self.data, Splits) and self.reading:
             raise InputError(
-                f"{', '.join(self.reading)} cannot be used with images that are read already. Pass them to "
+                f"{', '.join(self.reading)} cannot be used with images that are already loaded. Pass them to "
                 "tersor.data.load."
             )
 
@@ -121,8 +121,8 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
         raise InputError(f"pixels is {min(request.pixels)}. Write the side of an image, {SMALLEST_IMAGE} or more.")
     if request.pixels and isinstance(request.data, Splits):
         raise InputError(
-            "pixels cannot be used with images that are read already, since candidates of another resolution read them "
-            "anew. Pass a folder or a function (`file.py:function`) instead."
+            "pixels cannot be used with images that are already loaded, because they have to be loaded again for each "
+            "resolution. Pass a folder or a function (`file.py:function`) as data."
         )
     if isinstance(request.model, str) and request.weights is None:
         raise InputError(

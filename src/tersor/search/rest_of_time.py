@@ -21,12 +21,12 @@ def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]
 
     Candidates that are not expected to end within the drop are trained further only after the survey has continued.
 
-    A search that ends early prints the reason; candidates that the user named and that were not tried are listed.
+    A search that ends early prints the reason. Candidates that the user named and that were not tried are printed.
 
     Args:
         search: a search after its survey.
         space: the candidates.
-        train: trains what it can; its argument states whether candidates without prospects are trained too.
+        train: trains candidates. Its argument is `last_resort` of `halve`.
     """
     train(False)
     more = True
@@ -38,8 +38,8 @@ def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]
         left, total = search.clock.left / 60, search.clock.total / 60
         reserve = min(left, search.reserve(more=1) / 60)
         search.bar.tell(
-            f"{left:.1f} of {total:.3g} minutes left, {reserve:.1f} of them reserved for the final measurements: "
-            f"{why_not_trained(search)}"
+            f"training ends: {why_not_trained(search)}. {left:.1f} of {total:.3g} minutes are left, {reserve:.1f} of "
+            "them reserved for the final measurements."
         )
     for candidate in search.untried:
         search.bar.tell(not_tried(candidate))

@@ -68,7 +68,7 @@ class Result:
         Args:
             budget: the budget; that of the search by default.
             point: the name of a point instead of a budget.
-            limits: the parts of a budget instead of a `Budget`: `max_drop`, `latency_ms`, `megabytes`.
+            limits: limits as keywords instead of a `Budget`: `max_drop`, `latency_ms`, `megabytes`.
 
         Raises:
             InputError: there is no such limit, point or batch size; the budget is not possible; or more than one of

@@ -29,11 +29,11 @@ _KEPT_EVERY = 10.0
 
 
 _MODEL = """\
-# The network came from Python. Before `tersor run`, write a function that builds it and the file of its weights:
+# The network was passed in Python. Before `tersor run`, write a function that builds it, and its weights file:
 # {key}: {{name: package.module:function, weights: FILE}}
 """
 _DATA = """\
-# The images came from Python. Before `tersor run`, write their folder, or a function that returns them, under data:
+# The images were passed in Python. Before `tersor run`, write their folder or a function that returns them:
 # folder: PATH, or name: package.module:function
 """
 
@@ -122,7 +122,7 @@ class Search:
         return self.folder.state.costs.evidence(sum(point.test is not None for point in self.points))
 
     def reserve(self, more: int = 0) -> float:
-        """Seconds to reserve for the end, if so many more points than now are tested."""
+        """Seconds to reserve for the end, if `more` points are tested in addition to the current ones."""
         points, sizes = len(self.tested_at_the_end()) + more, len(self.measurement.batch_sizes)
         return self.folder.state.costs.reserve(self.clock.total, points, sizes)
 
@@ -153,12 +153,12 @@ class Search:
 
     @property
     def untried(self) -> list[Candidate]:
-        """Those that the user named and that have no trial."""
+        """The candidates that the user named and that have no trial."""
         done = {record.of.name for record in self.study.records()} | self.study.failed.keys()
         return [candidate for candidate in self.named if candidate.name not in done]
 
     def is_trained(self, candidate: Candidate) -> bool:
-        """Whether a candidate starts from trained weights; an untrained student is no point before its training."""
+        """Whether a candidate starts from trained weights; an untrained student has no point before its training."""
         return candidate.inherits or self.bench.students[candidate.network] is not None
 
     def tested_at_the_end(self) -> list[Point]:
@@ -181,7 +181,7 @@ class Search:
         self.save()
 
     def recipe_text(self, candidate: Candidate, stages: Sequence[Stage]) -> str:
-        """The recipe of a candidate. Comments name what a search that was started in Python cannot write."""
+        """The recipe of a candidate. If the search was started in Python, comments list what the user has to write."""
         recipe, shared = self.bench.recipe(candidate, stages), self.bench.experiment
         comments = ""
         if shared.recipe.model.weights is None:
@@ -197,7 +197,7 @@ class Search:
         return next((record.of for record in self.study.records() if record.point.name == point.name), Candidate())
 
     def choose(self) -> Point:
-        """The best point of all; the one in `model.onnx` stays if another one is only equal to it."""
+        """The best point. The point in `model.onnx` is replaced only by a better one, not by an equal one."""
         best = None if self.best is None else self.best.name
         return pick(sorted(self.points, key=lambda point: point.name != best), self.budget, self.reference)
 

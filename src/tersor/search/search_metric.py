@@ -86,8 +86,8 @@ def in_percent(task: Task, metric: float) -> float:
         return metric
     if not 0 <= metric <= 1:
         raise InputError(
-            f"the metric {task.metric} returned {metric:g}. A search needs a metric from 0 to 1 that is better when "
-            "higher. Divide percentages by 100."
+            f"the metric {task.metric} returned {metric:g}. A search needs a metric from 0 to 1, where "
+            "higher is better. Divide percentages by 100."
         )
     return 100 * metric
 
@@ -101,7 +101,7 @@ def refuse_other_metrics(task: Task) -> None:
     of_the_user = isinstance(task, FromFunctions) and not task.unit
     if not task.higher_is_better or (task.unit != "%" and not of_the_user) or task.from_original:
         raise InputError(
-            f"a search needs a metric in percent that is better when higher; this task has {task.metric}. "
+            f"a search needs a metric in percent, where higher is better; this task has {task.metric}. "
             "Possible: classification, multilabel, segmentation, detection, package.module:Task, or a metric of your "
             "own with values from 0 to 1."
         )

@@ -81,7 +81,7 @@ class Space:
 
 
 def candidate_of(parameters: Mapping[str, Any]) -> Candidate:
-    """The change of the original that sampled parameters stand for."""
+    """The candidate of sampled parameters, which describe a change of the original."""
     return Candidate(
         ORIGINAL,
         int(parameters["branches"]),

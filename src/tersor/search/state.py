@@ -20,7 +20,7 @@ class Rung(BaseModel):
 
     Attributes:
         members: its candidates by name, with the number of their training, from 1.
-        until: seconds used at which it ends; None for the last one, which gets all that is left.
+        until: the rung ends when the search has used this many seconds; None for the last one, which gets the rest.
         planned: the stages of each training that has begun and not ended, as plain data.
     """
 
@@ -39,14 +39,14 @@ class State(BaseModel):
         used: seconds used so far.
         seen: whether the original was trained on the validation images; half of the test images are then used for
         validation.
-        survey_until: seconds used at which the survey ends.
+        survey_until: the survey ends when the search has used this many seconds.
         rungs: the rungs of the halving so far.
         costs: seconds that each kind of work takes.
         baselines: the measured free baselines.
         finished: whether the search ended by itself.
-        minutes: the time given to the search that ended; only a larger one extends it.
+        minutes: time limit of the finished search; only a larger limit continues it.
         test_runs: names of the points that ran on the test images, for each end of the search.
-        extended: whether it got more time after that, in which its last candidate is trained further.
+        extended: whether a finished search was given more time, in which its last candidate is trained further.
     """
 
     model_config = ConfigDict(extra="forbid")

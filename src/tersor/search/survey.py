@@ -176,8 +176,8 @@ def describe_range(search: Search) -> list[str]:
     lines.append(f"budget: {search.budget}; goal: the fastest network within it" if search.budget.points is not None
                  else f"budget: {search.budget}; goal: the most accurate network within it")  # fmt: skip
     lines.append(
-        f"plan: {max(0.0, search.clock.left) / 60:.1f} minutes left: survey {survey_seconds(left) / 60:.1f}, training "
-        f"{(left - survey_seconds(left)) / 60:.1f}, final measurements {reserve / 60:.1f}; "
+        f"plan: {max(0.0, search.clock.left) / 60:.1f} minutes left: {survey_seconds(left) / 60:.1f} for the survey, "
+        f"{(left - survey_seconds(left)) / 60:.1f} for training, {reserve / 60:.1f} for the final measurements; "
         f"one training step of the original takes {step:.2g} s"
     )
     return lines
@@ -186,12 +186,12 @@ def describe_range(search: Search) -> list[str]:
 def survey(search: Search, space: Space, *, proposals: bool = True) -> None:
     """Build, export, validate and time candidates until the time of the survey is used up.
 
-    Those that the user named come first, and may take all of the time, even some that is reserved for the end.
+    Candidates that the user named are tried first. They may take all of the time, including some of the reserve.
 
     Args:
         search: the search.
         space: the candidates.
-        proposals: whether those of the sampler follow the ones that are always tried.
+        proposals: whether to try proposals of the sampler after the candidates that are always tried.
     """
     state = search.folder.state
     state.costs.survey = state.costs.survey or state.costs.export

@@ -37,8 +37,8 @@ def training_stage(
 ) -> Stage:
     """A training stage with soft targets, and with a feature loss if the networks have feature maps.
 
-    A network that inherits weights is compared with the original at every resolution, as in
-    `recipes/cifar10-resnet56.yaml`; another one at the last.
+    The feature loss compares a network that inherits weights with the original at every resolution, as in
+    `recipes/cifar10-resnet56.yaml`, and any other network at the last resolution only.
 
     Args:
         experiment: the experiment of the candidate.
@@ -105,7 +105,7 @@ def _attachable(
 
 
 def as_made(stage: Stage, steps: int) -> Stage:
-    """The stage with the number of steps that were made; the warm-up keeps its share of them."""
+    """The stage with the number of steps that were done; the warm-up keeps its share of the steps."""
     schedule = stage.lr_schedule
     warmup = math.floor(1000 * schedule.warmup_epochs * steps / stage.steps) / 1000
     return stage.model_copy(

@@ -78,7 +78,7 @@ def _another_runtime(front: Front) -> list[str]:
     lacking = _shortfall(front, point)
     budget = f"It does not meet the budget: {lacking}." if lacking else "It meets the budget."
     name = _named(front, point.name)
-    return [f"{name[:1].upper()}{name[1:]} is faster without a search: {times}. {budget}"]
+    return [f"{name[:1].upper()}{name[1:]} is faster and needs no search: {times}. {budget}"]
 
 
 def _shortfall(front: Front, point: Point) -> str:
@@ -101,7 +101,8 @@ def single(front: Front) -> list[str]:
     name = front.points[0].name
     line = (
         f"The Pareto front has one point: of all networks measured in {RUNTIMES[front.runtime]}, {name} has the best "
-        f"{front.metric}, and none is measurably faster or smaller. Another budget chooses it or its equal."
+        f"{front.metric}, and none is measurably faster or smaller. For any other budget, this "
+        "network or an equal one is chosen."
     )
     return [line]
 
@@ -120,9 +121,9 @@ def saturation(front: Front) -> list[str]:
 
 def test_use(front: Front) -> str:
     """How many times the test images were used, and on which points."""
-    uses = ["at the start, on the original, to see whether it was trained on the validation images"]
+    uses = ["at the start, on the original, to check whether it was trained on the validation images"]
     for number, names in enumerate(front.test_runs):
-        when = "when the search ended again" if number else "at the end"
+        when = "at the end of the continued search" if number else "at the end"
         uses.append(f"{when}, on {', '.join(names) if len(names) <= _MOST_NAMES else f'{len(names)} points'}")
     times = {1: "once", 2: "twice"}.get(len(uses), f"{len(uses)} times")
     return f"{front.test_images} test images were used {times}: {'; '.join(uses)}."

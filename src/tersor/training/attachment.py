@@ -102,7 +102,7 @@ class Attachment:
         if self.completed >= self.scheduled_steps:
             return
         remedy = (
-            "Pass AttachContext(steps=...) the number of optimizer steps that follow"
+            "Pass AttachContext(steps=...) with the number of optimizer steps that follow"
             if self.completed
             else "In your own loop, call bind(optimizer) before the first step"
         )
@@ -150,7 +150,7 @@ class Attachment:
 
 
 def without_loss(model: nn.Module, label_weight: float) -> Attachment:
-    """An attachment without a loss term, for a method with loss weight 0; a label weight of 0 stays 0."""
+    """An attachment without a loss term, for a method with loss weight 0. The label weight is 1, or 0 if it was 0."""
     return Attachment(model, label_weight=1.0 if label_weight else 0.0)
 
 

@@ -61,13 +61,13 @@ def rows_with_class(student: Tensor, teacher: Tensor, targets: Any, task: Task) 
 
 
 def require_logits(context: AttachContext, method: str, instead: str = _LAYER_METHODS, **networks: nn.Module) -> None:
-    """Check that the task has logits, of the same shape in all networks; on two images, if there are data.
+    """Check that the task has logits. If there are data, check on two images that all networks have the same shape.
 
     Args:
         context: the task, and the data.
         method: the method's name, for error messages.
         instead: what to write for a task without logits, for error messages.
-        networks: by the name that an error message uses.
+        networks: the networks, by their names in error messages.
 
     Raises:
         InputError: the task has no logits, or the shapes differ.

@@ -67,6 +67,6 @@ def require_steps(context: AttachContext, method: str) -> int:
     if not context.steps:
         raise InputError(
             f"{method} needs training, but there are 0 steps. Write epochs or steps in its stage; in your own loop, "
-            "pass AttachContext(steps=...), the number of optimizer steps that follow."
+            "pass AttachContext(steps=...) with the number of optimizer steps that follow."
         )
     return context.steps

@@ -10,7 +10,7 @@ _CUTOFF = 0.85
 
 
 def misspelled_hooks(part: Attachment) -> list[str]:
-    """A line for each method of `part` that is never called but has nearly the name of a hook, as `before_steps`."""
+    """A line for each method of `part` whose name is similar to that of a hook, such as `before_steps`."""
     kind = type(part)
     hooks = [name for name in vars(Attachment) if not name.startswith("_")]
     own = {name for each in kind.__mro__ if each.__module__.partition(".")[0] not in {"tersor", "builtins"}

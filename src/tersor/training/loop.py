@@ -96,7 +96,7 @@ def fit(
         teacher: the network to learn from, in eval mode and without gradients.
         progress: reports steps, losses and the learning rate.
         seed: seed of random numbers in modules and methods (dropout); the order of the data has a seed of its own.
-        name: of the training in the progress.
+        name: name of the training in progress lines.
         task: the task of the network; classification by default.
         checkpointer: holds the state to resume from, and saves the state every few steps and on Ctrl-C.
         cache_batches: all images in order, for data without augmentation: the teacher's outputs for them are computed

@@ -41,7 +41,7 @@ class DynamicSparsity(Protocol):
     """The parameters of a method with `DynamicMasks`.
 
     Attributes:
-        sparsity: at the end.
+        sparsity: sparsity at the end of the stage.
         every: steps between two updates.
         end: fraction of the stage over which the sparsity rises.
         floor: fraction of each layer that always remains.
@@ -202,7 +202,7 @@ class MaskedAttachment(FrozenMaskedWeights):
         Args:
             new_masks: layer -> bool (C_out, ...).
             step: number of completed steps.
-            number: of the update; every few updates are logged.
+            number: number of the update; only some updates are logged.
 
         Raises:
             InputError: a layer is not masked here, or a mask has another shape or data type.

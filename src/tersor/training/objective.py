@@ -207,7 +207,7 @@ class Objective(nn.Module):
 
 
 def without_teacher(method: str) -> str:
-    """What to do about a method of the user that got no teacher; without a name, the Objective lacks it."""
+    """The remedy if a method of the user, or the Objective (empty `method`), has no teacher."""
     if not method:
         return "There is no teacher. Pass teacher=... to Objective."
     return (
@@ -220,8 +220,8 @@ def check_terms(terms: Sequence[object], owner: str = "") -> None:
     """Check the form and the names of loss terms. Terms of one class may share a name: their losses are added.
 
     Args:
-        terms: of one method, or of several.
-        owner: begins the message.
+        terms: the terms of one method, or of several.
+        owner: first words of the error message.
 
     Raises:
         InputError: an object is no LossTerm or does not call `super().__init__()`, or a name cannot be used.
@@ -250,7 +250,7 @@ def check_terms(terms: Sequence[object], owner: str = "") -> None:
 
 
 def without_init(instance: object) -> str:
-    """What to do about a class of the user that does not initialize its base class."""
+    """The remedy if a class of the user does not initialize its base class."""
     return f"{type(instance).__name__}.__init__ does not initialize its base class: call super().__init__() first."
 
 

@@ -35,7 +35,7 @@ def interpolate(shape: Shape, progress: float, start: float, end: float) -> floa
 
 
 def curve(name: str) -> Callable[[float], float]:
-    """The function progress -> fraction (0 to 1) of a shape's name, or the user's function at an import path.
+    """The function from progress to fraction (0 to 1): a shape by its name, or the user's function by its import path.
 
     Raises:
         InputError: the function cannot be found; it does not return a number from 0 to 1.

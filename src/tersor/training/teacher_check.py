@@ -54,7 +54,8 @@ def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task:
     Args:
         name: the network's name in the sentence.
         network: it is not changed.
-        batches: labels below 0 are ignored; with others that are no class numbers, the outputs are no logits for them.
+        batches: labels below 0 are ignored. If a label is larger than the number of logits, the outputs are not logits,
+            and predictions are not checked.
         task: only classification is checked, with logits (N, classes).
         images: largest number of images to use.
     """
@@ -119,11 +120,11 @@ def chance_warning(name: str, predicted: Tensor, labels: Tensor, classes: int, a
     """A sentence about predictions that are not significantly better than chance, or in another order of the classes.
 
     Args:
-        name: of the network.
+        name: name of the network.
         predicted: class numbers (N,).
-        labels: class numbers (N,); without two different ones there is nothing to compare.
-        classes: their number.
-        advice: what to do about chance level; a sentence.
+        labels: class numbers (N,). If all are equal, nothing is checked.
+        classes: number of classes.
+        advice: a sentence that says what to do about chance level.
     """
     images = len(labels)
     if images < _MIN_IMAGES or classes < 2 or bool((labels == labels[0]).all()):

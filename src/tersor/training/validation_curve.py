@@ -48,7 +48,7 @@ class ValidationCurve:
         return {"validation": self.values[-1]} if self.values else {}
 
     def measure_if_due(self, done: int, model: nn.Module, ema: WeightEMA | None) -> None:
-        """Measure after `done` steps, where these are a multiple of `every`."""
+        """Measure if the number of `done` steps is a multiple of `every`."""
         if done % self.every:
             return
         score = 0.0

@@ -245,7 +245,7 @@
     const section = (title, content) => { box.append(make("h3", title), content); };
     box.replaceChildren(table("The two points", ["property", "A", "B", "B compared with A"], summary(first, second)));
     if (!one || !other) {
-      box.append(make("p", "Scores by class, layers and node times are stored for the Pareto front and the free baselines of the target runtime, at the end of a search.", { class: "note" }));
+      box.append(make("p", "For at least one of these points, scores by class, layers and node times are not stored. They are stored at the end of a search, for the Pareto front and the free baselines of the target runtime.", { class: "note" }));
       return;
     }
     if (one.by_class.length && other.by_class.length) section("Score by class: " + data.metric, table("Score by class", ["class", "A, %", "B, %", "difference"], byClass(one, other)));
