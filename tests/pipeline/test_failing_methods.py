@@ -174,6 +174,23 @@ class NoGradient:
         return Attachment(model, [OfLogits(torch.Tensor.detach)])
 
 
+def absent_hook(module, inputs):
+    return (inputs[0] / module.missing,)
+
+
+class Hooked(Attachment):
+    def begin(self):
+        next(self.model.children()).register_forward_pre_hook(absent_hook)
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class InHook:
+    needs_steps: ClassVar[bool] = True
+
+    def attach(self, model, context):
+        return Hooked(model)
+
+
 def line(code: str) -> int:
     """The number of the line of this file that is `code`."""
     return [each.strip() for each in Path(__file__).read_text().splitlines()].index(code) + 1
@@ -186,6 +203,9 @@ MESSAGES = {
     "AttributeError: 'AttachContext' object has no attribute 'absent'",
     "InStep": f"method '{HERE}:InStep': after_step failed in {__file__}, line {line('self.absent.append(step)')} "
     "(self.absent.append(step)): AttributeError: 'Broken' object has no attribute 'absent'",
+    "InHook": f"method '{HERE}:InHook': training failed in {__file__}, line "
+    f"{line('return (inputs[0] / module.missing,)')} (return (inputs[0] / module.missing,)): AttributeError: 'Conv2d' "
+    "object has no attribute 'missing'",
     "WithoutTeacher": f"the loss hint of method '{HERE}:WithoutTeacher' failed in {__file__}, line {line(IN_LOSS)} "
     f"({IN_LOSS}): AttributeError: 'NoneType' object has no attribute 'logits'. There is no teacher. Write one in the "
     "recipe, and set needs_teacher: ClassVar[bool] = True in class WithoutTeacher, so that a recipe without one is "

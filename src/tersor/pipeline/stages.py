@@ -157,7 +157,8 @@ def _run_stage(
         keeper.notes = (*attachment.notes, *of_training)
     training, earlier_seconds = dict[str, Any](), 0.0
     if steps:
-        steps, training, earlier_seconds = _train(experiment, stage, attachment, steps, progress, keeper, seconds)
+        with attachment.explained("training"):
+            steps, training, earlier_seconds = _train(experiment, stage, attachment, steps, progress, keeper, seconds)
     attachment.finish()
     lost_zeros = note_of_lost_zeros(zeros, attachment.model)
     for note in lost_zeros:

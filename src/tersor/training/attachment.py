@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -182,6 +182,18 @@ class Chain(Attachment):
         """Every part, with the context in which its hook is called."""
         for part, method in zip(self.parts, self._methods, strict=True):
             yield part, user_code(f"method '{method}': {hook}", part)
+
+    @contextmanager
+    def explained(self, work: str) -> Generator[None]:
+        """Context in which an exception in a user's class, as in a forward hook, becomes an InputError.
+
+        Args:
+            work: in the message, such as "training".
+        """
+        with ExitStack() as contexts:
+            for _, explained in self._in_turn(work):
+                contexts.enter_context(explained)
+            yield
 
     @property
     def metrics(self) -> dict[str, Any]:
