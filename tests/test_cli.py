@@ -156,6 +156,11 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert "already exists" in capfd.readouterr().err
 
 
+def test_the_version_is_printed(monkeypatch, capfd):
+    assert tersor(monkeypatch, "--version") == 0
+    assert capfd.readouterr().out.strip() == importlib.metadata.version("tersor")
+
+
 def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path, weights, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tersor.pipeline.sensitivity_analysis.WIDTHS", (2, 4))

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="tersor",
-    help="Compress PyTorch vision models: distill, prune, quantize, export to ONNX, and measure the result.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -48,6 +48,21 @@ def _tables_to_stderr(as_json: bool) -> bool:
     """With --json, stdout is for the document alone."""
     console.stderr = as_json
     return as_json
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("tersor"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Compress PyTorch vision models: distill, prune, quantize, export to ONNX, and measure the result."""
 
 
 RecipeFile = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]

@@ -170,6 +170,10 @@ def make(): return made
         ("def make(): return [], [], []", "returned a tuple of length 3"),
         ("def make(): return [], [(image, 0)]", "training set: the list is empty"),
         ("def make(): return [(image, 0)], iter([])", "test set: the list_iterator .* has no length"),
+        (
+            "from torch.utils.data import DataLoader\ndef make(): return DataLoader([(image, 0)]), [(image, 0)]",
+            "training set: a DataLoader is given. Return its data set",
+        ),
         ("def make(): return [(image, 0)], [image]", "test set: item 0 is a Tensor"),
         ("def make(): return [(image, 0), (image, 0.5)], [(image, 0)]", "label of item 1 is a float"),
         ("def make(): return [(image, 0)], [(image, torch.zeros(3))]", "label of item 0 is a Tensor"),

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tersor.core.errors import InputError
 from tersor.data.boxes import BACKGROUND, Target, box_target, scaled
@@ -43,6 +44,11 @@ class ItemSet:
     dataset: Any
 
     def __post_init__(self) -> None:
+        if isinstance(self.dataset, DataLoader):
+            raise InputError(
+                f"{self.name}: a DataLoader is given. Return its data set (`loader.dataset`), whose items are single "
+                "images that are not normalized."
+            )
         if not hasattr(self.dataset, "__getitem__") or not hasattr(self.dataset, "__len__") or not len(self.dataset):
             raise InputError(
                 f"{self.name}: the {type(self.dataset).__name__} is empty or has no length. Return a torch Dataset "
