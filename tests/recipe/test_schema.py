@@ -18,6 +18,7 @@ from tersor.core.target import Target
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
 from tersor.recipe import DataSource, Network, Recipe, Stage, Teacher, parse, read, schema, write
+from tersor.training.attachment import Attachment
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.options import LearningRateSchedule, OptimizerOptions, Training
 
@@ -313,3 +314,20 @@ def test_a_tag_makes_no_object(tag, tmp_path, monkeypatch):
     with pytest.raises(InputError):
         parse(f"seed: {tag}", "recipe.yaml")
     assert not list(tmp_path.iterdir())
+
+
+@dataclass(frozen=True, config=PLAIN_VALUES)
+class Own:
+    beta: float = 0.1
+
+    def attach(self, model, context):
+        return Attachment(model)
+
+
+def test_all_parameters_of_an_own_method_are_written_since_its_defaults_may_change():
+    stages = (Stage(name="a", methods=(Own(), PTQ())),)
+    written = Recipe(model={"name": "resnet20"}, data={"name": "digits"}, stages=stages)
+    own, shipped = written.model_dump(mode="json", exclude_defaults=True)["stages"][0]["methods"]
+    assert own == {f"{__name__}:Own": {"beta": 0.1}}
+    assert shipped == "ptq"
+    assert "beta: 0.1" in write(written)

@@ -162,10 +162,22 @@ def test_tensors_among_the_metrics_become_numbers():
     class Counting(Attachment):
         @property
         def metrics(self):
-            return {"share": torch.tensor(0.5), "by_layer": torch.tensor([1, 2]), "name": "x"}
+            return {"share": torch.tensor(0.5), "by_layer": torch.tensor([1, 2]), "kind": "x"}
 
     model = nn.Linear(1, 1)
-    assert Chain(model, [Counting(model)], ["counting"]).metrics == {"share": 0.5, "by_layer": [1, 2], "name": "x"}
+    assert Chain(model, [Counting(model)], ["counting"]).metrics == {"share": 0.5, "by_layer": [1, 2], "kind": "x"}
+
+
+class Measured(Attachment):
+    @property
+    def metrics(self):
+        return {"own": 1, "losses": {}}
+
+
+def test_a_metric_with_the_name_of_another_field_is_refused():
+    model, _ = setting()
+    with pytest.raises(InputError, match=r"Measured.metrics has the name 'losses', which numbers.json uses"):
+        Chain(model, [Measured(model)], ["m:A"]).metrics  # noqa: B018
 
 
 class OwnSteps(Scheduled):

@@ -95,9 +95,11 @@ def _refuse_unknown(name: str, parameters: Any, cls: Any) -> None:
 
 
 def _entry(method: Any) -> Any:
-    """The inverse of `_method`."""
-    parameters = TypeAdapter(type(method)).dump_python(method, mode="json", exclude_defaults=True)
-    return {registry.name_of(method): parameters} if parameters else registry.name_of(method)
+    """The inverse of `_method`, with all parameters of a user's method, whose defaults may change."""
+    name = registry.name_of(method)
+    shipped = name in registry.names()
+    parameters = TypeAdapter(type(method)).dump_python(method, mode="json", exclude_defaults=shipped)
+    return {name: parameters} if parameters else name
 
 
 class Stage(Training):

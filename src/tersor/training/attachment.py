@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.user_code import user_code
+from tersor.evaluation.results import StageRecord
 from tersor.training.objective import LossTerm
 
 
@@ -197,11 +198,20 @@ class Chain(Attachment):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The metrics of all parts; lists of the same name are concatenated."""
+        """The metrics of all parts; lists of the same name are concatenated.
+
+        Raises:
+            InputError: a metric has the name of another field of the stage's entry.
+        """
         metrics: dict[str, Any] = {}
         for part, explained in self._in_turn("metrics"):
             with explained:
                 of_part = part.metrics
+                if taken := sorted(StageRecord.model_fields.keys() & of_part):
+                    raise InputError(
+                        f"{type(part).__name__}.metrics has the name '{taken[0]}', which numbers.json uses for another "
+                        "value. Choose another name; --resume then keeps the training."
+                    )
             for name, given in of_part.items():
                 value = given.tolist() if isinstance(given, Tensor) else given
                 metrics[name] = metrics[name] + value if name in metrics and isinstance(value, list) else value
