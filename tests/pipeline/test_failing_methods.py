@@ -278,13 +278,13 @@ def test_explain_finds_a_loss_that_fails():
 
 
 def test_explain_accepts_a_loss_that_needs_many_images():
-    assert any("for the losses labels, many_images" in each for each in explained("NeedsTwenty"))
+    assert any("losses: labels, many_images" in each for each in explained("NeedsTwenty"))
 
 
 def test_explain_computes_a_loss_with_a_memory_of_all_images():
     text = RECIPE.replace("test_failing_methods:METHOD", "crd").replace("limit: 64", "limit: 200")
     text += f'teacher: {{name: "{HERE}:network", epochs: 1}}\n'
-    assert any("for the losses labels, crd" in each for each in explain_text(text))
+    assert any("losses: labels, crd" in each for each in explain_text(text))
 
 
 def test_explain_finds_a_batch_that_is_too_small_for_batchnorm():
@@ -295,14 +295,14 @@ def test_explain_finds_a_batch_that_is_too_small_for_batchnorm():
 
 
 def test_a_loss_that_needs_what_begin_prepares_is_not_computed_before():
-    assert any("for the losses labels, centered" in each for each in explained("PreparedByBegin"))
+    assert any("losses: labels, centered" in each for each in explained("PreparedByBegin"))
 
 
 def test_batchnorm_of_several_processes_can_be_explained():
     text = RECIPE.replace("METHOD", "NeedsTwenty").replace(":network", ":synchronized")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        assert any("for the losses labels, many_images" in each for each in explain_text(text))
+        assert any("losses: labels, many_images" in each for each in explain_text(text))
     finally:
         dist.destroy_process_group()
 

@@ -55,7 +55,7 @@ def explain(recipe: Recipe, *, progress: ProgressReporter) -> Iterator[str]:
         losses = ["labels"] * bool(attachment.label_weight) + [term.name for term in attachment.terms]
         yield (
             f"stage {number}, {stage.name}: {names}; {steps:,} steps of {stage.batch_size} images"
-            + (f" for the losses {', '.join(losses)}" if steps else "")
+            + (f", losses: {', '.join(losses)}" if steps else "")
             + f"; then {spent.parameters:,} parameters, {spent.macs:,} MACs"
         )
         of_training = notes_of_training(experiment, stage, attachment.model) if steps else ()

@@ -73,6 +73,12 @@ def check_floor(floor: float, sparsity: float) -> None:
 def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -> None:
     """Put a mask of ones on every weight without one; all masks then use this `gradient`.
 
+    Args:
+        layers: by name.
+        gradient: "masked": masked weights stay constant; "straight_through": they are trained too; "split": as in
+            `dcil`.
+        method: name of the method, in errors.
+
     Raises:
         InputError: a weight is quantized already, or there is no such gradient.
     """
