@@ -10,6 +10,7 @@ import numpy as np
 
 from tersor.evaluation.multiply_peak import share_of_peak
 from tersor.evaluation.results import FileResults, Peak, Reference, Results
+from tersor.report.templating import number
 from tersor.report.verdict import RUNTIMES, by_batch_size, describe_speedup, runtime_of, same_runtime
 
 AGREEMENT = 99.0
@@ -62,6 +63,18 @@ def stages(numbers: Results) -> Iterator[tuple[Mapping[str, Any], Mapping[str, A
         stage = {"name": "original"} | {key: value for key, value in record if value is not None}
         yield stage, before
         before = before | stage
+
+
+def stage_values(numbers: Results) -> Iterator[str]:
+    """A line for each trained stage: its losses, and the metrics of its methods that are a number or text."""
+    for record in numbers.stages:
+        losses = [f"{name} {number(loss)}" for name, loss in record.losses.items()]
+        single = {name: value for name, value in record.metrics.items() if isinstance(value, int | float | str)}
+        metrics = [f"{name} {value if isinstance(value, str) else number(value)}" for name, value in single.items()]
+        parts = [f"losses, mean of the last epoch: {', '.join(losses)}"] if losses else []
+        parts += [f"metrics of its methods: {', '.join(metrics)}"] if metrics else []
+        if parts:
+            yield f"{record.name}: {'; '.join(parts)}"
 
 
 def slower_by_quantization(numbers: Results) -> Iterator[str]:
