@@ -29,8 +29,8 @@ def test_losses_and_metrics_of_an_own_method_are_lines_of_the_report():
     found = Results.model_validate(made)
     (line, *_) = (each for each in summary.stage_values(found) if "penalty" in each)
     assert line == (
-        f"{found.stages[0].name}: losses, mean of the last epoch: labels 0.500, penalty 0.0123; metrics of its methods: "
-        "noised 185, kind gauss"
+        f"{found.stages[0].name}: losses, mean of the last epoch: labels 0.500, penalty 0.0123; "
+        "metrics of its methods: noised 185, kind gauss"
     )
     made["stages"] = [{**stage, "losses": {}} for stage in made["stages"][1:]]
     assert not any("losses" in each for each in summary.stage_values(Results.model_validate(made)))

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from tersor.core.errors import InputError, unknown
+from tersor.core.inputs import Inputs
 from tersor.core.machine import default_threads
 from tersor.core.target import Runtime
 from tersor.deploy.onnx_file import damaged
@@ -244,6 +245,8 @@ def _open_openvino(ov: Any, path: Path, precision: str | None, threads: int) -> 
     output = place or 0
 
     def run(arrays: FileArrays) -> Any:
+        if not isinstance(arrays, Inputs):  # in a list, one array takes 0.02 ms more
+            return request.infer(arrays, share_inputs=True)
         values = by_name(inputs, arrays)
         return request.infer([values[each.name] for each in inputs], share_inputs=True)
 
