@@ -116,3 +116,8 @@ def test_a_class_that_is_not_there(name: str, expected: str):
 def test_a_users_file_that_cannot_be_imported_shows_its_own_error():
     with pytest.raises(InputError, match="a_package_that_is_not_here"):
         get("users_broken:Mine")
+
+
+def test_a_dot_in_place_of_the_colon_is_named():
+    with pytest.raises(InputError, match=r"unknown method 'slim\.Slim'\. Write .* as 'slim:Slim', with a colon"):
+        get("slim.Slim")

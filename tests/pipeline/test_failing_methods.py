@@ -311,7 +311,7 @@ def test_batchnorm_of_several_processes_can_be_explained():
     ("method", "message"),
     [
         ("NotFinite", "the loss 'of_logits' is nan before any update of the weights"),
-        ("NoGradient", "the loss of_logits has no gradient with respect to the network's weights"),
+        ("NoGradient", f"the loss of_logits of method '{HERE}:NoGradient' has no gradient with respect to the network"),
     ],
 )
 def test_explain_finds_a_loss_that_cannot_train(method, message):

@@ -43,6 +43,15 @@ def test_a_result_is_printed_as_its_verdict(tmp_path):
     assert f"{tmp_path / 'model.onnx'}" in lines[-1]
 
 
+def test_an_error_larger_than_the_allowed_drop_is_said(tmp_path):
+    made = front_of(3)
+    best = made.point(made.best)
+    for error, said in ((0.5, False), (2.0, True)):
+        points = [each.model_copy(update={"drop_error": error}) if each == best else each for each in made.points]
+        front = made.model_copy(update={"points": points, "limits": {**made.limits, "max_drop": 1.0}})
+        assert any("larger than the allowed drop: use more" in line for line in verdict_lines(front)) == said
+
+
 def test_a_point_is_chosen_by_its_name(tmp_path, monkeypatch, capfd):
     made = front_of(3)
     (tmp_path / "front.json").write_text(made.model_dump_json())

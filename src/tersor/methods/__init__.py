@@ -102,4 +102,7 @@ def _unknown(given: str) -> InputError:
     for name in options:
         if said == name or said in _ALSO_CALLED.get(name, ()):
             return InputError(f"unknown method '{given}'. Did you mean '{name}'? Possible: {', '.join(options)}.")
+    if "." in given:
+        given_class = ":".join(given.rsplit(".", 1))
+        return InputError(f"unknown method '{given}'. Write a method of your own as '{given_class}', with a colon.")
     return unknown("method", given, options, "the class of a method")

@@ -36,6 +36,8 @@ def verdict_lines(front: Front) -> list[str]:
     else:
         change = best.validation - original.validation
         lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
+        if budget.points is not None and best.drop_error > budget.points:
+            lines.append("The standard error is larger than the allowed drop: use more validation images.")
     return [*lines, *single(front), *saturation(front), *front.advice]
 
 

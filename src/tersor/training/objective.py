@@ -194,7 +194,7 @@ class Objective(nn.Module):
         if not losses:
             raise InputError("no loss: the images have no labels, and no method adds a loss.")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
-            _require_gradients(losses, student)
+            _require_gradients(losses, student, {term.name: _named(term) for term in self.terms})
         return losses
 
     def teacher_forward(self, batch: Batch) -> Outputs:
@@ -254,7 +254,7 @@ def without_init(instance: object) -> str:
     return f"{type(instance).__name__}.__init__ does not initialize its base class: call super().__init__() first."
 
 
-def _require_gradients(losses: Mapping[str, Tensor], student: Outputs) -> None:
+def _require_gradients(losses: Mapping[str, Tensor], student: Outputs, named: Mapping[str, str]) -> None:
     """Refuse a loss without gradient, unless it is 0 now, or may be the loss of a layer that is frozen."""
     frozen = not all(value.requires_grad for value in student.layers.values())
     if frozen and any(loss.requires_grad for loss in losses.values()):
@@ -262,13 +262,18 @@ def _require_gradients(losses: Mapping[str, Tensor], student: Outputs) -> None:
     for name, loss in losses.items():
         if not loss.requires_grad and bool(loss):
             raise InputError(
-                f"the loss {name} has no gradient with respect to the network's weights. Compute it from the student's "
-                "outputs, without detach(), item(), numpy() or no_grad()."
+                f"{named.get(name, f'the loss {name}')} has no gradient with respect to the network's weights. Compute "
+                "it from the student's outputs or Parameters, without detach(), item(), numpy() or no_grad()."
             )
 
 
+def _named(term: nn.Module) -> str:
+    assert isinstance(term, LossTerm)
+    return f"the loss {term.name}" + (f" of method '{term.of_method}'" if term.of_method else "")
+
+
 def _value(term: LossTerm, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
-    name = f"the loss {term.name}" + (f" of method '{term.of_method}'" if term.of_method else "")
+    name = _named(term)
     hint = without_teacher("" if term.had_teacher else term.of_method) if teacher is None else ""
     try:
         with user_code(name, term, if_none=hint):
