@@ -159,7 +159,8 @@ def test_digits_and_the_images_of_a_function_have_the_size_of_the_file_too(tmp_p
 def test_a_file_that_was_quantized_for_another_runtime_is_told(images, tmp_path):
     quantized = tersor.quantize(network(2), torch.rand(8, 3, 8, 8), runtime="openvino")
     file, progress = export(quantized, torch.rand(1, 3, 8, 8), tmp_path / "model.onnx"), RecordedProgress()
-    evaluate(file, str(images), None, progress=progress)
+    assert evaluate(file, str(images), None, progress=RecordedProgress()).runtime == "openvino"
+    evaluate(file, str(images), "onnxruntime", progress=progress)
     (told,) = (line for line in progress.lines if "openvino" in line)
     assert told.startswith("warning: the file was made for openvino and runs in onnxruntime, where fewer operators may")
     assert told.endswith("Write --runtime openvino.")

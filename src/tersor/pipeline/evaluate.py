@@ -75,7 +75,8 @@ def evaluate(
     Args:
         artifact: the folder of a run, a search or one of its points, or an ONNX file.
         data: an image folder, a CSV file or the name of a data set; by default the data of the folder's recipe.
-        runtime: by default that of the folder's recipe, else ONNX Runtime.
+        runtime: by default that of the folder's recipe, else the one that the file was quantized for, else ONNX
+            Runtime.
         task: its name; by default that of the folder's recipe, else classification.
         options: how the images are read, where the artifact does not say it.
         progress: reports the progress.
@@ -88,7 +89,7 @@ def evaluate(
 
     found = read_artifact(artifact)
     told = numbers_of(found)
-    session = open_session(found.model, runtime or told.get("runtime", "onnxruntime"))
+    session = open_session(found.model, runtime or told.get("runtime") or quantized_for(found) or "onnxruntime")
     made_for = quantized_for(found) or session.runtime
     if made_for != session.runtime and weight_bits(found.model):
         progress.say(
