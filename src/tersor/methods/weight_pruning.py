@@ -15,12 +15,13 @@ be your own function: an importance function may take any of the arguments `weig
 `layer`, and returns scores; a schedule function takes the progress from 0 to 1 and returns the fraction of the rise.
 
 Masked weights have no gradient, are not moved by momentum or weight decay, and stay masked: the masks are nested. Where
-masks of an earlier stage have another granularity, or are sparser, the sparsity is higher than requested. In Zhu and
-Gupta's method the gradient of a masked weight is zero too, so that it cannot come back; `dpf` lets weights come back.
-With N:M, N of every M consecutive weights along the input channels remain (NVIDIA's sparse tensor cores use 2:4); as in
-NVIDIA's ASP, layers are not masked if their number of input channels is not a multiple of M. A masked filter's
-BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes are not faster: `channel_pruning`
-removes channels.
+masks of an earlier stage have another granularity, or are sparser, the sparsity is higher than requested.
+
+In Zhu and Gupta's method the gradient of a masked weight is zero too, so that it cannot come back; `dpf` lets weights
+come back. With N:M, N of every M consecutive weights along the input channels remain (NVIDIA's sparse tensor cores use
+2:4); as in NVIDIA's ASP, layers are not masked if their number of input channels is not a multiple of M. A masked
+filter's BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes are not faster:
+`channel_pruning` removes channels.
 """
 
 from __future__ import annotations
