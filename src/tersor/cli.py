@@ -154,7 +154,9 @@ def sensitivity(
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="folder of a run or a search, or ONNX file", show_default=False)],
     data: Annotated[str | None, typer.Option(help="image folder or data set [default: from the recipe]")] = None,
-    runtime: Annotated[str | None, typer.Option(help="onnxruntime or openvino [default: from the recipe or the file]")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="onnxruntime or openvino [default: as in the recipe or file]")
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(help="task of the network: classification, segmentation, ... [default: from the recipe]"),

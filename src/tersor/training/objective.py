@@ -194,7 +194,8 @@ class Objective(nn.Module):
         if not losses:
             raise InputError("no loss: the images have no labels, and no method adds a loss.")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
-            _require_gradients(losses, student, {term.name: _named(term) for term in self.terms})
+            terms = [term for term in self.terms if isinstance(term, LossTerm)]
+            _require_gradients(losses, student, {term.name: _named(term) for term in terms})
         return losses
 
     def teacher_forward(self, batch: Batch) -> Outputs:
@@ -267,8 +268,7 @@ def _require_gradients(losses: Mapping[str, Tensor], student: Outputs, named: Ma
             )
 
 
-def _named(term: nn.Module) -> str:
-    assert isinstance(term, LossTerm)
+def _named(term: LossTerm) -> str:
     return f"the loss {term.name}" + (f" of method '{term.of_method}'" if term.of_method else "")
 
 
