@@ -271,7 +271,7 @@ def test_wrong_arguments_are_one_message(few, tmp_path, changed, message):
         (["--size", "5"], "the size is '5'"),
         (["--mean", "a"], "--mean is 'a'"),
         (["--image-size", "2.5"], "--image-size is '2.5'"),
-        (["--pixels", "2"], "greater than or equal to 8"),
+        (["--pixels", "2"], "Invalid value for '--pixels'"),
     ],
 )
 def test_plain_arguments_are_checked_before_torch_is_imported(monkeypatch, capfd, given, message):
