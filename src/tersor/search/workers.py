@@ -187,7 +187,8 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
         threads = _threads(ray, placement)
         reserved = threads if placement.address else 1
         remote = ray.remote(num_cpus=reserved, max_restarts=-1, max_task_retries=1)(Worker)
-        arguments = request, dict(bench.students), str(Path.cwd()), threads
+        given = request, dict(bench.students), str(Path.cwd()), threads
+        arguments = [ray.put(each) for each in given]  # held until the end: a worker that is replaced needs them again
         actors = [
             remote.remote(*arguments, tests_choose=bench.tests_choose, scratch=scratch / str(number))
             for number in range(placement.workers)
