@@ -15,6 +15,7 @@ from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, RECIPE, SearchFolder, read_front
 from tersor.search.plan import Clock
+from tersor.search.rung_training import seconds_to_train
 from tersor.search.search_context import TimeBar
 from tersor.search.space import Space
 from tersor.search.state import Rung
@@ -276,6 +277,16 @@ def test_another_survey_tries_a_candidate_although_the_clock_moves_between_two_r
     before = len(search.study.records())
     assert rest_of_time._survey_more(search, Space(1, prunable=True, students=["wide"]))
     assert len(search.study.records()) > before
+
+
+@pytest.mark.usefixtures("fake_search")
+@pytest.mark.parametrize(("share", "tried"), [(0.4, True), (0.6, False)])
+def test_while_nothing_is_better_than_the_baselines_a_survey_may_use_half_of_the_reserve(tmp_path, share, tried):
+    search = searching(tmp_path / "out", minutes=1.0)
+    reserve = search.reserve(more=1)
+    search.folder.state.costs.survey = seconds_to_train(search) + share * reserve
+    assert search.reserve(more=1) == reserve
+    assert rest_of_time._survey_more(search, Space(1, prunable=True, students=["wide"])) == tried
 
 
 @pytest.mark.usefixtures("fake_search")

@@ -15,6 +15,9 @@ from tersor.search.survey import survey
 _UNUSED = 0.1
 """A search that leaves more than this share of its time unused says why."""
 
+_FOR_THE_FIRST = 0.5
+"""Share of the time reserved for the end that the survey may use while nothing is better than the free baselines."""
+
 
 def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]) -> None:
     """Train; while there is time that no training can use, survey more candidates and train again.
@@ -46,9 +49,13 @@ def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]
 
 
 def _survey_more(search: Search, space: Space) -> bool:
-    """Survey for a share of the time left, but at least one candidate; returns whether there was another one."""
+    """Survey for a share of the time left, but at least one candidate; returns whether there was another one.
+
+    While the best network is a free baseline, the candidate may take a share of the time reserved for the end.
+    """
     state, left = search.folder.state, seconds_to_train(search)
-    if left < state.costs.survey:
+    nothing_found = search.best is not None and search.best.free
+    if left + nothing_found * _FOR_THE_FIRST * search.reserve(more=1) < state.costs.survey:
         return False
     before = len(search.study.records()) + len(search.study.failed)
     state.survey_until = search.clock.used + max(state.costs.survey, survey_seconds(left))
