@@ -195,6 +195,19 @@ def test_the_folders_of_a_search_and_of_its_points(images, tmp_path):
         assert (found.images, found.runtime) == (6, "onnxruntime")
         assert "normalization: mean 0.5 0.4 0.3, std 0.2 0.25 0.3 (from the artifact)" in progress.lines
         assert read_artifact(folder).files["original.onnx"] == search / "baselines" / "original.onnx"
+        assert not [line for line in progress.lines if "validation images" in line]
+
+
+@pytest.mark.parametrize("made", ["model.onnx", "points/small", "points/small/model.onnx"])
+def test_a_search_that_chose_on_half_of_the_test_images_is_named(images, tmp_path, made):
+    (tmp_path / "points" / "small").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "points" / "small"):
+        export(network(2), torch.rand(1, 3, 8, 8), folder / "model.onnx", normalization=RGB)
+    (tmp_path / "front.json").write_text('{"tests_chose": true}')
+    progress = RecordedProgress()
+    evaluate(tmp_path / made, str(images), None, progress=progress)
+    (line,) = [line for line in progress.lines if "validation images" in line]
+    assert line.startswith("if these are the images of its search: half of the test images were the validation images")
 
 
 def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):

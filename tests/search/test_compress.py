@@ -331,6 +331,7 @@ def test_images_that_the_original_has_seen_do_not_choose(few, tmp_path, monkeypa
     progress = RecordedProgress()
     result = tersor.compress(small(), few, budget=Budget(minutes=0.001), out=tmp_path / "out", progress=progress)
     assert any("was trained on the validation images" in line for line in progress.lines)
+    assert result.numbers.tests_chose
     assert result.numbers.validation_images == 17
     assert result.numbers.test_images == 18
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the tasks import torch
     from tersor.evaluation.session import Session
     from tersor.tasks.task import Task
 
+_FRONT = "front.json"
 _ROUNDING = 0.002
 """Two means closer than this are the same, written with another number of digits."""
 
@@ -136,6 +137,20 @@ def normalization_in(model: Path) -> dict[str, Any]:
         return {} if told is None else _Told.model_validate_json(told).model_dump(include={"mean", "std"})
     except ValidationError as error:
         raise InputError(f"the normalization in the metadata of {model} is damaged. Export it again.") from error
+
+
+def chosen_on_test_images(artifact: Artifact) -> bool:
+    """Whether the file comes from a search whose validation images were half of its test images.
+
+    Raises:
+        InputError: the `front.json` of the search is damaged.
+    """
+    folder = artifact.path if artifact.path.is_dir() else artifact.path.parent
+    for search in (folder, folder.absolute().parent.parent):
+        if (search / _FRONT).is_file():
+            front = read_json(search / _FRONT, "Repeat the search in another folder.")
+            return isinstance(front, dict) and front.get("tests_chose") is True
+    return False
 
 
 def quantized_for(artifact: Artifact) -> str | None:

@@ -16,6 +16,7 @@ from tersor.deploy.file_layers import stored_precision, weight_bits
 from tersor.evaluation.session import Session, open_session
 from tersor.pipeline.artifact_settings import (
     ImageOptions,
+    chosen_on_test_images,
     class_names,
     data_source,
     normalization_line,
@@ -34,6 +35,10 @@ _CHANNELS = (1, 3, 4)
 _COMPUTED = (
     "computed from the training images, since the file has none; if the network was trained with others, write them as "
     "--mean and --std"
+)
+_CHOSEN = (
+    "half of the test images were the validation images of the search that made the file, so the result on all of them "
+    "is optimistic; the report of the search shows the result on the other half"
 )
 
 
@@ -98,6 +103,8 @@ def evaluate(
         )
     options = options or ImageOptions()
     options.check(session, told)
+    if chosen_on_test_images(found):
+        progress.say(_CHOSEN if data is None else f"if these are the images of its search: {_CHOSEN}")
     progress.say("reading the images")
     asked = task_of_artifact(found, task)
     batches, kind = _test_images(found, data, asked, session, options, told, progress)

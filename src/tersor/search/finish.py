@@ -56,6 +56,7 @@ def write_front(search: Search, *, finished: bool) -> Front:
         validation_images=images,
         validation_error=search_metric.standard_error(search.reference, images),
         test_images=len(data.test),
+        tests_chose=bool(search.folder.state.seen),
         original=search.original.name if search.original else "",
         baselines=[next((each for each in search.points if each.name == point.name), point)
                    for point in search.folder.state.baselines],

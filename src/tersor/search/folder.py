@@ -61,6 +61,8 @@ class Front(BaseModel):
     """One standard error of the original's metric on the validation images, in points."""
     test_images: int
     """Number of test images."""
+    tests_chose: bool = False
+    """Whether the validation images were half of the test set, because the original was trained on the others."""
     original: str
     """Name of the baseline that drops are computed from."""
     baselines: list[Point]
