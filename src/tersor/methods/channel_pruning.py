@@ -3,27 +3,28 @@
 Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 (magnitude of filters); Fang et al., "DepGraph: Towards
 Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed together).
 
-    I_c = mean over the layers of the group of ||W[c]||_2^2 / mean_c ||W[c]||_2^2      W: (C_out, C_in, ...)
-    W[c]  the rows that write channel c, the columns that read it
+    magnitude      mean over the layers of the group of ||W[c]||_2^2 / mean_c ||W[c]||_2^2        W: (C_out, C_in, ...)
+    magnitude_l1   the same of ||W[c]||_1
+    fpgm           the same of sum_d ||W[c] - W[d]||_2
+    taylor         sum over the layers of |w * g|                       g: gradient of the task's loss at the weight w
+    batchnorm      mean over the BatchNorms of the group of |gamma_c|
+    obs            increase of the loss after the layers behind are refitted
+    W[c]           the rows that write channel c, the columns that read it
 
-This is `magnitude`; `pruning/channel_importance.py` has the formulas and papers of the others, and accepts your own
-function. Channels are removed in blocks that leave a multiple of `round_to`, since runtimes are slow at other widths: a
-ResNet-18 with 47 % of its channels removed took 17.6 ms in ONNX Runtime unrounded, 6.7 ms with 50 % removed and rounded
-to 8 (bench/pruning_rounding.py measures 1, 4, 8 and 16). Until the budget is met, scope `layer` takes the next block
-from the group that has lost the smallest fraction, and `global` takes the block with the lowest importance (for `obs`,
-per saved cost). No group falls below `floor`.
+`pruning/channel_importance.py` has the papers, and accepts your own function. Channels are removed in blocks that leave
+a multiple of `round_to`, since runtimes are slow at other widths (bench/pruning_rounding.py measures 1, 4, 8 and 16).
+Until the budget is met, scope `layer` takes the next block from the group that has lost the smallest fraction, and
+`global` takes the block with the lowest importance (for `obs`, per saved cost). No group falls below `floor`.
 
 `keep_latency` is a fraction of the latency that the network had before the stage, at batch size 1 in the target's
 runtime. Pruned copies with different fractions of the MACs are timed against that network in interleaved rounds.
 
 With `branches`, that number of residual branches is removed first (`pruning/residual_branches.py`): those with the
-smallest change of the outputs per saved MAC (or parameter). A ResNet-56 from which `obs` and `global` removed half of
-the MACs takes 1.05 times as long as one that lost half of every layer (ONNX Runtime, AVX2, batch 32); with two
-branches removed first, it takes 0.99 times as long.
+smallest change of the outputs per saved MAC (or parameter). That made a ResNet-56 with half of the MACs, by `obs` and
+`global`, 6 % faster (ONNX Runtime, AVX2, batch 32).
 
-The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`), and BatchNorm
-statistics are adjusted so that the mean and spread of BatchNorm outputs on training images are kept
-(`graph/batchnorm_statistics.py`).
+The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`); BatchNorm statistics
+then keep the mean and spread of BatchNorm outputs on training images (`graph/batchnorm_statistics.py`).
 
 DepGraph's code also weights the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
 """
