@@ -8,9 +8,10 @@ Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", IC
 f is the layer's BatchNorm and activation, x its input in float, x_hat its input from the layers that are already
 rounded. It needs a few hundred images and no labels. `quantization/reconstruction.py` has the formulas.
 
-The paper folds BatchNorm first. Here it stays a module after the layer; the choices per channel are the same. The paper
-runs 10,000 iterations; the default here is 1,000 at ten times the learning rate. Activations are quantized after all
-weights are rounded. The network may return any tensors, because the error is measured on the output of each layer.
+The paper folds BatchNorm first. Here it stays a module after the layer. This does not change which weights are rounded
+up. The paper runs 10,000 iterations; the default here is 1,000 at ten times the learning rate. Activations are
+quantized after all weights are rounded. The network may return any tensors, because the error is measured on the output
+of each layer.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
     fpgm           the same of sum_d ||W[c] - W[d]||_2
     taylor         sum over the layers of |w * g|                       g: gradient of the task's loss at the weight w
     batchnorm      mean over the BatchNorms of the group of |gamma_c|
-    obs            increase of the loss after the layers behind are refitted
+    obs            increase of the squared error of the logits without channel c, its readers refitted
     W[c]           the rows that write channel c, the columns that read it
 
 `pruning/channel_importance.py` has the papers, and accepts your own function. Channels are removed in blocks that leave

@@ -11,7 +11,7 @@ z (N, classes, ...) are the logits of the masked network, z' those of the dense 
 positions. CE stands for the task's loss. The masks are updated as in `dpf`. The paper describes only the refined
 gradient. The authors' code has two more parts, which can be switched off here: a separate BatchNorm and head for the
 dense path (`own_norms`), and mutual distillation of both paths (`mutual`, for tasks with logits) after 70 of 300
-epochs. Without `refined_gradient` both paths update all weights, as with the code's other settings.
+epochs. Without `refined_gradient` both paths update all weights.
 
 A step runs the network twice, at twice the cost. The dense path's own modules start as copies of the network's and are
 discarded at the end of the stage. The dense path is not quantized where `qat` quantizes the network. The dense path has

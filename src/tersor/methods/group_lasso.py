@@ -6,7 +6,7 @@ then removes channels that are almost zero.
     W.grad += strength * gamma_c * W[c]            for every layer W (C_out, C_in, ...) with slices of channel c:
                                                    rows, columns, the scale of a BatchNorm
     gamma_c = 2^(alpha * (I_max - I_c) / (I_max - I_min))          from 1, the most important, to 2^alpha = 16
-    I_c     = sqrt of the mean over the layers of ||W[c]||_2^2, of the group
+    I_c     = sqrt of the mean over the layers of the group of ||W[c]||_2^2
 
 The paper's regularizer is the sum of gamma_c * I_c with I_c = sum over the layers of ||W[c]||_2^2. The authors' code
 (GroupNormPruner of torch-pruning), which this file follows, takes the root of I_c for gamma, and leaves the factor 2 of

@@ -5,15 +5,16 @@ learnable offsets and better initialization", CVPR Workshops 2020.
 
     weights       (C_out, ...)    w_hat = s_c * clip(round(w / s_c), -n, n),  n = 2^(b-1) - 1
     activations   (N, ...)        x_hat = s * (clip(round(x / s) + z, 0, p) - z),  p = 2^b - 1
-    gradient of s                 round(x / s) - x / s inside the range, its end outside; times 1 / sqrt(N p)
+    gradient of s                 round(x / s) - x / s inside the range, x_hat / s outside;
+                                  times 1 / sqrt(N p), where p is n for weights
     at the start                  s = 2 mean|w_c| / sqrt(n) for a weight
 
 The paper has one step per weight tensor, and uses the point -2^(b-1) too. Here each channel has a step by default
 (`per_channel: false` is the paper's), and learning starts from the grids of an earlier stage if there is one. In the
 paper activations are positive and their steps start like those of weights. Here they may be negative, have a zero
 point, and start from the range with the smallest squared error, as in LSQ+. `offset: true` learns that zero point. As
-in the paper, N is the number of weights that share a step, and the number of activations in one image; common
-reimplementations count those of the whole batch.
+in the paper, N is the number of weights that share a step or, for activations, the number of values in one image;
+common reimplementations count the values of the whole batch.
 
 As in the paper, the first and last layer have 8 bits. At the end the steps become constants, which are exported.
 """
