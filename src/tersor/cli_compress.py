@@ -170,7 +170,7 @@ def pick(
         print_lines(
             f"{choice.point.name} does not meet the budget: {choice.shortfall}"
             if point
-            else f"No point meets the budget. Closest point: {choice.shortfall}"
+            else f"No point meets the budget. {choice.point.name} is the closest: {choice.shortfall}"
         )
     shown = front.points if choice.point in front.points else [*front.points, choice.point]
     show(console, *front_tables(front.model_copy(update={"points": shown, "best": choice.point.name}), "chosen"))

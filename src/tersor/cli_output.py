@@ -83,7 +83,7 @@ _SCHEMAS: dict[Document, Callable[[], dict[str, Any]]] = {
 
 
 def plain_console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is: `[0.5]` is no markup, and `:M` no emoji."""
+    """A console that prints text as it is: `[0.5]` is not parsed as markup, nor `:M` as an emoji."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
@@ -180,7 +180,7 @@ def _until(ended_by: str, seconds: float) -> str:
 
 
 def latency_tables(measured: LatencyTable, seconds: float) -> Iterator[Table]:
-    """The latencies of one batch size; then, if files are given beside a folder, a comparison with its artifact."""
+    """The latencies of one batch size. If ONNX files and a folder are given, also the speedups over its model.onnx."""
     ended = _until(measured.ended_by, seconds)
     title = f"batch {measured.batch_size}, {measured.images}: {measured.rounds} rounds, {ended}"
     table = Table(title=title, title_justify="left")
@@ -201,7 +201,7 @@ def _beside_folder(measured: LatencyTable, model: TimedFile) -> Table:
     folder = Path(model.file).parent
     table = Table(
         title=f"batch {measured.batch_size}, compared with {model.file} in {model.runtime}",
-        caption=f"Above, ONNX files that were given alone are compared with the original and baseline of {folder}.",
+        caption=f"In the table above, single ONNX files are compared with the original and the baseline of {folder}.",
         title_justify="left",
         caption_justify="left",
     )

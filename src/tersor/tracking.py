@@ -75,7 +75,7 @@ def tracked(progress: ProgressReporter, name: TrackerName | None, folder: Path) 
         yield progress
         return
     if find_spec(name) is None:
-        raise InputError(f"--track {name} needs the package {name}. Write: pip install {name}.")
+        raise InputError(f"--track {name} needs the package {name}. Run: pip install {name}.")
     reporter = TrackedProgress(progress, name, folder)
     try:
         yield reporter

@@ -141,7 +141,8 @@ def read_artifact(path: Path | str) -> Artifact:
     The folder of a search and those of its points have no manifest: their files are accepted as single files are.
 
     Raises:
-        InputError: neither of them, or files are missing or damaged; the message names them.
+        InputError: `path` is neither a folder nor a model file, or files in it are missing or damaged, which the
+            message names.
     """
     path = Path(path)
     if path.is_file():

@@ -61,7 +61,7 @@ class Checkpoints:
         Args:
             recipe: the text of the recipe.
             resume: whether to resume from existing checkpoints.
-            changes: what differs from an earlier recipe, of which it gets the text.
+            changes: text of the earlier recipe -> how this one differs from it, in words.
 
         Raises:
             InputError: another process uses the folder; checkpoints exist and `resume` is False, or they belong to
@@ -193,7 +193,7 @@ class Checkpoints:
         return None
 
     def remove_renamed(self, names: Sequence[str]) -> None:
-        """Delete the checkpoints of the stages 1, 2, ... that have another name than in `names`."""
+        """Delete the checkpoints of stages 1, 2, ... whose names differ from those in `names`."""
         for unit, name in enumerate(names, 1):
             kept = self._folders(f"{unit:02d}-{name}-*")
             for path in self._folders(f"{unit:02d}-*"):

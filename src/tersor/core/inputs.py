@@ -48,7 +48,7 @@ class Inputs(Generic[T]):
         return [*self.args, *self.kwargs.values()]
 
     def map(self, function: Callable[[T], T]) -> Self:
-        """The inputs after `function`."""
+        """Apply `function` to every input."""
         if isinstance(self.values, tuple):
             return type(self)(tuple(map(function, self.values)))
         return type(self)({name: function(value) for name, value in self.values.items()})

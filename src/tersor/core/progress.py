@@ -44,7 +44,7 @@ class WarningProgress(NullProgress):
     """Issues each line that is a warning as a `CompressionWarning`, and ignores all other progress."""
 
     def say(self, line: str) -> None:
-        """Issue a `CompressionWarning` if the line has one."""
+        """Issue a `CompressionWarning` if the line is a warning."""
         stage, mark, text = line.rpartition(WARNING)
         if mark:
             warnings.warn(f"{stage}{text}", CompressionWarning, stacklevel=2)

@@ -22,9 +22,10 @@ def user_code(name: str, function: object, *, if_none: str = "") -> Generator[No
     Args:
         name: of the function, in the message.
         function: the function, an object whose methods run, or the name of a module that is imported. An error stays
-            unchanged if no function of its module, or of a module of its base classes, is in the traceback. Errors of
-            tersor's own classes stay unchanged too, and so does an InputError that the user's code raises itself.
-        if_none: a sentence for exceptions that a value None caused.
+            unchanged unless the traceback contains code of the module of `function`, or of a module that defines one of
+            its base classes. Errors of tersor's own classes stay unchanged too, and so does an InputError that the
+            user's code raises itself.
+        if_none: a hint that is appended if the exception was caused by a value of None.
 
     Raises:
         InputError: the function raised an exception.

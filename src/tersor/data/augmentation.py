@@ -64,9 +64,9 @@ def augmented(
 
     `flip` mirrors half of the images. `crop_flip` also shifts each by up to an eighth of its size, padded by
     reflection. Transforms of torchvision are called for each image and its mask or boxes, because one call draws one
-    set of random numbers; boxes that leave the image are dropped, and images with 16 bits are float32 from 0 to 1 in
-    them. Any other callable gets the whole batch: the images, and the targets too if they are masks or boxes. Both may
-    draw from torch's global CPU generator, which is seeded for each batch and restored.
+    set of random numbers. Boxes that leave the image are dropped. Images with 16 bits are passed to the transforms as
+    float32 from 0 to 1. Any other callable gets the whole batch: the images, and the targets too if they are masks or
+    boxes. Both may draw from torch's global CPU generator, which is seeded for each batch and restored.
 
     Args:
         pixels: (B, H, W, C) uint8 or uint16, contiguous; may be overwritten.

@@ -36,7 +36,7 @@ class Batch:
 
     @property
     def only_images(self) -> Tensor:
-        """The images of a batch that has no other inputs, as every batch of a recipe."""
+        """The images of a batch without other inputs. Every batch of a recipe is of this kind."""
         assert isinstance(self.images, Tensor)
         return self.images
 
@@ -47,7 +47,9 @@ class Batch:
 
 
 def as_batch(value: object) -> Batch:
-    """A `Batch` unchanged, and a pair (images, targets) as one; several inputs are a tuple, list or dict of tensors.
+    """Convert a pair (images, targets) to a `Batch`; a `Batch` is returned unchanged.
+
+    Several inputs are a tuple, list or dict of tensors.
 
     Raises:
         InputError: it is something else.
@@ -138,7 +140,7 @@ def first_batch(data: Iterable[Any] | None, method: str) -> NetworkInput:
     """The images of the first batch of `data` that is not empty.
 
     Raises:
-        InputError: there is none, which `method` needs, or they are not floating point.
+        InputError: `method` needs images and there are none, or the images are not floating point.
     """
     if data is None:
         raise InputError(f"{method} needs images to run the network on; none were given. Pass data=...")

@@ -29,7 +29,7 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Group:
-    """The `size` batches of one optimizer step; `first` in an epoch or not."""
+    """The `size` batches of one optimizer step; `first` is whether it is the first step of an epoch."""
 
     batches: Iterator[Batch]
     size: int

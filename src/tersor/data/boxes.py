@@ -33,7 +33,7 @@ class BoxedImage:
         path: the image file.
         boxes: left, top, right and bottom of each object, in pixels of the file.
         labels: class number of each object, from 1.
-        source: the annotation, in errors.
+        source: name of the annotation in error messages.
     """
 
     path: str
@@ -43,7 +43,7 @@ class BoxedImage:
 
 
 def boxed_images(records: Sequence[BoxedImage], form: ImageFormat) -> Decoded:
-    """Return the images, decoded at every call and resized as a whole, with boxes as targets."""
+    """Return the images, decoded at every call and resized without cropping, with boxes as targets."""
     form = replace(form, crop=False)
 
     def target(number: int) -> Target:
@@ -62,7 +62,7 @@ def box_target(boxes: Any, labels: Any, size: tuple[int, int], name: str) -> Tar
         boxes: (K, 4) numbers, left, top, right and bottom in pixels.
         labels: (K,) class numbers from 1.
         size: height and width of the image.
-        name: of the annotation, in errors.
+        name: name of the annotation in error messages.
 
     Raises:
         InputError: a box is outside the image or has no area, or boxes and labels have other shapes or values.

@@ -36,7 +36,7 @@ class ItemSet:
     """A data set whose items are read by number.
 
     Attributes:
-        name: in errors.
+        name: name of the data set in error messages.
         dataset: has a length, and `dataset[number]` is an item.
     """
 
@@ -79,7 +79,7 @@ class ItemSet:
         )
 
     def kind(self) -> Kind:
-        """What the targets are, by the first one."""
+        """The kind of the targets, determined from item 0."""
         _, target = self.item(0)
         if _class_number(target) is not None:
             return "class"
@@ -92,7 +92,7 @@ class ItemSet:
         raise InputError(f"{self.name}: the target of item 0 is {described(target)}. {_POSSIBLE}")
 
     def images(self, kind: Kind, form: ImageFormat, threads: int) -> Decoded:
-        """The images with their targets, which are read at once, except masks."""
+        """The images, decoded on demand, with their targets. All targets except masks are read here."""
         form = replace(form, crop=form.crop and kind in {"class", "values"})
         count = len(self.dataset)
 
@@ -188,7 +188,7 @@ class ItemSet:
 
 
 def class_names(sets: list[Decoded], kind: Kind, train: Any) -> tuple[str, ...]:
-    """The names of the classes, or of the values: those of `train`, otherwise numbers."""
+    """The names of the classes that `train` lists; numbers if it lists none, and for values."""
     if kind == "values":
         return tuple(str(number) for number in range(sets[0].targets.shape[1]))
     names = getattr(train, "classes", None)
@@ -202,7 +202,7 @@ def class_names(sets: list[Decoded], kind: Kind, train: Any) -> tuple[str, ...]:
 
 
 def described(value: object) -> str:
-    """A value of the wrong type, in an error."""
+    """Describe a value of the wrong type in an error message."""
     length = f" of length {len(cast('Any', value))}" if isinstance(value, tuple | list) else ""
     return f"a {type(value).__name__}{length}"
 

@@ -169,7 +169,7 @@ def from_datasets(name: str, datasets: Mapping[str, Any], form: ImageFormat, thr
     """Load data sets of images and targets (see `ItemSet`).
 
     Args:
-        name: of the data, in errors.
+        name: name of the data in error messages.
         datasets: "train", "test" and perhaps "validation"; each has a length and items by number.
         form: size and channels of the images.
         threads: number of images decoded in parallel.

@@ -34,8 +34,8 @@ class ImageFormat:
     Attributes:
         size: height and width in pixels; None keeps the size.
         channels: 3 for RGB, 1 for gray, 4 for RGBA (a file with four channels of another kind keeps them).
-        crop: whether the image is resized until it covers `size`, and the center is cropped; otherwise both sides are
-            resized, which can change the aspect, so that nothing of a mask or a box is cut off.
+        crop: whether the image is resized until it covers `size` and is then center-cropped. Otherwise it is resized to
+            exactly `size`, which can change the aspect ratio but cuts nothing off a mask or a box.
     """
 
     size: tuple[int, int] | None = None
@@ -53,7 +53,7 @@ def read_file(path: str, form: ImageFormat) -> NDArray[Any]:
 
 
 def open_image(path: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """Decode an image file; of an animation, the first frame. A JPEG may be decoded smaller, at four times `size`.
+    """Decode an image file, or the first frame of an animation. A JPEG may be decoded smaller, at four times `size`.
 
     Raises:
         InputError: the file does not exist, is not an image, or is truncated.
@@ -104,7 +104,7 @@ def pixels_of(image: object, form: ImageFormat, name: str) -> NDArray[Any]:
     Args:
         image: a Pillow image, or a uint8 or uint16 tensor (C, H, W); one channel is repeated.
         form: size and channels of the result.
-        name: of the image, in errors.
+        name: name of the image in error messages.
 
     Raises:
         InputError: the image is of another type, or cannot be converted.
@@ -120,12 +120,12 @@ def pixels_of(image: object, form: ImageFormat, name: str) -> NDArray[Any]:
 
 
 def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[np.uint8]:
-    """Convert a mask to class numbers (H, W), the nearest ones if it is resized to `size` (height, width).
+    """Convert a mask to class numbers (H, W), resized to `size` (height, width) by nearest-neighbor interpolation.
 
     Args:
         image: a palette or gray Pillow image, or an integer tensor or array (H, W), whose values are class numbers.
         size: height and width; None keeps the size.
-        name: of the mask, in errors.
+        name: name of the mask in error messages.
 
     Raises:
         InputError: the mask is of another kind, or has values outside 0..255.

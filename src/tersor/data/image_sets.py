@@ -99,7 +99,7 @@ class LazyTargets(Sequence[Any]):
 
 
 def targets_of(targets: Any, index: Tensor) -> Any:
-    """Return the targets at `index` (B,) as a batch has them: masks as int64, tensors of one shape as one (B, ...).
+    """Collate the targets at `index` (B,): masks as int64, tensors of equal shape stacked, anything else as a list.
 
     Args:
         targets: a tensor (N, ...), a sequence of N targets, or None.
@@ -257,7 +257,7 @@ class Splits:
         train: the images to train on.
         validation: the images for all choices, such as hyperparameters; may be empty.
         test: the images for the reported results; they are used for nothing else.
-        classes: the name of each class number; of each value, where the targets are values.
+        classes: names of the classes, in the order of their numbers; names of the values if the targets are values.
         mean: of each channel in [0, 1]; subtracted from every pixel.
         std: of each channel in [0, 1]; every pixel is then divided by it.
         test_is_drawn: whether the data has no test set of its own, so that a fifth of each class became the test set.

@@ -96,7 +96,7 @@ class Loader:
     Args:
         loader: has a length; batches are (images, targets), or images alone.
         classes: number of classes, if the targets are class numbers; None otherwise.
-        targets: whether other targets are needed.
+        targets: whether targets that are not class numbers are needed.
     """
 
     def __init__(self, loader: Iterable[Any], classes: int | None, *, targets: bool = False) -> None:

@@ -16,7 +16,7 @@ class TensorInputs(Inputs[Tensor]):
     """Several input tensors (N, ...), with the methods of a tensor that a batch of images needs."""
 
     def to(self, place: torch.device | Tensor) -> Self:
-        """On a device; with a tensor, also in its data type, except integers."""
+        """Move the tensors to a device, or to the device and (unless they are integers) the data type of a tensor."""
         if isinstance(place, Tensor):
             return self.map(lambda each: each.to(place) if each.is_floating_point() else each.to(place.device))
         return self.map(lambda each: each.to(place))
@@ -42,27 +42,27 @@ class TensorInputs(Inputs[Tensor]):
         return self.map(lambda each: each.requires_grad_() if each.is_floating_point() else each)
 
     def is_floating_point(self) -> bool:
-        """Whether one of them is."""
+        """Whether at least one tensor is floating point."""
         return any(each.is_floating_point() for each in self.all())
 
     @property
     def device(self) -> torch.device:
-        """Of the first."""
+        """The device of the first tensor."""
         return self.all()[0].device
 
     @property
     def shape(self) -> torch.Size:
-        """Of the first."""
+        """The shape of the first tensor."""
         return self.all()[0].shape
 
     @property
     def ndim(self) -> int:
-        """Of the first."""
+        """The number of dimensions of the first tensor."""
         return self.all()[0].ndim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first."""
+        """The data type of the first tensor."""
         return self.all()[0].dtype
 
 
@@ -98,7 +98,7 @@ def same_sizes(one: NetworkInput, other: NetworkInput) -> bool:
 
 
 def joined_inputs(batches: Iterable[NetworkInput]) -> NetworkInput:
-    """One batch of several, with the inputs in the order of the first.
+    """Concatenate several batches to one, with the inputs in the order of the first batch.
 
     Raises:
         InputError: the batches have inputs of different names.
@@ -114,7 +114,7 @@ def joined_inputs(batches: Iterable[NetworkInput]) -> NetworkInput:
 
 
 def several_inputs(first: object) -> TensorInputs | None:
-    """The inputs in the first entry of a user's batch; None if it is no tuple, list or mapping of tensors.
+    """The inputs in the first entry of a user's batch; None unless it is a tuple, list or mapping of tensors.
 
     A list of tensors (C, H, W) is None too: those are single images, not inputs.
 

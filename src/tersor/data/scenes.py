@@ -55,7 +55,7 @@ class Scene:
 
 
 class Scenes:
-    """Scenes that are drawn when they are first needed, each by its number alone.
+    """Scenes that are drawn when they are first needed; a scene depends only on its number and the seed.
 
     Args:
         digits: (N, 8, 8), the ink of each digit in [0, 1].

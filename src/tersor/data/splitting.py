@@ -1,4 +1,4 @@
-"""Test, validation and limited training images, drawn at random and in proportion from every class; sets joined."""
+"""Draw test, validation and limited training images at random, stratified by class; concatenate two sets."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def limited(splits: Splits, limit: int | None, seed: int) -> Splits:
 
 
 def joined(first: Images, second: Images) -> Pixels | None:
-    """The images of both, the first ones first; None unless both are in memory."""
+    """Concatenate two sets of images; None unless both are in memory."""
     if not isinstance(first, Pixels) or not isinstance(second, Pixels):
         return None
     targets, more = first.targets, second.targets

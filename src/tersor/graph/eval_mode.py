@@ -88,7 +88,7 @@ def check_forward(name: str, network: nn.Module, images: NetworkInput) -> Any:
     """Run the network on two images and on one.
 
     Args:
-        name: name of the network in errors.
+        name: name of the network in error messages.
         network: in eval mode; the images are moved to its device.
         images: (N, C, H, W), or several tensors; the first two are used, or the first one twice.
 

@@ -43,7 +43,7 @@ def plain_copy(model: nn.Module, name: str = "the network") -> nn.Module:
 
     Args:
         model: a user's network; it stays unchanged.
-        name: name of the network in errors.
+        name: name of the network in error messages.
 
     Raises:
         InputError: this is not a network with usable weights, or it cannot be copied.
