@@ -84,7 +84,7 @@ def test_integer_constants_of_an_openvino_file(tmp_path):
 
 def test_a_damaged_file_is_told(tmp_path):
     (tmp_path / "text.onnx").write_text("no graph" * 50)
-    with pytest.raises(InputError, match=r"text\.onnx is damaged or no ONNX file"):
+    with pytest.raises(InputError, match=r"text\.onnx is damaged or not an ONNX file"):
         file_layers(tmp_path / "text.onnx")
 
 

@@ -203,5 +203,5 @@ def test_the_size_of_a_file_that_is_no_network_is_refused(tmp_path):
     with pytest.raises(InputError, match="there is no file"):
         size_bytes(path)
     path.write_text("text" * 100)
-    with pytest.raises(InputError, match=r"text\.onnx is damaged or no ONNX file"):
+    with pytest.raises(InputError, match=r"text\.onnx is damaged or not an ONNX file"):
         size_bytes(path)

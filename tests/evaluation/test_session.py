@@ -119,7 +119,7 @@ def test_installed_runtimes_can_be_imported(monkeypatch):
 @runtimes
 @pytest.mark.parametrize(
     ("contents", "message"),
-    [(b"", "is empty"), (b"not a network" * 50, "cannot read|damaged or no ONNX file"), (b"\x08\x0a", "network")],
+    [(b"", "is empty"), (b"not a network" * 50, "cannot read|damaged or not an ONNX file"), (b"\x08\x0a", "network")],
     ids=["empty", "text", "no graph"],
 )
 def test_a_file_that_is_no_network_is_refused(tmp_path, capfd, runtime, contents, message):
@@ -137,7 +137,7 @@ def test_a_file_that_is_no_network_is_refused(tmp_path, capfd, runtime, contents
 def test_a_truncated_file_is_refused(tiny, runtime):
     whole = tiny.path.read_bytes()
     tiny.path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"cannot read|tiny\.onnx is damaged or no ONNX file"):
+    with pytest.raises(InputError, match=r"cannot read|tiny\.onnx is damaged or not an ONNX file"):
         open_session(tiny.path, runtime)
 
 

@@ -239,7 +239,7 @@ def test_a_truncated_file_is_told(images, tmp_path):
     proto, _ = tiny_proto(np.random.default_rng(0))
     whole = proto.SerializeToString()
     (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"cut\.onnx is damaged or no ONNX file"):
+    with pytest.raises(InputError, match=r"cut\.onnx is damaged or not an ONNX file"):
         evaluate(tmp_path / "cut.onnx", str(images), None, progress=NullProgress())
 
 

@@ -29,7 +29,7 @@ class FileLayer:
     """A layer of a file.
 
     Attributes:
-        name: name of its node, the path of its module; of an unnamed node, the name of its output.
+        name: name of its node, which is the path of the module; if the node has no name, the name of its output.
         channels: number of output channels.
         bits: of a stored weight.
     """
@@ -76,8 +76,8 @@ def weight_bits(path: Path) -> tuple[int, ...]:
 def stored_precision(path: Path, executed: str) -> str:
     """ "int8", "int4 and int8, rest float32", or for a float file the precision that is `executed`.
 
-    The rest are products of which an operand is not quantized; without them it is left out. It is always named for an
-    OpenVINO file, whose products are not read.
+    "rest ..." is left out if both operands of every product are quantized. For an OpenVINO file it is always included,
+    because its products are not read.
     """
     bits = weight_bits(path)
     if not bits:

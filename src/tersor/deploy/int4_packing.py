@@ -1,8 +1,8 @@
 """INT4 packing: weights of up to four bits are stored two in a byte, and unpacked when a runtime loads the file.
 
-ONNX Runtime computes a layer with INT4 weights behind a DequantizeLinear in float. With a Cast to INT8 between the two,
-runtimes fold the Cast when they load the file, and run the network with 8-bit weights: ONNX Runtime since 1.23,
-OpenVINO tested from 2025.3 on.
+ONNX Runtime computes a layer in float if its INT4 weight is the direct input of a DequantizeLinear. With a Cast to INT8
+between the two, runtimes fold the Cast when they load the file, and run the network with 8-bit weights: ONNX Runtime
+since 1.23, OpenVINO tested from 2025.3 on.
 
 Affine 4-bit weights without their zero point are in -15..15 (see `integer_graph.py`): each channel is shifted into
 -8..7, and an Add behind the Cast shifts it back.

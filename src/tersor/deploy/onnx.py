@@ -1,10 +1,10 @@
 """ONNX export: one file with Q/DQ pairs and integer weights.
 
 Fake quantizers do not export with a dynamic batch, and would store float32 weights before a QuantizeLinear. So the
-graph is rebuilt first (`integer_graph.py`): activation quantizers become QuantizeLinear + DequantizeLinear, quantized
-layers an int8 weight behind a DequantizeLinear with an int32 bias at the scale of the products, which integer kernels
-need, and BatchNorm is folded into scale and bias. `torch.onnx.export` then converts the graph; metadata that names this
-machine (stack traces with paths) is removed.
+graph is rebuilt first (`integer_graph.py`): activation quantizers become QuantizeLinear + DequantizeLinear. A quantized
+layer gets an int8 weight, followed by a DequantizeLinear, and an int32 bias at the scale of the products, as integer
+kernels need. BatchNorm is folded into scale and bias. `torch.onnx.export` then converts the graph; metadata that names
+this machine (stack traces with paths) is removed.
 """
 
 from __future__ import annotations

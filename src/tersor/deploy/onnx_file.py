@@ -12,7 +12,7 @@ def read_onnx(path: Path) -> Any:
     """The `ModelProto` of an ONNX file, without external data.
 
     Raises:
-        InputError: the file is damaged, or no ONNX file.
+        InputError: the file is damaged, or not an ONNX file.
     """
     import onnx  # here, because it is slow to import
     from google.protobuf.message import DecodeError
@@ -25,4 +25,4 @@ def read_onnx(path: Path) -> Any:
 
 def damaged(path: Path) -> InputError:
     """The error for a file that cannot be decoded."""
-    return InputError(f"{path} is damaged or no ONNX file. Copy or export it again.")
+    return InputError(f"{path} is damaged or not an ONNX file. Copy or export it again.")

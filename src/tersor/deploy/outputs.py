@@ -16,8 +16,8 @@ _RESERVED = re.compile(r"images|v\d+")
 
 def output_names(program: ONNXProgram, inputs: Sequence[str]) -> list[str]:
     """A name for each output: a single one is `logits`, those of a dict have their keys, those of a tuple are
-    `output_0`, `output_1`; nested keys and indices are joined by dots. None values are not outputs. A name of
-    `inputs` gets the prefix `output_`.
+    `output_0`, `output_1`; nested keys and indices are joined by dots. None values are not outputs. An output whose
+    name is also in `inputs` gets the prefix `output_`.
     """
     from torch.export.graph_signature import ConstantArgument
     from torch.utils import _pytree as pytree

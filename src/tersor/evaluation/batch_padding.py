@@ -14,7 +14,7 @@ InferenceOfAll = Callable[[FileArrays], Sequence[Array]]
 
 
 def in_batches_of(infer: Inference, size: int) -> Inference:
-    """A function of any number of images (N, C, H, W), from `infer`, which takes `size`; the last batch is padded."""
+    """Wrap `infer`, which takes exactly `size` images (N, C, H, W), to take any number; the last batch is padded."""
     infer_all = all_in_batches_of(lambda images: [infer(images)], size)
     return lambda images: infer_all(images)[0]
 

@@ -33,7 +33,7 @@ class FileInput:
 
     def check(self, array: Array, name: str = "") -> None:
         """Raises:
-        InputError: the type or shape of `array` does not fit; `name` is that of the input in the message.
+        InputError: the type or shape of `array` does not fit; the message contains `name`.
         """
         fits = len(array.shape) == len(self.shape) and all(
             expected in {None, size} for expected, size in zip(self.shape, array.shape, strict=True)

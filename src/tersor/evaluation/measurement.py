@@ -1,7 +1,8 @@
 """Measure the files of a run in the runtimes: the metric on the whole test set, and interleaved latency.
 
 The baseline of a batch size is the candidate with the lowest median in the same rounds that its ratio is computed from.
-The minimum of several noisy medians is too low on average, so the speedup over the baseline is rather underestimated.
+The minimum of several noisy medians is too low on average, so the speedup over the baseline is, if anything,
+underestimated.
 """
 
 from __future__ import annotations

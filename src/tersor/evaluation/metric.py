@@ -1,4 +1,4 @@
-"""The metric of a task, as every score in `numbers.json` has it."""
+"""The metric of a task: name and unit of the scores in `numbers.json`."""
 
 from __future__ import annotations
 

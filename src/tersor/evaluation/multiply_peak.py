@@ -46,7 +46,7 @@ def share_of_peak(
 
     Args:
         runtime: of the network.
-        precision: of its floats.
+        precision: data type of the products that are not computed in integers.
         macs: multiplications of a batch.
         milliseconds: latency of the batch.
         peaks: as measured on the same machine.

@@ -87,8 +87,8 @@ def profile(
 
     Args:
         path, runtime, batch, precision, runs: as for `node_times`.
-        layers: path of a module -> the layer that its time counts for: the layer itself, or the BatchNorm that was
-            folded into it and whose name its node has.
+        layers: path of a module -> the layer that its time counts for. The module is the layer itself, or the BatchNorm
+            after it: the folded node may have either name.
 
     Returns:
         `ms`: total of all nodes. `kinds`: `kind`, `nodes` and `ms` of each operator, slowest first. `layers`:

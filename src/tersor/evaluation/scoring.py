@@ -64,7 +64,7 @@ def file_predictions(session: Session, arrays: Iterable[FileArrays], task: Task 
 
 
 def file_outputs(session: Session, array: FileArrays) -> Any:
-    """The outputs of a file for images (N, C, H, W), as torch's network returns them, with nested ones side by side.
+    """The outputs of a file for images (N, C, H, W), as the network in torch returns them, but flattened if nested.
 
     Raises:
         InputError: the images do not fit the network, or an output does not have one entry for each image.

@@ -151,7 +151,7 @@ def load_runtime(runtime: str) -> Any:
     try:
         module = importlib.import_module(runtime)
     except ImportError as error:
-        raise InputError(f"{runtime} cannot be used here ({error}). Write: {_INSTALL[runtime]}") from error
+        raise InputError(f"{runtime} cannot be used here ({error}). Run: {_INSTALL[runtime]}") from error
     if runtime == "openvino":
         module.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return module
@@ -214,8 +214,8 @@ def openvino_compiled(ov: Any, network: Any, config: dict[str, Any]) -> Any:
     """Compile `network`, a file or a model, for the CPU.
 
     This uses a thread of its own: the plugin sets a signal stack (sigaltstack) in the compiling thread, and restores
-    the previous one with the model. With two models in one thread, the second restores the stack of the first, which
-    may be freed by then: the next Ctrl-C was a segmentation fault (2026.4).
+    the previous one when the model is destroyed. With two models in one thread, the second restores the stack of the
+    first, which may be freed by then: the next Ctrl-C was a segmentation fault (2026.4).
     """
     with ThreadPoolExecutor(1) as compiler:
         return compiler.submit(ov.Core().compile_model, network, "CPU", config).result()

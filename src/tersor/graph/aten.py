@@ -48,12 +48,12 @@ def class_of_place(node: fx.Node) -> str:
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes of a node's output when the network was captured; words for those that depend on the batch."""
+    """The sizes of a node's output when the network was captured; sizes that depend on the batch are strings."""
     return node.meta[SHAPE]
 
 
 def with_shape(meta: dict[str, Any], shape: tuple[Any, ...]) -> dict[str, Any]:
-    """The `meta` of a node in the same module, whose output has another shape."""
+    """A copy of `meta` with this output shape, for a new node in the same module."""
     return {**meta, SHAPE: shape}
 
 

@@ -1,4 +1,4 @@
-"""The BatchNorm behind a layer: the one that alone reads the layer's output.
+"""The BatchNorm after a layer: a BatchNorm that is the only user of the layer's output.
 
 A convolution has its channels along dimension 1, which BatchNorm normalizes. A fully connected layer has its features
 along the last dimension, which is dimension 1 only for (N, F). For (N, T, F) a BatchNorm behind it normalizes T and
@@ -26,7 +26,7 @@ class NormCall(NamedTuple):
 
 
 def norm_reading(node: fx.Node) -> NormCall | None:
-    """The BatchNorm that alone reads `node`, with running statistics and torch's own forward; it may have hooks."""
+    """The BatchNorm that is the only user of `node`, with running statistics and torch's own forward; hooks allowed."""
     reader = sole_user(node)
     norm = None if reader is None else layer_of(reader)
     if reader is None or not isinstance(norm, Norm) or norm.running_mean is None or not has_plain_forward(norm):
@@ -35,9 +35,9 @@ def norm_reading(node: fx.Node) -> NormCall | None:
 
 
 def norm_behind(node: fx.Node) -> NormCall | None:
-    """The BatchNorm that can be folded into the layer `node`: it alone reads the layer, and normalizes its channels.
+    """The BatchNorm that can be folded into the layer `node`: the only user of its output, along its channels.
 
-    None also if one of the two has hooks or a forward of its own.
+    Returns None if there is none, or if the layer or the BatchNorm has hooks or a forward of its own.
     """
     layer, norm = layer_of(node), norm_reading(node)
     if norm is None or not isinstance(layer, Layer) or not is_plain(layer) or is_hooked(norm.module):

@@ -1,8 +1,9 @@
 """Capture: a network -> its graph, which trains, loads and saves like the network, over the same Parameter objects.
 
-torch.export runs the network once in eval mode and records one aten operator for each spelling in Python, with a
-dynamic batch size (`export_program`). Then layers take the place of operators with weights (`layer_restoration`). What
-a network does in training mode alone is lost: stochastic depth, auxiliary heads.
+torch.export runs the network once in eval mode and records aten operators, with a dynamic batch size
+(`export_program`). An operation is the same aten operator however it is written in Python. Then layers take the place
+of operators with weights (`layer_restoration`). What a network does in training mode alone is lost: stochastic depth,
+auxiliary heads.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def capture(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
 
 
 def is_captured(model: nn.Module) -> TypeGuard[fx.GraphModule]:
-    """Whether this is the result of `capture`, and no graph that the user has traced."""
+    """Whether this is the result of `capture`, and not a graph that the user has traced."""
     return isinstance(model, fx.GraphModule) and INPUTS in model.meta
 
 
@@ -272,7 +273,7 @@ def layer_of(node: fx.Node) -> nn.Module | None:
 
 
 def values_into(node: fx.Node) -> list[fx.Node]:
-    """The inputs of `node` that are tensors, or containers of tensors, and no numbers."""
+    """The inputs of `node` that are tensors or containers of tensors, without numbers."""
     return [value for value in node.all_input_nodes if not is_size(value)]
 
 

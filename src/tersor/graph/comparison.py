@@ -1,8 +1,8 @@
 """Comparing rewrites: a network's outputs on a few images before and after.
 
-Capturing and equalizing do not change the outputs, except for the summation order in float32. Equalizing is chosen by
-the types and shapes of modules, which can be insufficient. If the outputs change, the rewrite is undone and reported,
-or refused.
+Capturing and equalizing do not change the outputs, except for the summation order in float32. The layers to equalize
+are found by the types and shapes of modules, which does not prove that the outputs stay the same. If the outputs
+change, the rewrite is undone and reported, or refused.
 """
 
 from __future__ import annotations

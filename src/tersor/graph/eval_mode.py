@@ -73,7 +73,7 @@ def checked_forward(name: str, images: NetworkInput, *, captured: bool = False) 
             details, advice = "", f"It takes images (N, {found[1]}, H, W), but these are (N, {found[2]}, H, W)."
             if images.shape[1] == 3:
                 advice += (
-                    f" Where tersor reads the images, write --channels {found[1]} for `tersor compress`, "
+                    f" If tersor loads the images, write --channels {found[1]} for `tersor compress`, "
                     f"data.channels: {found[1]} in a recipe, or channels={found[1]} in Python."
                 )
             if images.shape[3] == int(found[1]):

@@ -37,8 +37,8 @@ _CONVERSIONS = {"to", "type_as", "_to_copy"}
 _LIBRARY = re.compile(r"/(torch|torchvision)/")
 _TERSOR = str(Path(__file__).parents[1])
 _WAY_OUT = (
-    "A forward must not branch on the values of tensors or create tensors of data-dependent size. Pass the submodule "
-    "without that part (such as model.backbone), and keep the rest unchanged."
+    "A forward must not branch on the values of tensors or create tensors of data-dependent size. Compress only "
+    "a submodule without that part, such as model.backbone, and put the result in its place."
 )
 
 
@@ -184,7 +184,7 @@ def _place(error: BaseException) -> str:
 
 
 def place_in(stack_trace: str) -> str:
-    """The same for the text of a stack trace, as nodes have it; empty if there is none."""
+    """File, line and code of the innermost frame of the user in a stack trace; empty if there is none."""
     return _innermost(_frames(stack_trace))
 
 
@@ -277,7 +277,7 @@ def _constructed(spec: Any, children: list[Any], graph: fx.GraphModule) -> Any:
 
 
 class Container(nn.Module):
-    """Builds the container that a network returns from the values, or other containers, in it."""
+    """Builds a container (tuple, list or dict) that a network returns. Its inputs are the entries of the container."""
 
     def __init__(self, spec: Any) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ class InputSpec:
 
 
 def specs_of(inputs: NetworkInput) -> tuple[InputSpec, ...]:
-    """What describes an input without its values."""
+    """The `InputSpec` of each tensor of an input."""
     names = [*inputs.kwargs] if isinstance(inputs, TensorInputs) and inputs.kwargs else None
     tensors = tensors_of(inputs)
     return tuple(

@@ -52,7 +52,7 @@ def in_float32(model: nn.Module) -> nn.Module:
 
 
 def strip(model: nn.Module, modules: Container[int] | None = None) -> nn.Module:
-    """A copy of `model` with computed weights in place of parametrizations: of all modules, or of the ids `modules`.
+    """A copy of `model` with weights in place of parametrizations, of all modules or of those with ids in `modules`.
 
     A deep copy of a parametrized module shares its class with the original, so removing the copy's parametrizations
     would break the original. Therefore plain modules are built first and substituted.

@@ -17,7 +17,7 @@ from tersor.graph.plain_modules import is_plain
 
 
 class PlainAttention(nn.MultiheadAttention):
-    """The forward of `nn.MultiheadAttention` in eval mode; torch's own if there is a mask of padding."""
+    """The forward of `nn.MultiheadAttention` in eval mode; torch's own forward if there is a key padding mask."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
