@@ -118,7 +118,9 @@ def test_a_function_of_the_user(function, unit):
 
 
 def test_invalid_scores_of_a_user_function_are_errors():
-    with pytest.raises(InputError, match=r"returned \(1, 3, 2, 2\) for conv1. Return a tensor of the weight's shape"):
+    with pytest.raises(
+        InputError, match=r"returned a tensor of shape \(1, 3, 2, 2\) for conv1. Return a tensor of the weight's shape"
+    ):
         function_scores(f"{__name__}:broken", WEIGHT, "filter", name="conv1", layer=LAYER)
     with pytest.raises(InputError, match="not finite"):
         function_scores(f"{__name__}:infinite", WEIGHT, "filter", name="conv1", layer=LAYER)

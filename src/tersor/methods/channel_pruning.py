@@ -8,7 +8,7 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
     fpgm           the same of sum_d ||W[c] - W[d]||_2
     taylor         sum over the layers of |w * g|                       g: gradient of the task's loss at the weight w
     batchnorm      mean over the BatchNorms of the group of |gamma_c|
-    obs            increase of the squared error of the logits without channel c, its readers refitted
+    obs            increase of the squared error of the logits without c, after the layers that read it are refitted
     W[c]           the rows that write channel c, the columns that read it
 
 `pruning/channel_importance.py` has the papers, and accepts your own function. Channels are removed in blocks that leave
@@ -126,8 +126,8 @@ class ChannelPruning:
 
         Raises:
             InputError: two targets or one that cannot be met, no data, a masked or quantized network, no removable
-                channels, fewer branches than requested or one image to compare them on, outputs that are not finite,
-                `importance: taylor` for a task without a loss with targets, `keep_latency` without latency
+                channels, fewer branches than requested, a single image to compare branches on, outputs that are not
+                finite, `importance: taylor` for a task without a loss with targets, `keep_latency` without latency
                 measurements. The network is then unchanged.
         """
         kind, keep = self._target()

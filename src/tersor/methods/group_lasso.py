@@ -9,8 +9,8 @@ then removes channels that are almost zero.
     I_c     = sqrt of the mean over the layers of the group of ||W[c]||_2^2
 
 The paper's regularizer is the sum of gamma_c * I_c with I_c = sum over the layers of ||W[c]||_2^2. The authors' code
-(GroupNormPruner of torch-pruning), which this file follows, takes the root of I_c for gamma, and leaves the factor 2 of
-the gradient to `strength`. Neither divides by the norm: despite its name it is a weighted L2 penalty, not a lasso.
+(GroupNormPruner of torch-pruning), which this file follows, takes the root of I_c for gamma, and includes the factor 2
+of the gradient in `strength`. Neither divides by the norm: despite its name it is a weighted L2 penalty, not a lasso.
 Biases are not decayed. If all channels are equally important, the code's gamma is 0 / 0, here 1. The code's default
 strength is 1e-4; the paper's CIFAR runs use 5e-4.
 """

@@ -62,7 +62,8 @@ class LSQ(QuantizedTrainingOptions):
         """Captures the network and inserts quantizers, or reuses those of an earlier stage.
 
         Raises:
-            InputError: no steps, no data, an `exclude` pattern that matches nothing, no layer left, other grids.
+            InputError: no steps, no data, an `exclude` pattern that matches nothing, no layer left, options that
+                contradict an earlier stage.
         """
         require_steps(context, "lsq")
         quantizers = insert_or_reuse_quantizers(model, self, data=context.data, target=context.target, method="lsq")

@@ -128,7 +128,7 @@ class WeightPruning:
         Raises:
             InputError: a pattern that matches nothing, a quantized weight, a network that is sparser already, a
                 schedule without steps, parameters that contradict each other or have no effect, a function that does
-                not exist, an importance that needs data, a loss with targets or a BatchNorm that is missing.
+                not exist, or missing data, targets or BatchNorm that the importance needs.
         """
         layers = prunable(model, self.layers)
         if not self.target:
@@ -182,7 +182,7 @@ class WeightPruning:
         if len(whole) == len(layers):
             raise InputError(
                 f"{self.granularity} needs layers whose number of input channels is a multiple of {pattern[1]}; there "
-                "are none."
+                "are none. Write another granularity."
             )
         shown = ", ".join(whole[:6]) + (f" and {len(whole) - 6} more" if len(whole) > 6 else "")
         reason = f"because their input channels are not a multiple of {pattern[1]}"

@@ -44,7 +44,10 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
         if value.layout != torch.strided or value.is_meta:
             raise InputError(f"'{path}': {key} is a sparse tensor or has no values. Save dense weights.")
         if value.is_complex() or (expected[key].is_floating_point() and not value.is_floating_point()):
-            raise InputError(f"'{path}': {key} has type {value.dtype}, but the network's has {expected[key].dtype}.")
+            raise InputError(
+                f"'{path}': {key} is {value.dtype} in the file and {expected[key].dtype} in the network. Save it in "
+                "the network's data type."
+            )
     metadata |= {"taken": taken} if taken else {}
     # PyTorch saves batch counters since version 0.4.1
     counters = {key: value for key, value in expected.items() if is_counter(key)}

@@ -29,7 +29,7 @@ from tersor.tasks.network_outputs import described
 
 
 def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, Iterable[Any]]:
-    """A plain copy of the network, and its batches; of a one-shot iterator, up to `images` images are kept.
+    """A plain copy of the network, and the batches; up to `images` images of a one-shot iterator are kept.
 
     Raises:
         InputError: not a network with weights, or its forward pass fails on the images.
@@ -161,7 +161,7 @@ def example_of(example: object) -> NetworkInput:
 
 
 def check_metadata(classes: object, pixels: object, images: NetworkInput) -> Normalization | None:
-    """Check class names and the normalization of uint8 pixels, and return this as plain numbers.
+    """Check class names and the normalization of uint8 pixels; return the normalization as plain numbers.
 
     Raises:
         InputError: class names are not distinct strings, or mean and deviation are not for pixels in [0, 1].

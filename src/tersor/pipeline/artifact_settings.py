@@ -94,9 +94,9 @@ def refuse_other_classes(of_artifact: Sequence[str] | None, of_data: Sequence[st
         "the classes of the data differ from those of the artifact: "
         + "; ".join(
             [f"the data lacks {lacking}"] * bool(lacking) + [f"the artifact lacks {strange}"] * bool(strange)
-            or ["their order"]
+            or ["only their order differs"]
         )
-        + ". Give data with the same classes."
+        + ". Give data with the same classes in the same order."
     )
 
 

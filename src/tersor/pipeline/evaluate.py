@@ -104,7 +104,7 @@ def evaluate(
     options = options or ImageOptions()
     options.check(session, told)
     if chosen_on_test_images(found):
-        progress.say(_CHOSEN if data is None else f"if these are the images of its search: {_CHOSEN}")
+        progress.say(_CHOSEN if data is None else f"if these are the images of the search, {_CHOSEN}")
     progress.say("reading the images")
     asked = task_of_artifact(found, task)
     batches, kind = _test_images(found, data, asked, session, options, told, progress)

@@ -29,7 +29,7 @@ class CachedLatencyRatio:
 
     Args:
         measure: measures the latency ratio of two networks.
-        file: holds the ratios; it is written when there is one.
+        file: JSON file with the measured ratios; created with the first one.
     """
 
     def __init__(self, measure: LatencyRatio, file: Path) -> None:

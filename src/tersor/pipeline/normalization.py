@@ -6,7 +6,8 @@ are visible in the values of the images alone:
 * Pixels from 0 to 255, or another unit: values are further outside the range than five times its width. Random numbers
   and the overshoot of resizing stay within this distance.
 * Pixels in [0, 1] that were not normalized: at least 16 images have no value below 0 and none above 1, although the
-  range reaches far below 0. Normalized images would need pixels between the mean and one deviation above it only.
+  range reaches far below 0. Normalized images would have such values only if all their pixels were between the mean and
+  one deviation above it.
 """
 
 from __future__ import annotations

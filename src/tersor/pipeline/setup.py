@@ -50,7 +50,7 @@ def prepare(
         model: replaces its model.
         data: replaces its data.
         progress: receives the progress.
-        own_mean: whether the mean of `data` need not be that of the training images.
+        own_mean: whether `data` may have a mean that was not computed from its training images.
 
     Raises:
         InputError: a file, a network or the data cannot be used, or they do not fit together.

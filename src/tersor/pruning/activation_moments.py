@@ -61,7 +61,7 @@ class InputMoments:
         return (self.squares.cpu().double() / self.count - self._offset.square()).clamp(min=0)
 
     def covariance(self, features: int) -> Tensor | None:
-        """(all, all), double, on the CPU; None with fewer than 2 * `features` positions."""
+        """Covariance of all features, double, on the CPU; None with fewer than 2 * `features` positions."""
         if self.products is None or self.count < 2 * features:
             return None
         return self.products.cpu().double() / self.count - self._offset[:, None] * self._offset

@@ -33,7 +33,7 @@ def meet_cost(
     exact: Callable[[RemovalOrder, int], float] | None,
     keep: float,
 ) -> tuple[RemovalOrder, int, float]:
-    """The fewest blocks to remove for a cost of at most `keep`, or all, their order, and the exact remaining fraction.
+    """Find the fewest blocks whose removal meets `keep` (or all), and return their order, number and remaining cost.
 
     If the last block takes the cost far below `keep`, it is postponed to the end of the order as long as that comes
     closer to `keep`.
@@ -42,8 +42,8 @@ def meet_cost(
         order: of the removal.
         estimated: remaining fraction without the first 0, 1, 2 ... blocks, from the widths of layers. Attention and
             other operators between layers are not in it.
-        exact: the remaining fraction, counted on the network without so many blocks; used where the estimate is off.
-            None: the estimate is exact.
+        exact: the remaining fraction after the removal of this number of blocks, counted on the pruned network; used
+            where the estimate is off. None: the estimate is exact.
         keep: the target fraction.
     """
     blocks, fraction = _fewest(order, estimated, exact, keep)
@@ -72,13 +72,13 @@ def _fewest(
 
 
 def meet_latency(macs: Sequence[float], ratio: Callable[[int], float], keep: float) -> tuple[int, float]:
-    """Nearly the fewest blocks to remove for a latency of at most `keep`, or all, and the measured fraction.
+    """Find nearly the fewest blocks whose removal meets the latency `keep` (or all), and the measured fraction.
 
-    Bisects the fraction of the MACs, in which latency is smoother than in blocks.
+    Bisects over the remaining MACs, because latency is a smoother function of the MACs than of the number of blocks.
 
     Args:
         macs: remaining fraction of the MACs without the first 0, 1, 2 ... blocks.
-        ratio: measures the latency without so many blocks, as a fraction of the original one.
+        ratio: measures the latency after the removal of this number of blocks, as a fraction of the original one.
         keep: the target fraction.
     """
     slow, fast, measured_fast = 0, len(macs) - 1, 0.0

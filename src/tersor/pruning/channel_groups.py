@@ -1,10 +1,11 @@
 """Groups of coupled channels (DepGraph), and whether their removal leaves the network's function unchanged.
 
 A channel is removed together with every slice that writes or reads it: the filter, its bias and BatchNorm entry, the
-columns of the layers behind, through additions the same slices of other layers, constants that pad it, and arguments
-that count it. The captured graph says which (`pruning/dependency`): the network runs once, every index of every
-dimension gets an id, and a rule for each operator couples ids. Fang et al., "DepGraph: Towards Any Structural Pruning",
-CVPR 2023, couple layers; coupling single indices needs no special case for concatenation, shuffles, heads and padding.
+columns of the following layers, the same slices of layers that are coupled by an addition, constants that pad it, and
+arguments that count it. The captured graph says which (`pruning/dependency`): the network runs once, every index of
+every dimension gets an id, and a rule for each operator couples ids. Fang et al., "DepGraph: Towards Any Structural
+Pruning", CVPR 2023, couple layers; coupling single indices needs no special case for concatenation, shuffles, heads and
+padding.
 
 Then half of every group is removed from a copy, and the copy is compared node by node with the network whose removed
 channels are zero. Groups that differ are not removed, and the reason is reported.
@@ -52,7 +53,7 @@ class Group:
 
     @property
     def width(self) -> int:
-        """How many outputs of the root one channel is: those of a head, or of a group of a convolution."""
+        """Number of the root's outputs in one channel of the group: those of a head, or of a group of a convolution."""
         return 1 if self.within_heads else max(len(cut.channels) for cut in self.slices[0] if cut.layer == self.root)
 
     def cuts(self, channels: Iterable[int]) -> list[Cut]:
@@ -121,7 +122,7 @@ def record_run(graph: fx.GraphModule, example: NetworkInput) -> Recorded:
 
 
 def removal_difference(graph: fx.GraphModule, cuts: Sequence[Cut], example: NetworkInput) -> str:
-    """Where the network after `remove` differs from the one whose removed channels are zero; "" where nowhere.
+    """The first difference from the network whose removed channels are set to zero; "" if there is none.
 
     Args:
         graph: a captured, unpruned network; unchanged afterwards.

@@ -9,14 +9,15 @@ is scored index by index; several indices of one channel (a column for every pix
                    geometric median are replaceable                                  He et al., CVPR 2019
     taylor         sum over the layers of |w * g|, g the task loss's gradient at w   Molchanov et al., CVPR 2019
     batchnorm      mean over the group's BatchNorms of |gamma_c|                     Liu et al., ICCV 2017
-    obs            loss increase after the layers behind are refitted: see `optimal_brain_surgeon.py`
+    obs            loss increase after the following layers are refitted: see `optimal_brain_surgeon.py`
     random         uniform in [0, 1)
 
-The first three are normalized to a mean of 1 in every layer, so that layers compare. `taylor` (in units of the loss)
-and `batchnorm` (of an activation of variance 1) are compared among groups as they are, `obs` (in squared logits, or in
-the relative squared error of outputs without logits) per unit of saved cost. Molchanov et al. square the sum over a
-filter, for every batch; here absolute values are summed, since products of opposite signs would cancel. torch-pruning's
-FPGM takes distances between squared weights, the paper and this file between weights.
+The first three are normalized to a mean of 1 in every layer, so that layers are comparable. Across groups, `taylor` (a
+change of the loss) and `batchnorm` (the scale of an activation of variance 1) are compared without normalization. `obs`
+(a change of squared logits, or the relative squared error of outputs without logits) is divided by the saved cost.
+Molchanov et al. square the sum over a filter, for every batch; here absolute values are summed, since products of
+opposite signs would cancel. torch-pruning's FPGM takes distances between squared weights, the paper and this file
+between weights.
 """
 
 from __future__ import annotations

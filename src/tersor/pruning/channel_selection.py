@@ -36,7 +36,8 @@ class RemovalOrder:
     Attributes:
         groups: of coupled channels.
         channels: of every group, the least important first.
-        blocks: the number of a group, and how many of its channels are removed from this block on.
+        blocks: for each block the index of its group, and how many channels of the group are removed up to and
+            including it.
     """
 
     groups: Sequence[Group]
@@ -87,7 +88,8 @@ def removable_groups(
     groups, unprunable = coupled_channels(graph, example)
     chosen = [group for group in groups if not any(_written_layer(cut) in excluded for cut in group.slices[0])]
     if not chosen:
-        reasons = "".join(f" {root}: {reason}." for root, reason in list(unprunable.items())[:_REASONS])
+        given = list(unprunable.items())[:_REASONS]
+        reasons = "".join(f" The channels of {root} stay, since {reason}." for root, reason in given)
         raise InputError(
             f"no channel of {type(graph).__name__} can be removed.{reasons} Possible: weight_pruning, which masks "
             "weights instead" + (", or a shorter `exclude`." if exclude else ".")
@@ -140,7 +142,7 @@ def removal_order(
         importances: of every group (channels,).
         scope: `layer`: the next block is of the group that has lost the smallest fraction; `global`: the block with
             the lowest mean importance.
-        round_to: a multiple of it remains of the root's output channels.
+        round_to: the number of remaining output channels of the root is a multiple of this.
         floor: fraction of a group that always remains.
         channel_costs: of one channel of every group; importances are divided by them.
     """

@@ -1,4 +1,4 @@
-"""Least-squares reconstruction: the layers behind removed channels are refitted to the remaining ones.
+"""Least-squares reconstruction: layers that read removed channels are refitted to the remaining channels.
 
 He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, select channels by lasso and
 refit the next layer. This is their second step, in closed form and for every layer that reads the channels.
@@ -13,9 +13,10 @@ the BatchNorm behind it (running mean -= b); one with neither drops it. With few
 features, or more than 4,608 features, V = W_k and b restores the mean alone. Grouped convolutions are not refitted.
 
 DCIL's released checkpoints show why b is needed: of 492 dead filters 346 output a constant that is not zero. A
-ResNet-56 on CIFAR-10 JPEG, half of its MACs removed by magnitude, reaches on test images without any training: 75.8 %
-with new BatchNorm statistics, 81.3 % with this before, 83.4 % with moved instead of new statistics
-(`graph/batchnorm_statistics.py`). No gain was seen after further training.
+ResNet-56 on CIFAR-10 JPEG, with half of its MACs removed by magnitude, reaches on the test images without any training:
+75.8 % if BatchNorm statistics are estimated again, 81.3 % if the layers are refitted before that, and 83.4 % if the
+layers are refitted and the statistics corrected (`graph/batchnorm_statistics.py`) instead of estimated again. No gain
+was seen after further training.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon for channels (`importance: obs`): the loss increase after the layers behind are refitted.
+"""Optimal Brain Surgeon for channels (`importance: obs`): loss increase after the following layers are refitted.
 
 Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS 1992, for whole channels
 and factored by layer as in Wang et al., "EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", ICML
@@ -13,9 +13,10 @@ and factored by layer as in Wang et al., "EigenDamage: Structured Pruning in the
 The paper has the Fisher matrix of the labels' loss for G. Here G is the Gauss-Newton matrix of squared logits: the
 Fisher matrix is almost zero for a network that is confident on its training images. Channels are removed greedily, the
 one with the smallest loss increase first; an importance is at least that of the channel before, so that the scores keep
-this order. Wide groups lose up to a 64th at once: channels whose increase, after those before them, stays below that of
-all others. S is diagonal where the positions of `images`, or else of 1,024 images, are fewer than twice the features,
-and with more than 4,608 features. Grouped convolutions, and layers that do not influence the outputs, are skipped.
+this order. In wide groups, up to 1/64 of the channels are removed in one step: those whose loss increase, given the
+removals before, is still below that of every other channel. S is approximated by its diagonal if a layer has more than
+4,608 input features, or if the positions of `images` images (of 1,024, if these are too few) are fewer than twice the
+features. Grouped convolutions, and layers that do not influence the outputs, are skipped.
 
 Where the task has no logits, z are all floating-point outputs, each divided by its norm over the batch and not
 centered: the loss is the relative squared error from the original's outputs. Logits of independent classes (multilabel)
@@ -23,9 +24,9 @@ are not centered either.
 
 On a ResNet-56 on CIFAR-10 JPEG, for 99 prunings of one layer by an eighth to seven eighths, log I and the log of the
 measured KL divergence from the original (1,024 training images) correlate by 0.96, with a slope of 1.07
-(`bench/pruning_losses.py`). With half of the MACs removed from all inner layers, before any training, the divergence is
-0.36 by magnitude with the same fraction everywhere; 0.32 with these channels; 0.22 with widths chosen by I per MAC, too
-(scope `global`).
+(`bench/pruning_losses.py`). With half of the MACs removed from the inner layers, before any training, the divergence is
+0.36 for channels chosen by magnitude and 0.32 for channels chosen by I, both with the same fraction in every layer. It
+is 0.22 if the fractions are chosen by I per MAC, too (scope `global`).
 """
 
 from __future__ import annotations

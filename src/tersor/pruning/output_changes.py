@@ -11,7 +11,7 @@ from tersor.tasks.task import Task
 
 
 def compared_values(outputs: Any, task: Task) -> Tensor:
-    """Values (N, ...) of a batch whose squared differences are the change that `squared_change` sums.
+    """Values (N, ...) of a batch; the sum of their squared differences is what `squared_change` returns.
 
     Raises:
         InputError: the outputs hold no floating-point tensor.

@@ -5,8 +5,9 @@ single branches from trained networks, which still work. A branch with few chann
 costs nothing: a block of ResNet-56 with half of its 32 inner channels takes 0.70 of the time in ONNX Runtime (AVX2),
 with a quarter of them 0.56.
 
-A branch is what is computed for one side of a sum alone, from the other side or from what the other side is computed
-from without learned layers. Its removal cost is measured, each branch on its own:
+A branch is the part of the graph that only one operand of an addition depends on. Its input is the other operand (the
+shortcut), or a value from which the shortcut is computed without learned layers. Its removal cost is measured, each
+branch on its own:
 
     1/2 E sum_k (z'_k - mean z' - z_k + mean z)^2     z, z': logits (N, classes, ...) with and without the branch
 
@@ -127,8 +128,8 @@ def removal_cost(
         task: gives the logits.
 
     Raises:
-        InputError: there are no images, only one where a mean is needed, the network returns no floating-point tensor,
-            or a value is not finite.
+        InputError: there are no images, or a single one for a network with BatchNorm, the network returns no
+            floating-point tensor, or a value is not finite.
     """
     means = bool(with_statistics(graph))
     with evaluating(graph), torch.no_grad():
@@ -136,7 +137,7 @@ def removal_cost(
         count = sum(map(len, batches))
         if count <= means:
             raise InputError(
-                f"the cost of branches is measured on at least {1 + means} images; {count} were given. "
+                f"the removal cost of branches is measured on {1 + means} or more images; given: {count}. "
                 "Pass more as data=..., or write branches: 0."
             )
         replacements = _means(graph, branches, batches) if means else {}

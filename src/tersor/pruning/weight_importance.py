@@ -1,7 +1,7 @@
 """Importance of single weights, kernels and filters: units with the lowest score are masked first.
 
 A unit of a weight w (C_out, C_in, ...) is a single weight, a kernel or a filter. Scores are means over a unit, so that
-layers with small and large filters compare.
+layers with small and large filters are comparable.
 
     magnitude       mean |w|                        Han et al., 2015; Li et al., "Pruning Filters", ICLR 2017
     magnitude_l2    root of the mean w^2, for kernels and filters; single weights have the order of |w|
@@ -136,7 +136,7 @@ def accumulate_gradients(
 
 
 def check_loss(task: Task, data: Iterable[Any] | None) -> None:
-    """Check that there are data, and that the task's loss has gradients at the network itself.
+    """Check that there are data, and that the task's loss has a nonzero gradient for the unchanged network.
 
     Raises:
         InputError: there are no data, or the loss is the distance from the original network.
@@ -178,8 +178,9 @@ def function_scores(path: str, weight: Tensor, granularity: str, *, name: str, l
     units = _units(weight, granularity)
     shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
     if shape not in (tuple(weight.shape), (units,)):
+        what = f"a tensor of shape {shape}" if isinstance(scores, Tensor) else f"an object of type {shape}"
         raise InputError(
-            f"'{path}' returned {shape} for {name}. Return a tensor of the weight's shape {tuple(weight.shape)}, or "
+            f"'{path}' returned {what} for {name}. Return a tensor of the weight's shape {tuple(weight.shape)}, or "
             f"one score for each {granularity}, ({units},)."
         )
     scores = scores.detach().float()

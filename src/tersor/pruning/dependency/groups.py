@@ -20,7 +20,7 @@ class Cut(NamedTuple):
         axis: `out` (filters, per-channel parameters) or `in` (columns that read) of a layer; the number of a dimension
             of a parameter; `ARGUMENT=BEFORE` of a node whose argument counts the channels; `gives=ARGUMENT` of a sum
             that is replaced with one of its arguments.
-        channels: indices before any of the cuts that are made at once.
+        channels: indices in the network before this round of cuts.
     """
 
     layer: str

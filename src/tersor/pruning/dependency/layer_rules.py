@@ -1,4 +1,4 @@
-"""Coupling rules for layers: what reads channels, what writes them, what passes each one on."""
+"""Coupling rules for layers: the input and output channels of each, and which of them are coupled."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def _is_constant(node: fx.Node, path: str) -> bool:
 
 
 def frozen(value: Any) -> Any:
-    """A recorded value, of whose tensors nothing can be removed."""
+    """A recorded value in which every tensor is frozen: none of its channels can be removed."""
     if isinstance(value, Shape):
         return TrackedShape.frozen(value)
     if isinstance(value, tuple | list) and type(value) in {tuple, list}:

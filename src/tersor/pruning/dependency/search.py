@@ -63,7 +63,7 @@ class GroupSearch:
         pruned = _pruned_copy(check.graph, [each for half in slices.values() for each in half])
         if pruned is None:
             failed = [each for each in last if _pruned_copy(check.graph, slices[id(each)]) is None]
-            return failed or last, "they cannot be removed from every tensor that holds them"
+            return failed or last, "some tensor that holds them cannot be shortened"
         difference = check.first_difference(pruned, self.example)
         if difference is None:
             return None

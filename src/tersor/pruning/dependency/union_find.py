@@ -25,7 +25,7 @@ class TrackedShape:
 
 
 class ChannelSets:
-    """A union-find over channel ids, and the reasons why some sets are frozen: cannot be removed."""
+    """A union-find over channel ids, and the reasons why some sets are frozen, that is, cannot be removed."""
 
     def __init__(self) -> None:
         self._parents: list[int] = []
@@ -56,7 +56,7 @@ class ChannelSets:
         return self._flat[ids]
 
     def outside(self, representatives: Iterable[int]) -> NDArray[np.bool_]:
-        """For every id, whether its set is none of these."""
+        """For every id, whether it is outside of these sets."""
         inside = np.fromiter(representatives, np.int64)
         return ~np.isin(self.find_all(np.arange(len(self._parents))), inside)
 
