@@ -35,7 +35,7 @@ def test_every_layer_is_a_row_and_every_width_a_column():
     assert {"stem (432)", "stage.0.conv<1> (9,216)", "head (640)"} <= set(labels)
     cells = [[each.text for each in group] for group in svg_of().iter(f"{SVG}g")]
     assert len(cells) == 9
-    assert cells[6] == ["head at 2 bits: error 50 %, accuracy drop 0.25 points", None, "50"]
+    assert cells[6] == ["head at 2 bits: error 50 %, metric drop 0.25 points", None, "50"]
 
 
 def test_larger_errors_are_darker_and_their_text_is_readable():

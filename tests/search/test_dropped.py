@@ -26,7 +26,7 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
         kept = any(each.point.name in on_the_front for each in records if each.of == record.of)
         if kept and record.rung == 0 and record.of != Candidate():
             reason = made.dropped.get(record.point.name, "")
-            assert ("untrained. The trained network is" in reason) is (record.point.name not in on_the_front)
+            assert ("before training. After training, this" in reason) is (record.point.name not in on_the_front)
         elif record.of != Candidate():
             assert kept or record.of.name in made.dropped
     first = search.folder.state.rungs[0].members
@@ -34,7 +34,7 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
     assert made.dropped[Candidate(branches=3).name] == "Failed: cannot be built"
     slow = made.dropped["deep-8bit"]
     assert slow.startswith(
-        "49.80 % untrained. Not trained: it is slower, or hardly faster, than the fastest free baseline"
+        "49.80 % before training. Not trained: it is slower, or hardly faster, than the fastest free baseline"
     )
     rung = [text for name, text in made.dropped.items() if name in first]
     assert rung
@@ -47,7 +47,7 @@ def test_a_dominated_candidate_names_the_point_that_is_better(tmp_path):
     search = searching(tmp_path / "out")
     made = run(search)
     dominated = {point.name for point in made.dominated}
-    names = [name for name in made.dropped if name in dominated and "The trained network is" not in made.dropped[name]]
+    names = [name for name in made.dropped if name in dominated and "After training, this" not in made.dropped[name]]
     assert names
     points = {point.name for point in made.points}
     for name in names:
@@ -128,7 +128,7 @@ def test_a_student_has_the_name_that_the_user_wrote(tmp_path):
     search.bench.students["net.py:small"] = None
     search.study = Study(InMemoryStorage(), "own", ["original", "net.py:small"], 0)
     surveys._try(search, student)
-    assert dropped(search, [])[student.name].startswith("net.py:small: 49.80 % untrained. Not trained")
+    assert dropped(search, [])[student.name].startswith("net.py:small: 49.80 % before training. Not trained")
 
 
 def test_every_reason_is_a_sentence(tmp_path):

@@ -165,7 +165,9 @@ def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path, monk
     add(search, Candidate(branches=2), 0, 80.0, 0.5)
     search.folder.state.costs.step = 100.0
     train_and_survey(search, SPACE, lambda _last: halve(search))
-    assert told[0].startswith("training ends: a training takes at least 33.4 minutes. "), "no time for twenty steps"
+    assert told[0].startswith("training ends: training a candidate takes at least 33.4 minutes. "), (
+        "no time for twenty steps"
+    )
 
 
 def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_path):
@@ -213,7 +215,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     assert finish.advice(search, first.point) == [
         f"More time: in 30 minutes the same network is expected to lose about {after:.2f} points instead of 2.00.",
         f"Larger drop: {first.point.description} meets the other limits and loses 2.00 points.",
-        "Another runtime: in openvino the original takes 0.75 of the time.",
+        "Another runtime: in openvino the original takes 0.75 of its time in onnxruntime.",
     ]
     # the original does not meet the latency; the candidate with the best prospects is named
     lines = finish.advice(search, search.original)

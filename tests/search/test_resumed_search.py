@@ -171,7 +171,7 @@ def test_an_extension_surveys_where_it_cannot_train_and_says_why_it_ends(tmp_pat
     assert trained is (export < 60)
     if not trained:
         assert longer.clock.used > 0.6 * longer.clock.total
-        assert any(line.startswith("training ends: a training takes at least 2") for line in told)
+        assert any(line.startswith("training ends: training a candidate takes at least 2") for line in told)
 
 
 @pytest.mark.usefixtures("_only_the_end")

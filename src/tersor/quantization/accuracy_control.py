@@ -107,8 +107,9 @@ def keep_in_float(
 ) -> FloatLayers:
     """Keep the most sensitive layers in float, as few as possible for a drop of at most `max_drop`.
 
-    A layer's sensitivity is the error of the outputs when it alone is quantized. The drop without a single layer is not
-    used: of two sensitive layers in a row, keeping only one in float would not help. Bisection finds the number.
+    A layer's sensitivity is the error of the outputs when it alone is quantized. The drop of the metric when one layer
+    alone is in float is not used: if two sensitive layers follow each other, keeping one of them in float does not
+    help. Bisection finds the number.
 
     Args:
         quantizers: of the network, all enabled.

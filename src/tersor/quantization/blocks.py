@@ -1,10 +1,10 @@
-"""Blocks: parts of a captured network, divided at nodes on whose value alone all later nodes depend.
+"""Blocks: parts of a captured network, divided at nodes whose value is the only input of all later nodes.
 
     x -> [conv1 bn relu] -> [conv bn relu conv bn +] -> [...] -> [mean linear] -> logits
 
-A residual block is one block, and so is each layer of a sequence. Where a network returns several tensors, the layers
-behind the last such node are one block, whose end is the output of the network. `between` runs a part of the network on
-its own.
+A residual block is one block, and so is each layer of a sequence. If a network returns several tensors, all layers
+after the last such node form one block, which ends at the output of the network. `between` runs a part of the network
+on its own.
 """
 
 from __future__ import annotations

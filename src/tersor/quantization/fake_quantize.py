@@ -52,7 +52,7 @@ class MovingAverage(nn.Module):
 
 
 class WeightShare(nn.Module):
-    """The share of a weight's range that its grid spans, which stays while the weight trains.
+    """The share of a weight's range that its grid spans; it stays constant while the weight is trained.
 
     Args:
         channels: number of scales; None for one scale for the whole weight.
@@ -66,12 +66,12 @@ class WeightShare(nn.Module):
 
 
 class LearnedStep(nn.Module):
-    """Marks a quantizer whose scale is a Parameter; holds the offset, which may be one too.
+    """Marks a quantizer whose scale is a Parameter; holds the offset if it is learned.
 
     Args:
         channels: number of steps; None for one step for the whole tensor.
         offset: whether an offset is learned, which the zero point follows.
-        of_images: whether dimension 0 of the values are images, which do not count among the values that share a step.
+        of_images: whether dimension 0 is the batch; the number of values that share a step is then that of one image.
     """
 
     offset: Tensor | None
@@ -184,7 +184,7 @@ class FakeQuantize(nn.Module):
     def forward(self, values: Tensor, *, moved: bool = False) -> Tensor:
         """Rounds `values` of any shape, or (channels, ...).
 
-        With `moved`, they are those of another call, only reshaped or moved: the observer has seen them.
+        If `moved`, the values were rounded by an earlier call and then reshaped or moved, and the observer skips them.
         """
         if not self.enabled:
             return values

@@ -62,7 +62,7 @@ def drawn(before: Mapping[str, WeightOnGrid], after: Mapping[str, WeightOnGrid])
 
     Each summary has `before` and `after` (histograms of positions from -0.5 to 0.5), `distance` (mean |position| before
     and after), and `moved` (mean |w' - w|, in bins of |position| before from 0 to 0.5; None for an empty bin). The unit
-    is a step of the grid, for `moved` of the grid before.
+    is a step of the grid; for `moved`, a step of the grid at the start.
 
     Args:
         before: layer -> its weight at the start.

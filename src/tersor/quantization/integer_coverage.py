@@ -89,7 +89,8 @@ class IntegerCoverage:
         largest = [f"{reason} ({percent(macs / self.macs)})" for reason, macs in shares.most_common(_REASONS)]
         more = f", and {len(shares) - _REASONS} other reasons" if len(shares) > _REASONS else ""
         warning = (
-            f"only {percent(self.share)} of the MACs are computed in integers. In float: {'; '.join(largest)}{more}"
+            f"only {percent(self.share)} of the MACs are computed in integers. Operators stay in float for these "
+            f"reasons (with the share of the MACs): {'; '.join(largest)}{more}"
         )
         return f"{warning}; {uncounted}" if uncounted else warning
 

@@ -4,7 +4,7 @@
 from minmax, with the smallest mean squared rounding error (as in "Post training 4-bit quantization", Banner et al.
 2019, and the MSE search of every later toolkit). `entropy` takes the one whose rounded values have the distribution
 most similar to that of the values (Migacz, "8-bit inference with TensorRT", GTC 2017: the smallest Kullback-Leibler
-divergence). Activations are judged by a histogram, weights directly.
+divergence). The errors of activations are computed from a histogram, those of weights from all values.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def weight_grid(
         weight_range: how the range is chosen.
         percentile: percent of the values inside the range, for `weight_range: percentile`.
         share: share of that range that the grid spans, (C,) or (); default: all of it.
-        energies: mean square of the input that each weight multiplies, of the shape of `weight`, for `weight_range:
-            mse`: weights the rounding errors. Then much smaller ranges are tried too.
+        energies: mean square of the input that each weight multiplies, of the shape of `weight`. For `weight_range:
+            mse`, the squared rounding errors are multiplied by it, and much smaller ranges are tried too.
     """
     rows = (len(weight), -1) if per_channel else (1, -1)
     flat = weight.detach().float().reshape(rows)

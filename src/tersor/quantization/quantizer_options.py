@@ -19,7 +19,9 @@ _INHERITED = "default: as in the earlier stage, or"
 Bits = Annotated[int, Field(ge=2, le=BYTE)]
 WeightBits = Annotated[Bits, Field(description="bits of a weight")]
 ActivationBits = Annotated[Bits, Field(description="bits of an activation")]
-PerChannel = Annotated[bool, Field(description="one scale per output channel of a weight, or one per weight")]
+PerChannel = Annotated[
+    bool, Field(description="true: one scale per output channel; false: one scale for the whole weight tensor")
+]
 ActivationRange = Annotated[Range, Field(description="how an activation's range is chosen")]
 Exclude = Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")]
 CalibrationImages = Annotated[int, Field(ge=1, description="number of unlabeled images to calibrate with")]
@@ -119,7 +121,9 @@ class QuantizedTrainingOptions:
     ] = None
     per_channel: Annotated[
         bool | None,
-        Field(description=f"one scale per output channel of a weight, or one per weight; {_INHERITED} true"),
+        Field(
+            description=f"true: one scale per output channel, false: one for the whole weight tensor; {_INHERITED} true"
+        ),
     ] = None
     freeze_norm_at: Annotated[
         float, Field(ge=0, le=1, description="fraction of the stage after which BatchNorm statistics are frozen")

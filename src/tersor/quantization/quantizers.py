@@ -228,8 +228,8 @@ def insert_or_reuse_quantizers(
         method: the method's name, for error messages.
 
     Raises:
-        InputError: no data, a pattern that matches nothing, no layer left, grids of other options, or grids that
-            another method of the stage trains.
+        InputError: no data, a pattern that matches nothing, no layer left, options that differ from the grids of the
+            earlier stage, or grids that another method of the stage trains.
     """
     quantizers = find_quantizers(model)
     if quantizers is None:

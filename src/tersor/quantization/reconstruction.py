@@ -6,8 +6,8 @@
 
 y is the part's output in float, y_hat its output for the inputs that the rounded parts before it produce. The second
 term is off for the first fifth of the iterations; then beta falls from 20 to 2 and drives every h to 0 or 1. Finally
-each weight is set to its point on the grid, so the `state_dict` shows which parts are done. The error of the part
-behind which a network returns several tensors is the sum over these.
+each weight is set to its point on the grid, so the `state_dict` shows which parts are done. If a network returns
+several tensors, the error of its last part is the sum over them.
 
 AdaRound, BRECQ and QDrop differ in the parts and in the inputs: see their files in `methods/`.
 """

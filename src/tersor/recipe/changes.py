@@ -22,7 +22,7 @@ def changes(before: str, recipe: Recipe) -> str:
         recipe: the recipe to compare with.
 
     Returns:
-        The differences; empty if there are none, or if the text is no YAML.
+        The differences; empty if there are none, or if the text is not YAML.
     """
     try:
         old = dict(_leaves(plain(load(before, "recipe.yaml"))))

@@ -35,7 +35,7 @@ class DataSource(PlainRecord):
         None
     )
     name: Annotated[
-        Named | None, Field(description="digits, scenes, a set of torchvision, or package.module:function")
+        Named | None, Field(description="digits, scenes, a torchvision data set, or package.module:function")
     ] = None
     root: Annotated[Path | None, Field(description="folder of a torchvision data set")] = None
     image_size: Annotated[

@@ -17,7 +17,7 @@ def share(value: float, largest: float) -> str:
 
 
 def grouped(groups: Groups, kind: str) -> list[tuple[str, Mapping[str, float]]]:
-    """Groups with their values by kind; `kind` is that of values without one, None means no value."""
+    """Groups with their values by kind. A plain number gets the kind `kind`; None becomes an empty group."""
     return [
         (name, values if isinstance(values, Mapping) else {} if values is None else {kind: values})
         for name, values in groups

@@ -30,7 +30,7 @@ def dropped(search: Search, kept: Sequence[Point]) -> dict[str, str]:
             found |= _trained_further(records, names)
         elif not last.point.free:
             reasons = "; ".join(_reasons(search, last, kept))
-            trained = f"after {last.point.steps} steps" if last.rung else "untrained"
+            trained = f"after {last.point.steps} steps of training" if last.rung else "before training"
             network = "" if last.of.network in name else f"{last.of.network}: "  # as the user wrote it
             found[name] = f"{network}{last.point.validation:.2f} % {trained}. {reasons[:1].upper()}{reasons[1:]}."
     found |= {name: f"Failed: {reason}" for name, reason in failed.items()}
@@ -48,7 +48,8 @@ def _trained_further(records: Sequence[Record], names: Collection[str]) -> dict[
     if first.rung or first.point.free or first.point.name in names:
         return {}
     kept = next(record.point for record in records if record.point.name in names)
-    return {first.point.name: f"{first.point.validation:.2f} % untrained. The trained network is {kept.name}."}
+    after = f"After training, this network is the point {kept.name}."
+    return {first.point.name: f"{first.point.validation:.2f} % before training. {after}"}
 
 
 def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:

@@ -223,6 +223,7 @@ def _another_runtime(search: Search) -> list[str]:
         point for point in baselines if point.runtime != search.runtime and point.mean_ms < here.mean_ms
     ]
     return [
-        f"Another runtime: in {point.runtime} the original takes {point.mean_ms / here.mean_ms:.2f} of the time."
+        f"Another runtime: in {point.runtime} the original takes {point.mean_ms / here.mean_ms:.2f} of its time in "
+        f"{search.runtime}."
         for point in faster
     ]

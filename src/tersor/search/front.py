@@ -163,12 +163,12 @@ def share_of_budget(point: Point, budget: Budget, original: float) -> str:
 def reason(point: Point, budget: Budget, *, met: bool) -> str:
     """Why `rank` chose a point, in words."""
     sizes = " and ".join(map(str, point.latency_ms))
-    mean = ", the geometric mean of" if len(point.latency_ms) > 1 else " at"
+    mean = " (geometric mean)" if len(point.latency_ms) > 1 else ""
     if not met:
         return "Chosen because it is closest to the budget."
     if budget.points is None:
         return "Chosen because it has the best metric on the validation images within the budget."
-    return f"Chosen because it has the lowest latency within the budget{mean} batch {sizes}."
+    return f"Chosen because it has the lowest latency{mean} within the budget at batch {sizes}."
 
 
 def distance(lacking: dict[str, float]) -> float:

@@ -63,7 +63,7 @@ def halve(search: Search, workers: Workers | None = None, *, last_resort: bool =
 def why_not_trained(search: Search) -> str:
     """Why `halve` trains no further candidate, in words."""
     if seconds_to_train(search) < (least := _least_seconds(search)):
-        return f"a training takes at least {least / 60:.1f} minutes"
+        return f"training a candidate takes at least {least / 60:.1f} minutes"
     return "no promising candidate can be improved by training"
 
 

@@ -155,7 +155,7 @@ def hopeful(search: Search, trained: Sequence[Record], seconds: float) -> list[R
 
 
 def improvement(search: Search, record: Record, metric: float, power: float = 1.0) -> float:
-    """The probability to this power that a candidate with this expected metric is within the drop, times its gain."""
+    """The probability that a candidate with this expected metric is within the drop, to this power, times its gain."""
     within = [point for point in search.points if not violations(point, search.budget, search.reference)]
     before = min((point.mean_ms for point in within), default=max(point.mean_ms for point in search.points))
     gained = math.log(before / record.point.mean_ms)

@@ -31,7 +31,8 @@ class Tested:
 
     Attributes:
         metric: in percent.
-        agreement: with the original, in percent; None for outputs that have the size of other images.
+        agreement: with the original, in percent; None if the outputs have another size because the image size was
+            changed.
         by_class: scores in percent, None for a class that does not occur.
         classes: predicted class numbers (N,), int64; None for other tasks than classification.
     """

@@ -15,7 +15,8 @@ _MOST_NAMES = 8
 def verdict_lines(front: Front) -> list[str]:
     """The gain over the fastest free baseline, the share of the budget, why the network was chosen, and advice."""
     best, original, metric = front.point(front.best), front.point(front.original), _metric(front)
-    smaller = f"{original.bytes / best.bytes:.1f} times smaller than the original"
+    ratio = f"{original.bytes / best.bytes:.1f}"
+    smaller = "same size as the original" if ratio == "1.0" else f"{ratio} times smaller than the original"
     if best.free:
         found = "No faster network was found within the budget." if front.met else "No network meets the budget."
         first = f"{best.description}: {metric}, {smaller}. {found}"

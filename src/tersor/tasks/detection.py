@@ -107,11 +107,17 @@ def _check(targets: Any, images: int) -> None:
         isinstance(each, Mapping) and all(isinstance(each.get(key), Tensor) for key in ("boxes", "labels"))
         for each in given
     ):
-        raise InputError(f"the targets are not dicts of boxes and labels, one for each of {images} images.")
+        raise InputError(
+            f"the targets are not a list of {images} dicts with the tensors boxes and labels. Pass one dict of boxes "
+            "(K, 4) and labels (K,) for each image."
+        )
     for each in given:
         boxes, labels = each["boxes"], each["labels"]
         if boxes.shape != (len(labels), 4):
-            raise InputError(f"an image has boxes of shape {tuple(boxes.shape)} and {len(labels)} labels.")
+            raise InputError(
+                f"an image has boxes of shape {tuple(boxes.shape)} and {len(labels)} labels. Pass boxes (K, 4) and "
+                "labels (K,)."
+            )
         wrong = boxes[~(boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1))]
         if len(wrong):
             shown = ", ".join(f"{value:g}" for value in wrong[0].tolist())

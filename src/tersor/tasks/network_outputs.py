@@ -109,7 +109,7 @@ def relative_squared_error_of_all(pairs: Iterable[tuple[Any, Any]]) -> float:
 
 
 def relative_values(outputs: Any) -> Tensor:
-    """All floating-point values of a batch (N, values), whose squared distance is N times the relative squared error.
+    """The floating-point values (N, values), scaled: their squared distance is N times the relative squared error.
 
     The reference is `outputs` itself, as a constant: gradients do not flow through it.
     """

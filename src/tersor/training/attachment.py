@@ -210,7 +210,7 @@ class Chain(Attachment):
                 if taken := sorted(StageRecord.model_fields.keys() & of_part):
                     raise InputError(
                         f"{type(part).__name__}.metrics has the name '{taken[0]}', which numbers.json uses for another "
-                        "value. Choose another name; --resume then keeps the training."
+                        "value. Choose another name. The finished training is not lost: continue with --resume."
                     )
             for name, given in of_part.items():
                 value = given.tolist() if isinstance(given, Tensor) else given

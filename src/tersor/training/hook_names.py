@@ -1,4 +1,4 @@
-"""Methods of a user's attachment whose names nearly are those of hooks."""
+"""Methods of a user's attachment with names similar to those of hooks."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -
         layers: by name.
         gradient: "masked": masked weights stay constant; "straight_through": they are trained too; "split": as in
             `dcil`.
-        method: name of the method, in errors.
+        method: name of the method in error messages.
 
     Raises:
         InputError: a weight is quantized already, or there is no such gradient.

@@ -28,7 +28,7 @@ _IMAGES = 1024
 def average_again(
     objective: Objective, batches: BatchSource, updates: int, place: Callable[[Batch], Batch]
 ) -> Iterator[str]:
-    """Replace running statistics with a too small momentum by averages over training images; yield a line about it.
+    """Average running statistics whose momentum is too small over training images instead; yield a line about it.
 
     Those that are frozen during training (in eval mode, or with momentum 0) stay as they are, and so do those of layers
     that run only in training.

@@ -192,7 +192,10 @@ class Objective(nn.Module):
             value = _value(term, batch, student, teacher)
             losses[term.name] = losses.get(term.name, 0) + value  # a method may come twice
         if not losses:
-            raise InputError("no loss: the images have no labels, and no method adds a loss.")
+            raise InputError(
+                "no loss: the images have no labels, and no method adds a loss. Pass labeled images, or add a method "
+                "with a loss."
+            )
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
             terms = [term for term in self.terms if isinstance(term, LossTerm)]
             _require_gradients(losses, student, {term.name: _named(term) for term in terms})
@@ -225,7 +228,7 @@ def check_terms(terms: Sequence[object], owner: str = "") -> None:
         owner: first words of the error message.
 
     Raises:
-        InputError: an object is no LossTerm or does not call `super().__init__()`, or a name cannot be used.
+        InputError: an object is not a LossTerm or does not call `super().__init__()`, or a name cannot be used.
     """
     classes: dict[str, str] = {}
     for term in terms:

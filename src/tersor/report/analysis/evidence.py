@@ -153,7 +153,7 @@ def _profiles(
 
 
 def layers_by_module(network: nn.Module, images: Tensor) -> dict[str, str]:
-    """Layers by their path and by the path of the BatchNorm after them, which names the two once they are folded.
+    """Layers by their own path and by that of the BatchNorm after them: a folded node may have either name.
 
     Args:
         network: in eval mode, on the CPU.

@@ -150,7 +150,7 @@ def image_entry(images: Images, index: int) -> dict[str, Any]:
 
 
 def rgb_of(images: Images, index: int) -> Tensor:
-    """An image as uint8 (3, H, W): the higher bits of 16, the first three channels of more, a gray one three times."""
+    """An image as uint8 (3, H, W): the high byte of 16 bits, the first three channels, or a gray channel repeated."""
     pixels = images.take(torch.tensor([index]))[0]
     if pixels.dtype == torch.uint16:
         pixels = (pixels.int() // 256).byte()
