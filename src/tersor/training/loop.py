@@ -112,9 +112,7 @@ def fit(
         ProcessLost: another process has died.
     """
     if not attachment.terms and not attachment.label_weight:
-        raise InputError(
-            "no loss: label_weight is 0 and no method adds one. Increase label_weight, or add a loss term."
-        )
+        raise InputError("no loss: label_weight is 0 and no method adds one. Increase label_weight or add a loss term.")
     rates = learning_rates(batches, training, steps)
     # without the labels' loss the classifier may get no gradient: a term may use inner layers alone
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
