@@ -38,7 +38,7 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
     )
     rung = [text for name, text in made.dropped.items() if name in first]
     assert rung
-    assert all("steps. Not trained further after rung 1 of" in text for text in rung if "100 steps" in text)
+    assert all("steps of training. Not trained further after rung 1 of" in text for text in rung if "100 steps" in text)
     page = (search.folder.path / "report.html").read_text()
     assert all(f"<p>{name}: {reason}</p>" in page for name, reason in made.dropped.items())
 
@@ -136,5 +136,5 @@ def test_every_reason_is_a_sentence(tmp_path):
     run(search)
     reasons = dropped(search, [])
     (last,) = search.folder.state.rungs[-1].members
-    assert reasons[last].endswith("steps. Another point was at least as good before the final measurement.")
+    assert reasons[last].endswith("steps of training. Another point was at least as good before the final measurement.")
     assert not any(reason.endswith(". .") for reason in reasons.values())

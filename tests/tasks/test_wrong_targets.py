@@ -132,7 +132,7 @@ def boxed(boxes, labels=(1,)):
         (boxed([[2.0, 2.0, 9.0, 9.0]], (0,)), "label 0"),
         (boxed([[2.0, 2.0, 9.0, 9.0]], (1, 2)), r"shape \(1, 4\) and 2 labels"),
         ([{"box": torch.zeros(1, 4)}], "not a list of 1 dicts"),
-        (boxed([[2.0, 2.0, 9.0, 9.0]]) * 2, "for each of 1 images"),
+        (boxed([[2.0, 2.0, 9.0, 9.0]]) * 2, "not a list of 1 dicts .* for each image"),
     ],
 )
 def test_boxes_of_another_form_are_refused(targets, message):
