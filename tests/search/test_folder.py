@@ -281,12 +281,15 @@ def test_another_survey_tries_a_candidate_although_the_clock_moves_between_two_r
 
 @pytest.mark.usefixtures("fake_search")
 @pytest.mark.parametrize(("share", "tried"), [(0.4, True), (0.6, False)])
-def test_while_nothing_is_better_than_the_baselines_a_survey_may_use_half_of_the_reserve(tmp_path, share, tried):
+def test_the_first_candidate_may_take_half_of_the_reserve(tmp_path, share, tried):
     search = searching(tmp_path / "out", minutes=1.0)
     reserve = search.reserve(more=1)
     search.folder.state.costs.survey = seconds_to_train(search) + share * reserve
     assert search.reserve(more=1) == reserve
-    assert rest_of_time._survey_more(search, Space(1, prunable=True, students=["wide"])) == tried
+    space = Space(1, prunable=True, students=["wide"])
+    assert rest_of_time._survey_more(search, space) == tried
+    search.folder.state.costs.survey = seconds_to_train(search) + share * reserve
+    assert not rest_of_time._survey_more(search, space), "only the first one"
 
 
 @pytest.mark.usefixtures("fake_search")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tersor.search.candidate import Candidate
 from tersor.search.dropped import not_tried
 from tersor.search.halving import why_not_trained
 from tersor.search.plan import survey_seconds
@@ -16,7 +17,7 @@ _UNUSED = 0.1
 """A search that leaves more than this share of its time unused says why."""
 
 _FOR_THE_FIRST = 0.5
-"""Share of the time reserved for the end that the survey may use while nothing is better than the free baselines."""
+"""Share of the time reserved for the end that the first candidate of the survey may take."""
 
 
 def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]) -> None:
@@ -51,11 +52,11 @@ def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]
 def _survey_more(search: Search, space: Space) -> bool:
     """Survey for a share of the time left, but at least one candidate; returns whether there was another one.
 
-    While the best network is a free baseline, the candidate may take a share of the time reserved for the end.
+    The first candidate of a search may take a share of the time reserved for the end.
     """
     state, left = search.folder.state, seconds_to_train(search)
-    nothing_found = search.best is not None and search.best.free
-    if left + nothing_found * _FOR_THE_FIRST * search.reserve(more=1) < state.costs.survey:
+    first = all(record.of == Candidate() for record in search.study.records())
+    if left + first * _FOR_THE_FIRST * search.reserve(more=1) < state.costs.survey:
         return False
     before = len(search.study.records()) + len(search.study.failed)
     state.survey_until = search.clock.used + max(state.costs.survey, survey_seconds(left))
