@@ -104,12 +104,12 @@ def test_the_normalization_is_that_of_the_recipe_else_that_of_both_files():
     with pytest.MonkeyPatch.context() as patch:
         found = {"1": ((0.1,), (0.2,)), "2": ((0.3,), (0.2,)), "": None}
         patch.setattr(models, "normalization", lambda metadata: found[metadata.get("a", "")])
-        assert normalised(recipe(data=source), *two) is given
-        assert normalised(recipe(), {}, {}) is given
-        assert normalised(recipe(), {}, {}, own_mean=True) is given
-        changed = normalised(recipe(), {}, two[0])
-        assert (changed.mean, changed.std) == ((0.1,), (0.2,))
-        assert normalised(recipe(), two[1], two[1]).mean == (0.3,)
+        assert normalised(recipe(data=source), *two) == (given, False)
+        assert normalised(recipe(), {}, {}) == (given, True)
+        assert normalised(recipe(), {}, {}, own_mean=True) == (given, False)
+        changed, computed = normalised(recipe(), {}, two[0])
+        assert (changed.mean, changed.std, computed) == ((0.1,), (0.2,), False)
+        assert normalised(recipe(), two[1], two[1])[0].mean == (0.3,)
         with pytest.raises(InputError, match="trained with different mean"):
             normalised(recipe(), *two)
     sources = [line.partition("(")[2] for line in progress.lines]
@@ -122,7 +122,7 @@ def test_the_normalization_is_that_of_the_recipe_else_that_of_both_files():
     ]
 
 
-def test_a_normalization_that_is_not_that_of_the_training_is_a_warning(monkeypatch):
+def test_a_normalization_that_is_not_that_of_the_training_is_refused_if_computed_and_else_a_warning(monkeypatch):
     asked = []
 
     def doubt(name, model, batches, task, mean, std):
@@ -130,9 +130,13 @@ def test_a_normalization_that_is_not_that_of_the_training_is_a_warning(monkeypat
         return f"{name} is better with other values."
 
     monkeypatch.setattr(network_checks, "normalization_warning", doubt)
-    made, lines = prepared(network())
-    assert "warning: own is better with other values." in [line.replace(OWN, "own") for line in lines]
-    assert asked == [(made.data.mean, made.data.std)]
+    with pytest.raises(InputError, match=r"is better with other values. Write --mean and --std, or data.mean and"):
+        prepared(network())
+    data = DataSource(name="digits", mean=(0.5,) * 3, std=(0.25,) * 3)
+    progress = RecordedProgress()
+    made = prepare(recipe(data=data), model=network(), data=splits(), progress=progress)
+    assert "warning: own is better with other values." in [line.replace(OWN, "own") for line in progress.lines]
+    assert asked == [(made.data.mean, made.data.std)] * 2
     asked.clear()
     prepared()
     assert not asked, "a network without weights"

@@ -128,7 +128,7 @@ def test_the_source_of_the_data_is_a_folder_a_csv_file_or_a_name(tmp_path):
     assert requests._network(request()).name == "torch.nn.modules.container:Sequential"
 
 
-@pytest.mark.parametrize(("train", "validation", "shares"), [(2000, 9, [0.1]), (1999, 9, [0.1, 0.25]), (9, 0, [0.1])])
+@pytest.mark.parametrize(("train", "validation", "shares"), [(1991, 9, [0.1]), (1990, 9, [0.1, 0.25]), (9, 0, [0.1])])
 def test_of_few_images_a_larger_share_is_held_out(monkeypatch, train, validation, shares):
     asked = []
 

@@ -23,12 +23,19 @@ from tersor.training.normalization_check import normalization_warning
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
 from tersor.training.teacher_check import level_warning, teacher_warnings
 
+_WRITE_MEAN = "Write --mean and --std, or data.mean and data.std in a recipe; they were computed from the training images."
 
-def check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
+
+def check_networks(experiment: Experiment, progress: ProgressReporter, *, mean_is_computed: bool) -> None:
     """Check the model and the teacher, and report doubts about their accuracy and about the normalization.
 
+    Args:
+        experiment: the experiment.
+        progress: receives the warnings.
+        mean_is_computed: whether mean and std were computed from the training images, because none were given.
+
     Raises:
-        InputError: one cannot be used with the images or for the task.
+        InputError: one cannot be used with the images or for the task, or the computed mean and std are wrong.
     """
     recipe, teacher, data = experiment.recipe, experiment.teacher, experiment.data
     name = recipe.model.name
@@ -55,7 +62,10 @@ def check_networks(experiment: Experiment, progress: ProgressReporter) -> None:
     if experiment.model_is_trained and recipe.teacher != "original":
         doubts.append(level_warning(name, experiment.model, few, experiment.task))
     if experiment.model_is_trained:
-        doubts.append(normalization_warning(name, experiment.model, few, experiment.task, data.mean, data.std))
+        doubt = normalization_warning(name, experiment.model, few, experiment.task, data.mean, data.std)
+        if doubt and mean_is_computed:
+            raise InputError(f"{doubt} {_WRITE_MEAN}")
+        doubts.append(doubt)
     for doubt in filter(None, doubts):
         progress.say(f"warning: {doubt}")
 

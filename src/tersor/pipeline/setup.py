@@ -87,19 +87,20 @@ def prepare(
         )
     network = plain_copy(network, "model" if model else recipe.model.name)
     teacher, of_teacher = _teacher(recipe, network, splits)
+    splits, computed = _normalised(splits, recipe, (metadata, of_teacher), progress, own_mean=own_mean)
     experiment = Experiment(
         recipe,
         task,
         network,
         teacher,
-        _normalised(splits, recipe, (metadata, of_teacher), progress, own_mean=own_mean),
+        splits,
         model_is_trained=model is not None or recipe.model.weights is not None,
         teacher_is_trained=not isinstance(recipe.teacher, Teacher) or recipe.teacher.weights is not None,
     )
     for whose, of_file in ((recipe.model.name, metadata), ("the teacher", of_teacher)):
         if "taken" in of_file:
             progress.say(f"weights of {whose}: {of_file['taken']}")
-    check_networks(experiment, progress)
+    check_networks(experiment, progress, mean_is_computed=computed)
     if any(map(experiment.steps_of, recipe.stages)) or not experiment.teacher_is_trained:
         progress.say(f"augmentation of the training images: {described_augmentation(recipe.data.augment)}")
     _rehearse(experiment, progress)
@@ -184,8 +185,11 @@ def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Modul
 
 def _normalised(
     splits: Splits, recipe: Recipe, metadata: Sequence[dict[str, str]], progress: ProgressReporter, *, own_mean: bool
-) -> Splits:
-    """The images with mean and standard deviation from the recipe, else the weights files, else the data."""
+) -> tuple[Splits, bool]:
+    """The images with mean and standard deviation from the recipe, else the weights files, else the data.
+
+    The second value is whether they were computed from the training images.
+    """
     told = list(dict.fromkeys(found for found in map(models.normalization, metadata) if found is not None))
     given = recipe.data.mean is not None
     if len(told) > 1 and not given:
@@ -193,14 +197,14 @@ def _normalised(
             f"model and teacher were trained with different mean and standard deviation: {told[0]} and {told[1]}. "
             "Both get the same images. Write data.mean and data.std to choose one normalization."
         )
-    weights = recipe.model.weights
+    weights, computed = recipe.model.weights, False
     if given:
         source = "given"
     elif told:
         splits, source = replace(splits, mean=told[0][0], std=told[0][1]), "from the weights file"
     else:
-        function = recipe.data.name is not None and is_function_path(recipe.data.name)
-        source = "from the data" if own_mean or function else "computed from the training images"
+        computed = not own_mean and not (recipe.data.name is not None and is_function_path(recipe.data.name))
+        source = "computed from the training images" if computed else "from the data"
         source += f"; {weights.name} has none" if weights else ""
     progress.say(normalization_line(splits.mean or (), splits.std or (), source))
-    return splits
+    return splits, computed

@@ -189,7 +189,7 @@ def _loaded(request: Request, source: DataSource) -> tuple[Splits, DataSource]:
         **request.reading,
     }
     splits = load(seed=request.seed, **options, validation=_VALIDATION)
-    if len(splits.train) >= _FEW or not len(splits.validation):
+    if len(splits.train) + len(splits.validation) >= _FEW or not len(splits.validation):
         return splits, source
     held_out = source.model_copy(update={"validation": _VALIDATION_OF_FEW})
     return load(seed=request.seed, **options, validation=_VALIDATION_OF_FEW), held_out
