@@ -119,6 +119,20 @@ def test_the_documented_loss_trains(tmp_path, monkeypatch):
     assert 0 < records[0].losses["similarity"] < 2
 
 
+def test_the_scales_of_the_documented_quantizer_are_powers_of_two(tmp_path, monkeypatch):
+    page = "how-to/own-method.md"
+    (tmp_path / "my_quantizers.py").write_text(blocks.blocks(page, "python")[2])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert parse(blocks.blocks(page, "yaml")[2], page).stages[0].name == "quantize"
+    own, built_in = (
+        run(f'{{"{name}": {{bits: 5}}}}', tmp_path / name[:3])[0].get_submodule("0").parametrizations.weight[0].scale
+        for name in ("my_quantizers:PowerOfTwo", "ptq")
+    )
+    assert len(own) == 10
+    assert torch.equal(own.log2(), own.log2().round())
+    assert ((built_in <= own) & (own < 2 * built_in)).all()
+
+
 def test_the_documented_loss_is_the_mean_squared_difference_of_cosines():
     found = {}
     exec(blocks.blocks("how-to/own-method.md", "python")[1].replace("config=PLAIN_VALUES", ""), found)

@@ -25,9 +25,9 @@ ACCURACY = Metric(name="accuracy", unit="%", higher_is_better=True)
 module = importlib.import_module("tersor.pipeline.run")
 
 
-@pytest.mark.parametrize(("bits", "harmless"), [(8, False), (4, True)])
-def test_few_bits_may_answer_otherwise_and_eight_may_not(bits, harmless):
-    attached = PTQ(activation_bits=bits).attach(
+@pytest.mark.parametrize(("bits", "activation_bits", "harmless"), [(8, 8, False), (8, 4, True), (4, 8, True)])
+def test_with_few_bits_the_file_may_differ_from_torch_and_with_eight_not(bits, activation_bits, harmless):
+    attached = PTQ(bits=bits, activation_bits=activation_bits).attach(
         build("resnet20", 10).eval(), AttachContext(data=[torch.randn(4, 3, 16, 16)])
     )
     attached.begin()

@@ -216,7 +216,10 @@ def _disagreement(results: Results, model: nn.Module) -> str:
     told, laid = disagreement(results), find_quantizers(model)
     if not told:
         return ""
-    coarse = laid is not None and any(laid.of_activation(name).grid.bits < _BYTE for name in laid.activations)
+    coarse = laid is not None and any(
+        quantizer.grid.bits < _BYTE
+        for quantizer in (*map(laid.of_activation, laid.activations), *map(laid.of_weight, laid.layers))
+    )
     if not coarse:
         return f"{told}. Do not deploy model.onnx."
     return (

@@ -38,7 +38,10 @@ def verdict_lines(front: Front) -> list[str]:
         change = best.validation - original.validation
         lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
         if budget.points is not None and best.drop_error > budget.points:
-            lines.append("The standard error is larger than the allowed drop: use more validation images.")
+            lines.append(
+                "The standard error is larger than the allowed drop: use more validation images, for example with "
+                "--data your_file.py:function."
+            )
     return [*lines, *single(front), *saturation(front), *front.advice]
 
 
@@ -129,7 +132,13 @@ def test_use(front: Front) -> str:
         when = "at the end of the continued search" if number else "at the end"
         uses.append(f"{when}, on {', '.join(names) if len(names) <= _MOST_NAMES else f'{len(names)} points'}")
     times = {1: "once", 2: "twice"}.get(len(uses), f"{len(uses)} times")
-    return f"{front.test_images} test images were used {times}: {'; '.join(uses)}."
+    told = f"{front.test_images} test images were used {times}: {'; '.join(uses)}."
+    if front.tests_chose:
+        told += (
+            " The validation images are the other half of the test set, because the original was trained on the images "
+            "held out from training."
+        )
+    return told
 
 
 def _speedups(front: Front) -> list[str]:

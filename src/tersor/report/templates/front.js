@@ -249,7 +249,8 @@
       return;
     }
     if (one.by_class.length && other.by_class.length) section("Score by class: " + data.metric, table("Score by class", ["class", "A, %", "B, %", "difference"], byClass(one, other)));
-    section("Time by operator, batch " + size(), table("Time by operator", ["operator", "nodes, A", "time, A", "nodes, B", "time, B"], times(one, other)));
+    section("Time by operator, batch " + size(), make("p", "From the runtime's node profile. Profiling adds a few microseconds to each node, and the two files were not profiled in the same rounds: compare shares, not milliseconds. The latencies above are from interleaved rounds.", { class: "note" }));
+    box.append(table("Time by operator", ["operator", "nodes, A", "time, A", "nodes, B", "time, B"], times(one, other)));
     section("Layers, time at batch " + size(), table("Layers", ["layer", ...["channels", "bits", "ms"].flatMap((each) => [each + ", A", each + ", B"])], layers(one, other)));
     if (data.evidence.examples.length) section("Images with different predictions", changedImages(first, second));
   }
