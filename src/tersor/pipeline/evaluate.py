@@ -155,6 +155,7 @@ def _test_images(
     kind = "uint8" if session.input_dtype == np.uint8 else "normalized"
     if kind == "normalized":
         origin = "from the artifact" if told.get("mean") else "given" if options.mean else _COMPUTED
-        progress.say(normalization_line(splits.mean, splits.std, origin))
+        doubt = "warning: " * (origin == _COMPUTED)
+        progress.say(doubt + normalization_line(splits.mean, splits.std, origin))
     at_once = images_at_once(task, splits.test.size)
     return Batches(splits.test, at_once, mean=splits.mean, std=splits.std), kind
