@@ -45,11 +45,12 @@ def main(epochs: int = 8) -> None:
     for _ in range(epochs):
         train(model, loader, optimizer)
     print(f"float32: {score(model, test)}")
-    attached = QAT(bits=4).attach(model, AttachContext(data=loader))
+    quantized_epochs = max(1, epochs // 2)
+    attached = QAT(bits=4).attach(model, AttachContext(data=loader, steps=quantized_epochs * len(loader)))
     attached.begin()  # calibrates
     optimizer = torch.optim.AdamW(attached.model.parameters(), lr=0.001)
     attached.bind(optimizer)  # updates ranges and rounding around each step
-    for _ in range(max(1, epochs // 2)):
+    for _ in range(quantized_epochs):
         train(attached.model, loader, optimizer)
     attached.finish()
     print(f"4 bits: {score(attached.model, test)}")

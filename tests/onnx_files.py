@@ -12,9 +12,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from tersor.core.target import Target
 from tersor.graph.parametrization import parametrized
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid, affine_parameters
+from tersor.quantization.observers import without_saturation
 
 CLASSES = 5
 
@@ -75,7 +77,10 @@ def on_affine_grids() -> Callable[..., torch.nn.Module]:
             shown += 0.7 * shown.std()
             low, high = torch.aminmax(shown) if per_tensor else torch.aminmax(shown.flatten(1), dim=1)
             weights[0] = FakeQuantize(grid, None if per_tensor else len(shown))
-            weights[0].set_grid(*affine_parameters(low, high, grid))
+            scale, zero_point = affine_parameters(low, high, grid)
+            if Target().cpu == "avx2":
+                scale = without_saturation(shown, scale, grid)
+            weights[0].set_grid(scale, zero_point)
         return network
 
     return lay

@@ -6,6 +6,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils import parametrize
 
+import tersor
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
 from tersor.core.target import Target
@@ -58,6 +59,19 @@ def with_other_norms():
         nn.SyncBatchNorm(4),
     ]
     return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def test_the_runtime_and_the_normalization_of_a_quantized_network_last():
+    normalization = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    images = (torch.rand(16, 3, 16, 16) - 0.4) / 0.25
+    quantized = tersor.quantize(build("resnet20", 10), images, runtime="openvino", normalization=normalization)
+    rebuilt = rebuild(build("resnet20", 10), json.loads(json.dumps(structure(quantized))))
+    assert rebuilt.meta["runtime"] == "openvino"
+    assert rebuilt.meta["normalization"] == normalization
+    with pytest.raises(InputError, match=r"structure.json is damaged: runtime"):
+        rebuild(build("resnet20", 10), structure(quantized) | {"runtime": "strange"})
+    older = {key: value for key, value in structure(quantized).items() if key not in ("runtime", "normalization")}
+    assert "runtime" not in rebuild(build("resnet20", 10), older).meta
 
 
 def test_norms_of_other_classes_are_frozen_and_rebuilt():

@@ -290,7 +290,7 @@ def test_packed_weights_give_the_outputs_of_unpacked_ones(on_affine_grids, tmp_p
 
 @runtimes
 @pytest.mark.parametrize("per_tensor", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["channel", "tensor"])
-@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("bits", [pytest.param(7, marks=pytest.mark.slow), 5])  # grids of 8 bits are symmetric
 @pytest.mark.parametrize("kind", ["small", "perceptron"])
 def test_files_with_affine_weights_agree_with_torch(on_affine_grids, tmp_path, runtime, per_tensor, bits, kind):
     graph = quantize({"small": Small, "perceptron": Perceptron}[kind](), images(), runtime)

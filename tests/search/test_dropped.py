@@ -65,7 +65,9 @@ def test_the_use_of_the_test_images_is_counted(tmp_path):
     assert use_of_test_images(few) == f"1000 test images were used twice: {start}; at the end, on a, b."
     assert use_of_test_images(made.model_copy(update={"test_runs": []})) == f"1000 test images were used once: {start}."
     shared = use_of_test_images(few.model_copy(update={"tests_chose": True}))
-    assert "at the end, on a, b. The validation images are the other half of the test set, because the original" in shared
+    assert (
+        "at the end, on a, b. The validation images are the other half of the test set, because the original" in shared
+    )
     search.folder.state.finished = True
     search.save()
     longer = searching(tmp_path / "out", minutes=20.0, time=search.bench.time, bench=search.bench)

@@ -203,3 +203,10 @@ def test_the_first_process_measures_for_all(tmp_path):
     first, second = run_in_two_processes(SHARE.format(here=str(Path(__file__).parent)), tmp_path)
     assert len(first) == 2
     assert torch.equal(first, second)
+
+
+def test_a_curve_without_values_from_a_damaged_checkpoint_measures_again():
+    curve = ValidationCurve(2, lambda _model: 90.0)
+    curve.load_state({"values": torch.empty(0)})
+    curve.measure_again(4, nn.Linear(1, 1))
+    assert curve.values == [90.0]

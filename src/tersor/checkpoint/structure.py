@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
+from tersor.core.target import Runtime
 from tersor.graph.batchnorm import Freezable, Norm, freezable
 from tersor.graph.capture import FINGERPRINT, INPUTS, capture_again, is_captured, layer_of
 from tersor.graph.eval_mode import evaluating
@@ -29,12 +30,14 @@ from tersor.pruning.channel_groups import Cut, remove
 from tersor.pruning.mask import Mask
 from tersor.quantization.fake_quantize import FakeQuantize, MovingAverage, RunningLargest, WeightShare
 from tersor.quantization.grid import Grid
-from tersor.quantization.qdq_placement import read_through
+from tersor.quantization.qdq_placement import RUNTIME, read_through
 
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What graphs and modules raise for the structure of another network."""
 
 _LARGEST_IMAGE = 2**22
+_KEPT = (RUNTIME, "normalization")
+"""Keys of the `meta` of a quantized graph that are saved: export writes their values into the metadata of the file."""
 
 _Place = Annotated[int, Field(ge=0, lt=2**31)]
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -104,6 +107,9 @@ class _OnGrid(_Strict):
 _Parametrization: TypeAlias = _Mask | _Largest | _OnGrid
 
 
+_Channels: TypeAlias = Annotated[tuple[float, ...], Field(min_length=1, max_length=64)]
+
+
 class _Input(_Strict):
     name: str | None
     shape: Annotated[list[_Size], Field(max_length=8)]
@@ -119,6 +125,8 @@ class _Plan(_Strict):
     freezable: list[str]
     edges: list[tuple[str, _Quantizer, _Parametrization]]
     weights: dict[str, Annotated[list[_Parametrization], Field(max_length=8)]]
+    runtime: Runtime | None = None
+    normalization: tuple[_Channels, _Channels] | None = None
 
     @model_validator(mode="after")
     def _on_a_graph(self) -> _Plan:
@@ -154,6 +162,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
         "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
         "edges": edges,
         "weights": {name: each for name, each in layers.items() if each},
+        **{key: model.meta.get(key) if is_captured(model) else None for key in _KEPT},
     }
 
 
@@ -201,6 +210,7 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
         for cuts in plan.cuts:
             remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in cuts])
         _insert_edges(model, plan.edges)
+        model.meta.update({key: value for key in _KEPT if (value := getattr(plan, key)) is not None})
     for name in plan.freezable:
         norm = model.get_submodule(name)
         assert isinstance(norm, Norm), f"{name} is not a BatchNorm"

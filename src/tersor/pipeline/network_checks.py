@@ -23,7 +23,9 @@ from tersor.training.normalization_check import normalization_warning
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
 from tersor.training.teacher_check import level_warning, teacher_warnings
 
-_WRITE_MEAN = "Write --mean and --std, or data.mean and data.std in a recipe; they were computed from the training images."
+_WRITE_MEAN = (
+    "Write --mean and --std, or data.mean and data.std in a recipe; they were computed from the training images."
+)
 
 
 def check_networks(experiment: Experiment, progress: ProgressReporter, *, mean_is_computed: bool) -> None:

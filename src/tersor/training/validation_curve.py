@@ -63,7 +63,7 @@ class ValidationCurve:
     def measure_again(self, done: int, model: nn.Module) -> None:
         """Replace a measurement after `done` steps: the statistics of `model` have changed since."""
         if done % self.every == 0:
-            self.values.pop()
+            del self.values[-1:]
             self.measure_if_due(done, model, None)
 
     def state(self) -> dict[str, Tensor]:
